@@ -1,0 +1,34 @@
+# make demo | test | test-peers | bench | clean — each sets itself up in .venv and touches nothing else on the machine.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-peers bench clean
+
+demo: .venv/runtime
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q -m "not peers" tests
+
+test-peers: .venv/peers
+	$(BIN)/python -m pytest -q -m peers tests
+
+bench: .venv/runtime
+	$(BIN)/python bench.py train
+
+clean:
+	rm -rf .venv runs .pytest_cache
+
+# One stamp per requirement file: pip runs only when the file has changed since.
+.venv/runtime: requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/peers: requirements-peers.txt .venv/dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
