@@ -1,0 +1,522 @@
+"""One decoder-only Transformer for GPT-2, Llama 2/3, Mistral, Qwen2, Qwen3 and SmolLM shapes; loads and saves model folders.
+
+    model = Transformer.from_pretrained("runs/shakespeare")      # or a folder from the Hugging Face hub
+    logits = model(ids)                                          # (B, T) int64 -> (B, T, V) float32
+
+Shapes: B batch, T time, C channels (hidden_size), H query heads, K key/value heads, D head dim, V vocabulary.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from common import UserError, read_json, write_json, write_tensors
+
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+# ------------------------------------------------------------------------------------------------------------------ config
+@dataclass
+class Config:
+    """The shape of a model, in the words of Hugging Face's config.json."""
+    model_type: str = "qwen3"               # gpt2 | llama (SmolLM too) | mistral | qwen2 | qwen3
+    vocab_size: int = 256                   # V
+    hidden_size: int = 128                  # C
+    intermediate_size: int = 384            # width of the MLP
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4            # H
+    num_key_value_heads: int = 4            # K: fewer than H is grouped-query attention
+    head_dim: int = 32                      # D: H*D need not equal C
+    max_position_embeddings: int = 256      # the context length
+    rope: dict = dataclasses.field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    sliding_window: int | None = None       # keys a query of a sliding layer sees, itself included
+    sliding_layers: tuple = ()              # which layers slide
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True        # the head is the embedding matrix
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+    dropout: float = 0.0                    # a matter of training: not part of the folder
+
+    @property
+    def is_gpt2(self):
+        """LayerNorm, learned positions and a GELU MLP, where the others have RMSNorm, RoPE and SwiGLU."""
+        return self.model_type == "gpt2"
+
+    @staticmethod
+    def from_dict(d, where="config.json"):
+        """A parsed config.json -> Config. Unknown model types and rope scalings are refused, not guessed at."""
+        def need(key, low=1, high=1 << 24, default=None):
+            value = d.get(key, default)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError(f"{where}: {key} is {value!r}, expected an integer from {low} to {high:,}")
+            return value
+
+        kind = d.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise UserError(f"{where}: model_type {kind!r} is not supported; this program knows {', '.join(ARCHITECTURES)}")
+        special = dict(bos_token_id=d.get("bos_token_id"), eos_token_id=d.get("eos_token_id"))
+        if kind == "gpt2":
+            if d.get("activation_function", "gelu_new") != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx"):
+                raise UserError(f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported")
+            C, H = need("n_embd"), need("n_head", high=4096)
+            config = Config(kind, need("vocab_size"), C, d.get("n_inner") or 4 * C, need("n_layer", high=1024), H, H, C // H,
+                            need("n_positions"), norm_eps=d.get("layer_norm_epsilon", 1e-5), rope={},
+                            tie_word_embeddings=d.get("tie_word_embeddings", True),
+                            qkv_bias=True, out_bias=True, mlp_bias=True, **special)
+        else:
+            if d.get("hidden_act", "silu") != "silu":
+                raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
+            C, H, L = need("hidden_size"), need("num_attention_heads", high=4096), need("num_hidden_layers", high=1024)
+            bias = bool(d.get("attention_bias", False))
+            config = Config(kind, need("vocab_size"), C, need("intermediate_size"), L, H,
+                            need("num_key_value_heads", high=4096, default=H),
+                            d.get("head_dim") or (128 if kind == "qwen3" else C // H), need("max_position_embeddings"),
+                            norm_eps=d.get("rms_norm_eps", 1e-6), tie_word_embeddings=d.get("tie_word_embeddings", False),
+                            qkv_bias=bias or kind == "qwen2", out_bias=bias and kind != "qwen2",
+                            mlp_bias=bool(d.get("mlp_bias", False)), rope=_read_rope(d, where),
+                            **_read_sliding(d, kind, L), **special)
+        if config.is_gpt2 and C % H:
+            raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
+        if H % config.num_key_value_heads:
+            raise UserError(f"{where}: {H} attention heads cannot share {config.num_key_value_heads} key/value heads")
+        if config.head_dim % 2:
+            raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need an even one")
+        return config
+
+    def to_dict(self):
+        """The config.json that transformers, vLLM and llama.cpp's converter read (also those before `rope_parameters`)."""
+        d = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type, "vocab_size": self.vocab_size,
+             "tie_word_embeddings": self.tie_word_embeddings, "bos_token_id": self.bos_token_id,
+             "eos_token_id": self.eos_token_id}
+        if self.is_gpt2:
+            return d | {"n_embd": self.hidden_size, "n_layer": self.num_hidden_layers, "n_head": self.num_attention_heads,
+                        "n_inner": self.intermediate_size, "n_positions": self.max_position_embeddings,
+                        "layer_norm_epsilon": self.norm_eps, "activation_function": "gelu_new"}
+        d |= {k: getattr(self, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                            "num_key_value_heads", "head_dim", "max_position_embeddings")}
+        scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
+        d |= {"rms_norm_eps": self.norm_eps, "hidden_act": "silu", "rope_parameters": self.rope,
+              "rope_theta": self.rope["rope_theta"], "rope_scaling": scaling if scaling["rope_type"] != "default" else None}
+        if self.model_type in ("llama", "qwen3"):
+            d["attention_bias"] = self.qkv_bias
+        if self.model_type == "llama":
+            d["mlp_bias"] = self.mlp_bias
+        if self.model_type == "mistral":
+            d["sliding_window"] = self.sliding_window
+        if self.model_type.startswith("qwen"):
+            d |= {"use_sliding_window": any(self.sliding_layers), "sliding_window": self.sliding_window,
+                  "layer_types": ["sliding_attention" if i in self.sliding_layers else "full_attention"
+                                  for i in range(self.num_hidden_layers)]}
+        return d
+
+    def kv_bytes_per_token(self, bytes_per_value=2):
+        """Bytes that one token adds to the key/value cache."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+
+
+def _read_rope(d, where):
+    """rope_parameters (transformers 5) or rope_theta + rope_scaling (before) -> one dict, its type checked."""
+    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope.setdefault("rope_theta", float(d.get("rope_theta", 10000.0)))
+    if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: rope scaling {rope} is not supported; this program knows {', '.join(ROPE_TYPES)}")
+    if rope["rope_type"] != "default" and "factor" not in rope:
+        raise UserError(f"{where}: rope scaling {rope['rope_type']!r} without its factor")
+    if rope["rope_type"] in ("llama3", "yarn"):  # the length the model was trained at before it was stretched
+        rope.setdefault("original_max_position_embeddings",
+                        d.get("original_max_position_embeddings") or d.get("max_position_embeddings"))
+    return rope
+
+
+def _read_sliding(d, kind, n_layers):
+    """Which layers use sliding-window attention: Mistral all, Qwen by layer_types or max_window_layers, Llama none."""
+    window = d.get("sliding_window", 4096 if kind == "mistral" else None)
+    if kind == "llama" or window is None or (kind.startswith("qwen") and not d.get("use_sliding_window", False)):
+        return {}
+    if kind == "mistral":
+        return {"sliding_window": window, "sliding_layers": tuple(range(n_layers))}
+    kinds = d.get("layer_types") or ["full_attention" if i < d.get("max_window_layers", 28) else "sliding_attention"
+                                     for i in range(n_layers)]
+    return {"sliding_window": window, "sliding_layers": tuple(i for i, k in enumerate(kinds) if k == "sliding_attention")}
+
+
+# -------------------------------------------------------------------------------------------------------- rotary embedding
+def rope_frequencies(config):
+    """Rotation speed of each pair of channels, (D/2,) float32, and the factor on cos and sin.
+
+    Su et al. 2021 (RoPE); "linear" is position interpolation (Chen et al. 2023); "yarn" is Peng et al. 2023, eq. 17-23;
+    "llama3" is Meta's rule from the Llama 3.1 release. All equal to transformers' modeling_rope_utils.
+    """
+    rope, D = config.rope, config.head_dim
+    theta, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
+    # an explicit device, for models are built under torch.device("meta")
+    frequency = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float() / D)
+    if kind == "linear":
+        return frequency / factor, 1.0
+    if kind == "llama3":  # slow waves are stretched, fast ones kept, those between blended
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
+        low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / factor, 1.0
+    if kind == "yarn":
+        def channel(turns):  # the channel that makes so many turns over the original context
+            return D * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        ramp = ((torch.arange(D // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+
+        def mscale(m):
+            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+        scale = rope.get("attention_factor")
+        if scale is None:
+            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+            scale = mscale(m) / mscale(m_all) if m and m_all else mscale(1.0)
+        return frequency * (1 - ramp) + frequency / factor * ramp, scale
+    return frequency, 1.0
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, H, D); cos, sin (T, D/2) or (B, T, D/2).
+
+    The two halves, not neighbouring channels, form the pairs: the row order of Hugging Face's checkpoints.
+    """
+    cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, D/2): the same for every head
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- the network
+def attention_mask(q_pos, k_pos, window=None, q_docs=None, k_docs=None):
+    """Which keys each query may see: (Tq, Tk) bool, or (B, 1, Tq, Tk) when documents are given.
+
+    q_pos (Tq,), k_pos (Tk,): positions; window: keys further back are hidden; docs (B, T): no looking across documents.
+    """
+    gap = q_pos[:, None] - k_pos[None, :]
+    mask = gap >= 0
+    if window is not None:
+        mask = mask & (gap < window)
+    if q_docs is not None:
+        mask = mask & (q_docs[:, None, :, None] == k_docs[:, None, None, :])
+    return mask
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.H, self.K, self.D, self.dropout = H, K, D, config.dropout
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
+        if config.model_type == "qwen3":  # QK-norm keeps the attention logits in range, so higher learning rates hold
+            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+
+    def forward(self, x, rope, mask, cache=None):
+        """x (B, T, C) -> (B, T, C). rope: (cos, sin) or None; mask: None means causal; cache.append -> all keys, values."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.H, self.D)  # (B, T, H*D) -> (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.K, self.D)
+        v = self.v_proj(x).view(B, T, self.K, self.D)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # one query row sees everything before it, so causality needs a mask only from two rows on
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.K != self.H)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, H, T, D) -> (B, T, H*D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020), or GPT-2's GELU MLP, which has no gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, M, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        if not config.is_gpt2:
+            self.gate_proj = nn.Linear(C, M, bias=bias)
+        self.up_proj = nn.Linear(C, M, bias=bias)
+        self.down_proj = nn.Linear(M, C, bias=bias)
+
+    def forward(self, x):
+        if hasattr(self, "gate_proj"):
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+def make_norm(config):
+    norm = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, cache=None):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.is_gpt2:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            frequency, self.rope_scale = rope_frequencies(config)
+            self.register_buffer("rope_frequency", frequency, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """With tied embeddings the head's weight *is* the embedding's: one Parameter, two places."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def init_weights(self):
+        """Fresh weights. Matrices that write into the residual stream start at zero, so every block begins as the identity
+        and the gradients at step 0 are those of a shallow network; GPT-2 keeps its own published rule."""
+        std = 0.02
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif self.config.is_gpt2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(p)
+            elif name.startswith(("embed_tokens", "lm_head")):
+                nn.init.normal_(p, std=std)
+            else:
+                nn.init.normal_(p, std=p.size(1) ** -0.5)
+
+    def hidden(self, ids, positions=None, docs=None, caches=None):
+        """(B, T) token ids -> (B, T, C), what the head reads.
+
+        positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
+        objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
+        """
+        T, past = ids.size(1), caches[0].length if caches else 0
+        if past + T > self.config.max_position_embeddings:
+            raise UserError(f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}")
+        if positions is None:
+            positions = torch.arange(past, past + T, device=ids.device)
+        x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
+        rope = None
+        if self.config.is_gpt2:
+            x = x + self.embed_positions(positions)
+        else:
+            angle = positions[..., None].float() * self.rope_frequency  # (T, D/2)
+            rope = ((angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype))
+        x = self.dropout(x)
+        full, sliding = self.masks(T, past, docs, ids.device)
+        for i, layer in enumerate(self.layers):
+            mask = sliding if i in self.config.sliding_layers else full
+            x = layer(x, rope, mask, caches[i] if caches else None)
+        return self.norm(x)
+
+    def masks(self, T, past, docs, device):
+        """(mask of full layers, mask of sliding layers); None wherever plain causal attention says the same."""
+        window = self.config.sliding_window if self.config.sliding_layers else None
+        slides = window is not None and past + T > window
+        if docs is None and not slides and (past == 0 or T == 1):
+            return None, None
+        k_pos = torch.arange(past + T, device=device)
+        full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
+        return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full
+
+    def forward(self, ids, **kw):
+        """(B, T) int64 token ids -> (B, T, V) float32 logits. Keywords as in `hidden`."""
+        return self.lm_head(self.hidden(ids, **kw)).float()
+
+    def loss(self, ids, targets, **kw):
+        """Sum of the cross-entropy (nats) over targets (B, T) that are not -100 -> scalar float32."""
+        logits = self.forward(ids, **kw)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100, reduction="sum")
+
+    # ------------------------------------------------------------------------------------------------------- accounting
+    def num_params(self):
+        """Parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T, training=True):
+        """Floating-point operations per token at context T: 2 per weight of every matrix product and 4*H*D*T for
+        attention's two products, three times that with the backward pass (PaLM, appendix B: causality not discounted)."""
+        c = self.config
+        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
+        return (3 if training else 1) * (2 * matmul + attention)
+
+    # ----------------------------------------------------------------------------------------------------- model folders
+    def save_pretrained(self, folder):
+        """Write config.json, generation_config.json and model.safetensors, each all or nothing; config.json last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        write_tensors(folder / "model.safetensors", to_folder_names(self.state_dict(), self.config))
+        ids = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
+        write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=None, dropout=0.0):
+        """Load a model folder: config.json and one or many safetensors files in bf16, fp16 or fp32.
+
+        dtype None keeps the file's. Names and shapes are checked against the config from the files' headers before any
+        tensor is read; tensors then come one by one, so loading needs about one copy of the weights.
+        Raises UserError that names each missing, unexpected and misshapen tensor.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json, so not a model folder")
+        config = Config.from_dict(read_json(folder / "config.json"), where=folder / "config.json")
+        config.dropout = dropout
+        files = open_weights(folder, device)
+        check_layers(config, files, folder)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = to_folder_names(model.state_dict(), config)
+        check_tensors(expected, files, folder)
+        state = {}
+        for name in expected:
+            file, key = files[name]
+            tensor = file.get_tensor(key)
+            state.update(from_folder_names(name, tensor if dtype is None else tensor.to(dtype), config))
+        model.load_state_dict(state, strict=False, assign=True)  # completeness was checked above; the tied head is absent
+        model.tie()
+        return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------- names: ours <-> the folder's
+# Ours are Llama's without the leading "model."; GPT-2's folder has its own names, its matrices transposed (Conv1D) and the
+# three attention inputs in one.
+GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "input_layernorm": "ln_1",
+              "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
+              "mlp.down_proj": "mlp.c_proj"}
+GPT2_OURS = {v: k for k, v in GPT2_NAMES.items()}
+
+
+def to_folder_names(state, config):
+    """Our state dict -> {name in the folder: tensor}; a tied head is left out (the reader ties it again)."""
+    state = {k: v for k, v in state.items() if not (config.tie_word_embeddings and k == "lm_head.weight")}
+    if not config.is_gpt2:
+        return {k if k.startswith("lm_head.") else "model." + k: v for k, v in state.items()}
+    out = {}
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        prefix, inner = "", module
+        if module.startswith("layers."):
+            _, i, inner = module.split(".", 2)
+            prefix = f"h.{i}."
+        transposed = tensor.t() if prefix and tensor.ndim == 2 else tensor
+        if inner == "lm_head":
+            out[name] = tensor
+        elif inner in ("self_attn.k_proj", "self_attn.v_proj"):
+            continue  # written with q_proj
+        elif inner == "self_attn.q_proj":
+            parts = [state[f"{module[:-6]}{p}_proj.{leaf}"] for p in "qkv"]
+            out[f"transformer.{prefix}attn.c_attn.{leaf}"] = torch.cat(parts).t() if tensor.ndim == 2 else torch.cat(parts)
+        else:
+            out[f"transformer.{prefix}{GPT2_NAMES[inner]}.{leaf}"] = transposed
+    return out
+
+
+def from_folder_names(name, tensor, config):
+    """One tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
+    if not config.is_gpt2:
+        return {name.removeprefix("model."): tensor}
+    module, _, leaf = name.removeprefix("transformer.").rpartition(".")
+    if module == "lm_head":
+        return {name: tensor}
+    prefix, inner = "", module
+    if module.startswith("h."):
+        _, i, inner = module.split(".", 2)
+        prefix = f"layers.{i}."
+        tensor = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+    if inner == "attn.c_attn":  # (3C, C) -> q, k, v
+        return {f"{prefix}self_attn.{p}_proj.{leaf}": t.clone() for p, t in zip("qkv", tensor.chunk(3))}
+    return {f"{prefix}{GPT2_OURS[inner]}.{leaf}": tensor}
+
+
+def open_weights(folder, device="cpu"):
+    """{tensor name: (open safetensors file, its name in there)}, from model.safetensors or the sharded index's files.
+
+    The two names differ in OpenAI's own GPT-2 upload, which lacks the "transformer." prefix.
+    """
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    files = {}
+    for file in names:
+        if Path(file).name != file:  # an index from outside must not lead out of its folder
+            raise UserError(f"{index}: {file!r} is not a plain file name")
+        try:
+            handle = safe_open(folder / file, framework="pt", device=str(device))
+        except FileNotFoundError:
+            raise UserError(f"{folder / file}: not found (a model folder needs model.safetensors)") from None
+        except SafetensorError as error:
+            size = (folder / file).stat().st_size
+            raise UserError(f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again") from None
+        for key in handle.keys():
+            bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
+            files["transformer." + key if bare else key] = (handle, key)
+    return files
+
+
+def check_layers(config, files, folder):
+    """The layer count against the files' names, before a module is built for each."""
+    found = {int(n.split(".layers.")[1].split(".")[0]) if ".layers." in n else int(n.split(".h.")[1].split(".")[0])
+             for n in files if n.startswith(("model.layers.", "transformer.h.")) and n.split(".")[2].isdigit()}
+    if len(found) != config.num_hidden_layers:
+        raise UserError(f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {len(found)}")
+
+
+def check_tensors(expected, files, folder):
+    """Names and shapes in the folder against the model's; one error that names every difference (the first 8 of each)."""
+    ignorable = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older writers saved
+    faults = []
+    missing = [n for n in expected if n not in files]
+    extra = [n for n in files if n not in expected and not n.endswith(ignorable) and n != "lm_head.weight"]
+    if "lm_head.weight" in files and "lm_head.weight" not in expected:  # tied, yet saved: fine only if it is the embedding
+        tied = next(n for n in files if n.endswith(("embed_tokens.weight", "wte.weight")))
+        head, embedding = (files[n][0].get_tensor(files[n][1]) for n in ("lm_head.weight", tied))
+        if not torch.equal(head, embedding):
+            faults.append("lm_head.weight differs from the embedding that config.json says it is tied to")
+    shapes = {n: tuple(files[n][0].get_slice(files[n][1]).get_shape()) for n in expected if n in files}
+    wrong = [f"{n} is {shapes[n]}, expected {tuple(t.shape)}" for n, t in expected.items()
+             if n in files and shapes[n] != tuple(t.shape)]
+    for what, names in (("missing", missing), ("not part of this model", extra), ("of another shape", wrong)):
+        if names:
+            faults.append(f"{len(names)} tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    if faults:
+        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")

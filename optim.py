@@ -1,0 +1,121 @@
+"""Muon for the hidden matrices, AdamW for everything else, and the learning-rate schedules.
+
+    optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
+    optimizer.set_lr(schedule(step, total)); optimizer.step()
+"""
+import math
+
+import torch
+
+
+def orthogonalize(G, steps=5):
+    """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly: U V^T of its SVD with singular values in 0.7..1.2.
+
+    A quintic Newton-Schulz iteration whose coefficients trade exactness for speed (Jordan et al. 2024, "Muon").
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
+    X = X.mT if G.size(-2) > G.size(-1) else X  # so that X X^T is the small Gram matrix
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT  # (N, R, R)
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
+
+
+def muon_step(params, grads, momentums, lr, momentum, weight_decay):
+    """Muon on matrices that all have one shape (R, C), so that the iteration runs once, as batched products.
+
+    Nesterov momentum, then each update is orthogonalized: every direction of the matrix moves by the same amount. The
+    factor sqrt(max(1, R/C)) makes the step's effect on the output alike for tall and wide matrices.
+    """
+    torch._foreach_lerp_(momentums, grads, 1 - momentum)
+    updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momentums, momentum)))  # (N, R, C)
+    rows, cols = params[0].shape
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, list(updates.unbind()), alpha=-lr * max(1, rows / cols) ** 0.5)
+
+
+def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2). `step` counts from 1."""
+    torch._foreach_lerp_(means, grads, 1 - betas[0])
+    torch._foreach_mul_(squares, betas[1])
+    torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
+    denominators = torch._foreach_div(squares, 1 - betas[1] ** step)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - betas[0] ** step))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
+
+    muon=False gives the matrices to AdamW as well, at adam_lr.
+    """
+
+    def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,
+                 muon=True):
+        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        shapes = {}
+        for p, name in self.names.items():
+            hidden = p.ndim == 2 and name.startswith("layers.")
+            key = ("muon", tuple(p.shape)) if hidden and muon else ("adamw", hidden or p.ndim == 2)
+            shapes.setdefault(key, []).append(p)
+        groups = [dict(params=ps, rule=rule, base_lr=muon_lr if rule == "muon" else adam_lr,
+                       # decay pulls matrices towards zero; norms and biases have no reason to be small
+                       weight_decay=weight_decay if rule == "muon" or detail else 0.0)
+                  for (rule, detail), ps in shapes.items()]
+        super().__init__(groups, dict(lr=0.0, momentum=momentum, betas=betas, eps=eps))
+        self.steps = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                keys = ("momentum",) if group["rule"] == "muon" else ("mean", "square")
+                self.state[p] = {k: torch.zeros_like(p) for k in keys}
+
+    def set_lr(self, factor):
+        """Scale every group's base learning rate, as the schedule says."""
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for g in self.param_groups:
+            params = [p for p in g["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            if g["rule"] == "muon":
+                muon_step(params, grads, [self.state[p]["momentum"] for p in params],
+                          g["lr"], g["momentum"], g["weight_decay"])
+            else:
+                adamw_step(params, grads, [self.state[p]["mean"] for p in params], [self.state[p]["square"] for p in params],
+                           self.steps, g["lr"], g["betas"], g["eps"], g["weight_decay"])
+
+    def tensors(self):
+        """The state, for a safetensors file: {parameter name + key: tensor}."""
+        named = {f"{self.names[p]}.{k}": v for p, state in self.state.items() for k, v in state.items()}
+        return named | {"steps": torch.tensor(self.steps)}
+
+    def load_tensors(self, tensors):
+        """The inverse of `tensors`; names and shapes must be those of this model."""
+        self.steps = int(tensors["steps"])
+        for p, state in self.state.items():
+            for k in state:
+                state[k].copy_(tensors[f"{self.names[p]}.{k}"])
+
+
+def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6, floor=0.0):
+    """Learning-rate factor at `step` of `total`: linear warm-up to 1, then
+
+    cosine: half a cosine down to `floor` (Loshchilov & Hutter 2017);
+    wsd: stable at 1, then linear down to `floor` over the last `cooldown` share of the steps (Hägele et al. 2024).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "cosine":
+        done = (step - warmup) / max(1, total - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    left = (total - step) / max(1, cooldown * total)
+    return floor + (1 - floor) * min(1.0, left)
