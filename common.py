@@ -242,13 +242,13 @@ def sha256(data):
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 def rng_state():
-    """Every random number generator a script can touch -> {name: uint8/int64 tensor}."""
+    """Every random number generator a script can touch -> {name: tensor}."""
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"torch": torch.get_rng_state(),
-             "python": torch.tensor([version, *internal]), "python_gauss": torch.tensor([gauss or 0.0] * bool(gauss)),
-             "numpy": torch.tensor([position, has_gauss, *keys.tolist()]), "numpy_gauss": torch.tensor([cached])}
-    state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    state = {"torch": torch.get_rng_state(), "python": torch.tensor([version, *internal]),
+             "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+             "numpy": torch.tensor([position, has_gauss, *keys.tolist()]),
+             "numpy_gauss": torch.tensor([cached], dtype=torch.float64)}
     for i in range(torch.cuda.device_count()):
         state[f"cuda{i}"] = torch.cuda.get_rng_state(i)
     return state

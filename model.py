@@ -304,8 +304,9 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """Fresh weights. Matrices that write into the residual stream start at zero, so every block begins as the identity
-        and the gradients at step 0 are those of a shallow network; GPT-2 keeps its own published rule."""
-        std = 0.02
+        and the gradients at step 0 are those of a shallow network; GPT-2 keeps its own published rule. An embedding that is
+        not also the head starts large, or the first blocks' outputs would drown it."""
+        std, embedding_std = 0.02, 0.02 if self.config.tie_word_embeddings or self.config.is_gpt2 else 0.5
         for name, p in self.named_parameters():
             if p.ndim < 2:
                 nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
@@ -315,7 +316,7 @@ class Transformer(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(p)
             elif name.startswith(("embed_tokens", "lm_head")):
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=embedding_std if name.startswith("embed") else std)
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 

@@ -1,6 +1,7 @@
 """Stand-in until the real one lands: character-level only."""
 import json
 from pathlib import Path
+
 from common import UserError, sha256, write_json
 
 

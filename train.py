@@ -40,8 +40,9 @@ class Args:
     dim: int = 128                    # width of the residual stream
     heads: int = 4                    # attention heads
     kv_heads: int = 0                 # key/value heads, fewer is grouped-query attention; 0 is as many as heads
-    mlp: int = 0                      # width of the MLP; 0 is 3*dim with a gate, 4*dim for gpt2
+    mlp: int = 0                      # width of the MLP; 0 is 2.5*dim with a gate, 4*dim for gpt2
     context: int = 64                 # tokens a row, and the most the model can look back
+    tie: bool = False                 # one matrix for embedding and head: saves memory when the vocabulary is large
     dropout: float = 0.0              # for small texts and many epochs
     # optimization
     steps: int = 600                  # optimizer steps
@@ -49,7 +50,8 @@ class Args:
     grad_accum: int = 1               # split the batch into so many forward passes, to save memory
     optimizer: str = "muon"           # muon (hidden matrices; AdamW for the rest) or adamw (everything)
     muon_lr: float = 0.02             # learning rate of the hidden matrices under Muon
-    lr: float = 0.004                 # learning rate of everything under AdamW
+    lr: float = 0.008                 # learning rate of everything under AdamW
+    momentum: float = 0.9             # Muon's; longer runs like 0.95
     weight_decay: float = 0.0         # pull of the matrices towards zero, relative to the learning rate
     warmup: int = 0                   # steps of linear warm-up
     schedule: str = "wsd"             # wsd (stable, then linear to zero) or cosine
@@ -66,16 +68,17 @@ class Args:
     compile: str = "auto"             # torch.compile: auto, on, off
 
 
-PRESETS = {
-    "shakespeare-char": dict(),
-    "shakespeare-char-0.8m": dict(out="runs/shakespeare-char-0.8m"),
-    "shakespeare-char-10m": dict(out="runs/shakespeare-char-10m", layers=6, dim=384, heads=6, mlp=1024, context=256,
-                                 batch=64, steps=1200, dropout=0.2),
+PRESETS = {  # what each reaches, measured: README.md and `python bench.py train`
+    "shakespeare-char": dict(),  # 0.77M parameters, a minute on two CPU cores
+    "shakespeare-char-fast": dict(out="runs/shakespeare-char-fast", dim=96, mlp=256, batch=16, steps=200, muon_lr=0.03,
+                                  cooldown=0.5),  # 0.46M, a quarter of a minute
+    "shakespeare-char-10m": dict(out="runs/shakespeare-char-10m", layers=6, dim=384, heads=6, mlp=1024, context=256, batch=64,
+                                 steps=1000, dropout=0.2, muon_lr=0.02, weight_decay=0.05),  # for a GPU: nanoGPT's size
 }
 # what may differ between a run and its resumption without making it another run
 HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "eval_every", "save_every", "keep", "sample", "device", "compile"}
-SHAPE = {"arch", "layers", "dim", "heads", "kv_heads", "mlp", "context", "data", "tokenizer", "init_from", "preset", "seed",
-         "batch"}
+SHAPE = {"arch", "layers", "dim", "heads", "kv_heads", "mlp", "context", "tie", "data", "tokenizer", "init_from", "preset",
+         "seed", "batch"}
 
 
 def read_args():
@@ -104,14 +107,23 @@ def model_config(args, tok):
     """The flags of shape -> Config."""
     if args.arch not in ("qwen3", "llama", "gpt2"):
         raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
+    for name in ("layers", "dim", "heads", "context", "batch", "grad_accum", "eval_every", "save_every", "keep"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.steps < 0 or not 0 <= args.dropout < 1 or args.optimizer not in ("muon", "adamw"):
+        raise UserError(f"--steps {args.steps} must be >= 0, --dropout {args.dropout} in [0, 1), "
+                        f"--optimizer {args.optimizer} muon or adamw")
+    if args.batch % args.grad_accum:
+        raise UserError(f"--batch {args.batch} is not a multiple of --grad-accum {args.grad_accum}")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
     if args.heads % kv:
         raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {kv}")
-    return Config(args.arch, tok.vocab_size, args.dim, args.mlp or args.dim * (4 if bias else 3), args.layers, args.heads, kv,
-                  args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
-                  norm_eps=1e-5 if bias else 1e-6, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, dropout=args.dropout)
+    return Config(args.arch, tok.vocab_size, args.dim, args.mlp or int(args.dim * (4 if bias else 2.5)), args.layers,
+                  args.heads, kv, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
+                  norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
+                  eos_token_id=tok.eos_id, dropout=args.dropout)
 
 
 def load_data(args):
@@ -131,19 +143,23 @@ def set_up(args, checkpoint, tok, data_sha, runtime):
     source = checkpoint or args.init_from
     if source:
         model = Transformer.from_pretrained(source, runtime.device, torch.float32, dropout=args.dropout)
-        ours = Tokenizer.load(source).sha256
-        if ours != tok.sha256:
-            raise UserError(f"{source} was trained with tokenizer {ours[:12]}, this run has {tok.sha256[:12]}; "
+        differs = [f"{k} {getattr(model.config, k)} there, {v} here" for k, v in dataclasses.asdict(config).items()
+                   if getattr(model.config, k) != v]
+        if differs:
+            raise UserError(f"{source} has another shape: {'; '.join(differs)}")
+        theirs = Tokenizer.load(source).sha256
+        if theirs != tok.sha256:
+            raise UserError(f"{source} was trained with tokenizer {theirs[:12]}, this run has {tok.sha256[:12]}; "
                             "the ids would mean other text: use its own --tokenizer")
     else:
         model = Transformer(config).to(runtime.device)
         model.init_weights()
-    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, muon=args.optimizer == "muon")
+    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon")
     if checkpoint:
         state = common.read_json(checkpoint / "state.json")
         if state["data_sha256"] != data_sha:
-            raise UserError(f"--resume: the text's sha256 was {state['data_sha256'][:12]}, now {data_sha[:12]}; restore the text, or "
-                            f"start a new run on it: --init-from {args.out}")
+            raise UserError(f"--resume: the text's sha256 was {state['data_sha256'][:12]}, now {data_sha[:12]}; restore the "
+                            f"text, or start a new run on it: --init-from {args.out}")
         optimizer.load_tensors(common.read_tensors(checkpoint / "optimizer.safetensors"))
         common.set_rng_state(common.read_tensors(checkpoint / "rng.safetensors"))
     return model, optimizer, state
@@ -173,8 +189,6 @@ def main():
     if not checkpoint and args.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     model, optimizer, state = set_up(args, checkpoint, tok, data_sha, runtime)
-    if args.batch % args.grad_accum:
-        raise UserError(f"--batch {args.batch} is not a multiple of --grad-accum {args.grad_accum}")
     rows, tokens_per_step = args.batch // args.grad_accum, args.batch * args.context
     batches = Batches(train, rows, args.context, args.seed)
     val_rows = validation_rows(val, args.context)
@@ -192,18 +206,21 @@ def main():
     def save(step):
         def save_model(folder):
             tok.save(folder)
-            model.save_pretrained(folder)
+            model.save_pretrained(folder)  # config.json last: with it the folder is complete
         common.save_checkpoint(out, step, save_model, optimizer.tensors(), keep=args.keep, info={
             "args": dataclasses.asdict(args), "data_sha256": data_sha, "tokenizer_sha256": tok.sha256,
             "batches": batches.state()})
 
-    loss_fn = common.compile_or_say_why(model.loss, runtime, lambda f: f(*(t.to(runtime.device) for t in batches.next())).backward())
-    batches.load_state(state.get("batches", {"epoch": 0, "row": 0}))
+    def trial(compiled):
+        with runtime.autocast():
+            compiled(*(rows[:args.batch // args.grad_accum].to(runtime.device) for rows in val_rows)).backward()
+        optimizer.zero_grad(set_to_none=True)
     model.train()
+    loss_fn = common.compile_or_say_why(model.loss, runtime, trial)
     with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=start, unit="step", disable=None) as bar:
         for step in range(start, args.steps + 1):
             last = step == args.steps
-            if (step % args.eval_every == 0 and (step > start or not checkpoint)) or last:
+            if (step % args.eval_every == 0 or last) and (step > start or not checkpoint):
                 val_loss = evaluate(model, loss_fn, *val_rows, rows, runtime)
                 metrics.log(step, val_loss=val_loss, epoch=batches.epoch)
                 bar.write(f"step {step:6,}  validation loss {val_loss:.4f} (whole split)", file=sys.stdout)

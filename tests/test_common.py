@@ -1,0 +1,157 @@
+"""common.py: flags, choices, files that survive a crash, random number state."""
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+from common import UserError
+
+
+@dataclasses.dataclass
+class Flags:
+    preset: str = "small"    # which preset
+    layers: int = 4          # how many blocks, 100% of them
+    rate: float = 0.1        # a number
+    fast: bool = False       # a switch
+
+
+def test_only_what_was_typed_is_returned():
+    assert common.parse_flags(Flags, "doc", ["--layers", "6", "--fast"]) == {"layers": 6, "fast": True}
+
+
+def test_presets_sit_between_defaults_and_what_was_typed():
+    presets = {"small": {"layers": 2, "rate": 0.5}}
+    assert common.from_preset(Flags, presets, {"rate": 0.9}) == Flags("small", 2, 0.9, False)
+    with pytest.raises(UserError, match="unknown preset 'huge': choose one of small"):
+        common.from_preset(Flags, presets, {"preset": "huge"})
+
+
+def test_help_shows_the_comment_and_the_default(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_flags(Flags, "doc", ["--help"])
+    assert "how many blocks, 100% of them [4]" in capsys.readouterr().out
+
+
+def test_unknown_flags_are_refused_with_the_nearest():
+    with pytest.raises(UserError, match="unknown argument --layer: did you mean --layers?"):
+        common.parse_flags(Flags, "doc", ["--layer", "6"])
+    with pytest.raises(UserError, match="--layers: invalid int value: 'six'"):
+        common.parse_flags(Flags, "doc", ["--layers", "six"])
+
+
+def test_choices_are_printed_with_their_reasons(capsys):
+    runtime = common.resolve("cpu", "float32", "off")
+    assert (runtime.device.type, runtime.dtype, runtime.compile) == ("cpu", torch.float32, False)
+    assert capsys.readouterr().out.count("asked for") == 3
+
+
+@pytest.mark.parametrize("choice", [("cuda:99",), ("quantum",), ("cpu", "int3"), ("cpu", "auto", "maybe")])
+def test_impossible_choices_are_refused(choice):
+    if choice[0] == "cuda:99" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UserError, match="--(device|dtype|compile)"):
+        common.resolve(*choice)
+
+
+def test_a_failing_compiler_is_named_and_eager_mode_stays(capsys):
+    runtime = common.Runtime(torch.device("cpu"), torch.float32, compile=True)
+
+    def broken(compiled):
+        torch.rand(3)
+        raise RuntimeError("no C++ compiler\nlong story")
+    before = torch.get_rng_state()
+    assert common.compile_or_say_why(len, runtime, broken) is len
+    assert "continuing without: no C++ compiler" in capsys.readouterr().out
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_all_random_number_generators_come_back():
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
+    draw()
+    state = common.rng_state()
+    expected = draw()
+    draw()
+    common.set_rng_state(state)
+    assert draw() == expected
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "x.json"
+    common.write_json(path, {"a": 1})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        common.write_atomic(path, fail)
+    assert common.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+
+
+def save(out, step, value, fail=False):
+    def save_model(folder):
+        common.write_tensors(folder / "model.safetensors", {"w": torch.full((4,), value)})
+        if fail:
+            raise OSError(28, "No space left on device")
+        common.write_json(folder / "config.json", {"value": value})
+    common.save_checkpoint(out, step, save_model, {"m": torch.zeros(2)}, {"note": value}, keep=2)
+
+
+def test_checkpoints_replace_each_other_and_the_last_k_stay(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, float(step))
+    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == ["step-00000002", "step-00000003"]
+    assert common.read_tensors(tmp_path / "model.safetensors")["w"][0] == 3
+    assert common.read_json(tmp_path / "config.json") == {"value": 3.0}
+    assert common.latest_checkpoint(tmp_path).name == "step-00000003"
+
+
+def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
+    save(tmp_path, 1, 1.0)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, 2.0, fail=True)
+    assert os.listdir(tmp_path / "state") == ["step-00000001"]
+    assert common.read_tensors(tmp_path / "model.safetensors")["w"][0] == 1
+    assert common.read_json(common.latest_checkpoint(tmp_path) / "state.json") == {"step": 1, "note": 1.0}
+
+
+def test_a_truly_full_disk_is_one_line(tmp_path):
+    """safetensors' own error on /dev/full-like conditions becomes an OSError: RLIMIT_FSIZE plays the full disk."""
+    code = textwrap.dedent(f"""
+        import resource, signal, sys, torch; sys.path.insert(0, {str(ROOT)!r})
+        import common
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        common.cli(lambda: common.write_tensors({str(tmp_path / 'w.safetensors')!r}, {{"w": torch.zeros(10000)}}))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_metrics_forget_what_the_crash_undid(tmp_path):
+    metrics = common.Metrics(tmp_path)
+    for step in range(5):
+        metrics.log(step, loss=float(step))
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')  # the process died in the middle of a line
+    common.Metrics(tmp_path, resume_step=2).log(3, loss=30.0)
+    assert [r["loss"] for r in common.Metrics.read(tmp_path / "metrics.jsonl")] == [0.0, 1.0, 2.0, 30.0]
+
+
+def test_the_first_signal_is_noted_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with common.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one would kill
+    assert signal.getsignal(signal.SIGTERM) == before

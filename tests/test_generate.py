@@ -1,0 +1,89 @@
+"""generate.py: sampling, and the command as a user runs it."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from common import UserError
+from generate import generate, sample
+from model import Config, Transformer
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    text = "abcdefghijklmnopqrstuvwxyz \n"
+    model = Transformer(Config("qwen3", len(text), 16, 32, 2, 2, 2, 8, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    model.save_pretrained(folder)
+    Tokenizer.char(text).save(folder)
+    return folder
+
+
+def counts(logits, **options):
+    generator = torch.Generator().manual_seed(0)
+    draws = sample(torch.tensor(logits).repeat(4000, 1), generator=generator, **options)
+    return torch.bincount(draws, minlength=len(logits)) / 4000
+
+
+def test_sampling_follows_the_distribution():
+    logits = [2.0, 1.0, 0.0, -1.0]
+    assert torch.allclose(counts(logits), torch.tensor(logits).softmax(0), atol=0.03)
+    assert torch.allclose(counts(logits, temperature=0.5), (torch.tensor(logits) * 2).softmax(0), atol=0.03)
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    assert counts([2.0, 1.0, 0.0, -1.0], top_k=2)[2:].sum() == 0
+    shares = counts([2.0, 1.0, 0.0, -1.0], top_p=0.7)  # 0.64 + 0.24: the second is needed to reach 0.7
+    assert shares[2:].sum() == 0 and shares[1] > 0
+    assert counts([2.0, 1.0, 0.0, -1.0], top_p=0.5)[0] == 1
+    assert counts([2.0, 1.0, 0.0], top_p=1e-9)[0] == 1
+    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0).tolist() == [1]
+
+
+def test_same_seed_same_text_and_other_seed_other_text(folder):
+    model = Transformer.from_pretrained(folder)
+    a, b, c = (list(generate(model, [1, 2, 3], 40, seed=s)) for s in (1, 1, 2))
+    assert a == b != c
+
+
+def test_text_goes_on_past_the_context(folder):
+    """The model remembers 16 tokens; 60 come out, and each is what the model says of the text it then holds."""
+    model = Transformer.from_pretrained(folder)
+    ids = list(range(10))
+    new = list(generate(model, ids, 60, temperature=0))
+    assert len(new) == 60
+    with torch.no_grad():
+        assert new[5] == model(torch.tensor([ids + new[:5]]))[0, -1].argmax().item()
+
+
+def test_generation_stops_at_the_end_of_text(folder):
+    model = Transformer.from_pretrained(folder)
+    new = list(generate(model, [1], 10, temperature=0))
+    model.config.eos_token_id = [99, new[4]]
+    assert list(generate(model, [1], 10, temperature=0)) == new[:new.index(new[4])]
+
+
+def test_empty_prompt_is_refused(folder):
+    with pytest.raises(UserError, match="no tokens"):
+        next(generate(Transformer.from_pretrained(folder), [], 5))
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, ROOT / "generate.py", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_command_streams_text(folder):
+    done = command(folder, "abc", "--max-tokens", 7, "--device", "cpu")
+    assert done.returncode == 0 and "abc" in done.stdout and "7 tokens" in done.stderr
+
+
+def test_unknown_character_is_one_line_that_names_it(folder):
+    done = command(folder, "abc?", "--device", "cpu")
+    assert done.returncode == 2 and "'?'" in done.stderr and "28" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,227 @@
+"""model.py: what the network computes, and what it refuses to load."""
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from common import UserError
+from generate import KVCache
+from model import Config, Transformer, attention_mask
+
+SHAPES = {
+    "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
+    "sliding": Config("mistral", 50, 32, 64, 2, 4, 2, 8, 64, sliding_window=8, sliding_layers=(0, 1)),
+    "gpt2": Config("gpt2", 50, 32, 64, 2, 4, 4, 8, 64, qkv_bias=True, out_bias=True, mlp_bias=True, rope={}, norm_eps=1e-5),
+    "untied": Config("llama", 50, 32, 64, 2, 4, 4, 8, 64, tie_word_embeddings=False),
+}
+
+
+def random_model(config, seed=0):
+    torch.manual_seed(seed)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+def tokens(B, T, seed=1):
+    return torch.randint(0, 50, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=SHAPES)
+def model(request):
+    return random_model(SHAPES[request.param])
+
+
+def test_fresh_model_guesses_uniformly():
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size=65))
+    model.init_weights()
+    ids = torch.randint(0, 65, (4, 64))
+    assert abs(model.loss(ids, ids.roll(-1, 1)).item() / ids.numel() - math.log(65)) < 0.2
+
+
+def test_future_tokens_change_nothing(model):
+    ids = tokens(1, 40)
+    other = ids.clone()
+    other[0, 20:] = 7
+    with torch.no_grad():
+        assert torch.allclose(model(ids)[:, :20], model(other)[:, :20], atol=1e-5)
+        assert not torch.allclose(model(ids)[:, 20:], model(other)[:, 20:], atol=1e-2)
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [13, 1, 1, 20, 5]])
+def test_cached_logits_equal_uncached_in_any_pieces(model, pieces):
+    ids = tokens(2, 40)
+    caches = [KVCache(model.config, 2, "cpu", torch.float32) for _ in model.layers]
+    with torch.no_grad():
+        out = [model(piece, caches=caches) for piece in ids.split(pieces, dim=1)]
+        assert torch.allclose(torch.cat(out, 1), model(ids), atol=1e-4)
+
+
+def test_sliding_window_hides_what_is_far():
+    mask = attention_mask(torch.arange(10), torch.arange(10), window=3)
+    assert mask.sum(1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
+    assert mask[9].nonzero()[:, 0].tolist() == [7, 8, 9]
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    a, b = tokens(1, 12, 1), tokens(1, 20, 2)
+    docs = torch.tensor([[0] * 12 + [1] * 20])
+    positions = torch.cat([torch.arange(12), torch.arange(20)])
+    if model.config.sliding_layers:  # the window counts rows of the pack; within one document that is the same
+        assert model.config.sliding_window < 12
+    with torch.no_grad():
+        packed = model(torch.cat([a, b], 1), docs=docs, positions=positions)
+        assert torch.allclose(packed[:, :12], model(a), atol=1e-4)
+        assert torch.allclose(packed[:, 12:], model(b), atol=1e-4)
+
+
+def test_folder_round_trip_is_exact(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    back = Transformer.from_pretrained(tmp_path)
+    assert back.config == model.config
+    for (name, a), b in zip(model.state_dict().items(), back.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert (back.lm_head.weight is back.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def test_counts_agree_with_arithmetic():
+    config = Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64)
+    model = random_model(config)
+    layer = 32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 64 + 2 * 32 + 2 * 16
+    assert model.num_params() == 2 * layer + 50 * 32 + 32
+    matmul = 2 * (layer - 2 * 32 - 2 * 16) + 50 * 32
+    assert model.flops_per_token(10) == 6 * matmul + 12 * 2 * 4 * 16 * 10
+    assert config.kv_bytes_per_token(2) == 2 * 2 * 2 * 16 * 2
+
+
+def test_stories260k_tells_its_story(data_dir):
+    """The published greedy continuation of "Once upon a time"; sentencepiece turns ids into text."""
+    import sentencepiece
+
+    from generate import generate
+    spm = sentencepiece.SentencePieceProcessor(str(data_dir / "stories260K" / "tokenizer.model"))
+    model = Transformer.from_pretrained(data_dir / "stories260K")
+    ids = list(generate(model, [1] + spm.encode("Once upon a time"), 50, temperature=0))
+    assert spm.decode(ids).startswith(", there was a little girl named Lily. She loved to play outside in the park. "
+                                      "One day, she saw a big, red ball.")
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+@pytest.fixture
+def folder(tmp_path):
+    random_model(SHAPES["qwen3"]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(folder, *words):
+    with pytest.raises(UserError) as error:
+        Transformer.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_unknown_model_type_is_refused(folder):
+    edit_config(folder, model_type="mamba")
+    refused(folder, "'mamba'", "qwen3")
+
+
+def test_unknown_rope_scaling_is_refused(folder):
+    edit_config(folder, rope_parameters={"rope_type": "longrope", "factor": 2.0})
+    refused(folder, "longrope", "yarn")
+
+
+def test_config_that_lies_about_shapes_is_refused_by_name(folder):
+    edit_config(folder, hidden_size=48)
+    refused(folder, "model.embed_tokens.weight is (50, 32), expected (50, 48)")
+
+
+@pytest.mark.parametrize("layers", [1, 3, 1000])
+def test_config_that_lies_about_depth_is_refused(folder, layers):
+    edit_config(folder, num_hidden_layers=layers)
+    refused(folder, f"{layers} layers", "have 2")
+
+
+@pytest.mark.parametrize("key, value", [("hidden_size", 1 << 40), ("vocab_size", -1), ("num_hidden_layers", 10 ** 9),
+                                        ("num_attention_heads", "four"), ("num_key_value_heads", 3), ("hidden_act", "relu")])
+def test_absurd_config_values_are_refused(folder, key, value):
+    edit_config(folder, **{key: value})
+    refused(folder, str(value))
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
+    def change(t):
+        del t["model.norm.weight"]
+        t["model.surprise.weight"] = torch.zeros(3)
+        t["model.layers.0.mlp.up_proj.weight"] = torch.zeros(5, 5)
+    edit_weights(folder, change)
+    refused(folder, "missing: model.norm.weight", "not part of this model: model.surprise.weight",
+            "model.layers.0.mlp.up_proj.weight is (5, 5), expected (64, 32)")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -10])
+def test_truncated_safetensors_is_refused(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, "damaged or cut short")
+
+
+def test_tied_head_that_differs_is_refused(folder):
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.ones(50, 32)}))
+    refused(folder, "lm_head.weight differs")
+
+
+def test_folder_without_files_is_refused(tmp_path, folder):
+    refused(tmp_path / "nowhere", "no config.json")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "model.safetensors: not found")
+
+
+def test_index_that_leads_out_of_the_folder_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    refused(folder, "not a plain file name")
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(UserError, match="65 tokens, but this model's context is 64"):
+        random_model(SHAPES["qwen3"])(tokens(1, 65))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_loading_takes_about_one_copy_of_the_weights(tmp_path):
+    """40M parameters in float32 are 160 MB: the peak of the process grows by at most 1.3 times that."""
+    torch.manual_seed(0)
+    config = Config("qwen3", 20000, 512, 1536, 6, 8, 8, 64, 64, tie_word_embeddings=False)
+    Transformer(config).save_pretrained(tmp_path)
+    code = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from model import Transformer
+        def peak():
+            return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+        before = peak()
+        model = Transformer.from_pretrained({str(tmp_path)!r})
+        print((peak() - before) / (4 * model.num_params()))
+    """)
+    copies = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.5 < copies < 1.3, copies
