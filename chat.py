@@ -8,24 +8,25 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from itertools import groupby, islice
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 from common import UserError, cli
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no character, and no UTF-8 can hold it
 ROLES = ("system", "user", "assistant", "tool")
 
-# What our own models are saved with (tokenizer_config.json, GGUF): ChatML, as Jinja for everybody else.
+# What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, in the spelling others recognise.
 CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A conversation becomes pieces; pieces become ids and mask.
+# ---- A conversation becomes pieces; pieces become ids and mask.
 
 class Piece(NamedTuple):
     text: str
@@ -68,20 +69,15 @@ def read_chat(tok, messages, tools=None, prompt=False):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
             raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(ROLES)}")
-        text = message.get("content")
+        text, calls = message.get("content"), [read_call(call, i) for call in message.get("tool_calls") or []]
         if isinstance(text, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in text):
             text = "".join(part["text"] for part in text)
-        calls = [read_call(call, i) for call in message.get("tool_calls") or []]
-        if text is None and calls:
-            text = ""
-        if not isinstance(text, str):
+        if not isinstance(text, str) and not (text is None and calls):
             raise UserError(f"message {i} ({role}): content must be a string or a list of text parts")
-        kept = {k: message[k] for k in ("tool_call_id", "reasoning_content", "name") if isinstance(message.get(k), str)}
-        # half a surrogate pair is no character and no tokenizer can give it back; the rest of Unicode passes untouched
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-        checked.append({"role": role, "content": text, **({"tool_calls": calls} if calls else {}), **kept})
-    name = {i: s for s, i in tok.special.items()}
-    return Chat(checked, tools or None, prompt, name.get(tok.bos_id, ""), name.get(tok.eos_id, ""))
+        checked.append({"role": role, "content": text or "", **({"tool_calls": calls} if calls else {}), **{
+            k: message[k] for k in ("tool_call_id", "reasoning_content", "name") if isinstance(message.get(k), str)}})
+    bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
+    return Chat(checked, tools or None, prompt, bos, eos)
 
 
 def read_call(call, i):
@@ -103,40 +99,41 @@ def marker_pattern(names):
 
 def assemble(tok, pieces):
     """Pieces -> (ids, mask): markers by id, and everything between two markers encoded as one string, because BPE merges
-    across the seams and the model was trained on the merged form. mask is None if it cannot be placed exactly."""
+    across the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
     split = marker_pattern(tuple(tok.special)).split
-    atoms = [(part, piece.said, tok.special.get(part) if piece.template else None)
+    atoms = [(piece.said, part, tok.special.get(part) if piece.template else None)
              for piece in pieces for part in (split(piece.text) if piece.template else [piece.text]) if part]
     ids, mask = [], []
     for is_text, run in groupby(atoms, key=lambda atom: atom[2] is None):
         if is_text:
-            run_ids, run_mask = encode_run(tok, [(said, "".join(part for part, _, _ in parts))
-                                                 for said, parts in groupby(run, key=lambda atom: atom[1])])
+            run_ids, run_mask = encode_run(tok, [(said, "".join(part for _, part, _ in parts))
+                                                 for said, parts in groupby(run, key=lambda atom: atom[0])], first=not ids)
         else:
-            run_ids, run_mask = zip(*((marker, int(said)) for _, said, marker in run))
+            run_mask, _, run_ids = zip(*run)
         ids.extend(run_ids)
-        mask = None if mask is None or run_mask is None else mask + list(run_mask)
+        mask = None if mask is None or run_mask is None else mask + [int(said) for said in run_mask]
     return ids, mask
 
 
-def encode_run(tok, parts):
-    """[(said, text), ...] -> (ids of the joined text, mask): 1 where a token lies wholly in what the assistant said.
+def encode_run(tok, parts, first):
+    """[(said, text), ...] -> (ids of the joined text, mask): true where a token lies wholly in what the assistant said.
 
-    A token across the border gets 0: the prompt already ends inside it, so the model is never asked to produce it."""
+    A token across the border is not: the prompt already ends inside it, so the model is never asked to produce it.
+    first: this is where the whole text starts, which SentencePiece may mark with a space."""
+    parts = [(said, HALF_PAIR.sub("\ufffd", part)) for said, part in parts]
     text = "".join(part for _, part in parts)
-    ids = tok.encode(text)
+    ids = tok.encode(text) if first else tok.encode_bytes(text.encode(), first=False)
     if len(parts) == 1:
-        return ids, [int(parts[0][0])] * len(ids)
-    mask, end = [0] * len(ids), 0
+        return ids, [parts[0][0]] * len(ids)
+    mask, end = [False] * len(ids), 0
     for said, part in parts:
         start, end = end, end + len(part)
         if said:
-            first, last = tokens_covering(tok, ids, text[:start]), tokens_covering(tok, ids, text[:end])
-            if first is None or last is None:
-                return ids, None  # this tokenizer does not give back what it was given; a mask would be a guess
-            if end < len(text) and tok.decode(ids[:last]) != text[:end]:
-                last -= 1
-            mask[first:last] = [1] * (last - first)
+            begin, stop = tokens_covering(tok, ids, text[:start]), tokens_covering(tok, ids, text[:end])
+            if begin is None or stop is None:
+                return ids, None  # this tokenizer does not give back what it was given: a mask would be a guess
+            stop -= tok.decode(ids[:stop]) != text[:end]
+            mask[begin:stop] = [True] * (stop - begin)
     return ids, mask
 
 
@@ -147,27 +144,24 @@ def tokens_covering(tok, ids, prefix):
     return n if n <= most else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The formats. Each walks the messages once and yields pieces; "said" begins where the generation prompt would end, so
-# the mask is exactly what the model will have to produce: its words, the spaces its format puts round them, the end.
+# ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so the
+# mask is exactly what the model will have to produce: its words, the spaces its format puts round them, and the end.
 
 def turn(head, message, end, tail=""):
     said = message["role"] == "assistant"
     yield from (words(head), content(message["content"], said), words(end, said), words(tail))
 
 
-def chatml(chat):
+def chatml(chat, head="<|im_start|>{}\n", end="<|im_end|>"):
     for m in chat.messages:
-        yield from turn(f"<|im_start|>{m['role']}\n", m, "<|im_end|>", "\n")
+        yield from turn(head.format(m["role"]), m, end, "\n")
     if chat.prompt:
-        yield words("<|im_start|>assistant\n")
+        yield words(head.format("assistant"))
 
 
 def zephyr(chat):
-    for m in chat.messages:
-        yield from turn(f"<|{m['role']}|>\n", m, chat.eos, "\n")
-    if chat.prompt:
-        yield words("<|assistant|>\n")
+    """Its <|user|> is plain text, as are [INST] and <<SYS>> below: a user can type those, whatever we do here."""
+    return chatml(chat, "<|{}|>\n", chat.eos)
 
 
 def alpaca(chat):
@@ -185,7 +179,6 @@ def alpaca(chat):
 
 
 def llama2(chat):
-    """Here [INST] and <<SYS>> are plain text, so a user can type them: a weakness of the format, not of this file."""
     system, messages = chat.split_system()
     for i, m in enumerate(messages):
         text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{m['content']}" if i == 0 and system is not None else m["content"]
@@ -384,8 +377,7 @@ def pieces_of(name, tok, chat):
     return list(form.pieces(chat))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Other people's folders: their chat_template runs in Jinja2's sandbox, and is believed over anything we know by name.
+# ---- Other people's folders: their chat_template runs in Jinja2's sandbox, and is believed over anything known by name.
 
 # Unicode noncharacters, which no text contains: around what {% generation %} encloses, and inside defused markers
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -400,7 +392,7 @@ def compile_template(template):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -421,11 +413,13 @@ def compile_template(template):
 
 def run_template(template, chat):
     """The text a template makes of a chat. A template's own refusal ("roles must alternate") becomes a UserError."""
+    import jinja2
     names = {key: name for key, name in (("bos_token", chat.bos), ("eos_token", chat.eos)) if name}
     try:
         return compile_template(template).render(messages=chat.messages, tools=chat.tools, documents=None,
                                                  add_generation_prompt=chat.prompt, **names)
-    except Exception as e:  # the template is a program from outside: whatever it raises is about this conversation
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+            ValueError) as e:  # a program from outside: whatever it stumbles over is about this conversation
         raise UserError(f"the folder's chat_template refuses this conversation: {e}") from None
 
 
@@ -443,7 +437,7 @@ def pieces_of_template(template, tok, chat):
 
     The template renders this very conversation, and so does each format above. The one that gives the same text knows
     who said which part of it: nothing is guessed, and a template that merely resembles a known one is never taken for
-    it. Failing that a template's own {% generation %} says who spoke. Failing that there are ids but no mask."""
+    it. Failing that, a template's own {% generation %} says who spoke. Failing that there are ids but no mask."""
     text = run_template(template, chat).translate(BARE)
     for name in FORMATS:
         try:
@@ -452,40 +446,47 @@ def pieces_of_template(template, tok, chat):
             continue
         if "".join(piece.text for piece in pieces) == text:
             return pieces, True
-    pattern = marker_pattern(tuple(tok.special))
-    safe = Chat(defused(chat.messages, pattern), defused(chat.tools, pattern), chat.prompt, chat.bos, chat.eos)
+    markers = marker_pattern(tuple(tok.special))
+    safe = Chat(defused(chat.messages, markers), defused(chat.tools, markers), chat.prompt, chat.bos, chat.eos)
     pieces, said = [], False
     for part in re.split(f"([{OPEN}{CLOSE}])", run_template(template, safe)):
         if part in (OPEN, CLOSE):
             said = part == OPEN
-            continue
-        pieces += [Piece(p.replace(GUARD, ""), said, p in tok.special) for p in pattern.split(part) if p]
+        else:
+            pieces += [Piece(p.replace(GUARD, ""), said, p in tok.special) for p in markers.split(part)]
     return pieces, any(piece.said for piece in pieces)
 
 
-def render(tok, messages, add_generation_prompt=False, tools=None, format=None):
-    """OpenAI-style messages -> (ids, mask), lists of equal length; mask 1 = what the assistant said, and its end token.
+# ---- What the others call: render to answer, example(s) to train.
 
-    The format is `format`, else what the folder's chat_template says, else ChatML if the tokenizer has its markers.
-    Where who-said-what cannot be known, mask is None with add_generation_prompt (there is nothing to train on then) and
-    UserError without it. Text in messages never becomes a special token."""
+def render(tok, messages, add_generation_prompt=False, tools=None, format=None):
+    """OpenAI-style messages -> (ids, mask), two lists of one length; mask 1 = what the assistant has to produce: what
+    it said and its end token. Text in messages never becomes a special token.
+
+    The format is `format`, a name in FORMATS; else what the folder's chat_template does; else ChatML.
+    Where who-said-what cannot be known, mask is None with add_generation_prompt (to be answered, not trained on) and
+    UserError without it."""
     chat = read_chat(tok, messages, tools, add_generation_prompt)
-    if format or not tok.chat_template:
-        if not format and any(marker not in tok.special for marker in IM):
-            raise UserError(f"this tokenizer has no chat_template: name a format, one of {', '.join(FORMATS)}")
-        pieces, known = pieces_of(format or "chatml", tok, chat), True
-    else:
-        pieces, known = pieces_of_template(tok.chat_template, tok, chat)
+    return encode(tok, chat, *plan(tok, chat, format))
+
+
+def plan(tok, chat, format=None):
+    """-> (pieces, whether they carry a mask), in the format by name or by the folder's template"""
+    if format is None and tok.chat_template in (None, "", CHATML_TEMPLATE):
+        format = "chatml"
+    return (pieces_of(format, tok, chat), True) if format else pieces_of_template(tok.chat_template, tok, chat)
+
+
+def encode(tok, chat, pieces, known):
     ids, mask = assemble(tok, pieces)
-    mask = mask if known else None
-    if mask is None and not add_generation_prompt:
-        raise UserError("cannot tell which tokens the assistant said, and a guessed mask trains the wrong thing: this chat_template "
-                        "is none of ours and has no {% generation %}; name a format, or render with add_generation_prompt for ids alone")
+    if chat.prompt:
+        return ids, mask if known else None
+    if not known or mask is None:
+        raise UserError("cannot tell which tokens the assistant said, and a guessed mask trains the wrong thing: the "
+                        "chat_template is none we know and has no {% generation %}; name a format, or render with "
+                        "add_generation_prompt for the ids alone")
     return ids, mask
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For training: conversations from files, checked, as examples.
 
 def read_conversations(path):
     """Yields (messages, tools) from a JSON list or JSONL: {messages}, ShareGPT {conversations}, {instruction, output}."""
@@ -496,7 +497,7 @@ def read_conversations(path):
             f.seek(0)
             for n, record in enumerate(json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1):
                 yield as_messages(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path}: record {n or 1} cannot be read as a conversation: {e}") from None
 
 
@@ -513,19 +514,19 @@ def as_messages(record):
 
 def example(tok, messages, tools=None, format=None):
     """One conversation -> (ids, mask) to train on. UserError if it would teach nothing, or teach something wrong."""
-    messages = read_chat(tok, messages).messages
-    roles = [m["role"] for m in messages]
+    chat = read_chat(tok, messages, tools)
+    roles = [m["role"] for m in chat.messages]
     if "assistant" not in roles:
         raise UserError("no assistant turn")
     if roles[-1] != "assistant":
         raise UserError(f"ends with a {roles[-1]} turn")
-    for m in messages:
+    for m in chat.messages:
         if not m["content"].strip() and not m.get("tool_calls") and m["role"] in ("user", "assistant"):
             raise UserError(f"empty {m['role']} turn")
-    ids, mask = render(tok, messages, tools=tools, format=format)
-    if roles[0] == "system" and messages[0]["content"].strip() not in tok.decode(ids):
+    pieces, known = plan(tok, chat, format)
+    if roles[0] == "system" and chat.messages[0]["content"].strip() not in "".join(piece.text for piece in pieces):
         raise UserError("the format loses the system prompt here: put it into the first user turn")
-    return ids, mask
+    return encode(tok, chat, pieces, known)
 
 
 def examples(tok, conversations, skipped, strict=False, format=None):
@@ -567,7 +568,7 @@ def paint(tok, ids, mask, color=True):
 
 
 def show(args):
-    from tokenizer import Tokenizer
+    from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
     tok, skipped, total, supervised = Tokenizer.load(args.tokenizer), Counter(), 0, 0
     pairs = examples(tok, islice(read_conversations(args.file), args.limit), skipped, args.strict, args.format)
     for n, (ids, mask) in enumerate(pairs, 1):

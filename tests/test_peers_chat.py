@@ -217,7 +217,7 @@ def test_ids_equal_apply_chat_template(family, name, by_name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "llama3.2"])
 def test_mask_is_what_the_assistant_said_and_its_end(family, name):
-    ours, theirs = family(name)
+    _, theirs = family(name)
     seen = 0
     for title, messages, _, prompt, _, got in outcomes(family, name, by_name=False):
         if isinstance(got, UserError) or got[1] is None:
@@ -240,12 +240,10 @@ def test_mask_is_what_the_assistant_said_and_its_end(family, name):
 def test_generation_blocks_give_the_mask_transformers_gives(family):
     ours, theirs = family("llama3_generation")
     for messages in (say("a", "b"), say("a b", "c\nd", "e", " f é日 ", system="s"), say("x", "")):
-        want = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         alien = ours.chat_template.replace("<|start_header_id|>' +", "<|start_header_id|>of ' +")  # no format of ours
         for template in (ours.chat_template, alien):
-            ours_too, theirs.chat_template = type("T", (), {**vars(ours)}), template
+            ours.chat_template = theirs.chat_template = template
             want = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-            ours.chat_template = template
             assert chat.render(ours, messages) == (want["input_ids"], want["assistant_masks"])
 
 
