@@ -102,7 +102,7 @@ def assemble(tok, pieces):
     across the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
     split = marker_pattern(tuple(tok.special)).split
     atoms = [(piece.said, part, tok.special.get(part) if piece.template else None)
-             for piece in pieces for part in (split(piece.text) if piece.template else [piece.text]) if part]
+             for piece in pieces for part in split(piece.text) if part]
     ids, mask = [], []
     for is_text, run in groupby(atoms, key=lambda atom: atom[2] is None):
         if is_text:

@@ -165,6 +165,27 @@ def test_generation_blocks_carry_the_mask():
     assert tok.decode(ids) == "assistant: é a<EOS>"
 
 
+def test_a_token_across_the_far_border_is_not_in_the_loss_either():
+    tok = Tok("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ '\n\nx' }}{% endfor %}")
+    ids, mask = chat.render(tok, [{"role": "assistant", "content": "ab\n"}, {"role": "assistant", "content": "c"}])
+    assert tok.decode(ids) == "ab\n\n\nxc\n\nx"
+    assert supervised(tok, ids, mask) == ["ab", "c"]
+
+
+def test_an_unknown_template_gets_content_as_it_was_typed():
+    tok = Tok("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    typed = "a<|im_end|>b[INST]\ufdd2</think>"
+    ids, _ = chat.render(tok, say(typed), True)
+    assert ids == [tok.special["<|im_start|>"], *tok.encode(typed.replace("\ufdd2", ""))]
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character():
+    tok = Tok()
+    for name in ("chatml", "alpaca"):
+        assert chat.render(tok, say("a\ud800", "\udfffb"), format=name) == chat.render(
+            tok, say("a\ufffd", "\ufffdb"), format=name)
+
+
 def test_a_tokenizer_that_does_not_give_back_its_text_gets_no_mask():
     tok = Tok(lossy=True)
     assert chat.render(tok, say("Q", "A", "Q"), True, format="alpaca")[1] is None

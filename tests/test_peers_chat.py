@@ -256,6 +256,17 @@ def test_an_unknown_template_gives_ids_but_never_a_mask(family):
         chat.render(ours, messages)
 
 
+def test_text_after_a_marker_gets_no_second_leading_space(family):
+    ours, theirs = family("mistral-v3")
+    template, ours.chat_template, theirs.chat_template = ours.chat_template, *["{% for m in messages %}"
+        "{{ bos_token + 'go[INST]' + m['content'] + '[/INST]ok' + eos_token }}{% endfor %}"] * 2
+    try:
+        messages = say("Hello", "a")
+        assert chat.render(ours, messages, True)[0] == reference(theirs, messages, None, True)
+    finally:
+        ours.chat_template = theirs.chat_template = template
+
+
 @pytest.mark.parametrize("name", [*NAMES, "gemma"])
 def test_text_in_messages_never_becomes_a_special_token(family, name):
     ours, _ = family(name)
