@@ -3,7 +3,6 @@
     python chat.py show FILE --tokenizer FOLDER       # prints conversations coloured by mask, and the share supervised
 """
 import argparse
-import bisect
 import json
 import os
 import re
@@ -120,28 +119,21 @@ def encode_run(tok, parts, first):
 
     A token across the border is not: the prompt already ends inside it, so the model is never asked to produce it.
     first: this is where the whole text starts, which SentencePiece may mark with a space."""
-    parts = [(said, HALF_PAIR.sub("\ufffd", part)) for said, part in parts]
-    text = "".join(part for _, part in parts)
-    ids = tok.encode(text) if first else tok.encode_bytes(text.encode(), first=False)
-    if len(parts) == 1:
-        return ids, [parts[0][0]] * len(ids)
-    mask, end = [False] * len(ids), 0
-    for said, part in parts:
-        start, end = end, end + len(part)
-        if said:
-            begin, stop = tokens_covering(tok, ids, text[:start]), tokens_covering(tok, ids, text[:end])
-            if begin is None or stop is None:
-                return ids, None  # this tokenizer does not give back what it was given: a mask would be a guess
-            stop -= tok.decode(ids[:stop]) != text[:end]
-            mask[begin:stop] = [True] * (stop - begin)
+    parts = [(said, HALF_PAIR.sub("\ufffd", part).encode()) for said, part in parts]
+    text = b"".join(part for _, part in parts)
+    ids = tok.encode_bytes(text, first=first)
+    spelled = b"".join(map(tok.token_bytes, ids))
+    head = text[:len(text) - len(parts[-1][1])]   # of the last part only the start matters: normalizers may respell it
+    space = int(not spelled.startswith(head))
+    if not spelled.startswith(b" " * space + head):
+        return ids, None                          # not what went in, so where a part ends would be a guess
+    flags = b"".join(bytes([said]) * len(part) for said, part in parts)         # one per byte
+    flags = (flags[:1] * space + flags).ljust(len(spelled), flags[-1:])
+    mask, end = [], 0
+    for i in ids:
+        start, end = end, end + len(tok.token_bytes(i))
+        mask.append(all(flags[start:end]))
     return ids, mask
-
-
-def tokens_covering(tok, ids, prefix):
-    """The smallest n for which the first n tokens spell out all of prefix; None if no n does."""
-    most = min(len(ids), len(prefix.encode()) + 1)  # a token is at least one byte; + 1 for SentencePiece's leading "▁"
-    n = bisect.bisect_left(range(most + 1), True, key=lambda n: tok.decode(ids[:n]).startswith(prefix))
-    return n if n <= most else None
 
 
 # ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so the

@@ -35,6 +35,9 @@ class Tok:
     def encode_bytes(self, data, first=True):
         return self.encode(data.decode())
 
+    def token_bytes(self, i):
+        return self.core.decode_single_token_bytes(i)
+
     def decode(self, ids):
         name = {i: s for s, i in self.special.items()}
         return "".join("".join(name[i] for i in run) if special else self.core.decode(list(run))

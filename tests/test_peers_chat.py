@@ -50,7 +50,10 @@ TALKS = {
         {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL, CALL]}, result("1"), result("2")]
         + say("x", "Cold.", "Thanks", "Bye")[1:], [TOOL, TOOL]),
     "tools unused": (say("Hi", "Ho", "Hi"), [TOOL]),
+    "tools, nothing twice": (say("Hi", "Ho", "Hey", system="sys"), [TOOL]),
     "thoughts": (say("q", "<think>\nhm\n</think>\n\nA", "q2", "<think>\nwell\n</think>\n\nB"), None),
+    "thoughts and call": (say("Weather?") + [{"role": "assistant", "content": "<think>\nlook\n</think>\n\n",
+                                              "tool_calls": [CALL]}, result("1")] + say("x", "Cold.")[1:], [TOOL]),
     "two systems": (say("Hi", "Ho") + [{"role": "system", "content": "Now French."}] + say("Hi", "Salut"), None),
     "user twice": (say("a")[:1] + say("b", "c"), None),
 }
@@ -65,15 +68,15 @@ def expected(name, m, is_last, after_query):
         return "[TOOL_CALLS]" + " " * (name == "mistral-v3") + f"[{', '.join([one] * len(calls))}]</s>"
     if name == "llama3.1" and calls:
         return f'{{"name": "weather", "parameters": {args}}}<|eot_id|>'
+    thoughts = ""
     if name == "qwen3":
-        thoughts = ""
-        if "</think>" in text:
-            thoughts, text = text.removeprefix("<think>\n").split("\n</think>\n\n")
-        if after_query and (is_last or thoughts):
-            text = f"<think>\n{thoughts}\n</think>\n\n" + text
+        before, _, after = text.rpartition("\n</think>\n\n")
+        text = after
+        if after_query and (is_last or before):
+            thoughts = "<think>\n" + before.removeprefix("<think>\n") + "\n</think>\n\n"
     if name.startswith("qwen"):
         call = f'<tool_call>\n{{"name": "weather", "arguments": {args}}}\n</tool_call>'
-        text = "\n".join(([text] if text else []) + [call] * len(calls))
+        text = thoughts + "\n".join(([text] if text else []) + [call] * len(calls))
     return {"chatml": f"{text}<|im_end|>", "qwen2.5": f"{text}<|im_end|>", "qwen3": f"{text}<|im_end|>",
             "llama2": f" {text.strip()} </s>", "llama3": f"{text.strip()}<|eot_id|>", "llama3.1": f"{text.strip()}<|eot_id|>",
             "mistral-v1": f" {text}</s>", "mistral-v3": f" {text.strip()}</s>", "mistral-tekken": f"{text}</s>",
@@ -114,14 +117,16 @@ def byte_level(pattern, markers, normalizer=None):
     return tok
 
 
-def sentencepiece_bpe(version):
-    """A real SentencePiece model of Mistral's, as transformers' conversion lays it out (v1: each piece gets a leading
-    "▁", as in Llama 2; v3: only the start of the text does)."""
+SP_FILE = {1: "tokenizer.model.v1", 3: "mistral_instruct_tokenizer_240323.model.v3"}
+
+
+def sentencepiece_bpe(version, every_text_starts_with_space=False):
+    """A real SentencePiece model of Mistral's, as transformers' conversion lays it out: the leading "▁" goes before
+    every text between two markers (Llama 2, "legacy") or only where the whole starts (Mistral)."""
     import mistral_common
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    name = {1: "tokenizer.model.v1", 3: "mistral_instruct_tokenizer_240323.model.v3"}[version]
-    sp = sentencepiece.SentencePieceProcessor(str(Path(mistral_common.__file__).parent / "data" / name))
+    sp = sentencepiece.SentencePieceProcessor(str(Path(mistral_common.__file__).parent / "data" / SP_FILE[version]))
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     merges = []
     for piece, i in vocab.items():  # every way to make a piece of two others, in the order of the pieces' scores
@@ -129,7 +134,7 @@ def sentencepiece_bpe(version):
         merges += [(-sp.get_score(i), vocab[a], vocab[b], (a, b)) for a, b in pairs]
     tok = Tokenizer(models.BPE(vocab, [pair for *_, pair in sorted(merges)], unk_token="<unk>", fuse_unk=True,
                                byte_fallback=True))
-    if version == 1:
+    if every_text_starts_with_space:
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tok.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
@@ -147,11 +152,12 @@ FAMILY = {  # format: (how to build its tokenizer, bos, eos)
     "llama3": (lambda: byte_level("llama3", MARKERS["llama3"]), "<|begin_of_text|>", "<|eot_id|>"),
     "mistral-tekken": (lambda: byte_level("llama3", MARKERS["tekken"]), "<s>", "</s>"),
     "alpaca": (lambda: byte_level("gpt2", ["<s>", "</s>"]), "<s>", "</s>"),
+    "llama2": (lambda: sentencepiece_bpe(1, every_text_starts_with_space=True), "<s>", "</s>"),
     "mistral-v1": (lambda: sentencepiece_bpe(1), "<s>", "</s>"),
     "mistral-v3": (lambda: sentencepiece_bpe(3), "<s>", "</s>"),
 }
-SHARED = {"llama3.1": "llama3", "llama3.2": "llama3", "llama3_generation": "llama3", "llama2": "mistral-v1",
-          "zephyr": "mistral-v1", "gemma": "alpaca"}
+SHARED = {"llama3.1": "llama3", "llama3.2": "llama3", "llama3_generation": "llama3", "zephyr": "llama2",
+          "gemma": "alpaca"}
 NAMES = ["chatml", "llama2", "llama3", "llama3.1", "llama3.2", "mistral-v1", "mistral-v3", "mistral-tekken", "zephyr",
          "qwen2.5", "qwen3", "alpaca"]
 
@@ -235,6 +241,34 @@ def test_mask_is_what_the_assistant_said_and_its_end(family, name):
         assert runs == want, (title, prompt)
         seen += 1
     assert seen >= 10
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("mistral-v1", SP_FILE[1]), ("mistral-v3", SP_FILE[3]), ("mistral-tekken", "tekken_240718.json")])
+def test_ids_equal_mistral_common(family, name, file, tmp_path):
+    """The same formats by their authors, on their own tokenizers, whole: 32K, 33K and 131K tokens."""
+    import mistral_common
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    from tokenizer import Tokenizer
+    path = Path(mistral_common.__file__).parent / "data" / file
+    theirs = MistralTokenizer.from_file(str(path))
+    if name == "mistral-tekken":
+        (tmp_path / "tekken.json").write_bytes(path.read_bytes())
+    ours = Tokenizer.load(tmp_path / "tekken.json") if name == "mistral-tekken" else family(name)[0]
+    compared = 0
+    for title in ("one turn", "ends with user", "multi-turn", "code", "tools, nothing twice"):
+        messages, tools = TALKS[title]
+        tools = tools if chat.FORMATS[name].tools else None
+        system = messages[0]["role"] == "system"
+        for n in (1, 3, 5):  # user turns; a tool result is where the published Jinja and the authors' code part
+            talk = messages[:n + system]
+            if len(talk) == n + system:
+                want = theirs.encode_chat_completion(ChatCompletionRequest(messages=talk, tools=tools)).tokens
+                assert chat.render(ours, talk, True, tools=tools, format=name)[0] == want, (title, n)
+                compared += 1
+    assert compared == 9
 
 
 def test_generation_blocks_give_the_mask_transformers_gives(family):
