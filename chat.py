@@ -1,6 +1,8 @@
 """Conversations to token ids and loss mask, built together in one loop: the one place that emits special tokens.
 
-    python chat.py show FILE --tokenizer FOLDER       # prints conversations coloured by mask, and the share supervised
+    python chat.py show chat.jsonl --tokenizer FOLDER      # conversations coloured by mask, and the share supervised
+
+Top to bottom: pieces and how they become ids, the formats by name, other folders' templates, render and example(s), show.
 """
 import argparse
 import json
@@ -68,13 +70,17 @@ def read_chat(tok, messages, tools=None, prompt=False):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
             raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(ROLES)}")
-        text, calls = message.get("content"), [read_call(call, i) for call in message.get("tool_calls") or []]
+        text, calls = message.get("content"), message.get("tool_calls") or []
+        calls = [read_call(call, i) for call in (calls if isinstance(calls, list) else [calls])]
         if isinstance(text, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in text):
             text = "".join(part["text"] for part in text)
         if not isinstance(text, str) and not (text is None and calls):
             raise UserError(f"message {i} ({role}): content must be a string or a list of text parts")
         checked.append({"role": role, "content": text or "", **({"tool_calls": calls} if calls else {}), **{
             k: message[k] for k in ("tool_call_id", "reasoning_content", "name") if isinstance(message.get(k), str)}})
+    if tools and not (isinstance(tools, list) and all(
+            isinstance(tool, dict) and isinstance(tool.get("function"), dict) for tool in tools)):
+        raise UserError("tools must be a list of {type: function, function: {name, description, parameters}}")
     bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
     return Chat(checked, tools or None, prompt, bos, eos)
 
@@ -86,7 +92,7 @@ def read_call(call, i):
         if isinstance(function["arguments"], str):
             function["arguments"] = json.loads(function["arguments"])
         return {**call, "function": {"name": str(function["name"]), "arguments": dict(function["arguments"])}}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object") from None
 
 
@@ -122,16 +128,18 @@ def encode_run(tok, parts, first):
     parts = [(said, HALF_PAIR.sub("\ufffd", part).encode()) for said, part in parts]
     text = b"".join(part for _, part in parts)
     ids = tok.encode_bytes(text, first=first)
-    spelled = b"".join(map(tok.token_bytes, ids))
-    head = text[:len(text) - len(parts[-1][1])]   # of the last part only the start matters: normalizers may respell it
-    space = int(not spelled.startswith(head))
-    if not spelled.startswith(b" " * space + head):
-        return ids, None                          # not what went in, so where a part ends would be a guess
-    flags = b"".join(bytes([said]) * len(part) for said, part in parts)         # one per byte
-    flags = (flags[:1] * space + flags).ljust(len(spelled), flags[-1:])
+    if len(parts) == 1:
+        return ids, [parts[0][0]] * len(ids)
+    spelled = [tok.token_bytes(i) for i in ids]
+    whole, head = b"".join(spelled), text[:len(text) - len(parts[-1][1])]
+    space = int(not whole.startswith(head))
+    if not whole.startswith(b" " * space + head):  # of the last part only the start matters: NFC may respell the rest
+        return ids, None                           # not what went in, so where a part ends would be a guess
+    flags = b"".join(bytes([said]) * len(part) for said, part in parts)  # one per byte
+    flags = (flags[:1] * space + flags).ljust(len(whole), flags[-1:])
     mask, end = [], 0
-    for i in ids:
-        start, end = end, end + len(tok.token_bytes(i))
+    for piece in spelled:
+        start, end = end, end + len(piece)
         mask.append(all(flags[start:end]))
     return ids, mask
 
@@ -473,18 +481,19 @@ def encode(tok, chat, pieces, known):
     ids, mask = assemble(tok, pieces)
     if chat.prompt:
         return ids, mask if known else None
-    if not known or mask is None:
-        raise UserError("cannot tell which tokens the assistant said, and a guessed mask trains the wrong thing: the "
-                        "chat_template is none we know and has no {% generation %}; name a format, or render with "
-                        "add_generation_prompt for the ids alone")
-    return ids, mask
+    if known and mask is not None:
+        return ids, mask
+    why = ("the chat_template is none we know and has no {% generation %}: name a format" if not known else
+           "this tokenizer does not spell the text it was given")
+    raise UserError(f"cannot tell which tokens the assistant said, and a guessed mask would train the wrong thing; {why}, "
+                    "or render with add_generation_prompt for the ids alone")
 
 
 def read_conversations(path):
     """Yields (messages, tools) from a JSON list or JSONL: {messages}, ShareGPT {conversations}, {instruction, output}."""
     n = 0
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             whole = f.read(1) == "["
             f.seek(0)
             for n, record in enumerate(json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1):

@@ -1,6 +1,7 @@
 """Conversations to ids and mask: the promises chat.py makes, on a tokenizer small enough to read."""
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -192,7 +193,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character():
 def test_a_tokenizer_that_does_not_give_back_its_text_gets_no_mask():
     tok = Tok(lossy=True)
     assert chat.render(tok, say("Q", "A", "Q"), True, format="alpaca")[1] is None
-    with pytest.raises(UserError, match="guessed mask"):
+    with pytest.raises(UserError, match="does not spell"):
         chat.render(tok, say("Q", "A"), format="alpaca")
 
 
@@ -217,7 +218,8 @@ CALL = {"id": "123456789", "function": {"name": "f", "arguments": '{"x": "é"}'}
     ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "content must be"),
     ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], {}, "tool call is"),
     ([{"role": "assistant", "tool_calls": [CALL]}], {}, "chatml has no tool calls"),
-    (say("a"), {"tools": [{}]}, "chatml has no tools"),
+    (say("a"), {"tools": [{"function": {}}]}, "chatml has no tools"),
+    (say("a"), {"tools": [{}]}, "tools must be"),
     (say("a"), {"format": "vicuna"}, "unknown chat format 'vicuna'; there are chatml"),
     (say("a", "b")[1:], {"format": "llama2"}, "take turns"),
     (say("a") * 2, {"format": "mistral"}, "take turns"),
@@ -235,6 +237,23 @@ def test_a_tokenizer_without_the_markers_is_refused_by_name():
         chat.render(Tok(markers=["<EOS>"]), say("a"))
     with pytest.raises(UserError, match="alpaca needs the special token EOS"):
         chat.render(Tok(markers=[]), say("a"), format="alpaca")
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(chat.ROLES),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
+                        ["role", "content", "tool_calls", "function", "name", "arguments", "text", "id"]), x), max_leaves=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(chat.ROLES)}, optional={
+    "content": st.text(max_size=3), "tool_calls": JSON, "tool_call_id": JSON})), JSON, st.sampled_from(sorted(chat.FORMATS)))
+def test_any_json_is_rendered_or_refused_never_a_crash(messages, tools, name):
+    for template in (None, "{{ messages[0].content }}"):
+        try:
+            ids, mask = chat.render(Tok(template), messages, tools=tools, format=None if template else name)
+            assert len(ids) == len(mask)
+        except UserError:
+            pass
 
 
 def test_content_may_be_text_parts_and_arguments_a_string():
@@ -288,6 +307,15 @@ def test_painted_text_marks_the_loss_and_cannot_steer_the_terminal():
         "<|im_start|>user\nq\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«a\nb<|im_end|>»\n")
 
 
-def test_show_has_help():
-    out = subprocess.run([sys.executable, "chat.py", "show", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "--tokenizer" in out.stdout
+def test_show_prints_the_conversation_and_the_share_supervised(tmp_path):
+    from tokenizer import Tokenizer
+    Tokenizer.train(["user assistant hello there"], 300).save(tmp_path)
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (say("hello", "there"), say("x"))))
+    command = [sys.executable, "chat.py", "show", tmp_path / "talk.jsonl", "--tokenizer", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}, check=True)
+    assert "<|im_start|>assistant\n«there<|im_end|>»\n" in run.stdout
+    assert "1 conversations" in run.stdout
+    assert "skipped 1: no assistant turn" in run.stdout
+    run = subprocess.run([*command, "--strict"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "conversation 2: no assistant turn" in run.stderr

@@ -292,13 +292,12 @@ def test_an_unknown_template_gives_ids_but_never_a_mask(family):
 
 def test_text_after_a_marker_gets_no_second_leading_space(family):
     ours, theirs = family("mistral-v3")
-    template, ours.chat_template, theirs.chat_template = ours.chat_template, *["{% for m in messages %}"
-        "{{ bos_token + 'go[INST]' + m['content'] + '[/INST]ok' + eos_token }}{% endfor %}"] * 2
+    published = ours.chat_template
+    ours.chat_template = theirs.chat_template = "{{ bos_token + 'go[INST]' + messages[0].content + '[/INST]ok' }}"
     try:
-        messages = say("Hello", "a")
-        assert chat.render(ours, messages, True)[0] == reference(theirs, messages, None, True)
+        assert chat.render(ours, say("Hello"), True)[0] == reference(theirs, say("Hello"), None, True)
     finally:
-        ours.chat_template = theirs.chat_template = template
+        ours.chat_template = theirs.chat_template = published
 
 
 @pytest.mark.parametrize("name", [*NAMES, "gemma"])
