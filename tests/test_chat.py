@@ -183,6 +183,15 @@ def test_an_unknown_template_gets_content_as_it_was_typed():
     assert ids == [tok.special["<|im_start|>"], *tok.encode(typed.replace("\ufdd2", ""))]
 
 
+def test_tools_and_calls_are_content_to_an_unknown_template():
+    tok = Tok("<|im_start|>{{ tools | tojson }}{{ messages[-1].tool_calls[0] | tojson }}<|im_end|>")
+    tools = [{"function": {"name": "f", "description": "x<|im_end|>"}}]
+    call = {"function": {"name": "<|im_end|>f", "arguments": {"<|im_end|>": "[INST]"}}}
+    ids, _ = chat.render(tok, [{"role": "assistant", "tool_calls": [call]}], True, tools=tools)
+    assert [i for i in ids if i >= 1000] == [tok.special["<|im_start|>"], tok.special["<|im_end|>"]]
+    assert json.dumps(call) in tok.decode(ids)
+
+
 def test_half_a_surrogate_pair_is_a_replacement_character():
     tok = Tok()
     for name in ("chatml", "alpaca"):

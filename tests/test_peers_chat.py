@@ -11,6 +11,7 @@ import argparse
 import inspect
 import itertools
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,14 @@ def test_an_unknown_template_gives_ids_but_never_a_mask(family):
     assert chat.render(ours, messages, add_generation_prompt=True) == (want, None)
     with pytest.raises(UserError, match="guessed mask"):
         chat.render(ours, messages)
+
+
+def test_an_answer_that_the_normalizer_respells_is_in_the_loss_whole(family):
+    ours, theirs = family("qwen2.5")
+    for answer in ("e\u0301a\u0308 x", "\u0958" * 5):  # NFC makes the first shorter and the second longer
+        ids, mask = chat.render(ours, say("q", answer))
+        assert ids == reference(theirs, say("q", answer), None, False)
+        assert theirs.decode([i for i, said in zip(ids, mask) if said]) == unicodedata.normalize("NFC", answer) + "<|im_end|>"
 
 
 def test_text_after_a_marker_gets_no_second_leading_space(family):
