@@ -5,7 +5,8 @@ meta-llama/Llama-3.1-8B-Instruct, meta-llama/Llama-3.2-3B-Instruct, Qwen/Qwen2.5
 mistralai/Mistral-Nemo-Instruct-2407); mistral-v1, mistral-v3, chatml: llama.cpp, tests/test-chat-template.cpp (of
 Mistral-7B-Instruct-v0.2, Mistral-Large-Instruct-2407, OpenHermes-2.5-Mistral-7B); llama3, qwen3, gemma and
 llama3_generation: trl, trl/chat_templates; llama2: transformers 4.40, default_chat_template of the Llama tokenizer;
-alpaca: Unsloth's multi-turn form with Stanford's system sentence; zephyr: HuggingFaceH4/zephyr-7b-beta.
+zephyr: HuggingFaceH4/zephyr-7b-beta, transcribed, and found to say what Unsloth's copy says; alpaca has no official
+template: Unsloth's multi-turn form, with Stanford's system sentence.
 """
 import argparse
 import inspect
