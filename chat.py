@@ -112,7 +112,8 @@ def assemble(tok, pieces):
     for is_text, run in groupby(atoms, key=lambda atom: atom[2] is None):
         if is_text:
             run_ids, run_mask = encode_run(tok, [(said, "".join(part for _, part, _ in parts))
-                                                 for said, parts in groupby(run, key=lambda atom: atom[0])], first=not ids)
+                                                 for said, parts in groupby(run, key=lambda atom: atom[0])],
+                                          where="later" if ids else "first")
         else:
             run_mask, _, run_ids = zip(*run)
         ids.extend(run_ids)
@@ -120,14 +121,14 @@ def assemble(tok, pieces):
     return ids, mask
 
 
-def encode_run(tok, parts, first):
+def encode_run(tok, parts, where):
     """[(said, text), ...] -> (ids of the joined text, mask): true where a token lies wholly in what the assistant said.
 
     A token across the border is not: the prompt already ends inside it, so the model is never asked to produce it.
-    first: this is where the whole text starts, which SentencePiece may mark with a space."""
+    where: "first" if the whole text starts here, which SentencePiece may mark with a space, else "later"."""
     parts = [(said, HALF_PAIR.sub("\ufffd", part).encode()) for said, part in parts]
     text = b"".join(part for _, part in parts)
-    ids = tok.encode_bytes(text, first=first)
+    ids = tok.encode_bytes(text, where)
     if len(parts) == 1:
         return ids, [parts[0][0]] * len(ids)
     spelled = [tok.token_bytes(i) for i in ids]

@@ -33,7 +33,7 @@ class Tok:
     def encode(self, text, bos=False, eos=False):
         return self.core.encode(text.lower() if self.lossy else text, disallowed_special=())
 
-    def encode_bytes(self, data, first=True):
+    def encode_bytes(self, data, where="first"):
         return self.encode(data.decode())
 
     def token_bytes(self, i):
