@@ -2,7 +2,7 @@
 
     python chat.py show chat.jsonl --tokenizer FOLDER      # conversations coloured by mask, and the share supervised
 
-Top to bottom: pieces and how they become ids, the formats by name, other folders' templates, render and example(s), show.
+Top to bottom: pieces and how they become ids, formats by name, other folders' templates, render and example(s), show.
 """
 import argparse
 import json
@@ -23,7 +23,8 @@ ROLES = ("system", "user", "assistant", "tool")
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, in the spelling others recognise.
 CHATML_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
@@ -48,7 +49,7 @@ def content(text, said=False):
 @dataclass
 class Chat:
     """One checked conversation, as the formats below see it."""
-    messages: list      # dicts with role, content (a str), and where present tool_calls, tool_call_id, reasoning_content
+    messages: list      # dicts: role, content (a str), where present tool_calls, tool_call_id, reasoning_content
     tools: list | None
     prompt: bool        # end with the words that hand the turn to the assistant
     bos: str            # names of the two markers, "" where the tokenizer has none
@@ -93,7 +94,8 @@ def read_call(call, i):
             function["arguments"] = json.loads(function["arguments"])
         return {**call, "function": {"name": str(function["name"]), "arguments": dict(function["arguments"])}}
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object") from None
+        raise UserError(f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object"
+                        ) from None
 
 
 @lru_cache(maxsize=8)
@@ -103,8 +105,8 @@ def marker_pattern(names):
 
 
 def assemble(tok, pieces):
-    """Pieces -> (ids, mask): markers by id, and everything between two markers encoded as one string, because BPE merges
-    across the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
+    """Pieces -> (ids, mask): markers by id, and what stands between two markers encoded as one string, because BPE
+    merges across the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
     split = marker_pattern(tuple(tok.special)).split
     atoms = [(piece.said, part, tok.special.get(part) if piece.template else None)
              for piece in pieces for part in split(piece.text) if part]
@@ -145,8 +147,8 @@ def encode_run(tok, parts, where):
     return ids, mask
 
 
-# ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so the
-# mask is exactly what the model will have to produce: its words, the spaces its format puts round them, and the end.
+# ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so
+# the mask is exactly what the model will have to produce: its words, the spaces its format puts round them, the end.
 
 def turn(head, message, end, tail=""):
     said = message["role"] == "assistant"
@@ -204,8 +206,9 @@ def llama3(chat, date=None):
         if not messages:
             raise UserError("llama3.1 puts the tools in the first user message, and there is none")
         yield words(head("user") + "Given the following functions, please respond with a JSON for a function call with "
-                    'its proper arguments that best answers the given prompt.\n\nRespond in the format {"name": function '
-                    'name, "parameters": dictionary of argument name and its value}.Do not use variables.\n\n')
+                    "its proper arguments that best answers the given prompt.\n\n"
+                    'Respond in the format {"name": function name, "parameters": dictionary of argument name '
+                    "and its value}.Do not use variables.\n\n")
         yield content("".join(to_json(tool, indent=4) + "\n\n" for tool in chat.tools) + messages[0]["content"].strip())
         yield words("<|eot_id|>")
         messages = messages[1:]
@@ -363,7 +366,8 @@ def pieces_of(name, tok, chat):
     form = FORMATS[name]
     missing = [marker for marker in form.markers if marker not in tok.special]
     if missing or not (chat.eos or form.markers[1:]):
-        raise UserError(f"chat format {name} needs the special token {', '.join(missing) or 'EOS'}: this tokenizer has none")
+        raise UserError(f"chat format {name} needs the special token {', '.join(missing) or 'EOS'}, "
+                        "which this tokenizer does not have")
     for i, m in enumerate(chat.messages):
         if m["role"] not in form.roles:
             raise UserError(f"message {i}: chat format {name} has no {m['role']} role")
@@ -378,7 +382,7 @@ def pieces_of(name, tok, chat):
     return list(form.pieces(chat))
 
 
-# ---- Other people's folders: their chat_template runs in Jinja2's sandbox, and is believed over anything known by name.
+# ---- Other people's folders: their chat_template runs in Jinja2's sandbox and is believed over all we know by name.
 
 # Unicode noncharacters, which no text contains: around what {% generation %} encloses, and inside defused markers
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -486,12 +490,12 @@ def encode(tok, chat, pieces, known):
         return ids, mask
     why = ("the chat_template is none we know and has no {% generation %}: name a format" if not known else
            "this tokenizer does not spell the text it was given")
-    raise UserError(f"cannot tell which tokens the assistant said, and a guessed mask would train the wrong thing; {why}, "
-                    "or render with add_generation_prompt for the ids alone")
+    raise UserError("cannot tell which tokens the assistant said, and a guessed mask would train the wrong thing; "
+                    f"{why}, or render with add_generation_prompt for the ids alone")
 
 
 def read_conversations(path):
-    """Yields (messages, tools) from a JSON list or JSONL: {messages}, ShareGPT {conversations}, {instruction, output}."""
+    """Yields (messages, tools) of a JSON list or JSONL: {messages}, ShareGPT {conversations}, {instruction, output}."""
     n = 0
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -558,12 +562,13 @@ def stop_id(tok, format=None):
 
 
 def paint(tok, ids, mask, color=True):
-    """The conversation as text, what is in the loss in green (or between guillemets), control characters made visible."""
+    """The conversation as text, what is in the loss in green (or in guillemets), control characters spelled out."""
     name, out = {i: s for s, i in tok.special.items()}, []
     for said, pairs in groupby(zip(mask, ids), key=lambda pair: pair[0]):
         text = "".join("".join(name[i] for i in run) if special else tok.decode(list(run))
                        for special, run in groupby((i for _, i in pairs), key=name.__contains__))
-        text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)  # a file must not steer the terminal
+        # a file must not steer the terminal
+        text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
         green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
         out.append(green + text + plain if said else text)
     return "".join(out)
@@ -583,7 +588,7 @@ def show(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="See what a chat format makes of conversations, and what is in the loss.")
+    parser = argparse.ArgumentParser(description="What a chat format makes of conversations, and what is in the loss.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("show", help="print conversations, supervised tokens in green (NO_COLOR=1: in «»)")
     p.add_argument("file", help="JSON or JSONL: {messages}, {conversations} or {instruction, output} records")

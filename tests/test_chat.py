@@ -65,7 +65,8 @@ def test_chatml_is_spelled_as_everybody_spells_it():
 
 
 def test_our_template_as_jinja_says_what_our_code_says():
-    for messages, prompt in itertools.product((say("a"), say("a", "b\n", " c", system="s"), say("", "")), (False, True)):
+    talks = say("a"), say("a", "b\n", " c", system="s"), say("", "")
+    for messages, prompt in itertools.product(talks, (False, True)):
         tok = Tok()
         spelled = chat.read_chat(tok, messages, prompt=prompt)
         assert tok.decode(chat.render(tok, messages, prompt)[0]) == chat.run_template(chat.CHATML_TEMPLATE, spelled)
@@ -148,14 +149,16 @@ def test_a_template_is_believed_over_its_resemblance():
 
 
 def test_a_known_template_in_other_words_is_recognised():
-    tok = Tok("{%- for m in messages -%}<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{%- endfor -%}"
+    tok = Tok("{%- for m in messages -%}"
+              "<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{%- endfor -%}"
               "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}")
     assert chat.render(tok, say("q", " a")) == chat.render(Tok(), say("q", " a"))
 
 
 def test_formats_that_agree_on_the_text_agree_on_the_mask():
     tok = Tok()
-    for messages in (say("q", "a", system="s"), say(" q\n", "a b "), say("", ""), say("q", "<think>\nx\n</think>\n\na")):
+    thoughts = say("q", "<think>\nx\n</think>\n\na")
+    for messages in (say("q", "a", system="s"), say(" q\n", "a b "), say("", ""), thoughts):
         seen = {}
         for name in chat.FORMATS:
             ids, mask = chat.render(tok, messages, format=name)
@@ -163,7 +166,8 @@ def test_formats_that_agree_on_the_text_agree_on_the_mask():
 
 
 def test_generation_blocks_carry_the_mask():
-    tok = Tok("{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}")
+    tok = Tok("{% for m in messages %}{{ m.role }}: "
+              "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}")
     ids, mask = chat.render(tok, [{"role": "assistant", "content": "é a"}])
     assert supervised(tok, ids, mask) == ["é a<EOS>"]
     assert tok.decode(ids) == "assistant: é a<EOS>"
@@ -206,8 +210,9 @@ def test_a_tokenizer_that_does_not_give_back_its_text_gets_no_mask():
         chat.render(tok, say("Q", "A"), format="alpaca")
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].nope.nope }}", "{% for", "{{ raise_exception('must alternate') }}",
-                                      "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ 1 // 0 }}", "{{ messages.clear() }}"])
+@pytest.mark.parametrize("template", [
+    "{{ messages[0].nope.nope }}", "{% for", "{{ raise_exception('must alternate') }}", "{{ 1 // 0 }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.clear() }}"])
 def test_a_broken_or_hostile_template_is_one_line(template):
     with pytest.raises(UserError, match="chat_template refuses") as e:
         chat.render(Tok(template), say("q"), True)
@@ -248,14 +253,15 @@ def test_a_tokenizer_without_the_markers_is_refused_by_name():
         chat.render(Tok(markers=[]), say("a"), format="alpaca")
 
 
+KEYS = ["role", "content", "tool_calls", "function", "name", "arguments", "text", "id"]
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(chat.ROLES),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
-                        ["role", "content", "tool_calls", "function", "name", "arguments", "text", "id"]), x), max_leaves=12)
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(KEYS), x), max_leaves=12)
 
 
 @settings(deadline=None, max_examples=200)
 @given(JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(chat.ROLES)}, optional={
-    "content": st.text(max_size=3), "tool_calls": JSON, "tool_call_id": JSON})), JSON, st.sampled_from(sorted(chat.FORMATS)))
+    "content": st.text(max_size=3), "tool_calls": JSON, "tool_call_id": JSON})), JSON,
+    st.sampled_from(sorted(chat.FORMATS)))
 def test_any_json_is_rendered_or_refused_never_a_crash(messages, tools, name):
     for template in (None, "{{ messages[0].content }}"):
         try:
@@ -269,14 +275,15 @@ def test_content_may_be_text_parts_and_arguments_a_string():
     tok = Tok()
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert chat.render(tok, parts, True) == chat.render(tok, say("ab"), True)
-    ids, mask = chat.render(tok, say("q") + [{"role": "assistant", "content": None, "tool_calls": [CALL]}], format="qwen")
+    called = say("q") + [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    ids, mask = chat.render(tok, called, format="qwen")
     assert supervised(tok, ids, mask) == ['<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>']
 
 
 def test_training_counts_what_it_cannot_use():
     tok, skipped = Tok(), Counter()
-    talks = [say("q", "a"), say("q", "a", "q"), say("q", " "), [{"role": "bot", "content": ""}], say("q", "a", system="s"),
-             say("q", "a", "and?"), say("", "a"), [{"role": "system", "content": "s"}]]
+    talks = [say("q", "a"), say("q", "a", "q"), say("q", " "), [{"role": "bot", "content": ""}],
+             say("q", "a", system="s"), say("q", "a", "and?"), say("", "a"), [{"role": "system", "content": "s"}]]
     pairs = list(chat.examples(tok, ((talk, None) for talk in talks), skipped))
     assert pairs == [chat.render(tok, talks[0]), chat.render(tok, talks[4])]
     assert skipped["ends with a user turn"] == 2
@@ -319,9 +326,11 @@ def test_painted_text_marks_the_loss_and_cannot_steer_the_terminal():
 def test_show_prints_the_conversation_and_the_share_supervised(tmp_path):
     from tokenizer import Tokenizer
     Tokenizer.train(["user assistant hello there"], 300).save(tmp_path)
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (say("hello", "there"), say("x"))))
+    talks = say("hello", "there"), say("x")
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     command = [sys.executable, "chat.py", "show", tmp_path / "talk.jsonl", "--tokenizer", tmp_path]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}, check=True)
+    plain = {**os.environ, "NO_COLOR": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=plain, check=True)
     assert "<|im_start|>assistant\n«there<|im_end|>»\n" in run.stdout
     assert "1 conversations" in run.stdout
     assert "skipped 1: no assistant turn" in run.stdout
