@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 
@@ -98,12 +99,23 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    rank: int = 0   # of `world` processes that train together
+    world: int = 1
 
     def autocast(self):
         """Context for the forward pass: weights stay float32, products run in `dtype`."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+    def sum(self, number):
+        """A number added up over all ranks (every rank must call it)."""
+        if self.world == 1:
+            return number
+        total = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,7 +129,13 @@ def cpu_has_bf16_units():
 
 
 def resolve(device="auto", dtype="auto", compile="auto"):
-    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime."""
+    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime.
+
+    Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # one rank tells the story; errors go to stderr from every rank
     if device == "auto":
         device, why = (("cuda", "a CUDA device is present") if torch.cuda.is_available() else
                        ("mps", "an Apple GPU is present") if torch.backends.mps.is_available() else
@@ -132,6 +150,13 @@ def resolve(device="auto", dtype="auto", compile="auto"):
         dev = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if "WORLD_SIZE" in os.environ:
+        if dev.type == "cuda":
+            dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(dev)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        why += f"; rank {rank} of {world}"
     print(f"device   {dev}: {why}")
 
     if dtype == "auto":
@@ -159,7 +184,27 @@ def resolve(device="auto", dtype="auto", compile="auto"):
     else:
         use, why = False, f"not reliable on {dev.type}"
     print(f"compile  {'on' if use else 'off'}: {why}")
-    return Runtime(dev, DTYPES[dtype], use)
+    return Runtime(dev, DTYPES[dtype], use, rank, world)
+
+
+PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; MFU is only printed for these
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "V100": 125,
+    "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def peak_flops(device):
+    """Floating-point operations per second the device can do at best, or None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((t * 1e12 for key, t in PEAK_TFLOPS.items() if key in name), None)
+
+
+def free_memory(device):
+    """Bytes that can be taken now on the device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return None
 
 
 def compile_or_say_why(function, runtime, warm_up):
@@ -265,10 +310,28 @@ def set_rng_state(state):
             torch.cuda.set_rng_state(state[f"cuda{i}"], i)
 
 
-def save_checkpoint(out, step, save_model, optimizer_tensors, info, keep=1):
+def all_rng_states():
+    """The generators of every rank -> {rank.name: tensor}; all ranks must call it."""
+    states = [rng_state()]
+    if dist.is_initialized():
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, rng_state())
+    return {f"{rank}.{name}": tensor for rank, state in enumerate(states) for name, tensor in state.items()}
+
+
+def set_all_rng_states(states, rank, seed):
+    """The inverse; a rank that the states do not know (there are more ranks now) starts from the seed."""
+    own = {name.split(".", 1)[1]: tensor for name, tensor in states.items() if name.startswith(f"{rank}.")}
+    if own:
+        set_rng_state(own)
+    else:
+        torch.manual_seed(seed + rank)
+
+
+def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info, keep=1):
     """Write everything that exact resume needs to OUT/state/step-N, then publish its model files in OUT.
 
-    save_model(folder) writes the model folder's files; optimizer_tensors is {name: tensor}; info is JSON. The folder
+    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is JSON. The folder
     appears under its final name only when it is complete on disk, and OUT's own files are replaced one rename at a time
     afterwards, so a crash or a full disk at any moment leaves OUT loadable and the previous state untouched.
     """
@@ -282,7 +345,7 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, info, keep=1):
     try:
         save_model(temporary)
         write_tensors(temporary / "optimizer.safetensors", optimizer_tensors)
-        write_tensors(temporary / "rng.safetensors", rng_state())
+        write_tensors(temporary / "rng.safetensors", rng_tensors)
         write_json(temporary / "state.json", {"step": step, **info})
         sync_dir(temporary)
         os.rename(temporary, final)
@@ -334,18 +397,37 @@ class Interrupt:
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 class Metrics:
-    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes."""
+    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes.
 
-    def __init__(self, out, resume_step=None):
-        self.path, self.start = Path(out) / "metrics.jsonl", time.time()
+    `track` sends the same numbers to "tensorboard" (files under OUT) or "wandb" as well.
+    """
+
+    def __init__(self, out, resume_step=None, track="", settings=None):
+        self.path, self.start, self.tracker = Path(out) / "metrics.jsonl", time.time(), None
         rows = self.read(self.path) if resume_step is not None and self.path.exists() else []
-        rows = [r for r in rows if r["step"] <= resume_step] if rows else []  # what the crash un-did is not history
+        # what the crash un-did is not history; of the step it resumes at only the evaluation was done before the checkpoint
+        rows = [r for r in rows if r["step"] < resume_step or (r["step"] == resume_step and "val_loss" in r)]
         self.start -= rows[-1]["seconds"] if rows else 0.0
         write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         self.file = open(self.path, "a", buffering=1)
+        try:
+            if track == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(str(out))
+                self.tracker = lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+            elif track == "wandb":
+                import wandb
+                run = wandb.init(project="llm", name=Path(out).name, config=settings, resume="allow")
+                self.tracker = lambda step, values: run.log(values, step=step)
+            elif track:
+                raise UserError(f"--track {track}: use tensorboard or wandb")
+        except ImportError as error:
+            raise UserError(f"--track {track} needs its package ({error}): pip install {track}") from None
 
     def log(self, step, **values):
         self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 3), **values}) + "\n")
+        if self.tracker:
+            self.tracker(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
 
     @staticmethod
     def read(path):
@@ -355,6 +437,21 @@ class Metrics:
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows
+
+
+def draw_curve(training, validation, width=72, height=16):
+    """Losses as text: dots for training, V for validation. Points are (step, loss) pairs."""
+    if not training:
+        return "no losses yet"
+    steps, losses = zip(*training, *validation)
+    low, high, end = min(losses), max(losses), max(max(steps), 1)
+    grid = [[" "] * width for _ in range(height)]
+    for points, mark in ((training, "."), (validation, "V")):
+        for step, loss in points:
+            y = round((high - loss) / max(high - low, 1e-9) * (height - 1))
+            grid[y][round(step / end * (width - 1))] = mark
+    lines = [f"{high - (high - low) * i / (height - 1):8.3f} |{''.join(row)}" for i, row in enumerate(grid)]
+    return "\n".join([*lines, " " * 9 + "+" + "-" * width, f"{'0':>11s}{end:>{width - 2},}"])
 
 
 def plot_losses(out, title):

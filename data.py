@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +110,13 @@ def split_tokens(tokens, context, share=0.1):
     return train, val
 
 
+class Batch(NamedTuple):
+    x: torch.Tensor                         # (rows, context) int64 token ids
+    y: torch.Tensor                         # (rows, context) int64 next tokens; -100 is not a target
+    docs: torch.Tensor | None = None        # (rows, context) which document of its row a token belongs to
+    positions: torch.Tensor | None = None   # (rows, context) its position in that document
+
+
 class Batches:
     """Rows of `context` tokens and their next tokens, every training token once an epoch, in an order fixed by the seed.
 
@@ -116,8 +124,8 @@ class Batches:
     order is a function of (seed, epoch), so a resumed run continues with exactly the batch it would have seen.
     """
 
-    def __init__(self, tokens, rows, context, seed):
-        self.tokens, self.rows, self.context, self.seed = tokens, rows, context, seed
+    def __init__(self, tokens, rows, context, seed, rank=0, world=1):
+        self.tokens, self.rows, self.context, self.seed, self.rank, self.world = tokens, rows, context, seed, rank, world
         self.epoch, self.row = 0, 0
         self.shuffle()
 
@@ -128,18 +136,19 @@ class Batches:
         self.starts = offset + self.context * rng.permutation(count)  # (rows in this epoch,)
 
     def next(self):
-        """-> inputs, targets: (rows, context) int64."""
-        chosen = []
-        while len(chosen) < self.rows:
+        """The next world * rows rows of the epoch; this rank's share of them -> Batch."""
+        chosen, wanted = [], self.rows * self.world
+        while len(chosen) < wanted:
             if self.row == len(self.starts):
                 self.epoch, self.row = self.epoch + 1, 0
                 self.shuffle()
-            take = self.starts[self.row:self.row + self.rows - len(chosen)]
+            take = self.starts[self.row:self.row + wanted - len(chosen)]
             chosen.extend(take)
             self.row += len(take)
-        index = np.array(chosen)[:, None] + np.arange(self.context + 1)  # (rows, context + 1)
+        mine = np.array(chosen[self.rank * self.rows:(self.rank + 1) * self.rows])
+        index = mine[:, None] + np.arange(self.context + 1)  # (rows, context + 1)
         window = torch.from_numpy(self.tokens[index].astype(np.int64))
-        return window[:, :-1], window[:, 1:]
+        return Batch(window[:, :-1], window[:, 1:])
 
     def state(self):
         return {"epoch": self.epoch, "row": self.row}
@@ -147,6 +156,9 @@ class Batches:
     def load_state(self, state):
         self.epoch, self.row = state["epoch"], state["row"]
         self.shuffle()
+
+    def close(self):
+        pass
 
 
 def validation_rows(tokens, context):

@@ -14,12 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError, read_json, write_json, write_tensors
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
 
 
 # ------------------------------------------------------------------------------------------------------------------ config
@@ -198,6 +200,52 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+# ---------------------------------------------------------------------------------------------------------------- the loss
+def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
+    """Summed cross-entropy of the logits hidden @ weight.T against targets, -100 ignored -> scalar float32, nats.
+
+    hidden (N, C), weight (V, C), targets (N,) int64. The plain twin below holds N*V logits, their softmax and its gradient;
+    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole.
+    """
+    rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
+    if hidden.size(0) > rows:
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss and, in the same pass, its gradients: d loss / d logits = softmax - one_hot is at hand while a chunk's logits
+    are, so nothing is computed twice and backward only scales (the idea of Apple's and Liger's fused linear losses)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rows):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
+        wanted = any(ctx.needs_input_grad)
+        if wanted:
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, hidden.size(0), rows):
+            h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
+            logits = (h @ w.t()).float()  # (rows, V)
+            lse, counts, t = logits.logsumexp(-1, keepdim=True), t != -100, t.clamp(min=0)
+            total += ((lse - logits.gather(1, t)) * counts).sum()
+            if wanted:
+                d = logits.sub_(lse).exp_()  # softmax
+                d.scatter_add_(1, t, torch.full_like(lse, -1.0))
+                d = d.mul_(counts).to(dtype)
+                grad_hidden[i:i + rows] = d @ w
+                grad_weight += d.t() @ h
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None
+
+
 # ------------------------------------------------------------------------------------------------------------- the network
 def attention_mask(q_pos, k_pos, window=None, q_docs=None, k_docs=None):
     """Which keys each query may see: (Tq, Tk) bool, or (B, 1, Tq, Tk) when documents are given.
@@ -285,6 +333,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False  # activation checkpointing: keep only each layer's input, compute the rest again in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -342,7 +391,10 @@ class Transformer(nn.Module):
         full, sliding = self.masks(T, past, docs, ids.device)
         for i, layer in enumerate(self.layers):
             mask = sliding if i in self.config.sliding_layers else full
-            x = layer(x, rope, mask, caches[i] if caches else None)
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
     def masks(self, T, past, docs, device):
@@ -355,14 +407,15 @@ class Transformer(nn.Module):
         full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
         return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full
 
-    def forward(self, ids, **kw):
-        """(B, T) int64 token ids -> (B, T, V) float32 logits. Keywords as in `hidden`."""
-        return self.lm_head(self.hidden(ids, **kw)).float()
+    def forward(self, ids, targets=None, **kw):
+        """(B, T) int64 token ids -> (B, T, V) float32 logits; keywords as in `hidden`.
 
-    def loss(self, ids, targets, **kw):
-        """Sum of the cross-entropy (nats) over targets (B, T) that are not -100 -> scalar float32."""
-        logits = self.forward(ids, **kw)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100, reduction="sum")
+        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that are not -100.
+        """
+        hidden = self.hidden(ids, **kw)
+        if targets is None:
+            return self.lm_head(hidden).float()
+        return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------- accounting
     def num_params(self):
@@ -378,12 +431,15 @@ class Transformer(nn.Module):
         return (3 if training else 1) * (2 * matmul + attention)
 
     # ----------------------------------------------------------------------------------------------------- model folders
-    def save_pretrained(self, folder):
-        """Write config.json, generation_config.json and model.safetensors, each all or nothing; config.json last."""
+    def save_pretrained(self, folder, state=None):
+        """Write config.json, generation_config.json and model.safetensors, each all or nothing; config.json last.
+
+        state: the state dict, where it is not simply this module's (gathered from shards, say).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_tensors(folder / "model.safetensors", to_folder_names(self.state_dict(), self.config))
+        write_tensors(folder / "model.safetensors", to_folder_names(state or self.state_dict(), self.config))
         ids = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
         write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
         write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})

@@ -6,8 +6,40 @@
 import math
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+# ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
+def local(t):
+    """The part of a tensor that this rank holds: all of it, unless FSDP sharded it."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def gather(t, like):
+    """Local part of a tensor that is laid out as parameter `like` -> the whole tensor, on every rank."""
+    if not isinstance(like, DTensor):
+        return t
+    return DTensor.from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+def own_rows(t, like):
+    """The inverse of `gather`."""
+    if not isinstance(like, DTensor):
+        return t
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def grad_norm(params):
+    """Euclidean norm of all gradients taken as one vector, over all shards -> scalar float32."""
+    params = [p for p in params if p.grad is not None]
+    square = torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
+    if isinstance(params[0], DTensor):
+        dist.all_reduce(square)
+    return square.sqrt()
+
+
+# --------------------------------------------------------------------------------------------------------------- the rules
 def orthogonalize(G, steps=5):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly: U V^T of its SVD with singular values in 0.7..1.2.
 
@@ -27,13 +59,16 @@ def muon_step(params, grads, momentums, lr, momentum, weight_decay):
     """Muon on matrices that all have one shape (R, C), so that the iteration runs once, as batched products.
 
     Nesterov momentum, then each update is orthogonalized: every direction of the matrix moves by the same amount. The
-    factor sqrt(max(1, R/C)) makes the step's effect on the output alike for tall and wide matrices.
+    factor sqrt(max(1, R/C)) makes the step's effect on the output alike for tall and wide matrices. Under FSDP each rank
+    holds some rows; the iteration needs whole matrices, so the update is gathered and each rank keeps its rows of the result.
     """
     torch._foreach_lerp_(momentums, grads, 1 - momentum)
-    updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momentums, momentum)))  # (N, R, C)
+    updates = torch._foreach_lerp(grads, momentums, momentum)
+    whole = orthogonalize(torch.stack([gather(u, p) for u, p in zip(updates, params)]))  # (N, R, C)
+    updates = [own_rows(u, p) for u, p in zip(whole.unbind(), params)]
     rows, cols = params[0].shape
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, list(updates.unbind()), alpha=-lr * max(1, rows / cols) ** 0.5)
+    torch._foreach_mul_([local(p) for p in params], 1 - lr * weight_decay)
+    torch._foreach_add_([local(p) for p in params], updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
 def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay):
@@ -48,6 +83,7 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
     torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - betas[0] ** step))
 
 
+# ----------------------------------------------------------------------------------------------------------- the optimizer
 class MuonAdamW(torch.optim.Optimizer):
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
@@ -71,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 keys = ("momentum",) if group["rule"] == "muon" else ("mean", "square")
-                self.state[p] = {k: torch.zeros_like(p) for k in keys}
+                self.state[p] = {k: torch.zeros_like(local(p)) for k in keys}
 
     def set_lr(self, factor):
         """Scale every group's base learning rate, as the schedule says."""
@@ -85,17 +121,18 @@ class MuonAdamW(torch.optim.Optimizer):
             params = [p for p in g["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
+            grads = [local(p.grad) for p in params]
             if g["rule"] == "muon":
                 muon_step(params, grads, [self.state[p]["momentum"] for p in params],
                           g["lr"], g["momentum"], g["weight_decay"])
             else:
-                adamw_step(params, grads, [self.state[p]["mean"] for p in params], [self.state[p]["square"] for p in params],
-                           self.steps, g["lr"], g["betas"], g["eps"], g["weight_decay"])
+                means, squares = ([self.state[p][k] for p in params] for k in ("mean", "square"))
+                adamw_step([local(p) for p in params], grads, means, squares, self.steps,
+                           g["lr"], g["betas"], g["eps"], g["weight_decay"])
 
     def tensors(self):
-        """The state, for a safetensors file: {parameter name + key: tensor}."""
-        named = {f"{self.names[p]}.{k}": v for p, state in self.state.items() for k, v in state.items()}
+        """The whole state, for a safetensors file: {parameter name + key: tensor}. Under FSDP every rank must call it."""
+        named = {f"{self.names[p]}.{k}": gather(v, p) for p, state in self.state.items() for k, v in state.items()}
         return named | {"steps": torch.tensor(self.steps)}
 
     def load_tensors(self, tensors):
@@ -103,7 +140,28 @@ class MuonAdamW(torch.optim.Optimizer):
         self.steps = int(tensors["steps"])
         for p, state in self.state.items():
             for k in state:
-                state[k].copy_(tensors[f"{self.names[p]}.{k}"])
+                state[k].copy_(own_rows(tensors[f"{self.names[p]}.{k}"].to(state[k].device), p))
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, whose gradients underflow below 6e-8 (Micikevicius et al. 2018, section 3.2).
+
+    The loss is multiplied by `scale`, the gradients divided by it; a step whose gradients overflowed is skipped and halves
+    the scale, `patience` good steps in a row double it. torch's GradScaler does the same, but decides per rank; here the
+    decision is the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes.
+    """
+
+    def __init__(self, dtype, scale=2.0 ** 16, patience=1000):
+        self.on, self.patience, self.good = dtype == torch.float16, patience, 0
+        self.scale = scale if self.on else 1.0
+
+    def update(self, finite):
+        if self.on:
+            self.good = self.good + 1 if finite else 0
+            if not finite:
+                self.scale /= 2
+            elif self.good % self.patience == 0:
+                self.scale *= 2
 
 
 def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6, floor=0.0):

@@ -3,24 +3,37 @@
     python train.py                                       # a character GPT on Shakespeare, minutes on a laptop CPU
     python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
     python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
+    torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
+    python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
+    python train.py eval MODEL --data wikitext-2          # loss, perplexity per token and per word, bits per byte
 """
+import argparse
+import contextlib
 import dataclasses
+import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
 from common import UserError
-from data import Batches, read_text, split_tokens, validation_rows
+from data import Batch, Batches, read_text, split_tokens, validation_rows
 from generate import generate
-from model import Config, Transformer
-from optim import MuonAdamW, schedule
+from model import LOGITS_AT_ONCE, Config, Transformer
+from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule
 from tokenizer import Tokenizer
 
 
@@ -46,8 +59,8 @@ class Args:
     dropout: float = 0.0              # for small texts and many epochs
     # optimization
     steps: int = 600                  # optimizer steps
-    batch: int = 32                   # rows per optimizer step
-    grad_accum: int = 1               # split the batch into so many forward passes, to save memory
+    batch: int = 32                   # rows per optimizer step, over all ranks and passes
+    micro_batch: int = 0              # rows per forward pass and rank; 0 is as many as the memory estimate allows
     optimizer: str = "muon"           # muon (hidden matrices; AdamW for the rest) or adamw (everything)
     muon_lr: float = 0.02             # learning rate of the hidden matrices under Muon
     lr: float = 0.008                 # learning rate of everything under AdamW
@@ -57,15 +70,25 @@ class Args:
     schedule: str = "wsd"             # wsd (stable, then linear to zero) or cosine
     cooldown: float = 0.6             # share of the steps in which wsd falls to zero
     grad_clip: float = 0.0            # clip the gradient's norm to this; 0 is off
+    spike: float = 20.0               # skip a step whose gradient is so many times its running mean; 0 is off
     seed: int = 1                     # of the weights, the order of the data and dropout
-    # housekeeping
-    eval_every: int = 200             # steps between evaluations on the whole validation split
-    save_every: int = 500             # steps between checkpoints; one is always written at the end and on Ctrl-C
-    keep: int = 1                     # how many checkpoints to keep under state/
-    sample: int = 400                 # tokens to print at the end
+    # memory and machines
+    doc_mask: bool = False            # no attention across documents packed into one row
+    recompute: bool = False           # activation checkpointing: a third more time, a fraction of the memory
+    shard: bool = False               # FSDP2 instead of DDP under torchrun: weights and optimizer state spread over ranks
+    fit: bool = False                 # print the memory estimate by part and stop
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"               # auto, float32, bfloat16, float16
     compile: str = "auto"             # torch.compile: auto, on, off
+    # housekeeping
+    log_every: int = 10               # steps between rows of metrics.jsonl
+    eval_every: int = 200             # steps between evaluations on the whole validation split
+    save_every: int = 500             # steps between checkpoints; one is always written at the end and on Ctrl-C
+    keep: int = 1                     # how many checkpoints to keep under state/
+    sample_every: int = 0             # steps between samples appended to OUT/samples.txt; 0 is only at the end
+    sample: int = 400                 # tokens a sample has
+    track: str = ""                   # also send metrics to tensorboard or wandb
+    background: bool = False          # go on after the terminal closes; output in OUT/log.txt, `train.py watch OUT` shows it
 
 
 PRESETS = {  # what each reaches, measured: README.md and `python bench.py train`
@@ -74,11 +97,15 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
                                   cooldown=0.5),  # 0.46M, a quarter of a minute
     "shakespeare-char-10m": dict(out="runs/shakespeare-char-10m", layers=6, dim=384, heads=6, mlp=1024, context=256, batch=64,
                                  steps=1000, dropout=0.2, muon_lr=0.02, weight_decay=0.05),  # for a GPU: nanoGPT's size
+    "125m": dict(out="runs/125m", data="data/wikitext-103", tokenizer="", layers=12, dim=768, heads=6, mlp=2560, context=1024,
+                 tie=True, batch=512, steps=2000, muon_lr=0.02, lr=0.003, momentum=0.95, weight_decay=0.01, cooldown=0.5,
+                 eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary
 }
-# what may differ between a run and its resumption without making it another run
-HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "eval_every", "save_every", "keep", "sample", "device", "compile"}
-SHAPE = {"arch", "layers", "dim", "heads", "kv_heads", "mlp", "context", "tie", "data", "tokenizer", "init_from", "preset",
-         "seed", "batch"}
+# what may differ between a run and its resumption without making it another run, and what may not differ at all
+HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_every", "save_every", "keep", "sample_every",
+                "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
+IDENTITY = {"arch", "layers", "dim", "heads", "kv_heads", "mlp", "context", "tie", "data", "tokenizer", "init_from", "preset",
+            "seed", "batch", "doc_mask"}
 
 
 def read_args():
@@ -96,7 +123,7 @@ def read_args():
     saved = common.read_json(checkpoint / "state.json")["args"]
     changed = {k: (saved[k], v) for k, v in typed.items() if k in saved and saved[k] != v and k not in HOUSEKEEPING}
     for name, (old, new) in changed.items():
-        if name in SHAPE:
+        if name in IDENTITY:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
                             "it (a new run from these weights: --init-from)")
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
@@ -107,14 +134,12 @@ def model_config(args, tok):
     """The flags of shape -> Config."""
     if args.arch not in ("qwen3", "llama", "gpt2"):
         raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
-    for name in ("layers", "dim", "heads", "context", "batch", "grad_accum", "eval_every", "save_every", "keep"):
+    for name in ("layers", "dim", "heads", "context", "batch", "log_every", "eval_every", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.steps < 0 or not 0 <= args.dropout < 1 or args.optimizer not in ("muon", "adamw"):
         raise UserError(f"--steps {args.steps} must be >= 0, --dropout {args.dropout} in [0, 1), "
                         f"--optimizer {args.optimizer} muon or adamw")
-    if args.batch % args.grad_accum:
-        raise UserError(f"--batch {args.batch} is not a multiple of --grad-accum {args.grad_accum}")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
@@ -136,126 +161,420 @@ def load_data(args):
     return tok, train, val, common.sha256(text.encode())
 
 
-def set_up(args, checkpoint, tok, data_sha, runtime):
-    """Model and optimizer, fresh, from --init-from, or from the checkpoint -> (model, optimizer, state.json or {})."""
+def build_model(args, checkpoint, tok, device):
+    """A fresh model, or the weights of the checkpoint or of --init-from, on the device in float32."""
     torch.manual_seed(args.seed)
-    config, state = model_config(args, tok), {}
-    source = checkpoint or args.init_from
-    if source:
-        model = Transformer.from_pretrained(source, runtime.device, torch.float32, dropout=args.dropout)
-        differs = [f"{k} {getattr(model.config, k)} there, {v} here" for k, v in dataclasses.asdict(config).items()
-                   if getattr(model.config, k) != v]
-        if differs:
-            raise UserError(f"{source} has another shape: {'; '.join(differs)}")
-        theirs = Tokenizer.load(source).sha256
-        if theirs != tok.sha256:
-            raise UserError(f"{source} was trained with tokenizer {theirs[:12]}, this run has {tok.sha256[:12]}; "
-                            "the ids would mean other text: use its own --tokenizer")
-    else:
-        model = Transformer(config).to(runtime.device)
+    config, source = model_config(args, tok), checkpoint or args.init_from
+    if not source:
+        model = Transformer(config)
         model.init_weights()
-    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon")
-    if checkpoint:
-        state = common.read_json(checkpoint / "state.json")
-        if state["data_sha256"] != data_sha:
-            raise UserError(f"--resume: the text's sha256 was {state['data_sha256'][:12]}, now {data_sha[:12]}; restore the "
-                            f"text, or start a new run on it: --init-from {args.out}")
-        optimizer.load_tensors(common.read_tensors(checkpoint / "optimizer.safetensors"))
-        common.set_rng_state(common.read_tensors(checkpoint / "rng.safetensors"))
-    return model, optimizer, state
+        return model.to(device)
+    model = Transformer.from_pretrained(source, device, torch.float32, dropout=args.dropout)
+    differs = [f"{k} {getattr(model.config, k)} there, {v} here" for k, v in dataclasses.asdict(config).items()
+               if getattr(model.config, k) != v]
+    if differs:
+        raise UserError(f"{source} has another shape: {'; '.join(differs)}")
+    theirs = Tokenizer.load(source).sha256
+    if theirs != tok.sha256:
+        raise UserError(f"{source} was trained with tokenizer {theirs[:12]}, this run has {tok.sha256[:12]}; "
+                        "the ids would mean other text: use its own --tokenizer")
+    return model
+
+
+def wrap(model, args, runtime):
+    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
+    model.recompute = args.recompute
+    if runtime.world > 1 and args.shard:
+        policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
+    if runtime.world > 1:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------- memory estimate
+def estimate_memory(model, args, runtime, rows):
+    """Bytes by part for one rank that passes `rows` rows at a time -> {part: bytes}. Eager mode; compiling saves some.
+
+    Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
+    norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
+    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves.
+    """
+    c, size = model.config, model.num_params()
+    ranks = runtime.world if args.shard else 1
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers."))
+    state = 4 * matrices + 8 * (size - matrices) if args.optimizer == "muon" else 8 * size
+    width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
+    layers = 1 if args.recompute else c.num_hidden_layers
+    kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
+    value = 4 if runtime.dtype == torch.float32 else 3
+    logits = min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3  # logits, softmax and its gradient
+    return {"weights": 4 * size // ranks, "gradients": 4 * size // ranks, "optimizer": state // ranks,
+            "activations": rows * args.context * (layers * width * value + kept), "logits": logits}
+
+
+def choose_micro_batch(model, args, runtime):
+    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate)."""
+    if args.batch % runtime.world:
+        raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
+    share, free = args.batch // runtime.world, common.free_memory(runtime.device)
+    if args.micro_batch:
+        if args.micro_batch < 0 or share % args.micro_batch:
+            raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
+                            f"over {runtime.world})")
+        return args.micro_batch, estimate_memory(model, args, runtime, args.micro_batch)
+    for rows in (r for r in range(share, 0, -1) if share % r == 0):
+        estimate = estimate_memory(model, args, runtime, rows)
+        if free is None or sum(estimate.values()) < 0.85 * free:
+            return rows, estimate
+    raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
+                    f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
+                    "fewer --layers")
+
+
+def print_estimate(estimate, rows, args, runtime):
+    parts = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
+    free = common.free_memory(runtime.device)
+    print(f"memory   {sum(estimate.values()) / 2**30:.2f} GiB estimated ({parts}), {free / 2**30 if free else math.nan:.1f} free; "
+          f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+def forward_backward(run, batch, count):
+    """Gradients of the mean loss over `count` targets (of all ranks), in passes of `run.rows` rows -> this rank's summed loss.
+
+    Losses are sums, divided once by the global count: then neither passes nor ranks nor ragged rows change the gradient.
+    Out of memory halves the rows of a pass and starts the step again.
+    """
+    runtime, model, rows = run.runtime, run.step_model, run.rows
+    run.optimizer.zero_grad(set_to_none=True)
+    total, ranks = torch.zeros((), device=runtime.device), runtime.world > 1
+    try:
+        for i in range(0, len(batch.x), rows):
+            part = Batch(*(t if t is None else t[i:i + rows].to(runtime.device) for t in batch))
+            last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
+            if ranks and run.args.shard:
+                model.set_requires_gradient_sync(last)
+            with model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext():
+                with runtime.autocast():
+                    apart = dict(docs=part.docs, positions=part.positions) if run.args.doc_mask else {}
+                    loss = model(part.x, part.y, **apart)
+                # DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone
+                (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
+            total += loss.detach()
+    except torch.OutOfMemoryError:
+        if ranks or rows == 1:
+            raise UserError(f"out of memory with {rows} rows of {run.args.context:,} tokens a pass: use a smaller --micro-batch, "
+                            "--recompute or --shard") from None
+        run.rows = next(r for r in range(rows // 2, 0, -1) if len(batch.x) % r == 0)
+        print(f"memory   {rows} rows a pass did not fit, going on with {run.rows}")
+        run.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return forward_backward(run, batch, count)
+    return total
+
+
+@dataclass
+class Guard:
+    """Which steps to skip: gradients that are not finite or far above their running mean; stops after several in a row."""
+    factor: float
+    mean: float = 0.0
+    seen: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    limit: int = 10
+
+    def accepts(self, norm):
+        spike = self.factor and self.seen > 50 and norm > self.factor * self.mean
+        good = math.isfinite(norm) and not spike
+        if math.isfinite(norm):  # a spike counts as the most that is believed, so that a lasting change is accepted in time
+            believed = min(norm, self.factor * self.mean) if spike else norm
+            self.mean, self.seen = (self.mean * 0.98 + believed * 0.02 if self.seen else believed), self.seen + 1
+        self.in_a_row = 0 if good else self.in_a_row + 1
+        self.skipped += not good
+        return good
 
 
 @torch.no_grad()
-def evaluate(model, loss_fn, inputs, targets, rows, runtime):
-    """Mean loss over the whole split, (N, T) inputs and targets, in nats per token. Draws no random numbers."""
+def evaluate(model, inputs, targets, rows, runtime):
+    """Mean loss over the whole split, (N, T) inputs and targets, in nats per token; ranks share the rows. No random numbers."""
     model.eval()
-    total = 0.0
-    for i in range(0, len(inputs), rows):
+    total, every = 0.0, rows * runtime.world
+    for i in range(runtime.rank * rows, -(-len(inputs) // every) * every, every):
         x, y = inputs[i:i + rows], targets[i:i + rows]
-        if len(x) < rows:  # the last batch is filled up with rows that do not count: a compiled model sees one shape
-            pad = (0, 0, 0, rows - len(x))
-            x, y = torch.nn.functional.pad(x, pad), torch.nn.functional.pad(y, pad, value=-100)
+        pad = (0, 0, 0, rows - len(x))  # the last batch is filled up with rows that do not count: always one shape
+        x, y = torch.nn.functional.pad(x, pad), torch.nn.functional.pad(y, pad, value=-100)
         with runtime.autocast():
-            total += loss_fn(x.to(runtime.device), y.to(runtime.device)).item()
+            total += model(x.to(runtime.device), y.to(runtime.device)).item()
     model.train()
-    return total / (targets != -100).sum().item()
+    return runtime.sum(total) / (targets != -100).sum().item()
 
 
-def main():
-    args, checkpoint = read_args()
+@dataclass
+class Run:
+    """What the loop works with."""
+    args: Args
+    runtime: common.Runtime
+    tok: Tokenizer
+    model: Transformer          # the bare model: parameters, folder
+    step_model: torch.nn.Module  # the same as the loop calls it: over ranks, compiled
+    optimizer: MuonAdamW
+    batches: Batches
+    val_rows: tuple             # inputs, targets of the whole validation split
+    rows: int                   # rows per pass
+    guard: Guard
+    scaler: LossScale
+    start: int                  # the step it begins or goes on at
+    data_sha: str
+    metrics: common.Metrics | None  # rank 0 only
+
+
+def prepare(args, checkpoint):
+    """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
     runtime = common.resolve(args.device, args.dtype, args.compile)
-    tok, train, val, data_sha = load_data(args)
-    out = Path(args.out)
-    if not checkpoint and args.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    model, optimizer, state = set_up(args, checkpoint, tok, data_sha, runtime)
-    rows, tokens_per_step = args.batch // args.grad_accum, args.batch * args.context
-    batches = Batches(train, rows, args.context, args.seed)
-    val_rows = validation_rows(val, args.context)
-    start = state.get("step", 0)
-    if state:
-        batches.load_state(state["batches"])
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = common.Metrics(out, start if checkpoint else None)
-    print(f"model    {args.arch} {args.layers} layers, {args.dim} wide: {model.num_params():,} parameters, "
-          f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token")
-    print(f"data     {len(train):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
-          f"{args.steps:,} steps of {tokens_per_step:,} = {args.steps * tokens_per_step / len(train):.1f} epochs; "
-          f"a guess costs ln V = {math.log(tok.vocab_size):.3f}")
-
-    def save(step):
-        def save_model(folder):
-            tok.save(folder)
-            model.save_pretrained(folder)  # config.json last: with it the folder is complete
-        common.save_checkpoint(out, step, save_model, optimizer.tensors(), keep=args.keep, info={
-            "args": dataclasses.asdict(args), "data_sha256": data_sha, "tokenizer_sha256": tok.sha256,
-            "batches": batches.state()})
+    tok, tokens, val, data_sha = load_data(args)
+    out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
+    if state and state["data_sha256"] != data_sha:
+        raise UserError(f"--resume: the text's sha256 was {state['data_sha256'][:12]}, now {data_sha[:12]}; restore the "
+                        f"text, or start a new run on it: --init-from {out}")
+    model = build_model(args, checkpoint, tok, runtime.device)
+    rows, estimate = choose_micro_batch(model, args, runtime)
+    describe(args, model, tok, tokens, val)
+    print_estimate(estimate, rows, args, runtime)
+    if args.fit:
+        return None
+    wrapped = wrap(model, args, runtime).train()
+    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon")
+    batches = Batches(tokens, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world)
+    guard, scaler, val_rows = Guard(args.spike), LossScale(runtime.dtype), validation_rows(val, args.context)
 
     def trial(compiled):
         with runtime.autocast():
-            compiled(*(rows[:args.batch // args.grad_accum].to(runtime.device) for rows in val_rows)).backward()
+            compiled(*(t[:rows].to(runtime.device) for t in val_rows)).backward()
         optimizer.zero_grad(set_to_none=True)
-    model.train()
-    loss_fn = common.compile_or_say_why(model.loss, runtime, trial)
-    with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=start, unit="step", disable=None) as bar:
-        for step in range(start, args.steps + 1):
-            last = step == args.steps
-            if (step % args.eval_every == 0 or last) and (step > start or not checkpoint):
-                val_loss = evaluate(model, loss_fn, *val_rows, rows, runtime)
-                metrics.log(step, val_loss=val_loss, epoch=batches.epoch)
+    step_model = common.compile_or_say_why(wrapped, runtime, trial)
+    if state:
+        optimizer.load_tensors(common.read_tensors(checkpoint / "optimizer.safetensors"))
+        batches.load_state(state["batches"])
+        guard, (scaler.scale, scaler.good) = Guard(**state["guard"]), state["loss_scale"]
+        common.set_all_rng_states(common.read_tensors(checkpoint / "rng.safetensors"), runtime.rank, args.seed + state["step"])
+    elif runtime.rank:
+        torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
+    metrics = None
+    if runtime.rank == 0:
+        if args.overwrite and not checkpoint:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        common.write_json(out / "args.json", dataclasses.asdict(args))
+        metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
+    return Run(args, runtime, tok, model, step_model, optimizer, batches, val_rows, rows, guard, scaler, state.get("step", 0),
+               data_sha, metrics)
+
+
+def describe(args, model, tok, tokens, val):
+    per_step = args.batch * args.context
+    print(f"model    {args.arch} {args.layers} layers, {args.dim} wide: {model.num_params():,} parameters, "
+          f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token")
+    print(f"data     {len(tokens):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
+          f"{args.steps:,} steps of {per_step:,} = {args.steps * per_step / len(tokens):.1f} epochs; "
+          f"a guess costs ln V = {math.log(tok.vocab_size):.3f}")
+
+
+def save(run, step):
+    """A checkpoint and the model folder. Gathering what is sharded takes all ranks; rank 0 writes."""
+    weights = {k: gather(local(v.detach()), v) for k, v in run.model.state_dict().items()}
+    moments, rng = run.optimizer.tensors(), common.all_rng_states()
+    if run.runtime.rank:
+        return
+
+    def save_model(folder):
+        run.tok.save(folder)
+        run.model.save_pretrained(folder, weights)  # writes config.json last: with it the folder is complete
+    common.save_checkpoint(run.args.out, step, save_model, moments, rng, keep=run.args.keep, info={
+        "args": dataclasses.asdict(run.args), "data_sha256": run.data_sha, "tokenizer_sha256": run.tok.sha256,
+        "batches": run.batches.state(), "guard": dataclasses.asdict(run.guard),
+        "loss_scale": [run.scaler.scale, run.scaler.good]})
+
+
+def update(run, step):
+    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> (gradient norm, learning-rate factor)."""
+    args, params = run.args, [p for p in run.model.parameters() if p.grad is not None]
+    scale = run.scaler.scale
+    norm = grad_norm(params).item() / scale
+    factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
+    run.scaler.update(math.isfinite(norm))
+    if not run.guard.accepts(norm):
+        print(f"step {step:6,}  skipped: gradient norm {norm:.3g}, mean {run.guard.mean:.3g} ({run.guard.skipped} skipped so far)",
+              file=sys.stderr)
+        if run.guard.in_a_row >= run.guard.limit:
+            raise UserError(f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; go on from the "
+                            f"last checkpoint at a lower rate: --resume --out {args.out} --lr {args.lr / 2:g} "
+                            f"--muon-lr {args.muon_lr / 2:g}")
+        return norm, factor
+    shrink = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
+    if shrink != scale:
+        torch._foreach_mul_([local(p.grad) for p in params], shrink / scale)
+    run.optimizer.set_lr(factor)
+    run.optimizer.step()
+    return norm, factor
+
+
+def train(run):
+    """The loop. -> the step it ended at."""
+    args, runtime, metrics, out = run.args, run.runtime, run.metrics, Path(run.args.out)
+    per_step, flops = args.batch * args.context, run.model.flops_per_token(args.context)
+    peak, clock, clock_step = common.peak_flops(runtime.device), time.time(), run.start
+    hidden = runtime.rank > 0 or None  # the bar: on rank 0, and only in a terminal
+    with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden) as bar:
+        for step in range(run.start, args.steps + 1):
+            last, fresh = step == args.steps, step > run.start
+            if (step % args.eval_every == 0 or last) and (fresh or step == 0):
+                val_loss = evaluate(run.step_model, *run.val_rows, run.rows, runtime)
                 bar.write(f"step {step:6,}  validation loss {val_loss:.4f} (whole split)", file=sys.stdout)
-            if last or interrupt.signal or (step % args.save_every == 0 and step > start):
-                save(step)
-            if last or interrupt.signal:
+                if metrics:
+                    metrics.log(step, val_loss=val_loss, epoch=run.batches.epoch)
+                clock, clock_step = time.time(), step
+            stop = runtime.sum(int(interrupt.signal is not None))  # one rank's signal stops all at the same step
+            if stop or last or (step % args.save_every == 0 and fresh):
+                save(run, step)
+            if stop or last:
                 break
-            total = torch.zeros((), device=runtime.device)
-            for _ in range(args.grad_accum):
-                x, y = batches.next()
-                with runtime.autocast():
-                    loss = loss_fn(x.to(runtime.device), y.to(runtime.device)) / tokens_per_step
-                loss.backward()
-                total += loss.detach()
-            if args.grad_clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
-            optimizer.set_lr(factor)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if args.sample_every and fresh and step % args.sample_every == 0 and metrics and not args.shard:
+                with open(out / "samples.txt", "a", encoding="utf-8") as f:
+                    f.write(f"----- step {step}\n{sample_text(run)}\n")
+            batch = run.batches.next()
+            count = runtime.sum((batch.y != -100).sum().item())
+            total = forward_backward(run, batch, count)
+            norm, factor = update(run, step)
             bar.update()
-            if step % 10 == 0:
-                metrics.log(step, loss=total.item(), lr=factor)
-                bar.set_postfix(loss=f"{total.item():.3f}", tok_s=f"{(bar.format_dict['rate'] or 0) * tokens_per_step:,.0f}")
-    if interrupt.signal:
-        print(f"{interrupt.signal.name}: saved step {step:,} in {out}; go on with: python train.py --resume --out {out}")
-        sys.exit(128 + interrupt.signal)
-    common.plot_losses(out, f"{out.name}: {model.num_params() / 1e6:.2f}M parameters")
-    print(f"wrote    {out}/ (model folder), {out}/loss.png, {out}/metrics.jsonl\n")
-    model.eval()
-    prompt = tok.encode("\n")
-    stream = tok.stream()
-    for token in generate(model, prompt, args.sample, temperature=0.8, seed=args.seed):
-        print(stream.push(token), end="", flush=True)
-    print(stream.flush())
+            if step % args.log_every == 0:
+                loss, now = runtime.sum(total.item()) / count, time.time()
+                rate = per_step * (step + 1 - clock_step) / (now - clock)
+                row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped)
+                if peak:
+                    row["mfu"] = rate * flops / (peak * runtime.world)
+                if metrics:
+                    metrics.log(step, **row)
+                bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", **({"mfu": f"{row['mfu']:.1%}"} if peak else {}))
+                clock, clock_step = now, step + 1
+    run.batches.close()
+    if interrupt.signal or stop:
+        name = interrupt.signal.name if interrupt.signal else "another rank was stopped"
+        print(f"{name}: saved step {step:,} in {out}; go on with: python train.py --resume --out {out}")
+        sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+
+
+def sample_text(run):
+    """A sample from the model as it is. Draws from a generator of its own; the model goes back to training."""
+    run.model.eval()
+    begin = [run.tok.bos_id] if run.tok.bos_id is not None else run.tok.encode("\n")
+    new = list(generate(run.model, begin, run.args.sample, temperature=0.8, seed=run.args.seed))
+    run.model.train()
+    return run.tok.decode(new)
+
+
+def main():
+    if sys.argv[1:2] in (["watch"], ["eval"]):
+        return {"watch": watch, "eval": eval_command}[sys.argv[1]](sys.argv[2:])
+    args, checkpoint = read_args()
+    if args.background:
+        return start_in_background(args)
+    try:
+        run = prepare(args, checkpoint)
+        if run is not None:
+            train(run)
+    except RuntimeError as error:
+        lost = any(w in str(error) for w in ("Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "gloo"))
+        if not (lost and "WORLD_SIZE" in os.environ):
+            raise
+        print(f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. "
+              f"Go on from the last checkpoint: --resume --out {args.out}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
+    if run is not None and run.metrics:
+        common.plot_losses(args.out, f"{Path(args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
+        print(f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl\n")
+        if not args.shard:
+            print(sample_text(run))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------- looking at a model, a run
+def start_in_background(args):
+    """Start this command again in a session of its own, which outlives the terminal."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != "--background")]
+    with open(out / "log.txt", "ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    print(f"started  process {process.pid}; output in {out}/log.txt; watch it: python train.py watch {out}; "
+          f"stop it, saving: kill {process.pid}")
+
+
+def watch(argv):
+    """Draw a run's losses in the terminal, again every two seconds until it ends."""
+    parser = argparse.ArgumentParser(prog="train.py watch", description=watch.__doc__)
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--once", action="store_true", help="draw once and stop")
+    args = parser.parse_args(argv)
+    if not (Path(args.run) / "metrics.jsonl").is_file():
+        raise UserError(f"{args.run}: no metrics.jsonl, so no run there (yet)")
+    while True:
+        total = common.read_json(Path(args.run) / "args.json")["steps"]
+        rows = common.Metrics.read(Path(args.run) / "metrics.jsonl")
+        print("" if args.once else "\x1b[2J\x1b[H", end="")
+        print(common.draw_curve([(r["step"], r["loss"]) for r in rows if "loss" in r],
+                                [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]))
+        step, rate = rows[-1]["step"] if rows else 0, next((r["tokens_per_s"] for r in reversed(rows) if "tokens_per_s" in r), 0)
+        pace = rows[-1]["seconds"] / step if step else 0
+        print(f"step {step:,} of {total:,}   {rate:,} tokens/s   {(total - step) * pace / 60:.1f} minutes left")
+        if args.once or step >= total:
+            return
+        time.sleep(2)
+
+
+def eval_command(argv):
+    """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte."""
+    parser = argparse.ArgumentParser(prog="train.py eval", description=eval_command.__doc__)
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("--data", required=True, help="UTF-8 text file, or shakespeare (its validation split)")
+    parser.add_argument("--stride", type=int, default=0, help="tokens scored per window; the rest is context [half the context]")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args(argv)
+    runtime = common.resolve(args.device, args.dtype, "off")
+    tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
+    text, _ = read_text(args.data)
+    if args.data == "shakespeare":
+        text = text[int(len(text) * 0.9):]
+    ids = tok.encode(text, bos=tok.bos_id is not None)
+    nats = total_loss(model, ids, args.stride or model.config.max_position_embeddings // 2)
+    scored, size = len(ids) - 1, len(text.encode())
+    words = sum(len(line.split()) + 1 for line in text.splitlines())  # a line's end is a word, as WikiText's papers count
+    result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
+                  word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
+    print(json.dumps(result, indent=1))
+
+
+@torch.inference_mode()
+def total_loss(model, ids, stride):
+    """Summed loss of all ids but the first, each scored once with at least context - stride tokens before it (where there
+    are so many): windows of the whole context that advance by `stride`."""
+    context, total, done = model.config.max_position_embeddings, 0.0, 1  # ids[:done] are scored (the first cannot be)
+    if not 0 < stride <= context:
+        raise UserError(f"--stride {stride} must lie between 1 and the context of {context:,}")
+    device = model.embed_tokens.weight.device
+    while done < len(ids):
+        end = min(len(ids), max(done + stride, context + 1) if done == 1 else done + stride)
+        begin = max(0, end - 1 - context)
+        x, y = torch.tensor([ids[begin:end - 1]], device=device), torch.tensor([ids[begin + 1:end]], device=device)
+        y[0, :done - begin - 1] = -100
+        total, done = total + model(x, y).item(), end
+    return total
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common import UserError
 from generate import KVCache
-from model import Config, Transformer, attention_mask
+from model import Config, Transformer, attention_mask, cross_entropy_sum
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -45,7 +45,7 @@ def test_fresh_model_guesses_uniformly():
     model = Transformer(Config(vocab_size=65))
     model.init_weights()
     ids = torch.randint(0, 65, (4, 64))
-    assert abs(model.loss(ids, ids.roll(-1, 1)).item() / ids.numel() - math.log(65)) < 0.2
+    assert abs(model(ids, ids.roll(-1, 1)).item() / ids.numel() - math.log(65)) < 0.2
 
 
 def test_future_tokens_change_nothing(model):
@@ -225,3 +225,39 @@ def test_loading_takes_about_one_copy_of_the_weights(tmp_path):
     """)
     copies = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.5 < copies < 1.3, copies
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32])
+def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    targets = torch.randint(0, 50, (40,))
+    targets[::5] = -100
+    results = []
+    for at_once in (10 ** 6, rows):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = cross_entropy_sum(h, w, targets, at_once)
+        (loss / 32).backward()
+        results.append((loss.double(), h.grad, w.grad))
+    for plain, chunked in zip(*results):
+        assert torch.allclose(plain, chunked, rtol=1e-5, atol=1e-6)
+    assert abs(cross_entropy_sum(hidden, weight, targets, rows) - results[0][0]) < 1e-3  # and without gradients
+
+
+def test_a_batch_without_targets_costs_nothing():
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    for rows in (100, 3):
+        loss = cross_entropy_sum(hidden, weight, torch.full((8,), -100), rows)
+        loss.backward()
+        assert loss == 0 and hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
+
+
+def test_recomputed_activations_change_no_gradient(model):
+    ids = tokens(2, 30)
+    grads = []
+    for recompute in (False, True):
+        model.train().recompute = recompute
+        model.zero_grad()
+        model(ids, ids).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
