@@ -337,9 +337,10 @@ def prepare(args, checkpoint):
     runtime = common.resolve(args.device, args.dtype, args.compile)
     tok, tokens, val, data_sha = load_data(args)
     out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
-    if state and state["data_sha256"] != data_sha:
-        raise UserError(f"--resume: the text's sha256 was {state['data_sha256'][:12]}, now {data_sha[:12]}; restore the "
-                        f"text, or start a new run on it: --init-from {out}")
+    for what, then, now in (("tokenizer", state.get("tokenizer_sha256"), tok.sha256), ("text", state.get("data_sha256"), data_sha)):
+        if state and then != now:
+            raise UserError(f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
+                            f"run from these weights: --init-from {out}")
     model = build_model(args, checkpoint, tok, runtime.device)
     rows, estimate = choose_micro_batch(model, args, runtime)
     describe(args, model, tok, tokens, val)
