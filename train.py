@@ -236,9 +236,9 @@ def choose_micro_batch(model, args, runtime):
 
 
 def print_estimate(estimate, rows, args, runtime):
-    parts = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
     free = common.free_memory(runtime.device)
-    print(f"memory   {sum(estimate.values()) / 2**30:.2f} GiB estimated ({parts}), {free / 2**30 if free else math.nan:.1f} free; "
+    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20 if free else math.nan:,.0f} free; "
           f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")
 
 
