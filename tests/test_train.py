@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -186,3 +187,181 @@ def test_a_folder_without_write_permission_is_one_line(text, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")  # root may write anywhere, so the parent is a file instead
     assert "file" in refused(text, blocked / "run", "--steps", 1)
+
+
+# ----------------------------------------------------------------------------------------- the parts of a step, in this process
+def make_run(text, out, *flags):
+    """A prepared run of the tiny model, as main() makes it."""
+    argv, sys.argv = sys.argv, command(text, out, flags)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return train.prepare(*train.read_args())
+    finally:
+        sys.argv = argv
+
+
+def gradients(run):
+    return {n: p.grad.clone() for n, p in run.model.named_parameters()}
+
+
+def test_passes_do_not_change_the_gradient_on_ragged_rows(text, tmp_path):
+    """1 pass of 4 rows == 4 passes of 1 row, though every row has another number of targets."""
+    run = make_run(text, tmp_path / "run", "--dropout", 0)
+    batch = run.batches.next()
+    y = batch.y.clone()
+    for row, keep in enumerate((16, 1, 0, 7)):
+        y[row, keep:] = -100
+    batch = batch._replace(y=y)
+    results = []
+    for rows in (4, 1):
+        run.rows = rows
+        total = train.forward_backward(run, batch, 24)
+        results.append((total.item(), gradients(run)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, grad in results[0][1].items():
+        assert torch.allclose(grad, results[1][1][name], atol=1e-6), name
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, tmp_path):
+    run = make_run(text, tmp_path / "run", "--dtype", "float16", "--dropout", 0)
+    run.scaler.scale, run.scaler.patience = 2.0 ** 30, 3  # gradients times this are far beyond 65504
+    before = {n: p.clone() for n, p in run.model.named_parameters()}
+    scales = []
+    for step in range(30):
+        batch = run.batches.next()
+        train.forward_backward(run, batch, batch.y.numel())
+        train.update(run, 0)
+        run.guard.in_a_row = 0
+        scales.append(run.scaler.scale)
+        if run.guard.skipped == 1 and step == 0:
+            assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+    assert scales[0] == 2.0 ** 29 and min(scales) < 2.0 ** 29
+    assert scales[-1] > min(scales) or run.guard.skipped < 30  # it came to rest, then grew again
+    assert any(b > a for a, b in zip(scales, scales[1:]))
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert any(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+
+
+def test_fp16_gradients_equal_float32_ones_after_unscaling(text, tmp_path):
+    runs = [make_run(text, tmp_path / kind, "--dtype", kind, "--dropout", 0) for kind in ("float32", "float16")]
+    for run in runs:
+        batch = run.batches.next()
+        train.forward_backward(run, batch, batch.y.numel())
+    full, half = (gradients(run) for run in runs)
+    for name in full:
+        if full[name].abs().max() > 0:
+            assert (half[name] / runs[1].scaler.scale - full[name]).norm() < 0.02 * full[name].norm(), name
+
+
+def test_non_finite_and_spiking_gradients_are_skipped_and_counted():
+    guard = train.Guard(factor=5.0)
+    assert all(guard.accepts(1.0) for _ in range(60))
+    assert not guard.accepts(float("nan")) and not guard.accepts(float("inf")) and not guard.accepts(9.0)
+    assert guard.skipped == 3 and guard.in_a_row == 3
+    assert guard.accepts(1.1) and guard.in_a_row == 0
+    assert sum(not guard.accepts(9.0) for _ in range(50)) < 10  # a lasting change is accepted before the run is stopped
+
+
+def test_several_unusable_steps_in_a_row_stop_the_run_with_a_line(text, tmp_path):
+    run = make_run(text, tmp_path / "run")
+    with pytest.raises(common.UserError, match="10 steps in a row had unusable gradients.*--resume.*--lr"), \
+            contextlib.redirect_stderr(io.StringIO()):
+        for step in range(20):
+            batch = run.batches.next()
+            train.forward_backward(run, batch, batch.y.numel())
+            run.model.norm.weight.grad[0] = float("nan")
+            train.update(run, step)
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, capsys):
+    run = make_run(text, tmp_path / "run", "--dropout", 0)
+    batch = run.batches.next()
+    train.forward_backward(run, batch, batch.y.numel())
+    expected, model, sizes = gradients(run), run.step_model, []
+
+    def small_memory(x, y):
+        sizes.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(x, y)
+    run.step_model = small_memory
+    train.forward_backward(run, batch, batch.y.numel())
+    assert sizes == [4, 2, 1, 1, 1, 1] and "did not fit, going on with 1" in capsys.readouterr().out
+    assert all(torch.allclose(grad, expected[name], atol=1e-6) for name, grad in gradients(run).items())
+
+
+def test_kill_9_at_any_moment_loses_nothing(text, tmp_path):
+    """Ten kills at random moments of one run that saves at every other step; each resume goes on, the end is bit-exact."""
+    assert run(text, tmp_path / "whole", "--steps", 60, "--save-every", 2)[0] == 0
+    out, rng, saved = tmp_path / "cut", random.Random(0), -1
+    for kill in range(10):
+        process = start(text, out, *(["--resume"] if saved >= 0 else ["--steps", 60, "--save-every", 2, "--overwrite"]))
+        while saved_step(out) <= saved and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)  # anywhere in the next steps and saves
+        process.kill()
+        process.communicate()
+        saved = saved_step(out)
+        Transformer.from_pretrained(out)  # the folder is readable at every moment
+    code, _, stderr = run(text, out, "--resume")
+    assert code == 0, stderr
+    assert same_folder(tmp_path / "whole", out)
+
+
+def test_fit_prints_the_estimate_by_part_and_writes_nothing(text, tmp_path):
+    code, stdout, _ = run(text, tmp_path / "run", "--fit", "--layers", 12, "--dim", 768, "--heads", 12)
+    assert code == 0 and all(part in stdout for part in ("weights", "gradients", "optimizer", "activations", "logits"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_starts(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "free_memory", lambda device: 10_000)
+    assert "GiB even for one row" in refused(text, tmp_path / "run")
+
+
+def test_watch_draws_the_run(text, tmp_path, capsys):
+    assert run(text, tmp_path / "run", "--steps", 12)[0] == 0
+    train.watch([str(tmp_path / "run"), "--once"])
+    drawn = capsys.readouterr().out
+    assert "V" in drawn and "step 12 of 12" in drawn and "tokens/s" in drawn
+
+
+def test_background_run_outlives_its_starter(text, tmp_path):
+    out = tmp_path / "run"
+    process = start(text, out, "--steps", 5, "--background")
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "watch it" in stdout
+    for _ in range(600):
+        if saved_step(out) == 5:
+            break
+        time.sleep(0.1)
+    assert "validation loss" in (out / "log.txt").read_text()
+
+
+def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
+    assert run(text, tmp_path / "run", "--steps", 3)[0] == 0
+    model = Transformer.from_pretrained(tmp_path / "run")
+    ids = torch.randint(0, 40, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def reference(stride):  # every target with the window that total_loss promises: the first that reaches it
+        total = 0.0
+        for target in range(1, len(ids)):
+            end = 17 if target < 17 else min(len(ids), 17 + -(-(target - 16) // stride) * stride)
+            window = ids[max(0, end - 17):target]
+            with torch.no_grad():
+                total -= model(torch.tensor([window]))[0, -1].log_softmax(-1)[ids[target]].item()
+        return total
+    for stride in (1, 5, 16):
+        assert train.total_loss(model, ids, stride) == pytest.approx(reference(stride), rel=1e-5)
+
+
+def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
+    assert run(text, tmp_path / "run", "--steps", 3)[0] == 0
+    short = tmp_path / "short.txt"
+    short.write_text("ROMEO:\nLine 1, spoken by romeo.\n")
+    train.eval_command([str(tmp_path / "run"), "--data", str(short), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed[printed.index("{"):])
+    assert result["tokens"] == 31 and result["bytes"] == 32 and result["words"] == 1 + 1 + 5 + 1
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * 31 / 32 / 0.6931, rel=1e-3)
