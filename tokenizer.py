@@ -22,7 +22,7 @@ import time
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, deque
-from itertools import chain, filterfalse
+from itertools import chain, filterfalse, islice
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,11 @@ PATTERNS = {
             r"""|\s*[\r\n]|\s+(?!\S)|\s+""",
     "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
               r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "qwen2": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+             r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "tekken": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+              r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"""
+              r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
 # The 256 bytes in GPT-2's order, printable ones first, each with the character that stands for it in vocab files.
@@ -47,6 +52,7 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
 BYTE_TO_CHAR = {b: chr(b if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+LETTER_BEFORE_SPACE = re.compile("[a-zA-Z](?= )")
 BLOCK = 1 << 20              # bytes of a file read at a time
 LARGEST_FILE = 64 << 20      # of a vocabulary file; the largest in use (Gemma 3, 262K tokens) has 33 MB
 LARGEST_ID = 1 << 24
@@ -96,6 +102,7 @@ def split_chunks(texts, pattern):
 def splitter(pattern):
     """A function text -> list of chunks whose concatenation is the text. UserError for a pattern that cannot do that."""
     try:
+        regex.compile(pattern)
         compiled = regex.compile(whole_text(pattern))
     except regex.error as error:
         raise UserError(f"the split pattern {pattern!r} is not a regular expression: {error}") from None
@@ -114,8 +121,9 @@ def ascii_splitter(pattern):
     """The same split for ASCII text by the standard library's `re`, which takes less than half the time of `regex`."""
     if pattern not in PATTERNS.values():
         return None
-    in_sets = regex.sub(r"\[[^]]*]", lambda m: m[0].replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9"), pattern)
-    return re.compile(in_sets.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]"), re.ASCII).findall
+    ascii_part = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
+    bare = regex.sub(r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern)             # every category inside a set
+    return re.compile(regex.sub(r"\\p\{(\w+)}", lambda m: ascii_part.get(m[1], ""), bare), re.ASCII).findall
 
 
 def border(file, at, cuts):
@@ -131,8 +139,10 @@ def border(file, at, cuts):
     return at - 1 + len(window)
 
 
-AFTER_NEWLINE = (rb"\n", rb"[!-~](?= )")
-BEFORE_SPACE = (rb"[a-zA-Z0-9](?= )",)
+# Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a
+# newline, a Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
+BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
+BETWEEN_CHUNKS = BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
 
 
 def read_block(path, start, end, cuts):
@@ -147,9 +157,30 @@ def count_blocks(blocks, pattern):
     """[(path, start, end)] -> Counter of chunks. Lines are split one by one, as HF tokenizers does with files."""
     counts = Counter()
     for block in blocks:
-        text = read_block(*block, AFTER_NEWLINE).decode("utf-8", "surrogateescape")
+        text = read_block(*block, (rb"\n", BETWEEN_CHUNKS)).decode("utf-8", "surrogateescape")
         counts.update(split_chunks(list(io.StringIO(text, newline="\n")), pattern))
     return counts
+
+
+def count_texts(texts, pattern):
+    return Counter(split_chunks(texts, pattern))
+
+
+def batches(texts, pattern):
+    """Lists of texts, about a BLOCK of characters in each; a text longer than that in parts, if the pattern is known."""
+    batch, size = [], 0
+    for text in map(well_formed, texts):
+        start, known = 0, pattern in PATTERNS.values()
+        while known and len(text) - start > BLOCK and (cut := LETTER_BEFORE_SPACE.search(text, start + BLOCK)):
+            yield [text[start:cut.end()]]
+            start = cut.end()
+        batch.append(text[start:])
+        size += len(text) - start
+        if size > BLOCK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def count_files(paths, pattern, max_bytes=None, processes=None):
@@ -162,13 +193,14 @@ def count_files(paths, pattern, max_bytes=None, processes=None):
     processes = processes or usable_cpus()
     group = min(16, -(-len(blocks) // (4 * processes))) or 1     # blocks a job: few enough to keep its Counter small
     jobs = [blocks[i:i + group] for i in range(0, len(blocks), group)]
-    counts = Counter()
-    with tqdm(total=len(blocks), desc="counting chunks", unit="block", disable=None) as bar:
-        for part in in_processes(functools.partial(count_blocks, pattern=pattern), jobs, processes):
-            for chunk, count in part.items():
-                counts[chunk] += count
-            bar.update(group)
-    return counts
+    return add_up(in_processes(functools.partial(count_blocks, pattern=pattern), jobs, processes), len(jobs))
+
+
+def add_up(counters, n=None):
+    total = Counter()
+    for counter in tqdm(counters, total=n, desc="counting chunks", unit="job", disable=None):
+        total.update(counter)
+    return total
 
 
 def usable_cpus():
@@ -189,14 +221,16 @@ def _run_job(argument):
 
 def in_processes(function, jobs, processes):
     """Yield function(job) for every job, in order, from this many processes, a bounded number of jobs ahead."""
-    if processes == 1 or len(jobs) < 2:
-        yield from map(function, jobs)
+    jobs = iter(jobs)
+    first = list(islice(jobs, 2))
+    if processes == 1 or len(first) < 2:
+        yield from map(function, chain(first, jobs))
         return
     # fork hands the function over without pickling and works from a notebook; it does not exist on Windows
     method = "fork" if sys.platform == "linux" else None
     with multiprocessing.get_context(method).Pool(processes, _start_child, (function,)) as pool:
         waiting = deque()
-        for job in jobs:
+        for job in chain(first, jobs):
             waiting.append(pool.apply_async(_run_job, (job,)))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().get()
@@ -361,3 +395,896 @@ def learn_merges(chunks, n_merges, forbidden=()):
             spelled += [spelled[a] + spelled[b] for a, b in pairs]
             bar.update(len(batch))
     return merges
+
+
+# ---- Text to ids and back.
+
+def merge_by_rank(ids, merges):
+    """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a
+    megabyte of one letter takes seconds, not days."""
+    ids, n = list(ids), len(ids)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    waiting, ranks = {}, []                            # rank -> left positions; a heap of the ranks
+
+    def note(left, right):
+        if left >= 0 and right < n and (merge := merges.get((ids[left], ids[right]))):
+            if merge[0] not in waiting:
+                waiting[merge[0]] = []
+                heapq.heappush(ranks, merge[0])
+            waiting[merge[0]].append(left)
+
+    for i in range(n - 1):
+        note(i, i + 1)
+    while ranks:
+        rank = heapq.heappop(ranks)
+        places = sorted(waiting.pop(rank))
+        for done, i in enumerate(places):
+            if ranks and ranks[0] < rank:              # a merge just made way for an earlier one
+                waiting[rank] = places[done:]
+                heapq.heappush(ranks, rank)
+                break
+            j = after[i]
+            merge = merges.get((ids[i], ids[j])) if j < n else None
+            if merge is None or merge[0] != rank:      # one of the two has been merged since
+                continue
+            ids[i], ids[j], after[i] = merge[1], -1, after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            note(before[i], i)
+            note(i, after[i])
+    return [i for i in ids if i >= 0]
+
+
+def well_formed(text):
+    """Lone surrogates, which no UTF-8 can hold, become U+FFFD, and paired ones the character they mean, as in tiktoken."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tokenizer:
+    """Text <-> ids. Made by load, train or char.
+
+    kind            "bytes": tokens are byte strings, text is split by `patterns` first (GPT-2, Llama 3, Qwen)
+                    "pieces": tokens are text with ▁ for space, bytes as <0x0A> where no token fits (Llama 2, Mistral)
+                    "chars": one token per character
+    vocab           {token: id}, keys bytes or str by kind, special and added tokens not among them
+    special         {text: id} of tokens that no text ever turns into; whoever wants one puts its id there
+    added           {text: id} of tokens matched in text before anything else (<think> in Qwen)
+    merges          {(left id, right id): (rank, new id)}
+    whole_chunks    a chunk that is a token becomes it, whatever the merges say (Llama 3, tiktoken)
+    normalizer      [(operation, arguments...)], see `normalize`
+    config          what else tokenizer_config.json holds
+    """
+
+    def __init__(self, kind, vocab, merges=None, *, patterns=(), special=None, added=None, whole_chunks=False,
+                 normalizer=(), strip_space=False, unknown=None, config=None):
+        self.kind, self.vocab, self.patterns = kind, vocab, tuple(patterns)
+        self.special, self.added = dict(special or {}), dict(added or {})
+        self.whole_chunks, self.normalizer, self.strip_space = whole_chunks, list(normalizer), strip_space
+        self.unknown, self.config = unknown, dict(config or {})
+        if merges is not None:                                   # else recovered from the vocabulary when first needed
+            self.merges = merges
+        self.source = None                                       # the tokenizer.json this was read from, as it was
+        names = dict(chain(self.added.items(), self.special.items()))
+        check_ids(chain(vocab.values(), names.values()), len(vocab) + len(names))
+        self.vocab_size = max(chain(vocab.values(), names.values()), default=-1) + 1
+        self._bytes, self._shown = [b""] * self.vocab_size, [b""] * self.vocab_size
+        for token, i in vocab.items():
+            self._bytes[i] = self._shown[i] = self._spelling(token)
+        for name, i in names.items():
+            self._shown[i] = name.encode()
+            self._bytes[i] = name.encode() if name in self.added else b""
+        self.special_ids = set(self.special.values())
+        self._cache = {}
+        for pattern in self.patterns:
+            splitter(pattern)                                    # an unusable one is refused now
+
+    def _spelling(self, token):
+        if self.kind == "bytes":
+            return token
+        if self.kind == "pieces":
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+        return token.encode()
+
+    # -- made from text
+    @classmethod
+    def train(cls, texts=(), vocab_size=10_000, pattern="gpt4", special_tokens=SPECIAL_TOKENS, *, files=(),
+              max_bytes=None, processes=None):
+        """Learn a byte-level BPE of `vocab_size` ids from an iterable of str and from files.
+
+        pattern: a name in PATTERNS or a regular expression. special_tokens: a list, which gets ids 0, 1, ..., or a
+        dict {text: id}. max_bytes: take this much of the files, evenly spread. A chunk never spans two texts, nor two
+        lines of a file. Same merges, for the same texts or files, as HF tokenizers' BpeTrainer, for any number of
+        processes. UserError: a vocabulary smaller than 256 + special tokens, no text, an unusable pattern."""
+        pattern = PATTERNS.get(pattern, pattern)
+        if not isinstance(special_tokens, dict):
+            special_tokens = {name: i for i, name in enumerate(special_tokens)}
+        n_merges = vocab_size - 256 - len(special_tokens)
+        if n_merges < 0:
+            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
+                            f"tokens need {256 + len(special_tokens)}")
+        if max(special_tokens.values(), default=0) >= vocab_size:
+            raise UserError(f"special tokens must have ids below the vocabulary size {vocab_size}: {special_tokens}")
+        splitter(pattern)
+        chunks = count_files(files, pattern, max_bytes, processes)
+        jobs = batches([texts] if isinstance(texts, str) else texts, pattern)
+        chunks.update(add_up(in_processes(functools.partial(count_texts, pattern=pattern), jobs,
+                                          processes or usable_cpus())))
+        if not chunks:
+            raise UserError("there is no text to learn from: " + (", ".join(map(str, files)) or "no texts given"))
+        merges = learn_merges(chunks, n_merges, {name.encode() for name in special_tokens})
+        if len(merges) < n_merges:
+            fits = 256 + len(special_tokens) + len(merges)
+            print(f"asked for {n_merges:,} merges, the text supports {len(merges):,}: stopped early with a vocabulary "
+                  f"of {fits:,} (--vocab-size {fits} asks for just that)", file=sys.stderr)
+        taken = set(special_tokens.values())
+        ids = [i for i in range(vocab_size) if i not in taken][:256 + len(merges)]
+        spelled = [bytes([b]) for b in BYTES]
+        for left, right in merges:
+            spelled.append(spelled[left] + spelled[right])
+        ranked = {(ids[a], ids[b]): (rank, ids[256 + rank]) for rank, (a, b) in enumerate(merges)}
+        return cls("bytes", dict(zip(spelled, ids)), ranked, patterns=[pattern], special=special_tokens,
+                   config=default_config(special_tokens))
+
+    @classmethod
+    def char(cls, text, special_tokens=()):
+        """One id per distinct character, in code point order, after the special tokens."""
+        if not text:
+            raise UserError("there is no text to take the characters from")
+        special = {name: i for i, name in enumerate(special_tokens)}
+        characters = sorted(set(well_formed(text)))
+        if clash := special.keys() & set(characters):
+            raise UserError(f"special tokens that are characters of the text: {sorted(clash)}")
+        return cls("chars", {c: i for i, c in enumerate(characters, len(special))}, {}, special=special,
+                   config=default_config(special))
+
+    # -- encoding
+    def encode(self, text, bos=False, eos=False):
+        """str -> list of ids. Never a special id but the bos and eos asked for, whatever the text says.
+        UserError for a character that a character tokenizer does not know, or a bos or eos it does not have."""
+        ids = self._encode(text)
+        if bos:
+            ids.insert(0, self._required("bos"))
+        if eos:
+            ids.append(self._required("eos"))
+        return ids
+
+    def encode_bytes(self, data, where="first"):
+        """bytes -> ids. Bytes that are no UTF-8 become byte tokens and survive decode_bytes. where: see `normalize`."""
+        try:
+            return self._encode(data.decode(), where)
+        except UnicodeDecodeError:
+            parts = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
+        ids = []
+        for i, part in enumerate(parts):
+            if i % 2 == 0:
+                ids += self._encode(part, "inside" if i else where)
+            else:
+                ids += [self._byte_id(b) for b in part.encode("utf-8", "surrogateescape")]
+        return ids
+
+    def encode_blocks(self, paths, processes=None):
+        """Yield arrays of ids (uint16, or uint32 above 65,536 ids) whose concatenation is the ids of the files, file
+        after file, each as encode_bytes would have it; blocks of them are encoded in parallel processes."""
+        step = BLOCK if self._cuts else sys.maxsize
+        jobs = [(path, at, min(at + step, os.path.getsize(path)))
+                for path in paths for at in range(0, os.path.getsize(path), step)]
+        self.fast                                                # built here once, not in every process
+        return in_processes(self._encode_block, jobs, processes or usable_cpus())
+
+    def encode_corpus(self, paths, processes=None):
+        """All ids of the files as one array, see encode_blocks."""
+        return np.concatenate([np.zeros(0, self.dtype), *self.encode_blocks(paths, processes)])
+
+    @property
+    def dtype(self):
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def _encode_block(self, block):
+        data = read_block(*block, self._cuts)
+        return np.array(self.encode_bytes(data, "inside" if block[1] else "first"), self.dtype)
+
+    @functools.cached_property
+    def _cuts(self):
+        """Where a file may be cut without changing any id, for `border`; () if that is not certain."""
+        cuts = BEFORE_SPACE if self.kind == "pieces" else BETWEEN_CHUNKS
+        crossed = any(re.search(cuts, name.encode()) for name in self.added)
+        if crossed or (self.kind == "pieces" and not self._piece_splitter):
+            return ()
+        samples = [(a, b) for a in ("a", "Zb", "1", ".a", "\na", "'s", " a", "ü", "中")
+                   for b in (" a", " 1", " .", " \n", "  ", "   a", "\n", "\na", "\n\na", "、a")]
+        kept = all(splitter(p)(a) + splitter(p)(b) == splitter(p)(a + b) for p in self.patterns for a, b in samples)
+        return (cuts,) if kept else ()
+
+    def _encode(self, text, where="first"):
+        text = well_formed(text)
+        if not self.added:
+            return self._encode_plain(text, where)
+        ids = []
+        for i, part in enumerate(self._added_splitter.split(text)):
+            ids += [self.added[part]] if i % 2 else self._encode_plain(part, "later" if i else where)
+        return ids
+
+    @functools.cached_property
+    def _added_splitter(self):
+        return re.compile("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")")
+
+    def _encode_plain(self, text, where):
+        text = normalize(text, self.normalizer, where)
+        if self.kind == "chars":
+            return self._encode_chars(text)
+        if self.fast is None:
+            return self.encode_slowly(text)
+        if long_gap(text, self.patterns[-1]):
+            return list(chain.from_iterable(map(self.fast._encode_single_piece, self._split(text, self.patterns))))
+        if len(self.patterns) == 1:
+            return self.fast.encode_ordinary(text)
+        return list(chain.from_iterable(map(self.fast.encode_ordinary, self._split(text, self.patterns[:-1]))))
+
+    def _encode_chars(self, text):
+        try:
+            return [self.vocab[c] for c in text]
+        except KeyError:
+            unknown = sorted(set(text) - self.vocab.keys())
+            shown = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            raise UserError(f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: {shown}; "
+                            "remove them, or train the tokenizer on text that has them") from None
+
+    def _split(self, text, patterns):
+        chunks = [text]
+        for pattern in patterns:
+            chunks = chain.from_iterable(map(splitter(pattern), chunks))
+        return chunks
+
+    def encode_slowly(self, text):
+        """The plain twin of the fast path: split (already normalized) text, merge each chunk by rank, remember it."""
+        if self.kind == "pieces":
+            chunks = self._piece_splitter(text) if self._piece_splitter else [text]
+        else:
+            chunks = self._split(text, self.patterns)
+        ids = []
+        for chunk in chunks:
+            if (known := self._cache.get(chunk)) is None:
+                known = self._encode_chunk(chunk)
+                if len(self._cache) < 1 << 16 and len(chunk) < 64:
+                    self._cache[chunk] = known
+            ids += known
+        return ids
+
+    def _encode_chunk(self, chunk):
+        if self.kind == "bytes":
+            data = chunk.encode()
+            if self.whole_chunks and data in self.vocab:
+                return [self.vocab[data]]
+            return merge_by_rank([self._byte_id(b) for b in data], self.merges)
+        if self.whole_chunks and chunk in self.vocab:
+            return [self.vocab[chunk]]
+        ids = []
+        for c in chunk:
+            if c in self.vocab:
+                ids.append(self.vocab[c])
+            elif all(f"<0x{b:02X}>" in self.vocab for b in c.encode()):
+                ids += [self._byte_id(b) for b in c.encode()]
+            elif self.unknown is None:
+                raise UserError(f"{c!r} is not in this vocabulary, which has neither bytes nor an unknown token")
+            elif ids[-1:] != [self.unknown]:                     # one unknown token for a run of unknown characters
+                ids.append(self.unknown)
+        return merge_by_rank(ids, self.merges)
+
+    def _byte_id(self, byte):
+        token = {"bytes": bytes([byte]), "pieces": f"<0x{byte:02X}>"}.get(self.kind)
+        if token not in self.vocab:
+            raise UserError(f"byte {byte:#04x} is no UTF-8 text, and this tokenizer has no tokens for single bytes")
+        return self.vocab[token]
+
+    @functools.cached_property
+    def _piece_splitter(self):
+        """Text of a pieces tokenizer can be split before every ▁ that follows another character, which lets chunks be
+        remembered; not so if some token has a ▁ there. None then."""
+        return None if any(re.search("[^▁]▁", token) for token in self.vocab) else re.compile("▁*[^▁]+|▁+").findall
+
+    @functools.cached_property
+    def fast(self):
+        """tiktoken's encoder in Rust where it gives the same ids as merging by rank does, else None.
+
+        It differs in one thing: it merges two neighbours whenever the result is a token, listed as a merge or not."""
+        if self.kind != "bytes" or not self.patterns or len(self.vocab) < 256 or not same_in_rust(self.patterns[-1]):
+            return None
+        if "merges" in self.__dict__ and not merges_follow_vocab(self):
+            return None
+        import tiktoken
+        return tiktoken.Encoding("ours", pat_str=whole_text(self.patterns[-1]), mergeable_ranks=self.vocab,
+                                 special_tokens={})
+
+    @functools.cached_property
+    def merges(self):
+        """For vocabularies that come as ranks alone: the two tokens that each token is merged from."""
+        order = {token: i for token, i in self.vocab.items()}
+        merges = {}
+        for token, i in sorted(self.vocab.items(), key=lambda item: item[1]):
+            if len(token) > 1 and (parts := last_merge(token, i, order)):
+                merges[tuple(order[p] for p in parts)] = (len(merges), i)
+        return merges
+
+    # -- decoding
+    def decode(self, ids, skip_special=False):
+        """ids -> str. Bytes that are no UTF-8 show as U+FFFD. UserError for an id that no token has."""
+        return self._strip(self.decode_bytes(ids, skip_special).decode("utf-8", "replace"))
+
+    def decode_bytes(self, ids, skip_special=True):
+        """ids -> bytes, exactly those that encode_bytes was given (for pieces, after the space they start with)."""
+        table, ids = self._bytes if skip_special else self._shown, list(ids)
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+            raise UserError(f"ids from {min(ids)} to {max(ids)}, but this tokenizer's are 0 to {self.vocab_size - 1}")
+        return b"".join([table[i] for i in ids])
+
+    def _strip(self, text):
+        return text[1:] if self.strip_space and text.startswith(" ") else text
+
+    def token_bytes(self, i):
+        """The bytes this token adds to a text; b"" for special tokens."""
+        return self._bytes[i]
+
+    def stream(self, skip_special=False):
+        return Stream(self, skip_special)
+
+    # -- what it is
+    def _required(self, role):
+        i = getattr(self, role + "_id")
+        if i is None:
+            raise UserError(f"this tokenizer has no {role} token; its special tokens: {', '.join(self.special) or 'none'}")
+        return i
+
+    def _role(self, name):
+        token = self.config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self.special.get(token, self.added.get(token)) if isinstance(token, str) else None
+
+    bos_id = property(lambda self: self._role("bos_token"))
+    eos_id = property(lambda self: self._role("eos_token"))
+    pad_id = property(lambda self: self._role("pad_token"))
+
+    @property
+    def chat_template(self):
+        """The Jinja chat template in tokenizer_config.json, or None."""
+        template = self.config.get("chat_template")
+        if isinstance(template, list):                           # several, by name
+            template = {t.get("name"): t.get("template") for t in template}.get("default")
+        return template
+
+    @chat_template.setter
+    def chat_template(self, template):
+        self.config["chat_template"] = template
+
+    @functools.cached_property
+    def sha256(self):
+        """Hex digest of everything that decides ids, whatever file it came from."""
+        parts = [self.kind, sorted((self._spelling(t).hex(), i) for t, i in self.vocab.items()),
+                 sorted(self.special.items()), sorted(self.added.items()), self.patterns, self.normalizer,
+                 self.whole_chunks, self.unknown, sorted((rank, *pair) for pair, (rank, _) in self.merges.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("fast", "_piece_splitter", "_added_splitter")}
+
+    # -- files
+    @classmethod
+    def load(cls, path, pattern=None):
+        """Read a folder, tokenizer.json, vocab.bpe (encoder.json beside it), .tiktoken, tekken.json or SentencePiece
+        .model. A .tiktoken file does not say how text is split: known by its name, or `pattern`. UserError else."""
+        return read_tokenizer(Path(path), pattern)
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with the same ids."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = self.source or json.dumps(to_json(self), ensure_ascii=False).encode()
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.config}
+        for name, data in (("tokenizer.json", content),
+                           ("tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2).encode())):
+            with open(folder / (name + ".tmp"), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(folder / (name + ".tmp"), folder / name)
+
+
+class Stream:
+    """Ids in, text out, as a model produces them: never half a character, and nothing is decoded twice."""
+
+    def __init__(self, tokenizer, skip_special):
+        self.table = tokenizer._bytes if skip_special else tokenizer._shown
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.strip_space = tokenizer.strip_space
+
+    def push(self, i):
+        """The text that is certain now: possibly "", possibly more than this token's own."""
+        if not 0 <= i < len(self.table):
+            raise UserError(f"id {i} is not one of this tokenizer's {len(self.table)}")
+        return self._strip(self.decoder.decode(self.table[i]))
+
+    def flush(self):
+        """What is left: U+FFFD if a character was never finished."""
+        return self._strip(self.decoder.decode(b"", final=True))
+
+    def _strip(self, text):
+        if self.strip_space and text:
+            self.strip_space = False
+            return text.removeprefix(" ")
+        return text
+
+
+def normalize(text, operations, where="first"):
+    """Apply a normalizer to text from the start of a text ("first"), from after an added token ("later"), or from inside
+    a text that is encoded in parts ("inside"), where nothing is put in front."""
+    for name, *arguments in operations:
+        if name == "unicode":
+            text = unicodedata.normalize(arguments[0], text)
+        elif name == "replace":
+            text = text.replace(*arguments)
+        elif name == "lowercase":
+            text = text.lower()
+        elif name == "prepend" and text and where != "inside":
+            prefix, when = arguments
+            if when == "every" or when in ("always", where) and not text.startswith(prefix):
+                text = prefix + text
+    return text
+
+
+def long_gap(text, pattern, size=50_000):
+    """Whether the text has 50,000 spaces or more in a row, on which tiktoken's regular expressions can panic, or is that
+    long and the pattern not one that is known to be safe else."""
+    return len(text) > size and (pattern not in PATTERNS.values() or
+                                 any(text[i:i + size].isspace() for i in range(0, len(text) - size, size)))
+
+
+def default_config(special):
+    """Which of these special tokens begin, end and pad a text, by their usual names."""
+    roles = {"bos_token": ("<BOS>", "<s>", "<|endoftext|>"), "eos_token": ("<EOS>", "</s>", "<|endoftext|>"),
+             "unk_token": ("<UNK>", "<unk>"), "pad_token": ("<PAD>", "<pad>")}
+    return {role: name for role, names in roles.items() for name in names[::-1] if name in special}
+
+
+def check_ids(ids, n):
+    """UserError unless these are n different ids of a sane size."""
+    ids = list(ids)
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < LARGEST_ID]:
+        raise UserError(f"token id {bad[0]!r} is not a whole number from 0 to {LARGEST_ID - 1}")
+    if len(set(ids)) < n:
+        raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
+
+
+def same_in_rust(pattern):
+    """Whether a split pattern is sure to mean the same to tiktoken's engine: it has only character categories,
+    whitespace, literals, groups, lookaheads and counts."""
+    return not regex.search(r"\\[^pPrntsS]|\(\?[^:!=i]|[.$]|&&|--|~~|\|\||\[\[|\[:", pattern)
+
+
+def merges_follow_vocab(tokenizer):
+    """Whether merging any two neighbours whose concatenation is a token, lowest id first, equals following the merges.
+
+    It does if ids ascend with ranks and every token is what merging its own bytes ends in: then the same bytes between
+    the same borders always merge the same way, and an unlisted pair never stands there to be merged. A token that only
+    whole chunks become must have all its pairs listed, as in Llama 3's file."""
+    vocab, merges, spelling = tokenizer.vocab, tokenizer.merges, tokenizer._bytes
+    ordered = sorted((rank, pair, new) for pair, (rank, new) in merges.items())
+    made = [new for _, _, new in ordered]
+    if made != sorted(made) or len(set(made)) + 256 != len(vocab):
+        return False
+    last = {}                                                # token: (rank, pair) of the merge that makes it
+    for rank, pair, new in ordered:
+        if new not in last and not merges_across(*pair, rank, merges, last):
+            last[new] = rank, pair
+    rest = [spelling[i] for i in set(made) - last.keys()]
+    if rest and not tokenizer.whole_chunks:
+        return False
+    halves = ((vocab.get(token[:i]), vocab.get(token[i:])) for token in rest for i in range(1, len(token)))
+    return all(None in pair or pair in merges for pair in halves)
+
+
+def merges_across(left, right, rank, merges, parts):
+    """Whether, in the bytes of two tokens side by side, some merge would cross their border before both are whole.
+    Takes back the later of the two tokens' last merges until none is left, looking across the border each time."""
+    while left in parts or right in parts:
+        take_left = right not in parts or (left in parts and parts[left][0] > parts[right][0])
+        if take_left:
+            undone, (_, left) = parts[left]
+        else:
+            undone, (right, _) = parts[right]
+        across = merges.get((left, right), (rank + 1,))[0]
+        if across < undone or (across == undone and not take_left):     # of equals the leftmost goes first
+            return True
+    return False
+
+
+def last_merge(token, limit, ranks):
+    """The two parts a token is merged from in the end, using only tokens ranked below it; None if it stays in more."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], limit))
+        if ranks.get(parts[best] + parts[best + 1], limit) >= limit:
+            return None
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+# ---- Other people's files. They are untrusted: sizes, types and references are checked, and what is not known is refused.
+
+def read_tokenizer(path, pattern):
+    if path.is_dir():
+        names = ("tokenizer.json", "tekken.json", "tokenizer.model", "vocab.bpe", "merges.txt")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} has no tokenizer: none of {', '.join(names)}")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"there is no tokenizer at {path}")
+    data = read_limited(path)
+    if path.suffix == ".json":
+        content = parse_json(data, path)
+        if "config" in content and "model" not in content:
+            return from_tekken(content)
+        tokenizer = from_json(content, path)
+        tokenizer.source = data
+    elif path.suffix in (".bpe", ".txt"):
+        tokenizer = from_vocab_bpe(data, path)
+    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):                       # Llama 3's tokenizer.model is one of these
+        tokenizer = from_ranks(data, path, pattern)
+    elif path.suffix == ".model":
+        tokenizer = from_sentencepiece(path)
+    else:
+        raise UserError(f"{path} is none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
+    tokenizer.config.update(read_config(path.parent))
+    return tokenizer
+
+
+def read_limited(path):
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise UserError(f"{path} has {size >> 20} MB; no vocabulary in use is larger than {LARGEST_FILE >> 20} MB")
+    return path.read_bytes()
+
+
+def parse_json(data, path):
+    def no_twins(pairs):
+        if len(made := dict(pairs)) < len(pairs):
+            raise UserError(f"{path} has the key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} twice")
+        return made
+    try:
+        content = json.loads(data, object_pairs_hook=no_twins)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def read_config(folder):
+    """tokenizer_config.json, and the chat template where newer folders keep it."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = parse_json(read_limited(path), path) if path.is_file() else {}
+    if template.is_file():
+        config["chat_template"] = read_limited(template).decode("utf-8", "replace")
+    return config
+
+
+def from_json(content, path):
+    """A tokenizer.json of HF tokenizers: byte-level BPE, SentencePiece-style BPE, or our character tokenizers."""
+    def refuse(what):
+        raise UserError(f"{path}: {what} is not supported")
+
+    try:
+        model = content["model"]
+        if model.get("type", "BPE") != "BPE":
+            refuse(f"model type {model['type']!r} (only BPE)")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                refuse(f"model option {option} = {model[option]!r}")
+        normalizer = [step for part in sequence(content.get("normalizer"), "normalizers")
+                      for step in read_normalizer(part, refuse)]
+        patterns, prefix, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"), refuse)
+        decoders = {d["type"]: d for d in sequence(content.get("decoder"), "decoders")}
+        for name in decoders.keys() - {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+            refuse(f"decoder {name!r}")
+        kind = "bytes" if byte_level else "pieces" if model["merges"] or decoders.keys() - {"Fuse"} else "chars"
+        special, added = read_added(content.get("added_tokens") or [], normalizer, refuse)
+        vocab, merges = read_bpe(model, kind, special, path)
+        unknown = special.get(model.get("unk_token"), model["vocab"].get(model.get("unk_token")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a tokenizer.json: {type(error).__name__} {error}") from None
+    strips = "Strip" in decoders or decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+    return Tokenizer(kind, vocab, merges, patterns=patterns, special=special, added=added, strip_space=strips,
+                     whole_chunks=bool(model.get("ignore_merges")), normalizer=normalizer + prefix, unknown=unknown)
+
+
+def sequence(part, key):
+    """A component of a tokenizer.json as a flat list: null, one thing, or a Sequence of things."""
+    if part is None:
+        return []
+    return [p for inner in part[key] for p in sequence(inner, key)] if part["type"] == "Sequence" else [part]
+
+
+def read_normalizer(part, refuse):
+    kind = part["type"]
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return [("unicode", kind)]
+    if kind == "Prepend":
+        return [("prepend", part["prepend"], "every")]
+    if kind == "Replace" and "String" in part["pattern"]:
+        return [("replace", part["pattern"]["String"], part["content"])]
+    if kind == "Lowercase":
+        return [("lowercase",)]
+    return refuse(f"normalizer {kind!r}" + (" with a regular expression" if kind == "Replace" else ""))
+
+
+def read_pre_tokenizer(part, refuse):
+    """-> (split patterns, what Metaspace does to the text first, whether it is byte-level)"""
+    patterns, prefix, byte_level = [], [], False
+    for step in sequence(part, "pretokenizers"):
+        kind = step["type"]
+        if byte_level:
+            refuse(f"a pre-tokenizer ({kind!r}) after ByteLevel")
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+            byte_level = True
+            patterns += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []
+        elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
+            (how, text), = step["pattern"].items()
+            patterns.append(text if how == "Regex" else re.escape(text))
+        elif kind == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif kind == "Metaspace":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            prefix = [("replace", " ", step["replacement"]), ("prepend", step["replacement"], scheme)]
+            patterns += [f"{step['replacement']}[^{step['replacement']}]*"] if step.get("split", True) else []
+        else:
+            details = ", ".join(f"{k}={v!r}" for k, v in step.items() if k != "type")
+            refuse(f"pre-tokenizer {kind!r} with {details or 'no options'}")
+    return patterns, prefix, byte_level
+
+
+def read_added(tokens, normalizer, refuse):
+    """-> (special {text: id}, other added tokens {text: id}). How special ones would be matched does not matter here:
+    they never are."""
+    special, added = {}, {}
+    for token in tokens:
+        text, options = token["content"], [o for o in ("single_word", "lstrip", "rstrip") if token.get(o)]
+        if not isinstance(text, str) or not text or text in special or text in added:
+            refuse(f"added token {text!r} (empty or twice)")
+        if not token.get("special") and options:
+            refuse(f"added token {text!r} with {options[0]}")
+        if not token.get("special") and token.get("normalized") and normalize(text, normalizer) != text:
+            refuse(f"added token {text!r}, which the normalizer changes")
+        (special if token.get("special") else added)[text] = token["id"]
+    return special, added
+
+
+def read_bpe(model, kind, special, path):
+    """-> (vocab, merges) of a tokenizer.json's model, by ids and without special tokens."""
+    check_ids(model["vocab"].values(), len(model["vocab"]))
+    ids = dict(model["vocab"])
+    for text, i in special.items():
+        if ids.pop(text, i) != i:
+            raise UserError(f"{path} gives {text!r} two ids: {i} and {model['vocab'][text]}")
+    merges = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair, new = (ids.get(left), ids.get(right)), ids.get(left + right)
+        if None in pair or new is None or new in pair or pair in merges:
+            raise UserError(f"{path}: merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or makes "
+                            "what is no ordinary token")
+        merges[pair] = (rank, new)
+    if kind != "bytes":
+        return ids, merges
+    try:
+        return {bytes([CHAR_TO_BYTE[c] for c in token]): i for token, i in ids.items()}, merges
+    except KeyError as error:
+        raise UserError(f"{path}: a byte-level token has {error.args[0]!r}, which stands for no byte") from None
+
+
+def from_vocab_bpe(data, path):
+    """GPT-2's vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
+    lines = [line.split(" ") for line in data.decode("utf-8", "replace").split("\n")
+             if line and not line.startswith("#version")]
+    if bad := [line for line in lines if len(line) != 2]:
+        raise UserError(f"{path} is not a list of merges: {' '.join(bad[0])[:80]!r}")
+    beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
+    made = {*CHAR_TO_BYTE, *map("".join, lines)}
+    if beside.is_file():
+        vocab = parse_json(read_limited(beside), beside)
+    else:                                        # ids are in order of making in GPT-2's own
+        vocab = {t: i for i, t in enumerate(dict.fromkeys([*BYTE_TO_CHAR.values(), *map("".join, lines), "<|endoftext|>"]))}
+    special = {token: i for token, i in vocab.items() if token not in made}
+    tokens, merges = read_bpe({"vocab": vocab, "merges": lines}, "bytes", special, path)
+    return Tokenizer("bytes", tokens, merges, patterns=[PATTERNS["gpt2"]], special=special, config=default_config(special))
+
+
+def from_ranks(data, path, pattern):
+    """A tiktoken file: lines of a token in base64 and its rank, which is its id."""
+    known = {"r50k_base": "gpt2", "p50k_base": "gpt2", "gpt2": "gpt2", "cl100k_base": "gpt4", "tokenizer": "llama3"}
+    pattern = pattern or known.get(path.stem)
+    if pattern is None:
+        raise UserError(f"{path} does not say how text is split: load(path, pattern=one of {', '.join(PATTERNS)} or your own)")
+    vocab = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            token = base64.b64decode(token, validate=True)
+            if not token or token in vocab:
+                raise ValueError("empty or twice")
+            vocab[token] = int(rank)
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is not a token in base64 and its rank: {error}") from None
+    return rank_tokenizer(vocab, PATTERNS.get(pattern, pattern), {}, path)
+
+
+def from_tekken(content):
+    """Mistral's tekken.json: ranks, which are ids after the special tokens. Only the first of the ranks are used."""
+    names = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+             "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
+             "[TOOL_CONTENT]").split()         # of files older than the list in the file
+    try:
+        config = content["config"]
+        n = config["default_num_special_tokens"]
+        if content.get("special_tokens"):
+            names = [token["token_str"] for token in sorted(content["special_tokens"], key=lambda token: token["rank"])]
+        names += [f"<SPECIAL_{i}>" for i in range(len(names), min(n, LARGEST_ID))]
+        used = sorted(content["vocab"], key=lambda t: t["rank"])[:config["default_vocab_size"] - n]
+        vocab = {base64.b64decode(token["token_bytes"]): token["rank"] + n for token in used}
+        special = {name: i for i, name in enumerate(names)}
+        if len(vocab) < len(used) or len(special) != n:
+            raise ValueError("a token twice")
+        tokenizer = rank_tokenizer(vocab, config["pattern"], special, "tekken.json")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"this tekken.json cannot be read: {error}") from None
+    return tokenizer
+
+
+def rank_tokenizer(vocab, pattern, special, path):
+    if missing := [b for b in range(256) if bytes([b]) not in vocab]:
+        raise UserError(f"{path} has no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}")
+    return Tokenizer("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True, config=default_config(special))
+
+
+def from_sentencepiece(path):
+    """A SentencePiece .model of the BPE kind with an identity normalizer (Llama 2, Mistral), read by sentencepiece."""
+    from sentencepiece import SentencePieceProcessor
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} is not a SentencePiece model: {str(error)[:100]}") from None
+    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    special = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
+    vocab = {p: i for i, p in enumerate(pieces) if p not in special and not sp.is_unused(i)}
+    by_score = sorted((i for p, i in vocab.items() if len(p) > 1 and not sp.is_byte(i)), key=lambda i: (-sp.get_score(i), i))
+    merges = {}
+    for i in by_score:                # every way to put a piece together is a merge, ranked by the piece's score
+        halves = [(vocab.get(pieces[i][:k]), vocab.get(pieces[i][k:])) for k in range(1, len(pieces[i]))]
+        for pair in halves:
+            if None not in pair:
+                merges[pair] = (len(merges), i)
+    prefix = sp.encode("a", out_type=str)[0].startswith("▁")
+    normalizer = ([("prepend", "▁", "every")] if prefix else []) + [("replace", " ", "▁")]
+    tokenizer = Tokenizer("pieces", vocab, merges, special=special, normalizer=normalizer, strip_space=prefix,
+                          unknown=sp.unk_id(), config=default_config(special))
+    for probe in ("Hello  world ", " \tﬁ ½ Ａ\n日本 🙂", *(p.replace("▁", " ") for p in list(vocab)[300::50])):
+        if tokenizer.encode(probe) != sp.encode(probe):
+            raise UserError(f"{path} encodes {probe!r} otherwise than plain BPE: unigram models and normalizers that "
+                            "change the text are not supported")
+    return tokenizer
+
+
+# ---- Our files.
+
+def to_json(tokenizer):
+    """The tokenizer as the contents of a tokenizer.json of HF tokenizers."""
+    kind, spelled = tokenizer.kind, {}
+    for token, i in tokenizer.vocab.items():
+        spelled[i] = "".join(BYTE_TO_CHAR[b] for b in token) if kind == "bytes" else token
+    merges = sorted((rank, pair) for pair, (rank, _) in tokenizer.merges.items())
+    names = sorted(chain(tokenizer.special.items(), tokenizer.added.items()), key=lambda item: item[1])
+    normalizers = [{"type": "Prepend", "prepend": step[1]} if step[0] == "prepend" else
+                   {"type": "Replace", "pattern": {"String": step[1]}, "content": step[2]}
+                   for step in tokenizer.normalizer]
+    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+              for p in tokenizer.patterns]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    decoders = {"bytes": [byte_level], "chars": [{"type": "Fuse"}],
+                "pieces": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                           {"type": "Fuse"}] +
+                          [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.strip_space}[kind]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": name in tokenizer.special} for name, i in names],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]} if kind == "bytes" else None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders} if kind == "pieces" else decoders[0],
+        "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "unk_token": {i: name for name, i in names}.get(tokenizer.unknown), "fuse_unk": kind == "pieces",
+                  "byte_fallback": kind == "pieces", "ignore_merges": tokenizer.whole_chunks,
+                  # special tokens too: HF takes the ids of added tokens from here
+                  "vocab": dict(sorted([*names, *((t, i) for i, t in spelled.items())], key=lambda item: item[1])),
+                  "merges": [f"{spelled[a]} {spelled[b]}" for _, (a, b) in merges]},
+    }
+
+
+# ---- The commands.
+
+def text_files(paths):
+    """Files, and the .txt files of folders."""
+    found = [f for path in map(Path, paths) for f in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    if not found:
+        raise UserError(f"no .txt files in {', '.join(map(str, paths))}")
+    for file in found:
+        with open(file, "rb") as f:
+            if b"\0" in f.read(BLOCK):
+                raise UserError(f"{file} is a binary file: it has zero bytes")
+    return found
+
+
+def train_command(args):
+    files, start = text_files(args.data), time.perf_counter()
+    special = args.special_tokens
+    tokenizer = Tokenizer.train(vocab_size=args.vocab_size, pattern=args.pattern, special_tokens=special, files=files,
+                                max_bytes=args.max_bytes, processes=args.processes)
+    tokenizer.save(args.out)
+    seconds, size = time.perf_counter() - start, min(sum(f.stat().st_size for f in files), args.max_bytes or 1 << 62)
+    print(f"{tokenizer.vocab_size:,} ids from {size / 1e6:.1f} MB in {seconds:.2f} s ({size / 1e6 / seconds:.1f} MB/s) "
+          f"-> {args.out}, sha256 {tokenizer.sha256[:12]}")
+
+
+def show_command(args):
+    tokenizer = Tokenizer.load(args.tokenizer)
+    ids = tokenizer.encode(args.text)
+    for n, i in enumerate(ids):                      # background colours in turn, so that borders show
+        print(f"\033[30;4{1 + n % 6}m{tokenizer.token_bytes(i).decode('utf-8', 'replace')}\033[0m", end="")
+    print("\n" + " ".join(map(str, ids)))
+    print(f"{len(ids)} tokens, {len(args.text.encode()) / max(1, len(ids)):.2f} bytes per token")
+
+
+def compare_command(args):
+    files = text_files(args.data)
+    data = b"".join(file.read_bytes() for file in files)
+    print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n\n| tokenizer | ids | tokens | bytes per token | MB/s |\n"
+          "|---|---|---|---|---|")
+    for path in args.tokenizers:
+        tokenizer = Tokenizer.load(path)
+        tokenizer.encode("warm up")
+        start = time.perf_counter()
+        n = len(tokenizer.encode_bytes(data))
+        seconds = time.perf_counter() - start
+        print(f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {len(data) / max(1, n):.3f} | {len(data) / 1e6 / seconds:.1f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="train|show|compare")
+    train = commands.add_parser("train", help="learn a byte-level BPE vocabulary")
+    train.set_defaults(run=train_command)
+    train.add_argument("--data", nargs="+", default=["data/wikitext-2"], help="text files, or folders of .txt files")
+    train.add_argument("--vocab-size", type=int, default=10_000, help="ids in all, bytes and special tokens included")
+    train.add_argument("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)}, or a regular expression")
+    train.add_argument("--special-tokens", nargs="*", default=SPECIAL_TOKENS, help="they get the first ids")
+    train.add_argument("--max-bytes", type=int, help="learn from this much of the data, evenly spread over it")
+    train.add_argument("--processes", type=int, help="to split text in; default: one per usable CPU")
+    train.add_argument("--out", default="runs/tokenizer", help="folder to write")
+    show = commands.add_parser("show", help="print a text's tokens, coloured, and their ids")
+    show.set_defaults(run=show_command)
+    show.add_argument("text")
+    show.add_argument("--tokenizer", default="runs/tokenizer", help="folder or file")
+    compare = commands.add_parser("compare", help="bytes per token of several tokenizers on the same text")
+    compare.set_defaults(run=compare_command)
+    compare.add_argument("tokenizers", nargs="+", help="folders or files")
+    compare.add_argument("--data", nargs="+", required=True, help="text files, or folders of .txt files")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli(main)
