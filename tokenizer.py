@@ -23,6 +23,7 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter, deque
 from itertools import chain, filterfalse, islice
+from itertools import count as integers
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def split_chunks(texts, pattern):
 
 @functools.lru_cache
 def splitter(pattern):
-    """A function text -> list of chunks whose concatenation is the text. UserError for a pattern that cannot do that."""
+    """A function text -> list of chunks that add up to the text. UserError for a pattern that cannot do that."""
     try:
         regex.compile(pattern)
         compiled = regex.compile(whole_text(pattern))
@@ -142,7 +143,8 @@ def border(file, at, cuts):
 # Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a
 # newline, a Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
 BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
+BETWEEN_CHUNKS = (BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)"
+                  rb"|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
 
 
 def read_block(path, start, end, cuts):
@@ -167,7 +169,7 @@ def count_texts(texts, pattern):
 
 
 def batches(texts, pattern):
-    """Lists of texts, about a BLOCK of characters in each; a text longer than that in parts, if the pattern is known."""
+    """Lists of texts, about a BLOCK of characters in each; a longer text in parts, if the pattern is a known one."""
     batch, size = [], 0
     for text in map(well_formed, texts):
         start, known = 0, pattern in PATTERNS.values()
@@ -265,7 +267,7 @@ class Words:
         self.pair = np.full(n + 1, -1, np.int32)
         self.count, self.left, self.right = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)
         self.n_pairs = 0
-        self.firsts, self.groups = [], []        # per call of add_pairs: its first pair; positions by pair, their starts
+        self.firsts, self.groups = [], []        # per call of add_pairs: its first pair; positions by pair, and starts
         self.add_pairs(np.flatnonzero(self.symbol[self.next[:n]] >= 0).astype(np.int32))
 
     def add_pairs(self, at):
@@ -375,8 +377,8 @@ class Queue:
 
 
 def learn_merges(chunks, n_merges, forbidden=()):
-    """As learn_merges_simply, some 10,000 times faster. No merge makes one of the `forbidden` byte strings: a token that
-    spells a special one could not be told from it. Ends early when no pair of neighbours is left."""
+    """As learn_merges_simply, and fast. No merge makes one of the `forbidden` byte strings: a token that spells a
+    special one could not be told from it. Ends early when no pair of neighbours is left."""
     words = Words(chunks)
     queue, merges, spelled = Queue(words), [], [bytes([b]) for b in BYTES]
     with tqdm(total=n_merges, desc="learning merges", disable=None) as bar:
@@ -436,7 +438,7 @@ def merge_by_rank(ids, merges):
 
 
 def well_formed(text):
-    """Lone surrogates, which no UTF-8 can hold, become U+FFFD, and paired ones the character they mean, as in tiktoken."""
+    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, paired ones the character they mean, as in tiktoken."""
     try:
         text.encode()
         return text
@@ -478,6 +480,8 @@ class Tokenizer:
             self._shown[i] = name.encode()
             self._bytes[i] = name.encode() if name in self.added else b""
         self.special_ids = set(self.special.values())
+        by_length = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self._split_added = re.compile(f"({'|'.join(by_length)})").split
         self._cache = {}
         for pattern in self.patterns:
             splitter(pattern)                                    # an unusable one is refused now
@@ -501,8 +505,7 @@ class Tokenizer:
         lines of a file. Same merges, for the same texts or files, as HF tokenizers' BpeTrainer, for any number of
         processes. UserError: a vocabulary smaller than 256 + special tokens, no text, an unusable pattern."""
         pattern = PATTERNS.get(pattern, pattern)
-        if not isinstance(special_tokens, dict):
-            special_tokens = {name: i for i, name in enumerate(special_tokens)}
+        special_tokens = number_special(special_tokens)
         n_merges = vocab_size - 256 - len(special_tokens)
         if n_merges < 0:
             raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
@@ -510,6 +513,7 @@ class Tokenizer:
         if max(special_tokens.values(), default=0) >= vocab_size:
             raise UserError(f"special tokens must have ids below the vocabulary size {vocab_size}: {special_tokens}")
         splitter(pattern)
+        files = [files] if isinstance(files, (str, Path)) else files
         chunks = count_files(files, pattern, max_bytes, processes)
         jobs = batches([texts] if isinstance(texts, str) else texts, pattern)
         chunks.update(add_up(in_processes(functools.partial(count_texts, pattern=pattern), jobs,
@@ -522,7 +526,7 @@ class Tokenizer:
             print(f"asked for {n_merges:,} merges, the text supports {len(merges):,}: stopped early with a vocabulary "
                   f"of {fits:,} (--vocab-size {fits} asks for just that)", file=sys.stderr)
         taken = set(special_tokens.values())
-        ids = [i for i in range(vocab_size) if i not in taken][:256 + len(merges)]
+        ids = list(islice((i for i in integers() if i not in taken), 256 + len(merges)))
         spelled = [bytes([b]) for b in BYTES]
         for left, right in merges:
             spelled.append(spelled[left] + spelled[right])
@@ -535,12 +539,12 @@ class Tokenizer:
         """One id per distinct character, in code point order, after the special tokens."""
         if not text:
             raise UserError("there is no text to take the characters from")
-        special = {name: i for i, name in enumerate(special_tokens)}
+        special = number_special(special_tokens)
         characters = sorted(set(well_formed(text)))
         if clash := special.keys() & set(characters):
             raise UserError(f"special tokens that are characters of the text: {sorted(clash)}")
-        return cls("chars", {c: i for i, c in enumerate(characters, len(special))}, {}, special=special,
-                   config=default_config(special))
+        free = (i for i in integers() if i not in special.values())
+        return cls("chars", dict(zip(characters, free)), {}, special=special, config=default_config(special))
 
     # -- encoding
     def encode(self, text, bos=False, eos=False):
@@ -573,7 +577,7 @@ class Tokenizer:
         step = BLOCK if self._cuts else sys.maxsize
         jobs = [(path, at, min(at + step, os.path.getsize(path)))
                 for path in paths for at in range(0, os.path.getsize(path), step)]
-        self.fast                                                # built here once, not in every process
+        _ = self.fast                                            # built here once, not in every process
         return in_processes(self._encode_block, jobs, processes or usable_cpus())
 
     def encode_corpus(self, paths, processes=None):
@@ -605,13 +609,9 @@ class Tokenizer:
         if not self.added:
             return self._encode_plain(text, where)
         ids = []
-        for i, part in enumerate(self._added_splitter.split(text)):
+        for i, part in enumerate(self._split_added(text)):                # every second part is an added token
             ids += [self.added[part]] if i % 2 else self._encode_plain(part, "later" if i else where)
         return ids
-
-    @functools.cached_property
-    def _added_splitter(self):
-        return re.compile("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")")
 
     def _encode_plain(self, text, where):
         text = normalize(text, self.normalizer, where)
@@ -631,8 +631,8 @@ class Tokenizer:
         except KeyError:
             unknown = sorted(set(text) - self.vocab.keys())
             shown = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-            raise UserError(f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: {shown}; "
-                            "remove them, or train the tokenizer on text that has them") from None
+            raise UserError(f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: "
+                            f"{shown}; remove them, or make the tokenizer from text that has them") from None
 
     def _split(self, text, patterns):
         chunks = [text]
@@ -642,11 +642,8 @@ class Tokenizer:
 
     def encode_slowly(self, text):
         """The plain twin of the fast path: split (already normalized) text, merge each chunk by rank, remember it."""
-        if self.kind == "pieces":
-            chunks = self._piece_splitter(text) if self._piece_splitter else [text]
-        else:
-            chunks = self._split(text, self.patterns)
-        ids = []
+        by_piece = self.kind == "pieces" and not self.patterns and self._piece_splitter
+        ids, chunks = [], by_piece(text) if by_piece else self._split(text, self.patterns)
         for chunk in chunks:
             if (known := self._cache.get(chunk)) is None:
                 known = self._encode_chunk(chunk)
@@ -736,7 +733,7 @@ class Tokenizer:
     def _required(self, role):
         i = getattr(self, role + "_id")
         if i is None:
-            raise UserError(f"this tokenizer has no {role} token; its special tokens: {', '.join(self.special) or 'none'}")
+            raise UserError(f"this tokenizer has no {role} token, only {', '.join(self.special) or 'ordinary ones'}")
         return i
 
     def _role(self, name):
@@ -767,9 +764,6 @@ class Tokenizer:
                  sorted(self.special.items()), sorted(self.added.items()), self.patterns, self.normalizer,
                  self.whole_chunks, self.unknown, sorted((rank, *pair) for pair, (rank, _) in self.merges.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("fast", "_piece_splitter", "_added_splitter")}
 
     # -- files
     @classmethod
@@ -819,8 +813,8 @@ class Stream:
 
 
 def normalize(text, operations, where="first"):
-    """Apply a normalizer to text from the start of a text ("first"), from after an added token ("later"), or from inside
-    a text that is encoded in parts ("inside"), where nothing is put in front."""
+    """Apply a normalizer to what stands first in a text, or later, after an added token, or inside a text that is
+    encoded in parts, where nothing is put in front."""
     for name, *arguments in operations:
         if name == "unicode":
             text = unicodedata.normalize(arguments[0], text)
@@ -836,8 +830,8 @@ def normalize(text, operations, where="first"):
 
 
 def long_gap(text, pattern, size=50_000):
-    """Whether the text has 50,000 spaces or more in a row, on which tiktoken's regular expressions can panic, or is that
-    long and the pattern not one that is known to be safe else."""
+    """Whether the text has 50,000 spaces or more in a row, on which tiktoken's regular expressions can panic, or just
+    that many characters, if the pattern is not one that is known to be safe with them."""
     return len(text) > size and (pattern not in PATTERNS.values() or
                                  any(text[i:i + size].isspace() for i in range(0, len(text) - size, size)))
 
@@ -847,6 +841,14 @@ def default_config(special):
     roles = {"bos_token": ("<BOS>", "<s>", "<|endoftext|>"), "eos_token": ("<EOS>", "</s>", "<|endoftext|>"),
              "unk_token": ("<UNK>", "<unk>"), "pad_token": ("<PAD>", "<pad>")}
     return {role: name for role, names in roles.items() for name in names[::-1] if name in special}
+
+
+def number_special(tokens):
+    """A list of special tokens -> {text: id}, from 0; a dict that says its ids stays as it is."""
+    numbered = tokens if isinstance(tokens, dict) else {name: i for i, name in enumerate(tokens)}
+    if bad := [name for name in tokens if len(name) < 2 or list(tokens).count(name) > 1]:
+        raise UserError(f"special token {bad[0]!r} is listed twice or shorter than two characters")
+    return numbered
 
 
 def check_ids(ids, n):
@@ -912,7 +914,7 @@ def last_merge(token, limit, ranks):
     return parts
 
 
-# ---- Other people's files. They are untrusted: sizes, types and references are checked, and what is not known is refused.
+# ---- Other people's files. They are untrusted: sizes, types and references are checked, the unknown is refused.
 
 def read_tokenizer(path, pattern):
     if path.is_dir():
@@ -999,7 +1001,8 @@ def from_json(content, path):
         raise UserError(f"{path} is not a tokenizer.json: {type(error).__name__} {error}") from None
     strips = "Strip" in decoders or decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
     return Tokenizer(kind, vocab, merges, patterns=patterns, special=special, added=added, strip_space=strips,
-                     whole_chunks=bool(model.get("ignore_merges")), normalizer=normalizer + prefix, unknown=unknown)
+                     whole_chunks=bool(model.get("ignore_merges")), normalizer=normalizer + prefix, unknown=unknown,
+                     config=default_config(special))
 
 
 def sequence(part, key):
@@ -1075,8 +1078,8 @@ def read_bpe(model, kind, special, path):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair, new = (ids.get(left), ids.get(right)), ids.get(left + right)
         if None in pair or new is None or new in pair or pair in merges:
-            raise UserError(f"{path}: merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or makes "
-                            "what is no ordinary token")
+            raise UserError(f"{path}: merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or "
+                            "makes what is no ordinary token")
         merges[pair] = (rank, new)
     if kind != "bytes":
         return ids, merges
@@ -1093,14 +1096,15 @@ def from_vocab_bpe(data, path):
     if bad := [line for line in lines if len(line) != 2]:
         raise UserError(f"{path} is not a list of merges: {' '.join(bad[0])[:80]!r}")
     beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
-    made = {*CHAR_TO_BYTE, *map("".join, lines)}
+    made = dict.fromkeys([*BYTE_TO_CHAR.values(), *map("".join, lines)])
     if beside.is_file():
         vocab = parse_json(read_limited(beside), beside)
-    else:                                        # ids are in order of making in GPT-2's own
-        vocab = {t: i for i, t in enumerate(dict.fromkeys([*BYTE_TO_CHAR.values(), *map("".join, lines), "<|endoftext|>"]))}
+    else:                                        # in GPT-2's own, ids are in order of making
+        vocab = {token: i for i, token in enumerate([*made, "<|endoftext|>"])}
     special = {token: i for token, i in vocab.items() if token not in made}
-    tokens, merges = read_bpe({"vocab": vocab, "merges": lines}, "bytes", special, path)
-    return Tokenizer("bytes", tokens, merges, patterns=[PATTERNS["gpt2"]], special=special, config=default_config(special))
+    vocab, merges = read_bpe({"vocab": vocab, "merges": lines}, "bytes", special, path)
+    return Tokenizer("bytes", vocab, merges, patterns=[PATTERNS["gpt2"]], special=special,
+                     config=default_config(special))
 
 
 def from_ranks(data, path, pattern):
@@ -1108,7 +1112,8 @@ def from_ranks(data, path, pattern):
     known = {"r50k_base": "gpt2", "p50k_base": "gpt2", "gpt2": "gpt2", "cl100k_base": "gpt4", "tokenizer": "llama3"}
     pattern = pattern or known.get(path.stem)
     if pattern is None:
-        raise UserError(f"{path} does not say how text is split: load(path, pattern=one of {', '.join(PATTERNS)} or your own)")
+        raise UserError(f"{path} does not say how text is split: load(path, pattern=...) with one of "
+                        f"{', '.join(PATTERNS)} or your own")
     vocab = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -1125,8 +1130,8 @@ def from_ranks(data, path, pattern):
 def from_tekken(content):
     """Mistral's tekken.json: ranks, which are ids after the special tokens. Only the first of the ranks are used."""
     names = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
-             "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
-             "[TOOL_CONTENT]").split()         # of files older than the list in the file
+             "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
+             "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()         # in files from before they listed them
     try:
         config = content["config"]
         n = config["default_num_special_tokens"]
@@ -1147,7 +1152,8 @@ def from_tekken(content):
 def rank_tokenizer(vocab, pattern, special, path):
     if missing := [b for b in range(256) if bytes([b]) not in vocab]:
         raise UserError(f"{path} has no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}")
-    return Tokenizer("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True, config=default_config(special))
+    return Tokenizer("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True,
+                     config=default_config(special))
 
 
 def from_sentencepiece(path):
@@ -1160,7 +1166,8 @@ def from_sentencepiece(path):
     pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
     special = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
     vocab = {p: i for i, p in enumerate(pieces) if p not in special and not sp.is_unused(i)}
-    by_score = sorted((i for p, i in vocab.items() if len(p) > 1 and not sp.is_byte(i)), key=lambda i: (-sp.get_score(i), i))
+    by_score = sorted((i for p, i in vocab.items() if len(p) > 1 and not sp.is_byte(i)),
+                      key=lambda i: (-sp.get_score(i), i))
     merges = {}
     for i in by_score:                # every way to put a piece together is a merge, ranked by the piece's score
         halves = [(vocab.get(pieces[i][:k]), vocab.get(pieces[i][k:])) for k in range(1, len(pieces[i]))]
@@ -1187,6 +1194,8 @@ def to_json(tokenizer):
         spelled[i] = "".join(BYTE_TO_CHAR[b] for b in token) if kind == "bytes" else token
     merges = sorted((rank, pair) for pair, (rank, _) in tokenizer.merges.items())
     names = sorted(chain(tokenizer.special.items(), tokenizer.added.items()), key=lambda item: item[1])
+    if clash := {name for name, _ in names} & set(spelled.values()):
+        raise UserError(f"the file would have two tokens spelled {clash.pop()!r}, one of them special")
     normalizers = [{"type": "Prepend", "prepend": step[1]} if step[0] == "prepend" else
                    {"type": "Replace", "pattern": {"String": step[1]}, "content": step[2]}
                    for step in tokenizer.normalizer]
@@ -1251,15 +1260,15 @@ def show_command(args):
 def compare_command(args):
     files = text_files(args.data)
     data = b"".join(file.read_bytes() for file in files)
-    print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n\n| tokenizer | ids | tokens | bytes per token | MB/s |\n"
-          "|---|---|---|---|---|")
+    print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n")
+    print("| tokenizer | ids | tokens | bytes per token | MB/s |\n|---|---|---|---|---|")
     for path in args.tokenizers:
         tokenizer = Tokenizer.load(path)
         tokenizer.encode("warm up")
         start = time.perf_counter()
         n = len(tokenizer.encode_bytes(data))
-        seconds = time.perf_counter() - start
-        print(f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {len(data) / max(1, n):.3f} | {len(data) / 1e6 / seconds:.1f} |")
+        speed = len(data) / 1e6 / (time.perf_counter() - start)
+        print(f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {len(data) / max(1, n):.3f} | {speed:.1f} |")
 
 
 def main():

@@ -22,10 +22,13 @@ from tokenizer import PATTERNS, Tokenizer
 # Characters that every Unicode table in use agrees on: newer ones are letters to one library and unassigned to another.
 OLD = st.characters(exclude_categories=["Cn", "Co", "Cs"], max_codepoint=0x1FFFF).filter(
     lambda c: unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c) or ord(c) >= 0x1F300)
-STRANGE = st.sampled_from(["\x00", "\x1c", "\x85", "\u00a0", "\u3000", "\u2028", "\ufeff", "\r\n", "\n\n", "   ", " \t ",
+STRANGE = st.sampled_from(["\x00", "\x1c", "\x85", "\u00a0", "\u3000", "\u2028", "\ufeff", "\r\n", "\n\n", "   ",
+                           " \t ", "'ſ", "'LL",
                            "🙂", "👩‍👩‍👧", "🇨🇭", "e\u0301", "ﬁ", "½", "١٢٣", "'S", "'ll", "it's", "1234567", "ſ", "K",
-                           "<|endoftext|>", "<PAD>", "<EOS>", "<|im_start|>", "<s>", "<0x0A>", "▁", "Ġ", "日本語", "한국어"])
-TEXT = st.lists(st.one_of(st.text(OLD, max_size=8), STRANGE, st.text("ab '\n1.", max_size=12)), max_size=12).map("".join)
+                           "<|endoftext|>", "<PAD>", "<EOS>", "<|im_start|>", "<s>", "<0x0A>", "▁", "Ġ",
+                           "日本語", "한국어"])
+TEXT = st.lists(st.one_of(st.text(OLD, max_size=8), STRANGE, st.text("ab '\n1.", max_size=12)),
+                max_size=12).map("".join)
 LONE = st.lists(st.one_of(st.just("\ud83d"), st.just("\ude42"), st.just("\udcff"), st.text(OLD, max_size=4)),
                 max_size=6).map("".join)
 PROSE = ("The tokenizer's job is to turn text into numbers, and back; it's done 1,000,000 times a second. "
@@ -222,7 +225,8 @@ def test_specials_are_shown_or_hidden(ours):
     assert ours.token_bytes(ours.bos_id) == b"" and ids[0] == ours.bos_id and ids[-1] == ours.eos_id
 
 
-@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n" * 300_000, "!" * 300_000, "\U0001F642" * 100_000, ""])
+@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n" * 300_000, "!" * 300_000, "🙂" * 100_000, ""],
+                         ids=["letter", "space", "newline", "punctuation", "emoji", "nothing"])
 def test_a_megabyte_of_one_character_takes_seconds(ours, text):
     start = time.perf_counter()
     ids = ours.encode(text)
@@ -266,7 +270,8 @@ def test_a_character_tokenizer_has_one_id_per_character(tmp_path):
     assert tok.vocab_size == 10 and tok.encode("\n") == [1] and tok.decode(tok.encode("low\nroll")) == "low\nroll"
     tok.save(tmp_path)
     again = Tokenizer.load(tmp_path)
-    assert again.sha256 == tok.sha256 and again.kind == "chars" and again.encode("dew", eos=True) == tok.encode("dew") + [0]
+    assert again.sha256 == tok.sha256 and again.kind == "chars"
+    assert again.encode("dew", eos=True) == tok.encode("dew") + [0]
     with pytest.raises(UserError, match=r"2 of the text's characters not in this tokenizer's 9: 'z', 'é'"):
         again.encode("zé hello")
 
@@ -345,7 +350,8 @@ BAD = {
     "a huge id": (lambda c: c["model"]["vocab"].update({"zzz": 1 << 40}), "not a whole number"),
     "an id that is text": (lambda c: c["model"]["vocab"].update({"zzz": "7"}), "not a whole number"),
     "a negative id": (lambda c: c["model"]["vocab"].update({"zzz": -1}), "not a whole number"),
-    "a merge of nothing": (lambda c: (c["model"]["vocab"].update({"": 999}), c["model"]["merges"].append(["", "a"])), "merge"),
+    "a merge of nothing": (lambda c: (c["model"]["vocab"].update({"": 999}),
+                                      c["model"]["merges"].append(["", "a"])), "merge"),
     "a merge listed twice": (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "listed twice"),
     "a merge of what is no token": (lambda c: c["model"]["merges"].append("x yz"), "no ordinary token"),
     "a merge that makes a special token": (lambda c: (c["model"]["vocab"].update({"<P": 998, "AD>": 999}),
@@ -357,7 +363,8 @@ BAD = {
     "another split": (lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "'Removed'"),
     "another normalizer": (lambda c: c.update(normalizer={"type": "Precompiled"}), "'Precompiled'"),
     "another decoder": (lambda c: c.update(decoder={"type": "WordPiece"}), "'WordPiece'"),
-    "a broken pattern": (lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(["}), "regular expression"),
+    "a broken pattern": (lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(["}),
+                         "regular expression"),
     "two ids for one token": (lambda c: c["added_tokens"][0].update(id=77), "two ids|same id"),
     "merges that are numbers": (lambda c: c["model"].update(merges=[1, 2]), "is not a tokenizer.json"),
     "no model": (lambda c: c.pop("model"), "is not a tokenizer.json"),
@@ -375,7 +382,8 @@ def test_a_bad_tokenizer_json_is_refused_in_one_line(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"model": {"a": 1, "a": 2}}', "null", "\x00\x01", '{"model": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"model": {"a": 1, "a": 2}}', "null", "\x00\x01",
+                                     '{"model": 3}'], ids=range(8))
 def test_files_that_are_no_tokenizer_are_refused(content, tmp_path):
     for name in ("tokenizer.json", "tekken.json", "tokenizer.model", "x.tiktoken", "vocab.bpe"):
         (tmp_path / name).write_text(content)
@@ -411,6 +419,8 @@ def run(*arguments):
     (dict(texts=["abc"], vocab_size=300, pattern="a*"), "must match no empty text"),
     (dict(texts=["abc"], vocab_size=300, special_tokens={"<A>": 300}), "below the vocabulary size 300"),
     (dict(texts=["abc"], vocab_size=300, special_tokens={"<A>": 3, "<B>": 3}), "same id"),
+    (dict(texts=["abc"], vocab_size=300, special_tokens=["<A>", "<A>"]), "'<A>' is listed twice"),
+    (dict(texts=["abc"], vocab_size=300, special_tokens=["a"]), "'a' is .* shorter than two"),
 ])
 def test_bad_training_input_is_refused_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -429,7 +439,8 @@ def test_commands_refuse_with_one_line_and_status_two(tmp_path):
 
 
 def test_commands_train_on_invalid_utf8_and_show_and_compare(tmp_path):
-    (tmp_path / "text.txt").write_bytes("Grüezi mitenand, wie geits?\n".encode() * 100 + b"\xff\xfe\x80 latin1: \xe9\n" * 100)
+    text = "Grüezi mitenand, wie geits?\n".encode() + b"\xff\xfe\x80 latin1: \xe9\n"
+    (tmp_path / "text.txt").write_bytes(text * 100)
     done = run("train", "--data", tmp_path / "text.txt", "--vocab-size", 280, "--out", tmp_path / "tok")
     assert done.returncode == 0 and "280 ids" in done.stdout
     done = run("show", "Grüezi 🙂", "--tokenizer", tmp_path / "tok")
