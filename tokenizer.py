@@ -22,7 +22,7 @@ import time
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, deque
-from itertools import chain, filterfalse, islice
+from itertools import chain, filterfalse, islice, pairwise
 from itertools import count as integers
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def learn_merges_simply(chunks, n_merges):
     while len(merges) < n_merges:
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break
@@ -1129,9 +1129,9 @@ def from_ranks(data, path, pattern):
 
 def from_tekken(content):
     """Mistral's tekken.json: ranks, which are ids after the special tokens. Only the first of the ranks are used."""
-    names = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
-             "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
-             "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()         # in files from before they listed them
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+             "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+             "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]    # in files that do not list them
     try:
         config = content["config"]
         n = config["default_num_special_tokens"]

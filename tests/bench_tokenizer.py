@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tokenizer import PATTERNS, Tokenizer  # noqa: E402
+from tokenizer import PATTERNS, Tokenizer
 
 
 def train_ours(file, vocab_size, out):

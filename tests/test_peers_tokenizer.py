@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
+from test_tokenizer import CODE, PROSE, TEXT, corpus  # noqa: F401  (corpus is a fixture)
 
 import tokenizer as T
-from test_tokenizer import CODE, PROSE, TEXT, corpus  # noqa: F401  (corpus is a fixture)
 from tokenizer import PATTERNS, Tokenizer
 
 pytestmark = pytest.mark.peers
