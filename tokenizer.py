@@ -109,7 +109,13 @@ def splitter(pattern):
         raise UserError(f"the split pattern {pattern!r} is not a regular expression: {error}") from None
     if compiled.match("") or compiled.groups:
         raise UserError(f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )")
-    return compiled.findall
+
+    def split(text):
+        chunks = compiled.findall(text)
+        if sum(map(len, chunks)) != len(text):                   # after an empty match a character is skipped
+            raise UserError(f"the split pattern {pattern!r} matches empty text and loses what follows")
+        return chunks
+    return compiled.findall if pattern in PATTERNS.values() else split
 
 
 def whole_text(pattern):
@@ -619,7 +625,7 @@ class Tokenizer:
             return self._encode_chars(text)
         if self.fast is None:
             return self.encode_slowly(text)
-        if long_gap(text, self.patterns[-1]):
+        if long_gap(text):
             return list(chain.from_iterable(map(self.fast._encode_single_piece, self._split(text, self.patterns))))
         if len(self.patterns) == 1:
             return self.fast.encode_ordinary(text)
@@ -688,14 +694,15 @@ class Tokenizer:
     def fast(self):
         """tiktoken's encoder in Rust where it gives the same ids as merging by rank does, else None.
 
-        It differs in one thing: it merges two neighbours whenever the result is a token, listed as a merge or not."""
-        if self.kind != "bytes" or not self.patterns or len(self.vocab) < 256 or not same_in_rust(self.patterns[-1]):
+        It differs in merging any two neighbours whose concatenation is a token, be it listed as a merge or not. Split
+        patterns other than ours might mean something else to its regular expressions."""
+        known = self.patterns and self.patterns[-1] in PATTERNS.values()
+        if self.kind != "bytes" or not known or len(self.vocab) < 256:
             return None
         if "merges" in self.__dict__ and not merges_follow_vocab(self):
             return None
         import tiktoken
-        return tiktoken.Encoding("ours", pat_str=whole_text(self.patterns[-1]), mergeable_ranks=self.vocab,
-                                 special_tokens={})
+        return tiktoken.Encoding("ours", pat_str=self.patterns[-1], mergeable_ranks=self.vocab, special_tokens={})
 
     @functools.cached_property
     def merges(self):
@@ -829,11 +836,9 @@ def normalize(text, operations, where="first"):
     return text
 
 
-def long_gap(text, pattern, size=50_000):
-    """Whether the text has 50,000 spaces or more in a row, on which tiktoken's regular expressions can panic, or just
-    that many characters, if the pattern is not one that is known to be safe with them."""
-    return len(text) > size and (pattern not in PATTERNS.values() or
-                                 any(text[i:i + size].isspace() for i in range(0, len(text) - size, size)))
+def long_gap(text, size=50_000):
+    """Whether the text has 100,000 spaces in a row, on which tiktoken's regular expressions can panic."""
+    return any(text[i:i + size].isspace() for i in range(0, len(text) - size, size))
 
 
 def default_config(special):
@@ -858,12 +863,6 @@ def check_ids(ids, n):
         raise UserError(f"token id {bad[0]!r} is not a whole number from 0 to {LARGEST_ID - 1}")
     if len(set(ids)) < n:
         raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
-
-
-def same_in_rust(pattern):
-    """Whether a split pattern is sure to mean the same to tiktoken's engine: it has only character categories,
-    whitespace, literals, groups, lookaheads and counts."""
-    return not regex.search(r"\\[^pPrntsS]|\(\?[^:!=i]|[.$]|&&|--|~~|\|\||\[\[|\[:", pattern)
 
 
 def merges_follow_vocab(tokenizer):
