@@ -262,7 +262,7 @@ def test_a_file_is_cut_only_where_the_pattern_would(tmp_path):
 @pytest.mark.parametrize("pattern", ["[a-z]+", r"(?=b)|[a-z]+|\s+", r"\w+(?= )"])
 def test_text_a_pattern_leaves_out_is_kept(pattern):
     tok = Tokenizer.train(["abc bab 123"], 262, pattern=pattern)
-    for text in ("ab, cd! 日本", "abc bab", "1" * 200_000):
+    for text in ("ab, cd! 日本", "abc bab", "1" * 2000):
         assert tok.decode(tok.encode(text)) == text
 
 
