@@ -104,7 +104,8 @@ def bench_encoding(file, folder):
     for name, seconds in file_seconds.items():
         print(f"| {name} | {whole / seconds:.2f} |")
     one, two = file_seconds.values()
-    print(f"\nours / tiktoken {text_seconds['tiktoken'] / text_seconds['ours']:.2f}, two processes / one {one / two:.2f}")
+    print(f"\nours / tiktoken {text_seconds['tiktoken'] / text_seconds['ours']:.2f}, "
+          f"two processes / one {one / two:.2f}")
 
 
 def bench_tokenizer(file, vocab_size):

@@ -81,7 +81,7 @@ def test_counts_above_two_to_the_31_do_not_overflow():
         {"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2)
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", r"\w+|\W"])
 def test_same_tokenizer_for_any_number_of_processes_and_any_block_size(corpus, pattern, monkeypatch):
     made = {Tokenizer.train(files=[corpus], vocab_size=400, pattern=pattern, processes=n).sha256 for n in (1, 2, 3)}
     monkeypatch.setattr(T, "BLOCK", 100_003)
@@ -146,14 +146,14 @@ def test_plain_and_fast_encoders_agree(pattern):
     tok = Tokenizer.train([PROSE, CODE], 1000, pattern)
     assert tok.fast is not None
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(TEXT)
     def agree(text):
         assert tok.encode_slowly(text) == tok.encode(text)
     agree()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXT | LONE)
 def test_gpt2_ids_are_tiktokens(gpt2, reference, text):
     assert gpt2.encode(text) == reference.encode_ordinary(text)
@@ -173,7 +173,7 @@ def test_the_gpt2_fast_path_is_proven_and_in_use(gpt2):
     assert gpt2.encode("Hello world") == [15496, 995]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXT)
 def test_pieces_are_sentencepieces(llama, sentencepiece, text):
     assert llama.encode(text) == sentencepiece.encode(text)
@@ -185,7 +185,7 @@ def sentencepiece(data_dir):
     return SentencePieceProcessor(model_file=str(data_dir / "stories260K" / "tokenizer.model"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXT)
 def test_text_survives_and_never_makes_a_special_id(ours, gpt2, llama, text):
     for tok in (ours, gpt2, llama):
@@ -205,7 +205,7 @@ def test_bytes_that_are_no_text_survive(ours, data):
     assert ours.decode_bytes(ours.encode_bytes(data)) == data
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 599), max_size=30))
 def test_streaming_equals_decoding_for_any_ids(ours, ids):
     stream = ours.stream()
