@@ -132,10 +132,11 @@ def test_no_merge_spells_a_special_token():
     assert b"<EOS>" not in tok.vocab and tok.decode(tok.encode("<EOS>")) == "<EOS>" and 0 not in tok.encode("<EOS>")
 
 
-def test_wikitext_10k_takes_under_a_second_and_a_half(data_dir, tmp_path):
-    start = time.perf_counter()
+def test_wikitext_10k_takes_under_a_second_and_a_half_of_cpu_time(data_dir, tmp_path):
+    before = os.times()
     run("train", "--data", data_dir / "wikitext-2", "--vocab-size", 10_000, "--out", tmp_path)
-    assert time.perf_counter() - start < 1.5 * (3 if os.environ.get("CI") else 2)     # the machine may be busy
+    after = os.times()                      # CPU time of all processes: wall time depends on what else is running
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.5
     assert Tokenizer.load(tmp_path).vocab_size == 10_000
 
 
