@@ -8,10 +8,10 @@ demo: .venv/runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not peers" tests
+	$(BIN)/python -m pytest -q -m "not peers and not slow" tests
 
 test-peers: .venv/peers
-	$(BIN)/python -m pytest -q -m peers tests
+	$(BIN)/python -m pytest -q -m "peers or slow" tests
 
 bench: .venv/runtime
 	$(BIN)/python bench.py train

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, cli, parse_flags, resolve
+from common import UserError, cli, parse_flags
 from model import Transformer
+from runtime import resolve
 from tokenizer import Tokenizer
 
 

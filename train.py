@@ -34,6 +34,18 @@ from data import Batch, Batches, read_text, split_tokens, validation_rows
 from generate import generate
 from model import LOGITS_AT_ONCE, Config, Transformer
 from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule
+from runtime import (
+    Runtime,
+    all_rng_states,
+    compile_or_say_why,
+    free_memory,
+    latest_checkpoint,
+    peak_flops,
+    read_tensors,
+    resolve,
+    save_checkpoint,
+    set_all_rng_states,
+)
 from tokenizer import Tokenizer
 
 
@@ -112,7 +124,7 @@ def read_args():
     """Flags -> (Args, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed."""
     typed = common.parse_flags(Args, __doc__)
     args = common.from_preset(Args, PRESETS, typed)
-    checkpoint = common.latest_checkpoint(args.out)
+    checkpoint = latest_checkpoint(args.out)
     if not args.resume:
         if checkpoint and not args.overwrite:
             raise UserError(f"{args.out} already holds a run ({checkpoint.name}): continue it with --resume, throw it away "
@@ -220,7 +232,7 @@ def choose_micro_batch(model, args, runtime):
     """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate)."""
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
-    share, free = args.batch // runtime.world, common.free_memory(runtime.device)
+    share, free = args.batch // runtime.world, free_memory(runtime.device)
     if args.micro_batch:
         if args.micro_batch < 0 or share % args.micro_batch:
             raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
@@ -237,8 +249,8 @@ def choose_micro_batch(model, args, runtime):
 
 def print_estimate(estimate, rows, args, runtime):
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
-    free = common.free_memory(runtime.device)
-    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20 if free else math.nan:,.0f} free; "
+    free = free_memory(runtime.device) or math.nan
+    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
           f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")
 
 
@@ -317,7 +329,7 @@ def evaluate(model, inputs, targets, rows, runtime):
 class Run:
     """What the loop works with."""
     args: Args
-    runtime: common.Runtime
+    runtime: Runtime
     tok: Tokenizer
     model: Transformer          # the bare model: parameters, folder
     step_model: torch.nn.Module  # the same as the loop calls it: over ranks, compiled
@@ -334,7 +346,7 @@ class Run:
 
 def prepare(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
-    runtime = common.resolve(args.device, args.dtype, args.compile)
+    runtime = resolve(args.device, args.dtype, args.compile)
     tok, tokens, val, data_sha = load_data(args)
     out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
     for what, then, now in (("tokenizer", state.get("tokenizer_sha256"), tok.sha256), ("text", state.get("data_sha256"), data_sha)):
@@ -356,12 +368,12 @@ def prepare(args, checkpoint):
         with runtime.autocast():
             compiled(*(t[:rows].to(runtime.device) for t in val_rows)).backward()
         optimizer.zero_grad(set_to_none=True)
-    step_model = common.compile_or_say_why(wrapped, runtime, trial)
+    step_model = compile_or_say_why(wrapped, runtime, trial)
     if state:
-        optimizer.load_tensors(common.read_tensors(checkpoint / "optimizer.safetensors"))
+        optimizer.load_tensors(read_tensors(checkpoint / "optimizer.safetensors"))
         batches.load_state(state["batches"])
         guard, (scaler.scale, scaler.good) = Guard(**state["guard"]), state["loss_scale"]
-        common.set_all_rng_states(common.read_tensors(checkpoint / "rng.safetensors"), runtime.rank, args.seed + state["step"])
+        set_all_rng_states(read_tensors(checkpoint / "rng.safetensors"), runtime.rank, args.seed + state["step"])
     elif runtime.rank:
         torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
     metrics = None
@@ -387,14 +399,14 @@ def describe(args, model, tok, tokens, val):
 def save(run, step):
     """A checkpoint and the model folder. Gathering what is sharded takes all ranks; rank 0 writes."""
     weights = {k: gather(local(v.detach()), v) for k, v in run.model.state_dict().items()}
-    moments, rng = run.optimizer.tensors(), common.all_rng_states()
+    moments, rng = run.optimizer.tensors(), all_rng_states()
     if run.runtime.rank:
         return
 
     def save_model(folder):
         run.tok.save(folder)
         run.model.save_pretrained(folder, weights)  # writes config.json last: with it the folder is complete
-    common.save_checkpoint(run.args.out, step, save_model, moments, rng, keep=run.args.keep, info={
+    save_checkpoint(run.args.out, step, save_model, moments, rng, keep=run.args.keep, info={
         "args": dataclasses.asdict(run.args), "data_sha256": run.data_sha, "tokenizer_sha256": run.tok.sha256,
         "batches": run.batches.state(), "guard": dataclasses.asdict(run.guard),
         "loss_scale": [run.scaler.scale, run.scaler.good]})
@@ -427,7 +439,7 @@ def train(run):
     """The loop. -> the step it ended at."""
     args, runtime, metrics, out = run.args, run.runtime, run.metrics, Path(run.args.out)
     per_step, flops = args.batch * args.context, run.model.flops_per_token(args.context)
-    peak, clock, clock_step = common.peak_flops(runtime.device), time.time(), run.start
+    peak, clock, clock_step = peak_flops(runtime.device), time.time(), run.start
     hidden = runtime.rank > 0 or None  # the bar: on rank 0, and only in a terminal
     with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden) as bar:
         for step in range(run.start, args.steps + 1):
@@ -501,6 +513,8 @@ def main():
         if not args.shard:
             print(sample_text(run))
     if torch.distributed.is_initialized():
+        del run  # DDP must go before the process group it belongs to, and no rank's group before the others are done: else a hang
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
@@ -547,7 +561,7 @@ def eval_command(argv):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(argv)
-    runtime = common.resolve(args.device, args.dtype, "off")
+    runtime = resolve(args.device, args.dtype, "off")
     tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
     text, _ = read_text(args.data)
     if args.data == "shakespeare":

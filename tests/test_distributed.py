@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from common import Metrics, latest_checkpoint
 from conftest import ROOT
+from safetensors.torch import load_file
 from test_train import TEXT
+
+from common import Metrics
+from runtime import latest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def start(ranks, text, out, *flags):
 
 def run(*arguments):
     process = start(*arguments)
-    stdout, stderr = process.communicate(timeout=150)
+    stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr
     return stdout
 
@@ -59,13 +60,18 @@ def assert_same(out, alone):
     assert {p.name for p in out.iterdir()} == {p.name for p in alone.iterdir()}
 
 
-@pytest.mark.parametrize("how", [[], ["--shard"], ["--micro-batch", 2], ["--shard", "--micro-batch", 2, "--recompute"]])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("how", [[], ["--shard"], pytest.param(["--micro-batch", 2], marks=slow),
+                                 pytest.param(["--shard", "--micro-batch", 2, "--recompute"], marks=slow)])
 def test_two_ranks_train_as_one(how, text, alone, tmp_path):
     run(2, text, tmp_path / "run", *how)
     assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("first, second, how", [(2, 1, ["--shard"]), (1, 2, ["--shard"])])
+@pytest.mark.parametrize("first, second, how", [(2, 1, ["--shard"]), pytest.param(1, 2, ["--shard"], marks=slow),
+                                                pytest.param(2, 1, [], marks=slow)])
 def test_what_some_ranks_saved_others_resume(first, second, how, text, alone, tmp_path):
     process = start(first, text, tmp_path / "run", *(how if first > 1 else []))
     while latest_checkpoint(tmp_path / "run") is None:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import common
 import train
-from common import Metrics, latest_checkpoint
+from common import Metrics
 from model import Transformer
+from runtime import latest_checkpoint
 
 TEXT = "".join(f"{who}:\nLine {i}, spoken by {who.lower()}.\n\n" for i, who in enumerate(["ROMEO", "JULIET", "NURSE"] * 60))
 
@@ -291,11 +292,12 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, caps
     assert all(torch.allclose(grad, expected[name], atol=1e-6) for name, grad in gradients(run).items())
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing(text, tmp_path):
     """Ten kills at random moments of one run that saves at every other step; each resume goes on, the end is bit-exact."""
     assert run(text, tmp_path / "whole", "--steps", 60, "--save-every", 2)[0] == 0
     out, rng, saved = tmp_path / "cut", random.Random(0), -1
-    for kill in range(10):
+    for _ in range(10):
         process = start(text, out, *(["--resume"] if saved >= 0 else ["--steps", 60, "--save-every", 2, "--overwrite"]))
         while saved_step(out) <= saved and process.poll() is None:
             time.sleep(0.001)
@@ -316,7 +318,7 @@ def test_fit_prints_the_estimate_by_part_and_writes_nothing(text, tmp_path):
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_starts(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(train, "free_memory", lambda device: 10_000)
     assert "GiB even for one row" in refused(text, tmp_path / "run")
 
 
