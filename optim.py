@@ -7,26 +7,32 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 # ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
+# DTensor is imported where it is needed: the import alone takes a second.
+def is_sharded(t):
+    return hasattr(t, "device_mesh")
+
+
 def local(t):
     """The part of a tensor that this rank holds: all of it, unless FSDP sharded it."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_sharded(t) else t
 
 
 def gather(t, like):
     """Local part of a tensor that is laid out as parameter `like` -> the whole tensor, on every rank."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return t
+    from torch.distributed.tensor import DTensor
     return DTensor.from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 def own_rows(t, like):
     """The inverse of `gather`."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return t
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
@@ -34,7 +40,7 @@ def grad_norm(params):
     """Euclidean norm of all gradients taken as one vector, over all shards -> scalar float32."""
     params = [p for p in params if p.grad is not None]
     square = torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
-    if isinstance(params[0], DTensor):
+    if is_sharded(params[0]):
         dist.all_reduce(square)
     return square.sqrt()
 
@@ -84,10 +90,11 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
 
 
 # ----------------------------------------------------------------------------------------------------------- the optimizer
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
-    muon=False gives the matrices to AdamW as well, at adam_lr.
+    muon=False gives the matrices to AdamW as well, at adam_lr. Not a torch.optim.Optimizer: nothing of it is needed here, and
+    importing its base class costs two seconds.
     """
 
     def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,
@@ -98,12 +105,11 @@ class MuonAdamW(torch.optim.Optimizer):
             hidden = p.ndim == 2 and name.startswith("layers.")
             key = ("muon", tuple(p.shape)) if hidden and muon else ("adamw", hidden or p.ndim == 2)
             shapes.setdefault(key, []).append(p)
-        groups = [dict(params=ps, rule=rule, base_lr=muon_lr if rule == "muon" else adam_lr,
-                       # decay pulls matrices towards zero; norms and biases have no reason to be small
-                       weight_decay=weight_decay if rule == "muon" or detail else 0.0)
-                  for (rule, detail), ps in shapes.items()]
-        super().__init__(groups, dict(lr=0.0, momentum=momentum, betas=betas, eps=eps))
-        self.steps = 0
+        self.param_groups = [dict(params=ps, rule=rule, base_lr=muon_lr if rule == "muon" else adam_lr, lr=0.0,
+                                  # decay pulls matrices towards zero; norms and biases have no reason to be small
+                                  weight_decay=weight_decay if rule == "muon" or detail else 0.0,
+                                  momentum=momentum, betas=betas, eps=eps) for (rule, detail), ps in shapes.items()]
+        self.steps, self.state = 0, {}
         for group in self.param_groups:
             for p in group["params"]:
                 keys = ("momentum",) if group["rule"] == "muon" else ("mean", "square")
@@ -113,6 +119,11 @@ class MuonAdamW(torch.optim.Optimizer):
         """Scale every group's base learning rate, as the schedule says."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def zero_grad(self):
+        """Drop all gradients."""
+        for p in self.state:
+            p.grad = None
 
     @torch.no_grad()
     def step(self):

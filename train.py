@@ -23,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -197,6 +195,8 @@ def wrap(model, args, runtime):
     """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
     model.recompute = args.recompute
     if runtime.world > 1 and args.shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
         mesh = init_device_mesh(runtime.device.type, (runtime.world,))
         for layer in model.layers:
@@ -262,7 +262,7 @@ def forward_backward(run, batch, count):
     Out of memory halves the rows of a pass and starts the step again.
     """
     runtime, model, rows = run.runtime, run.step_model, run.rows
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     total, ranks = torch.zeros((), device=runtime.device), runtime.world > 1
     try:
         for i in range(0, len(batch.x), rows):
@@ -283,7 +283,7 @@ def forward_backward(run, batch, count):
                             "--recompute or --shard") from None
         run.rows = next(r for r in range(rows // 2, 0, -1) if len(batch.x) % r == 0)
         print(f"memory   {rows} rows a pass did not fit, going on with {run.rows}")
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad()
         torch.cuda.empty_cache()
         return forward_backward(run, batch, count)
     return total
@@ -367,7 +367,7 @@ def prepare(args, checkpoint):
     def trial(compiled):
         with runtime.autocast():
             compiled(*(t[:rows].to(runtime.device) for t in val_rows)).backward()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     step_model = compile_or_say_why(wrapped, runtime, trial)
     if state:
         optimizer.load_tensors(read_tensors(checkpoint / "optimizer.safetensors"))
