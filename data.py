@@ -11,6 +11,7 @@ Top to bottom: named corpora, files into documents, documents into shards of tok
 import argparse
 import codecs
 import contextlib
+import copy
 import errno
 import functools
 import glob
@@ -169,45 +170,37 @@ def download(archive, path):
     part, failures = path.with_name(path.name + ".part"), []
     if path.is_file():  # put there by hand
         os.replace(path, part)
-    have = part.stat().st_size if part.is_file() else 0
-    if (free := shutil.disk_usage(path.parent).free) < archive.size - have:
-        raise UserError(f"{path} needs {archive.size - have:,} bytes more, but {free:,} are free there; make room")
+    needed, free = archive.size - size_of(part), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(f"{path} needs {needed:,} bytes more, but {free:,} are free there; make room")
     for url in archive.urls:
         for attempt in range(TRIES):
             time.sleep(PAUSE if attempt else 0)
-            resumed = part.is_file()
+            resumed = size_of(part) > 0
             try:
-                if not resumed or part.stat().st_size != archive.size:
-                    fetch(url, part, archive.size)
+                fetch(url, part, archive.size)
+                digest = file_sha256(part)
+                if digest == archive.sha256:
+                    os.replace(part, path)
+                    return
+                fault, again = f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}...", resumed
+                part.unlink()  # if it was resumed, the fault may be in what there was before
             except urllib.error.HTTPError as error:
-                failure = f"HTTP {error.code} {error.reason}"
-                if error.code == 416:  # what is there is longer than the file
-                    part.unlink()
-                elif error.code < 500:
-                    break
-                continue
+                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500
             except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, slow, cut off
-                failure = str(getattr(error, "reason", error)) or type(error).__name__
-                continue
-            if (got := part.stat().st_size) < archive.size:
-                failure = f"truncated: {got:,} of {archive.size:,} bytes"
-                continue
-            if (digest := file_sha256(part)) == archive.sha256:
-                os.replace(part, path)
-                return
-            part.unlink()
-            failure = f"another file: sha256 {digest[:12]}..., {got:,} bytes, instead of {archive.sha256[:12]}..."
-            if not resumed:  # else the fault may be in the bytes there were
+                fault, again = str(getattr(error, "reason", error)) or type(error).__name__, True
+            if not again:
                 break
-        failures.append(f"{url}: {failure}")
-        print(f"{failures[-1]}", file=sys.stderr)
-    kept = f"; {part.stat().st_size:,} bytes are kept, run the same command to go on" if part.is_file() else ""
-    raise UserError(f"{'; '.join(failures)}{kept}; or put the file there by hand: {path}")
+        failures.append(f"{url}: {fault}")
+        print(failures[-1], file=sys.stderr)
+    kept = f"{size_of(part):,} bytes are kept, run the same command to go on; or " if size_of(part) else ""
+    raise UserError(f"{'; '.join(failures)}; {kept}put the file there by hand: {path}")
 
 
 def fetch(url, part, size):
-    """Append to `part` what is missing, or start over if the server does not do ranges. OSError: silent or too slow."""
-    have = part.stat().st_size if part.is_file() else 0
+    """Append to `part` what is missing, or start over if the server does not do ranges. OSError: truncated, too slow."""
+    if (have := size_of(part)) >= size:
+        return
     headers = {"User-Agent": "data.py"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
         ranged = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -223,6 +216,12 @@ def fetch(url, part, size):
                     if got - since < SLOWEST * seconds:
                         raise TimeoutError(f"slow: {got - since:,} bytes in {seconds:.0f} s, at {got:,} of {size:,}")
                     checked, since = time.monotonic(), got
+    if got < size:
+        raise ConnectionError(f"truncated: {got:,} of {size:,} bytes")
+
+
+def size_of(path):
+    return path.stat().st_size if path.is_file() else 0
 
 
 def file_sha256(path):
@@ -261,20 +260,17 @@ def read_text(name, data_dir=None):
 
 
 def expand(names):
-    """Files, folders (their .txt, .jsonl and .parquet files, however deep) and globs -> a sorted list of files each."""
+    """Files, folders (their .txt, .jsonl and .parquet files, however deep) and globs -> list of files, none twice."""
     files = []
     for name in names:
-        path = Path(name)
-        found = [path] if path.is_file() else sorted(
-            f for f in (path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True)))
-            if f.is_file() and (f.suffix in (".txt", ".jsonl", ".parquet") or not path.is_dir()))
+        path, kinds = Path(name), (".txt", ".jsonl", ".parquet")
+        found = [f for f in path.rglob("*") if f.suffix in kinds] if path.is_dir() else glob.glob(name, recursive=True)
+        found = [path] if path.is_file() else [f for f in map(Path, sorted(found)) if f.is_file()]
         if not found:
-            raise UserError(f"{name}: no .txt, .jsonl or .parquet file in this folder" if path.is_dir() else
+            raise UserError(f"{name}: no {', '.join(kinds)} in this folder" if path.is_dir() else
                             f"{name}: no such file, folder or match (or use: shakespeare, {', '.join(WIKITEXT)})")
         files += found
-    if twice := [str(f) for f, n in Counter(map(Path.resolve, files)).items() if n > 1]:
-        raise UserError(f"{twice[0]} is named twice; {len(twice)} files are")
-    return files
+    return list(dict.fromkeys(files))
 
 
 def documents(files, cuts, separator=None, field="text", bad=None):
@@ -288,7 +284,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
             with open(path, "rb") as file:
                 yield from parts_of(utf8_blocks(file), cuts, separator)
             continue
-        for text, number, fault in (jsonl if path.suffix == ".jsonl" else parquet)(path, field):
+        for text, fault, number in (jsonl if path.suffix == ".jsonl" else parquet)(path, field):
             if fault and bad is None:
                 raise UserError(f"{path}:{number}: {fault}; mend it, or count and leave out such records with --skip-bad")
             if fault:
@@ -334,33 +330,30 @@ def utf8_blocks(file):
 
 
 def jsonl(path, field):
-    """Yield (text, line number, what is wrong with it or None) for every line of a .jsonl that is not blank."""
+    """Yield (text, what is wrong with it or None, line number) for every line of a .jsonl that is not blank."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-                yield None, number, f"not JSON ({error})"
-                continue
-            yield check_field(record, field, number)
+            if line.strip():
+                try:
+                    yield *check_record(json.loads(line), field), number
+                except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+                    yield None, f"not JSON ({error})", number
 
 
-def check_field(record, field, number):
-    """(text, number, None), or (None, number, what is wrong)."""
+def check_record(record, field):
+    """(text, None), or (None, what is wrong)."""
     text = record.get(field) if isinstance(record, dict) else None
     if isinstance(text, str):
-        return text, number, None
+        return text, None
     if not isinstance(record, dict):
-        return None, number, f"a JSON {type(record).__name__}, not an object"
+        return None, f"a JSON {type(record).__name__}, not an object"
     if field in record:
-        return None, number, f"field {field!r} is {type(text).__name__}, not text"
-    return None, number, f"no field {field!r}, only {', '.join(map(repr, list(record)[:8])) or 'none'} (--field NAME)"
+        return None, f"field {field!r} is {type(text).__name__}, not text"
+    return None, f"no field {field!r}, only {', '.join(map(repr, list(record)[:8])) or 'none'} (--field NAME)"
 
 
 def parquet(path, field):
-    """Yield (text, row number, what is wrong with it or None) for every row of a .parquet."""
+    """Yield (text, what is wrong with it or None, row number) for every row of a .parquet."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -368,14 +361,11 @@ def parquet(path, field):
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         with ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, file.schema_arrow.names[:8]))} "
-                                "(--field NAME)")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield check_field({field: text}, field, number)
+            if field not in (names := file.schema_arrow.names):
+                raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names[:8]))} (--field NAME)")
+            batches = file.iter_batches(batch_size=1024, columns=[field])
+            for number, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
+                yield *check_record({field: text}, field), number
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:200]})") from None
 
@@ -768,7 +758,8 @@ class Batches:
             return batch
         if self.thread is None:
             self.made, self.stop = queue.Queue(self.prefetch), threading.Event()
-            self.thread = threading.Thread(target=self.work, args=(self.epoch, self.row, self.made, self.stop), daemon=True)
+            ahead = copy.copy(self)  # the thread does not hold this object, so that dropping it ends the thread
+            self.thread = threading.Thread(target=ahead.work, args=(self.epoch, self.row, self.made, self.stop), daemon=True)
             self.thread.start()
         batch, place, self.error = self.made.get()
         if self.error:
@@ -790,6 +781,10 @@ class Batches:
             self.stop.set()
             self.thread.join()
         self.thread = self.error = None
+
+    def __del__(self):
+        if getattr(self, "thread", None):
+            self.stop.set()
 
 
 def validation_rows(split, rows, context, stride=None, rank=0, world=1):
