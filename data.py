@@ -70,11 +70,11 @@ WIKITEXT = {  # Merity et al. 2016, the raw (untokenized) versions
 }
 # An article starts at its title, " = Title = " between blank lines; sections are " = = Section = = ".
 ARTICLE = re.compile(rb"(?<=\n \n)(?= = [^=\n][^\n]* = ?\n \n)")
-TIMEOUT, SLOWEST, TRIES, PAUSE = 30, 1024, 3, 2  # of a download: s without a byte, bytes/s, tries a host, s between them
+TIMEOUT, SLOWEST, TRIES, PAUSE = 30, 1024, 3, 2  # of a download: s of silence, bytes/s, tries a host, s between them
 SHARD_BYTES = 64 << 20                           # of text in a shard: what a crash can cost
 
 
-# ------------------------------------------------------------------------------------------------------------ Shakespeare
+# ---------------------------------------------------------------------------------------------------------- Shakespeare
 def shakespeare(data_dir=None):
     """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used.
 
@@ -130,10 +130,10 @@ def as_dialogue(text):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------------- WikiText
+# ------------------------------------------------------------------------------------------------------------- WikiText
 def wikitext(name, home, data_dir=None):
-    """{split: path} of a WikiText's train, valid and test text: a local copy (data_dir or $LLM_DATA_DIR, then home), else
-    downloaded, checked and unpacked into the folder home. UserError: out of reach, with what every host answered."""
+    """{split: path} of a WikiText's train, valid and test text: a local copy (data_dir or $LLM_DATA_DIR, then home),
+    else downloaded, checked and unpacked into the folder home. UserError: out of reach, with what every host said."""
     folder, home, missing = data_dir or os.environ.get("LLM_DATA_DIR"), Path(home), ""
     for place in ([Path(folder) / name] if folder else []) + [home]:
         paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
@@ -182,23 +182,25 @@ def download(archive, path):
                 digest = file_sha256(part)
                 if digest == archive.sha256:
                     os.replace(part, path)
+                    print("\n".join(failures), end="\n" * bool(failures))
                     return
                 fault, again = f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}...", resumed
                 part.unlink()  # if it was resumed, the fault may be in what there was before
             except urllib.error.HTTPError as error:
-                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500
+                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500 or error.code == 416
+                if error.code == 416:  # there is more than the server has: start over
+                    part.unlink(missing_ok=True)
             except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, slow, cut off
                 fault, again = str(getattr(error, "reason", error)) or type(error).__name__, True
             if not again:
                 break
         failures.append(f"{url}: {fault}")
-        print(failures[-1], file=sys.stderr)
     kept = f"{size_of(part):,} bytes are kept, run the same command to go on; or " if size_of(part) else ""
     raise UserError(f"{'; '.join(failures)}; {kept}put the file there by hand: {path}")
 
 
 def fetch(url, part, size):
-    """Append to `part` what is missing, or start over if the server does not do ranges. OSError: truncated, too slow."""
+    """Append to `part` what is missing, or all if the server does not do ranges. OSError: truncated, too slow."""
     if (have := size_of(part)) >= size:
         return
     headers = {"User-Agent": "data.py"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -244,7 +246,7 @@ def full_disk_explained(path, advice):
         raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- files into documents
+# ------------------------------------------------------------------------------------------------- files into documents
 def read_text(name, data_dir=None):
     """Text of a named corpus ("shakespeare") or of a UTF-8 file -> (str, where it came from)."""
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
@@ -253,7 +255,8 @@ def read_text(name, data_dir=None):
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start:,})") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start:,})"
+                        ) from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
     return text, path
@@ -274,11 +277,11 @@ def expand(names):
 
 
 def documents(files, cuts, separator=None, field="text", bad=None):
-    """Yield the documents of files as (bytes, begins, ends): UTF-8 in parts of a few MB at most, where `begins` marks the
-    first part of a document and `ends` the last. A blank document is none.
+    """Yield the documents of files as (bytes, begins, ends): UTF-8 in parts of a few MB at most, where `begins` marks
+    the first part of a document and `ends` the last. A blank document is none.
 
-    cuts: where the tokenizer lets text be cut, see `Tokenizer._cuts`; () if nowhere. separator: a bytes pattern between
-    documents of a text file, else a file is one. bad: a Counter that takes records without a text, else UserError."""
+    cuts: where the tokenizer lets text be cut, see `Tokenizer._cuts`; () if nowhere. separator: a bytes pattern
+    between documents of a text file, else a file is one. bad: a Counter of records without a text, else UserError."""
     for path in files:
         if path.suffix not in (".jsonl", ".parquet"):
             with open(path, "rb") as file:
@@ -286,7 +289,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
             continue
         for text, fault, number in (jsonl if path.suffix == ".jsonl" else parquet)(path, field):
             if fault and bad is None:
-                raise UserError(f"{path}:{number}: {fault}; mend it, or count and leave out such records with --skip-bad")
+                raise UserError(f"{path}:{number}: {fault}; mend it, or leave out and count such records: --skip-bad")
             if fault:
                 bad[str(path)] += 1
                 continue
@@ -295,7 +298,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
 
 
 def parts_of(blocks, cuts, separator=None):
-    """Yield (bytes, begins, ends) of a text that comes in blocks; at most three blocks are held unless nothing may cut."""
+    """Yield (bytes, begins, ends) of a text that comes in blocks; holds three of them at most, if it may cut."""
     held, begins = b"", True
     for block in blocks:
         held += block
@@ -362,16 +365,17 @@ def parquet(path, field):
     try:
         with ParquetFile(path) as file:
             if field not in (names := file.schema_arrow.names):
-                raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names[:8]))} (--field NAME)")
+                raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names[:8]))}: use --field")
             batches = file.iter_batches(batch_size=1024, columns=[field])
-            for number, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for number, text in enumerate(texts, 1):
                 yield *check_record({field: text}, field), number
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:200]})") from None
 
 
-# ------------------------------------------------------------------------------------------------------ shards of tokens
-# A shard: the header; token ids (uint16, or uint32 above 65,536 ids), padded to 8 bytes; where documents start (uint64).
+# ----------------------------------------------------------------------------------------------------- shards of tokens
+# A shard: header; token ids (uint16, or uint32 above 65,536 ids), padded to 8 bytes; where documents start (uint64).
 MAGIC, VERSION = b"TOKSHARD", 1
 HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
 
@@ -383,15 +387,15 @@ class Header(NamedTuple):
     tokens: int
     documents: int
     bytes: int          # of UTF-8 text, for bits per byte
-    words: int          # between white space; WikiText's word count is words + lines, each line ending in a word <eos>
+    words: int          # between white space; the papers' word count of WikiText is words + lines (<eos>)
     lines: int
     tokenizer: bytes    # sha256 of what decides ids
     content: bytes      # sha256 of all that follows the header
 
 
 def ends_of(tok):
-    """(first, last) special ids of a stored document: [BOS] tokens [EOS]. A tokenizer that has only one, or the same for
-    both (GPT-2), gets it in front, and what ends a document is that the next one begins."""
+    """(first, last) special ids of a stored document: [BOS] tokens [EOS]. If a tokenizer has only one, or the same for
+    both (GPT-2), it stands in front, and what ends a document is that the next one begins."""
     ids = [i for i in (tok.bos_id, tok.eos_id) if i is not None]
     return (ids[0] if ids else None, ids[1] if len(set(ids)) == 2 else None)
 
@@ -399,15 +403,16 @@ def ends_of(tok):
 def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text", skip_bad=False, processes=None):
     """Tokenize {split: [path]} into OUT/SPLIT-NNNNN.bin, meta.json and the tokenizer -> meta.json's content.
 
-    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on
-    the text and the tokenizer alone, not on `processes`. Run again after a crash it keeps the shards that are finished.
+    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend
+    on the text and the tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards.
     UserError: another job's shards are in OUT, a split without documents, a full disk."""
     out, keep = Path(out), {}
     if "val" not in files:
         files, keep = {"val": files["train"], **files}, {"val": functools.partial(held_out, val_share),
                                                          "train": lambda i: not held_out(val_share, i)}
-    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field, "skip_bad": skip_bad,
-           "val_share": val_share if keep else None, "separator": separator and separator.pattern.decode(),
+    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field,
+           "skip_bad": skip_bad, "val_share": val_share if keep else None,
+           "separator": separator and separator.pattern.decode(),
            "files": {name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths]
                      for name, paths in files.items()}}
     meta = begin_or_continue(out, job)
@@ -425,8 +430,8 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
         headers = [read_header(p) for p in shard_paths(out, name)]
         total = {k: sum(getattr(h, k) for h in headers) for k in ("tokens", "documents", "bytes", "words", "lines")}
         if not total["documents"]:
-            raise UserError(f"{name}: no documents; give more text, say with --split-on what stands between documents, or "
-                            "name other validation text with --val FILE")
+            raise UserError(f"{name}: no documents; give more text, say with --split-on what stands between documents, "
+                            "or name other validation text with --val FILE")
         meta["splits"][name] = {"shards": len(headers), **total, "skipped": sum((bad or {}).values())}
         print(f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, {total['bytes']:,} bytes "
               f"({total['bytes'] / total['tokens']:.2f} a token)"
@@ -449,12 +454,11 @@ def begin_or_continue(out, job):
     """meta.json of this job: new, or that of its interrupted run, whose temporary files are swept."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "meta.json"
-    meta = read_json(path) if path.is_file() else {"complete": False, "job": None if shard_paths(out) else job, "splits": {}}
-    if meta.get("job") != job:
-        there = meta.get("job") or {}
-        differ = [k for k in job if there.get(k) != job[k]]
-        raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw them "
-                        "away with --overwrite")
+    new = {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
+    meta = read_json(path) if path.is_file() else new
+    if differ := [k for k in job if meta.get("job", {}).get(k) != job[k]]:
+        raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw "
+                        "them away with --overwrite")
     for stale in out.glob("*.bin.*.tmp"):
         stale.unlink()
     if not path.is_file():
@@ -481,8 +485,8 @@ def chosen(parts, keep, bar):
 
 
 def shard_jobs(parts, done):
-    """Yield (shard number, parts) of about a BLOCK of text each. A shard ends with the document that fills it; which text
-    is in which shard is known from the text alone, so those in `done` are only read over."""
+    """Yield (shard number, parts) of about a BLOCK of text each. A shard ends with the document that fills it; which
+    text is in which shard is known from the text alone, so those in `done` are only read over."""
     number, filled, job, size = 0, 0, [], 0
     for part in parts:
         text, begins, _ = part
@@ -545,14 +549,14 @@ def read_header(path, tokenizer_sha256=None):
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*HEADER.unpack(raw))
     if header.version != VERSION or header.itemsize not in (2, 4):
-        raise UserError(f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program reads "
-                        f"version {VERSION} with 2 or 4: make the shards again")
+        raise UserError(f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program "
+                        f"reads version {VERSION} with 2 or 4: make the shards again")
     expected = HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
     if (size := os.path.getsize(path)) != expected:
         raise UserError(f"{path}: {size:,} bytes, but its header says {expected:,}; delete it and run data.py again")
     if tokenizer_sha256 not in (None, header.tokenizer.hex()):
-        raise UserError(f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the ids "
-                        "would mean other text: use the tokenizer in its folder, or make shards with yours")
+        raise UserError(f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the "
+                        "ids would mean other text: use the tokenizer in its folder, or make shards with yours")
     return header
 
 
@@ -562,24 +566,25 @@ def open_shards(folder, tokenizer_sha256=None):
     if not (folder / "meta.json").is_file():
         raise UserError(f"{folder}: no shards here (no meta.json); python data.py FILE... --tokenizer T --out {folder}")
     meta = read_json(folder / "meta.json")
-    if not meta.get("complete"):
-        raise UserError(f"{folder}: unfinished; run the data.py command that makes it again, it goes on where it stopped")
+    if not meta.get("complete"):  # ours: written last
+        raise UserError(f"{folder}: unfinished; run the data.py command that makes it again, it goes on where it was")
     splits = {}
     for name, counts in meta["splits"].items():
         paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
         if lost := [p.name for p in paths if not p.is_file()]:
-            raise UserError(f"{folder}: {', '.join(lost[:3])} of {len(paths)} {name} shards missing; copy them there, or "
-                            "make the shards again with --overwrite")
+            raise UserError(f"{folder}: {', '.join(lost[:3])} of {len(paths)} {name} shards missing; copy them there, "
+                            "or make the shards again with --overwrite")
         headers = [read_header(p, tokenizer_sha256) for p in paths]
         tokens = [np.memmap(p, f"<u{h.itemsize}", "r", HEADER.size, (h.tokens,)) for p, h in zip(paths, headers)]
         starts = [np.memmap(p, "<u8", "r", os.path.getsize(p) - 8 * h.documents, (h.documents,))
                   for p, h in zip(paths, headers)]
         digest = sha256(b"".join(h.tokenizer + h.content for h in headers))
-        splits[name] = Split(tokens, starts, meta["first_id"] if meta["last_id"] is None else None, counts, digest, paths)
+        end_id = meta["first_id"] if meta["last_id"] is None else None
+        splits[name] = Split(tokens, starts, end_id, counts, digest, paths)
     return splits
 
 
-# ---------------------------------------------------------------------------------------------------- tokens into batches
+# -------------------------------------------------------------------------------------------------- tokens into batches
 def split_tokens(tokens, context, share=0.1):
     """(training tokens, validation tokens): the last `share` is held out, as in nanoGPT. Refuses what is too short."""
     cut = int(len(tokens) * (1 - share))
@@ -588,15 +593,16 @@ def split_tokens(tokens, context, share=0.1):
         if have < context + 1:
             fits = max((2 ** k for k in range(3, 20) if 2 ** k < min(len(train), len(val))), default=None)
             hint = f"use --context {fits}" if fits else "give a longer text"
-            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: {hint}")
+            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: "
+                            f"{hint}")
     return train, val
 
 
 class Split:
-    """The documents of one split: a text in memory (one document), or mapped shards. Nothing is read until asked for."""
+    """The documents of one split: a text in memory (one document), or mapped shards, read only where asked."""
 
     def __init__(self, tokens, starts=None, end_id=None, counts=None, sha256=None, paths=None):
-        """tokens: arrays of ids; starts: where documents start in each; end_id: what a document's last token predicts."""
+        """tokens: arrays of ids; starts: where documents start in each; end_id: what a document's last id predicts."""
         self.tokens, self.starts, self.end_id = tokens, starts or [np.zeros(1, np.int64)], end_id
         self.counts, self.sha256, self.paths = counts or {}, sha256, paths or ["text"]
         self.bases = np.cumsum([0, *map(len, tokens)])  # of the shards, when they are thought end to end
@@ -608,16 +614,16 @@ class Split:
     def documents(self):
         """-> (where each document starts, end to end; how many (token, next token) pairs it has): int64.
 
-        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so is
-        never an input. Where one id does for both, the last token predicts that id: n pairs."""
+        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so
+        is never an input. Where one id does for both, the last token predicts that id: n pairs."""
         for starts, tokens, path in zip(self.starts, self.tokens, self.paths):
             if starts[0] != 0 or starts[-1] >= len(tokens) or (starts[1:] < starts[:-1]).any():
-                raise UserError(f"{path}: damaged, its document starts are out of order; delete it and run data.py again")
+                raise UserError(f"{path}: damaged, its document starts are out of order; make it again with data.py")
         begin = np.concatenate([starts.astype(np.int64) + base for starts, base in zip(self.starts, self.bases)])
         return begin, np.maximum(np.diff(begin, append=len(self)) - (self.end_id is None), 0)
 
     def read(self, start, size):
-        """`size` tokens from `start` on and the one after, int64. After the last of a shard comes what begins the next."""
+        """`size` tokens from `start` on and the one after. After the last of a shard comes what begins the next."""
         shard = int(np.searchsorted(self.bases, start, "right")) - 1
         start = int(start - self.bases[shard])
         window = self.tokens[shard][start:start + size + 1]
@@ -629,7 +635,7 @@ def as_split(tokens):
 
 
 class Batch(NamedTuple):
-    """x predicts y; docs and positions say which piece of a document a token of a row is in, and how far, for masking."""
+    """x predicts y. docs and positions are for masking: which piece of a document a token is in, and how far."""
     x: torch.Tensor          # (rows, context) int64
     y: torch.Tensor          # (rows, context) int64; -100 only in validation, where nothing is scored
     docs: torch.Tensor       # (rows, context) int32: 0, 1, 2, ... along a row
@@ -647,7 +653,8 @@ def fill(split, rows, context):
         at = 0
         for piece, (start, size) in enumerate(zip(starts, sizes)):
             window, end = split.read(start, size), at + size
-            x[i, at:end], y[i, at:end], docs[i, at:end], positions[i, at:end] = window[:-1], window[1:], piece, count[:size]
+            x[i, at:end], y[i, at:end] = window[:-1], window[1:]
+            docs[i, at:end], positions[i, at:end] = piece, count[:size]
             at = end
         docs[i, at:] = len(starts)
     return Batch(*map(torch.from_numpy, (x, y, docs, positions)))
@@ -669,9 +676,9 @@ def plan_epoch(split, context, seed, epoch):
     """The rows of an epoch, each of exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
     A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to
-    end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded, masked or
-    dropped (but the less than one row that is over in the end, another one each epoch), and a document is cut no more often
-    than full rows demand. A text that is one document is cut at a new offset each epoch instead.
+    end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked,
+    and nothing dropped but the less than one row that is over in the end, other text each epoch. A text that is one
+    document is cut at a new offset each epoch instead.
     """
     rng = np.random.default_rng([seed, epoch])
     begin, pairs = split.documents
@@ -685,7 +692,8 @@ def plan_epoch(split, context, seed, epoch):
     rest_starts, sizes = begin[rest] + full[rest] * context, pairs[rest] % context
     ends = np.cumsum(sizes)
     packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
-    cuts = np.sort(np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context), kind="stable")
+    cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
+    cuts = np.sort(cuts, kind="stable")                                       # stable merges sorted runs in no time
     cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
     piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
     into = cuts - (ends - sizes)[piece]
@@ -700,10 +708,10 @@ def plan_epoch(split, context, seed, epoch):
 class Batches:
     """Batches of packed rows: every pair of the split about once an epoch, in an order fixed by the seed.
 
-    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of which
-    rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with exactly the
-    batch it would have seen, on any number of ranks with the same rows in all. A thread works `prefetch` batches ahead;
-    0 is none. `split` is a Split or an array of ids.
+    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of
+    which rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with
+    exactly the batch it would have seen, on any number of ranks with the same rows in all. A thread works `prefetch`
+    batches ahead; 0 is none. `split` is a Split or an array of ids.
     """
 
     def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2):
@@ -711,9 +719,9 @@ class Batches:
         self.rank, self.world, self.prefetch = rank, world, prefetch
         self.epoch, self.row, self.plans, self.thread, self.error = 0, 0, {}, None, None
         if (have := len(self.plan(0).order)) < rows * world:
-            raise UserError(f"{len(self.split):,} tokens in {len(self.split.documents[0]):,} documents make {have:,} rows of "
-                            f"{context:,}, but a step takes {rows * world:,}: give more text, or use a smaller --batch or "
-                            "--context")
+            raise UserError(f"{len(self.split):,} tokens in {len(self.split.documents[0]):,} documents make {have:,} "
+                            f"rows of {context:,}, but a step takes {rows * world:,}: give more text, or use a "
+                            "smaller --batch or --context")
 
     def plan(self, epoch):
         if epoch not in self.plans:  # a batch can span two epochs; older ones are not needed again
@@ -759,7 +767,8 @@ class Batches:
         if self.thread is None:
             self.made, self.stop = queue.Queue(self.prefetch), threading.Event()
             ahead = copy.copy(self)  # the thread does not hold this object, so that dropping it ends the thread
-            self.thread = threading.Thread(target=ahead.work, args=(self.epoch, self.row, self.made, self.stop), daemon=True)
+            work = (self.epoch, self.row, self.made, self.stop)
+            self.thread = threading.Thread(target=ahead.work, args=work, daemon=True)
             self.thread.start()
         batch, place, self.error = self.made.get()
         if self.error:
@@ -790,9 +799,9 @@ class Batches:
 def validation_rows(split, rows, context, stride=None, rank=0, world=1):
     """Yield Batches of (rows, context) that score every pair of the split exactly once, in order.
 
-    Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not reach,
-    with up to context - stride pairs to look back on. What is not scored, and what fills the last batch, is target -100.
-    Rank r gets every world-th batch; all ranks get as many."""
+    Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not
+    reach, with context - stride pairs to look back on. What is not scored, and what fills the last batch, is target
+    -100. Rank r gets every world-th batch; all ranks get as many."""
     split, stride = as_split(split), stride or context
     if not 0 < stride <= context:
         raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
@@ -814,10 +823,10 @@ def validation_rows(split, rows, context, stride=None, rank=0, world=1):
 
 def read_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help=f"shakespeare, {', '.join(WIKITEXT)}, or files, folders and globs of your own")
+    parser.add_argument("data", nargs="+", help=f"shakespeare, {', '.join(WIKITEXT)}, or files, folders and globs")
     parser.add_argument("--tokenizer", help="make shards with this tokenizer: a folder or file")
     parser.add_argument("--out", help="the folder to write [data/NAME for a named corpus]")
-    parser.add_argument("--val", nargs="+", default=[], help="files to validate on, instead of a share of the documents")
+    parser.add_argument("--val", nargs="+", default=[], help="files to validate on, not a share of the documents")
     parser.add_argument("--val-share", type=float, default=0.01, help="share of the documents to validate on [0.01]")
     parser.add_argument("--split-on", help=r"what stands between the documents of a text file; \n is a newline")
     parser.add_argument("--field", default="text", help="where a .jsonl or .parquet has its text [text]")
@@ -830,9 +839,9 @@ def read_args():
     if named and len(args.data) > 1:
         raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
     if not named and not (args.tokenizer and args.out):
-        raise UserError("to make shards of your own text give --tokenizer T (python tokenizer.py train makes one) and --out D")
+        raise UserError("shards of your own text need --tokenizer T (python tokenizer.py train makes one) and --out D")
     if not 0 < args.val_share < 1 or (args.processes or 1) < 1:
-        raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} at least 1")
+        raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} positive")
     return args
 
 
@@ -857,8 +866,8 @@ def main():
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)
-    make_shards(files, tok, out, val_share=args.val_share, separator=separator, field=args.field, skip_bad=args.skip_bad,
-                processes=args.processes)
+    make_shards(files, tok, out, val_share=args.val_share, separator=separator, field=args.field,
+                skip_bad=args.skip_bad, processes=args.processes)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def test_missing_file_is_named(tmp_path):
         read_text(str(tmp_path / "nope.txt"))
 
 
-# --------------------------------------------------------------------------------------------------------------- WikiText
-ARTICLES = [f" = Title {i} = \n \n Some words of article {i} , {'and more ' * (i % 5)}. \n \n = = Section = = \n \n The end . \n \n"
-            for i in range(20)]
+# ------------------------------------------------------------------------------------------------------------- WikiText
+ARTICLES = [f" = Title {i} = \n \n Some words of article {i} , {'and more ' * (i % 5)}. \n \n = = Section = = \n"
+            " \n The end . \n \n" for i in range(20)]
 
 
 class Host(BaseHTTPRequestHandler):
@@ -109,7 +109,8 @@ class Host(BaseHTTPRequestHandler):
         Host.ranges.append(self.headers.get("Range"))
         if how == "404":
             return self.send_error(404)
-        start = int(m[1]) if (m := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) and how != "no-ranges" else 0
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked and how != "no-ranges" else 0
         if how == "wrong":
             content = content[::-1]
         self.send_response(206 if start else 200)
@@ -190,11 +191,12 @@ def test_bad_bytes_of_an_earlier_try_are_thrown_away(host, tmp_path):
 def test_the_mirror_stands_in_and_the_line_names_every_host(host, tmp_path, how, words, capsys):
     host(how, "ok")
     assert wikitext("wikitext-2", tmp_path / "w")["train"].is_file()
-    assert re.search(words, capsys.readouterr().err)
+    assert re.search(words, capsys.readouterr().out)
     for file in (tmp_path / "w").iterdir():
         file.unlink()
     archive = host(how, "404")
-    with pytest.raises(UserError, match=f"{how}/wiki.zip: .*{words}.*404/wiki.zip: HTTP 404.*by hand: {archive}") as error:
+    line = f"{how}/wiki.zip: .*{words}.*404/wiki.zip: HTTP 404.*by hand: {archive}"
+    with pytest.raises(UserError, match=line) as error:
         wikitext("wikitext-2", tmp_path / "w")
     assert "\n" not in str(error.value)
     part = tmp_path / "w" / "wiki.zip.part"  # what came is worth keeping, unless it was wrong
@@ -205,7 +207,7 @@ def test_three_truncations_are_an_error_with_the_numbers(host, tmp_path):
     host("truncated")
     Host.content += bytes(5000)
     host("truncated")
-    with pytest.raises(UserError, match=r"truncated: 3,000 of \d,\d+ bytes; 3,000 bytes are kept, run the same command"):
+    with pytest.raises(UserError, match=r"truncated: 3,000 of \d,\d+ bytes; 3,000 bytes are kept, run the same"):
         wikitext("wikitext-2", tmp_path / "w")
 
 
@@ -242,7 +244,7 @@ def full_disk():
     return limited
 
 
-# -------------------------------------------------------------------------------------------------- files into documents
+# ------------------------------------------------------------------------------------------------- files into documents
 def texts_of(files, **options):
     """The documents' texts, put together again from their parts."""
     texts = []
@@ -261,7 +263,7 @@ def test_folders_globs_and_kinds_of_files_mix(tmp_path):
     files = expand([str(tmp_path / "a"), str(tmp_path / "*.md"), str(tmp_path / "a" / "one.txt")])
     assert texts_of(files) == ["two", "drei 😀", "one", "four"]
     (tmp_path / "empty").mkdir()
-    for nothing, words in (("a/deep/*.txt", "no such file, folder or match"), ("empty", "no .txt, .jsonl, .parquet in this")):
+    for nothing, words in (("a/deep/*.txt", "no such file, folder or match"), ("empty", "no .txt, .jsonl, .parquet in")):
         with pytest.raises(UserError, match=words):
             expand([str(tmp_path / nothing)])
 
@@ -271,8 +273,9 @@ def test_text_files_are_cut_where_they_are_told(tmp_path):
     assert texts_of([tmp_path / "x.txt"], separator=re.compile(rb"<\|end\|>")) == ["one", "two\n", "three"]
 
 
-@pytest.mark.parametrize("line, words", [("{", "not JSON"), ("[1]", "a JSON list, not an object"), ('{"text": 3}', "is int, not text"),
-                                         ('{"body": "x"}', "no field 'text', only 'body' "), ("\xff", "not JSON")])
+@pytest.mark.parametrize("line, words", [
+    ("{", "not JSON"), ("[1]", "a JSON list, not an object"), ('{"text": 3}', "is int, not text"),
+    ('{"body": "x"}', "no field 'text', only 'body' "), ("\xff", "not JSON")])
 def test_bad_lines_have_a_file_and_a_number_or_are_counted(tmp_path, line, words):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line.encode("latin-1") + b'\n{"text": "too"}\n')
@@ -306,7 +309,7 @@ def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch):
         texts_of([tmp_path / "x.txt"])
 
 
-# ------------------------------------------------------------------------------------------------------- shards of tokens
+# ----------------------------------------------------------------------------------------------------- shards of tokens
 TEXTS = [f"Document {i}: " + "the quick brown fox jumps over the lazy dog; " * (i % 7) + "\n" for i in range(90)]
 
 
@@ -334,7 +337,8 @@ def test_shards_hold_every_document_between_bos_and_eos(corpus, tmp_path):
     meta = make_shards(files, tok, tmp_path / "out", val_share=0.1, processes=1)
     splits = open_shards(tmp_path / "out", tok.sha256)
     held = [i for i in range(90) if i % 10 == 0]
-    for name, texts in (("val", [TEXTS[i] for i in held]), ("train", [t for i, t in enumerate(TEXTS) if i not in held])):
+    kept = [t for i, t in enumerate(TEXTS) if i not in held]
+    for name, texts in (("val", [TEXTS[i] for i in held]), ("train", kept)):
         assert [d.tolist() for d in token_documents(splits[name])] == [tok.encode(t, bos=True, eos=True) for t in texts]
         counts = meta["splits"][name]
         assert counts["bytes"] == len("".join(texts).encode()) and counts["documents"] == len(texts)
@@ -385,7 +389,7 @@ def test_a_full_disk_while_sharding_keeps_what_is_finished(corpus, tmp_path, ful
     tok.save(tmp_path / "out")
     tok.save = lambda folder: None  # the tokenizer's files are larger than the shards
     limit = (tmp_path / "whole" / "train-00000.bin").stat().st_size - 8
-    with full_disk(limit), pytest.raises(UserError, match=r"train-0000\d.bin: File too large \(.* bytes free there\); finished"):
+    with full_disk(limit), pytest.raises(UserError, match=r"train-0000\d.bin: File too large \(.* free there\); finished"):
         make_shards(files, tok, tmp_path / "out", processes=1)
     assert not any(name.endswith(".tmp") for name in contents(tmp_path / "out"))
     make_shards(files, tok, tmp_path / "out", processes=1)
@@ -434,7 +438,8 @@ def test_a_long_document_is_tokenized_in_parts_to_the_same_ids(tmp_path, monkeyp
     tok = Tokenizer.train(TEXTS, 300)
     assert len(list(documents([tmp_path / "x.txt"], tok._cuts))) > 20
     make_shards({"train": [tmp_path / "x.txt"], "val": [tmp_path / "v.txt"]}, tok, tmp_path / "out", processes=2)
-    assert [d.tolist() for d in token_documents(open_shards(tmp_path / "out")["train"])] == [tok.encode(text, bos=True, eos=True)]
+    stored, = token_documents(open_shards(tmp_path / "out")["train"])
+    assert stored.tolist() == tok.encode(text, bos=True, eos=True)
 
 
 def test_one_document_cannot_be_split_by_documents(tmp_path):
@@ -468,7 +473,7 @@ def test_the_command_makes_shards_from_a_named_corpus(host, tmp_path, monkeypatc
             data.main()
 
 
-# ------------------------------------------------------------------------------------------------- packing and the cursor
+# ----------------------------------------------------------------------------------------------- packing and the cursor
 
 def test_the_last_tenth_is_held_out():
     train, val = split_tokens(np.arange(1000), 16)
@@ -518,8 +523,8 @@ def test_validation_covers_the_whole_split():
 def split_of(lengths, first=1, last=2, shards=3):
     """Documents of random ids in several shards -> (Split, [document])."""
     rng = np.random.default_rng(0)
-    docs = [np.array([first] * (first is not None) + rng.integers(3, 60_000, n).tolist() + [last] * (last is not None), np.uint16)
-            for n in lengths]
+    begin, end = [i for i in (first,) if i is not None], [i for i in (last,) if i is not None]
+    docs = [np.array(begin + rng.integers(3, 60_000, n).tolist() + end, np.uint16) for n in lengths]
     parts = [docs[i * len(docs) // shards:(i + 1) * len(docs) // shards] for i in range(shards)]
     starts = [np.cumsum([0, *map(len, part)])[:-1].astype(np.uint64) for part in parts]
     return Split([np.concatenate(part) for part in parts], starts, first if last is None else None), docs
@@ -606,7 +611,8 @@ def test_an_error_in_the_thread_is_raised_by_next(monkeypatch):
     batches.close()
 
 
-@pytest.mark.parametrize("rows, context, stride, world", [(3, 32, None, 1), (3, 32, 8, 2), (1, 32, 31, 1), (2, 20_000, None, 2)])
+@pytest.mark.parametrize("rows, context, stride, world",
+                         [(3, 32, None, 1), (3, 32, 8, 2), (1, 32, 31, 1), (2, 20_000, None, 2)])
 @pytest.mark.parametrize("last", [2, None])
 def test_validation_scores_every_pair_once(rows, context, stride, world, last):
     split, docs = split_of(LENGTHS, last=last)
@@ -625,7 +631,7 @@ def test_a_split_smaller_than_a_batch_says_so():
 def test_a_plan_of_a_million_documents_takes_no_time():
     starts = np.arange(0, 200_000_000, 200)
     split = Split([np.broadcast_to(np.uint16(0), 200_000_000)], [starts])
-    split.documents
+    assert len(split.documents[0]) == 1_000_000
     start = time.perf_counter()
     data.plan_epoch(split, 1024, 1, 0)
     assert time.perf_counter() - start < 2
