@@ -504,18 +504,23 @@ def shard_jobs(parts, done):
         yield number, job
 
 
+SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
+
+
 def encode_job(job, tok, ends):
     """(shard number, parts) -> (shard number, ids, where documents start among them, (bytes, words, lines) of text)."""
     (number, parts), (first, last) = job, ends
-    ids, starts, counts = [], [], np.zeros(3, np.int64)
+    ids, starts = [], []
     for text, begins, done in parts:
         if begins:
             starts.append(len(ids))
             ids += [first] if first is not None else []
         ids += tok.encode_bytes(text, "first" if begins else "inside")
         ids += [last] if done and last is not None else []
-        counts += len(text), len(text.decode().split()), text.count(b"\n")
-    return number, np.array(ids, tok.dtype), np.array(starts, np.int64), counts
+    texts = [text for text, _, _ in parts]
+    space = SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]  # words begin after white space; faster than split
+    counts = sum(map(len, texts)), np.count_nonzero(space[:-1] & ~space[1:]), sum(t.count(b"\n") for t in texts)
+    return number, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts, np.int64)
 
 
 def write_shard(path, results, tok):
