@@ -179,7 +179,7 @@ def download(archive, path):
             resumed = size_of(part) > 0
             try:
                 fetch(url, part, archive.size)
-                digest = file_sha256(part)
+                digest = sha256(np.memmap(part, np.uint8, "r"))
                 if digest == archive.sha256:
                     os.replace(part, path)
                     print("\n".join(failures), end="\n" * bool(failures))
@@ -224,14 +224,6 @@ def fetch(url, part, size):
 
 def size_of(path):
     return path.stat().st_size if path.is_file() else 0
-
-
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -571,7 +563,9 @@ def open_shards(folder, tokenizer_sha256=None):
     if not (folder / "meta.json").is_file():
         raise UserError(f"{folder}: no shards here (no meta.json); python data.py FILE... --tokenizer T --out {folder}")
     meta = read_json(folder / "meta.json")
-    if not meta.get("complete"):  # ours: written last
+    if not isinstance(meta, dict) or not isinstance(meta.get("job"), dict) or meta["job"].get("version") != VERSION:
+        raise UserError(f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py")
+    if not meta.get("complete"):
         raise UserError(f"{folder}: unfinished; run the data.py command that makes it again, it goes on where it was")
     splits = {}
     for name, counts in meta["splits"].items():
