@@ -436,16 +436,24 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
         open_shards(tmp_path)
 
 
-def test_a_long_document_is_tokenized_in_parts_to_the_same_ids(tmp_path, monkeypatch):
+def check_long_document(tok, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 300)
     text = "".join(TEXTS) + "ü" * 50 + "中文 " * 400
     (tmp_path / "x.txt").write_text(text)
     (tmp_path / "v.txt").write_text("short")
-    tok = Tokenizer.train(TEXTS, 300)
     assert len(list(documents([tmp_path / "x.txt"], tok._cuts))) > 20
     make_shards({"train": [tmp_path / "x.txt"], "val": [tmp_path / "v.txt"]}, tok, tmp_path / "out", processes=2)
     stored, = token_documents(open_shards(tmp_path / "out")["train"])
     assert stored.tolist() == tok.encode(text, bos=True, eos=True)
+
+
+def test_a_long_document_is_tokenized_in_parts_to_the_same_ids(tmp_path, monkeypatch):
+    check_long_document(Tokenizer.train(TEXTS, 300), tmp_path, monkeypatch)
+
+
+def test_only_the_first_part_of_a_document_gets_the_space_that_sentencepiece_puts_in_front(
+        data_dir, tmp_path, monkeypatch):
+    check_long_document(Tokenizer.load(data_dir / "stories260K" / "tokenizer.model"), tmp_path, monkeypatch)
 
 
 def test_one_document_cannot_be_split_by_documents(tmp_path):
