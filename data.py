@@ -710,13 +710,15 @@ class Batches:
     The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of
     which rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with
     exactly the batch it would have seen, on any number of ranks with the same rows in all. A thread works `prefetch`
-    batches ahead; 0 is none. `split` is a Split or an array of ids.
+    batches ahead; 0 is none. `split` is a Split or an array of ids. For a CUDA `device` batches are in pinned memory.
     """
 
-    def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2):
+    def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device=None):
         self.split, self.rows, self.context, self.seed = as_split(split), rows, context, seed
         self.rank, self.world, self.prefetch = rank, world, prefetch
-        self.epoch, self.row, self.plans, self.thread, self.error = 0, 0, {}, None, None
+        self.epoch, self.row, self.plans, self.thread, self.error, self.gpu = 0, 0, {}, None, None, None
+        if device is not None and torch.device(device).type == "cuda":
+            self.gpu = torch.cuda.current_device() if torch.device(device).index is None else torch.device(device).index
         if (have := len(self.plan(0).order)) < rows * world:
             raise UserError(f"{len(self.split):,} tokens in {len(self.split.documents[0]):,} documents make {have:,} "
                             f"rows of {context:,}, but a step takes {rows * world:,}: give more text, or use a "
@@ -737,12 +739,14 @@ class Batches:
         """This rank's part of the batch that begins there -> (Batch, where the next begins)."""
         places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
         batch = fill(self.split, [self.plan(e).row(r) for e, r in places], self.context)
-        if torch.cuda.is_available():
+        if self.gpu is not None:
             batch = Batch(*(t.pin_memory() for t in batch))
         return batch, self.locate(epoch, row + self.rows * self.world)
 
     def work(self, epoch, row, made, stop):
         """The thread: put batches, or the error that ends them, in the queue."""
+        if self.gpu is not None:  # else pinning would make a context on GPU 0, once for every rank
+            torch.cuda.set_device(self.gpu)
         while not stop.is_set():
             try:
                 item = *self.make(epoch, row), None
