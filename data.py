@@ -510,7 +510,7 @@ def encode_job(job, tok, ends):
         ids += tok.encode_bytes(text, "first" if begins else "inside")
         ids += [last] if done and last is not None else []
     texts = [text for text, _, _ in parts]
-    space = SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]  # words begin after white space; faster than split
+    space = SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]  # a word begins after white space
     counts = sum(map(len, texts)), np.count_nonzero(space[:-1] & ~space[1:]), sum(t.count(b"\n") for t in texts)
     return number, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts, np.int64)
 
@@ -740,13 +740,12 @@ class Batches:
         places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
         batch = fill(self.split, [self.plan(e).row(r) for e, r in places], self.context)
         if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a new thread starts on GPU 0, where pinning would then make a context
             batch = Batch(*(t.pin_memory() for t in batch))
         return batch, self.locate(epoch, row + self.rows * self.world)
 
     def work(self, epoch, row, made, stop):
         """The thread: put batches, or the error that ends them, in the queue."""
-        if self.gpu is not None:  # else pinning would make a context on GPU 0, once for every rank
-            torch.cuda.set_device(self.gpu)
         while not stop.is_set():
             try:
                 item = *self.make(epoch, row), None

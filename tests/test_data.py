@@ -350,6 +350,14 @@ def test_shards_hold_every_document_between_bos_and_eos(corpus, tmp_path):
     assert Tokenizer.load(tmp_path / "out").sha256 == tok.sha256
 
 
+def test_a_single_special_id_stands_in_front_and_is_what_ends_predict(corpus, tmp_path):
+    tok = Tokenizer.train(TEXTS, 300, special_tokens=["<|endoftext|>"])
+    assert tok.bos_id == tok.eos_id == 0
+    make_shards(corpus[0], tok, tmp_path / "out", processes=1)
+    split = open_shards(tmp_path / "out")["val"]
+    assert token_documents(split)[0].tolist() == tok.encode(TEXTS[0], bos=True) and split.end_id == 0
+
+
 def test_any_number_of_processes_writes_the_same_bytes(corpus, tmp_path):
     files, tok = corpus
     for processes in (1, 2):
