@@ -851,6 +851,7 @@ def main():
     args = read_args()
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
+    tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode())) if args.split_on else None
     if name in WIKITEXT:
         # without a tokenizer --out is where the text goes, with one it is where the shards go
@@ -860,11 +861,10 @@ def main():
         files = {"train": [shakespeare(args.data_dir)]}
     else:
         files = {"train": expand(args.data)}
-    if not args.tokenizer:
+    if not tok:
         return
     if args.val:
         files = {"val": expand(args.val), **{k: v for k, v in files.items() if k != "val"}}
-    tok = Tokenizer.load(args.tokenizer)
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)

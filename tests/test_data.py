@@ -533,6 +533,10 @@ def test_epochs_are_cut_and_ordered_differently():
     batches = Batches(np.arange(1000, dtype=np.uint16), 4, 16, seed=3)
     first, second = batches.plan(0), batches.plan(1)
     assert sorted(first.starts) != sorted(second.starts) and first.order.tolist() != second.order.tolist()
+    split, _ = split_of(LENGTHS)  # and other remainders of documents meet in a row
+    first, second = (data.plan_epoch(split, 32, 3, epoch) for epoch in (0, 1))
+    assert first.starts.tolist() != second.starts.tolist() and first.order.tolist() != second.order.tolist()
+    assert all(map(np.array_equal, first, data.plan_epoch(split, 32, 3, 0)))
 
 
 def test_validation_covers_the_whole_split():
