@@ -1,24 +1,50 @@
 """Where text comes from and how it becomes batches.
 
-    python data.py shakespeare              # tiny Shakespeare -> data/shakespeare.txt
-    python train.py --data my.txt           # or train on any text file of your own
+    python data.py shakespeare                                   # tiny Shakespeare -> data/shakespeare.txt
+    python data.py wikitext-103                                  # its text -> data/wikitext-103/{train,valid,test}.txt
+    python data.py wikitext-103 --tokenizer T                    # the same, tokenized -> shards beside it
+    python data.py mine/ 'more/*.jsonl' --tokenizer T --out data/mine    # .txt, .jsonl, .parquet of your own -> shards
+    python train.py --data data/mine                             # what shards are for
+
+Top to bottom: named corpora, files into documents, documents into shards of tokens, shards into batches.
 """
 import argparse
+import codecs
+import contextlib
+import copy
+import errno
+import functools
+import glob
+import hashlib
+import http.client
 import io
+import itertools
+import json
+import math
 import os
+import queue
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
+import urllib.error
 import urllib.request
+import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from common import UserError, cli, sha256, write_atomic
+from common import UserError, cli, read_json, sha256, write_atomic, write_json
+from tokenizer import BLOCK, Tokenizer, border, in_processes, usable_cpus, well_formed
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -27,7 +53,28 @@ PLAYS = ("coriolanus", "richard_iii", "richard_ii", "henry_vi_part_3", "romeo_an
          "measure_for_measure", "taming_of_the_shrew", "tempest")
 
 
-# ------------------------------------------------------------------------------------------------------------ Shakespeare
+class Archive(NamedTuple):
+    urls: tuple
+    sha256: str
+    size: int     # bytes
+
+
+WIKITEXT = {  # Merity et al. 2016, the raw (untokenized) versions
+    "wikitext-2": Archive(("https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-raw-v1.zip",
+                           "https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
+                           "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip"),
+                          "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11", 4_721_645),
+    "wikitext-103": Archive(("https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",
+                             "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"),
+                            "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794", 191_984_949),
+}
+# An article starts at its title, " = Title = " between blank lines; sections are " = = Section = = ".
+ARTICLE = re.compile(rb"(?<=\n \n)(?= = [^=\n][^\n]* = ?\n \n)")
+TIMEOUT, SLOWEST, TRIES, PAUSE = 30, 1024, 3, 2  # of a download: s of silence, bytes/s, tries a host, s between them
+SHARD_BYTES = 64 << 20                           # of text in a shard: what a crash can cost
+
+
+# ---------------------------------------------------------------------------------------------------------- Shakespeare
 def shakespeare(data_dir=None):
     """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used.
 
@@ -83,6 +130,115 @@ def as_dialogue(text):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+# ------------------------------------------------------------------------------------------------------------- WikiText
+def wikitext(name, home, data_dir=None):
+    """{split: path} of a WikiText's train, valid and test text: a local copy (data_dir or $LLM_DATA_DIR, then home),
+    else downloaded, checked and unpacked into the folder home. UserError: out of reach, with what every host said."""
+    folder, home, missing = data_dir or os.environ.get("LLM_DATA_DIR"), Path(home), ""
+    for place in ([Path(folder) / name] if folder else []) + [home]:
+        paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
+        lacking = [p.name for p in paths.values() if not p.is_file()]
+        if not lacking:
+            print(f"{name}: local copy {place} ({sum(p.stat().st_size for p in paths.values()):,} bytes)")
+            return paths
+        if len(lacking) < 3:
+            missing += f"{place} has no {', '.join(lacking)}; "
+            print(f"{name}: {place} has no {', '.join(lacking)}: downloading all of it")
+    archive = home / WIKITEXT[name].urls[0].rsplit("/", 1)[1]
+    try:
+        download(WIKITEXT[name], archive)
+    except UserError as error:
+        raise UserError(f"{name}: {missing}{error}") from None
+    with zipfile.ZipFile(archive) as file:
+        for split, path in paths.items():
+            member = next(n for n in file.namelist() if n.endswith(f"wiki.{split}.raw"))
+            with full_disk_explained(path, "make room and run the same command again"):
+                write_atomic(path, functools.partial(unpack, file, member))
+    archive.unlink()
+    print(f"{name}: -> {home} ({sum(p.stat().st_size for p in paths.values()):,} bytes)")
+    return paths
+
+
+def unpack(archive, member, path):
+    with archive.open(member) as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target, BLOCK)
+
+
+def download(archive, path):
+    """Fetch archive.urls, in turn, to `path`: resumed from path.part, tried again, its sha256 checked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, failures = path.with_name(path.name + ".part"), []
+    if path.is_file():  # put there by hand
+        os.replace(path, part)
+    needed, free = archive.size - size_of(part), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(f"{path} needs {needed:,} bytes more, but {free:,} are free there; make room")
+    for url in archive.urls:
+        for attempt in range(TRIES):
+            time.sleep(PAUSE if attempt else 0)
+            resumed = size_of(part) > 0
+            try:
+                fetch(url, part, archive.size)
+                digest = sha256(np.memmap(part, np.uint8, "r"))
+                if digest == archive.sha256:
+                    os.replace(part, path)
+                    print("\n".join(failures), end="\n" * bool(failures))
+                    return
+                fault, again = f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}...", resumed
+                part.unlink()  # if it was resumed, the fault may be in what there was before
+            except urllib.error.HTTPError as error:
+                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500 or error.code == 416
+                if error.code == 416:  # there is more than the server has: start over
+                    part.unlink(missing_ok=True)
+            except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, slow, cut off
+                fault, again = str(getattr(error, "reason", error)) or type(error).__name__, True
+            if not again:
+                break
+        failures.append(f"{url}: {fault}")
+    kept = f"{size_of(part):,} bytes are kept, run the same command to go on; or " if size_of(part) else ""
+    raise UserError(f"{'; '.join(failures)}; {kept}put the file there by hand: {path}")
+
+
+def fetch(url, part, size):
+    """Append to `part` what is missing, or all if the server does not do ranges. OSError: truncated, too slow."""
+    if (have := size_of(part)) >= size:
+        return
+    headers = {"User-Agent": "data.py"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        ranged = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        got = have = have if ranged else 0
+        with (full_disk_explained(part, "make room and run the same command again"),
+              open(part, "ab" if ranged else "wb") as file,
+              tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar):
+            checked, since = time.monotonic(), got
+            while got <= size and (block := response.read1(1 << 20)):
+                got += file.write(block)
+                bar.update(len(block))
+                if (seconds := time.monotonic() - checked) > TIMEOUT:
+                    if got - since < SLOWEST * seconds:
+                        raise TimeoutError(f"slow: {got - since:,} bytes in {seconds:.0f} s, at {got:,} of {size:,}")
+                    checked, since = time.monotonic(), got
+    if got < size:
+        raise ConnectionError(f"truncated: {got:,} of {size:,} bytes")
+
+
+def size_of(path):
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextlib.contextmanager
+def full_disk_explained(path, advice):
+    """A full disk (or quota, or largest file) while writing `path` becomes one line with the numbers and the advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(Path(path).parent).free
+        raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
+
+
+# ------------------------------------------------------------------------------------------------- files into documents
 def read_text(name, data_dir=None):
     """Text of a named corpus ("shakespeare") or of a UTF-8 file -> (str, where it came from)."""
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
@@ -91,13 +247,343 @@ def read_text(name, data_dir=None):
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start:,})") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start:,})"
+                        ) from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
     return text, path
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+def expand(names):
+    """Files, folders (their .txt, .jsonl and .parquet files, however deep) and globs -> list of files, none twice."""
+    files = []
+    for name in names:
+        path, kinds = Path(name), (".txt", ".jsonl", ".parquet")
+        found = [f for f in path.rglob("*") if f.suffix in kinds] if path.is_dir() else glob.glob(name, recursive=True)
+        found = [path] if path.is_file() else [f for f in map(Path, sorted(found)) if f.is_file()]
+        if not found:
+            raise UserError(f"{name}: no {', '.join(kinds)} in this folder" if path.is_dir() else
+                            f"{name}: no such file, folder or match (or use: shakespeare, {', '.join(WIKITEXT)})")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def documents(files, cuts, separator=None, field="text", bad=None):
+    """Yield the documents of files as (bytes, begins, ends): UTF-8 in parts of a few MB at most, where `begins` marks
+    the first part of a document and `ends` the last. A blank document is none.
+
+    cuts: where the tokenizer lets text be cut, see `Tokenizer._cuts`; () if nowhere. separator: a bytes pattern
+    between documents of a text file, else a file is one. bad: a Counter of records without a text, else UserError."""
+    for path in files:
+        if path.suffix not in (".jsonl", ".parquet"):
+            with open(path, "rb") as file:
+                yield from parts_of(utf8_blocks(file), cuts, separator)
+            continue
+        for text, fault, number in (jsonl if path.suffix == ".jsonl" else parquet)(path, field):
+            if fault and bad is None:
+                raise UserError(f"{path}:{number}: {fault}; mend it, or leave out and count such records: --skip-bad")
+            if fault:
+                bad[str(path)] += 1
+                continue
+            data = well_formed(text).encode()
+            yield from parts_of((data[i:i + BLOCK] for i in range(0, len(data), BLOCK)), cuts)
+
+
+def parts_of(blocks, cuts, separator=None):
+    """Yield (bytes, begins, ends) of a text that comes in blocks; holds three of them at most, if it may cut."""
+    held, begins = b"", True
+    for block in blocks:
+        held += block
+        *whole, held = separator.split(held) if separator else [held]
+        for document in whole:
+            if document.strip() or not begins:
+                yield document, begins, True
+            begins = True
+        while cuts and len(held) > 2 * BLOCK:  # what stays is longer than any separator that goes on in the next block
+            at = border(io.BytesIO(held), BLOCK, cuts)
+            yield held[:at], begins, False
+            held, begins = held[at:], False
+    if held.strip() or not begins:
+        yield held, begins, True
+
+
+def utf8_blocks(file):
+    """The bytes of an open file, block by block. UserError names the first byte that is not UTF-8."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        block = file.read(BLOCK)
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file.name}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset "
+                            f"{offset - pending + error.start:,})") from None
+        if not block:
+            return
+        offset += len(block)
+        yield block
+
+
+def jsonl(path, field):
+    """Yield (text, what is wrong with it or None, line number) for every line of a .jsonl that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield *check_record(json.loads(line), field), number
+                except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+                    yield None, f"not JSON ({error})", number
+
+
+def check_record(record, field):
+    """(text, None), or (None, what is wrong)."""
+    text = record.get(field) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return text, None
+    if not isinstance(record, dict):
+        return None, f"a JSON {type(record).__name__}, not an object"
+    if field in record:
+        return None, f"field {field!r} is {type(text).__name__}, not text"
+    return None, f"no field {field!r}, only {', '.join(map(repr, list(record)[:8])) or 'none'} (--field NAME)"
+
+
+def parquet(path, field):
+    """Yield (text, what is wrong with it or None, row number) for every row of a .parquet."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            if field not in (names := file.schema_arrow.names):
+                raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names[:8]))}: use --field")
+            batches = file.iter_batches(batch_size=1024, columns=[field])
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for number, text in enumerate(texts, 1):
+                yield *check_record({field: text}, field), number
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:200]})") from None
+
+
+# ----------------------------------------------------------------------------------------------------- shards of tokens
+# A shard: header; token ids (uint16, or uint32 above 65,536 ids), padded to 8 bytes; where documents start (uint64).
+MAGIC, VERSION = b"TOKSHARD", 1
+HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
+
+
+class Header(NamedTuple):
+    magic: bytes
+    version: int
+    itemsize: int       # bytes a token id takes: 2 or 4
+    tokens: int
+    documents: int
+    bytes: int          # of UTF-8 text, for bits per byte
+    words: int          # between white space; the papers' word count of WikiText is words + lines (<eos>)
+    lines: int
+    tokenizer: bytes    # sha256 of what decides ids
+    content: bytes      # sha256 of all that follows the header
+
+
+def ends_of(tok):
+    """(first, last) special ids of a stored document: [BOS] tokens [EOS]. If a tokenizer has only one, or the same for
+    both (GPT-2), it stands in front, and what ends a document is that the next one begins."""
+    ids = [i for i in (tok.bos_id, tok.eos_id) if i is not None]
+    return (ids[0] if ids else None, ids[1] if len(set(ids)) == 2 else None)
+
+
+def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text", skip_bad=False, processes=None):
+    """Tokenize {split: [path]} into OUT/SPLIT-NNNNN.bin, meta.json and the tokenizer -> meta.json's content.
+
+    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend
+    on the text and the tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards.
+    UserError: another job's shards are in OUT, a split without documents, a full disk."""
+    out, keep = Path(out), {}
+    if "val" not in files:
+        files, keep = {"val": files["train"], **files}, {"val": functools.partial(held_out, val_share),
+                                                         "train": lambda i: not held_out(val_share, i)}
+    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field,
+           "skip_bad": skip_bad, "val_share": val_share if keep else None,
+           "separator": separator and separator.pattern.decode(),
+           "files": {name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths]
+                     for name, paths in files.items()}}
+    meta = begin_or_continue(out, job)
+    if meta["complete"]:
+        print(f"{out}: all there already")
+        return meta
+    tok.save(out)
+    _ = tok.fast  # built here once, not in every process
+    for name, paths in files.items():
+        bad = Counter() if skip_bad else None
+        bar = tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None)
+        parts = chosen(documents(paths, tok._cuts, separator, field, bad), keep.get(name), bar)
+        with bar:
+            shard_split(out, name, parts, tok, processes or usable_cpus())
+        headers = [read_header(p) for p in shard_paths(out, name)]
+        total = {k: sum(getattr(h, k) for h in headers) for k in ("tokens", "documents", "bytes", "words", "lines")}
+        if not total["documents"]:
+            raise UserError(f"{name}: no documents; give more text, say with --split-on what stands between documents, "
+                            "or name other validation text with --val FILE")
+        meta["splits"][name] = {"shards": len(headers), **total, "skipped": sum((bad or {}).values())}
+        print(f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, {total['bytes']:,} bytes "
+              f"({total['bytes'] / total['tokens']:.2f} a token)"
+              + (f", {sum(bad.values()):,} bad records left out" if bad else ""))
+    meta |= {"complete": True, "first_id": ends_of(tok)[0], "last_id": ends_of(tok)[1], "vocab_size": tok.vocab_size}
+    write_json(out / "meta.json", meta)
+    return meta
+
+
+def shard_split(out, name, parts, tok, processes):
+    """Parts of documents -> OUT/NAME-NNNNN.bin, but for those that are there."""
+    done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
+    encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
+    with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes)) as results:
+        for number, group in itertools.groupby(results, key=lambda result: result[0]):
+            write_shard(out / f"{name}-{number:05d}.bin", group, tok)
+
+
+def begin_or_continue(out, job):
+    """meta.json of this job: new, or that of its interrupted run, whose temporary files are swept."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "meta.json"
+    new = {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
+    meta = read_json(path) if path.is_file() else new
+    if differ := [k for k in job if meta.get("job", {}).get(k) != job[k]]:
+        raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw "
+                        "them away with --overwrite")
+    for stale in out.glob("*.bin.*.tmp"):
+        stale.unlink()
+    if not path.is_file():
+        write_json(path, meta)
+    return meta
+
+
+def shard_paths(out, split="*"):
+    return sorted(Path(out).glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].bin"))
+
+
+def held_out(share, i):
+    return math.ceil((i + 1) * share) > math.ceil(i * share)
+
+
+def chosen(parts, keep, bar):
+    """The parts of the documents whose number `keep` wants; of all, if it is None."""
+    number = -1
+    for part in parts:
+        number += part[1]
+        bar.update(len(part[0]))
+        if keep is None or keep(number):
+            yield part
+
+
+def shard_jobs(parts, done):
+    """Yield (shard number, parts) of about a BLOCK of text each. A shard ends with the document that fills it; which
+    text is in which shard is known from the text alone, so those in `done` are only read over."""
+    number, filled, job, size = 0, 0, [], 0
+    for part in parts:
+        text, begins, _ = part
+        full = begins and filled >= SHARD_BYTES
+        if job and (full or size >= BLOCK):
+            yield number, job
+            job, size = [], 0
+        if full:
+            number, filled = number + 1, 0
+        filled += len(text)
+        if number not in done:
+            job.append(part)
+            size += len(text)
+    if job:
+        yield number, job
+
+
+SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
+
+
+def encode_job(job, tok, ends):
+    """(shard number, parts) -> (shard number, ids, where documents start among them, (bytes, words, lines) of text)."""
+    (number, parts), (first, last) = job, ends
+    ids, starts = [], []
+    for text, begins, done in parts:
+        if begins:
+            starts.append(len(ids))
+            ids += [first] if first is not None else []
+        ids += tok.encode_bytes(text, "first" if begins else "inside")
+        ids += [last] if done and last is not None else []
+    texts = [text for text, _, _ in parts]
+    space = SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]  # a word begins after white space
+    counts = sum(map(len, texts)), np.count_nonzero(space[:-1] & ~space[1:]), sum(t.count(b"\n") for t in texts)
+    return number, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts, np.int64)
+
+
+def write_shard(path, results, tok):
+    """Stream what `encode_job` returned for one shard to disk; the file appears when it is whole."""
+    def write(temporary):
+        size, starts, counts, digest = 0, [], np.zeros(3, np.int64), hashlib.sha256()
+        with open(temporary, "wb") as file:
+            def put(data):
+                file.write(data)
+                digest.update(data)
+            file.write(bytes(HEADER.size))
+            for _, ids, begins, more in results:
+                put(ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes())
+                starts.append(begins + size)
+                size, counts = size + len(ids), counts + more
+            starts, itemsize = np.concatenate(starts), np.dtype(tok.dtype).itemsize
+            put(bytes(-size * itemsize % 8))
+            put(starts.astype("<u8").tobytes())
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, VERSION, itemsize, size, len(starts), *map(int, counts),
+                                   bytes.fromhex(tok.sha256), digest.digest()))
+    with full_disk_explained(path, "finished shards are kept: make room and run the same command again"):
+        write_atomic(path, write)
+
+
+def read_header(path, tokenizer_sha256=None):
+    """The Header of a shard. UserError: no shard, another version, not the size it says, another tokenizer's."""
+    with open(path, "rb") as file:
+        raw = file.read(HEADER.size)
+    if not raw.startswith(MAGIC) or len(raw) < HEADER.size:
+        raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
+    header = Header(*HEADER.unpack(raw))
+    if header.version != VERSION or header.itemsize not in (2, 4):
+        raise UserError(f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program "
+                        f"reads version {VERSION} with 2 or 4: make the shards again")
+    expected = HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
+    if (size := os.path.getsize(path)) != expected:
+        raise UserError(f"{path}: {size:,} bytes, but its header says {expected:,}; delete it and run data.py again")
+    if tokenizer_sha256 not in (None, header.tokenizer.hex()):
+        raise UserError(f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the "
+                        "ids would mean other text: use the tokenizer in its folder, or make shards with yours")
+    return header
+
+
+def open_shards(folder, tokenizer_sha256=None):
+    """{split: Split} of a folder of shards, mapped, not read; headers and sizes are checked here."""
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder}: no shards here (no meta.json); python data.py FILE... --tokenizer T --out {folder}")
+    meta = read_json(folder / "meta.json")
+    if not isinstance(meta, dict) or not isinstance(meta.get("job"), dict) or meta["job"].get("version") != VERSION:
+        raise UserError(f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py")
+    if not meta.get("complete"):
+        raise UserError(f"{folder}: unfinished; run the data.py command that makes it again, it goes on where it was")
+    splits = {}
+    for name, counts in meta["splits"].items():
+        paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
+        if lost := [p.name for p in paths if not p.is_file()]:
+            raise UserError(f"{folder}: {', '.join(lost[:3])} of {len(paths)} {name} shards missing; copy them there, "
+                            "or make the shards again with --overwrite")
+        headers = [read_header(p, tokenizer_sha256) for p in paths]
+        tokens = [np.memmap(p, f"<u{h.itemsize}", "r", HEADER.size, (h.tokens,)) for p, h in zip(paths, headers)]
+        starts = [np.memmap(p, "<u8", "r", os.path.getsize(p) - 8 * h.documents, (h.documents,))
+                  for p, h in zip(paths, headers)]
+        digest = sha256(b"".join(h.tokenizer + h.content for h in headers))
+        end_id = meta["first_id"] if meta["last_id"] is None else None
+        splits[name] = Split(tokens, starts, end_id, counts, digest, paths)
+    return splits
+
+
+# -------------------------------------------------------------------------------------------------- tokens into batches
 def split_tokens(tokens, context, share=0.1):
     """(training tokens, validation tokens): the last `share` is held out, as in nanoGPT. Refuses what is too short."""
     cut = int(len(tokens) * (1 - share))
@@ -106,76 +592,284 @@ def split_tokens(tokens, context, share=0.1):
         if have < context + 1:
             fits = max((2 ** k for k in range(3, 20) if 2 ** k < min(len(train), len(val))), default=None)
             hint = f"use --context {fits}" if fits else "give a longer text"
-            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: {hint}")
+            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: "
+                            f"{hint}")
     return train, val
 
 
+class Split:
+    """The documents of one split: a text in memory (one document), or mapped shards, read only where asked."""
+
+    def __init__(self, tokens, starts=None, end_id=None, counts=None, sha256=None, paths=None):
+        """tokens: arrays of ids; starts: where documents start in each; end_id: what a document's last id predicts."""
+        self.tokens, self.starts, self.end_id = tokens, starts or [np.zeros(1, np.int64)], end_id
+        self.counts, self.sha256, self.paths = counts or {}, sha256, paths or ["text"]
+        self.bases = np.cumsum([0, *map(len, tokens)])  # of the shards, when they are thought end to end
+
+    def __len__(self):
+        return int(self.bases[-1])
+
+    @functools.cached_property
+    def documents(self):
+        """-> (where each document starts, end to end; how many (token, next token) pairs it has): int64.
+
+        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so
+        is never an input. Where one id does for both, the last token predicts that id: n pairs."""
+        for starts, tokens, path in zip(self.starts, self.tokens, self.paths):
+            if starts[0] != 0 or starts[-1] >= len(tokens) or (starts[1:] < starts[:-1]).any():
+                raise UserError(f"{path}: damaged, its document starts are out of order; make it again with data.py")
+        begin = np.concatenate([starts.astype(np.int64) + base for starts, base in zip(self.starts, self.bases)])
+        return begin, np.maximum(np.diff(begin, append=len(self)) - (self.end_id is None), 0)
+
+    def read(self, start, size):
+        """`size` tokens from `start` on and the one after. After the last of a shard comes what begins the next."""
+        shard = int(np.searchsorted(self.bases, start, "right")) - 1
+        start = int(start - self.bases[shard])
+        window = self.tokens[shard][start:start + size + 1]
+        return window if len(window) > size else np.append(window, window.dtype.type(self.end_id))
+
+
+def as_split(tokens):
+    return tokens if isinstance(tokens, Split) else Split([tokens])
+
+
 class Batch(NamedTuple):
-    x: torch.Tensor                         # (rows, context) int64 token ids
-    y: torch.Tensor                         # (rows, context) int64 next tokens; -100 is not a target
-    docs: torch.Tensor | None = None        # (rows, context) which document of its row a token belongs to
-    positions: torch.Tensor | None = None   # (rows, context) its position in that document
+    """x predicts y. docs and positions are for masking: which piece of a document a token is in, and how far."""
+    x: torch.Tensor          # (rows, context) int64
+    y: torch.Tensor          # (rows, context) int64; -100 only in validation, where nothing is scored
+    docs: torch.Tensor       # (rows, context) int32: 0, 1, 2, ... along a row
+    positions: torch.Tensor  # (rows, context) int64: 0 where a piece begins
+
+    def to(self, device):
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+def fill(split, rows, context):
+    """[(starts, sizes) of the pieces of a row] -> Batch; rows that are not full end in tokens 0 with target -100."""
+    x, positions = (np.zeros((len(rows), context), np.int64) for _ in range(2))
+    y, docs, count = np.full_like(x, -100), np.zeros_like(x, np.int32), np.arange(context)
+    for i, (starts, sizes) in enumerate(rows):
+        at = 0
+        for piece, (start, size) in enumerate(zip(starts, sizes)):
+            window, end = split.read(start, size), at + size
+            x[i, at:end], y[i, at:end] = window[:-1], window[1:]
+            docs[i, at:end], positions[i, at:end] = piece, count[:size]
+            at = end
+        docs[i, at:] = len(starts)
+    return Batch(*map(torch.from_numpy, (x, y, docs, positions)))
+
+
+class Plan(NamedTuple):
+    """The rows of an epoch. Row r is the pieces first[order[r]] ... first[order[r] + 1] - 1."""
+    starts: np.ndarray  # (pieces,) where each begins, all shards end to end
+    sizes: np.ndarray   # (pieces,) pairs in it
+    first: np.ndarray   # (rows + 1,)
+    order: np.ndarray   # (rows,)
+
+    def row(self, r):
+        pieces = slice(self.first[self.order[r]], self.first[self.order[r] + 1])
+        return self.starts[pieces], self.sizes[pieces]
+
+
+def plan_epoch(split, context, seed, epoch):
+    """The rows of an epoch, each of exactly `context` pairs, as a function of (seed, epoch) -> Plan.
+
+    A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to
+    end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked,
+    and nothing dropped but the less than one row that is over in the end, other text each epoch. A text that is one
+    document is cut at a new offset each epoch instead.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    begin, pairs = split.documents
+    if len(begin) == 1:
+        offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
+        begin, pairs = begin + offset, pairs - offset
+    full = pairs // context
+    of = np.repeat(np.arange(len(full)), full)                                # the document of each full row
+    starts = begin[of] + context * (np.arange(len(of)) - np.repeat(np.cumsum(full) - full, full))
+    rest = rng.permutation(np.flatnonzero(pairs % context))                   # documents of which something remains
+    rest_starts, sizes = begin[rest] + full[rest] * context, pairs[rest] % context
+    ends = np.cumsum(sizes)
+    packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
+    cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
+    cuts = np.sort(cuts, kind="stable")                                       # stable merges sorted runs in no time
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
+    piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
+    into = cuts - (ends - sizes)[piece]
+    fresh = (into == 0) & (full[rest][piece] == 0)                            # a document begins here
+    by_row = np.argsort(cuts // context * 2 - fresh, kind="stable")           # within each row, these first
+    first = np.append(np.arange(len(of)), len(of) + np.searchsorted(cuts // context, np.arange(packed + 1)))
+    return Plan(np.append(starts, (rest_starts[piece] + into)[by_row]),
+                np.append(np.full(len(of), context), np.diff(cuts, append=packed * context)[by_row]),
+                first, rng.permutation(len(first) - 1))
 
 
 class Batches:
-    """Rows of `context` tokens and their next tokens, every training token once an epoch, in an order fixed by the seed.
+    """Batches of packed rows: every pair of the split about once an epoch, in an order fixed by the seed.
 
-    Each epoch cuts the text at a new offset and shuffles the rows. The position is two integers (`epoch`, `row`), and the
-    order is a function of (seed, epoch), so a resumed run continues with exactly the batch it would have seen.
+    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of
+    which rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with
+    exactly the batch it would have seen, on any number of ranks with the same rows in all. A thread works `prefetch`
+    batches ahead; 0 is none. `split` is a Split or an array of ids. For a CUDA `device` batches are in pinned memory.
     """
 
-    def __init__(self, tokens, rows, context, seed, rank=0, world=1):
-        self.tokens, self.rows, self.context, self.seed, self.rank, self.world = tokens, rows, context, seed, rank, world
-        self.epoch, self.row = 0, 0
-        self.shuffle()
+    def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device=None):
+        self.split, self.rows, self.context, self.seed = as_split(split), rows, context, seed
+        self.rank, self.world, self.prefetch = rank, world, prefetch
+        self.epoch, self.row, self.plans, self.thread, self.error, self.gpu = 0, 0, {}, None, None, None
+        if device is not None and torch.device(device).type == "cuda":
+            self.gpu = torch.cuda.current_device() if torch.device(device).index is None else torch.device(device).index
+        if (have := len(self.plan(0).order)) < rows * world:
+            raise UserError(f"{len(self.split):,} tokens in {len(self.split.documents[0]):,} documents make {have:,} "
+                            f"rows of {context:,}, but a step takes {rows * world:,}: give more text, or use a "
+                            "smaller --batch or --context")
 
-    def shuffle(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        offset = rng.integers(min(self.context, len(self.tokens) - self.context))
-        count = (len(self.tokens) - offset - 1) // self.context
-        self.starts = offset + self.context * rng.permutation(count)  # (rows in this epoch,)
+    def plan(self, epoch):
+        if epoch not in self.plans:  # a batch can span two epochs; older ones are not needed again
+            self.plans = {e: p for e, p in self.plans.items() if e == epoch - 1}
+            self.plans[epoch] = plan_epoch(self.split, self.context, self.seed, epoch)
+        return self.plans[epoch]
+
+    def locate(self, epoch, row):
+        while row >= (have := len(self.plan(epoch).order)):
+            epoch, row = epoch + 1, row - have
+        return epoch, row
+
+    def make(self, epoch, row):
+        """This rank's part of the batch that begins there -> (Batch, where the next begins)."""
+        places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
+        batch = fill(self.split, [self.plan(e).row(r) for e, r in places], self.context)
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a new thread starts on GPU 0, where pinning would then make a context
+            batch = Batch(*(t.pin_memory() for t in batch))
+        return batch, self.locate(epoch, row + self.rows * self.world)
+
+    def work(self, epoch, row, made, stop):
+        """The thread: put batches, or the error that ends them, in the queue."""
+        while not stop.is_set():
+            try:
+                item = *self.make(epoch, row), None
+                epoch, row = item[1]
+            except Exception as error:  # whatever it is, it is raised where the batch is asked for
+                item = None, None, error
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    made.put(item, timeout=0.1)
+                    break
+            if item[2]:
+                return
 
     def next(self):
-        """The next world * rows rows of the epoch; this rank's share of them -> Batch."""
-        chosen, wanted = [], self.rows * self.world
-        while len(chosen) < wanted:
-            if self.row == len(self.starts):
-                self.epoch, self.row = self.epoch + 1, 0
-                self.shuffle()
-            take = self.starts[self.row:self.row + wanted - len(chosen)]
-            chosen.extend(take)
-            self.row += len(take)
-        mine = np.array(chosen[self.rank * self.rows:(self.rank + 1) * self.rows])
-        index = mine[:, None] + np.arange(self.context + 1)  # (rows, context + 1)
-        window = torch.from_numpy(self.tokens[index].astype(np.int64))
-        return Batch(window[:, :-1], window[:, 1:])
+        """-> Batch. Raises what went wrong in the thread, and again if asked again."""
+        if self.error:
+            raise self.error
+        if not self.prefetch:
+            batch, (self.epoch, self.row) = self.make(self.epoch, self.row)
+            return batch
+        if self.thread is None:
+            self.made, self.stop = queue.Queue(self.prefetch), threading.Event()
+            ahead = copy.copy(self)  # the thread does not hold this object, so that dropping it ends the thread
+            work = (self.epoch, self.row, self.made, self.stop)
+            self.thread = threading.Thread(target=ahead.work, args=work, daemon=True)
+            self.thread.start()
+        batch, place, self.error = self.made.get()
+        if self.error:
+            raise self.error
+        self.epoch, self.row = place
+        return batch
 
     def state(self):
+        """Where the next batch to be handed out begins, whatever has been made ahead."""
         return {"epoch": self.epoch, "row": self.row}
 
     def load_state(self, state):
-        self.epoch, self.row = state["epoch"], state["row"]
-        self.shuffle()
+        self.close()
+        self.epoch, self.row = self.locate(state["epoch"], state["row"])
 
     def close(self):
-        pass
+        """Stop the thread; next() starts another."""
+        if self.thread:
+            self.stop.set()
+            self.thread.join()
+        self.thread = self.error = None
+
+    def __del__(self):
+        if getattr(self, "thread", None):
+            self.stop.set()
 
 
-def validation_rows(tokens, context):
-    """The whole split cut into rows: inputs, targets (rows, context) int64; what pads the last row is target -100."""
-    count = -(-(len(tokens) - 1) // context)
-    padded = np.full(count * context + 1, -100, dtype=np.int64)
-    padded[:len(tokens)] = tokens
-    inputs, targets = padded[:-1].reshape(count, context), padded[1:].reshape(count, context)
-    return torch.from_numpy(np.maximum(inputs, 0)), torch.from_numpy(targets)
+def validation_rows(split, rows, context, stride=None, rank=0, world=1):
+    """Yield Batches of (rows, context) that score every pair of the split exactly once, in order.
+
+    Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not
+    reach, with context - stride pairs to look back on. What is not scored, and what fills the last batch, is target
+    -100. Rank r gets every world-th batch; all ranks get as many."""
+    split, stride = as_split(split), stride or context
+    if not 0 < stride <= context:
+        raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
+    begin, pairs = split.documents
+    ends = np.cumsum(pairs)
+    windows = 1 + -(-max(0, int(ends[-1]) - context) // stride)
+    for at in range(rank * rows, -(-windows // (rows * world)) * rows * world, rows * world):
+        pieces = []
+        for left in range(at * stride, (at + rows) * stride, stride):
+            right = min(left + context, int(ends[-1])) if left // stride < windows else left
+            these = np.arange(np.searchsorted(ends, left, "right"), np.searchsorted(ends, right, "left") + 1)
+            these = these[:0] if right <= left else these
+            offset = np.maximum(left - (ends - pairs)[these], 0)  # into the first of the documents
+            pieces.append((begin[these] + offset, np.minimum(ends[these], right) - (ends - pairs)[these] - offset))
+        batch = fill(split, pieces, context)
+        batch.y[int(at == 0):, :context - stride] = -100  # all but the very first window look back only
+        yield batch
+
+
+def read_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help=f"shakespeare, {', '.join(WIKITEXT)}, or files, folders and globs")
+    parser.add_argument("--tokenizer", help="make shards with this tokenizer: a folder or file")
+    parser.add_argument("--out", help="the folder to write [data/NAME for a named corpus]")
+    parser.add_argument("--val", nargs="+", default=[], help="files to validate on, not a share of the documents")
+    parser.add_argument("--val-share", type=float, default=0.01, help="share of the documents to validate on [0.01]")
+    parser.add_argument("--split-on", help=r"what stands between the documents of a text file; \n is a newline")
+    parser.add_argument("--field", default="text", help="where a .jsonl or .parquet has its text [text]")
+    parser.add_argument("--skip-bad", action="store_true", help="count and leave out records without a text")
+    parser.add_argument("--overwrite", action="store_true", help="throw away the shards in --out")
+    parser.add_argument("--processes", type=int, help="to tokenize in [one per CPU]")
+    parser.add_argument("--data-dir", help="a folder that may hold a local copy of a named corpus [$LLM_DATA_DIR]")
+    args = parser.parse_args()
+    named = [n for n in args.data if n in WIKITEXT or n == "shakespeare"]
+    if named and len(args.data) > 1:
+        raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
+    if not named and not (args.tokenizer and args.out):
+        raise UserError("shards of your own text need --tokenizer T (python tokenizer.py train makes one) and --out D")
+    if not 0 < args.val_share < 1 or (args.processes or 1) < 1:
+        raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} positive")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", choices=["shakespeare"], help="which corpus to put under data/")
-    parser.add_argument("--data-dir", help="a folder that may hold a local copy [$LLM_DATA_DIR]")
-    args = parser.parse_args()
-    shakespeare(args.data_dir)
+    args = read_args()
+    name = args.data[0]
+    out = Path(args.out or f"data/{name}")
+    tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode())) if args.split_on else None
+    if name in WIKITEXT:
+        # without a tokenizer --out is where the text goes, with one it is where the shards go
+        text = wikitext(name, f"data/{name}" if args.tokenizer else out, args.data_dir)
+        files, separator = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}, ARTICLE
+    elif name == "shakespeare":
+        files = {"train": [shakespeare(args.data_dir)]}
+    else:
+        files = {"train": expand(args.data)}
+    if not tok:
+        return
+    if args.val:
+        files = {"val": expand(args.val), **{k: v for k, v in files.items() if k != "val"}}
+    if args.overwrite:
+        for path in [*shard_paths(out), out / "meta.json"]:
+            path.unlink(missing_ok=True)
+    make_shards(files, tok, out, val_share=args.val_share, separator=separator, field=args.field,
+                skip_bad=args.skip_bad, processes=args.processes)
 
 
 if __name__ == "__main__":
