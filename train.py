@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data import Batch, Batches, read_text, split_tokens, validation_rows
+from data import Batch, Batches, Split, as_split, open_shards, read_text, split_tokens, validation_rows
 from generate import generate
 from model import LOGITS_AT_ONCE, Config, Transformer
 from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule
@@ -162,13 +162,18 @@ def model_config(args, tok):
 
 
 def load_data(args):
-    """-> (tokenizer, training tokens, validation tokens, characters per validation token, sha256 of the text)."""
+    """-> (tokenizer, training Split, validation Split, sha256 of the data): shards, or a text that fits in memory."""
+    source = args.tokenizer or (args.init_from or args.data)
+    if (Path(args.data) / "meta.json").is_file():
+        tok = Tokenizer.load(args.data if source == "char" else source)
+        splits = open_shards(args.data, tok.sha256)
+        return tok, splits["train"], splits["val"], splits["train"].sha256
     text, _ = read_text(args.data, args.data_dir or None)
-    source = args.init_from if args.init_from and args.tokenizer == "char" else args.tokenizer
-    tok = Tokenizer.char(text) if source == "char" else Tokenizer.load(source)
-    tokens = np.array(tok.encode(text), dtype=np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
-    train, val = split_tokens(tokens, args.context)
-    return tok, train, val, common.sha256(text.encode())
+    if source == "char":
+        source = args.init_from
+    tok = Tokenizer.load(source) if source else Tokenizer.char(text)
+    train, val = split_tokens(np.array(tok.encode(text), tok.dtype), args.context)
+    return tok, as_split(train), as_split(val), common.sha256(text.encode())
 
 
 def build_model(args, checkpoint, tok, device):
@@ -266,7 +271,7 @@ def forward_backward(run, batch, count):
     total, ranks = torch.zeros((), device=runtime.device), runtime.world > 1
     try:
         for i in range(0, len(batch.x), rows):
-            part = Batch(*(t if t is None else t[i:i + rows].to(runtime.device) for t in batch))
+            part = Batch(*(t[i:i + rows] for t in batch)).to(runtime.device)
             last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
             if ranks and run.args.shard:
                 model.set_requires_gradient_sync(last)
@@ -311,18 +316,17 @@ class Guard:
 
 
 @torch.no_grad()
-def evaluate(model, inputs, targets, rows, runtime):
-    """Mean loss over the whole split, (N, T) inputs and targets, in nats per token; ranks share the rows. No random numbers."""
+def evaluate(model, split, rows, context, runtime, stride=None):
+    """Summed loss (nats) and number of scored tokens over a whole Split; ranks share the rows. Draws no random numbers."""
     model.eval()
-    total, every = 0.0, rows * runtime.world
-    for i in range(runtime.rank * rows, -(-len(inputs) // every) * every, every):
-        x, y = inputs[i:i + rows], targets[i:i + rows]
-        pad = (0, 0, 0, rows - len(x))  # the last batch is filled up with rows that do not count: always one shape
-        x, y = torch.nn.functional.pad(x, pad), torch.nn.functional.pad(y, pad, value=-100)
+    total, count = 0.0, 0
+    for batch in validation_rows(split, rows, context, stride, runtime.rank, runtime.world):
+        count += (batch.y != -100).sum().item()
+        x, y, *_ = batch.to(runtime.device)
         with runtime.autocast():
-            total += model(x.to(runtime.device), y.to(runtime.device)).item()
+            total += model(x, y).item()
     model.train()
-    return runtime.sum(total) / (targets != -100).sum().item()
+    return runtime.sum(total), runtime.sum(count)
 
 
 @dataclass
@@ -335,7 +339,7 @@ class Run:
     step_model: torch.nn.Module  # the same as the loop calls it: over ranks, compiled
     optimizer: MuonAdamW
     batches: Batches
-    val_rows: tuple             # inputs, targets of the whole validation split
+    val: Split
     rows: int                   # rows per pass
     guard: Guard
     scaler: LossScale
@@ -361,12 +365,14 @@ def prepare(args, checkpoint):
         return None
     wrapped = wrap(model, args, runtime).train()
     optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon")
-    batches = Batches(tokens, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world)
-    guard, scaler, val_rows = Guard(args.spike), LossScale(runtime.dtype), validation_rows(val, args.context)
+    batches = Batches(tokens, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
+                      device=runtime.device)
+    guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
 
     def trial(compiled):
+        x, y, *_ = next(validation_rows(val, rows, args.context)).to(runtime.device)
         with runtime.autocast():
-            compiled(*(t[:rows].to(runtime.device) for t in val_rows)).backward()
+            compiled(x, y).backward()
         optimizer.zero_grad()
     step_model = compile_or_say_why(wrapped, runtime, trial)
     if state:
@@ -383,7 +389,7 @@ def prepare(args, checkpoint):
         out.mkdir(parents=True, exist_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
         metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
-    return Run(args, runtime, tok, model, step_model, optimizer, batches, val_rows, rows, guard, scaler, state.get("step", 0),
+    return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
                data_sha, metrics)
 
 
@@ -445,10 +451,13 @@ def train(run):
         for step in range(run.start, args.steps + 1):
             last, fresh = step == args.steps, step > run.start
             if (step % args.eval_every == 0 or last) and (fresh or args.steps == 0):
-                val_loss = evaluate(run.step_model, *run.val_rows, run.rows, runtime)
+                nats, scored = evaluate(run.step_model, run.val, run.rows, args.context, runtime)
+                val_loss = nats / scored
                 bar.write(f"step {step:6,}  validation loss {val_loss:.4f} (whole split)", file=sys.stdout)
                 if metrics:
-                    metrics.log(step, val_loss=val_loss, epoch=run.batches.epoch)
+                    size = run.val.counts.get("bytes")  # of a text in memory nobody counted them
+                    metrics.log(step, val_loss=val_loss, perplexity=math.exp(val_loss), epoch=run.batches.epoch,
+                                **({"bits_per_byte": nats / math.log(2) / size} if size else {}))
                 clock, clock_step = time.time(), step
             stop = runtime.sum(int(interrupt.signal is not None))  # one rank's signal stops all at the same step
             if stop or last or (step % args.save_every == 0 and fresh):
@@ -553,43 +562,36 @@ def watch(argv):
 
 
 def eval_command(argv):
-    """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte."""
+    """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte.
+
+    A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split.
+    """
     parser = argparse.ArgumentParser(prog="train.py eval", description=eval_command.__doc__)
     parser.add_argument("model", help="model folder")
-    parser.add_argument("--data", required=True, help="UTF-8 text file, or shakespeare (its validation split)")
-    parser.add_argument("--stride", type=int, default=0, help="tokens scored per window; the rest is context [half the context]")
+    parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
+    parser.add_argument("--split", default="val", help="which split of the shards [val]")
+    parser.add_argument("--stride", type=int, default=0, help="tokens a window scores; the rest is context [half of it]")
+    parser.add_argument("--rows", type=int, default=8, help="windows per forward pass [8]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(argv)
     runtime = resolve(args.device, args.dtype, "off")
     tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
-    text, _ = read_text(args.data)
-    if args.data == "shakespeare":
-        text = text[int(len(text) * 0.9):]
-    ids = tok.encode(text, bos=tok.bos_id is not None)
-    nats = total_loss(model, ids, args.stride or model.config.max_position_embeddings // 2)
-    scored, size = len(ids) - 1, len(text.encode())
-    words = sum(len(line.split()) + 1 for line in text.splitlines())  # a line's end is a word, as WikiText's papers count
+    if (Path(args.data) / "meta.json").is_file():
+        splits = open_shards(args.data, tok.sha256)
+        if args.split not in splits:
+            raise UserError(f"{args.data}: no split {args.split!r}, only {', '.join(splits)}")
+        split = splits[args.split]
+        size, words = split.counts["bytes"], split.counts["words"] + split.counts["lines"]
+    else:
+        text, _ = read_text(args.data)
+        split = as_split(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype))
+        size, words = len(text.encode()), len(text.split()) + text.count("\n")
+    context = model.config.max_position_embeddings
+    nats, scored = evaluate(model, split, args.rows, context, runtime, args.stride or max(1, context // 2))
     result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
                   word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
     print(json.dumps(result, indent=1))
-
-
-@torch.inference_mode()
-def total_loss(model, ids, stride):
-    """Summed loss of all ids but the first, each scored once with at least context - stride tokens before it (where there
-    are so many): windows of the whole context that advance by `stride`."""
-    context, total, done = model.config.max_position_embeddings, 0.0, 1  # ids[:done] are scored (the first cannot be)
-    if not 0 < stride <= context:
-        raise UserError(f"--stride {stride} must lie between 1 and the context of {context:,}")
-    device = model.embed_tokens.weight.device
-    while done < len(ids):
-        end = min(len(ids), max(done + stride, context + 1) if done == 1 else done + stride)
-        begin = max(0, end - 1 - context)
-        x, y = torch.tensor([ids[begin:end - 1]], device=device), torch.tensor([ids[begin + 1:end]], device=device)
-        y[0, :done - begin - 1] = -100
-        total, done = total + model(x, y).item(), end
-    return total
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -18,7 +19,7 @@ import common
 import train
 from common import Metrics
 from model import Transformer
-from runtime import latest_checkpoint
+from runtime import Runtime, latest_checkpoint
 
 TEXT = "".join(f"{who}:\nLine {i}, spoken by {who.lower()}.\n\n" for i, who in enumerate(["ROMEO", "JULIET", "NURSE"] * 60))
 
@@ -281,7 +282,7 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, caps
     train.forward_backward(run, batch, batch.y.numel())
     expected, model, sizes = gradients(run), run.step_model, []
 
-    def small_memory(x, y):
+    def small_memory(x, y, **_):
         sizes.append(len(x))
         if len(x) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -346,16 +347,19 @@ def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
     model = Transformer.from_pretrained(tmp_path / "run")
     ids = torch.randint(0, 40, (70,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def reference(stride):  # every target with the window that total_loss promises: the first that reaches it
+    runtime = Runtime(torch.device("cpu"), torch.float32, False)
+
+    def reference(stride):  # every pair with the first window that holds it; windows of 16 pairs begin every `stride`
         total = 0.0
-        for target in range(1, len(ids)):
-            end = 17 if target < 17 else min(len(ids), 17 + -(-(target - 16) // stride) * stride)
-            window = ids[max(0, end - 17):target]
+        for pair in range(len(ids) - 1):
+            window = max(0, -(-(pair + 1 - 16) // stride))
             with torch.no_grad():
-                total -= model(torch.tensor([window]))[0, -1].log_softmax(-1)[ids[target]].item()
+                logits = model(torch.tensor([ids[window * stride:pair + 1]]))[0, -1]
+            total -= logits.log_softmax(-1)[ids[pair + 1]].item()
         return total
     for stride in (1, 5, 16):
-        assert train.total_loss(model, ids, stride) == pytest.approx(reference(stride), rel=1e-5)
+        nats, count = train.evaluate(model, np.array(ids), 3, 16, runtime, stride)
+        assert count == 69 and nats == pytest.approx(reference(stride), rel=1e-5)
 
 
 def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
@@ -365,5 +369,5 @@ def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
     train.eval_command([str(tmp_path / "run"), "--data", str(short), "--device", "cpu"])
     printed = capsys.readouterr().out
     result = json.loads(printed[printed.index("{"):])
-    assert result["tokens"] == 31 and result["bytes"] == 32 and result["words"] == 1 + 1 + 5 + 1
+    assert result["tokens"] == 31 and result["bytes"] == 32 and result["words"] == 6 + 2
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * 31 / 32 / 0.6931, rel=1e-3)
