@@ -2,6 +2,7 @@
 
     python bench.py train                        # seconds and validation loss of the CPU presets, beside nanoGPT's recipe
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
+    python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
 """
 import argparse
 import json
@@ -52,6 +53,38 @@ def bench_train(args):
     return rows
 
 
+def bench_optimizers(args):
+    """Does Muon with 0.7 of the steps reach what tuned AdamW reaches with all? Same model, text, batch, order, for each seed."""
+    def final_loss(seed, steps, *flags):
+        with tempfile.TemporaryDirectory() as out:
+            shape = ["--dim", 96, "--mlp", 192, "--batch", 32, "--eval-every", 10 ** 6, "--save-every", 10 ** 6, "--sample", 1]
+            command = [sys.executable, Path(__file__).with_name("train.py"), "--out", f"{out}/run", "--data", args.data, *shape,
+                       "--seed", seed, "--steps", steps, *flags]
+            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"train.py failed: {done.stderr.strip().splitlines()[-1]}")
+            return next(r["val_loss"] for r in reversed(Metrics.read(f"{out}/run/metrics.jsonl")) if "val_loss" in r)
+
+    print(machine())
+    adamw = ["--optimizer", "adamw", "--warmup", args.steps // 20]
+    tried = {}
+    for schedule in ("wsd", "cosine"):  # AdamW gets the better schedule, and rates until the next one is worse
+        for lr in (0.001, 0.002, 0.004, 0.008, 0.016):
+            tried[schedule, lr] = final_loss(args.seeds[0], args.steps, *adamw, "--schedule", schedule, "--lr", lr)
+            print(f"AdamW {schedule:6s} lr {lr:<6} seed {args.seeds[0]}: {tried[schedule, lr]:.4f}", flush=True)
+            if lr > 0.001 and tried[schedule, lr] > tried[schedule, lr / 2]:
+                break
+    schedule, lr = min(tried, key=tried.get)
+    rows = []
+    for seed in args.seeds:
+        first = final_loss(seed, args.steps, *adamw, "--schedule", schedule, "--lr", lr)
+        second = final_loss(seed, round(args.steps * 0.7))
+        rows.append(dict(seed=seed, adamw=first, muon=second))
+        print(f"seed {seed}: AdamW ({schedule}, lr {lr}) {args.steps} steps {first:.4f}; Muon {round(args.steps * 0.7)} steps "
+              f"{second:.4f}  {'reached' if second <= first else 'NOT reached'}", flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -63,7 +96,12 @@ def main():
     train.add_argument("--nanogpt-loss", type=float, default=1.886, help="its loss over the whole validation split [1.886]")
     train.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py")
     train.set_defaults(run=bench_train)
-    for command in (train,):
+    optimizers = commands.add_parser("optimizers", help="sample efficiency of Muon against AdamW")
+    optimizers.add_argument("--data", default="shakespeare")
+    optimizers.add_argument("--steps", type=int, default=400, help="AdamW's steps [400]")
+    optimizers.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    optimizers.set_defaults(run=bench_optimizers)
+    for command in (train, optimizers):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

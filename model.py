@@ -262,6 +262,26 @@ def attention_mask(q_pos, k_pos, window=None, q_docs=None, k_docs=None):
     return mask
 
 
+def block_mask(docs, window=None):
+    """The same as `attention_mask` with documents, for FlexAttention: whole blocks that nothing may see are never computed.
+
+    docs (B, T) on a GPU; dense masks cost T*T and keep the fast kernels away.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def rule(b, h, q, k):
+        near = q - k < window if window is not None else q == q
+        return (q >= k) & near & (docs[b, q] == docs[b, k])
+    return create_block_mask(rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device)
+
+
+def flex(q, k, v, mask):
+    """FlexAttention, which is only fast compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+    attend = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -288,6 +308,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            return self.o_proj(flex(q, k, v, mask).transpose(1, 2).reshape(B, T, self.H * self.D))
         # one query row sees everything before it, so causality needs a mask only from two rows on
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.K != self.H)
@@ -404,6 +426,8 @@ class Transformer(nn.Module):
         slides = window is not None and past + T > window
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
+        if docs is not None and device.type == "cuda" and past == 0:
+            return block_mask(docs), block_mask(docs, window) if slides else None
         k_pos = torch.arange(past + T, device=device)
         full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
         return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common import UserError
 from generate import KVCache
-from model import Config, Transformer, attention_mask, cross_entropy_sum
+from model import Config, Transformer, attention_mask, block_mask, cross_entropy_sum, flex
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -82,6 +82,18 @@ def test_packed_documents_do_not_see_each_other(model):
         packed = model(torch.cat([a, b], 1), docs=docs, positions=positions)
         assert torch.allclose(packed[:, :12], model(a), atol=1e-4)
         assert torch.allclose(packed[:, 12:], model(b), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # flex_attention warns that it is slow uncompiled
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_attention_of_documents_equals_the_dense_mask(window):
+    torch.manual_seed(0)
+    docs = torch.tensor([[0] * 40 + [1] * 60 + [2] * 28, [0] * 128])
+    q, k, v = torch.randn(2, 4, 128, 16), torch.randn(2, 2, 128, 16), torch.randn(2, 2, 128, 16)
+    at = torch.arange(128)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True,
+                                                             attn_mask=attention_mask(at, at, window, docs, docs))
+    assert torch.allclose(flex(q, k, v, block_mask(docs, window)), dense, atol=1e-5)
 
 
 def test_folder_round_trip_is_exact(model, tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import common
 import train
 from common import Metrics
+from data import Batches, Split
 from model import Transformer
 from runtime import Runtime, latest_checkpoint
 
@@ -222,6 +223,29 @@ def test_passes_do_not_change_the_gradient_on_ragged_rows(text, tmp_path):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for name, grad in results[0][1].items():
         assert torch.allclose(grad, results[1][1][name], atol=1e-6), name
+
+
+def test_packed_documents_under_the_mask_lose_what_they_lose_one_by_one(text, tmp_path):
+    """The loss of packed rows with --doc-mask == the sum over their documents' pieces, each alone in its own row."""
+    run = make_run(text, tmp_path / "run", "--dropout", 0, "--doc-mask")
+    with torch.no_grad():  # away from zero-initialised outputs, or attention would not matter
+        for p in run.model.parameters():
+            p.normal_(std=0.3)
+    rng = np.random.default_rng(0)
+    starts = np.concatenate([[0], np.cumsum(rng.integers(2, 25, 60))])
+    split = Split([rng.integers(0, 40, starts[-1] + 9)], [starts])
+    batch = Batches(split, 8, 16, seed=0, prefetch=0).next()
+    run.rows = 4
+    packed = train.forward_backward(run, batch, batch.y.numel()).item()
+    pieces, alone = 0, 0.0
+    for x, y, docs in zip(batch.x, batch.y, batch.docs):
+        for doc in docs.unique():
+            with torch.no_grad():
+                alone += run.model(x[docs == doc][None], y[docs == doc][None]).item()
+            pieces += 1
+    assert pieces > 12 and packed == pytest.approx(alone, rel=1e-6)
+    run.args.doc_mask = False
+    assert abs(train.forward_backward(run, batch, batch.y.numel()).item() - alone) > 1e-2
 
 
 def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, tmp_path):
