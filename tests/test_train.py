@@ -395,3 +395,7 @@ def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
     result = json.loads(printed[printed.index("{"):])
     assert result["tokens"] == 31 and result["bytes"] == 32 and result["words"] == 6 + 2
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * 31 / 32 / 0.6931, rel=1e-3)
+
+
+def test_an_unknown_tracker_is_refused(text, tmp_path):
+    assert "use tensorboard or wandb" in refused(text, tmp_path / "run", "--track", "paper")
