@@ -90,7 +90,8 @@ def time_training(code, *arguments):
         peak = max(peak, tree_memory(child.pid))
         time.sleep(0.02)
     if child.returncode:
-        raise UserError(f"training failed: {child.stderr.read().decode().strip().splitlines()[-1]}")
+        said = child.stderr.read().decode().strip().splitlines() or [f"exit status {child.returncode}"]
+        raise UserError(f"training failed: {said[-1]}")
     return time.perf_counter() - begin, peak
 
 

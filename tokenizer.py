@@ -4,7 +4,7 @@
     python tokenizer.py show "Hello, world" --tokenizer runs/tokenizer
     python tokenizer.py compare runs/tokenizer gpt2/vocab.bpe --data corpus.txt
 
-How BPE learns is in bpe.py, reading and writing the files others use in vocab_files.py.
+How BPE learns is in bpe.py; vocab_files.py reads and writes the files that others use.
 """
 import argparse
 import codecs
@@ -41,7 +41,7 @@ class Tokenizer:
     added           {text: id} of tokens matched in text before anything else (<think> in Qwen)
     merges          {(left id, right id): (rank, new id)}
     whole_chunks    a chunk that is a token becomes it, whatever the merges say (Llama 3, tiktoken)
-    normalizer      [(operation, arguments...)], see `normalize`
+    normalizer      [(operation, arguments...)], see vocab_files.normalize
     config          what tokenizer_config.json holds: bos_token, eos_token, chat_template, ...
     """
 
@@ -137,7 +137,7 @@ class Tokenizer:
         return ids
 
     def encode_bytes(self, data, where="first"):
-        """bytes -> ids. Bytes that are no UTF-8 become byte tokens and survive decode_bytes. where: see `normalize`."""
+        """bytes -> ids. Bytes that are no UTF-8 become byte tokens and survive decode_bytes. where: see normalize."""
         try:
             return self._encode(data.decode(), where)
         except UnicodeDecodeError:
@@ -154,7 +154,8 @@ class Tokenizer:
         """Yield arrays of ids (uint16, or uint32 above 65,536 ids) whose concatenation is the ids of the files, file
         after file, each as encode_bytes would have it; blocks of them are encoded in parallel processes."""
         _ = self.fast                                            # built here once, not in every process
-        return bpe.in_processes(self._encode_block, bpe.blocks_of(paths, None if self._cuts else sys.maxsize), processes)
+        blocks = bpe.blocks_of(paths, bpe.BLOCK if self._cuts else sys.maxsize)
+        return bpe.in_processes(self._encode_block, blocks, processes)
 
     def encode_corpus(self, paths, processes=None):
         """All ids of the files as one array, see encode_blocks."""
@@ -170,7 +171,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _cuts(self):
-        """Where a file may be cut without changing any id, for `border`; () if that is not certain."""
+        """Where a file may be cut without changing any id, for bpe.border; () if that is not certain."""
         cuts = bpe.BEFORE_SPACE if self.kind == "pieces" else bpe.BETWEEN_CHUNKS
         crossed = any(re.search(cuts, name.encode()) for name in self.added)
         if crossed or (self.kind == "pieces" and not self._piece_splitter):
