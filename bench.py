@@ -2,7 +2,7 @@
 
     python bench.py train                        # seconds and validation loss of the CPU presets, beside nanoGPT's recipe
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
-    python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (Linux, make test-peers)
+    python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
 import json
@@ -85,7 +85,8 @@ def tree_memory(pid):
 def time_training(code, *arguments):
     """(seconds, peak MB of all its processes) of one training in a fresh interpreter, start-up included."""
     begin, peak = time.perf_counter(), 0
-    child = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE,
+                             cwd=Path(__file__).parent)
     while child.poll() is None:
         peak = max(peak, tree_memory(child.pid))
         time.sleep(0.02)
@@ -157,7 +158,7 @@ def main():
     train.add_argument("--nanogpt-loss", type=float, default=1.886, help="its loss over the whole validation split [1.886]")
     train.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py")
     train.set_defaults(run=bench_train)
-    tokenizer = commands.add_parser("tokenizer", help="time training and encoding with our tokenizer, HF's and tiktoken")
+    tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)

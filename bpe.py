@@ -181,7 +181,7 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     grid = blocks_of(paths, max(1 << 14, min(BLOCK, max_bytes // 64)) if share < 1 else BLOCK)
     blocks = [block for i, block in enumerate(grid) if int((i + 1) * share) > int(i * share)]
     group = min(16, -(-len(blocks) // (4 * (processes or usable_cpus())))) or 1
-    jobs = [blocks[i:i + group] for i in range(0, len(blocks), group)]      # of few blocks, to keep their Counters small
+    jobs = [blocks[i:i + group] for i in range(0, len(blocks), group)]      # of few blocks, so that Counters stay small
     counters = chain(in_processes(functools.partial(count_blocks, pattern=pattern), jobs, processes),
                      in_processes(functools.partial(count_texts, pattern=pattern), batches(texts, pattern), processes))
     total = Counter()
