@@ -3,9 +3,11 @@
     python bench.py train                        # seconds and validation loss of the CPU presets, beside nanoGPT's recipe
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
+    python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import Metrics, UserError, cli
+from tokenizer import PATTERNS, Tokenizer
 
 
 def machine():
@@ -83,6 +86,96 @@ def bench_optimizers(args):
         print(f"seed {seed}: AdamW ({schedule}, lr {lr}) {args.steps} steps {first:.4f}; Muon {round(args.steps * 0.7)} steps "
               f"{second:.4f}  {'reached' if second <= first else 'NOT reached'}", flush=True)
     return rows
+# The trainings that `bench.py tokenizer` times, each by `python -c` in an interpreter of its own: FILE VOCAB_SIZE OUT.
+TRAIN_OURS = """
+import sys; from tokenizer import Tokenizer
+Tokenizer.train(files=[sys.argv[1]], vocab_size=int(sys.argv[2]), special_tokens=[]).save(sys.argv[3])
+"""
+TRAIN_HF = """
+import os, sys; from bpe import PATTERNS; from tokenizers import Regex, Tokenizer, models, trainers, pre_tokenizers as p
+tok = Tokenizer(models.BPE())
+tok.pre_tokenizer = p.Sequence([p.Split(Regex(PATTERNS["gpt4"]), "isolated"), p.ByteLevel(False, use_regex=False)])
+tok.train([sys.argv[1]], trainers.BpeTrainer(vocab_size=int(sys.argv[2]), show_progress=False,
+                                             initial_alphabet=p.ByteLevel.alphabet()))
+os.makedirs(sys.argv[3]); tok.save(sys.argv[3] + "/tokenizer.json")
+"""
+
+
+def tree_memory(pid):
+    """MB resident in a process and its descendants, from /proc; shared pages count once for each process."""
+    total, family = 0, [pid]
+    for p in family:
+        try:
+            total += int(Path(f"/proc/{p}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            family += map(int, Path(f"/proc/{p}/task/{p}/children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return total
+
+
+def time_training(code, *arguments):
+    """(seconds, peak MB of all its processes) of one training in a fresh interpreter, start-up included."""
+    begin, peak = time.perf_counter(), 0
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE,
+                             cwd=Path(__file__).parent)
+    while child.poll() is None:
+        peak = max(peak, tree_memory(child.pid))
+        time.sleep(0.02)
+    if child.returncode:
+        said = child.stderr.read().decode().strip().splitlines() or [f"exit status {child.returncode}"]
+        raise UserError(f"training failed: {said[-1]}")
+    return time.perf_counter() - begin, peak
+
+
+def best_seconds(functions, repeats):
+    """{name: function} -> {name: best seconds}, taking turns so that a busy machine is busy for all of them."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(repeats):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            best[name] = min(best[name], time.perf_counter() - begin)
+    return best
+
+
+def bench_encoding(file, tok, hf_json):
+    """{encoder: MB/s}: the first 5 MB of a text as a string, and the whole file by ours in one process and in two."""
+    import tiktoken
+    import tokenizers
+    tik = tiktoken.Encoding("same", pat_str=PATTERNS["gpt4"], mergeable_ranks=tok.vocab, special_tokens={})
+    hf = tokenizers.Tokenizer.from_file(hf_json)
+    text = Path(file).read_bytes()[:5_000_000].decode("utf-8", "ignore")
+    if tok.encode(text) != tik.encode_ordinary(text):
+        raise UserError("ours and tiktoken disagree on this text")
+    seconds = best_seconds({"ours": lambda: tok.encode(text), "tiktoken": lambda: tik.encode_ordinary(text)}, 5)
+    seconds |= best_seconds({"ours, plain Python": lambda: tok.encode_slowly(text), "HF": lambda: hf.encode(text)}, 1)
+    whole = best_seconds({f"ours, file to array, {n} process{'es' * (n > 1)}": lambda n=n: tok.encode_corpus([file], n)
+                          for n in (1, 2)}, 2)
+    return ({name: len(text.encode()) / 1e6 / s for name, s in seconds.items()} |
+            {name: os.path.getsize(file) / 1e6 / s for name, s in whole.items()})
+
+
+def bench_tokenizer(args):
+    """Train and encode with ours, HF tokenizers and tiktoken, one after the other on the same text."""
+    if sys.platform != "linux":
+        raise UserError(f"bench.py tokenizer reads memory from /proc, which only Linux has; this is {sys.platform}")
+    size, rows = os.path.getsize(args.file) / 1e6, []
+    print(f"{machine()}\n{args.file}, {size:.1f} MB, {args.vocab_size:,} ids, {len(os.sched_getaffinity(0))} CPUs\n")
+    print("| train | s | MB/s | peak MB, all processes |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as out:
+        for name, code in (("ours", TRAIN_OURS), ("HF", TRAIN_HF)):
+            seconds, peak = time_training(code, os.path.abspath(args.file), str(args.vocab_size), f"{out}/{name}")
+            rows.append(dict(train=name, seconds=seconds, peak_mb=peak))
+            print(f"| {name} | {seconds:.2f} | {size / seconds:.1f} | {peak:.0f} |", flush=True)
+        tok, theirs = Tokenizer.load(f"{out}/ours"), Tokenizer.load(f"{out}/HF")
+        same = "the same" if (tok.vocab, tok.merges) == (theirs.vocab, theirs.merges) else "NOT THE SAME"
+        print(f"\n{rows[1]['seconds'] / rows[0]['seconds']:.2f} times as fast as HF in "
+              f"{rows[0]['peak_mb'] / rows[1]['peak_mb']:.2f} of its memory; {len(tok.merges):,} merges, {same}\n")
+        speeds = bench_encoding(args.file, tok, f"{out}/HF/tokenizer.json")
+    print("| encode | MB/s |\n|---|---|", *(f"| {name} | {speed:.2f} |" for name, speed in speeds.items()), sep="\n")
+    one, two = list(speeds.values())[-2:]
+    print(f"\nours / tiktoken {speeds['ours'] / speeds['tiktoken']:.2f}, two processes / one {two / one:.2f}")
+    return rows + [dict(encode=name, mb_per_second=speed) for name, speed in speeds.items()]
 
 
 def main():
@@ -101,7 +194,11 @@ def main():
     optimizers.add_argument("--steps", type=int, default=400, help="AdamW's steps [400]")
     optimizers.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     optimizers.set_defaults(run=bench_optimizers)
-    for command in (train, optimizers):
+    tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
+    tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
+    tokenizer.add_argument("--vocab-size", type=int, default=10_000)
+    tokenizer.set_defaults(run=bench_tokenizer)
+    for command in (train, optimizers, tokenizer):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from bpe import BLOCK, border, well_formed
 from common import UserError, sha256, write_atomic
-from tokenizer import BLOCK, border, well_formed
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -255,7 +255,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
     """Yield the documents of files as (bytes, begins, ends): UTF-8 in parts of a few MB at most, where `begins` marks
     the first part of a document and `ends` the last. A blank document is none.
 
-    cuts: where the tokenizer lets text be cut, see `Tokenizer._cuts`; () if nowhere. separator: a bytes pattern
+    cuts: where the tokenizer lets text be cut, see `Tokenizer.cuts`; () if nowhere. separator: a bytes pattern
     between documents of a text file, else a file is one. bad: a Counter of records without a text, else UserError."""
     for path in files:
         if path.suffix not in (".jsonl", ".parquet"):

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bpe import BLOCK, in_processes, usable_cpus
 from common import UserError, cli, read_json, sha256, write_atomic, write_json
 from corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, shakespeare, wikitext
-from tokenizer import BLOCK, Tokenizer, in_processes, usable_cpus
+from tokenizer import Tokenizer
 
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
 
@@ -85,7 +86,7 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
     for name, paths in files.items():
         bad = Counter() if skip_bad else None
         bar = tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None)
-        parts = chosen(documents(paths, tok._cuts, separator, field, bad), keep.get(name), bar)
+        parts = chosen(documents(paths, tok.cuts, separator, field, bad), keep.get(name), bar)
         with bar:
             shard_split(out, name, parts, tok, processes or usable_cpus())
         headers = [read_header(p) for p in shard_paths(out, name)]

@@ -440,7 +440,7 @@ def check_long_document(tok, tmp_path, monkeypatch):
     text = "".join(TEXTS) + "ü" * 50 + "中文 " * 400
     (tmp_path / "x.txt").write_text(text)
     (tmp_path / "v.txt").write_text("short")
-    assert len(list(documents([tmp_path / "x.txt"], tok._cuts))) > 20
+    assert len(list(documents([tmp_path / "x.txt"], tok.cuts))) > 20
     make_shards({"train": [tmp_path / "x.txt"], "val": [tmp_path / "v.txt"]}, tok, tmp_path / "out", processes=2)
     stored, = token_documents(open_shards(tmp_path / "out")["train"])
     assert stored.tolist() == tok.encode(text, bos=True, eos=True)

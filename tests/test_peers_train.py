@@ -1,8 +1,8 @@
 """Training's outputs as the programs they are for see them."""
 import pytest
+from test_train import run, text  # noqa: F401 - a fixture
 
 from common import Metrics
-from test_train import run, text  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.peers
 

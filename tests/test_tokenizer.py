@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import tokenizer as T
-from common import UserError
-from tokenizer import PATTERNS, Tokenizer
+import bpe
+from bpe import PATTERNS
+from common import UserError, cli
+from tokenizer import Tokenizer, main
+from vocab_files import CHAR_TO_BYTE, to_json
 
 # Characters that every Unicode table in use agrees on: newer ones are letters to one library and unassigned to another.
 OLD = st.characters(exclude_categories=["Cn", "Co", "Cs"], max_codepoint=0x1FFFF).filter(
@@ -33,7 +36,8 @@ LONE = st.lists(st.one_of(st.just("\ud83d"), st.just("\ude42"), st.just("\udcff"
                 max_size=6).map("".join)
 PROSE = ("The tokenizer's job is to turn text into numbers, and back; it's done 1,000,000 times a second. "
          "Zürich, naïve, 日本語のテキスト, привет мир!\n\n    def f(x):\n        return x + 1\n") * 20
-CODE = Path(T.__file__).read_text(encoding="utf-8")
+SCRIPT = Path(bpe.__file__).with_name("tokenizer.py")
+CODE = SCRIPT.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +57,8 @@ def llama(data_dir):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A file of a few blocks, without blank lines, and with lines long enough to be cut."""
-    words = random.Random(0).choices(PROSE.split() + ["don't", "x=1;", "中文，", "🙂"], k=250_000)
+    """A file of 0.4 MB, without blank lines, and with lines long enough to be cut."""
+    words = random.Random(0).choices(PROSE.split() + ["don't", "x=1;", "中文，", "🙂"], k=60_000)
     lines = [" ".join(words[i:i + 12]) for i in range(0, len(words), 12)]
     path = tmp_path / "corpus.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -63,29 +67,30 @@ def corpus(tmp_path):
 
 # ---- learning
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text("ab", min_size=1, max_size=20) | st.text("abcdef", min_size=1, max_size=6),
                        st.integers(1, 5), min_size=1, max_size=20), st.integers(0, 80))
 @example({"aaaaaaa": 1, "aaaa": 2, "abababab": 1}, 20)
 def test_fast_trainer_learns_what_the_ten_lines_learn(chunks, n_merges):
-    assert T.learn_merges(chunks, n_merges) == T.learn_merges_simply(chunks, n_merges)
+    assert bpe.learn_merges(chunks, n_merges) == bpe.learn_merges_simply(chunks, n_merges)
 
 
 def test_fast_trainer_learns_what_the_ten_lines_learn_from_prose():
-    chunks = T.count_texts([PROSE], PATTERNS["gpt4"])
-    assert T.learn_merges(chunks, 300) == T.learn_merges_simply(chunks, 300)
+    chunks = bpe.count_texts([PROSE], PATTERNS["gpt4"])
+    assert bpe.learn_merges(chunks, 300) == bpe.learn_merges_simply(chunks, 300)
 
 
 def test_counts_above_two_to_the_31_do_not_overflow():
-    assert T.learn_merges({"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2) == T.learn_merges_simply(
+    assert bpe.learn_merges({"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2) == bpe.learn_merges_simply(
         {"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2)
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", r"\w+|\W"])
 def test_same_tokenizer_for_any_number_of_processes_and_any_block_size(corpus, pattern, monkeypatch):
-    made = {Tokenizer.train(files=[corpus], vocab_size=400, pattern=pattern, processes=n).sha256 for n in (1, 2, 3)}
-    monkeypatch.setattr(T, "BLOCK", 100_003)
-    made.add(Tokenizer.train(files=[corpus], vocab_size=400, pattern=pattern, processes=2).sha256)
+    made = {Tokenizer.train(files=[corpus], vocab_size=400, pattern=pattern, processes=1).sha256}
+    for block, processes in ((100_003, 2), (30_011, 3)):
+        monkeypatch.setattr(bpe, "BLOCK", block)
+        made.add(Tokenizer.train(files=[corpus], vocab_size=400, pattern=pattern, processes=processes).sha256)
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
     made.add(Tokenizer.train(lines, 400, pattern).sha256)
     assert len(made) == 1
@@ -93,24 +98,24 @@ def test_same_tokenizer_for_any_number_of_processes_and_any_block_size(corpus, p
 
 def test_long_texts_are_counted_in_parts_without_changing_the_chunks(monkeypatch):
     for pattern in PATTERNS.values():
-        whole = T.count_texts([PROSE], pattern)
+        whole = bpe.count_texts([PROSE], pattern)
         with monkeypatch.context() as m:
-            m.setattr(T, "BLOCK", 100)
-            parts = list(T.batches([PROSE], pattern))
-            assert len(parts) > 10 and sum((T.count_texts(p, pattern) for p in parts), T.Counter()) == whole
+            m.setattr(bpe, "BLOCK", 100)
+            parts = list(bpe.batches([PROSE], pattern))
+            assert len(parts) > 10 and sum((bpe.count_texts(p, pattern) for p in parts), Counter()) == whole
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_ascii_split_is_the_unicode_split(text):
     for pattern in PATTERNS.values():
-        assert T.ascii_splitter(pattern)(text) == regex.findall(pattern, text)
+        assert bpe.ascii_splitter(pattern)(text) == regex.findall(pattern, text)
 
 
 def test_max_bytes_samples_the_whole_file(tmp_path):
     path = tmp_path / "halves.txt"
-    path.write_text("aaaa bbbb\n" * 300_000 + "cccc dddd\n" * 300_000)
-    counts = T.count_files([path], PATTERNS["gpt4"], max_bytes=300_000)
+    path.write_text("aaaa bbbb\n" * 100_000 + "cccc dddd\n" * 100_000)
+    counts = bpe.count_chunks([], [path], PATTERNS["gpt4"], max_bytes=300_000)
     size = sum(len(chunk) * n for chunk, n in counts.items())
     assert 0.5 < size / 300_000 < 1.5 and 0.8 < counts["aaaa"] / counts["cccc"] < 1.25
 
@@ -132,6 +137,7 @@ def test_no_merge_spells_a_special_token():
     assert b"<EOS>" not in tok.vocab and tok.decode(tok.encode("<EOS>")) == "<EOS>" and 0 not in tok.encode("<EOS>")
 
 
+@pytest.mark.slow
 def test_wikitext_10k_takes_under_a_second_and_a_half_of_cpu_time(data_dir, tmp_path):
     before = os.times()
     run("train", "--data", data_dir / "wikitext-2", "--vocab-size", 10_000, "--out", tmp_path)
@@ -147,18 +153,18 @@ def test_plain_and_fast_encoders_agree(pattern):
     tok = Tokenizer.train([PROSE, CODE], 1000, pattern)
     assert tok.fast is not None
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(TEXT)
     def agree(text):
         assert tok.encode_slowly(text) == tok.encode(text)
     agree()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXT | LONE)
 def test_gpt2_ids_are_tiktokens(gpt2, reference, text):
     assert gpt2.encode(text) == reference.encode_ordinary(text)
-    assert gpt2.encode_slowly(T.well_formed(text)) == reference.encode_ordinary(text)
+    assert gpt2.encode_slowly(bpe.well_formed(text)) == reference.encode_ordinary(text)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +180,7 @@ def test_the_gpt2_fast_path_is_proven_and_in_use(gpt2):
     assert gpt2.encode("Hello world") == [15496, 995]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXT)
 def test_pieces_are_sentencepieces(llama, sentencepiece, text):
     assert llama.encode(text) == sentencepiece.encode(text)
@@ -186,7 +192,7 @@ def sentencepiece(data_dir):
     return SentencePieceProcessor(model_file=str(data_dir / "stories260K" / "tokenizer.model"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXT)
 def test_text_survives_and_never_makes_a_special_id(ours, gpt2, llama, text):
     for tok in (ours, gpt2, llama):
@@ -200,13 +206,13 @@ def test_text_survives_and_never_makes_a_special_id(ours, gpt2, llama, text):
         assert "".join(tok.token_bytes(i).decode("latin1") for i in ids).encode("latin1").endswith(text.encode())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=6) | TEXT.map(str.encode), max_size=8).map(b"".join))
 def test_bytes_that_are_no_text_survive(ours, data):
     assert ours.decode_bytes(ours.encode_bytes(data)) == data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 599), max_size=30))
 def test_streaming_equals_decoding_for_any_ids(ours, ids):
     stream = ours.stream()
@@ -229,17 +235,17 @@ def test_specials_are_shown_or_hidden(ours):
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n" * 300_000, "!" * 300_000, "🙂" * 100_000, ""],
                          ids=["letter", "space", "newline", "punctuation", "emoji", "nothing"])
 def test_a_megabyte_of_one_character_takes_seconds(ours, text):
-    start = time.perf_counter()
+    start = time.process_time()
     ids = ours.encode(text)
-    assert ours.decode(ids) == text and time.perf_counter() - start < 5
-    assert ours.encode_slowly(text[:30_000]) == ours.encode(text[:30_000])
+    assert ours.decode(ids) == text and time.process_time() - start < 5
+    assert ours.encode_slowly(text[:10_000]) == ours.encode(text[:10_000])
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
 def test_a_corpus_in_processes_has_the_ids_of_the_whole_text(corpus, pattern, monkeypatch):
-    monkeypatch.setattr(T, "BLOCK", 300_001)
+    monkeypatch.setattr(bpe, "BLOCK", 100_001)
     tok = Tokenizer.train([PROSE, CODE], 1000, pattern)
-    corpus.write_bytes(corpus.read_bytes()[:1_000_000] + b"\n\n  x \xff\xfe y" + PROSE.encode())
+    corpus.write_bytes(corpus.read_bytes()[:300_000] + b"\n\n  x \xff\xfe y" + PROSE.encode())
     whole = tok.encode_bytes(corpus.read_bytes())
     for processes in (1, 2):
         ids = tok.encode_corpus([corpus, corpus], processes)
@@ -247,15 +253,15 @@ def test_a_corpus_in_processes_has_the_ids_of_the_whole_text(corpus, pattern, mo
 
 
 def test_a_corpus_of_pieces_has_the_ids_of_the_whole_text(corpus, llama, monkeypatch):
-    monkeypatch.setattr(T, "BLOCK", 50_001)
+    monkeypatch.setattr(bpe, "BLOCK", 50_001)
     corpus.write_bytes(corpus.read_bytes()[:200_000])
     assert llama.encode_corpus([corpus], 2).tolist() == llama.encode(corpus.read_text(encoding="utf-8"))
 
 
 def test_a_file_is_cut_only_where_the_pattern_would(tmp_path):
-    assert all(Tokenizer.train([PROSE], 270, pattern)._cuts for pattern in PATTERNS)
+    assert all(Tokenizer.train([PROSE], 270, pattern).cuts for pattern in PATTERNS)
     tok = Tokenizer.train(["ab ab ab\n" * 9], 270, pattern=r"[^\n]+|\n")
-    assert tok._cuts == ()
+    assert tok.cuts == ()
     (tmp_path / "x").write_text("ab ab ab " * 20_000)
     assert tok.encode_corpus([tmp_path / "x"], 2).tolist() == tok.encode("ab ab ab " * 20_000)
 
@@ -326,7 +332,7 @@ def test_a_tokenizer_survives_pickling(ours):
 
 
 def tokenizer_json(**changes):
-    content = T.to_json(Tokenizer.train(["abcd abab"], 265))
+    content = to_json(Tokenizer.train(["abcd abab"], 265))
     for key, value in changes.items():
         part, _, key = key.rpartition("__")
         (content[part] if part else content)[key] = value
@@ -339,7 +345,7 @@ def tokenizer_json(**changes):
 ])
 def test_merges_that_tiktoken_would_not_follow_get_the_plain_encoder(tmp_path, tokens, merges, ids):
     content = tokenizer_json(added_tokens=[])
-    vocab = {c: i for i, c in enumerate([*T.CHAR_TO_BYTE, *tokens])}
+    vocab = {c: i for i, c in enumerate([*CHAR_TO_BYTE, *tokens])}
     content["model"] |= {"vocab": vocab, "merges": merges}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tok = Tokenizer.load(tmp_path)
@@ -378,6 +384,7 @@ BAD = {
     "a broken pattern": (lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(["}),
                          "regular expression"),
     "two ids for one token": (lambda c: c["added_tokens"][0].update(id=5000), "two ids"),
+    "a special token listed twice": (lambda c: c["added_tokens"].append({**c["added_tokens"][0], "id": 5000}), "twice"),
     "merges that are numbers": (lambda c: c["model"].update(merges=[1, 2]), "is not a tokenizer.json"),
     "no model": (lambda c: c.pop("model"), "is not a tokenizer.json"),
 }
@@ -410,16 +417,16 @@ def test_ten_million_merges_of_garbage_are_refused_at_once(tmp_path):
     for n, message, seconds in ((10_000_000, "66 MB; no vocabulary", 0.5), (1_000_000, "merge 0 of 'x'", 3)):
         merges = '"x yz",' * (n - 1) + '"x yz"'
         (tmp_path / "tokenizer.json").write_text(content.replace('"merges": []', f'"merges": [{merges}]'))
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(UserError, match=message):
             Tokenizer.load(tmp_path)
-        assert time.perf_counter() - start < seconds
+        assert time.process_time() - start < seconds
 
 
 # ---- bad input to training, and the commands
 
 def run(*arguments):
-    return subprocess.run([sys.executable, Path(T.__file__), *map(str, arguments)], capture_output=True, check=False,
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, check=False,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8"}, encoding="utf-8")
 
 
@@ -439,15 +446,18 @@ def test_bad_training_input_is_refused_in_one_line(arguments, message):
         Tokenizer.train(**arguments)
 
 
-def test_commands_refuse_with_one_line_and_status_two(tmp_path):
+def test_commands_refuse_with_one_line_and_status_two(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "text.txt").write_bytes(b"some text\n" * 10)
     for arguments in (["train", "--data", tmp_path / "empty.txt"], ["train", "--data", tmp_path / "binary.txt"],
                       ["train", "--data", tmp_path / "none.txt"], ["show", "x", "--tokenizer", tmp_path / "none"],
                       ["train", "--data", tmp_path / "text.txt", "--vocab-size", 10]):
-        done = run(*arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        monkeypatch.setattr(sys, "argv", ["tokenizer.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli(main)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
 
 
 def test_commands_train_on_invalid_utf8_and_show_and_compare(tmp_path):
@@ -463,5 +473,5 @@ def test_commands_train_on_invalid_utf8_and_show_and_compare(tmp_path):
 
 def test_importing_the_tokenizer_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", "import sys, tokenizer; print('torch' in sys.modules)"],
-                          text=True, check=True, capture_output=True, cwd=Path(T.__file__).parent)
+                          text=True, check=True, capture_output=True, cwd=SCRIPT.parent)
     assert done.stdout.strip() == "False", done.stderr                    # a second of start-up and 200 MB
