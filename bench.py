@@ -3,6 +3,7 @@
     python bench.py train                        # seconds and validation loss of the CPU presets, beside nanoGPT's recipe
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
+    python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
@@ -14,10 +15,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+import train
 from common import Metrics, UserError, cli
+from model import Transformer
+from optim import MuonAdamW
+from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 
 
@@ -53,6 +59,66 @@ def bench_train(args):
         print(f"{preset:24s} {size:>10s} {wall:8.1f} {row['val_loss']:9.4f} "
               f"{f'{reached:.1f} s' if reached else 'not reached':>10s}{ratio}", flush=True)
         rows.append(row)
+    return rows
+
+
+def matmul_rate(runtime):
+    """Floating-point operations per second of one large matrix product in the runtime's dtype: the best the device does here."""
+    n = 8192 if runtime.device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for _ in range(2))
+    return 2 * n ** 3 / timed(lambda: a @ b, runtime, repeats=20)
+
+
+def timed(function, runtime, repeats):
+    """Mean seconds of a call, after three to warm up."""
+    def wait():
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+    for _ in range(3):
+        function()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    wait()
+    return (time.perf_counter() - begin) / repeats
+
+
+def bench_pretrain(args):
+    """Whole training steps (forward, backward, optimizer) on random tokens: tokens/s, share of the matrix rate, peak memory."""
+    print(machine())
+    runtime = resolve(args.device, args.dtype, "off")
+    settings = train.Args(**{**train.PRESETS[args.preset], "batch": args.rows})
+    config = train.model_config(settings, SimpleNamespace(vocab_size=args.vocab_size, bos_id=None, eos_id=None))
+    peak = matmul_rate(runtime)
+    print(f"matrix products: {peak / 1e12:.2f} TFLOP/s in {str(runtime.dtype).removeprefix('torch.')}\n")
+    print(f"{'':22s} {'ms/step':>9s} {'tokens/s':>10s} {'of matrix rate':>15s} {'peak MiB':>9s}")
+    rows = []
+    for compiled in (False, True):
+        for recompute in (False, True):
+            model = Transformer(config).to(runtime.device)
+            model.init_weights()
+            model.train().recompute = recompute
+            optimizer = MuonAdamW(model)
+            optimizer.set_lr(1.0)
+            step_model = torch.compile(model, dynamic=False) if compiled else model
+            ids = torch.randint(0, args.vocab_size, (args.rows, settings.context + 1), device=runtime.device)
+
+            def step(step_model=step_model, ids=ids, optimizer=optimizer):
+                with runtime.autocast():
+                    loss = step_model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if runtime.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = timed(step, runtime, args.steps)
+            rate = ids[:, 1:].numel() / seconds
+            memory = torch.cuda.max_memory_allocated() / 2 ** 20 if runtime.device.type == "cuda" else float("nan")
+            name = ("compiled" if compiled else "eager") + (", recomputing" if recompute else "")
+            share = rate * model.flops_per_token(settings.context) / peak
+            rows.append(dict(name=name, seconds=seconds, tokens_per_s=rate, of_matrix_rate=share, peak_mib=memory))
+            print(f"{name:22s} {seconds * 1e3:9.1f} {rate:10,.0f} {share:15.1%} {memory:9,.0f}", flush=True)
     return rows
 
 
@@ -181,24 +247,32 @@ def bench_tokenizer(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="time the training presets")
-    train.add_argument("--presets", nargs="+", default=["shakespeare-char-fast", "shakespeare-char"])
-    train.add_argument("--data", default="shakespeare")
-    train.add_argument("--target", type=float, default=1.886, help="report the time to this validation loss [1.886]")
-    train.add_argument("--nanogpt-seconds", type=float, help="wall time of nanoGPT's CPU recipe on this machine")
-    train.add_argument("--nanogpt-loss", type=float, default=1.886, help="its loss over the whole validation split [1.886]")
-    train.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py")
-    train.set_defaults(run=bench_train)
+    times = commands.add_parser("train", help="time the training presets")
+    times.add_argument("--presets", nargs="+", default=["shakespeare-char-fast", "shakespeare-char"])
+    times.add_argument("--data", default="shakespeare")
+    times.add_argument("--target", type=float, default=1.886, help="report the time to this validation loss [1.886]")
+    times.add_argument("--nanogpt-seconds", type=float, help="wall time of nanoGPT's CPU recipe on this machine")
+    times.add_argument("--nanogpt-loss", type=float, default=1.886, help="its loss over the whole validation split [1.886]")
+    times.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py")
+    times.set_defaults(run=bench_train)
     optimizers = commands.add_parser("optimizers", help="sample efficiency of Muon against AdamW")
     optimizers.add_argument("--data", default="shakespeare")
     optimizers.add_argument("--steps", type=int, default=400, help="AdamW's steps [400]")
     optimizers.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     optimizers.set_defaults(run=bench_optimizers)
+    pretrain = commands.add_parser("pretrain", help="throughput of whole training steps")
+    pretrain.add_argument("--preset", default="125m", choices=train.PRESETS)
+    pretrain.add_argument("--rows", type=int, default=32, help="rows a step [32]")
+    pretrain.add_argument("--steps", type=int, default=20, help="timed steps [20]")
+    pretrain.add_argument("--vocab-size", type=int, default=32_768)
+    pretrain.add_argument("--device", default="auto")
+    pretrain.add_argument("--dtype", default="auto")
+    pretrain.set_defaults(run=bench_pretrain)
     tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (train, optimizers, tokenizer):
+    for command in (times, optimizers, pretrain, tokenizer):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)
