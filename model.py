@@ -377,8 +377,10 @@ class Transformer(nn.Module):
     def init_weights(self):
         """Fresh weights. Matrices that write into the residual stream start at zero, so every block begins as the identity
         and the gradients at step 0 are those of a shallow network; GPT-2 keeps its own published rule. An embedding that is
-        not also the head starts large, or the first blocks' outputs would drown it."""
-        std, embedding_std = 0.02, 0.02 if self.config.tie_word_embeddings or self.config.is_gpt2 else 0.5
+        not also the head starts large, or the first blocks' outputs would drown it; one that is starts so small that a
+        token's logit for itself, C * std after the norm, does not outweigh a large vocabulary: the first loss is ln V."""
+        std, tied = 0.02, self.config.tie_word_embeddings
+        embedding_std = min(std, 5 / self.config.hidden_size) if tied else 0.5
         for name, p in self.named_parameters():
             if p.ndim < 2:
                 nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
