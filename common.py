@@ -70,7 +70,8 @@ def parse_flags(cls, description, argv=None, positional=()):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         if field.name in positional:
-            parser.add_argument(field.name, type=kind, help=comments.get(field.name, ""))
+            optional = {"nargs": "?", "default": argparse.SUPPRESS} if field.default else {}
+            parser.add_argument(field.name, type=kind, help=comments.get(field.name, ""), **optional)
             continue
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)

@@ -84,7 +84,7 @@ def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0
 
 
 def check(args):
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_tokens < 1:
+    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_tokens < 1:
         raise UserError(f"temperature {args.temperature} must be >= 0, top-p {args.top_p} in (0, 1], top-k {args.top_k} >= 0, "
                         f"max-tokens {args.max_tokens} >= 1")
 

@@ -210,7 +210,7 @@ def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
     """
     rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
     if hidden.size(0) > rows:
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
 
 
@@ -219,11 +219,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     are, so nothing is computed twice and backward only scales (the idea of Apple's and Liger's fused linear losses)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
+    def forward(ctx, hidden, weight, targets, rows, wanted):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
         if wanted:
             grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, hidden.size(0), rows):
@@ -244,7 +243,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------- the network
@@ -429,7 +428,8 @@ class Transformer(nn.Module):
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
         if docs is not None and device.type == "cuda" and past == 0:
-            return block_mask(docs), block_mask(docs, window) if slides else None
+            full = block_mask(docs)
+            return full, block_mask(docs, window) if slides else full
         k_pos = torch.arange(past + T, device=device)
         full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
         return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full

@@ -45,6 +45,15 @@ class Runtime:
         return total.item()
 
 
+    def smallest(self, number):
+        """The least of an integer over all ranks (every rank must call it)."""
+        if self.world == 1:
+            return number
+        least = torch.tensor(number, device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return least.item()
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -226,8 +235,8 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
     """
     out = Path(out)
     final, temporary = out / "state" / f"step-{step:08d}", out / "state" / f"writing-{step:08d}"
-    if final.is_dir():
-        return  # saved already (a stop signal right after a periodic save)
+    if final.is_dir():  # saved already: by a periodic save just now, or before a crash that came between saving and publishing
+        return publish(final, out)
     for stale in (out / "state").glob("writing-*"):  # of a crash
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)

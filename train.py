@@ -116,7 +116,7 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
 HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_every", "save_every", "keep", "sample_every",
                 "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
 IDENTITY = {"arch", "layers", "dim", "heads", "kv_heads", "mlp", "context", "tie", "data", "tokenizer", "init_from", "preset",
-            "seed", "batch", "doc_mask"}
+            "seed", "batch", "doc_mask", "optimizer"}
 
 
 def read_args():
@@ -138,7 +138,10 @@ def read_args():
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
                             "it (a new run from these weights: --init-from)")
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
-    return Args(**{**saved, **typed}), checkpoint
+    args = Args(**{**saved, **typed})
+    if args.steps < (done := common.read_json(checkpoint / "state.json")["step"]):
+        raise UserError(f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less")
+    return args, checkpoint
 
 
 def model_config(args, tok):
@@ -148,9 +151,15 @@ def model_config(args, tok):
     for name in ("layers", "dim", "heads", "context", "batch", "log_every", "eval_every", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if args.steps < 0 or not 0 <= args.dropout < 1 or args.optimizer not in ("muon", "adamw"):
-        raise UserError(f"--steps {args.steps} must be >= 0, --dropout {args.dropout} in [0, 1), "
-                        f"--optimizer {args.optimizer} muon or adamw")
+    for name in ("steps", "kv_heads", "mlp", "seed", "lr", "muon_lr", "momentum", "weight_decay", "warmup", "grad_clip", "spike",
+                 "sample", "sample_every"):
+        if not getattr(args, name) >= 0:  # written so that it also refuses nan
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
+    for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("track", ("", "tensorboard", "wandb"))):
+        if getattr(args, name) not in allowed:
+            raise UserError(f"--{name} {getattr(args, name)}: use {' or '.join(filter(None, allowed))}")
+    if not 0 <= args.dropout < 1 or not 0 < args.cooldown <= 1 or args.momentum >= 1:
+        raise UserError(f"--dropout {args.dropout} and --momentum {args.momentum} must be below 1, --cooldown {args.cooldown} in (0, 1]")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
@@ -267,31 +276,39 @@ def forward_backward(run, batch, count):
     Losses are sums, divided once by the global count: then neither passes nor ranks nor ragged rows change the gradient.
     Out of memory halves the rows of a pass and starts the step again.
     """
-    runtime, model, rows = run.runtime, run.step_model, run.rows
-    run.optimizer.zero_grad()
-    total, ranks = torch.zeros((), device=runtime.device), runtime.world > 1
-    try:
-        for i in range(0, len(batch.x), rows):
-            part = Batch(*(t[i:i + rows] for t in batch)).to(runtime.device)
-            last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
-            if ranks and run.args.shard:
-                model.set_requires_gradient_sync(last)
-            with model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext():
-                with runtime.autocast():
-                    apart = dict(docs=part.docs, positions=part.positions) if run.args.doc_mask else {}
-                    loss = model(part.x, part.y, **apart)
-                # DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone
-                (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
-            total += loss.detach()
-    except torch.OutOfMemoryError:
-        if ranks or rows == 1:
-            raise UserError(f"out of memory with {rows} rows of {run.args.context:,} tokens a pass: use a smaller --micro-batch, "
-                            "--recompute or --shard") from None
-        run.rows = next(r for r in range(rows // 2, 0, -1) if len(batch.x) % r == 0)
-        print(f"memory   {rows} rows a pass did not fit, going on with {run.rows}")
+    while True:
         run.optimizer.zero_grad()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return one_try(run, batch, count)
+        # here, not in an except block: an exception being handled keeps the failed pass's activations alive
+        if run.runtime.world > 1 or run.rows == 1:
+            raise UserError(f"out of memory with {run.rows} rows of {run.args.context:,} tokens a pass: use a smaller "
+                            "--micro-batch, --recompute or --shard")
+        rows, run.rows = run.rows, next(r for r in range(run.rows // 2, 0, -1) if len(batch.x) % r == 0)
+        print(f"memory   {rows} rows a pass did not fit, going on with {run.rows}")
         torch.cuda.empty_cache()
-        return forward_backward(run, batch, count)
+
+
+def inputs(batch, args):
+    """What of a batch the model takes: with --doc-mask also what keeps packed documents apart."""
+    return dict(ids=batch.x, targets=batch.y, **(dict(docs=batch.docs, positions=batch.positions) if args.doc_mask else {}))
+
+
+def one_try(run, batch, count):
+    """`forward_backward` with the rows a pass as they are."""
+    runtime, model, rows, ranks = run.runtime, run.step_model, run.rows, run.runtime.world > 1
+    total = torch.zeros((), device=runtime.device)
+    for i in range(0, len(batch.x), rows):
+        part = Batch(*(t[i:i + rows] for t in batch)).to(runtime.device)
+        last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
+        if ranks and run.args.shard:
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext():
+            with runtime.autocast():
+                loss = model(**inputs(part, run.args))
+            # DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone
+            (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
+        total += loss.detach()
     return total
 
 
@@ -317,15 +334,14 @@ class Guard:
 
 
 @torch.no_grad()
-def evaluate(model, split, rows, context, runtime, stride=None):
+def evaluate(model, split, rows, args, runtime, stride=None):
     """Summed loss (nats) and number of scored tokens over a whole Split; ranks share the rows. Draws no random numbers."""
     model.eval()
     total, count = 0.0, 0
-    for batch in validation_rows(split, rows, context, stride, runtime.rank, runtime.world):
+    for batch in validation_rows(split, rows, args.context, stride, runtime.rank, runtime.world):
         count += (batch.y != -100).sum().item()
-        x, y, *_ = batch.to(runtime.device)
         with runtime.autocast():
-            total += model(x, y).item()
+            total += model(**inputs(batch.to(runtime.device), args)).item()
     model.train()
     return runtime.sum(total), runtime.sum(count)
 
@@ -360,6 +376,7 @@ def prepare(args, checkpoint):
                             f"run from these weights: --init-from {out}")
     model = build_model(args, checkpoint, tok, runtime.device)
     rows, estimate = choose_micro_batch(model, args, runtime)
+    rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
     describe(args, model, tok, tokens, val)
     print_estimate(estimate, rows, args, runtime)
     if args.fit:
@@ -371,27 +388,36 @@ def prepare(args, checkpoint):
     guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
 
     def trial(compiled):
-        x, y, *_ = next(validation_rows(val, rows, args.context)).to(runtime.device)
         with runtime.autocast():
-            compiled(x, y).backward()
+            compiled(**inputs(next(validation_rows(val, rows, args.context)).to(runtime.device), args)).backward()
         optimizer.zero_grad()
     step_model = compile_or_say_why(wrapped, runtime, trial)
     if state:
         optimizer.load_tensors(read_tensors(checkpoint / "optimizer.safetensors"))
         batches.load_state(state["batches"])
-        guard, (scaler.scale, scaler.good) = Guard(**state["guard"]), state["loss_scale"]
+        guard = Guard(**{**state["guard"], "factor": args.spike})
+        if scaler.on and state["loss_scale"][0] != 1.0:  # 1 is that of a run that was not in fp16 so far
+            scaler.scale, scaler.good = state["loss_scale"]
         set_all_rng_states(read_tensors(checkpoint / "rng.safetensors"), runtime.rank, args.seed + state["step"])
     elif runtime.rank:
         torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
     metrics = None
     if runtime.rank == 0:
         if args.overwrite and not checkpoint:
-            shutil.rmtree(out, ignore_errors=True)
+            discard_run(out)
         out.mkdir(parents=True, exist_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
         metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
     return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
                data_sha, metrics)
+
+
+def discard_run(out):
+    """Remove what a run wrote, and nothing else that may lie in the folder."""
+    if (out / "state").exists():
+        shutil.rmtree(out / "state")
+    for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors"):
+        (out / name).unlink(missing_ok=True)
 
 
 def describe(args, model, tok, tokens, val):
@@ -430,9 +456,9 @@ def update(run, step):
         print(f"step {step:6,}  skipped: gradient norm {norm:.3g}, mean {run.guard.mean:.3g} ({run.guard.skipped} skipped so far)",
               file=sys.stderr)
         if run.guard.in_a_row >= run.guard.limit:
-            raise UserError(f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; go on from the "
-                            f"last checkpoint at a lower rate: --resume --out {args.out} --lr {args.lr / 2:g} "
-                            f"--muon-lr {args.muon_lr / 2:g}")
+            go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
+            raise UserError(f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; lower the rates: "
+                            f"{go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}")
         return norm, factor
     shrink = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
     if shrink != scale:
@@ -452,7 +478,7 @@ def train(run):
         for step in range(run.start, args.steps + 1):
             last, fresh = step == args.steps, step > run.start
             if (step % args.eval_every == 0 or last) and (fresh or args.steps == 0):
-                nats, scored = evaluate(run.step_model, run.val, run.rows, args.context, runtime)
+                nats, scored = evaluate(run.step_model, run.val, run.rows, args, runtime)
                 val_loss = nats / scored
                 bar.write(f"step {step:6,}  validation loss {val_loss:.4f} (whole split)", file=sys.stdout)
                 if metrics:
@@ -493,7 +519,7 @@ def train(run):
 def sample_text(run):
     """A sample from the model as it is. Draws from a generator of its own; the model goes back to training."""
     run.model.eval()
-    begin = [run.tok.bos_id] if run.tok.bos_id is not None else run.tok.encode("\n")
+    begin = [run.tok.bos_id] if run.tok.bos_id is not None else [int(run.val.read(0, 1)[0])]
     new = list(generate(run.model, begin, run.args.sample, temperature=0.8, seed=run.args.seed))
     run.model.train()
     return run.tok.decode(new)
@@ -531,6 +557,8 @@ def main():
 # -------------------------------------------------------------------------------------------------- looking at a model, a run
 def start_in_background(args):
     """Start this command again in a session of its own, which outlives the terminal."""
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--background is for one process; under torchrun start torchrun itself so: nohup torchrun ... &")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != "--background")]
@@ -571,6 +599,8 @@ def eval_command(argv):
     parser.add_argument("model", help="model folder")
     parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
     parser.add_argument("--split", default="val", help="which split of the shards [val]")
+    parser.add_argument("--context", type=int, default=0, help="tokens in a window [the model's context]")
+    parser.add_argument("--doc-mask", action="store_true", help="no attention across documents, as in training with --doc-mask")
     parser.add_argument("--stride", type=int, default=0, help="tokens a window scores; the rest is context [half of it]")
     parser.add_argument("--rows", type=int, default=8, help="windows per forward pass [8]")
     parser.add_argument("--device", default="auto")
@@ -588,8 +618,10 @@ def eval_command(argv):
         text, _ = read_text(args.data)
         split = as_split(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype))
         size, words = len(text.encode()), len(text.split()) + text.count("\n")
-    context = model.config.max_position_embeddings
-    nats, scored = evaluate(model, split, args.rows, context, runtime, args.stride or max(1, context // 2))
+    if args.rows < 1 or len(split) < 2:
+        raise UserError(f"--rows {args.rows} must be at least 1, and {len(split)} tokens at least 2")
+    args.context = args.context or model.config.max_position_embeddings
+    nats, scored = evaluate(model, split, args.rows, args, runtime, args.stride or max(1, args.context // 2))
     result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
                   word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
     print(json.dumps(result, indent=1))

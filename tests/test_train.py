@@ -179,6 +179,10 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
     (["--preset", "900b"], "unknown preset '900b'"),
     (["--batch", 6, "--micro-batch", 4], "--micro-batch 4 does not divide the 6 rows"),
     (["--steps", -1], "--steps"),
+    (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
+    (["--lr", "nan"], "--lr nan must not be negative"),
+    (["--grad-clip", -1], "--grad-clip -1.0"),
+    (["--track", "paper"], "use tensorboard or wandb"),
     (["--data", "/no/such/file"], "no such file"),
 ])
 def test_bad_flags_are_one_line(text, tmp_path, flags, words):
@@ -290,7 +294,7 @@ def test_non_finite_and_spiking_gradients_are_skipped_and_counted():
 
 def test_several_unusable_steps_in_a_row_stop_the_run_with_a_line(text, tmp_path):
     run = make_run(text, tmp_path / "run")
-    with pytest.raises(common.UserError, match="10 steps in a row had unusable gradients.*--resume.*--lr"), \
+    with pytest.raises(common.UserError, match="10 steps in a row had unusable gradients.*start again with --lr"), \
             contextlib.redirect_stderr(io.StringIO()):
         for step in range(20):
             batch = run.batches.next()
@@ -306,11 +310,11 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, caps
     train.forward_backward(run, batch, batch.y.numel())
     expected, model, sizes = gradients(run), run.step_model, []
 
-    def small_memory(x, y, **_):
-        sizes.append(len(x))
-        if len(x) > 1:
+    def small_memory(ids, targets):
+        sizes.append(len(ids))
+        if len(ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return model(x, y)
+        return model(ids, targets)
     run.step_model = small_memory
     train.forward_backward(run, batch, batch.y.numel())
     assert sizes == [4, 2, 1, 1, 1, 1] and "did not fit, going on with 1" in capsys.readouterr().out
@@ -382,7 +386,7 @@ def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
             total -= logits.log_softmax(-1)[ids[pair + 1]].item()
         return total
     for stride in (1, 5, 16):
-        nats, count = train.evaluate(model, np.array(ids), 3, 16, runtime, stride)
+        nats, count = train.evaluate(model, np.array(ids), 3, train.Args(context=16), runtime, stride)
         assert count == 69 and nats == pytest.approx(reference(stride), rel=1e-5)
 
 
@@ -397,5 +401,28 @@ def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * 31 / 32 / 0.6931, rel=1e-3)
 
 
-def test_an_unknown_tracker_is_refused(text, tmp_path):
-    assert "use tensorboard or wandb" in refused(text, tmp_path / "run", "--track", "paper")
+def test_overwriting_removes_a_run_and_nothing_else(text, tmp_path):
+    out = tmp_path / "run"
+    assert run(text, out, "--steps", 3)[0] == 0
+    (out / "thesis.txt").write_text("mine")
+    assert "--track" in refused(text, out, "--steps", 4, "--overwrite", "--track", "paper")
+    assert saved_step(out) == 3  # a refused run takes nothing away
+    assert run(text, out, "--steps", 4, "--overwrite")[0] == 0
+    assert saved_step(out) == 4 and (out / "thesis.txt").read_text() == "mine"
+
+
+def test_a_crash_between_saving_and_publishing_is_mended_by_resuming(text, tmp_path):
+    out = tmp_path / "run"
+    assert run(text, out, "--steps", 3)[0] == 0
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (out / name).unlink()
+    assert run(text, out, "--resume")[0] == 0
+    Transformer.from_pretrained(out)
+    assert (out / "tokenizer.json").exists()
+
+
+def test_resuming_with_fewer_steps_or_another_optimizer_is_refused(text, tmp_path):
+    out = tmp_path / "run"
+    assert run(text, out, "--steps", 6)[0] == 0
+    assert "is at step 6 already, --steps 4 is less" in refused(text, out, "--resume", "--steps", 4)
+    assert "--optimizer was 'muon'" in refused(text, out, "--resume", "--optimizer", "adamw")
