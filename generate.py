@@ -30,9 +30,10 @@ class Args:
 class KVCache:
     """The keys and values of one layer for all tokens so far, in room reserved at the start."""
 
-    def __init__(self, config, batch, device, dtype):
-        shape = (2, batch, config.num_key_value_heads, config.max_position_embeddings, config.head_dim)
-        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0  # (2, B, K, context, D)
+    def __init__(self, config, batch, device, dtype, room=None):
+        """room: tokens it can hold [the model's context]"""
+        shape = (2, batch, config.num_key_value_heads, room or config.max_position_embeddings, config.head_dim)
+        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0  # (2, B, K, room, D)
 
     def append(self, k, v):
         """k, v (B, K, T, D) of new tokens -> those of all tokens, (B, K, length, D)."""
@@ -58,10 +59,11 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.inference_mode()
-def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0):
+def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0, vocab_size=None):
     """Continue one list of token ids -> iterator of new ids; ends at the model's end-of-text or after max_tokens.
 
-    When the context is full, its older half is forgotten and the rest read again.
+    vocab_size: the tokenizer's, where the model has rows for more ids (padding) that mean nothing. When the context is full, its
+    older half is forgotten and the rest read again.
     """
     config, weight = model.config, model.embed_tokens.weight
     if not ids:
@@ -72,10 +74,11 @@ def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0
     for _ in range(max_tokens):
         if caches is None or caches[0].length + len(new) > context:
             new = ids[-context:] if caches is None else ids[-(context // 2):]
-            caches = [KVCache(config, 1, weight.device, weight.dtype) for _ in model.layers]
+            room = min(context, len(ids) + max_tokens)
+            caches = [KVCache(config, 1, weight.device, weight.dtype, room) for _ in model.layers]
         hidden = model.hidden(torch.tensor([new], device=weight.device), caches=caches)  # (1, T, C)
         logits = model.lm_head(hidden[:, -1]).float()  # (1, V): only the last position is asked for
-        token = sample(logits, temperature, top_k, top_p, generator).item()
+        token = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator).item()
         if token in ends:
             return
         yield token
@@ -100,7 +103,8 @@ def main():
     ids, stream = tok.encode(args.prompt, bos=tok.bos_id is not None), tok.stream()
     print(args.prompt, end="", flush=True)
     start, count = time.time(), 0
-    for token in generate(model, ids, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+    for token in generate(model, ids, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+                          tok.vocab_size):
         print(stream.push(token), end="", flush=True)
         count += 1
     print(stream.flush())

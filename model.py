@@ -222,6 +222,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, rows, wanted):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
         w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
         if wanted:
             grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
@@ -233,9 +234,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if wanted:
                 d = logits.sub_(lse).exp_()  # softmax
                 d.scatter_add_(1, t, torch.full_like(lse, -1.0))
-                d = d.mul_(counts).to(dtype)
-                grad_hidden[i:i + rows] = d @ w
-                grad_weight += d.t() @ h
+                d = d.mul_(counts).to(exact)
+                grad_hidden[i:i + rows] = d @ w.to(exact)
+                grad_weight += d.t() @ h.to(exact)
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total

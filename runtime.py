@@ -5,6 +5,7 @@ Every choice is made in one place, `resolve`, and printed with its reason.
 import contextlib
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -124,23 +125,27 @@ def resolve(device="auto", dtype="auto", compile="auto"):
 
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; MFU is only printed for these
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "V100": 125,
-    "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121,
+    "A10G": 70, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def peak_flops(device):
     """Floating-point operations per second the device can do at best, or None where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((t * 1e12 for key, t in PEAK_TFLOPS.items() if key in name), None)
+    return next((t * 1e12 for key, t in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def free_memory(device):
     """Bytes that can be taken now on the device, or None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = None
     with contextlib.suppress(OSError, IndexError):
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    return None
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # in a container the limit is its own; "max" is none
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free or limit, limit - used)
+    return free
 
 
 def compile_or_say_why(function, runtime, warm_up):
@@ -267,7 +272,11 @@ def publish(checkpoint, out):
         except OSError:  # a file system without hard links
             shutil.copyfile(source, target)
     files = [f for f in checkpoint.iterdir() if f.name not in STATE_FILES]
+    for stale in out.glob("*.tmp"):  # of a crash
+        stale.unlink()
     for file in sorted(files, key=lambda f: (f.name == "config.json", f.name)):
+        if (out / file.name).exists() and os.path.samefile(file, out / file.name):
+            continue  # published already; renaming one link of a file onto another would leave both
         write_atomic(out / file.name, lambda p, file=file: link(file, p))
 
 

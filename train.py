@@ -155,11 +155,13 @@ def model_config(args, tok):
                  "sample", "sample_every"):
         if not getattr(args, name) >= 0:  # written so that it also refuses nan
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
-    for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("track", ("", "tensorboard", "wandb"))):
+    choices = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb")}
+    for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"--{name} {getattr(args, name)}: use {' or '.join(filter(None, allowed))}")
     if not 0 <= args.dropout < 1 or not 0 < args.cooldown <= 1 or args.momentum >= 1:
-        raise UserError(f"--dropout {args.dropout} and --momentum {args.momentum} must be below 1, --cooldown {args.cooldown} in (0, 1]")
+        raise UserError(f"--dropout {args.dropout} and --momentum {args.momentum} must be below 1, --cooldown {args.cooldown} "
+                        "above 0 and at most 1")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
@@ -519,7 +521,7 @@ def train(run):
 def sample_text(run):
     """A sample from the model as it is. Draws from a generator of its own; the model goes back to training."""
     run.model.eval()
-    begin = [run.tok.bos_id] if run.tok.bos_id is not None else [int(run.val.read(0, 1)[0])]
+    begin = [int(run.val.read(0, 1)[0])]  # a document's first token: BOS where the data has one
     new = list(generate(run.model, begin, run.args.sample, temperature=0.8, seed=run.args.seed))
     run.model.train()
     return run.tok.decode(new)

@@ -70,6 +70,12 @@ def test_generation_stops_at_the_end_of_text(folder):
     assert list(generate(model, [1], 10, temperature=0)) == new[:new.index(new[4])]
 
 
+def test_ids_that_the_tokenizer_does_not_have_never_come_out(folder):
+    model = Transformer.from_pretrained(folder)
+    assert max(generate(model, [1], 200, temperature=5.0, vocab_size=6)) == 5
+    assert max(generate(model, [1], 200, temperature=5.0)) > 5
+
+
 def test_empty_prompt_is_refused(folder):
     with pytest.raises(UserError, match="no tokens"):
         next(generate(Transformer.from_pretrained(folder), [], 5))

@@ -419,6 +419,8 @@ def test_a_crash_between_saving_and_publishing_is_mended_by_resuming(text, tmp_p
     assert run(text, out, "--resume")[0] == 0
     Transformer.from_pretrained(out)
     assert (out / "tokenizer.json").exists()
+    assert run(text, out, "--resume")[0] == 0  # and when all is there already, nothing is left lying about
+    assert not list(out.glob("*.tmp"))
 
 
 def test_resuming_with_fewer_steps_or_another_optimizer_is_refused(text, tmp_path):
