@@ -167,10 +167,12 @@ def model_config(args, tok):
     kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
     if args.heads % kv:
         raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {kv}")
-    return Config(args.arch, tok.vocab_size, args.dim, args.mlp or int(args.dim * (4 if bias else 2.5)), args.layers,
+    config = Config(args.arch, tok.vocab_size, args.dim, args.mlp or int(args.dim * (4 if bias else 2.5)), args.layers,
                   args.heads, kv, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
                   norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
                   eos_token_id=tok.eos_id, dropout=args.dropout)
+    Config.from_dict(config.to_dict(), where="these flags")  # the bounds that hold for a folder's config hold for ours
+    return config
 
 
 def load_data(args):
