@@ -162,6 +162,21 @@ class Packed(NamedTuple):
 
 
 @jit
+def _one_and(byte):
+    """A byte b -> the float32 1 + b / 256 (of int8: 1.5 + b / 256), by placing its bits: one shift and one logical operation. The
+    conversion instruction for bytes runs at an eighth of an addition's rate, slower than memory delivers bytes."""
+    bits = (byte.to(tl.uint8, bitcast=True).to(tl.int32) << 15) | 0x3F800000
+    if byte.dtype == tl.int8:
+        bits = bits ^ 0x400000  # + 128: two's complement as unsigned
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def _keep(value, BITS: tl.constexpr):
+    return (value.to(tl.int32, bitcast=True) & BITS).to(tl.float32, bitcast=True)
+
+
+@jit
 def _nibbles(byte, table, FORMAT: tl.constexpr):
     """A tile of bytes -> (even columns, odd columns), float32. Sixteen values of a table lie in one line of the L1 cache."""
     if FORMAT == "nf4":
@@ -180,13 +195,13 @@ def _dot(a, b, acc):
 
 
 @jit
-def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, group, groups, FORMAT: tl.constexpr,
+def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SUB: tl.constexpr, SPLIT: tl.constexpr):
     """One row of x: out[split, n] = sum over this split's columns of W[n, k] x[k], on the plain (not the tensor) cores.
 
     A thread loads SUB = 16 neighbouring bytes at once, multiplies and adds them up in its registers, and then applies their one
-    scale: per weight a conversion and a multiply-add, which a Hopper SM does faster than memory delivers bytes. The zero point
-    leaves the inner loop because sum (w - z) x = sum w x - z sum x.
+    scale: some 3 instructions a weight, which a Hopper SM issues faster than memory delivers weights. The bytes enter as
+    1 + b/256, and what that and the zero point add leaves the inner loop: sum (w - z) x = sum w x - z sum x.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     PACK: tl.constexpr = 1 if FORMAT == "int8" else 2
@@ -200,22 +215,28 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, group, groups
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         if FORMAT == "int8":
-            acc += tl.sum(tl.reshape(byte.to(tl.float32) * xs[None, :], (BLOCK_N, SUBS, SUB)), 2)
+            acc += tl.sum(tl.reshape(_one_and(byte) * xs[None, :], (BLOCK_N, SUBS, SUB)), 2)
+            acc -= 1.5 * tl.sum(tl.reshape(xs, (SUBS, SUB)), 1)[None, :]
         else:
-            even, odd = _nibbles(byte, table, FORMAT)
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_B, 2)))  # even and odd columns of x
-            part = tl.sum(tl.reshape(even * x0[None, :] + odd * x1[None, :], (BLOCK_N, SUBS, SUB)), 2)
             sub = begin + tl.arange(0, SUBS) * SUB
-            where = line * groups + (sub * 2 // group)[None, :]
-            known = here & (sub < width)[None, :]
-            if FORMAT == "int4":
-                xsum = tl.sum(tl.reshape(x0 + x1, (SUBS, SUB)), 1)
-                if zeros is None:
-                    part -= 8 * xsum[None, :]
+            where = line * groups + tl.minimum(sub * 2 // GROUP, groups - 1)[None, :]
+            if FORMAT == "nf4":
+                even, odd = _nibbles(byte, table, FORMAT)
+                part = tl.sum(tl.reshape(even * x0[None, :] + odd * x1[None, :], (BLOCK_N, SUBS, SUB)), 2)
+            else:  # low x0 + high x1 = low (x0 - x1/16) + byte x1/16: no shift, and low comes by clearing bits
+                both = _one_and(byte)
+                low = _keep(both, 0x3F878000)
+                x1 /= 16
+                part = tl.sum(tl.reshape(low * (x0 - x1)[None, :] + both * x1[None, :], (BLOCK_N, SUBS, SUB)), 2)
+                if zeros is None:  # the ones and the eights
+                    part -= tl.sum(tl.reshape(x0 * (1 + 8 / 256) + x1 / 2, (SUBS, SUB)), 1)[None, :]
                 else:
-                    part -= tl.load(zeros + where, mask=known, other=0).to(tl.float32) * xsum[None, :]
-            acc += part * tl.load(scales + where, mask=known, other=0.0).to(tl.float32)
-    y = tl.sum(acc, 1)
+                    zero = tl.load(zeros + where, mask=here, other=0).to(tl.float32) / 256
+                    part -= tl.sum(tl.reshape(x0, (SUBS, SUB)), 1)[None, :]
+                    part -= zero * tl.sum(tl.reshape(x0 + 16 * x1, (SUBS, SUB)), 1)[None, :]
+            acc += part * tl.load(scales + where, mask=here, other=0.0).to(tl.float32)
+    y = tl.sum(acc, 1) * (1 if FORMAT == "nf4" else 256)
     if FORMAT == "int8":
         y *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)
     if bias is not None:
@@ -224,7 +245,7 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, group, groups
 
 
 @jit
-def _gemm(x, weight, scales, zeros, bias, table, out, M, N, K, width, group, groups, FORMAT: tl.constexpr,
+def _gemm(x, weight, scales, zeros, bias, table, out, M, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """Several rows of x: the transposed product W x^T, tile (BLOCK_N, BLOCK_M), on the tensor cores.
 
@@ -242,19 +263,23 @@ def _gemm(x, weight, scales, zeros, bias, table, out, M, N, K, width, group, gro
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = tl.load(x + ms.to(tl.int64)[:, None] * K + k[None, :], mask=(ms < M)[:, None] & (k < K)[None, :], other=0.0)
         if FORMAT == "int8":
-            acc = _dot(byte.to(tl.float32).to(xs.dtype), tl.trans(xs), acc)
+            acc = _dot((_one_and(byte) * 256 - 384).to(xs.dtype), tl.trans(xs), acc)
         else:
-            even, odd = _nibbles(byte, table, FORMAT)
-            where = rows.to(tl.int64) * groups + begin * 2 // group
+            where = rows.to(tl.int64) * groups + begin * 2 // GROUP
             scale = tl.load(scales + where, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-            if FORMAT == "int4":
+            if FORMAT == "nf4":
+                even, odd = _nibbles(byte, table, FORMAT)
+                even, odd = even * scale, odd * scale
+            else:  # (n - zero) * scale as one multiply-add each of 1 + low/256 and 1 + high/16
                 zero = 8.0
                 if zeros is not None:
                     zero = tl.load(zeros + where, mask=rows < N, other=0).to(tl.float32)[:, None]
-                even, odd = even - zero, odd - zero
+                both = _one_and(byte)
+                even = _keep(both, 0x3F878000) * (256 * scale) - (256 + zero) * scale
+                odd = _keep(both, 0x3FF80000) * (16 * scale) - (16 + zero) * scale
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_M, BLOCK_B, 2)))  # even and odd columns of x
-            acc = _dot((even * scale).to(xs.dtype), tl.trans(x0), acc)
-            acc = _dot((odd * scale).to(xs.dtype), tl.trans(x1), acc)
+            acc = _dot(even.to(xs.dtype), tl.trans(x0), acc)
+            acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
     if FORMAT == "int8":
         acc *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     if bias is not None:
@@ -339,9 +364,9 @@ def multiply(x, w, bias=None):
         out = torch.empty(split, M, w.N, dtype=torch.float32 if partial else x.dtype, device=x.device)
         tensors = (x, w.weight, w.scales, w.zeros, None if partial else bias, nf4_table(x.device), out)
         if M == 1:
-            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, w.group, w.groups, w.format, SPLIT=split, **config)
+            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
         else:
-            _gemm[(*tiles, split)](*tensors, M, w.N, K, w.width, w.group, w.groups, w.format, SPLIT=split, **config)
+            _gemm[(*tiles, split)](*tensors, M, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
         if not partial:
             return out[0]
         y = out.sum(0)
