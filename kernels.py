@@ -36,13 +36,19 @@ def say_once(message):
     print(f"kernels  {message}", file=sys.stderr)
 
 
-def use_kernel(x):
-    """Whether x is where the kernels run; Triton launches on the current device, so x's device is made that."""
-    if x.is_cuda and triton is None:
-        say_once("triton is not installed, so plain torch computes, several times slower: pip install triton")
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+def use_kernel(x, cache=None):
+    """Whether x is where the kernels run, and can compute with the cache's type. Triton launches on the current device, so x's
+    device is made that."""
+    if not x.is_cuda or triton is None:
+        if x.is_cuda:
+            say_once("triton is not installed, so plain torch computes, several times slower: pip install triton")
+        return triton is not None and INTERPRET
+    if x.device.index != torch.cuda.current_device():
         torch.cuda.set_device(x.device)
-    return triton is not None and (x.is_cuda or INTERPRET)
+    if cache is not None and cache.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        say_once("float8 needs compute capability 8.9, so plain torch serves the cache, slowly: use an int8 cache")
+        return False
+    return True
 
 
 @functools.cache
@@ -85,7 +91,11 @@ def tuned(key, configs, launch, device):
     if table.get(key) not in [*configs, "twin"]:  # also an entry that an older version wrote
         if torch.cuda.is_current_stream_capturing():
             return launch(configs[-1])
-        times = [milliseconds(launch, config) for config in configs]
+        try:
+            times = [milliseconds(launch, config) for config in configs]
+        except torch.OutOfMemoryError:  # timing clears the L2 with a buffer of 256 MB
+            say_once("no memory is left to tune in: the kernels run as they are")
+            return launch(configs[0])
         table[key] = configs[times.index(min(times))] if min(times) < float("inf") else "twin"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +103,8 @@ def tuned(key, configs, launch, device):
         except OSError as error:
             say_once(f"tuned configurations cannot be kept ({error}); every run will tune again")
     if table[key] == "twin":
-        say_once(f"{key}: no configuration fits {card(device).shared_memory_per_block_optin:,} bytes of shared memory; plain torch computes")
+        shared = card(device).shared_memory_per_block_optin
+        say_once(f"{key}: no configuration fits {shared:,} bytes of shared memory; plain torch computes, slowly")
         return None
     return launch(table[key])
 
@@ -338,7 +349,7 @@ def multiply(x, w, dtype, bias=None, x_scale=None):
     M, K = x.shape
     fused = w.pack == 1 or w.group & -w.group >= 32 and (w.format == "int4" or K % w.group == 0)  # 16 bytes have one scale
     if x_scale is None and (M > DEQUANTIZE_ABOVE or not fused):
-        return F.linear(x, dequantize(w, dtype), bias)
+        return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
     x, group, gemv = x.contiguous(), w.group if w.pack == 2 else 256, M == 1 and x_scale is None
     gpu = card(x.device)
     configs = gemv_configs(group) if gemv else gemm_configs(M, group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin)
@@ -352,9 +363,9 @@ def multiply(x, w, dtype, bias=None, x_scale=None):
         out = torch.empty(split, M, w.N, dtype=dtype if split == 1 else torch.float32, device=x.device)
         tensors = x, w.weight, w.scales, w.zeros, bias if split == 1 else None, nf4_table(x.device), out
         if gemv:
-            _gemv[tiles[0], split](*tensors, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
+            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
         else:
-            _gemm[*tiles, split](*tensors, x_scale, M, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
+            _gemm[(*tiles, split)](*tensors, x_scale, M, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
         if split == 1:
             return out[0]
         y = out.sum(0)
@@ -378,10 +389,10 @@ def int8_linear_twin(x, weight, scale, bias=None):
 def int4_linear(x, packed, scales, zeros, group, bias=None):
     """x (M, K); packed (N, ceil(K/2)) uint8, low nibble first; scales and zeros (N, ceil(K/group)) -> (M, N) in x's dtype.
 
-    zeros None: symmetric, W = (nibble - 8) * scale. The last group may be short.
+    zeros None: symmetric, W = (nibble - 8) * scale. The last group may be short; an odd group is the twin's alone.
     """
     y = None
-    if use_kernel(x):
+    if group % 2 == 0 and use_kernel(x):
         y = multiply(x, Packed("int4", packed, scales, zeros, group, packed.size(0), x.size(1)), x.dtype, bias)
     return int4_linear_twin(x, packed, scales, zeros, group, bias) if y is None else y
 
@@ -444,7 +455,7 @@ def int8_dynamic_linear(x, weight, scale, bias=None):
     y = None
     if use_kernel(x):
         x8, x_scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device=x.device)
-        _store_rows[len(x),](x.contiguous(), x8, x_scale, None, 1, x.size(1), x.size(1), 127.0, 1, bucket(x.size(1)))
+        _store_rows[(len(x),)](x.contiguous(), x8, x_scale, None, 1, x.size(1), x.size(1), 127.0, 1, bucket(x.size(1)))
         y = multiply(x8, Packed("int8x8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias, x_scale)
     return int8_dynamic_linear_twin(x, weight, scale, bias) if y is None else y
 
@@ -650,14 +661,6 @@ def cross_entropy_twin(logits, targets, ignore=-100):
 # float32, one scale for each token and head: value = stored * scale.
 
 
-def cache_kernel(x, cache):
-    """use_kernel, and float8 arithmetic is there."""
-    if cache.dtype == torch.float8_e4m3fn and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        say_once("float8 needs compute capability 8.9, so plain torch serves the cache, slowly: use an int8 cache")
-        return False
-    return use_kernel(x)
-
-
 @jit
 def _store_rows(x, out, scales, slots, H, D, stride, LARGEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """One token's H rows of D values to its slot (without slots: in order), quantized where there are scales."""
@@ -686,14 +689,14 @@ def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
 
     k, v (T, Kh, D), also strided views of a fused q, k, v; slots (T,) int64, -1 = skip this token.
     """
-    if not cache_kernel(k, k_cache):
+    if not use_kernel(k, k_cache):
         return kv_store_twin(k, v, k_cache, v_cache, slots, k_scale, v_scale)
     T, H, D = k.shape
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if x.stride(2) != 1 or x.stride(1) != D:
             x = x.contiguous()
         if T:
-            _store_rows[T,](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
+            _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
 
 
 def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
@@ -758,7 +761,8 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
         there = (j < stop)[:, None] & (d < D)[None, :]
         k = tl.load(k_cache + slot[:, None] * D + d[None, :], mask=there, other=0.0)
-        scores = _dot(query, tl.trans(k.to(tl.float32).to(query.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * 1.4426950408889634)  # log2 e
+        k = tl.trans(k.to(tl.float32).to(query.dtype))
+        scores = _dot(query, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * 1.4426950408889634)  # log2 e: exp2 below
         if k_scale is not None:
             scores *= tl.load(k_scale + slot, mask=j < stop, other=0.0)[None, :]
         seen = (j[None, :] <= position[:, None]) & (j < stop)[None, :]
@@ -795,15 +799,15 @@ def _combine(parts, lses, out, rows, D, SPLIT: tl.constexpr, BLOCK_D: tl.constex
     tl.store(out + row * D + d, value.to(out.dtype.element_ty), mask=d < D)
 
 
-def attention_configs(rows, D, q_size, kv_size, shared):
-    """BLOCK_M (query row, head) pairs by BLOCK_N keys. Decoding moves (Kh * D * 2 * kv_size) bytes a key and hardly computes:
-    16 pairs and a deep pipeline of pages; prefill computes: 64 or 128 pairs."""
-    m = 16 if rows <= 16 else min(bucket(rows), 128)
-    wanted = ((m, 64, 4, 3), (m, 64, 4, 2), (m, 32, 4, 4), (m, 128, 4 if m < 128 else 8, 2), (m, 32, 2, 3), (m, 16, 2, 2))
-    if m > 64:
-        wanted += ((64, 64, 4, 3), (64, 32, 4, 2), (bucket(max(rows // m, 16)), 16, 2, 2))
-    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in wanted
-            if stages * 2 * n * D * kv_size + m * D * q_size <= shared]
+def attention_configs(rows, D, group, q_size, kv_size, shared):
+    """BLOCK_M (query row, head) pairs by BLOCK_N keys. Decoding moves Kh * D * 2 * kv_size bytes a key and hardly computes: 16
+    pairs and a deep pipeline of pages. Prefill computes: 64 or 128 pairs."""
+    least = bucket(max(group, 16))
+    m = max(least, min(bucket(rows), 128))
+    wanted = ((m, 64, 4, 3), (m, 64, 4, 4), (m, 32, 4, 4), (m, 128, 4 if m < 128 else 8, 2), (max(m // 2, least), 64, 4, 2),
+              (m, 32, 2, 3), (least, 16, 2, 2))
+    fits = [c for c in wanted if c[3] * 2 * c[1] * D * kv_size + c[0] * D * q_size <= shared] or wanted[-1:]
+    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in dict.fromkeys(fits)]
 
 
 def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window=None, k_scale=None, v_scale=None):
@@ -815,13 +819,12 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
     are hidden. Rows that see nothing give 0. On a GPU nothing is read back, so the call can be captured in a CUDA graph.
     """
     args = (q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window, k_scale, v_scale)
-    if not cache_kernel(q, k_cache):
+    if not use_kernel(q, k_cache):
         return paged_attention_twin(*args)
     (T, H, D), (_, page, KH, _), (S, width), gpu = q.shape, k_cache.shape, block_tables.shape, card(q.device)
     q, group = q.contiguous(), H // KH
     rows = group if T == S else (T // S + 1) * group  # (query row, head) pairs of one sequence and key head, about
-    configs = [c for c in attention_configs(rows, bucket(D), q.element_size(), k_cache.element_size(), gpu.shared_memory_per_block_optin)
-               if c["BLOCK_M"] >= group]
+    configs = attention_configs(rows, bucket(D), group, q.element_size(), k_cache.element_size(), gpu.shared_memory_per_block_optin)
 
     def launch(config):
         grid = (T // (config["BLOCK_M"] // group) + S, KH)
@@ -838,7 +841,7 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
             _combine[(T * H,)](parts, lses, out, T * H, D, split, bucket(D), num_warps=2)
         return out
     key = f"attention {q.dtype} {k_cache.dtype} H{H} KH{KH} D{D} page{page} S{bucket(S)} rows{bucket(rows)} {window is None}"
-    y = tuned(key, configs, launch, q.device) if configs else None
+    y = tuned(key, configs, launch, q.device)
     return paged_attention_twin(*args) if y is None else y
 
 
