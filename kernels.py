@@ -480,11 +480,6 @@ def quantize_rows(x, dtype):
 # ---------------------------------------------------------------------------------- one pass over rows: norm, RoPE, SwiGLU
 # Each reads its inputs once and writes its output once, 16 bytes a thread at a time; unfused, the same work moves 2-4 times
 # the bytes.
-def row_warps(columns):
-    """Warps for one row in registers: 16 to 32 values a thread."""
-    return min(16, max(4, bucket(columns) // 1024))
-
-
 @jit
 def _rms_norm(x, residual, weight, out, total, C, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * C
@@ -513,7 +508,8 @@ def rms_norm(x, weight, eps, residual=None):
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
     if x.numel():
-        _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=row_warps(C))
+        warps = min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
+        _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
     return out if residual is None else (out, total)
 
 
@@ -598,7 +594,8 @@ def _cross_entropy(logits, targets, losses, lses, V, ignore, BLOCK: tl.constexpr
         cols = begin + tl.arange(0, BLOCK)
         value = tl.load(logits + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         new = tl.maximum(most, tl.max(value, 0))
-        total = total * tl.exp(most - new) + tl.sum(tl.exp(value - new), 0)
+        base = tl.where(new == -float("inf"), 0.0, new)  # only masked logits yet: keep inf - inf away
+        total = total * tl.exp(most - base) + tl.sum(tl.exp(value - base), 0)
         most = new
     lse = most + tl.log(total)
     # a target outside the vocabulary is not read, and its loss is NaN
