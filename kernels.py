@@ -24,13 +24,15 @@ try:
     import triton.language as tl
     jit = triton.jit
 except ImportError:  # Windows, macOS: the twins serve
-    triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda function: function
+    triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda function=None, **_: function or (lambda kernel: kernel)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton itself when it is imported
 INTERPRETED = tl.constexpr(INTERPRET)  # the same for use inside kernels
 
 
 # --------------------------------------------------------------------------------------------------- choosing and tuning
+# Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would otherwise compile a kernel
+# again whenever one becomes or stops being a multiple of 16.
 @functools.cache
 def say_once(message):
     print(f"kernels  {message}", file=sys.stderr)
@@ -154,10 +156,6 @@ class Packed(NamedTuple):
     def width(self):
         return -(-self.K // self.pack)
 
-    @property
-    def groups(self):
-        return -(-self.K // self.group)
-
 
 @jit
 def _one_and(byte):
@@ -167,6 +165,12 @@ def _one_and(byte):
     if byte.dtype == tl.int8:
         bits = bits ^ 0x400000  # + 128: two's complement as unsigned
     return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def _values(tile, like):
+    """A tile in the type of another; int8 by its bits too."""
+    return (_one_and(tile) * 256 - 384 if tile.dtype == tl.int8 else tile.to(tl.float32)).to(like.dtype)
 
 
 @jit
@@ -242,7 +246,7 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
     tl.store(out + tl.program_id(1) * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """Several rows of x: the transposed product W x^T, tile (BLOCK_N, BLOCK_M), on the tensor cores.
@@ -264,7 +268,7 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
         if FORMAT == "int8x8":
             acc = tl.dot(byte, tl.trans(xs), acc, out_dtype=tl.int32)
         elif FORMAT == "int8":
-            acc = _dot((_one_and(byte) * 256 - 384).to(xs.dtype), tl.trans(xs), acc)
+            acc = _dot(_values(byte, xs), tl.trans(xs), acc)
         else:
             where = rows.to(tl.int64) * groups + begin * 2 // GROUP
             scale = tl.load(scales + where, mask=rows < N, other=0.0).to(tl.float32)[:, None]
@@ -318,7 +322,7 @@ def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, bloc
 def dequantize(w, dtype):
     """Packed -> (N, K) in dtype."""
     out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
-    rows, K, width, groups = w.N, w.K, w.width, w.groups
+    rows, K, width, groups = w.N, w.K, w.width, -(-w.K // w.group)
     if w.format == "nf4":  # blocks run on across the ends of rows: one long row
         rows, K, width, groups = 1, w.N * w.K, w.weight.numel(), w.scales.numel()
     blocks = triton.cdiv(width, 1024)
@@ -363,9 +367,9 @@ def multiply(x, w, dtype, bias=None, x_scale=None):
         out = torch.empty(split, M, w.N, dtype=dtype if split == 1 else torch.float32, device=x.device)
         tensors = x, w.weight, w.scales, w.zeros, bias if split == 1 else None, nf4_table(x.device), out
         if gemv:
-            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
+            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, -(-K // w.group), w.format, w.group, SPLIT=split, **config)
         else:
-            _gemm[(*tiles, split)](*tensors, x_scale, M, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
+            _gemm[(*tiles, split)](*tensors, x_scale, M, w.N, K, w.width, -(-K // w.group), w.format, w.group, SPLIT=split, **config)
         if split == 1:
             return out[0]
         y = out.sum(0)
@@ -519,7 +523,7 @@ def rms_norm_twin(x, weight, eps, residual=None):
     return out if residual is None else (out, total)
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _rope(x, cos, sin, out, T, H, half, stride, CUT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """One token, BLOCK_H heads: the angles are read once for all of them."""
     token = tl.program_id(0).to(tl.int64)
@@ -719,7 +723,7 @@ def _find(starts, tile, S, ROWS: tl.constexpr):
     return low
 
 
-@jit
+@jit(do_not_specialize=["window", "S", "T", "table_width"])
 def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out, lses, scale, window, S, T, table_width,
             H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
@@ -758,8 +762,8 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
         there = (j < stop)[:, None] & (d < D)[None, :]
         k = tl.load(k_cache + slot[:, None] * D + d[None, :], mask=there, other=0.0)
-        k = tl.trans(k.to(tl.float32).to(query.dtype))
-        scores = _dot(query, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * 1.4426950408889634)  # log2 e: exp2 below
+        scores = _dot(query, tl.trans(_values(k, query)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        scores *= scale * 1.4426950408889634  # log2 e: exp2 below
         if k_scale is not None:
             scores *= tl.load(k_scale + slot, mask=j < stop, other=0.0)[None, :]
         seen = (j[None, :] <= position[:, None]) & (j < stop)[None, :]
@@ -773,7 +777,7 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         v = tl.load(v_cache + slot[:, None] * D + d[None, :], mask=there, other=0.0)
         if v_scale is not None:
             p *= tl.load(v_scale + slot, mask=j < stop, other=0.0)[None, :]
-        acc = _dot(p.to(query.dtype), v.to(tl.float32).to(query.dtype), acc * fade[:, None])
+        acc = _dot(p.to(query.dtype), _values(v, query), acc * fade[:, None])
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     at += tl.program_id(2).to(tl.int64) * T * H
     tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
@@ -781,7 +785,7 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _combine(parts, lses, out, rows, D, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
     """Join the parts of one row's context: each weighs 2^lse, its share of the softmax's denominator."""
     row = tl.program_id(0).to(tl.int64)
@@ -801,8 +805,9 @@ def attention_configs(rows, D, group, q_size, kv_size, shared):
     pairs and a deep pipeline of pages. Prefill computes: 64 or 128 pairs."""
     least = bucket(max(group, 16))
     m = max(least, min(bucket(rows), 128))
-    wanted = ((m, 64, 4, 3), (m, 64, 4, 4), (m, 32, 4, 4), (m, 128, 4 if m < 128 else 8, 2), (max(m // 2, least), 64, 4, 2),
-              (m, 32, 2, 3), (least, 16, 2, 2))
+    w = 4 if m < 128 else 8
+    wanted = ((m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2), (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3),
+              (least, 16, 2, 2))
     fits = [c for c in wanted if c[3] * 2 * c[1] * D * kv_size + c[0] * D * q_size <= shared] or wanted[-1:]
     return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in dict.fromkeys(fits)]
 
