@@ -74,11 +74,15 @@ def tuning_table(device):
 
 
 def milliseconds(launch, config):
-    """Median time of launch(config) with a cold L2; infinite where the card has no room for it."""
+    """Median time of launch(config) with a cold L2; infinite where the card has no room for it, or no such instruction."""
     try:
         return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
     except (triton.OutOfResources, triton.runtime.errors.PTXASError):
         return float("inf")
+    except RuntimeError as error:
+        if "PassManager" in str(error):  # Triton has no int8 products before compute capability 8.0
+            return float("inf")
+        raise
 
 
 def tuned(key, configs, launch, device):
@@ -106,7 +110,7 @@ def tuned(key, configs, launch, device):
             say_once(f"tuned configurations cannot be kept ({error}); every run will tune again")
     if table[key] == "twin":
         shared = card(device).shared_memory_per_block_optin
-        say_once(f"{key}: no configuration fits {shared:,} bytes of shared memory; plain torch computes, slowly")
+        say_once(f"{key}: no configuration compiles for this card and its {shared:,} bytes of shared memory; plain torch computes")
         return None
     return launch(table[key])
 
@@ -366,10 +370,11 @@ def multiply(x, w, dtype, bias=None, x_scale=None):
         # with a split: float32 sums of each part, added up in a fixed order
         out = torch.empty(split, M, w.N, dtype=dtype if split == 1 else torch.float32, device=x.device)
         tensors = x, w.weight, w.scales, w.zeros, bias if split == 1 else None, nf4_table(x.device), out
+        shape = w.N, K, w.width, triton.cdiv(K, w.group), w.format, w.group
         if gemv:
-            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, -(-K // w.group), w.format, w.group, SPLIT=split, **config)
+            _gemv[(tiles[0], split)](*tensors, *shape, SPLIT=split, **config)
         else:
-            _gemm[(*tiles, split)](*tensors, x_scale, M, w.N, K, w.width, -(-K // w.group), w.format, w.group, SPLIT=split, **config)
+            _gemm[(*tiles, split)](*tensors, x_scale, M, *shape, SPLIT=split, **config)
         if split == 1:
             return out[0]
         y = out.sum(0)
@@ -723,8 +728,8 @@ def _find(starts, tile, S, ROWS: tl.constexpr):
     return low
 
 
-@jit(do_not_specialize=["window", "S", "T", "table_width"])
-def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out, lses, scale, window, S, T, table_width,
+@jit(do_not_specialize=["window", "S", "T", "table_stride"])
+def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out, lses, scale, window, S, T, table_stride,
             H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
     """FlashAttention's running softmax (Dao 2022) over the pages of one sequence and one key head.
@@ -758,7 +763,7 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
-        page = tl.load(tables + seq * table_width + j // PAGE, mask=j < stop, other=0).to(tl.int64)
+        page = tl.load(tables + seq * table_stride + j // PAGE, mask=j < stop, other=0).to(tl.int64)
         slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
         there = (j < stop)[:, None] & (d < D)[None, :]
         k = tl.load(k_cache + slot[:, None] * D + d[None, :], mask=there, other=0.0)
@@ -818,7 +823,8 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
     q (T, H, D): the new tokens of all sequences, one after the other; sequence s has rows query_starts[s]:query_starts[s+1],
     the last ones of its context of lengths[s] tokens, whose keys and values are stored already. block_tables (S, max_blocks)
     int32, lengths (S,) int32, query_starts (S+1,) int32; query heads are grouped over Kh key heads; window: keys further back
-    are hidden. Rows that see nothing give 0. On a GPU nothing is read back, so the call can be captured in a CUDA graph.
+    are hidden; the caches are contiguous. Rows that see nothing give 0. On a GPU nothing is read back, so the call can be
+    captured in a CUDA graph.
     """
     args = (q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window, k_scale, v_scale)
     if not use_kernel(q, k_cache):
@@ -838,7 +844,7 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
         parts = torch.empty(split, T, H, D, dtype=torch.float32, device=q.device) if split > 1 else out
         lses = torch.empty(split, T, H, dtype=torch.float32, device=q.device) if split > 1 else None
         _attend[(*grid, split)](q, k_cache, v_cache, k_scale, v_scale, block_tables, lengths, query_starts, parts, lses, scale,
-                                window, S, T, width, H, KH, D, page, max(16, bucket(D)), SPLIT=split, **config)
+                                window, S, T, block_tables.stride(0), H, KH, D, page, max(16, bucket(D)), SPLIT=split, **config)
         if split > 1:
             _combine[(T * H,)](parts, lses, out, T * H, D, split, bucket(D), num_warps=2)
         return out
