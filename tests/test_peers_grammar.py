@@ -12,7 +12,8 @@ EXPR = {"anyOf": [{"type": "integer"}, {"type": "object", "required": ["op", "le
 SCHEMAS = [
     {"type": "object", "required": ["name", "age"], "additionalProperties": False, "properties": {
         "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
-        "email": {"type": "string", "format": "email"}, "tags": {"type": "array", "items": {"enum": ["a", "b", "ü"]}, "maxItems": 4}}},
+        "email": {"type": "string", "format": "email"},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "ü"]}, "maxItems": 4}}},
     {"type": "array", "minItems": 1, "items": {"anyOf": [
         {"type": "number", "minimum": -2, "exclusiveMaximum": 3}, {"type": ["boolean", "null"]}]}},
     {"type": "object", "required": ["when", "id", "ip"], "properties": {
@@ -21,7 +22,7 @@ SCHEMAS = [
     {"type": "object", "additionalProperties": {"type": "string", "pattern": "^[A-Z]{2}\\d+$"}},
     {"$ref": "#/$defs/expr", "$defs": {"expr": EXPR}},
     {"type": "object"}, {"type": "string", "pattern": "x[\"\\\\]y"}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    {"type": "object", "properties": {"a": {"type": "array", "minItems": 2, "prefixItems": [{"const": 1}], "items": {"type": "null"}}}},
+    {"properties": {"a": {"type": "array", "minItems": 2, "prefixItems": [{"const": 1}], "items": {"type": "null"}}}},
     {"enum": ["x", 1, None, {"k": [1, 2]}]},
     {"type": ["string", "null"], "minLength": 2, "maxLength": 3}, {"type": "number", "minimum": -3.5, "maximum": -0.5},
 ]
