@@ -465,6 +465,8 @@ def vocabulary(tok, rows, config, where):
     where llama.cpp would give other ids."""
     if tok.vocab_size > rows:
         raise UserError(f"{where}: the tokenizer has {tok.vocab_size:,} ids, the model only {rows:,} rows")
+    if tok.kind == "chars":
+        raise UserError(f"{where}: a character tokenizer cannot be written, for llama.cpp aborts on characters that it lacks")
     content = to_json(tok)["model"]
     tokens, types = [f"[PAD{i}]" for i in range(rows)], np.full(rows, UNUSED, np.int32)
     for text, i in content["vocab"].items():
@@ -506,19 +508,15 @@ def bytes_metadata(tok, content):
 
 
 def pieces_metadata(tok, tokens):
-    """SentencePiece's BPE: scores fall in the order of merging. Characters are the same without merges and bytes."""
+    """SentencePiece's BPE: scores fall in the order of merging."""
     scores, order = np.zeros(len(tokens), np.float32), [tok.merges[pair] for pair in sorted(tok.merges, key=tok.merges.get)]
     for rank, (_, i) in enumerate(reversed(order)):
         scores[i] = rank - len(order)
     runs = [i for n, (_, i) in enumerate(order) if n == 0 or order[n - 1][1] != i]
     prefix = any(step[0] == "prepend" for step in tok.normalizer)
-    if tok.kind == "chars":
-        if "▁" in tokens:
-            raise UserError("a character tokenizer with ▁, llama.cpp's sign for a space, cannot be written as GGUF")
-        tokens[:] = ["▁" if token == " " else token for token in tokens]
-    elif (len(runs) != len(set(runs)) or merges_by_score(tok.vocab, scores).keys() != tok.merges.keys()
-          or any("▁" in token.lstrip("▁") for token in tok.vocab if tok.patterns)
-          or tok.normalizer != [("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")]):
+    if (len(runs) != len(set(runs)) or merges_by_score(tok.vocab, scores).keys() != tok.merges.keys()
+            or any("▁" in token.lstrip("▁") for token in tok.vocab if tok.patterns)
+            or tok.normalizer != [("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")]):
         warn("this tokenizer merges or puts spaces first otherwise than SentencePiece does: some ids will differ in llama.cpp")
     return {"model": "llama", "scores": scores, "add_space_prefix": prefix}
 

@@ -99,7 +99,7 @@ def from_json(content, path, make):
             refuse(f"decoder {name!r}")
         kind = "bytes" if byte_level else "pieces" if model["merges"] or decoders.keys() - {"Fuse"} else "chars"
         special, added = read_added(content.get("added_tokens") or [], normalizer, refuse)
-        vocab, merges = read_bpe(model, kind, special, path)
+        vocab, merges = read_bpe(model, kind, special | added, path)
         unknown = special.get(model.get("unk_token"), model["vocab"].get(model.get("unk_token")))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -170,7 +170,7 @@ def read_added(tokens, normalizer, refuse):
 
 
 def read_bpe(model, kind, special, path):
-    """-> (vocab, merges) of a tokenizer.json's model, by ids and without special tokens."""
+    """-> (vocab, merges) of a tokenizer.json's model, by ids and without special and added tokens."""
     check_ids(model["vocab"].values(), len(model["vocab"]))
     ids = dict(model["vocab"])
     for text, i in special.items():
