@@ -55,7 +55,7 @@ def smollm(data_dir):
 def with_added_tokens(data_dir):
     tok = Tokenizer.train(texts(), 700, "qwen2")
     return Tokenizer("bytes", tok.vocab, tok.merges, patterns=tok.patterns, special=tok.special,
-                     added={"<think>": 700, "</s>": 701, "???": 705})
+                     added={"<think>": 700, "==": 701, "???": 705})
 
 
 SPLIT_TOKENIZERS = {
@@ -79,7 +79,7 @@ def make_folder(folder, family="llama", tok=None, eos=None):
     model = Transformer(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(std=0.1 if p.ndim == 1 else 0.03).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            p.normal_(std=0.1 if p.ndim == 1 else 0.3 if "embed_tokens" in name else 0.03).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     model.save_pretrained(folder)
     tok.save(folder)
     return model, tok
@@ -238,10 +238,10 @@ def good(tmp_path_factory):
 def refused(path, data, match=""):
     """Reading it is one UserError of one line, soon."""
     path.write_bytes(data)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError, match=match) as error:
         gguf.read(path)
-    assert time.perf_counter() - start < 2 and "\n" not in str(error.value) and len(str(error.value)) < 2000
+    assert time.process_time() - start < 2 and "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
 def test_a_file_cut_anywhere_is_refused(good, tmp_path):
