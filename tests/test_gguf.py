@@ -3,6 +3,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,11 @@ FAMILIES = {
     "tiny": SIZE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
                         head_dim=32),
 }
-TEXT_PARTS = ["Hello", " world", " the", " a", "'s", "'LL", "n't", " 1234567", "42", " 3.14", "  ", "   ", "\n", "\n\n\n", " \n ", "\t", "\r\n",
-              "...", "?!", " (x)", "foo_bar", "==", "</s>", "<s>", "<|im_start|>", "<EOS>", "é", "Zürich", "naïve", "日本語", "한국어", "Привет",
-              "مرحبا", "🙂", "👩‍👩‍👧", "ﬁ", "½", "²", "e\u0301", "\u3000", "\u00a0", "▁", "𝔘", "\x00", "ᚠ", "I", "A", "ß", "_", "-", ",", "`", " $"]
+TEXT_PARTS = ["Hello", " world", " the", " a", "'s", "'LL", "n't", " 1234567", "42", " 3.14", "  ", "   ", "\n", "\n\n\n",
+              " \n ", "\t", "\r\n", "...", "?!", " (x)", "foo_bar", "==", "</s>", "<s>", "<|im_start|>", "<EOS>", "é",
+              "Zürich", "naïve", "日本語", "한국어", "Привет", "مرحبا", "🙂", "👩‍👩‍👧", "ﬁ",
+              "½", "²", "e\u0301", "\u3000", "\xa0", "▁", "𝔘", "\x00", "ᚠ", "I", "A",
+              "ß", "_", "-", ",", "`", " $"]
 
 
 def texts():
@@ -73,13 +76,15 @@ def make_folder(folder, family="llama", tok=None, eos=None):
     """A random model of that family with a tokenizer, saved -> (model, tokenizer)."""
     tok = tok or Tokenizer.train(TEXT_PARTS, 400)
     torch.manual_seed(0)
-    config = Config(**{**FAMILIES[family], "vocab_size": tok.vocab_size + 8, "eos_token_id": eos or tok.eos_id, "bos_token_id": tok.bos_id})
+    config = Config(**{**FAMILIES[family], "vocab_size": tok.vocab_size + 8, "eos_token_id": eos or tok.eos_id,
+                       "bos_token_id": tok.bos_id})
     if config.model_type == "mistral":
         config.sliding_window, config.sliding_layers = 300, (0, 1, 2)
     model = Transformer(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(std=0.1 if p.ndim == 1 else 0.3 if "embed_tokens" in name else 0.03).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            std = 0.1 if p.ndim == 1 else 0.3 if "embed_tokens" in name else 0.03
+            p.normal_(std=std).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     model.save_pretrained(folder)
     tok.save(folder)
     return model, tok
@@ -111,8 +116,8 @@ def test_quantized_weights_keep_their_error(name):
 def test_zeros_and_constants_stay_what_they_are(name):
     for value in (0.0, 0.5, -0.5):
         x = torch.full((1, 256), value)
-        assert torch.equal(gguf.Packed(name, (1, 256), gguf.quantize(x, name)).dequantize(), x) or value and name in ("Q8_0", "Q6_K",
-                                                                                                              "Q4_K", "Q5_K")
+        back = gguf.Packed(name, (1, 256), gguf.quantize(x, name)).dequantize()
+        assert torch.equal(back, x) or (value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K") and (back - x).abs().max() < 5e-3)
     x = torch.cat((torch.zeros(1, 256), torch.full((1, 256), 1e-30), torch.randn(1, 256)), 1)
     assert gguf.Packed(name, (1, 768), gguf.quantize(x, name)).dequantize().isfinite().all()
 
@@ -153,7 +158,8 @@ def test_a_model_comes_back_bit_for_bit(family, tmp_path):
     ids = torch.arange(100)[None]
     with torch.no_grad():
         assert relative_error(again(ids), model(ids)) < 1e-6
-    assert (again.config.eos_token_id, again.config.bos_token_id) == (tok.eos_id, tok.bos_id) == (tok_again.eos_id, tok_again.bos_id)
+    ends = (again.config.eos_token_id, again.config.bos_token_id)
+    assert ends == (tok.eos_id, tok.bos_id) == (tok_again.eos_id, tok_again.bos_id)
     again.save_pretrained(tmp_path / "again")                        # and is a folder like any other
     assert Transformer.from_pretrained(tmp_path / "again").num_params() == model.num_params()
 
@@ -183,11 +189,13 @@ def test_packed_tensors_are_the_files_bytes(tmp_path):
 def test_the_command_writes_warns_and_shows(tmp_path):
     make_folder(tmp_path / "m", "odd")
     run = [sys.executable, gguf.__file__]
-    made = subprocess.run([*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"], capture_output=True, text=True)
+    made = subprocess.run([*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"], capture_output=True,
+                          text=True)
     assert made.returncode == 0 and "blk.0.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0" in made.stderr
     shown = subprocess.run([*run, "show", tmp_path / "x.gguf"], capture_output=True, text=True)
     assert "general.architecture" in shown.stdout and "bits per weight" in shown.stdout
-    for args, message in (([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"), (["show", tmp_path / "no.gguf"], "No such file")):
+    for args, message in (([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
+                          (["show", tmp_path / "no.gguf"], "No such file")):
         failed = subprocess.run([*run, *args], capture_output=True, text=True)
         assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
 
@@ -203,7 +211,8 @@ def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_
         make_folder(tmp_path / str(i), "odd one")
         with pytest.raises(UserError, match=message):
             gguf.write(tmp_path / str(i), tmp_path / "x.gguf", "f16")
-    for tok, message in ((Tokenizer.char("abc"), "character tokenizer"), (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer")):
+    for tok, message in ((Tokenizer.char("abc"), "character tokenizer"),
+                         (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer")):
         make_folder(tmp_path / "t", "tiny", tok)
         with pytest.raises(UserError, match=message):
             gguf.write(tmp_path / "t", tmp_path / "x.gguf", "f16")
@@ -211,7 +220,8 @@ def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_
     make_folder(tmp_path / "w", "mistral", Tokenizer.train(TEXT_PARTS, 300, "tekken", special_tokens=["<s>"]))
     gguf.write(tmp_path / "w", tmp_path / "w.gguf", "f16")
     warned = capsys.readouterr().err
-    assert "no sliding window" in warned and "ASCII case" in warned and gguf.read(tmp_path / "w.gguf")[0].max_position_embeddings == 300
+    assert "no sliding window" in warned and "ASCII case" in warned
+    assert gguf.read(tmp_path / "w.gguf")[0].max_position_embeddings == 300
 
 
 @pytest.mark.parametrize("value, mix", [(float("nan"), "f32"), (float("inf"), "q8_0"), (1e5, "f16"), (-1e5, "q4_k_m")])
@@ -264,7 +274,8 @@ def test_a_file_with_any_byte_changed_loads_or_is_refused(good, tmp_path):
 
 def container(meta=(), tensors=(), n_meta=None, n_tensors=None, tail=b"", version=3):
     """A file made by hand: meta [(key, bytes of the typed value)], tensors [(name, dims, type, offset)]."""
-    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(meta) if n_meta is None else n_meta)
+    n_meta, n_tensors = n_meta or len(meta), n_tensors or len(tensors)
+    out = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_meta)
     out += b"".join(gguf.text_bytes(key) + value for key, value in meta)
     for name, dims, number, offset in tensors:
         out += gguf.text_bytes(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)
@@ -279,16 +290,20 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
             (container(n_meta=1 << 60), "keys"), (container(n_tensors=1 << 60), "tensors"), (container(version=1), "version 1"),
             (container(version=3 << 24), "version"), (container([("a", text)]), "4,294,967,296 bytes"),
             (container([("a", struct.pack("<IQ", 8, 1 << 20) + b"a")]), "announces 1,048,576 bytes more"),
-            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"), (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
+            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"),
+            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
             (container([("a", struct.pack("<IIQ", 9, 4, 1 << 21))]), "announces 8,388,608 bytes"),
-            (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"), (container([("a", struct.pack("<I", 99))]), "type 99"),
+            (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"),
+            (container([("a", struct.pack("<I", 99))]), "type 99"),
             (container([("a", struct.pack("<IB", 7, 1))] * 2), "twice"),
             (container([("general.alignment", struct.pack("<II", 4, 24))]), "alignment 24"),
             (container([("general.alignment", struct.pack("<II", 4, 0))]), "alignment 0"),
-            (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"), (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
+            (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"),
+            (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
             (container([], [("t", [32, 0], 8, 0)]), "empty"), (container([], [("t", [31], 8, 0)]), "no whole blocks"),
             (container([], [("t", [32], 4, 0)]), "unknown type 4"), (container([], [("t", [32], 0, 1 << 63)]), "passes the end"),
-            (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"), (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
+            (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"),
+            (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
             (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
             (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
             (container(), "architecture None"), (b"GGML" + bytes(60), "do not begin"), (b"", "0 bytes")]:
@@ -297,11 +312,13 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("key, value, match", [
-    ("llama.block_count", 1 << 31, "1024"), ("llama.block_count", 2, "2, the tensors are of 1"), ("llama.embedding_length", "wide", "wide"),
-    ("llama.attention.head_count", 0, "heads"), ("llama.rope.dimension_count", 8, "one size"), ("llama.rope.scaling.type", "longrope", "longrope"),
-    ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"), ("llama.expert_count", 8, "experts"), ("llama.vocab_size", 7, ""),
-    ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"), ("tokenizer.ggml.model", "t5", "t5"),
-    ("tokenizer.ggml.tokens", ["a"] * 408, "twice"), ("tokenizer.ggml.merges", ["a b c"], ""), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
+    ("llama.block_count", 1 << 31, "1024"), ("llama.block_count", 2, "2, the tensors are of 1"),
+    ("llama.embedding_length", "wide", "wide"), ("llama.attention.head_count", 0, "heads"),
+    ("llama.rope.dimension_count", 8, "one size"), ("llama.rope.scaling.type", "longrope", "longrope"),
+    ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"), ("llama.expert_count", 8, "experts"),
+    ("llama.vocab_size", 7, ""), ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
+    ("tokenizer.ggml.model", "t5", "t5"), ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
+    ("tokenizer.ggml.merges", ["a b c"], ""), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
     ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types")])
 def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
@@ -317,7 +334,11 @@ def test_missing_extra_and_misshapen_tensors_are_named(good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
     meta, tensors = gguf.open_file(tmp_path / "good.gguf")
     plan = [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items() if n != "output_norm.weight"]
-    plan[1:2] = [("blk.0.attn_q.weight", "F32", (2, 2), bytes(16).__bytes__), ("blk.0.extra.weight", "F32", (1,), bytes(4).__bytes__)]
+    plan.append(("blk.0.extra.weight", "F32", (1,), partial(bytes, 4)))
     gguf.write_file(tmp_path / "x.gguf", meta, plan)
     refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(),
-            "3 faults: blk.0.extra.weight is not part.*output_norm.weight is missing|3 faults.*attn_q")
+            "2 faults: blk.0.extra.weight is not part of this model; output_norm.weight is missing")
+    shape = tensors["output_norm.weight"].shape
+    plan[-1] = ("output_norm.weight", "F32", (1, *shape), partial(bytes, 4 * shape[0]))
+    gguf.write_file(tmp_path / "x.gguf", meta, plan)
+    refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(), "1 faults: output_norm.weight is .* expected")
