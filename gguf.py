@@ -370,10 +370,11 @@ def rope_metadata(config, where):
 
 
 def getter(meta, prefix, path):
-    """-> get(key, default, type): an untrusted value, checked; numbers finite and positive unless they are whole."""
+    """-> get(key, default, type): an untrusted value; fractions are finite and positive, whole numbers from 0 to 2^31."""
     def get(key, default=None, kind=(int, float)):
         value = meta.get(f"{prefix}.{key}", default)
-        if value is not default and (not isinstance(value, kind) or isinstance(value, float) and not 0 < value < math.inf):
+        fault = isinstance(value, float) and not 0 < value < math.inf or isinstance(value, int) and not 0 <= value < 1 << 31
+        if value is not default and (fault or not isinstance(value, kind)):
             raise UserError(f"{path}: {prefix}.{key} is {str(value)[:40]}, which makes no sense there")
         return float(f"{value:.7g}") if isinstance(value, float) else value  # float32 1e-05 reads as 9.99999974e-06
     return get
@@ -382,7 +383,7 @@ def getter(meta, prefix, path):
 def read_config(meta, tensors, path):
     """Metadata and tensors -> Config."""
     arch = meta.get("general.architecture")
-    if arch not in ("gpt2", "llama", "qwen2", "qwen3"):
+    if not isinstance(arch, str) or arch not in ("gpt2", "llama", "qwen2", "qwen3"):
         raise UserError(f"{path}: architecture {str(arch)[:40]!r} is not supported; this program knows gpt2, llama, qwen2, qwen3")
     get = getter(meta, arch, path)
     if get("expert_count", 0) or "token_embd.weight" not in tensors:
@@ -392,8 +393,8 @@ def read_config(meta, tensors, path):
     if not (isinstance(C, int) and isinstance(H, int) and 0 < H <= C):
         raise UserError(f"{path}: {H} heads in {C} channels cannot be, or differ from layer to layer")
     D = get("attention.key_length", C // H, int)
-    if get("rope.dimension_count", D) != D or get("attention.value_length", D) != D:
-        raise UserError(f"{path}: keys, values and their rotary part must have one size ({D}) to be supported")
+    if get("rope.dimension_count", D) != D or get("attention.value_length", D) != D or not 2 <= D <= 1024:
+        raise UserError(f"{path}: keys, values and their rotary part must have one size ({D}), of 2 to 1,024, to be supported")
     d = {"model_type": arch, "vocab_size": rows, "tie_word_embeddings": "output.weight" not in tensors}
     if arch == "gpt2":
         d |= {"n_embd": C, "n_head": H, "n_inner": get("feed_forward_length", 4 * C, int), "n_layer": get("block_count"),
@@ -410,17 +411,22 @@ def read_config(meta, tensors, path):
 
 
 def read_rope(get, path):
-    factor, kind = get("rope.scaling.factor", get("rope.scale_linear", 1.0)), get("rope.scaling.type", "linear", str)
-    rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
-    if kind not in ("none", "linear", "yarn") or get("rope.scaling.yarn_log_multiplier", 0):
-        raise UserError(f"{path}: rope scaling {kind!r} is not supported; this program knows linear, yarn and Llama 3's")
+    def number(key, default):
+        if (value := float(get(f"rope.{key}", default))) <= 0:
+            raise UserError(f"{path}: rope.{key} is {value}, it must be above 0")
+        return value
+
+    factor, theta = number("scaling.factor", get("rope.scale_linear", 1.0)), number("freq_base", 10000.0)
+    kind, rope = get("rope.scaling.type", "linear", str), {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("none", "linear", "yarn") or get("rope.scaling.yarn_log_multiplier", 0) or theta <= 1:
+        raise UserError(f"{path}: rope scaling {kind!r} of base {theta} is not supported; this program knows linear, yarn, Llama 3's")
     if kind == "none" or factor == 1:
         return rope
     rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope |= {"original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
-                 "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0), "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
-                 "attention_factor": get("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(factor) + 1)}
+        rope |= {"original_max_position_embeddings": int(number("scaling.original_context_length", get("context_length", 0))),
+                 "beta_fast": number("scaling.yarn_beta_fast", 32), "beta_slow": number("scaling.yarn_beta_slow", 1),
+                 "attention_factor": number("scaling.attn_factor", 1) * (0.1 * math.log(factor) + 1)}
     return rope
 
 
@@ -443,7 +449,8 @@ def llama3_rope(config, freqs, path):
         high = round(1 + 1 / (slope * x.mean() - y.mean()).item(), 4)
     original = ((y * (high - 1) + 1) / x).mean().item() * 2 * math.pi
     rope = {"rope_type": "llama3", "rope_theta": config.rope["rope_theta"], "factor": round(factor, 4), "low_freq_factor": 1.0,
-            "high_freq_factor": high, "original_max_position_embeddings": round(original) if original == original else 1}
+            "high_freq_factor": high,
+            "original_max_position_embeddings": round(original) if math.isfinite(original) else 1}
     made = rope_frequencies(Config(head_dim=config.head_dim, rope=rope))[0]
     if not torch.allclose(made * slowed, frequency.float(), rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows")
@@ -489,7 +496,7 @@ def vocabulary(tok, rows, config, where):
     meta |= {"tokens": tokens, "token_type": types, **special_metadata(tok, config)}
     if clash := [text for text, count in Counter(tokens).items() if count > 1]:
         raise UserError(f"{where}: the file would have two tokens spelled {clash[0]!r}")
-    if (others := [step for step in tok.normalizer if step[0] == "unicode"]):
+    if others := [step for step in tok.normalizer if step[0] == "unicode"]:
         warn(f"llama.cpp does not normalize text to {others[0][1]}: text that is not will get other ids there")
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
     return meta | ({"tokenizer.chat_template": tok.chat_template} if tok.chat_template else {})
@@ -558,6 +565,8 @@ def read_vocabulary(meta, path):
     types = get("ggml.token_type", np.full(n, NORMAL), np.ndarray)
     if not all(isinstance(token, str) for token in tokens) or len(types) != n or len(set(tokens)) < n:
         raise UserError(f"{path}: {n:,} tokens with {len(types):,} types, or some twice")
+    if (longest := max(map(len, tokens), default=0)) > (256 if model == "llama" else 1 << 12):  # every way to halve one is tried
+        raise UserError(f"{path}: a token of {longest:,} characters")
     groups = {t: {tokens[i]: i for i in np.flatnonzero(types == t)} for t in range(1, 7)}
     groups = {t: {text: int(i) for text, i in group.items()} for t, group in groups.items()}
     special, vocab = groups[CONTROL] | groups[UNKNOWN], groups[NORMAL] | groups[BYTE]
@@ -566,8 +575,10 @@ def read_vocabulary(meta, path):
         pre = ALIASES.get(pre, pre)
         if pre not in SPLITS:
             raise UserError(f"{path}: pre-tokenizer {pre!r} is not supported; this program knows {', '.join(SPLITS)}")
-        split, whole = SPLITS[pre]
-        vocab, merges = read_bpe({"vocab": vocab, "merges": get("ggml.merges", [], list)}, "bytes", special, path)
+        (split, whole), merges = SPLITS[pre], get("ggml.merges", [], list)
+        if bad := [merge for merge in merges if not isinstance(merge, str) or merge.count(" ") != 1]:
+            raise UserError(f"{path}: merge {str(bad[0])[:40]!r} is not two tokens")
+        vocab, merges = read_bpe({"vocab": vocab, "merges": merges}, "bytes", special, path)
         tok = Tokenizer("bytes", vocab, merges, patterns=[PATTERNS.get(p, p) for p in split], whole_chunks=whole, **options)
     elif model == "llama":
         scores = get("ggml.scores", np.zeros(n, np.float32), np.ndarray)
@@ -779,7 +790,8 @@ def read(path, dtype=torch.float32, keep_packed=False):
             state[ours], at = Packed(tensor.kind, part, tensor.data[rows]), at + part[0]
     if faults:
         raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
-    ends = [i for key in ("eos", "eot") if isinstance(i := meta.get(f"tokenizer.ggml.{key}_token_id"), int)]
+    ends = [i for key in ("eos", "eot")
+            if isinstance(i := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
     return config, state if keep_packed else {name: p.dequantize(dtype) for name, p in state.items()}, tok
