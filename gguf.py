@@ -419,7 +419,7 @@ def read_rope(get, path):
     factor, theta = number("scaling.factor", get("rope.scale_linear", 1.0)), number("freq_base", 10000.0)
     kind, rope = get("rope.scaling.type", "linear", str), {"rope_type": "default", "rope_theta": theta}
     if kind not in ("none", "linear", "yarn") or get("rope.scaling.yarn_log_multiplier", 0) or theta <= 1:
-        raise UserError(f"{path}: rope scaling {kind!r} of base {theta} is not supported; this program knows linear, yarn, Llama 3's")
+        raise UserError(f"{path}: rope scaling {kind!r} of base {theta} is not supported; known are linear, yarn, Llama 3's")
     if kind == "none" or factor == 1:
         return rope
     rope |= {"rope_type": kind, "factor": factor}

@@ -312,7 +312,8 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("key, value, match", [
-    ("llama.block_count", 1 << 30, "1,024"), ("llama.block_count", 1 << 31, "no sense"), ("llama.block_count", 2, "2, the tensors are of 1"),
+    ("llama.block_count", 1 << 30, "1,024"), ("llama.block_count", 1 << 31, "no sense"),
+    ("llama.block_count", 2, "2, the tensors are of 1"),
     ("llama.embedding_length", "wide", "wide"), ("llama.attention.head_count", 0, "heads"),
     ("llama.attention.key_length", 1 << 30, "one size"), ("llama.feed_forward_length", 1 << 30, "expected an integer"),
     ("llama.rope.freq_base", 0, "above 0"), ("llama.rope.scaling.factor", float("inf"), "inf"),
@@ -321,7 +322,7 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
     ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"), ("llama.expert_count", 8, "experts"),
     ("llama.vocab_size", 7, ""), ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
     ("tokenizer.ggml.model", "t5", "t5"), ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
-    ("tokenizer.ggml.tokens", ["a" * 5000], ""), ("tokenizer.ggml.merges", ["a b c"], "not two tokens"), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
+    ("tokenizer.ggml.merges", ["a b c"], "not two tokens"), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
     ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types")])
 def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
