@@ -191,7 +191,7 @@ def test_the_command_writes_warns_and_shows(tmp_path):
     run = [sys.executable, gguf.__file__]
     made = subprocess.run([*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"], capture_output=True,
                           text=True)
-    assert made.returncode == 0 and "blk.0.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0" in made.stderr
+    assert made.returncode == 0 and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0" in made.stderr
     shown = subprocess.run([*run, "show", tmp_path / "x.gguf"], capture_output=True, text=True)
     assert "general.architecture" in shown.stdout and "bits per weight" in shown.stdout
     for args, message in (([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
@@ -306,7 +306,7 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
             (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
             (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
             (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
-            (container(), "architecture None"), (b"GGML" + bytes(60), "do not begin"), (b"", "0 bytes")]:
+            (container(), "architecture 'None'"), (b"GGML" + bytes(60), "do not begin"), (b"", "0 bytes")]:
         refused(tmp_path / "x.gguf", data, match)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
