@@ -48,7 +48,8 @@ def llama_quantize(source, target, mix):
     assert lib.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
 
 
-@pytest.mark.parametrize("family, mix", [*((f, "f32") for f in FAMILIES), *((f, "f16") for f in ("llama", "gpt2", "qwen2", "qwen3"))])
+@pytest.mark.parametrize("family, mix", [*((f, "f32") for f in FAMILIES),
+                                         *((f, "f16") for f in ("llama", "gpt2", "qwen2", "qwen3"))])
 def test_llama_cpp_computes_our_logits_over_200_tokens(family, mix, tmp_path):
     model, tok = make_folder(tmp_path / "m", family)
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", mix)
@@ -154,8 +155,8 @@ def test_every_type_decodes_and_the_simple_ones_encode_as_in_the_gguf_package(na
         assert np.array_equal(gguf.quantize(x, name).numpy(), package.quants.quantize(x.numpy(), theirs).view(np.uint8))
 
 
-@pytest.mark.parametrize("family, mix", [*(("llama", mix) for mix in FTYPES), ("gpt2", "q4_k_m"), ("gpt2", "q2_k"), ("odd", "q4_k_s"),
-                                         ("odd", "q4_k_m"), ("odd", "q5_k_m"), ("untied", "q4_k_m"), ("untied", "q4_0")])
+@pytest.mark.parametrize("family, mix", [*(("llama", mix) for mix in FTYPES), ("gpt2", "q4_k_m"), ("gpt2", "q2_k"),
+                                         ("odd", "q4_k_s"), ("odd", "q4_k_m"), ("odd", "q5_k_m"), ("untied", "q4_k_m"), ("untied", "q4_0")])
 def test_llama_cpps_own_files_load_and_ours_choose_the_same_types(family, mix, tmp_path, package):
     """Same bytes for the simple types; for k-quants an error as small, and mostly the same bytes, too."""
     make_folder(tmp_path / "m", family)
