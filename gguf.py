@@ -298,8 +298,8 @@ def row_order(name, rows, config, back=False):
     """
     if config.model_type not in ("llama", "mistral") or not re.search(r"\.attn_[qk]\.", name):
         return None
-    halves_ = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
-    return torch.arange(rows).view(-1, *halves_).transpose(1, 2).flatten()
+    pairs = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
+    return torch.arange(rows).view(-1, *pairs).transpose(1, 2).flatten()
 
 
 def kind_of(name, shape, mix, config):

@@ -320,7 +320,8 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
     ("general.architecture", ["llama"], "llama"),
     ("llama.rope.dimension_count", 8, "one size"), ("llama.rope.scaling.type", "longrope", "longrope"),
     ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"), ("llama.expert_count", 8, "experts"),
-    ("llama.vocab_size", 7, None), ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
+    ("llama.vocab_size", 7, None),
+    ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
     ("tokenizer.ggml.model", "t5", "t5"), ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
     ("tokenizer.ggml.merges", ["a b c"], "not two tokens"), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
     ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types")])

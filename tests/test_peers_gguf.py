@@ -156,7 +156,8 @@ def test_every_type_decodes_and_the_simple_ones_encode_as_in_the_gguf_package(na
 
 
 @pytest.mark.parametrize("family, mix", [*(("llama", mix) for mix in FTYPES), ("gpt2", "q4_k_m"), ("gpt2", "q2_k"),
-                                         ("odd", "q4_k_s"), ("odd", "q4_k_m"), ("odd", "q5_k_m"), ("untied", "q4_k_m"), ("untied", "q4_0")])
+                                         ("odd", "q4_k_s"), ("odd", "q4_k_m"),
+                                         ("odd", "q5_k_m"), ("untied", "q4_k_m"), ("untied", "q4_0")])
 def test_llama_cpps_own_files_load_and_ours_choose_the_same_types(family, mix, tmp_path, package):
     """Same bytes for the simple types; for k-quants an error as small, and mostly the same bytes, too."""
     make_folder(tmp_path / "m", family)
