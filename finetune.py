@@ -285,7 +285,7 @@ def try_out(run, count=20):
         asked.append((ids[:start].tolist(), ids[start:end].tolist()))
     given = answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
     for (prompt, expected), (text, _) in islice(zip(asked, given), 3):
-        print(f"\n{run.tok.decode(prompt)}{text}\n[expected: {run.tok.decode(expected, skip_special=True)}]")
+        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {run.tok.decode(expected, skip_special=True)}]"))
     print(f"\n{sum(ended for _, ended in given)} of {len(given)} answers to held-out prompts ended by themselves")
 
 

@@ -323,7 +323,7 @@ def test_files_of_all_layouts_are_read(tmp_path):
 
 def test_a_file_of_no_known_layout_names_its_keys_and_the_layouts(tmp_path):
     (tmp_path / "f").write_text('{"question": "q", "prompt": "p"}')
-    said = r"f: record 1 .* its keys are question, prompt; known layouts: \{messages\}, ShareGPT .* Alpaca"
+    said = r"f: record 1 .* its keys are 'question', 'prompt'; known layouts: \{messages\}, ShareGPT .* Alpaca"
     with pytest.raises(UserError, match=said):
         list(chat.read_conversations(tmp_path / "f"))
 

@@ -350,7 +350,7 @@ BAD = [
 
 @pytest.mark.parametrize("record, reason", [*BAD,
     ({"messages": []}, "a conversation is a non-empty list"),
-    ({"text": "red", "label": 1}, "its keys are text, label; known layouts: {messages}, ShareGPT {conversations"),
+    ({"text": "red", "label": 1}, "its keys are 'text', 'label'; known layouts: {messages}, ShareGPT {conversations"),
     (["red"], "record 1 cannot be read as a conversation: it is a str, not an object"),
 ])
 def test_a_file_of_nothing_usable_is_refused_by_reason(record, reason, base, tmp_path):
