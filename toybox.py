@@ -319,7 +319,7 @@ def interleave(rng, world, plays):
     return "\n\n".join(b.strip() for b in blocks) + "\n"
 
 
-def write(out, plays="", seed=0, text_bytes=4_000_000, train=40_000, test=1_400, pairs=4_000):
+def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400, pairs=4_000):
     """Everything a demo needs -> files in the folder `out`; meta.json says what. `plays`: text to mix into the world's."""
     out, held = Path(out), [WITHHELD]
     out.mkdir(parents=True, exist_ok=True)
