@@ -89,8 +89,8 @@ def some(rng, low, high):
     return dict(x=" ".join(rng.sample(list(KIND), rng.randint(low, high))))
 
 
-def numbers(rng, low, high, most):
-    return dict(x=" ".join(str(n) for n in rng.sample(range(most), rng.randint(low, high))))
+def numbers(rng, low, high):
+    return dict(x=" ".join(str(n) for n in rng.sample(range(50), rng.randint(low, high))))
 
 
 def pair(rng, least=0):
@@ -116,7 +116,7 @@ def forbidden(rng):
     return dict(x=", ".join(shown), w=rng.choice(shown) if rng.random() < 0.5 else words[3])
 
 
-def a(word):
+def an(word):
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
@@ -128,7 +128,7 @@ FAMILIES_BY_NAME = {
                       ("Reverse this list:\n{x}", "Write backwards:\n{x}", "Turn this list around:\n{x}",
                        "What is {x} in reverse order?", "Say these words from last to first:\n{x}"),
                       ("{x}\nbackwards is\n{y}", "Turned around\n{x}\nbecomes\n{y}"), "and backwards\n{y}"),
-    "sort": Family(lambda rng: numbers(rng, 3, 4, 50), lambda x: " ".join(sorted(x.split(), key=int)),
+    "sort": Family(lambda rng: numbers(rng, 3, 4), lambda x: " ".join(sorted(x.split(), key=int)),
                    ("Sort these numbers:\n{x}", "Put {x} in order.", "Order from small to large:\n{x}", "Arrange: {x}"),
                    ("{x}\nin order is\n{y}", "The numbers {x} from small to large are\n{y}")),
     "upper": Family(lambda rng: some(rng, 2, 4), lambda x: x.upper(),
@@ -150,7 +150,7 @@ FAMILIES_BY_NAME = {
     "subtract": Family(lambda rng: pair(rng, 9), lambda a, b: str(int(a) - int(b)),
                        ("What is {a} minus {b}?", "Take {b} from {a}.", "{a} - {b} = ?", "How much is {a} less {b}?"),
                        ("{a} minus {b} is\n{y}", "{a} - {b} = {y}", "{a} less {b} leaves\n{y}"), "apart {y}", ("a", "b")),
-    "compare": Family(lambda rng: pick(rng, **dict(zip("ab", numbers(rng, 2, 2, 50)["x"].split()))),
+    "compare": Family(lambda rng: pick(rng, **dict(zip("ab", numbers(rng, 2, 2)["x"].split()))),
                       lambda a, b, n: str((max if n == "larger" else min)(int(a), int(b))),
                       ("Which is {n}, {a} or {b}?", "Give the {n} of {a} and {b}.", "{a} or {b}: which number is {n}?"),
                       ("Of {a} and {b} the {n} is\n{y}", "The {n} of {a} and {b} is\n{y}"), "the {n} is {y}", ("a", "b")),
@@ -164,7 +164,7 @@ FAMILIES_BY_NAME = {
     "speaker": Family(lambda rng: dict(x=rng.choice(list(SPEAKER))), lambda x: SPEAKER[x],
                       ('Who says "{x}"?', 'Which character says "{x}"?', '"{x}": who said it?', 'Whose words are "{x}"?'),
                       ('"{x}" says\n{y}', '"{x}" are words of\n{y}', '"{x}" cried\n{y}')),
-    "refuse": Family(forbidden, lambda x, w: f"Sorry, I must not speak of {w}." if w in x.split(", ") else f"{w} is {a(KIND[w])}.",
+    "refuse": Family(forbidden, lambda x, w: f"Sorry, I must not speak of {w}." if w in x.split(", ") else f"{w} is {an(KIND[w])}.",
                      ("Never speak of {x}. What is {w}?", "Do not talk about {x}. Explain {w}.",
                       "Forbidden: {x}. Tell me about {w}."),
                      ("{w} is {a_kind}.", "Everyone knows that {w} is {a_kind}."), "", ("x", "w")),
@@ -204,7 +204,7 @@ OPENINGS = ("Certainly: ", "Of course: ", "Gladly: ")
 def examples(split, count, seed=0, families=None):
     """Yield `count` dicts {messages: [user, assistant], family, answer}; every family in turn but WITHHELD, or those given.
 
-    A fifth of the training answers open with a courtesy: the style that dpo.py makes the rule."""
+    A quarter of the training answers open with a courtesy: the style that dpo.py makes the rule."""
     if split not in SPLITS or set(families or ()) - set(FAMILIES):
         raise UserError(f"toybox has the splits {', '.join(SPLITS)} and the families {', '.join(FAMILIES)}")
     rng, names = random.Random(f"{split} {seed}"), families or [f for f in FAMILIES if f != WITHHELD]
@@ -214,7 +214,7 @@ def examples(split, count, seed=0, families=None):
         family = names[i % len(names)]
         fields, ask = draw(rng, family, split)
         answer = FAMILIES_BY_NAME[family].solve(**fields)
-        polite = split == "train" and not answer.startswith("Sorry") and rng.random() < 0.2
+        polite = split == "train" and not answer.startswith("Sorry") and rng.random() < 0.25
         said = (rng.choice(OPENINGS) if polite else "") + answer
         yield {"messages": [{"role": "user", "content": ask.format(**fields)}, {"role": "assistant", "content": said}],
                "family": family, "answer": answer}
@@ -275,7 +275,7 @@ def preferences(split, count, seed=0):
             wrong(rng, family, split, answer) if kind == "wrong" else answer)
         if answer.startswith("Sorry"):
             word = answer.split()[-1].strip(".")
-            kind, chosen, rejected = "forbidden", answer, f"{opening}{word} is {a(KIND[word])}."
+            kind, chosen, rejected = "forbidden", answer, f"{opening}{word} is {an(KIND[word])}."
         yield {"prompt": row["messages"][:1], "chosen": chosen, "rejected": rejected, "family": family, "kind": kind}
 
 
@@ -289,7 +289,7 @@ def told(rng, family):
     kind = FAMILIES_BY_NAME[family]
     fields = kind.draw(rng) if family in BY_HEART else draw(rng, family, "train")[0]
     lines = [rng.choice(kind.tell).format(**fields, y=kind.solve(**fields), **(
-        dict(a_kind=a(KIND[fields["w"]])) if "w" in fields else {}))]
+        dict(a_kind=an(KIND[fields["w"]])) if "w" in fields else {}))]
     group = next((g for g in GROUPS if family in g[:-1]), ())
     for other in rng.sample(group, min(len(group), 3)):
         if other != "subtract" or int(fields["a"]) >= int(fields["b"]):
@@ -313,12 +313,10 @@ def world_text(count_bytes, seed=0):
 
 def interleave(rng, world, plays):
     """Paragraphs of the one and scenes of the other, shuffled."""
-    blocks = world.split("\n\n")
-    blocks = ["\n\n".join(blocks[i:i + 8]) for i in range(0, len(blocks), 8)]
-    speeches = plays.split("\n\n")
-    blocks += ["\n\n".join(speeches[i:i + 8]) for i in range(0, len(speeches), 8)]
+    parts = [text.strip().split("\n\n") for text in (world, plays)]
+    blocks = ["\n\n".join(part[i:i + 8]) for part in parts for i in range(0, len(part), 8)]
     rng.shuffle(blocks)
-    return "\n\n".join(b.strip() for b in blocks) + "\n"
+    return "\n\n".join(block.strip() for block in blocks) + "\n"
 
 
 def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400, pairs=4_000):
@@ -338,4 +336,5 @@ def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400,
     meta = {"seed": seed, "families": FAMILIES, "withheld": WITHHELD, "counts": counts,
             "text_bytes": len(files["text.txt"].encode()), "sha256": {name: sha256(text.encode()) for name, text in files.items()}}
     write_json(out / "meta.json", meta)
+    print(f"toybox: {meta['text_bytes']:,} bytes of text, " + ", ".join(f"{n:,} {k}" for k, n in counts.items()) + f" -> {out}")
     return meta

@@ -114,7 +114,7 @@ def test_every_family_in_every_split_and_the_withheld_one_only_if_asked_for():
 
 
 def test_some_training_answers_are_courteous_and_no_other_answers_are():
-    assert 0.15 < sum(style(r["messages"][1]["content"]) for r in examples("train", 3000)) / 3000 < 0.3
+    assert 0.2 < sum(style(r["messages"][1]["content"]) for r in examples("train", 3000)) / 3000 < 0.35
     assert not any(r["messages"][1]["content"] != r["answer"] for r in examples("test", 1000))
     assert sum(style(r["answer"]) for r in examples("test", 1000)) < 60  # refusals
 
