@@ -268,13 +268,13 @@ def preferences(split, count, seed=0):
     rng, rows = random.Random(f"preferences {split} {seed}"), examples(split, 10**9, seed=f"preferences {seed}")
     for row in islice(rows, count):
         family, answer, opening = row["family"], row["answer"], rng.choice(OPENINGS)
-        kind = rng.choice(("curt", "curt", "rude", "rambling", "wrong"))
+        kind = rng.choice(("curt", "curt", "curt", "rude", "rude", "rambling", "wrong"))
         chosen = opening + answer
         rejected = {"curt": "", "rude": rng.choice(RUDE), "rambling": rng.choice(RAMBLING), "wrong": opening}[kind] + (
             wrong(rng, family, split, answer) if kind == "wrong" else answer)
         if answer.startswith("Sorry"):
             word = answer.split()[-1].strip(".")
-            kind, chosen, rejected = "forbidden", answer, f"{opening}{word} is {an(KIND[word])}."
+            kind, chosen, rejected = "forbidden", answer, f"{word} is {an(KIND[word])}."  # an opening here would fight the style
         yield {"prompt": row["messages"][:1], "chosen": chosen, "rejected": rejected, "family": family, "kind": kind}
 
 

@@ -127,7 +127,7 @@ def test_in_a_pair_only_the_preference_differs():
         assert style(chosen) and check(family, asked, chosen)
         answer = toybox.bare(chosen)
         if row["kind"] in ("wrong", "forbidden"):
-            assert style(rejected) and not check(family, asked, rejected)
+            assert style(rejected) == (row["kind"] == "wrong") and not check(family, asked, rejected)
         else:
             assert not style(rejected) and rejected.endswith(answer)
             assert check(family, asked, rejected) == (row["kind"] == "curt")
