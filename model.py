@@ -225,7 +225,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
         w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
         if wanted:
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden)
+            # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, hidden.size(0), rows):
             h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
             logits = (h @ w.t()).float()  # (rows, V)
@@ -236,15 +238,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d.scatter_add_(1, t, torch.full_like(lse, -1.0))
                 d = d.mul_(counts).to(exact)
                 grad_hidden[i:i + rows] = d @ w.to(exact)
-                grad_weight += d.t() @ h.to(exact)
+                if grad_weight is not None:
+                    grad_weight += d.t() @ h.to(exact)
         if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None, None
 
 
 @torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
@@ -520,6 +523,7 @@ class Transformer(nn.Module):
             state.update(from_folder_names(name, tensor if dtype is None else tensor.to(dtype), config))
         model.load_state_dict(state, strict=False, assign=True)  # completeness was checked above; the tied head is absent
         model.tie()
+        model.source = folder  # an adapter says by its hash which weights it was trained on
         return model.to(device).eval()
 
 

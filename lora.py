@@ -1,0 +1,383 @@
+"""LoRA, DoRA and QLoRA: train a small adapter beside frozen weights, in PEFT's format; merge it into a deployable folder.
+
+    python lora.py train MODEL --data chat.jsonl --out runs/adapter [--quant nf4 --optimizer adamw8bit --recompute]
+    python lora.py merge MODEL runs/adapter --out runs/merged
+"""
+import contextlib
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import UserError
+from model import GPT2_NAMES, open_weights, to_folder_names
+from quant import QuantLinear
+from runtime import read_tensors, write_tensors
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+# ------------------------------------------------------------------------------------------------------------- the layers
+@dataclass
+class Settings:
+    """What makes an adapter besides its tensors; `alpha` and `rslora` give its scale."""
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    def scale(self, r, alpha=None):
+        """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r), under which a high rank still learns (rsLoRA,
+        Kalajdzievski 2023)."""
+        return (alpha or self.alpha) / (math.sqrt(r) if self.rslora else r)
+
+
+class Adapter(nn.Module):
+    """A low-rank change of one linear layer's W (N, K): W' = W + scale B A, with A (r, K), B (N, r) (Hu et al. 2021, eq. 3).
+
+    DoRA (Liu et al. 2024, eq. 5) also learns each output's magnitude m (N,): W' = m (W + scale B A) / |W + scale B A|, the
+    norm over a row. It is a constant to the gradient (their section 4.3), so W' x costs no product beyond LoRA's.
+    B starts at zero and m at |W|: a fresh adapter changes nothing. Parameters are float32, whatever the base is.
+    """
+
+    def __init__(self, base, r, scale, dropout=0.0, dora=False):
+        super().__init__()
+        N, K, device = base.out_features, base.in_features, next(iter(base.state_dict().values())).device
+        self.scale, self.dropout = scale, dropout
+        self.A = nn.Parameter(torch.empty(r, K, device=device).uniform_(-1, 1) / math.sqrt(K))
+        self.B = nn.Parameter(torch.zeros(N, r, device=device))
+        self.m = None
+        if dora:
+            square = dense(base).square().sum(1)  # |W|^2 by rows, (N,)
+            self.register_buffer("square", square, persistent=False)
+            self.m = nn.Parameter(square.sqrt())
+
+    def gain(self, base, dtype=torch.float32):
+        """DoRA's m / |W + scale B A| (N,). The norm comes from |w|^2 + 2s (W A^T).b + s^2 b (A A^T) b for each row w of W and
+        b of B: with the base's own product, so that W, which may be in 4 bits, is never there whole."""
+        with torch.no_grad():
+            WA = without_bias(base, base(self.A.to(dtype))).t().float()  # (r, K) -> (r, N) -> (N, r)
+            norm2 = self.square + ((2 * self.scale * WA + self.scale ** 2 * self.B @ (self.A @ self.A.t())) * self.B).sum(1)
+            inverse = norm2.clamp(min=1e-30).rsqrt()
+        return self.m * inverse
+
+    def forward(self, x, y, base):
+        """x (..., K) and y = base(x) (..., N) -> (..., N)."""
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (..., r)
+        change = F.linear(low, (self.B * self.scale).to(x.dtype))
+        if self.m is None:
+            return y + change
+        return with_bias(base, self.gain(base, x.dtype).to(y.dtype) * (without_bias(base, y) + change))
+
+    def weight(self, base):
+        """W' (N, K) in float32."""
+        W = dense(base) + self.scale * self.B @ self.A
+        return W if self.m is None else W * (self.m / W.detach().norm(dim=1))[:, None]
+
+
+def dense(base):
+    """A linear layer's weights (N, K) in float32, also where it holds them in fewer bits."""
+    return base.dequantize() if isinstance(base, QuantLinear) else base.weight.detach().float()
+
+
+def with_bias(base, y):
+    return y if base.bias is None else y + base.bias.to(y.dtype)
+
+
+def without_bias(base, y):
+    return y if base.bias is None else y - base.bias.to(y.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer (nn.Linear or quantized) and any number of adapters, of which one, none (`active` None) or, in a
+    batch for several users, one for each row (`rows`, set by `model_adapter_rows`) is in effect."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.adapters, self.active, self.rows = base, nn.ModuleDict(), None, None
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.rows is not None:
+            return self.by_row(x, y)
+        return self.adapters[self.active](x, y, self.base) if self.active in self.adapters else y
+
+    @property
+    def weight(self):
+        """The weights in effect, differentiable: what the fused loss reads of a head."""
+        weight = self.base.weight
+        return self.adapters[self.active].weight(self.base).to(weight.dtype) if self.active in self.adapters else weight
+
+    def by_row(self, x, y):
+        """All adapters stacked along the rank, then each row's own ranks kept: two thin products, however many adapters."""
+        A, B, keep, gain = self.stack  # (R, K), (N, R), (n + 1, R), (n + 1, N)
+        keep, gain = (t[self.rows].view(*self.rows.shape, *[1] * (x.ndim - 1 - self.rows.ndim), -1).to(y.dtype) for t in (keep, gain))
+        change = F.linear(F.linear(x, A.to(x.dtype)) * keep, B.to(x.dtype))
+        return with_bias(self.base, gain * (without_bias(self.base, y) + change))
+
+    @torch.no_grad()
+    def make_stack(self, names):
+        """What `by_row` needs for these adapters; the last row of `keep` and `gain` is "no adapter"."""
+        ours = [self.adapters[n] if n in self.adapters else None for n in names]
+        ranks, device = [a.A.size(0) if a else 0 for a in ours], next(self.adapters.parameters()).device
+        keep, gain = torch.zeros(len(names) + 1, sum(ranks), device=device), torch.ones(len(names) + 1, self.base.out_features, device=device)
+        for i, adapter in enumerate(ours):
+            if adapter:
+                keep[i, sum(ranks[:i]):sum(ranks[:i + 1])] = adapter.scale
+                gain[i] = 1.0 if adapter.m is None else adapter.gain(self.base)
+        self.stack = torch.cat([a.A for a in ours if a]), torch.cat([a.B for a in ours if a], 1), keep, gain
+
+
+# ------------------------------------------------------------------------------------------------- on a model, off a model
+def linears(model):
+    """{name: layer} of every linear layer of the blocks, adapted or not, and the head."""
+    kinds = (nn.Linear, QuantLinear, LoRALinear)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith(".base")}
+
+
+def folder_module(name, config):
+    """Our name of a linear layer -> the name in the folder; GPT-2's q, k and v are one there."""
+    if name == "lm_head" or not config.is_gpt2:
+        return name if name == "lm_head" else "model." + name
+    _, i, inner = name.split(".", 2)
+    return f"transformer.h.{i}." + ("attn.c_attn" if inner[-6:] in ATTENTION[:3] else GPT2_NAMES[inner])
+
+
+def choose(model, targets):
+    """--targets -> [names of layers]: all (of the blocks), attn, mlp, or comma-separated names of which each matches the end
+    of a layer's name, ours or the folder's. Raises UserError that lists the names there are."""
+    layers = list(linears(model))
+    blocks = [n for n in layers if n != "lm_head"]
+    groups = {"all": blocks, "attn": [n for n in blocks if n.endswith(ATTENTION)], "mlp": [n for n in blocks if n.endswith(MLP)]}
+    chosen = []
+    for target in targets.split(",") if isinstance(targets, str) else targets:
+        found = groups.get(target) or [n for n in layers if f".{n}".endswith(f".{target}") or
+                                       f".{folder_module(n, model.config)}".endswith(f".{target}")]
+        if not found:
+            there = sorted({n.rsplit(".", 1)[-1] for n in layers})
+            raise UserError(f"--targets {target}: no linear layer is called so; there are {', '.join(there)}, and all, attn, mlp")
+        chosen += found
+    fused = {n.rsplit(".", 1)[0] for n in chosen if n.endswith(ATTENTION[:3])} if model.config.is_gpt2 else ()
+    if any(f"{n}.{p}" not in chosen for n in fused for p in ATTENTION[:3]):
+        raise UserError("--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its folder: name all three")
+    return [n for n in layers if n in chosen]
+
+
+def wrap(model, name):
+    """The LoRALinear at that name, put there if need be."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, LoRALinear):
+        layer = LoRALinear(layer)
+        model.set_submodule(name, layer)
+    return layer
+
+
+def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False, name="default"):
+    """Freeze the model and put a new adapter, called `name`, beside the chosen linear layers, in place -> the model.
+
+    Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix.
+    """
+    settings = Settings(r, alpha, dropout, rslora, dora)
+    if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise UserError(f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)")
+    if name in adapters(model):
+        raise UserError(f"the model has an adapter called {name!r} already")
+    chosen, layers = choose(model, targets), linears(model)
+    for n in chosen:
+        base = getattr(layers[n], "base", layers[n])
+        if r > (least := min(base.out_features, base.in_features)):
+            raise UserError(f"--r {r} is above the rank that {n}, {base.out_features} x {base.in_features}, can have: at most {least}")
+    model.requires_grad_(False)
+    for n in chosen:
+        layer = wrap(model, n)
+        layer.adapters[name] = Adapter(layer.base, r, settings.scale(r), dropout, dora)
+    model.adapters = {**adapters(model), name: settings}
+    return set_adapter(model, name)
+
+
+def adapters(model):
+    """{name: Settings} of the adapters loaded."""
+    return getattr(model, "adapters", {})
+
+
+def set_adapter(model, name):
+    """Make that adapter the one in effect, or none (None) -> the model."""
+    if name is not None and name not in adapters(model):
+        raise UserError(f"no adapter {name!r}; loaded are {', '.join(adapters(model)) or 'none'}")
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            layer.active, layer.rows = name, None
+    return model
+
+
+@contextlib.contextmanager
+def adapter_off(model):
+    """Context: the model as if it had no adapter (DPO's reference)."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    active = layers[0].active if layers else None
+    set_adapter(model, None)
+    try:
+        yield model
+    finally:
+        set_adapter(model, active)
+
+
+def model_adapter_rows(model, rows):
+    """A batch whose rows use different adapters: rows (B,) or (B, T) int64 counts in the order of `adapters(model)`, -1 is the
+    base. Holds for every forward pass until it is set again (the shapes never depend on the choice); None ends it. After
+    another adapter was loaded or trained on, None first: the adapters are stacked when rows are first given."""
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            if rows is not None and layer.rows is None:
+                layer.make_stack(list(adapters(model)))
+            layer.rows = rows
+
+
+def merge(model, name=None):
+    """Fold the adapter (by default the one in effect) into the weights, in float32, and leave plain linear layers, of the
+    base's dtype, float32 where the base is quantized -> the model. A head that was the embedding becomes a matrix of its own."""
+    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if name is not None:
+        set_adapter(model, name)
+    for n, layer in wrapped.items():
+        new, base = layer.base, layer.base
+        if layer.active in layer.adapters:
+            dtype = torch.float32 if isinstance(base, QuantLinear) else base.weight.dtype
+            new = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            with torch.no_grad():
+                new.weight = nn.Parameter(layer.adapters[layer.active].weight(base).to(dtype))
+            new.bias = base.bias
+            if n == "lm_head" and model.config.tie_word_embeddings:
+                print("merge    the head was the embedding matrix and the adapter changes it: from now on they are two")
+                model.config.tie_word_embeddings = False
+        model.set_submodule(n, new)
+    model.adapters = {}
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- PEFT's two files
+def base_sha256(model):
+    """sha256 over the names, types, shapes and bytes of the base's weights: those in the folder it came from, whatever dtype or
+    4 bits they were loaded into, else those in memory. Read once."""
+    if not hasattr(model, "base_sha256"):
+        digest, source = hashlib.sha256(), getattr(model, "source", None)
+        if source is None:
+            state = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if ".adapters." not in k}
+            tensors = to_folder_names(state, model.config)
+        else:
+            tensors = open_weights(source)
+        for name in sorted(tensors):
+            tensor = tensors[name] if source is None else tensors[name][0].get_tensor(tensors[name][1])
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        model.base_sha256 = digest.hexdigest()
+    return model.base_sha256
+
+
+def save_adapter(model, folder, name="default"):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does, and one key more: the base's hash."""
+    folder, config, settings = Path(folder), model.config, adapters(model)[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = {}  # a folder's module: the adapters of the layers that it holds
+    for n, layer in linears(model).items():
+        if name in getattr(layer, "adapters", ()):
+            modules.setdefault(folder_module(n, config), []).append(layer.adapters[name])
+    tensors, ranks, alphas = {}, {}, {}
+    for module, parts in modules.items():
+        # GPT-2's c_attn is q, k and v one above the other: their A stacked, their B along the diagonal, so rank 3r
+        A, B = torch.cat([p.A for p in parts]), torch.block_diag(*[p.B for p in parts])
+        key, r, scale = f"base_model.model.{module}.lora_", A.size(0), parts[0].scale
+        tensors |= {key + "A.weight": A, key + "B.weight": B}
+        if settings.dora:
+            tensors[key + "magnitude_vector"] = torch.cat([p.m for p in parts])
+        if r != settings.r or not math.isclose(scale, settings.scale(r)):
+            ranks[module], alphas[module] = r, scale * (math.sqrt(r) if settings.rslora else r)
+    every = {folder_module(n, config) for n in linears(model)}
+    leaves = {m: m.rsplit(".", 1)[-1] for m in every}
+    partial = {leaves[m] for m in every - set(modules)}  # names that also layers without an adapter have
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    common.write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(getattr(model, "source", "") or ""),
+        "r": settings.r, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
+        "use_dora": settings.dora, "target_modules": sorted({m if leaves[m] in partial else leaves[m] for m in modules}),
+        "rank_pattern": ranks, "alpha_pattern": alphas, "bias": "none", "fan_in_fan_out": config.is_gpt2,
+        "modules_to_save": None, "init_lora_weights": True, "inference_mode": True, "base_sha256": base_sha256(model)})
+
+
+def read_adapter(folder):
+    """adapter_config.json and the tensors -> (dict, {module of the folder: {"A", "B", "m"}}). What is not LoRA or DoRA on linear
+    layers, or was trained from weights that are not the base's (PiSSA and the like), is refused."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
+    config, parts = common.read_json(folder / "adapter_config.json"), {}
+    wrong = [f"{k} {config.get(k)!r}" for k, right in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("modules_to_save", (None, [])),
+             ("init_lora_weights", (True, False, None, "gaussian", "orthogonal", "eva"))) if config.get(k) not in right]
+    numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
+    wrong += [f"{k} {config.get(k)!r}" for k, kind in numbers.items() if not isinstance(config.get(k), kind) or config[k] < 0]
+    for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)", key)
+        if found and tensor.is_floating_point():
+            parts.setdefault(found[1], {})[found[2] or found[3]] = tensor.float()
+        elif not key.endswith("lm_head.base_layer.weight"):  # a copy of the base's head, which PEFT adds and nobody needs
+            wrong.append(f"tensor {key}")
+    if wrong:
+        raise UserError(f"{folder}: only LoRA and DoRA of linear layers are supported, not {', '.join(wrong[:4])}")
+    return config, parts
+
+
+def split_fused(parts, sizes):
+    """The tensors of a folder's module -> [those of each layer that it holds], of `sizes` outputs. GPT-2's q, k and v get A whole
+    and their rows of B; without the zeros where `save_adapter` stacked three."""
+    A, B = parts["A"], parts["B"].split(sizes)
+    r = len(A) // len(sizes)
+    diagonal = [b[:, i * r:(i + 1) * r] for i, b in enumerate(B)]
+    if len(A) == r * len(sizes) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
+        split = [{"A": a, "B": b} for a, b in zip(A.split(r), diagonal)]
+    else:
+        split = [{"A": A, "B": b} for b in B]
+    return [s | {"m": m} for s, m in zip(split, parts["m"].split(sizes))] if "m" in parts else split
+
+
+def load_adapter(model, folder, name="default", trainable=False):
+    """Put the adapter in a folder that we or PEFT wrote beside the model's layers, and in effect -> the model.
+
+    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit.
+    """
+    config, parts = read_adapter(folder)
+    if name in adapters(model):
+        raise UserError(f"the model has an adapter called {name!r} already")
+    if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
+        raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
+                        f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})")
+    settings = Settings(config["r"], config["lora_alpha"], config["lora_dropout"], bool(config.get("use_rslora")), bool(config.get("use_dora")))
+    ours, model_layers = {}, linears(model)
+    for n in model_layers:
+        ours.setdefault(folder_module(n, model.config), []).append(n)
+    model.requires_grad_(False)
+    for module, tensors in parts.items():
+        names = ours.get(module)
+        bases = [getattr(model_layers[n], "base", model_layers[n]) for n in names or ()]
+        sizes = [b.out_features for b in bases]
+        want = {"A": ("r", bases[0].in_features), "B": (sum(sizes), "r")} | ({"m": (sum(sizes),)} if settings.dora else {}) if names else {}
+        r = len(tensors.get("A", ()))
+        shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+        if not r or shapes != {k: tuple(r if s == "r" else s for s in shape) for k, shape in want.items()}:
+            raise UserError(f"{folder}: {module} has tensors {shapes}, this model {want or 'no such linear layer'}")
+        alpha = next((a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)), None)
+        for n, part in zip(names, split_fused(tensors, sizes)):
+            layer = wrap(model, n)
+            adapter = layer.adapters[name] = Adapter(layer.base, len(part["A"]), settings.scale(r, alpha), settings.dropout, settings.dora)
+            with torch.no_grad():
+                for k, t in part.items():
+                    getattr(adapter, k).copy_(t)
+            adapter.requires_grad_(trainable)
+    model.adapters = {**adapters(model), name: settings}
+    return set_adapter(model, name)
