@@ -45,6 +45,9 @@ class Args(LoopArgs):
     desirable: float = 1.0            # kto: weight of the good answers
     undesirable: float = 1.0          # kto: weight of the bad ones
     sft_weight: float = 0.0           # adds so many times the chosen answer's loss per token: against collapse
+    lora: int = 0                     # train an adapter of this rank instead of all weights; the reference is the model without it
+    alpha: float = 0.0                # scale of the adapter [twice its rank]
+    targets: str = "all"              # its layers: all, attn, mlp or names
     cache: str = ""                   # folder for the reference's log-probs, computed once [the one that --out is in]
     context: int = 1024               # tokens of a prompt and an answer together; a longer prompt loses its beginning
     steps: int = 200
@@ -146,7 +149,7 @@ def read_preferences(args, path, split):
         return
     n = 0
     try:
-        for n, record in enumerate(common.read_records(path), 1):
+        for n, record in enumerate(common.json_records(path), 1):
             yield as_preference(record)
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path}: record {n or 1} is no preference: {error}") from None
@@ -169,3 +172,213 @@ def encode(tok, prompt, answers, context):
     if room < 1:
         raise UserError(f"an answer fills the context of {context:,} tokens, so no prompt fits before it")
     return head[-room:], ends
+
+
+class PairBatch(NamedTuple):
+    """Rows of one prompt and two answers, which both look back at it but not at each other: the prompt is computed once.
+
+    The prompt without its last token is document -1, which every other may look at; an answer is a document that begins with
+    that last token and predicts its own tokens, in the positions it would have alone. After the second comes padding.
+    For KTO the second answer is some other prompt's: only for z0."""
+    x: torch.Tensor          # (R, T) int64
+    y: torch.Tensor          # (R, T) int64: the answers' tokens, else -100
+    docs: torch.Tensor       # (R, T) int32: -1 prompt, 0 first answer, 1 second, 2 padding
+    positions: torch.Tensor  # (R, T) int64
+    ref: torch.Tensor        # (R, T) float32: the reference's log-prob of y, 0 where none
+    ends: torch.Tensor       # (R, 2) int64: where the answers end
+    weight: torch.Tensor     # (R, 2) float32: of a good and a bad answer; 0, 0 for a row that only fills a batch
+    kl: torch.Tensor         # (R,) float32: KTO's z0
+
+    def to(self, device):
+        return PairBatch(*(t.to(device, non_blocking=True) for t in self))
+
+    def trimmed(self, answers=2):
+        """Without the columns after the longest row's first or second answer. A GPU gets few different shapes to compile for."""
+        longest, unit = int(self.ends[:, answers - 1].max()), 8
+        width = -(-longest // unit) * unit if not self.x.is_cuda else max(128, 1 << (longest - 1).bit_length())
+        return self._make(t[:, :width] if t.ndim == 2 and t.size(1) == self.x.size(1) else t for t in self)
+
+
+class Order(NamedTuple):
+    """The rows of an epoch."""
+    order: np.ndarray
+
+    def row(self, r):
+        return self.order[r]
+
+
+class Pairs:
+    """Prompts with two answers as ids, for data.Batches: a row is a pair, rows of a batch are sorted by their length."""
+
+    def __init__(self, pairs, weights, model_sha=""):
+        """pairs: [(prompt ids, [first answer's ids, second's])]; weights: [(of the good, of the bad answer)]."""
+        self.pairs, self.weights = pairs, np.array(weights, np.float32)
+        sizes = np.array([[len(prompt), *map(len, answers)] for prompt, answers in pairs])
+        self.ends = sizes[:, :1] - 1 + sizes[:, 1:].cumsum(1)  # (pairs, 2): where in its row an answer ends
+        self.first = np.append(0, sizes[:, 1:].sum(1).cumsum())  # where in `ref` a pair's answers are
+        self.ref = np.zeros(self.first[-1], np.float32)
+        self.sha256 = common.sha256(repr((model_sha, pairs, weights)).encode())
+
+    def __len__(self):
+        return int(self.ends[:, 1].sum())
+
+    def plan(self, context, seed, epoch):
+        return Order(np.random.default_rng([seed, epoch]).permutation(len(self.pairs)))
+
+    def fill(self, rows, context):
+        """Numbers of pairs -> PairBatch."""
+        rows = sorted(rows, key=lambda r: self.ends[r, 1])
+        width = max(128, 1 << (int(self.ends[rows, 1].max()) - 1).bit_length())
+        x, y, docs, positions = (np.full((len(rows), width), v, np.int64) for v in (0, -100, 2, 0))
+        ref = np.zeros((len(rows), width), np.float32)
+        for i, r in enumerate(rows):
+            prompt, answers = self.pairs[r]
+            at = len(prompt) - 1
+            x[i, :at], docs[i, :at], positions[i, :at] = prompt[:-1], -1, np.arange(at)
+            y[i, at:self.ends[r, 1]] = np.concatenate(answers)
+            ref[i, at:self.ends[r, 1]] = self.ref[self.first[r]:self.first[r + 1]]
+            for doc, answer in enumerate(answers):
+                end = at + len(answer)
+                x[i, at:end], docs[i, at:end] = [prompt[-1], *answer[:-1]], doc
+                positions[i, at:end] = np.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))
+                at = end
+        tensors = x, y, docs.astype(np.int32), positions, ref, self.ends[rows], self.weights[rows], np.zeros(len(rows), np.float32)
+        return PairBatch(*map(torch.from_numpy, tensors))
+
+    def validation(self, rows, context, stride=None, rank=0, world=1):
+        """Yield PairBatches that have every pair once, alike in length; rank r gets every world-th batch, all get as many."""
+        by_size = self.ends[:, 1].argsort(kind="stable")
+        for at in range(rank * rows, -(-len(by_size) // (rows * world)) * rows * world, rows * world):
+            these = by_size[at:at + rows]
+            batch = self.fill([*these, *[by_size[-1]] * (rows - len(these))], context)
+            batch.weight[len(these):] = 0
+            yield batch
+
+
+def load_pairs(args, tok, context, model_sha):
+    """-> (training Pairs, validation Pairs), and what was skipped and why is printed."""
+    splits = {"train": read_preferences(args, args.data, "train")}
+    if args.val or args.data == "toybox":
+        splits["val"] = read_preferences(args, args.val or args.data, "val")
+    found, skipped = {"train": [], "val": []}, Counter()
+    for split, records in splits.items():
+        for prompt, answers, label in records:
+            part = split
+            if "val" not in splits:  # the same prompt never on both sides
+                part = "val" if int(common.sha256(json.dumps(prompt).encode())[:8], 16) < args.val_share * 2 ** 32 else "train"
+            try:
+                found[part].append((*encode(tok, prompt, answers, context), label))
+            except UserError as why:
+                skipped[str(why)] += 1
+    for why, count in skipped.most_common():
+        print(f"skipped  {count:,}: {why}")
+    for part, pairs in found.items():
+        if len(pairs) < 2:
+            raise UserError(f"{args.data}: {len(pairs)} usable pairs for {'training' if part == 'train' else 'validation'}: give more "
+                            "data, or --val FILE, or another --val-share")
+    return [make_pairs(args, found[part], model_sha) for part in ("train", "val")]
+
+
+def make_pairs(args, found, model_sha):
+    """[(prompt, answers, label or None)] -> Pairs. For KTO pairs come apart, and each answer gets a neighbour's beside it."""
+    if args.loss != "kto":
+        if any(label is not None for *_, label in found):
+            raise UserError(f"{args.data} has single answers with a label, --loss {args.loss} needs pairs: use --loss kto")
+        return Pairs([(p, a) for p, a, _ in found], [(1.0, 1.0)] * len(found), model_sha)
+    single = [(p, a[0], True if label is None else label) for p, a, label in found]
+    single += [(p, a[1], False) for p, a, label in found if label is None]
+    pairs = [(p, [a, other]) for (p, a, _), (_, other, _) in zip(single, single[-1:] + single[:-1])]
+    return Pairs(pairs, [(args.desirable, 0.0) if good else (0.0, args.undesirable) for *_, good in single], model_sha)
+
+
+# ------------------------------------------------------------------------------------------------ log-probs and the objective
+def log_probs(model, batch):
+    """-> nats of each target (R, T); and summed by answer (2, R): the policy's, the reference's log-probs, counts of tokens."""
+    nats = model(batch.x, batch.y, per_token=True, docs=batch.docs, positions=batch.positions)
+    sides = torch.stack([batch.docs == 0, batch.docs == 1])  # (2, R, T)
+    return nats, -(nats * sides).sum(-1), (batch.ref * sides).sum(-1), ((batch.y != -100) & sides).sum(-1)
+
+
+@torch.no_grad()
+def reference(pairs, model, tok, runtime, rows, folder):
+    """Fill pairs.ref with the model's log-probs: read from FOLDER if they were computed before, else computed (ranks share the
+    work) and kept there, under a hash of pairs, weights, tokenizer and dtype."""
+    key = common.sha256(f"{pairs.sha256} {tok.sha256} {runtime.dtype}".encode())
+    path = Path(folder) / f"reference-{key[:16]}.safetensors"
+    if path.is_file() and len(stored := read_tensors(path)["log_probs"]) == len(pairs.ref):
+        pairs.ref = stored.numpy()
+        print(f"refer    {len(pairs.pairs):,} pairs' reference log-probs read from {path}")
+        return
+    found, by_size = torch.zeros(len(pairs.ref), device=runtime.device), pairs.ends[:, 1].argsort(kind="stable")
+    for at in tqdm(range(runtime.rank * rows, len(by_size), rows * runtime.world), "reference", disable=runtime.rank > 0 or None):
+        these = by_size[at:at + rows]
+        batch = pairs.fill(these, 0).to(runtime.device).trimmed()
+        with runtime.autocast():
+            nats = log_probs(model, batch)[0]
+        for r, row, y in zip(these, nats, batch.y):
+            found[pairs.first[r]:pairs.first[r + 1]] = -row[y != -100]
+    if runtime.world > 1:
+        torch.distributed.all_reduce(found)
+    pairs.ref = found.cpu().numpy()
+    if runtime.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"log_probs": found})
+    print(f"refer    {len(pairs.pairs):,} pairs' reference log-probs computed, kept in {path}")
+
+
+class Objective:
+    """The summed loss of a PairBatch, as train.forward_backward calls it; in passing it adds up what is logged."""
+    NAMES = ("loss", "pairs", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl",
+             "good", "bad", "answered", "tokens")
+
+    def __init__(self):
+        self.sums = 0.0
+
+    def __call__(self, model, batch, args):
+        kto = args.loss == "kto"
+        batch = batch.trimmed(1 if kto else 2)
+        if kto:  # the second answer was for z0
+            batch = batch._replace(y=batch.y.where(batch.docs == 0, -100))
+        nats, policy, ref, lengths = log_probs(model, batch)
+        if kto:
+            policy, ref, lengths = policy[[0, 0]], ref[[0, 0]], lengths[[0, 0]]
+        losses, chosen, rejected = preference_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths,
+                                                   gamma=args.gamma, kl=batch.kl, weights=batch.weight.unbind(1))
+        good, bad = (batch.weight > 0).float().unbind(1)  # (R,)
+        if args.sft_weight:
+            losses = losses - args.sft_weight * good * policy[0] / lengths[0]
+        real = torch.maximum(good, bad)
+        right = ((chosen > 0) * good + (rejected < 0) * bad) if kto else (chosen > rejected) * good
+        gap = ((batch.ref + nats.detach()) * real[:, None]).clamp(max=20)  # log(p_ref / p) by token
+        tokens = (batch.y != -100) * real[:, None]
+        self.sums += torch.stack([t.detach().double().sum() for t in (
+            losses * real, real, chosen * good, rejected * bad, right, policy[0] * good, policy[1] * bad,
+            torch.expm1(gap) - gap, good, bad, tokens, (batch.docs < 2) * real[:, None])])
+        return (losses * real).sum()
+
+    def means(self, args, runtime, prefix=""):
+        """What was added up since the last call, over all ranks -> {name: mean}.
+
+        kl is Schulman's estimator (r - 1) - log r with r = p_ref / p, by token of the data: 0 only where the policy is still the
+        reference. (Of its own samples it would be the KL divergence; the data's make it a measure of how far it has moved.)"""
+        total = dict(zip(self.NAMES, map(runtime.sum, self.sums.tolist())))
+        self.sums = 0.0
+        per = {"loss": "pairs", "rewards/accuracies": "pairs", "kl": "answered", "rewards/chosen": "good", "logps/chosen": "good",
+               "rewards/rejected": "bad", "logps/rejected": "bad"}
+        values = {prefix + name: total[name] / max(total[by], 1) for name, by in per.items()}
+        values[prefix + "rewards/margins"] = values[prefix + "rewards/chosen"] - values[prefix + "rewards/rejected"]
+        if args.loss in REFERENCE_FREE:
+            del values[prefix + "kl"]
+        return values, total
+
+
+@torch.no_grad()
+def mismatch_kl(run, batch):
+    """KTO's z0 = max(0, mean log(p / p_ref)) of answers to other prompts, over the whole step of all ranks (eq. 7)."""
+    total = 0.0
+    for i in range(0, len(batch.x), run.rows):
+        part = batch._make(t[i:i + run.rows] for t in batch).to(run.runtime.device).trimmed()
+        with run.runtime.autocast():
+            _, policy, ref, _ = log_probs(run.step_model, part)
+        total += (policy[1] - ref[1]).sum().item()
+    return batch._replace(kl=torch.full_like(batch.kl, max(0.0, run.runtime.sum(total) / run.args.batch)))
