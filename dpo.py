@@ -6,7 +6,6 @@
 
 Top to bottom: the loss, records of any layout into pairs of ids, the reference's log-probabilities, training, eval.
 """
-import hashlib
 import json
 import math
 import re
@@ -19,15 +18,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import chat
 import common
+import lora
 import toybox
 from common import UserError
 from model import Transformer
-from runtime import latest_checkpoint, read_tensors, resolve, write_tensors
+from runtime import read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer
-from train import LoopArgs, finish, forward_backward, log_step, lost_rank_explained, read_args, start_run, steps, update
+from train import (
+    LoopArgs,
+    finish,
+    forward_backward,
+    log_step,
+    lost_rank_explained,
+    read_args,
+    start_in_background,
+    start_run,
+    steps,
+    update,
+    write_model,
+)
 
 
 @dataclass
@@ -382,3 +395,109 @@ def mismatch_kl(run, batch):
             _, policy, ref, _ = log_probs(run.step_model, part)
         total += (policy[1] - ref[1]).sum().item()
     return batch._replace(kl=torch.full_like(batch.kl, max(0.0, run.runtime.sum(total) / run.args.batch)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+def check_flags(args):
+    if args.loss not in LOSSES:
+        raise UserError(f"--loss {args.loss}: use {', '.join(LOSSES)}")
+    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5 or not 0 < args.val_share < 1 or not args.sft_weight >= 0:
+        raise UserError(f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} in [0, 0.5), --val-share "
+                        f"{args.val_share} between 0 and 1, --sft-weight {args.sft_weight} not negative")
+    if (Path(args.model) / "adapter_config.json").is_file():
+        raise UserError(f"{args.model} is an adapter, and the reference must be a whole model: merge it first with python lora.py "
+                        f"merge BASE {args.model} --out D")
+
+
+def prepare(args, checkpoint):
+    """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are computed before it is changed."""
+    check_flags(args)
+    runtime = resolve(args.device, args.dtype, args.compile)
+    tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, torch.float32)
+    splits = load_pairs(args, tok, min(args.context, model.config.max_position_embeddings), lora.base_sha256(model))
+    if not args.micro_batch and runtime.device.type == "cpu":  # short passes of pairs alike in length waste little on padding
+        args.micro_batch = math.gcd(8, args.batch // runtime.world)
+    if args.loss not in REFERENCE_FREE:
+        for pairs in splits:
+            reference(pairs, model, tok, runtime, args.micro_batch or 8, args.cache or Path(args.out).parent)
+    if args.lora and checkpoint:
+        lora.load_adapter(model, checkpoint, trainable=True)
+    elif args.lora:
+        torch.manual_seed(args.seed)
+        lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
+    elif checkpoint:
+        model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"data     {len(splits[0].pairs):,} pairs to train on, {len(splits[1].pairs):,} held out, {len(splits[0]):,} tokens with "
+          f"prompts shared; {args.steps:,} steps of {args.batch} = {args.steps * args.batch / len(splits[0].pairs):.1f} epochs\n"
+          f"model    {model.num_params():,} parameters, {trained:,} trained ({trained / model.num_params():.1%}); "
+          f"{args.loss}, beta {args.beta:g}")
+    return start_run(args, checkpoint, runtime, tok, model, *splits, loss=Objective(), validate=validate,
+                     write=write_adapter if args.lora else write_model)
+
+
+def write_adapter(run, folder, weights):
+    run.tok.save(folder)
+    lora.save_adapter(run.model, folder)
+
+
+@torch.no_grad()
+def validate(run):
+    """The loss and all that goes with it, over the held-out pairs -> {name: value}."""
+    objective = Objective()
+    run.step_model.eval()
+    for batch in run.val.validation(run.rows, run.args.context, None, run.runtime.rank, run.runtime.world):
+        batch = batch.to(run.runtime.device)
+        if run.args.loss == "kto":
+            batch = mismatch_kl(run, batch)
+        with run.runtime.autocast():
+            objective(run.step_model, batch, run.args)
+    run.step_model.train()
+    return objective.means(run.args, run.runtime, "val_")[0]
+
+
+def check_start(run):
+    """At step 0 the policy is the reference: DPO's loss is ln 2 and the margin 0, up to rounding. Anything else is a mistake."""
+    values = validate(run)
+    if run.args.loss == "sigmoid":
+        off, margin = abs(values["val_loss"] - math.log(2)), abs(values["val_rewards/margins"])
+        # rounding grows with the sums of log-probs it happens in
+        allowed = 1e-6 if run.runtime.dtype == torch.float32 else 2e-2
+        if not max(off, margin) <= allowed:
+            raise UserError(f"step 0: loss {values['val_loss']:.7f}, not ln 2 = 0.6931472, margin {margin:.2g}: the policy is not the "
+                            f"reference; delete the cached reference-*.safetensors in {run.args.cache or Path(run.args.out).parent}")
+        print(f"start    loss {values['val_loss']:.7f} = ln 2 within {off:.0e}, margin {margin:.0e}: the policy is the reference")
+    if run.metrics:
+        run.metrics.log(0, **values)
+
+
+def train(run):
+    if not run.start:
+        check_start(run)
+    for step, batch in steps(run):
+        if run.args.loss == "kto":
+            batch = mismatch_kl(run, batch)
+        total = forward_backward(run, batch, run.args.batch)
+        norm, factor = update(run, step)
+        if step % run.args.log_every == 0:
+            means, sums = run.loss.means(run.args, run.runtime)
+            del means["loss"]
+            log_step(run, step, total, run.args.batch, norm, factor, tokens=sums["tokens"] * run.args.batch / sums["pairs"], **means)
+
+
+def main():
+    if sys.argv[1:2] == ["eval"]:
+        return evaluate(sys.argv[2:])
+    args, checkpoint = read_args(Args, __doc__, positional=("model",))
+    if args.background:
+        return start_in_background(args)
+    with lost_rank_explained(args.out):
+        run = prepare(args, checkpoint)
+        if run is None:
+            return
+        train(run)
+        finish(run)
+
+
+if __name__ == "__main__":
+    common.cli(main)
