@@ -149,7 +149,7 @@ def test_kto_equals_trls_kto_trainer(models, tmp_path):
     labels = [True, False, False, True]
     data = {"prompt": ["a"] * 4, "completion": ["b"] * 4, "label": labels}
     trainer = trainer_of("KTO", models, tmp_path, data, beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
-    single = [(p, a[0]) for p, a in some_pairs(4, seed=4)]
+    single = [(p, a[0]) for p, a in some_pairs(4, seed=0)]
     others = [a for _, a in single[-1:] + single[:-1]]
     inputs = trainer.data_collator([dict(prompt_ids=p, completion_ids=a, KL_completion_ids=o, label=y)
                                     for (p, a), o, y in zip(single, others, labels)])
