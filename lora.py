@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import common
 from common import UserError
 from model import GPT2_NAMES, open_weights, to_folder_names
-from quant import QuantLinear
+from quant import NF4Linear, QuantLinear
 from runtime import read_tensors, write_tensors
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -202,6 +202,17 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
     return set_adapter(model, name)
 
 
+def to_nf4(model, device):
+    """The blocks' matrices in 4-bit NF4 with double quantization (QLoRA), in place -> the model, on the device. One matrix is
+    moved and packed at a time, so the device never holds the model whole in 16 bits."""
+    for n, layer in linears(model).items():
+        if isinstance(layer, QuantLinear):
+            raise UserError(f"--quant nf4: {n} is quantized already, as {layer.format}; drop --quant, or start from unquantized weights")
+        if n != "lm_head":
+            model.set_submodule(n, NF4Linear.from_linear(layer.to(device)))
+    return model.to(device)
+
+
 def adapters(model):
     """{name: Settings} of the adapters loaded."""
     return getattr(model, "adapters", {})
@@ -346,6 +357,15 @@ def split_fused(parts, sizes):
     return [s | {"m": m} for s, m in zip(split, parts["m"].split(sizes))] if "m" in parts else split
 
 
+def own_alpha(config, module):
+    """alpha_pattern's value for a module, or None; PEFT matches the keys as regular expressions at the end of the name."""
+    try:
+        found = [a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)]
+        return float(found[0]) if found else None
+    except (re.error, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"adapter_config.json: alpha_pattern {config['alpha_pattern']} cannot be read ({error})") from None
+
+
 def load_adapter(model, folder, name="default", trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers, and in effect -> the model.
 
@@ -371,7 +391,7 @@ def load_adapter(model, folder, name="default", trainable=False):
         shapes = {k: tuple(t.shape) for k, t in tensors.items()}
         if not r or shapes != {k: tuple(r if s == "r" else s for s in shape) for k, shape in want.items()}:
             raise UserError(f"{folder}: {module} has tensors {shapes}, this model {want or 'no such linear layer'}")
-        alpha = next((a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)), None)
+        alpha = own_alpha(config, module)
         for n, part in zip(names, split_fused(tensors, sizes)):
             layer = wrap(model, n)
             adapter = layer.adapters[name] = Adapter(layer.base, len(part["A"]), settings.scale(r, alpha), settings.dropout, settings.dora)
