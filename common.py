@@ -39,8 +39,11 @@ def cli(main):
         sys.exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one line, with the nearest flag there is."""
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are our one line, with the nearest flag there is; no abbreviations, descriptions as written."""
+
+    def __init__(self, **kw):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -63,7 +66,7 @@ def parse_flags(cls, description, argv=None, positional=()):
     A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what
     it inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description)
     comments, hints = flag_comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
@@ -158,6 +161,15 @@ def lock_folder(folder):
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training there now; stop it, or choose another --out") from None
     return file
+
+
+def is_locked(folder):
+    """Whether a process holds FOLDER's lock (where there are no locks, it may)."""
+    try:
+        lock_folder(folder).close()
+    except UserError:
+        return True
+    return "fcntl" not in sys.modules
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics

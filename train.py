@@ -7,7 +7,6 @@
     python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
     python train.py eval MODEL --data wikitext-2          # loss, perplexity per token and per word, bits per byte
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -650,8 +649,8 @@ def start_in_background(args):
 
 
 def watch(argv):
-    """Draw a run's losses in the terminal, again every two seconds until it ends."""
-    parser = argparse.ArgumentParser(prog="train.py watch", description=watch.__doc__)
+    """Draw a run's losses in the terminal, again every two seconds until it ends or its process is gone."""
+    parser = common.Parser(prog="train.py watch", description=watch.__doc__)
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--once", action="store_true", help="draw once and stop")
     args = parser.parse_args(argv)
@@ -666,7 +665,7 @@ def watch(argv):
         step, rate = rows[-1]["step"] if rows else 0, next((r["tokens_per_s"] for r in reversed(rows) if "tokens_per_s" in r), 0)
         pace = rows[-1]["seconds"] / step if step else 0
         print(f"step {step:,} of {total:,}   {rate:,} tokens/s   {(total - step) * pace / 60:.1f} minutes left")
-        if args.once or step >= total:
+        if args.once or step >= total or not common.is_locked(args.run):
             return
         time.sleep(2)
 
@@ -676,7 +675,7 @@ def eval_command(argv):
 
     A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split.
     """
-    parser = argparse.ArgumentParser(prog="train.py eval", description=eval_command.__doc__)
+    parser = common.Parser(prog="train.py eval", description=eval_command.__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
     parser.add_argument("--split", default="val", help="which split of the shards [val]")
