@@ -124,12 +124,12 @@ SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_siz
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
 
-def read_args(cls, description, presets=None, positional=()):
+def read_args(cls, description, presets=None, positional=(), argv=None):
     """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
 
     What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.
     """
-    typed = common.parse_flags(cls, description, positional=positional)
+    typed = common.parse_flags(cls, description, argv, positional)
     args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
     if not args.resume:
@@ -641,7 +641,7 @@ def start_in_background(args):
         raise UserError("--background is for one process; under torchrun start torchrun itself so: nohup torchrun ... &")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != "--background")]
+    command = [sys.executable, sys.argv[0], *(a for a in sys.argv[1:] if a != "--background")]
     with open(out / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     print(f"started  process {process.pid}; output in {out}/log.txt; watch it: python train.py watch {out}; "
