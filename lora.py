@@ -1,12 +1,14 @@
 """LoRA, DoRA and QLoRA: train a small adapter beside frozen weights, in PEFT's format; merge it into a deployable folder.
 
-    python lora.py train MODEL --data chat.jsonl --out runs/adapter [--quant nf4 --optimizer adamw8bit --recompute]
+    python lora.py train MODEL --data chat.jsonl --out runs/adapter             # --quant nf4 is QLoRA; --fit prints the memory
     python lora.py merge MODEL runs/adapter --out runs/merged
 """
 import contextlib
 import hashlib
 import math
 import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +17,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import finetune
+import train
 from common import UserError
-from model import GPT2_NAMES, open_weights, to_folder_names
-from quant import QuantLinear
-from runtime import read_tensors, write_tensors
+from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
+from quant import NF4Linear, QuantLinear
+from runtime import DTYPES, read_tensors, resolve, write_tensors
+from tokenizer import Tokenizer
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -202,6 +207,17 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
     return set_adapter(model, name)
 
 
+def to_nf4(model, device):
+    """The blocks' matrices in 4-bit NF4 with double quantization (QLoRA), in place -> the model, on the device. One matrix is
+    moved and packed at a time, so the device never holds the model whole in 16 bits."""
+    for n, layer in linears(model).items():
+        if isinstance(layer, QuantLinear):
+            raise UserError(f"--quant nf4: {n} is quantized already, as {layer.format}; drop --quant, or start from unquantized weights")
+        if n != "lm_head":
+            model.set_submodule(n, NF4Linear.from_linear(layer.to(device)))
+    return model.to(device)
+
+
 def adapters(model):
     """{name: Settings} of the adapters loaded."""
     return getattr(model, "adapters", {})
@@ -346,6 +362,15 @@ def split_fused(parts, sizes):
     return [s | {"m": m} for s, m in zip(split, parts["m"].split(sizes))] if "m" in parts else split
 
 
+def own_alpha(config, module):
+    """alpha_pattern's value for a module, or None; PEFT matches the keys as regular expressions at the end of the name."""
+    try:
+        found = [a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)]
+        return float(found[0]) if found else None
+    except (re.error, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"adapter_config.json: alpha_pattern {config['alpha_pattern']} cannot be read ({error})") from None
+
+
 def load_adapter(model, folder, name="default", trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers, and in effect -> the model.
 
@@ -371,7 +396,7 @@ def load_adapter(model, folder, name="default", trainable=False):
         shapes = {k: tuple(t.shape) for k, t in tensors.items()}
         if not r or shapes != {k: tuple(r if s == "r" else s for s in shape) for k, shape in want.items()}:
             raise UserError(f"{folder}: {module} has tensors {shapes}, this model {want or 'no such linear layer'}")
-        alpha = next((a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)), None)
+        alpha = own_alpha(config, module)
         for n, part in zip(names, split_fused(tensors, sizes)):
             layer = wrap(model, n)
             adapter = layer.adapters[name] = Adapter(layer.base, len(part["A"]), settings.scale(r, alpha), settings.dropout, settings.dora)
@@ -381,3 +406,155 @@ def load_adapter(model, folder, name="default", trainable=False):
             adapter.requires_grad_(trainable)
     model.adapters = {**adapters(model), name: settings}
     return set_adapter(model, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+@dataclass
+class Args(finetune.Args):
+    out: str = "runs/adapter"         # the adapter's folder to write
+    r: int = 8                        # rank: the adapter's size grows with it
+    alpha: float = 16                 # strength: the change is scaled by alpha / r
+    targets: str = "all"              # layers: all (linear layers of the blocks), attn, mlp, or names such as q_proj,lm_head
+    lora_dropout: float = 0.0         # of what the adapter reads
+    rslora: bool = False              # scale by alpha / sqrt(r): high ranks learn as fast as low ones
+    dora: bool = False                # learn each output's magnitude apart from its direction
+    quant: str = ""                   # nf4: hold the base in 4 bits (QLoRA)
+    optimizer: str = "adamw"          # adamw, adamw8bit (its moments in 8 bits), or muon
+    lr: float = 1e-3                  # learning rate; large models like 2e-4
+
+
+def estimate(config, args, runtime, rows):
+    """Bytes by part of training with `rows` rows a pass, without building the model -> ({part: bytes}, trained, all parameters)."""
+    with torch.device("meta"):
+        model = apply(Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora)
+    parts, (trained, total) = train.estimate_memory(model, args, runtime, rows), count_params(model)
+    packed = [m.in_features * m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
+    left = parts.pop("weights") - 4 * trained
+    if args.quant:
+        left -= sum(packed) * runtime.dtype.itemsize
+        blocks = sum(packed) // 64  # a byte of scale each, and four bytes for 256 of those
+        parts = {"NF4": sum(packed) // 2, "scales": blocks + blocks // 64, "one matrix unpacked": 12 * max(packed), **parts}
+    return {"embedding, head, norms" if args.quant else "weights": left, "adapters": 4 * trained, **parts}, trained, total
+
+
+def count_params(model):
+    """-> (parameters that are trained, all of them, quantized ones counted as what they stand for)."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_params() + packed
+
+
+def prepare(args, checkpoint):
+    """Everything from the flags and the checkpoint -> Run, or None after `--fit`, for which MODEL needs only its config.json."""
+    runtime = resolve(args.device, args.dtype, args.compile)
+    if args.quant not in ("", "nf4"):
+        raise UserError(f"--quant {args.quant}: use nf4, or leave it out")
+    if args.fit:
+        config = Config.from_dict(common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json")
+        rows = args.micro_batch or args.batch // runtime.world
+        parts, trained, total = estimate(config, args, runtime, rows)
+        print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
+        return train.print_estimate(parts, rows, args, runtime)
+    tok = Tokenizer.load(args.model)
+    data, val = finetune.load_data(args, tok)
+    model = Transformer.from_pretrained(args.model, "cpu" if args.quant else runtime.device, runtime.dtype)
+    if args.quant:
+        to_nf4(model, runtime.device)
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        load_adapter(model, checkpoint, trainable=True)
+    else:
+        apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
+    train.describe(args, model, tok, data, val)
+    trained, total = count_params(model)
+    print(f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: {trained:,} of {total:,} parameters are trained: "
+          f"{trained / total:.2%}; the base, {base_sha256(model)[:12]}, is frozen{' in 4 bits' if args.quant else ''}")
+    return train.start_run(args, checkpoint, runtime, tok, model, data, val, write=lambda run, folder, _: save_adapter(run.model, folder))
+
+
+def check_moved(run):
+    """After the first step every lora_B must have left zero; one that has not is not being trained, whatever the loss says."""
+    still = [n for n, p in run.model.named_parameters() if p.requires_grad and n.endswith(".B") and not p.any()]
+    if still and not run.guard.skipped:
+        raise UserError(f"the first step moved nothing in {len(still)} adapters ({', '.join(n.split('.adapters')[0] for n in still[:4])}, "
+                        "...): no gradient reaches them; is the base trained, and --lr above 0?")
+
+
+def train_command():
+    args, checkpoint = train.read_args(Args, __doc__, positional=("model",), argv=sys.argv[2:])
+    if args.background:
+        return train.start_in_background(args)
+    with train.lost_rank_explained(args.out):
+        run = prepare(args, checkpoint)
+        if run is None:
+            return
+        for step, batch in train.steps(run):
+            count = run.runtime.sum((batch.y != -100).sum().item())
+            total = train.forward_backward(run, batch, count)
+            norm, factor = train.update(run, step)
+            if step == 0:
+                check_moved(run)
+            train.log_step(run, step, total, count, norm, factor)
+        train.finish(run)
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+@dataclass
+class MergeArgs:
+    base: str = ""          # the model folder that the adapter was trained on
+    adapter: str = ""       # the adapter's folder
+    out: str = "runs/merged"  # the model folder to write
+    dtype: str = "auto"     # float32, bfloat16, float16; auto is the base's
+    overwrite: bool = False  # replace the model in --out
+
+
+CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.tiktoken",
+           "generation_config.json")  # a folder's files besides weights and config that make it deployable
+
+
+def merge_command():
+    """A base and an adapter -> a model folder like any other. What merging and rounding change is measured, and bounded."""
+    args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, sys.argv[2:], ("base", "adapter")))
+    out, stored = Path(args.out), common.read_json(Path(args.base) / "config.json")
+    name = (stored.get("dtype") or stored.get("torch_dtype") or "float32") if args.dtype == "auto" else args.dtype
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: use auto, {', '.join(DTYPES)}")
+    if (out / "config.json").exists() and (not args.overwrite or out.samefile(args.base)):
+        raise UserError(f"{out} already holds a model: choose another --out" + ("" if args.overwrite else ", or --overwrite"))
+    model = load_adapter(Transformer.from_pretrained(args.base, dtype=torch.float32), args.adapter)
+    ids = torch.randint(model.config.vocab_size, (4, min(64, model.config.max_position_embeddings)),
+                        generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids)
+        merged = dequantize(merge(model)).to(DTYPES[name]).float()
+        difference, largest = (merged(ids) - before).abs().max().item(), before.abs().max().item()
+    bound = max(1e-5, 8 * torch.finfo(DTYPES[name]).eps) * largest  # float32: sums in another order; 16 bits: rounded weights
+    print(f"merge    largest logit difference {difference:.2e}, of logits up to {largest:.1f}; bound in {name} {bound:.1e}")
+    if not difference <= bound:
+        raise UserError(f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: nothing was written; "
+                        "try --dtype float32")
+    merged.to(DTYPES[name]).save_pretrained(out)
+    for file in {f for pattern in CARRIED for f in Path(args.base).glob(pattern)}:
+        shutil.copyfile(file, out / file.name)
+    print(f"wrote    {out}/ (model folder, {name})")
+
+
+def dequantize(model):
+    """Plain linear layers in place of quantized ones -> the model."""
+    for n, layer in linears(model).items():
+        if isinstance(layer, QuantLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+            model.set_submodule(n, plain)
+    return model
+
+
+def main():
+    commands = {"train": train_command, "merge": merge_command}
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        print(__doc__)
+        raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
+    commands[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    common.cli(main)
