@@ -559,13 +559,13 @@ def steps(run):
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
-def log_step(run, step, total, count, norm, factor, tokens=None, **more):
+def log_step(run, step, total, count, norm, factor, tokens=0, **more):
     """Every --log-every steps a row of metrics.jsonl and of the bar. total: this rank's summed loss; count: of all ranks;
-    tokens: of a step, where rows are not full."""
+    tokens: in a row, where rows are not full."""
     if step % run.args.log_every:
         return
     loss, now = run.runtime.sum(total.item()) / max(count, 1), time.time()
-    rate = (tokens or run.args.batch * run.args.context) * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
+    rate = run.args.batch * (tokens or run.args.context) * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
     row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
     if peak := peak_flops(run.runtime.device):
         row["mfu"] = rate * run.model.flops_per_token(run.args.context) / (peak * run.runtime.world)

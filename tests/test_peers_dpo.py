@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from dpo import Args, Objective, Pairs, mismatch_kl, reference
+from dpo import Args, Objective, Pairs, with_z0, reference
 from model import Config, Transformer, to_folder_names
 from runtime import Runtime
 
@@ -48,11 +48,11 @@ def ours(models, pairs, args, tmp_path, weights=None):
             pass
         Run.runtime, Run.rows, Run.step_model, Run.args = runtime, 2, model, args
         args.batch = len(pairs.pairs)
-        batch = mismatch_kl(Run, batch)
+        batch = with_z0(Run, batch)
     loss = objective(model, batch, args) / len(pairs.pairs)
     loss.backward()
     gradients = to_folder_names({n: p.grad for n, p in model.named_parameters()}, model.config)
-    return loss.item(), objective.means(args, runtime)[0], gradients
+    return loss.item(), objective.means(args, runtime), gradients
 
 
 def trainer_of(name, models, tmp_path, data, **settings):
