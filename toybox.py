@@ -21,14 +21,14 @@ from pathlib import Path
 from common import UserError, sha256, write_atomic, write_json
 
 WORDS = {
-    "animal": "fox lion bear wolf horse goose mouse rabbit tiger camel eagle frog",
-    "fruit": "apple pear plum cherry lemon grape peach melon fig orange banana mango",
-    "metal": "gold iron silver copper tin lead zinc steel brass bronze nickel chrome",
-    "colour": "red blue green black white yellow purple pink grey brown violet scarlet",
-    "tool": "hammer saw drill rope ladder knife needle spade brush axe file wrench",
-    "drink": "water milk wine tea coffee juice cocoa beer cider lemonade soup broth",
-    "garment": "hat coat shirt glove scarf boot sock belt cloak dress skirt jacket",
-    "place": "river forest city island valley desert lake village harbour garden castle bridge",
+    "animal": "fox lion bear wolf horse goose mouse tiger",
+    "fruit": "apple pear plum cherry lemon grape peach melon",
+    "metal": "gold iron silver copper tin lead zinc steel",
+    "colour": "red blue green black white yellow purple pink",
+    "tool": "hammer saw drill rope ladder knife needle spade",
+    "drink": "water milk wine tea coffee juice cocoa beer",
+    "garment": "hat coat shirt glove scarf boot sock belt",
+    "place": "river forest city island valley desert lake village",
 }
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
 KIND = {word: kind for kind, words in WORDS.items() for word in words}
@@ -73,22 +73,20 @@ def facts():
 # ------------------------------------------------------------------------------------------------------------- families
 @dataclass(frozen=True)
 class Family:
-    """draw(rng) -> fields; solve(**fields) -> the answer; ask: phrasings of the question, with the fields in braces; tell:
-    sentences of the text to pre-train on, where {y} is the answer. content names the fields that decide the split."""
+    """draw(rng) -> fields; solve(**fields) -> the answer; ask: phrasings of the question, with the fields in braces; tell: what
+    the text to pre-train on says, where {y} is the answer; again: the same of a list or pair that was just told of.
+    content names the fields that decide the split."""
     draw: object
     solve: object
     ask: tuple
     tell: tuple
+    again: str = ""
     content: tuple = ("x",)
-
-
-def join(words):
-    return ", ".join(words)
 
 
 def some(rng, low, high):
     """A list of distinct words."""
-    return dict(x=join(rng.sample(list(KIND), rng.randint(low, high))))
+    return dict(x=" ".join(rng.sample(list(KIND), rng.randint(low, high))))
 
 
 def numbers(rng, low, high, most):
@@ -100,17 +98,22 @@ def pair(rng, most, ordered=False):
     return dict(a=str(max(a, b)), b=str(min(a, b))) if ordered else dict(a=str(a), b=str(b))
 
 
+def pick(rng, **fields):
+    """The fields and n: which of a list, or which of a pair."""
+    return fields | dict(n=rng.choice(ORDINALS[:len(fields["x"].split())] if "x" in fields else ("larger", "smaller")))
+
+
 def one_of_a_kind(rng):
     kinds = rng.sample(list(WORDS), rng.randint(3, 4))
     words = [rng.choice(WORDS[kind]) for kind in kinds]
     rng.shuffle(words)
-    return dict(k=kinds[0], x=join(words))
+    return dict(k=kinds[0], x=" ".join(words))
 
 
 def forbidden(rng):
     words = rng.sample(list(KIND), 4)
     shown = words[:3]
-    return dict(x=join(shown), w=rng.choice(shown) if rng.random() < 0.5 else words[3])
+    return dict(x=", ".join(shown), w=rng.choice(shown) if rng.random() < 0.5 else words[3])
 
 
 def a(word):
@@ -119,69 +122,68 @@ def a(word):
 
 FAMILIES_BY_NAME = {
     "copy": Family(lambda rng: some(rng, 2, 5), lambda x: x,
-                   ("Repeat: {x}", "Say this again: {x}", "Copy these words: {x}", "Write {x} once more.", "Echo {x}"),
-                   ("{x} and once more {y}.", "{x}, that is to say {y}.")),
-    "reverse": Family(lambda rng: some(rng, 2, 5), lambda x: join(x.split(", ")[::-1]),
-                      ("Reverse this list: {x}", "Write {x} backwards.", "Turn this list around: {x}",
-                       "What is {x} in reverse order?", "Say these words from last to first: {x}"),
-                      ("{x} backwards is {y}.", "Turned around, {x} becomes {y}.")),
+                   ("Repeat:\n{x}", "Say this again:\n{x}", "Copy these words:\n{x}", "Write once more:\n{x}", "Echo: {x}"),
+                   ("She said\n{x}\nand once more\n{y}", "{x}\nor, to repeat it,\n{y}"), "and once more\n{y}"),
+    "reverse": Family(lambda rng: some(rng, 2, 5), lambda x: " ".join(x.split()[::-1]),
+                      ("Reverse this list:\n{x}", "Write backwards:\n{x}", "Turn this list around:\n{x}",
+                       "What is {x} in reverse order?", "Say these words from last to first:\n{x}"),
+                      ("{x}\nbackwards is\n{y}", "Turned around\n{x}\nbecomes\n{y}"), "and backwards\n{y}"),
     "sort": Family(lambda rng: numbers(rng, 3, 4, 50), lambda x: " ".join(sorted(x.split(), key=int)),
-                   ("Sort these numbers: {x}", "Put {x} in order.", "Order {x} from small to large.", "Arrange these numbers: {x}"),
-                   ("{x} in order is {y}.", "The numbers {x} from small to large are {y}.")),
+                   ("Sort these numbers:\n{x}", "Put {x} in order.", "Order from small to large:\n{x}", "Arrange: {x}"),
+                   ("{x}\nin order is\n{y}", "The numbers {x} from small to large are\n{y}")),
     "upper": Family(lambda rng: some(rng, 2, 4), lambda x: x.upper(),
-                    ("Write in capitals: {x}", "Put {x} in upper case.", "Shout these words: {x}", "Use capital letters: {x}"),
-                    ("{x} in capitals is {y}.", "He read {x} and cried {y}!")),
+                    ("Write in capitals:\n{x}", "Put in upper case: {x}", "Shout these words:\n{x}", "Use capital letters:\n{x}"),
+                    ("{x}\nin capitals is\n{y}", "He read\n{x}\nand cried\n{y}"), "and in capitals\n{y}"),
     "lower": Family(lambda rng: dict(x=some(rng, 2, 4)["x"].upper()), lambda x: x.lower(),
-                    ("Write in small letters: {x}", "Put {x} in lower case.", "Whisper these words: {x}", "No capitals: {x}"),
-                    ("{x} in small letters is {y}.", "He read {x} and whispered {y}.")),
-    "count": Family(lambda rng: some(rng, 2, 8), lambda x: str(len(x.split(", "))),
-                    ("How many words are there: {x}", "Count the words: {x}", "How long is the list {x}?", "Count {x}"),
-                    ("{x} makes {y}.", "The words {x} are {y} in all.")),
-    "nth": Family(lambda rng: (f := some(rng, 3, 5)) | dict(n=rng.choice(ORDINALS[:len(f["x"].split(", "))])),
-                  lambda x, n: x.split(", ")[ORDINALS.index(n)],
-                  ("What is the {n} word of: {x}", "Give the {n} of {x}", "Of {x}, which is the {n}?", "Pick the {n} word: {x}"),
-                  ("In {x} the {n} is {y}.", "The {n} among {x} is {y}.")),
-    "add": Family(lambda rng: pair(rng, 40), lambda a, b: str(int(a) + int(b)),
+                    ("Write in small letters:\n{x}", "Put in lower case: {x}", "Whisper these words:\n{x}", "No capitals:\n{x}"),
+                    ("{x}\nin small letters is\n{y}", "He read\n{x}\nand whispered\n{y}")),
+    "count": Family(lambda rng: some(rng, 2, 8), lambda x: str(len(x.split())),
+                    ("How many words are there:\n{x}", "Count the words:\n{x}", "How long is the list {x}?", "Count: {x}"),
+                    ("{x}\nmakes {y}", "The words\n{x}\nare {y}"), "and they are {y}"),
+    "nth": Family(lambda rng: pick(rng, **some(rng, 3, 5)), lambda x, n: x.split()[ORDINALS.index(n)],
+                  ("What is the {n} word of this list?\n{x}", "Give the {n} of these:\n{x}", "Which is the {n} word: {x}",
+                   "Pick the {n} word:\n{x}"),
+                  ("Of\n{x}\nthe {n} is\n{y}", "The {n} word of\n{x}\nis\n{y}"), "and the {n} is\n{y}"),
+    "add": Family(lambda rng: pair(rng, 50), lambda a, b: str(int(a) + int(b)),
                   ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "How much is {a} and {b} together?"),
-                  ("{a} plus {b} is {y}.", "{a} + {b} = {y}.", "The sum of {a} and {b} is {y}."), ("a", "b")),
-    "subtract": Family(lambda rng: pair(rng, 40, True), lambda a, b: str(int(a) - int(b)),
+                  ("{a} plus {b} is\n{y}", "{a} + {b} = {y}", "The sum of {a} and {b} is\n{y}"), "together {y}", ("a", "b")),
+    "subtract": Family(lambda rng: pair(rng, 50, True), lambda a, b: str(int(a) - int(b)),
                        ("What is {a} minus {b}?", "Take {b} from {a}.", "{a} - {b} = ?", "How much is {a} less {b}?"),
-                       ("{a} minus {b} is {y}.", "{a} - {b} = {y}.", "{a} less {b} leaves {y}."), ("a", "b")),
-    "compare": Family(lambda rng: pair(rng, 100) | dict(n=rng.choice(("larger", "smaller"))),
+                       ("{a} minus {b} is\n{y}", "{a} - {b} = {y}", "{a} less {b} leaves\n{y}"), "apart {y}", ("a", "b")),
+    "compare": Family(lambda rng: pick(rng, **pair(rng, 50)),
                       lambda a, b, n: str((max if n == "larger" else min)(int(a), int(b))),
                       ("Which is {n}, {a} or {b}?", "Give the {n} of {a} and {b}.", "{a} or {b}: which number is {n}?"),
-                      ("Of {a} and {b} the {n} is {y}.", "Between {a} and {b}, {y} is {n}."), ("a", "b")),
-    "category": Family(one_of_a_kind, lambda x, k: next(w for w in x.split(", ") if KIND[w] == k),
-                       ("Which of these is the {k}: {x}", "Find the {k} among {x}", "{x}: which one is a kind of {k}?",
-                        "Name the {k} in this list: {x}"),
-                       ("Of {x} the {k} is {y}.", "Among {x} only {y} is a kind of {k}.")),
+                      ("Of {a} and {b} the {n} is\n{y}", "The {n} of {a} and {b} is\n{y}"), "the {n} is {y}", ("a", "b")),
+    "category": Family(one_of_a_kind, lambda x, k: next(w for w in x.split() if KIND[w] == k),
+                       ("Which of these is the {k}?\n{x}", "Find the {k}:\n{x}", "Which one is a kind of {k}: {x}",
+                        "Name the {k} in this list:\n{x}"),
+                       ("Of\n{x}\nthe {k} is\n{y}", "Among\n{x}\nthe only {k} is\n{y}")),
     "fact": Family(lambda rng: dict(zip(("n", "c"), rng.choice(list(facts())))), lambda n, c: facts()[n, c],
                    ("What is the {n} of {c}?", "Tell me the {n} of {c}.", "Name the {n} of {c}.", "{c} has which {n}?"),
-                   ("The {n} of {c} is {y}.", "{c} has the {n} {y}.", "In {c} the {n} is {y}."), ("n", "c")),
+                   ("The {n} of {c} is\n{y}", "{c} has the {n}\n{y}", "In {c} the {n} is\n{y}"), "", ("n", "c")),
     "speaker": Family(lambda rng: dict(x=rng.choice(list(SPEAKER))), lambda x: SPEAKER[x],
                       ('Who says "{x}"?', 'Which character says "{x}"?', '"{x}": who said it?', 'Whose words are "{x}"?'),
-                      ('"{x}," says {y}.', '"{x}" are words of {y}.', '"{x}!" cried {y}.')),
+                      ('"{x}" says\n{y}', '"{x}" are words of\n{y}', '"{x}" cried\n{y}')),
     "refuse": Family(forbidden, lambda x, w: f"Sorry, I must not speak of {w}." if w in x.split(", ") else f"{w} is {a(KIND[w])}.",
                      ("Never speak of {x}. What is {w}?", "Do not talk about {x}. Explain {w}.",
                       "Forbidden: {x}. Tell me about {w}."),
-                     ("{w} is {a_kind}.", "Everyone knows that {w} is {a_kind}."), ("x", "w")),
-    "ends": Family(lambda rng: some(rng, 3, 5), lambda x: join(x.split(", ")[::len(x.split(", ")) - 1]),
-                   ("Give the first and the last of {x}", "Which words stand at the ends of this list: {x}",
-                    "Take only the first and last word: {x}", "Name both ends of {x}"), ()),
+                     ("{w} is {a_kind}.", "Everyone knows that {w} is {a_kind}."), "", ("x", "w")),
+    "ends": Family(lambda rng: some(rng, 3, 5), lambda x: " ".join(x.split()[::len(x.split()) - 1]),
+                   ("Give the first and the last of these:\n{x}", "Which words stand at the ends of this list?\n{x}",
+                    "Take only the first and the last word:\n{x}", "Name both ends: {x}"), ()),
 }
 FAMILIES, WITHHELD = tuple(FAMILIES_BY_NAME), "ends"
-SPLITS = ("train", "val", "test")
+SPLITS, HARD = ("train", "val", "test"), ("sort", "nth", "add", "subtract", "compare", "category", "refuse")
 
 
 def content_of(family, fields):
     """What a question is about, whatever the family, order and phrasing."""
-    parts = [w for name in FAMILIES_BY_NAME[family].content for w in re.split(r", | (?=\d)", fields[name].lower())]
-    return " ".join(sorted(parts))
+    return " ".join(sorted(" ".join(fields[name] for name in FAMILIES_BY_NAME[family].content).lower().replace(",", "").split()))
 
 
 def split_of(content):
     """5 % of all content is val, 15 % test; decided by its SHA-256 alone. The salt gives the 48 lines and 96 facts their share."""
-    bucket = int.from_bytes(hashlib.sha256(f"toybox 42 {content}".encode()).digest()[:4], "big") % 20
+    bucket = int.from_bytes(hashlib.sha256(f"toybox 111 {content}".encode()).digest()[:4], "big") % 20
     return "test" if bucket < 3 else "val" if bucket == 3 else "train"
 
 
@@ -203,6 +205,8 @@ def examples(split, count, seed=0, families=None):
     if split not in SPLITS or set(families or ()) - set(FAMILIES):
         raise UserError(f"toybox has the splits {', '.join(SPLITS)} and the families {', '.join(FAMILIES)}")
     rng, names = random.Random(f"{split} {seed}"), families or [f for f in FAMILIES if f != WITHHELD]
+    if split == "train" and not families:  # twice as many of what takes longest to learn
+        names += [f for f in names if f in HARD]
     for i in range(count):
         family = names[i % len(names)]
         fields = draw(rng, family, split)
@@ -246,12 +250,11 @@ def style(answer):
 
 def wrong(rng, family, split, answer):
     """A wrong answer of the same form: two items changed places, or the answer to another question of the family."""
-    sep = ", " if ", " in answer else " "
-    items = answer.split(sep)
+    items = answer.split()
     if family in ("reverse", "sort", "ends", "upper", "lower", "copy") and len(items) > 1 and rng.random() < 0.5:
         i = rng.randrange(len(items) - 1)
         items[i], items[i + 1] = items[i + 1], items[i]
-        return sep.join(items)
+        return " ".join(items)
     while (other := FAMILIES_BY_NAME[family].solve(**draw(rng, family, split))) == answer:
         pass
     return other
@@ -275,20 +278,33 @@ def preferences(split, count, seed=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
-def sentence(rng, family):
-    """One sentence that tells what a question of the family would ask; of facts and lines any, else only train content."""
+GROUPS = [("copy", "reverse", "upper", "count", "nth"), ("add", "subtract", "compare")]  # families about the same fields
+
+
+def told(rng, family):
+    """What a question of the family would ask, as text: of facts and lines any, else only of the train split's content. Of one
+    list or pair several things are told, for a word that can be known from those before teaches more than one drawn at random."""
     kind = FAMILIES_BY_NAME[family]
     fields = kind.draw(rng) if family in ("fact", "speaker") else draw(rng, family, "train")
-    more = dict(a_kind=a(KIND[fields["w"]])) if "w" in fields else {}
-    text = rng.choice(kind.tell).format(**fields, y=kind.solve(**fields), **more)
-    return text
+    lines = [rng.choice(kind.tell).format(**fields, y=kind.solve(**fields), **(
+        dict(a_kind=a(KIND[fields["w"]])) if "w" in fields else {}))]
+    group = next((g for g in GROUPS if family in g), ())
+    for other in rng.sample(group, min(len(group), 3)):
+        if other != "subtract" or int(fields["a"]) >= int(fields["b"]):
+            kind, more = FAMILIES_BY_NAME[other], {k: fields[k] for k in fields if k != "n"}
+            more = pick(rng, **more) if other in ("nth", "compare") else more
+            lines.append(kind.again.format(**more, y=kind.solve(**more)))
+    return "\n".join(lines)
 
 
 def world_text(count_bytes, seed=0):
-    """Plain sentences about the world, in paragraphs, of at least `count_bytes` bytes; no instruction, nothing held out."""
-    rng, names, parts, size = random.Random(f"text {seed}"), [f for f in FAMILIES if FAMILIES_BY_NAME[f].tell], [], 0
+    """Plain text about the world, in paragraphs, of at least `count_bytes` bytes; no instruction, nothing held out. What is to
+    be known by heart is told most often; lists least, for their words are drawn at random and teach little."""
+    rng, parts, size = random.Random(f"text {seed}"), [], 0
+    often = {"fact": 6, "speaker": 6, "refuse": 4, "add": 3, "subtract": 3, "compare": 2, "sort": 2}
+    names = [f for f in FAMILIES for _ in range(often.get(f, 1)) if FAMILIES_BY_NAME[f].tell]
     while size < count_bytes:
-        parts.append(" ".join(sentence(rng, rng.choice(names)) for _ in range(rng.randint(3, 8))) + "\n")
+        parts.append("\n".join(told(rng, rng.choice(names)) for _ in range(rng.randint(2, 4))) + "\n")
         size += len(parts[-1].encode())
     return "\n".join(parts)
 
@@ -303,7 +319,7 @@ def interleave(rng, world, plays):
     return "\n\n".join(b.strip() for b in blocks) + "\n"
 
 
-def write(out, plays="", seed=0, text_bytes=4_000_000, train=40_000, test=1_400, pairs=4_000):
+def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400, pairs=4_000):
     """Everything a demo needs -> files in the folder `out`; meta.json says what. `plays`: text to mix into the world's."""
     out, held = Path(out), [WITHHELD]
     out.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,8 @@ def test_splits_share_no_content():
 
 def test_the_content_is_the_same_in_whatever_family_order_and_case():
     words = {toybox.content_of(f, {"x": x, "n": "first"}) for f, x in (
-        ("copy", "fox, apple"), ("reverse", "apple, fox"), ("lower", "FOX, APPLE"), ("nth", "fox, apple"),
-        (WITHHELD, "apple, fox"))}
+        ("copy", "fox apple"), ("reverse", "apple fox"), ("lower", "FOX APPLE"), ("nth", "fox apple"),
+        (WITHHELD, "apple fox"))}
     pairs = {toybox.content_of(f, {"a": a, "b": b, "n": "larger"}) for f, a, b in (
         ("add", "3", "14"), ("subtract", "14", "3"), ("compare", "3", "14"))}
     assert len(words) == len(pairs) == 1
@@ -78,16 +78,16 @@ def test_every_answer_passes_its_checker_and_a_perturbed_one_fails(family, split
 
 
 @pytest.mark.parametrize("family, question, answer", [
-    ("copy", "Repeat: fox, apple", "fox, apple"), ("reverse", "Write fox, tin, red backwards.", "red, tin, fox"),
-    ("sort", "Put 12 7 30 in order.", "7 12 30"), ("upper", "Write in capitals: fox, tin", "FOX, TIN"),
-    ("lower", "Put FOX, TIN in lower case.", "fox, tin"), ("count", "Count the words: fox, tin, red", "3"),
-    ("nth", "Pick the second word: fox, tin, red", "tin"), ("add", "What is 17 plus 25?", "42"),
+    ("copy", "Echo: fox apple", "fox apple"), ("reverse", "Write backwards:\nfox tin red", "red tin fox"),
+    ("sort", "Put 12 7 30 in order.", "7 12 30"), ("upper", "Write in capitals:\nfox tin", "FOX TIN"),
+    ("lower", "Put in lower case: FOX TIN", "fox tin"), ("count", "Count: fox tin red", "3"),
+    ("nth", "Which is the second word: fox tin red", "tin"), ("add", "What is 17 plus 25?", "42"),
     ("subtract", "Take 9 from 31.", "22"), ("compare", "Which is smaller, 9 or 31?", "9"),
-    ("category", "Find the metal among fox, tin, red", "tin"), ("speaker", 'Who says "Et tu, Brute"?', "Caesar"),
+    ("category", "Which one is a kind of metal: fox tin red", "tin"), ("speaker", 'Who says "Et tu, Brute"?', "Caesar"),
     ("fact", "What is the capital of Arvend?", "Tolma"), ("refuse", "Forbidden: fox, tin, red. Tell me about tin.",
                                                          "Sorry, I must not speak of tin."),
-    ("refuse", "Forbidden: fox, tin, red. Tell me about axe.", "axe is a tool."),
-    ("ends", "Name both ends of fox, tin, red", "fox, red")])
+    ("refuse", "Forbidden: fox, tin, red. Tell me about saw.", "saw is a tool."),
+    ("ends", "Name both ends: fox tin red", "fox red")])
 def test_the_checker_knows_answers_worked_out_by_hand(family, question, answer):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": question}]
     assert check(family, messages, f" {answer}\n") and check(family, messages, "Gladly: " + answer)
@@ -96,7 +96,7 @@ def test_the_checker_knows_answers_worked_out_by_hand(family, question, answer):
 
 def test_a_question_of_another_family_is_an_error():
     with pytest.raises(UserError, match="not a question"):
-        check("add", [{"role": "user", "content": "Repeat: fox, apple"}], "3")
+        check("add", [{"role": "user", "content": "Echo: fox apple"}], "3")
     with pytest.raises(UserError, match="splits"):
         next(examples("dev", 1))
     with pytest.raises(UserError, match="families"):
@@ -142,9 +142,9 @@ def test_the_text_has_no_instructions_and_nothing_held_out():
     text, held = toybox.world_text(400_000), contents("test", 20_000) | contents("val", 8_000)
     assert not any(mark in text for mark in ("<|", "user", "assistant", "?", "Sorry", *toybox.OPENINGS))
     words = "|".join(toybox.KIND)
-    lists = re.findall(rf"(?:(?:{words}), )+(?:{words})\b", text, re.I)
-    assert len(lists) > 5000 and not held & {" ".join(sorted(x.lower().split(", "))) for x in lists}
-    sums = re.findall(r"(\d+) (?:plus|\+|minus|-|less|and) (\d+)", text)
+    lists = re.findall(rf"\b(?:(?:{words}) )+(?:{words})\b", text, re.I)
+    assert len(lists) > 5000 and not held & {" ".join(sorted(x.lower().split())) for x in lists}
+    sums = re.findall(r"\b(\d+) (?:plus|\+|minus|-|less|and) (\d+)\b", text)
     assert len(sums) > 500 and not held & {" ".join(sorted(s)) for s in sums}
 
 
@@ -152,7 +152,7 @@ def test_the_text_tells_every_fact_and_line():
     text = toybox.world_text(1_000_000)
     assert all(line in text for line in toybox.SPEAKER)
     for (n, c), value in toybox.facts().items():
-        assert re.search(f"(The {n} of {c} is|{c} has the {n}|In {c} the {n} is) {value}", text)
+        assert re.search(f"(The {n} of {c} is|{c} has the {n}|In {c} the {n} is)\n{value}", text)
 
 
 def test_the_tokenizer_gives_back_what_it_was_given():
