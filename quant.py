@@ -3,7 +3,9 @@
     python quant.py runs/demo --format gptq --bits 4 --group-size 64 --out runs/demo-gptq
     python quant.py report runs/demo
 """
+import copy
 import json
+import warnings
 
 import torch
 import torch.nn as nn
@@ -15,6 +17,7 @@ from common import UserError
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+FEW_ROWS = 16       # on a CPU more rows than these are quicker unpacked and multiplied in float32 (NOTES.md)
 NESTED_BLOCK = 256  # scales that share one scale under double quantization
 
 
@@ -94,6 +97,42 @@ def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
     return blocks.view(-1)[:flat.numel()].view(shape).to(dtype)
 
 
+# ---------------------------------------------------------------------------------------------------------------- integers
+def grid(groups, bits, sym):
+    """(..., g) floats -> (scale, zero) (...) float32 of the integers 0..2^bits-1 that span each group's values and 0.
+
+    w = scale * (code - zero). Symmetric: zero is the middle code. The scale is one that float16, the folder's type, holds.
+    """
+    top = 2 ** bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if sym:  # 8 bits use -127..127, so that the largest magnitude is a code; fewer bits cannot spare that code
+        high = torch.maximum(-low, high)
+        scale = high / (127 if bits == 8 else top / 2)
+    else:
+        scale = (high - low) / top
+    scale = scale.half().float()
+    if torch.isinf(scale).any():
+        raise UserError(f"weights up to {groups.abs().max():.3g} need a scale beyond float16's 65,504: rescale the model first")
+    scale = torch.where(scale == 0, 1, scale)  # a group of zeros
+    middle = torch.full_like(scale, 2 ** (bits - 1))
+    return scale, middle if sym else torch.where(low == high, middle, (-low / scale).round().clamp(0, top))
+
+
+def to_codes(weight, scale, zero, bits):
+    """The nearest codes, as floats."""
+    return (weight / scale + zero).round_().clamp_(0, 2 ** bits - 1)
+
+
+def round_to_nearest(weight, bits, group, sym):
+    """(N, K) -> codes uint8 (N, K), scales and zeros float32 (N, G). group -1: the whole row; K need not be a multiple."""
+    check_finite(weight)
+    N, K = weight.shape
+    group = K if group < 0 else group
+    groups = F.pad(weight.detach().float(), (0, -K % group)).view(N, -1, group)  # (N, G, group)
+    scale, zero = grid(groups, bits, sym)
+    return to_codes(groups, scale[..., None], zero[..., None], bits).to(torch.uint8).view(N, -1)[:, :K], scale, zero
+
+
 # ----------------------------------------------------------------------------------------------------------- linear layers
 def check_finite(weight, name="a weight"):
     """Raises UserError where there is NaN or infinity: its block's scale, and with it the whole block, would be too."""
@@ -116,26 +155,194 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with packed weights. Subclasses say how to `dequantize`, which defines it, and may have a faster `product`."""
+    """A linear layer with packed weights: x (..., K) -> (..., N). `dequantize` defines it; `product` is the quickest way that
+    the device has to nearly the same numbers. Buffers named in `by_row` have the output rows first, so layers can be fused."""
+    by_row = ()
 
-    def __init__(self, in_features, out_features, bias=None):
+    def __init__(self, shape, bias=None):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.out_features, self.in_features = shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def dequantize(self, dtype=torch.float32):
         """-> (N, K) of dtype, the weights that this layer stands for."""
         raise NotImplementedError
 
+    def prepare(self):
+        """Convert the weights to the CPU operators' own layout, once; the first product does it too."""
+
     def product(self, x):
-        """x (..., K) -> (..., N), with the bias, in x's dtype."""
+        """The plain twin: unpack, then multiply. x (..., K) -> (..., N) with the bias, in x's dtype."""
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
 
+    def with_bias(self, y):
+        return y if self.bias is None else y + self.bias
+
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+def fuse(layers):
+    """Layers of one class that read the same input (q, k, v; gate and up) -> one layer whose rows are theirs, in order."""
+    first, bias = layers[0], None
+    if any(layer.bias is not None for layer in layers):
+        bias = torch.cat([layer.scale.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+    fused = copy.copy(first)
+    fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
+    fused.out_features, fused.fast = sum(layer.out_features for layer in layers), None
+    for name in first.by_row:
+        parts = [getattr(layer, name) for layer in layers]
+        fused._buffers[name] = None if parts[0] is None else torch.cat(parts)
+    return fused
+
+
+def int8_rows(x, split):
+    """(M, K) floats -> (int8 rows, scale (M, 1)): each row by its own scale, so that no row depends on its neighbours.
+
+    With `split` the rows come twice, (2M, K): rounded, and then what the rounding lost, 254 times finer. Two int8 products
+    so make one with 16-bit activations, which costs little more than one where the weights' way from memory is the cost.
+    """
+    scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp(min=1e-30) / 127  # the largest magnitude is 127
+    x = x / scale
+    high = x.round()
+    return (torch.cat((high, ((x - high) * 254).round())) if split else high).to(torch.int8), scale
+
+
+class Int8Linear(QuantLinear):
+    """int8 weights with one float scale an output row: w = scale * code, code in -127..127 [format "int8"].
+
+    With `dynamic` the activations are rounded to int8 too, each row of x by its own largest magnitude ["int8-dynamic"].
+    """
+    by_row = ("codes", "scale")
+
+    def __init__(self, codes, scale, bias=None, dynamic=False):
+        """codes (N, K) int8, scale (N,) float32"""
+        super().__init__(codes.shape, bias)
+        self.dynamic, self.fast = dynamic, None
+        self.int8_units = torch.cpu._is_vnni_supported()  # the CPU multiplies int8 natively and exactly
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def from_linear(cls, linear, dynamic=False):
+        codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
+        return cls((codes.short() - 128).to(torch.int8), scales[:, 0].float(), linear.bias, dynamic)
+
+    def dequantize(self, dtype=torch.float32):
+        return (self.codes * self.scale[:, None]).to(dtype)
+
+    def prepare(self):
+        if self.codes.is_cuda or self.int8_units or self.fast is not None:
+            return
+        if self.dynamic:  # FBGEMM's own layout
+            with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
+                weight = torch._make_per_channel_quantized_tensor(self.codes, self.scale.double(), torch.zeros_like(
+                    self.scale, dtype=torch.long), 0)
+            self.fast = torch.ops.quantized.linear_prepack(weight, None)
+        else:
+            self.fast = self.scale.bfloat16()
+
+    def product(self, x):
+        rows = x.reshape(-1, self.in_features)
+        if x.is_cuda and not (self.dynamic and rows.size(0) > 16):  # few rows: the weights' bytes are the cost, not the products
+            from kernels import int8_linear
+            return int8_linear(rows, self.codes, self.scale, self.bias).view(*x.shape[:-1], self.out_features)
+        if not (x.is_cuda or self.int8_units):
+            return self.product_without_units(x, rows)
+        codes, scale = int8_rows(rows.float(), split=not self.dynamic)
+        y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
+        if not self.dynamic:
+            y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
+        return self.with_bias(y * scale * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def product_without_units(self, x, rows):
+        """CPUs before VNNI (2019), where int8 products saturate: FBGEMM with 7-bit activations; bf16 activations for few rows."""
+        self.prepare()
+        if self.dynamic:
+            top = torch.linalg.vector_norm(rows.float(), torch.inf, -1, keepdim=True).clamp(min=1e-30)
+            y = torch.ops.quantized.linear_dynamic(rows / top, self.fast, True) * top
+        elif rows.size(0) <= FEW_ROWS:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast)
+        else:
+            return super().product(x)
+        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class GroupLinear(QuantLinear):
+    """2 to 8 bits, one scale and zero point for each `group` neighbouring inputs of a row: w = scale * (code - zero).
+
+    packed  uint8 (N, ceil(K/2)), two codes a byte, the earlier in the low half, for 2 to 4 bits; else (N, K)
+    scales  float16 (N, G), G = ceil(K/group): the last group may be shorter
+    zeros   uint8 (N, G), or None where all are 8 (symmetric int4)
+    order   int64 (K,) or None: packed column j is input order[j] (GPTQ's act-order keeps a group's columns together)
+    """
+    by_row = ("packed", "scales", "zeros")
+
+    def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
+        """codes uint8 (N, K) in the order of `order`."""
+        super().__init__(codes.shape, bias)
+        self.bits, self.group, self.fast = bits, group if group > 0 else self.in_features, None
+        if bits <= 4:
+            codes = F.pad(codes, (0, codes.size(1) % 2))
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        self.register_buffer("packed", codes)
+        self.register_buffer("scales", scales.half())
+        self.register_buffer("zeros", None if bits == 4 and (zeros == 8).all() else zeros.to(torch.uint8))
+        self.register_buffer("order", order)
+
+    @classmethod
+    def from_linear(cls, linear, bits=4, group=128, sym=True):
+        return cls(*round_to_nearest(linear.weight, bits, group, sym), bits, group, None, linear.bias)
+
+    def codes(self):
+        """-> uint8 (N, K), columns still in `order`."""
+        if self.bits > 4:
+            return self.packed
+        return torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :self.in_features]  # (N, K/2, 2) -> (N, K)
+
+    def zero_points(self):
+        return torch.full_like(self.scales, 8, dtype=torch.uint8) if self.zeros is None else self.zeros
+
+    def dequantize(self, dtype=torch.float32):
+        codes, (N, K) = self.codes(), (self.out_features, self.in_features)
+        groups = F.pad(codes, (0, -K % self.group)).view(N, -1, self.group).float()  # (N, G, group)
+        zero = 8 if self.zeros is None else self.zeros[:, :, None].float()
+        weight = groups.sub_(zero).mul_(self.scales[:, :, None]).view(N, -1)[:, :K]
+        return (weight if self.order is None else weight[:, self.order.argsort()]).to(dtype)
+
+    def prepare(self):
+        if self.packed.is_cuda or self.fast is not None:
+            return
+        step = next((s for s in (256, 128, 64, 32) if self.group % s == 0), None)
+        if self.bits > 4 or step is None:
+            self.fast = ()  # torch's CPU operator knows groups of 32, 64, 128 and 256
+            return
+        N, K = self.out_features, self.in_features
+        codes = F.pad(self.codes().int(), (0, -K % self.group, 0, -N % 16))  # whole groups; rows in sixteens
+        scale = F.pad(self.scales.float(), (0, 0, 0, -N % 16))
+        shift = scale * (8 - F.pad(self.zero_points().float(), (0, 0, 0, -N % 16)))  # the operator's w = scale * (code - 8) + shift
+        both = torch.stack((scale, shift), -1).repeat_interleave(self.group // step, 1)  # (N, K/step, 2)
+        self.fast = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), both.transpose(0, 1).bfloat16().contiguous(),
+                     step)
+
+    def product(self, x):
+        rows = x.reshape(-1, self.in_features)
+        if self.order is not None:
+            rows = rows[:, self.order]
+        if x.is_cuda and self.bits <= 4:
+            from kernels import int4_linear
+            y = int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        self.prepare()
+        if not self.fast or rows.size(0) > FEW_ROWS:
+            return super().product(x)
+        packed, both, step = self.fast
+        rows = F.pad(rows, (0, -self.in_features % self.group)).bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, step, both)[:, :self.out_features]
+        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 class NF4Linear(QuantLinear):
@@ -151,21 +358,21 @@ class NF4Linear(QuantLinear):
     @classmethod
     def from_state(cls, state, shape, bias=None, block=64):
         """The tensors of `nf4_quantize`, of weights of that shape -> NF4Linear."""
-        layer = cls(shape[1], shape[0], bias)
+        layer = cls(shape, bias)
         layer.block, layer.double = block, "nested_absmax" in state
         for name, tensor in state.items():
             layer.register_buffer(name, tensor)
         return layer
 
     def dequantize(self, dtype=torch.float32):
-        return nf4_dequantize(dict(self.named_buffers(recurse=False)), (self.out_features, self.in_features), self.block, dtype)
+        return nf4_dequantize(self._buffers, (self.out_features, self.in_features), self.block, dtype)
 
     def product(self, x):
         if not x.is_cuda:
             return super().product(x)
         from kernels import nf4_linear
-        y = nf4_linear(x.reshape(-1, self.in_features), self.packed, nf4_absmax(dict(self.named_buffers(recurse=False))),
-                       self.block, self.out_features, self.in_features, self.bias)
+        y = nf4_linear(x.reshape(-1, self.in_features), self.packed, nf4_absmax(self._buffers), self.block, self.out_features,
+                       self.in_features, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 

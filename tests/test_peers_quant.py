@@ -3,6 +3,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn as nn
+
 import quant
 
 pytestmark = pytest.mark.peers
