@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from common import UserError
 
+
 # ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
 # DTensor is imported where it is needed: the import alone takes a second.
 def is_sharded(t):
@@ -109,7 +110,8 @@ def pack(x, codes, tops, signed):
     "8-bit Optimizers via Block-wise Quantization"). Unsigned is for squares, of which none becomes 0: the step divides by it."""
     x = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % PACK_BLOCK)).view(-1, PACK_BLOCK)
     torch.amax(x.abs(), 1, keepdim=True, out=tops)
-    codes.copy_(torch.bucketize(x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True).clamp_(min=int(not signed)))
+    nearest = torch.bucketize(x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True)
+    codes.copy_(nearest.clamp_(min=0 if signed else 1))
 
 
 def unpack(codes, tops, signed, like):
