@@ -21,7 +21,7 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
-from quant import NF4Linear, QuantLinear
+from quant import QuantLinear, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer
 
@@ -208,17 +208,6 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
     return set_adapter(model, name)
 
 
-def to_nf4(model, device):
-    """The blocks' matrices in 4-bit NF4 with double quantization (QLoRA), in place -> the model, on the device. One matrix is
-    moved and packed at a time, so the device never holds the model whole in 16 bits."""
-    for n, layer in linears(model).items():
-        if isinstance(layer, QuantLinear):
-            raise UserError(f"--quant nf4: {n} is quantized already, as {layer.format}; drop --quant, or start from unquantized weights")
-        if n != "lm_head":
-            model.set_submodule(n, NF4Linear.from_linear(layer.to(device)))
-    return model.to(device)
-
-
 def adapters(model):
     """{name: Settings} of the adapters loaded."""
     return getattr(model, "adapters", {})
@@ -274,7 +263,7 @@ def merge(model, name=None):
                 print("merge    the head was the embedding matrix and the adapter changes it: from now on they are two")
                 model.config.tie_word_embeddings = False
         model.set_submodule(n, new)
-    model.adapters = {}
+    model.adapters, model.quantization = {}, None
     return model
 
 
@@ -462,11 +451,11 @@ def prepare(args, checkpoint):
         return train.print_estimate(parts, args.micro_batch or args.batch // runtime.world, args, runtime)
     tok = Tokenizer.load(args.model)
     if not tok.chat_template:
-        raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: python finetune.py {args.model} first")
+        raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it")
     data, val = finetune.load_data(args, tok)
     model = Transformer.from_pretrained(args.model, "cpu" if args.quant else runtime.device, runtime.dtype)
-    if args.quant:
-        to_nf4(model, runtime.device)
+    if args.quant:  # on the CPU: the device never holds the model in 16 bits
+        quantize(model, args.quant).to(runtime.device)
     torch.manual_seed(args.seed)
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)
@@ -485,8 +474,8 @@ def check_moved(run):
     still = [n for n, p in run.model.named_parameters() if p.requires_grad and n.endswith(".B") and not p.any()]
     if still and not run.guard.skipped:
         names = ", ".join(n.split(".adapters")[0] for n in still[:4])
-        raise UserError(f"the first step moved nothing in {len(still)} adapters ({names}, ...): no gradient reaches them; is the base "
-                        "trained, and --lr above 0?")
+        raise UserError(f"the first step moved nothing in {len(still)} adapters ({names}, ...): no gradient reaches them; is the "
+                        "base trained, and --lr above 0?")
 
 
 def train_command():

@@ -124,8 +124,8 @@ def unpack(codes, tops, signed, like):
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
-    muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a torch.optim.Optimizer: nothing of it is needed here, and
-    importing its base class costs two seconds.
+    muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a
+    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds.
     """
 
     def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,

@@ -11,7 +11,7 @@ import lora
 import toybox
 from common import Metrics, UserError
 from model import Config, Transformer
-from quant import NF4Linear
+from quant import NF4Linear, quantize
 from runtime import read_tensors, write_tensors
 from tokenizer import Tokenizer
 
@@ -119,7 +119,7 @@ def test_recompute_passes_the_same_gradients_with_a_frozen_base():
 
 # --------------------------------------------------------------------------------------------------------- a base in 4 bits
 def test_qlora_equals_lora_on_the_dequantized_base_forward_and_backward():
-    packed = lora.to_nf4(tiny(), "cpu")
+    packed = quantize(tiny(), "nf4")
     plain = tiny()
     for name, layer in lora.linears(packed).items():
         if name != "lm_head":
@@ -138,7 +138,7 @@ def test_qlora_equals_lora_on_the_dequantized_base_forward_and_backward():
 
 
 def test_backward_keeps_no_unpacked_weight_alive():
-    model, kept = lora.apply(lora.to_nf4(tiny(), "cpu"), 4, 8), []
+    model, kept = lora.apply(quantize(tiny(), "nf4"), 4, 8), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         model.train()(ids(), ids())
     assert (64, 32) not in kept and (32, 64) not in kept  # the MLP's matrices, either way round
@@ -183,8 +183,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(monkeypatch, tmp_path, base):
     trained(monkeypatch, base, tmp_path / "b", *QLORA, "--resume")
     for name in ("adapter_model.safetensors", "state/step-00000004/optimizer.safetensors", "state/step-00000004/rng.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in Metrics.read(tmp_path / d / "metrics.jsonl")]
-            for d in "ab"]
+    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")}
+             for r in Metrics.read(tmp_path / d / "metrics.jsonl")] for d in "ab"]
     assert rows[0] == rows[1]
 
 
@@ -264,7 +264,7 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="no adapter 'x'; loaded are none"):
         lora.set_adapter(model, "x")
     with pytest.raises(UserError, match="quantized already"):
-        lora.to_nf4(lora.to_nf4(model, "cpu"), "cpu")
+        quantize(quantize(model, "nf4"), "nf4")
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
