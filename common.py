@@ -74,10 +74,11 @@ def parse_flags(cls, description, argv=None, positional=()):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         if field.name in positional:
-            optional = {"nargs": "?", "default": argparse.SUPPRESS} if field.default else {}
+            optional = {"nargs": "?", "default": argparse.SUPPRESS} if field.default != "" else {}
             parser.add_argument(field.name, type=kind, help=comments.get(field.name, ""), **optional)
             continue
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        how = {"nargs": "+", "metavar": "str"} if kind is tuple else how
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     return vars(parser.parse_args(argv))
 

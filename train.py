@@ -477,7 +477,7 @@ def discard_run(out):
     if (out / "state").exists():
         shutil.rmtree(out / "state")
     for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors",
-                 "adapter_config.json", "adapter_model.safetensors", "report.md"):
+                 "adapter_config.json", "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl"):
         (out / name).unlink(missing_ok=True)
 
 
