@@ -4,6 +4,7 @@
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
+    python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
@@ -19,10 +20,12 @@ from types import SimpleNamespace
 
 import torch
 
+import lora
 import train
 from common import Metrics, UserError, cli
-from model import Transformer
+from model import Config, Transformer
 from optim import MuonAdamW
+from quant import NF4Linear
 from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 
@@ -167,6 +170,77 @@ os.makedirs(sys.argv[3]); tok.save(sys.argv[3] + "/tokenizer.json")
 """
 
 
+SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False),     # Llama 2 7B's
+          "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),        # TinyLlama 1.1B's
+          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 128, tie_word_embeddings=False)}
+
+
+def random_base(config, packed, runtime):
+    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
+    with torch.device("meta"):
+        model = Transformer(config).to(runtime.dtype)
+    for name, layer in lora.linears(model).items():
+        if name != "lm_head":
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, False, runtime.device, runtime.dtype)
+            model.set_submodule(name, NF4Linear.from_linear(plain) if packed else plain)
+    for module in list(model.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_meta:
+                fresh = torch.empty(p.shape, dtype=p.dtype, device=runtime.device)
+                setattr(module, name, torch.nn.Parameter(fresh.normal_(std=0.02) if p.ndim > 1 else fresh.fill_(1.0)))
+    return model.to(runtime.device)
+
+
+def memory(device, reset=False):
+    """(bytes held now, most since the reset), of the GPU or of this process."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held now
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+
+
+def train_adapter(config, packed, args, runtime):
+    """Whole training steps of an adapter on a random base -> (bytes the base takes, most bytes held while training, tokens/s)."""
+    model = random_base(config, packed, runtime)
+    loaded = memory(runtime.device, reset=True)[0]
+    lora.apply(model, args.r, 2 * args.r).train().recompute = True
+    optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
+    optimizer.set_lr(1.0)
+    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), 0.0
+    for step in range(args.steps + 1):
+        optimizer.zero_grad()
+        with runtime.autocast():
+            loss = model(ids, targets=ids) / ids.numel()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        begin = time.perf_counter() if step == 0 else begin  # the first step is to warm up
+    return loaded, memory(runtime.device)[1], args.steps * args.context / max(time.perf_counter() - begin, 1e-9)
+
+
+def bench_qlora(args):
+    """QLoRA's memory and speed, estimated and measured, and, on a GPU, those of LoRA on a 16-bit base beside it."""
+    print(machine())
+    runtime, config, rows = resolve(args.device, args.dtype, "off"), SHAPES[args.shape], []
+    for quant in ("nf4", "") if runtime.device.type == "cuda" or args.plain else ("nf4",):
+        flags = lora.Args(r=args.r, quant=quant, optimizer="adamw8bit", recompute=True, context=args.context, batch=1)
+        parts, trained, total = lora.estimate(config, flags, runtime, 1)
+        print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
+        train.print_estimate(parts, 1, flags, runtime)
+        if args.estimate:
+            continue
+        loaded, peak, rate = train_adapter(config, bool(quant), args, runtime)
+        rows.append(dict(shape=args.shape, base=quant or str(runtime.dtype), loaded=loaded, peak=peak, trained=trained / total,
+                         estimated=sum(parts.values()), tokens_per_s=rate))
+        print(f"measured {'QLoRA' if quant else 'LoRA'} {args.shape}: base {loaded / 2**30:.2f} GiB, peak {peak / 2**30:.2f}, so "
+              f"{(peak - loaded) / 2**30:.2f} to train; {rate:,.0f} tokens/s", flush=True)
+    return rows
+
+
 def tree_memory(pid):
     """MB resident in a process and its descendants, from /proc; shared pages count once for each process."""
     total, family = 0, [pid]
@@ -268,11 +342,21 @@ def main():
     pretrain.add_argument("--device", default="auto")
     pretrain.add_argument("--dtype", default="auto")
     pretrain.set_defaults(run=bench_pretrain)
+    qlora = commands.add_parser("qlora", help="memory and speed of training an adapter")
+    qlora.add_argument("--shape", default="7b", choices=SHAPES)
+    qlora.add_argument("--context", type=int, default=512, help="tokens in the one row of a step [512]")
+    qlora.add_argument("--r", type=int, default=32, help="rank [32]")
+    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up [3]")
+    qlora.add_argument("--plain", action="store_true", help="LoRA on the unquantized base too, on a CPU as well")
+    qlora.add_argument("--estimate", action="store_true", help="only the estimate")
+    qlora.add_argument("--device", default="auto")
+    qlora.add_argument("--dtype", default="auto")
+    qlora.set_defaults(run=bench_qlora)
     tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, tokenizer):
+    for command in (times, optimizers, pretrain, qlora, tokenizer):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

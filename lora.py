@@ -21,7 +21,7 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
-from quant import NF4Linear, QuantLinear
+from quant import QuantLinear, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class Adapter(nn.Module):
         """DoRA's m / |W + scale B A| (N,). The norm comes from |w|^2 + 2s (W A^T).b + s^2 b (A A^T) b for each row w of W and
         b of B: with the base's own product, so that W, which may be in 4 bits, is never there whole."""
         with torch.no_grad():
-            WA = without_bias(base, base(self.A.to(dtype))).t().float()  # (r, K) -> (r, N) -> (N, r)
+            WA = (base(self.A.to(dtype)) - bias_of(base, dtype)).t().float()  # (r, K) -> (r, N) -> (N, r)
             norm2 = self.square + ((2 * self.scale * WA + self.scale ** 2 * self.B @ (self.A @ self.A.t())) * self.B).sum(1)
             inverse = norm2.clamp(min=1e-30).rsqrt()
         return self.m * inverse
@@ -79,7 +79,8 @@ class Adapter(nn.Module):
         change = F.linear(low, (self.B * self.scale).to(x.dtype))
         if self.m is None:
             return y + change
-        return with_bias(base, self.gain(base, x.dtype).to(y.dtype) * (without_bias(base, y) + change))
+        bias = bias_of(base, y.dtype)
+        return bias + self.gain(base, x.dtype).to(y.dtype) * (y - bias + change)
 
     def weight(self, base):
         """W' (N, K) in float32."""
@@ -92,12 +93,8 @@ def dense(base):
     return base.dequantize() if isinstance(base, QuantLinear) else base.weight.detach().float()
 
 
-def with_bias(base, y):
-    return y if base.bias is None else y + base.bias.to(y.dtype)
-
-
-def without_bias(base, y):
-    return y if base.bias is None else y - base.bias.to(y.dtype)
+def bias_of(base, dtype):
+    return 0 if base.bias is None else base.bias.to(dtype)
 
 
 class LoRALinear(nn.Module):
@@ -112,32 +109,36 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.rows is not None:
             return self.by_row(x, y)
-        return self.adapters[self.active](x, y, self.base) if self.active in self.adapters else y
+        return self.adapter(x, y, self.base) if self.adapter else y
+
+    @property
+    def adapter(self):
+        return self.adapters[self.active] if self.active in self.adapters else None
 
     @property
     def weight(self):
         """The weights in effect, differentiable: what the fused loss reads of a head."""
-        weight = self.base.weight
-        return self.adapters[self.active].weight(self.base).to(weight.dtype) if self.active in self.adapters else weight
+        return self.adapter.weight(self.base).to(self.base.weight.dtype) if self.adapter else self.base.weight
 
     def by_row(self, x, y):
         """All adapters stacked along the rank, then each row's own ranks kept: two thin products, however many adapters."""
         A, B, keep, gain = self.stack  # (R, K), (N, R), (n + 1, R), (n + 1, N)
-        keep, gain = (t[self.rows].view(*self.rows.shape, *[1] * (x.ndim - 1 - self.rows.ndim), -1).to(y.dtype) for t in (keep, gain))
-        change = F.linear(F.linear(x, A.to(x.dtype)) * keep, B.to(x.dtype))
-        return with_bias(self.base, gain * (without_bias(self.base, y) + change))
+        shape = (*self.rows.shape, *[1] * (x.ndim - 1 - self.rows.ndim), -1)  # (B,) for x (B, T, K) is (B, 1, -1)
+        keep, gain = (t[self.rows].view(shape).to(y.dtype) for t in (keep, gain))
+        change, bias = F.linear(F.linear(x, A.to(x.dtype)) * keep, B.to(x.dtype)), bias_of(self.base, y.dtype)
+        return bias + gain * (y - bias + change)
 
     @torch.no_grad()
     def make_stack(self, names):
         """What `by_row` needs for these adapters; the last row of `keep` and `gain` is "no adapter"."""
-        ours = [self.adapters[n] if n in self.adapters else None for n in names]
-        ranks, device = [a.A.size(0) if a else 0 for a in ours], next(self.adapters.parameters()).device
-        keep, gain = torch.zeros(len(names) + 1, sum(ranks), device=device), torch.ones(len(names) + 1, self.base.out_features, device=device)
-        for i, adapter in enumerate(ours):
-            if adapter:
-                keep[i, sum(ranks[:i]):sum(ranks[:i + 1])] = adapter.scale
-                gain[i] = 1.0 if adapter.m is None else adapter.gain(self.base)
-        self.stack = torch.cat([a.A for a in ours if a]), torch.cat([a.B for a in ours if a], 1), keep, gain
+        ours = [(i, self.adapters[n]) for i, n in enumerate(names) if n in self.adapters]
+        A, B = torch.cat([a.A for _, a in ours]), torch.cat([a.B for _, a in ours], 1)
+        keep, gain, at = A.new_zeros(len(names) + 1, len(A)), A.new_ones(len(names) + 1, len(B)), 0
+        for i, adapter in ours:
+            keep[i, at:at + len(adapter.A)] = adapter.scale
+            gain[i] = 1.0 if adapter.m is None else adapter.gain(self.base)
+            at += len(adapter.A)
+        self.stack = A, B, keep, gain
 
 
 # ------------------------------------------------------------------------------------------------- on a model, off a model
@@ -197,25 +198,14 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
     chosen, layers = choose(model, targets), linears(model)
     for n in chosen:
         base = getattr(layers[n], "base", layers[n])
-        if r > (least := min(base.out_features, base.in_features)):
-            raise UserError(f"--r {r} is above the rank that {n}, {base.out_features} x {base.in_features}, can have: at most {least}")
+        if r > min(N := base.out_features, K := base.in_features):
+            raise UserError(f"--r {r} is above the rank that {n}, {N} x {K}, can have: at most {min(N, K)}")
     model.requires_grad_(False)
     for n in chosen:
         layer = wrap(model, n)
         layer.adapters[name] = Adapter(layer.base, r, settings.scale(r), dropout, dora)
     model.adapters = {**adapters(model), name: settings}
     return set_adapter(model, name)
-
-
-def to_nf4(model, device):
-    """The blocks' matrices in 4-bit NF4 with double quantization (QLoRA), in place -> the model, on the device. One matrix is
-    moved and packed at a time, so the device never holds the model whole in 16 bits."""
-    for n, layer in linears(model).items():
-        if isinstance(layer, QuantLinear):
-            raise UserError(f"--quant nf4: {n} is quantized already, as {layer.format}; drop --quant, or start from unquantized weights")
-        if n != "lm_head":
-            model.set_submodule(n, NF4Linear.from_linear(layer.to(device)))
-    return model.to(device)
 
 
 def adapters(model):
@@ -257,24 +247,23 @@ def model_adapter_rows(model, rows):
 
 
 def merge(model, name=None):
-    """Fold the adapter (by default the one in effect) into the weights, in float32, and leave plain linear layers, of the
-    base's dtype, float32 where the base is quantized -> the model. A head that was the embedding becomes a matrix of its own."""
-    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """Fold the adapter (by default the one in effect) into the weights, in float32, and leave plain linear layers: of the base's
+    dtype, float32 where it was quantized -> the model. A head that was the embedding becomes a matrix of its own."""
     if name is not None:
         set_adapter(model, name)
-    for n, layer in wrapped.items():
-        new, base = layer.base, layer.base
-        if layer.active in layer.adapters:
-            dtype = torch.float32 if isinstance(base, QuantLinear) else base.weight.dtype
+    for n, layer in linears(model).items():
+        new = base = getattr(layer, "base", layer)
+        adapter, packed = getattr(layer, "adapter", None), isinstance(base, QuantLinear)
+        if adapter or packed:
             new = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             with torch.no_grad():
-                new.weight = nn.Parameter(layer.adapters[layer.active].weight(base).to(dtype))
-            new.bias = base.bias
+                weight = adapter.weight(base) if adapter else dense(base)
+            new.weight, new.bias = nn.Parameter(weight if packed else weight.to(base.weight.dtype)), base.bias
             if n == "lm_head" and model.config.tie_word_embeddings:
                 print("merge    the head was the embedding matrix and the adapter changes it: from now on they are two")
                 model.config.tie_word_embeddings = False
         model.set_submodule(n, new)
-    model.adapters = {}
+    model.adapters, model.quantization = {}, None
     return model
 
 
@@ -334,10 +323,11 @@ def read_adapter(folder):
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
     config, parts = common.read_json(folder / "adapter_config.json"), {}
-    wrong = [f"{k} {config.get(k)!r}" for k, right in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("modules_to_save", (None, [])),
-             ("init_lora_weights", (True, False, None, "gaussian", "orthogonal", "eva"))) if config.get(k) not in right]
-    numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
-    wrong += [f"{k} {config.get(k)!r}" for k, kind in numbers.items() if not isinstance(config.get(k), kind) or config[k] < 0]
+    allowed = {"peft_type": ["LORA"], "bias": ["none", None], "modules_to_save": [None, []],
+               "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"]}
+    wrong = [f"{k} {config.get(k)!r}" for k, values in allowed.items() if config.get(k) not in values]
+    wrong += [f"{k} {config.get(k)!r}" for k in ("r", "lora_alpha", "lora_dropout")
+              if not isinstance(config.get(k), (int, float)[:1 + (k != "r")]) or config[k] < 0]
     for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)", key)
         if found and tensor.is_floating_point():
@@ -382,28 +372,30 @@ def load_adapter(model, folder, name="default", trainable=False):
     if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
         raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
                         f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})")
-    settings = Settings(config["r"], config["lora_alpha"], config["lora_dropout"], bool(config.get("use_rslora")), bool(config.get("use_dora")))
-    ours, model_layers = {}, linears(model)
-    for n in model_layers:
+    settings = Settings(*(config[k] for k in ("r", "lora_alpha", "lora_dropout")),
+                        *(bool(config.get(k)) for k in ("use_rslora", "use_dora")))
+    layers, ours, fitting = linears(model), {}, []
+    for n in layers:
         ours.setdefault(folder_module(n, model.config), []).append(n)
+    for module, tensors in parts.items():  # all of it is checked before the model is touched
+        bases = {n: getattr(layers[n], "base", layers[n]) for n in ours.get(module, ())}
+        sizes, r = [b.out_features for b in bases.values()], len(tensors.get("A", ()))
+        want = {"A": (r, next(iter(bases.values())).in_features), "B": (sum(sizes), r)} if bases else {}
+        want |= {"m": (sum(sizes),)} if settings.dora else {}
+        if not bases:
+            raise UserError(f"{folder}: {module} is adapted there, but this model has no such linear layer")
+        if not r or want != (shapes := {k: tuple(t.shape) for k, t in tensors.items()}):
+            raise UserError(f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}")
+        scale = settings.scale(r, own_alpha(config, module))
+        fitting += [(n, part, scale) for n, part in zip(bases, split_fused(tensors, sizes))]
     model.requires_grad_(False)
-    for module, tensors in parts.items():
-        names = ours.get(module)
-        bases = [getattr(model_layers[n], "base", model_layers[n]) for n in names or ()]
-        sizes = [b.out_features for b in bases]
-        want = {"A": ("r", bases[0].in_features), "B": (sum(sizes), "r")} | ({"m": (sum(sizes),)} if settings.dora else {}) if names else {}
-        r = len(tensors.get("A", ()))
-        shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-        if not r or shapes != {k: tuple(r if s == "r" else s for s in shape) for k, shape in want.items()}:
-            raise UserError(f"{folder}: {module} has tensors {shapes}, this model {want or 'no such linear layer'}")
-        alpha = own_alpha(config, module)
-        for n, part in zip(names, split_fused(tensors, sizes)):
-            layer = wrap(model, n)
-            adapter = layer.adapters[name] = Adapter(layer.base, len(part["A"]), settings.scale(r, alpha), settings.dropout, settings.dora)
-            with torch.no_grad():
-                for k, t in part.items():
-                    getattr(adapter, k).copy_(t)
-            adapter.requires_grad_(trainable)
+    for n, part, scale in fitting:
+        layer = wrap(model, n)
+        layer.adapters[name] = Adapter(layer.base, len(part["A"]), scale, settings.dropout, settings.dora)
+        with torch.no_grad():
+            for k, t in part.items():
+                getattr(layer.adapters[name], k).copy_(t)
+        layer.adapters[name].requires_grad_(trainable)
     model.adapters = {**adapters(model), name: settings}
     return set_adapter(model, name)
 
@@ -428,7 +420,7 @@ def estimate(config, args, runtime, rows):
     with torch.device("meta"):
         model = apply(Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora)
     parts, (trained, total) = train.estimate_memory(model, args, runtime, rows), count_params(model)
-    packed = [m.in_features * m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
+    packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
     left = parts.pop("weights") - 4 * trained
     if args.quant:
         left -= sum(packed) * runtime.dtype.itemsize
@@ -445,20 +437,25 @@ def count_params(model):
 
 def prepare(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`, for which MODEL needs only its config.json."""
+    if not args.model or not (args.data or args.fit):
+        raise UserError("give a model folder and conversations: python lora.py train MODEL --data chat.jsonl --out D")
+    if args.quant not in ("", "nf4") or args.shard:
+        raise UserError(f"--quant {args.quant}: use nf4, or leave it out" if args.quant else
+                        "--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)")
     runtime = resolve(args.device, args.dtype, args.compile)
-    if args.quant not in ("", "nf4"):
-        raise UserError(f"--quant {args.quant}: use nf4, or leave it out")
+    config = Config.from_dict(common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json")
+    args.context = min(args.context, config.max_position_embeddings)
     if args.fit:
-        config = Config.from_dict(common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json")
-        rows = args.micro_batch or args.batch // runtime.world
-        parts, trained, total = estimate(config, args, runtime, rows)
+        parts, trained, total = estimate(config, args, runtime, args.micro_batch or args.batch // runtime.world)
         print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
-        return train.print_estimate(parts, rows, args, runtime)
+        return train.print_estimate(parts, args.micro_batch or args.batch // runtime.world, args, runtime)
     tok = Tokenizer.load(args.model)
+    if not tok.chat_template:
+        raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it")
     data, val = finetune.load_data(args, tok)
     model = Transformer.from_pretrained(args.model, "cpu" if args.quant else runtime.device, runtime.dtype)
-    if args.quant:
-        to_nf4(model, runtime.device)
+    if args.quant:  # on the CPU: the device never holds the model in 16 bits
+        quantize(model, args.quant).to(runtime.device)
     torch.manual_seed(args.seed)
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)
@@ -466,17 +463,19 @@ def prepare(args, checkpoint):
         apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
     train.describe(args, model, tok, data, val)
     trained, total = count_params(model)
-    print(f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: {trained:,} of {total:,} parameters are trained: "
-          f"{trained / total:.2%}; the base, {base_sha256(model)[:12]}, is frozen{' in 4 bits' if args.quant else ''}")
-    return train.start_run(args, checkpoint, runtime, tok, model, data, val, write=lambda run, folder, _: save_adapter(run.model, folder))
+    print(f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: {trained:,} of {total:,} parameters are "
+          f"trained: {trained / total:.2%}; the base, {base_sha256(model)[:12]}, is frozen{' in 4 bits' if args.quant else ''}")
+    return train.start_run(args, checkpoint, runtime, tok, model, data, val, loss=finetune.packed_loss,
+                           write=lambda run, folder, weights: save_adapter(run.model, folder))
 
 
 def check_moved(run):
     """After the first step every lora_B must have left zero; one that has not is not being trained, whatever the loss says."""
     still = [n for n, p in run.model.named_parameters() if p.requires_grad and n.endswith(".B") and not p.any()]
     if still and not run.guard.skipped:
-        raise UserError(f"the first step moved nothing in {len(still)} adapters ({', '.join(n.split('.adapters')[0] for n in still[:4])}, "
-                        "...): no gradient reaches them; is the base trained, and --lr above 0?")
+        names = ", ".join(n.split(".adapters")[0] for n in still[:4])
+        raise UserError(f"the first step moved nothing in {len(still)} adapters ({names}, ...): no gradient reaches them; is the "
+                        "base trained, and --lr above 0?")
 
 
 def train_command():
@@ -494,6 +493,8 @@ def train_command():
             if step == 0:
                 check_moved(run)
             train.log_step(run, step, total, count, norm, factor)
+        if run.metrics and args.sample:
+            finetune.try_out(run)
         train.finish(run)
 
 
@@ -525,7 +526,7 @@ def merge_command():
                         generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids)
-        merged = dequantize(merge(model)).to(DTYPES[name]).float()
+        merged = merge(model).to(DTYPES[name]).float()
         difference, largest = (merged(ids) - before).abs().max().item(), before.abs().max().item()
     bound = max(1e-5, 8 * torch.finfo(DTYPES[name]).eps) * largest  # float32: sums in another order; 16 bits: rounded weights
     print(f"merge    largest logit difference {difference:.2e}, of logits up to {largest:.1f}; bound in {name} {bound:.1e}")
@@ -536,16 +537,6 @@ def merge_command():
     for file in {f for pattern in CARRIED for f in Path(args.base).glob(pattern)}:
         shutil.copyfile(file, out / file.name)
     print(f"wrote    {out}/ (model folder, {name})")
-
-
-def dequantize(model):
-    """Plain linear layers in place of quantized ones -> the model."""
-    for n, layer in linears(model).items():
-        if isinstance(layer, QuantLinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight, plain.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
-            model.set_submodule(n, plain)
-    return model
 
 
 def main():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from common import UserError
 
+
 # ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
 # DTensor is imported where it is needed: the import alone takes a second.
 def is_sharded(t):
@@ -109,7 +110,8 @@ def pack(x, codes, tops, signed):
     "8-bit Optimizers via Block-wise Quantization"). Unsigned is for squares, of which none becomes 0: the step divides by it."""
     x = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % PACK_BLOCK)).view(-1, PACK_BLOCK)
     torch.amax(x.abs(), 1, keepdim=True, out=tops)
-    codes.copy_(torch.bucketize(x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True).clamp_(min=int(not signed)))
+    nearest = torch.bucketize(x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True)
+    codes.copy_(nearest.clamp_(min=0 if signed else 1))
 
 
 def unpack(codes, tops, signed, like):
@@ -122,8 +124,8 @@ def unpack(codes, tops, signed, like):
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
-    muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a torch.optim.Optimizer: nothing of it is needed here, and
-    importing its base class costs two seconds.
+    muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a
+    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds.
     """
 
     def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,

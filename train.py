@@ -241,7 +241,7 @@ def wrap(model, args, runtime):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
     if runtime.world > 1:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)  # none of ours changes
     return model
 
 

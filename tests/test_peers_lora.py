@@ -4,6 +4,7 @@ import torch
 
 import lora
 from model import Config, Transformer
+from quant import quantize
 
 pytestmark = pytest.mark.peers
 KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "both": dict(rslora=True, dora=True)}
@@ -26,7 +27,8 @@ def shake(model, seed=1):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".adapters." in name or "lora_" in name:
-                p.add_(0.1 * torch.randn_like(p)) if not name.endswith((".m", "magnitude_vector.default.weight")) else p.mul_(1 + 0.2 * torch.rand_like(p))
+                magnitude = name.endswith((".m", "magnitude_vector.default.weight"))
+                p.copy_(p * (1 + 0.2 * torch.rand_like(p)) if magnitude else p + 0.1 * torch.randn_like(p))
     return model
 
 
@@ -61,13 +63,15 @@ def test_peft_opens_our_adapter_with_equal_logits(tmp_path, kind, shape, targets
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape,targets", [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "mlp.c_proj"]), ("tied", ["o_proj", "lm_head"])])
+@pytest.mark.parametrize("shape,targets", [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "mlp.c_proj"]),
+                                           ("tied", ["o_proj", "lm_head"])])
 def test_our_model_opens_pefts_adapter_with_equal_logits(tmp_path, kind, shape, targets):
     from peft import LoraConfig, get_peft_model
     tiny("llama" if shape == "tied" else shape, shape == "tied").save_pretrained(tmp_path / "base")
     k = KINDS[kind]
-    config = LoraConfig(r=3, lora_alpha=5, use_rslora=k.get("rslora", False), use_dora=k.get("dora", False), target_modules=targets,
-                        fan_in_fan_out=shape == "gpt2", rank_pattern={"down_proj": 5}, alpha_pattern={"down_proj": 7}, task_type="CAUSAL_LM")
+    config = LoraConfig(r=3, lora_alpha=5, use_rslora=k.get("rslora", False), use_dora=k.get("dora", False),
+                        target_modules=targets, fan_in_fan_out=shape == "gpt2", task_type="CAUSAL_LM",
+                        rank_pattern={"down_proj": 5}, alpha_pattern={"down_proj": 7})
     peft = shake(get_peft_model(theirs(tmp_path / "base"), config)).eval()
     peft.save_pretrained(tmp_path / "adapter")
     model = lora.load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
@@ -119,3 +123,25 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
         assert (w - net.weight).norm() < 0.02 * moved, step
     same = (ours.state[net.weight]["mean"].view(-1) == theirs.state[w]["state1"].view(-1)).float().mean()
     assert same > 0.97
+
+
+def test_qlora_on_a_base_that_bitsandbytes_packed_equals_pefts(tmp_path):
+    import bitsandbytes as bnb
+    from peft import PeftModel
+    tiny().save_pretrained(tmp_path / "base")
+    reference = theirs(tmp_path / "base")
+    for name, layer in list(reference.named_modules()):  # what transformers does on loading with load_in_4bit
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, torch.float32, quant_type="nf4")
+            packed.weight = bnb.nn.Params4bit(layer.weight.data, False, quant_type="nf4", compress_statistics=True)
+            reference.set_submodule(name, packed.to("cpu"))
+    model = shake(lora.apply(quantize(Transformer.from_pretrained(tmp_path / "base"), "nf4"), 4, 8))
+    lora.save_adapter(model, tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
+    ids = torch.randint(61, (2, 20))
+    torch.testing.assert_close(logits(model, ids), logits(peft.eval(), ids), atol=1e-4, rtol=1e-4)
+    model(ids).square().sum().backward()
+    peft(ids).logits.square().sum().backward()
+    layer = "model.layers.1.mlp.up_proj"
+    want = peft.get_submodule(f"base_model.model.{layer}").lora_A["default"].weight.grad
+    torch.testing.assert_close(model.get_submodule(layer.removeprefix("model.")).adapters["default"].A.grad, want, atol=1e-3, rtol=1e-3)
