@@ -19,7 +19,7 @@ from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, cli, write_atomic
+from common import UserError, cli, json_records, write_atomic
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no character, and no UTF-8 can hold it
 ROLES = ("system", "user", "assistant", "tool")
