@@ -335,10 +335,10 @@ class Objective:
         real = torch.maximum(good, bad)
         losses = (losses - args.sft_weight * good * policy[0] / lengths[0]) * real
         right = (chosen > 0) * good + (rejected < 0) * bad if kto else (chosen > rejected) * good
-        # Schulman's estimator of the KL divergence, r - 1 - log r with r = p_ref / p, by token. On the policy's own samples it
-        # would be unbiased; on the data's it says how far the policy has moved, and is 0 only where it has not.
+        # KL(p_ref, p) by token, in Schulman's form (r - 1) - log r with r = p / p_ref: never negative, 0 where p has not moved, and
+        # unbiased where the answers are the reference's own samples, as DPO supposes (Rafailov et al. 2023, section 4).
         answered = (batch.y != -100) * real[:, None]  # (R, T)
-        gap = ((batch.ref + nats.detach()) * answered).clamp(max=20)
+        gap = (-nats.detach() - batch.ref) * answered
         sums = {"loss": losses, "pairs": real, "good": good, "bad": bad, "kl": torch.expm1(gap) - gap,
                 "targets": answered, "tokens": (batch.docs < 2) * real[:, None],
                 "rewards/chosen": chosen * good, "rewards/rejected": rejected * bad, "rewards/accuracies": right,

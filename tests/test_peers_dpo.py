@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from dpo import Args, Objective, Pairs, with_z0, reference
+from dpo import Args, Objective, Pairs, reference, with_z0
 from model import Config, Transformer, to_folder_names
 from runtime import Runtime
 
@@ -94,7 +94,8 @@ def compare(trainer, inputs, mine, atol=1e-5):
 PAIR = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["a b"] * 4}
 
 
-@pytest.mark.parametrize("types, ours_is", [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")), (["sigmoid", "sft"], dict(sft_weight=0.7))])
+@pytest.mark.parametrize("types, ours_is", [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")),
+                                            (["sigmoid", "sft"], dict(sft_weight=0.7))])
 def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models, tmp_path):
     weights = dict(loss_weights=[1.0, 0.7]) if len(types) == 2 else {}
     trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=types, beta=0.3, **weights)
