@@ -340,7 +340,7 @@ class Objective:
         answered = (batch.y != -100) * real[:, None]  # (R, T)
         gap = (-nats.detach() - batch.ref) * answered
         sums = {"loss": losses, "pairs": real, "good": good, "bad": bad, "kl": torch.expm1(gap) - gap,
-                "targets": answered, "tokens": (batch.docs < 2) * real[:, None],
+                "targets": answered, "tokens": (batch.docs < (1 if kto else 2)) * real[:, None],
                 "rewards/chosen": chosen * good, "rewards/rejected": rejected * bad, "rewards/accuracies": right,
                 "logps/chosen": policy[0] * good, "logps/rejected": policy[1] * bad}
         self.names, self.sums = list(sums), self.sums + torch.stack([t.detach().double().sum() for t in sums.values()])
