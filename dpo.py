@@ -294,7 +294,7 @@ def log_probs(model, batch):
 def reference(pairs, model, tok, runtime, rows, folder):
     """Fill pairs.ref with the model's log-probs: read from FOLDER if they were computed before, else computed (ranks share the
     work) and kept there, under a hash of pairs, weights, tokenizer and dtype."""
-    key = common.sha256(f"{pairs.sha256} {tok.sha256} {runtime.dtype}".encode())
+    key = common.sha256(f"{pairs.sha256} {tok.sha256} {model.embed_tokens.weight.dtype} {runtime.dtype}".encode())
     path = Path(folder) / f"reference-{key[:16]}.safetensors"
     if path.is_file() and len(stored := read_tensors(path).get("log_probs", ())) == len(pairs.ref):
         pairs.ref = stored.numpy()
@@ -385,7 +385,7 @@ def prepare(args, checkpoint):
     data, val = load_pairs(args, tok, min(args.context, model.config.max_position_embeddings), lora.base_sha256(model))
     if not args.micro_batch and runtime.device.type == "cpu":  # short passes of pairs alike in length waste little on padding
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
-    for pairs in (data, val) if args.loss not in REFERENCE_FREE else ():
+    for pairs in (data, val) if args.loss not in REFERENCE_FREE and not args.fit else ():
         reference(pairs, model, tok, runtime, args.micro_batch or 8, args.cache or Path(args.out).parent)
     if args.lora and checkpoint:
         lora.load_adapter(model, checkpoint, trainable=True)
