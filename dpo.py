@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 import chat
 import common
+import finetune
 import lora
 import toybox
 import train
 from common import UserError
 from model import Transformer
 from runtime import read_tensors, resolve, write_tensors
-from tokenizer import Tokenizer
 
 LOSSES, REFERENCE_FREE = ("sigmoid", "ipo", "simpo", "orpo", "kto"), ("simpo", "orpo")
 
@@ -381,7 +381,7 @@ def prepare(args, checkpoint):
                         f"python lora.py merge BASE {args.model} --out D")
     runtime = resolve(args.device, args.dtype, args.compile)
     kept = runtime.dtype if args.lora else torch.float32  # frozen weights need no more than products do
-    tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, kept)
+    tok, model = finetune.open_model(args.model, runtime.device, kept)
     data, val = load_pairs(args, tok, min(args.context, model.config.max_position_embeddings), lora.base_sha256(model))
     if not args.micro_batch and runtime.device.type == "cpu":  # short passes of pairs alike in length waste little on padding
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
@@ -472,7 +472,7 @@ def evaluate(argv):
     if not start:
         raise UserError(f"{args.model} does not say what it started from: name that model folder with --reference")
     runtime, settings = resolve(args.device, args.dtype, "off"), Args(beta=args.beta, data=args.data)
-    tok, model = Tokenizer.load(start), Transformer.from_pretrained(start, runtime.device, runtime.dtype)
+    tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
     records = read_preferences(args.data, args.split, args.pairs)
     found = usable(tok, records, min(args.context, model.config.max_position_embeddings))
     pairs = make_pairs(settings, found, lora.base_sha256(model))
@@ -481,7 +481,7 @@ def evaluate(argv):
     if (Path(args.model) / "adapter_config.json").is_file():
         model = lora.load_adapter(model, args.model)
     else:
-        model = Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
+        model = finetune.open_model(args.model, runtime.device, runtime.dtype)[1]
     run = types.SimpleNamespace(args=settings, runtime=runtime, step_model=model, val=pairs, rows=8)
     result = {"pairs": len(pairs.pairs), **validate(run, "")}
     print(json.dumps(result | ({"before": before, "after": say(args, tok, model.eval())} if before else {}), indent=1))
@@ -489,9 +489,9 @@ def evaluate(argv):
 
 def say(args, tok, model):
     """Greedy answers to toybox's questions -> the shares in the preferred style, right, and ended by themselves."""
-    from finetune import answers
     rows = list(toybox.preferences(args.split, args.pairs))
-    said = answers(model, tok, [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows], args.max_tokens)
+    prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
+    said = finetune.answers(model, tok, prompts, args.max_tokens)
     marks = [(toybox.style(text), toybox.check(row["family"], row["prompt"], text), end) for row, (text, end) in zip(rows, said)]
     return dict(zip(("style", "right", "ended"), (sum(column) / len(rows) for column in zip(*marks))))
 
