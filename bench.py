@@ -6,9 +6,11 @@
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
     python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
     python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
+    python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -177,6 +179,54 @@ def sft_trainer_speed(args, talks, per_step, order, out):
     trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(f"{out}/model", dtype=torch.float32), config,
                          train_dataset=Dataset.from_list([{"messages": m} for m in talks]), processing_class=theirs)
     return trainer.train().metrics["train_samples_per_second"]
+
+
+def bench_dpo(args):
+    """Seconds a step of 32 pairs, forward, backward and AdamW: rows that share their prompt, beside TRL's DPOTrainer on the same
+    weights and ids (pip install trl). Both have the reference's log-probs already."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    import dpo
+    from finetune import open_model
+    print(machine())
+    tok, model = open_model(args.model, "cpu", torch.float32)
+    settings, size = dpo.Args(), args.passes
+    records = itertools.islice(dpo.read_preferences(args.data, "train", 400), 400)
+    found = dpo.usable(tok, records, model.config.max_position_embeddings)[:32 * args.steps]
+    pairs, objective = dpo.make_pairs(settings, found, ""), dpo.Objective()
+    with tempfile.TemporaryDirectory() as out:
+        tok.save(out)
+        model.save_pretrained(out)
+        theirs, words = AutoModelForCausalLM.from_pretrained(out), PreTrainedTokenizerFast.from_pretrained(out)
+        words.pad_token = words.eos_token = "<|im_end|>"
+        config = DPOConfig(out, report_to=[], use_cpu=True, bf16=False, max_length=None, gradient_checkpointing=False)
+        trainer = DPOTrainer(theirs, AutoModelForCausalLM.from_pretrained(out), config, processing_class=words,
+                             train_dataset=Dataset.from_dict({"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c"] * 2}))
+    trainer.precompute_ref_logps = True
+
+    def ours(batch):
+        batch = pairs.fill(batch, 0)
+        for i in range(0, 32, size):
+            objective(model, batch._make(t[i:i + size] for t in batch), settings).div(32).backward()
+
+    def trl(batch):
+        for i in range(0, 32, size):
+            rows = [dict(prompt_ids=p, chosen_ids=a[0], rejected_ids=a[1], ref_chosen_logps=-50.0, ref_rejected_logps=-50.0)
+                    for p, a, *_ in (found[r] for r in batch[i:i + size])]
+            trainer.compute_loss(theirs, trainer.data_collator(rows)).mul(size / 32).backward()
+    seconds = {}
+    for name, step, net in 2 * (("dpo.py", ours, model.train()), ("DPOTrainer", trl, theirs.train())):  # the first round warms up
+        optimizer, begin = torch.optim.AdamW(net.parameters(), 1e-6), time.perf_counter()
+        for at in range(0, len(found) - 31, 32):
+            step(range(at, at + 32))
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds[name] = (time.perf_counter() - begin) / (len(found) // 32)
+    for name, took in seconds.items():
+        print(f"{name:12s} {took:7.3f} s a step of 32 pairs")
+    return [dict(name=name, seconds=took) for name, took in seconds.items()]
 
 
 def bench_optimizers(args):
@@ -415,11 +465,17 @@ def main():
     sft.add_argument("--alone", action="store_true", help="without TRL")
     sft.add_argument("--device", default="cpu")
     sft.set_defaults(run=bench_sft)
+    dpo = commands.add_parser("dpo", help="preference tuning beside TRL")
+    dpo.add_argument("model", help="a model folder")
+    dpo.add_argument("--data", default="toybox", help="toybox, or a file of preferences [toybox]")
+    dpo.add_argument("--passes", type=int, default=8, help="pairs a forward pass, 32 a step [8]")
+    dpo.add_argument("--steps", type=int, default=4, help="timed steps at most [4]")
+    dpo.set_defaults(run=bench_dpo)
     tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, qlora, sft, tokenizer):
+    for command in (times, optimizers, pretrain, qlora, sft, dpo, tokenizer):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)
