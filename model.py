@@ -228,7 +228,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
         w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
         if wanted:
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden)
+            # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, hidden.size(0), rows):
             h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
             logits = (h @ w.t()).float()  # (rows, V)
@@ -239,42 +241,62 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d.scatter_add_(1, t, torch.full_like(lse, -1.0))
                 d = d.mul_(counts).to(exact)
                 grad_hidden[i:i + rows] = d @ w.to(exact)
-                grad_weight += d.t() @ h.to(exact)
+                if grad_weight is not None:
+                    grad_weight += d.t() @ h.to(exact)
         if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None, None
+
+
+@torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
+def token_losses(hidden, head, targets):
+    """hidden (B, T, C), head: C -> V, targets (B, T) -> cross-entropy of each target in nats (B, T) float32, 0 where -100.
+
+    Only positions with a target meet the head, in parts whose logits are computed again in backward and never exist whole.
+    """
+    def losses(h, t):  # (n, C), (n,) -> (n,)
+        return F.cross_entropy(head(h).float(), t, reduction="none")
+    at = targets != -100
+    wanted, rows = hidden[at], max(1, LOGITS_AT_ONCE // head.out_features)  # (B, T, C) -> (N, C)
+    parts = list(zip(wanted.split(rows), targets[at].split(rows)))
+    each = [losses(*parts[0])] if len(parts) == 1 else [checkpoint(losses, h, t, use_reentrant=False) for h, t in parts]
+    return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(at, torch.cat(each))
 
 
 # ------------------------------------------------------------------------------------------------------------- the network
 def attention_mask(q_pos, k_pos, window=None, q_docs=None, k_docs=None):
     """Which keys each query may see: (Tq, Tk) bool, or (B, 1, Tq, Tk) when documents are given.
 
-    q_pos (Tq,), k_pos (Tk,): positions; window: keys further back are hidden; docs (B, T): no looking across documents.
+    q_pos (Tq,), k_pos (Tk,): positions, with docs also (B, T); window: keys further back are hidden; docs (B, T): no looking
+    across documents, but for one numbered below 0, which all after it may look at: a prompt that several answers share.
     """
-    gap = q_pos[:, None] - k_pos[None, :]
+    gap = q_pos[..., :, None] - k_pos[..., None, :]  # (Tq, Tk) or (B, Tq, Tk)
+    gap = gap if gap.ndim == 2 else gap[:, None]
     mask = gap >= 0
     if window is not None:
         mask = mask & (gap < window)
     if q_docs is not None:
-        mask = mask & (q_docs[:, None, :, None] == k_docs[:, None, None, :])
+        q_docs, k_docs = q_docs[:, None, :, None], k_docs[:, None, None, :]
+        mask = mask & ((q_docs == k_docs) | (k_docs < 0))
     return mask
 
 
-def block_mask(docs, window=None):
+def block_mask(docs, window=None, positions=None):
     """The same as `attention_mask` with documents, for FlexAttention: whole blocks that nothing may see are never computed.
 
-    docs (B, T) on a GPU; dense masks cost T*T and keep the fast kernels away.
+    docs (B, T) on a GPU, positions (T,) or (B, T) [0, 1, ...]; dense masks cost T*T and keep the fast kernels away.
     """
     from torch.nn.attention.flex_attention import create_block_mask
+    positions = (torch.arange(docs.size(1), device=docs.device) if positions is None else positions).expand(docs.shape)
 
     def rule(b, h, q, k):
-        near = q - k < window if window is not None else q == q
-        return (q >= k) & near & (docs[b, q] == docs[b, k])
+        near = positions[b, q] - positions[b, k] < window if window is not None else q == q
+        return (q >= k) & near & ((docs[b, q] == docs[b, k]) | (docs[b, k] < 0))
     return create_block_mask(rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device)
 
 
@@ -359,6 +381,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.quantization = None  # the folder's quantization_config, where linear layers are packed (quant.py)
         self.recompute = False  # activation checkpointing: keep only each layer's input, compute the rest again in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
@@ -397,14 +420,10 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
-    def hidden(self, ids, positions=None, docs=None, caches=None):
-        """(B, T) token ids -> (B, T, C), what the head reads.
-
-        positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
-        objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
-        """
-        T, past = ids.size(1), caches[0].length if caches else 0
-        if past + T > self.config.max_position_embeddings:
+    def start(self, ids, positions=None, docs=None, past=0):
+        """What the first block reads: x (B, T, C), the rotations (cos, sin) or None, and the two masks of `masks`."""
+        T = ids.size(1)
+        if positions is None and past + T > self.config.max_position_embeddings:
             raise UserError(f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}")
         if positions is None:
             positions = torch.arange(past, past + T, device=ids.device)
@@ -415,8 +434,15 @@ class Transformer(nn.Module):
         else:
             angle = positions[..., None].float() * self.rope_frequency  # (T, D/2)
             rope = ((angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype))
-        x = self.dropout(x)
-        full, sliding = self.masks(T, past, docs, ids.device)
+        return self.dropout(x), rope, self.masks(T, past, docs, positions)
+
+    def hidden(self, ids, positions=None, docs=None, caches=None):
+        """(B, T) token ids -> (B, T, C), what the head reads.
+
+        positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
+        objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
+        """
+        x, rope, (full, sliding) = self.start(ids, positions, docs, caches[0].length if caches else 0)
         for i, layer in enumerate(self.layers):
             mask = sliding if i in self.config.sliding_layers else full
             if self.recompute and self.training:
@@ -425,27 +451,30 @@ class Transformer(nn.Module):
                 x = layer(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
-    def masks(self, T, past, docs, device):
+    def masks(self, T, past, docs, positions):
         """(mask of full layers, mask of sliding layers); None wherever plain causal attention says the same."""
         window = self.config.sliding_window if self.config.sliding_layers else None
         slides = window is not None and past + T > window
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
-        if docs is not None and device.type == "cuda" and past == 0:
+        if docs is not None and docs.is_cuda and past == 0:
             full = block_mask(docs)
-            return full, block_mask(docs, window) if slides else full
-        k_pos = torch.arange(past + T, device=device)
+            return full, block_mask(docs, window, positions) if slides else full
+        k_pos = torch.arange(past + T, device=positions.device) if docs is None else positions
         full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
         return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full
 
-    def forward(self, ids, targets=None, **kw):
+    def forward(self, ids, targets=None, per_token=False, **kw):
         """(B, T) int64 token ids -> (B, T, V) float32 logits; keywords as in `hidden`.
 
-        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that are not -100.
+        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that are not -100; or, with
+        per_token, each of them: (B, T) float32, 0 where the target is -100.
         """
         hidden = self.hidden(ids, **kw)
         if targets is None:
             return self.lm_head(hidden).float()
+        if per_token:
+            return token_losses(hidden, self.lm_head, targets)
         return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------- accounting
@@ -470,10 +499,14 @@ class Transformer(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        extra = {}
+        if self.quantization:
+            from quant import packed_state
+            state, extra = packed_state(self), {"quantization_config": self.quantization}
         write_tensors(folder / "model.safetensors", to_folder_names(state or self.state_dict(), self.config))
         ids = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
         write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-        write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})
+        write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype} | extra)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None, dropout=0.0):
@@ -486,21 +519,31 @@ class Transformer(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json, so not a model folder")
-        config = Config.from_dict(read_json(folder / "config.json"), where=folder / "config.json")
+        raw, packed = read_json(folder / "config.json"), {}
+        config = Config.from_dict(raw, where=folder / "config.json")
         config.dropout = dropout
         files = open_weights(folder, device)
         check_layers(config, files, folder)
         with torch.device("meta"):
             model = cls(config)
-        expected = to_folder_names(model.state_dict(), config)
+        state = model.state_dict()
+        if raw.get("quantization_config"):
+            from quant import check_config, expect_packed, install_packed
+            quantization = check_config(raw["quantization_config"], folder / "config.json")
+            state, packed = expect_packed(model, quantization, files)
+        expected = to_folder_names(state, config)
         check_tensors(expected, files, folder)
         state = {}
         for name in expected:
             file, key = files[name]
             tensor = file.get_tensor(key)
-            state.update(from_folder_names(name, tensor if dtype is None else tensor.to(dtype), config))
+            keep = dtype is None or packed and name.split(".")[-1] not in ("weight", "bias") or not tensor.is_floating_point()
+            state.update(from_folder_names(name, tensor if keep else tensor.to(dtype), config))
+        if packed:
+            install_packed(model, quantization, state, packed)
         model.load_state_dict(state, strict=False, assign=True)  # completeness was checked above; the tied head is absent
         model.tie()
+        model.source = folder  # an adapter says by its hash which weights it was trained on
         return model.to(device).eval()
 
 
@@ -510,6 +553,7 @@ class Transformer(nn.Module):
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "input_layernorm": "ln_1",
               "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
               "mlp.down_proj": "mlp.c_proj"}
+PACKED = ("qweight", "qzeros", "scales", "g_idx")  # of quantized layers, whose outputs are the last dimension already
 GPT2_OURS = {v: k for k, v in GPT2_NAMES.items()}
 
 
@@ -525,14 +569,16 @@ def to_folder_names(state, config):
         if module.startswith("layers."):
             _, i, inner = module.split(".", 2)
             prefix = f"h.{i}."
-        transposed = tensor.t() if prefix and tensor.ndim == 2 else tensor
+        transposed = tensor.t() if prefix and tensor.ndim == 2 and leaf not in PACKED else tensor
         if inner == "lm_head":
             out[name] = tensor
         elif inner in ("self_attn.k_proj", "self_attn.v_proj"):
             continue  # written with q_proj
         elif inner == "self_attn.q_proj":
             parts = [state[f"{module[:-6]}{p}_proj.{leaf}"] for p in "qkv"]
-            out[f"transformer.{prefix}attn.c_attn.{leaf}"] = torch.cat(parts).t() if tensor.ndim == 2 else torch.cat(parts)
+            joined = (parts[0] if leaf == "g_idx" else torch.cat(parts, 1) if leaf in PACKED else
+                      torch.cat(parts).t() if tensor.ndim == 2 else torch.cat(parts))
+            out[f"transformer.{prefix}attn.c_attn.{leaf}"] = joined
         else:
             out[f"transformer.{prefix}{GPT2_NAMES[inner]}.{leaf}"] = transposed
     return out
@@ -549,9 +595,10 @@ def from_folder_names(name, tensor, config):
     if module.startswith("h."):
         _, i, inner = module.split(".", 2)
         prefix = f"layers.{i}."
-        tensor = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+        tensor = tensor.t().contiguous() if tensor.ndim == 2 and leaf not in PACKED else tensor
     if inner == "attn.c_attn":  # (3C, C) -> q, k, v
-        return {f"{prefix}self_attn.{p}_proj.{leaf}": t.clone() for p, t in zip("qkv", tensor.chunk(3))}
+        parts = [tensor] * 3 if leaf == "g_idx" else tensor.chunk(3, 1 if leaf in PACKED else 0)
+        return {f"{prefix}self_attn.{p}_proj.{leaf}": t.clone() for p, t in zip("qkv", parts)}
     return {f"{prefix}{GPT2_OURS[inner]}.{leaf}": tensor}
 
 
