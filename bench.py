@@ -594,9 +594,7 @@ def main():
     tokenizer.set_defaults(run=bench_tokenizer)
     gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
     gpu.set_defaults(run=bench_kernels)
-    for command in (times, optimizers, pretrain, tokenizer, gpu):
-    for command in (times, optimizers, pretrain, sft, tokenizer):
-    for command in (times, optimizers, pretrain, qlora, sft, dpo, tokenizer):
+    for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)
