@@ -94,8 +94,8 @@ def numbers(rng, low, high):
 
 
 def pair(rng, least=0):
-    """A number below 40 and one below 10."""
-    return dict(a=str(rng.randrange(least, 40)), b=str(rng.randrange(10)))
+    """A number below 20 and one below 10."""
+    return dict(a=str(rng.randrange(least, 20)), b=str(rng.randrange(10)))
 
 
 def pick(rng, **fields):
