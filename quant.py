@@ -3,6 +3,7 @@
     python quant.py runs/demo --format gptq --group-size 64 --out runs/demo-gptq
     python quant.py report runs/demo
 """
+import copy
 import math
 import shutil
 import tempfile
@@ -175,27 +176,35 @@ def gptq_round(weight, H, recipe, block=128):
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1), order, damp
 
 
-def round_together(named, H, recipe, say):
-    """Round linears that read the same input as one matrix -> {name: GroupLinear}; their weights become the rounded ones."""
+def round_together(named, H, cross, recipe):
+    """Round linears that read the same input as one matrix -> ({name: GroupLinear}, the squared change of their outputs, the same
+    when rounded to nearest, the outputs' square, damping). Their weights become the rounded ones.
+
+    H = X @ X.T of the inputs X that they get now that the layers before are rounded; cross = X0 @ X.T with the original model's
+    X0. First the weights are moved to where they make the original outputs of the new inputs: the least squares solution of
+    V @ X = W @ X0, V = W + W @ (cross - H) @ H^-1.
+    """
     weight = torch.cat([linear.weight.detach().float() for linear in named.values()])
     check_finite(weight, ", ".join(named))
     order, damp = None, 0.0
-    nearest_codes = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
-    codes, scales, zeros = nearest_codes
+    to_nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
+    codes, scales, zeros = to_nearest
     if recipe.rounding == "gptq":
-        codes, scales, zeros, order, damp = gptq_round(weight, H, recipe)
+        factor, _ = inverse_factor(H, recipe.damp)
+        moved = weight + weight @ (cross - H) @ factor.T @ factor
+        codes, scales, zeros, order, damp = gptq_round(moved, H, recipe)
 
-    def loss(codes, scales, zeros, order=None):  # the mean square of what X @ W.T changes by
-        change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - weight
-        return ((change @ H) * change).sum().item()
-    say(list(named), loss(codes, scales, zeros, order), loss(*nearest_codes), ((weight @ H) * weight).sum().item(), damp)
+    def change(*rounded):  # |V @ X - W @ X0|^2 but for a constant that makes it 0 at V = W where X = X0
+        now = GroupLinear(*rounded[:3], recipe.bits, recipe.group_size, *rounded[3:]).dequantize()
+        return ((now @ H) * now - 2 * (now @ cross.T) * weight + (weight @ H) * weight).sum().item()
+    figures = change(codes, scales, zeros, order), change(*to_nearest), ((weight @ H) * weight).sum().item(), damp
     out, row = {}, 0
     for name, linear in named.items():
         rows = slice(row, row + linear.out_features)
         row += linear.out_features
         out[name] = GroupLinear(codes[rows], scales[rows], zeros[rows], recipe.bits, recipe.group_size, order, linear.bias)
         linear.weight.data = out[name].dequantize(linear.weight.dtype)
-    return out
+    return out, figures
 
 
 class Calibration:
@@ -218,12 +227,14 @@ class Calibration:
             out.append(function(state.to(self.device), rope, *masks).to(self.rest))
         return out
 
-    def second_moments(self, inputs):
-        """Sum of x.T @ x over all batches' rows -> (K, K) float32, GPTQ's Hessian up to a factor."""
+    def second_moments(self, inputs, others=None):
+        """Sum of y.T @ x over all batches' rows, x of `inputs` and y of `others` [inputs] -> (K, K) float32.
+
+        With one list it is GPTQ's Hessian, up to a factor."""
         H = torch.zeros(inputs[0].size(-1), inputs[0].size(-1), device=self.device)
-        for x in inputs:
-            x = x.to(self.device).flatten(0, -2).float()  # (B, T, K) -> (B*T, K)
-            H.addmm_(x.t(), x)
+        for x, y in zip(inputs, others or inputs):
+            x, y = (t.to(self.device).flatten(0, -2).float() for t in (x, y))  # (B, T, K) -> (B*T, K)
+            H.addmm_(y.t(), x)
         return H
 
 
@@ -292,31 +303,33 @@ def scale_channels(block, calibration, sliding, recipe):
 def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, log=print, **recipe):
     """Quantize a model's linear layers by GPTQ, in place -> the model. batches: a list of (B, T) int64 token ids.
 
-    Block after block: only one block's Hessians and the hidden states in front of it are alive, the rest of the model can stay
-    on the CPU while `device` computes. Further keywords: fields of Recipe. `log` gets a line per block: the squared change
-    of its outputs relative to their size, and that of rounding to nearest.
+    Block after block: beside the model only one block's Hessians and the hidden states in front of it (with and without the
+    rounding so far) are alive, and those and the rest of the model can stay on the CPU while `device` computes. Further keywords:
+    fields of Recipe. `log` gets a line per block: the squared change of its products relative to their size.
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
     check_group(group_size)
     if not 2 <= bits <= 8:
         raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
     linears(model)  # refuses what is packed already
-    calibration = Calibration(model, batches, device or model.embed_tokens.weight.device)
+    now, then = (Calibration(model, batches, device or model.embed_tokens.weight.device) for _ in range(2))
     for i, block in enumerate(model.layers):
-        begin, losses, damps = time.time(), [], []
-        block.to(calibration.device)
+        begin, figures, packed_layers, sliding = time.time(), [], {}, i in model.config.sliding_layers
+        block.to(now.device)
         if recipe.awq:
-            scale_channels(block, calibration, i in model.config.sliding_layers, recipe)
-        packed = {}
-        for names, inputs in stages(block, calibration, i in model.config.sliding_layers):
-            H = calibration.second_moments(inputs)
-            packed |= round_together({name: block.get_submodule(name) for name in names}, H, recipe,
-                                     lambda names, *numbers: losses.append(numbers))
-        for name, layer in packed.items():
+            scale_channels(block, now, sliding, recipe)
+        original = copy.deepcopy(block)
+        # strict: the shorter of two generators would stop the other before its last step
+        for (names, inputs), (_, originals) in zip(stages(block, now, sliding), stages(original, then, sliding), strict=True):
+            layers, figure = round_together({name: block.get_submodule(name) for name in names}, now.second_moments(inputs),
+                                            now.second_moments(inputs, originals), recipe)
+            packed_layers |= layers
+            figures.append(figure)
+        for name, layer in packed_layers.items():
             block.set_submodule(name, layer)
-        block.to(calibration.rest)
-        ours, nearest_, size, damps = zip(*losses)
-        log(f"block {i:2d}: change {sum(ours) / sum(size):.2e}, to nearest {sum(nearest_) / sum(size):.2e}"
+        block.to(now.rest)
+        ours, nearest, size, damps = zip(*figures)
+        log(f"block {i:2d}: outputs change by {sum(ours) / sum(size):.2e}, to nearest {sum(nearest) / sum(size):.2e}"
             f"{f', damping raised to {max(damps):g}' if max(damps) > recipe.damp else ''}, {time.time() - begin:.1f} s")
     model.quantization = describe(model, "gptq", group_size, sym=recipe.sym) | {
         "bits": bits, "desc_act": act_order and not recipe.static_groups, "static_groups": recipe.static_groups,
