@@ -251,9 +251,9 @@ class Int8Linear(QuantLinear):
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def prepare(self):
-        if self.codes.is_cuda or self.int8_units or self.fast is not None:
+        if self.fast is not None or self.codes.is_cuda:
             return
-        if self.dynamic:  # FBGEMM's own layout
+        if self.dynamic and "x86" in torch.backends.quantized.supported_engines:  # FBGEMM's own layout
             with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
                 weight = torch._make_per_channel_quantized_tensor(self.codes, self.scale.double(), torch.zeros_like(
                     self.scale, dtype=torch.long), 0)
@@ -266,26 +266,29 @@ class Int8Linear(QuantLinear):
         if x.is_cuda:
             from kernels import int8_dynamic_linear, int8_linear
             y = (int8_dynamic_linear if self.dynamic else int8_linear)(rows, self.codes, self.scale, self.bias)
-            return y.view(*x.shape[:-1], self.out_features)
-        if not self.int8_units:
-            return self.product_without_units(x, rows)
-        codes, scale = int8_rows(rows.float(), split=not self.dynamic)
-        y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
-        if not self.dynamic:
-            y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
-        return self.with_bias(y * scale * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def product_without_units(self, x, rows):
-        """CPUs before VNNI (2019), where int8 products saturate: FBGEMM with 7-bit activations; bf16 activations for few rows."""
-        self.prepare()
-        if self.dynamic:
-            top = torch.linalg.vector_norm(rows.float(), torch.inf, -1, keepdim=True).clamp(min=1e-30)
-            y = torch.ops.quantized.linear_dynamic(rows / top, self.fast, True) * top
-        elif rows.size(0) <= FEW_ROWS:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast)
+        elif self.int8_units and (not self.dynamic or torch.compiler.is_compiling()):  # compiled, these few operations are one
+            codes, scale = int8_rows(rows.float(), split=not self.dynamic)
+            y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
+            if not self.dynamic:
+                y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
+            y = self.with_bias(y * scale * self.scale)
         else:
-            return super().product(x)
-        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+            self.prepare()
+            if self.dynamic and not isinstance(self.fast, torch.Tensor):
+                y = self.with_bias(self.fbgemm(rows.float()))
+            elif rows.size(0) <= FEW_ROWS and not self.dynamic:
+                y = self.with_bias(torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast))
+            else:
+                return super().product(x)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def fbgemm(self, rows):
+        """One call that rounds activations and multiplies. It has one scale for all rows, so rows are made alike before. CPUs
+        without int8 units (before 2019) add pairs of products in 16 bits, where only 7-bit activations do not overflow."""
+        if rows.size(0) == 1:
+            return torch.ops.quantized.linear_dynamic(rows, self.fast, not self.int8_units)
+        top = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp(min=1e-30)
+        return torch.ops.quantized.linear_dynamic(rows / top, self.fast, not self.int8_units) * top
 
 
 class GroupLinear(QuantLinear):

@@ -439,7 +439,7 @@ class Args:
     awq: bool = False             # GPTQ: scale channels first, as AWQ
     text: str = ""                # text, .jsonl or conversations to calibrate on [the model's own samples]
     held_out: str = ""            # the same to score on [every other row of --text]
-    samples: int = 128            # rows to calibrate on
+    samples: int = 64             # rows to calibrate on
     held_out_rows: int = 32       # rows to score on
     length: int = 512             # tokens in a row, at most the model's context
     seed: int = 0                 # of the samples
