@@ -203,14 +203,25 @@ class QuantLinear(nn.Module):
 
 def fuse(layers):
     """Layers of one class that read the same input (q, k, v; gate and up) -> one layer whose rows are theirs, in order."""
-    first, bias = layers[0], None
+    first, N, bias = layers[0], sum(layer.out_features for layer in layers), None
+    order = getattr(first, "order", None)
+    if any(type(layer) is not type(first) or (getattr(layer, "order", None) is None) != (order is None) or
+           order is not None and not torch.equal(layer.order, order) for layer in layers):
+        raise UserError("layers of different formats or column orders cannot be one")
     if any(layer.bias is not None for layer in layers):
-        bias = torch.cat([layer.scale.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+        device = next(layer.bias.device for layer in layers if layer.bias is not None)
+        bias = torch.cat([torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias for layer in layers])
+    if isinstance(first, NF4Linear):  # their shared scales need not end where a layer does
+        state = {"packed": torch.cat([layer.packed for layer in layers]),
+                 "absmax": torch.cat([nf4_absmax(layer._buffers) for layer in layers])}
+        return NF4Linear.from_state(state, (N, first.in_features), bias, first.block)
     fused = copy.copy(first)
     fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
-    fused.out_features, fused.fast = sum(layer.out_features for layer in layers), None
+    fused.out_features, fused.fast = N, None
     for name in first.by_row:
         parts = [getattr(layer, name) for layer in layers]
+        if name == "zeros" and any(part is not None for part in parts):
+            parts = [layer.zero_points() for layer in layers]
         fused._buffers[name] = None if parts[0] is None else torch.cat(parts)
     return fused
 

@@ -447,6 +447,22 @@ class Args:
     device: str = "auto"          # auto, cpu, cuda, mps
 
 
+def load(folder, device):
+    """-> (a folder's model, in float32 on a CPU, where 16-bit products are slow; the type that the folder has)."""
+    model = Transformer.from_pretrained(folder, device)
+    if model.quantization:
+        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
+    dtype = model.embed_tokens.weight.dtype
+    return cast(model, torch.float32 if device.type == "cpu" else dtype), dtype
+
+
+def cast(model, dtype):
+    """Embeddings, norms and biases to dtype, in place; packed weights and their scales stay -> the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def make(folder, format, rows, args, log=print):
     """A model folder's model in a format -> (model, bytes that it takes on disk). rows: calibration for GPTQ and AWQ."""
     if format.startswith("gguf-"):
@@ -455,15 +471,15 @@ def make(folder, format, rows, args, log=print):
             path = Path(temporary) / "model.gguf"
             gguf.write(folder, path, format.removeprefix("gguf-"))
             return gguf.load(path, args.device)[0], path.stat().st_size
-    model = Transformer.from_pretrained(folder, args.device)
-    if model.quantization:
-        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
+    model, dtype = load(folder, args.device)
+    working = model.embed_tokens.weight.dtype
     if format in ("gptq", "awq"):
         gptq(model, rows.split(8), args.bits, args.group_size, args.act_order, log=log, sym=args.sym, damp=args.damp,
              static_groups=args.static_groups, awq=args.awq or format == "awq", rounding="rtn" if format == "awq" else "gptq")
     elif format != "original":
         quantize(model, format, args.group_size)
-    return model, stored_bytes(model)
+    size = stored_bytes(cast(model, dtype))
+    return cast(model, working), size
 
 
 REPORT = ("original", *FORMATS, "gptq", "awq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
@@ -477,7 +493,7 @@ def report(args):
     formats = args.formats.split(",") if args.formats else REPORT
     if unknown := [f for f in formats if f not in (*REPORT, *FORMATS) and not f.startswith("gguf-")]:
         raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
-    original, tok = Transformer.from_pretrained(args.folder, args.device), Tokenizer.load(args.folder)
+    (original, _), tok = load(args.folder, args.device), Tokenizer.load(args.folder)
     calibration, held_out = calibration_and_held_out(original, tok, args)
     table = []
     for format in formats:
@@ -543,15 +559,16 @@ def main():
         return gguf.write(args.model, out if out.suffix == ".gguf" else out.with_suffix(".gguf"), args.format.removeprefix("gguf-"))
     if out.resolve() == Path(args.model).resolve():
         raise UserError(f"--out {out} is the model itself; choose another folder")
-    original, tok = Transformer.from_pretrained(args.model, args.device), Tokenizer.load(args.model)
+    (original, dtype), tok = load(args.model, args.device), Tokenizer.load(args.model)
     calibration, held_out = calibration_and_held_out(original, tok, args)
     model, size = make(args.model, args.format, calibration, args)
-    model.save_pretrained(out)
+    cast(model, dtype).save_pretrained(out)
     for name in TOKENIZER_FILES:
         if (Path(args.model) / name).is_file():
             shutil.copyfile(Path(args.model) / name, out / name)
+    cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
-    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(original) / 1e6:.2f}, held-out perplexity {before:.4f} -> "
+    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(cast(original, dtype)) / 1e6:.2f}, held-out perplexity {before:.4f} -> "
           f"{after:.4f}, KL {divergence:.5f}; {out}")
 
 
