@@ -3,6 +3,7 @@
 quant.py makes them; GPTQ's layout on disk, and bitsandbytes' for NF4, are what other programs open.
 """
 import copy
+import functools
 import json
 import warnings
 
@@ -22,6 +23,16 @@ NESTED_BLOCK = 256  # scales that share one scale under double quantization
 
 
 # --------------------------------------------------------------------------------------------------------------------- NF4
+@functools.lru_cache
+@torch.inference_mode(False)  # made once, and then of use in training too
+def nf4_pairs(device):
+    """(256,) the two float32 values of every byte, the high half's first, taken for one float64: one look-up finds both."""
+    value = torch.tensor(NF4, device=device)
+    return torch.stack((value.repeat_interleave(16), value.repeat(16)), 1).view(torch.float64)[:, 0].contiguous()
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
 def dynamic_map(device="cpu"):
     """The 256 values of bitsandbytes' signed 8-bit "dynamic" type, sorted, float32 (Dettmers 2015, arXiv:1511.04561).
 
@@ -90,9 +101,7 @@ def nf4_absmax(state):
 
 def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
     """The inverse of `nf4_quantize` -> (N, K) of dtype."""
-    value = torch.tensor(NF4, device=state["packed"].device)
-    pairs = torch.stack((value.repeat_interleave(16), value.repeat(16)), 1)  # (256, 2): both values of every byte
-    flat = F.embedding(state["packed"].int(), pairs).view(-1)
+    flat = nf4_pairs(state["packed"].device).index_select(0, state["packed"].int()).view(torch.float32)
     blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block) * nf4_absmax(state)[:, None]
     return blocks.view(-1)[:flat.numel()].view(shape).to(dtype)
 

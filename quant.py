@@ -568,8 +568,8 @@ def main():
             shutil.copyfile(Path(args.model) / name, out / name)
     cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
-    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(cast(original, dtype)) / 1e6:.2f}, held-out perplexity {before:.4f} -> "
-          f"{after:.4f}, KL {divergence:.5f}; {out}")
+    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(cast(original, dtype)) / 1e6:.2f}, held-out perplexity "
+          f"{before:.4f} -> {after:.4f}, KL {divergence:.5f}; {out}")
 
 
 if __name__ == "__main__":
