@@ -102,7 +102,7 @@ def nf4_absmax(state):
 def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
     """The inverse of `nf4_quantize` -> (N, K) of dtype."""
     flat = nf4_pairs(state["packed"].device).index_select(0, state["packed"].int()).view(torch.float32)
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block) * nf4_absmax(state)[:, None]
+    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block).mul_(nf4_absmax(state)[:, None])
     return blocks.view(-1)[:flat.numel()].view(shape).to(dtype)
 
 
@@ -492,7 +492,7 @@ def write_bnb(layer, name, dtype=torch.float32):
             "shape": [layer.out_features, layer.in_features]}
     out = {"": layer.packed[:, None], ".absmax": layer.absmax, ".quant_map": torch.tensor(NF4)}
     if layer.double:
-        out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map()}
+        out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map().clone()}
         info |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
     out[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
     return {f"{name}.weight{key}": tensor for key, tensor in out.items()}
