@@ -206,8 +206,11 @@ def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
     """Summed cross-entropy of the logits hidden @ weight.T against targets, -100 ignored -> scalar float32, nats.
 
     hidden (N, C), weight (V, C), targets (N,) int64. The plain twin below holds N*V logits, their softmax and its gradient;
-    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole.
+    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole. Rows without a target, most of them
+    in instruction tuning, are left out first where that costs nothing: on a GPU it would have to wait for their number.
     """
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not (kept := targets != -100).all():
+        hidden, targets = hidden[kept], targets[kept]
     rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
     if hidden.size(0) > rows:
         return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())

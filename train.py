@@ -476,7 +476,7 @@ def discard_run(out):
     if (out / "state").exists():
         shutil.rmtree(out / "state")
     for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors",
-                 "adapter_config.json", "adapter_model.safetensors", "report.md"):
+                 "adapter_config.json", "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -640,7 +640,7 @@ def start_in_background(args):
         raise UserError("--background is for one process; under torchrun start torchrun itself so: nohup torchrun ... &")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != "--background")]
+    command = [sys.executable, sys.argv[0], *(a for a in sys.argv[1:] if a != "--background")]
     with open(out / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     print(f"started  process {process.pid}; output in {out}/log.txt; watch it: python train.py watch {out}; "
