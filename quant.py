@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import packed
-from chat import examples, read_conversations
+from chat import examples, read_conversations, render
 from common import UserError, cli, parse_flags, write_atomic
 from corpora import documents
 from data import ends_of
@@ -417,6 +417,16 @@ def speed(model, prompt=256, new=32):
     return prompt / (times[1] - times[0]), new / (times[2] - times[1])
 
 
+def toybox_accuracy(model, tok, count):
+    """Share of toybox's test questions that the model answers right; nan for a model without a chat template."""
+    if not tok.chat_template or not count:
+        return math.nan
+    import finetune
+    questions = finetune.read_questions(finetune.EvalArgs(examples=count))
+    given = finetune.answers(model, tok, [render(tok, q.messages, True)[0] for q in questions], max_tokens=128)
+    return sum(bool(finetune.is_right(q, text)) for q, (text, _) in zip(questions, given)) / len(questions)
+
+
 def stored_bytes(model):
     """Bytes of the model's tensors as its folder holds them."""
     state = packed_state(model) if model.quantization else to_folder_names(model.state_dict(), model.config)
@@ -443,6 +453,7 @@ class Args:
     held_out_rows: int = 32       # rows to score on
     length: int = 512             # tokens in a row, at most the model's context
     seed: int = 0                 # of the samples
+    questions: int = 280          # report: toybox questions put to a model that has a chat template
     formats: str = ""             # report: a comma-separated choice [all]
     device: str = "auto"          # auto, cpu, cuda, mps
 
@@ -484,7 +495,7 @@ def make(folder, format, rows, args, log=print):
 
 REPORT = ("original", *FORMATS, "gptq", "awq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
 COLUMNS = (("format", "{}"), ("bytes", "{:,}"), ("bits/weight", "{:.2f}"), ("perplexity", "{:.4f}"), ("KL to original", "{:.5f}"),
-           ("prefill tok/s", "{:,.0f}"), ("decode tok/s", "{:,.1f}"))
+           ("toybox right", "{:.1%}"), ("prefill tok/s", "{:,.0f}"), ("decode tok/s", "{:,.1f}"))
 
 
 @torch.inference_mode()
@@ -500,8 +511,9 @@ def report(args):
         model, size = make(args.folder, format, calibration, args, log=lambda line: None)
         perplexity, divergence = score(model, original, held_out)
         rates = speed(model) if not format.startswith("gguf-") else (math.nan, math.nan)  # those run in llama.cpp
-        table.append((format, size, 8 * size / original.num_params(), perplexity, divergence, *rates))
-        print("  ".join(f"{name} {pattern.format(value)}" for (name, pattern), value in zip(COLUMNS, table[-1])), flush=True)
+        right = toybox_accuracy(model, tok, args.questions)
+        table.append((format, size, 8 * size / original.num_params(), perplexity, divergence, right, *rates))
+        print("  ".join(f"{name} {pattern.format(v)}" for (name, pattern), v in zip(COLUMNS, table[-1]) if v == v), flush=True)
     out = Path(args.out or args.folder)
     write_report(out, table, f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
                              f"{held_out.numel():,} held-out tokens")
