@@ -393,7 +393,12 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, sft, tokenizer):
+    linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
+    linear.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations [1 8]")
+    linear.add_argument("--repeats", type=int, default=6)
+    linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
+    linear.set_defaults(run=bench_linear)
+    for command in (linear, times, optimizers, pretrain, sft, tokenizer):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -257,7 +257,7 @@ class Int8Linear(QuantLinear):
     def __init__(self, codes, scale, bias=None, dynamic=False):
         """codes (N, K) int8, scale (N,) float32"""
         super().__init__(codes.shape, bias)
-        self.dynamic, self.fast = dynamic, None
+        self.dynamic, self.fast, self.format = dynamic, None, "int8-dynamic" if dynamic else "int8"
         self.int8_units = torch.cpu._is_vnni_supported()  # the CPU multiplies int8 natively and exactly
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
@@ -324,7 +324,7 @@ class GroupLinear(QuantLinear):
     def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
         """codes uint8 (N, K) in the order of `order`."""
         super().__init__(codes.shape, bias)
-        self.bits, self.group, self.fast = bits, group if group > 0 else self.in_features, None
+        self.bits, self.group, self.fast, self.format = bits, group if group > 0 else self.in_features, None, f"int{bits}"
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -380,8 +380,11 @@ class GroupLinear(QuantLinear):
         if not self.fast or rows.size(0) > FEW_ROWS:
             return super().product(x)
         packed, both, step = self.fast
-        rows = F.pad(rows, (0, -self.in_features % self.group)).bfloat16()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, step, both)[:, :self.out_features]
+        if self.in_features % self.group:
+            rows = F.pad(rows, (0, -self.in_features % self.group))
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, step, both)
+        if self.out_features % 16:
+            y = y[:, :self.out_features]
         return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 

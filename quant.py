@@ -44,7 +44,7 @@ def linears(model):
              if name != "mlp.gate_proj" or hasattr(block.mlp, "gate_proj")}
     packed = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
     if packed:
-        raise UserError(f"{packed} is quantized already ({type(found[packed]).__name__}); start from the original model")
+        raise UserError(f"{packed} is quantized already ({found[packed].format}); start from the original model")
     return found
 
 
