@@ -42,9 +42,9 @@ def linears(model):
     """{name: nn.Linear} of all blocks, in the order the data meets them. UserError if they are packed already."""
     found = {f"layers.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.layers) for name in LINEARS
              if name != "mlp.gate_proj" or hasattr(block.mlp, "gate_proj")}
-    packed = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
-    if packed:
-        raise UserError(f"{packed} is quantized already ({found[packed].format}); start from the original model")
+    done = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
+    if done:
+        raise UserError(f"{done} is quantized already ({found[done].format}); start from the original model")
     return found
 
 
