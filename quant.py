@@ -117,7 +117,7 @@ def inverse_factor(H, damp):
 
     A Hessian of too few or too similar rows is not positive definite in float32: the damping grows tenfold until it is.
     """
-    mean = H.diagonal().mean()
+    mean = H.diagonal().mean().clamp(min=1e-6)  # inputs that are all zero have nothing to say, but must not stop the rest
     while True:
         damped = H + torch.eye(len(H), device=H.device) * (damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -177,8 +177,8 @@ def gptq_round(weight, H, recipe, block=128):
 
 
 def round_together(named, H, cross, recipe):
-    """Round linears that read the same input as one matrix -> ({name: GroupLinear}, the squared change of their outputs, the same
-    when rounded to nearest, the outputs' square, damping). Their weights become the rounded ones.
+    """Round linears that read the same input as one matrix -> ({name: GroupLinear}, (what rounding changes in their outputs,
+    squared; the same to nearest; the outputs' square; damping)). Their weights become the rounded ones.
 
     H = X @ X.T of the inputs X that they get now that the layers before are rounded; cross = X0 @ X.T with the original model's
     X0. First the weights are moved to where they make the original outputs of the new inputs: the least squares solution of
@@ -186,7 +186,7 @@ def round_together(named, H, cross, recipe):
     """
     weight = torch.cat([linear.weight.detach().float() for linear in named.values()])
     check_finite(weight, ", ".join(named))
-    order, damp = None, 0.0
+    order, damp, moved = None, 0.0, weight
     to_nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
     codes, scales, zeros = to_nearest
     if recipe.rounding == "gptq":
@@ -194,10 +194,12 @@ def round_together(named, H, cross, recipe):
         moved = weight + weight @ (cross - H) @ factor.T @ factor
         codes, scales, zeros, order, damp = gptq_round(moved, H, recipe)
 
-    def change(*rounded):  # |V @ X - W @ X0|^2 but for a constant that makes it 0 at V = W where X = X0
-        now = GroupLinear(*rounded[:3], recipe.bits, recipe.group_size, *rounded[3:]).dequantize()
-        return ((now @ H) * now - 2 * (now @ cross.T) * weight + (weight @ H) * weight).sum().item()
-    figures = change(codes, scales, zeros, order), change(*to_nearest), ((weight @ H) * weight).sum().item(), damp
+    def square(matrix):  # |matrix @ X|^2
+        return ((matrix @ H) * matrix).sum().item()
+
+    def change(target, *rounded):
+        return square(GroupLinear(*rounded[:3], recipe.bits, recipe.group_size, *rounded[3:]).dequantize() - target)
+    figures = change(moved, codes, scales, zeros, order), change(weight, *to_nearest), square(weight), damp
     out, row = {}, 0
     for name, linear in named.items():
         rows = slice(row, row + linear.out_features)
