@@ -11,10 +11,14 @@
 import argparse
 import ctypes
     python bench.py kernels                      # on a GPU: GB/s of each Triton kernel beside the card's copy and torch's own
+    python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
+    python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
+    python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -32,10 +36,12 @@ import quant
 import torch.nn.functional as F
 
 import kernels
+import lora
 import train
 from common import Metrics, UserError, cli
-from model import Transformer
+from model import Config, Transformer
 from optim import MuonAdamW
+from quant import NF4Linear
 from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 
@@ -186,6 +192,54 @@ def sft_trainer_speed(args, talks, per_step, order, out):
     trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(f"{out}/model", dtype=torch.float32), config,
                          train_dataset=Dataset.from_list([{"messages": m} for m in talks]), processing_class=theirs)
     return trainer.train().metrics["train_samples_per_second"]
+
+
+def bench_dpo(args):
+    """Seconds a step of 32 pairs, forward, backward and AdamW: rows that share their prompt, beside TRL's DPOTrainer on the same
+    weights and ids (pip install trl). Both have the reference's log-probs already."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    import dpo
+    from finetune import open_model
+    print(machine())
+    tok, model = open_model(args.model, "cpu", torch.float32)
+    settings, size = dpo.Args(), args.passes
+    records = itertools.islice(dpo.read_preferences(args.data, "train", 400), 400)
+    found = dpo.usable(tok, records, model.config.max_position_embeddings)[:32 * args.steps]
+    pairs, objective = dpo.make_pairs(settings, found, ""), dpo.Objective()
+    with tempfile.TemporaryDirectory() as out:
+        tok.save(out)
+        model.save_pretrained(out)
+        theirs, words = AutoModelForCausalLM.from_pretrained(out), PreTrainedTokenizerFast.from_pretrained(out)
+        words.pad_token = words.eos_token = "<|im_end|>"
+        config = DPOConfig(out, report_to=[], use_cpu=True, bf16=False, max_length=None, gradient_checkpointing=False)
+        trainer = DPOTrainer(theirs, AutoModelForCausalLM.from_pretrained(out), config, processing_class=words,
+                             train_dataset=Dataset.from_dict({"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c"] * 2}))
+    trainer.precompute_ref_logps = True
+
+    def ours(batch):
+        batch = pairs.fill(batch, 0)
+        for i in range(0, 32, size):
+            objective(model, batch._make(t[i:i + size] for t in batch), settings).div(32).backward()
+
+    def trl(batch):
+        for i in range(0, 32, size):
+            rows = [dict(prompt_ids=p, chosen_ids=a[0], rejected_ids=a[1], ref_chosen_logps=-50.0, ref_rejected_logps=-50.0)
+                    for p, a, *_ in (found[r] for r in batch[i:i + size])]
+            trainer.compute_loss(theirs, trainer.data_collator(rows)).mul(size / 32).backward()
+    seconds = {}
+    for name, step, net in 2 * (("dpo.py", ours, model.train()), ("DPOTrainer", trl, theirs.train())):  # the first round warms up
+        optimizer, begin = torch.optim.AdamW(net.parameters(), 1e-6), time.perf_counter()
+        for at in range(0, len(found) - 31, 32):
+            step(range(at, at + 32))
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds[name] = (time.perf_counter() - begin) / (len(found) // 32)
+    for name, took in seconds.items():
+        print(f"{name:12s} {took:7.3f} s a step of 32 pairs")
+    return [dict(name=name, seconds=took) for name, took in seconds.items()]
 
 
 def bench_optimizers(args):
@@ -346,6 +400,77 @@ os.makedirs(sys.argv[3]); tok.save(sys.argv[3] + "/tokenizer.json")
 """
 
 
+SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False),     # Llama 2 7B's
+          "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),        # TinyLlama 1.1B's
+          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 128, tie_word_embeddings=False)}
+
+
+def random_base(config, packed, runtime):
+    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
+    with torch.device("meta"):
+        model = Transformer(config).to(runtime.dtype)
+    for name, layer in lora.linears(model).items():
+        if name != "lm_head":
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, False, runtime.device, runtime.dtype)
+            model.set_submodule(name, NF4Linear.from_linear(plain) if packed else plain)
+    for module in list(model.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_meta:
+                fresh = torch.empty(p.shape, dtype=p.dtype, device=runtime.device)
+                setattr(module, name, torch.nn.Parameter(fresh.normal_(std=0.02) if p.ndim > 1 else fresh.fill_(1.0)))
+    return model.to(runtime.device)
+
+
+def memory(device, reset=False):
+    """(bytes held now, most since the reset), of the GPU or of this process."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held now
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+
+
+def train_adapter(config, packed, args, runtime):
+    """Whole training steps of an adapter on a random base -> (bytes the base takes, most bytes held while training, tokens/s)."""
+    model = random_base(config, packed, runtime)
+    loaded = memory(runtime.device, reset=True)[0]
+    lora.apply(model, args.r, 2 * args.r).train().recompute = True
+    optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
+    optimizer.set_lr(1.0)
+    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), 0.0
+    for step in range(args.steps + 1):
+        optimizer.zero_grad()
+        with runtime.autocast():
+            loss = model(ids, targets=ids) / ids.numel()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        begin = time.perf_counter() if step == 0 else begin  # the first step is to warm up
+    return loaded, memory(runtime.device)[1], args.steps * args.context / max(time.perf_counter() - begin, 1e-9)
+
+
+def bench_qlora(args):
+    """QLoRA's memory and speed, estimated and measured, and, on a GPU, those of LoRA on a 16-bit base beside it."""
+    print(machine())
+    runtime, config, rows = resolve(args.device, args.dtype, "off"), SHAPES[args.shape], []
+    for quant in ("nf4", "") if runtime.device.type == "cuda" or args.plain else ("nf4",):
+        flags = lora.Args(r=args.r, quant=quant, optimizer="adamw8bit", recompute=True, context=args.context, batch=1)
+        parts, trained, total = lora.estimate(config, flags, runtime, 1)
+        print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
+        train.print_estimate(parts, 1, flags, runtime)
+        if args.estimate:
+            continue
+        loaded, peak, rate = train_adapter(config, bool(quant), args, runtime)
+        rows.append(dict(shape=args.shape, base=quant or str(runtime.dtype), loaded=loaded, peak=peak, trained=trained / total,
+                         estimated=sum(parts.values()), tokens_per_s=rate))
+        print(f"measured {'QLoRA' if quant else 'LoRA'} {args.shape}: base {loaded / 2**30:.2f} GiB, peak {peak / 2**30:.2f}, so "
+              f"{(peak - loaded) / 2**30:.2f} to train; {rate:,.0f} tokens/s", flush=True)
+    return rows
+
+
 def tree_memory(pid):
     """MB resident in a process and its descendants, from /proc; shared pages count once for each process."""
     total, family = 0, [pid]
@@ -501,6 +626,16 @@ def main():
     pretrain.add_argument("--device", default="auto")
     pretrain.add_argument("--dtype", default="auto")
     pretrain.set_defaults(run=bench_pretrain)
+    qlora = commands.add_parser("qlora", help="memory and speed of training an adapter")
+    qlora.add_argument("--shape", default="7b", choices=SHAPES)
+    qlora.add_argument("--context", type=int, default=512, help="tokens in the one row of a step [512]")
+    qlora.add_argument("--r", type=int, default=32, help="rank [32]")
+    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up [3]")
+    qlora.add_argument("--plain", action="store_true", help="LoRA on the unquantized base too, on a CPU as well")
+    qlora.add_argument("--estimate", action="store_true", help="only the estimate")
+    qlora.add_argument("--device", default="auto")
+    qlora.add_argument("--dtype", default="auto")
+    qlora.set_defaults(run=bench_qlora)
     sft = commands.add_parser("sft", help="fine-tuning beside TRL")
     sft.add_argument("model", help="a base model's folder")
     sft.add_argument("--data", required=True, help="conversations: a file, or a folder with train.jsonl")
@@ -510,6 +645,12 @@ def main():
     sft.add_argument("--alone", action="store_true", help="without TRL")
     sft.add_argument("--device", default="cpu")
     sft.set_defaults(run=bench_sft)
+    dpo = commands.add_parser("dpo", help="preference tuning beside TRL")
+    dpo.add_argument("model", help="a model folder")
+    dpo.add_argument("--data", default="toybox", help="toybox, or a file of preferences [toybox]")
+    dpo.add_argument("--passes", type=int, default=8, help="pairs a forward pass, 32 a step [8]")
+    dpo.add_argument("--steps", type=int, default=4, help="timed steps at most [4]")
+    dpo.set_defaults(run=bench_dpo)
     tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
@@ -522,7 +663,7 @@ def main():
     for command in (linear, times, optimizers, pretrain, sft, tokenizer):
     gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
     gpu.set_defaults(run=bench_kernels)
-    for command in (times, optimizers, pretrain, tokenizer, gpu):
+    for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -19,7 +19,7 @@ from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, cli, write_atomic
+from common import UserError, cli, json_records, write_atomic
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no character, and no UTF-8 can hold it
 ROLES = ("system", "user", "assistant", "tool")
@@ -508,15 +508,11 @@ def read_conversations(path):
 
 def read_records(path):
     """The same with each record as it stands in the file: yields (record, messages, tools)."""
-    n = 0
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            whole = f.read(1) == "["
-            f.seek(0)
-            for n, record in enumerate(json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1):
-                yield record, *as_messages(record)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: record {n or 1} cannot be read as a conversation: {e}") from None
+    for n, record in enumerate(json_records(path), 1):
+        try:
+            yield record, *as_messages(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: record {n} cannot be read as a conversation: {e}") from None
 
 
 def as_messages(record):

@@ -127,6 +127,19 @@ def read_json(path):
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def json_records(path):
+    """Yields the records of a JSON list or of JSONL; UserError names the one that is no JSON."""
+    n = 0
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            whole = f.read(1) == "["
+            f.seek(0)
+            for n, record in enumerate(json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1):
+                yield record
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: record {n + 1} is not valid JSON ({error})") from None
+
+
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 

@@ -33,17 +33,17 @@ def nf4_pairs(device):
 
 @functools.lru_cache
 @torch.inference_mode(False)
-def dynamic_map(device="cpu"):
-    """The 256 values of bitsandbytes' signed 8-bit "dynamic" type, sorted, float32 (Dettmers 2015, arXiv:1511.04561).
+def dynamic_map(device="cpu", signed=True):
+    """The 256 values of bitsandbytes' 8-bit "dynamic" type, sorted, float32 (Dettmers 2015, arXiv:1511.04561).
 
     Seven decades 10^-6..10^0; each has twice the fraction steps of the one below it, so small values keep their relative
-    precision. The values are the midpoints between the steps; 0 and 1 are added.
+    precision. The values are the midpoints between the steps; 0 and 1 are added. Unsigned: twice the steps in place of the sign.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        steps = torch.linspace(0.1, 1, 2 ** decade + 1)
+        steps = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
         middle = 10.0 ** (decade - 6) * (steps[:-1] + steps[1:]) / 2
-        values += [*middle.tolist(), *(-middle).tolist()]
+        values += [*middle.tolist(), *(-middle).tolist()] if signed else middle.tolist()
     return torch.tensor(sorted(values), device=device)
 
 
