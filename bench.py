@@ -4,19 +4,15 @@
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
+    python bench.py kernels                      # on a GPU: GB/s of each Triton kernel beside the card's copy and torch's own
+    python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
     python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
+    python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py linear                       # one linear layer on the CPU, by format, beside llama.cpp with --gguf DIR
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
 import ctypes
-    python bench.py kernels                      # on a GPU: GB/s of each Triton kernel beside the card's copy and torch's own
-    python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
-    python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
-    python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
-    python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
-"""
-import argparse
 import importlib.util
 import itertools
 import json
@@ -30,9 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
-
-import quant
 import torch.nn.functional as F
 
 import kernels
@@ -41,7 +34,7 @@ import train
 from common import Metrics, UserError, cli
 from model import Config, Transformer
 from optim import MuonAdamW
-from quant import NF4Linear
+from quant import NF4Linear, pack
 from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 
@@ -556,8 +549,8 @@ def bench_linear(args):
     them llama.cpp's decode of the same shape (all 135M weights, attention included) where DIR has its GGUF files."""
     def layers(format):
         for N, K in LINEARS * BLOCKS:
-            linear = nn.Linear(K, N, bias=False)
-            yield linear if format == "float32" else linear.bfloat16() if format == "bfloat16" else quant.pack(linear, format, 64)
+            linear = torch.nn.Linear(K, N, bias=False)
+            yield linear if format == "float32" else linear.bfloat16() if format == "bfloat16" else pack(linear, format, 64)
 
     rows = []
     with torch.inference_mode():
@@ -655,14 +648,13 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
+    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
+    gpu.set_defaults(run=bench_kernels)
     linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
     linear.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations [1 8]")
     linear.add_argument("--repeats", type=int, default=6)
     linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
     linear.set_defaults(run=bench_linear)
-    for command in (linear, times, optimizers, pretrain, sft, tokenizer):
-    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
-    gpu.set_defaults(run=bench_kernels)
     for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
