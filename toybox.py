@@ -268,7 +268,7 @@ def preferences(split, count, seed=0):
     rng, rows = random.Random(f"preferences {split} {seed}"), examples(split, 10**9, seed=f"preferences {seed}")
     for row in islice(rows, count):
         family, answer, opening = row["family"], row["answer"], rng.choice(OPENINGS)
-        kind = rng.choice(("curt", "curt", "curt", "rude", "rude", "rambling", "wrong"))
+        kind = rng.choice(("curt",) * 4 + ("rude",) * 3 + ("rambling",) * 2 + ("wrong",))
         chosen = opening + answer
         rejected = {"curt": "", "rude": rng.choice(RUDE), "rambling": rng.choice(RAMBLING), "wrong": opening}[kind] + (
             wrong(rng, family, split, answer) if kind == "wrong" else answer)
