@@ -25,7 +25,7 @@ import train
 from common import Metrics, UserError, cli
 from model import Config, Transformer
 from optim import MuonAdamW
-from quant import NF4Linear
+from packed import NF4Linear
 from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 

@@ -21,7 +21,8 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
-from quant import QuantLinear, quantize
+from packed import QuantLinear
+from quant import TOKENIZER_FILES, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer
 
@@ -515,10 +516,6 @@ class MergeArgs:
     overwrite: bool = False  # replace the model in --out
 
 
-CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.tiktoken",
-           "generation_config.json")  # a folder's files besides weights and config that make it deployable
-
-
 def merge_command():
     """A base and an adapter -> a model folder like any other. What merging and rounding change is measured, and bounded."""
     args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, sys.argv[2:], ("base", "adapter")))
@@ -541,7 +538,7 @@ def merge_command():
         raise UserError(f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: nothing was written; "
                         "try --dtype float32")
     merged.to(DTYPES[name]).save_pretrained(out)
-    for file in {f for pattern in CARRIED for f in Path(args.base).glob(pattern)}:
+    for file in filter(Path.is_file, (Path(args.base) / name for name in TOKENIZER_FILES)):
         shutil.copyfile(file, out / file.name)
     print(f"wrote    {out}/ (model folder, {name})")
 

@@ -11,7 +11,8 @@ import lora
 import toybox
 from common import Metrics, UserError
 from model import Config, Transformer
-from quant import NF4Linear, quantize
+from packed import NF4Linear
+from quant import quantize
 from runtime import read_tensors, write_tensors
 from tokenizer import Tokenizer
 
