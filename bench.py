@@ -5,6 +5,7 @@
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
     python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
+    python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
@@ -123,6 +124,59 @@ def bench_pretrain(args):
             rows.append(dict(name=name, seconds=seconds, tokens_per_s=rate, of_matrix_rate=share, peak_mib=memory))
             print(f"{name:22s} {seconds * 1e3:9.1f} {rate:10,.0f} {share:15.1%} {memory:9,.0f}", flush=True)
     return rows
+
+
+def bench_sft(args):
+    """Conversations a second through whole steps of fine-tuning: packed rows beside TRL's SFTTrainer (pip install trl), which pads;
+    the same model, conversations, optimizer (AdamW) and number of conversations a step; start-up is not counted."""
+    import finetune
+    from chat import read_records
+    print(machine())
+    with tempfile.TemporaryDirectory() as out:
+        flags = finetune.Args(model=args.model, data=(args.data,), out=out, context=args.context, batch=args.rows,
+                              device=args.device, optimizer="adamw", steps=args.steps + 2)
+        run, marks = finetune.prepare(flags, None), []
+        per_step = round(args.rows * len(run.batches.split.pairs) / len(run.batches.plan(0).order))
+        for step in range(args.steps + 2):  # the first two warm up
+            batch = run.batches.next()
+            train.forward_backward(run, batch, (batch.y != -100).sum().item())
+            train.update(run, step)
+            marks.append(time.perf_counter())
+        run.batches.close()
+        speeds = {"finetune.py, packed": per_step * args.steps / (marks[-1] - marks[1])}
+        if not args.alone:
+            folder = Path(args.data)
+            talks = [m for _, m, _ in read_records(folder / "train.jsonl" if folder.is_dir() else folder)]
+            for name, order in (("SFTTrainer", "random"), ("SFTTrainer, by length", "group_by_length")):
+                speeds[name] = sft_trainer_speed(args, talks, per_step, order, out)
+    for name, speed in speeds.items():
+        print(f"{name:24s} {speed:8.1f} conversations/s, {per_step} a step")
+    return [dict(name=name, conversations_per_second=speed) for name, speed in speeds.items()]
+
+
+def sft_trainer_speed(args, talks, per_step, order, out):
+    """A part of an epoch at least; by length the longest come first, so that only a whole epoch is fair."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from finetune import open_model
+    tok, model = open_model(args.model, "cpu")
+    tok.save(f"{out}/model")
+    model.save_pretrained(f"{out}/model")
+    theirs = AutoTokenizer.from_pretrained(f"{out}/model")
+    theirs.chat_template = (  # ChatML that says what the assistant does
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}")
+    theirs.pad_token = theirs.pad_token or "<|im_end|>"
+    config = SFTConfig(output_dir=f"{out}/trl", max_steps=args.steps, per_device_train_batch_size=per_step, max_length=args.context,
+                       assistant_only_loss=True, train_sampling_strategy=order, optim="adamw_torch", report_to="none", bf16=False,
+                       save_strategy="no", logging_steps=10**6, gradient_checkpointing=False, use_cpu=args.device == "cpu",
+                       disable_tqdm=True)
+    trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(f"{out}/model", dtype=torch.float32), config,
+                         train_dataset=Dataset.from_list([{"messages": m} for m in talks]), processing_class=theirs)
+    return trainer.train().metrics["train_samples_per_second"]
 
 
 def bench_optimizers(args):
@@ -363,11 +417,20 @@ def main():
     qlora.add_argument("--device", default="auto")
     qlora.add_argument("--dtype", default="auto")
     qlora.set_defaults(run=bench_qlora)
+    sft = commands.add_parser("sft", help="fine-tuning beside TRL")
+    sft.add_argument("model", help="a base model's folder")
+    sft.add_argument("--data", required=True, help="conversations: a file, or a folder with train.jsonl")
+    sft.add_argument("--rows", type=int, default=16, help="packed rows a step [16]")
+    sft.add_argument("--context", type=int, default=256)
+    sft.add_argument("--steps", type=int, default=12, help="timed steps [12]")
+    sft.add_argument("--alone", action="store_true", help="without TRL")
+    sft.add_argument("--device", default="cpu")
+    sft.set_defaults(run=bench_sft)
     tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, qlora, tokenizer):
+    for command in (times, optimizers, pretrain, qlora, sft, tokenizer):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -537,7 +537,7 @@ def as_messages(record):
         for role, part in ("user", record["prompt"]), ("assistant", record[answer]):
             talk += part if isinstance(part, list) else [{"role": role, "content": part}]
         return talk, tools
-    raise UserError(f"its keys are {', '.join(str(k)[:40] for k in list(keys)[:12]) or 'none'}; known layouts: {LAYOUTS}")
+    raise UserError(f"its keys are {', '.join(repr(k)[:40] for k in list(keys)[:12]) or 'none'}; known layouts: {LAYOUTS}")
 
 
 def example(tok, messages, tools=None, format=None):
@@ -589,11 +589,14 @@ def paint(tok, ids, mask, color=True):
     for said, pairs in groupby(zip(mask, ids), key=lambda pair: pair[0]):
         text = "".join("".join(name[i] for i in run) if special else tok.decode(list(run))
                        for special, run in groupby((i for _, i in pairs), key=name.__contains__))
-        # a file must not steer the terminal
-        text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
         green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
-        out.append(green + text + plain if said else text)
+        out.append(green + printable(text) + plain if said else printable(text))
     return "".join(out)
+
+
+def printable(text):
+    """Control characters but the newline spelled out: neither a file nor a model must steer the terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
 def show(args):

@@ -2,12 +2,11 @@
 
     python finetune.py MODEL --data chat.jsonl --out runs/chat             # JSONL or JSON in any of chat.py's layouts
     python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2 --out runs/chat    # a mixture
-    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as in train.py
-    python finetune.py eval MODEL --data data/toybox --before BASE         # answers, exact match, perplexity -> report.md, report.html
+    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as for train.p
+    python finetune.py eval MODEL --data data/toybox --before BASE         # answers, exact match, perplexity -> report.md, .html
 
 Top to bottom: sources into packed rows, the model they train, the run; then questions, answers, marks, report.
 """
-import html
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import sys
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from torch import nn
 
 import chat
 import toybox
-from common import Metrics, UserError, cli, parse_flags, sha256, write_atomic
+from common import Metrics, UserError, cli, parse_flags, sha256, write_atomic, write_report
 from corpora import read_text
 from data import Plan, Split, held_out, open_shards
 from generate import KVCache
@@ -40,7 +39,7 @@ from train import LoopArgs, describe, evaluate, finish, lost_rank_explained, rea
 @dataclass
 class Args(LoopArgs):
     model: str | None = None          # the model folder to start from
-    data: tuple = ()                  # FILE, FOLDER (its train.jsonl and val.jsonl) or toybox; FILE:2 counts twice, :0.5 half an epoch
+    data: tuple = ()                  # FILE, FOLDER (its train.jsonl and val.jsonl) or toybox; FILE:2 is taken twice an epoch
     val: tuple = ()                   # what to validate on [val.jsonl of a FOLDER, else a share of --data]
     val_share: float = 0.05           # that share
     text: str = ""                    # pre-training text mixed in against forgetting: a file, a named corpus or shards
@@ -64,12 +63,9 @@ def parse_source(spec):
     name, colon, weight = spec.rpartition(":")
     if not colon or Path(spec).exists():
         return spec, 1.0
-    try:
-        if 0 < float(weight) <= 1000:
-            return name, float(weight)
-    except ValueError:
-        pass
-    raise UserError(f"--data {spec}: after the colon stands how often an epoch takes it, a number above 0 and at most 1000")
+    if not re.fullmatch(r"\d*\.?\d+", weight) or not 0 < float(weight) <= 1000:
+        raise UserError(f"--data {spec}: after the colon stands how often an epoch takes it, a number above 0 and at most 1000")
+    return name, float(weight)
 
 
 def records(name, split, args, count):
@@ -104,13 +100,15 @@ def encode(tok, name, rows, context, counts):
         else:
             counts["left out: the prompt alone fills the context"] += 1
     if not pairs:
-        raise UserError(f"{name}: nothing to train on in {n:,} conversations{': ' if n else ', or --families and --withhold left none'}"
-                        + "; ".join(f"{times:,} x {reason}" for reason, times in (+counts).most_common(3)))
+        why = "; ".join(f"{times:,} x {reason}" for reason, times in (+counts).most_common(3))
+        raise UserError(f"{name}: nothing to train on in {n:,} conversations: {why or '--families and --withhold left none'}")
     return pairs
 
 
 def best_fit(sizes, context):
-    """Pieces into rows of `context`: in their order, each into the fullest row that has room -> [indices of the pieces of a row]."""
+    """Pieces into rows of `context`: in their order, each into the fullest row with room for it -> [indices of a row's pieces].
+
+    In random order, so that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one length each."""
     rows, by_room, rooms = [], defaultdict(list), []  # rows by the room they have left, and which rooms there are, sorted
     for i, size in enumerate(sizes):
         if (at := bisect_left(rooms, size)) < len(rooms):
@@ -187,7 +185,7 @@ def load_text(args, tok):
     if not 0 < args.text_share < 1:
         raise UserError(f"--text-share {args.text_share} must be between 0 and 1")
     if (Path(args.text) / "meta.json").is_file():
-        text = open_shards(args.text, Tokenizer.load(args.model).sha256)["train"]  # its own: chat tokens may have been added to ours
+        text = open_shards(args.text, Tokenizer.load(args.model).sha256)["train"]  # ours may have got chat tokens since
     else:
         ids = np.array(tok.encode(read_text(args.text)[0]), tok.dtype)
         text = Split([ids], sha256=sha256(ids.tobytes()))
@@ -198,11 +196,13 @@ def load_text(args, tok):
 
 def load_data(args, tok):
     """--data, --val and --text -> (training, validation) Conversations; says what became of them."""
-    counts, train, val = Counter(), [], []
+    def read(name, split, counts):
+        return encode(tok, name, records(name, split, args, args.examples if split == "train" else 500), args.context, counts)
+    counts, train, val = Counter(), [], [(1.0, read(name, "val", Counter())) for name, _ in map(parse_source, args.val)]
     for name, weight in map(parse_source, args.data):
-        pairs = encode(tok, name, records(name, "train", args, args.examples), args.context, counts)
+        pairs = read(name, "train", counts)
         if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
-            val.append((1.0, encode(tok, name, records(name, "val", args, 500), args.context, Counter())))
+            val.append((1.0, read(name, "val", Counter())))
         elif not args.val:
             if not 0 < args.val_share < 1 or len(pairs) < 2:
                 raise UserError(f"{name}: a --val-share of {args.val_share} of {len(pairs):,} conversations cannot be held out: "
@@ -210,16 +210,14 @@ def load_data(args, tok):
             val.append((1.0, [pair for i, pair in enumerate(pairs) if held_out(args.val_share, i)]))
             pairs = [pair for i, pair in enumerate(pairs) if not held_out(args.val_share, i)]
         train.append((weight, pairs))
-    for name, _ in map(parse_source, args.val):
-        val.append((1.0, encode(tok, name, records(name, "val", args, 500), args.context, Counter())))
     train, val = Conversations(train, load_text(args, tok) if args.text else None, args.text_share), Conversations(val)
     rows = len(train.plan(args.context, args.seed, 0).order)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"example  what is in the loss is {'green' if colour else 'in «»'}:\n"
           + chat.paint(tok, *(part[:400].tolist() for part in train.pairs[0]), colour))
-    print(f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; {train.supervised / len(train):.1%} of the "
-          f"tokens are in the loss; {rows:,} rows of {args.context:,} an epoch"
+    print(f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; {train.supervised / len(train):.1%} "
+          f"of the tokens are in the loss; {rows:,} rows of {args.context:,} an epoch"
           + "".join(f"; {times:,} {reason}" for reason, times in (+counts).most_common(9)))
     return train, val
 
@@ -249,8 +247,8 @@ def open_model(folder, device, dtype=None):
         if missing := [name for name in chat.IM if name not in tok.special]:
             tok = tok.with_special(missing)
             grow(model, tok.vocab_size, [tok.special[name] for name in missing])
-            print(f"chat     {folder} has no {' and '.join(missing)}: added to the tokenizer; the embedding has {model.config.vocab_size:,} "
-                  "rows now, the new ones are the mean of the others")
+            print(f"chat     {folder} has no {' and '.join(missing)}: added; the embedding has {model.config.vocab_size:,} rows "
+                  "now, the new ones are the mean of the others")
         tok.chat_template = chat.CHATML_TEMPLATE
     ends = model.config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -287,7 +285,7 @@ def try_out(run, count=20):
         asked.append((ids[:start].tolist(), ids[start:end].tolist()))
     given = answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
     for (prompt, expected), (text, _) in islice(zip(asked, given), 3):
-        print(f"\n{run.tok.decode(prompt)}{text}\n[expected: {run.tok.decode(expected, skip_special=True)}]")
+        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {run.tok.decode(expected, skip_special=True)}]"))
     print(f"\n{sum(ended for _, ended in given)} of {len(given)} answers to held-out prompts ended by themselves")
 
 
@@ -316,9 +314,11 @@ def answers(model, tok, prompts, max_tokens=256, rows=64):
     config, device, was_training = model.config, model.embed_tokens.weight.device, model.training
     model.eval()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    new, ended = [[] for _ in prompts], [False] * len(prompts)
-    for length, same in groupby(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), key=lambda i: len(prompts[i])):
-        same, room = list(same), min(length + max_tokens - 1, config.max_position_embeddings)
+    new, ended, by_length = [[] for _ in prompts], [False] * len(prompts), defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(i)
+    for length, same in by_length.items():
+        room = min(length + max_tokens - 1, config.max_position_embeddings)
         for at in range(0, len(same), rows):
             live = same[at:at + rows]
             ids = torch.tensor([prompts[i] for i in live], device=device)  # (B, T), then (B, 1)
@@ -339,8 +339,8 @@ def answers(model, tok, prompts, max_tokens=256, rows=64):
     return [(tok.decode(ids, skip_special=True), end) for ids, end in zip(new, ended)]
 
 
-# Instructions whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record says {"checks": [{"kind": "max_words",
-# "value": 20}, ...]}; each kind has the type of its value and the rule, a function of (answer, value).
+# Instructions whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record says {"checks": [{"kind":
+# "max_words", "value": 20}, ...]}; each kind has the type of its value and the rule, a function of (answer, value).
 CHECKS = {
     "min_words": (int, lambda text, n: len(text.split()) >= n),
     "max_words": (int, lambda text, n: len(text.split()) <= n),
@@ -383,18 +383,17 @@ class Question(NamedTuple):
 
 
 def read_questions(args):
-    """--data -> [Question]: the last turn of each record is what is asked for; a record that ends with the user may have checks."""
+    """--data -> [Question]: what is asked is all before the last answer; a record may end with the user and have only checks."""
     questions = []
-    for spec in args.data:
-        for n, (record, messages, _) in enumerate(islice(records(spec, "test", args, args.examples), args.examples), 1):
-            checks = [(check.get("kind"), check.get("value")) if isinstance(check, dict) else (None, None)
-                      for check in record.get("checks") or []]
+    for name in args.data:
+        for n, (record, talk, _) in enumerate(islice(records(name, "test", args, args.examples), args.examples), 1):
+            checks = [(c.get("kind"), c.get("value")) if isinstance(c, dict) else (c, None) for c in record.get("checks") or []]
             for kind, value in checks:
                 if kind not in CHECKS or type(value) is not CHECKS[kind][0]:
                     known = ", ".join(f"{name} ({of.__name__})" for name, (of, _) in CHECKS.items())
-                    raise UserError(f"{spec}: record {n} has a check {kind!r} with {value!r}; known kinds and their values: {known}")
-            said = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
-            questions.append(Question(messages[:-1] if said is not None else messages, said, str(record.get("family", "")), checks))
+                    raise UserError(f"{name}: record {n} has a check {kind!r} with {value!r}; known kinds and values: {known}")
+            said = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else None
+            questions.append(Question(talk if said is None else talk[:-1], said, str(record.get("family", "")), checks))
     if not questions:
         raise UserError(f"{' '.join(args.data)}: no questions, or --families and --withhold left none")
     return questions
@@ -411,31 +410,31 @@ class Marks(NamedTuple):
     """What one model made of the questions."""
     texts: list        # its answers
     right: list        # of True, False, or None where nothing was expected
-    perplexity: float  # of the expected answers, per token; nan without any
     scores: dict       # {what: (how many, out of how many)}
+    perplexity: float  # of the expected answers, per token; nan without any
 
 
 def examine(folder, questions, args, runtime):
-    """A model answers, and is marked."""
+    """A model answers -> Marks."""
     tok, model = open_model(folder, runtime.device, runtime.dtype)
-    prompts = [chat.render(tok, q.messages, True)[0] for q in questions]
-    given = answers(model, tok, prompts, args.max_tokens, args.rows)
-    texts, right = [text for text, _ in given], [q.expected and is_right(q, text) for q, (text, _) in zip(questions, given)]
-    checked = [(CHECKS[kind][1](text, value), kind) for q, text in zip(questions, texts) for kind, value in q.checks]
-    results = {"exact match": [r for r in right if r is not None], "ended by itself": [ended for _, ended in given],
-               "all checks of an answer": [all(CHECKS[k][1](text, v) for k, v in q.checks) for q, text in zip(questions, texts) if q.checks]}
-    for family in sorted({q.family for q in questions} - {""}):
-        results[f"exact match: {family}"] = [r for r, q in zip(right, questions) if q.family == family and r is not None]
-    for kind in sorted({kind for _, kind in checked}):
-        results[f"check: {kind}"] = [kept for kept, of in checked if of == kind]
-    known, context = [q for q in questions if q.expected], model.config.max_position_embeddings
+    given = answers(model, tok, [chat.render(tok, q.messages, True)[0] for q in questions], args.max_tokens, args.rows)
+    texts, results, kinds = [text for text, _ in given], defaultdict(list), defaultdict(list)
+    right = [None if q.expected is None else is_right(q, text) for q, text in zip(questions, texts)]
+    for q, (text, ended), good in zip(questions, given, right):
+        kept = [(kind, CHECKS[kind][1](text, value)) for kind, value in q.checks]
+        results["ended by itself"].append(ended)
+        for what in ("exact match", *([f"exact match: {q.family}"] if q.family else [])) if good is not None else ():
+            (kinds if ":" in what else results)[what].append(good)
+        for kind, yes in [*kept, *([("all of an answer's", all(yes for _, yes in kept))] if kept else [])]:
+            kinds[f"check: {kind}"].append(yes)
+    scores = {what: (sum(each), len(each)) for what, each in [*results.items(), *sorted(kinds.items())]}
+    known = [(None, [*q.messages, {"role": "assistant", "content": q.expected}], None) for q in questions if q.expected]
     perplexity = math.nan
     if known:
-        turns = ((None, [*q.messages, {"role": "assistant", "content": q.expected}], None) for q in known)
-        split = Conversations([(1.0, encode(tok, "questions", turns, context, Counter()))])
+        split = Conversations([(1.0, encode(tok, "the expected answers", known, model.config.max_position_embeddings, Counter()))])
         nats, count = evaluate(model, split, 8, SimpleNamespace(context=int(split.sizes.max())), runtime, loss=packed_loss)
         perplexity = math.exp(min(700.0, nats / count))
-    return Marks(texts, right, perplexity, {name: (sum(values), len(values)) for name, values in results.items() if values})
+    return Marks(texts, right, scores, perplexity)
 
 
 # -------------------------------------------------------------------------------------------------------------------- report
@@ -446,47 +445,32 @@ def wilson(k, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def share(score):
-    return f"{score[0] / score[1]:.1%} ({wilson(*score)[0]:.1%} to {wilson(*score)[1]:.1%})"
-
-
-def write_report(out, names, marks, questions, command):
-    """The marks of one or two models (the examined, what it was before) -> OUT/report.md, report.html, answers.jsonl; a row of
-    metrics.jsonl for the first."""
-    header = ["", "questions", *(f"{name}: share and 95 % interval" for name in names)]
-    table = [[what, str(n), *(share(m.scores[what]) for m in marks)] for what, (_, n) in marks[0].scores.items()]
-    table.append(["perplexity of the expected answers", str(sum(q.expected is not None for q in questions)),
+def write_marks(out, names, marks, questions, command):
+    """The marks of one or two models (the examined, what it was before) -> OUT/report.md, report.html, answers.jsonl, and for the
+    first a row of metrics.jsonl."""
+    def share(k, n):
+        low, high = wilson(k, n)
+        return f"{k / n:.1%} ({low:.1%} to {high:.1%})"
+    table = [[what, f"{n:,}", *(share(*m.scores[what]) for m in marks)] for what, (_, n) in marks[0].scores.items()]
+    table.append(["perplexity of the expected answers", f"{sum(q.expected is not None for q in questions):,}",
                   *(f"{m.perplexity:.3f}" for m in marks)])
-    shown = [[q.messages[-1]["content"], q.expected or "", *(m.texts[i] for m in marks)] for i, q in enumerate(questions)]
-    title, columns = f"{names[0]}: {len(questions):,} questions", ["asked", "expected", *names]
-
-    def row(cells):
-        return "| " + " | ".join(re.sub(r"\s*\n\s*", " ⏎ ", cell).replace("|", "\\|") for cell in cells) + " |\n"
-
-    def page_row(cells, kind="td"):
-        return "<tr>" + "".join(f"<{kind}{style}>{html.escape(cell)}</{kind}>" for cell, style in cells) + "</tr>\n"
-    markdown = f"# {title}\n\n    {command}\n\n{row(header)}{row(['---'] * len(header))}" + "".join(map(row, table))
-    markdown += f"\n## Answers\n\n{row(columns)}{row(['---'] * len(columns))}" + "".join(map(row, shown[:20]))
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px/1.5 "
-            "system-ui,sans-serif;margin:2em auto;max-width:75em;padding:0 1em;color-scheme:light dark}table{border-collapse:collapse;"
-            "width:100%;margin:1em 0}td,th{border:1px solid #8886;padding:.3em .6em;text-align:left;vertical-align:top;white-space:"
-            "pre-wrap;overflow-wrap:anywhere}.right{background:#2a82}.wrong{background:#c332}</style>"
-            f"<h1>{html.escape(title)}</h1><pre>{html.escape(command)}</pre><table>\n{page_row([(cell, '') for cell in header], 'th')}"
-            + "".join(page_row([(cell, "") for cell in cells]) for cells in table)
-            + f"</table><h2>Answers</h2><table>\n{page_row([(cell, '') for cell in columns], 'th')}")
-    style = {True: " class=right", False: " class=wrong", None: ""}
-    for i, cells in enumerate(shown[:1000]):
-        page += page_row(zip(cells, ["", "", *(style[m.right[i]] for m in marks)]))
+    colour = {True: "right", False: "wrong", None: ""}
+    shown = [[q.messages[-1]["content"], q.expected or "", *((m.texts[i], colour[m.right[i]]) for m in marks)]
+             for i, q in enumerate(questions)]
+    write_report(out, f"{names[0]}: {len(questions):,} questions", command, [
+        ("Scores, with 95 % intervals", ["", "questions", *names], table), ("Answers", ["asked", "expected", *names], shown)])
     lines = [{"messages": q.messages, "expected": q.expected, "family": q.family,
               "answers": {name: m.texts[i] for name, m in zip(names, marks)}} for i, q in enumerate(questions)]
-    for name, text in (("report.md", markdown), ("report.html", page + "</table></html>\n"),
-                       ("answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))):
-        write_atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(out / "answers.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     last = (Metrics.read(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else [])[-1:] or [{"step": 0, "seconds": 0.0}]
-    values = {what: k / n for what, (k, n) in marks[0].scores.items()} | {"perplexity": marks[0].perplexity}
+    values = {what: k / n for what, (k, n) in marks[0].scores.items()}
+    values |= {} if math.isnan(marks[0].perplexity) else {"perplexity": marks[0].perplexity}
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": last[0]["step"], "seconds": last[0]["seconds"], "eval": values}) + "\n")
-    print(markdown.split("\n## Answers")[0].split("\n", 4)[-1] + f"\nwrote    {out}/report.md, report.html, answers.jsonl, metrics.jsonl")
+    for row in table:
+        print(f"{row[0]:36s}{row[1]:>7s}  " + "  ".join(f"{cell:28s}" for cell in row[2:]))
+    print(f"wrote    {out}/report.md, report.html, answers.jsonl, metrics.jsonl")
 
 
 @dataclass
@@ -508,13 +492,13 @@ def eval_command(argv):
     """Let a model answer held-out questions and mark it."""
     args = EvalArgs(**parse_flags(EvalArgs, eval_command.__doc__, argv, positional=("model",)))
     if not args.model or min(args.examples, args.max_tokens, args.rows) < 1:
-        raise UserError("give a model folder, and --examples, --max-tokens and --rows of at least 1: finetune.py eval MODEL --data D")
+        raise UserError("give a model folder, and --examples, --max-tokens and --rows of at least 1: finetune.py eval MODEL")
     questions, runtime = read_questions(args), resolve(args.device, args.dtype, "off")
     folders = [args.model, *([args.before] if args.before else [])]
     marks = [examine(folder, questions, args, runtime) for folder in folders]
     out = Path(args.out or args.model)
     out.mkdir(parents=True, exist_ok=True)
-    write_report(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
+    write_marks(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
 
 
 if __name__ == "__main__":

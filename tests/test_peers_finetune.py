@@ -40,16 +40,14 @@ def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(name
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     records = [m for m, _ in chat.read_conversations(data_dir / "instruct" / "instruction-data.json")][:200]
-    records.append([*records[0], *records[1], {"role": "user", "content": "é🙂 \n x"}, {"role": "assistant", "content": " Ünï 日本\n\nend"}])
+    records.append([*records[0], *records[1], {"role": "user", "content": "é🙂 \n x"},
+                    {"role": "assistant", "content": " Ünï 日本\n\nend"}])
     for messages in records:
         want = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         for template in (TEMPLATE, chat.CHATML_TEMPLATE):  # by its {% generation %}, and by knowing ChatML
             ours.chat_template = template
             ids, mask = chat.example(ours, messages)
-            if name == "gpt2":  # elsewhere the two disagree about spaces after a marker, where test_peers_chat.py follows each family
-                assert ids == want["input_ids"]
-            if ids == want["input_ids"]:
-                assert mask == want["assistant_masks"]
+            assert (ids, mask) == (want["input_ids"], want["assistant_masks"])
         assert theirs.decode([i for i, m in zip(ids, mask) if m]).endswith("<|im_end|>")
 
 
@@ -64,8 +62,8 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
         talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words)]
         talks += [talk] if 32 < len(chat.example(tok, talk)[0]) - 1 <= 64 else []
     data = write(tmp_path / "a.jsonl", talks)
-    code, _, stderr = run(base, tmp_path / "ours", "--data", data, "--val", data, "--steps", 20, "--optimizer", "adamw", "--lr", 0.003,
-                          "--schedule", "cosine", "--weight-decay", 0.05, "--seed", 3, "--spike", 0)
+    code, _, stderr = run(base, tmp_path / "ours", "--data", data, "--val", data, "--steps", 20, "--optimizer", "adamw",
+                          "--lr", 0.003, "--schedule", "cosine", "--weight-decay", 0.05, "--seed", 3, "--spike", 0)
     assert code == 0, stderr
     ours = [r["loss"] for r in Metrics.read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
     split = Conversations([(1.0, encode(tok, "a", rows_of(talks), 64, Counter()))])
@@ -76,10 +74,11 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
     theirs = AutoTokenizer.from_pretrained(base)
     theirs.chat_template, theirs.pad_token = TEMPLATE, "<PAD>"
     config = SFTConfig(
-        output_dir=str(tmp_path / "theirs"), max_steps=20, per_device_train_batch_size=4, learning_rate=0.003, lr_scheduler_type="cosine",
-        warmup_steps=0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-10, weight_decay=0.05, max_grad_norm=0.0, optim="adamw_torch",
-        assistant_only_loss=True, train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=None)
+        output_dir=str(tmp_path / "theirs"), max_steps=20, per_device_train_batch_size=4, learning_rate=0.003,
+        lr_scheduler_type="cosine", warmup_steps=0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-10, weight_decay=0.05,
+        max_grad_norm=0.0, optim="adamw_torch", assistant_only_loss=True, train_sampling_strategy="sequential",
+        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, disable_tqdm=True, max_length=None)
     trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config,
                          train_dataset=Dataset.from_list([{"messages": talks[i]} for i in order]), processing_class=theirs)
     trainer.train()
