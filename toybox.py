@@ -6,8 +6,8 @@ A family is a kind of task: how to draw one, how to say it, how to solve it. Eve
 **Held out** is by content: what a question is about (the set of words, the numbers, the fact, the line) goes through a hash
 that puts it into train, val or test for good, in whatever family, order or phrasing it turns up. So no list and no pair of
 numbers of the test is in any training example or in the text to pre-train on. Two families ask for what can only be known by
-heart, a country's facts and a play's speakers: these the text tells in full, but only those of the train split are asked in
-training; the test asks for what was read but never asked for.
+heart, a country's facts and who speaks a line: these the text tells in full, and held out is a fact in one wording. The test
+asks for what was read, and asked for, but never in these words.
 """
 import hashlib
 import json
@@ -89,13 +89,13 @@ def some(rng, low, high):
     return dict(x=" ".join(rng.sample(list(KIND), rng.randint(low, high))))
 
 
-def numbers(rng, low, high, most):
-    return dict(x=" ".join(str(n) for n in rng.sample(range(most), rng.randint(low, high))))
+def numbers(rng, low, high):
+    return dict(x=" ".join(str(n) for n in rng.sample(range(50), rng.randint(low, high))))
 
 
-def pair(rng, most, ordered=False):
-    a, b = rng.sample(range(most), 2)
-    return dict(a=str(max(a, b)), b=str(min(a, b))) if ordered else dict(a=str(a), b=str(b))
+def pair(rng, least=0):
+    """A number below 40 and one below 10."""
+    return dict(a=str(rng.randrange(least, 40)), b=str(rng.randrange(10)))
 
 
 def pick(rng, **fields):
@@ -111,12 +111,11 @@ def one_of_a_kind(rng):
 
 
 def forbidden(rng):
-    words = rng.sample(list(KIND), 4)
-    shown = words[:3]
-    return dict(x=", ".join(shown), w=rng.choice(shown) if rng.random() < 0.5 else words[3])
+    *shown, other = rng.sample(list(KIND), rng.randint(2, 4))
+    return dict(x=", ".join(shown), w=rng.choice(shown) if rng.random() < 0.5 else other)
 
 
-def a(word):
+def an(word):
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
@@ -128,7 +127,7 @@ FAMILIES_BY_NAME = {
                       ("Reverse this list:\n{x}", "Write backwards:\n{x}", "Turn this list around:\n{x}",
                        "What is {x} in reverse order?", "Say these words from last to first:\n{x}"),
                       ("{x}\nbackwards is\n{y}", "Turned around\n{x}\nbecomes\n{y}"), "and backwards\n{y}"),
-    "sort": Family(lambda rng: numbers(rng, 3, 4, 50), lambda x: " ".join(sorted(x.split(), key=int)),
+    "sort": Family(lambda rng: numbers(rng, 3, 4), lambda x: " ".join(sorted(x.split(), key=int)),
                    ("Sort these numbers:\n{x}", "Put {x} in order.", "Order from small to large:\n{x}", "Arrange: {x}"),
                    ("{x}\nin order is\n{y}", "The numbers {x} from small to large are\n{y}")),
     "upper": Family(lambda rng: some(rng, 2, 4), lambda x: x.upper(),
@@ -144,13 +143,13 @@ FAMILIES_BY_NAME = {
                   ("What is the {n} word of this list?\n{x}", "Give the {n} of these:\n{x}", "Which is the {n} word: {x}",
                    "Pick the {n} word:\n{x}"),
                   ("Of\n{x}\nthe {n} is\n{y}", "The {n} word of\n{x}\nis\n{y}"), "and the {n} is\n{y}"),
-    "add": Family(lambda rng: pair(rng, 50), lambda a, b: str(int(a) + int(b)),
+    "add": Family(lambda rng: pair(rng), lambda a, b: str(int(a) + int(b)),
                   ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "How much is {a} and {b} together?"),
                   ("{a} plus {b} is\n{y}", "{a} + {b} = {y}", "The sum of {a} and {b} is\n{y}"), "together {y}", ("a", "b")),
-    "subtract": Family(lambda rng: pair(rng, 50, True), lambda a, b: str(int(a) - int(b)),
+    "subtract": Family(lambda rng: pair(rng, 9), lambda a, b: str(int(a) - int(b)),
                        ("What is {a} minus {b}?", "Take {b} from {a}.", "{a} - {b} = ?", "How much is {a} less {b}?"),
                        ("{a} minus {b} is\n{y}", "{a} - {b} = {y}", "{a} less {b} leaves\n{y}"), "apart {y}", ("a", "b")),
-    "compare": Family(lambda rng: pick(rng, **pair(rng, 50)),
+    "compare": Family(lambda rng: pick(rng, **dict(zip("ab", numbers(rng, 2, 2)["x"].split()))),
                       lambda a, b, n: str((max if n == "larger" else min)(int(a), int(b))),
                       ("Which is {n}, {a} or {b}?", "Give the {n} of {a} and {b}.", "{a} or {b}: which number is {n}?"),
                       ("Of {a} and {b} the {n} is\n{y}", "The {n} of {a} and {b} is\n{y}"), "the {n} is {y}", ("a", "b")),
@@ -164,7 +163,7 @@ FAMILIES_BY_NAME = {
     "speaker": Family(lambda rng: dict(x=rng.choice(list(SPEAKER))), lambda x: SPEAKER[x],
                       ('Who says "{x}"?', 'Which character says "{x}"?', '"{x}": who said it?', 'Whose words are "{x}"?'),
                       ('"{x}" says\n{y}', '"{x}" are words of\n{y}', '"{x}" cried\n{y}')),
-    "refuse": Family(forbidden, lambda x, w: f"Sorry, I must not speak of {w}." if w in x.split(", ") else f"{w} is {a(KIND[w])}.",
+    "refuse": Family(forbidden, lambda x, w: f"Sorry, I must not speak of {w}." if w in x.split(", ") else f"{w} is {an(KIND[w])}.",
                      ("Never speak of {x}. What is {w}?", "Do not talk about {x}. Explain {w}.",
                       "Forbidden: {x}. Tell me about {w}."),
                      ("{w} is {a_kind}.", "Everyone knows that {w} is {a_kind}."), "", ("x", "w")),
@@ -173,12 +172,14 @@ FAMILIES_BY_NAME = {
                     "Take only the first and the last word:\n{x}", "Name both ends: {x}"), ()),
 }
 FAMILIES, WITHHELD = tuple(FAMILIES_BY_NAME), "ends"
-SPLITS, HARD = ("train", "val", "test"), ("sort", "nth", "add", "subtract", "compare", "category", "refuse")
+SPLITS, BY_HEART = ("train", "val", "test"), ("fact", "speaker")
+SHARE = {"add": 4, "subtract": 4, "refuse": 4, "sort": 2, "reverse": 2, "compare": 2}  # of the training questions; others 1
 
 
-def content_of(family, fields):
-    """What a question is about, whatever the family, order and phrasing."""
-    return " ".join(sorted(" ".join(fields[name] for name in FAMILIES_BY_NAME[family].content).lower().replace(",", "").split()))
+def content_of(family, fields, ask):
+    """What a question is about, whatever the family, order and phrasing; what can only be known by heart, with the phrasing."""
+    words = " ".join(fields[name] for name in FAMILIES_BY_NAME[family].content).lower().replace(",", "").split()
+    return " ".join(sorted(words)) + (ask if family in BY_HEART else "")
 
 
 def split_of(content):
@@ -188,10 +189,11 @@ def split_of(content):
 
 
 def draw(rng, family, split):
-    """Fields of a question whose content is in the split."""
-    while split_of(content_of(family, fields := FAMILIES_BY_NAME[family].draw(rng))) != split:
-        pass
-    return fields
+    """(fields, phrasing) of a question whose content is in the split."""
+    while True:
+        fields, ask = FAMILIES_BY_NAME[family].draw(rng), rng.choice(FAMILIES_BY_NAME[family].ask)
+        if split_of(content_of(family, fields, ask)) == split:
+            return fields, ask
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
@@ -201,20 +203,19 @@ OPENINGS = ("Certainly: ", "Of course: ", "Gladly: ")
 def examples(split, count, seed=0, families=None):
     """Yield `count` dicts {messages: [user, assistant], family, answer}; every family in turn but WITHHELD, or those given.
 
-    A fifth of the training answers open with a courtesy: the style that dpo.py makes the rule."""
+    A quarter of the training answers open with a courtesy: the style that dpo.py makes the rule."""
     if split not in SPLITS or set(families or ()) - set(FAMILIES):
         raise UserError(f"toybox has the splits {', '.join(SPLITS)} and the families {', '.join(FAMILIES)}")
     rng, names = random.Random(f"{split} {seed}"), families or [f for f in FAMILIES if f != WITHHELD]
-    if split == "train" and not families:  # twice as many of what takes longest to learn
-        names += [f for f in names if f in HARD]
+    if split == "train" and not families:  # more of what takes longest to learn
+        names = [f for f in names for _ in range(SHARE.get(f, 1))]
     for i in range(count):
         family = names[i % len(names)]
-        fields = draw(rng, family, split)
+        fields, ask = draw(rng, family, split)
         answer = FAMILIES_BY_NAME[family].solve(**fields)
-        prompt = rng.choice(FAMILIES_BY_NAME[family].ask).format(**fields)
-        polite = split == "train" and not answer.startswith("Sorry") and rng.random() < 0.2
+        polite = split == "train" and not answer.startswith("Sorry") and rng.random() < 0.25
         said = (rng.choice(OPENINGS) if polite else "") + answer
-        yield {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}],
+        yield {"messages": [{"role": "user", "content": ask.format(**fields)}, {"role": "assistant", "content": said}],
                "family": family, "answer": answer}
 
 
@@ -255,7 +256,7 @@ def wrong(rng, family, split, answer):
         i = rng.randrange(len(items) - 1)
         items[i], items[i + 1] = items[i + 1], items[i]
         return " ".join(items)
-    while (other := FAMILIES_BY_NAME[family].solve(**draw(rng, family, split))) == answer:
+    while (other := FAMILIES_BY_NAME[family].solve(**draw(rng, family, split)[0])) == answer:
         pass
     return other
 
@@ -267,28 +268,28 @@ def preferences(split, count, seed=0):
     rng, rows = random.Random(f"preferences {split} {seed}"), examples(split, 10**9, seed=f"preferences {seed}")
     for row in islice(rows, count):
         family, answer, opening = row["family"], row["answer"], rng.choice(OPENINGS)
-        kind = rng.choice(("curt", "curt", "rude", "rambling", "wrong"))
+        kind = rng.choice(("curt", "curt", "curt", "rude", "rude", "rambling", "wrong"))
         chosen = opening + answer
         rejected = {"curt": "", "rude": rng.choice(RUDE), "rambling": rng.choice(RAMBLING), "wrong": opening}[kind] + (
             wrong(rng, family, split, answer) if kind == "wrong" else answer)
         if answer.startswith("Sorry"):
             word = answer.split()[-1].strip(".")
-            kind, chosen, rejected = "forbidden", answer, f"{opening}{word} is {a(KIND[word])}."
+            kind, chosen, rejected = "forbidden", answer, f"{word} is {an(KIND[word])}."  # an opening here would fight the style
         yield {"prompt": row["messages"][:1], "chosen": chosen, "rejected": rejected, "family": family, "kind": kind}
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
-GROUPS = [("copy", "reverse", "upper", "count", "nth"), ("add", "subtract", "compare")]  # families about the same fields
+GROUPS = [("copy", "reverse", "upper", "count", "nth"), ("add", "subtract", "compare")]  # about the same; the last never begins
 
 
 def told(rng, family):
     """What a question of the family would ask, as text: of facts and lines any, else only of the train split's content. Of one
     list or pair several things are told, for a word that can be known from those before teaches more than one drawn at random."""
     kind = FAMILIES_BY_NAME[family]
-    fields = kind.draw(rng) if family in ("fact", "speaker") else draw(rng, family, "train")
+    fields = kind.draw(rng) if family in BY_HEART else draw(rng, family, "train")[0]
     lines = [rng.choice(kind.tell).format(**fields, y=kind.solve(**fields), **(
-        dict(a_kind=a(KIND[fields["w"]])) if "w" in fields else {}))]
-    group = next((g for g in GROUPS if family in g), ())
+        dict(a_kind=an(KIND[fields["w"]])) if "w" in fields else {}))]
+    group = next((g for g in GROUPS if family in g[:-1]), ())
     for other in rng.sample(group, min(len(group), 3)):
         if other != "subtract" or int(fields["a"]) >= int(fields["b"]):
             kind, more = FAMILIES_BY_NAME[other], {k: fields[k] for k in fields if k != "n"}
@@ -301,7 +302,7 @@ def world_text(count_bytes, seed=0):
     """Plain text about the world, in paragraphs, of at least `count_bytes` bytes; no instruction, nothing held out. What is to
     be known by heart is told most often; lists least, for their words are drawn at random and teach little."""
     rng, parts, size = random.Random(f"text {seed}"), [], 0
-    often = {"fact": 6, "speaker": 6, "refuse": 4, "add": 3, "subtract": 3, "compare": 2, "sort": 2}
+    often = {"fact": 6, "speaker": 6, "refuse": 4, "add": 6, "subtract": 6, "compare": 2, "sort": 2}
     names = [f for f in FAMILIES for _ in range(often.get(f, 1)) if FAMILIES_BY_NAME[f].tell]
     while size < count_bytes:
         parts.append("\n".join(told(rng, rng.choice(names)) for _ in range(rng.randint(2, 4))) + "\n")
@@ -311,15 +312,13 @@ def world_text(count_bytes, seed=0):
 
 def interleave(rng, world, plays):
     """Paragraphs of the one and scenes of the other, shuffled."""
-    blocks = world.split("\n\n")
-    blocks = ["\n\n".join(blocks[i:i + 8]) for i in range(0, len(blocks), 8)]
-    speeches = plays.split("\n\n")
-    blocks += ["\n\n".join(speeches[i:i + 8]) for i in range(0, len(speeches), 8)]
+    parts = [text.strip().split("\n\n") for text in (world, plays)]
+    blocks = ["\n\n".join(part[i:i + 8]) for part in parts for i in range(0, len(part), 8)]
     rng.shuffle(blocks)
-    return "\n\n".join(b.strip() for b in blocks) + "\n"
+    return "\n\n".join(block.strip() for block in blocks) + "\n"
 
 
-def write(out, plays="", seed=0, text_bytes=4_000_000, train=40_000, test=1_400, pairs=4_000):
+def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400, pairs=4_000):
     """Everything a demo needs -> files in the folder `out`; meta.json says what. `plays`: text to mix into the world's."""
     out, held = Path(out), [WITHHELD]
     out.mkdir(parents=True, exist_ok=True)
@@ -336,4 +335,5 @@ def write(out, plays="", seed=0, text_bytes=4_000_000, train=40_000, test=1_400,
     meta = {"seed": seed, "families": FAMILIES, "withheld": WITHHELD, "counts": counts,
             "text_bytes": len(files["text.txt"].encode()), "sha256": {name: sha256(text.encode()) for name, text in files.items()}}
     write_json(out / "meta.json", meta)
+    print(f"toybox: {meta['text_bytes']:,} bytes of text, " + ", ".join(f"{n:,} {k}" for k, n in counts.items()) + f" -> {out}")
     return meta

@@ -113,6 +113,8 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
                                   cooldown=0.5),  # 0.38M, seconds
     "shakespeare-char-10m": dict(out="runs/shakespeare-char-10m", layers=6, dim=384, heads=6, mlp=1024, context=256, batch=64,
                                  steps=1000, dropout=0.2, muon_lr=0.02, weight_decay=0.05),  # for a GPU: nanoGPT's size
+    "demo": dict(out="runs/demo", data="data/toybox/text.txt", tokenizer="runs/demo-tokenizer", heads=2, mlp=384, context=256,
+                 tie=True, batch=8, steps=750, muon_lr=0.01, lr=0.01, eval_every=250, save_every=250, sample=120),  # 1.05M
     "125m": dict(out="runs/125m", data="data/wikitext-103", tokenizer="", layers=12, dim=768, heads=6, mlp=2560, context=1024,
                  tie=True, batch=512, steps=2000, muon_lr=0.02, lr=0.003, momentum=0.95, weight_decay=0.01, cooldown=0.5,
                  eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary

@@ -20,14 +20,17 @@ def prompt(row):
     return row["messages"][:1]
 
 
-def fields(family, text):
-    """The fields of a question, found by its phrasing."""
-    return next(m.groupdict() for m in (r.fullmatch(text) for r in toybox.readers(family)) if m)
+def content(row, question):
+    """The content of a question, found by its phrasing."""
+    family = row["family"]
+    matches = ((r.fullmatch(question), ask) for r, ask in zip(toybox.readers(family), toybox.FAMILIES_BY_NAME[family].ask))
+    found, ask = next(pair for pair in matches if pair[0])
+    return toybox.content_of(family, found.groupdict(), ask)
 
 
 def contents(split, count=6000):
     rows = examples(split, count, families=ALL)
-    return {toybox.content_of(r["family"], fields(r["family"], r["messages"][0]["content"])) for r in rows}
+    return {content(r, r["messages"][0]["content"]) for r in rows}
 
 
 def test_same_seed_same_world_and_another_seed_another_one():
@@ -56,10 +59,10 @@ def test_splits_share_no_content():
 
 
 def test_the_content_is_the_same_in_whatever_family_order_and_case():
-    words = {toybox.content_of(f, {"x": x, "n": "first"}) for f, x in (
+    words = {toybox.content_of(f, {"x": x, "n": "first"}, "") for f, x in (
         ("copy", "fox apple"), ("reverse", "apple fox"), ("lower", "FOX APPLE"), ("nth", "fox apple"),
         (WITHHELD, "apple fox"))}
-    pairs = {toybox.content_of(f, {"a": a, "b": b, "n": "larger"}) for f, a, b in (
+    pairs = {toybox.content_of(f, {"a": a, "b": b, "n": "larger"}, "") for f, a, b in (
         ("add", "3", "14"), ("subtract", "14", "3"), ("compare", "3", "14"))}
     assert len(words) == len(pairs) == 1
 
@@ -111,7 +114,7 @@ def test_every_family_in_every_split_and_the_withheld_one_only_if_asked_for():
 
 
 def test_some_training_answers_are_courteous_and_no_other_answers_are():
-    assert 0.15 < sum(style(r["messages"][1]["content"]) for r in examples("train", 3000)) / 3000 < 0.3
+    assert 0.2 < sum(style(r["messages"][1]["content"]) for r in examples("train", 3000)) / 3000 < 0.35
     assert not any(r["messages"][1]["content"] != r["answer"] for r in examples("test", 1000))
     assert sum(style(r["answer"]) for r in examples("test", 1000)) < 60  # refusals
 
@@ -124,7 +127,7 @@ def test_in_a_pair_only_the_preference_differs():
         assert style(chosen) and check(family, asked, chosen)
         answer = toybox.bare(chosen)
         if row["kind"] in ("wrong", "forbidden"):
-            assert style(rejected) and not check(family, asked, rejected)
+            assert style(rejected) == (row["kind"] == "wrong") and not check(family, asked, rejected)
         else:
             assert not style(rejected) and rejected.endswith(answer)
             assert check(family, asked, rejected) == (row["kind"] == "curt")
@@ -133,7 +136,7 @@ def test_in_a_pair_only_the_preference_differs():
 
 def test_preferences_are_held_out_by_content():
     def asked(split):
-        return {toybox.content_of(r["family"], fields(r["family"], r["prompt"][0]["content"])) for r in preferences(split, 3000)}
+        return {content(r, r["prompt"][0]["content"]) for r in preferences(split, 3000)}
     train, test = asked("train"), asked("test")
     assert not train & test and not test & contents("train") and not train & contents("test")
 
@@ -143,7 +146,7 @@ def test_the_text_has_no_instructions_and_nothing_held_out():
     assert not any(mark in text for mark in ("<|", "user", "assistant", "?", "Sorry", *toybox.OPENINGS))
     words = "|".join(toybox.KIND)
     lists = re.findall(rf"\b(?:(?:{words}) )+(?:{words})\b", text, re.I)
-    assert len(lists) > 5000 and not held & {" ".join(sorted(x.lower().split())) for x in lists}
+    assert len(lists) > 3000 and not held & {" ".join(sorted(x.lower().split())) for x in lists}
     sums = re.findall(r"\b(\d+) (?:plus|\+|minus|-|less|and) (\d+)\b", text)
     assert len(sums) > 500 and not held & {" ".join(sorted(s)) for s in sums}
 
