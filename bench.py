@@ -547,11 +547,9 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, qlora, sft, tokenizer):
     gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
     gpu.set_defaults(run=bench_kernels)
-    for command in (times, optimizers, pretrain, tokenizer, gpu):
-    for command in (times, optimizers, pretrain, sft, tokenizer):
+    for command in (times, optimizers, pretrain, qlora, sft, tokenizer, gpu):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)
