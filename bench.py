@@ -24,8 +24,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import lora
 import kernels
+import lora
 import train
 from common import Metrics, UserError, cli
 from model import Config, Transformer
