@@ -10,9 +10,9 @@ pytestmark = pytest.mark.peers
 KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "both": dict(rslora=True, dora=True)}
 
 
-def tiny(kind="llama", tied=False):
+def tiny(kind="llama", tied=False, C=32, M=48):
     gpt2 = kind == "gpt2"
-    config = Config(kind, 61, 32, 48, 2, 4, 4 if gpt2 else 2, 8, 64, tie_word_embeddings=tied or gpt2, rope={} if gpt2 else
+    config = Config(kind, 61, C, M, 2, 4, 4 if gpt2 else 2, C // 4, 64, tie_word_embeddings=tied or gpt2, rope={} if gpt2 else
                     {"rope_type": "default", "rope_theta": 10000.0}, qkv_bias=gpt2 or kind == "qwen2", out_bias=gpt2, mlp_bias=gpt2)
     torch.manual_seed(0)
     model = Transformer(config).eval()
@@ -128,7 +128,7 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
 def test_qlora_equals_peft_on_the_weights_that_bitsandbytes_packs_and_unpacks(tmp_path):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft import PeftModel
-    tiny().save_pretrained(tmp_path / "base")
+    tiny(C=64, M=128).save_pretrained(tmp_path / "base")  # bitsandbytes' CPU code unpacks rows wrongly that end inside a block of 64
     reference = theirs(tmp_path / "base")
     for name, layer in reference.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
