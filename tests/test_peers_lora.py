@@ -128,7 +128,7 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
 def test_qlora_equals_peft_on_the_weights_that_bitsandbytes_packs_and_unpacks(tmp_path):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft import PeftModel
-    tiny(C=64, M=128).save_pretrained(tmp_path / "base")  # bitsandbytes' CPU code unpacks rows wrongly that end inside a block of 64
+    tiny(C=64, M=128).save_pretrained(tmp_path / "base")  # bitsandbytes' CPU code misreads rows that end inside a block of 64
     reference = theirs(tmp_path / "base")
     for name, layer in reference.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
