@@ -35,6 +35,7 @@ from common import Metrics, UserError, cli
 from model import Config, Transformer
 from optim import MuonAdamW
 from quant import NF4Linear, pack
+from packed import NF4Linear
 from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 
@@ -399,19 +400,29 @@ SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_w
 
 
 def random_base(config, packed, runtime):
-    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
+    """A model of random weights on the device; in NF4 of random codes, so that nothing is there in more bits."""
     with torch.device("meta"):
         model = Transformer(config).to(runtime.dtype)
     for name, layer in lora.linears(model).items():
         if name != "lm_head":
-            plain = torch.nn.Linear(layer.in_features, layer.out_features, False, runtime.device, runtime.dtype)
-            model.set_submodule(name, NF4Linear.from_linear(plain) if packed else plain)
+            shape = layer.out_features, layer.in_features
+            model.set_submodule(name, random_nf4(shape, runtime.device) if packed else
+                                torch.nn.Linear(shape[1], shape[0], False, runtime.device, runtime.dtype))
     for module in list(model.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             if p.is_meta:
                 fresh = torch.empty(p.shape, dtype=p.dtype, device=runtime.device)
                 setattr(module, name, torch.nn.Parameter(fresh.normal_(std=0.02) if p.ndim > 1 else fresh.fill_(1.0)))
     return model.to(runtime.device)
+
+
+def random_nf4(shape, device):
+    """An NF4Linear as double quantization leaves it, of random codes and one scale."""
+    blocks = shape[0] * shape[1] // 64
+    return NF4Linear.from_state({"packed": torch.randint(256, (blocks * 32,), dtype=torch.uint8, device=device),
+                                 "absmax": torch.full((blocks,), 127, dtype=torch.uint8, device=device),  # the code of 0.0
+                                 "nested_absmax": torch.zeros(-(-blocks // 256), device=device),
+                                 "offset": torch.tensor(2 * shape[1] ** -0.5, device=device)}, shape)
 
 
 def memory(device, reset=False):
@@ -433,7 +444,7 @@ def train_adapter(config, packed, args, runtime):
     lora.apply(model, args.r, 2 * args.r).train().recompute = True
     optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
     optimizer.set_lr(1.0)
-    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), 0.0
+    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), time.perf_counter()
     for step in range(args.steps + 1):
         optimizer.zero_grad()
         with runtime.autocast():
@@ -441,8 +452,9 @@ def train_adapter(config, packed, args, runtime):
         loss.backward()
         optimizer.step()
         loss.item()  # waits for the device
-        begin = time.perf_counter() if step == 0 else begin  # the first step is to warm up
-    return loaded, memory(runtime.device)[1], args.steps * args.context / max(time.perf_counter() - begin, 1e-9)
+        if step == 0 and args.steps:  # to warm up
+            begin = time.perf_counter()
+    return loaded, memory(runtime.device)[1], max(args.steps, 1) * args.context / (time.perf_counter() - begin)
 
 
 def bench_qlora(args):
@@ -623,7 +635,7 @@ def main():
     qlora.add_argument("--shape", default="7b", choices=SHAPES)
     qlora.add_argument("--context", type=int, default=512, help="tokens in the one row of a step [512]")
     qlora.add_argument("--r", type=int, default=32, help="rank [32]")
-    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up [3]")
+    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up; 0 times that one [3]")
     qlora.add_argument("--plain", action="store_true", help="LoRA on the unquantized base too, on a CPU as well")
     qlora.add_argument("--estimate", action="store_true", help="only the estimate")
     qlora.add_argument("--device", default="auto")
@@ -656,6 +668,7 @@ def main():
     linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
     linear.set_defaults(run=bench_linear)
     for command in commands.choices.values():
+    for command in (times, optimizers, pretrain, qlora, sft, tokenizer, gpu):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

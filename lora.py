@@ -21,7 +21,8 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
-from quant import QuantLinear, quantize
+from packed import QuantLinear
+from quant import TOKENIZER_FILES, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer
 
@@ -193,8 +194,7 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
     settings = Settings(r, alpha, dropout, rslora, dora)
     if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise UserError(f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)")
-    if name in adapters(model):
-        raise UserError(f"the model has an adapter called {name!r} already")
+    check_name(model, name)
     chosen, layers = choose(model, targets), linears(model)
     for n in chosen:
         base = getattr(layers[n], "base", layers[n])
@@ -211,6 +211,12 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
 def adapters(model):
     """{name: Settings} of the adapters loaded."""
     return getattr(model, "adapters", {})
+
+
+def check_name(model, name):
+    if name in adapters(model) or not name or "." in name:
+        raise UserError(f"an adapter cannot be called {name!r}: " + ("the model has one so called" if name in adapters(model) else
+                                                                     "the name is empty or has a dot"))
 
 
 def set_adapter(model, name):
@@ -323,14 +329,17 @@ def read_adapter(folder):
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
     config, parts = common.read_json(folder / "adapter_config.json"), {}
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/adapter_config.json: a {type(config).__name__}, not an object")
+    other = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication", "arrow_config", "kasa_config")
     allowed = {"peft_type": ["LORA"], "bias": ["none", None], "modules_to_save": [None, []],
-               "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"]}
+               "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"], **dict.fromkeys(other, [None, False])}
     wrong = [f"{k} {config.get(k)!r}" for k, values in allowed.items() if config.get(k) not in values]
     wrong += [f"{k} {config.get(k)!r}" for k in ("r", "lora_alpha", "lora_dropout")
               if not isinstance(config.get(k), (int, float)[:1 + (k != "r")]) or config[k] < 0]
     for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)", key)
-        if found and tensor.is_floating_point():
+        if found and tensor.is_floating_point() and tensor.ndim:
             parts.setdefault(found[1], {})[found[2] or found[3]] = tensor.float()
         elif not key.endswith("lm_head.base_layer.weight"):  # a copy of the base's head, which PEFT adds and nobody needs
             wrong.append(f"tensor {key}")
@@ -367,8 +376,7 @@ def load_adapter(model, folder, name="default", trainable=False):
     Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit.
     """
     config, parts = read_adapter(folder)
-    if name in adapters(model):
-        raise UserError(f"the model has an adapter called {name!r} already")
+    check_name(model, name)
     if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
         raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
                         f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})")
@@ -508,10 +516,6 @@ class MergeArgs:
     overwrite: bool = False  # replace the model in --out
 
 
-CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.tiktoken",
-           "generation_config.json")  # a folder's files besides weights and config that make it deployable
-
-
 def merge_command():
     """A base and an adapter -> a model folder like any other. What merging and rounding change is measured, and bounded."""
     args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, sys.argv[2:], ("base", "adapter")))
@@ -534,7 +538,7 @@ def merge_command():
         raise UserError(f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: nothing was written; "
                         "try --dtype float32")
     merged.to(DTYPES[name]).save_pretrained(out)
-    for file in {f for pattern in CARRIED for f in Path(args.base).glob(pattern)}:
+    for file in filter(Path.is_file, (Path(args.base) / name for name in TOKENIZER_FILES)):
         shutil.copyfile(file, out / file.name)
     print(f"wrote    {out}/ (model folder, {name})")
 

@@ -11,7 +11,8 @@ import lora
 import toybox
 from common import Metrics, UserError
 from model import Config, Transformer
-from quant import NF4Linear, quantize
+from packed import NF4Linear
+from quant import quantize
 from runtime import read_tensors, write_tensors
 from tokenizer import Tokenizer
 
@@ -261,6 +262,10 @@ def test_mistakes_are_named():
         lora.apply(model, r=0)
     with pytest.raises(UserError, match="one matrix, c_attn"):
         lora.apply(tiny("gpt2"), targets="q_proj")
+    with pytest.raises(UserError, match="'a.b': the name is empty or has a dot"):
+        lora.apply(model, name="a.b")
+    with pytest.raises(UserError, match="'b': the model has one so called"):
+        lora.apply(lora.apply(tiny(), name="b"), name="b")
     with pytest.raises(UserError, match="no adapter 'x'; loaded are none"):
         lora.set_adapter(model, "x")
     with pytest.raises(UserError, match="quantized already"):
@@ -280,6 +285,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
 @pytest.mark.parametrize("key,value,message", [("peft_type", "LOHA", "peft_type 'LOHA'"), ("bias", "all", "bias 'all'"),
                                                ("init_lora_weights", "pissa", "pissa"), ("r", "8", "r '8'"), ("r", -1, "r -1"),
                                                ("modules_to_save", ["lm_head"], "modules_to_save"),
+                                               ("use_qalora", True, "use_qalora True"),
                                                ("alpha_pattern", {"(": 3}, "alpha_pattern"),
                                                ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern")])
 def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):

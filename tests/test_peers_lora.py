@@ -10,9 +10,9 @@ pytestmark = pytest.mark.peers
 KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "both": dict(rslora=True, dora=True)}
 
 
-def tiny(kind="llama", tied=False):
+def tiny(kind="llama", tied=False, C=32, M=48):
     gpt2 = kind == "gpt2"
-    config = Config(kind, 61, 32, 48, 2, 4, 4 if gpt2 else 2, 8, 64, tie_word_embeddings=tied or gpt2, rope={} if gpt2 else
+    config = Config(kind, 61, C, M, 2, 4, 4 if gpt2 else 2, C // 4, 64, tie_word_embeddings=tied or gpt2, rope={} if gpt2 else
                     {"rope_type": "default", "rope_theta": 10000.0}, qkv_bias=gpt2 or kind == "qwen2", out_bias=gpt2, mlp_bias=gpt2)
     torch.manual_seed(0)
     model = Transformer(config).eval()
@@ -125,23 +125,22 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
     assert same > 0.97
 
 
-def test_qlora_on_a_base_that_bitsandbytes_packed_equals_pefts(tmp_path):
-    import bitsandbytes as bnb
+def test_qlora_equals_peft_on_the_weights_that_bitsandbytes_packs_and_unpacks(tmp_path):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft import PeftModel
-    tiny().save_pretrained(tmp_path / "base")
+    tiny(C=64, M=128).save_pretrained(tmp_path / "base")  # bitsandbytes' CPU code misreads rows that end inside a block of 64
     reference = theirs(tmp_path / "base")
-    for name, layer in list(reference.named_modules()):  # what transformers does on loading with load_in_4bit
+    for name, layer in reference.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, torch.float32, quant_type="nf4")
-            packed.weight = bnb.nn.Params4bit(layer.weight.data, False, quant_type="nf4", compress_statistics=True)
-            reference.set_submodule(name, packed.to("cpu"))
+            codes, state = quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+            layer.weight.data = dequantize_4bit(codes, state)
     model = shake(lora.apply(quantize(Transformer.from_pretrained(tmp_path / "base"), "nf4"), 4, 8))
     lora.save_adapter(model, tmp_path / "adapter")
     peft = PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
     ids = torch.randint(61, (2, 20))
-    torch.testing.assert_close(logits(model, ids), logits(peft.eval(), ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model, ids), logits(peft, ids), atol=1e-5, rtol=1e-5)
     model(ids).square().sum().backward()
     peft(ids).logits.square().sum().backward()
-    layer = "model.layers.1.mlp.up_proj"
-    want = peft.get_submodule(f"base_model.model.{layer}").lora_A["default"].weight.grad
-    torch.testing.assert_close(model.get_submodule(layer.removeprefix("model.")).adapters["default"].A.grad, want, atol=1e-3, rtol=1e-3)
+    got = model.layers[1].mlp.up_proj.adapters["default"].A.grad
+    want = peft.get_submodule("base_model.model.model.layers.1.mlp.up_proj").lora_A["default"].weight.grad
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
