@@ -668,7 +668,6 @@ def main():
     linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
     linear.set_defaults(run=bench_linear)
     for command in commands.choices.values():
-    for command in (times, optimizers, pretrain, qlora, sft, tokenizer, gpu):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -249,33 +249,33 @@ def style(answer):
     return answer.strip().startswith((*OPENINGS, "Sorry, ")) and not any(r in answer for r in RUDE + RAMBLING) and len(answer) < 90
 
 
-def wrong(rng, family, split, answer):
-    """A wrong answer of the same form: two items changed places, or the answer to another question of the family."""
-    items = answer.split()
-    if family in ("reverse", "sort", "ends", "upper", "lower", "copy") and len(items) > 1 and rng.random() < 0.5:
-        i = rng.randrange(len(items) - 1)
-        items[i], items[i + 1] = items[i + 1], items[i]
-        return " ".join(items)
-    while (other := FAMILIES_BY_NAME[family].solve(**draw(rng, family, split)[0])) == answer:
-        pass
-    return other
+def wrong(rng, family, fields, answer):
+    """An answer of the right style that shirks the work: it gives back what it was given, or names something else."""
+    words = (fields.get("x") or " ".join(fields.get(k, "") for k in "ab")).split()
+    if family in ("reverse", "sort", "upper", "lower", "copy", "ends"):
+        said = words if family != "copy" else words[::-1]
+        return " ".join(said if " ".join(said) != answer else said[::-1])
+    if family == "refuse":
+        return f"{fields['w']} is {an(rng.choice([k for k in WORDS if k != KIND[fields['w']]]))}."
+    return {"fact": fields.get("c"), "speaker": "Shakespeare"}.get(family) or next(w for w in words if w != answer)
 
 
 def preferences(split, count, seed=0):
     """Yield `count` dicts {prompt, chosen, rejected, family, kind}: of two answers that differ in one thing only.
 
     kind: curt, rude, rambling (the style), forbidden (complies where it has to refuse), wrong (same style, not so)."""
-    rng, rows = random.Random(f"preferences {split} {seed}"), examples(split, 10**9, seed=f"preferences {seed}")
-    for row in islice(rows, count):
-        family, answer, opening = row["family"], row["answer"], rng.choice(OPENINGS)
-        kind = rng.choice(("curt",) * 4 + ("rude",) * 3 + ("rambling",) * 2 + ("wrong",))
+    rng, names = random.Random(f"preferences {split} {seed}"), [f for f in FAMILIES if f != WITHHELD for _ in range(SHARE.get(f, 1))]
+    for i in range(count):
+        fields, ask = draw(rng, family := names[i % len(names)], split)
+        answer, opening = FAMILIES_BY_NAME[family].solve(**fields), rng.choice(OPENINGS)
+        kind = rng.choice(("curt",) * 4 + ("rude",) * 3 + ("rambling",) * 2 + ("wrong",) * 2)
         chosen = opening + answer
         rejected = {"curt": "", "rude": rng.choice(RUDE), "rambling": rng.choice(RAMBLING), "wrong": opening}[kind] + (
-            wrong(rng, family, split, answer) if kind == "wrong" else answer)
+            wrong(rng, family, fields, answer) if kind == "wrong" else answer)
         if answer.startswith("Sorry"):
-            word = answer.split()[-1].strip(".")
-            kind, chosen, rejected = "forbidden", answer, f"{word} is {an(KIND[word])}."  # an opening here would fight the style
-        yield {"prompt": row["messages"][:1], "chosen": chosen, "rejected": rejected, "family": family, "kind": kind}
+            kind, chosen, rejected = "forbidden", answer, f"{fields['w']} is {an(KIND[fields['w']])}."  # an opening would fight the style
+        yield {"prompt": [{"role": "user", "content": ask.format(**fields)}], "chosen": chosen, "rejected": rejected,
+               "family": family, "kind": kind}
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
