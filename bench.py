@@ -34,8 +34,8 @@ import train
 from common import Metrics, UserError, cli
 from model import Config, Transformer
 from optim import MuonAdamW
-from quant import NF4Linear, pack
 from packed import NF4Linear
+from quant import pack
 from runtime import resolve
 from tokenizer import PATTERNS, Tokenizer
 

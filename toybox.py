@@ -15,7 +15,6 @@ import random
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 from common import UserError, sha256, write_atomic, write_json
@@ -257,14 +256,15 @@ def wrong(rng, family, fields, answer):
         return " ".join(said if " ".join(said) != answer else said[::-1])
     if family == "refuse":
         return f"{fields['w']} is {an(rng.choice([k for k in WORDS if k != KIND[fields['w']]]))}."
-    return {"fact": fields.get("c"), "speaker": "Shakespeare"}.get(family) or next(w for w in words if w != answer)
+    return {"fact": fields.get("c"), "speaker": "Shakespeare"}.get(family) or next((w for w in words if w != answer), "1")
 
 
 def preferences(split, count, seed=0):
     """Yield `count` dicts {prompt, chosen, rejected, family, kind}: of two answers that differ in one thing only.
 
     kind: curt, rude, rambling (the style), forbidden (complies where it has to refuse), wrong (same style, not so)."""
-    rng, names = random.Random(f"preferences {split} {seed}"), [f for f in FAMILIES if f != WITHHELD for _ in range(SHARE.get(f, 1))]
+    rng = random.Random(f"preferences {split} {seed}")
+    names = [f for f in FAMILIES if f != WITHHELD for _ in range(SHARE.get(f, 1))]
     for i in range(count):
         fields, ask = draw(rng, family := names[i % len(names)], split)
         answer, opening = FAMILIES_BY_NAME[family].solve(**fields), rng.choice(OPENINGS)
@@ -272,8 +272,8 @@ def preferences(split, count, seed=0):
         chosen = opening + answer
         rejected = {"curt": "", "rude": rng.choice(RUDE), "rambling": rng.choice(RAMBLING), "wrong": opening}[kind] + (
             wrong(rng, family, fields, answer) if kind == "wrong" else answer)
-        if answer.startswith("Sorry"):
-            kind, chosen, rejected = "forbidden", answer, f"{fields['w']} is {an(KIND[fields['w']])}."  # an opening would fight the style
+        if answer.startswith("Sorry"):  # without an opening, which would fight the style
+            kind, chosen, rejected = "forbidden", answer, f"{fields['w']} is {an(KIND[fields['w']])}."
         yield {"prompt": [{"role": "user", "content": ask.format(**fields)}], "chosen": chosen, "rejected": rejected,
                "family": family, "kind": kind}
 
