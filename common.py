@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -38,8 +39,11 @@ def cli(main):
         sys.exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one line, with the nearest flag there is."""
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are our one line, with the nearest flag there is; no abbreviations, descriptions as written."""
+
+    def __init__(self, **kw):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -52,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 def flag_comments(cls):
     """{field: its trailing comment} read from the dataclass's own source, so that help is written once, as a comment."""
-    lines = inspect.getsource(cls).splitlines()
+    lines = [line for c in reversed(cls.__mro__[:-1]) for line in inspect.getsource(c).splitlines()]
     return {m[1]: m[2] for line in lines if (m := re.match(r"    (\w+):[^#]*#\s*(.*)", line))}
 
 
@@ -62,7 +66,7 @@ def parse_flags(cls, description, argv=None, positional=()):
     A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what
     it inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description)
     comments, hints = flag_comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
@@ -126,7 +130,8 @@ def sha256(data):
 
 
 class Interrupt:
-    """Context: the first SIGTERM or Ctrl-C only sets `.signal`, so the loop can save and leave; the second one kills."""
+    """Context: the first SIGTERM or Ctrl-C only sets `.signal`, so the loop can save and leave; one that comes three seconds
+    later kills. Sooner is no wish of the user's: torchrun answers a Ctrl-C with a SIGTERM to those that had it already."""
     signal = None
 
     def __enter__(self):
@@ -134,12 +139,37 @@ class Interrupt:
         return self
 
     def catch(self, number, frame):
-        self.signal = signal.Signals(number)
-        signal.signal(number, self.old[number])
+        if self.signal is None:
+            self.signal, self.at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self.at > 3:
+            signal.signal(number, self.old[number])
+            signal.raise_signal(number)
 
     def __exit__(self, *_):
         for number, handler in self.old.items():
             signal.signal(number, handler)
+
+
+def lock_folder(folder):
+    """Take FOLDER/.lock until this process ends -> the open file to hold; UserError if another process has it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl, and runs go unguarded there
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there now; stop it, or choose another --out") from None
+    return file
+
+
+def is_locked(folder):
+    """Whether a process holds FOLDER's lock (where there are no locks, it may)."""
+    try:
+        lock_folder(folder).close()
+    except UserError:
+        return True
+    return "fcntl" not in sys.modules
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -172,6 +202,7 @@ class Metrics:
             raise UserError(f"--track {track} needs its package ({error}): pip install {track}") from None
 
     def log(self, step, **values):
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no NaN
         self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 3), **values}) + "\n")
         if self.tracker:
             self.tracker(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
@@ -209,7 +240,7 @@ def plot_losses(out, title):
     ax = fig.subplots()
     for key, style in (("loss", dict(lw=0.8, alpha=0.6, label="training")),
                        ("val_loss", dict(marker="o", ms=4, lw=1.8, label="validation, whole split"))):
-        points = [(r["step"], r[key]) for r in rows if key in r]
+        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
         if points:
             ax.plot(*zip(*points), **style)
             if key == "val_loss":

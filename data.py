@@ -267,6 +267,29 @@ def split_tokens(tokens, context, share=0.1):
     return train, val
 
 
+class Batch(NamedTuple):
+    """x predicts y. docs and positions are for masking: which piece of a document a token is in, and how far."""
+    x: torch.Tensor          # (rows, context) int64
+    y: torch.Tensor          # (rows, context) int64; -100 only in validation, where nothing is scored
+    docs: torch.Tensor       # (rows, context) int32: 0, 1, 2, ... along a row
+    positions: torch.Tensor  # (rows, context) int64: 0 where a piece begins
+
+    def to(self, device):
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+class Plan(NamedTuple):
+    """The rows of an epoch. Row r is the pieces first[order[r]] ... first[order[r] + 1] - 1."""
+    starts: np.ndarray  # (pieces,) where each begins, all shards end to end
+    sizes: np.ndarray   # (pieces,) pairs in it
+    first: np.ndarray   # (rows + 1,)
+    order: np.ndarray   # (rows,)
+
+    def row(self, r):
+        pieces = slice(self.first[self.order[r]], self.first[self.order[r] + 1])
+        return self.starts[pieces], self.sizes[pieces]
+
+
 class Split:
     """The documents of one split: a text in memory (one document), or mapped shards, read only where asked."""
 
@@ -298,84 +321,86 @@ class Split:
         window = self.tokens[shard][start:start + size + 1]
         return window if len(window) > size else np.append(window, window.dtype.type(self.end_id))
 
+    def plan(self, context, seed, epoch):
+        """The rows of an epoch, each of exactly `context` pairs, as a function of (seed, epoch) -> Plan.
+
+        A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to
+        end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked,
+        and nothing dropped but the less than one row that is over in the end, other text each epoch. A text that is one
+        document is cut at a new offset each epoch instead.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        begin, pairs = self.documents
+        if len(begin) == 1:
+            offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
+            begin, pairs = begin + offset, pairs - offset
+        full = pairs // context
+        of = np.repeat(np.arange(len(full)), full)                                # the document of each full row
+        starts = begin[of] + context * (np.arange(len(of)) - np.repeat(np.cumsum(full) - full, full))
+        rest = rng.permutation(np.flatnonzero(pairs % context))                   # documents of which something remains
+        rest_starts, sizes = begin[rest] + full[rest] * context, pairs[rest] % context
+        ends = np.cumsum(sizes)
+        packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
+        cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
+        cuts = np.sort(cuts, kind="stable")                                       # stable merges sorted runs in no time
+        cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
+        piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
+        into = cuts - (ends - sizes)[piece]
+        fresh = (into == 0) & (full[rest][piece] == 0)                            # a document begins here
+        by_row = np.argsort(cuts // context * 2 - fresh, kind="stable")           # within each row, these first
+        first = np.append(np.arange(len(of)), len(of) + np.searchsorted(cuts // context, np.arange(packed + 1)))
+        return Plan(np.append(starts, (rest_starts[piece] + into)[by_row]),
+                    np.append(np.full(len(of), context), np.diff(cuts, append=packed * context)[by_row]),
+                    first, rng.permutation(len(first) - 1))
+
+    def fill(self, rows, context):
+        """[(starts, sizes) of the pieces of a row] -> Batch; rows that are not full end in tokens 0 with target -100."""
+        x, positions = (np.zeros((len(rows), context), np.int64) for _ in range(2))
+        y, docs, count = np.full_like(x, -100), np.zeros_like(x, np.int32), np.arange(context)
+        for i, (starts, sizes) in enumerate(rows):
+            at = 0
+            for piece, (start, size) in enumerate(zip(starts, sizes)):
+                window, end = self.read(start, size), at + size
+                x[i, at:end], y[i, at:end] = window[:-1], window[1:]
+                docs[i, at:end], positions[i, at:end] = piece, count[:size]
+                at = end
+            docs[i, at:] = len(starts)
+        return Batch(*map(torch.from_numpy, (x, y, docs, positions)))
+
+    def validation(self, rows, context, stride=None, rank=0, world=1):
+        """Yield Batches of (rows, context) that score every pair of the split exactly once, in order.
+
+        Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not
+        reach, with context - stride pairs to look back on. What is not scored, and what fills the last batch, is target
+        -100. Rank r gets every world-th batch; all ranks get as many."""
+        stride = stride or context
+        if not 0 < stride <= context:
+            raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
+        begin, pairs = self.documents
+        ends = np.cumsum(pairs)
+        windows = 1 + -(-max(0, int(ends[-1]) - context) // stride)
+        for at in range(rank * rows, -(-windows // (rows * world)) * rows * world, rows * world):
+            pieces = []
+            for left in range(at * stride, (at + rows) * stride, stride):
+                right = min(left + context, int(ends[-1])) if left // stride < windows else left
+                these = np.arange(np.searchsorted(ends, left, "right"), np.searchsorted(ends, right, "left") + 1)
+                these = these[:0] if right <= left else these
+                offset = np.maximum(left - (ends - pairs)[these], 0)  # into the first of the documents
+                pieces.append((begin[these] + offset, np.minimum(ends[these], right) - (ends - pairs)[these] - offset))
+            batch = self.fill(pieces, context)
+            batch.y[int(at == 0):, :context - stride] = -100  # all but the very first window look back only
+            yield batch
+
 
 def as_split(tokens):
-    return tokens if isinstance(tokens, Split) else Split([tokens])
-
-
-class Batch(NamedTuple):
-    """x predicts y. docs and positions are for masking: which piece of a document a token is in, and how far."""
-    x: torch.Tensor          # (rows, context) int64
-    y: torch.Tensor          # (rows, context) int64; -100 only in validation, where nothing is scored
-    docs: torch.Tensor       # (rows, context) int32: 0, 1, 2, ... along a row
-    positions: torch.Tensor  # (rows, context) int64: 0 where a piece begins
-
-    def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
-
-
-def fill(split, rows, context):
-    """[(starts, sizes) of the pieces of a row] -> Batch; rows that are not full end in tokens 0 with target -100."""
-    x, positions = (np.zeros((len(rows), context), np.int64) for _ in range(2))
-    y, docs, count = np.full_like(x, -100), np.zeros_like(x, np.int32), np.arange(context)
-    for i, (starts, sizes) in enumerate(rows):
-        at = 0
-        for piece, (start, size) in enumerate(zip(starts, sizes)):
-            window, end = split.read(start, size), at + size
-            x[i, at:end], y[i, at:end] = window[:-1], window[1:]
-            docs[i, at:end], positions[i, at:end] = piece, count[:size]
-            at = end
-        docs[i, at:] = len(starts)
-    return Batch(*map(torch.from_numpy, (x, y, docs, positions)))
-
-
-class Plan(NamedTuple):
-    """The rows of an epoch. Row r is the pieces first[order[r]] ... first[order[r] + 1] - 1."""
-    starts: np.ndarray  # (pieces,) where each begins, all shards end to end
-    sizes: np.ndarray   # (pieces,) pairs in it
-    first: np.ndarray   # (rows + 1,)
-    order: np.ndarray   # (rows,)
-
-    def row(self, r):
-        pieces = slice(self.first[self.order[r]], self.first[self.order[r] + 1])
-        return self.starts[pieces], self.sizes[pieces]
-
-
-def plan_epoch(split, context, seed, epoch):
-    """The rows of an epoch, each of exactly `context` pairs, as a function of (seed, epoch) -> Plan.
-
-    A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to
-    end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked,
-    and nothing dropped but the less than one row that is over in the end, other text each epoch. A text that is one
-    document is cut at a new offset each epoch instead.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    begin, pairs = split.documents
-    if len(begin) == 1:
-        offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
-        begin, pairs = begin + offset, pairs - offset
-    full = pairs // context
-    of = np.repeat(np.arange(len(full)), full)                                # the document of each full row
-    starts = begin[of] + context * (np.arange(len(of)) - np.repeat(np.cumsum(full) - full, full))
-    rest = rng.permutation(np.flatnonzero(pairs % context))                   # documents of which something remains
-    rest_starts, sizes = begin[rest] + full[rest] * context, pairs[rest] % context
-    ends = np.cumsum(sizes)
-    packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
-    cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
-    cuts = np.sort(cuts, kind="stable")                                       # stable merges sorted runs in no time
-    cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
-    piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
-    into = cuts - (ends - sizes)[piece]
-    fresh = (into == 0) & (full[rest][piece] == 0)                            # a document begins here
-    by_row = np.argsort(cuts // context * 2 - fresh, kind="stable")           # within each row, these first
-    first = np.append(np.arange(len(of)), len(of) + np.searchsorted(cuts // context, np.arange(packed + 1)))
-    return Plan(np.append(starts, (rest_starts[piece] + into)[by_row]),
-                np.append(np.full(len(of), context), np.diff(cuts, append=packed * context)[by_row]),
-                first, rng.permutation(len(first) - 1))
+    return tokens if hasattr(tokens, "plan") else Split([tokens])
 
 
 class Batches:
-    """Batches of packed rows: every pair of the split about once an epoch, in an order fixed by the seed.
+    """Batches of rows: every row of the split once an epoch, in an order fixed by the seed.
+
+    `split` is an array of ids or anything with `plan`, `fill` and `validation` as Split has them: what an epoch's rows are,
+    and how some of them become a NamedTuple of tensors, is its business; order, place, ranks and working ahead are done here.
 
     The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of
     which rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with
@@ -390,14 +415,13 @@ class Batches:
         if device is not None and torch.device(device).type == "cuda":
             self.gpu = torch.cuda.current_device() if torch.device(device).index is None else torch.device(device).index
         if (have := len(self.plan(0).order)) < rows * world:
-            raise UserError(f"{len(self.split):,} tokens in {len(self.split.documents[0]):,} documents make {have:,} "
-                            f"rows of {context:,}, but a step takes {rows * world:,}: give more text, or use a "
-                            "smaller --batch or --context")
+            raise UserError(f"{len(self.split):,} tokens make {have:,} rows of {context:,}, but a step takes {rows * world:,}: "
+                            "give more data, or use a smaller --batch or --context")
 
     def plan(self, epoch):
         if epoch not in self.plans:  # a batch can span two epochs; older ones are not needed again
             self.plans = {e: p for e, p in self.plans.items() if e == epoch - 1}
-            self.plans[epoch] = plan_epoch(self.split, self.context, self.seed, epoch)
+            self.plans[epoch] = self.split.plan(self.context, self.seed, epoch)
         return self.plans[epoch]
 
     def locate(self, epoch, row):
@@ -408,10 +432,10 @@ class Batches:
     def make(self, epoch, row):
         """This rank's part of the batch that begins there -> (Batch, where the next begins)."""
         places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
-        batch = fill(self.split, [self.plan(e).row(r) for e, r in places], self.context)
+        batch = self.split.fill([self.plan(e).row(r) for e, r in places], self.context)
         if self.gpu is not None:
             torch.cuda.set_device(self.gpu)  # a new thread starts on GPU 0, where pinning would then make a context
-            batch = Batch(*(t.pin_memory() for t in batch))
+            batch = batch._make(t.pin_memory() for t in batch)
         return batch, self.locate(epoch, row + self.rows * self.world)
 
     def work(self, epoch, row, made, stop):
@@ -466,31 +490,6 @@ class Batches:
     def __del__(self):
         if getattr(self, "thread", None):
             self.stop.set()
-
-
-def validation_rows(split, rows, context, stride=None, rank=0, world=1):
-    """Yield Batches of (rows, context) that score every pair of the split exactly once, in order.
-
-    Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not
-    reach, with context - stride pairs to look back on. What is not scored, and what fills the last batch, is target
-    -100. Rank r gets every world-th batch; all ranks get as many."""
-    split, stride = as_split(split), stride or context
-    if not 0 < stride <= context:
-        raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
-    begin, pairs = split.documents
-    ends = np.cumsum(pairs)
-    windows = 1 + -(-max(0, int(ends[-1]) - context) // stride)
-    for at in range(rank * rows, -(-windows // (rows * world)) * rows * world, rows * world):
-        pieces = []
-        for left in range(at * stride, (at + rows) * stride, stride):
-            right = min(left + context, int(ends[-1])) if left // stride < windows else left
-            these = np.arange(np.searchsorted(ends, left, "right"), np.searchsorted(ends, right, "left") + 1)
-            these = these[:0] if right <= left else these
-            offset = np.maximum(left - (ends - pairs)[these], 0)  # into the first of the documents
-            pieces.append((begin[these] + offset, np.minimum(ends[these], right) - (ends - pairs)[these] - offset))
-        batch = fill(split, pieces, context)
-        batch.y[int(at == 0):, :context - stride] = -100  # all but the very first window look back only
-        yield batch
 
 
 def read_args():

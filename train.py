@@ -7,7 +7,6 @@
     python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
     python train.py eval MODEL --data wikitext-2          # loss, perplexity per token and per word, bits per byte
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 from common import UserError
 from corpora import read_text
-from data import Batch, Batches, Split, as_split, open_shards, split_tokens, validation_rows
+from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
 from model import LOGITS_AT_ONCE, Config, Transformer
 from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule
@@ -49,26 +49,13 @@ from tokenizer import Tokenizer
 
 
 @dataclass
-class Args:
-    preset: str = "shakespeare-char"  # a row of the table below; every other flag overrides it
-    data: str = "shakespeare"         # a named corpus or a UTF-8 text file
-    data_dir: str = ""                # where to look for a local copy of a named corpus first
-    tokenizer: str = "char"           # char, or a folder or tokenizer.json
+class LoopArgs:
+    """The flags that every training script shares; each has its own Args on top, with other defaults where they suit it."""
     out: str = "runs/shakespeare-char"  # the model folder to write
     resume: bool = False              # go on with the run in --out, bit-exactly
     overwrite: bool = False           # throw away the run in --out
-    init_from: str = ""               # start a new run from the weights (only) of this model folder
-    # shape
-    arch: str = "qwen3"               # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, or gpt2 (LayerNorm, learned positions, GELU)
-    layers: int = 4                   # Transformer blocks
-    dim: int = 128                    # width of the residual stream
-    heads: int = 4                    # attention heads
-    kv_heads: int = 0                 # key/value heads, fewer is grouped-query attention; 0 is as many as heads
-    mlp: int = 0                      # width of the MLP; 0 is 2.5*dim with a gate, 4*dim for gpt2
-    context: int = 64                 # tokens a row, and the most the model can look back
-    tie: bool = False                 # one matrix for embedding and head: saves memory when the vocabulary is large
-    dropout: float = 0.0              # for small texts and many epochs
     # optimization
+    context: int = 64                 # tokens a row, and the most the model can look back
     steps: int = 550                  # optimizer steps
     batch: int = 32                   # rows per optimizer step, over all ranks and passes
     micro_batch: int = 0              # rows per forward pass and rank; 0 is as many as the memory estimate allows
@@ -84,7 +71,6 @@ class Args:
     spike: float = 20.0               # skip a step whose gradient is so many times its running mean; 0 is off
     seed: int = 1                     # of the weights, the order of the data and dropout
     # memory and machines
-    doc_mask: bool = False            # no attention across documents packed into one row
     recompute: bool = False           # activation checkpointing: a third more time, a fraction of the memory
     shard: bool = False               # FSDP2 instead of DDP under torchrun: weights and optimizer state spread over ranks
     fit: bool = False                 # print the memory estimate by part and stop
@@ -102,6 +88,25 @@ class Args:
     background: bool = False          # go on after the terminal closes; output in OUT/log.txt, `train.py watch OUT` shows it
 
 
+@dataclass
+class Args(LoopArgs):
+    preset: str = "shakespeare-char"  # a row of the table below; every other flag overrides it
+    data: str = "shakespeare"         # a named corpus, a UTF-8 text file or a folder of shards (data.py)
+    data_dir: str = ""                # where to look for a local copy of a named corpus first
+    tokenizer: str = "char"           # char, or a folder or tokenizer.json
+    init_from: str = ""               # start a new run from the weights (only) and the shape of this model folder
+    # shape
+    arch: str = "qwen3"               # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, or gpt2 (LayerNorm, learned positions, GELU)
+    layers: int = 4                   # Transformer blocks
+    dim: int = 128                    # width of the residual stream
+    heads: int = 4                    # attention heads
+    kv_heads: int = 0                 # key/value heads, fewer is grouped-query attention; 0 is as many as heads
+    mlp: int = 0                      # width of the MLP; 0 is 2.5*dim with a gate, 4*dim for gpt2
+    tie: bool = False                 # one matrix for embedding and head: saves memory when the vocabulary is large
+    dropout: float = 0.0              # for small texts and many epochs
+    doc_mask: bool = False            # no attention across documents packed into one row
+
+
 PRESETS = {  # what each reaches, measured: README.md and `python bench.py train`
     "shakespeare-char": dict(),  # 0.77M parameters, a minute on two CPU cores
     "shakespeare-char-fast": dict(out="runs/shakespeare-char-fast", dim=96, mlp=192, batch=16, steps=200, muon_lr=0.03,
@@ -112,56 +117,70 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
                  tie=True, batch=512, steps=2000, muon_lr=0.02, lr=0.003, momentum=0.95, weight_decay=0.01, cooldown=0.5,
                  eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary
 }
-# what may differ between a run and its resumption without making it another run, and what may not differ at all
+# what may differ between a run and its resumption without making it another run
 HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_every", "save_every", "keep", "sample_every",
                 "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
-IDENTITY = {"arch", "layers", "dim", "heads", "kv_heads", "mlp", "context", "tie", "data", "tokenizer", "init_from", "preset",
-            "seed", "batch", "doc_mask", "optimizer"}
+SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
+         "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
 
-def read_args():
-    """Flags -> (Args, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed."""
-    typed = common.parse_flags(Args, __doc__)
-    args = common.from_preset(Args, PRESETS, typed)
+def read_args(cls, description, presets=None, positional=()):
+    """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
+
+    What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.
+    """
+    typed = common.parse_flags(cls, description, positional=positional)
+    args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
     if not args.resume:
         if checkpoint and not args.overwrite:
             raise UserError(f"{args.out} already holds a run ({checkpoint.name}): continue it with --resume, throw it away "
                             "with --overwrite, or choose another --out")
-        return args, None
+        return check_args(args), None
     if checkpoint is None:
         raise UserError(f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there")
-    saved = common.read_json(checkpoint / "state.json")["args"]
+    state = common.read_json(checkpoint / "state.json")
+    saved, identity = state["args"], {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(LoopArgs)}
+    identity = (identity | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
     changed = {k: (saved[k], v) for k, v in typed.items() if k in saved and saved[k] != v and k not in HOUSEKEEPING}
     for name, (old, new) in changed.items():
-        if name in IDENTITY:
+        if name in identity:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
-                            "it (a new run from these weights: --init-from)")
+                            "it (from these weights a new run can start)")
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
-    args = Args(**{**saved, **typed})
-    if args.steps < (done := common.read_json(checkpoint / "state.json")["step"]):
+    args = cls(**{**saved, **typed})
+    if args.steps < (done := state["step"]):
         raise UserError(f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less")
-    return args, checkpoint
+    return check_args(args), checkpoint
 
 
-def model_config(args, tok):
-    """The flags of shape -> Config."""
-    if args.arch not in ("qwen3", "llama", "gpt2"):
-        raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
-    for name in ("layers", "dim", "heads", "context", "batch", "log_every", "eval_every", "save_every", "keep"):
+def check_args(args):
+    """The numbers of the shared flags -> args; UserError names the one that cannot be."""
+    for name in ("context", "batch", "log_every", "eval_every", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name in ("steps", "kv_heads", "mlp", "seed", "lr", "muon_lr", "momentum", "weight_decay", "warmup", "grad_clip", "spike",
-                 "sample", "sample_every"):
+    for name in ("steps", "seed", "lr", "muon_lr", "momentum", "weight_decay", "warmup", "grad_clip", "spike", "sample",
+                 "sample_every", "micro_batch"):
         if not getattr(args, name) >= 0:  # written so that it also refuses nan
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
     choices = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb")}
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"--{name} {getattr(args, name)}: use {' or '.join(filter(None, allowed))}")
-    if not 0 <= args.dropout < 1 or not 0 < args.cooldown <= 1 or args.momentum >= 1:
-        raise UserError(f"--dropout {args.dropout} and --momentum {args.momentum} must be below 1, --cooldown {args.cooldown} "
-                        "above 0 and at most 1")
+    if not 0 < args.cooldown <= 1 or args.momentum >= 1:
+        raise UserError(f"--momentum {args.momentum} must be below 1, --cooldown {args.cooldown} above 0 and at most 1")
+    return args
+
+
+def model_config(args, tok):
+    """The flags of shape -> Config."""
+    if args.arch not in ("qwen3", "llama", "gpt2"):
+        raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
+    for name, low in (("layers", 1), ("dim", 1), ("heads", 1), ("kv_heads", 0), ("mlp", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout} must be below 1")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
@@ -175,38 +194,36 @@ def model_config(args, tok):
     return config
 
 
-def load_data(args):
-    """-> (tokenizer, training Split, validation Split, sha256 of the data): shards, or a text that fits in memory."""
-    source = args.tokenizer or (args.init_from or args.data)
+def load_data(args, checkpoint):
+    """-> (tokenizer, training Split, validation Split): shards, or a text that fits in memory as one document."""
+    source = checkpoint or args.init_from or args.tokenizer
     if (Path(args.data) / "meta.json").is_file():
-        tok = Tokenizer.load(args.data if source == "char" else source)
+        tok = Tokenizer.load(args.data if source in ("", "char") else source)
         splits = open_shards(args.data, tok.sha256)
-        return tok, splits["train"], splits["val"], splits["train"].sha256
+        return tok, splits["train"], splits["val"]
     text, _ = read_text(args.data, args.data_dir or None)
-    if source == "char":
-        source = args.init_from
-    tok = Tokenizer.load(source) if source else Tokenizer.char(text)
-    train, val = split_tokens(np.array(tok.encode(text), tok.dtype), args.context)
-    return tok, as_split(train), as_split(val), common.sha256(text.encode())
+    tok = Tokenizer.load(source) if source not in ("", "char") else Tokenizer.char(text)
+    if tok.bos_id is not None:
+        print(f"data     {args.data} is one document to the model; `python data.py {args.data} --tokenizer T --out D` makes many")
+    train, val = split_tokens(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype), args.context)
+    return tok, Split([train], sha256=common.sha256(text.encode())), as_split(val)
 
 
 def build_model(args, checkpoint, tok, device):
     """A fresh model, or the weights of the checkpoint or of --init-from, on the device in float32."""
     torch.manual_seed(args.seed)
-    config, source = model_config(args, tok), checkpoint or args.init_from
-    if not source:
-        model = Transformer(config)
+    if not (source := checkpoint or args.init_from):
+        model = Transformer(model_config(args, tok))
         model.init_weights()
         return model.to(device)
     model = Transformer.from_pretrained(source, device, torch.float32, dropout=args.dropout)
-    differs = [f"{k} {getattr(model.config, k)} there, {v} here" for k, v in dataclasses.asdict(config).items()
-               if getattr(model.config, k) != v]
+    theirs, ours = {flag: getattr(model.config, field) for flag, field in SHAPE.items()}, vars(Args())
+    differs = [f"{k.replace('_', '-')} {v} there, {getattr(args, k)} here" for k, v in theirs.items()
+               if getattr(args, k) not in (v, ours[k]) and not checkpoint]
+    if args.context > (most := model.config.max_position_embeddings):
+        differs.append(f"context {most:,} there, {args.context:,} here")
     if differs:
-        raise UserError(f"{source} has another shape: {'; '.join(differs)}")
-    theirs = Tokenizer.load(source).sha256
-    if theirs != tok.sha256:
-        raise UserError(f"{source} was trained with tokenizer {theirs[:12]}, this run has {tok.sha256[:12]}; "
-                        "the ids would mean other text: use its own --tokenizer")
+        raise UserError(f"--init-from {source} has another shape: {'; '.join(differs)}; its shape needs no flags")
     return model
 
 
@@ -234,29 +251,36 @@ def estimate_memory(model, args, runtime, rows):
     norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
     of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves.
     """
-    c, size = model.config, model.num_params()
-    ranks = runtime.world if args.shard else 1
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers."))
-    state = 4 * matrices + 8 * (size - matrices) if args.optimizer == "muon" else 8 * size
+    c, ranks = model.config, runtime.world if args.shard else 1
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    matrices = sum(size for n, size in trained.items() if n.startswith("layers.") and model.get_parameter(n).ndim == 2)
+    trained = sum(trained.values())
+    state = 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
     width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
     layers = 1 if args.recompute else c.num_hidden_layers
     kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
     value = 4 if runtime.dtype == torch.float32 else 3
     logits = min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3  # logits, softmax and its gradient
-    return {"weights": 4 * size // ranks, "gradients": 4 * size // ranks, "optimizer": state // ranks,
+    return {"weights": size // ranks, "gradients": 4 * trained // ranks, "optimizer": state // ranks,
             "activations": rows * args.context * (layers * width * value + kept), "logits": logits}
 
 
-def choose_micro_batch(model, args, runtime):
-    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate)."""
+def choose_micro_batch(model, args, runtime, before=0):
+    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate).
+
+    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory.
+    """
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
     share, free = args.batch // runtime.world, free_memory(runtime.device)
     if args.micro_batch:
-        if args.micro_batch < 0 or share % args.micro_batch:
+        if share % args.micro_batch:
             raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
                             f"over {runtime.world})")
         return args.micro_batch, estimate_memory(model, args, runtime, args.micro_batch)
+    if before and share % before == 0:
+        return before, estimate_memory(model, args, runtime, before)
     for rows in (r for r in range(share, 0, -1) if share % r == 0):
         estimate = estimate_memory(model, args, runtime, rows)
         if free is None or sum(estimate.values()) < 0.85 * free:
@@ -293,9 +317,10 @@ def forward_backward(run, batch, count):
         torch.cuda.empty_cache()
 
 
-def inputs(batch, args):
-    """What of a batch the model takes: with --doc-mask also what keeps packed documents apart."""
-    return dict(ids=batch.x, targets=batch.y, **(dict(docs=batch.docs, positions=batch.positions) if args.doc_mask else {}))
+def next_token_loss(model, batch, args):
+    """Summed cross-entropy of a Batch; with --doc-mask packed documents are kept apart. DPO has another loss in its place."""
+    apart = dict(docs=batch.docs, positions=batch.positions) if args.doc_mask else {}
+    return model(batch.x, targets=batch.y, **apart)
 
 
 def one_try(run, batch, count):
@@ -303,13 +328,13 @@ def one_try(run, batch, count):
     runtime, model, rows, ranks = run.runtime, run.step_model, run.rows, run.runtime.world > 1
     total = torch.zeros((), device=runtime.device)
     for i in range(0, len(batch.x), rows):
-        part = Batch(*(t[i:i + rows] for t in batch)).to(runtime.device)
+        part = batch._make(t[i:i + rows] for t in batch).to(runtime.device)
         last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
         if ranks and run.args.shard:
             model.set_requires_gradient_sync(last)
         with model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext():
             with runtime.autocast():
-                loss = model(**inputs(part, run.args))
+                loss = run.loss(model, part, run.args)
             # DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone
             (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
         total += loss.detach()
@@ -338,22 +363,38 @@ class Guard:
 
 
 @torch.no_grad()
-def evaluate(model, split, rows, args, runtime, stride=None):
-    """Summed loss (nats) and number of scored tokens over a whole Split; ranks share the rows. Draws no random numbers."""
+def evaluate(model, split, rows, args, runtime, stride=None, loss=next_token_loss):
+    """Summed loss (nats) and number of scored tokens over a whole split; ranks share the rows. Draws no random numbers."""
     model.eval()
     total, count = 0.0, 0
-    for batch in validation_rows(split, rows, args.context, stride, runtime.rank, runtime.world):
+    for batch in split.validation(rows, args.context, stride, runtime.rank, runtime.world):
         count += (batch.y != -100).sum().item()
         with runtime.autocast():
-            total += model(**inputs(batch.to(runtime.device), args)).item()
+            total += loss(model, batch.to(runtime.device), args).item()
     model.train()
     return runtime.sum(total), runtime.sum(count)
+
+
+def validate(run):
+    """What is logged at an evaluation -> {name: value}; the first is printed."""
+    nats, scored = evaluate(run.step_model, run.val, run.rows, run.args, run.runtime, loss=run.loss)
+    if not scored:
+        return {}
+    size = getattr(run.val, "counts", {}).get("bytes")  # of a text in memory nobody counted them
+    return dict(val_loss=nats / scored, perplexity=math.exp(min(700.0, nats / scored)), epoch=run.batches.epoch,
+                **({"bits_per_byte": nats / math.log(2) / size} if size else {}))
+
+
+def write_model(run, folder, weights):
+    """The files of a model folder, config.json last: with it the folder is complete. LoRA writes an adapter in their place."""
+    run.tok.save(folder)
+    run.model.save_pretrained(folder, weights)
 
 
 @dataclass
 class Run:
     """What the loop works with."""
-    args: Args
+    args: LoopArgs
     runtime: Runtime
     tok: Tokenizer
     model: Transformer          # the bare model: parameters, folder
@@ -365,35 +406,50 @@ class Run:
     guard: Guard
     scaler: LossScale
     start: int                  # the step it begins or goes on at
-    data_sha: str
     metrics: common.Metrics | None  # rank 0 only
+    lock: object                # held while the run lives: no second process writes to --out
+    loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; a script may bring its own, as of the next two
+    validate: Callable = validate     # (run) -> {name: value} to log
+    write: Callable = write_model     # (run, folder, weights) writes the model's files
+    clock: tuple = (0.0, 0)     # when and at which step the clock of tokens/s started
+    bar: tqdm | None = None
 
 
 def prepare(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
     runtime = resolve(args.device, args.dtype, args.compile)
-    tok, tokens, val, data_sha = load_data(args)
-    out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
-    for what, then, now in (("tokenizer", state.get("tokenizer_sha256"), tok.sha256), ("text", state.get("data_sha256"), data_sha)):
-        if state and then != now:
-            raise UserError(f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
-                            f"run from these weights: --init-from {out}")
+    tok, data, val = load_data(args, checkpoint)
     model = build_model(args, checkpoint, tok, runtime.device)
-    rows, estimate = choose_micro_batch(model, args, runtime)
+    describe(args, model, tok, data, val)
+    return start_run(args, checkpoint, runtime, tok, model, data, val)
+
+
+def start_run(args, checkpoint, runtime, tok, model, data, val, optimizer=None, loss=next_token_loss, **own):
+    """A model and its data -> Run, as the checkpoint left it; None after `--fit`. The part of `prepare` all scripts share.
+
+    optimizer: (model) -> optimizer, where it is not Muon with AdamW; own: validate, write.
+    """
+    out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
+    for what, now in (("tokenizer", tok.sha256), ("data", data.sha256)):
+        if state and (then := state[f"{what}_sha256"]) != now:
+            raise UserError(f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
+                            f"run from the weights in {out}")
+    rows, estimate = choose_micro_batch(model, args, runtime, state.get("rows", 0))
     rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
-    describe(args, model, tok, tokens, val)
     print_estimate(estimate, rows, args, runtime)
     if args.fit:
         return None
+    lock = common.lock_folder(out) if runtime.rank == 0 else None
     wrapped = wrap(model, args, runtime).train()
-    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon")
-    batches = Batches(tokens, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
+    optimizer = optimizer(model) if optimizer else MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum,
+                                                             muon=args.optimizer == "muon")
+    batches = Batches(data, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
                       device=runtime.device)
     guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
 
     def trial(compiled):
         with runtime.autocast():
-            compiled(**inputs(next(validation_rows(val, rows, args.context)).to(runtime.device), args)).backward()
+            loss(compiled, next(val.validation(rows, args.context)).to(runtime.device), args).backward()
         optimizer.zero_grad()
     step_model = compile_or_say_why(wrapped, runtime, trial)
     if state:
@@ -409,24 +465,25 @@ def prepare(args, checkpoint):
     if runtime.rank == 0:
         if args.overwrite and not checkpoint:
             discard_run(out)
-        out.mkdir(parents=True, exist_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
         metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
     return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
-               data_sha, metrics)
+               metrics, lock, loss, **own)
 
 
 def discard_run(out):
     """Remove what a run wrote, and nothing else that may lie in the folder."""
     if (out / "state").exists():
         shutil.rmtree(out / "state")
-    for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors"):
+    for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors",
+                 "adapter_config.json", "adapter_model.safetensors", "report.md"):
         (out / name).unlink(missing_ok=True)
 
 
 def describe(args, model, tok, tokens, val):
     per_step = args.batch * args.context
-    print(f"model    {args.arch} {args.layers} layers, {args.dim} wide: {model.num_params():,} parameters, "
+    c = model.config
+    print(f"model    {c.model_type} {c.num_hidden_layers} layers, {c.hidden_size} wide: {model.num_params():,} parameters, "
           f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token")
     print(f"data     {len(tokens):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
           f"{args.steps:,} steps of {per_step:,} = {args.steps * per_step / len(tokens):.1f} epochs; "
@@ -439,13 +496,9 @@ def save(run, step):
     moments, rng = run.optimizer.tensors(), all_rng_states()
     if run.runtime.rank:
         return
-
-    def save_model(folder):
-        run.tok.save(folder)
-        run.model.save_pretrained(folder, weights)  # writes config.json last: with it the folder is complete
-    save_checkpoint(run.args.out, step, save_model, moments, rng, keep=run.args.keep, info={
-        "args": dataclasses.asdict(run.args), "data_sha256": run.data_sha, "tokenizer_sha256": run.tok.sha256,
-        "batches": run.batches.state(), "guard": dataclasses.asdict(run.guard),
+    save_checkpoint(run.args.out, step, lambda folder: run.write(run, folder, weights), moments, rng, keep=run.args.keep, info={
+        "args": dataclasses.asdict(run.args), "data_sha256": run.batches.split.sha256, "tokenizer_sha256": run.tok.sha256,
+        "batches": run.batches.state(), "guard": dataclasses.asdict(run.guard), "rows": run.rows,
         "loss_scale": [run.scaler.scale, run.scaler.good]})
 
 
@@ -472,90 +525,112 @@ def update(run, step):
     return norm, factor
 
 
-def train(run):
-    """The loop. -> the step it ended at."""
-    args, runtime, metrics, out = run.args, run.runtime, run.metrics, Path(run.args.out)
-    per_step, flops = args.batch * args.context, run.model.flops_per_token(args.context)
-    peak, clock, clock_step = peak_flops(runtime.device), time.time(), run.start
+def steps(run):
+    """Yield (step, batch) for each step that is to be done. In between: evaluations, checkpoints, samples; Ctrl-C or SIGTERM on
+    any rank saves and ends the program. What every training script's loop runs over."""
+    args, runtime, out = run.args, run.runtime, Path(run.args.out)
     hidden = runtime.rank > 0 or None  # the bar: on rank 0, and only in a terminal
-    with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden) as bar:
+    run.clock = time.time(), run.start
+    with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden) as run.bar:
         for step in range(run.start, args.steps + 1):
-            last, fresh = step == args.steps, step > run.start
+            last, fresh, begin = step == args.steps, step > run.start, time.time()
             if (step % args.eval_every == 0 or last) and (fresh or args.steps == 0):
-                nats, scored = evaluate(run.step_model, run.val, run.rows, args, runtime)
-                val_loss = nats / scored
-                bar.write(f"step {step:6,}  validation loss {val_loss:.4f} (whole split)", file=sys.stdout)
-                if metrics:
-                    size = run.val.counts.get("bytes")  # of a text in memory nobody counted them
-                    metrics.log(step, val_loss=val_loss, perplexity=math.exp(val_loss), epoch=run.batches.epoch,
-                                **({"bits_per_byte": nats / math.log(2) / size} if size else {}))
-                clock, clock_step = time.time(), step
+                values = run.validate(run)
+                told = ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in values.items() if isinstance(v, float))
+                run.bar.write(f"step {step:6,}  validation {told}", file=sys.stdout)
+                if run.metrics:
+                    run.metrics.log(step, **values)
             stop = runtime.sum(int(interrupt.signal is not None))  # one rank's signal stops all at the same step
             if stop or last or (step % args.save_every == 0 and fresh):
                 save(run, step)
             if stop or last:
                 break
-            if args.sample_every and fresh and step % args.sample_every == 0 and metrics and not args.shard:
+            if args.sample_every and fresh and step % args.sample_every == 0 and run.metrics and not args.shard:
                 with open(out / "samples.txt", "a", encoding="utf-8") as f:
                     f.write(f"----- step {step}\n{sample_text(run)}\n")
-            batch = run.batches.next()
-            count = runtime.sum((batch.y != -100).sum().item())
-            total = forward_backward(run, batch, count)
-            norm, factor = update(run, step)
-            bar.update()
-            if step % args.log_every == 0:
-                loss, now = runtime.sum(total.item()) / count, time.time()
-                rate = per_step * (step + 1 - clock_step) / (now - clock)
-                row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped)
-                if peak:
-                    row["mfu"] = rate * flops / (peak * runtime.world)
-                if metrics:
-                    metrics.log(step, **row)
-                bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", **({"mfu": f"{row['mfu']:.1%}"} if peak else {}))
-                clock, clock_step = now, step + 1
+            run.clock = run.clock[0] + time.time() - begin, run.clock[1]  # none of that is training time
+            yield step, run.batches.next()
+            run.bar.update()
     run.batches.close()
     if interrupt.signal or stop:
         name = interrupt.signal.name if interrupt.signal else "another rank was stopped"
-        print(f"{name}: saved step {step:,} in {out}; go on with: python train.py --resume --out {out}")
+        print(f"{name}: saved step {step:,} in {out}; go on with: python {Path(sys.argv[0]).name} --resume --out {out}")
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+
+
+def log_step(run, step, total, count, norm, factor, **more):
+    """Every --log-every steps a row of metrics.jsonl and of the bar. total: this rank's summed loss; count: of all ranks."""
+    if step % run.args.log_every:
+        return
+    loss, now = run.runtime.sum(total.item()) / max(count, 1), time.time()
+    rate = run.args.batch * run.args.context * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
+    row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
+    if peak := peak_flops(run.runtime.device):
+        row["mfu"] = rate * run.model.flops_per_token(run.args.context) / (peak * run.runtime.world)
+    if run.metrics:
+        run.metrics.log(step, **row)
+    run.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", **({"mfu": f"{row['mfu']:.1%}"} if peak else {}))
+    run.clock = now, step + 1
+
+
+def train(run):
+    """The loop of pre-training, and of whatever else learns the next token."""
+    for step, batch in steps(run):
+        count = run.runtime.sum((batch.y != -100).sum().item())
+        total = forward_backward(run, batch, count)
+        norm, factor = update(run, step)
+        log_step(run, step, total, count, norm, factor)
 
 
 def sample_text(run):
     """A sample from the model as it is. Draws from a generator of its own; the model goes back to training."""
     run.model.eval()
-    begin = [int(run.val.read(0, 1)[0])]  # a document's first token: BOS where the data has one
+    begin = [run.tok.bos_id if run.tok.bos_id is not None else int(run.val.read(0, 1)[0])]
     new = list(generate(run.model, begin, run.args.sample, temperature=0.8, seed=run.args.seed))
     run.model.train()
     return run.tok.decode(new)
 
 
-def main():
-    if sys.argv[1:2] in (["watch"], ["eval"]):
-        return {"watch": watch, "eval": eval_command}[sys.argv[1]](sys.argv[2:])
-    args, checkpoint = read_args()
-    if args.background:
-        return start_in_background(args)
+def finish(run):
+    """After the last step: the curve, where things are; ranks leave together."""
+    if run.metrics:
+        common.plot_losses(run.args.out, f"{Path(run.args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
+        print(f"wrote    {run.args.out}/ (model folder), {run.args.out}/loss.png, {run.args.out}/metrics.jsonl")
+    if torch.distributed.is_initialized():
+        del run.step_model  # DDP must go before the process group it belongs to, and no rank's group before the others are done
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_rank_explained(out):
+    """Context: that another rank died is one line and exit status 3, not a traceback and a hang."""
     try:
-        run = prepare(args, checkpoint)
-        if run is not None:
-            train(run)
+        yield
     except RuntimeError as error:
         lost = any(w in str(error) for w in ("Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "gloo"))
         if not (lost and "WORLD_SIZE" in os.environ):
             raise
         print(f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. "
-              f"Go on from the last checkpoint: --resume --out {args.out}", file=sys.stderr)
+              f"Go on from the last checkpoint: --resume --out {out}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
-    if run is not None and run.metrics:
-        common.plot_losses(args.out, f"{Path(args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
-        print(f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl\n")
-        if not args.shard:
-            print(sample_text(run))
-    if torch.distributed.is_initialized():
-        del run  # DDP must go before the process group it belongs to, and no rank's group before the others are done: else a hang
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+
+
+def main():
+    if sys.argv[1:2] in (["watch"], ["eval"]):
+        return {"watch": watch, "eval": eval_command}[sys.argv[1]](sys.argv[2:])
+    args, checkpoint = read_args(Args, __doc__, PRESETS)
+    if args.background:
+        return start_in_background(args)
+    with lost_rank_explained(args.out):
+        run = prepare(args, checkpoint)
+        if run is None:
+            return
+        train(run)
+        text = sample_text(run) if run.metrics and not args.shard and args.sample else ""
+        finish(run)
+        print("\n" + text if text else "", end="")
 
 
 # -------------------------------------------------------------------------------------------------- looking at a model, a run
@@ -573,8 +648,8 @@ def start_in_background(args):
 
 
 def watch(argv):
-    """Draw a run's losses in the terminal, again every two seconds until it ends."""
-    parser = argparse.ArgumentParser(prog="train.py watch", description=watch.__doc__)
+    """Draw a run's losses in the terminal, again every two seconds until it ends or its process is gone."""
+    parser = common.Parser(prog="train.py watch", description=watch.__doc__)
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--once", action="store_true", help="draw once and stop")
     args = parser.parse_args(argv)
@@ -589,7 +664,7 @@ def watch(argv):
         step, rate = rows[-1]["step"] if rows else 0, next((r["tokens_per_s"] for r in reversed(rows) if "tokens_per_s" in r), 0)
         pace = rows[-1]["seconds"] / step if step else 0
         print(f"step {step:,} of {total:,}   {rate:,} tokens/s   {(total - step) * pace / 60:.1f} minutes left")
-        if args.once or step >= total:
+        if args.once or step >= total or not common.is_locked(args.run):
             return
         time.sleep(2)
 
@@ -599,7 +674,7 @@ def eval_command(argv):
 
     A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split.
     """
-    parser = argparse.ArgumentParser(prog="train.py eval", description=eval_command.__doc__)
+    parser = common.Parser(prog="train.py eval", description=eval_command.__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
     parser.add_argument("--split", default="val", help="which split of the shards [val]")

@@ -25,7 +25,7 @@ import corpora
 import data
 from common import UserError, sha256
 from corpora import ARTICLE, Archive, documents, expand, read_text, wikitext
-from data import Batches, Split, make_shards, open_shards, split_tokens, validation_rows
+from data import Batches, Split, as_split, make_shards, open_shards, split_tokens
 from tokenizer import Tokenizer
 
 
@@ -525,13 +525,13 @@ def test_epochs_are_cut_and_ordered_differently():
     first, second = batches.plan(0), batches.plan(1)
     assert sorted(first.starts) != sorted(second.starts) and first.order.tolist() != second.order.tolist()
     split, _ = split_of(LENGTHS)  # and other remainders of documents meet in a row
-    first, second = (data.plan_epoch(split, 32, 3, epoch) for epoch in (0, 1))
+    first, second = (split.plan(32, 3, epoch) for epoch in (0, 1))
     assert first.starts.tolist() != second.starts.tolist() and first.order.tolist() != second.order.tolist()
-    assert all(map(np.array_equal, first, data.plan_epoch(split, 32, 3, 0)))
+    assert all(map(np.array_equal, first, split.plan(32, 3, 0)))
 
 
 def test_validation_covers_the_whole_split():
-    (x, y, *_), = validation_rows(np.arange(10, 60, dtype=np.uint16), 4, 16)
+    (x, y, *_), = as_split(np.arange(10, 60, dtype=np.uint16)).validation(4, 16)
     assert x.shape == y.shape == (4, 16)
     assert y[y != -100].tolist() == list(range(11, 60))
     assert x.flatten()[:49].tolist() == list(range(10, 59))
@@ -633,7 +633,7 @@ def test_an_error_in_the_thread_is_raised_by_next(monkeypatch):
 @pytest.mark.parametrize("last", [2, None])
 def test_validation_scores_every_pair_once(rows, context, stride, world, last):
     split, docs = split_of(LENGTHS, last=last)
-    ranks = [list(validation_rows(split, rows, context, stride, rank, world)) for rank in range(world)]
+    ranks = [list(split.validation(rows, context, stride, rank, world)) for rank in range(world)]
     assert all(b.x.shape == (rows, context) for r in ranks for b in r) and len({len(r) for r in ranks}) == 1
     x, y = (torch.cat([b[i] for r in ranks for b in r]) for i in range(2))
     assert pairs_in(data.Batch(x, y, None, None)) == pairs_of(docs, split.end_id)
@@ -641,7 +641,7 @@ def test_validation_scores_every_pair_once(rows, context, stride, world, last):
 
 def test_a_split_smaller_than_a_batch_says_so():
     split, _ = split_of([50, 60], shards=2)
-    with pytest.raises(UserError, match=r"114 tokens in 2 documents make 3 rows of 32, but a step takes 8: .*--batch"):
+    with pytest.raises(UserError, match=r"114 tokens make 3 rows of 32, but a step takes 8: .*--batch"):
         Batches(split, 4, 32, seed=1, world=2)
 
 
@@ -650,5 +650,5 @@ def test_a_plan_of_a_million_documents_takes_no_time():
     split = Split([np.broadcast_to(np.uint16(0), 200_000_000)], [starts])
     assert len(split.documents[0]) == 1_000_000
     start = time.perf_counter()
-    data.plan_epoch(split, 1024, 1, 0)
+    split.plan(1024, 1, 0)
     assert time.perf_counter() - start < 2

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import common
 import train
 from common import Metrics
-from data import Batches, Split
+from data import Batches, Split, as_split
 from model import Transformer
 from runtime import Runtime, latest_checkpoint
 
@@ -149,6 +149,18 @@ def test_init_from_starts_a_new_run_from_weights_only(text, tmp_path):
     assert all(torch.equal(left[k], right[k]) for k in left)
     assert json.loads((latest_checkpoint(tmp_path / "b") / "state.json").read_text())["step"] == 0
     assert "layers 2 there, 3 here" in refused(text, tmp_path / "c", "--init-from", tmp_path / "a", "--layers", 3)
+    code = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", str(text), "--init-from", str(tmp_path / "a"), "--out",
+                           str(tmp_path / "d"), "--steps", "1", "--batch", "2", "--context", "16"], capture_output=True).returncode
+    assert code == 0 and Transformer.from_pretrained(tmp_path / "d").config.num_hidden_layers == 2  # its shape needs no flags
+
+
+def test_a_resumed_run_keeps_the_rows_of_a_pass_and_does_not_need_its_tokenizer_file(text, tmp_path):
+    out = tmp_path / "run"
+    assert run(text, out, "--steps", 3, "--batch", 8, "--micro-batch", 2)[0] == 0
+    saved = json.loads((out / "state" / "step-00000003" / "state.json").read_text())
+    (out / "args.json").unlink()
+    code, stdout, _ = run(text, out, "--steps", 4, "--resume")
+    assert saved["rows"] == 2 and code == 0 and "2 rows a pass" in stdout
 
 
 def test_resuming_another_model_or_text_is_refused_with_both_values(text, tmp_path):
@@ -158,14 +170,17 @@ def test_resuming_another_model_or_text_is_refused_with_both_values(text, tmp_pa
     assert "--tokenizer was 'char'" in refused(text, out, "--resume", "--tokenizer", tmp_path)
     before = (out / "model.safetensors").read_bytes()
     text.write_text(TEXT.replace("Line", "neiL"))  # the same characters, another text
-    assert "the text's sha256 was" in refused(text, out, "--resume")
-    text.write_text(TEXT.replace("L", "?"))  # other characters: another tokenizer
-    assert "tokenizer" in refused(text, out, "--resume")
+    assert "the data's sha256 was" in refused(text, out, "--resume")
+    text.write_text(TEXT.replace("L", "?"))  # characters that the run's own tokenizer does not know
+    assert "'?'" in refused(text, out, "--resume")
     assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_path):
     out = tmp_path / "run"
+    held = common.lock_folder(out)
+    assert "another process is training there now" in refused(text, out)
+    held.close()
     assert run(text, out, "--steps", 3)[0] == 0
     assert "already holds a run (step-00000003)" in refused(text, out, "--steps", 3)
     assert run(text, out, "--steps", 4, "--overwrite")[0] == 0
@@ -203,7 +218,7 @@ def make_run(text, out, *flags):
     argv, sys.argv = sys.argv, command(text, out, flags)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return train.prepare(*train.read_args())
+            return train.prepare(*train.read_args(train.Args, train.__doc__, train.PRESETS))
     finally:
         sys.argv = argv
 
@@ -387,7 +402,7 @@ def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
             total -= logits.log_softmax(-1)[ids[pair + 1]].item()
         return total
     for stride in (1, 5, 16):
-        nats, count = train.evaluate(model, np.array(ids), 3, train.Args(context=16), runtime, stride)
+        nats, count = train.evaluate(model, as_split(np.array(ids)), 3, train.Args(context=16), runtime, stride)
         assert count == 69 and nats == pytest.approx(reference(stride), rel=1e-5)
 
 

@@ -1,0 +1,526 @@
+"""Output that must match a regular expression or a JSON schema: which tokens may come next.
+
+    vocabulary = Vocabulary(tok)                                   # once per tokenizer
+    constraint = Constraint(json_grammar(schema), vocabulary)      # once per request; None as schema: any JSON value
+    constraint.allowed(remaining=100)     # (V,) bool, of the next token; then constraint.advance(token), until constraint.done
+
+Top to bottom: expressions over bytes; regular expressions and JSON schemas as expressions; the automaton; tokens.
+An expression is a tuple: ("lit", bytes), ("set", bytes allowed as a frozenset), ("seq", [...]), ("alt", [...]),
+("rep", expression, least, most or None), ("ref", rule name). Rules that refer to each other make JSON's nesting possible.
+"""
+import json
+import math
+import warnings
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from common import UserError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    try:
+        from re import _parser as sre  # the standard library's own parser of regular expressions
+    except ImportError:  # Python 3.10
+        import sre_parse as sre
+
+EMPTY = ("lit", b"")
+ANYTHING = [(0, 0x10FFFF)]
+
+
+def lit(text):
+    return ("lit", text.encode() if isinstance(text, str) else text)
+
+
+def seq(*parts):
+    return ("seq", parts)
+
+
+def alt(*parts):
+    return ("alt", parts)
+
+
+def optional(part):
+    return ("rep", part, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------- characters and regexes
+def characters(ranges):
+    """Sorted code point ranges [(lo, hi)] -> the expression of their UTF-8 bytes; surrogates are no characters."""
+    parts = []
+    for lo, hi in ranges:
+        for a, b in ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)):  # lengths 1, 2, 3, 3, 4
+            if (first := max(lo, a)) <= (last := min(hi, b)):
+                parts += byte_ranges(chr(first).encode(), chr(last).encode())
+    return alt(*parts)
+
+
+def byte_ranges(lo, hi):
+    """Two UTF-8 strings of one length -> the expressions that together match all characters from one to the other."""
+    if len(lo) == 1:
+        return [("set", frozenset(range(lo[0], hi[0] + 1)))]
+    least, most = b"\x80" * (len(lo) - 1), b"\xbf" * (len(lo) - 1)
+    if lo[0] == hi[0]:
+        return [seq(lit(lo[:1]), rest) for rest in byte_ranges(lo[1:], hi[1:])]
+    parts, a, b = [], lo[0], hi[0]
+    if lo[1:] != least:
+        parts, a = [seq(lit(lo[:1]), rest) for rest in byte_ranges(lo[1:], most)], a + 1
+    if hi[1:] != most:
+        parts, b = parts + [seq(lit(hi[:1]), rest) for rest in byte_ranges(least, hi[1:])], b - 1
+    if a <= b:
+        parts.append(seq(("set", frozenset(range(a, b + 1))), *byte_ranges(least, most)))
+    return parts
+
+
+def complement(ranges, last=0x10FFFF):
+    out, at = [], 0
+    for lo, hi in sorted(ranges):
+        if at < lo:
+            out.append((at, min(lo - 1, last)))
+        at = max(at, hi + 1)
+    return [*out, (at, last)] if at <= last else out
+
+
+CLASSES = {"DIGIT": [(48, 57)], "SPACE": [(9, 13), (32, 32)], "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)]}  # ASCII's
+PLAIN = complement([(0, 31), (34, 34), (92, 92), (127, 127)])  # what a JSON string holds without a backslash
+
+
+def regex(pattern, in_json=False):
+    """A regular expression (of all of the text) as an expression. Look-around, back references and \\b are refused.
+
+    \\d, \\w and \\s are ASCII's. in_json: of the content of a JSON string, where it may begin and end anywhere unless anchored, and
+    where quotes and backslashes are written with a backslash.
+    """
+    try:
+        parsed = list(sre.parse(pattern))
+    except Exception as error:
+        raise UserError(f"regular expression {pattern!r}: {error}") from None
+    anywhere = ("rep", json_character(), 0, None)
+    begin = bool(parsed) and str(parsed[0][0]) == "AT" and str(parsed[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")
+    end = bool(parsed) and str(parsed[-1][0]) == "AT" and str(parsed[-1][1]) in ("AT_END", "AT_END_STRING")
+    body = regex_sequence(parsed[begin:len(parsed) - end], in_json, pattern)
+    return seq(EMPTY if begin else anywhere, body, EMPTY if end else anywhere) if in_json else body
+
+
+def regex_sequence(items, in_json, pattern):
+    parts = []
+    for op, value in items:
+        op = str(op)
+        if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+            parts.append(regex_characters(op, value, in_json))
+        elif op == "BRANCH":
+            parts.append(alt(*(regex_sequence(branch, in_json, pattern) for branch in value[1])))
+        elif op == "SUBPATTERN" and not value[1] and not value[2]:
+            parts.append(regex_sequence(value[3], in_json, pattern))
+        elif op in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            least, most, inner = value
+            most = None if most == sre.MAXREPEAT else most
+            if max(least, most or 0) > 1000:
+                raise UserError(f"regular expression {pattern!r}: at most 1,000 repetitions, not {max(least, most or 0):,}")
+            parts.append(("rep", regex_sequence(inner, in_json, pattern), least, most))
+        else:
+            raise UserError(f"regular expression {pattern!r}: {op.lower()} is not supported (only what describes the text itself)")
+    return seq(*parts)
+
+
+def regex_characters(op, value, in_json):
+    ranges, negate, limit = [], op == "NOT_LITERAL", 0x10FFFF
+    for kind, what in {"IN": value, "ANY": [("RANGE", (10, 10))]}.get(op, [("LITERAL", value)]):
+        kind = str(kind)
+        if kind == "NEGATE":
+            negate = True
+        elif kind == "LITERAL":
+            ranges.append((what, what))
+        elif kind == "RANGE":
+            ranges.append(what)
+        else:  # CATEGORY_DIGIT, CATEGORY_NOT_DIGIT, ...: whether they mean ASCII differs between dialects, so nothing else is made
+            name, limit = str(what).rsplit("_", 1)[1], 0x7F
+            ranges += complement(CLASSES[name], 0x7F) if "NOT" in str(what) else CLASSES[name]
+    ranges = complement(ranges, limit) if negate or op == "ANY" else sorted(ranges)
+    if not in_json:
+        return characters(ranges)
+    plain = [(max(a, c), min(b, d)) for a, b in ranges for c, d in PLAIN if max(a, c) <= min(b, d)]
+    escaped = [lit("\\" + chr(c)) for c in (34, 92) if any(a <= c <= b for a, b in ranges)]
+    return alt(characters(plain), *escaped)
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON schemas
+@lru_cache(maxsize=1)
+def json_character():
+    """One character of a JSON string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs."""
+    x, low = ("set", frozenset(b"0123456789abcdefABCDEF")), ("set", frozenset(b"01234567"))
+    unit = alt(seq(("set", frozenset(b"0123456789abcefABCEF")), x, x, x), seq(("set", frozenset(b"dD")), low, x, x))
+    high, tail = ("set", frozenset(b"89abAB")), ("set", frozenset(b"cdefCDEF"))
+    pair = seq(("set", frozenset(b"dD")), high, x, x, lit("\\u"), ("set", frozenset(b"dD")), tail, x, x)
+    return alt(characters(PLAIN), seq(lit("\\"), ("set", frozenset(b'"\\/bfnrt'))), seq(lit("\\u"), alt(unit, pair)))
+
+
+SPACE = alt(EMPTY, lit(" "), seq(lit("\n"), ("rep", lit(" "), 0, 16)))  # bounded: a model may not stall in white space
+DIGIT = ("set", frozenset(b"0123456789"))
+FORMATS = {
+    "date": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$", "time": r"^([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
+    "date-time": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
+    "uuid": r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
+    "email": r"^[a-z0-9]+([._][a-z0-9]+){0,3}@[a-z0-9]+(\.[a-z0-9]+){0,2}\.[a-z]{2,6}$",
+    "ipv4": r"^((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)$"}
+KNOWN = {"type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "enum", "const",
+         "anyOf", "oneOf", "allOf", "$ref", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
+         "exclusiveMinimum", "exclusiveMaximum", "nullable"}
+NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions", "deprecated",
+         "strict", "readOnly", "writeOnly"}
+
+
+def digits_between(lo, hi):
+    """Two strings of as many digits -> all numbers of that length from one to the other."""
+    if not lo:
+        return EMPTY
+    if set(lo) == {"0"} and set(hi) == {"9"}:
+        return ("rep", DIGIT, len(lo), len(lo))
+    if lo[0] == hi[0]:
+        return seq(lit(lo[0]), digits_between(lo[1:], hi[1:]))
+    rest, middle = len(lo) - 1, frozenset(range(ord(lo[0]) + 1, ord(hi[0])))
+    parts = [seq(lit(lo[0]), digits_between(lo[1:], "9" * rest)), seq(lit(hi[0]), digits_between("0" * rest, hi[1:]))]
+    return alt(*parts, seq(("set", middle), ("rep", DIGIT, rest, rest))) if middle else alt(*parts)
+
+
+def integers(lo, hi):
+    """All integers from lo to hi, without leading zeros."""
+    parts = []
+    if lo < 0:
+        parts.append(seq(lit("-"), integers(max(1, -hi), -lo)))
+    for n in range(len(str(max(lo, 0))), len(str(max(hi, 0))) + 1):
+        a, b = max(lo, 0 if n == 1 else 10 ** (n - 1)), min(hi, 10 ** n - 1)
+        if a <= b:
+            parts.append(digits_between(str(a), str(b)))
+    return alt(*parts)
+
+
+class Schema:
+    """A JSON schema being turned into rules; `where` in errors is the place in it."""
+
+    def __init__(self, root):
+        self.root, self.rules = root, {}
+
+    def ref(self, name, make):
+        """A reference to rule `name`, made now if it is new; by name, so that a schema may contain itself."""
+        if name not in self.rules:
+            self.rules[name] = EMPTY
+            self.rules[name] = make()
+        return ("ref", name)
+
+    def value(self, schema, where="#"):
+        """What matches the schema -> expression. A keyword that cannot be honoured is refused, not ignored."""
+        if schema is True or schema == {} or schema is None:
+            return self.ref("any", self.anything)
+        if not isinstance(schema, dict):
+            raise UserError(f"JSON schema at {where}: {schema!r} is not a schema")
+        if unknown := [k for k in schema if k not in KNOWN | NOTES]:
+            raise UserError(f"JSON schema at {where}: {', '.join(unknown)} is not supported; there are {', '.join(sorted(KNOWN))}")
+        if "$ref" in schema:
+            return self.ref(schema["$ref"], lambda: self.value(self.resolve(schema["$ref"], where), schema["$ref"]))
+        for key in ("anyOf", "oneOf", "allOf"):
+            if key in schema:
+                if key == "allOf" and len(schema[key]) != 1:
+                    raise UserError(f"JSON schema at {where}: allOf of {len(schema[key])} is not supported, only of one")
+                return alt(*(self.value(s, f"{where}/{key}/{i}") for i, s in enumerate(schema[key])))
+        if "const" in schema or "enum" in schema:
+            choices = schema.get("enum", [schema.get("const")])
+            return alt(*(lit(json.dumps(c, ensure_ascii=False)) for c in choices))
+        kinds = schema.get("type") or ("object" if "properties" in schema else "array" if "items" in schema else None)
+        if kinds is None:
+            text = schema.keys() & {"pattern", "format", "minLength", "maxLength"}
+            kinds = "string" if text else ["number", "string", "object", "array", "boolean", "null"]
+        kinds = list(kinds) if isinstance(kinds, list) else [kinds]
+        makers = {"object": self.object, "array": self.array, "string": self.string, "number": self.number, "integer": self.number,
+                  "boolean": lambda *_: alt(lit("true"), lit("false")), "null": lambda *_: lit("null")}
+        if bad := [k for k in kinds if k not in makers]:
+            raise UserError(f"JSON schema at {where}: unknown type {bad[0]!r}")
+        return alt(*(makers[k](schema, where, k) for k in kinds + ["null"] * bool(schema.get("nullable"))))
+
+    def resolve(self, ref, where):
+        at = self.root
+        for key in ref.removeprefix("#").strip("/").split("/") if ref.strip("#/") else []:
+            at = at.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(at, dict) else None
+        if not ref.startswith("#") or at is None:
+            raise UserError(f"JSON schema at {where}: $ref {ref!r} leads nowhere (only within the schema: #/$defs/...)")
+        return at
+
+    def anything(self):
+        return alt(*(self.value({"type": t}) for t in ("object", "array", "string", "number", "boolean", "null")))
+
+    def string(self, schema, where, _):
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        if "pattern" in schema or schema.get("format") in FORMATS:
+            if least or most is not None:
+                raise UserError(f"JSON schema at {where}: give a pattern or lengths, not both (write the lengths into the pattern)")
+            return seq(lit('"'), regex(schema.get("pattern") or FORMATS[schema["format"]], in_json=True), lit('"'))
+        if max(least, most or 0) > 4096:
+            raise UserError(f"JSON schema at {where}: string lengths up to 4,096, not {max(least, most or 0):,}")
+        return seq(lit('"'), ("rep", ("ref", "character"), least, most), lit('"'))
+
+    def number(self, schema, where, kind):
+        """Integers of up to 15 digits, which every reader keeps exactly; numbers also with a fraction, which stays inside."""
+        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+        low = max(low, schema.get("exclusiveMinimum", -math.inf) + (1 if kind == "integer" else 0))
+        high = min(high, schema.get("exclusiveMaximum", math.inf) - (1 if kind == "integer" else 0))
+        lo, hi = math.ceil(max(low, 1 - 10 ** 15)), math.floor(min(high, 10 ** 15 - 1))
+        lo += kind == "number" and lo == schema.get("exclusiveMinimum")
+        hi -= kind == "number" and hi == schema.get("exclusiveMaximum")
+        fraction = seq(lit("."), ("rep", DIGIT, 1, 15))
+        parts = [integers(lo, hi)] if lo <= hi else []
+        if kind == "number":
+            if max(lo, 0) <= hi - 1:  # k.f is in [k, k + 1)
+                parts.append(seq(integers(max(lo, 0), hi - 1), fraction))
+            if lo + 1 <= min(hi, 0):  # -k.f is in (-k - 1, -k]
+                parts.append(seq(lit("-"), integers(max(-hi, 0), -lo - 1), fraction))
+        if not parts:
+            raise UserError(f"JSON schema at {where}: no {kind} lies between {low} and {high} that can be written here")
+        return alt(*parts)
+
+    def array(self, schema, where, _):
+        first = [self.value(s, f"{where}/prefixItems/{i}") for i, s in enumerate(schema.get("prefixItems", []))]
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        if max(least, most or 0) > 1000 or (most is not None and most < least):
+            raise UserError(f"JSON schema at {where}: {least} to {most} items cannot be made (at most 1,000)")
+        item, comma = self.value(schema.get("items"), f"{where}/items"), seq(lit(","), SPACE)
+        if schema.get("items") is False:
+            most = min(len(first), math.inf if most is None else most)
+        body, n = EMPTY, len(first)
+        if most is None or most > n:  # from the last item to the first, for what follows depends on there being one
+            more = ("rep", seq(comma, item), max(0, least - n - (not n)), None if most is None else most - n - (not n))
+            body = more if n else (seq(item, more) if least else optional(seq(item, more)))
+        for i in reversed(range(min(n, math.inf if most is None else most))):
+            body = seq(comma if i else EMPTY, first[i], body)
+            body = body if least > i else optional(body)
+        return seq(lit("["), SPACE, body, SPACE, lit("]"))
+
+    def object(self, schema, where, _):
+        """Declared properties in their order, the optional ones or not; further ones only where none are declared."""
+        declared, required = schema.get("properties", {}), schema.get("required", [])
+        members = {name: self.value(s, f"{where}/properties/{name}") for name, s in declared.items()}
+        members |= {name: self.value(None) for name in required if name not in declared}
+        comma, colon = seq(lit(","), SPACE), seq(lit(":"), SPACE)
+        if not members:
+            more = schema.get("additionalProperties", True)
+            if more is False:
+                return lit("{}")
+            value = self.value(more, f"{where}/additionalProperties")
+            pair = seq(lit('"'), ("rep", ("ref", "character"), 0, 64), lit('"'), colon, value)
+            return seq(lit("{"), SPACE, optional(seq(pair, ("rep", seq(comma, pair), 0, None))), SPACE, lit("}"))
+        names = list(members)
+
+        def rest(i, started):
+            """The members from the i-th on."""
+            if i == len(names):
+                return EMPTY
+            key = lit(json.dumps(names[i], ensure_ascii=False))
+            take = seq(comma if started else EMPTY, key, colon, members[names[i]],
+                       self.ref(f"{where} {i + 1} True", lambda: rest(i + 1, True)))
+            return take if names[i] in required else alt(take, self.ref(f"{where} {i + 1} {started}", lambda: rest(i + 1, started)))
+        return seq(lit("{"), SPACE, rest(0, False), SPACE, lit("}"))
+
+
+def json_grammar(schema=None):
+    """A JSON schema (a dict; None: any JSON object) -> Grammar."""
+    maker = Schema(schema or {})
+    maker.rules["character"] = json_character()
+    return Grammar(maker.value(schema or {"type": "object"}), maker.rules)
+
+
+def regex_grammar(pattern):
+    return Grammar(regex(pattern), {})
+
+
+# ------------------------------------------------------------------------------------------------------------- the automaton
+class Grammar:
+    """Expressions as a recursive transition network (Woods 1970): states with edges over bytes, empty edges, calls of rules.
+
+    A position is (state, where to return to), the latter nested; what may happen next depends on the set of all positions
+    that the bytes so far can have led to. Such sets are numbered as they are met, and so are the steps between them.
+    """
+
+    def __init__(self, expression, rules):
+        self.bytes, self.empty, self.calls = [], [], []        # per state: [(set, target)], [target], [(rule, target)]
+        self.rules = {"": self.rule(expression), **{name: self.rule(e) for name, e in rules.items()}}  # (first, last)
+        self.ends = {last for _, last in self.rules.values()}
+        self.least = self.shortest()
+        if math.isinf(self.least[self.rules[""][0]]):
+            raise UserError("this schema asks for something infinite: a value that must contain itself")
+        self.numbers, self.sets, self.steps, self.needs, self.masks = {}, [], {}, [], {}
+        self.start = self.number(self.closure([(self.rules[""][0], None)]))
+
+    def state(self):
+        for edges in (self.bytes, self.empty, self.calls):
+            edges.append([])
+        if len(self.bytes) > 200_000:
+            raise UserError("this schema or regular expression is too large: over 200,000 states")
+        return len(self.bytes) - 1
+
+    def rule(self, expression):
+        first = self.state()
+        return first, self.add(expression, first)
+
+    def add(self, expression, a):
+        """Lay an expression from state a -> the state at its end (Thompson 1968)."""
+        kind, what, *more = expression
+        if kind == "lit":
+            for byte in what:
+                b = self.state()
+                self.bytes[a].append((frozenset([byte]), b))
+                a = b
+            return a
+        if kind == "seq":
+            for part in what:
+                a = self.add(part, a)
+            return a
+        b = self.state()
+        if kind == "set":
+            self.bytes[a].append((what, b))
+        elif kind == "ref":
+            self.calls[a].append((what, b))
+        elif kind == "alt":
+            for part in what:
+                self.empty[self.add(part, a)].append(b)
+        else:
+            least, most = more
+            for _ in range(least):
+                a = self.add(what, a)
+            for _ in range(0 if most is None else most - least):
+                self.empty[a].append(b)
+                a = self.add(what, a)
+            if most is None:
+                loop = self.state()  # of its own, so that nothing else leads into the loop
+                self.empty[a].append(loop)
+                self.empty[self.add(what, loop)].append(loop)
+                a = loop
+            self.empty[a].append(b)
+        return b
+
+    def shortest(self):
+        """The fewest bytes from each state to the end of its rule; infinite if there is no end."""
+        least, changed = [0.0 if s in self.ends else math.inf for s in range(len(self.bytes))], True
+        while changed:  # Bellman-Ford; states were made in the order of the text, so backwards is quick
+            changed = False
+            for s in reversed(range(len(least))):
+                best = min([least[s], *(1 + least[t] for _, t in self.bytes[s]), *(least[t] for t in self.empty[s]),
+                            *(least[self.rules[r][0]] + least[t] for r, t in self.calls[s])])
+                if best < least[s]:
+                    least[s], changed = best, True
+        return least
+
+    def closure(self, positions):
+        """All positions that can be had without reading a byte; only those that read one, or are the end (None), are kept."""
+        seen, todo, keep = set(positions), list(positions), set()
+        while todo:
+            state, back = position = todo.pop()
+            more = [(t, back) for t in self.empty[state]]
+            more += [(self.rules[r][0], (t, back)) for r, t in self.calls[state]]
+            if state in self.ends:
+                if back is None:
+                    keep.add(None)
+                else:
+                    more.append(back)
+            if self.bytes[state]:
+                keep.add(position)
+            for p in more:
+                if p not in seen:
+                    seen.add(p)
+                    todo.append(p)
+        return frozenset(keep)
+
+    def number(self, positions):
+        if positions not in self.numbers:
+            self.numbers[positions] = len(self.sets)
+            self.sets.append(positions)
+            self.needs.append(min((self.distance(p) for p in positions), default=math.inf))
+        return self.numbers[positions]
+
+    def distance(self, position):
+        """The fewest bytes from a position to the end of everything."""
+        total = 0.0
+        while position is not None:
+            total, position = total + self.least[position[0]], position[1]
+        return total
+
+    def step(self, at, byte):
+        """Number of a set of positions, a byte -> the number of the next, or -1 if the byte may not come (and stays so)."""
+        if at < 0:
+            return -1
+        if (at, byte) not in self.steps:
+            after = [(t, p[1]) for p in self.sets[at] if p is not None for allowed, t in self.bytes[p[0]] if byte in allowed]
+            self.steps[at, byte] = self.number(self.closure(after)) if after else -1
+        return self.steps[at, byte]
+
+    def accepts(self, at):
+        return None in self.sets[at]
+
+    def matches(self, data):
+        """Whether a whole byte string matches: the plain twin of what Constraint does token by token."""
+        at = self.start
+        for byte in data:
+            if (at := self.step(at, byte)) < 0:
+                return False
+        return self.accepts(at)
+
+
+# ------------------------------------------------------------------------------------------------------------------- tokens
+class Vocabulary:
+    """A tokenizer's tokens as a tree over their bytes, so that a dead beginning is walked once, not once per token."""
+
+    def __init__(self, tok):
+        self.tree = ({}, [])  # a node: ({byte: node}, ids of the tokens that end here)
+        self.ends = {i for i in (tok.eos_id, *tok.special.values()) if i is not None}
+        self.spelled = [tok.token_bytes(i) if i not in self.ends else b"" for i in range(tok.vocab_size)]
+        for i, spelled in enumerate(self.spelled):
+            node = self.tree
+            for byte in spelled:
+                node = node[0].setdefault(byte, ({}, []))
+            if spelled:
+                node[1].append(i)
+
+
+class Constraint:
+    """One request's place in a grammar. A grammar may serve many requests one after the other; what it learned is kept."""
+
+    def __init__(self, grammar, vocabulary):
+        self.grammar, self.vocabulary, self.at = grammar, vocabulary, grammar.start
+
+    @property
+    def done(self):
+        """Complete, and nothing can follow."""
+        return self.grammar.sets[self.at] == {None}
+
+    @property
+    def complete(self):
+        """Complete, though more may follow: the turn may end here."""
+        return self.grammar.accepts(self.at)
+
+    def needs(self):
+        """(V,) float32: the fewest bytes that must still follow each token; infinite for one that may not come."""
+        if self.at not in self.grammar.masks:
+            needs, todo = np.full(len(self.vocabulary.spelled), np.inf, np.float32), [(self.vocabulary.tree, self.at)]
+            while todo:
+                (children, _), at = todo.pop()
+                for byte, node in children.items():
+                    if (after := self.grammar.step(at, byte)) >= 0:
+                        needs[node[1]] = self.grammar.needs[after]
+                        todo.append((node, after))
+            self.grammar.masks[self.at] = torch.from_numpy(needs)
+        return self.grammar.masks[self.at]
+
+    def allowed(self, remaining=None):
+        """(V,) bool: the tokens that may come next; an end-of-turn token is the caller's to allow when `complete`.
+
+        remaining: how many tokens may still be made, this one included. A byte costs at most a token, so of all that fits the
+        grammar only what can still be brought to its end in time is allowed: an answer is never cut off half way.
+        """
+        needs = self.needs()
+        if remaining is None:
+            return torch.isfinite(needs)
+        return torch.isfinite(needs) & (needs <= max(remaining - 1, float(needs.min())))
+
+    def advance(self, token):
+        """Take a token that was allowed."""
+        for byte in self.vocabulary.spelled[token]:
+            self.at = self.grammar.step(self.at, byte)
