@@ -3,6 +3,7 @@
 The model's projections are fused (q, k, v in one product, gate and up in another) and packed for the device; tokens of all
 sequences lie in one flat row, so a product never sees padding. model.py's forward, which has neither, defines the result.
 """
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import quant
 from common import UserError
 from model import Transformer
 from runtime import free_memory, resolve
@@ -54,21 +56,23 @@ class Batch:
 @dataclass
 class Layer:
     """What one block of the Transformer computes with, fused and packed."""
-    norm1: nn.Module
+    norm1: object           # (T, C) -> (T, C)
     qkv: object             # (T, C) -> (T, (H + 2K) * D)
-    q_norm: object
-    k_norm: object
+    qk_norm: object         # (T, H + K, D) -> the same, or None
     out: object             # (T, H * D) -> (T, C)
-    norm2: nn.Module
+    norm2: object
     up: object              # (T, C) -> (T, 2M), gate and up; GPT-2: (T, M)
     down: object            # (T, M) -> (T, C)
     window: int | None
 
 
+# ------------------------------------------------------------------------------------------------- weights, fused and packed
 def fuse(linears):
-    """Several nn.Linear over the same input -> one; the parts' weights become views of its rows, so nothing is held twice."""
+    """Several layers over the same input -> one. Of float ones the parts' weights become views of it: nothing is held twice."""
     if len(linears) == 1:
         return linears[0]
+    if isinstance(linears[0], quant.QuantLinear):
+        return quant.fuse(linears)
     fused = nn.Linear(1, 1, bias=linears[0].bias is not None, device="meta")
     fused.weight = nn.Parameter(torch.cat([m.weight.data for m in linears]), requires_grad=False)
     if fused.bias is not None:
@@ -79,36 +83,78 @@ def fuse(linears):
 
 
 def pack(linear, kind):
-    """nn.Linear -> function of (T, K) float32 -> (T, N) float32 with weights packed for the CPU."""
-    w, b = linear.weight.data, None if linear.bias is None else linear.bias.data
-    if kind == "int8":
-        scale = (w.abs().amax(1) / 127).clamp(min=1e-12)
-        q = torch.quantize_per_channel(w, scale, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
-        packed, op = torch.ops.quantized.linear_prepack(q, b), torch.ops.quantized.linear_dynamic.default
-        return lambda x: op(x, packed)
-    if kind == "16":
-        packed, op = torch.ops.quantized.linear_prepack_fp16(w, b), torch.ops.quantized.linear_dynamic_fp16.default
-        return lambda x: op(x, packed)
-    return lambda x: F.linear(x, w, b)
+    """A linear layer -> function of (T, K) to (T, N). On the CPU both are float32, and one operator call is all there is.
+
+    kind: None as it is, "16" for 16-bit weights (FBGEMM multiplies in float32), "int8" for 8-bit weights and activations, "int4".
+    """
+    if kind == "int8" and isinstance(linear, nn.Linear):
+        linear = quant.Int8Linear.from_linear(linear, dynamic=True)
+    elif kind == "int4" and isinstance(linear, nn.Linear):
+        group = next(g for g in (64, 32) if linear.weight.size(1) % g == 0)
+        linear = quant.GroupLinear.from_linear(linear, 4, group)
+    bias = linear.bias if linear.bias is None else linear.bias.data
+    if isinstance(linear, nn.Linear):
+        weight = linear.weight.data
+        if kind == "16" and weight.device.type == "cpu":
+            packed, op = torch.ops.quantized.linear_prepack_fp16(weight, bias), torch.ops.quantized.linear_dynamic_fp16.default
+            return lambda x: op(x, packed)
+        return lambda x: F.linear(x, weight, bias)
+    if isinstance(linear, quant.Int8Linear) and linear.dynamic and linear.codes.device.type == "cpu":
+        return pack_int8(linear, bias)
+    return linear.product
+
+
+def pack_int8(layer, bias):
+    """FBGEMM's int8 product: the fastest that torch has from one row to hundreds. It rounds activations with one scale for the
+    whole batch, so rows are brought to the same magnitude first: then no row's rounding is at the mercy of its neighbours."""
+    with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
+        weight = torch._make_per_channel_quantized_tensor(layer.codes, layer.scale.double(), torch.zeros(len(layer.scale)).long(), 0)
+    packed, op = torch.ops.quantized.linear_prepack(weight, None), torch.ops.quantized.linear_dynamic.default
+    alone = packed if bias is None else torch.ops.quantized.linear_prepack(weight, bias)
+
+    def product(x):
+        if x.size(0) == 1:
+            return op(x, alone)
+        top = x.abs().amax(-1, True).clamp_(min=1e-30)
+        y = op(x / top, packed).mul_(top)
+        return y if bias is None else y.add_(bias)
+    return product
+
+
+def pack_norm(norm, config):
+    """LayerNorm or RMSNorm as a function of (..., C). RMSNorm in four small operators where torch's takes six:
+    x / sqrt(|x|^2 / C + eps) = sqrt(C) x / hypot(|x|, sqrt(C eps))."""
+    if config.is_gpt2:
+        return norm
+    C = norm.weight.numel()
+    gain, floor = norm.weight.data * C ** 0.5, torch.tensor((C * norm.eps) ** 0.5, device=norm.weight.device)
+    if norm.weight.device.type != "cpu":
+        return norm
+    return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), floor)).mul_(gain)
 
 
 class Runner:
     """A model with its cache. Call it with a Batch -> logits (rows, V) float32, or None where no row is wanted."""
 
-    def __init__(self, model, runtime, quant=None, kv_dtype="auto", block_size=16, compile=False, adapters=None):
+    def __init__(self, model, runtime, kind=None, kv_dtype="auto", block_size=16, compile=False, adapters=None):
         c = self.config = model.config
         self.device, self.block_size, self.model = runtime.device, block_size, model
         self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.kv_dtype = torch.float32 if self.device.type == "cpu" else runtime.dtype
-        kind = quant or ("16" if self.device.type == "cpu" and runtime.dtype != torch.float32 else None)
+        kind = kind or ("16" if self.device.type == "cpu" and runtime.dtype != torch.float32 else None)
         self.layers = []
         for i, block in enumerate(model.layers):
             a, m = block.self_attn, block.mlp
+            qk_norm = None
+            if hasattr(a, "q_norm"):  # each head over its own D channels, the gain by whether it is a query's or a key's
+                joint = nn.RMSNorm(self.D, eps=c.norm_eps)
+                joint.weight = nn.Parameter(torch.stack([a.q_norm.weight] * self.H + [a.k_norm.weight] * self.K), False)
+                qk_norm = pack_norm(joint, c)
             qkv, up = fuse([a.q_proj, a.k_proj, a.v_proj]), fuse([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])
-            self.layers.append(Layer(block.input_layernorm, pack(qkv, kind), getattr(a, "q_norm", None), getattr(a, "k_norm", None),
-                                     pack(a.o_proj, kind), block.post_attention_layernorm, pack(up, kind), pack(m.down_proj, kind),
+            self.layers.append(Layer(pack_norm(block.input_layernorm, c), pack(qkv, kind), qk_norm, pack(a.o_proj, kind),
+                                     pack_norm(block.post_attention_layernorm, c), pack(up, kind), pack(m.down_proj, kind),
                                      c.sliding_window if i in c.sliding_layers else None))
-        self.head = pack(model.lm_head, kind)
+        self.head, self.norm = pack(model.lm_head, kind), pack_norm(model.norm, c)
         if not c.is_gpt2:
             angle = torch.arange(c.max_position_embeddings, device=self.device)[:, None].float() * model.rope_frequency
             cos, sin = (angle.cos() * model.rope_scale)[:, None], (angle.sin() * model.rope_scale)[:, None]  # (P, 1, D/2)
@@ -124,26 +170,31 @@ class Runner:
         return self.config.kv_bytes_per_token(self.kv_dtype.itemsize)
 
     def allocate(self, blocks):
-        shape = (2, self.K, blocks * self.block_size, self.D)  # keys and values; a head's tokens lie next to each other
-        self.cache = [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in self.layers]
+        shape = (len(self.layers), blocks * self.block_size, 2 * self.K, self.D)  # a token's keys, then its values
+        self.cache = torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
 
     def copy_blocks(self, pairs):
         """Copy whole blocks: [(from, to)]."""
-        source, target = (torch.tensor(side)[:, None] * self.block_size + torch.arange(self.block_size) for side in zip(*pairs))
-        for cache in self.cache:
-            cache[:, :, target.view(-1)] = cache[:, :, source.view(-1)]
+        source, target = (self.slots_of(side, len(side) * self.block_size) for side in zip(*pairs))
+        self.cache[:, target] = self.cache[:, source]
+
+    def slots_of(self, blocks, tokens):
+        """The cache slots of the first `tokens` tokens in these blocks -> (tokens,) int64, or a slice if they are one run."""
+        first, size = blocks[0] * self.block_size, self.block_size
+        if list(blocks) == list(range(blocks[0], blocks[0] + len(blocks))):
+            return slice(first, first + tokens)
+        return (torch.tensor(blocks)[:, None] * size + torch.arange(size)).view(-1)[:tokens]
 
     def spans(self, batch):
-        """What attention needs to know of each sequence, found once for all layers: (tokens, where its keys are, masks)."""
+        """What attention needs to know of each sequence, found once for all layers:
+        (first token, tokens, context, keys and values of all layers as views or where they are, masks of full and sliding layers)."""
         out = []
         for start, n, past, blocks in batch.spans:
             length = past + n
-            used = blocks[:-(-length // self.block_size)]
-            if used == list(range(used[0], used[0] + len(used))):  # one run: a view
-                where = slice(used[0] * self.block_size, used[0] * self.block_size + length)
-            else:
-                where = (torch.tensor(used)[:, None] * self.block_size + torch.arange(self.block_size)).view(-1)[:length]
-            full = sliding = None
+            where, full, sliding = self.slots_of(blocks[:-(-length // self.block_size)], length), None, None
+            if isinstance(where, slice) and self.cache.dtype == torch.float32:
+                kv = self.cache[:, where].view(-1, length, 2, 1, self.K, self.D).permute(2, 0, 3, 4, 1, 5)  # (2, layers, 1, K, L, D)
+                where = list(zip(*(half.unbind(0) for half in kv)))
             if n > 1:
                 gap = torch.arange(past, length)[:, None] - torch.arange(length)
                 full = gap >= 0
@@ -152,58 +203,55 @@ class Runner:
         return out
 
     def __call__(self, batch):
-        spans, slots = self.spans(batch), torch.tensor(batch.slots)
-        positions = torch.tensor(batch.positions)
+        spans, slots, positions = self.spans(batch), torch.tensor(batch.slots), torch.tensor(batch.positions)
+        H, K, D, T = self.H, self.K, self.D, len(batch.ids)
         x = F.embedding(torch.tensor(batch.ids), self.model.embed_tokens.weight)  # (T, C)
-        rope = None
         if self.config.is_gpt2:
             x = x + F.embedding(positions, self.model.embed_positions.weight)
         else:
-            rope = self.cos[positions], self.sin[positions]  # (T, 1, D)
-        H, K, D = self.H, self.K, self.D
-        for layer, cache in zip(self.layers, self.cache):
-            qkv = layer.qkv(layer.norm1(x)).view(-1, H + 2 * K, D)
-            q, k, v = qkv.split((H, K, K), 1)  # (T, H, D), (T, K, D), (T, K, D)
-            if layer.q_norm is not None:
-                q, k = layer.q_norm(q), layer.k_norm(k)
-            if rope is not None:
-                q, k = rotated(q, *rope), rotated(k, *rope)
-            cache.index_copy_(2, slots, torch.stack((k, v)).transpose(1, 2).to(cache.dtype))  # (2, K, T, D)
-            x = x + layer.out(self.attend(q, cache, spans, layer.window))
+            cos, sin = self.cos[positions], self.sin[positions]  # (T, 1, D)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.norm1(x)).view(T, H + 2 * K, D)
+            qk = qkv[:, :H + K]  # queries and keys are treated alike
+            if layer.qk_norm is not None:
+                qk = layer.qk_norm(qk)
+            if not self.config.is_gpt2:  # model.rotate, with the signs in the sine
+                qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+            kv = torch.cat((qk[:, H:], qkv[:, H + K:]), 1)  # (T, 2K, D)
+            self.cache[i].index_copy_(0, slots, kv.to(self.kv_dtype))
+            x += layer.out(self.attend(qk, i, spans, layer.window))
             h = layer.up(layer.norm2(x))
             if self.config.is_gpt2:
                 h = F.gelu(h, approximate="tanh")
             else:
                 gate, up = h.chunk(2, -1)
-                h = F.silu(gate) * up
-            x = x + layer.down(h)
+                h = F.silu(gate).mul_(up)
+            x += layer.down(h)
         if not batch.rows:
             return None
-        if len(batch.rows) < len(batch.ids):
+        if len(batch.rows) < T:
             x = x[torch.tensor(batch.rows)]
-        return self.head(self.model.norm(x)).float()
+        return self.head(self.norm(x)).float()
 
-    def attend(self, q, cache, spans, window):
-        """q (T, H, D) over each sequence's own keys and values -> (T, H * D)."""
+    def attend(self, qk, i, spans, window):
+        """Queries qk[:, :H] (T, H + K, D) over each sequence's own keys and values in layer i -> (T, H * D)."""
         H, K, D, outs = self.H, self.K, self.D, []
+        q = qk[:, :H]
+        single = q.view(-1, 1, K, H // K, D).unbind(0)  # of one token: the heads that share a key are rows of one product
         for start, n, length, where, full, sliding in spans:
-            if n == 1 and window and length > window:
-                where = slice(where.start + length - window, where.stop) if isinstance(where, slice) else where[-window:]
-            kv = cache[:, :, where] if isinstance(where, slice) else cache.index_select(2, where)  # (2, K, length, D)
-            k, v = kv.to(q.dtype).unsqueeze(1)  # (1, K, length, D) each
-            if n == 1:  # the heads that share a key are the rows of one small product
-                y = F.scaled_dot_product_attention(q[start].view(1, K, H // K, D), k, v)
-                outs.append(y.view(1, H * D))
+            if isinstance(where, list):
+                k, v = where[i]
+            else:
+                k, v = self.cache[i][where].to(qk.dtype).view(length, 2, 1, K, D).permute(1, 2, 3, 0, 4)  # (1, K, length, D)
+            if n == 1:
+                if window and length > window:
+                    k, v = k[:, :, -window:], v[:, :, -window:]
+                outs.append(F.scaled_dot_product_attention(single[start], k, v).view(1, H * D))
             else:
                 mask = sliding if window and length > window else full
                 y = F.scaled_dot_product_attention(q[start:start + n].transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=H != K)
                 outs.append(y[0].transpose(0, 1).reshape(n, H * D))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def rotated(x, cos, sin):
-    """model.rotate with the signs in the sine: x (T, h, D); cos, sin (T, 1, D)."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
