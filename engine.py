@@ -290,19 +290,19 @@ class Engine:
     """Many requests over one model. See `submit`, `step`, `cancel`, or `generate` for whole answers at once.
 
     kv_tokens: how many tokens' keys and values to keep; None takes what memory allows. max_seqs: answers made at once;
-    step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the same vocabulary.
+    step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the same vocabulary; adapters: {name: LoRA folder}.
     """
 
     def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, *, kv_dtype="auto", block_size=16,
-                 max_seqs=None, step_tokens=None, max_model_len=None, prefix_cache=True, draft=None, draft_tokens=4, compile=False,
-                 debug_invariants=False, adapters=None):
+                 max_seqs=None, step_tokens=None, max_model_len=None, prefix_cache=True, draft=None, draft_tokens=4,
+                 adapters=None, debug_invariants=False):
         model, self.tok, runtime = load_model(folder, device, dtype)
         self.model, self.config = model, model.config
         on_gpu = runtime.device.type == "cuda"
         max_seqs = max_seqs or (256 if on_gpu else 64)
         step_tokens = step_tokens or (8192 if on_gpu else 512)
         self.max_model_len = min(max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings)
-        self.runner = Runner(model, runtime, quant, kv_dtype, block_size, compile, adapters=adapters)
+        self.runner = Runner(model, runtime, quant, kv_dtype, block_size, adapters)
         self.drafter = None
         if draft and draft != "lookup":
             small, small_tok, _ = load_model(draft, device, dtype)
@@ -310,7 +310,7 @@ class Engine:
                 raise UserError(f"--draft {draft}: its vocabulary ({small.config.vocab_size:,} ids) is not that of {folder} "
                                 f"({self.config.vocab_size:,}); a draft model must share the tokenizer")
             self.max_model_len = min(self.max_model_len, small.config.max_position_embeddings)
-            self.drafter = Runner(small, runtime, quant, kv_dtype, block_size, compile)
+            self.drafter = Runner(small, runtime, quant, kv_dtype, block_size)
         runners = [r for r in (self.runner, self.drafter) if r]
         blocks = pool_size(runners, kv_tokens, block_size, max_seqs, self.max_model_len)
         for runner in runners:
@@ -442,8 +442,9 @@ class Engine:
     def row(self, seq, draft, index=None):
         """The sampler's view of one answer, `draft` further on."""
         r, seed = seq.request, seq.seed if index is None else child_seed(seq, index)
-        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), seq.output + draft, r.prompt, r.ends, r.bad_words,
-                   seq.constraint)
+        output = seq.output + draft
+        room = min(r.sampling.max_tokens, self.max_model_len - len(r.prompt)) - len(output)
+        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint, room)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw, keep drafts as far as they are what was drawn, turn tokens into text -> deltas.
