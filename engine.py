@@ -172,7 +172,7 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                draft = min(self.max_draft, spare) if seq.remaining == 1 else 0
+                draft = min(self.max_draft, spare) if seq.remaining == seq.width == 1 else 0
                 if draft and self.reserve(seq, seq.computed + n + draft):
                     n, spare = n + draft, spare - draft
                 plan[seq] = n

@@ -143,7 +143,7 @@ def pack_norm(norm, config):
     x / sqrt(|x|^2 / C + eps) = sqrt(C) x / hypot(|x|, sqrt(C eps))."""
     if config.is_gpt2:
         return norm
-    C = norm.weight.numel()
+    C = norm.weight.size(-1)
     gain, floor = norm.weight.data * C ** 0.5, torch.tensor((C * norm.eps) ** 0.5, device=norm.weight.device)
     if norm.weight.device.type != "cpu":
         return norm
