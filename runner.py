@@ -41,6 +41,9 @@ def load_model(folder, device="auto", dtype="auto"):
     return model, tok, runtime
 
 
+GATHERED = 1 << 14  # floats of keys up to which the CPU gathers a sequence's context for one product with others
+
+
 @dataclass
 class Batch:
     """The tokens of one step, flat: those of one sequence next to each other."""
@@ -215,7 +218,8 @@ class Runner:
     def __call__(self, batch):
         if self.device.type == "cuda":
             return self.on_gpu(batch)
-        spans, slots = [self.span(*s) for s in batch.spans], torch.tensor(batch.slots)
+        slots, many = torch.tensor(batch.slots), self.many(batch.spans)
+        spans = [self.span(*s) for s in batch.spans[many[0] if many else 0:]]
 
         def attend(i, q, k, v, window):
             if self.kv_dtype == torch.float32:
@@ -223,7 +227,7 @@ class Runner:
                 self.flat[1][i].index_copy_(0, slots, v)
             else:
                 kernels.kv_store(k, v, self.keys[i], self.values[i], slots, self.scales[0][i], self.scales[1][i])
-            return self.attend(i, q, spans, window)
+            return self.attend(i, q, spans, window, many)
         rows = torch.tensor(batch.rows) if len(batch.rows) < len(batch.ids) else None
         return self.forward(torch.tensor(batch.ids), torch.tensor(batch.positions), batch.adapters and torch.tensor(batch.adapters),
                             rows, attend)
@@ -277,10 +281,29 @@ class Runner:
             sliding = (gap >= 0) & (gap < self.config.sliding_window) if self.config.sliding_layers else None
         return start, n, length, blocks, views, full, sliding
 
-    def attend(self, i, q, spans, window):
+    def many(self, spans):
+        """Where many short sequences decode, one gathered, padded product costs less than one product each ->
+        None or (how many, their slots (S * L,), masks (S, 1, 1, L) of full and of sliding layers)."""
+        S = next((i for i, (_, n, *_) in enumerate(spans) if n > 1), len(spans))
+        longest = max((past + 1 for _, _, past, _ in spans[:S]), default=0)
+        if S < 4 or longest * self.K * self.D > GATHERED or self.kv_dtype != torch.float32:
+            return None
+        width = -(-longest // self.block_size)
+        blocks = torch.tensor([(blocks + [blocks[0]] * width)[:width] for *_, blocks in spans[:S]])
+        slots = (blocks[:, :, None] * self.block_size + torch.arange(self.block_size)).view(S, -1)[:, :longest]
+        past, at = torch.tensor([past for _, _, past, _ in spans[:S]])[:, None], torch.arange(longest)
+        masks = [at <= past, (at <= past) & (at > past - (self.config.sliding_window or 0))]
+        return S, slots.reshape(-1), *(torch.where(mask, 0.0, -torch.inf)[:, None, None] for mask in masks)
+
+    def attend(self, i, q, spans, window, many=None):
         """q (T, H, D) over each sequence's keys and values in layer i -> (T, H * D)."""
         H, K, D, outs = self.H, self.K, self.D, []
         single = q.view(-1, 1, K, H // K, D).unbind(0)  # of one token: the heads that share a key are rows of one product
+        if many:
+            S, slots, full, sliding = many  # (S * L, K, D) -> (S, K, L, D)
+            k, v = (flat[i].index_select(0, slots).view(S, -1, K, D).transpose(1, 2) for flat in self.flat)
+            y = F.scaled_dot_product_attention(q[:S].view(S, K, H // K, D), k, v, attn_mask=sliding if window else full)
+            outs.append(y.reshape(S, H * D))
         for start, n, length, blocks, views, full, sliding in spans:
             if views is not None:
                 k, v = views[0][i], views[1][i]
