@@ -290,7 +290,8 @@ class Engine:
     """Many requests over one model. See `submit`, `step`, `cancel`, or `generate` for whole answers at once.
 
     kv_tokens: how many tokens' keys and values to keep; None takes what memory allows. max_seqs: answers made at once;
-    step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the same vocabulary; adapters: {name: LoRA folder}.
+    step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the
+    same vocabulary; adapters: {name: LoRA folder}; debug_invariants: check the books after every step.
     """
 
     def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, *, kv_dtype="auto", block_size=16,
@@ -345,9 +346,9 @@ class Engine:
         if not ids:
             raise UserError("the prompt has no tokens; give at least one character")
         if len(ids) >= room:
+            cache = len(self.scheduler.pool.refs) * self.scheduler.block_size
             raise UserError(f"the prompt has {len(ids):,} tokens, but this engine holds {room:,} (model context "
-                            f"{self.config.max_position_embeddings:,}, cache {len(self.scheduler.pool.refs) * self.scheduler.block_size:,}"
-                            f" tokens) and the answer needs at least one")
+                            f"{self.config.max_position_embeddings:,}, cache {cache:,}) and the answer needs at least one")
         width = sampling.best_of or sampling.n
         if width > self.scheduler.max_seqs:
             raise UserError(f"{width} answers, but this engine makes at most {self.scheduler.max_seqs} at once")
@@ -444,7 +445,8 @@ class Engine:
         r, seed = seq.request, seq.seed if index is None else child_seed(seq, index)
         output = seq.output + draft
         room = min(r.sampling.max_tokens, self.max_model_len - len(r.prompt)) - len(output)
-        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint, room)
+        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint,
+                   room)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw, keep drafts as far as they are what was drawn, turn tokens into text -> deltas.
@@ -478,7 +480,7 @@ class Engine:
                 for i in range(at, at + steps):
                     if failed[i]:
                         answer.finish_reason = "error"
-                        answer.error = "no token is allowed here: the constraint, bad words, bias and min_tokens contradict each other"
+                        answer.error = "no token is allowed here: constraint, bad words and min_tokens contradict each other"
                         break
                     new.append((tokens[i], info.get(i)))
                     if i - at == len(draft) or draft[i - at] != tokens[i]:

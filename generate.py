@@ -140,8 +140,9 @@ def stream(engine, prompt, sampling, adapter=None):
             if delta.error:
                 print(f"\n[{delta.error}]", file=sys.stderr)
     print()
-    seconds = time.time() - (first or begin)
-    print(f"[{count} tokens, {(count - 1) / seconds if count > 1 else 0:.0f} tok/s after {(first or begin) - begin:.2f} s]", file=sys.stderr)
+    first = first or begin
+    speed = (count - 1) / (time.time() - first) if count > 1 else 0
+    print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
     return text, request
 
 
@@ -202,10 +203,10 @@ def run_batch(engine, args, sampling, adapter=None):
     from tqdm import tqdm
     if not args.out:
         raise UserError("--batch needs --out: the file for the answers")
-    lines = Path(args.batch).read_text(encoding="utf-8").splitlines()
-    done, waiting, rows = answered(args.out), [n for n, line in enumerate(lines, 1) if line.strip()], {}
-    waiting = [n for n in waiting if n not in done][::-1]
-    with open(args.out, "a", encoding="utf-8") as out, tqdm(total=len(waiting) + len(done), initial=len(done), unit="answer") as bar:
+    lines, done, rows = Path(args.batch).read_text(encoding="utf-8").splitlines(), answered(args.out), {}
+    waiting = [n for n, line in enumerate(lines, 1) if line.strip() and n not in done][::-1]
+    total = len(waiting) + len(done)
+    with open(args.out, "a", encoding="utf-8") as out, tqdm(total=total, initial=len(done), unit="answer", disable=None) as bar:
         def finish(number, **row):
             out.write(json.dumps({"line": number, **row}, ensure_ascii=False) + "\n")
             out.flush()

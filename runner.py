@@ -22,7 +22,9 @@ from tokenizer import Tokenizer
 
 
 def load_model(folder, device="auto", dtype="auto"):
-    """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime). On the CPU weights arrive in float32, to be packed."""
+    """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
+
+    On the CPU weights arrive in float32, to be packed."""
     runtime, folder = resolve(device, dtype, "off"), Path(folder)
     weights = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
     if folder.suffix == ".gguf":
@@ -97,8 +99,8 @@ def fuse(linears):
 
 
 def pack(linears, kind):
-    """Layers over the same input -> one function of (T, K) to (T, N). On the CPU both are float32, and one operator call is all
-    there is. kind: None as they are; "16" 16-bit weights, multiplied in float32 (FBGEMM); "int8" weights and activations; "int4"."""
+    """Layers over the same input -> one function of (T, K) to (T, N). On the CPU both are float32, and an operator call is all
+    there is. kind: None as they are, "16" 16-bit weights multiplied in float32 (FBGEMM), "int8" weights and activations, "int4"."""
     if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
         return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
     kinds = {type(m) for m in linears}
@@ -128,7 +130,8 @@ def pack_int8(layer):
     whole batch, so rows are brought to the same magnitude first: then no row's rounding is at the mercy of its neighbours."""
     bias = layer.bias if layer.bias is None else layer.bias.data
     with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
-        weight = torch._make_per_channel_quantized_tensor(layer.codes, layer.scale.double(), torch.zeros(len(layer.scale)).long(), 0)
+        zeros = torch.zeros(len(layer.scale), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(layer.codes, layer.scale.double(), zeros, 0)
     plain, op = torch.ops.quantized.linear_prepack(weight, None), torch.ops.quantized.linear_dynamic.default
     alone = plain if bias is None else torch.ops.quantized.linear_prepack(weight, bias)
 
@@ -185,9 +188,10 @@ class Runner:
             qk_norm = nn.RMSNorm(self.D, eps=c.norm_eps)
             qk_norm.weight = nn.Parameter(torch.stack([a.q_norm.weight] * self.H + [a.k_norm.weight] * self.K), False)
             qk_norm = pack_norm(qk_norm, c)
-        return Layer(pack_norm(block.input_layernorm, c), pack([a.q_proj, a.k_proj, a.v_proj], kind), qk_norm, pack([a.o_proj], kind),
-                     pack_norm(block.post_attention_layernorm, c), pack([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj], kind),
-                     pack([m.down_proj], kind), c.sliding_window if i in c.sliding_layers else None)
+        up = [m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj]
+        return Layer(pack_norm(block.input_layernorm, c), pack([a.q_proj, a.k_proj, a.v_proj], kind), qk_norm,
+                     pack([a.o_proj], kind), pack_norm(block.post_attention_layernorm, c), pack(up, kind), pack([m.down_proj], kind),
+                     c.sliding_window if i in c.sliding_layers else None)
 
     def adapter_row(self, adapter):
         if adapter is not None and adapter not in self.names:
@@ -204,7 +208,8 @@ class Runner:
         """Make room for keys and values: (layers, blocks, block_size, K, D) each; 8-bit ones with a scale a token and head."""
         shape = (len(self.layers), blocks, self.block_size, self.K)
         self.keys, self.values = (torch.zeros(*shape, self.D, dtype=self.kv_dtype, device=self.device) for _ in range(2))
-        self.scales = (torch.zeros(2, *shape, device=self.device) if self.kv_dtype.itemsize == 1 else [[None] * len(self.layers)] * 2)
+        small = self.kv_dtype.itemsize == 1
+        self.scales = torch.zeros(2, *shape, device=self.device) if small else [[None] * len(self.layers)] * 2
         self.flat = [[t.flatten(0, 1) for t in cache] for cache in (self.keys, self.values)]  # of each layer (slots, K, D)
         self.graphs = {}
 
@@ -272,7 +277,8 @@ class Runner:
         blocks = blocks[:-(-length // self.block_size)]
         first = blocks[0] * self.block_size
         if self.kv_dtype == torch.float32 and blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-            views = [cache.flatten(1, 2)[:, None, first:first + length].transpose(2, 3).unbind(0) for cache in (self.keys, self.values)]
+            views = [cache.flatten(1, 2)[:, None, first:first + length].transpose(2, 3).unbind(0)
+                     for cache in (self.keys, self.values)]
         else:
             blocks = torch.tensor(blocks)
         if n > 1:
@@ -331,7 +337,8 @@ class Runner:
         tables = torch.zeros(size, width, dtype=torch.int32)
         for s, (*_, blocks) in enumerate(batch.spans):
             tables[s, :len(blocks)] = torch.tensor(blocks[:width], dtype=torch.int32)
-        parts = [batch.ids + [0] * pad, batch.positions + [0] * pad, batch.slots + [-1] * pad, batch.adapters + [-1] * pad, batch.rows]
+        parts = [batch.ids + [0] * pad, batch.positions + [0] * pad, batch.slots + [-1] * pad, batch.adapters + [-1] * pad,
+                 batch.rows]
         longs = torch.tensor([x for part in parts for x in part])
         ints = torch.cat((torch.tensor([past + n for _, n, past, _ in batch.spans] + [0] * pad + starts, dtype=torch.int32),
                           tables.view(-1)))
@@ -394,6 +401,6 @@ def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
         raise UserError(f"a cache of {blocks:,} blocks of {block_size} tokens needs {blocks * per_block / 2**30:.2f} GiB, and "
                         f"{free / 2**30:.2f} GiB are free: at most {fits:,} blocks fit; lower --kv-tokens to {fits * block_size:,}")
     weights = sum(p.numel() * p.element_size() for r in runners for p in r.model.parameters())
-    print(f"cache    weights {weights / 2**20:,.0f} MiB + keys and values {blocks * per_block / 2**20:,.0f} MiB = {blocks:,} blocks of "
-          f"{block_size} = {blocks * block_size:,} tokens")
+    print(f"cache    weights {weights / 2**20:,.0f} MiB + keys and values {blocks * per_block / 2**20:,.0f} MiB = {blocks:,} "
+          f"blocks of {block_size} = {blocks * block_size:,} tokens")
     return blocks
