@@ -279,7 +279,7 @@ def test_cancelling_frees_everything_and_ends_with_abort(folder):
 
 # ----------------------------------------------------------------------------------------------------------------- sampler
 def row(sampling, u=0.5, output=(), prompt=()):
-    return Row(sampling, u, list(output), list(prompt), frozenset(), ())
+    return Row(sampling, u, list(output), list(prompt), edits=True)
 
 
 def test_filters_keep_what_their_definitions_say():
