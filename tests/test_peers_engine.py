@@ -45,8 +45,14 @@ def test_stories260k_writes_the_same_text_from_its_folder_and_from_gguf(data_dir
 
 
 def test_filters_and_penalties_equal_transformers():
-    from transformers import (LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper,
-                              TopPLogitsWarper, TypicalLogitsWarper)
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    )
     logits = torch.randn(5, 2000, generator=torch.Generator().manual_seed(0)) * 3
     options = [dict(top_k=40), dict(top_p=0.8), dict(min_p=0.05), dict(top_k=100, top_p=0.7, min_p=0.02), dict(typical_p=0.6)]
     mine = kept(logits, [row(Sampling(**o)) for o in options])
@@ -66,7 +72,8 @@ def test_filters_and_penalties_equal_transformers():
 def test_sampled_frequencies_equal_transformers_probabilities():
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)) * 2
-    p = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)])(torch.zeros(1, 1).long(), logits.clone()).softmax(-1)
+    chain = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)])
+    p = chain(torch.zeros(1, 1).long(), logits.clone()).softmax(-1)
     count = 20_000
     rows = [row(Sampling(temperature=0.8, top_p=0.9), (i + 0.5) / count) for i in range(count)]
     seen = torch.bincount(draw(logits.repeat(count, 1), rows)[0], minlength=50) / count
