@@ -122,6 +122,8 @@ def pack(linears, kind):
         linear = GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
     if isinstance(linear, Int8Linear) and linear.dynamic and linear.codes.device.type == "cpu":
         return pack_int8(linear)
+    if isinstance(linear, GroupLinear) and linear.packed.device.type == "cpu":
+        return pack_int4(linear)
     if not isinstance(linear, nn.Linear):
         linear.prepare()
         return linear.product
@@ -149,6 +151,17 @@ def pack_int8(layer):
         y = op(x / top, plain).mul_(top)
         return y if bias is None else y.add_(bias)
     return product
+
+
+def pack_int4(layer):
+    """GroupLinear.product without what only other shapes and orders need: for few rows three operators."""
+    layer.prepare()
+    N, K = layer.out_features, layer.in_features
+    if not layer.fast or layer.order is not None or layer.bias is not None or N % 16 or K % layer.group:
+        return layer.product
+    codes, scales, step = layer.fast
+    op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    return lambda x: op(x.bfloat16(), codes, step, scales).float() if x.size(0) <= packed.FEW_ROWS else layer.product(x)
 
 
 def pack_norm(norm, config):

@@ -83,7 +83,8 @@ def test_sampled_frequencies_equal_transformers_probabilities():
 SCHEMAS = [{"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0},
                                               "tags": {"type": "array", "items": {"enum": ["a", "b", None]}, "maxItems": 3}},
             "required": ["name", "age"], "additionalProperties": False},
-           {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": 4}, {"anyOf": [{"type": "boolean"}, {"const": 7}]}]
+           {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": 4},
+           {"anyOf": [{"type": "boolean"}, {"const": 7}]}]
 
 
 @pytest.mark.slow
