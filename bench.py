@@ -796,7 +796,6 @@ def main():
         command.add_argument("--kv-tokens", type=int)
     gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
     gpu.set_defaults(run=bench_kernels)
-    for command in (times, optimizers, pretrain, tokenizer, decode, throughput, prefix, gpu):
     for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
