@@ -4,16 +4,11 @@
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
-    python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
-    python bench.py linear                       # one linear layer on the CPU, by format, beside llama.cpp with --gguf DIR
-    python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
-"""
-import argparse
-import ctypes
     python bench.py kernels                      # on a GPU: GB/s of each Triton kernel beside the card's copy and torch's own
     python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
     python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
+    python bench.py linear                       # one linear layer on the CPU, by format, beside llama.cpp with --gguf DIR
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # one text and eight, peers in the same run
     python bench.py throughput FOLDER --requests 64 --transformers float32             # random lengths, all at once
@@ -21,6 +16,7 @@ import ctypes
 """
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import json
@@ -34,9 +30,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
-
-import quant
 import torch.nn.functional as F
 
 import kernels
@@ -44,13 +37,10 @@ import lora
 import train
 from common import Metrics, UserError, cli
 from generate import Engine, Sampling
-from model import Transformer
-from optim import MuonAdamW
-from runtime import DTYPES, resolve
 from model import Config, Transformer
 from optim import MuonAdamW
-from quant import NF4Linear
-from runtime import resolve
+from quant import NF4Linear, pack
+from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
 
 
@@ -556,6 +546,60 @@ def bench_tokenizer(args):
     return rows + [dict(encode=name, mb_per_second=speed) for name, speed in speeds.items()]
 
 
+LINEARS, BLOCKS = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30  # q+k+v, o, gate+up, down of a 135M Llama: 106M weights
+
+
+def bench_linear(args):
+    """Billions of weights a second through all linear layers of a 135M model, streamed from memory, by rows of activations; beside
+    them llama.cpp's decode of the same shape (all 135M weights, attention included) where DIR has its GGUF files."""
+    def layers(format):
+        for N, K in LINEARS * BLOCKS:
+            linear = torch.nn.Linear(K, N, bias=False)
+            yield linear if format == "float32" else linear.bfloat16() if format == "bfloat16" else pack(linear, format, 64)
+
+    rows = []
+    with torch.inference_mode():
+        for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
+            model, dtype = list(layers(format)), torch.bfloat16 if format in ("bfloat16", "int4") else torch.float32
+            for M in args.rows:
+                inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
+                for _ in range(args.repeats):
+                    start = time.perf_counter()
+                    for layer in model:
+                        layer(inputs[layer.in_features])
+                    best = min(best, time.perf_counter() - start)
+                rate = BLOCKS * sum(N * K for N, K in LINEARS) / best / 1e9
+                rows.append({"format": format, "rows": M, "gigaweights_per_s": rate})
+                print(f"{format:20s} {M:4d} rows {rate:8.1f} Gw/s {M * rate * 2:8.0f} GFLOP/s", flush=True)
+    for name in ("f16", "q8_0", "q4_0") if args.gguf else ():
+        rate = llama_decode(Path(args.gguf, name + ".gguf"), torch.get_num_threads())
+        rows.append({"format": f"llama.cpp {name}", "rows": 1, "gigaweights_per_s": rate})
+        print(f"{'llama.cpp ' + name:20s}    1 rows {rate:8.1f} Gw/s (whole model)", flush=True)
+    return rows
+
+
+def llama_decode(path, threads, steps=24, repeats=4):
+    """Billions of weights a second in llama.cpp's one-token decoding: the model's weights over the seconds of a token."""
+    import llama_cpp as api
+    quiet = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    model = api.llama_load_model_from_file(str(path).encode(), api.llama_model_default_params())
+    settings = api.llama_context_default_params()
+    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 1024, threads, threads
+    context, best = api.llama_new_context_with_model(model, settings), float("inf")
+    for run in range(repeats):
+        start = time.perf_counter()
+        for step in range(steps):
+            token = (api.llama_token * 1)(7 + step)
+            if api.llama_decode(context, api.llama_batch_get_one(token, 1)):
+                raise RuntimeError(f"llama.cpp could not decode {path}")
+            api.llama_get_logits(context)
+        best = min(best, (time.perf_counter() - start) / steps)
+    weights = api.llama_model_n_params(model)
+    api.llama_free(context)
+    return weights / best / 1e9
+
+
 # ------------------------------------------------------------------------------------------------------------- generation
 def read_bandwidth(device):
     """Bytes per second at which the device reads memory: a sum over 1 GiB (CPU) or 4 GiB, more than any cache holds."""
@@ -724,58 +768,6 @@ def bench_prefix(args):
               f"{rows[-1]['last']:.2f} s at the latest", flush=True)
     print(f"{rows[0]['mean'] / rows[1]['mean']:.1f}x sooner on average")
     return rows
-LINEARS, BLOCKS = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30  # q+k+v, o, gate+up, down of a 135M Llama: 106M weights
-
-
-def bench_linear(args):
-    """Billions of weights a second through all linear layers of a 135M model, streamed from memory, by rows of activations; beside
-    them llama.cpp's decode of the same shape (all 135M weights, attention included) where DIR has its GGUF files."""
-    def layers(format):
-        for N, K in LINEARS * BLOCKS:
-            linear = nn.Linear(K, N, bias=False)
-            yield linear if format == "float32" else linear.bfloat16() if format == "bfloat16" else quant.pack(linear, format, 64)
-
-    rows = []
-    with torch.inference_mode():
-        for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
-            model, dtype = list(layers(format)), torch.bfloat16 if format in ("bfloat16", "int4") else torch.float32
-            for M in args.rows:
-                inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
-                for _ in range(args.repeats):
-                    start = time.perf_counter()
-                    for layer in model:
-                        layer(inputs[layer.in_features])
-                    best = min(best, time.perf_counter() - start)
-                rate = BLOCKS * sum(N * K for N, K in LINEARS) / best / 1e9
-                rows.append({"format": format, "rows": M, "gigaweights_per_s": rate})
-                print(f"{format:20s} {M:4d} rows {rate:8.1f} Gw/s {M * rate * 2:8.0f} GFLOP/s", flush=True)
-    for name in ("f16", "q8_0", "q4_0") if args.gguf else ():
-        rate = llama_decode(Path(args.gguf, name + ".gguf"), torch.get_num_threads())
-        rows.append({"format": f"llama.cpp {name}", "rows": 1, "gigaweights_per_s": rate})
-        print(f"{'llama.cpp ' + name:20s}    1 rows {rate:8.1f} Gw/s (whole model)", flush=True)
-    return rows
-
-
-def llama_decode(path, threads, steps=24, repeats=4):
-    """Billions of weights a second in llama.cpp's one-token decoding: the model's weights over the seconds of a token."""
-    import llama_cpp as api
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
-    model = api.llama_load_model_from_file(str(path).encode(), api.llama_model_default_params())
-    settings = api.llama_context_default_params()
-    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 1024, threads, threads
-    context, best = api.llama_new_context_with_model(model, settings), float("inf")
-    for run in range(repeats):
-        start = time.perf_counter()
-        for step in range(steps):
-            token = (api.llama_token * 1)(7 + step)
-            if api.llama_decode(context, api.llama_batch_get_one(token, 1)):
-                raise RuntimeError(f"llama.cpp could not decode {path}")
-            api.llama_get_logits(context)
-        best = min(best, (time.perf_counter() - start) / steps)
-    weights = api.llama_model_n_params(model)
-    api.llama_free(context)
-    return weights / best / 1e9
 
 
 def main():
@@ -831,6 +823,13 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
+    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
+    gpu.set_defaults(run=bench_kernels)
+    linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
+    linear.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations [1 8]")
+    linear.add_argument("--repeats", type=int, default=6)
+    linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
+    linear.set_defaults(run=bench_linear)
     decode = commands.add_parser("decode", help="tok/s of one text and of eight, beside llama.cpp and transformers")
     decode.add_argument("--formats", nargs="+", default=["float32", "float16", "int8", "int4"], help="of our weights")
     decode.add_argument("--gguf", nargs="*", default=[], help="the same model as GGUF files, for llama.cpp")
@@ -855,14 +854,6 @@ def main():
         command.add_argument("--dtype", default="auto")
         command.add_argument("--quant", help="int8 or int4")
         command.add_argument("--kv-tokens", type=int)
-    linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
-    linear.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations [1 8]")
-    linear.add_argument("--repeats", type=int, default=6)
-    linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
-    linear.set_defaults(run=bench_linear)
-    for command in (linear, times, optimizers, pretrain, sft, tokenizer):
-    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
-    gpu.set_defaults(run=bench_kernels)
     for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
