@@ -10,8 +10,6 @@
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py linear                       # one linear layer on the CPU, by format, beside llama.cpp with --gguf DIR
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
-"""
-import argparse
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # one text and eight, peers in the same run
     python bench.py throughput FOLDER --requests 64 --transformers float32             # random lengths, all at once
     python bench.py prefix FOLDER                # time to the first token of 64 requests that begin alike
@@ -43,8 +41,6 @@ from model import Config, Transformer
 from optim import MuonAdamW
 from packed import NF4Linear
 from quant import pack
-from runtime import resolve
-from quant import NF4Linear, pack
 from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
 
@@ -409,29 +405,19 @@ SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_w
 
 
 def random_base(config, packed, runtime):
-    """A model of random weights on the device; in NF4 of random codes, so that nothing is there in more bits."""
+    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
     with torch.device("meta"):
         model = Transformer(config).to(runtime.dtype)
     for name, layer in lora.linears(model).items():
         if name != "lm_head":
-            shape = layer.out_features, layer.in_features
-            model.set_submodule(name, random_nf4(shape, runtime.device) if packed else
-                                torch.nn.Linear(shape[1], shape[0], False, runtime.device, runtime.dtype))
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, False, runtime.device, runtime.dtype)
+            model.set_submodule(name, NF4Linear.from_linear(plain) if packed else plain)
     for module in list(model.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             if p.is_meta:
                 fresh = torch.empty(p.shape, dtype=p.dtype, device=runtime.device)
                 setattr(module, name, torch.nn.Parameter(fresh.normal_(std=0.02) if p.ndim > 1 else fresh.fill_(1.0)))
     return model.to(runtime.device)
-
-
-def random_nf4(shape, device):
-    """An NF4Linear as double quantization leaves it, of random codes and one scale."""
-    blocks = shape[0] * shape[1] // 64
-    return NF4Linear.from_state({"packed": torch.randint(256, (blocks * 32,), dtype=torch.uint8, device=device),
-                                 "absmax": torch.full((blocks,), 127, dtype=torch.uint8, device=device),  # the code of 0.0
-                                 "nested_absmax": torch.zeros(-(-blocks // 256), device=device),
-                                 "offset": torch.tensor(2 * shape[1] ** -0.5, device=device)}, shape)
 
 
 def memory(device, reset=False):
@@ -453,7 +439,7 @@ def train_adapter(config, packed, args, runtime):
     lora.apply(model, args.r, 2 * args.r).train().recompute = True
     optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
     optimizer.set_lr(1.0)
-    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), time.perf_counter()
+    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), 0.0
     for step in range(args.steps + 1):
         optimizer.zero_grad()
         with runtime.autocast():
@@ -461,9 +447,8 @@ def train_adapter(config, packed, args, runtime):
         loss.backward()
         optimizer.step()
         loss.item()  # waits for the device
-        if step == 0 and args.steps:  # to warm up
-            begin = time.perf_counter()
-    return loaded, memory(runtime.device)[1], max(args.steps, 1) * args.context / (time.perf_counter() - begin)
+        begin = time.perf_counter() if step == 0 else begin  # the first step is to warm up
+    return loaded, memory(runtime.device)[1], args.steps * args.context / max(time.perf_counter() - begin, 1e-9)
 
 
 def bench_qlora(args):
@@ -814,7 +799,7 @@ def main():
     qlora.add_argument("--shape", default="7b", choices=SHAPES)
     qlora.add_argument("--context", type=int, default=512, help="tokens in the one row of a step [512]")
     qlora.add_argument("--r", type=int, default=32, help="rank [32]")
-    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up; 0 times that one [3]")
+    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up [3]")
     qlora.add_argument("--plain", action="store_true", help="LoRA on the unquantized base too, on a CPU as well")
     qlora.add_argument("--estimate", action="store_true", help="only the estimate")
     qlora.add_argument("--device", default="auto")
