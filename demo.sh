@@ -37,4 +37,4 @@ stage "In 4 bits: GPTQ rounds each matrix so that its outputs change least" runs
 say "And as one file for llama.cpp" \
     python quant.py runs/demo-dpo --format gguf-q8_0 --out runs/demo.gguf
 say "Ask it" \
-    python generate.py runs/demo-int4 --chat --temperature 0 <<< "Reverse this list: fox plum iron"
+    python generate.py runs/demo-int4 "Reverse this list: fox plum iron" --chat --temperature 0
