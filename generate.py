@@ -147,7 +147,7 @@ def stream(engine, prompt, sampling, adapter=None):
 
 
 def talk(engine, sampling, adapter=None, question=""):
-    """A conversation on the terminal, or the answer to one question. The cache keeps what was said: a turn costs only what is new."""
+    """A conversation on the terminal, or one question. The cache keeps what was said, so a turn costs only what is new."""
     messages, end = [], chat.stop_id(engine.tok)
     sampling.stop_ids = (end,) if end is not None else ()
     while True:
