@@ -394,7 +394,8 @@ def calibration_and_held_out(model, tok, args):
 def score(model, original, rows):
     """-> (perplexity on the rows, mean KL(original || model) in nats a token)."""
     loss = divergence = 0.0
-    for batch in rows.to(model.embed_tokens.weight.device).split(8):
+    at_once = max(1, (1 << 23) // (rows.size(1) * model.config.vocab_size))  # rows whose log-probs take 32 MiB, a few times over
+    for batch in rows.to(model.embed_tokens.weight.device).split(at_once):
         ours = model(batch[:, :-1]).log_softmax(-1)  # (B, T, V)
         theirs = ours if original is model else original(batch[:, :-1]).log_softmax(-1)
         loss -= ours.gather(2, batch[:, 1:, None]).double().sum().item()
