@@ -321,11 +321,11 @@ class Schema:
         return seq(lit("{"), SPACE, rest(0, False), SPACE, lit("}"))
 
 
-def json_grammar(schema=None):
-    """A JSON schema (a dict; None: any JSON object) -> Grammar."""
+def json_grammar(schema=None, before="", after=""):
+    """A JSON schema (a dict; None: any JSON object) -> Grammar; before and after: fixed text around the value."""
     maker = Schema(schema or {})
     maker.rules["character"] = json_character()
-    return Grammar(maker.value(schema or {"type": "object"}), maker.rules)
+    return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
 
 
 def regex_grammar(pattern):
