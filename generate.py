@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from common import UserError, cli, parse_flags
+from engine import Delta, Engine, Output  # noqa: F401  the names that other programs import from here
 from model import Transformer
 from runtime import resolve
+from sampler import Sampling  # noqa: F401
 from tokenizer import Tokenizer
 
 
