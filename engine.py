@@ -598,6 +598,12 @@ class Engine:
             raise
         return list(outputs.values())
 
+    @torch.inference_mode()
+    def embed(self, ids):
+        """The mean over a text's tokens of the last hidden states (after the final norm), at length 1 -> list of C floats."""
+        hidden = self.model.hidden(torch.tensor([ids], device=self.runner.device)).float().mean(1)[0]  # (1, T, C) -> (C,)
+        return (hidden / hidden.norm()).tolist()
+
     def stats(self):
         """Counters since the start and the state now, for /metrics."""
         s = self.scheduler

@@ -39,7 +39,7 @@ class Sampling:
     ignore_eos: bool = False         # go on past end-of-text
     n: int = 1                       # so many answers
     best_of: int | None = None       # draw so many, return the n of the best mean log-probability
-    constraint: object = None        # allowed() -> (V,) bool mask or ids; advance(id); done. Copied with copy.copy per answer
+    constraint: object = None        # a grammar.Constraint: the answer matches it, and is complete within max_tokens
 
     def check(self, vocab_size):
         """UserError for what no model could do."""
@@ -134,13 +134,12 @@ def edit(logits, rows):
         flat[torch.tensor(add_at, device=logits.device)] += torch.tensor(add_by, device=logits.device, dtype=logits.dtype)
     for r, row in enumerate(rows):
         if row.constraint is not None:
-            allowed = torch.as_tensor(row.constraint.allowed(), device=logits.device)
-            if allowed.dtype == torch.bool:
-                barred = torch.ones(V, dtype=torch.bool, device=logits.device)
-                barred[:allowed.numel()] = ~allowed[:V]
-            else:
-                barred = torch.ones(V, dtype=torch.bool, device=logits.device).index_fill_(0, allowed.long(), False)
-            logits[r].masked_fill_(barred, -torch.inf)
+            barred = torch.ones(V, dtype=torch.bool)
+            allowed = row.constraint.allowed(row.sampling.max_tokens - len(row.output))  # what can still be brought to its end
+            barred[:len(allowed)] = ~allowed
+            if row.constraint.complete:
+                barred[list(row.ends)] = False
+            logits[r].masked_fill_(barred.to(logits.device), -torch.inf)
 
 
 def kept(logits, rows):
