@@ -5,8 +5,12 @@
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
+    python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # one text and eight, peers in the same run
+    python bench.py throughput FOLDER --requests 64 --transformers float32             # random lengths, all at once
+    python bench.py prefix FOLDER                # time to the first token of 64 requests that begin alike
 """
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -21,9 +25,10 @@ import torch
 
 import train
 from common import Metrics, UserError, cli
+from generate import Engine, Sampling
 from model import Transformer
 from optim import MuonAdamW
-from runtime import resolve
+from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
 
 
@@ -244,6 +249,176 @@ def bench_tokenizer(args):
     return rows + [dict(encode=name, mb_per_second=speed) for name, speed in speeds.items()]
 
 
+# ------------------------------------------------------------------------------------------------------------- generation
+def read_bandwidth(device):
+    """Bytes per second at which the device reads memory: a sum over 1 GiB (CPU) or 4 GiB, more than any cache holds."""
+    big = torch.ones((4 if device.type == "cuda" else 1) << 27, dtype=torch.int64, device=device)
+    return big.numel() * 8 / timed(big.sum, SimpleNamespace(device=device), 3)
+
+
+def quietly(function, *args, **options):
+    """Call without what it prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return function(*args, **options)
+
+
+def engine_speed(args, quant, dtype):
+    """-> (a round that measures {prefill, 1, 8: tok/s}, bytes that a decode step reads)"""
+    engine = quietly(Engine, args.model, args.device, dtype, quant, kv_tokens=16 * 1024)
+
+    def steps(batch, prompt, new):
+        for _ in range(batch):
+            ids = torch.randint(1, engine.vocab_size, (prompt,)).tolist()
+            engine.submit(ids, Sampling(max_tokens=new + 1, temperature=0, ignore_eos=True))
+        begin, times = time.perf_counter(), []
+        while len(engine.scheduler.running) < batch or any(s.remaining > 1 for s in engine.scheduler.running):
+            engine.step()
+        prefill = batch * prompt / (time.perf_counter() - begin)
+        while engine.has_work:
+            begin = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - begin)
+        return prefill, batch / sorted(times)[len(times) // 2]
+
+    def measure():
+        return {"prefill": steps(1, args.prompt, 2)[0], **{n: steps(n, 64, args.new)[1] for n in (1, 8)}}
+    config, weight = engine.config, {"int8": 1, "int4": 0.5, None: DTYPES[dtype].itemsize}[quant]
+    matrices = sum(p.numel() for n, p in engine.model.named_parameters() if p.ndim == 2 and "embed" not in n)
+    matrices += engine.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
+    return measure, matrices * weight
+
+
+def llama_speed(path, args):
+    """llama.cpp through its Python binding, on the same number of threads."""
+    import llama_cpp as L
+    model = L.llama_load_model_from_file(str(path).encode(), L.llama_model_default_params())
+    contexts = {}
+    for count in (1, 8):
+        p = L.llama_context_default_params()
+        p.n_ctx, p.n_batch, p.n_seq_max = 1024 * count, 512, count
+        p.n_threads = p.n_threads_batch = torch.get_num_threads()
+        contexts[count] = L.llama_new_context_with_model(model, p)
+
+    def run(context, ids, positions, sequences):
+        batch = L.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, (token, position, sequence) in enumerate(zip(ids, positions, sequences)):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
+            batch.logits[i] = position == max(positions)
+        begin = time.perf_counter()
+        if L.llama_decode(context, batch):
+            raise UserError(f"{path}: llama.cpp failed")
+        L.llama_get_logits(context)
+        L.llama_batch_free(batch)
+        return time.perf_counter() - begin
+
+    def measure():
+        for context in contexts.values():
+            L.llama_memory_clear(L.llama_get_memory(context), True)
+        out = {"prefill": args.prompt / run(contexts[1], range(1, args.prompt + 1), range(args.prompt), [0] * args.prompt)}
+        L.llama_memory_clear(L.llama_get_memory(contexts[1]), True)
+        for n, context in contexts.items():
+            for s in range(n):
+                run(context, range(1, 65), range(64), [s] * 64)
+            times = sorted(run(context, [9 + i] * n, [64 + i] * n, range(n)) for i in range(args.new))
+            out[n] = n / times[len(times) // 2]
+        return out
+    return measure
+
+
+def transformers_speed(args, dtype):
+    """transformers.generate, greedy, with its default cache: the time of many new tokens less that of one."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[dtype]).to(quietly(resolve, args.device).device)
+
+    def seconds(rows, new):
+        ids = torch.randint(1, model.config.vocab_size, (rows, args.prompt if rows == 1 and new == 1 else 64), device=model.device)
+        begin = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                       pad_token_id=0)
+        return time.perf_counter() - begin
+
+    def measure():
+        new = max(args.new // 2, 2)
+        short = {n: min(seconds(n, 2) for _ in range(2)) for n in (1, 8)}
+        return {"prefill": args.prompt / seconds(1, 1), **{n: n * (new - 2) / (seconds(n, new) - short[n]) for n in (1, 8)}}
+    return measure
+
+
+def bench_decode(args):
+    """tok/s of a prompt being read and of one and eight texts being written, every program in turn, the median of the rounds."""
+    print(machine())
+    bandwidth = read_bandwidth(torch.device("cuda" if torch.cuda.is_available() and args.device in ("auto", "cuda") else "cpu"))
+    print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the roofline is that over the bytes of the weights\n")
+    programs, size = {}, {}
+    for name in args.formats:
+        programs[name], size[name] = engine_speed(args, *(("int8", "float32") if name == "int8" else ("int4", "float32")
+                                                          if name == "int4" else (None, name)))
+    programs |= {f"llama.cpp {Path(path).stem}": llama_speed(path, args) for path in args.gguf}
+    programs |= {f"transformers {dtype}": transformers_speed(args, dtype) for dtype in args.transformers}
+    rounds = {name: [] for name in programs}
+    for _ in range(args.rounds):
+        for name, measure in programs.items():
+            rounds[name].append(measure())
+    rows = []
+    print(f"{'tok/s':26s} {f'prompt of {args.prompt}':>14s} {'1 text':>9s} {'8 texts':>9s} {'roofline':>9s}")
+    for name, got in rounds.items():
+        row = {k: sorted(g[k] for g in got)[len(got) // 2] for k in got[0]}
+        row["roofline"] = bandwidth / size[name] if name in size else None
+        rows.append({"program": name, **row, "best": {k: max(g[k] for g in got) for k in got[0]}})
+        limit = f"{row['roofline']:9.0f}" if row["roofline"] else ""
+        print(f"{name:26s} {row['prefill']:14.0f} {row[1]:9.1f} {row[8]:9.1f} {limit}", flush=True)
+    return rows
+
+
+def bench_throughput(args):
+    """Requests of random lengths, all there at the start: output tok/s beside transformers' static batches of the same."""
+    print(machine())
+    engine = quietly(Engine, args.model, args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens)
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(args.low, args.high + 1, (args.requests, 2), generator=draw).tolist()
+    prompts = [torch.randint(1, engine.vocab_size, (n,), generator=draw).tolist() for n, _ in sizes]
+    total, rows = sum(new for _, new in sizes), []
+    engine.generate(prompts[0], Sampling(max_tokens=4))
+    begin = time.perf_counter()
+    engine.generate(prompts, [Sampling(max_tokens=new, temperature=0, ignore_eos=True) for _, new in sizes])
+    rows.append(("engine", time.perf_counter() - begin))
+    for dtype in args.transformers:
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[dtype]).to(engine.runner.device)
+        begin = time.perf_counter()
+        for i in range(0, args.requests, args.batch):  # a static batch runs to its longest, padded on the left
+            part = range(i, min(i + args.batch, args.requests))
+            longest, new = (max(sizes[k][j] for k in part) for j in (0, 1))
+            ids = torch.tensor([[0] * (longest - len(prompts[k])) + prompts[k] for k in part], device=model.device)
+            model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                           pad_token_id=0)
+        rows.append((f"transformers {dtype}, batches of {args.batch}", time.perf_counter() - begin))
+    for name, seconds in rows:
+        print(f"{name:44s} {total / seconds:10,.0f} output tok/s  {seconds:8.1f} s  {rows[-1][1] / seconds:6.2f}x the last")
+    return [dict(program=name, seconds=seconds, tokens_per_s=total / seconds) for name, seconds in rows]
+
+
+def bench_prefix(args):
+    """64 requests with the same 1,000 tokens in front: the mean time to their first token, with and without the prefix cache."""
+    print(machine())
+    rows = []
+    for cached in (False, True):
+        engine = quietly(Engine, args.model, args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens or 128 * 1024,
+                         max_seqs=64, prefix_cache=cached)
+        prefix, first = torch.arange(args.length).remainder(engine.vocab_size - 1).add(1).tolist(), {}
+        begin = time.perf_counter()
+        for i in range(args.requests):
+            engine.submit([*prefix, i + 1, i + 2], Sampling(max_tokens=1, temperature=0, ignore_eos=True))
+        while engine.has_work:
+            first |= {d.request_id: time.perf_counter() - begin for d in engine.step() if d.token_ids}
+        rows.append(dict(cached=cached, mean=sum(first.values()) / len(first), last=max(first.values())))
+        print(f"prefix cache {'on ' if cached else 'off'}: first token after {rows[-1]['mean']:.2f} s on average, "
+              f"{rows[-1]['last']:.2f} s at the latest", flush=True)
+    print(f"{rows[0]['mean'] / rows[1]['mean']:.1f}x sooner on average")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -272,7 +447,31 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, tokenizer):
+    decode = commands.add_parser("decode", help="tok/s of one text and of eight, beside llama.cpp and transformers")
+    decode.add_argument("--formats", nargs="+", default=["float32", "float16", "int8", "int4"], help="of our weights")
+    decode.add_argument("--gguf", nargs="*", default=[], help="the same model as GGUF files, for llama.cpp")
+    decode.add_argument("--prompt", type=int, default=512)
+    decode.add_argument("--new", type=int, default=32, help="tokens a text [32]")
+    decode.add_argument("--rounds", type=int, default=3)
+    decode.set_defaults(run=bench_decode)
+    throughput = commands.add_parser("throughput", help="many requests of random lengths")
+    throughput.add_argument("--batch", type=int, default=32, help="rows of transformers' batches [32]")
+    throughput.add_argument("--low", type=int, default=16, help="shortest prompt and answer [16]")
+    throughput.add_argument("--high", type=int, default=128, help="longest prompt and answer [128]")
+    throughput.set_defaults(run=bench_throughput)
+    prefix = commands.add_parser("prefix", help="time to the first token of requests that begin alike")
+    prefix.add_argument("--length", type=int, default=1000, help="tokens they share [1000]")
+    prefix.set_defaults(run=bench_prefix)
+    for command in (decode, throughput, prefix):
+        command.add_argument("model", help="a model folder")
+        command.add_argument("--device", default="auto")
+        command.add_argument("--transformers", nargs="*", default=[], help="its dtypes to measure too")
+    for command in (throughput, prefix):
+        command.add_argument("--requests", type=int, default=64)
+        command.add_argument("--dtype", default="auto")
+        command.add_argument("--quant", help="int8 or int4")
+        command.add_argument("--kv-tokens", type=int)
+    for command in (times, optimizers, pretrain, tokenizer, decode, throughput, prefix):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

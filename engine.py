@@ -172,7 +172,7 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                draft = min(self.max_draft, spare) if seq.remaining == 1 else 0
+                draft = min(self.max_draft, spare) if seq.remaining == seq.width == 1 else 0
                 if draft and self.reserve(seq, seq.computed + n + draft):
                     n, spare = n + draft, spare - draft
                 plan[seq] = n
@@ -290,19 +290,20 @@ class Engine:
     """Many requests over one model. See `submit`, `step`, `cancel`, or `generate` for whole answers at once.
 
     kv_tokens: how many tokens' keys and values to keep; None takes what memory allows. max_seqs: answers made at once;
-    step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the same vocabulary.
+    step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the
+    same vocabulary; adapters: {name: LoRA folder}; debug_invariants: check the books after every step.
     """
 
     def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, *, kv_dtype="auto", block_size=16,
-                 max_seqs=None, step_tokens=None, max_model_len=None, prefix_cache=True, draft=None, draft_tokens=4, compile=False,
-                 debug_invariants=False, adapters=None):
+                 max_seqs=None, step_tokens=None, max_model_len=None, prefix_cache=True, draft=None, draft_tokens=4,
+                 adapters=None, debug_invariants=False):
         model, self.tok, runtime = load_model(folder, device, dtype)
         self.model, self.config = model, model.config
         on_gpu = runtime.device.type == "cuda"
         max_seqs = max_seqs or (256 if on_gpu else 64)
         step_tokens = step_tokens or (8192 if on_gpu else 512)
         self.max_model_len = min(max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings)
-        self.runner = Runner(model, runtime, quant, kv_dtype, block_size, compile, adapters=adapters)
+        self.runner = Runner(model, runtime, quant, kv_dtype, block_size, adapters)
         self.drafter = None
         if draft and draft != "lookup":
             small, small_tok, _ = load_model(draft, device, dtype)
@@ -310,7 +311,7 @@ class Engine:
                 raise UserError(f"--draft {draft}: its vocabulary ({small.config.vocab_size:,} ids) is not that of {folder} "
                                 f"({self.config.vocab_size:,}); a draft model must share the tokenizer")
             self.max_model_len = min(self.max_model_len, small.config.max_position_embeddings)
-            self.drafter = Runner(small, runtime, quant, kv_dtype, block_size, compile)
+            self.drafter = Runner(small, runtime, quant, kv_dtype, block_size)
         runners = [r for r in (self.runner, self.drafter) if r]
         blocks = pool_size(runners, kv_tokens, block_size, max_seqs, self.max_model_len)
         for runner in runners:
@@ -345,9 +346,9 @@ class Engine:
         if not ids:
             raise UserError("the prompt has no tokens; give at least one character")
         if len(ids) >= room:
+            cache = len(self.scheduler.pool.refs) * self.scheduler.block_size
             raise UserError(f"the prompt has {len(ids):,} tokens, but this engine holds {room:,} (model context "
-                            f"{self.config.max_position_embeddings:,}, cache {len(self.scheduler.pool.refs) * self.scheduler.block_size:,}"
-                            f" tokens) and the answer needs at least one")
+                            f"{self.config.max_position_embeddings:,}, cache {cache:,}) and the answer needs at least one")
         width = sampling.best_of or sampling.n
         if width > self.scheduler.max_seqs:
             raise UserError(f"{width} answers, but this engine makes at most {self.scheduler.max_seqs} at once")
@@ -442,8 +443,10 @@ class Engine:
     def row(self, seq, draft, index=None):
         """The sampler's view of one answer, `draft` further on."""
         r, seed = seq.request, seq.seed if index is None else child_seed(seq, index)
-        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), seq.output + draft, r.prompt, r.ends, r.bad_words,
-                   seq.constraint)
+        output = seq.output + draft
+        room = min(r.sampling.max_tokens, self.max_model_len - len(r.prompt)) - len(output)
+        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint,
+                   room)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw, keep drafts as far as they are what was drawn, turn tokens into text -> deltas.
@@ -477,7 +480,7 @@ class Engine:
                 for i in range(at, at + steps):
                     if failed[i]:
                         answer.finish_reason = "error"
-                        answer.error = "no token is allowed here: the constraint, bad words, bias and min_tokens contradict each other"
+                        answer.error = "no token is allowed here: constraint, bad words and min_tokens contradict each other"
                         break
                     new.append((tokens[i], info.get(i)))
                     if i - at == len(draft) or draft[i - at] != tokens[i]:

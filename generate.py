@@ -1,34 +1,57 @@
-"""Text from a model folder, token by token as it is made.
+"""Text from a model folder or a GGUF file: one prompt, a conversation, or a file of prompts.
 
     python generate.py runs/shakespeare-char "ROMEO:" --temperature 0.8 --seed 1
+    python generate.py runs/demo --chat
+    python generate.py runs/demo --batch prompts.jsonl --out answers.jsonl --max-tokens 100 --quant int8
+
+A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field of Sampling as it likes.
+`generate` below is the plain way to do it, one token of one text at a time; the engine (engine.py) gives the same, faster.
 """
+import dataclasses
+import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from common import UserError, cli, parse_flags
-from engine import Delta, Engine, Output  # noqa: F401  the names that other programs import from here
-from model import Transformer
-from runtime import resolve
-from sampler import Sampling  # noqa: F401
-from tokenizer import Tokenizer
+import chat
+from common import UserError, cli, parse_flags, read_json
+from engine import Delta, Engine, Output  # noqa: F401  names that other programs import from here
+from sampler import Sampling
 
 
 @dataclass
 class Args:
-    model: str = ""               # the model folder
-    prompt: str = "\n"            # the text to continue
-    max_tokens: int = 500         # how many tokens to make at most
-    temperature: float = 0.8      # 0 is greedy: always the likeliest token
-    top_k: int = 0                # sample among the k likeliest only; 0 is all
-    top_p: float = 1.0            # sample among the likeliest that together have this probability
-    seed: int = 0                 # same seed, same text
-    device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto, float32, bfloat16, float16
+    model: str = ""                  # the model folder, or a .gguf file
+    prompt: str = "\n"               # the text to continue
+    chat: bool = False               # talk: each line you type is a turn
+    batch: str = ""                  # answer every line of this JSONL file; a run that was cut short goes on where it stopped
+    out: str = ""                    # where the batch's answers go, a JSON line each
+    max_tokens: int = 500            # how many tokens to make at most
+    temperature: float = 0.8         # 0 is greedy: always the likeliest token
+    top_k: int = 0                   # sample among the k likeliest only; 0 is all
+    top_p: float = 1.0               # sample among the likeliest that together have this probability
+    min_p: float = 0.0               # sample among those at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
+    stop: str = ""                   # end before this text
+    seed: int = 0                    # same seed, same text
+    regex: str = ""                  # the answer must match this regular expression
+    json_schema: str = ""            # the answer must be JSON of the schema in this file; "any" is any JSON
+    device: str = "auto"             # auto, cpu, cuda, mps
+    dtype: str = "auto"              # auto, float32, bfloat16, float16: of the weights
+    quant: str = ""                  # int8 or int4: pack the weights so when they are loaded
+    kv_dtype: str = "auto"           # of the keys and values kept: auto, float32, bfloat16, float16, int8, fp8
+    kv_tokens: int = 0               # how many tokens' keys and values to keep; 0 is what memory allows
+    max_seqs: int = 0                # texts made at once; 0 is 64 on a CPU, 256 on a GPU
+    draft: str = ""                  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
+    draft_tokens: int = 4            # tokens guessed ahead
+    adapter: str = ""                # a LoRA adapter's folder
+    debug_invariants: bool = False   # check the engine's books after every step
 
 
+# ------------------------------------------------------------------------------------------------------- one token at a time
 class KVCache:
     """The keys and values of one layer for all tokens so far, in room reserved at the start."""
 
@@ -88,29 +111,141 @@ def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0
         new = [token]
 
 
-def check(args):
-    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_tokens < 1:
-        raise UserError(f"temperature {args.temperature} must be >= 0, top-p {args.top_p} in (0, 1], top-k {args.top_k} >= 0, "
-                        f"max-tokens {args.max_tokens} >= 1")
+# --------------------------------------------------------------------------------------------------- prompt, chat and batch
+def start_engine(args):
+    return Engine(args.model, args.device, args.dtype, args.quant or None, args.kv_tokens or None, kv_dtype=args.kv_dtype,
+                  max_seqs=args.max_seqs or None, draft=args.draft or None, draft_tokens=args.draft_tokens,
+                  adapters={"cli": args.adapter} if args.adapter else None, debug_invariants=args.debug_invariants)
+
+
+def sampling_of(args, engine):
+    """The flags as a Sampling."""
+    constraint = None
+    if args.regex or args.json_schema:
+        from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+        schema = None if args.json_schema in ("", "any") else read_json(args.json_schema)
+        constraint = Constraint(regex_grammar(args.regex) if args.regex else json_grammar(schema), Vocabulary(engine.tok))
+    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling) if hasattr(args, f.name)}
+    return Sampling(**same | {"stop": (args.stop,) if args.stop else (), "constraint": constraint})
+
+
+def stream(engine, prompt, sampling, adapter=None):
+    """Print an answer as it is made -> (its text, tokens); ends with a line of speed on stderr."""
+    request, begin, text, count, first = engine.submit(prompt, sampling, adapter=adapter), time.time(), "", 0, None
+    while engine.has_work:
+        for delta in engine.step():
+            first = first or time.time()
+            print(delta.text, end="", flush=True)
+            text, count = text + delta.text, count + len(delta.token_ids)
+            if delta.error:
+                print(f"\n[{delta.error}]", file=sys.stderr)
+    print()
+    first = first or begin
+    speed = (count - 1) / (time.time() - first) if count > 1 else 0
+    print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
+    return text, request
+
+
+def talk(engine, sampling, adapter=None):
+    """A conversation on the terminal. The cache keeps what was said, so a turn costs only what is new."""
+    messages, end = [], chat.stop_id(engine.tok)
+    sampling.stop_ids = (end,) if end is not None else ()
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        messages.append({"role": "user", "content": line})
+        ids, _ = chat.render(engine.tok, messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": stream(engine, ids, sampling, adapter)[0]})
+
+
+def read_request(line, number, sampling, tok):
+    """A line of a batch file -> (id, prompt, Sampling). Fields of Sampling in it go before the flags."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"line {number}: not valid JSON ({error})") from None
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise UserError(f"line {number}: expected an object with either \"prompt\" or \"messages\"")
+    own = {k: v for k, v in row.items() if k not in ("id", "prompt", "messages")}
+    unknown = own.keys() - {f.name for f in dataclasses.fields(Sampling)} | own.keys() & {"constraint"}
+    if unknown:
+        raise UserError(f"line {number}: unknown field {', '.join(sorted(unknown))}")
+    prompt = row.get("prompt")
+    if "messages" in row:
+        prompt, _ = chat.render(tok, row["messages"], add_generation_prompt=True)
+        end = chat.stop_id(tok)
+        own.setdefault("stop_ids", (end,) if end is not None else ())
+    return row.get("id", number), prompt, dataclasses.replace(sampling, **own)
+
+
+def answered(path):
+    """The line numbers that an earlier run answered; what a crash left of a last line is cut off."""
+    path, done, good = Path(path), set(), 0
+    if not path.exists():
+        return done
+    with open(path, "rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(json.loads(line)["line"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: not answers of a batch; give --out another name") from None
+            good += len(line)
+        file.truncate(good)
+    return done
+
+
+def run_batch(engine, args, sampling, adapter=None):
+    """Answer the lines of args.batch into args.out as they are finished; a line at fault gets its reason as "error"."""
+    from tqdm import tqdm
+    if not args.out:
+        raise UserError("--batch needs --out: the file for the answers")
+    lines, done, rows = Path(args.batch).read_text(encoding="utf-8").splitlines(), answered(args.out), {}
+    waiting = [n for n, line in enumerate(lines, 1) if line.strip() and n not in done][::-1]
+    total = len(waiting) + len(done)
+    with open(args.out, "a", encoding="utf-8") as out, tqdm(total=total, initial=len(done), unit="answer", disable=None) as bar:
+        def finish(number, **row):
+            out.write(json.dumps({"line": number, **row}, ensure_ascii=False) + "\n")
+            out.flush()
+            bar.update()
+
+        while waiting or engine.has_work:
+            while waiting and len(rows) < 2 * engine.scheduler.max_seqs:  # enough to keep the engine busy
+                number = waiting.pop()
+                try:
+                    name, prompt, own = read_request(lines[number - 1], number, sampling, engine.tok)
+                    engine.submit(prompt, own, request_id=number, adapter=adapter)
+                    rows[number] = {"id": name, "answers": [{"text": "", "tokens": 0} for _ in range(own.n)], "left": own.n}
+                except UserError as error:
+                    finish(number, error=str(error))
+            for delta in engine.step():
+                row = rows[delta.request_id]
+                answer = row["answers"][delta.index]
+                answer["text"], answer["tokens"] = answer["text"] + delta.text, answer["tokens"] + len(delta.token_ids)
+                if delta.finish_reason:
+                    answer |= {"finish_reason": delta.finish_reason, **({"error": delta.error} if delta.error else {})}
+                    row["left"] -= 1
+                if row["left"] == 0:
+                    del rows[delta.request_id]
+                    finish(delta.request_id, id=row["id"], answers=row["answers"])
+            stats = engine.stats()
+            bar.set_postfix(running=stats["running"], tokens=stats["generated_tokens"], refresh=False)
 
 
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model", "prompt")))
-    check(args)
-    runtime = resolve(args.device, args.dtype, "off")
-    tok = Tokenizer.load(args.model)
-    model = Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(f"{args.model}: the tokenizer has {tok.vocab_size:,} ids, the model only {model.config.vocab_size:,}")
-    ids, stream = tok.encode(args.prompt, bos=tok.bos_id is not None), tok.stream()
-    print(args.prompt, end="", flush=True)
-    start, count = time.time(), 0
-    for token in generate(model, ids, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                          tok.vocab_size):
-        print(stream.push(token), end="", flush=True)
-        count += 1
-    print(stream.flush())
-    print(f"[{count} tokens, {count / (time.time() - start):.0f} tok/s]", file=sys.stderr)
+    engine = start_engine(args)
+    sampling, adapter = sampling_of(args, engine), "cli" if args.adapter else None
+    if args.batch:
+        run_batch(engine, args, sampling, adapter)
+    elif args.chat:
+        talk(engine, sampling, adapter)
+    else:
+        print(args.prompt, end="", flush=True)
+        stream(engine, args.prompt, sampling, adapter)
 
 
 if __name__ == "__main__":

@@ -356,6 +356,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.quantization = None  # the folder's quantization_config, where linear layers are packed (quant.py)
         self.recompute = False  # activation checkpointing: keep only each layer's input, compute the rest again in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
@@ -394,13 +395,9 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
-    def hidden(self, ids, positions=None, docs=None, caches=None):
-        """(B, T) token ids -> (B, T, C), what the head reads.
-
-        positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
-        objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
-        """
-        T, past = ids.size(1), caches[0].length if caches else 0
+    def start(self, ids, positions=None, docs=None, past=0):
+        """What the first block reads: x (B, T, C), the rotations (cos, sin) or None, and the two masks of `masks`."""
+        T = ids.size(1)
         if past + T > self.config.max_position_embeddings:
             raise UserError(f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}")
         if positions is None:
@@ -412,8 +409,15 @@ class Transformer(nn.Module):
         else:
             angle = positions[..., None].float() * self.rope_frequency  # (T, D/2)
             rope = ((angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype))
-        x = self.dropout(x)
-        full, sliding = self.masks(T, past, docs, ids.device)
+        return self.dropout(x), rope, self.masks(T, past, docs, ids.device)
+
+    def hidden(self, ids, positions=None, docs=None, caches=None):
+        """(B, T) token ids -> (B, T, C), what the head reads.
+
+        positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
+        objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
+        """
+        x, rope, (full, sliding) = self.start(ids, positions, docs, caches[0].length if caches else 0)
         for i, layer in enumerate(self.layers):
             mask = sliding if i in self.config.sliding_layers else full
             if self.recompute and self.training:
@@ -467,10 +471,14 @@ class Transformer(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        extra = {}
+        if self.quantization:
+            from packed import packed_state
+            state, extra = packed_state(self), {"quantization_config": self.quantization}
         write_tensors(folder / "model.safetensors", to_folder_names(state or self.state_dict(), self.config))
         ids = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
         write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-        write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})
+        write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype} | extra)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None, dropout=0.0):
@@ -483,19 +491,28 @@ class Transformer(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json, so not a model folder")
-        config = Config.from_dict(read_json(folder / "config.json"), where=folder / "config.json")
+        raw, packed = read_json(folder / "config.json"), {}
+        config = Config.from_dict(raw, where=folder / "config.json")
         config.dropout = dropout
         files = open_weights(folder, device)
         check_layers(config, files, folder)
         with torch.device("meta"):
             model = cls(config)
-        expected = to_folder_names(model.state_dict(), config)
+        state = model.state_dict()
+        if raw.get("quantization_config"):
+            from packed import check_config, expect_packed, install_packed
+            quantization = check_config(raw["quantization_config"], folder / "config.json")
+            state, packed = expect_packed(model, quantization, files)
+        expected = to_folder_names(state, config)
         check_tensors(expected, files, folder)
         state = {}
         for name in expected:
             file, key = files[name]
             tensor = file.get_tensor(key)
-            state.update(from_folder_names(name, tensor if dtype is None else tensor.to(dtype), config))
+            keep = dtype is None or packed and name.split(".")[-1] not in ("weight", "bias") or not tensor.is_floating_point()
+            state.update(from_folder_names(name, tensor if keep else tensor.to(dtype), config))
+        if packed:
+            install_packed(model, quantization, state, packed)
         model.load_state_dict(state, strict=False, assign=True)  # completeness was checked above; the tied head is absent
         model.tie()
         return model.to(device).eval()
@@ -507,6 +524,7 @@ class Transformer(nn.Module):
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "input_layernorm": "ln_1",
               "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
               "mlp.down_proj": "mlp.c_proj"}
+PACKED = ("qweight", "qzeros", "scales", "g_idx")  # of quantized layers, whose outputs are the last dimension already
 GPT2_OURS = {v: k for k, v in GPT2_NAMES.items()}
 
 
@@ -522,14 +540,16 @@ def to_folder_names(state, config):
         if module.startswith("layers."):
             _, i, inner = module.split(".", 2)
             prefix = f"h.{i}."
-        transposed = tensor.t() if prefix and tensor.ndim == 2 else tensor
+        transposed = tensor.t() if prefix and tensor.ndim == 2 and leaf not in PACKED else tensor
         if inner == "lm_head":
             out[name] = tensor
         elif inner in ("self_attn.k_proj", "self_attn.v_proj"):
             continue  # written with q_proj
         elif inner == "self_attn.q_proj":
             parts = [state[f"{module[:-6]}{p}_proj.{leaf}"] for p in "qkv"]
-            out[f"transformer.{prefix}attn.c_attn.{leaf}"] = torch.cat(parts).t() if tensor.ndim == 2 else torch.cat(parts)
+            joined = (parts[0] if leaf == "g_idx" else torch.cat(parts, 1) if leaf in PACKED else
+                      torch.cat(parts).t() if tensor.ndim == 2 else torch.cat(parts))
+            out[f"transformer.{prefix}attn.c_attn.{leaf}"] = joined
         else:
             out[f"transformer.{prefix}{GPT2_NAMES[inner]}.{leaf}"] = transposed
     return out
@@ -546,9 +566,10 @@ def from_folder_names(name, tensor, config):
     if module.startswith("h."):
         _, i, inner = module.split(".", 2)
         prefix = f"layers.{i}."
-        tensor = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+        tensor = tensor.t().contiguous() if tensor.ndim == 2 and leaf not in PACKED else tensor
     if inner == "attn.c_attn":  # (3C, C) -> q, k, v
-        return {f"{prefix}self_attn.{p}_proj.{leaf}": t.clone() for p, t in zip("qkv", tensor.chunk(3))}
+        parts = [tensor] * 3 if leaf == "g_idx" else tensor.chunk(3, 1 if leaf in PACKED else 0)
+        return {f"{prefix}self_attn.{p}_proj.{leaf}": t.clone() for p, t in zip("qkv", parts)}
     return {f"{prefix}{GPT2_OURS[inner]}.{leaf}": tensor}
 
 

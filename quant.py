@@ -1,412 +1,546 @@
-"""Smaller weights: int8, int4, NF4 and GPTQ in place of a model's linear layers, and folders that hold them.
+"""Smaller models: int8, int4, NF4, GPTQ and AWQ in place of the linear layers' weights, and a report that compares them.
 
-    python quant.py runs/demo --format gptq --bits 4 --group-size 64 --out runs/demo-gptq
+    python quant.py runs/demo --format gptq --group-size 64 --out runs/demo-gptq
     python quant.py report runs/demo
 """
-import copy
-import json
-import warnings
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError
+import packed
+from chat import examples, read_conversations
+from common import UserError, cli, parse_flags, write_atomic
+from corpora import documents
+from data import ends_of
+from model import Transformer, to_folder_names
+from packed import GroupLinear, Int8Linear, NF4Linear, QuantLinear, check_finite, grid, packed_state, round_to_nearest, to_codes
+from runtime import resolve
+from tokenizer import Tokenizer
 
-# NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of N(0, 1) over the code's 16 values, 0 exact, ends +-1
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-FEW_ROWS = 16       # on a CPU more rows than these are quicker unpacked and multiplied in float32 (NOTES.md)
-NESTED_BLOCK = 256  # scales that share one scale under double quantization
+nf4_quantize, nf4_dequantize, fuse = packed.nf4_quantize, packed.nf4_dequantize, packed.fuse  # names to be found here too
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
+                   "vocab.json", "merges.txt", "generation_config.json")
 
 
-# --------------------------------------------------------------------------------------------------------------------- NF4
-def dynamic_map(device="cpu"):
-    """The 256 values of bitsandbytes' signed 8-bit "dynamic" type, sorted, float32 (Dettmers 2015, arXiv:1511.04561).
+# ---------------------------------------------------------------------------------------------------------- a model, in place
+FORMATS = {"int8": "8 bits, one scale a row", "int8-dynamic": "int8 weights and activations", "int4": "4 bits, symmetric groups",
+           "int4-asym": "4 bits, groups with a zero point", "nf4": "4-bit NormalFloat, as bitsandbytes"}
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+           "mlp.down_proj")
 
-    Seven decades 10^-6..10^0; each has twice the fraction steps of the one below it, so small values keep their relative
-    precision. The values are the midpoints between the steps; 0 and 1 are added.
+
+def linears(model):
+    """{name: nn.Linear} of all blocks, in the order the data meets them. UserError if they are packed already."""
+    found = {f"layers.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.layers) for name in LINEARS
+             if name != "mlp.gate_proj" or hasattr(block.mlp, "gate_proj")}
+    packed = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
+    if packed:
+        raise UserError(f"{packed} is quantized already ({type(found[packed]).__name__}); start from the original model")
+    return found
+
+
+def pack(linear, format, group_size):
+    if format in ("int8", "int8-dynamic"):
+        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
+    if format == "nf4":
+        return NF4Linear.from_linear(linear)
+    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
+
+
+def quantize(model, format, group_size=128, head=False):
+    """Replace the linear layers of all blocks by packed ones, in place -> the model. format: one of FORMATS.
+
+    group_size is int4's: neighbouring inputs that share a scale, -1 for a whole row; where it does not divide a layer's
+    width, that layer's last group is shorter. Embeddings and norms stay; head=True adds the output head, in int8 (what a
+    tied head shares with the embedding is copied). UserError: NaN in a weight, a model that is quantized already.
     """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        steps = torch.linspace(0.1, 1, 2 ** decade + 1)
-        middle = 10.0 ** (decade - 6) * (steps[:-1] + steps[1:]) / 2
-        values += [*middle.tolist(), *(-middle).tolist()]
-    return torch.tensor(sorted(values), device=device)
+    if format not in FORMATS:
+        raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    check_group(group_size)
+    for name, linear in linears(model).items():
+        check_finite(linear.weight, name)
+        model.set_submodule(name, pack(linear, format, group_size))
+    if head:
+        quantize_head(model)
+    model.quantization = describe(model, format, group_size)
+    return model
 
 
-def scaled_blocks(flat, block):
-    """(n,) floats -> (each divided by its block's largest magnitude (n,) in [-1, 1], those magnitudes (blocks,))."""
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)  # (blocks, block)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]  # times the reciprocal, as bitsandbytes: the bits differ
-    return scaled.clamp(-1, 1).view(-1)[:flat.numel()], absmax
+def quantize_head(model):
+    model.lm_head = Int8Linear.from_linear(model.lm_head, dynamic=True)
 
 
-def nearest(x, values):
-    """Index of the nearest of the sorted `values` for each x -> uint8; of two equally near the lower one."""
-    return torch.bucketize(x, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
+def check_group(group_size):
+    if group_size != -1 and group_size < 1:
+        raise UserError(f"group size {group_size}: use a positive number of columns, or -1 for whole rows")
 
 
-def dynamic_quantize(flat, block=NESTED_BLOCK):
-    """(n,) float32 -> (uint8 indices into `dynamic_map` (n,), float32 scale of each block): bitsandbytes' blockwise 8 bits.
+def describe(model, format, group_size, **extra):
+    """The folder's quantization_config. Integers use GPTQ's layout whoever rounded them, NF4 bitsandbytes'."""
+    if format == "nf4":
+        return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8"}
+    config = {"quant_method": "gptq", "bits": 8 if format.startswith("int8") else 4, "sym": format != "int4-asym",
+              "group_size": -1 if format.startswith("int8") else group_size, "desc_act": False, "lm_head": False, **extra}
+    # version 1 stores zero points less one, so a zero point of 0 has no place there
+    lowest = min((int(m.zero_points().min()) for m in model.modules() if isinstance(m, GroupLinear)), default=1)
+    config["checkpoint_format"] = "gptq" if lowest > 0 else "gptq_v2"
+    return config | ({"activations": "int8"} if format == "int8-dynamic" else {})
 
-    Its CPU code looks values up in a table of 65,536 steps over [-1, 1] and gives a block of zeros the code 0.
+
+# -------------------------------------------------------------------------------------------------------------------- GPTQ
+@dataclass
+class Recipe:
+    """How GPTQ rounds. Frantar et al. 2023, with act-order and static groups from the authors' code."""
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True              # the zero point is the middle code
+    act_order: bool = False       # columns with the largest activations first
+    static_groups: bool = False   # with act_order: groups of neighbouring columns, their scales from the original weights
+    clip: bool = True             # scales that cost least, where the plain ones span the group's extremes
+    damp: float = 0.01            # share of the mean diagonal that is added to it
+    rounding: str = "gptq"        # "rtn": every weight to its nearest code, nothing carried over
+    awq: bool = False             # first scale channels that matter up (Lin et al. 2023)
+
+
+def inverse_factor(H, damp):
+    """Upper Cholesky factor U of (H + damp * mean(diag) * I)^-1 = U.T @ U, and the damping that it took.
+
+    A Hessian of too few or too similar rows is not positive definite in float32: the damping grows tenfold until it is.
     """
-    scaled, absmax = scaled_blocks(flat, block)
-    step = ((scaled + 1).double() * 0.5 * 65535 + 0.5).float().int()  # rounded once, as a fused multiply-add does
-    codes = nearest(-1 + 2.0 * step / 65535, dynamic_map(flat.device))
-    return codes * (absmax > 0).repeat_interleave(block)[:flat.numel()], absmax
+    mean = H.diagonal().mean()
+    while True:
+        damped = H + torch.eye(len(H), device=H.device) * (damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(factor).all():
+                return factor, damp
+        damp = max(damp * 10, 1e-6)
+        if damp > 1e6 or not torch.isfinite(mean):
+            raise UserError("GPTQ: the activations' second moments hold NaN or infinity; the model or its calibration is broken")
 
 
-def nf4_quantize(weight, block=64, double=True):
-    """(N, K) floats -> dict of tensors as bitsandbytes makes them on the CPU, bit for bit.
+def gptq_round(weight, H, recipe, block=128):
+    """Round a matrix so that weight @ X changes least -> (codes uint8 (N, K), scales, zeros (N, G), order or None, damp).
 
-    "packed" uint8 (N*K/2,), two codes a byte, the earlier one in the high half; "absmax": each block's largest magnitude,
-    float32 (blocks,), or with `double` quantized again: uint8, with "nested_absmax" float32 (blocks/256,) and "offset".
+    weight (N, K) float32; H (K, K) = X @ X.T over calibration inputs. Column by column, each column's rounding error is
+    made good by those not yet rounded (algorithm 1): W[:, j:] -= err * U[i, j:] with err = (w_i - q_i) / U[i, i]. Updates
+    reach later blocks once per block. A group's scale is taken when its first column comes up, from weights that already
+    carry the errors of those before it. Inputs that never fired have no say and are rounded as they are.
     """
-    check_finite(weight)
-    if weight.numel() % 2:
-        raise UserError(f"NF4 holds two weights a byte; {tuple(weight.shape)} is an odd number of them")
-    flat = weight.detach().reshape(-1).float()
-    scaled, absmax = scaled_blocks(flat, block)
-    codes = nearest(scaled, torch.tensor(NF4, device=flat.device))
-    out = {"packed": codes[::2] << 4 | codes[1::2], "absmax": absmax}
-    if double:  # QLoRA section 3: the scales are all positive, so their mean is taken off before they become signed 8 bits
-        out["offset"] = absmax.mean()
-        out["absmax"], out["nested_absmax"] = dynamic_quantize(absmax - out["offset"])
+    (N, K), bits = weight.shape, recipe.bits
+    group = K if recipe.group_size < 0 else min(recipe.group_size, K)
+    dead = H.diagonal() == 0
+    H = H + torch.diag(dead.to(H.dtype) * H.diagonal().mean().clamp(min=1e-6))
+    order = H.diagonal().argsort(descending=True, stable=True) if recipe.act_order else None
+    static = None
+    if recipe.act_order and recipe.static_groups:
+        static = grid(F.pad(weight, (0, -K % group)).view(N, -1, group), bits, recipe.sym)  # 2 x (N, G)
+    if order is not None:
+        weight, H = weight[:, order], H[order][:, order]
+    U, damp = inverse_factor(H, recipe.damp)
+    if group < K:  # a block holds whole groups, so that a group's weights are all up to date when it begins
+        block = group * max(1, block // group)
+    W, codes = weight.t().contiguous(), torch.empty(K, N, dtype=torch.uint8, device=weight.device)  # a column lies together
+    scales, zeros, pivots, cost = [], [], U.diagonal().tolist(), U.diagonal() ** -2
+    for start in range(0, K, block):
+        end = min(start + block, K)
+        now, factor, errors = W[start:end], U[start:end, start:end].contiguous(), torch.empty_like(W[start:end])
+        for i in range(end - start):
+            if static:
+                which = (order[start + i] // group).item()
+                scale, zero = static[0][:, which], static[1][:, which]
+            elif (start + i) % group == 0:
+                columns = slice(start + i, start + i + group)
+                scale, zero = grid(W[columns].t(), bits, recipe.sym, cost[columns] if recipe.clip else None)  # (N,)
+                scales.append(scale)
+                zeros.append(zero)
+            code = to_codes(now[i], scale, zero, bits)
+            codes[start + i] = code
+            errors[i] = (now[i] - (code - zero) * scale) / pivots[start + i]
+            now[i + 1:].addr_(factor[i, i + 1:], errors[i], alpha=-1)
+        W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
+    codes = codes.t().contiguous()  # (K, N) -> (N, K)
+    if static:
+        return codes[:, order.argsort()], *static, None, damp
+    return codes, torch.stack(scales, 1), torch.stack(zeros, 1), order, damp
+
+
+def round_together(named, H, recipe, say):
+    """Round linears that read the same input as one matrix -> {name: GroupLinear}; their weights become the rounded ones."""
+    weight = torch.cat([linear.weight.detach().float() for linear in named.values()])
+    check_finite(weight, ", ".join(named))
+    order, damp = None, 0.0
+    nearest_codes = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
+    codes, scales, zeros = nearest_codes
+    if recipe.rounding == "gptq":
+        codes, scales, zeros, order, damp = gptq_round(weight, H, recipe)
+
+    def loss(codes, scales, zeros, order=None):  # the mean square of what X @ W.T changes by
+        change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - weight
+        return ((change @ H) * change).sum().item()
+    say(list(named), loss(codes, scales, zeros, order), loss(*nearest_codes), ((weight @ H) * weight).sum().item(), damp)
+    out, row = {}, 0
+    for name, linear in named.items():
+        rows = slice(row, row + linear.out_features)
+        row += linear.out_features
+        out[name] = GroupLinear(codes[rows], scales[rows], zeros[rows], recipe.bits, recipe.group_size, order, linear.bias)
+        linear.weight.data = out[name].dequantize(linear.weight.dtype)
     return out
 
 
-def nf4_absmax(state):
-    """The blocks' scales in float32, double quantization undone."""
-    if "nested_absmax" not in state:
-        return state["absmax"]
-    values = dynamic_map(state["absmax"].device)[state["absmax"].int()]
-    scale = state["nested_absmax"].repeat_interleave(NESTED_BLOCK)[:values.numel()]
-    return values * scale + state["offset"]
+class Calibration:
+    """Hidden states of all calibration batches in front of one block, kept on `rest` while blocks are computed on `device`."""
+
+    def __init__(self, model, batches, device):
+        self.device, self.rest = torch.device(device), model.embed_tokens.weight.device
+        self.states, self.extras = [], []
+        for ids in batches:
+            x, rope, (full, sliding) = model.start(ids.to(self.rest))
+            self.states.append(x)
+            self.extras.append((rope, full, sliding))
+
+    def each(self, function, states=None):
+        """[function(state, rope, full mask, sliding mask) on the device, back at rest] over all batches."""
+        out = []
+        for state, (rope, full, sliding) in zip(self.states if states is None else states, self.extras):
+            rope = rope and tuple(r.to(self.device) for r in rope)
+            masks = [m if m is None else m.to(self.device) for m in (full, sliding)]
+            out.append(function(state.to(self.device), rope, *masks).to(self.rest))
+        return out
+
+    def second_moments(self, inputs):
+        """Sum of x.T @ x over all batches' rows -> (K, K) float32, GPTQ's Hessian up to a factor."""
+        H = torch.zeros(inputs[0].size(-1), inputs[0].size(-1), device=self.device)
+        for x in inputs:
+            x = x.to(self.device).flatten(0, -2).float()  # (B, T, K) -> (B*T, K)
+            H.addmm_(x.t(), x)
+        return H
 
 
-def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
-    """The inverse of `nf4_quantize` -> (N, K) of dtype."""
-    value = torch.tensor(NF4, device=state["packed"].device)
-    pairs = torch.stack((value.repeat_interleave(16), value.repeat(16)), 1)  # (256, 2): both values of every byte
-    flat = F.embedding(state["packed"].int(), pairs).view(-1)
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block) * nf4_absmax(state)[:, None]
-    return blocks.view(-1)[:flat.numel()].view(shape).to(dtype)
+def stages(block, calibration, sliding):
+    """Walk a block's four products in order, yielding (names, their common input for all batches); the caller may change their
+    weights before it asks for the next. A module's last projection stands aside while what it would read is computed, so
+    every product runs once, on the outputs of those rounded before it ("true sequential")."""
+    def inner(module, last, norm):
+        projection = getattr(module, last)
+        setattr(module, last, nn.Identity())
+        try:
+            if module is block.self_attn:
+                return calibration.each(lambda x, rope, full, near: module(norm(x), rope, near if sliding else full))
+            return calibration.each(lambda x, *_: module(norm(x)))
+        finally:
+            setattr(module, last, projection)
+
+    for path, last, norm in (("self_attn", "o_proj", block.input_layernorm), ("mlp", "down_proj", block.post_attention_layernorm)):
+        module = block.get_submodule(path)
+        first = [f"{path}.{n}" for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if hasattr(module, n)]
+        yield first, calibration.each(lambda x, *_: norm(x))
+        inputs = inner(module, last, norm)
+        yield [f"{path}.{last}"], inputs
+        outputs = calibration.each(lambda a, *_: getattr(module, last)(a), inputs)
+        calibration.states = [x + y for x, y in zip(calibration.states, outputs)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- integers
-def grid(groups, bits, sym):
-    """(..., g) floats -> (scale, zero) (...) float32 of the integers 0..2^bits-1 that span each group's values and 0.
+def scale_channels(block, calibration, sliding, recipe):
+    """AWQ (Lin et al. 2023): inputs with large activations get larger weights, so that rounding hurts them less, and what
+    produces them is divided by the same factors; the block still computes the same function.
 
-    w = scale * (code - zero). Symmetric: zero is the middle code. The scale is one that float16, the folder's type, holds.
+    The factors are rms(x)^share, share from 0 to 0.95 chosen by the change in the products' outputs (section 3.2).
     """
-    top = 2 ** bits - 1
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    if sym:  # 8 bits use -127..127, so that the largest magnitude is a code; fewer bits cannot spare that code
-        high = torch.maximum(-low, high)
-        scale = high / (127 if bits == 8 else top / 2)
+    before = calibration.states
+    sources = {"self_attn.q_proj": block.input_layernorm, "mlp.gate_proj": block.post_attention_layernorm}
+    if not hasattr(block.mlp, "gate_proj"):  # GPT-2: a GELU stands in front of down_proj, nothing can be folded through it
+        sources["mlp.up_proj"] = block.post_attention_layernorm
     else:
-        scale = (high - low) / top
-    scale = scale.half().float()
-    if torch.isinf(scale).any():
-        raise UserError(f"weights up to {groups.abs().max():.3g} need a scale beyond float16's 65,504: rescale the model first")
-    scale = torch.where(scale == 0, 1, scale)  # a group of zeros
-    middle = torch.full_like(scale, 2 ** (bits - 1))
-    return scale, middle if sym else torch.where(low == high, middle, (-low / scale).round().clamp(0, top))
+        sources["mlp.down_proj"] = block.mlp.up_proj
+    for names, inputs in stages(block, calibration, sliding):
+        if names[0] not in sources:
+            continue  # o_proj: with grouped heads several of its inputs share one row of v_proj
+        H, rows = calibration.second_moments(inputs), sum(x.numel() // x.size(-1) for x in inputs)
+        rms = (H.diagonal() / rows).sqrt().clamp(min=1e-6)
+        weight = torch.cat([block.get_submodule(name).weight.detach().float() for name in names])
+        best, least = torch.ones_like(rms), torch.inf
+        for share in range(20):
+            factor = rms ** (share / 20)
+            factor = factor / (factor.max() * factor.min()).sqrt()
+            codes = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
+            change = GroupLinear(*codes, recipe.bits, recipe.group_size).dequantize() / factor - weight
+            error = ((change @ H) * change).sum().item()
+            if error < least:
+                best, least = factor, error
+        for name in names:
+            linear = block.get_submodule(name)
+            linear.weight.data = (linear.weight * best).to(linear.weight.dtype)
+        source = sources[names[0]]
+        source.weight.data = (source.weight / (best if source.weight.ndim == 1 else best[:, None])).to(source.weight.dtype)
+        if getattr(source, "bias", None) is not None:
+            source.bias.data = (source.bias / best).to(source.bias.dtype)
+    calibration.states = before
 
 
-def to_codes(weight, scale, zero, bits):
-    """The nearest codes, as floats."""
-    return (weight / scale + zero).round_().clamp_(0, 2 ** bits - 1)
+@torch.no_grad()
+def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, log=print, **recipe):
+    """Quantize a model's linear layers by GPTQ, in place -> the model. batches: a list of (B, T) int64 token ids.
 
-
-def round_to_nearest(weight, bits, group, sym):
-    """(N, K) -> codes uint8 (N, K), scales and zeros float32 (N, G). group -1: the whole row; K need not be a multiple."""
-    check_finite(weight)
-    N, K = weight.shape
-    group = K if group < 0 else group
-    groups = F.pad(weight.detach().float(), (0, -K % group)).view(N, -1, group)  # (N, G, group)
-    scale, zero = grid(groups, bits, sym)
-    return to_codes(groups, scale[..., None], zero[..., None], bits).to(torch.uint8).view(N, -1)[:, :K], scale, zero
-
-
-# ----------------------------------------------------------------------------------------------------------- linear layers
-def check_finite(weight, name="a weight"):
-    """Raises UserError where there is NaN or infinity: its block's scale, and with it the whole block, would be too."""
-    if not torch.isfinite(weight).all():
-        bad = (~torch.isfinite(weight)).sum().item()
-        raise UserError(f"{name}: {bad:,} of {weight.numel():,} values are NaN or infinite; the model is damaged")
-
-
-class FrozenProduct(torch.autograd.Function):
-    """x @ W.T with a gradient for x alone. Only the packed weight stays alive for backward, which unpacks it again (QLoRA)."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize(grad.dtype), None
-
-
-class QuantLinear(nn.Module):
-    """A linear layer with packed weights: x (..., K) -> (..., N). `dequantize` defines it; `product` is the quickest way that
-    the device has to nearly the same numbers. Buffers named in `by_row` have the output rows first, so layers can be fused."""
-    by_row = ()
-
-    def __init__(self, shape, bias=None):
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    def dequantize(self, dtype=torch.float32):
-        """-> (N, K) of dtype, the weights that this layer stands for."""
-        raise NotImplementedError
-
-    def prepare(self):
-        """Convert the weights to the CPU operators' own layout, once; the first product does it too."""
-
-    def product(self, x):
-        """The plain twin: unpack, then multiply. x (..., K) -> (..., N) with the bias, in x's dtype."""
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def forward(self, x):
-        return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
-
-    def with_bias(self, y):
-        return y if self.bias is None else y + self.bias
-
-    def extra_repr(self):
-        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
-
-
-def fuse(layers):
-    """Layers of one class that read the same input (q, k, v; gate and up) -> one layer whose rows are theirs, in order."""
-    first, bias = layers[0], None
-    if any(layer.bias is not None for layer in layers):
-        bias = torch.cat([layer.scale.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
-    fused = copy.copy(first)
-    fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
-    fused.out_features, fused.fast = sum(layer.out_features for layer in layers), None
-    for name in first.by_row:
-        parts = [getattr(layer, name) for layer in layers]
-        fused._buffers[name] = None if parts[0] is None else torch.cat(parts)
-    return fused
-
-
-def int8_rows(x, split):
-    """(M, K) floats -> (int8 rows, scale (M, 1)): each row by its own scale, so that no row depends on its neighbours.
-
-    With `split` the rows come twice, (2M, K): rounded, and then what the rounding lost, 254 times finer. Two int8 products
-    so make one with 16-bit activations, which costs little more than one where the weights' way from memory is the cost.
+    Block after block: only one block's Hessians and the hidden states in front of it are alive, the rest of the model can stay
+    on the CPU while `device` computes. Further keywords: fields of Recipe. `log` gets a line per block: the squared change
+    of its outputs relative to their size, and that of rounding to nearest.
     """
-    scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp(min=1e-30) / 127  # the largest magnitude is 127
-    x = x / scale
-    high = x.round()
-    return (torch.cat((high, ((x - high) * 254).round())) if split else high).to(torch.int8), scale
+    recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
+    check_group(group_size)
+    if not 2 <= bits <= 8:
+        raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
+    linears(model)  # refuses what is packed already
+    calibration = Calibration(model, batches, device or model.embed_tokens.weight.device)
+    for i, block in enumerate(model.layers):
+        begin, losses, damps = time.time(), [], []
+        block.to(calibration.device)
+        if recipe.awq:
+            scale_channels(block, calibration, i in model.config.sliding_layers, recipe)
+        packed = {}
+        for names, inputs in stages(block, calibration, i in model.config.sliding_layers):
+            H = calibration.second_moments(inputs)
+            packed |= round_together({name: block.get_submodule(name) for name in names}, H, recipe,
+                                     lambda names, *numbers: losses.append(numbers))
+        for name, layer in packed.items():
+            block.set_submodule(name, layer)
+        block.to(calibration.rest)
+        ours, nearest_, size, damps = zip(*losses)
+        log(f"block {i:2d}: change {sum(ours) / sum(size):.2e}, to nearest {sum(nearest_) / sum(size):.2e}"
+            f"{f', damping raised to {max(damps):g}' if max(damps) > recipe.damp else ''}, {time.time() - begin:.1f} s")
+    model.quantization = describe(model, "gptq", group_size, sym=recipe.sym) | {
+        "bits": bits, "desc_act": act_order and not recipe.static_groups, "static_groups": recipe.static_groups,
+        "true_sequential": True, "damp_percent": recipe.damp}
+    return model
+
+# --------------------------------------------------------------------------------------------------------- text and figures
+def sample_rows(model, count, length, seed):
+    """Text of the model's own making, (count, length) int64: what to calibrate on and to score where no other is at hand."""
+    from generate import KVCache
+    config, device = model.config, model.embed_tokens.weight.device
+    generator, batches = torch.Generator().manual_seed(seed), []
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    first = next((i for i in (config.bos_token_id, *ends) if i is not None), None)
+    for rows in torch.arange(count).split(32):
+        ids = (torch.randint(config.vocab_size, (len(rows), 1), generator=generator) if first is None else
+               torch.full((len(rows), 1), first)).to(device)
+        caches, new = [KVCache(config, len(rows), device, model.embed_tokens.weight.dtype, length) for _ in model.layers], ids
+        for _ in range(length - 1):
+            logits = model.lm_head(model.hidden(new, caches=caches)[:, -1]).float()  # (rows, V)
+            new = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(device)
+            ids = torch.cat((ids, new), 1)
+        batches.append(ids.cpu())
+    return torch.cat(batches)
 
 
-class Int8Linear(QuantLinear):
-    """int8 weights with one float scale an output row: w = scale * code, code in -127..127 [format "int8"].
-
-    With `dynamic` the activations are rounded to int8 too, each row of x by its own largest magnitude ["int8-dynamic"].
-    """
-    by_row = ("codes", "scale")
-
-    def __init__(self, codes, scale, bias=None, dynamic=False):
-        """codes (N, K) int8, scale (N,) float32"""
-        super().__init__(codes.shape, bias)
-        self.dynamic, self.fast = dynamic, None
-        self.int8_units = torch.cpu._is_vnni_supported()  # the CPU multiplies int8 natively and exactly
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-
-    @classmethod
-    def from_linear(cls, linear, dynamic=False):
-        codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
-        return cls((codes.short() - 128).to(torch.int8), scales[:, 0].float(), linear.bias, dynamic)
-
-    def dequantize(self, dtype=torch.float32):
-        return (self.codes * self.scale[:, None]).to(dtype)
-
-    def prepare(self):
-        if self.codes.is_cuda or self.int8_units or self.fast is not None:
-            return
-        if self.dynamic:  # FBGEMM's own layout
-            with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
-                weight = torch._make_per_channel_quantized_tensor(self.codes, self.scale.double(), torch.zeros_like(
-                    self.scale, dtype=torch.long), 0)
-            self.fast = torch.ops.quantized.linear_prepack(weight, None)
-        else:
-            self.fast = self.scale.bfloat16()
-
-    def product(self, x):
-        rows = x.reshape(-1, self.in_features)
-        if x.is_cuda and not (self.dynamic and rows.size(0) > 16):  # few rows: the weights' bytes are the cost, not the products
-            from kernels import int8_linear
-            return int8_linear(rows, self.codes, self.scale, self.bias).view(*x.shape[:-1], self.out_features)
-        if not (x.is_cuda or self.int8_units):
-            return self.product_without_units(x, rows)
-        codes, scale = int8_rows(rows.float(), split=not self.dynamic)
-        y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
-        if not self.dynamic:
-            y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
-        return self.with_bias(y * scale * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def product_without_units(self, x, rows):
-        """CPUs before VNNI (2019), where int8 products saturate: FBGEMM with 7-bit activations; bf16 activations for few rows."""
-        self.prepare()
-        if self.dynamic:
-            top = torch.linalg.vector_norm(rows.float(), torch.inf, -1, keepdim=True).clamp(min=1e-30)
-            y = torch.ops.quantized.linear_dynamic(rows / top, self.fast, True) * top
-        elif rows.size(0) <= FEW_ROWS:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast)
-        else:
-            return super().product(x)
-        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+def read_rows(path, tok, count, length):
+    """A text, a .jsonl of texts or .json(l) of conversations -> at most (count, length) int64, evenly spaced rows of its tokens."""
+    path, ids, (first, last) = Path(path), [], ends_of(tok)
+    with open(path, "rb") as file:
+        head = file.readline()
+    if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
+        for one, _ in examples(tok, read_conversations(path), Counter()):
+            ids += one
+    else:
+        for document, _, _ in documents([path], ()):
+            ids += [i for i in (first, *tok.encode(document.decode()), last) if i is not None]
+    if len(ids) < length:
+        raise UserError(f"{path}: {len(ids):,} tokens are less than one row of {length:,}; give more text or a smaller --length")
+    count = min(count, len(ids) // length)
+    starts = torch.linspace(0, len(ids) - length, count).long()  # rows do not overlap
+    return torch.stack([torch.tensor(ids[i:i + length]) for i in starts.tolist()])
 
 
-class GroupLinear(QuantLinear):
-    """2 to 8 bits, one scale and zero point for each `group` neighbouring inputs of a row: w = scale * (code - zero).
-
-    packed  uint8 (N, ceil(K/2)), two codes a byte, the earlier in the low half, for 2 to 4 bits; else (N, K)
-    scales  float16 (N, G), G = ceil(K/group): the last group may be shorter
-    zeros   uint8 (N, G), or None where all are 8 (symmetric int4)
-    order   int64 (K,) or None: packed column j is input order[j] (GPTQ's act-order keeps a group's columns together)
-    """
-    by_row = ("packed", "scales", "zeros")
-
-    def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
-        """codes uint8 (N, K) in the order of `order`."""
-        super().__init__(codes.shape, bias)
-        self.bits, self.group, self.fast = bits, group if group > 0 else self.in_features, None
-        if bits <= 4:
-            codes = F.pad(codes, (0, codes.size(1) % 2))
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
-        self.register_buffer("packed", codes)
-        self.register_buffer("scales", scales.half())
-        self.register_buffer("zeros", None if bits == 4 and (zeros == 8).all() else zeros.to(torch.uint8))
-        self.register_buffer("order", order)
-
-    @classmethod
-    def from_linear(cls, linear, bits=4, group=128, sym=True):
-        return cls(*round_to_nearest(linear.weight, bits, group, sym), bits, group, None, linear.bias)
-
-    def codes(self):
-        """-> uint8 (N, K), columns still in `order`."""
-        if self.bits > 4:
-            return self.packed
-        return torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :self.in_features]  # (N, K/2, 2) -> (N, K)
-
-    def zero_points(self):
-        return torch.full_like(self.scales, 8, dtype=torch.uint8) if self.zeros is None else self.zeros
-
-    def dequantize(self, dtype=torch.float32):
-        codes, (N, K) = self.codes(), (self.out_features, self.in_features)
-        groups = F.pad(codes, (0, -K % self.group)).view(N, -1, self.group).float()  # (N, G, group)
-        zero = 8 if self.zeros is None else self.zeros[:, :, None].float()
-        weight = groups.sub_(zero).mul_(self.scales[:, :, None]).view(N, -1)[:, :K]
-        return (weight if self.order is None else weight[:, self.order.argsort()]).to(dtype)
-
-    def prepare(self):
-        if self.packed.is_cuda or self.fast is not None:
-            return
-        step = next((s for s in (256, 128, 64, 32) if self.group % s == 0), None)
-        if self.bits > 4 or step is None:
-            self.fast = ()  # torch's CPU operator knows groups of 32, 64, 128 and 256
-            return
-        N, K = self.out_features, self.in_features
-        codes = F.pad(self.codes().int(), (0, -K % self.group, 0, -N % 16))  # whole groups; rows in sixteens
-        scale = F.pad(self.scales.float(), (0, 0, 0, -N % 16))
-        shift = scale * (8 - F.pad(self.zero_points().float(), (0, 0, 0, -N % 16)))  # the operator's w = scale * (code - 8) + shift
-        both = torch.stack((scale, shift), -1).repeat_interleave(self.group // step, 1)  # (N, K/step, 2)
-        self.fast = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), both.transpose(0, 1).bfloat16().contiguous(),
-                     step)
-
-    def product(self, x):
-        rows = x.reshape(-1, self.in_features)
-        if self.order is not None:
-            rows = rows[:, self.order]
-        if x.is_cuda and self.bits <= 4:
-            from kernels import int4_linear
-            y = int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
-            return y.view(*x.shape[:-1], self.out_features)
-        self.prepare()
-        if not self.fast or rows.size(0) > FEW_ROWS:
-            return super().product(x)
-        packed, both, step = self.fast
-        rows = F.pad(rows, (0, -self.in_features % self.group)).bfloat16()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, step, both)[:, :self.out_features]
-        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+def calibration_and_held_out(model, tok, args):
+    """-> two tensors of rows (R, length). One file serves both: its even rows calibrate, its odd rows are held out."""
+    length = min(args.length, model.config.max_position_embeddings)
+    if not args.text:
+        print(f"text     the model's own (--text FILE for other): {args.samples} rows of {length} tokens to calibrate, "
+              f"{args.held_out_rows} held out")
+        return sample_rows(model, args.samples, length, args.seed), sample_rows(model, args.held_out_rows, length, args.seed + 1)
+    if args.held_out:
+        return read_rows(args.text, tok, args.samples, length), read_rows(args.held_out, tok, args.held_out_rows, length)
+    rows = read_rows(args.text, tok, args.samples + args.held_out_rows, length)
+    if len(rows) < 2:
+        raise UserError(f"{args.text}: one row of {length} tokens cannot both calibrate and be held out; add --held-out FILE")
+    return rows[::2][:args.samples], rows[1::2][:args.held_out_rows]
 
 
-class NF4Linear(QuantLinear):
-    """4-bit NormalFloat weights in bitsandbytes' layout; the tensors of `nf4_quantize` are buffers of the same names."""
-    format, block, double = "nf4", 64, True
-
-    @classmethod
-    def from_linear(cls, linear, block=64, double=True):
-        """nn.Linear -> NF4Linear on the same device."""
-        N, K = linear.weight.shape
-        return cls.from_state(nf4_quantize(linear.weight, block, double), (N, K), linear.bias, block)
-
-    @classmethod
-    def from_state(cls, state, shape, bias=None, block=64):
-        """The tensors of `nf4_quantize`, of weights of that shape -> NF4Linear."""
-        layer = cls(shape, bias)
-        layer.block, layer.double = block, "nested_absmax" in state
-        for name, tensor in state.items():
-            layer.register_buffer(name, tensor)
-        return layer
-
-    def dequantize(self, dtype=torch.float32):
-        return nf4_dequantize(self._buffers, (self.out_features, self.in_features), self.block, dtype)
-
-    def product(self, x):
-        if not x.is_cuda:
-            return super().product(x)
-        from kernels import nf4_linear
-        y = nf4_linear(x.reshape(-1, self.in_features), self.packed, nf4_absmax(self._buffers), self.block, self.out_features,
-                       self.in_features, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+def score(model, original, rows):
+    """-> (perplexity on the rows, mean KL(original || model) in nats a token)."""
+    loss = divergence = 0.0
+    for batch in rows.to(model.embed_tokens.weight.device).split(8):
+        ours = model(batch[:, :-1]).log_softmax(-1)  # (B, T, V)
+        theirs = ours if original is model else original(batch[:, :-1]).log_softmax(-1)
+        loss -= ours.gather(2, batch[:, 1:, None]).double().sum().item()
+        divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+    return math.exp(loss / rows[:, 1:].numel()), divergence / rows[:, 1:].numel()
 
 
-def write_bnb(layer, name, dtype=torch.float32):
-    """NF4Linear -> {tensor name: tensor} of a folder, as bitsandbytes and transformers write and read them."""
-    info = {"quant_type": "nf4", "blocksize": layer.block, "dtype": str(dtype).removeprefix("torch."),
-            "shape": [layer.out_features, layer.in_features]}
-    out = {"": layer.packed[:, None], ".absmax": layer.absmax, ".quant_map": torch.tensor(NF4)}
-    if layer.double:
-        out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map()}
-        info |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
-    out[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
-    return {f"{name}.weight{key}": tensor for key, tensor in out.items()}
+def speed(model, prompt=256, new=32):
+    """-> (prefill, decode) tokens per second of one sequence."""
+    from generate import KVCache
+    config, weight = model.config, model.embed_tokens.weight
+    prompt = min(prompt, config.max_position_embeddings - new)
+    for timed in (False, True):  # the first run converts layouts and warms up
+        caches = [KVCache(config, 1, weight.device, weight.dtype, prompt + new) for _ in model.layers]
+        ids = torch.randint(config.vocab_size, (1, prompt), device=weight.device)
+        times = [time.perf_counter()]
+        for step in range(new + 1):
+            ids = model.lm_head(model.hidden(ids, caches=caches)[:, -1]).argmax(-1, keepdim=True)
+            if step in (0, new):
+                ids.sum().item()  # waits for a GPU
+                times.append(time.perf_counter())
+    return prompt / (times[1] - times[0]), new / (times[2] - times[1])
 
 
-def read_bnb(tensors, name, shape, bias=None):
-    """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear. Other codes than NF4 are refused."""
-    own = {key.removeprefix(name + ".weight").lstrip("."): t for key, t in tensors.items() if key.startswith(name + ".weight")}
-    if "quant_state.bitsandbytes__nf4" not in own:
-        raise UserError(f"{name}.weight: not in bitsandbytes' NF4 layout (found {', '.join(sorted(own))})")
-    try:
-        info = json.loads(bytes(own["quant_state.bitsandbytes__nf4"].tolist()))
-        block, nested = info["blocksize"], info.get("nested_blocksize", NESTED_BLOCK)
-        fits = (block in (32, 64, 128, 256, 512, 1024, 2048, 4096) and nested == NESTED_BLOCK and tuple(info["shape"]) == tuple(shape)
-                and own[""].dtype == torch.uint8 and own[""].numel() * 2 == shape[0] * shape[1]
-                and own["absmax"].numel() == -(-shape[0] * shape[1] // block)
-                and torch.equal(own["quant_map"].float(), torch.tensor(NF4)))
-        state = {"packed": own[""].reshape(-1), "absmax": own["absmax"]}
-        if "nested_absmax" in own:
-            fits = fits and torch.equal(own["nested_quant_map"], dynamic_map())
-            fits = fits and own["nested_absmax"].numel() == -(-own["absmax"].numel() // NESTED_BLOCK)
-            state |= {"nested_absmax": own["nested_absmax"], "offset": torch.tensor(float(info["nested_offset"]))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}.weight: damaged bitsandbytes statistics ({type(error).__name__}: {error})") from None
-    if not fits:
-        raise UserError(f"{name}.weight: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}")
-    return NF4Linear.from_state(state, shape, bias, block)
+def stored_bytes(model):
+    """Bytes of the model's tensors as its folder holds them."""
+    state = packed_state(model) if model.quantization else to_folder_names(model.state_dict(), model.config)
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- the commands
+@dataclass
+class Args:
+    model: str = ""               # the model folder, or "report" to compare formats
+    folder: str = "-"             # report: the model folder
+    format: str = "gptq"          # int8, int8-dynamic, int4, int4-asym, nf4, gptq, awq, gguf-q8_0, gguf-q4_k_m, ...
+    out: str = ""                 # where to write; report: [MODEL/quantization.md and .png]
+    bits: int = 4                 # GPTQ and AWQ: 2 to 8
+    group_size: int = 128         # neighbouring inputs that share a scale; -1: a whole row
+    sym: bool = True              # GPTQ and AWQ: no zero points (vLLM's fastest kernels ask for that)
+    act_order: bool = False       # GPTQ: columns with the largest activations first
+    static_groups: bool = False   # GPTQ: with act-order, groups of neighbouring columns, scales of the original weights
+    damp: float = 0.01            # GPTQ: share of the Hessian's mean diagonal added to it; raised by itself where needed
+    awq: bool = False             # GPTQ: scale channels first, as AWQ
+    text: str = ""                # text, .jsonl or conversations to calibrate on [the model's own samples]
+    held_out: str = ""            # the same to score on [every other row of --text]
+    samples: int = 128            # rows to calibrate on
+    held_out_rows: int = 32       # rows to score on
+    length: int = 512             # tokens in a row, at most the model's context
+    seed: int = 0                 # of the samples
+    formats: str = ""             # report: a comma-separated choice [all]
+    device: str = "auto"          # auto, cpu, cuda, mps
+
+
+def make(folder, format, rows, args, log=print):
+    """A model folder's model in a format -> (model, bytes that it takes on disk). rows: calibration for GPTQ and AWQ."""
+    if format.startswith("gguf-"):
+        import gguf
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "model.gguf"
+            gguf.write(folder, path, format.removeprefix("gguf-"))
+            return gguf.load(path, args.device)[0], path.stat().st_size
+    model = Transformer.from_pretrained(folder, args.device)
+    if model.quantization:
+        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
+    if format in ("gptq", "awq"):
+        gptq(model, rows.split(8), args.bits, args.group_size, args.act_order, log=log, sym=args.sym, damp=args.damp,
+             static_groups=args.static_groups, awq=args.awq or format == "awq", rounding="rtn" if format == "awq" else "gptq")
+    elif format != "original":
+        quantize(model, format, args.group_size)
+    return model, stored_bytes(model)
+
+
+REPORT = ("original", *FORMATS, "gptq", "awq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
+COLUMNS = (("format", "{}"), ("bytes", "{:,}"), ("bits/weight", "{:.2f}"), ("perplexity", "{:.4f}"), ("KL to original", "{:.5f}"),
+           ("prefill tok/s", "{:,.0f}"), ("decode tok/s", "{:,.1f}"))
+
+
+@torch.inference_mode()
+def report(args):
+    """Every format on the same held-out text: a markdown table and a plot, written beside the model or to --out."""
+    formats = args.formats.split(",") if args.formats else REPORT
+    if unknown := [f for f in formats if f not in (*REPORT, *FORMATS) and not f.startswith("gguf-")]:
+        raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
+    original, tok = Transformer.from_pretrained(args.folder, args.device), Tokenizer.load(args.folder)
+    calibration, held_out = calibration_and_held_out(original, tok, args)
+    table = []
+    for format in formats:
+        model, size = make(args.folder, format, calibration, args, log=lambda line: None)
+        perplexity, divergence = score(model, original, held_out)
+        rates = speed(model) if not format.startswith("gguf-") else (math.nan, math.nan)  # those run in llama.cpp
+        table.append((format, size, 8 * size / original.num_params(), perplexity, divergence, *rates))
+        print("  ".join(f"{name} {pattern.format(value)}" for (name, pattern), value in zip(COLUMNS, table[-1])), flush=True)
+    out = Path(args.out or args.folder)
+    write_report(out, table, f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
+                             f"{held_out.numel():,} held-out tokens")
+    by_name = {row[0]: row for row in table}
+    if "gptq" in by_name and (rtn := by_name.get("int4" if args.sym else "int4-asym")) and args.bits == 4:
+        if by_name["gptq"][4] > rtn[4]:
+            raise UserError(f"GPTQ's KL {by_name['gptq'][4]:.5f} is worse than round-to-nearest's {rtn[4]:.5f}: calibrate on more "
+                            "text (--samples, --text) or raise --damp")
+
+
+def write_report(out, table, title):
+    from matplotlib.figure import Figure
+    out.mkdir(parents=True, exist_ok=True)
+    cells = [[name for name, _ in COLUMNS], ["---", *["---:"] * (len(COLUMNS) - 1)]]
+    cells += [["–" if v != v else pattern.format(v) for (_, pattern), v in zip(COLUMNS, row)] for row in table]
+    lines = [f"# Quantized: {title}", "", *[f"| {' | '.join(row)} |" for row in cells]]
+    write_atomic(out / "quantization.md", lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    figure = Figure(figsize=(8, 5), dpi=120)
+    ax = figure.subplots()
+    for format, size, _, _, divergence, *_ in table:
+        if divergence > 0:
+            ax.scatter(size / 1e6, divergence)
+            ax.annotate(format, (size / 1e6, divergence), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    ax.set(xlabel="size, MB", ylabel="KL to the original, nats per token", yscale="log", title=title)
+    ax.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    write_atomic(out / "quantization.png", lambda p: figure.savefig(p, format="png"))
+    print(f"wrote    {out / 'quantization.md'} and .png")
+
+
+def read_args(argv=None):
+    args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
+    if args.model != "report":
+        known = (*FORMATS, "gptq", "awq")
+        if args.format not in known and not args.format.startswith("gguf-"):
+            raise UserError(f"--format {args.format}: choose one of {', '.join(known)}, gguf-q8_0, gguf-q4_k_m, ...")
+        if not args.out:
+            raise UserError("--out: say where to write the quantized model")
+    elif args.folder == "-":
+        raise UserError("report: say which model folder")
+    if args.samples < 1 or args.held_out_rows < 1 or args.length < 2:
+        raise UserError(f"samples {args.samples} and held-out-rows {args.held_out_rows} must be >= 1, length {args.length} >= 2")
+    args.device = resolve(args.device, "float32", "off").device
+    return args
+
+
+@torch.inference_mode()
+def main():
+    args = read_args()
+    if args.model == "report":
+        return report(args)
+    out = Path(args.out)
+    if args.format.startswith("gguf-"):
+        import gguf
+        return gguf.write(args.model, out if out.suffix == ".gguf" else out.with_suffix(".gguf"), args.format.removeprefix("gguf-"))
+    if out.resolve() == Path(args.model).resolve():
+        raise UserError(f"--out {out} is the model itself; choose another folder")
+    original, tok = Transformer.from_pretrained(args.model, args.device), Tokenizer.load(args.model)
+    calibration, held_out = calibration_and_held_out(original, tok, args)
+    model, size = make(args.model, args.format, calibration, args)
+    model.save_pretrained(out)
+    for name in TOKENIZER_FILES:
+        if (Path(args.model) / name).is_file():
+            shutil.copyfile(Path(args.model) / name, out / name)
+    before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
+    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(original) / 1e6:.2f}, held-out perplexity {before:.4f} -> "
+          f"{after:.4f}, KL {divergence:.5f}; {out}")
+
+
+if __name__ == "__main__":
+    cli(main)

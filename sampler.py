@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from common import UserError
 
@@ -39,7 +40,7 @@ class Sampling:
     ignore_eos: bool = False         # go on past end-of-text
     n: int = 1                       # so many answers
     best_of: int | None = None       # draw so many, return the n of the best mean log-probability
-    constraint: object = None        # a grammar.Constraint: the answer matches it, and is complete within max_tokens
+    constraint: object = None        # grammar.Constraint: what each token may be. Every answer gets a copy
 
     def check(self, vocab_size):
         """UserError for what no model could do."""
@@ -93,6 +94,7 @@ class Row:
     ends: frozenset             # ids that are barred until min_tokens are made
     bad_words: tuple            # of tuples of ids
     constraint: object = None
+    room: int = 1 << 30        # tokens that may still be made
 
 
 def uniform(seed, position):
@@ -134,12 +136,11 @@ def edit(logits, rows):
         flat[torch.tensor(add_at, device=logits.device)] += torch.tensor(add_by, device=logits.device, dtype=logits.dtype)
     for r, row in enumerate(rows):
         if row.constraint is not None:
-            barred = torch.ones(V, dtype=torch.bool)
-            allowed = row.constraint.allowed(row.sampling.max_tokens - len(row.output))  # what can still be brought to its end
-            barred[:len(allowed)] = ~allowed
-            if row.constraint.complete:
+            allowed = row.constraint.allowed(row.room).to(logits.device)[:V]
+            barred = F.pad(~allowed, (0, V - len(allowed)), value=True)
+            if row.constraint.complete and len(row.output) >= row.sampling.min_tokens:
                 barred[list(row.ends)] = False
-            logits[r].masked_fill_(barred.to(logits.device), -torch.inf)
+            logits[r].masked_fill_(barred, -torch.inf)
 
 
 def kept(logits, rows):

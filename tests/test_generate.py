@@ -93,3 +93,22 @@ def test_command_streams_text(folder):
 def test_unknown_character_is_one_line_that_names_it(folder):
     done = command(folder, "abc?", "--device", "cpu")
     assert done.returncode == 2 and "'?'" in done.stderr and "28" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, tmp_path):
+    import json
+    lines = [{"prompt": "abc", "id": "first"}, {"prompt": [1, 2], "n": 2, "temperature": 0}, {"prompt": "?"}, {"text": "abc"},
+             {"prompt": "b", "max_tokens": 3}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    out = tmp_path / "out.jsonl"
+    arguments = [folder, "--batch", tmp_path / "in.jsonl", "--out", out, "--max-tokens", 5, "--device", "cpu"]
+    assert command(*arguments).returncode == 0
+    whole = out.read_text()
+    rows = {row["line"]: row for row in map(json.loads, whole.splitlines())}
+    assert len(rows) == 6 and rows[1]["id"] == "first" and rows[5]["answers"][0]["tokens"] == 3
+    assert rows[2]["answers"][0] == rows[2]["answers"][1]
+    assert "'?'" in rows[3]["error"] and "prompt" in rows[4]["error"] and "JSON" in rows[6]["error"]
+    out.write_text("\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:9])  # the crash cut a line
+    assert command(*arguments).returncode == 0
+    again = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert again == rows
