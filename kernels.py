@@ -24,65 +24,65 @@ try:
     import triton.language as tl
     jit = triton.jit
 except ImportError:  # Windows, macOS: the twins serve
-    triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda function: function
+    triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda function=None, **_: function or (lambda kernel: kernel)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton itself when it is imported
 INTERPRETED = tl.constexpr(INTERPRET)  # the same for use inside kernels
 
 
 # --------------------------------------------------------------------------------------------------- choosing and tuning
+# Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would otherwise compile a kernel
+# again whenever one becomes or stops being a multiple of 16.
 @functools.cache
 def say_once(message):
     print(f"kernels  {message}", file=sys.stderr)
 
 
-def use_kernel(x):
-    """Whether x is where the kernels run; Triton launches on the current device, so x's device is made that."""
-    if x.is_cuda and triton is None:
-        say_once("triton is not installed, so plain torch computes, several times slower: pip install triton")
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+def use_kernel(x, cache=None):
+    """Whether x is where the kernels run, and can compute with the cache's type. Triton launches on the current device, so x's
+    device is made that."""
+    if not x.is_cuda or triton is None:
+        if x.is_cuda:
+            say_once("triton is not installed, so plain torch computes, several times slower: pip install triton")
+        return triton is not None and INTERPRET
+    if x.device.index != torch.cuda.current_device():
         torch.cuda.set_device(x.device)
-    return triton is not None and (x.is_cuda or INTERPRET)
-
-
-class Device(NamedTuple):
-    """What block sizes depend on."""
-    name: str
-    processors: int   # streaming multiprocessors
-    shared: int       # bytes of shared memory a block may take: 64 KB (T4), 99 KB (RTX), 163 KB (A100), 227 KB (H100)
-    capability: tuple
+    if cache is not None and cache.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        say_once("float8 needs compute capability 8.9, so plain torch serves the cache, slowly: use an int8 cache")
+        return False
+    return True
 
 
 @functools.cache
-def device_of(device):
-    if device.type != "cuda":
-        return Device(platform.machine(), 4, 99 << 10, (8, 0))  # the interpreter: as a small card
-    p = torch.cuda.get_device_properties(device)
-    return Device(p.name, p.multi_processor_count, getattr(p, "shared_memory_per_block_optin", 48 << 10), (p.major, p.minor))
+def card(device):
+    """What block sizes depend on: multiprocessors and the shared memory of a block (T4 64 KB, RTX 99, A100 163, H100 227)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device)
+    return SimpleNamespace(name=platform.machine(), multi_processor_count=4, shared_memory_per_block_optin=99 << 10)
 
 
-def table_path(device):
-    """Tuned configurations, a file per card and Triton version."""
+@functools.cache
+def tuning_table(device):
+    """(path, {key: configuration} of earlier runs), one file per card and Triton version; each new entry is written at once."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-kernels"
-    return folder / f"{device_of(device).name.replace(' ', '-')}-triton-{triton.__version__}.json"
-
-
-@functools.cache
-def tuning_table(path):
-    """{key: configuration} from the last runs; kept in memory and written after each new entry."""
+    path = folder / f"{card(device).name.replace(' ', '-')}-triton-{triton.__version__}.json"
     try:
         table = read_json(path)
-        return table if isinstance(table, dict) else {}
+        return path, table if isinstance(table, dict) else {}
     except (OSError, UserError):  # no file yet, or a broken one: tune again
-        return {}
+        return path, {}
 
 
 def milliseconds(launch, config):
-    """Median time of launch(config) with a cold L2; infinite where the card has no room for it."""
+    """Median time of launch(config) with a cold L2; infinite where the card has no room for it, or no such instruction."""
     try:
         return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
     except (triton.OutOfResources, triton.runtime.errors.PTXASError):
         return float("inf")
+    except RuntimeError as error:
+        if "PassManager" in str(error):  # Triton has no int8 products before compute capability 8.0
+            return float("inf")
+        raise
 
 
 def tuned(key, configs, launch, device):
@@ -93,12 +93,15 @@ def tuned(key, configs, launch, device):
     """
     if INTERPRET:
         return launch(configs[0])
-    path = table_path(device)
-    table = tuning_table(path)
+    path, table = tuning_table(device)
     if table.get(key) not in [*configs, "twin"]:  # also an entry that an older version wrote
         if torch.cuda.is_current_stream_capturing():
             return launch(configs[-1])
-        times = [milliseconds(launch, config) for config in configs]
+        try:
+            times = [milliseconds(launch, config) for config in configs]
+        except torch.OutOfMemoryError:  # timing clears the L2 with a buffer of 256 MB
+            say_once("no memory is left to tune in: the kernels run as they are")
+            return launch(configs[0])
         table[key] = configs[times.index(min(times))] if min(times) < float("inf") else "twin"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,8 @@ def tuned(key, configs, launch, device):
         except OSError as error:
             say_once(f"tuned configurations cannot be kept ({error}); every run will tune again")
     if table[key] == "twin":
-        say_once(f"{key}: no configuration fits {device_of(device).shared:,} bytes of shared memory; plain torch computes")
+        shared = card(device).shared_memory_per_block_optin
+        say_once(f"{key}: no configuration compiles for this card and its {shared:,} bytes of shared memory; plain torch computes")
         return None
     return launch(table[key])
 
@@ -140,7 +144,7 @@ def nf4_table(device):
 
 class Packed(NamedTuple):
     """Packed weights of an (N, K) layer as the kernels take them."""
-    format: str             # int8, int4 or nf4
+    format: str             # int8, int8x8 (x is int8 too), int4 or nf4
     weight: torch.Tensor    # (N, width) bytes
     scales: torch.Tensor    # (N, groups); int8: (N,)
     zeros: torch.Tensor     # (N, groups) or None
@@ -150,15 +154,11 @@ class Packed(NamedTuple):
 
     @property
     def pack(self):
-        return 1 if self.format == "int8" else 2  # weights a byte
+        return 1 if self.format.startswith("int8") else 2  # weights a byte
 
     @property
     def width(self):
         return -(-self.K // self.pack)
-
-    @property
-    def groups(self):
-        return -(-self.K // self.group)
 
 
 @jit
@@ -169,6 +169,12 @@ def _one_and(byte):
     if byte.dtype == tl.int8:
         bits = bits ^ 0x400000  # + 128: two's complement as unsigned
     return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def _values(tile, like):
+    """A tile in the type of another; int8 by its bits too."""
+    return (_one_and(tile) * 256 - 384 if tile.dtype == tl.int8 else tile.to(tl.float32)).to(like.dtype)
 
 
 @jit
@@ -244,26 +250,29 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
     tl.store(out + tl.program_id(1) * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
 
 
-@jit
-def _gemm(x, weight, scales, zeros, bias, table, out, M, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+@jit(do_not_specialize=["M"])
+def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """Several rows of x: the transposed product W x^T, tile (BLOCK_N, BLOCK_M), on the tensor cores.
 
     W is the left operand because that one may come from registers, where it is unpacked; x, the right one, may be as narrow
     as 16 rows. Even and odd columns are two products, so nibbles are never interleaved. A 4-bit tile lies in one group.
+    int8x8: x is int8 too, the sums are exact in int32, and x_scale (M,) comes at the end.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    PACK: tl.constexpr = 1 if FORMAT == "int8" else 2
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    PACK: tl.constexpr = 1 if FORMAT == "int8" or FORMAT == "int8x8" else 2
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if FORMAT == "int8x8" else tl.float32)
     for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
         byte = tl.load(weight + rows.to(tl.int64)[:, None] * width + cols[None, :],
                        mask=(rows < N)[:, None] & (cols < width)[None, :], other=0)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = tl.load(x + ms.to(tl.int64)[:, None] * K + k[None, :], mask=(ms < M)[:, None] & (k < K)[None, :], other=0.0)
-        if FORMAT == "int8":
-            acc = _dot((_one_and(byte) * 256 - 384).to(xs.dtype), tl.trans(xs), acc)
+        xs = tl.load(x + ms.to(tl.int64)[:, None] * K + k[None, :], mask=(ms < M)[:, None] & (k < K)[None, :], other=0)
+        if FORMAT == "int8x8":
+            acc = tl.dot(byte, tl.trans(xs), acc, out_dtype=tl.int32)
+        elif FORMAT == "int8":
+            acc = _dot(_values(byte, xs), tl.trans(xs), acc)
         else:
             where = rows.to(tl.int64) * groups + begin * 2 // GROUP
             scale = tl.load(scales + where, mask=rows < N, other=0.0).to(tl.float32)[:, None]
@@ -280,8 +289,11 @@ def _gemm(x, weight, scales, zeros, bias, table, out, M, N, K, width, groups, FO
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_M, BLOCK_B, 2)))  # even and odd columns of x
             acc = _dot(even.to(xs.dtype), tl.trans(x0), acc)
             acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
-    if FORMAT == "int8":
+    acc = acc.to(tl.float32)
+    if PACK == 1:
         acc *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    if FORMAT == "int8x8":
+        acc *= tl.load(x_scale + ms, mask=ms < M, other=0.0)[None, :]
     if bias is not None:
         acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     at = out + (tl.program_id(2) * M + ms).to(tl.int64)[None, :] * N + rows[:, None]
@@ -314,7 +326,7 @@ def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, bloc
 def dequantize(w, dtype):
     """Packed -> (N, K) in dtype."""
     out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
-    rows, K, width, groups = w.N, w.K, w.width, w.groups
+    rows, K, width, groups = w.N, w.K, w.width, -(-w.K // w.group)
     if w.format == "nf4":  # blocks run on across the ends of rows: one long row
         rows, K, width, groups = 1, w.N * w.K, w.weight.numel(), w.scales.numel()
     blocks = triton.cdiv(width, 1024)
@@ -332,54 +344,49 @@ def gemv_configs(group):
 
 def gemm_configs(M, group, pack, size, shared):
     """Tiles (BLOCK_N weight rows, BLOCK_M rows of x) whose pipeline of `stages` packed and x tiles fits the shared memory."""
-    m = min(max(16, bucket(M)), 128)
-    most = min(group & -group, 256) // pack  # a 4-bit tile lies in one group
+    m, most = min(max(16, bucket(M)), 128), min(group & -group, 256) // pack  # a 4-bit tile lies in one group
     wanted = ((64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 4), (128, 64, 8, 4), (32, 128, 2, 4), (32, 64, 4, 3), (32, 32, 2, 2))
-    configs = {(n, m, max(16, min(k // pack, most)), warps, stages): None for n, k, warps, stages in wanted}
-    configs |= {(32, 16, 16, 2, 2): None}  # the smallest there is
-    return [dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=b, num_warps=warps, num_stages=stages) for n, m, b, warps, stages in configs
+    tiles = {(n, m, max(16, min(k // pack, most)), warps, stages): None for n, k, warps, stages in wanted}
+    tiles |= {(32, 16, 32 // pack, 2, 2): None}  # the smallest there is
+    return [dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=b, num_warps=warps, num_stages=stages) for n, m, b, warps, stages in tiles
             if stages * (n * b + m * b * pack * size) <= shared]
 
 
-def multiply(x, w, bias=None):
-    """x (M, K) @ w.T + bias -> (M, N) in x's dtype, or None where the card has room for no configuration."""
+def multiply(x, w, dtype, bias=None, x_scale=None):
+    """x (M, K) @ w.T + bias -> (M, N) in dtype, or None where the card has room for no configuration."""
     M, K = x.shape
-    blocky = w.group >= 32 and (w.group & -w.group) >= 32  # a load of 16 bytes has one scale
-    if w.format == "nf4":
-        blocky = blocky and K % w.group == 0
-    if M > DEQUANTIZE_ABOVE or not (blocky or w.format == "int8"):
-        return F.linear(x, dequantize(w, x.dtype), bias)
-    device, x = device_of(x.device), x.contiguous()
-    if M == 1:
-        configs = gemv_configs(w.group if w.pack == 2 else 32)
-    else:
-        configs = gemm_configs(M, w.group if w.pack == 2 else 256, w.pack, x.element_size(), device.shared)
+    fused = w.pack == 1 or w.group & -w.group >= 32 and (w.format == "int4" or K % w.group == 0)  # 16 bytes have one scale
+    if x_scale is None and (M > DEQUANTIZE_ABOVE or not fused):
+        return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
+    x, group, gemv = x.contiguous(), w.group if w.pack == 2 else 256, M == 1 and x_scale is None
+    gpu = card(x.device)
+    configs = gemv_configs(group) if gemv else gemm_configs(M, group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin)
 
     def launch(config):
-        tiles = (triton.cdiv(w.N, config["BLOCK_N"]), triton.cdiv(M, config.get("BLOCK_M", 1)))
+        tiles = triton.cdiv(w.N, config["BLOCK_N"]), triton.cdiv(M, config.get("BLOCK_M", 1))
         split = 1  # over K, so that few rows of weights still keep every multiprocessor busy
-        while tiles[0] * tiles[1] * split < device.processors and split * 2 * config["BLOCK_B"] <= w.width and split < 16:
+        while tiles[0] * tiles[1] * split < gpu.multi_processor_count and split * 2 * config["BLOCK_B"] <= w.width and split < 16:
             split *= 2
-        partial = split > 1  # float32 sums of the splits, added up in a fixed order
-        out = torch.empty(split, M, w.N, dtype=torch.float32 if partial else x.dtype, device=x.device)
-        tensors = (x, w.weight, w.scales, w.zeros, None if partial else bias, nf4_table(x.device), out)
-        if M == 1:
-            _gemv[(tiles[0], split)](*tensors, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
+        # with a split: float32 sums of each part, added up in a fixed order
+        out = torch.empty(split, M, w.N, dtype=dtype if split == 1 else torch.float32, device=x.device)
+        tensors = x, w.weight, w.scales, w.zeros, bias if split == 1 else None, nf4_table(x.device), out
+        shape = w.N, K, w.width, triton.cdiv(K, w.group), w.format, w.group
+        if gemv:
+            _gemv[(tiles[0], split)](*tensors, *shape, SPLIT=split, **config)
         else:
-            _gemm[(*tiles, split)](*tensors, M, w.N, K, w.width, w.groups, w.format, w.group, SPLIT=split, **config)
-        if not partial:
+            _gemm[(*tiles, split)](*tensors, x_scale, M, *shape, SPLIT=split, **config)
+        if split == 1:
             return out[0]
         y = out.sum(0)
-        return (y if bias is None else y + bias).to(x.dtype)
-    key = f"{w.format} {x.dtype} M{bucket(M)} N{w.N} K{K} group{w.group} {w.zeros is not None}"
-    return tuned(key, configs, launch, x.device)
+        return (y if bias is None else y + bias).to(dtype)
+    return tuned(f"{w.format} {dtype} M{bucket(M)} N{w.N} K{K} group{w.group} {w.zeros is None}", configs, launch, x.device)
 
 
 def int8_linear(x, weight, scale, bias=None):
     """x (M, K) float; weight (N, K) int8; scale (N,); bias (N,) or None -> (M, N) in x's dtype. W = weight * scale[:, None]."""
     y = None
     if use_kernel(x):
-        y = multiply(x, Packed("int8", weight, scale, None, weight.size(1), *weight.shape), bias)
+        y = multiply(x, Packed("int8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias)
     return int8_linear_twin(x, weight, scale, bias) if y is None else y
 
 
@@ -391,11 +398,11 @@ def int8_linear_twin(x, weight, scale, bias=None):
 def int4_linear(x, packed, scales, zeros, group, bias=None):
     """x (M, K); packed (N, ceil(K/2)) uint8, low nibble first; scales and zeros (N, ceil(K/group)) -> (M, N) in x's dtype.
 
-    zeros None: symmetric, W = (nibble - 8) * scale. The last group may be short.
+    zeros None: symmetric, W = (nibble - 8) * scale. The last group may be short; an odd group is the twin's alone.
     """
     y = None
-    if use_kernel(x):
-        y = multiply(x, Packed("int4", packed, scales, zeros, group, packed.size(0), x.size(1)), bias)
+    if group % 2 == 0 and use_kernel(x):
+        y = multiply(x, Packed("int4", packed, scales, zeros, group, packed.size(0), x.size(1)), x.dtype, bias)
     return int4_linear_twin(x, packed, scales, zeros, group, bias) if y is None else y
 
 
@@ -417,7 +424,7 @@ class NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias):
         ctx.w = w
-        return multiply(x, w, bias)
+        return multiply(x, w, x.dtype, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -432,7 +439,7 @@ def nf4_linear(x, packed, absmax, block, N, K, bias=None):
     if not use_kernel(x):
         return nf4_linear_twin(x, packed, absmax, block, N, K, bias)
     w = Packed("nf4", packed, absmax, None, block, N, K)
-    y = NF4Product.apply(x, w, bias) if torch.is_grad_enabled() else multiply(x, w, bias)
+    y = NF4Product.apply(x, w, bias) if torch.is_grad_enabled() else multiply(x, w, x.dtype, bias)
     return nf4_linear_twin(x, packed, absmax, block, N, K, bias) if y is None else y
 
 
@@ -452,86 +459,36 @@ def nf4_dequantize_twin(packed, absmax, block, N, K, dtype=torch.float32):
     return (nf4_table(packed.device)[index.long()] * absmax.flatten().repeat_interleave(block)[:N * K]).view(N, K).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------------ int8 x int8 linear
-@jit
-def _quantize_rows(x, out, scales, C, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    value = tl.load(x + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-    quantized, scale = _to_int8(value, tl.max(tl.abs(value), 0))
-    tl.store(out + row * C + cols, quantized.to(tl.int8), mask=cols < C)
-    tl.store(scales + row, scale)
-
-
-@jit
-def _to_int8(value, largest):
-    """Symmetric: scale = max |value| / 127, half rounds up; a row of zeros keeps scale 0."""
-    return tl.floor(value * (127 / tl.maximum(largest, 1e-30)) + 0.5), largest / 127
-
-
-@jit
-def _int8_gemm(x, x_scale, weight, scale, bias, out, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_K: tl.constexpr):
-    """int8 products, summed exactly in int32, at twice the rate of 16 bits; both scales and the bias at the end."""
-    ms = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for begin in range(0, K, BLOCK_K):
-        k = begin + tl.arange(0, BLOCK_K)
-        a = tl.load(x + ms.to(tl.int64)[:, None] * K + k[None, :], mask=(ms < M)[:, None] & (k < K)[None, :], other=0)
-        b = tl.load(weight + ns.to(tl.int64)[:, None] * K + k[None, :], mask=(ns < N)[:, None] & (k < K)[None, :], other=0)
-        acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
-    y = acc.to(tl.float32) * tl.load(x_scale + ms, mask=ms < M, other=0.0)[:, None]
-    y *= tl.load(scale + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        y += tl.load(bias + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
-    at = out + ms.to(tl.int64)[:, None] * N + ns[None, :]
-    tl.store(at, y.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
-
-
 def int8_dynamic_linear(x, weight, scale, bias=None):
-    """As int8_linear, but each row of x is rounded to int8 too and the products are int8 x int8 -> int32."""
-    if not use_kernel(x):
-        return int8_dynamic_linear_twin(x, weight, scale, bias)
-    (M, K), N, shared = x.shape, weight.size(0), device_of(x.device).shared
-    x8 = torch.empty(M, K, dtype=torch.int8, device=x.device)
-    x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    _quantize_rows[(M,)](x.contiguous(), x8, x_scale, K, bucket(K), num_warps=row_warps(K))
-    m = min(max(16, bucket(M)), 128)
-    wanted = ((m, 128, 128, 8 if m > 64 else 4, 4), (m, 128, 64, 4, 3), (m, 64, 128, 4, 3), (m, 32, 128, 4, 4), (16, 32, 32, 2, 2))
-    configs = [dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages) for m, n, k, warps, stages in wanted
-               if stages * (m + n) * k <= shared]
-
-    def launch(config):
-        out = torch.empty(M, N, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
-        _int8_gemm[grid](x8, x_scale, weight, scale, bias, out, M, N, K, **config)
-        return out
-    y = tuned(f"int8xint8 {x.dtype} M{bucket(M)} N{N} K{K}", configs, launch, x.device)
+    """As int8_linear, but each row of x is rounded to int8 too, and int8 x int8 is summed in int32: twice the rate of 16 bits."""
+    y = None
+    if use_kernel(x):
+        x8, x_scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device=x.device)
+        _store_rows[(len(x),)](x.contiguous(), x8, x_scale, None, 1, x.size(1), x.size(1), 127.0, 1, bucket(x.size(1)))
+        y = multiply(x8, Packed("int8x8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias, x_scale)
     return int8_dynamic_linear_twin(x, weight, scale, bias) if y is None else y
 
 
 def int8_dynamic_linear_twin(x, weight, scale, bias=None):
-    x8, x_scale = to_int8(x)
+    x8, x_scale = quantize_rows(x, torch.int8)
     y = (x8.double() @ weight.double().T).float() * x_scale[:, None] * scale.float()  # float64 holds the int32 sums exactly
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def to_int8(x):
-    """x (..., C) -> int8 (..., C) and scale (...), float32; x is about int8 * scale. What `_to_int8` does."""
-    x = x.float()
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantize_rows(x, dtype):
+    """x (..., C) -> values (..., C) in int8 or float8_e4m3fn, scales (...) float32; value * scale is about x. Halves round up."""
+    x, top = x.float(), LARGEST[dtype]
     largest = x.abs().amax(-1)
-    return torch.floor(x * (127 / largest.clamp(min=1e-30))[..., None] + 0.5).to(torch.int8), largest / 127
+    x = x * (top / largest.clamp(min=1e-30))[..., None]
+    return (torch.floor(x + 0.5) if dtype == torch.int8 else x).to(dtype), largest / top
 
 
 # ---------------------------------------------------------------------------------- one pass over rows: norm, RoPE, SwiGLU
 # Each reads its inputs once and writes its output once, 16 bytes a thread at a time; unfused, the same work moves 2-4 times
 # the bytes.
-def row_warps(columns):
-    """Warps for one row in registers: 16 to 32 values a thread."""
-    return min(16, max(4, bucket(columns) // 1024))
-
-
 @jit
 def _rms_norm(x, residual, weight, out, total, C, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * C
@@ -560,7 +517,8 @@ def rms_norm(x, weight, eps, residual=None):
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
     if x.numel():
-        _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=row_warps(C))
+        warps = min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
+        _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
     return out if residual is None else (out, total)
 
 
@@ -570,7 +528,7 @@ def rms_norm_twin(x, weight, eps, residual=None):
     return out if residual is None else (out, total)
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _rope(x, cos, sin, out, T, H, half, stride, CUT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """One token, BLOCK_H heads: the angles are read once for all of them."""
     token = tl.program_id(0).to(tl.int64)
@@ -645,7 +603,8 @@ def _cross_entropy(logits, targets, losses, lses, V, ignore, BLOCK: tl.constexpr
         cols = begin + tl.arange(0, BLOCK)
         value = tl.load(logits + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         new = tl.maximum(most, tl.max(value, 0))
-        total = total * tl.exp(most - new) + tl.sum(tl.exp(value - new), 0)
+        base = tl.where(new == -float("inf"), 0.0, new)  # only masked logits yet: keep inf - inf away
+        total = total * tl.exp(most - base) + tl.sum(tl.exp(value - base), 0)
         most = new
     lse = most + tl.log(total)
     # a target outside the vocabulary is not read, and its loss is NaN
@@ -706,26 +665,17 @@ def cross_entropy_twin(logits, targets, ignore=-100):
 # k_cache, v_cache (blocks, block_size, Kh, D): a slot is block * block_size + offset, so slots number the rows of the cache
 # seen as (blocks * block_size, Kh, D). A cache of int8 or float8_e4m3fn comes with k_scale, v_scale (blocks, block_size, Kh)
 # float32, one scale for each token and head: value = stored * scale.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-def cache_kernel(x, cache):
-    """use_kernel, and float8 arithmetic is there: from compute capability 8.9 on."""
-    if not use_kernel(x):
-        return False
-    if cache.dtype == torch.float8_e4m3fn and device_of(x.device).capability < (8, 9) and not INTERPRET:
-        say_once(f"{device_of(x.device).name} has no float8, so plain torch serves the cache, slowly: use an int8 cache")
-        return False
-    return True
 
 
 @jit
-def _kv_store(x, cache, scales, slots, H, D, stride, LARGEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One token's keys (or values) into its slot."""
+def _store_rows(x, out, scales, slots, H, D, stride, LARGEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One token's H rows of D values to its slot (without slots: in order), quantized where there are scales."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    if slot < 0:
-        return
+    slot = token
+    if slots is not None:
+        slot = tl.load(slots + token)
+        if slot < 0:
+            return
     heads, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     inside = (heads < H)[:, None] & (d < D)[None, :]
     at = heads[:, None] * D + d[None, :]
@@ -737,7 +687,7 @@ def _kv_store(x, cache, scales, slots, H, D, stride, LARGEST: tl.constexpr, BLOC
         value *= (LARGEST / tl.maximum(largest, 1e-30))[:, None]
         if LARGEST == 127:
             value = tl.floor(value + 0.5)
-    tl.store(cache + slot * H * D + at, value.to(cache.dtype.element_ty), mask=inside)
+    tl.store(out + slot * H * D + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
@@ -745,14 +695,14 @@ def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
 
     k, v (T, Kh, D), also strided views of a fused q, k, v; slots (T,) int64, -1 = skip this token.
     """
-    if not cache_kernel(k, k_cache):
+    if not use_kernel(k, k_cache):
         return kv_store_twin(k, v, k_cache, v_cache, slots, k_scale, v_scale)
     T, H, D = k.shape
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if x.stride(2) != 1 or x.stride(1) != D:
             x = x.contiguous()
         if T:
-            _kv_store[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
+            _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
 
 
 def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
@@ -760,11 +710,7 @@ def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         x = x[keep]
         if scales is not None:
-            x, largest = x.float(), x.float().abs().amax(-1)  # (T, Kh, D) -> (T, Kh)
-            top = LARGEST[cache.dtype]
-            scales.flatten(0, 1)[slots[keep]] = largest / top
-            x = x * (top / largest.clamp(min=1e-30))[..., None]
-            x = torch.floor(x + 0.5) if top == 127 else x
+            x, scales.flatten(0, 1)[slots[keep]] = quantize_rows(x, cache.dtype)  # (T, Kh, D), (T, Kh)
         cache.flatten(0, 1)[slots[keep]] = x.to(cache.dtype)  # (blocks * block_size, Kh, D) is a view
 
 
@@ -782,8 +728,8 @@ def _find(starts, tile, S, ROWS: tl.constexpr):
     return low
 
 
-@jit
-def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out, lses, scale, window, S, T, table_width,
+@jit(do_not_specialize=["window", "S", "T", "table_stride"])
+def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out, lses, scale, window, S, T, table_stride,
             H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
     """FlashAttention's running softmax (Dao 2022) over the pages of one sequence and one key head.
@@ -817,11 +763,12 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
-        page = tl.load(tables + seq * table_width + j // PAGE, mask=j < stop, other=0).to(tl.int64)
+        page = tl.load(tables + seq * table_stride + j // PAGE, mask=j < stop, other=0).to(tl.int64)
         slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
         there = (j < stop)[:, None] & (d < D)[None, :]
         k = tl.load(k_cache + slot[:, None] * D + d[None, :], mask=there, other=0.0)
-        scores = _dot(query, tl.trans(k.to(tl.float32).to(query.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * 1.4426950408889634)  # log2 e
+        scores = _dot(query, tl.trans(_values(k, query)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        scores *= scale * 1.4426950408889634  # log2 e: exp2 below
         if k_scale is not None:
             scores *= tl.load(k_scale + slot, mask=j < stop, other=0.0)[None, :]
         seen = (j[None, :] <= position[:, None]) & (j < stop)[None, :]
@@ -835,7 +782,7 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         v = tl.load(v_cache + slot[:, None] * D + d[None, :], mask=there, other=0.0)
         if v_scale is not None:
             p *= tl.load(v_scale + slot, mask=j < stop, other=0.0)[None, :]
-        acc = _dot(p.to(query.dtype), v.to(tl.float32).to(query.dtype), acc * fade[:, None])
+        acc = _dot(p.to(query.dtype), _values(v, query), acc * fade[:, None])
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     at += tl.program_id(2).to(tl.int64) * T * H
     tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
@@ -843,7 +790,7 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _combine(parts, lses, out, rows, D, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
     """Join the parts of one row's context: each weighs 2^lse, its share of the softmax's denominator."""
     row = tl.program_id(0).to(tl.int64)
@@ -858,15 +805,16 @@ def _combine(parts, lses, out, rows, D, SPLIT: tl.constexpr, BLOCK_D: tl.constex
     tl.store(out + row * D + d, value.to(out.dtype.element_ty), mask=d < D)
 
 
-def attention_configs(rows, D, q_size, kv_size, shared):
-    """BLOCK_M (query row, head) pairs by BLOCK_N keys. Decoding moves (Kh * D * 2 * kv_size) bytes a key and hardly computes:
-    16 pairs and a deep pipeline of pages; prefill computes: 64 or 128 pairs."""
-    m = 16 if rows <= 16 else min(bucket(rows), 128)
-    wanted = ((m, 64, 4, 3), (m, 64, 4, 2), (m, 32, 4, 4), (m, 128, 4 if m < 128 else 8, 2), (m, 32, 2, 3), (m, 16, 2, 2))
-    if m > 64:
-        wanted += ((64, 64, 4, 3), (64, 32, 4, 2), (bucket(max(rows // m, 16)), 16, 2, 2))
-    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in wanted
-            if stages * 2 * n * D * kv_size + m * D * q_size <= shared]
+def attention_configs(rows, D, group, q_size, kv_size, shared):
+    """BLOCK_M (query row, head) pairs by BLOCK_N keys. Decoding moves Kh * D * 2 * kv_size bytes a key and hardly computes: 16
+    pairs and a deep pipeline of pages. Prefill computes: 64 or 128 pairs."""
+    least = bucket(max(group, 16))
+    m = max(least, min(bucket(rows), 128))
+    w = 4 if m < 128 else 8
+    wanted = ((m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2), (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3),
+              (least, 16, 2, 2))
+    fits = [c for c in wanted if c[3] * 2 * c[1] * D * kv_size + c[0] * D * q_size <= shared] or wanted[-1:]
+    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in dict.fromkeys(fits)]
 
 
 def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window=None, k_scale=None, v_scale=None):
@@ -875,33 +823,33 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
     q (T, H, D): the new tokens of all sequences, one after the other; sequence s has rows query_starts[s]:query_starts[s+1],
     the last ones of its context of lengths[s] tokens, whose keys and values are stored already. block_tables (S, max_blocks)
     int32, lengths (S,) int32, query_starts (S+1,) int32; query heads are grouped over Kh key heads; window: keys further back
-    are hidden. Rows that see nothing give 0. On a GPU nothing is read back, so the call can be captured in a CUDA graph.
+    are hidden; the caches are contiguous. Rows that see nothing give 0. On a GPU nothing is read back, so the call can be
+    captured in a CUDA graph.
     """
     args = (q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window, k_scale, v_scale)
-    if not cache_kernel(q, k_cache):
+    if not use_kernel(q, k_cache):
         return paged_attention_twin(*args)
-    (T, H, D), (_, page, KH, _), (S, width), device = q.shape, k_cache.shape, block_tables.shape, device_of(q.device)
+    (T, H, D), (_, page, KH, _), (S, width), gpu = q.shape, k_cache.shape, block_tables.shape, card(q.device)
     q, group = q.contiguous(), H // KH
     rows = group if T == S else (T // S + 1) * group  # (query row, head) pairs of one sequence and key head, about
-    configs = [c for c in attention_configs(rows, bucket(D), q.element_size(), k_cache.element_size(), device.shared)
-               if c["BLOCK_M"] >= group]
+    configs = attention_configs(rows, bucket(D), group, q.element_size(), k_cache.element_size(), gpu.shared_memory_per_block_optin)
 
     def launch(config):
         grid = (T // (config["BLOCK_M"] // group) + S, KH)
         split, longest = 1, width * page if window is None else min(width * page, window + T)
         # parts of the context, so that few sequences still keep every multiprocessor busy; no part under 128 keys
-        while S * KH * split < 3 * device.processors and split * 128 < longest and split < 64 and T <= 4 * S:
+        while S * KH * split < 3 * gpu.multi_processor_count and split * 128 < longest and split < 64 and T <= 4 * S:
             split *= 2
         out = torch.empty_like(q)
         parts = torch.empty(split, T, H, D, dtype=torch.float32, device=q.device) if split > 1 else out
         lses = torch.empty(split, T, H, dtype=torch.float32, device=q.device) if split > 1 else None
         _attend[(*grid, split)](q, k_cache, v_cache, k_scale, v_scale, block_tables, lengths, query_starts, parts, lses, scale,
-                                window, S, T, width, H, KH, D, page, max(16, bucket(D)), SPLIT=split, **config)
+                                window, S, T, block_tables.stride(0), H, KH, D, page, max(16, bucket(D)), SPLIT=split, **config)
         if split > 1:
             _combine[(T * H,)](parts, lses, out, T * H, D, split, bucket(D), num_warps=2)
         return out
     key = f"attention {q.dtype} {k_cache.dtype} H{H} KH{KH} D{D} page{page} S{bucket(S)} rows{bucket(rows)} {window is None}"
-    y = tuned(key, configs, launch, q.device) if configs else None
+    y = tuned(key, configs, launch, q.device)
     return paged_attention_twin(*args) if y is None else y
 
 
