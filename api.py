@@ -295,8 +295,12 @@ class Answer:
         tools = tools_of(body) if kind == "chat" else {}
         most = 1 if getattr(body, "parallel_tool_calls", None) is False else None
         begin = tok.decode([tok.bos_id]) if tok.bos_id is not None else ""  # not the caller's: it is not repeated
-        self.choices = [dict(index=i, text=echo[i // self.n].removeprefix(begin) if echo else "", ids=[], reason=None, calls=ToolCalls(tools, most),
-                             logprobs=[t for k, t in enumerate(scored[i // self.n]) if k or t.id != tok.bos_id] if scored else [], found=[]) for i in range(self.n * len(prompts))]
+        self.choices = [dict(index=i, text="", ids=[], logprobs=[], reason=None, calls=ToolCalls(tools, most), found=[])
+                        for i in range(self.n * len(prompts))]
+        begin = tok.decode([tok.bos_id]) if tok.bos_id is not None else ""  # not the caller's words: it is not repeated
+        for i, choice in enumerate(self.choices if echo else ()):
+            choice["text"] = echo[i // self.n].removeprefix(begin)
+            choice["logprobs"] = [t for k, t in enumerate(scored[i // self.n]) if k or t.id != tok.bos_id] if scored else []
         self.object = "chat.completion" if kind == "chat" else "text_completion"
         self.head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{name}", "created": int(time.time()), "model": model,
                      "system_fingerprint": None}
