@@ -124,7 +124,8 @@ def ask(server, path="/v1/chat/completions", headers=None, **body):
 
 
 def post(server, path, content, headers=None):
-    return httpx.post(server.url + path, content=content, headers={"content-type": "application/json", **(headers or {})}, timeout=60)
+    headers = {"content-type": "application/json", **(headers or {})}
+    return httpx.post(server.url + path, content=content, headers=headers, timeout=60)
 
 
 def events(text):
@@ -235,13 +236,17 @@ def test_tokenize_and_detokenize_are_inverse(stub):
 
 
 # ------------------------------------------------------------------------------------------------------------------- errors
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
 BAD = [dict(messages=[]), dict(messages="x"), dict(messages=[{"role": "user"}]), dict(messages=[{"role": "wizard", "content": "a"}]),
-       dict(messages=[1]), dict(temperature=-1), dict(temperature="hot"), dict(n=0), dict(n=10 ** 9),
-       dict(max_tokens=-1), dict(max_tokens=0), dict(top_p=0), dict(stop=[1]), dict(stop=["a"] * 65), dict(logit_bias={"x": 1}),
-       dict(logit_bias={"999999": 1}), dict(top_logprobs=2), dict(response_format={"type": "xml"}),
-       dict(tools=TOOLS, tool_choice="sub"), dict(response_format={"type": "json_schema", "json_schema": []}), dict(tools=TOOLS, tool_choice={"function": "x"}),
-       dict(response_format={"type": "json_schema", "json_schema": {"schema": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}),
-       dict(regex="(" * 50), dict(seed=1.5), dict(stream_options=3)]
+       dict(messages=[1]), dict(temperature=-1), dict(temperature="hot"), dict(n=0), dict(n=10 ** 9), dict(max_tokens=-1),
+       dict(max_tokens=0), dict(top_p=0), dict(stop=[1]), dict(stop=["a"] * 65), dict(logit_bias={"x": 1}), dict(regex="(" * 50),
+       dict(logit_bias={"999999": 1}), dict(top_logprobs=2), dict(response_format={"type": "xml"}), dict(seed=1.5),
+       dict(response_format={"type": "json_schema", "json_schema": []}), dict(stream_options=3), dict(response_format=json_schema(1)),
+       dict(response_format=json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]})), dict(tools=TOOLS, tool_choice="sub"),
+       dict(tools=TOOLS, tool_choice={"function": "x"})]
 
 
 @pytest.mark.parametrize("body", BAD, ids=[str(b)[:50] for b in BAD])
@@ -250,7 +255,7 @@ def test_a_bad_field_is_a_400_in_openais_shape(stub, body):
 
 
 def test_bad_bodies_and_unknown_places_are_errors_in_openais_shape(stub):
-    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b'{"messages": [NaN]}', b'{"prompt": "a", "temperature": NaN}'):
+    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b'{"messages": [NaN]}', b'{"prompt": 1, "temperature": NaN}'):
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"):
             error_of(post(stub, path, content), 400)
     error_of(httpx.get(stub.url + "/v1/nothing"), 404)
@@ -492,6 +497,7 @@ def real(tmp_path_factory):
     model.save_pretrained(folder)
     tok.save(folder)
     with running(Engine(folder, "cpu", "float32", debug_invariants=True)) as server:
+        server.folder = str(folder)
         yield server
 
 
