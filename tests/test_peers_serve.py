@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import ROOT
-from test_serve import SAID, TEMPLATE_WITH_TOOLS, TOOLS, Stub, ask, make_tokenizer, real, running, until  # noqa: F401
+from test_serve import HTTP, SAID, TEMPLATE_WITH_TOOLS, TOOLS, Stub, ask, make_tokenizer, real, running, until  # noqa: F401
 
 import api
 
@@ -134,7 +134,7 @@ def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
                "--max-examples", os.environ.get("EXAMPLES", "250"), "--mode", "all", "--request-timeout", "60", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert httpx.get(real.url + "/ready").status_code == 200
+    assert HTTP.get(real.url + "/ready").status_code == 200
     until(lambda: real.service.depth == 0 and real.engine.stats()["blocks_used"] == 0)
 
 
@@ -206,14 +206,14 @@ LONG = {"prompt": "the", "max_tokens": 240, "ignore_eos": True, "stream": True}
 
 @pytest.mark.slow
 def test_sigterm_lets_streams_finish_and_refuses_new_ones(folder):
-    with process(folder) as (child, url), httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as stream:
+    with process(folder) as (child, url), HTTP.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
         child.send_signal(signal.SIGTERM)
         time.sleep(0.05)
         with pytest.raises(httpx.TransportError):
             for _ in range(100):
-                assert httpx.post(url + "/v1/completions", json=LONG, timeout=5).status_code == 503
+                assert HTTP.post(url + "/v1/completions", json=LONG, timeout=5).status_code == 503
         text = [line for line in lines if line]
         assert text[-1] == "data: [DONE]" and '"finish_reason":"length"' in text[-2]
         assert child.wait(20) in (0, -signal.SIGTERM)
@@ -222,12 +222,12 @@ def test_sigterm_lets_streams_finish_and_refuses_new_ones(folder):
 @pytest.mark.slow
 def test_clients_of_a_killed_server_get_an_error_and_a_new_one_is_ready_soon(folder):
     with process(folder) as (child, url), pytest.raises(httpx.TransportError):
-        with httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=10) as stream:
+        with HTTP.stream("POST", url + "/v1/completions", json=LONG, timeout=10) as stream:
             for _ in stream.iter_lines():
                 child.kill()
     begin = time.monotonic()
     with process(folder) as (child, url):
-        assert httpx.get(url + "/ready").status_code == 200
+        assert HTTP.get(url + "/ready").status_code == 200
         print(f"ready after {time.monotonic() - begin:.1f} s")
         assert time.monotonic() - begin < float(os.environ.get("READY_SECONDS", "60"))  # 3 on a quiet machine
 
@@ -239,7 +239,7 @@ def test_the_process_serves_tls_and_says_which_flag_is_wrong(folder, tmp_path):
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "1",
                         "-subj", "/CN=localhost"], check=True, capture_output=True)
     with process(folder, "--certificate", names[1], "--certificate-key", names[0]) as (child, url):
-        assert url.startswith("https://") and httpx.get(url + "/ready", verify=False).status_code == 200
+        assert url.startswith("https://") and HTTP.get(url + "/ready").status_code == 200
         command = [sys.executable, ROOT / "serve.py", folder]
         taken = subprocess.run([*command, "--port", url.rsplit(":", 1)[1]], capture_output=True, text=True)
     wrong = subprocess.run([*command, "--certificate", names[1], "--certificate-key", names[2]], capture_output=True, text=True)
