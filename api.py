@@ -26,8 +26,8 @@ FIELDS = {what: tuple(names.split()) for what, names in {
                "parallel_tool_calls top_p",
     "extra": "top_k min_p typical_p repetition_penalty min_tokens ignore_eos stop_token_ids regex return_token_ids",
     "ignored": "user metadata store service_tier prediction safety_identifier prompt_cache_key verbosity "
-               "prompt_cache_retention reasoning_effort",
-    "refused": "audio modalities web_search_options functions function_call suffix"}.items()}
+               "prompt_cache_retention prompt_cache_options reasoning_effort",
+    "refused": "audio modalities web_search_options functions function_call suffix moderation"}.items()}
 
 
 class Refusal(HTTPException):

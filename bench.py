@@ -616,6 +616,8 @@ def bench_serve(args):
     """Requests against a server: TTFT, TPOT, E2E, tok/s, goodput; with a folder also what the server costs over the engine."""
     bodies, local = load_bodies(args), not args.model.startswith("http://")
     with served(args.model, args.concurrency) if local else contextlib.nullcontext(args.model) as url:
+        if not args.batch:  # the first step of each size is slower
+            asyncio.run(load(url, bodies[:args.concurrency], args.concurrency, None, args.key))
         rows, seconds = asyncio.run(load(url, bodies, args.concurrency, args.rate, args.key))
     if args.out:
         Path(args.out).write_text("".join(json.dumps({**b, "status": r["status"], "answer": r["text"]}, ensure_ascii=False) + "\n"
@@ -630,10 +632,11 @@ def bench_serve(args):
     met = [r for r in good if (r["ttft"] or 0) <= args.ttft and (r["tpot"] or 0) <= args.tpot]
     print(f"goodput {len(met) / seconds:.2f} requests/s with TTFT <= {args.ttft:g} s and TPOT <= {args.tpot:g} s")
     if local and not args.batch:
-        engine = quietly(Engine, args.model, max_seqs=args.concurrency)
+        engine, prompts = quietly(Engine, args.model, max_seqs=args.concurrency), [b["prompt"] for b in bodies]
+        samplings = [Sampling(max_tokens=args.new, ignore_eos=True, seed=b["seed"]) for b in bodies]
+        engine.generate(prompts[:args.concurrency], samplings[:args.concurrency])
         begin = time.perf_counter()
-        outputs = engine.generate([b["prompt"] for b in bodies], [Sampling(max_tokens=args.new, ignore_eos=True, seed=b["seed"])
-                                                                  for b in bodies])
+        outputs = engine.generate(prompts, samplings)
         alone = sum(len(o.token_ids) for o in outputs) / (time.perf_counter() - begin)
         print(f"engine  {alone:,.1f} tok/s by itself: the server costs {1 - made / seconds / alone:.1%}")
     return [{k: v for k, v in r.items() if k != "text"} for r in rows]

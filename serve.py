@@ -706,6 +706,12 @@ class Protocol(H11Protocol):
 
 class Server(uvicorn.Server):
     """uvicorn, which on SIGTERM stops listening and lets what runs finish; from then on the service refuses what is new."""
+    ready = ""  # said as soon as it listens
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        if self.started:
+            print(self.ready, flush=True)
 
     def handle_exit(self, sig, frame):
         self.config.app.state.service.draining = True
@@ -731,9 +737,10 @@ def main():
     config.app = create_app(engine, args, keys)
     config.load()
     scheme = "https" if args.certificate else "http"
-    print(f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
-          "the API at /v1, its description at /docs", flush=True)
-    Server(config).run(sockets=[socket])
+    server = Server(config)
+    server.ready = (f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
+                    "the API at /v1, its description at /docs")
+    server.run(sockets=[socket])
 
 
 def listen(args):

@@ -92,7 +92,8 @@ class Stub:
 def running(engine, keys=None, **flags):
     """A server on a free port -> its base URL, service and port; stopped at the end."""
     app = serve.create_app(engine, serve.Args(**{"model": "stub", **flags}), keys)
-    config = uvicorn.Config(app, "127.0.0.1", 0, http=serve.Protocol, log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, "127.0.0.1", 0, http=serve.Protocol, log_level="error", timeout_keep_alive=60,
+                            timeout_graceful_shutdown=1)
     server, sock = uvicorn.Server(config), config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -242,11 +243,12 @@ def json_schema(schema):
 
 
 BAD = [dict(messages=[]), dict(messages="x"), dict(messages=[{"role": "user"}]), dict(messages=[1]),
-       dict(messages=[{"role": "wizard", "content": "a"}]), dict(temperature=-1), dict(temperature="hot"), dict(n=0), dict(n=10 ** 9), dict(max_tokens=-1),
-       dict(max_tokens=0), dict(top_p=0), dict(stop=[1]), dict(stop=["a"] * 65), dict(logit_bias={"x": 1}), dict(regex="(" * 50),
-       dict(logit_bias={"999999": 1}), dict(top_logprobs=2), dict(response_format={"type": "xml"}), dict(seed=1.5),
-       dict(response_format={"type": "json_schema", "json_schema": []}), dict(stream_options=3),
-       dict(response_format=json_schema(1)), dict(response_format=json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]})), dict(tools=TOOLS, tool_choice="sub"),
+       dict(messages=[{"role": "wizard", "content": "a"}]), dict(temperature=-1), dict(temperature="hot"), dict(n=0),
+       dict(n=10 ** 9), dict(max_tokens=-1), dict(max_tokens=0), dict(top_p=0), dict(stop=[1]), dict(stop=["a"] * 65),
+       dict(logit_bias={"x": 1}), dict(regex="(" * 50), dict(logit_bias={"999999": 1}), dict(top_logprobs=2),
+       dict(response_format={"type": "xml"}), dict(seed=1.5), dict(response_format={"type": "json_schema", "json_schema": []}),
+       dict(stream_options=3), dict(response_format=json_schema(1)),
+       dict(response_format=json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]})), dict(tools=TOOLS, tool_choice="sub"),
        dict(tools=TOOLS, tool_choice={"function": "x"})]
 
 
