@@ -114,7 +114,7 @@ class Worker(threading.Thread):
         super().__init__(daemon=True, name="engine")
         self.engine, self.concurrency, self.orders = engine, concurrency, queue.SimpleQueue()
         self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {loop: what it gets}
-        self.stopping, self.broken, self.rate = False, None, deque(maxlen=256)  # rate: (time, tokens) of steps
+        self.sent, self.stopping, self.broken, self.rate = 0.0, False, None, deque(maxlen=256)  # rate: (time, tokens) of steps
 
     def run(self):
         while not self.stopping:
@@ -175,11 +175,12 @@ class Worker(threading.Thread):
             job.admitted, self.active[job.number] = time.monotonic(), job
 
     def collect(self, deltas):
-        now = time.monotonic()
+        now, urgent = time.monotonic(), len(self.active) <= 4
         self.rate.append((now, sum(len(d.token_ids) for d in deltas)))
         for delta in deltas:
             if (job := self.active.get(delta.request_id)) is None:
                 continue  # cancelled
+            urgent |= not job.first or delta.finish_reason is not None
             job.tokens += len(delta.token_ids)
             job.first = job.first or (now if delta.token_ids else 0.0)
             if delta.finish_reason:
@@ -188,7 +189,11 @@ class Worker(threading.Thread):
                     job.reason = delta.finish_reason
                     del self.active[job.number]
             self.put(job, (job.position, delta))
-        self.deliver()
+        # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: of many streams the
+        # tokens of some steps go out together, more often than an eye can tell; a first token and an end never wait
+        if urgent or now - self.sent > 0.03:
+            self.sent = now
+            self.deliver()
 
     def put(self, job, what):
         self.outbox.setdefault(job.loop, []).append((job.inbox, what))
