@@ -8,6 +8,7 @@ logs); the process. api.py says what requests mean. `create_app(engine)` takes a
 import asyncio
 import base64
 import contextlib
+import gc
 import hashlib
 import hmac
 import itertools
@@ -113,7 +114,7 @@ class Worker(threading.Thread):
     def __init__(self, engine, concurrency):
         super().__init__(daemon=True, name="engine")
         self.engine, self.concurrency, self.orders = engine, concurrency, queue.SimpleQueue()
-        self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {loop: what it gets}
+        self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {job: what it gets}
         self.sent, self.stopping, self.broken, self.rate = 0.0, False, None, deque(maxlen=256)  # rate: (time, tokens) of steps
 
     def run(self):
@@ -128,7 +129,7 @@ class Worker(threading.Thread):
                 print(ENCODE({"event": "engine_failed", "error": self.broken}), file=sys.stderr, flush=True)
                 for job in [*self.active.values(), *(j for jobs in self.waiting.values() for j in jobs)]:
                     self.put(job, Refusal(500, self.broken))
-                self.deliver()
+                self.deliver(list(self.outbox))
                 return
 
     def take_orders(self, wait):
@@ -143,6 +144,7 @@ class Worker(threading.Thread):
 
     def cancel(self, job):
         """Out of the queue, or out of the engine, whose blocks are free at once."""
+        self.outbox.pop(job, None)
         if self.active.pop(job.number, None):
             self.engine.cancel(job.number)
         elif job in (line := self.waiting.get(job.key, ())):
@@ -170,17 +172,18 @@ class Worker(threading.Thread):
                 self.engine.submit(job.prompt, job.sampling, request_id=job.number, adapter=job.adapter)
             except UserError as error:
                 self.put(job, Refusal(400, str(error)))
-                self.deliver()
+                self.deliver([job])
                 continue
             job.admitted, self.active[job.number] = time.monotonic(), job
 
     def collect(self, deltas):
-        now, urgent = time.monotonic(), len(self.active) <= 4
+        now, urgent = time.monotonic(), set()
         self.rate.append((now, sum(len(d.token_ids) for d in deltas)))
         for delta in deltas:
             if (job := self.active.get(delta.request_id)) is None:
                 continue  # cancelled
-            urgent |= not job.first or delta.finish_reason is not None
+            if not job.first or delta.finish_reason:
+                urgent.add(job)
             job.tokens += len(delta.token_ids)
             job.first = job.first or (now if delta.token_ids else 0.0)
             if delta.finish_reason:
@@ -191,19 +194,21 @@ class Worker(threading.Thread):
             self.put(job, (job.position, delta))
         # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: of many streams the
         # tokens of some steps go out together, more often than an eye can tell; a first token and an end never wait
-        if urgent or now - self.sent > 0.03:
-            self.sent = now
-            self.deliver()
+        if len(self.active) <= 4 or now - self.sent > 0.03:
+            urgent, self.sent = list(self.outbox), now
+        self.deliver(urgent)
 
     def put(self, job, what):
-        self.outbox.setdefault(job.loop, []).append((job.inbox, what))
+        self.outbox.setdefault(job, []).append(what)
 
-    def deliver(self):
-        """Everything that was put, with one wake-up of each event loop."""
-        for loop, items in self.outbox.items():
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(lambda items=items: [inbox.put_nowait(what) for inbox, what in items])
-        self.outbox = {}
+    def deliver(self, jobs):
+        """What was put for these jobs, with one wake-up of each event loop."""
+        by_loop = {}
+        for job in jobs:
+            by_loop.setdefault(job.loop, []).append((job.inbox, self.outbox.pop(job)))
+        for loop, items in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
+                loop.call_soon_threadsafe(lambda items=items: [inbox.put_nowait(what) for inbox, whats in items for what in whats])
 
     def tokens_per_second(self):
         steps = [(t, n) for t, n in list(self.rate) if t > time.monotonic() - 10]
@@ -617,7 +622,8 @@ class Door:
     def limited(self, headers, receive):
         """receive() that ends a body which is too large or comes too slowly."""
         most, seen, arrived, deadline = self.service.args.max_body, 0, False, time.monotonic() + self.slow
-        too_large = Refusal(413, f"the body is over {most:,} bytes (--max-body)")
+        end = {"Connection": "close"}  # the rest of the body is not read
+        too_large = Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=end)
         if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", 0)) > most:
             raise too_large
 
@@ -628,7 +634,7 @@ class Door:
             try:
                 message = await asyncio.wait_for(receive(), max(0.01, deadline - time.monotonic()))
             except asyncio.TimeoutError:
-                raise Refusal(408, f"the request's body did not arrive within {self.slow:g} s") from None
+                raise Refusal(408, f"the request's body did not arrive within {self.slow:g} s", headers=end) from None
             seen += len(message.get("body", b""))
             if seen > most:
                 raise too_large
@@ -741,6 +747,8 @@ def main():
         print("note     this model has no chat template: /v1/completions works, /v1/chat/completions answers 400")
     config.app = create_app(engine, args, keys)
     config.load()
+    gc.collect()
+    gc.freeze()  # what is here now stays: the collector need not go through it again and again
     scheme = "https" if args.certificate else "http"
     server = Server(config)
     server.ready = (f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
