@@ -5,6 +5,10 @@
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
     python bench.py kernels                      # on a GPU: GB/s of each Triton kernel beside the card's copy and torch's own
+    python bench.py qlora --shape 7b             # memory and tokens/s of QLoRA training, estimated and measured; 1b for a CPU
+    python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
+    python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
+    python bench.py linear                       # one linear layer on the CPU, by format, beside llama.cpp with --gguf DIR
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # one text and eight, peers in the same run
     python bench.py throughput FOLDER --requests 64 --transformers float32             # random lengths, all at once
@@ -17,6 +21,10 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import contextlib
+import ctypes
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -32,11 +40,14 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import lora
 import train
 from common import Metrics, UserError, cli
 from generate import Engine, Sampling
-from model import Transformer
+from model import Config, Transformer
 from optim import MuonAdamW
+from packed import NF4Linear
+from quant import pack
 from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
 
@@ -134,6 +145,107 @@ def bench_pretrain(args):
             rows.append(dict(name=name, seconds=seconds, tokens_per_s=rate, of_matrix_rate=share, peak_mib=memory))
             print(f"{name:22s} {seconds * 1e3:9.1f} {rate:10,.0f} {share:15.1%} {memory:9,.0f}", flush=True)
     return rows
+
+
+def bench_sft(args):
+    """Conversations a second through whole steps of fine-tuning: packed rows beside TRL's SFTTrainer (pip install trl), which pads;
+    the same model, conversations, optimizer (AdamW) and number of conversations a step; start-up is not counted."""
+    import finetune
+    from chat import read_records
+    print(machine())
+    with tempfile.TemporaryDirectory() as out:
+        flags = finetune.Args(model=args.model, data=(args.data,), out=out, context=args.context, batch=args.rows,
+                              device=args.device, optimizer="adamw", steps=args.steps + 2)
+        run, marks = finetune.prepare(flags, None), []
+        per_step = round(args.rows * len(run.batches.split.pairs) / len(run.batches.plan(0).order))
+        for step in range(args.steps + 2):  # the first two warm up
+            batch = run.batches.next()
+            train.forward_backward(run, batch, (batch.y != -100).sum().item())
+            train.update(run, step)
+            marks.append(time.perf_counter())
+        run.batches.close()
+        speeds = {"finetune.py, packed": per_step * args.steps / (marks[-1] - marks[1])}
+        if not args.alone:
+            folder = Path(args.data)
+            talks = [m for _, m, _ in read_records(folder / "train.jsonl" if folder.is_dir() else folder)]
+            for name, order in (("SFTTrainer", "random"), ("SFTTrainer, by length", "group_by_length")):
+                speeds[name] = sft_trainer_speed(args, talks, per_step, order, out)
+    for name, speed in speeds.items():
+        print(f"{name:24s} {speed:8.1f} conversations/s, {per_step} a step")
+    return [dict(name=name, conversations_per_second=speed) for name, speed in speeds.items()]
+
+
+def sft_trainer_speed(args, talks, per_step, order, out):
+    """A part of an epoch at least; by length the longest come first, so that only a whole epoch is fair."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from finetune import open_model
+    tok, model = open_model(args.model, "cpu")
+    tok.save(f"{out}/model")
+    model.save_pretrained(f"{out}/model")
+    theirs = AutoTokenizer.from_pretrained(f"{out}/model")
+    theirs.chat_template = (  # ChatML that says what the assistant does
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}")
+    theirs.pad_token = theirs.pad_token or "<|im_end|>"
+    config = SFTConfig(output_dir=f"{out}/trl", max_steps=args.steps, per_device_train_batch_size=per_step, max_length=args.context,
+                       assistant_only_loss=True, train_sampling_strategy=order, optim="adamw_torch", report_to="none", bf16=False,
+                       save_strategy="no", logging_steps=10**6, gradient_checkpointing=False, use_cpu=args.device == "cpu",
+                       disable_tqdm=True)
+    trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(f"{out}/model", dtype=torch.float32), config,
+                         train_dataset=Dataset.from_list([{"messages": m} for m in talks]), processing_class=theirs)
+    return trainer.train().metrics["train_samples_per_second"]
+
+
+def bench_dpo(args):
+    """Seconds a step of 32 pairs, forward, backward and AdamW: rows that share their prompt, beside TRL's DPOTrainer on the same
+    weights and ids (pip install trl). Both have the reference's log-probs already."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    import dpo
+    from finetune import open_model
+    print(machine())
+    tok, model = open_model(args.model, "cpu", torch.float32)
+    settings, size = dpo.Args(), args.passes
+    records = itertools.islice(dpo.read_preferences(args.data, "train", 400), 400)
+    found = dpo.usable(tok, records, model.config.max_position_embeddings)[:32 * args.steps]
+    pairs, objective = dpo.make_pairs(settings, found, ""), dpo.Objective()
+    with tempfile.TemporaryDirectory() as out:
+        tok.save(out)
+        model.save_pretrained(out)
+        theirs, words = AutoModelForCausalLM.from_pretrained(out), PreTrainedTokenizerFast.from_pretrained(out)
+        words.pad_token = words.eos_token = "<|im_end|>"
+        config = DPOConfig(out, report_to=[], use_cpu=True, bf16=False, max_length=None, gradient_checkpointing=False)
+        trainer = DPOTrainer(theirs, AutoModelForCausalLM.from_pretrained(out), config, processing_class=words,
+                             train_dataset=Dataset.from_dict({"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c"] * 2}))
+    trainer.precompute_ref_logps = True
+
+    def ours(batch):
+        batch = pairs.fill(batch, 0)
+        for i in range(0, 32, size):
+            objective(model, batch._make(t[i:i + size] for t in batch), settings).div(32).backward()
+
+    def trl(batch):
+        for i in range(0, 32, size):
+            rows = [dict(prompt_ids=p, chosen_ids=a[0], rejected_ids=a[1], ref_chosen_logps=-50.0, ref_rejected_logps=-50.0)
+                    for p, a, *_ in (found[r] for r in batch[i:i + size])]
+            trainer.compute_loss(theirs, trainer.data_collator(rows)).mul(size / 32).backward()
+    seconds = {}
+    for name, step, net in 2 * (("dpo.py", ours, model.train()), ("DPOTrainer", trl, theirs.train())):  # the first round warms up
+        optimizer, begin = torch.optim.AdamW(net.parameters(), 1e-6), time.perf_counter()
+        for at in range(0, len(found) - 31, 32):
+            step(range(at, at + 32))
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds[name] = (time.perf_counter() - begin) / (len(found) // 32)
+    for name, took in seconds.items():
+        print(f"{name:12s} {took:7.3f} s a step of 32 pairs")
+    return [dict(name=name, seconds=took) for name, took in seconds.items()]
 
 
 def bench_optimizers(args):
@@ -294,6 +406,77 @@ os.makedirs(sys.argv[3]); tok.save(sys.argv[3] + "/tokenizer.json")
 """
 
 
+SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False),     # Llama 2 7B's
+          "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),        # TinyLlama 1.1B's
+          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 128, tie_word_embeddings=False)}
+
+
+def random_base(config, packed, runtime):
+    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
+    with torch.device("meta"):
+        model = Transformer(config).to(runtime.dtype)
+    for name, layer in lora.linears(model).items():
+        if name != "lm_head":
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, False, runtime.device, runtime.dtype)
+            model.set_submodule(name, NF4Linear.from_linear(plain) if packed else plain)
+    for module in list(model.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_meta:
+                fresh = torch.empty(p.shape, dtype=p.dtype, device=runtime.device)
+                setattr(module, name, torch.nn.Parameter(fresh.normal_(std=0.02) if p.ndim > 1 else fresh.fill_(1.0)))
+    return model.to(runtime.device)
+
+
+def memory(device, reset=False):
+    """(bytes held now, most since the reset), of the GPU or of this process."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held now
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+
+
+def train_adapter(config, packed, args, runtime):
+    """Whole training steps of an adapter on a random base -> (bytes the base takes, most bytes held while training, tokens/s)."""
+    model = random_base(config, packed, runtime)
+    loaded = memory(runtime.device, reset=True)[0]
+    lora.apply(model, args.r, 2 * args.r).train().recompute = True
+    optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
+    optimizer.set_lr(1.0)
+    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), 0.0
+    for step in range(args.steps + 1):
+        optimizer.zero_grad()
+        with runtime.autocast():
+            loss = model(ids, targets=ids) / ids.numel()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        begin = time.perf_counter() if step == 0 else begin  # the first step is to warm up
+    return loaded, memory(runtime.device)[1], args.steps * args.context / max(time.perf_counter() - begin, 1e-9)
+
+
+def bench_qlora(args):
+    """QLoRA's memory and speed, estimated and measured, and, on a GPU, those of LoRA on a 16-bit base beside it."""
+    print(machine())
+    runtime, config, rows = resolve(args.device, args.dtype, "off"), SHAPES[args.shape], []
+    for quant in ("nf4", "") if runtime.device.type == "cuda" or args.plain else ("nf4",):
+        flags = lora.Args(r=args.r, quant=quant, optimizer="adamw8bit", recompute=True, context=args.context, batch=1)
+        parts, trained, total = lora.estimate(config, flags, runtime, 1)
+        print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
+        train.print_estimate(parts, 1, flags, runtime)
+        if args.estimate:
+            continue
+        loaded, peak, rate = train_adapter(config, bool(quant), args, runtime)
+        rows.append(dict(shape=args.shape, base=quant or str(runtime.dtype), loaded=loaded, peak=peak, trained=trained / total,
+                         estimated=sum(parts.values()), tokens_per_s=rate))
+        print(f"measured {'QLoRA' if quant else 'LoRA'} {args.shape}: base {loaded / 2**30:.2f} GiB, peak {peak / 2**30:.2f}, so "
+              f"{(peak - loaded) / 2**30:.2f} to train; {rate:,.0f} tokens/s", flush=True)
+    return rows
+
+
 def tree_memory(pid):
     """MB resident in a process and its descendants, from /proc; shared pages count once for each process."""
     total, family = 0, [pid]
@@ -369,6 +552,60 @@ def bench_tokenizer(args):
     one, two = list(speeds.values())[-2:]
     print(f"\nours / tiktoken {speeds['ours'] / speeds['tiktoken']:.2f}, two processes / one {two / one:.2f}")
     return rows + [dict(encode=name, mb_per_second=speed) for name, speed in speeds.items()]
+
+
+LINEARS, BLOCKS = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30  # q+k+v, o, gate+up, down of a 135M Llama: 106M weights
+
+
+def bench_linear(args):
+    """Billions of weights a second through all linear layers of a 135M model, streamed from memory, by rows of activations; beside
+    them llama.cpp's decode of the same shape (all 135M weights, attention included) where DIR has its GGUF files."""
+    def layers(format):
+        for N, K in LINEARS * BLOCKS:
+            linear = torch.nn.Linear(K, N, bias=False)
+            yield linear if format == "float32" else linear.bfloat16() if format == "bfloat16" else pack(linear, format, 64)
+
+    rows = []
+    with torch.inference_mode():
+        for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
+            model, dtype = list(layers(format)), torch.bfloat16 if format in ("bfloat16", "int4") else torch.float32
+            for M in args.rows:
+                inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
+                for _ in range(args.repeats):
+                    start = time.perf_counter()
+                    for layer in model:
+                        layer(inputs[layer.in_features])
+                    best = min(best, time.perf_counter() - start)
+                rate = BLOCKS * sum(N * K for N, K in LINEARS) / best / 1e9
+                rows.append({"format": format, "rows": M, "gigaweights_per_s": rate})
+                print(f"{format:20s} {M:4d} rows {rate:8.1f} Gw/s {M * rate * 2:8.0f} GFLOP/s", flush=True)
+    for name in ("f16", "q8_0", "q4_0") if args.gguf else ():
+        rate = llama_decode(Path(args.gguf, name + ".gguf"), torch.get_num_threads())
+        rows.append({"format": f"llama.cpp {name}", "rows": 1, "gigaweights_per_s": rate})
+        print(f"{'llama.cpp ' + name:20s}    1 rows {rate:8.1f} Gw/s (whole model)", flush=True)
+    return rows
+
+
+def llama_decode(path, threads, steps=24, repeats=4):
+    """Billions of weights a second in llama.cpp's one-token decoding: the model's weights over the seconds of a token."""
+    import llama_cpp as api
+    quiet = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    model = api.llama_load_model_from_file(str(path).encode(), api.llama_model_default_params())
+    settings = api.llama_context_default_params()
+    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 1024, threads, threads
+    context, best = api.llama_new_context_with_model(model, settings), float("inf")
+    for run in range(repeats):
+        start = time.perf_counter()
+        for step in range(steps):
+            token = (api.llama_token * 1)(7 + step)
+            if api.llama_decode(context, api.llama_batch_get_one(token, 1)):
+                raise RuntimeError(f"llama.cpp could not decode {path}")
+            api.llama_get_logits(context)
+        best = min(best, (time.perf_counter() - start) / steps)
+    weights = api.llama_model_n_params(model)
+    api.llama_free(context)
+    return weights / best / 1e9
 
 
 # ------------------------------------------------------------------------------------------------------------- generation
@@ -666,10 +903,42 @@ def main():
     pretrain.add_argument("--device", default="auto")
     pretrain.add_argument("--dtype", default="auto")
     pretrain.set_defaults(run=bench_pretrain)
+    qlora = commands.add_parser("qlora", help="memory and speed of training an adapter")
+    qlora.add_argument("--shape", default="7b", choices=SHAPES)
+    qlora.add_argument("--context", type=int, default=512, help="tokens in the one row of a step [512]")
+    qlora.add_argument("--r", type=int, default=32, help="rank [32]")
+    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up [3]")
+    qlora.add_argument("--plain", action="store_true", help="LoRA on the unquantized base too, on a CPU as well")
+    qlora.add_argument("--estimate", action="store_true", help="only the estimate")
+    qlora.add_argument("--device", default="auto")
+    qlora.add_argument("--dtype", default="auto")
+    qlora.set_defaults(run=bench_qlora)
+    sft = commands.add_parser("sft", help="fine-tuning beside TRL")
+    sft.add_argument("model", help="a base model's folder")
+    sft.add_argument("--data", required=True, help="conversations: a file, or a folder with train.jsonl")
+    sft.add_argument("--rows", type=int, default=16, help="packed rows a step [16]")
+    sft.add_argument("--context", type=int, default=256)
+    sft.add_argument("--steps", type=int, default=12, help="timed steps [12]")
+    sft.add_argument("--alone", action="store_true", help="without TRL")
+    sft.add_argument("--device", default="cpu")
+    sft.set_defaults(run=bench_sft)
+    dpo = commands.add_parser("dpo", help="preference tuning beside TRL")
+    dpo.add_argument("model", help="a model folder")
+    dpo.add_argument("--data", default="toybox", help="toybox, or a file of preferences [toybox]")
+    dpo.add_argument("--passes", type=int, default=8, help="pairs a forward pass, 32 a step [8]")
+    dpo.add_argument("--steps", type=int, default=4, help="timed steps at most [4]")
+    dpo.set_defaults(run=bench_dpo)
     tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
+    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
+    gpu.set_defaults(run=bench_kernels)
+    linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
+    linear.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations [1 8]")
+    linear.add_argument("--repeats", type=int, default=6)
+    linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
+    linear.set_defaults(run=bench_linear)
     decode = commands.add_parser("decode", help="tok/s of one text and of eight, beside llama.cpp and transformers")
     decode.add_argument("--formats", nargs="+", default=["float32", "float16", "int8", "int4"], help="of our weights")
     decode.add_argument("--gguf", nargs="*", default=[], help="the same model as GGUF files, for llama.cpp")
@@ -710,6 +979,7 @@ def main():
     gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
     gpu.set_defaults(run=bench_kernels)
     for command in (times, optimizers, pretrain, gpu, tokenizer, decode, throughput, prefix, serving):
+    for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -1,10 +1,12 @@
 """Conversations to token ids and loss mask, built together in one loop: the one place that emits special tokens.
 
     python chat.py show chat.jsonl --tokenizer FOLDER      # conversations coloured by mask, and the share supervised
+    python chat.py convert alpaca.json --out DIR --split 85/5/10      # any layout -> DIR/{train,val,test}.jsonl
 
-Top to bottom: pieces and how they become ids, formats by name, other folders' templates, render and example(s), show.
+Top to bottom: pieces and how they become ids, formats by name, other folders' templates, render and example(s), show, convert.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -13,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
+from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, cli
+from common import UserError, cli, json_records, write_atomic
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no character, and no UTF-8 can hold it
 ROLES = ("system", "user", "assistant", "tool")
@@ -494,28 +497,43 @@ def encode(tok, chat, pieces, known):
                     f"{why}, or render with add_generation_prompt for the ids alone")
 
 
+LAYOUTS = ("{messages}, ShareGPT {conversations: [{from, value}]}, Alpaca {instruction, input, output}, {prompt, completion}, "
+           "{prompt, response}")
+
+
 def read_conversations(path):
-    """Yields (messages, tools) of a JSON list or JSONL: {messages}, ShareGPT {conversations}, {instruction, output}."""
-    n = 0
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            whole = f.read(1) == "["
-            f.seek(0)
-            for n, record in enumerate(json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1):
-                yield as_messages(record)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: record {n or 1} cannot be read as a conversation: {e}") from None
+    """Yields the (messages, tools) of a JSON list or JSONL of records in any of the LAYOUTS."""
+    return ((messages, tools) for _, messages, tools in read_records(path))
+
+
+def read_records(path):
+    """The same with each record as it stands in the file: yields (record, messages, tools)."""
+    for n, record in enumerate(json_records(path), 1):
+        try:
+            yield record, *as_messages(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: record {n} cannot be read as a conversation: {e}") from None
 
 
 def as_messages(record):
-    """One record of a dataset, in any of the three usual shapes -> (messages, tools or None)"""
-    if "messages" in record:
-        return record["messages"], record.get("tools")
-    if "conversations" in record:
+    """One record of a dataset, in any of the LAYOUTS -> (messages, tools or None). UserError names the keys of any other."""
+    if not isinstance(record, dict):
+        raise UserError(f"it is a {type(record).__name__}, not an object")
+    keys, tools = record.keys(), record.get("tools")
+    talk = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    if "messages" in keys:
+        return record["messages"], tools
+    if "conversations" in keys:
         role = {"human": "user", "gpt": "assistant"}
-        return [{"role": role.get(m["from"], m["from"]), "content": m["value"]} for m in record["conversations"]], None
-    task = record["instruction"] + (f"\n\n### Input:\n{record['input']}" if record.get("input") else "")
-    return [{"role": "user", "content": task}, {"role": "assistant", "content": record["output"]}], None
+        return talk + [{"role": role.get(m["from"], m["from"]), "content": m["value"]} for m in record["conversations"]], tools
+    if {"instruction", "output"} <= keys:
+        task = record["instruction"] + (f"\n\n### Input:\n{record['input']}" if record.get("input") else "")
+        return [*talk, {"role": "user", "content": task}, {"role": "assistant", "content": record["output"]}], tools
+    if "prompt" in keys and (answer := next((k for k in ("completion", "response") if k in keys), None)):
+        for role, part in ("user", record["prompt"]), ("assistant", record[answer]):
+            talk += part if isinstance(part, list) else [{"role": role, "content": part}]
+        return talk, tools
+    raise UserError(f"its keys are {', '.join(repr(k)[:40] for k in list(keys)[:12]) or 'none'}; known layouts: {LAYOUTS}")
 
 
 def example(tok, messages, tools=None, format=None):
@@ -567,11 +585,14 @@ def paint(tok, ids, mask, color=True):
     for said, pairs in groupby(zip(mask, ids), key=lambda pair: pair[0]):
         text = "".join("".join(name[i] for i in run) if special else tok.decode(list(run))
                        for special, run in groupby((i for _, i in pairs), key=name.__contains__))
-        # a file must not steer the terminal
-        text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
         green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
-        out.append(green + text + plain if said else text)
+        out.append(green + printable(text) + plain if said else printable(text))
     return "".join(out)
+
+
+def printable(text):
+    """Control characters but the newline spelled out: neither a file nor a model must steer the terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
 def show(args):
@@ -587,16 +608,46 @@ def show(args):
         print(f"skipped {count}: {why}")
 
 
+def convert(args):
+    """Records of any layout -> DIR/{train,val,test}.jsonl of {messages}. What comes before the last answer decides, by its
+    hash, where a record goes: the same question is never in two splits, and more records move none."""
+    try:
+        shares = [float(part) for part in args.split.split("/")]
+        bounds = list(accumulate(share / sum(shares) for share in shares))
+        if len(shares) != 3 or min(shares) < 0:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--split {args.split}: give the three shares of train, val and test, as 85/5/10") from None
+    lines = {name: [] for name in ("train", "val", "test")}
+    for path in args.files:
+        for record, messages, tools in read_records(path):
+            kept = {k: record[k] for k in ("family", "answer", "checks") if k in record} | ({"tools": tools} if tools else {})
+            asked = hashlib.sha256(to_json(messages[:-1]).encode("utf-8", "replace")).digest()
+            place = sum(int.from_bytes(asked[:8], "big") / 2 ** 64 >= bound for bound in bounds[:2])
+            lines[list(lines)[place]].append(to_json({"messages": messages, **kept}) + "\n")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name, of_split in lines.items():
+        write_atomic(Path(args.out, f"{name}.jsonl"), lambda path: path.write_text("".join(of_split), encoding="utf-8"))
+    print(f"{args.out}: " + ", ".join(f"{len(of_split):,} {name}" for name, of_split in lines.items()) + " conversations")
+
+
 def main():
     parser = argparse.ArgumentParser(description="What a chat format makes of conversations, and what is in the loss.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("show", help="print conversations, supervised tokens in green (NO_COLOR=1: in «»)")
-    p.add_argument("file", help="JSON or JSONL: {messages}, {conversations} or {instruction, output} records")
+    p.add_argument("file", help=f"JSON or JSONL: {LAYOUTS}")
     p.add_argument("--tokenizer", required=True, help="a model folder or tokenizer file")
     p.add_argument("--format", help=f"instead of the folder's own: {', '.join(FORMATS)}")
     p.add_argument("--limit", type=int, default=10, help="how many conversations (default 10)")
     p.add_argument("--strict", action="store_true", help="stop at a conversation that cannot be trained on")
-    show(parser.parse_args())
+    p.set_defaults(run=show)
+    p = commands.add_parser("convert", help="any layout to {messages} in train.jsonl, val.jsonl and test.jsonl")
+    p.add_argument("files", nargs="+", help=f"JSON or JSONL: {LAYOUTS}")
+    p.add_argument("--out", required=True, help="the folder to write")
+    p.add_argument("--split", default="85/5/10", help="shares of train, val and test [85/5/10]")
+    p.set_defaults(run=convert)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python data.py wikitext-103                                  # its text -> data/wikitext-103/{train,valid,test}.txt
     python data.py wikitext-103 --tokenizer T                    # the same, tokenized -> shards beside it
     python data.py mine/ 'more/*.jsonl' --tokenizer T --out data/mine    # .txt, .jsonl, .parquet of your own -> shards
+    python data.py toybox --out data/toybox                      # a made-up world: text, chats, preferences (toybox.py)
     python train.py --data data/mine                             # what shards are for
 
 Top to bottom: documents (from corpora.py) into shards of tokens, shards into batches.
@@ -28,9 +29,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import toybox
 from bpe import BLOCK, in_processes, usable_cpus
 from common import UserError, cli, read_json, sha256, write_atomic, write_json
-from corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, shakespeare, wikitext
+from corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, read_text, shakespeare, wikitext
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
@@ -494,7 +496,7 @@ class Batches:
 
 def read_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help=f"shakespeare, {', '.join(WIKITEXT)}, or files, folders and globs")
+    parser.add_argument("data", nargs="+", help=f"shakespeare, {', '.join(WIKITEXT)}, toybox, or files, folders and globs")
     parser.add_argument("--tokenizer", help="make shards with this tokenizer: a folder or file")
     parser.add_argument("--out", help="the folder to write [data/NAME for a named corpus]")
     parser.add_argument("--val", nargs="+", default=[], help="files to validate on, not a share of the documents")
@@ -506,7 +508,7 @@ def read_args():
     parser.add_argument("--processes", type=int, help="to tokenize in [one per CPU]")
     parser.add_argument("--data-dir", help="a folder that may hold a local copy of a named corpus [$LLM_DATA_DIR]")
     args = parser.parse_args()
-    named = [n for n in args.data if n in WIKITEXT or n == "shakespeare"]
+    named = [n for n in args.data if n in WIKITEXT or n in ("shakespeare", "toybox")]
     if named and len(args.data) > 1:
         raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
     if not named and not (args.tokenizer and args.out):
@@ -520,6 +522,8 @@ def main():
     args = read_args()
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
+    if name == "toybox":
+        return toybox.write(out, read_text("shakespeare", args.data_dir)[0])
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode())) if args.split_on else None
     if name in WIKITEXT:

@@ -63,6 +63,7 @@ class Request:
     adapter: int = -1                   # row of the LoRA adapters, -1 is none
     ends: frozenset = frozenset()       # token ids that end an answer
     bad_words: tuple = ()
+    edits: bool = False                 # logits are changed before a token is drawn
     cached_tokens: int = 0
     unfinished: int = 1                 # answers still being made
     finished: dict = field(default_factory=dict)   # with best_of: {index: [mean log-probability, delta]}, kept back
@@ -91,6 +92,10 @@ class Sequence:
     @property
     def output(self):
         return self.ids[len(self.request.prompt):]
+
+    @property
+    def made(self):
+        return len(self.ids) - len(self.request.prompt)
 
     @property
     def remaining(self):
@@ -362,7 +367,8 @@ class Engine:
         if request_id in self.requests:
             raise UserError(f"request id {request_id!r} is in use")
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos)
-        request = Request(request_id, ids, sampling, self.runner.adapter_row(adapter), ends, tuple(words), unfinished=width)
+        edits = bool(sampling.counts_tokens or sampling.logit_bias or words or sampling.constraint or sampling.min_tokens)
+        request = Request(request_id, ids, sampling, self.runner.adapter_row(adapter), ends, tuple(words), edits, unfinished=width)
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
         seq = Sequence(request, (next(self.arrivals), 0), list(ids), seed, self.tok and self.tok.stream(skip_special=True),
                        copy.copy(sampling.constraint), width)
@@ -442,11 +448,14 @@ class Engine:
 
     def row(self, seq, draft, index=None):
         """The sampler's view of one answer, `draft` further on."""
-        r, seed = seq.request, seq.seed if index is None else child_seed(seq, index)
-        output = seq.output + draft
-        room = min(r.sampling.max_tokens, self.max_model_len - len(r.prompt)) - len(output)
-        return Row(r.sampling, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint,
-                   room)
+        r, s = seq.request, seq.request.sampling
+        if s.temperature == 0 and not r.edits:  # nothing else matters
+            return Row(s, 0.0)
+        seed = seq.seed if index is None else child_seed(seq, index)
+        output = seq.output + draft if r.edits else ()
+        room = min(s.max_tokens, self.max_model_len - len(r.prompt)) - seq.made - len(draft)
+        return Row(s, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint, room,
+                   r.edits)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw, keep drafts as far as they are what was drawn, turn tokens into text -> deltas.
@@ -529,7 +538,7 @@ class Engine:
                 seq.constraint.advance(token)
                 if seq.constraint.done:
                     seq.finish_reason = "stop"
-            if seq.finish_reason is None and (len(seq.output) == s.max_tokens or len(seq.ids) == self.max_model_len):
+            if seq.finish_reason is None and (seq.made == s.max_tokens or len(seq.ids) == self.max_model_len):
                 seq.finish_reason = "length"
             if seq.finish_reason:
                 break
@@ -553,9 +562,10 @@ class Engine:
 
     def show(self, seq, text):
         """New text -> what of it and of the text held back can be shown; a stop string ends the answer before itself."""
-        if seq.held is None:  # stopped already
-            return ""
-        text, stops = seq.held + text, seq.request.sampling.stop
+        stops = seq.request.sampling.stop
+        if not stops or seq.held is None:  # None: stopped already
+            return "" if stops else text
+        text = seq.held + text
         found = min((at for at in map(text.find, stops) if at >= 0), default=None)
         if found is not None:
             seq.finish_reason, seq.held = "stop", None
@@ -571,7 +581,7 @@ class Engine:
             before = request.finished[delta.index][1]
             delta = replace(delta, text=before.text + delta.text, token_ids=before.token_ids + delta.token_ids,
                             logprobs=before.logprobs and before.logprobs + delta.logprobs)
-        request.finished[delta.index] = [seq.logprob_sum / max(len(seq.output), 1), delta]
+        request.finished[delta.index] = [seq.logprob_sum / max(seq.made, 1), delta]
         if request.unfinished:
             return []
         best = sorted(request.finished.items(), key=lambda item: (-item[1][0], item[0]))[:request.sampling.n]

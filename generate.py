@@ -1,7 +1,7 @@
 """Text from a model folder or a GGUF file: one prompt, a conversation, or a file of prompts.
 
     python generate.py runs/shakespeare-char "ROMEO:" --temperature 0.8 --seed 1
-    python generate.py runs/demo --chat
+    python generate.py runs/demo-dpo --chat                              # or with a question: its answer
     python generate.py runs/demo --batch prompts.jsonl --out answers.jsonl --max-tokens 100 --quant int8
 
 A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field of Sampling as it likes.
@@ -146,18 +146,20 @@ def stream(engine, prompt, sampling, adapter=None):
     return text, request
 
 
-def talk(engine, sampling, adapter=None):
-    """A conversation on the terminal. The cache keeps what was said, so a turn costs only what is new."""
+def talk(engine, sampling, adapter=None, question=""):
+    """A conversation on the terminal, or one question. The cache keeps what was said, so a turn costs only what is new."""
     messages, end = [], chat.stop_id(engine.tok)
     sampling.stop_ids = (end,) if end is not None else ()
     while True:
         try:
-            line = input("> ")
+            line = question or input("> ")
         except EOFError:
             return
         messages.append({"role": "user", "content": line})
         ids, _ = chat.render(engine.tok, messages, add_generation_prompt=True)
         messages.append({"role": "assistant", "content": stream(engine, ids, sampling, adapter)[0]})
+        if question:
+            return
 
 
 def read_request(line, number, sampling, tok):
@@ -242,7 +244,7 @@ def main():
     if args.batch:
         run_batch(engine, args, sampling, adapter)
     elif args.chat:
-        talk(engine, sampling, adapter)
+        talk(engine, sampling, adapter, args.prompt.strip())
     else:
         print(args.prompt, end="", flush=True)
         stream(engine, args.prompt, sampling, adapter)

@@ -13,6 +13,7 @@ import struct
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -71,7 +72,7 @@ def encode_q8(x):
     return torch.cat((as_bytes(d), as_bytes(whole + (2 * (v - whole)).trunc(), torch.int8)), 1)  # halves away from zero
 
 
-def decode_legacy(b, bits, has_min):
+def decode_legacy(b, bits, has_min=False):
     """Q4_0, Q4_1, Q5_0, Q5_1: scale, minimum if any, 4 bytes of fifth bits if any, 16 bytes of nibbles."""
     at = 4 if has_min else 2
     d, q = halves(b[:, :at]), unpack(b[:, -16:], 4, 16)
@@ -80,12 +81,12 @@ def decode_legacy(b, bits, has_min):
     return q * d[:, :1] + d[:, 1:] if has_min else (q.float() - (1 << bits - 1)) * d
 
 
-def encode_legacy(x, bits, has_min):
+def encode_legacy(x, bits, has_min=False):
     top = (1 << bits) - 1
     if has_min:
         low = x.amin(1, keepdim=True)
-        head, d, shift = (x.amax(1, keepdim=True) - low) / top, None, 0.5
-        head, d, x = torch.cat((head, low), 1), head, x - low
+        d = (x.amax(1, keepdim=True) - low) / top
+        head, x, shift = torch.cat((d, low), 1), x - low, 0.5
     else:  # the scale takes the largest magnitude, sign included, to the end of the range that has one value more
         d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -(1 << bits - 1)
         head, shift = d, (1 << bits - 1) + 0.5
@@ -97,25 +98,25 @@ def encode_legacy(x, bits, has_min):
 def fit_range(x, top, start, steps):
     """x (n, 32) ~ scale * q - low, q in 0..top -> (scale (n,), low (n,)), both >= 0.
 
-    Tries `steps` roundings near the plain one; for each, weighted least squares gives the best scale and minimum. Weights
-    |x| + rms(x) make large values count more, as ggml does (make_qkx2_quants).
+    Tries `steps` roundings near the plain one, each from the best minimum so far; for each, weighted least squares gives
+    the best scale and minimum. Weights |x| + rms(x) make large values count more, as in ggml (make_qkx2_quants).
     """
     x = x.t().contiguous()  # (32, n): sums down the columns run over consecutive numbers
     w = x.square().mean(0).sqrt() + x.abs()
-    low = x.amin(0).clamp(max=0)
-    span, above, ww = x.amax(0) - low, x - low, torch.stack((w, w * x))  # (2, 32, n)
-    sum_w, sum_x = ww.sum(1)
-    scale, minimum, products = span / top, low, torch.empty_like(ww)
-    error = (w * ((above * (top / span)).round().clamp(0, top) * scale + low - x).square()).sum(0)
-    best = (ww[1] * x).sum(0) - error  # at the optimum sum w (sq + m - x)^2 = sum wx^2 - (s sum wqx + m sum wx)
+    ww, products = torch.stack((w, w * x)), torch.empty(2, *x.shape)
+    (sum_w, sum_x), high, minimum = ww.sum(1), x.amax(0), x.amin(0).clamp(max=0)
+    scale = (high - minimum) / top
+    q = ((x - minimum) / scale).round_().clamp_(max=top)
+    best = (ww[1] * x).sum(0) - (w * (q * scale + minimum - x).square()).sum(0)
     for step in range(steps):
-        q = (above * ((start + 0.1 * step + top) / span)).round_().clamp_(max=top)
+        q = torch.sub(x, minimum, out=q).mul_((start + 0.1 * step + top) / (high - minimum)).round_().clamp_(0, top)
         sum_q, sum_qx = torch.mul(ww, q, out=products).sum(1)
         sum_q2 = products[0].mul_(q).sum(0)
         det = sum_w * sum_q2 - sum_q * sum_q
         s, m = (sum_w * sum_qx - sum_x * sum_q) / det, (sum_q2 * sum_x - sum_q * sum_qx) / det
         s, m = torch.where(m > 0, sum_qx / sum_q2, s), m.clamp(max=0)
-        gain = s * sum_qx + m * sum_x
+        # how much less than sum w x^2 the error sum w (s q + m - x)^2 is
+        gain = s * (2 * sum_qx - s * sum_q2 - 2 * m * sum_q) + m * (2 * sum_x - m * sum_w)
         better = (det > 0) & (gain > best)
         best, scale, minimum = torch.where(better, gain, best), torch.where(better, s, scale), torch.where(better, m, minimum)
     return scale, -minimum
@@ -196,26 +197,26 @@ class Kind(NamedTuple):
     decode: Callable
     encode: Callable | None = None  # None: llama.cpp's own files have it, we do not write it
 
+    def size(self, shape):
+        return math.prod(shape) // self.block * self.bytes
+
 
 def plain(number, dtype):
-    return Kind(number, 1, dtype.itemsize, lambda b: b.contiguous().view(dtype).float(), lambda x: as_bytes(x, dtype))
+    return Kind(number, 1, dtype.itemsize, lambda b: b.contiguous().view(dtype).float(), partial(as_bytes, dtype=dtype))
 
 
-def family(number, block, size, decode, encode, *how):
-    return Kind(number, block, size, lambda b: decode(b, *how), lambda x: encode(x, *how))
+def both(number, block, size, decode, encode, **how):
+    return Kind(number, block, size, partial(decode, **how), partial(encode, **how))
 
 
 KINDS = {
     "F32": plain(0, torch.float32), "F16": plain(1, torch.float16), "BF16": plain(30, torch.bfloat16),
-    "Q4_0": family(2, 32, 18, decode_legacy, encode_legacy, 4, False),
-    "Q4_1": family(3, 32, 20, decode_legacy, encode_legacy, 4, True),
-    "Q5_0": family(6, 32, 22, decode_legacy, encode_legacy, 5, False),
-    "Q5_1": family(7, 32, 24, decode_legacy, encode_legacy, 5, True),
-    "Q8_0": Kind(8, 32, 34, decode_q8, encode_q8),
-    "Q2_K": Kind(10, 256, 84, decode_q2_k), "Q3_K": Kind(11, 256, 110, decode_q3_k),
-    "Q4_K": family(12, 256, 144, decode_k45, encode_k45, 4), "Q5_K": family(13, 256, 176, decode_k45, encode_k45, 5),
-    "Q6_K": Kind(14, 256, 210, decode_q6_k, encode_q6_k),
-}
+    "Q4_0": both(2, 32, 18, decode_legacy, encode_legacy, bits=4), "Q5_0": both(6, 32, 22, decode_legacy, encode_legacy, bits=5),
+    "Q4_1": both(3, 32, 20, decode_legacy, encode_legacy, bits=4, has_min=True),
+    "Q5_1": both(7, 32, 24, decode_legacy, encode_legacy, bits=5, has_min=True),
+    "Q8_0": Kind(8, 32, 34, decode_q8, encode_q8), "Q2_K": Kind(10, 256, 84, decode_q2_k), "Q3_K": Kind(11, 256, 110, decode_q3_k),
+    "Q4_K": both(12, 256, 144, decode_k45, encode_k45, bits=4), "Q5_K": both(13, 256, 176, decode_k45, encode_k45, bits=5),
+    "Q6_K": Kind(14, 256, 210, decode_q6_k, encode_q6_k)}
 NUMBERS = {kind.number: name for name, kind in KINDS.items()}
 
 
@@ -297,8 +298,8 @@ def row_order(name, rows, config, back=False):
     """
     if config.model_type not in ("llama", "mistral") or not re.search(r"\.attn_[qk]\.", name):
         return None
-    halves_ = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
-    return torch.arange(rows).view(-1, *halves_).transpose(1, 2).flatten()
+    pairs = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
+    return torch.arange(rows).view(-1, *pairs).transpose(1, 2).flatten()
 
 
 def kind_of(name, shape, mix, config):
@@ -346,7 +347,7 @@ def shape_metadata(config, where):
         meta |= {"attention.head_count_kv": K, "attention.key_length": D, "attention.value_length": D,
                  "attention.layer_norm_rms_epsilon": config.norm_eps, "rope.dimension_count": D,
                  "rope.freq_base": float(config.rope["rope_theta"]), **scaling}
-    return {f"{arch}.{key}": value for key, value in meta.items()}, freqs
+    return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in meta.items()}, freqs
 
 
 def rope_metadata(config, where):
@@ -368,18 +369,23 @@ def rope_metadata(config, where):
     return meta, None
 
 
-def read_config(meta, tensors, path):
-    """Metadata and tensor infos -> (Config, rope_freqs' name or None)."""
-    arch = meta.get("general.architecture")
-    if arch not in ARCHITECTURES or arch == "mistral":
-        raise UserError(f"{path}: architecture {arch!r} is not supported; this program knows gpt2, llama, qwen2, qwen3")
-
+def getter(meta, prefix, path):
+    """-> get(key, default, type): an untrusted value; fractions are finite and positive, whole numbers from 0 to 2^31."""
     def get(key, default=None, kind=(int, float)):
-        value = meta.get(f"{arch}.{key}", default)
-        if value is not default and (not isinstance(value, kind) or isinstance(value, float) and not 0 < value < math.inf):
-            raise UserError(f"{path}: {arch}.{key} is {str(value)[:40]}, which makes no sense there")
+        value = meta.get(f"{prefix}.{key}", default)
+        fault = isinstance(value, float) and not 0 < value < math.inf or isinstance(value, int) and not 0 <= value < 1 << 31
+        if value is not default and (fault or not isinstance(value, kind)):
+            raise UserError(f"{path}: {prefix}.{key} is {str(value)[:40]}, which makes no sense there")
         return float(f"{value:.7g}") if isinstance(value, float) else value  # float32 1e-05 reads as 9.99999974e-06
+    return get
 
+
+def read_config(meta, tensors, path):
+    """Metadata and tensors -> Config."""
+    arch = meta.get("general.architecture")
+    if not isinstance(arch, str) or arch not in ("gpt2", "llama", "qwen2", "qwen3"):
+        raise UserError(f"{path}: architecture {str(arch)[:40]!r} is not supported; this program knows gpt2, llama, qwen2, qwen3")
+    get = getter(meta, arch, path)
     if get("expert_count", 0) or "token_embd.weight" not in tensors:
         raise UserError(f"{path}: a mixture of experts or a file without token_embd.weight, which this program cannot run")
     rows = tensors["token_embd.weight"].shape[0]
@@ -387,8 +393,8 @@ def read_config(meta, tensors, path):
     if not (isinstance(C, int) and isinstance(H, int) and 0 < H <= C):
         raise UserError(f"{path}: {H} heads in {C} channels cannot be, or differ from layer to layer")
     D = get("attention.key_length", C // H, int)
-    if get("rope.dimension_count", D) != D or get("attention.value_length", D) != D:
-        raise UserError(f"{path}: keys, values and their rotary part must have one size ({D}) to be supported")
+    if get("rope.dimension_count", D) != D or get("attention.value_length", D) != D or not 2 <= D <= 1024:
+        raise UserError(f"{path}: keys, values and their rotary part must have one size ({D}), of 2 to 1,024, to be supported")
     d = {"model_type": arch, "vocab_size": rows, "tie_word_embeddings": "output.weight" not in tensors}
     if arch == "gpt2":
         d |= {"n_embd": C, "n_head": H, "n_inner": get("feed_forward_length", 4 * C, int), "n_layer": get("block_count"),
@@ -405,27 +411,35 @@ def read_config(meta, tensors, path):
 
 
 def read_rope(get, path):
-    factor, kind = get("rope.scaling.factor", get("rope.scale_linear", 1.0)), get("rope.scaling.type", "linear", str)
-    rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
-    if kind not in ("none", "linear", "yarn") or get("rope.scaling.yarn_log_multiplier", 0):
-        raise UserError(f"{path}: rope scaling {kind!r} is not supported; this program knows linear, yarn and Llama 3's")
+    def number(key, default):
+        if (value := float(get(f"rope.{key}", default))) <= 0:
+            raise UserError(f"{path}: rope.{key} is {value}, it must be above 0")
+        return value
+
+    factor, theta = number("scaling.factor", get("rope.scale_linear", 1.0)), number("freq_base", 10000.0)
+    kind, rope = get("rope.scaling.type", "linear", str), {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("none", "linear", "yarn") or get("rope.scaling.yarn_log_multiplier", 0) or theta <= 1:
+        raise UserError(f"{path}: rope scaling {kind!r} of base {theta} is not supported; known are linear, yarn, Llama 3's")
     if kind == "none" or factor == 1:
         return rope
     rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope |= {"original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
-                 "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0), "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
-                 "attention_factor": get("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(factor) + 1)}
+        rope |= {"original_max_position_embeddings": int(number("scaling.original_context_length", get("context_length", 0))),
+                 "beta_fast": number("scaling.yarn_beta_fast", 32), "beta_slow": number("scaling.yarn_beta_slow", 1),
+                 "attention_factor": number("scaling.attn_factor", 1) * (0.1 * math.log(factor) + 1)}
     return rope
 
 
-def llama3_rope(config, slowed, path):
-    """The parameters of Llama 3's rule from its result, all that a GGUF tells: slowed (D/2,) -> the rope dict.
+def llama3_rope(config, freqs, path):
+    """The parameters of Llama 3's rule from its result, all that a GGUF tells: rope_freqs.weight (D/2,) -> the rope dict.
 
     Between the untouched and the fully slowed waves, the share kept is (turns - low) / (high - low), linear in the
     frequency. Its slope and height fix two of the three parameters, the third (low = 1) can be chosen.
     """
-    frequency, factor = rope_frequencies(config)[0].double(), slowed.max().item()
+    if freqs.shape != (config.head_dim // 2,) or freqs.kind != "F32":
+        raise UserError(f"{path}: rope_freqs.weight is {freqs.shape} {freqs.kind}, expected ({config.head_dim // 2},) F32")
+    slowed, frequency = freqs.dequantize(), rope_frequencies(config)[0].double()
+    factor = slowed.max().item()
     keep = (1 / slowed.double() - 1 / factor) / (1 - 1 / factor)
     between = (keep > 1e-4) & (keep < 1 - 1e-4)
     x, y = frequency[between], keep[between]
@@ -435,7 +449,8 @@ def llama3_rope(config, slowed, path):
         high = round(1 + 1 / (slope * x.mean() - y.mean()).item(), 4)
     original = ((y * (high - 1) + 1) / x).mean().item() * 2 * math.pi
     rope = {"rope_type": "llama3", "rope_theta": config.rope["rope_theta"], "factor": round(factor, 4), "low_freq_factor": 1.0,
-            "high_freq_factor": high, "original_max_position_embeddings": round(original) if original == original else 1}
+            "high_freq_factor": high,
+            "original_max_position_embeddings": round(original) if math.isfinite(original) else 1}
     made = rope_frequencies(Config(head_dim=config.head_dim, rope=rope))[0]
     if not torch.allclose(made * slowed, frequency.float(), rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows")
@@ -481,7 +496,7 @@ def vocabulary(tok, rows, config, where):
     meta |= {"tokens": tokens, "token_type": types, **special_metadata(tok, config)}
     if clash := [text for text, count in Counter(tokens).items() if count > 1]:
         raise UserError(f"{where}: the file would have two tokens spelled {clash[0]!r}")
-    if (others := [step for step in tok.normalizer if step[0] == "unicode"]):
+    if others := [step for step in tok.normalizer if step[0] == "unicode"]:
         warn(f"llama.cpp does not normalize text to {others[0][1]}: text that is not will get other ids there")
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
     return meta | ({"tokenizer.chat_template": tok.chat_template} if tok.chat_template else {})
@@ -542,19 +557,16 @@ def special_metadata(tok, config):
 
 def read_vocabulary(meta, path):
     """tokenizer.* metadata -> Tokenizer, or None for a file without one."""
-    def get(key, kind, default=None):
-        value = meta.get(f"tokenizer.{key}", default)
-        if not isinstance(value, kind) and value is not default:
-            raise UserError(f"{path}: tokenizer.{key} is of the wrong type")
-        return value
-
-    model, tokens = get("ggml.model", str), get("ggml.tokens", list, [])
+    get = getter(meta, "tokenizer", path)
+    model, tokens = get("ggml.model", None, str), get("ggml.tokens", [], list)
     if model in (None, "no_vocab", "none"):
         return None
-    n, pre = len(tokens), get("ggml.pre", str, "")
-    types = get("ggml.token_type", np.ndarray, np.full(n, NORMAL))
+    n, pre = len(tokens), get("ggml.pre", "", str)
+    types = get("ggml.token_type", np.full(n, NORMAL), np.ndarray)
     if not all(isinstance(token, str) for token in tokens) or len(types) != n or len(set(tokens)) < n:
         raise UserError(f"{path}: {n:,} tokens with {len(types):,} types, or some twice")
+    if (longest := max(map(len, tokens), default=0)) > (256 if model == "llama" else 1 << 12):  # every way to halve one is tried
+        raise UserError(f"{path}: a token of {longest:,} characters")
     groups = {t: {tokens[i]: i for i in np.flatnonzero(types == t)} for t in range(1, 7)}
     groups = {t: {text: int(i) for text, i in group.items()} for t, group in groups.items()}
     special, vocab = groups[CONTROL] | groups[UNKNOWN], groups[NORMAL] | groups[BYTE]
@@ -563,25 +575,27 @@ def read_vocabulary(meta, path):
         pre = ALIASES.get(pre, pre)
         if pre not in SPLITS:
             raise UserError(f"{path}: pre-tokenizer {pre!r} is not supported; this program knows {', '.join(SPLITS)}")
-        split, whole = SPLITS[pre]
-        vocab, merges = read_bpe({"vocab": vocab, "merges": get("ggml.merges", list, [])}, "bytes", special, path)
+        (split, whole), merges = SPLITS[pre], get("ggml.merges", [], list)
+        if bad := [merge for merge in merges if not isinstance(merge, str) or merge.count(" ") != 1]:
+            raise UserError(f"{path}: merge {str(bad[0])[:40]!r} is not two tokens")
+        vocab, merges = read_bpe({"vocab": vocab, "merges": merges}, "bytes", special, path)
         tok = Tokenizer("bytes", vocab, merges, patterns=[PATTERNS.get(p, p) for p in split], whole_chunks=whole, **options)
     elif model == "llama":
-        scores = get("ggml.scores", np.ndarray, np.zeros(n, np.float32))
+        scores = get("ggml.scores", np.zeros(n, np.float32), np.ndarray)
         if len(scores) != n or not np.isfinite(scores).all():
             raise UserError(f"{path}: {len(scores):,} scores for {n:,} tokens, or some of them no numbers")
-        prefix = get("ggml.add_space_prefix", bool, True)
+        prefix = get("ggml.add_space_prefix", True, bool)
         tok = Tokenizer("pieces", vocab, merges_by_score(vocab, scores.tolist()), strip_space=prefix,
                         normalizer=[("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")], **options)
     else:
         raise UserError(f"{path}: tokenizer model {model!r} is not supported, only gpt2 and llama")
     for role in ("bos", "eos", "unk", "pad"):
         key = {"unk": "unknown", "pad": "padding"}.get(role, role)
-        i = get(f"ggml.{key}_token_id", int, -1)
+        i = get(f"ggml.{key}_token_id", -1, int)
         if 0 <= i < n:
             tok.config[f"{role}_token"] = tokens[i]
-    tok.config |= {k: v for k, v in (("add_bos_token", get("ggml.add_bos_token", bool)),
-                                     ("chat_template", get("chat_template", str))) if v is not None}
+    tok.config |= {k: v for k, v in (("add_bos_token", get("ggml.add_bos_token", None, bool)),
+                                     ("chat_template", get("chat_template", None, str))) if v is not None}
     return tok
 
 
@@ -606,13 +620,6 @@ def value_bytes(value):
         return struct.pack("<I", 8) + text_bytes(value)
     number = 7 if isinstance(value, bool) else 4 if isinstance(value, int) else 6
     return struct.pack("<I" + CODES[number], number, value)
-
-
-class Info(NamedTuple):
-    kind: str
-    shape: tuple
-    offset: int     # in the file
-    size: int       # bytes
 
 
 class Cursor:
@@ -656,7 +663,7 @@ class Cursor:
 
 
 def open_file(path):
-    """-> (metadata, {tensor name: Info}, the file as writable private memory). All sizes are checked against the file's."""
+    """-> (metadata, {tensor name: Packed}); the tensors lie in the file until used. All sizes are held against the file's."""
     with open(path, "rb") as f:
         if (size := Path(path).stat().st_size) < 24 or f.read(4) != b"GGUF":
             raise UserError(f"{path}: {size:,} bytes that do not begin as a GGUF does")
@@ -687,16 +694,30 @@ def open_file(path):
         count, kind = math.prod(shape), KINDS.get(NUMBERS.get(number))
         if kind is None or name in tensors or not count or shape[-1] % kind.block:
             cursor.refuse(f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of unknown type {number}")
-        nbytes = count // kind.block * kind.bytes
+        nbytes = kind.size(shape)
         if offset % alignment or offset < end or start + offset + nbytes > size:
             cursor.refuse(f"tensor {name[:80]!r} with {nbytes:,} bytes at {offset:,} overlaps another or passes the end {size:,}")
-        tensors[name], end = Info(NUMBERS[number], tuple(shape), start + offset, nbytes), offset + nbytes
-    return meta, tensors, data
+        flat, end = torch.frombuffer(data, dtype=torch.uint8, offset=start + offset, count=nbytes), offset + nbytes
+        tensors[name] = Packed(NUMBERS[number], tuple(shape), flat.view(shape[0], -1))
+    return meta, tensors
 
 
-def packed(info, data):
-    flat = torch.frombuffer(data, dtype=torch.uint8, offset=info.offset, count=info.size)
-    return Packed(info.kind, info.shape, flat.view(info.shape[0], -1))
+def write_file(path, meta, tensors):
+    """meta {key: value}, tensors [(name, type, shape, function that makes its bytes)] -> a file, all or nothing."""
+    infos, offset = [], 0
+    for name, kind, shape, _ in tensors:
+        infos.append(text_bytes(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], KINDS[kind].number, offset))
+        offset += -(-KINDS[kind].size(shape) // ALIGNMENT) * ALIGNMENT
+
+    def save(temporary):
+        with open(temporary, "wb") as f:
+            f.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(meta)))
+            f.write(b"".join([text_bytes(key) + value_bytes(value) for key, value in meta.items()] + infos))
+            for *_, make in tensors:
+                f.write(bytes(-f.tell() % ALIGNMENT))
+                f.write(make())
+            f.write(bytes(-f.tell() % ALIGNMENT))
+    write_atomic(path, save)
 
 
 # ---------------------------------------------------------------------------------------------------------- write and read
@@ -708,59 +729,38 @@ def write(folder, path, mix):
     """
     if mix not in MIXES:
         raise UserError(f"unknown type {mix!r}: choose one of {', '.join(MIXES)}")
-    folder, path = Path(folder), Path(path)
+    folder, plan, sizes = Path(folder), [], Counter()
     config = Config.from_dict(read_json(folder / "config.json"), where=folder / "config.json")
     files = open_weights(folder)
     check_layers(config, files, folder)
     with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    in_folder = folder_names(state, config)
+        in_folder = folder_names(Transformer(config).state_dict(), config)
     check_tensors(in_folder, files, folder)
-    shape, freqs = shape_metadata(config, folder)
-    meta = {"general.architecture": ARCHITECTURES[config.model_type], "general.name": folder.resolve().name,
-            "general.file_type": MIXES[mix][1], "general.quantization_version": 2, **shape,
-            **vocabulary(Tokenizer.load(folder), config.vocab_size, config, folder)}
-    plan, sizes = [], Counter()  # (name, kind, shape, name in the folder)
-    for source, tensor in in_folder.items():
-        parts = from_folder_names(source, tensor, config)
-        name = gguf_name(next(iter(parts)), config)
-        dims = (sum(len(part) for part in parts.values()), *next(iter(parts.values())).shape[1:])
-        kind, wanted = kind_of(name, dims, mix, config)
-        if wanted:
-            warn(f"{name}: rows of {dims[-1]} do not divide by {KINDS[wanted].block}, so {wanted} becomes {kind}")
-        plan.append((name, kind, dims, source))
-    if freqs is not None:
-        plan.append(("rope_freqs.weight", "F32", tuple(freqs.shape), None))
+    meta, freqs = shape_metadata(config, folder)
+    meta |= {"general.name": folder.resolve().name, "general.file_type": MIXES[mix][1], "general.quantization_version": 2,
+             **vocabulary(Tokenizer.load(folder), config.vocab_size, config, folder)}
 
-    def content(name, kind, dims, source):
-        """-> the tensor's bytes, as an array"""
-        if source is None:
-            return as_bytes(freqs, torch.float32).numpy()
+    def content(source, name, kind):
         handle, key = files[source]
-        tensor = torch.cat(list(from_folder_names(source, handle.get_tensor(key), config).values()))
+        tensor = torch.cat(list(from_folder_names(source, handle.get_tensor(key), config).values()))  # GPT-2's q, k, v in one
         most = torch.linalg.vector_norm(tensor.float(), ord=math.inf).item()
         if not most < (math.inf if kind in ("F32", "BF16") else 65504):
             raise UserError(f"{folder}: {name} has values up to {most}, which {kind} cannot hold")
         order = row_order(name, len(tensor), config)
-        tensor = tensor if order is None else tensor[order]
-        return quantize(tensor.view(len(tensor), -1), kind).numpy()
+        return quantize((tensor if order is None else tensor[order]).view(len(tensor), -1), kind).numpy()
 
-    def save(temporary):
-        head, infos, offset = b"GGUF" + struct.pack("<IQQ", 3, len(plan), len(meta)), [], 0
-        for name, kind, dims, _ in plan:
-            infos.append(text_bytes(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims[::-1], KINDS[kind].number, offset))
-            size = math.prod(dims) // KINDS[kind].block * KINDS[kind].bytes
-            sizes[kind] += size
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        head += b"".join([text_bytes(key) + value_bytes(value) for key, value in meta.items()] + infos)
-        with open(temporary, "wb") as f:
-            f.write(head)
-            for item in plan:
-                f.write(bytes(-f.tell() % ALIGNMENT))
-                f.write(content(*item))
-            f.write(bytes(-f.tell() % ALIGNMENT))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save)
+    for source, tensor in in_folder.items():
+        parts = from_folder_names(source, tensor, config)
+        name, shape = gguf_name(next(iter(parts)), config), tuple(torch.cat(list(parts.values())).shape)
+        kind, wanted = kind_of(name, shape, mix, config)
+        if wanted:
+            warn(f"{name}: rows of {shape[-1]} do not divide by {KINDS[wanted].block}, so {wanted} becomes {kind}")
+        plan.append((name, kind, shape, partial(content, source, name, kind)))
+    if freqs is not None:
+        plan.append(("rope_freqs.weight", "F32", tuple(freqs.shape), as_bytes(freqs, torch.float32).numpy))
+    for name, kind, shape, _ in plan:
+        sizes[kind] += KINDS[kind].size(shape)
+    write_file(path, meta, plan)
     return sizes
 
 
@@ -770,34 +770,28 @@ def read(path, dtype=torch.float32, keep_packed=False):
     keep_packed: {our name: Packed} instead, nothing computed. UserError, in bounded time and memory, for whatever is
     wrong with the file.
     """
-    meta, tensors, data = open_file(path)
+    meta, tensors = open_file(path)
     config, tok = read_config(meta, tensors, path), read_vocabulary(meta, path)
-    if "rope_freqs.weight" in tensors:
-        info = tensors.pop("rope_freqs.weight")
-        if info.shape != (config.head_dim // 2,) or info.kind != "F32":
-            raise UserError(f"{path}: rope_freqs.weight is {info.shape} {info.kind}, expected ({config.head_dim // 2},) F32")
-        config.rope = llama3_rope(config, packed(info, data).dequantize(), path)
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if len(layers) != config.num_hidden_layers:
         raise UserError(f"{path}: block_count is {config.num_hidden_layers}, the tensors are of {len(layers)} layers")
-    expected = tensor_names(config)
-    faults = [f"{name} is missing" for name in expected if name not in tensors]
-    faults += [f"{name} is not part of this model" for name in tensors if name not in expected]
-    state = {}
+    freqs, expected, state = tensors.pop("rope_freqs.weight", None), tensor_names(config), {}
+    if freqs is not None:
+        config.rope = llama3_rope(config, freqs, path)
+    faults = [f"{name} is not part of this model" for name in tensors if name not in expected]
     for name, parts in expected.items():
-        shape = (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
-        if name not in tensors or tensors[name].shape != shape or (len(shape) == 1 and KINDS[tensors[name].kind].block > 1):
-            faults += [f"{name} is {tensors[name].shape} {tensors[name].kind}, expected {shape}"] if name in tensors else []
+        tensor, at, shape = tensors.get(name), 0, (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
+        if tensor is None or tensor.shape != shape or (len(shape) == 1 and KINDS[tensor.kind].block > 1):
+            faults.append(f"{name} is " + (f"{tensor.shape} {tensor.kind}, expected {shape}" if tensor else "missing"))
             continue
-        tensor, at = packed(tensors[name], data), 0
         order = row_order(name, shape[0], config, back=True)
         for ours, part in parts:
             rows = slice(at, at + part[0]) if order is None else order
             state[ours], at = Packed(tensor.kind, part, tensor.data[rows]), at + part[0]
     if faults:
         raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
-    ends = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
-    ends = [i for i in dict.fromkeys(ends) if isinstance(i, int)]
+    ends = [i for key in ("eos", "eot")
+            if isinstance(i := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
     return config, state if keep_packed else {name: p.dequantize(dtype) for name, p in state.items()}, tok
@@ -824,13 +818,13 @@ class Args:
 
 def show(path):
     """Print metadata and tensors, long lists cut short."""
-    meta, tensors, _ = open_file(path)
+    meta, tensors = open_file(path)
     for key, value in meta.items():
         many = isinstance(value, (list, np.ndarray))
         print(f"{key:44s} {f'{len(value):,} x ' if many else ''}{repr(list(value[:4]) if many else value)[:80]}")
-    for name, info in tensors.items():
-        print(f"{name:32s} {info.kind:5s} {' x '.join(map(str, info.shape)):>16s} {info.size:>14,} bytes")
-    weights, size = sum(math.prod(t.shape) for t in tensors.values()), sum(t.size for t in tensors.values())
+    for name, t in tensors.items():
+        print(f"{name:32s} {t.kind:5s} {' x '.join(map(str, t.shape)):>16s} {t.data.numel():>14,} bytes")
+    weights, size = sum(math.prod(t.shape) for t in tensors.values()), sum(t.data.numel() for t in tensors.values())
     print(f"{len(tensors)} tensors, {weights:,} weights, {size:,} bytes: {8 * size / max(1, weights):.2f} bits per weight")
 
 

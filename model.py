@@ -206,8 +206,11 @@ def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
     """Summed cross-entropy of the logits hidden @ weight.T against targets, -100 ignored -> scalar float32, nats.
 
     hidden (N, C), weight (V, C), targets (N,) int64. The plain twin below holds N*V logits, their softmax and its gradient;
-    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole.
+    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole. Rows without a target, most of them
+    in instruction tuning, are left out first where that costs nothing: on a GPU it would have to wait for their number.
     """
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not (kept := targets != -100).all():
+        hidden, targets = hidden[kept], targets[kept]
     rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
     if hidden.size(0) > rows:
         return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
@@ -225,7 +228,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
         w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
         if wanted:
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden)
+            # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, hidden.size(0), rows):
             h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
             logits = (h @ w.t()).float()  # (rows, V)
@@ -236,42 +241,62 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d.scatter_add_(1, t, torch.full_like(lse, -1.0))
                 d = d.mul_(counts).to(exact)
                 grad_hidden[i:i + rows] = d @ w.to(exact)
-                grad_weight += d.t() @ h.to(exact)
+                if grad_weight is not None:
+                    grad_weight += d.t() @ h.to(exact)
         if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None, None
+
+
+@torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
+def token_losses(hidden, head, targets):
+    """hidden (B, T, C), head: C -> V, targets (B, T) -> cross-entropy of each target in nats (B, T) float32, 0 where -100.
+
+    Only positions with a target meet the head, in parts whose logits are computed again in backward and never exist whole.
+    """
+    def losses(h, t):  # (n, C), (n,) -> (n,)
+        return F.cross_entropy(head(h).float(), t, reduction="none")
+    at = targets != -100
+    wanted, rows = hidden[at], max(1, LOGITS_AT_ONCE // head.out_features)  # (B, T, C) -> (N, C)
+    parts = list(zip(wanted.split(rows), targets[at].split(rows)))
+    each = [losses(*parts[0])] if len(parts) == 1 else [checkpoint(losses, h, t, use_reentrant=False) for h, t in parts]
+    return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(at, torch.cat(each))
 
 
 # ------------------------------------------------------------------------------------------------------------- the network
 def attention_mask(q_pos, k_pos, window=None, q_docs=None, k_docs=None):
     """Which keys each query may see: (Tq, Tk) bool, or (B, 1, Tq, Tk) when documents are given.
 
-    q_pos (Tq,), k_pos (Tk,): positions; window: keys further back are hidden; docs (B, T): no looking across documents.
+    q_pos (Tq,), k_pos (Tk,): positions, with docs also (B, T); window: keys further back are hidden; docs (B, T): no looking
+    across documents, but for one numbered below 0, which all after it may look at: a prompt that several answers share.
     """
-    gap = q_pos[:, None] - k_pos[None, :]
+    gap = q_pos[..., :, None] - k_pos[..., None, :]  # (Tq, Tk) or (B, Tq, Tk)
+    gap = gap if gap.ndim == 2 else gap[:, None]
     mask = gap >= 0
     if window is not None:
         mask = mask & (gap < window)
     if q_docs is not None:
-        mask = mask & (q_docs[:, None, :, None] == k_docs[:, None, None, :])
+        q_docs, k_docs = q_docs[:, None, :, None], k_docs[:, None, None, :]
+        mask = mask & ((q_docs == k_docs) | (k_docs < 0))
     return mask
 
 
-def block_mask(docs, window=None):
+def block_mask(docs, window=None, positions=None):
     """The same as `attention_mask` with documents, for FlexAttention: whole blocks that nothing may see are never computed.
 
-    docs (B, T) on a GPU; dense masks cost T*T and keep the fast kernels away.
+    docs (B, T) on a GPU, positions (T,) or (B, T) [0, 1, ...]; dense masks cost T*T and keep the fast kernels away.
     """
     from torch.nn.attention.flex_attention import create_block_mask
+    positions = (torch.arange(docs.size(1), device=docs.device) if positions is None else positions).expand(docs.shape)
 
     def rule(b, h, q, k):
-        near = q - k < window if window is not None else q == q
-        return (q >= k) & near & (docs[b, q] == docs[b, k])
+        near = positions[b, q] - positions[b, k] < window if window is not None else q == q
+        return (q >= k) & near & ((docs[b, q] == docs[b, k]) | (docs[b, k] < 0))
     return create_block_mask(rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device)
 
 
@@ -398,7 +423,7 @@ class Transformer(nn.Module):
     def start(self, ids, positions=None, docs=None, past=0):
         """What the first block reads: x (B, T, C), the rotations (cos, sin) or None, and the two masks of `masks`."""
         T = ids.size(1)
-        if past + T > self.config.max_position_embeddings:
+        if positions is None and past + T > self.config.max_position_embeddings:
             raise UserError(f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}")
         if positions is None:
             positions = torch.arange(past, past + T, device=ids.device)
@@ -409,7 +434,7 @@ class Transformer(nn.Module):
         else:
             angle = positions[..., None].float() * self.rope_frequency  # (T, D/2)
             rope = ((angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype))
-        return self.dropout(x), rope, self.masks(T, past, docs, ids.device)
+        return self.dropout(x), rope, self.masks(T, past, docs, positions)
 
     def hidden(self, ids, positions=None, docs=None, caches=None):
         """(B, T) token ids -> (B, T, C), what the head reads.
@@ -426,27 +451,30 @@ class Transformer(nn.Module):
                 x = layer(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
-    def masks(self, T, past, docs, device):
+    def masks(self, T, past, docs, positions):
         """(mask of full layers, mask of sliding layers); None wherever plain causal attention says the same."""
         window = self.config.sliding_window if self.config.sliding_layers else None
         slides = window is not None and past + T > window
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
-        if docs is not None and device.type == "cuda" and past == 0:
+        if docs is not None and docs.is_cuda and past == 0:
             full = block_mask(docs)
-            return full, block_mask(docs, window) if slides else full
-        k_pos = torch.arange(past + T, device=device)
+            return full, block_mask(docs, window, positions) if slides else full
+        k_pos = torch.arange(past + T, device=positions.device) if docs is None else positions
         full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
         return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full
 
-    def forward(self, ids, targets=None, **kw):
+    def forward(self, ids, targets=None, per_token=False, **kw):
         """(B, T) int64 token ids -> (B, T, V) float32 logits; keywords as in `hidden`.
 
-        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that are not -100.
+        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that are not -100; or, with
+        per_token, each of them: (B, T) float32, 0 where the target is -100.
         """
         hidden = self.hidden(ids, **kw)
         if targets is None:
             return self.lm_head(hidden).float()
+        if per_token:
+            return token_losses(hidden, self.lm_head, targets)
         return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------- accounting
@@ -515,6 +543,7 @@ class Transformer(nn.Module):
             install_packed(model, quantization, state, packed)
         model.load_state_dict(state, strict=False, assign=True)  # completeness was checked above; the tied head is absent
         model.tie()
+        model.source = folder  # an adapter says by its hash which weights it was trained on
         return model.to(device).eval()
 
 

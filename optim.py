@@ -4,9 +4,12 @@
     optimizer.set_lr(schedule(step, total)); optimizer.step()
 """
 import math
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
+
+from common import UserError
 
 
 # ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
@@ -89,21 +92,50 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
     torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - betas[0] ** step))
 
 
+# ----------------------------------------------------------------------------------------------------- moments in 8 bits
+PACK_BLOCK = 256   # values that share a scale
+PACK_LEAST = 4096  # smaller parameters keep their moments in float32, as in bitsandbytes: they weigh nothing
+
+
+@lru_cache
+def levels(signed, device):
+    """The 256 values a packed moment can have, and the midpoints between them."""
+    from packed import dynamic_map
+    values = dynamic_map(device, signed)
+    return values, (values[1:] + values[:-1]) / 2
+
+
+def pack(x, codes, tops, signed):
+    """Write x into codes (blocks, 256) uint8 and tops (blocks, 1) float32, each block's largest magnitude (Dettmers et al. 2022,
+    "8-bit Optimizers via Block-wise Quantization"). Unsigned is for squares, of which none becomes 0: the step divides by it."""
+    x = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % PACK_BLOCK)).view(-1, PACK_BLOCK)
+    torch.amax(x.abs(), 1, keepdim=True, out=tops)
+    nearest = torch.bucketize(x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True)
+    codes.copy_(nearest.clamp_(min=0 if signed else 1))
+
+
+def unpack(codes, tops, signed, like):
+    """The inverse of `pack` -> float32 of the shape of `like`."""
+    x = levels(signed, codes.device)[0][codes.int()] * tops  # (blocks, 256)
+    return x.view(-1)[:like.numel()].view(like.shape)
+
+
 # ----------------------------------------------------------------------------------------------------------- the optimizer
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
-    muon=False gives the matrices to AdamW as well, at adam_lr. Not a torch.optim.Optimizer: nothing of it is needed here, and
-    importing its base class costs two seconds.
+    muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a
+    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds.
     """
 
     def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,
-                 muon=True):
+                 muon=True, eight_bit=False):
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         shapes = {}
         for p, name in self.names.items():
             hidden = p.ndim == 2 and name.startswith("layers.")
-            key = ("muon", tuple(p.shape)) if hidden and muon else ("adamw", hidden or p.ndim == 2)
+            rule = "muon" if hidden and muon else "adamw8" if eight_bit and p.numel() >= PACK_LEAST else "adamw"
+            key = (rule, tuple(p.shape) if rule == "muon" else hidden or p.ndim == 2)
             shapes.setdefault(key, []).append(p)
         self.param_groups = [dict(params=ps, rule=rule, base_lr=muon_lr if rule == "muon" else adam_lr, lr=0.0,
                                   # decay pulls matrices towards zero; norms and biases have no reason to be small
@@ -113,7 +145,17 @@ class MuonAdamW:
         for group in self.param_groups:
             for p in group["params"]:
                 keys = ("momentum",) if group["rule"] == "muon" else ("mean", "square")
-                self.state[p] = {k: torch.zeros_like(local(p)) for k in keys}
+                self.state[p] = {k: torch.zeros_like(local(p)) for k in keys} if group["rule"] != "adamw8" else self.packed(p)
+
+    @staticmethod
+    def packed(p):
+        """Moments of zero, in 8 bits."""
+        if is_sharded(p):
+            raise UserError("moments in 8 bits are for unsharded parameters: drop --shard, or use --optimizer adamw")
+        blocks = -(-p.numel() // PACK_BLOCK)
+        zeros = {"mean": torch.full((blocks, PACK_BLOCK), 127, dtype=torch.uint8), "mean_top": torch.zeros(blocks, 1),  # 127: 0.0
+                 "square": torch.ones(blocks, PACK_BLOCK, dtype=torch.uint8), "square_top": torch.zeros(blocks, 1)}
+        return {k: v.to(p.device) for k, v in zeros.items()}
 
     def set_lr(self, factor):
         """Scale every group's base learning rate, as the schedule says."""
@@ -136,6 +178,13 @@ class MuonAdamW:
             if g["rule"] == "muon":
                 muon_step(params, grads, [self.state[p]["momentum"] for p in params],
                           g["lr"], g["momentum"], g["weight_decay"])
+            elif g["rule"] == "adamw8":
+                for p, grad in zip(params, grads):  # one at a time: only one's moments are ever there in float32
+                    s = self.state[p]
+                    mean, square = unpack(s["mean"], s["mean_top"], True, p), unpack(s["square"], s["square_top"], False, p)
+                    adamw_step([p], [grad], [mean], [square], self.steps, g["lr"], g["betas"], g["eps"], g["weight_decay"])
+                    pack(mean, s["mean"], s["mean_top"], True)
+                    pack(square, s["square"], s["square_top"], False)
             else:
                 means, squares = ([self.state[p][k] for p in params] for k in ("mean", "square"))
                 adamw_step([local(p) for p in params], grads, means, squares, self.steps,

@@ -3,6 +3,7 @@
 quant.py makes them; GPTQ's layout on disk, and bitsandbytes' for NF4, are what other programs open.
 """
 import copy
+import functools
 import json
 import warnings
 
@@ -22,17 +23,27 @@ NESTED_BLOCK = 256  # scales that share one scale under double quantization
 
 
 # --------------------------------------------------------------------------------------------------------------------- NF4
-def dynamic_map(device="cpu"):
-    """The 256 values of bitsandbytes' signed 8-bit "dynamic" type, sorted, float32 (Dettmers 2015, arXiv:1511.04561).
+@functools.lru_cache
+@torch.inference_mode(False)  # made once, and then of use in training too
+def nf4_pairs(device):
+    """(256,) the two float32 values of every byte, the high half's first, taken for one float64: one look-up finds both."""
+    value = torch.tensor(NF4, device=device)
+    return torch.stack((value.repeat_interleave(16), value.repeat(16)), 1).view(torch.float64)[:, 0].contiguous()
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def dynamic_map(device="cpu", signed=True):
+    """The 256 values of bitsandbytes' 8-bit "dynamic" type, sorted, float32 (Dettmers 2015, arXiv:1511.04561).
 
     Seven decades 10^-6..10^0; each has twice the fraction steps of the one below it, so small values keep their relative
-    precision. The values are the midpoints between the steps; 0 and 1 are added.
+    precision. The values are the midpoints between the steps; 0 and 1 are added. Unsigned: twice the steps in place of the sign.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        steps = torch.linspace(0.1, 1, 2 ** decade + 1)
+        steps = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
         middle = 10.0 ** (decade - 6) * (steps[:-1] + steps[1:]) / 2
-        values += [*middle.tolist(), *(-middle).tolist()]
+        values += [*middle.tolist(), *(-middle).tolist()] if signed else middle.tolist()
     return torch.tensor(sorted(values), device=device)
 
 
@@ -90,10 +101,8 @@ def nf4_absmax(state):
 
 def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
     """The inverse of `nf4_quantize` -> (N, K) of dtype."""
-    value = torch.tensor(NF4, device=state["packed"].device)
-    pairs = torch.stack((value.repeat_interleave(16), value.repeat(16)), 1)  # (256, 2): both values of every byte
-    flat = F.embedding(state["packed"].int(), pairs).view(-1)
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block) * nf4_absmax(state)[:, None]
+    flat = nf4_pairs(state["packed"].device).index_select(0, state["packed"].int()).view(torch.float32)
+    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block).mul_(nf4_absmax(state)[:, None])
     return blocks.view(-1)[:flat.numel()].view(shape).to(dtype)
 
 
@@ -203,14 +212,25 @@ class QuantLinear(nn.Module):
 
 def fuse(layers):
     """Layers of one class that read the same input (q, k, v; gate and up) -> one layer whose rows are theirs, in order."""
-    first, bias = layers[0], None
+    first, N, bias = layers[0], sum(layer.out_features for layer in layers), None
+    order = getattr(first, "order", None)
+    if any(type(layer) is not type(first) or (getattr(layer, "order", None) is None) != (order is None) or
+           order is not None and not torch.equal(layer.order, order) for layer in layers):
+        raise UserError("layers of different formats or column orders cannot be one")
     if any(layer.bias is not None for layer in layers):
-        bias = torch.cat([layer.scale.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+        device = next(layer.bias.device for layer in layers if layer.bias is not None)
+        bias = torch.cat([torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias for layer in layers])
+    if isinstance(first, NF4Linear):  # their shared scales need not end where a layer does
+        state = {"packed": torch.cat([layer.packed for layer in layers]),
+                 "absmax": torch.cat([nf4_absmax(layer._buffers) for layer in layers])}
+        return NF4Linear.from_state(state, (N, first.in_features), bias, first.block)
     fused = copy.copy(first)
     fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
-    fused.out_features, fused.fast = sum(layer.out_features for layer in layers), None
+    fused.out_features, fused.fast = N, None
     for name in first.by_row:
         parts = [getattr(layer, name) for layer in layers]
+        if name == "zeros" and any(part is not None for part in parts):
+            parts = [layer.zero_points() for layer in layers]
         fused._buffers[name] = None if parts[0] is None else torch.cat(parts)
     return fused
 
@@ -237,7 +257,7 @@ class Int8Linear(QuantLinear):
     def __init__(self, codes, scale, bias=None, dynamic=False):
         """codes (N, K) int8, scale (N,) float32"""
         super().__init__(codes.shape, bias)
-        self.dynamic, self.fast = dynamic, None
+        self.dynamic, self.fast, self.format = dynamic, None, "int8-dynamic" if dynamic else "int8"
         self.int8_units = torch.cpu._is_vnni_supported()  # the CPU multiplies int8 natively and exactly
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
@@ -251,9 +271,9 @@ class Int8Linear(QuantLinear):
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def prepare(self):
-        if self.codes.is_cuda or self.int8_units or self.fast is not None:
+        if self.fast is not None or self.codes.is_cuda:
             return
-        if self.dynamic:  # FBGEMM's own layout
+        if self.dynamic and "x86" in torch.backends.quantized.supported_engines:  # FBGEMM's own layout
             with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
                 weight = torch._make_per_channel_quantized_tensor(self.codes, self.scale.double(), torch.zeros_like(
                     self.scale, dtype=torch.long), 0)
@@ -266,26 +286,29 @@ class Int8Linear(QuantLinear):
         if x.is_cuda:
             from kernels import int8_dynamic_linear, int8_linear
             y = (int8_dynamic_linear if self.dynamic else int8_linear)(rows, self.codes, self.scale, self.bias)
-            return y.view(*x.shape[:-1], self.out_features)
-        if not self.int8_units:
-            return self.product_without_units(x, rows)
-        codes, scale = int8_rows(rows.float(), split=not self.dynamic)
-        y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
-        if not self.dynamic:
-            y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
-        return self.with_bias(y * scale * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def product_without_units(self, x, rows):
-        """CPUs before VNNI (2019), where int8 products saturate: FBGEMM with 7-bit activations; bf16 activations for few rows."""
-        self.prepare()
-        if self.dynamic:
-            top = torch.linalg.vector_norm(rows.float(), torch.inf, -1, keepdim=True).clamp(min=1e-30)
-            y = torch.ops.quantized.linear_dynamic(rows / top, self.fast, True) * top
-        elif rows.size(0) <= FEW_ROWS:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast)
+        elif self.int8_units and (not self.dynamic or torch.compiler.is_compiling()):  # compiled, these few operations are one
+            codes, scale = int8_rows(rows.float(), split=not self.dynamic)
+            y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
+            if not self.dynamic:
+                y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
+            y = self.with_bias(y * scale * self.scale)
         else:
-            return super().product(x)
-        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+            self.prepare()
+            if self.dynamic and not isinstance(self.fast, torch.Tensor):
+                y = self.with_bias(self.fbgemm(rows.float()))
+            elif rows.size(0) <= FEW_ROWS and not self.dynamic:
+                y = self.with_bias(torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast))
+            else:
+                return super().product(x)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def fbgemm(self, rows):
+        """One call that rounds activations and multiplies. It has one scale for all rows, so rows are made alike before. CPUs
+        without int8 units (before 2019) add pairs of products in 16 bits, where only 7-bit activations do not overflow."""
+        if rows.size(0) == 1:
+            return torch.ops.quantized.linear_dynamic(rows, self.fast, not self.int8_units)
+        top = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp(min=1e-30)
+        return torch.ops.quantized.linear_dynamic(rows / top, self.fast, not self.int8_units) * top
 
 
 class GroupLinear(QuantLinear):
@@ -301,7 +324,7 @@ class GroupLinear(QuantLinear):
     def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
         """codes uint8 (N, K) in the order of `order`."""
         super().__init__(codes.shape, bias)
-        self.bits, self.group, self.fast = bits, group if group > 0 else self.in_features, None
+        self.bits, self.group, self.fast, self.format = bits, group if group > 0 else self.in_features, None, f"int{bits}"
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -357,8 +380,11 @@ class GroupLinear(QuantLinear):
         if not self.fast or rows.size(0) > FEW_ROWS:
             return super().product(x)
         packed, both, step = self.fast
-        rows = F.pad(rows, (0, -self.in_features % self.group)).bfloat16()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, step, both)[:, :self.out_features]
+        if self.in_features % self.group:
+            rows = F.pad(rows, (0, -self.in_features % self.group))
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, step, both)
+        if self.out_features % 16:
+            y = y[:, :self.out_features]
         return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
@@ -469,7 +495,7 @@ def write_bnb(layer, name, dtype=torch.float32):
             "shape": [layer.out_features, layer.in_features]}
     out = {"": layer.packed[:, None], ".absmax": layer.absmax, ".quant_map": torch.tensor(NF4)}
     if layer.double:
-        out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map()}
+        out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map().clone()}
         info |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
     out[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
     return {f"{name}.weight{key}": tensor for key, tensor in out.items()}

@@ -3,6 +3,7 @@
     python quant.py runs/demo --format gptq --group-size 64 --out runs/demo-gptq
     python quant.py report runs/demo
 """
+import copy
 import math
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import packed
-from chat import examples, read_conversations
+from chat import examples, read_conversations, render
 from common import UserError, cli, parse_flags, write_atomic
 from corpora import documents
 from data import ends_of
@@ -41,9 +42,9 @@ def linears(model):
     """{name: nn.Linear} of all blocks, in the order the data meets them. UserError if they are packed already."""
     found = {f"layers.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.layers) for name in LINEARS
              if name != "mlp.gate_proj" or hasattr(block.mlp, "gate_proj")}
-    packed = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
-    if packed:
-        raise UserError(f"{packed} is quantized already ({type(found[packed]).__name__}); start from the original model")
+    done = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
+    if done:
+        raise UserError(f"{done} is quantized already ({found[done].format}); start from the original model")
     return found
 
 
@@ -116,7 +117,7 @@ def inverse_factor(H, damp):
 
     A Hessian of too few or too similar rows is not positive definite in float32: the damping grows tenfold until it is.
     """
-    mean = H.diagonal().mean()
+    mean = H.diagonal().mean().clamp(min=1e-6)  # inputs that are all zero have nothing to say, but must not stop the rest
     while True:
         damped = H + torch.eye(len(H), device=H.device) * (damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -175,27 +176,37 @@ def gptq_round(weight, H, recipe, block=128):
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1), order, damp
 
 
-def round_together(named, H, recipe, say):
-    """Round linears that read the same input as one matrix -> {name: GroupLinear}; their weights become the rounded ones."""
+def round_together(named, H, cross, recipe):
+    """Round linears that read the same input as one matrix -> ({name: GroupLinear}, (what rounding changes in their outputs,
+    squared; the same to nearest; the outputs' square; damping)). Their weights become the rounded ones.
+
+    H = X @ X.T of the inputs X that they get now that the layers before are rounded; cross = X0 @ X.T with the original model's
+    X0. First the weights are moved to where they make the original outputs of the new inputs: the least squares solution of
+    V @ X = W @ X0, V = W + W @ (cross - H) @ H^-1.
+    """
     weight = torch.cat([linear.weight.detach().float() for linear in named.values()])
     check_finite(weight, ", ".join(named))
-    order, damp = None, 0.0
-    nearest_codes = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
-    codes, scales, zeros = nearest_codes
+    order, damp, moved = None, 0.0, weight
+    to_nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
+    codes, scales, zeros = to_nearest
     if recipe.rounding == "gptq":
-        codes, scales, zeros, order, damp = gptq_round(weight, H, recipe)
+        factor, _ = inverse_factor(H, recipe.damp)
+        moved = weight + weight @ (cross - H) @ factor.T @ factor
+        codes, scales, zeros, order, damp = gptq_round(moved, H, recipe)
 
-    def loss(codes, scales, zeros, order=None):  # the mean square of what X @ W.T changes by
-        change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - weight
-        return ((change @ H) * change).sum().item()
-    say(list(named), loss(codes, scales, zeros, order), loss(*nearest_codes), ((weight @ H) * weight).sum().item(), damp)
+    def square(matrix):  # |matrix @ X|^2
+        return ((matrix @ H) * matrix).sum().item()
+
+    def change(target, *rounded):
+        return square(GroupLinear(*rounded[:3], recipe.bits, recipe.group_size, *rounded[3:]).dequantize() - target)
+    figures = change(moved, codes, scales, zeros, order), change(weight, *to_nearest), square(weight), damp
     out, row = {}, 0
     for name, linear in named.items():
         rows = slice(row, row + linear.out_features)
         row += linear.out_features
         out[name] = GroupLinear(codes[rows], scales[rows], zeros[rows], recipe.bits, recipe.group_size, order, linear.bias)
         linear.weight.data = out[name].dequantize(linear.weight.dtype)
-    return out
+    return out, figures
 
 
 class Calibration:
@@ -218,12 +229,14 @@ class Calibration:
             out.append(function(state.to(self.device), rope, *masks).to(self.rest))
         return out
 
-    def second_moments(self, inputs):
-        """Sum of x.T @ x over all batches' rows -> (K, K) float32, GPTQ's Hessian up to a factor."""
+    def second_moments(self, inputs, others=None):
+        """Sum of y.T @ x over all batches' rows, x of `inputs` and y of `others` [inputs] -> (K, K) float32.
+
+        With one list it is GPTQ's Hessian, up to a factor."""
         H = torch.zeros(inputs[0].size(-1), inputs[0].size(-1), device=self.device)
-        for x in inputs:
-            x = x.to(self.device).flatten(0, -2).float()  # (B, T, K) -> (B*T, K)
-            H.addmm_(x.t(), x)
+        for x, y in zip(inputs, others or inputs):
+            x, y = (t.to(self.device).flatten(0, -2).float() for t in (x, y))  # (B, T, K) -> (B*T, K)
+            H.addmm_(y.t(), x)
         return H
 
 
@@ -292,31 +305,33 @@ def scale_channels(block, calibration, sliding, recipe):
 def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, log=print, **recipe):
     """Quantize a model's linear layers by GPTQ, in place -> the model. batches: a list of (B, T) int64 token ids.
 
-    Block after block: only one block's Hessians and the hidden states in front of it are alive, the rest of the model can stay
-    on the CPU while `device` computes. Further keywords: fields of Recipe. `log` gets a line per block: the squared change
-    of its outputs relative to their size, and that of rounding to nearest.
+    Block after block: beside the model only one block's Hessians and the hidden states in front of it (with and without the
+    rounding so far) are alive, and those and the rest of the model can stay on the CPU while `device` computes. Further keywords:
+    fields of Recipe. `log` gets a line per block: the squared change of its products relative to their size.
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
     check_group(group_size)
     if not 2 <= bits <= 8:
         raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
     linears(model)  # refuses what is packed already
-    calibration = Calibration(model, batches, device or model.embed_tokens.weight.device)
+    now, then = (Calibration(model, batches, device or model.embed_tokens.weight.device) for _ in range(2))
     for i, block in enumerate(model.layers):
-        begin, losses, damps = time.time(), [], []
-        block.to(calibration.device)
+        begin, figures, packed_layers, sliding = time.time(), [], {}, i in model.config.sliding_layers
+        block.to(now.device)
         if recipe.awq:
-            scale_channels(block, calibration, i in model.config.sliding_layers, recipe)
-        packed = {}
-        for names, inputs in stages(block, calibration, i in model.config.sliding_layers):
-            H = calibration.second_moments(inputs)
-            packed |= round_together({name: block.get_submodule(name) for name in names}, H, recipe,
-                                     lambda names, *numbers: losses.append(numbers))
-        for name, layer in packed.items():
+            scale_channels(block, now, sliding, recipe)
+        original = copy.deepcopy(block)
+        # strict: the shorter of two generators would stop the other before its last step
+        for (names, inputs), (_, originals) in zip(stages(block, now, sliding), stages(original, then, sliding), strict=True):
+            layers, figure = round_together({name: block.get_submodule(name) for name in names}, now.second_moments(inputs),
+                                            now.second_moments(inputs, originals), recipe)
+            packed_layers |= layers
+            figures.append(figure)
+        for name, layer in packed_layers.items():
             block.set_submodule(name, layer)
-        block.to(calibration.rest)
-        ours, nearest_, size, damps = zip(*losses)
-        log(f"block {i:2d}: change {sum(ours) / sum(size):.2e}, to nearest {sum(nearest_) / sum(size):.2e}"
+        block.to(now.rest)
+        ours, nearest, size, damps = zip(*figures)
+        log(f"block {i:2d}: outputs change by {sum(ours) / sum(size):.2e}, to nearest {sum(nearest) / sum(size):.2e}"
             f"{f', damping raised to {max(damps):g}' if max(damps) > recipe.damp else ''}, {time.time() - begin:.1f} s")
     model.quantization = describe(model, "gptq", group_size, sym=recipe.sym) | {
         "bits": bits, "desc_act": act_order and not recipe.static_groups, "static_groups": recipe.static_groups,
@@ -404,6 +419,16 @@ def speed(model, prompt=256, new=32):
     return prompt / (times[1] - times[0]), new / (times[2] - times[1])
 
 
+def toybox_accuracy(model, tok, count):
+    """Share of toybox's test questions that the model answers right; nan for a model without a chat template."""
+    if not tok.chat_template or not count:
+        return math.nan
+    import finetune
+    questions = finetune.read_questions(finetune.EvalArgs(examples=count))
+    given = finetune.answers(model, tok, [render(tok, q.messages, True)[0] for q in questions], max_tokens=128)
+    return sum(bool(finetune.is_right(q, text)) for q, (text, _) in zip(questions, given)) / len(questions)
+
+
 def stored_bytes(model):
     """Bytes of the model's tensors as its folder holds them."""
     state = packed_state(model) if model.quantization else to_folder_names(model.state_dict(), model.config)
@@ -426,12 +451,29 @@ class Args:
     awq: bool = False             # GPTQ: scale channels first, as AWQ
     text: str = ""                # text, .jsonl or conversations to calibrate on [the model's own samples]
     held_out: str = ""            # the same to score on [every other row of --text]
-    samples: int = 128            # rows to calibrate on
+    samples: int = 64             # rows to calibrate on
     held_out_rows: int = 32       # rows to score on
     length: int = 512             # tokens in a row, at most the model's context
     seed: int = 0                 # of the samples
+    questions: int = 280          # report: toybox questions put to a model that has a chat template
     formats: str = ""             # report: a comma-separated choice [all]
     device: str = "auto"          # auto, cpu, cuda, mps
+
+
+def load(folder, device):
+    """-> (a folder's model, in float32 on a CPU, where 16-bit products are slow; the type that the folder has)."""
+    model = Transformer.from_pretrained(folder, device)
+    if model.quantization:
+        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
+    dtype = model.embed_tokens.weight.dtype
+    return cast(model, torch.float32 if device.type == "cpu" else dtype), dtype
+
+
+def cast(model, dtype):
+    """Embeddings, norms and biases to dtype, in place; packed weights and their scales stay -> the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def make(folder, format, rows, args, log=print):
@@ -442,20 +484,20 @@ def make(folder, format, rows, args, log=print):
             path = Path(temporary) / "model.gguf"
             gguf.write(folder, path, format.removeprefix("gguf-"))
             return gguf.load(path, args.device)[0], path.stat().st_size
-    model = Transformer.from_pretrained(folder, args.device)
-    if model.quantization:
-        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
+    model, dtype = load(folder, args.device)
+    working = model.embed_tokens.weight.dtype
     if format in ("gptq", "awq"):
         gptq(model, rows.split(8), args.bits, args.group_size, args.act_order, log=log, sym=args.sym, damp=args.damp,
              static_groups=args.static_groups, awq=args.awq or format == "awq", rounding="rtn" if format == "awq" else "gptq")
     elif format != "original":
         quantize(model, format, args.group_size)
-    return model, stored_bytes(model)
+    size = stored_bytes(cast(model, dtype))
+    return cast(model, working), size
 
 
 REPORT = ("original", *FORMATS, "gptq", "awq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
 COLUMNS = (("format", "{}"), ("bytes", "{:,}"), ("bits/weight", "{:.2f}"), ("perplexity", "{:.4f}"), ("KL to original", "{:.5f}"),
-           ("prefill tok/s", "{:,.0f}"), ("decode tok/s", "{:,.1f}"))
+           ("toybox right", "{:.1%}"), ("prefill tok/s", "{:,.0f}"), ("decode tok/s", "{:,.1f}"))
 
 
 @torch.inference_mode()
@@ -464,15 +506,16 @@ def report(args):
     formats = args.formats.split(",") if args.formats else REPORT
     if unknown := [f for f in formats if f not in (*REPORT, *FORMATS) and not f.startswith("gguf-")]:
         raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
-    original, tok = Transformer.from_pretrained(args.folder, args.device), Tokenizer.load(args.folder)
+    (original, _), tok = load(args.folder, args.device), Tokenizer.load(args.folder)
     calibration, held_out = calibration_and_held_out(original, tok, args)
     table = []
     for format in formats:
         model, size = make(args.folder, format, calibration, args, log=lambda line: None)
         perplexity, divergence = score(model, original, held_out)
         rates = speed(model) if not format.startswith("gguf-") else (math.nan, math.nan)  # those run in llama.cpp
-        table.append((format, size, 8 * size / original.num_params(), perplexity, divergence, *rates))
-        print("  ".join(f"{name} {pattern.format(value)}" for (name, pattern), value in zip(COLUMNS, table[-1])), flush=True)
+        right = toybox_accuracy(model, tok, args.questions)
+        table.append((format, size, 8 * size / original.num_params(), perplexity, divergence, right, *rates))
+        print("  ".join(f"{name} {pattern.format(v)}" for (name, pattern), v in zip(COLUMNS, table[-1]) if v == v), flush=True)
     out = Path(args.out or args.folder)
     write_report(out, table, f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
                              f"{held_out.numel():,} held-out tokens")
@@ -530,16 +573,17 @@ def main():
         return gguf.write(args.model, out if out.suffix == ".gguf" else out.with_suffix(".gguf"), args.format.removeprefix("gguf-"))
     if out.resolve() == Path(args.model).resolve():
         raise UserError(f"--out {out} is the model itself; choose another folder")
-    original, tok = Transformer.from_pretrained(args.model, args.device), Tokenizer.load(args.model)
+    (original, dtype), tok = load(args.model, args.device), Tokenizer.load(args.model)
     calibration, held_out = calibration_and_held_out(original, tok, args)
     model, size = make(args.model, args.format, calibration, args)
-    model.save_pretrained(out)
+    cast(model, dtype).save_pretrained(out)
     for name in TOKENIZER_FILES:
         if (Path(args.model) / name).is_file():
             shutil.copyfile(Path(args.model) / name, out / name)
+    cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
-    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(original) / 1e6:.2f}, held-out perplexity {before:.4f} -> "
-          f"{after:.4f}, KL {divergence:.5f}; {out}")
+    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(cast(original, dtype)) / 1e6:.2f}, held-out perplexity "
+          f"{before:.4f} -> {after:.4f}, KL {divergence:.5f}; {out}")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,13 @@ class Batch:
         """ids are the tokens at positions past, past + 1, ...; rows count from the first of them."""
         size, start = self.block_size, len(self.ids)
         self.spans.append((start, len(ids), past, blocks))
+        if len(ids) == 1:  # decoding: the usual case, thousands of times a second
+            self.ids.append(ids[0])
+            self.adapters.append(adapter)
+            self.positions.append(past)
+            self.slots.append(blocks[past // size] * size + past % size)
+            self.rows += [start] if rows else ()
+            return
         self.rows += [start + r for r in rows]
         self.ids += ids
         self.adapters += [adapter] * len(ids)
@@ -109,12 +116,14 @@ def pack(linears, kind):
         return lambda x: torch.cat([part(x) for part in parts], -1)
     linear = fuse(linears)
     if isinstance(linear, nn.Linear) and kind == "int8":
-        linear = Int8Linear.from_linear(linear, dynamic=True)
+        linear = Int8Linear.from_linear(linear, dynamic=linear.weight.device.type == "cpu")
     elif isinstance(linear, nn.Linear) and kind == "int4":
         K = linear.weight.size(1)
         linear = GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
     if isinstance(linear, Int8Linear) and linear.dynamic and linear.codes.device.type == "cpu":
         return pack_int8(linear)
+    if isinstance(linear, GroupLinear) and linear.packed.device.type == "cpu":
+        return pack_int4(linear)
     if not isinstance(linear, nn.Linear):
         linear.prepare()
         return linear.product
@@ -142,6 +151,17 @@ def pack_int8(layer):
         y = op(x / top, plain).mul_(top)
         return y if bias is None else y.add_(bias)
     return product
+
+
+def pack_int4(layer):
+    """GroupLinear.product without what only other shapes and orders need: for few rows three operators."""
+    layer.prepare()
+    N, K = layer.out_features, layer.in_features
+    if not layer.fast or layer.order is not None or layer.bias is not None or N % 16 or K % layer.group:
+        return layer.product
+    codes, scales, step = layer.fast
+    op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    return lambda x: op(x.bfloat16(), codes, step, scales).float() if x.size(0) <= packed.FEW_ROWS else layer.product(x)
 
 
 def pack_norm(norm, config):
@@ -173,6 +193,10 @@ class Runner:
             for name, folder in adapters.items():
                 load_adapter(model, folder, name)
             self.choose_adapters = model_adapter_rows
+        if kind not in (None, "int8", "int4"):
+            raise UserError(f"--quant {kind}: use int8 or int4")
+        if kind and model.quantization:
+            raise UserError(f"--quant {kind}: this folder's weights are packed already; leave --quant out")
         kind = kind or ("16" if on_cpu and runtime.dtype != torch.float32 else None)
         self.layers = [self.fused_layer(i, block, kind) for i, block in enumerate(model.layers)]
         self.head, self.norm, self.graphs = pack([model.lm_head], kind), pack_norm(model.norm, c), {}
@@ -190,8 +214,8 @@ class Runner:
             qk_norm = pack_norm(qk_norm, c)
         up = [m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj]
         return Layer(pack_norm(block.input_layernorm, c), pack([a.q_proj, a.k_proj, a.v_proj], kind), qk_norm,
-                     pack([a.o_proj], kind), pack_norm(block.post_attention_layernorm, c), pack(up, kind), pack([m.down_proj], kind),
-                     c.sliding_window if i in c.sliding_layers else None)
+                     pack([a.o_proj], kind), pack_norm(block.post_attention_layernorm, c), pack(up, kind),
+                     pack([m.down_proj], kind), c.sliding_window if i in c.sliding_layers else None)
 
     def adapter_row(self, adapter):
         if adapter is not None and adapter not in self.names:

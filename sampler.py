@@ -88,13 +88,14 @@ class Sampling:
 class Row:
     """One row of logits and all that decides which token it becomes."""
     sampling: Sampling
-    uniform: float              # in [0, 1)
-    output: list                # token ids made so far
-    prompt: list
-    ends: frozenset             # ids that are barred until min_tokens are made
-    bad_words: tuple            # of tuples of ids
+    uniform: float                  # in [0, 1)
+    output: list = ()               # token ids made so far
+    prompt: list = ()
+    ends: frozenset = frozenset()   # ids that are barred until min_tokens are made
+    bad_words: tuple = ()           # of tuples of ids
     constraint: object = None
-    room: int = 1 << 30        # tokens that may still be made
+    room: int = 1 << 30             # tokens that may still be made
+    edits: bool = False             # whether anything but the filters below changes its logits
 
 
 def uniform(seed, position):
@@ -108,6 +109,8 @@ def edit(logits, rows):
     scale_at, scale_by, add_at, add_by = [], [], [], []  # flat positions in logits and what happens there
     V = logits.size(1)
     for r, row in enumerate(rows):
+        if not row.edits:
+            continue
         s, base, add = row.sampling, r * V, Counter()
         if s.repetition_penalty != 1:
             seen = {*row.prompt, *row.output}
@@ -179,8 +182,7 @@ def kept(logits, rows):
 
 def draw(logits, rows):
     """One token for each row of logits (R, V) float32, which is overwritten -> ((R,) int64, (R,) bool: nothing was allowed)."""
-    if any(r.sampling.counts_tokens or r.sampling.logit_bias or r.bad_words or r.constraint or len(r.output) < r.sampling.min_tokens
-           for r in rows):
+    if any(row.edits for row in rows):
         edit(logits, rows)
     best, greedy = logits.max(-1)
     failed = best == -torch.inf

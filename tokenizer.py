@@ -22,7 +22,7 @@ import numpy as np
 import bpe
 from bpe import PATTERNS, splitter, well_formed
 from common import UserError, cli, write_atomic, write_json
-from vocab_files import check_ids, normalize, read_tokenizer, to_json
+from vocab_files import added_tokens, check_ids, normalize, read_tokenizer, to_json
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
 # Which special tokens begin, end and pad a text, by the names they usually have.
@@ -340,6 +340,20 @@ class Tokenizer:
                  sorted(self.special.items()), sorted(self.added.items()), self.patterns, self.normalizer,
                  self.whole_chunks, self.unknown, sorted((rank, *pair) for pair, (rank, _) in self.merges.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def with_special(self, names):
+        """A tokenizer with these special tokens besides, which get the next free ids. All else, and its file, stays."""
+        more = {name: self.vocab_size + i for i, name in enumerate(names)}
+        made = Tokenizer(self.kind, self.vocab, self.merges, patterns=self.patterns, special=self.special | more,
+                         added=self.added, whole_chunks=self.whole_chunks, normalizer=self.normalizer,
+                         strip_space=self.strip_space, unknown=self.unknown)
+        made.config = dict(self.config)
+        if self.source:                                          # also in the model's vocabulary: HF takes ids from there
+            content = json.loads(self.source)
+            content["model"]["vocab"] |= more
+            content["added_tokens"] = (content.get("added_tokens") or []) + added_tokens(more, special=True)
+            made.source = json.dumps(content, ensure_ascii=False).encode()
+        return made
 
     # -- files
     @classmethod

@@ -59,7 +59,7 @@ class LoopArgs:
     steps: int = 550                  # optimizer steps
     batch: int = 32                   # rows per optimizer step, over all ranks and passes
     micro_batch: int = 0              # rows per forward pass and rank; 0 is as many as the memory estimate allows
-    optimizer: str = "muon"           # muon (hidden matrices; AdamW for the rest) or adamw (everything)
+    optimizer: str = "muon"           # muon (hidden matrices; AdamW for the rest), adamw, adamw8bit (its moments in 8 bits)
     muon_lr: float = 0.02             # learning rate of the hidden matrices under Muon
     lr: float = 0.008                 # learning rate of everything under AdamW
     momentum: float = 0.9             # Muon's; longer runs like 0.95
@@ -113,6 +113,8 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
                                   cooldown=0.5),  # 0.38M, seconds
     "shakespeare-char-10m": dict(out="runs/shakespeare-char-10m", layers=6, dim=384, heads=6, mlp=1024, context=256, batch=64,
                                  steps=1000, dropout=0.2, muon_lr=0.02, weight_decay=0.05),  # for a GPU: nanoGPT's size
+    "demo": dict(out="runs/demo", data="data/toybox/text.txt", tokenizer="runs/demo-tokenizer", heads=2, mlp=384, context=256,
+                 tie=True, batch=8, steps=750, muon_lr=0.01, lr=0.01, eval_every=250, save_every=250, sample=120),  # 1.05M
     "125m": dict(out="runs/125m", data="data/wikitext-103", tokenizer="", layers=12, dim=768, heads=6, mlp=2560, context=1024,
                  tie=True, batch=512, steps=2000, muon_lr=0.02, lr=0.003, momentum=0.95, weight_decay=0.01, cooldown=0.5,
                  eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary
@@ -124,12 +126,12 @@ SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_siz
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
 
-def read_args(cls, description, presets=None, positional=()):
+def read_args(cls, description, presets=None, positional=(), argv=None):
     """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
 
     What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.
     """
-    typed = common.parse_flags(cls, description, positional=positional)
+    typed = common.parse_flags(cls, description, argv, positional)
     args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
     if not args.resume:
@@ -163,7 +165,7 @@ def check_args(args):
                  "sample_every", "micro_batch"):
         if not getattr(args, name) >= 0:  # written so that it also refuses nan
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
-    choices = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb")}
+    choices = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb")}
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"--{name} {getattr(args, name)}: use {' or '.join(filter(None, allowed))}")
@@ -239,7 +241,7 @@ def wrap(model, args, runtime):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
     if runtime.world > 1:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)  # none of ours changes
     return model
 
 
@@ -256,7 +258,7 @@ def estimate_memory(model, args, runtime, rows):
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     matrices = sum(size for n, size in trained.items() if n.startswith("layers.") and model.get_parameter(n).ndim == 2)
     trained = sum(trained.values())
-    state = 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
+    state = 2 * trained if args.optimizer == "adamw8bit" else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
     width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
     layers = 1 if args.recompute else c.num_hidden_layers
     kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
@@ -442,7 +444,8 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, optimizer=None, 
     lock = common.lock_folder(out) if runtime.rank == 0 else None
     wrapped = wrap(model, args, runtime).train()
     optimizer = optimizer(model) if optimizer else MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum,
-                                                             muon=args.optimizer == "muon")
+                                                             muon=args.optimizer == "muon",
+                                                             eight_bit=args.optimizer == "adamw8bit")
     batches = Batches(data, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
                       device=runtime.device)
     guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
@@ -476,7 +479,7 @@ def discard_run(out):
     if (out / "state").exists():
         shutil.rmtree(out / "state")
     for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors",
-                 "adapter_config.json", "adapter_model.safetensors", "report.md"):
+                 "adapter_config.json", "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -558,12 +561,13 @@ def steps(run):
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
-def log_step(run, step, total, count, norm, factor, **more):
-    """Every --log-every steps a row of metrics.jsonl and of the bar. total: this rank's summed loss; count: of all ranks."""
+def log_step(run, step, total, count, norm, factor, tokens=0, **more):
+    """Every --log-every steps a row of metrics.jsonl and of the bar. total: this rank's summed loss; count: of all ranks;
+    tokens: in a row, where rows are not full."""
     if step % run.args.log_every:
         return
     loss, now = run.runtime.sum(total.item()) / max(count, 1), time.time()
-    rate = run.args.batch * run.args.context * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
+    rate = run.args.batch * (tokens or run.args.context) * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
     row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
     if peak := peak_flops(run.runtime.device):
         row["mfu"] = rate * run.model.flops_per_token(run.args.context) / (peak * run.runtime.world)
@@ -640,7 +644,7 @@ def start_in_background(args):
         raise UserError("--background is for one process; under torchrun start torchrun itself so: nohup torchrun ... &")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != "--background")]
+    command = [sys.executable, sys.argv[0], *(a for a in sys.argv[1:] if a != "--background")]
     with open(out / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     print(f"started  process {process.pid}; output in {out}/log.txt; watch it: python train.py watch {out}; "

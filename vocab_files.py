@@ -335,8 +335,8 @@ def to_json(tokenizer):
                           [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.strip_space}[kind]
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": name in tokenizer.special} for name, i in names],
+        "added_tokens": sorted(added_tokens(tokenizer.special, True) + added_tokens(tokenizer.added, False),
+                               key=lambda token: token["id"]),
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]} if kind == "bytes" else None,
         "post_processor": None,
@@ -349,3 +349,8 @@ def to_json(tokenizer):
                   "merges": [f"{spelled[a]} {spelled[b]}" for _, (a, b) in merges]},
     }
 
+
+def added_tokens(ids, special):
+    """{text: id} as a tokenizer.json lists added tokens."""
+    return [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": special} for name, i in ids.items()]

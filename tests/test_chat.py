@@ -304,17 +304,50 @@ def test_training_refuses_a_format_that_loses_the_system_prompt():
     chat.example(Tok(), say("q", "a", system="Be brief."), format="mistral-v1")
 
 
-def test_files_of_three_shapes_are_read(tmp_path):
+def test_files_of_all_layouts_are_read(tmp_path):
     want = [(say("q", "a"), None)]
     for record in ({"messages": say("q", "a")}, {"instruction": "q", "input": "", "output": "a"},
-                   {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}):
+                   {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+                   {"prompt": "q", "completion": "a"}, {"prompt": "q", "response": "a", "id": 7},
+                   {"prompt": say("q"), "completion": say("q", "a")[1:]}):
         for text in (json.dumps([record]), json.dumps(record) + "\n\n"):
             (tmp_path / "f").write_text(text)
             assert list(chat.read_conversations(tmp_path / "f")) == want
+    (tmp_path / "f").write_text(json.dumps({"system": "s", "instruction": "q", "input": "i", "output": "a"}))
+    assert list(chat.read_conversations(tmp_path / "f")) == [(say("q\n\n### Input:\ni", "a", system="s"), None)]
     for bad in (b"\xff\xfe", b"{", b'{"messages": []}\n[1]', b'{"text": "x"}', b'["x"]', b"[[[[", b"[" * 200_000):
         (tmp_path / "f").write_bytes(bad)
         with pytest.raises(UserError, match="record"):
             list(chat.read_conversations(tmp_path / "f"))
+
+
+def test_a_file_of_no_known_layout_names_its_keys_and_the_layouts(tmp_path):
+    (tmp_path / "f").write_text('{"question": "q", "prompt": "p"}')
+    said = r"f: record 1 .* its keys are 'question', 'prompt'; known layouts: \{messages\}, ShareGPT .* Alpaca"
+    with pytest.raises(UserError, match=said):
+        list(chat.read_conversations(tmp_path / "f"))
+
+
+def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(tmp_path, capsys, monkeypatch):
+    records = [{"instruction": f"question {i % 500}", "output": f"answer {i}", "family": "f", "extra": 1} for i in range(1000)]
+    (tmp_path / "f.json").write_text(json.dumps(records))
+    def convert(n, split="85/5/10"):
+        (tmp_path / "f.json").write_text(json.dumps(records[:n]))
+        monkeypatch.setattr(sys, "argv", ["chat.py", "convert", str(tmp_path / "f.json"), "--out", str(tmp_path), "--split", split])
+        chat.main()
+        return {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                for name in ("train", "val", "test")}
+    made = convert(1000)
+    assert "conversations" in capsys.readouterr().out
+    assert sorted(row["messages"][1]["content"] for rows in made.values() for row in rows) == sorted(r["output"] for r in records)
+    assert all(row.keys() == {"messages", "family"} for rows in made.values() for row in rows)
+    asked = {name: {row["messages"][0]["content"] for row in rows} for name, rows in made.items()}
+    assert not asked["train"] & asked["val"] and not asked["train"] & asked["test"] and not asked["val"] & asked["test"]
+    assert 800 < len(made["train"]) < 900 and 25 < len(made["val"]) < 80 and 65 < len(made["test"]) < 140
+    assert convert(500)["test"] == [row for row in made["test"] if int(row["messages"][1]["content"].split()[1]) < 500]
+    for bad in ("85/15", "a/b/c", "0/0/0", "90/-5/15"):
+        with pytest.raises(UserError, match="--split"):
+            convert(1, bad)
 
 
 def test_painted_text_marks_the_loss_and_cannot_steer_the_terminal():

@@ -279,7 +279,7 @@ def test_cancelling_frees_everything_and_ends_with_abort(folder):
 
 # ----------------------------------------------------------------------------------------------------------------- sampler
 def row(sampling, u=0.5, output=(), prompt=()):
-    return Row(sampling, u, list(output), list(prompt), frozenset(), ())
+    return Row(sampling, u, list(output), list(prompt), edits=True)
 
 
 def test_filters_keep_what_their_definitions_say():
@@ -314,3 +314,29 @@ def test_penalties_lower_what_was_said():
     logits = torch.tensor([[4.0, 3.0, -1.0, 1.0]])
     draw(logits, [row(sampling, output=[0, 0, 2], prompt=[3])])
     assert logits.tolist() == [[4 / 2 - 0.5 - 2 * 0.25, 3.0, -2 - 0.5 - 0.25, 0.5]]
+
+
+def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_path):
+    import lora
+    merged, prompt = {}, [5, 6, 7]
+    for i, name in enumerate(("one", "two")):
+        model = lora.apply(Transformer.from_pretrained(folder), r=2, targets="all", name=name)
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if n.endswith(".B"):
+                    p.normal_(std=0.5, generator=torch.Generator().manual_seed(i))
+        lora.save_adapter(model, tmp_path / name, name)
+        merged[name] = lora.merge(model)
+    merged[None] = Transformer.from_pretrained(folder)
+    engine = engine_of(folder, adapters={name: tmp_path / name for name in ("one", "two")})
+    greedy = Sampling(max_tokens=12, temperature=0)
+    asked = {engine.submit(prompt, greedy, adapter=name): name for name in (None, "one", "two", "one")}
+    got = {i: [] for i in asked}
+    while engine.has_work:
+        for d in engine.step():
+            got[d.request_id] += d.token_ids
+    for i, name in asked.items():
+        assert got[i] == list(generate(merged[name], prompt, 12, temperature=0)), name
+    assert len({tuple(ids) for ids in got.values()}) == 3
+    with pytest.raises(UserError, match="one, two"):
+        engine.submit(prompt, Sampling(), adapter="three")

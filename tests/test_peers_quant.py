@@ -3,8 +3,11 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn as nn
+from test_quant import ids, small_model
 
-import quant
+import packed as quant
+import quant as make
+from model import Transformer
 
 pytestmark = pytest.mark.peers
 
@@ -46,3 +49,47 @@ def test_nf4_tensors_pass_to_bitsandbytes_and_back(double):
     packed, state = bnb.quantize_4bit(linear.weight.data, quant_type="nf4", compress_statistics=double)
     tensors = {"q.weight": packed} | {f"q.weight.{k}": t for k, t in state.as_dict(packed=True).items()}
     assert torch.equal(quant.read_bnb(tensors, "q", (48, 128)).dequantize(), layer.dequantize())
+
+
+def test_transformers_opens_our_nf4_folder_and_computes_the_same(tmp_path):
+    from transformers import AutoModelForCausalLM
+    model = small_model()
+    make.quantize(model, "nf4").save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    with torch.no_grad():
+        difference = (theirs(ids()).logits - model(ids())).norm() / model(ids()).norm()
+    assert difference < 5e-3  # its CPU product may run in bfloat16
+
+
+def test_we_open_the_nf4_folder_that_transformers_writes(tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    small_model().save_pretrained(tmp_path / "plain")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "nf4")
+    ours, expected = Transformer.from_pretrained(tmp_path / "nf4"), make.quantize(small_model(), "nf4")
+    assert torch.equal(ours(ids()), expected(ids()))
+
+
+@pytest.mark.parametrize("sym,act_order", [(True, False), (False, True)])
+def test_transformers_reads_our_gptq_config_and_the_tensors_have_its_layout(tmp_path, sym, act_order):
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, GPTQConfig
+    model = make.gptq(small_model(), [ids()], 4, 32, act_order, sym=sym, log=lambda line: None)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path).quantization_config
+    parsed = GPTQConfig.from_dict(config)
+    assert (parsed.bits, parsed.group_size, parsed.sym, parsed.desc_act) == (4, 32, sym, act_order)
+    assert config["checkpoint_format"] in ("gptq", "gptq_v2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    words, zeros, scales, groups = (tensors[f"model.layers.0.self_attn.q_proj.{key}"]
+                                    for key in ("qweight", "qzeros", "scales", "g_idx"))  # 64 -> 64
+    assert (words.shape, zeros.shape, scales.shape, groups.shape) == ((8, 64), (2, 8), (2, 64), (64,))
+    assert (words.dtype, zeros.dtype, scales.dtype, groups.dtype) == (torch.int32, torch.int32, torch.float16, torch.int32)
+    # dequantized as AutoGPTQ's own torch code does: shifts of 0, 4, .. 28 along the packed dimension
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(64, 64)
+    zero = (zeros[:, :, None] >> shifts & 15).reshape(2, 64) + (config["checkpoint_format"] == "gptq")
+    weight = scales[groups.long()].float() * (codes - zero[groups.long()])  # (K, N)
+    assert torch.equal(weight.T, model.layers[0].self_attn.q_proj.dequantize())

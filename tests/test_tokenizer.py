@@ -475,3 +475,15 @@ def test_importing_the_tokenizer_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", "import sys, tokenizer; print('torch' in sys.modules)"],
                           text=True, check=True, capture_output=True, cwd=SCRIPT.parent)
     assert done.stdout.strip() == "False", done.stderr                    # a second of start-up and 200 MB
+
+
+def test_special_tokens_can_be_added_and_survive_the_folder(tmp_path):
+    for tok in (Tokenizer.train(["a b c ab abc"], 280), Tokenizer.char("abc ")):
+        more = tok.with_special(["<|new|>", "<|other|>"])
+        assert more.special == tok.special | {"<|new|>": tok.vocab_size, "<|other|>": tok.vocab_size + 1}
+        assert more.encode("abc ab") == tok.encode("abc ab") and more.sha256 != tok.sha256
+        tok.save(tmp_path)
+        for grown in (more, Tokenizer.load(tmp_path).with_special(["<|new|>", "<|other|>"])):  # made here, and from a file
+            grown.save(tmp_path)
+            again = Tokenizer.load(tmp_path)
+            assert again.sha256 == more.sha256 and again.special == more.special and again.decode([tok.vocab_size]) == "<|new|>"

@@ -1,0 +1,311 @@
+"""lora.py: adapters, their folder, merging, 4-bit bases, the command line."""
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+import chat
+import lora
+import toybox
+from common import Metrics, UserError
+from model import Config, Transformer
+from packed import NF4Linear
+from quant import quantize
+from runtime import read_tensors, write_tensors
+from tokenizer import Tokenizer
+
+KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True)}
+
+
+def tiny(kind="qwen3", tied=True):
+    gpt2 = kind == "gpt2"
+    torch.manual_seed(0)
+    model = Transformer(Config(kind, 61, 32, 64, 2, 4, 4 if gpt2 else 2, 8, 64, tie_word_embeddings=tied, qkv_bias=gpt2,
+                               out_bias=gpt2, mlp_bias=gpt2)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+@torch.no_grad()
+def shake(model, name="default"):
+    for n, p in model.named_parameters():
+        if f".adapters.{name}." in n:
+            p.copy_(p * (1 + 0.2 * torch.rand_like(p)) if n.endswith(".m") else p + 0.1 * torch.randn_like(p))
+    return model
+
+
+def ids(B=2, T=12):
+    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
+def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(shape, kind):
+    model = tiny(shape)
+    before, weights = model(ids()), {k: v.clone() for k, v in model.state_dict().items()}
+    lora.apply(model, 4, 8, **KINDS[kind])
+    torch.testing.assert_close(model(ids()), before, atol=1e-6, rtol=1e-6)
+    model.train()(ids()).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (".adapters." in name) == (p.grad is not None)
+    with lora.adapter_off(shake(model)):
+        assert torch.equal(model.eval()(ids()), before)
+    assert all(torch.equal(v, weights[k.replace(".base.", ".")]) for k, v in model.state_dict().items() if ".adapters." not in k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape,targets", [("qwen3", "all"), ("gpt2", "attn,mlp"), ("qwen3", "lm_head,q_proj")])
+def test_merged_equals_unmerged_and_saved_equals_loaded(tmp_path, shape, targets, kind):
+    tiny(shape).save_pretrained(tmp_path / "base")
+    model = shake(lora.apply(Transformer.from_pretrained(tmp_path / "base"), 3, 8, targets, **KINDS[kind]))
+    want, off = model(ids()), tiny(shape)(ids())
+    assert (want - off).abs().max() > 0.05
+    lora.save_adapter(model, tmp_path / "adapter")
+    again = lora.load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter", "other")
+    assert torch.equal(again(ids()), want)
+    lora.merge(again).save_pretrained(tmp_path / "merged")
+    merged = Transformer.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids()), want, atol=1e-5, rtol=1e-5)
+    assert merged.config.tie_word_embeddings == ("lm_head" not in targets)
+
+
+def test_an_adapted_head_is_in_the_loss():
+    model, targets = shake(lora.apply(tiny(), 4, 8, "lm_head")), ids()
+    want = torch.nn.functional.cross_entropy(model(ids()).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(ids(), targets), want)
+    model(ids(), targets).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_targets_choose_layers():
+    def chosen(model, targets):
+        return {n.removeprefix("layers.0.") for n in lora.choose(model, targets) if not n.startswith("layers.1.")}
+    attention, mlp = {f"self_attn.{p}_proj" for p in "qkvo"}, {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+    model = tiny()
+    assert chosen(model, "all") == attention | mlp and chosen(model, "attn") == attention and chosen(model, "mlp") == mlp
+    assert chosen(model, "q_proj,lm_head,mlp") == {"self_attn.q_proj", "lm_head"} | mlp
+    assert lora.choose(model, "layers.1.mlp.up_proj") == ["layers.1.mlp.up_proj"]
+    assert chosen(tiny("gpt2"), "c_attn,mlp.c_proj") == attention - {"self_attn.o_proj"} | {"mlp.down_proj"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_use_different_adapters(kind):
+    model = lora.apply(tiny(), 4, 8, "attn", **KINDS[kind])
+    lora.apply(shake(model), 2, 8, "all", name="b")
+    shake(model, "b")
+    alone = [lora.set_adapter(model, name)(ids(4)) for name in ("default", "b", None)]
+    rows = torch.tensor([1, -1, 0, 1])
+    lora.model_adapter_rows(model, rows)
+    mixed = model(ids(4))
+    for i, r in enumerate(rows.tolist()):
+        torch.testing.assert_close(mixed[i], alone[r][i], atol=1e-5, rtol=1e-5)
+    lora.model_adapter_rows(model, rows[:, None].expand(4, 12))  # a choice for every token, as packed requests have it
+    torch.testing.assert_close(model(ids(4)), mixed)
+    lora.model_adapter_rows(model, None)
+    assert torch.equal(model(ids(4)), alone[2])
+
+
+def test_recompute_passes_the_same_gradients_with_a_frozen_base():
+    grads = []
+    for recompute in (False, True):
+        model = shake(lora.apply(tiny(), 4, 8, dora=True)).train()
+        model.recompute = recompute
+        model(ids(), ids()).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(grads[0]) == 2 * 7 * 3 and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*grads))
+
+
+# --------------------------------------------------------------------------------------------------------- a base in 4 bits
+def test_qlora_equals_lora_on_the_dequantized_base_forward_and_backward():
+    packed = quantize(tiny(), "nf4")
+    plain = tiny()
+    for name, layer in lora.linears(packed).items():
+        if name != "lm_head":
+            plain.get_submodule(name).weight.data = layer.dequantize()
+    torch.manual_seed(5)
+    a = shake(lora.apply(packed, 4, 8, dora=True))
+    torch.manual_seed(5)
+    b = shake(lora.apply(plain, 4, 8, dora=True))
+    for model in (a, b):
+        model.train()(ids(), ids()).backward()
+    assert isinstance(a.layers[0].mlp.up_proj.base, NF4Linear)
+    torch.testing.assert_close(a(ids()), b(ids()))
+    for p, q in zip(*([p for p in m.parameters() if p.requires_grad] for m in (a, b))):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(lora.merge(a).eval()(ids()), b.eval()(ids()), atol=1e-5, rtol=1e-5)
+
+
+def test_backward_keeps_no_unpacked_weight_alive():
+    model, kept = lora.apply(quantize(tiny(), "nf4"), 4, 8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        model.train()(ids(), ids())
+    assert (64, 32) not in kept and (32, 64) not in kept  # the MLP's matrices, either way round
+
+
+# --------------------------------------------------------------------------------------------------------- the command line
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder with a chat template, and conversations beside it."""
+    folder = tmp_path_factory.mktemp("base")
+    rows = list(toybox.examples("train", 60))
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tok = Tokenizer.char("".join(m["content"] for row in rows for m in row["messages"])).with_special(list(chat.IM))
+    tok.chat_template = chat.CHATML_TEMPLATE
+    tok.save(folder)
+    config = Config("qwen3", tok.vocab_size, 32, 64, 2, 4, 2, 8, 128, eos_token_id=chat.stop_id(tok))
+    torch.manual_seed(0)
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, words)])
+    lora.main()
+
+
+def trained(monkeypatch, base, out, *flags):
+    command(monkeypatch, "train", base, "--data", base / "chat.jsonl", "--out", out, "--context", 128, "--batch", 4, "--steps", 4,
+            "--eval-every", 4, "--sample", 0, "--r", 2, *flags)
+
+
+QLORA = ("--quant", "nf4", "--optimizer", "adamw8bit", "--dora", "--lora-dropout", 0.1, "--recompute", "--targets", "all,lm_head")
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(monkeypatch, tmp_path, base):
+    trained(monkeypatch, base, tmp_path / "a", *QLORA, "--save-every", 2, "--keep", 2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/state/step-00000004")
+    trained(monkeypatch, base, tmp_path / "b", *QLORA, "--resume")
+    for name in ("adapter_model.safetensors", "state/step-00000004/optimizer.safetensors", "state/step-00000004/rng.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")}
+             for r in Metrics.read(tmp_path / d / "metrics.jsonl")] for d in "ab"]
+    assert rows[0] == rows[1]
+
+
+def test_a_checkpoint_holds_the_adapter_and_its_moments_alone(monkeypatch, tmp_path, base):
+    trained(monkeypatch, base, tmp_path / "a", "--targets", "q_proj")
+    files = {f.name for f in (tmp_path / "a/state/step-00000004").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
+    names = {f"layers.{i}.self_attn.q_proj.adapters.default.{p}.{k}" for i in (0, 1) for p in "AB" for k in ("mean", "square")}
+    assert set(read_tensors(tmp_path / "a/state/step-00000004/optimizer.safetensors")) == names | {"steps"}
+
+
+def test_training_lowers_the_loss_and_merge_writes_a_folder_that_says_the_same(monkeypatch, tmp_path, base, capsys):
+    trained(monkeypatch, base, tmp_path / "a", "--steps", 30, "--lr", 0.05, "--log-every", 1, "--r", 16, "--targets",
+            "all,lm_head")
+    losses = [r["loss"] for r in Metrics.read(tmp_path / "a/metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.5
+    command(monkeypatch, "merge", base, tmp_path / "a", "--out", tmp_path / "m")
+    assert "largest logit difference" in capsys.readouterr().out
+    adapted = lora.load_adapter(Transformer.from_pretrained(base), tmp_path / "a")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "m")(ids()), adapted(ids()), atol=1e-5, rtol=1e-5)
+    assert Tokenizer.load(tmp_path / "m").chat_template == chat.CHATML_TEMPLATE
+    with pytest.raises(UserError, match="already holds a model"):
+        command(monkeypatch, "merge", base, tmp_path / "a", "--out", tmp_path / "m")
+
+
+def test_the_base_must_be_the_one_the_run_began_with(monkeypatch, tmp_path, base):
+    shutil.copytree(base, tmp_path / "base")
+    trained(monkeypatch, tmp_path / "base", tmp_path / "a", "--save-every", 2, "--keep", 2)
+    shutil.rmtree(tmp_path / "a/state/step-00000004")
+    model = Transformer.from_pretrained(tmp_path / "base")
+    model.norm.weight.data += 0.01
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="trained on a base whose weights have sha256"):
+        trained(monkeypatch, tmp_path / "base", tmp_path / "a", "--resume")
+
+
+def test_adapters_that_do_not_move_stop_the_run(monkeypatch, tmp_path, base):
+    with pytest.raises(UserError, match="the first step moved nothing in 14 adapters .layers.0.self_attn.q_proj"):
+        trained(monkeypatch, base, tmp_path / "a", "--lr", 0)
+
+
+def test_fit_prints_parts_without_weights(monkeypatch, tmp_path, capsys):
+    config = Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    command(monkeypatch, "train", tmp_path, "--fit", "--context", 512, "--batch", 1, "--r", 32, "--dtype", "bfloat16", *QLORA[:4],
+            "--recompute", "--out", tmp_path / "a")
+    told = capsys.readouterr().out
+    assert "79,953,920 of 6,818,369,536 parameters are trained: 1.17%" in told
+    total = int(told.split("memory   ")[1].split(" MiB")[0].replace(",", ""))
+    assert 4 * 1024 < total < 6.5 * 1024
+
+
+def test_mistakes_on_the_command_line_are_named(monkeypatch, tmp_path, base):
+    with pytest.raises(UserError, match="--quant int3: use nf4"):
+        trained(monkeypatch, base, tmp_path / "a", "--quant", "int3")
+    shutil.copytree(base, tmp_path / "bare")
+    tok = Tokenizer.load(base)
+    tok.chat_template = None
+    tok.save(tmp_path / "bare")
+    with pytest.raises(UserError, match="no chat template"):
+        trained(monkeypatch, tmp_path / "bare", tmp_path / "a")
+    with pytest.raises(UserError, match="lora.py train, lora.py merge"):
+        command(monkeypatch, "fuse")
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+def test_mistakes_are_named():
+    model = tiny()
+    with pytest.raises(UserError, match="no linear layer.*down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"):
+        lora.apply(model, targets="query")
+    with pytest.raises(UserError, match="--r 33 is above the rank that layers.0.self_attn.q_proj, 32 x 32, can have: at most 32"):
+        lora.apply(model, r=33)
+    with pytest.raises(UserError, match="--r 0"):
+        lora.apply(model, r=0)
+    with pytest.raises(UserError, match="one matrix, c_attn"):
+        lora.apply(tiny("gpt2"), targets="q_proj")
+    with pytest.raises(UserError, match="'a.b': the name is empty or has a dot"):
+        lora.apply(model, name="a.b")
+    with pytest.raises(UserError, match="'b': the model has one so called"):
+        lora.apply(lora.apply(tiny(), name="b"), name="b")
+    with pytest.raises(UserError, match="no adapter 'x'; loaded are none"):
+        lora.set_adapter(model, "x")
+    with pytest.raises(UserError, match="quantized already"):
+        quantize(quantize(model, "nf4"), "nf4")
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
+    model = lora.apply(tiny(), 4, 8)
+    lora.save_adapter(model, tmp_path)
+    other = tiny()
+    other.norm.weight.data[3] += 1e-3
+    with pytest.raises(UserError, match=lora.base_sha256(model) + ".*" + lora.base_sha256(other)):
+        lora.load_adapter(other, tmp_path)
+    assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
+
+
+@pytest.mark.parametrize("key,value,message", [("peft_type", "LOHA", "peft_type 'LOHA'"), ("bias", "all", "bias 'all'"),
+                                               ("init_lora_weights", "pissa", "pissa"), ("r", "8", "r '8'"), ("r", -1, "r -1"),
+                                               ("modules_to_save", ["lm_head"], "modules_to_save"),
+                                               ("use_qalora", True, "use_qalora True"),
+                                               ("alpha_pattern", {"(": 3}, "alpha_pattern"),
+                                               ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern")])
+def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):
+    lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=message):
+        lora.load_adapter(tiny(), tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    good = read_tensors(file)
+    for change, message in (({key.format("A"): torch.zeros(4, 31)}, "layers.0.mlp.up_proj has tensors"),
+                            ({key.format("B"): torch.zeros(64, 5)}, "layers.0.mlp.up_proj has tensors"),
+                            ({key.format("embedding_A"): torch.zeros(4, 4)}, "tensor .*lora_embedding_A"),
+                            ({key.format("A").replace("0", "9"): torch.zeros(4, 32)}, "no such linear layer")):
+        write_tensors(file, {**good, **change})
+        with pytest.raises(UserError, match=message):
+            lora.load_adapter(tiny(), tmp_path)
+    with pytest.raises(UserError, match="no adapter_config.json"):
+        lora.load_adapter(tiny(), tmp_path / "nowhere")

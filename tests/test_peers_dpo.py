@@ -1,0 +1,162 @@
+"""dpo.py's losses, rewards and gradients against TRL's trainers: their own compute_loss on the same weights and the same ids."""
+import pytest
+import torch
+
+from dpo import Args, Objective, Pairs, reference, with_z0
+from model import Config, Transformer, to_folder_names
+from runtime import Runtime
+
+pytestmark = pytest.mark.peers
+V = 61
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A policy and a reference that differ, as folders both sides read."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("policy", "ref")):
+        torch.manual_seed(seed)
+        model = Transformer(Config("llama", V, 32, 48, 2, 4, 2, 8, 64, tie_word_embeddings=False))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
+        model.save_pretrained(root / name)
+    return root
+
+
+def some_pairs(count, lengths=None, prompt=None, seed=0):
+    """[(prompt ids, [ids, ids])] of many lengths; ids from 3 on, as 0 pads."""
+    torch.manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(3, V, (n,)).tolist()
+    return [(ids(prompt or 1 + 3 * i), [ids((lengths or (2 + i, 9 - i))[j]) for j in range(2)]) for i in range(count)]
+
+
+class Tok:
+    sha256 = "t"
+
+
+def ours(models, pairs, args, tmp_path, weights=None):
+    """-> (mean loss, {metric: mean}, {folder name: gradient})"""
+    model = Transformer.from_pretrained(models / "policy")
+    pairs = Pairs(pairs, weights or [(1.0, 1.0)] * len(pairs))
+    runtime = Runtime(torch.device("cpu"), torch.float32, False)
+    reference(pairs, Transformer.from_pretrained(models / "ref"), Tok, runtime, 3, tmp_path)
+    batch, objective = pairs.fill(list(range(len(pairs.pairs))), 0), Objective()
+    if args.loss == "kto":
+        class Run:
+            pass
+        Run.runtime, Run.rows, Run.step_model, Run.args = runtime, 2, model, args
+        args.batch = len(pairs.pairs)
+        batch = with_z0(Run, batch)
+    loss = objective(model, batch, args) / len(pairs.pairs)
+    loss.backward()
+    gradients = to_folder_names({n: p.grad for n, p in model.named_parameters()}, model.config)
+    return loss.item(), objective.means(args, runtime), gradients
+
+
+def trainer_of(name, models, tmp_path, data, **settings):
+    """One of TRL's trainers around the policy, with the reference if it takes one, and a tokenizer it never has to use."""
+    import trl
+    from datasets import Dataset
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models as kinds
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl.experimental import cpo, orpo
+    cls, config = next((getattr(m, name + "Trainer"), getattr(m, name + "Config")) for m in (trl, cpo, orpo)
+                       if hasattr(m, name + "Trainer"))
+    words = Words(kinds.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="a"))
+    tok = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    args = config(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, max_length=None,
+                  gradient_checkpointing=False, per_device_train_batch_size=len(data["prompt"]), **settings)
+    refs = dict(ref_model=AutoModelForCausalLM.from_pretrained(models / "ref")) if name in ("DPO", "KTO") else {}
+    return cls(model=AutoModelForCausalLM.from_pretrained(models / "policy"), args=args, train_dataset=Dataset.from_dict(data),
+               processing_class=tok, **refs)
+
+
+def compare(trainer, inputs, mine, atol=1e-5):
+    """Loss, gradients and the metrics both log."""
+    loss, metrics, gradients = mine
+    trainer.model.train()
+    theirs = trainer.compute_loss(trainer.model, inputs)
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), abs=atol)
+    got = {n: p.grad for n, p in trainer.model.named_parameters()}
+    assert got.keys() == gradients.keys() and max(g.abs().max() for g in got.values()) > 1e-3
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, got[name], atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    stored = getattr(trainer, "_metrics", None) or trainer._stored_metrics
+    logged = {k: v[-1] for k, v in stored["train"].items() if k in metrics}
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"} <= logged.keys()
+    return {k: pytest.approx(v, abs=atol) for k, v in logged.items()}, metrics
+
+
+PAIR = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["a b"] * 4}
+
+
+@pytest.mark.parametrize("types, ours_is", [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")),
+                                            (["sigmoid", "sft"], dict(sft_weight=0.7))])
+def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models, tmp_path):
+    weights = dict(loss_weights=[1.0, 0.7]) if len(types) == 2 else {}
+    trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=types, beta=0.3, **weights)
+    pairs = some_pairs(4, (5, 7) if weights else None)  # TRL's SFT term is a mean over tokens, ours over pairs: equal lengths
+    inputs = trainer.data_collator([dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs])
+    logged, metrics = compare(trainer, inputs, ours(models, pairs, Args(beta=0.3, **ours_is), tmp_path))
+    assert "rewards/accuracies" in logged and logged == {k: metrics[k] for k in logged}
+
+
+def test_label_smoothing_equals_trls(models, tmp_path):
+    """The installed DPOTrainer smooths the sigmoid loss only under the name aot, which on a batch of one sorts nothing."""
+    trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=["aot"], beta=0.3, label_smoothing=0.2)
+    pairs = some_pairs(1)
+    inputs = trainer.data_collator([dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs])
+    logged, metrics = compare(trainer, inputs, ours(models, pairs, Args(beta=0.3, label_smoothing=0.2), tmp_path))
+    assert logged == {k: metrics[k] for k in logged}
+
+
+def concatenated(pairs):
+    """A batch as TRL's CPO and ORPO trainers take it."""
+    batch = {}
+    for j, side in enumerate(("chosen", "rejected")):
+        rows = [torch.tensor(p + a[j]) for p, a in pairs]
+        labels = [torch.tensor([-100] * len(p) + a[j]) for p, a in pairs]
+        pad = torch.nn.utils.rnn.pad_sequence
+        batch |= {f"{side}_input_ids": pad(rows, True, 0), f"{side}_labels": pad(labels, True, -100),
+                  f"{side}_attention_mask": pad([torch.ones_like(r) for r in rows], True, 0)}
+    return batch
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
+    trainer = trainer_of("CPO", models, tmp_path, PAIR, loss_type="simpo", beta=2.0, simpo_gamma=0.7, cpo_alpha=0.0,
+                         label_smoothing=smoothing)
+    pairs = some_pairs(4)
+    mine = ours(models, pairs, Args(loss="simpo", beta=2.0, gamma=0.7, label_smoothing=smoothing), tmp_path)
+    logged, metrics = compare(trainer, concatenated(pairs), mine)
+    for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert metrics[k] == logged[k]
+
+
+def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
+    """Its SFT loss is a mean over all tokens, the prompt's too: prompts of one token and equal lengths make that ours."""
+    trainer = trainer_of("ORPO", models, tmp_path, PAIR, beta=0.4)
+    pairs = some_pairs(4, (6, 9), prompt=1)
+    logged, metrics = compare(trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4), tmp_path))
+    for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert metrics[k] == logged[k]
+
+
+def test_kto_equals_trls_kto_trainer(models, tmp_path):
+    labels = [True, False, False, True]
+    data = {"prompt": ["a"] * 4, "completion": ["b"] * 4, "label": labels}
+    trainer = trainer_of("KTO", models, tmp_path, data, beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
+    single = [(p, a[0]) for p, a in some_pairs(4, seed=0)]
+    others = [a for _, a in single[-1:] + single[:-1]]
+    inputs = trainer.data_collator([dict(prompt_ids=p, completion_ids=a, KL_completion_ids=o, label=y)
+                                    for (p, a), o, y in zip(single, others, labels)])
+    pairs = [(p, [a, o]) for (p, a), o in zip(single, others)]
+    args = Args(loss="kto", beta=0.3)
+    mine = ours(models, pairs, args, tmp_path, [(1.3, 0.0) if y else (0.0, 0.8) for y in labels])
+    logged, metrics = compare(trainer, inputs, mine)
+    assert logged.pop("kl").expected > 0.1  # z0, without which this would compare less
+    assert logged == {k: metrics[k] for k in logged}
