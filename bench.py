@@ -13,8 +13,14 @@
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # one text and eight, peers in the same run
     python bench.py throughput FOLDER --requests 64 --transformers float32             # random lengths, all at once
     python bench.py prefix FOLDER                # time to the first token of 64 requests that begin alike
+    python bench.py serve FOLDER                 # the server under load, and what it costs over the engine by itself
+    python bench.py serve http://127.0.0.1:8000 --rate 4               # a running server, 4 requests a second whatever it does
+    python bench.py serve http://127.0.0.1:8000 --batch prompts.jsonl --out answers.jsonl     # each line a request's body
 """
 import argparse
+import asyncio
+import contextlib
+import importlib.util
 import contextlib
 import ctypes
 import importlib.util
@@ -22,6 +28,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -771,6 +778,112 @@ def bench_prefix(args):
     return rows
 
 
+# ---- The server: a load generator that speaks HTTP by itself, so that its own cost is small and no client library's.
+async def call(url, body, key=""):
+    """POST one completion and read its stream -> {status, ttft, tpot, e2e in seconds, tokens, text}."""
+    begin, host = time.perf_counter(), url.removeprefix("http://").split("/")[0]
+    reader, writer = await asyncio.open_connection(*host.split(":"), limit=1 << 24)
+    content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    writer.write((f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+                  f"Authorization: Bearer {key}\r\nContent-Length: {len(content)}\r\n\r\n").encode() + content)
+    row, data = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text=""), b""
+    with contextlib.closing(writer):
+        row["status"] = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+        if row["status"] != 200:
+            return row | dict(text=(await reader.read()).decode("utf-8", "replace"))
+        while size := int(await reader.readline(), 16):  # chunks, and in them events
+            data += (await reader.readexactly(size + 2))[:-2]
+            *events, data = data.split(b"\n\n")
+            for event in (json.loads(e[6:]) for e in events if e.startswith(b"data: {")):
+                for choice in event.get("choices", ()):
+                    text = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+                    row["ttft"] = row["ttft"] or (time.perf_counter() - begin if text else None)
+                    row["text"] += text
+                row["tokens"] = event.get("usage", {}).get("completion_tokens", row["tokens"])
+                row["status"] = 500 if "error" in event else row["status"]
+    row["e2e"] = time.perf_counter() - begin
+    row["tpot"] = (row["e2e"] - row["ttft"]) / (row["tokens"] - 1) if row["ttft"] and row["tokens"] > 1 else None
+    return row
+
+
+async def load(url, bodies, concurrency, rate, key):
+    """All bodies as requests -> (rows in their order, seconds). Closed loop: so many at once, each followed by the next. Open
+    loop: arrivals at random, `rate` a second on average (Poisson), however far behind the server is."""
+    places, rng, tasks, begin = asyncio.Semaphore(len(bodies) if rate else concurrency), random.Random(0), [], time.perf_counter()
+
+    async def one(body):
+        async with places:
+            try:
+                return await call(url, body, key)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                return dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text=repr(error))
+    for body in bodies:
+        tasks.append(asyncio.ensure_future(one(body)))
+        if rate:
+            await asyncio.sleep(rng.expovariate(rate))
+    return await asyncio.gather(*tasks), time.perf_counter() - begin
+
+
+def load_bodies(args):
+    """The batch's lines, or prompts of random words."""
+    if args.batch:
+        return [json.loads(line) for line in Path(args.batch).read_text().splitlines() if line.strip()]
+    rng, words = random.Random(1), "the of and a to in is you that it he was for on are as with his they at".split()
+    return [dict(prompt=" ".join(rng.choices(words, k=args.prompt)), max_tokens=args.new, ignore_eos=True, seed=i)
+            for i in range(args.requests)]
+
+
+@contextlib.contextmanager
+def served(folder, concurrency):
+    """serve.py over a folder, in a process of its own -> its URL."""
+    command = [sys.executable, Path(__file__).with_name("serve.py"), folder, "--port", "0", "--concurrency", str(concurrency)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        line = next((line for line in child.stdout if line.startswith("ready")), None)
+        if line is None:
+            raise UserError(f"serve.py {folder} did not start: run it by hand to see why")
+        yield line.split()[1]
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def bench_serve(args):
+    """Requests against a server: TTFT, TPOT, E2E, tok/s, goodput; with a folder also what the server costs over the engine: both
+    do the same work in turns, and the best round of each counts."""
+    bodies, local = load_bodies(args), not args.model.startswith("http://")
+    with served(args.model, args.concurrency) if local else contextlib.nullcontext(args.model) as url:
+        compare = local and not args.batch and not args.rate
+        engine, alone, best = quietly(Engine, args.model, max_seqs=args.concurrency) if compare else None, float("inf"), None
+        if compare:  # the first step of each size is slower
+            asyncio.run(load(url, bodies[:args.concurrency], args.concurrency, None, args.key))
+        for _ in range(args.rounds if compare else 1):
+            now = asyncio.run(load(url, bodies, args.concurrency, args.rate, args.key))
+            best = min(best or now, now, key=lambda result: result[1])
+            if compare:
+                begin = time.perf_counter()
+                engine.generate([b["prompt"] for b in bodies],
+                                [Sampling(max_tokens=args.new, ignore_eos=True, seed=b["seed"]) for b in bodies])
+                alone = min(alone, time.perf_counter() - begin)
+    rows, seconds = best
+    if args.out:
+        Path(args.out).write_text("".join(json.dumps({**b, "status": r["status"], "answer": r["text"]}, ensure_ascii=False) + "\n"
+                                          for b, r in zip(bodies, rows)))
+    good, made = [r for r in rows if r["status"] == 200], sum(r["tokens"] for r in rows)
+    print(f"{machine()}\n{len(good)} of {len(rows)} requests answered in {seconds:.1f} s, {args.rate or args.concurrency} "
+          f"{'a second' if args.rate else 'at once'}: {made / seconds:,.1f} tok/s")
+    for name in ("ttft", "tpot", "e2e"):
+        values = sorted(r[name] for r in good if r[name] is not None) or [float("nan")]
+        print(f"{name.upper():5s}" + "".join(f"  p{p} {values[min(len(values) * p // 100, len(values) - 1)] * 1000:9.1f} ms"
+                                             for p in (50, 90, 99)))
+    met = [r for r in good if (r["ttft"] or 0) <= args.ttft and (r["tpot"] or 0) <= args.tpot]
+    print(f"goodput {len(met) / seconds:.2f} requests/s with TTFT <= {args.ttft:g} s and TPOT <= {args.tpot:g} s")
+    if compare:
+        print(f"engine  {made / alone:,.1f} tok/s by itself: the server costs {1 - alone / seconds:.1%}")
+    return [{k: v for k, v in r.items() if k != "text"} for r in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -846,6 +959,20 @@ def main():
     prefix = commands.add_parser("prefix", help="time to the first token of requests that begin alike")
     prefix.add_argument("--length", type=int, default=1000, help="tokens they share [1000]")
     prefix.set_defaults(run=bench_prefix)
+    serving = commands.add_parser("serve", help="load on a server")
+    serving.add_argument("model", help="a model folder, or the http:// address of a running server")
+    serving.add_argument("--requests", type=int, default=64)
+    serving.add_argument("--concurrency", type=int, default=16, help="requests at once [16]")
+    serving.add_argument("--rate", type=float, help="requests a second on average instead, whatever the server does")
+    serving.add_argument("--prompt", type=int, default=32, help="words of a prompt [32]")
+    serving.add_argument("--new", type=int, default=64, help="tokens of an answer [64]")
+    serving.add_argument("--ttft", type=float, default=1.0, help="seconds to the first token that are good enough [1.0]")
+    serving.add_argument("--tpot", type=float, default=0.1, help="seconds a token that are good enough [0.1]")
+    serving.add_argument("--rounds", type=int, default=3, help="of which the best counts [3]")
+    serving.add_argument("--batch", help="send this file's lines, each a request's body")
+    serving.add_argument("--out", help="write the answers here")
+    serving.add_argument("--key", default="", help="API key")
+    serving.set_defaults(run=bench_serve)
     for command in (decode, throughput, prefix):
         command.add_argument("model", help="a model folder")
         command.add_argument("--device", default="auto")

@@ -321,11 +321,11 @@ class Schema:
         return seq(lit("{"), SPACE, rest(0, False), SPACE, lit("}"))
 
 
-def json_grammar(schema=None):
-    """A JSON schema (a dict; None: any JSON object) -> Grammar."""
+def json_grammar(schema=None, before="", after=""):
+    """A JSON schema (a dict; None: any JSON object) -> Grammar; before and after: fixed text around the value."""
     maker = Schema(schema or {})
     maker.rules["character"] = json_character()
-    return Grammar(maker.value(schema or {"type": "object"}), maker.rules)
+    return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
 
 
 def regex_grammar(pattern):
@@ -347,6 +347,7 @@ class Grammar:
         self.least = self.shortest()
         if math.isinf(self.least[self.rules[""][0]]):
             raise UserError("this schema asks for something infinite: a value that must contain itself")
+        self.check_progress()
         self.numbers, self.sets, self.steps, self.needs, self.masks = {}, [], {}, [], {}
         self.start = self.number(self.closure([(self.rules[""][0], None)]))
 
@@ -408,6 +409,23 @@ class Grammar:
                 if best < least[s]:
                     least[s], changed = best, True
         return least
+
+    def check_progress(self):
+        """UserError if a rule can call itself before a byte is read (left recursion): its closure would have no end."""
+        opens = {}  # rule: those it may call first
+        for name, (first, _) in self.rules.items():
+            todo, seen, opens[name] = [first], {first}, set()
+            while todo:
+                state = todo.pop()
+                opens[name].update(r for r, _ in self.calls[state])
+                after = {*self.empty[state], *(t for r, t in self.calls[state] if self.least[self.rules[r][0]] == 0)} - seen
+                seen |= after
+                todo += after
+        while ready := [name for name, first in opens.items() if not first & opens.keys()]:
+            for name in ready:
+                del opens[name]
+        if opens:
+            raise UserError("this schema's $ref leads back to itself with nothing in between")
 
     def closure(self, positions):
         """All positions that can be had without reading a byte; only those that read one, or are the end (None), are kept."""

@@ -1,0 +1,775 @@
+"""An OpenAI-compatible server over the engine, and the chat page.
+
+    python serve.py MODEL --port 8000          # then open http://127.0.0.1:8000, or point the openai client at .../v1
+
+Top to bottom: flags; the engine's thread; what is measured; one request's way through; the routes; the door (keys, limits,
+logs); the process. api.py says what requests mean. `create_app(engine)` takes anything with the engine's interface.
+"""
+import asyncio
+import base64
+import contextlib
+import gc
+import hashlib
+import hmac
+import itertools
+import os
+import queue
+import re
+import secrets
+import ssl
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h11
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from api import (
+    ENCODE,
+    FIELDS,  # noqa: F401  (the README's table is tested from it)
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Grammars,
+    Refusal,
+    TokenizeRequest,
+    chat_prompt,
+    encode_vector,
+    forced_call,
+    prompt_lists,
+    sampling_of,
+    spell,
+    tools_of,
+)
+from common import Metrics, UserError, cli, parse_flags
+from generate import Engine, Sampling
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Args:
+    model: str = ""               # the model folder, or a .gguf file
+    name: str = ""                # the model's name in the API; empty is the folder's
+    adapters: str = ""            # LoRA adapters as further models: name=folder,name=folder
+    host: str = "127.0.0.1"       # 0.0.0.0 to be reached from elsewhere: then use keys
+    port: int = 8000
+    quant: str = ""               # int8, int4, ... as in quant.py: weights packed while loading
+    device: str = "auto"          # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"           # auto, float32, bfloat16, float16
+    kv_tokens: int = 0            # tokens of key/value cache; 0 is what memory allows
+    concurrency: int = 64         # requests in the engine at once
+    queue: int = 256              # requests that may wait for that; one more gets 429
+    timeout: float = 600.0        # seconds a request may take in all
+    max_body: int = 2_000_000     # bytes of a request
+    api_key_file: str = ""        # one key a line, or name:key; also $LLM_API_KEYS, apart by commas
+    rate_limit: int = 0           # requests a minute and key; 0 is no limit
+    cors: str = ""                # origins that may call from a browser, apart by commas, or *
+    certificate: str = ""         # TLS: certificate chain and key in PEM
+    certificate_key: str = ""
+    drain: float = 30.0           # seconds running requests get after SIGTERM
+    log_prompts: bool = False     # also log what was asked
+    runs: str = "runs"            # training runs that the page may draw
+
+
+# -------------------------------------------------------------------------------------------------------- the engine's thread
+NUMBERS = itertools.count()
+
+
+@dataclass(eq=False)
+class Job:
+    """One prompt on its way through the engine. Its answers arrive in `inbox`, which the jobs of a request share."""
+    prompt: list
+    sampling: Sampling
+    adapter: str | None
+    key: str                    # whose it is: keys take turns
+    inbox: asyncio.Queue        # of (position, Delta), or of a Refusal
+    position: int = 0           # among the prompts of its request
+    number: int = field(default_factory=NUMBERS.__next__)
+    loop: object = field(default_factory=asyncio.get_running_loop)
+    created: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0       # when it left the queue
+    first: float = 0.0          # when its first token came
+    tokens: int = 0
+    unfinished: int = 1
+    reason: str = "abort"       # why it ended
+
+
+class Worker(threading.Thread):
+    """Owns the engine: nobody else calls it. Orders come through a thread-safe queue, answers go to each job's event loop."""
+
+    def __init__(self, engine, concurrency):
+        super().__init__(daemon=True, name="engine")
+        self.engine, self.concurrency, self.orders = engine, concurrency, queue.SimpleQueue()
+        self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {job: what it gets}
+        self.sent, self.stopping, self.broken, self.rate = 0.0, False, None, deque(maxlen=256)  # rate: (time, tokens) of steps
+
+    def run(self):
+        while not self.stopping:
+            try:
+                self.take_orders(wait=not (self.engine.has_work or self.waiting))
+                self.admit()
+                if self.engine.has_work:
+                    self.collect(self.engine.step())
+            except Exception as error:  # the engine is unusable now: every caller hears so, and readiness fails
+                self.broken = f"the engine failed: {type(error).__name__}: {error}"
+                print(ENCODE({"event": "engine_failed", "error": self.broken}), file=sys.stderr, flush=True)
+                for job in [*self.active.values(), *(j for jobs in self.waiting.values() for j in jobs)]:
+                    self.put(job, Refusal(500, self.broken))
+                self.deliver(list(self.outbox))
+                return
+
+    def take_orders(self, wait):
+        with contextlib.suppress(queue.Empty):
+            while True:
+                what, *more = self.orders.get(timeout=0.5) if wait else self.orders.get_nowait()
+                wait = False
+                what(*more)
+
+    def submit(self, job):
+        self.waiting.setdefault(job.key, deque()).append(job)
+
+    def cancel(self, job):
+        """Out of the queue, or out of the engine, whose blocks are free at once."""
+        self.outbox.pop(job, None)
+        if self.active.pop(job.number, None):
+            self.engine.cancel(job.number)
+        elif job in (line := self.waiting.get(job.key, ())):
+            line.remove(job)
+            if not line:
+                del self.waiting[job.key]
+
+    def answer(self, function, future, loop):
+        """Call function(engine) for whoever waits for the future."""
+        try:
+            result, error = function(self.engine), None
+        except Exception as e:
+            result, error = None, e
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(lambda: future.done() or future.set_result((result, error)))
+
+    def admit(self):
+        """From the queue to the engine, one key after the other, so that no key's thousand requests stand before another's one."""
+        while self.waiting and len(self.active) < self.concurrency:
+            key, jobs = self.waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self.waiting[key] = jobs  # to the end of the line
+            try:
+                self.engine.submit(job.prompt, job.sampling, request_id=job.number, adapter=job.adapter)
+            except UserError as error:
+                self.put(job, Refusal(400, str(error)))
+                self.deliver([job])
+                continue
+            job.admitted, self.active[job.number] = time.monotonic(), job
+
+    def collect(self, deltas):
+        now, urgent = time.monotonic(), set()
+        self.rate.append((now, sum(len(d.token_ids) for d in deltas)))
+        for delta in deltas:
+            if (job := self.active.get(delta.request_id)) is None:
+                continue  # cancelled
+            if not job.first or delta.finish_reason:
+                urgent.add(job)
+            job.tokens += len(delta.token_ids)
+            job.first = job.first or (now if delta.token_ids else 0.0)
+            if delta.finish_reason:
+                job.unfinished -= 1
+                if job.unfinished == 0:
+                    job.reason = delta.finish_reason
+                    del self.active[job.number]
+            self.put(job, (job.position, delta))
+        # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: of many streams the
+        # tokens of some steps go out together, more often than an eye can tell; a first token and an end never wait
+        if len(self.active) <= 4 or now - self.sent > 0.03:
+            urgent, self.sent = list(self.outbox), now
+        self.deliver(urgent)
+
+    def put(self, job, what):
+        self.outbox.setdefault(job, []).append(what)
+
+    def deliver(self, jobs):
+        """What was put for these jobs, with one wake-up of each event loop."""
+        by_loop = {}
+        for job in jobs:
+            by_loop.setdefault(job.loop, []).append((job.inbox, self.outbox.pop(job)))
+        for loop, items in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
+                loop.call_soon_threadsafe(lambda items=items: [inbox.put_nowait(what) for inbox, whats in items for what in whats])
+
+    def tokens_per_second(self):
+        steps = [(t, n) for t, n in list(self.rate) if t > time.monotonic() - 10]
+        return sum(n for _, n in steps[1:]) / (steps[-1][0] - steps[0][0]) if len(steps) > 1 else 0.0
+
+    async def call(self, function):
+        """function(engine), in the engine's thread, between two steps."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.orders.put((self.answer, function, future, loop))
+        while not future.done():
+            if self.broken or not self.is_alive():
+                raise Refusal(503, self.broken or "not serving")
+            await asyncio.wait([future], timeout=1)
+        result, error = future.result()
+        if error:
+            raise error
+        return result
+
+
+class Measures:
+    """What /metrics shows, named as vLLM names it."""
+
+    def __init__(self, worker, depth):
+        self.worker, self.depth, self.registry = worker, depth, (r := CollectorRegistry())
+        seconds = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120)
+        self.ttft = Histogram("llm:time_to_first_token_seconds", "from arrival to the first token", registry=r, buckets=seconds)
+        self.tpot = Histogram("llm:time_per_output_token_seconds", "between tokens, mean of a request", registry=r,
+                              buckets=(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1))
+        self.e2e = Histogram("llm:e2e_request_latency_seconds", "from arrival to the end", registry=r, buckets=seconds)
+        self.queued = Histogram("llm:request_queue_time_seconds", "waiting for a place in the engine", registry=r, buckets=seconds)
+        self.finished = Counter("llm:request_success", "requests by how they ended", ["finished_reason"], registry=r)
+        self.http = Counter("llm:http_requests", "HTTP answers by status", ["status"], registry=r)
+        r.register(self)
+
+    def collect(self):
+        """The engine's own figures, at the moment they are asked for."""
+        stats = self.worker.engine.stats()
+        yield GaugeMetricFamily("llm:num_requests_running", "in the engine", stats["running"])
+        yield GaugeMetricFamily("llm:num_requests_waiting", "in the queue", max(0, self.depth() - len(self.worker.active)))
+        yield GaugeMetricFamily("llm:kv_cache_usage_perc", "share of the cache's blocks in use",
+                                stats["blocks_used"] / max(stats["blocks_total"], 1))
+        for ours, name in (("prompt_tokens", "prompt_tokens"), ("generated_tokens", "generation_tokens"),
+                           ("preemptions", "num_preemptions"), ("cache_hit_tokens", "prefix_cache_hits"),
+                           ("cache_query_tokens", "prefix_cache_queries")):
+            yield CounterMetricFamily(f"llm:{name}", f"{ours.replace('_', ' ')} since the start", stats[ours])
+
+    def observe(self, job):
+        now = time.monotonic()
+        self.finished.labels(job.reason).inc()
+        self.e2e.observe(now - job.created)
+        if job.admitted:
+            self.queued.observe(job.admitted - job.created)
+        if job.first:
+            self.ttft.observe(job.first - job.created)
+            if job.tokens > 1:
+                self.tpot.observe((now - job.first) / (job.tokens - 1))
+
+
+# ------------------------------------------------------------------------------------------------ one request's way through
+class JSON(Response):
+    """A body that any client's decoder takes, whatever half characters a caller had put into what is repeated."""
+    media_type = "application/json"
+
+    def render(self, content):
+        return ENCODE(content).encode("utf-8", "replace")
+
+
+def refused(refusal):
+    return JSON(refusal.body, refusal.status_code, refusal.headers)
+
+
+class Reply(Response):
+    """An Answer on its way to the caller, as events or as one body; a caller who leaves, or never reads, ends it."""
+
+    def __init__(self, answer, batches, timeout):
+        self.answer, self.batches, self.timeout, self.status_code, self.background = answer, batches, timeout, 200, None
+
+    async def __call__(self, scope, receive, send):
+        work, gone = asyncio.ensure_future(self.write(scope, receive, send)), asyncio.ensure_future(left(receive))
+        try:
+            await asyncio.wait({work, gone}, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def write(self, scope, receive, send):
+        if not self.answer.body.stream:
+            return await JSON(await self.answer.whole(self.batches))(scope, receive, send)
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                   (b"x-accel-buffering", b"no")]  # or nginx would keep the events until there are many
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for events in self.answer.stream(self.batches):
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def left(receive):
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Service:
+    """What the routes share."""
+    keep_alive = 15.0  # seconds without a token after which a stream says that it lives
+
+    def __init__(self, engine, args, keys):
+        self.engine, self.args = engine, args
+        self.keys = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
+        self.adapters = read_adapters(args)
+        self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
+        self.worker, self.depth, self.windows = Worker(engine, args.concurrency), 0, {}
+        self.measures, self.grammars = Measures(self.worker, lambda: self.depth), Grammars(engine.tok)
+        self.draining, self.started = False, time.time()
+
+    def model(self, name):
+        if name not in (None, "", *self.names):
+            raise Refusal(404, f"no model {name!r}; there are {', '.join(self.names)}", "model_not_found", "model")
+        return name or self.names[0]
+
+    def admit(self, request, model, prompts, samplings):
+        """Jobs in the queue, or the reason why not: 429, 503. Whatever happens to the request, the Door closes them."""
+        if self.draining or self.worker.broken:
+            raise Refusal(503, self.worker.broken or "shutting down: try another replica", headers={"Retry-After": "5"})
+        if self.depth + len(prompts) > self.args.concurrency + self.args.queue:
+            raise Refusal(429, f"{self.depth} requests are running or waiting, the most this server takes: try again later",
+                          "queue_full", headers={"Retry-After": str(1 + self.depth // 32)})
+        inbox, adapter = asyncio.Queue(), model if model in self.adapters else None
+        jobs = [Job(ids, sampling, adapter, request.state.key, inbox, i, unfinished=sampling.n)
+                for i, (ids, sampling) in enumerate(zip(prompts, samplings))]
+        self.depth += len(jobs)
+        request.state.jobs = jobs
+        for job in jobs:
+            self.worker.orders.put((self.worker.submit, job))
+        return jobs
+
+    def close(self, jobs):
+        """The request is over, in whatever way: what is left of it goes out of the engine."""
+        for job in jobs:
+            if job.unfinished:
+                self.worker.orders.put((self.worker.cancel, job))
+            self.measures.observe(job)
+        self.depth -= len(jobs)
+
+    async def batches(self, jobs):
+        """[(prompt's number, Delta)] of all jobs as they come, [] when nothing has come for a while. Refusal for what failed,
+        and when the time is up."""
+        deadline, answers = time.monotonic() + self.args.timeout, sum(job.sampling.n for job in jobs)
+        while answers:
+            wait = min(deadline - time.monotonic(), self.keep_alive)
+            if wait <= 0:
+                raise Refusal(504, f"not finished within {self.args.timeout:g} s: ask for fewer tokens", "timeout")
+            try:
+                batch = [await asyncio.wait_for(jobs[0].inbox.get(), wait)]
+            except asyncio.TimeoutError:
+                yield []
+                continue
+            while not jobs[0].inbox.empty():
+                batch.append(jobs[0].inbox.get_nowait())
+            for item in batch:
+                if isinstance(item, Refusal):
+                    raise item
+                if item[1].finish_reason == "error":
+                    raise Refusal(400, item[1].error or "no token was allowed")
+                answers -= item[1].finish_reason is not None
+            yield batch
+
+    def reply(self, answer, jobs):
+        return Reply(answer, self.batches(jobs), self.args.timeout + 10)
+
+
+async def aside(request, function, *args):
+    """Call a function, in a thread if the request is so large that others would feel it."""
+    if int(request.headers.get("content-length", 1 << 20)) < 4096:
+        return function(*args)
+    return await asyncio.to_thread(function, *args)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the routes
+def create_app(engine, args=None, keys=None):
+    """engine: see engine.Engine; keys: {key: name of its owner}, empty lets everyone in -> FastAPI."""
+    service = Service(engine, args or Args(), keys or {})
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        service.worker.start()
+        yield
+        service.worker.stopping = True
+        await asyncio.to_thread(service.worker.join, 10)
+
+    app = FastAPI(title="LLM server", version="1", lifespan=lifespan, description="OpenAI-compatible; fields: see the README.",
+                  responses={400: {"description": "what is wrong with the request, in OpenAI's error shape"}})
+    app.state.service = service
+    app.add_middleware(Door, service=service)
+    app.add_exception_handler(HTTPException, lambda _, e: refused(e if isinstance(e, Refusal) else Refusal(
+        e.status_code, f"{e.detail}: see /docs for what there is", headers=e.headers)))
+    app.add_exception_handler(UserError, lambda _, e: refused(Refusal(400, str(e))))
+    app.add_exception_handler(RequestValidationError, lambda _, e: refused(Refusal(400, "; ".join(
+        f"{'.'.join(map(str, x['loc'][1:])) or 'body'}: {x['msg']}" for x in e.errors()[:3]), "invalid_request")))
+    add_openai_routes(app, service)
+    add_token_routes(app, service)
+    add_operation_routes(app, service)
+    return app
+
+
+def add_openai_routes(app, service):
+    engine, tok, worker = service.engine, service.engine.tok, service.worker
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request):
+        def plan():
+            if body.top_logprobs and not body.logprobs:
+                raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            if 0 in (body.max_tokens, body.max_completion_tokens):
+                raise Refusal(400, "max_tokens is 0, but a chat's answer needs at least one", param="max_tokens")
+            prompt = chat_prompt(tok, body.messages, body.tools if tools_of(body) else None)
+            constraint = service.grammars.constraint(body, forced_call(body, tok))
+            return prompt, sampling_of(body, prompt, tok, engine.max_model_len, constraint,
+                                       (body.top_logprobs or 0) if body.logprobs else None)
+        model, (prompt, sampling) = service.model(body.model), await aside(request, plan)
+        jobs = service.admit(request, model, [prompt], [sampling])
+        return service.reply(Answer(tok, body, "chat", request.state.id, model, [prompt]), jobs)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request):
+        def plan():
+            if body.stream and (body.best_of or 1) > (body.n or 1):
+                raise Refusal(400, "best_of answers are compared when all are done: they cannot be streamed", param="best_of")
+            prompts, constraint = prompt_lists(body.prompt, tok), service.grammars.constraint(body)
+            if body.max_tokens == 0:
+                if not body.echo or max(map(len, prompts)) > engine.max_model_len:
+                    raise Refusal(400, "max_tokens 0 only repeats the prompt: it needs echo, and a prompt within the context of "
+                                  f"{engine.max_model_len:,} tokens", param="max_tokens")
+                return prompts, []
+            return prompts, [sampling_of(body, p, tok, engine.max_model_len, constraint, body.logprobs) for p in prompts]
+        model, (prompts, samplings) = service.model(body.model), await aside(request, plan)
+        echo, scored = [tok.decode(p) for p in prompts] if body.echo else (), ()
+        if body.echo and body.logprobs is not None:
+            scored = [await worker.call(lambda e, p=p: e.prompt_logprobs(p, body.logprobs)) for p in prompts]
+        jobs = service.admit(request, model, prompts[:len(samplings)], samplings)
+        return service.reply(Answer(tok, body, "text", request.state.id, model, prompts, echo, scored), jobs)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request):
+        """The mean over an input's tokens of the last hidden states, scaled to length 1."""
+        model, prompts = service.model(body.model), await aside(request, prompt_lists, body.input, tok)
+        if longest := [len(p) for p in prompts if len(p) > engine.max_model_len]:
+            raise Refusal(400, f"an input has {longest[0]:,} tokens, the context is {engine.max_model_len:,}",
+                          "context_length_exceeded")
+        vectors = [await worker.call(lambda e, ids=ids: e.embed(ids)) for ids in prompts]  # others' steps come in between
+        used = sum(map(len, prompts))
+        return JSON({"object": "list", "model": model, "usage": {"prompt_tokens": used, "total_tokens": used},
+                     "data": [{"object": "embedding", "index": i, "embedding": encode_vector(v, body.encoding_format)}
+                              for i, v in enumerate(vectors)]})
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": int(service.started), "owned_by": "local",
+                                            "parent": service.names[0] if name in service.adapters else None,
+                                            "max_model_len": engine.max_model_len} for name in service.names]}
+
+
+def add_token_routes(app, service):
+    tok = service.engine.tok
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: Request):
+        """A text's ids, or those of the prompt that a chat becomes."""
+        if (body.prompt is None) == (body.messages is None):
+            raise Refusal(400, "give a prompt or messages, one of the two")
+        if body.messages is not None:
+            ids = await aside(request, chat_prompt, tok, body.messages, None, body.add_generation_prompt)
+        else:
+            ids = await aside(request, tok.encode, body.prompt)
+        return JSON({"tokens": ids, "count": len(ids), "max_model_len": service.engine.max_model_len,
+                     "token_strs": [spell(tok, i)[0] for i in ids]})
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest):
+        if not all(0 <= i < tok.vocab_size for i in body.tokens):
+            raise Refusal(400, f"ids go from 0 to {tok.vocab_size - 1}")
+        return JSON({"prompt": tok.decode(body.tokens)})
+
+
+def add_operation_routes(app, service):
+    worker = service.worker
+
+    @app.get("/health")
+    async def health():
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready():
+        if service.draining or worker.broken or not worker.is_alive():
+            raise Refusal(503, worker.broken or "not serving")
+        return {"status": "ready", "model": service.names[0]}
+
+    @app.get("/stats")
+    async def stats():
+        gpu = torch.cuda.is_available() and {"name": torch.cuda.get_device_name(), "allocated": torch.cuda.memory_allocated(),
+                                             "free": torch.cuda.mem_get_info()[0]}
+        return {**service.engine.stats(), "queue": max(0, service.depth - len(worker.active)), "tokens_per_second": round(
+            worker.tokens_per_second(), 1), "uptime": round(time.time() - service.started, 1), "memory": resident_memory(),
+            "gpu": gpu or None, "models": service.names, "max_model_len": service.engine.max_model_len,
+            "chat": service.engine.tok.chat_template is not None}
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(generate_latest(service.measures.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/runs")
+    async def runs():
+        """Training runs that can be drawn, the newest first."""
+        found = sorted(Path(service.args.runs).glob("*/metrics.jsonl"), key=lambda p: -p.stat().st_mtime)
+        return {"runs": [p.parent.name for p in found[:100]]}
+
+    @app.get("/runs/{name}")
+    async def run(name: str, after: int = -1):
+        if name not in (await runs())["runs"]:  # only what was listed: a name is not a path
+            raise Refusal(404, f"no run {name!r}")
+        rows = await asyncio.to_thread(Metrics.read, Path(service.args.runs) / name / "metrics.jsonl")
+        return {"rows": [r for r in rows if r.get("step", 0) > after][-5000:]}
+
+    @app.get("/", include_in_schema=False)
+    async def page():
+        if not (HERE / "ui.html").is_file():
+            raise Refusal(404, "this server has no page; its API is at /v1, described at /docs")
+        scripts = re.findall(r"<script>(.*?)</script>", (HERE / "ui.html").read_text(), re.S)  # only the page's own may run
+        hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
+        return FileResponse(HERE / "ui.html", headers={"Cache-Control": "no-cache", "Content-Security-Policy":
+                            f"default-src 'self'; script-src {hashes}; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
+                            "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"})
+
+
+def resident_memory():
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------------- the door
+class Door:
+    """Around every request, as plain ASGI so that streams pass untouched: an id, keys, limits, CORS, one log line at the end."""
+    slow = 30.0  # seconds that a request's head and body may each take to arrive
+    OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json", "/favicon.ico")  # need no key
+
+    def __init__(self, app, service):
+        self.app, self.service, self.cors = app, service, service.args.cors.split(",") if service.args.cors else []
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {k.decode("latin1"): v.decode("latin1") for k, v in scope["headers"]}
+        state, begin, status = scope.setdefault("state", {}), time.monotonic(), 0
+        state["id"] = given if re.fullmatch(r"[\w.:-]{1,100}", given := headers.get("x-request-id", ""), re.ASCII) else (
+            secrets.token_hex(8))
+        state["jobs"] = []
+
+        async def tagged(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["id"].encode()),
+                                      *self.cors_headers(headers)]
+            await send(message)
+        try:
+            if scope["method"] == "OPTIONS" and self.cors_headers(headers):  # a browser asks before it sends
+                await Response(status_code=204)(scope, receive, tagged)
+            else:
+                self.check(scope, headers, state)
+                await self.app(scope, self.limited(headers, receive), tagged)
+        except Refusal as refusal:
+            await refused(refusal)(scope, receive, tagged)
+        except Exception as error:
+            print(ENCODE({"event": "error", "id": state["id"], "error": repr(error)[:500]}), file=sys.stderr, flush=True)
+            if status:
+                raise
+            await refused(Refusal(500, f"internal error ({type(error).__name__}); its id is {state['id']}"))(scope, receive, tagged)
+        finally:
+            self.service.close(state["jobs"])
+            self.service.measures.http.labels(str(status)).inc()
+            self.log(scope, state, status, time.monotonic() - begin)
+
+    def check(self, scope, headers, state):
+        """Who is it, and may they now? Raises Refusal 401 or 429."""
+        keys, found = self.service.keys, None
+        given = hashlib.sha256(headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin1")).digest()
+        for key, name in keys.items():  # every key is compared, in constant time, so that the time tells nothing
+            if hmac.compare_digest(key, given):
+                found = name
+        state["key"] = found or (scope.get("client") or ("",))[0]
+        if scope["path"] in self.OPEN:
+            return
+        if keys and found is None:
+            raise Refusal(401, "this server needs an API key: Authorization: Bearer KEY", "invalid_api_key",
+                          headers={"WWW-Authenticate": "Bearer"})
+        if limit := self.service.args.rate_limit:
+            if len(self.service.windows) > 10_000:  # addresses of long ago
+                self.service.windows.clear()
+            window, now = self.service.windows.setdefault(state["key"], deque()), time.monotonic()
+            while window and window[0] < now - 60:
+                window.popleft()
+            if len(window) >= limit:
+                raise Refusal(429, f"over {limit} requests in a minute", "rate_limit_exceeded",
+                              headers={"Retry-After": str(int(61 - (now - window[0])))})
+            window.append(now)
+
+    def limited(self, headers, receive):
+        """receive() that ends a body which is too large or comes too slowly."""
+        most, seen, arrived, deadline = self.service.args.max_body, 0, False, time.monotonic() + self.slow
+        end = {"Connection": "close"}  # the rest of the body is not read
+        too_large = Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=end)
+        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", 0)) > most:
+            raise too_large
+
+        async def limit():
+            nonlocal seen, arrived
+            if arrived:  # the body is here: what comes now is only that the client left
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.01, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise Refusal(408, f"the request's body did not arrive within {self.slow:g} s", headers=end) from None
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise too_large
+            arrived = message["type"] == "http.request" and not message.get("more_body")
+            return message
+        return limit
+
+    def cors_headers(self, headers):
+        origin = headers.get("origin")
+        if not origin or not ("*" in self.cors or origin in self.cors):
+            return []
+        return [(b"access-control-allow-origin", origin.encode("latin1")), (b"vary", b"Origin"),
+                (b"access-control-allow-headers", b"authorization, content-type"), (b"access-control-allow-methods", b"GET, POST"),
+                (b"access-control-expose-headers", b"x-request-id, retry-after")]
+
+    def log(self, scope, state, status, seconds):
+        """One line of JSON a request: how long it waited and took, how much it made, why it ended; of its text nothing."""
+        if scope["path"] in ("/health", "/ready", "/metrics", "/stats"):
+            return
+        row = {"event": "request", "id": state["id"], "method": scope["method"], "path": scope["path"], "status": status,
+               "seconds": round(seconds, 4)}
+        if jobs := state["jobs"]:
+            first = [j.first for j in jobs if j.first]
+            row |= {"key": state["key"], "prompt_tokens": sum(len(j.prompt) for j in jobs), "tokens": sum(j.tokens for j in jobs),
+                    "queue_seconds": round(max((j.admitted - j.created for j in jobs if j.admitted), default=0.0), 4),
+                    "ttft_seconds": round(min(first) - jobs[0].created, 4) if first else None,
+                    "reason": ",".join(sorted({j.reason for j in jobs}))}
+            if self.service.args.log_prompts:
+                row["prompts"] = [self.service.engine.tok.decode(j.prompt) for j in jobs]
+        print(ENCODE(row), file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the process
+def read_keys(args):
+    """--api-key-file and $LLM_API_KEYS -> {key: name}; a file that others can read is warned of."""
+    lines = [k for k in os.environ.get("LLM_API_KEYS", "").split(",") if k.strip()]
+    if args.api_key_file:
+        path = Path(args.api_key_file)
+        if not path.is_file():
+            raise UserError(f"--api-key-file {path}: no such file")
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            print(f"warning: {path} can be read by others; chmod 600 {path}", file=sys.stderr)
+        lines += [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        if not lines:
+            raise UserError(f"--api-key-file {path} holds no key: one a line, or name:key")
+    named = [line.strip().rpartition(":") for line in lines]
+    return {key: name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8] for name, _, key in named}
+
+
+def read_adapters(args):
+    """--adapters name=folder,name=folder -> {name: folder}"""
+    pairs = [pair.partition("=") for pair in args.adapters.split(",") if pair.strip()]
+    if bad := ["".join(pair) for pair in pairs if not all(pair)]:
+        raise UserError(f"--adapters {bad[0]}: write name=folder, several apart by commas")
+    return {name.strip(): folder.strip() for name, _, folder in pairs}
+
+
+class Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not come (a "slow loris")."""
+    late = None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.data_received(b"")
+
+    def data_received(self, data):
+        if data:
+            super().data_received(data)
+        waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        if self.late and not waiting:
+            self.late = self.late.cancel()
+        elif waiting and not self.late:
+            self.late = self.loop.call_later(Door.slow, self.transport.abort)
+
+    def connection_lost(self, error):
+        if self.late:
+            self.late = self.late.cancel()
+        super().connection_lost(error)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on SIGTERM stops listening and lets what runs finish; from then on the service refuses what is new."""
+    ready = ""  # said as soon as it listens
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        if self.started:
+            print(self.ready, flush=True)
+
+    def handle_exit(self, sig, frame):
+        self.config.app.state.service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def main():
+    args = Args(**parse_flags(Args, __doc__, positional=("model",)))
+    if not args.model:
+        raise UserError("which model? python serve.py MODEL, a model folder or a .gguf file")
+    if bool(args.certificate) != bool(args.certificate_key):
+        raise UserError("TLS needs both --certificate and --certificate-key")
+    keys, adapters, begin = read_keys(args), read_adapters(args), time.time()
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        print("warning: reachable from elsewhere and without keys (--api-key-file)", file=sys.stderr)
+    config, socket = listen(args)  # before the model is read: a port in use is told at once
+    engine = Engine(args.model, args.device, args.dtype, args.quant or None, args.kv_tokens or None, max_seqs=args.concurrency,
+                    adapters=adapters or None)
+    if engine.tok is None:
+        raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")
+    if engine.tok.chat_template is None:
+        print("note     this model has no chat template: /v1/completions works, /v1/chat/completions answers 400")
+    config.app = create_app(engine, args, keys)
+    config.load()
+    gc.collect()
+    gc.freeze()  # what is here now stays: the collector need not go through it again and again
+    scheme = "https" if args.certificate else "http"
+    server = Server(config)
+    server.ready = (f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
+                    "the API at /v1, its description at /docs")
+    server.run(sockets=[socket])
+
+
+def listen(args):
+    """-> (uvicorn's Config, the socket bound but not yet listening)"""
+    config = uvicorn.Config(None, args.host, args.port, http=Protocol, log_level="warning", access_log=False, timeout_keep_alive=30,
+                            timeout_graceful_shutdown=int(args.drain), h11_max_incomplete_event_size=65536, backlog=1024,
+                            ssl_certfile=args.certificate or None, ssl_keyfile=args.certificate_key or None)
+    try:
+        if args.certificate:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(args.certificate, args.certificate_key)
+        return config, config.bind_socket()
+    except SystemExit:
+        raise UserError(f"port {args.port} on {args.host} is in use or not allowed: choose another --port") from None
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise UserError(f"TLS: {args.certificate} and {args.certificate_key} do not open as a pair ({error})") from None
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,244 @@
+"""The server against the clients people have: openai's own, curl, schemathesis; and under load, killed, drained."""
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT
+from test_serve import HTTP, SAID, TEMPLATE_WITH_TOOLS, TOOLS, Stub, ask, make_tokenizer, real, running, until  # noqa: F401
+
+import api
+
+pytestmark = pytest.mark.peers
+CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 41}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def client(real):  # noqa: F811
+    import openai
+    return openai.OpenAI(base_url=real.url + "/v1", api_key="none", max_retries=0)
+
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+# ---------------------------------------------------------------------------------------------------------- the openai client
+def test_every_field_of_the_openai_client_is_in_our_table():
+    from openai.types import completion_create_params as text
+    from openai.types.chat import completion_create_params as chat
+    theirs = set(chat.CompletionCreateParamsBase.__annotations__) | set(text.CompletionCreateParamsBase.__annotations__)
+    assert not theirs - {"stream"} - set(sum(api.FIELDS.values(), ()))
+
+
+def test_the_openai_client_chats_and_streams(client):
+    whole = client.chat.completions.create(model="", messages=HI, max_completion_tokens=8, n=2, seed=1, logprobs=True,
+                                           top_logprobs=3)
+    assert len(whole.choices) == 2 and whole.usage.completion_tokens <= 16 and whole.choices[0].finish_reason in ("stop", "length")
+    token = whole.choices[0].logprobs.content[0]
+    assert len(token.top_logprobs) == 3 and bytes(token.bytes) and token.logprob <= 0
+    stream = client.chat.completions.create(model="", messages=HI, max_completion_tokens=8, seed=1, n=2, stream=True,
+                                            stream_options={"include_usage": True})
+    texts, reasons, usage = ["", ""], [], None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for c in chunk.choices:
+            texts[c.index] += c.delta.content or ""
+            reasons += [c.finish_reason] if c.finish_reason else []
+    assert texts == [c.message.content for c in whole.choices] and len(reasons) == 2 and usage == whole.usage
+
+
+def test_the_openai_client_parses_a_schema_into_its_class(client):
+    from pydantic import BaseModel
+
+    class Point(BaseModel):
+        x: int
+        ok: bool
+    point = client.chat.completions.parse(model="", messages=HI, response_format=Point, max_tokens=60).choices[0].message.parsed
+    assert isinstance(point.x, int) and isinstance(point.ok, bool)
+
+
+def test_the_openai_client_completes_embeds_and_lists(client, real):  # noqa: F811
+    one = client.completions.create(model="", prompt=["the", "fox"], max_tokens=4, echo=True, logprobs=2, stop=["zzz"])
+    assert [c.text[:3] for c in one.choices] == ["the", "fox"] and len(one.choices[0].logprobs.tokens) >= 1
+    vectors = client.embeddings.create(model=client.models.list().data[0].id, input=["the", "fox"]).data  # asks for base64
+    assert sum(x * x for x in vectors[0].embedding) == pytest.approx(1, abs=1e-3)
+    body = dict(model="", prompt="the", max_tokens=5, seed=3)
+    assert "".join(c.choices[0].text for c in client.completions.create(**body, stream=True)) == (
+        client.completions.create(**body).choices[0].text)
+
+
+def test_the_openai_client_calls_tools_in_both_modes():
+    import openai
+    tok = make_tokenizer()
+    tok.chat_template = TEMPLATE_WITH_TOOLS
+    with running(Stub(CALL, tok=tok)) as server:
+        c = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        call = c.chat.completions.create(model="", messages=HI, tools=TOOLS).choices[0].message.tool_calls[0]
+        assert call.function.name == "add" and json.loads(call.function.arguments) == {"x": 41}
+        with c.chat.completions.stream(model="stub", messages=HI, tools=TOOLS) as stream:
+            final = stream.get_final_completion().choices[0]
+        assert final.finish_reason == "tool_calls" and final.message.tool_calls[0].function.arguments == '{"x": 41}'
+        history = [*HI, {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+                   {"role": "tool", "tool_call_id": call.id, "content": "42"}]
+        assert c.chat.completions.create(model="", messages=history, tools=TOOLS)
+
+
+def test_a_forced_tool_call_of_an_untrained_model_is_valid(real):  # noqa: F811
+    tok, before = real.engine.tok, real.engine.tok.chat_template
+    tok.chat_template = TEMPLATE_WITH_TOOLS
+    try:
+        for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+            message = ask(real, tools=TOOLS, tool_choice=choice, max_tokens=100).json()["choices"][0]
+            assert message["finish_reason"] == "tool_calls", message
+            call = message["message"]["tool_calls"][0]["function"]
+            assert call["name"] == "add" and isinstance(json.loads(call["arguments"])["x"], int)
+    finally:
+        tok.chat_template = before
+
+
+def test_the_openai_client_raises_its_own_errors(client, real):  # noqa: F811
+    import openai
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.chat.completions.create(model="gpt-5", messages=HI)
+    with pytest.raises(openai.BadRequestError, match="context is 256") as caught:
+        client.completions.create(model="", prompt="x" * 4000)
+    assert caught.value.code == "context_length_exceeded"
+    with running(Stub(), {"k": "a"}) as server, pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=server.url + "/v1", api_key="wrong").models.list()
+
+
+def test_curl_reads_a_stream_and_a_body():
+    with running(Stub()) as server:
+        body = json.dumps({"messages": HI, "stream": True})
+        command = ["curl", "-sN", server.url + "/v1/chat/completions", "-H", "Content-Type: application/json", "-d"]
+        lines = subprocess.run([*command, body], capture_output=True, text=True, timeout=30).stdout.split("\n\n")
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+        assert "".join(d.get("content", "") for d in deltas) == SAID and lines[-2] == "data: [DONE]"
+        whole = subprocess.run([*command, json.dumps({"messages": HI})], capture_output=True, timeout=30).stdout
+        assert json.loads(whole)["choices"][0]["message"]["content"] == SAID
+
+
+# -------------------------------------------------------------------------------------------------------------- unruly clients
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
+    """Thousands of requests made from our own OpenAPI, valid and invalid ones."""
+    command = [sys.executable, "-m", "schemathesis.cli", "run", real.url + "/openapi.json", "--checks", "not_a_server_error",
+               "--max-examples", os.environ.get("EXAMPLES", "250"), "--mode", "all", "--request-timeout", "60", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert HTTP.get(real.url + "/ready").status_code == 200
+    until(lambda: real.service.depth == 0 and real.engine.stats()["blocks_used"] == 0)
+
+
+# ------------------------------------------------------------------------------------------------------ a process of its own
+@contextlib.contextmanager
+def process(folder, *flags):
+    """python serve.py FOLDER on a free port -> (Popen, URL)"""
+    child = subprocess.Popen([sys.executable, ROOT / "serve.py", folder, "--port", "0", *flags], stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, text=True)
+    try:
+        line = next(line for line in child.stdout if line.startswith("ready"))
+        yield child, line.split()[1]
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(real):  # noqa: F811
+    return real.folder
+
+
+@pytest.mark.slow
+def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folder):
+    """256 at once, 30 % of them leave at a random moment; every other one is answered or refused."""
+    async def client(http, rng, seen):
+        body = {"prompt": "the quick" * rng.randint(1, 4), "max_tokens": rng.randint(1, 12), "stream": rng.random() < 0.7,
+                "n": rng.choice([1, 1, 2])}
+        leaves = rng.random() < 0.3
+        try:
+            answer = await asyncio.wait_for(http.post("/v1/completions", json=body), rng.random() * 0.5 if leaves else 120)
+            what = answer.status_code
+        except asyncio.TimeoutError:
+            what = "left" if leaves else "hung"
+        seen[what] = seen.get(what, 0) + 1
+
+    async def some(url, count, rng, seen):
+        limits = httpx.Limits(max_connections=256, keepalive_expiry=1)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, verify=False) as http:
+            todo = iter(range(count))
+
+            async def place():
+                for _ in todo:
+                    await client(http, rng, seen)
+            await asyncio.gather(*(place() for _ in range(256)))
+
+    def state(child, url):
+        until(lambda: (s := HTTP.get(url + "/stats").json())["running"] == s["queue"] == 0)
+        time.sleep(2)
+        memory = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+        return len(os.listdir(f"/proc/{child.pid}/fd")), memory, HTTP.get(url + "/stats").json()["blocks_used"]
+
+    rng, seen = random.Random(4), {}
+    with process(folder, "--queue", "150") as (child, url):
+        asyncio.run(some(url, 1000, rng, seen))
+        before = state(child, url)
+        asyncio.run(some(url, 4000, rng, seen))
+        after = state(child, url)
+    print(seen, before, after)
+    assert sum(seen.values()) == 5000 and set(seen) == {200, 429, "left"} and seen["left"] > 500 and seen[200] > 2000
+    assert after[0] <= before[0] + 2 and after[1] < before[1] + 30 and after[2] == 0
+
+
+LONG = {"prompt": "the", "max_tokens": 240, "ignore_eos": True, "stream": True}
+
+
+@pytest.mark.slow
+def test_sigterm_lets_streams_finish_and_refuses_new_ones(folder):
+    with process(folder) as (child, url), HTTP.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        with pytest.raises(httpx.TransportError):
+            for _ in range(100):
+                assert HTTP.post(url + "/v1/completions", json=LONG, timeout=5).status_code == 503
+        text = [line for line in lines if line]
+        assert text[-1] == "data: [DONE]" and '"finish_reason":"length"' in text[-2]
+        assert child.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_clients_of_a_killed_server_get_an_error_and_a_new_one_is_ready_soon(folder):
+    with process(folder) as (child, url), pytest.raises(httpx.TransportError):
+        with HTTP.stream("POST", url + "/v1/completions", json=LONG, timeout=10) as stream:
+            for _ in stream.iter_lines():
+                child.kill()
+    begin = time.monotonic()
+    with process(folder) as (child, url):
+        assert HTTP.get(url + "/ready").status_code == 200
+        print(f"ready after {time.monotonic() - begin:.1f} s")
+        assert time.monotonic() - begin < float(os.environ.get("READY_SECONDS", "60"))  # 3 on a quiet machine
+
+
+@pytest.mark.slow
+def test_the_process_serves_tls_and_says_which_flag_is_wrong(folder, tmp_path):
+    names = [str(tmp_path / n) for n in ("a.key", "a.pem", "b.key", "b.pem")]
+    for key, cert in (names[:2], names[2:]):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "1",
+                        "-subj", "/CN=localhost"], check=True, capture_output=True)
+    with process(folder, "--certificate", names[1], "--certificate-key", names[0]) as (child, url):
+        assert url.startswith("https://") and HTTP.get(url + "/ready").status_code == 200
+        command = [sys.executable, ROOT / "serve.py", folder]
+        taken = subprocess.run([*command, "--port", url.rsplit(":", 1)[1]], capture_output=True, text=True)
+    wrong = subprocess.run([*command, "--certificate", names[1], "--certificate-key", names[2]], capture_output=True, text=True)
+    for done, what in ((taken, "in use"), (wrong, "do not open as a pair")):
+        assert done.returncode and what in done.stderr and "Traceback" not in done.stderr
