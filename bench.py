@@ -20,8 +20,6 @@
 import argparse
 import asyncio
 import contextlib
-import importlib.util
-import contextlib
 import ctypes
 import importlib.util
 import itertools
