@@ -194,7 +194,7 @@ class Worker(threading.Thread):
             self.put(job, (job.position, delta))
         # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: of many streams the
         # tokens of some steps go out together, more often than an eye can tell; a first token and an end never wait
-        if len(self.active) <= 4 or now - self.sent > 0.03:
+        if len(self.active) <= 4 or now - self.sent > 0.05:
             urgent, self.sent = list(self.outbox), now
         self.deliver(urgent)
 
