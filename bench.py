@@ -4,9 +4,11 @@
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW with its best learning rate
     python bench.py pretrain --rows 32           # tokens/s and memory of the 125m preset: eager, compiled, recomputing
+    python bench.py kernels                      # on a GPU: GB/s of each Triton kernel beside the card's copy and torch's own
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
 """
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -18,7 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
+import kernels
 import train
 from common import Metrics, UserError, cli
 from model import Transformer
@@ -152,6 +156,119 @@ def bench_optimizers(args):
         print(f"seed {seed}: AdamW ({schedule}, lr {lr}) {args.steps} steps {first:.4f}; Muon {round(args.steps * 0.7)} steps "
               f"{second:.4f}  {'reached' if second <= first else 'NOT reached'}", flush=True)
     return rows
+
+
+def graph_seconds(function, draw, size):
+    """Median seconds of function(*draw()), as one CUDA graph of calls on so many drawn inputs that no cache holds them."""
+    inputs = [draw() for _ in range(min(max(2, 512_000_000 // size), 64))]
+    for arguments in inputs:
+        function(*arguments)  # compiles and tunes
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for arguments in inputs:
+            function(*arguments)
+    for _ in range(25):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(inputs))
+    return sorted(times[5:])[10]
+
+
+def bf16(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def linear_cases(M, N, K):
+    """{name: (bytes read and written, function, draw its arguments)}, what the others are measured against first."""
+    def ints(*shape):
+        return torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
+    rest, k = 2 * M * (N + K), kernels
+    cases = {
+        "cuBLAS bf16": (2 * N * K + rest, F.linear, lambda: (bf16(M, K), bf16(N, K))),
+        "int8": (N * K + rest, k.int8_linear, lambda: (bf16(M, K), ints(N, K).view(torch.int8), bf16(N))),
+        "int8 x int8": (N * K + rest, k.int8_dynamic_linear, lambda: (bf16(M, K), ints(N, K).view(torch.int8), bf16(N))),
+        "int4 g128": (N * K // 2 + N * K // 64 + rest, k.int4_linear,
+                      lambda: (bf16(M, K), ints(N, K // 2), bf16(N, K // 128), None, 128)),
+        "nf4": (N * K // 2 + N * K // 16 + rest, k.nf4_linear,
+                lambda: (bf16(M, K), ints(N * K // 2), torch.rand(N * K // 64, device="cuda"), 64, N, K)),
+        "int4 g128, torch tinygemm": (N * K // 2 + N * K // 32 + rest, torch._weight_int4pack_mm, lambda: (
+            bf16(M, K), torch.ops.aten._convert_weight_to_int4pack(ints(N, K // 2), 8), 128, bf16(K // 128, N, 2)))}
+    if importlib.util.find_spec("bitsandbytes"):
+        import bitsandbytes as bnb
+
+        def quantized():
+            w, state = bnb.functional.quantize_4bit(bf16(N, K), quant_type="nf4")
+            return bf16(M, K), w.t(), state
+        cases["nf4, bitsandbytes"] = (N * K // 2 + N * K // 16 + rest, bnb.matmul_4bit, quantized)
+    return cases
+
+
+def row_cases(T, C):
+    """As linear_cases: the kernels that pass over rows once, each after torch's own."""
+    angle, ids = torch.rand(T, 64, device="cuda"), torch.randint(0, 32_000, (T,), device="cuda")
+    pairs = {"rms_norm + residual": (8 * T * C, lambda: (bf16(T, C), bf16(C), 1e-5, bf16(T, C))),
+             "rope": (4 * T * C, lambda: (bf16(T, C // 128, 128), angle.cos(), angle.sin())),
+             "swiglu": (6 * T * 11_008, lambda: (bf16(T, 11_008), bf16(T, 11_008))),
+             "cross_entropy": (2 * T * 32_000, lambda: (bf16(T, 32_000), ids))}
+    return {name: {f"{name}, torch": (size, getattr(kernels, name.split()[0] + "_twin"), draw),
+                   name: (size, getattr(kernels, name.split()[0]), draw)} for name, (size, draw) in pairs.items()}
+
+
+def attention_cases(S, length, rows, KH, cache_dtype=torch.bfloat16, H=32, D=128, page=16):
+    """As linear_cases: S sequences of `length` tokens with `rows` new ones each, beside torch's attention on unpaged keys."""
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    def pages():
+        cache = [torch.randint(-99, 99, (S * length // page, page, KH, D), device="cuda").to(cache_dtype) for _ in range(2)]
+        scales = [torch.rand(S * length // page, page, KH, device="cuda") for _ in range(2 * (cache_dtype.itemsize == 1))]
+        table = torch.randperm(S * length // page, device="cuda").int().view(S, -1)
+        lengths, starts = ints([length] * S), ints(range(0, S * rows + 1, rows))
+        return bf16(S * rows, H, D), *cache, table, lengths, starts, D ** -0.5, None, *scales
+
+    def torch_attention(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, enable_gqa=True)
+
+    def unpaged():
+        return bf16(S, H, rows, D), bf16(S, KH, length, D), bf16(S, KH, length, D)
+    values = 2 * S * length * KH * D
+    return {"torch bf16, unpaged": (2 * values, torch_attention, unpaged),
+            f"paged, {str(cache_dtype)[6:]}": (values * cache_dtype.itemsize, kernels.paged_attention, pages)}
+
+
+def bench_kernels(args):
+    """Every kernel at Llama-7B's shapes: microseconds, GB/s, share of the copy bandwidth, speed over the first of its group."""
+    if not torch.cuda.is_available() or kernels.triton is None:
+        raise UserError("bench.py kernels times the Triton kernels on a CUDA device, and here is none; "
+                        "that they compute the right thing is shown without one by: python -m pytest tests/test_kernels.py")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    copy = 2 * source.numel() / graph_seconds(torch.empty_like(source).copy_, lambda: (source,), source.numel())
+    print(f"{machine()}\ncopy bandwidth {copy / 1e9:,.0f} GB/s (read + written)\n")
+    groups = {f"linear {N} x {K}, {M} row{'s' * (M > 1)}": linear_cases(M, N, K)
+              for N, K in ((4096, 4096), (12_288, 4096), (22_016, 4096), (4096, 11_008)) for M in (1, 16)}
+    groups |= {f"{name}, 8192 rows": cases for name, cases in row_cases(8192, 4096).items()}
+    groups |= {f"decode, {S} x 4096 tokens, {KH} key heads": attention_cases(S, 4096, 1, KH) for S in (1, 16) for KH in (32, 8)}
+    groups["decode, 16 x 4096 tokens, 8 key heads, int8"] = attention_cases(16, 4096, 1, 8, torch.int8)
+    groups["prefill 4096 tokens, 8 key heads"] = attention_cases(1, 4096, 4096, 8)
+    rows = []
+    for group, cases in groups.items():
+        print(f"{group:48s} {'us':>9s} {'GB/s':>7s} {'of copy':>8s} {'speed-up':>9s}")
+        first = None
+        for name, (size, function, draw) in cases.items():
+            with torch.inference_mode():
+                seconds = graph_seconds(function, draw, size)
+            first = first or seconds
+            rows.append(dict(group=group, name=name, seconds=seconds, of_copy=size / seconds / copy, speed_up=first / seconds))
+            print(f"    {name:44s} {seconds * 1e6:9.2f} {size / seconds / 1e9:7,.0f} {size / seconds / copy:8.1%} "
+                  f"{first / seconds:8.2f}x", flush=True)
+        torch.cuda.empty_cache()
+    return rows
+
+
 # The trainings that `bench.py tokenizer` times, each by `python -c` in an interpreter of its own: FILE VOCAB_SIZE OUT.
 TRAIN_OURS = """
 import sys; from tokenizer import Tokenizer
@@ -272,7 +389,9 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
-    for command in (times, optimizers, pretrain, tokenizer):
+    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
+    gpu.set_defaults(run=bench_kernels)
+    for command in (times, optimizers, pretrain, tokenizer, gpu):
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows = args.run(args)

@@ -99,7 +99,7 @@ def from_json(content, path, make):
             refuse(f"decoder {name!r}")
         kind = "bytes" if byte_level else "pieces" if model["merges"] or decoders.keys() - {"Fuse"} else "chars"
         special, added = read_added(content.get("added_tokens") or [], normalizer, refuse)
-        vocab, merges = read_bpe(model, kind, special, path)
+        vocab, merges = read_bpe(model, kind, special | added, path)
         unknown = special.get(model.get("unk_token"), model["vocab"].get(model.get("unk_token")))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -170,7 +170,7 @@ def read_added(tokens, normalizer, refuse):
 
 
 def read_bpe(model, kind, special, path):
-    """-> (vocab, merges) of a tokenizer.json's model, by ids and without special tokens."""
+    """-> (vocab, merges) of a tokenizer.json's model, by ids and without special and added tokens."""
     check_ids(model["vocab"].values(), len(model["vocab"]))
     ids = dict(model["vocab"])
     for text, i in special.items():
@@ -266,14 +266,7 @@ def from_sentencepiece(path, make):
     pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
     special = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
     vocab = {p: i for i, p in enumerate(pieces) if p not in special and not sp.is_unused(i)}
-    by_score = sorted((i for p, i in vocab.items() if len(p) > 1 and not sp.is_byte(i)),
-                      key=lambda i: (-sp.get_score(i), i))
-    merges = {}
-    for i in by_score:                # every way to put a piece together is a merge, ranked by the piece's score
-        halves = [(vocab.get(pieces[i][:k]), vocab.get(pieces[i][k:])) for k in range(1, len(pieces[i]))]
-        for pair in halves:
-            if None not in pair:
-                merges[pair] = (len(merges), i)
+    merges = merges_by_score(vocab, [sp.get_score(i) for i in range(len(pieces))])
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
     normalizer = ([("prepend", "▁", "every")] if prefix else []) + [("replace", " ", "▁")]
     tokenizer = make("pieces", vocab, merges, special=special, normalizer=normalizer, strip_space=prefix,
@@ -283,6 +276,18 @@ def from_sentencepiece(path, make):
             raise UserError(f"{path} encodes {probe!r} otherwise than plain BPE: unigram models and normalizers that "
                             "change the text are not supported")
     return tokenizer
+
+
+def merges_by_score(vocab, scores):
+    """{piece: id} and each id's score -> merges: every way to put a piece together, ranked by the piece's score."""
+    merges = {}
+    made = [(piece, i) for piece, i in vocab.items() if len(piece) > 1 and not re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+    for piece, i in sorted(made, key=lambda item: (-scores[item[1]], item[1])):
+        for k in range(1, len(piece)):
+            pair = vocab.get(piece[:k]), vocab.get(piece[k:])
+            if None not in pair:
+                merges[pair] = (len(merges), i)
+    return merges
 
 
 def normalize(text, operations, where="first"):

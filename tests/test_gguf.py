@@ -1,0 +1,349 @@
+"""GGUF: what is written comes back, numbers keep their promise, and damaged files are refused in one line."""
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gguf
+from bpe import PATTERNS
+from common import UserError
+from model import Config, Transformer
+from tokenizer import Tokenizer
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=128)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+SIZE = dict(model_type="llama", hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=64, max_position_embeddings=512)
+GPT2 = SIZE | dict(model_type="gpt2", num_key_value_heads=4, norm_eps=1e-5, rope={}, qkv_bias=True, out_bias=True, mlp_bias=True)
+FAMILIES = {
+    "llama": SIZE, "untied": SIZE | dict(tie_word_embeddings=False), "gpt2": GPT2,
+    "gpt2-untied": GPT2 | dict(tie_word_embeddings=False, intermediate_size=768),
+    "biases": SIZE | dict(qkv_bias=True, out_bias=True, mlp_bias=True),
+    "odd": SIZE | dict(hidden_size=96, intermediate_size=160, head_dim=24),          # rows of 96 and 160: no multiples of 256
+    "llama3.1": SIZE | dict(rope=LLAMA3), "linear": SIZE | dict(rope=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+    "yarn": SIZE | dict(rope=YARN), "yarn-scaled": SIZE | dict(rope=YARN | dict(mscale=1.0, mscale_all_dim=0.8, beta_fast=16)),
+    "mistral": SIZE | dict(model_type="mistral", head_dim=48), "qwen2": SIZE | dict(model_type="qwen2", qkv_bias=True),
+    "qwen3": SIZE | dict(model_type="qwen3", head_dim=32, tie_word_embeddings=False),
+    "qwen3-yarn": SIZE | dict(model_type="qwen3", rope=YARN),
+    "tiny": SIZE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                        head_dim=32),
+}
+TEXT_PARTS = ["Hello", " world", " the", " a", "'s", "'LL", "n't", " 1234567", "42", " 3.14", "  ", "   ", "\n", "\n\n\n",
+              " \n ", "\t", "\r\n", "...", "?!", " (x)", "foo_bar", "==", "</s>", "<s>", "<|im_start|>", "<EOS>", "é",
+              "Zürich", "naïve", "日本語", "한국어", "Привет", "مرحبا", "🙂", "👩‍👩‍👧", "ﬁ",
+              "½", "²", "e\u0301", "\u3000", "\xa0", "▁", "𝔘", "\x00", "ᚠ", "I", "A",
+              "ß", "_", "-", ",", "`", " $"]
+
+
+def texts():
+    return [p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("test_*.py"))[:4]] + TEXT_PARTS * 3
+
+
+def train(pattern, **options):
+    return lambda data_dir: Tokenizer.train(texts(), 700, pattern, **options)
+
+
+def smollm(data_dir):
+    tok = Tokenizer.train(texts(), 700, "gpt2")
+    return Tokenizer("bytes", tok.vocab, tok.merges, patterns=[r"\p{N}", PATTERNS["gpt2"]], special=tok.special)
+
+
+def with_added_tokens(data_dir):
+    tok = Tokenizer.train(texts(), 700, "qwen2")
+    return Tokenizer("bytes", tok.vocab, tok.merges, patterns=tok.patterns, special=tok.special,
+                     added={"<think>": 700, "==": 701, "???": 705})
+
+
+SPLIT_TOKENIZERS = {
+    **{name: train(name) for name in ("gpt2", "gpt4", "llama3", "qwen2")}, "smollm": smollm, "added": with_added_tokens,
+    "GPT-2's own": lambda data_dir: Tokenizer.load(data_dir / "gpt2-tokenizer" / "vocab.bpe"),
+    "SentencePiece": lambda data_dir: Tokenizer.load(data_dir / "stories260K"),
+}
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def make_folder(folder, family="llama", tok=None, eos=None):
+    """A random model of that family with a tokenizer, saved -> (model, tokenizer)."""
+    tok = tok or Tokenizer.train(TEXT_PARTS, 400)
+    torch.manual_seed(0)
+    config = Config(**{**FAMILIES[family], "vocab_size": tok.vocab_size + 8, "eos_token_id": eos or tok.eos_id,
+                       "bos_token_id": tok.bos_id})
+    if config.model_type == "mistral":
+        config.sliding_window, config.sliding_layers = 300, (0, 1, 2)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            std = 0.1 if p.ndim == 1 else 0.3 if "embed_tokens" in name else 0.03
+            p.normal_(std=std).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    model.save_pretrained(folder)
+    tok.save(folder)
+    return model, tok
+
+
+# ---- numbers
+
+@pytest.mark.parametrize("bits, group", [(4, 16), (4, 32), (4, 64), (2, 32), (2, 4), (1, 32), (1, 1)])
+def test_unpack_undoes_pack_and_takes_low_bits_first(bits, group):
+    q = torch.randint(0, 1 << bits, (5, 256), dtype=torch.uint8)
+    assert torch.equal(gguf.unpack(gguf.pack(q, bits, group), bits, group), q)
+    first = gguf.pack(torch.arange(256).remainder(1 << bits)[None], bits, group)[0, 0]
+    assert first & (1 << bits) - 1 == 0 and first >> bits & (1 << bits) - 1 == group % (1 << bits)
+
+
+# Relative error of a bell curve of weights. One bit more halves it; k-quants are below the plain types of as many bits.
+ERRORS = {"F32": 0, "F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.018, "Q5_K": 0.037, "Q5_1": 0.039, "Q5_0": 0.044,
+          "Q4_K": 0.075, "Q4_1": 0.080, "Q4_0": 0.090}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_quantized_weights_keep_their_error(name):
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    back = gguf.Packed(name, (64, 512), gguf.quantize(x, name)).dequantize()
+    assert (back - x).norm() <= ERRORS[name] * x.norm()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_zeros_and_constants_stay_what_they_are(name):
+    for value in (0.0, 0.5, -0.5):
+        x = torch.full((1, 256), value)
+        back = gguf.Packed(name, (1, 256), gguf.quantize(x, name)).dequantize()
+        assert torch.equal(back, x) or (value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K") and (back - x).abs().max() < 5e-3)
+    x = torch.cat((torch.zeros(1, 256), torch.full((1, 256), 1e-30), torch.randn(1, 256)), 1)
+    assert gguf.Packed(name, (1, 768), gguf.quantize(x, name)).dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_codes_times_scales_are_the_weights(name):
+    x = torch.randn(16, 96)
+    packed = gguf.Packed(name, (16, 96), gguf.quantize(x, name))
+    codes, scales = packed.codes()
+    assert codes.dtype == torch.int8 and codes.shape == (16, 96) and scales.shape == (16, 3)
+    assert torch.equal((codes.view(16, 3, 32) * scales.float()[:, :, None]).view(16, 96), packed.dequantize())
+    with pytest.raises(UserError, match="only Q8_0 and Q4_0"):
+        gguf.Packed("F16", (16, 96), gguf.quantize(x, "F16")).codes()
+
+
+def test_the_mix_is_llama_cpps():
+    """Q4_K_M of 16 layers: the first and last eighth and every third between get six bits in attn_v and ffn_down."""
+    config = Config("llama", num_hidden_layers=16, tie_word_embeddings=False)
+    six = [i for i in range(16) if gguf.kind_of(f"blk.{i}.attn_v.weight", (256, 512), "q4_k_m", config)[0] == "Q6_K"]
+    assert six == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert gguf.kind_of("output.weight", (1000, 512), "q4_0", config) == ("Q6_K", None)
+    assert gguf.kind_of("output.weight", (1000, 576), "q4_k_m", config) == ("Q8_0", "Q6_K")
+    assert gguf.kind_of("blk.3.attn_q.weight", (576, 576), "q4_k_m", config) == ("Q5_0", "Q4_K")
+    assert gguf.kind_of("blk.3.attn_q.weight", (65, 65), "q4_k_m", config) == ("F16", "Q4_K")
+    assert gguf.kind_of("blk.3.attn_norm.weight", (512,), "q4_k_m", config) == ("F32", None)
+
+
+# ---- there and back
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_comes_back_bit_for_bit(family, tmp_path):
+    model, tok = make_folder(tmp_path / "m", family)
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "f32")
+    again, tok_again = gguf.load(tmp_path / "m.gguf")
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        assert relative_error(again(ids), model(ids)) < 1e-6
+    ends = (again.config.eos_token_id, again.config.bos_token_id)
+    assert ends == (tok.eos_id, tok.bos_id) == (tok_again.eos_id, tok_again.bos_id)
+    again.save_pretrained(tmp_path / "again")                        # and is a folder like any other
+    assert Transformer.from_pretrained(tmp_path / "again").num_params() == model.num_params()
+
+
+@pytest.mark.parametrize("name", SPLIT_TOKENIZERS)
+def test_a_tokenizer_comes_back_with_its_ids(name, tmp_path, data_dir):
+    tok = SPLIT_TOKENIZERS[name](data_dir)
+    tok.chat_template = "{{ messages }}"
+    make_folder(tmp_path / "m", "tiny", tok)
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
+    back = gguf.read(tmp_path / "m.gguf")[2]
+    for text in ["".join(TEXT_PARTS), *TEXT_PARTS]:
+        assert back.encode(text) == tok.encode(text) and back.decode(tok.encode(text)) == tok.decode(tok.encode(text))
+    assert back.special == tok.special and back.added == tok.added and back.chat_template == tok.chat_template
+    assert all(back.token_bytes(i) == tok.token_bytes(i) for i in range(back.vocab_size) if i < tok.vocab_size)
+
+
+def test_packed_tensors_are_the_files_bytes(tmp_path):
+    make_folder(tmp_path / "m", "llama")
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q4_k_m")
+    config, state, _ = gguf.read(tmp_path / "m.gguf", keep_packed=True)
+    plain = gguf.read(tmp_path / "m.gguf", torch.bfloat16)[1]
+    assert all(torch.equal(p.dequantize(torch.bfloat16), plain[name]) for name, p in state.items())
+    assert {p.kind for p in state.values()} == {"F32", "Q4_K", "Q6_K"}
+
+
+def test_the_command_writes_warns_and_shows(tmp_path):
+    make_folder(tmp_path / "m", "odd")
+    run = [sys.executable, gguf.__file__]
+    made = subprocess.run([*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"], capture_output=True,
+                          text=True)
+    assert made.returncode == 0 and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0" in made.stderr
+    shown = subprocess.run([*run, "show", tmp_path / "x.gguf"], capture_output=True, text=True)
+    assert "general.architecture" in shown.stdout and "bits per weight" in shown.stdout
+    for args, message in (([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
+                          (["show", tmp_path / "no.gguf"], "No such file")):
+        failed = subprocess.run([*run, *args], capture_output=True, text=True)
+        assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+
+
+# ---- what cannot be written
+
+def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_path, capsys):
+    for i, (change, message) in enumerate([
+            (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
+            (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
+            (dict(rope=YARN | dict(truncate=False)), "truncate=false")]):
+        FAMILIES["odd one"] = SIZE | change
+        make_folder(tmp_path / str(i), "odd one")
+        with pytest.raises(UserError, match=message):
+            gguf.write(tmp_path / str(i), tmp_path / "x.gguf", "f16")
+    for tok, message in ((Tokenizer.char("abc"), "character tokenizer"),
+                         (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer")):
+        make_folder(tmp_path / "t", "tiny", tok)
+        with pytest.raises(UserError, match=message):
+            gguf.write(tmp_path / "t", tmp_path / "x.gguf", "f16")
+    assert not (tmp_path / "x.gguf").exists()
+    make_folder(tmp_path / "w", "mistral", Tokenizer.train(TEXT_PARTS, 300, "tekken", special_tokens=["<s>"]))
+    gguf.write(tmp_path / "w", tmp_path / "w.gguf", "f16")
+    warned = capsys.readouterr().err
+    assert "no sliding window" in warned and "ASCII case" in warned
+    assert gguf.read(tmp_path / "w.gguf")[0].max_position_embeddings == 300
+
+
+@pytest.mark.parametrize("value, mix", [(float("nan"), "f32"), (float("inf"), "q8_0"), (1e5, "f16"), (-1e5, "q4_k_m")])
+def test_weights_that_the_type_cannot_hold_are_refused_by_name(value, mix, tmp_path):
+    model, _ = make_folder(tmp_path / "m", "llama")
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[3, 5] = value
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="blk.1.ffn_up.weight has values up to"):
+        gguf.write(tmp_path / "m", tmp_path / "x.gguf", mix)
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
+# ---- damaged and hostile files
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    make_folder(folder / "m", "tiny")
+    gguf.write(folder / "m", folder / "m.gguf", "q8_0")
+    return (folder / "m.gguf").read_bytes()
+
+
+def refused(path, data, match="x.gguf"):
+    """Reading it is one UserError of one line, soon."""
+    path.write_bytes(data)
+    start = time.process_time()
+    with pytest.raises(UserError, match=match) as error:
+        gguf.read(path)
+    assert time.process_time() - start < 2 and "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_a_file_cut_anywhere_is_refused(good, tmp_path):
+    for n in [*range(0, 200, 7), *range(200, len(good) - 32, len(good) // 60), len(good) - 33]:
+        refused(tmp_path / "x.gguf", good[:n])
+
+
+def test_a_file_with_any_byte_changed_loads_or_is_refused(good, tmp_path):
+    rng, header = np.random.default_rng(0), good.index(b"token_embd.weight") + 3000
+    for _ in range(400):
+        data = bytearray(good)
+        for at in rng.integers(0, min(header, len(good)), rng.integers(1, 4)):
+            data[at] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
+        (tmp_path / "x.gguf").write_bytes(data)
+        try:
+            gguf.read(tmp_path / "x.gguf")
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def container(meta=(), tensors=(), n_meta=None, n_tensors=None, tail=b"", version=3):
+    """A file made by hand: meta [(key, bytes of the typed value)], tensors [(name, dims, type, offset)]."""
+    n_meta, n_tensors = n_meta or len(meta), n_tensors or len(tensors)
+    out = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_meta)
+    out += b"".join(gguf.text_bytes(key) + value for key, value in meta)
+    for name, dims, number, offset in tensors:
+        out += gguf.text_bytes(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)
+    return out + bytes(-len(out) % 32) + tail
+
+
+def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = struct.pack("<IQ", 8, 4 << 30) + b"a"
+    for data, match in [
+            (container(n_meta=1 << 60), "keys"), (container(n_tensors=1 << 60), "tensors"), (container(version=1), "version 1"),
+            (container(version=3 << 24), "version"), (container([("a", text)]), "4,294,967,296 bytes"),
+            (container([("a", struct.pack("<IQ", 8, 1 << 20) + b"a")]), "announces 1,048,576 bytes more"),
+            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"),
+            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
+            (container([("a", struct.pack("<IIQ", 9, 4, 1 << 21))]), "announces 8,388,608 bytes"),
+            (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"),
+            (container([("a", struct.pack("<I", 99))]), "type 99"),
+            (container([("a", struct.pack("<IB", 7, 1))] * 2), "twice"),
+            (container([("general.alignment", struct.pack("<II", 4, 24))]), "alignment 24"),
+            (container([("general.alignment", struct.pack("<II", 4, 0))]), "alignment 0"),
+            (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"),
+            (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
+            (container([], [("t", [32, 0], 8, 0)]), "empty"), (container([], [("t", [31], 8, 0)]), "no whole blocks"),
+            (container([], [("t", [32], 4, 0)]), "unknown type 4"), (container([], [("t", [32], 0, 1 << 63)]), "passes the end"),
+            (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"),
+            (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
+            (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
+            (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
+            (container(), "architecture 'None'"), (b"GGML" + bytes(60), "do not begin"), (b"", "0 bytes")]:
+        refused(tmp_path / "x.gguf", data, match)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+@pytest.mark.parametrize("key, value, match", [
+    ("llama.block_count", 1 << 30, "1,024"), ("llama.block_count", 1 << 31, "no sense"),
+    ("llama.block_count", 2, "2, the tensors are of 1"),
+    ("llama.embedding_length", "wide", "wide"), ("llama.attention.head_count", 0, "heads"),
+    ("llama.attention.key_length", 1 << 30, "one size"), ("llama.feed_forward_length", 1 << 30, "expected an integer"),
+    ("llama.rope.freq_base", 0, "above 0"), ("llama.rope.scaling.factor", float("inf"), "inf"),
+    ("general.architecture", ["llama"], "llama"),
+    ("llama.rope.dimension_count", 8, "one size"), ("llama.rope.scaling.type", "longrope", "longrope"),
+    ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"), ("llama.expert_count", 8, "experts"),
+    ("llama.vocab_size", 7, None),
+    ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
+    ("tokenizer.ggml.model", "t5", "t5"), ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
+    ("tokenizer.ggml.merges", ["a b c"], "not two tokens"), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
+    ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types")])
+def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_path):
+    (tmp_path / "good.gguf").write_bytes(good)
+    meta, tensors = gguf.open_file(tmp_path / "good.gguf")
+    gguf.write_file(tmp_path / "x.gguf", meta | {key: value}, [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items()])
+    if key == "llama.vocab_size":  # not believed: the rows of the embedding are counted
+        assert gguf.read(tmp_path / "x.gguf")[0].vocab_size == len(meta["tokenizer.ggml.tokens"])
+    else:
+        refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(), match)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(good, tmp_path):
+    (tmp_path / "good.gguf").write_bytes(good)
+    meta, tensors = gguf.open_file(tmp_path / "good.gguf")
+    plan = [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items() if n != "output_norm.weight"]
+    plan.append(("blk.0.extra.weight", "F32", (1,), partial(bytes, 4)))
+    gguf.write_file(tmp_path / "x.gguf", meta, plan)
+    refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(),
+            "2 faults: blk.0.extra.weight is not part of this model; output_norm.weight is missing")
+    shape = tensors["output_norm.weight"].shape
+    plan[-1] = ("output_norm.weight", "F32", (1, *shape), partial(bytes, 4 * shape[0]))
+    gguf.write_file(tmp_path / "x.gguf", meta, plan)
+    refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(), "1 faults: output_norm.weight is .* expected")
