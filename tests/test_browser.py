@@ -40,6 +40,13 @@ def attention(q, k, v):
 The division by the square root of the size keeps `softmax` from becoming too sharp (Vaswani et al. 2017)."""
 STORY = ("The lighthouse keeper counted the waves until the fog came in. She lit the lamp, poured two cups of tea and waited "
          "for the boat that was never late. At nine the bell rang twice, and somewhere in the white a voice sang back.")
+POEM = """Each word looks back along the line
+and asks of all the words before:
+*which one of you has what is mine?*
+They answer, some less and some more.
+
+What matches most is carried on,
+the rest is left, but never gone."""
 EVIL = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"> [click](javascript:window.hacked=3)
 [data](data:text/html,<script>window.hacked=4</script>) ![i](https://example.com/x.png) <javascript:window.hacked=5>
 
@@ -75,11 +82,12 @@ class StubEngine:
     max_model_len = 4096
 
     def __init__(self, chat=True, delay=.002):
-        text = "\n".join(ANSWERS[k] for k in ("attention", "story", "evil", "markdown", "long")) + " tick you said the answer is a one"
+        text = "\n".join(ANSWERS[k] for k in ("attention", "story", "evil", "markdown", "long")) + POEM + " tick you said the answer is a one"
         self.tok, self.delay, self.running, self.seen, self.lock = Tokenizer.train([text], 700), delay, {}, [], threading.Lock()
         if chat:
             self.tok.chat_template = CHATML_TEMPLATE
         self.end = self.tok.special["<|im_end|>"]
+        self.words = [i for i in range(self.tok.vocab_size) if re.fullmatch(rb" [a-zA-Z]{3,}", self.tok.token_bytes(i) or b"")]
 
     def plan(self, prompt, adapter):
         """What to answer: as ids, without what the prompt holds of it already."""
@@ -89,7 +97,7 @@ class StubEngine:
             return self.tok.encode(" and so it went on")
         said = asked.rpartition("<|im_start|>user\n")[2].removesuffix("<|im_end|>\n")
         answer = next((a for k, a in ANSWERS.items() if k in said), f"You said: {said}")
-        answer = "A poem on " + said if adapter else answer
+        answer = POEM if adapter and "attention" in said else "A poem on " + said if adapter else answer
         left = answer[len(begun):] if answer.startswith(begun) else " and that is another way to say it."
         return self.tok.encode(left) + [self.end]
 
@@ -103,11 +111,10 @@ class StubEngine:
         return bool(self.running)
 
     def logprob(self, i, at, count):
-        """The chosen token first or second, the others below it."""
-        p = (.97, .62, .93, .21, .85, .99, .4)[(i + at) % 7]
-        rest, others = 1 - p, [(i * 7 + k * 31 + 5) % self.tok.vocab_size for k in range(1, count)]
-        others = [o if o > 5 else 300 + o for o in others if o != i]
-        top = [(i, math.log(p))] + [(o, math.log(rest * .6 ** (k + 1))) for k, o in enumerate(others)]
+        """The chosen token among whole words, mostly the likeliest."""
+        p = (.97, .62, .93, .21, .85, .99, .07, .9, .4)[(i + at) % 9]
+        others = [o for k in range(count - 1) if (o := self.words[(i * 7 + k * 31) % len(self.words)]) != i]
+        top = [(i, math.log(p))] + [(o, math.log((1 - p) * .5 ** (k + 1))) for k, o in enumerate(others)]
         return TokenLogprob(i, math.log(p), sorted(top, key=lambda t: -t[1]))
 
     def step(self):
@@ -240,6 +247,14 @@ def idle(page):
     page.wait_for_timeout(50)
 
 
+def until(page, expression):
+    """Wait until it is true in the page (Playwright's own wait needs eval, which the page's security policy forbids)."""
+    deadline = time.monotonic() + 8
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(30)
+
+
 def answer(page, nth=-1):
     return page.locator("article.assistant").nth(nth)
 
@@ -253,7 +268,7 @@ def shot(page, name):
 # ------------------------------------------------------------------------------------------------------------------- chat
 def test_an_answer_streams_in_and_says_how_it_ended(page):
     ask(page, "attention please", wait=False)
-    page.wait_for_function("document.querySelector('article.assistant .body')?.textContent.length > 20")
+    until(page, "document.querySelector('article.assistant .body')?.textContent.length > 20")
     assert page.is_visible("#stop") and answer(page).get_attribute("aria-busy") == "true"
     idle(page)
     facts = answer(page).locator(".facts").inner_text()
@@ -271,7 +286,7 @@ def test_characters_of_many_bytes_arrive_whole(page):
 def test_stop_ends_the_answer_here_and_in_the_engine(page, engine):
     for end in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         ask(page, "forever", wait=False)
-        page.wait_for_function("document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
+        until(page, "document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
         end()
         idle(page)
         assert "stopped by you" in answer(page).locator(".facts").inner_text()
@@ -354,9 +369,11 @@ def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(page):
     page.reload()
     assert page.locator("#chats .open").all_inner_texts() == ["about pears", "about apples"]
     assert page.locator("article").count() == 2
+    page.get_by_text("about apples").hover()
     page.get_by_label("Rename about apples").click()
     page.fill("#chats input", "Fruit")
     page.press("#chats input", "Enter")
+    page.get_by_text("about pears").first.hover()
     page.get_by_label("Delete about pears").click()
     page.reload()
     assert page.locator("#chats .open").all_inner_texts() == ["Fruit"]
@@ -364,6 +381,7 @@ def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(page):
 
 def test_a_deleted_conversation_can_be_brought_back(page):
     ask(page, "about plums")
+    page.locator("#chats .open").hover()
     page.get_by_label("Delete about plums").click()
     assert page.locator("#chats li").count() == 0
     page.click("text=Undo")
@@ -377,7 +395,7 @@ def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
     idle(page)
     ask(page, "and then")
     keep = """() => [...chats.values()].filter(c => path(c).length).map(function tree(c, _, __, id = "root") { const n = c.nodes[id];
-        return [n.role, n.content, n.pick, n.finish, n.tokens, n.children.map(k => tree(c, 0, 0, k))]; })"""
+        return [n.role, n.content, n.pick, n.finish || "", n.tokens ?? null, n.children.map(k => tree(c, 0, 0, k))]; })"""
     before = page.evaluate(keep)
     with page.expect_download() as download:
         page.click("#export")
@@ -467,7 +485,7 @@ def test_an_error_is_told_in_words_and_retried(page, address):
     ask(page, "story")
     assert page.locator("[role=alert]").inner_text().startswith("The queue is full. Try again in 3 s.")
     page.unroute("**/v1/chat/completions")
-    page.click("text=Try again")
+    page.get_by_role("button", name="Try again").click()
     idle(page)
     assert answer(page).locator(".text").inner_text() == STORY and page.locator("[role=alert]").count() == 0
 
@@ -523,7 +541,7 @@ def test_markdown_of_any_text_ends_and_loses_no_letter(page):
     """Fuzzed: no input hangs the renderer or throws, drawing in steps gives what drawing at once gives, and no word is lost."""
     page.evaluate("""() => { let seed = 7; const r = n => (seed = (seed * 1103515245 + 12345) % 2147483648) % n;
       const bits = ["**", "*", "_", "`", "```", "\\n", "\\n\\n", "- ", "1. ", "> ", "# ", "|", "|-|", "[", "](", ")", "http://a.b", "word", " ", "  ", "\\\\", "~~", "<b>", "\\t", "é", "🙂", "---"];
-      for (let k = 0; k < 3000; k++) {
+      for (let k = 0; k < 500; k++) {
         const text = Array.from({length: r(40)}, () => bits[r(bits.length)]).join(""), grown = h("div"), once = h("div");
         for (let i = 0; i <= text.length; i += 7) markdown(grown, text.slice(0, i));
         markdown(grown, text); markdown(once, text);
@@ -590,7 +608,7 @@ def test_compare_asks_two_models_the_same(page, engine):
     page.get_by_label("System prompt of A").fill("Be kind.")
     page.fill("#question", "snow")
     page.press("#question", "Enter")
-    page.wait_for_function("[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
+    until(page, "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
     left, right = page.locator(".side .answer").all_inner_texts()
     assert "You said: snow" in left and "A poem on snow" in right
     last = {a: (engine.tok.decode(p), s.temperature) for p, s, a in engine.seen[-2:]}
@@ -606,16 +624,16 @@ def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
     assert titles[0].startswith("Loss") and {"Tokens per second", "Gradient norm"} <= set(titles)
     assert page.locator("figure.first circle").count() == 10
     page.get_by_label("wide-lr").check()
-    page.wait_for_function("document.querySelectorAll('figure.first polyline').length == 6")
+    until(page, "document.querySelectorAll('figure.first polyline').length == 6")
     page.locator("figure.first svg").hover()
     assert "step" in page.locator("figure.first .read").inner_text()
     page.get_by_label("wide-lr").uncheck()
     with open(runs / "pretrain-125m" / "metrics.jsonl", "a") as f:
         f.write(json.dumps({"step": 2750, "seconds": 900, "val_loss": 2.5}) + "\n")
-    page.wait_for_function("document.querySelectorAll('figure.first circle').length == 11")
+    until(page, "document.querySelectorAll('figure.first circle').length == 11")
     with open(runs / "pretrain-125m" / "metrics.jsonl", "a") as f:  # a second row of the same step is not missed
         f.write(json.dumps({"step": 2750, "seconds": 901, "loss": 2.345, "tokens_per_s": 51000}) + "\n")
-    page.wait_for_function("document.querySelector('.tiles').textContent.includes('2.345')")
+    until(page, "document.querySelector('.tiles').textContent.includes('2.345')")
 
 
 # -------------------------------------------------------------------------------------------- keyboard, phone, screen readers
@@ -651,7 +669,7 @@ def test_scrolling_up_is_left_alone_while_an_answer_grows(page):
     ask(page, "long")
     assert page.evaluate("(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))") < 45
     ask(page, "forever", wait=False)
-    page.wait_for_function("document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
+    until(page, "document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
     page.evaluate("document.querySelector('#scroll').scrollTop = 100")
     page.wait_for_timeout(400)
     assert page.evaluate("document.querySelector('#scroll').scrollTop") == 100 and page.is_visible("#latest")
@@ -747,7 +765,7 @@ def test_screenshots(page):
     page.get_by_label("Model of B").select_option("poet")
     page.fill("#question", "Explain attention to a poet")
     page.press("#question", "Enter")
-    page.wait_for_function("[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
+    until(page, "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
     shot(page, "compare")
     page.click("[data-view=training]")
     page.wait_for_selector("figure.first svg polyline")
