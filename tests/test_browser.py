@@ -218,7 +218,7 @@ def browser():
 @pytest.fixture
 def context(browser):
     context = browser.new_context(viewport={"width": 1240, "height": 800}, permissions=["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(8000)
+    context.set_default_timeout(20000)
     yield context
     context.close()
 
@@ -249,7 +249,7 @@ def idle(page):
 
 def until(page, expression):
     """Wait until it is true in the page (Playwright's own wait needs eval, which the page's security policy forbids)."""
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 20
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, expression
         page.wait_for_timeout(30)
@@ -623,11 +623,11 @@ def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
     titles = [t.split("\n")[0] for t in page.locator("figcaption").all_inner_texts()]
     assert titles[0].startswith("Loss") and {"Tokens per second", "Gradient norm"} <= set(titles)
     assert page.locator("figure.first circle").count() == 10
-    page.get_by_label("wide-lr").check()
+    page.get_by_role("checkbox", name="wide-lr").check()
     until(page, "document.querySelectorAll('figure.first polyline').length == 6")
     page.locator("figure.first svg").hover()
     assert "step" in page.locator("figure.first .read").inner_text()
-    page.get_by_label("wide-lr").uncheck()
+    page.get_by_role("checkbox", name="wide-lr").uncheck()
     with open(runs / "pretrain-125m" / "metrics.jsonl", "a") as f:
         f.write(json.dumps({"step": 2750, "seconds": 900, "val_loss": 2.5}) + "\n")
     until(page, "document.querySelectorAll('figure.first circle').length == 11")
@@ -719,7 +719,7 @@ def test_axe_finds_no_serious_fault(page, theme):
     page.select_option("#theme", theme)
 
     def check(where):
-        found = page.evaluate(axe.read_text() + ";axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160))]))")
+        found = page.evaluate(axe.read_text() + ";axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200))]))")
         assert not [v for v in found if v[0] in ("serious", "critical")], (where, found)
     check("empty")
     ask(page, "markdown")
@@ -769,6 +769,6 @@ def test_screenshots(page):
     shot(page, "compare")
     page.click("[data-view=training]")
     page.wait_for_selector("figure.first svg polyline")
-    page.get_by_label("wide-lr").check()
+    page.get_by_role("checkbox", name="wide-lr").check()
     page.wait_for_timeout(300)
     shot(page, "training")
