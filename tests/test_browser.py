@@ -1,6 +1,8 @@
-"""The chat page in real Chromium, against serve.py over a stub engine whose answers are known. `make test-browser` runs it; SHOTS=docs
-also writes the screenshots. Needs playwright (PyPI), Chromium (apt-get install chromium, or $CHROMIUM), and for the accessibility
-check axe-core: `npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js`, its path in $AXE (default: package/axe.min.js)."""
+"""The chat page in real Chromium, against serve.py over a stub engine whose answers are known. `make test-browser` runs it;
+SHOTS=docs also writes the screenshots. Needs playwright (PyPI), Chromium (apt-get install chromium, or $CHROMIUM), and for the
+accessibility check axe-core: `npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js`, its path in $AXE (default:
+package/axe.min.js).
+"""
 import json
 import math
 import os
@@ -82,7 +84,7 @@ class StubEngine:
     max_model_len = 4096
 
     def __init__(self, chat=True, delay=.002):
-        text = "\n".join(ANSWERS[k] for k in ("attention", "story", "evil", "markdown", "long")) + POEM + " tick you said the answer is a one"
+        text = "\n".join([ATTENTION, STORY, EVIL, MARKDOWN, ANSWERS["long"], POEM, " tick you said the answer"])
         self.tok, self.delay, self.running, self.seen, self.lock = Tokenizer.train([text], 700), delay, {}, [], threading.Lock()
         if chat:
             self.tok.chat_template = CHATML_TEMPLATE
@@ -136,8 +138,8 @@ class StubEngine:
         self.running.pop(request_id, None)
 
     def stats(self):
-        return dict(running=len(self.running), waiting=0, blocks_used=0, blocks_total=64, prompt_tokens=0, generated_tokens=0, preemptions=0,
-                    cache_hit_tokens=0, cache_query_tokens=0)
+        return dict(running=len(self.running), waiting=0, blocks_used=0, blocks_total=64, prompt_tokens=0, generated_tokens=0,
+                    preemptions=0, cache_hit_tokens=0, cache_query_tokens=0)
 
     def embed(self, ids):
         return [1.0]
@@ -171,15 +173,16 @@ def serve(engine, keys=None, runs="runs"):
 
 def write_run(folder, steps, level):
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metrics.jsonl", "w") as f:
-        for step in range(0, steps, 10):
-            wave = .09 * math.sin(step * 1.7) + .06 * math.sin(step * 5.3)
-            loss = level + 6.2 * math.exp(-step / 260) + 1.1 * math.exp(-step / 1500) + wave
-            if step % 250 == 0 and step:
-                f.write(json.dumps({"step": step, "seconds": step * .31, "val_loss": loss - wave + .07, "perplexity": math.exp(loss)}) + "\n")
-            f.write(json.dumps({"step": step, "seconds": step * .31 + .1, "loss": loss, "lr": min(1, step / 200) * (1 - step / 4000),
-                                "grad_norm": .6 + 2 * math.exp(-step / 150) + abs(wave), "tokens_per_s": 51000 + 1800 * math.sin(step * .9),
-                                "skipped": 0}) + "\n")
+    rows = []
+    for step in range(0, steps, 10):
+        wave = .09 * math.sin(step * 1.7) + .06 * math.sin(step * 5.3)
+        smooth = level + 6.2 * math.exp(-step / 260) + 1.1 * math.exp(-step / 1500)
+        if step % 250 == 0 and step:
+            rows.append(dict(step=step, seconds=step * .31, val_loss=smooth + .07, perplexity=math.exp(smooth + .07)))
+        rows.append(dict(step=step, seconds=step * .31 + .1, loss=smooth + wave, lr=min(1, step / 200) * (1 - step / 4000),
+                         skipped=0, grad_norm=.6 + 2 * math.exp(-step / 150) + abs(wave),
+                         tokens_per_s=51000 + 1800 * math.sin(step * .9)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +397,8 @@ def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
     answer(page).get_by_label("Regenerate").click()
     idle(page)
     ask(page, "and then")
-    keep = """() => [...chats.values()].filter(c => path(c).length).map(function tree(c, _, __, id = "root") { const n = c.nodes[id];
+    keep = """() => [...chats.values()].filter(c => path(c).length).map(function tree(c, _, __, id = "root") {
+        const n = c.nodes[id];
         return [n.role, n.content, n.pick, n.finish || "", n.tokens ?? null, n.children.map(k => tree(c, 0, 0, k))]; })"""
     before = page.evaluate(keep)
     with page.expect_download() as download:
@@ -410,7 +414,9 @@ def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
     assert page.evaluate(keep) == before and page.locator("article").count() == 4
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", '{"format": "conversations", "chats": [{"nodes": 3}]}', '{"format": "conversations", "chats": [null]}'])
+@pytest.mark.parametrize("text", ["no json", "[]",
+                                  '{"format": "conversations", "chats": [{"nodes": 3}]}',
+                                  '{"format": "conversations", "chats": [null]}'])
 def test_a_file_that_is_no_export_is_refused_in_words(page, tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     page.set_input_files("#file", tmp_path / "bad.json")
@@ -419,8 +425,11 @@ def test_a_file_that_is_no_export_is_refused_in_words(page, tmp_path, text):
 
 
 def test_an_import_with_a_cycle_or_foreign_keys_is_cut_to_a_tree(page):
-    count = page.evaluate("""() => { const c = clean({nodes: {root: {children: ["a", "__proto__", "zz"]}, a: {role: "user", content: "x", children: ["b"]},
-        b: {role: "assistant", content: "y", children: ["a", "root"], tokens: [1]}, lone: {role: "user", content: "z"}}}); return [Object.keys(c.nodes).length, path(c).map(n => n.content)]; }""")
+    count = page.evaluate("""() => {
+        const c = clean({nodes: {root: {children: ["a", "__proto__", "zz"]}, a: {role: "user", content: "x", children: ["b"]},
+                                 b: {role: "assistant", content: "y", children: ["a", "root"], tokens: [1]},
+                                 lone: {role: "user"}}});
+        return [Object.keys(c.nodes).length, path(c).map(n => n.content)]; }""")
     assert count == [3, ["x", "y"]]
 
 
@@ -441,7 +450,8 @@ def test_system_prompt_and_sampling_reach_the_engine(page, engine):
     ask(page, "hello")
     prompt, sampling, _ = engine.seen[-1]
     assert "<|im_start|>system\nBe brief.<|im_end|>" in engine.tok.decode(prompt)
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, sampling.max_tokens, sampling.stop) == (.3, .9, 40, 7, 50, ("END",))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (.3, .9, 40, 7)
+    assert (sampling.max_tokens, sampling.stop) == (50, ("END",))
 
 
 def test_an_adapter_is_chosen_as_a_model(page, engine):
@@ -460,7 +470,7 @@ def test_themes_change_colours_and_last(page):
     assert page.evaluate("document.documentElement.dataset.theme") == "midnight"
     page.select_option("#theme", "auto")
     page.emulate_media(color_scheme="dark")
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    until(page, "document.documentElement.dataset.theme === 'dark'")
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(context):
@@ -474,14 +484,16 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(context):
         page.wait_for_selector("#model option", state="attached")
         ask(page, "hello")
         assert "You said: hello" in answer(page).inner_text()
-        assert "s3cret" not in page.evaluate("JSON.stringify(localStorage)") and page.evaluate("sessionStorage['api-key']") == "s3cret"
+        assert "s3cret" not in page.evaluate("JSON.stringify(localStorage)")
+        assert page.evaluate("sessionStorage['api-key']") == "s3cret"
     finally:
         end()
 
 
 # ----------------------------------------------------------------------------------------------------------------- errors
 def test_an_error_is_told_in_words_and_retried(page, address):
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, headers={"Retry-After": "3"}, json={"error": {"message": "the queue is full"}}))
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        status=429, headers={"Retry-After": "3"}, json={"error": {"message": "the queue is full"}}))
     ask(page, "story")
     assert page.locator("[role=alert]").inner_text().startswith("The queue is full. Try again in 3 s.")
     page.unroute("**/v1/chat/completions")
@@ -533,22 +545,28 @@ def test_markdown_is_drawn_and_names_stay_whole(page):
     assert "snake_case_names and __init__ alone" in text.inner_text()
     assert text.locator("em").all_inner_texts() == ["lean"] and text.locator("strong").all_inner_texts() == ["bold"]
     assert text.locator("li li").inner_text() == "nested" and text.locator("td").all_inner_texts() == ["1", "2"]
-    assert text.locator("a").evaluate_all("all => all.map(a => [a.href, a.rel.includes('noopener')])") == [["https://arxiv.org/abs/1706.03762", True], ["https://example.com/a_b", True]]
+    links = text.locator("a").evaluate_all("all => all.map(a => [a.href, a.rel.includes('noopener')])")
+    assert links == [["https://arxiv.org/abs/1706.03762", True], ["https://example.com/a_b", True]]
     assert text.locator("pre code").inner_text() == 'let open = "fence";' and text.locator("blockquote").inner_text() == "quoted"
 
 
 def test_markdown_of_any_text_ends_and_loses_no_letter(page):
     """Fuzzed: no input hangs the renderer or throws, drawing in steps gives what drawing at once gives, and no word is lost."""
     page.evaluate("""() => { let seed = 7; const r = n => (seed = (seed * 1103515245 + 12345) % 2147483648) % n;
-      const bits = ["**", "*", "_", "`", "```", "\\n", "\\n\\n", "- ", "1. ", "> ", "# ", "|", "|-|", "[", "](", ")", "http://a.b", "word", " ", "  ", "\\\\", "~~", "<b>", "\\t", "é", "🙂", "---"];
+      const bits = ["**", "*", "_", "`", "```", "\\n", "\\n\\n", "- ", "1. ", "> ", "# ", "|", "|-|", "[", "](", ")", "http://a.b",
+        "word", " ", "  ", "\\\\", "~~", "<b>", "\\t", "é", "🙂", "---"];
       for (let k = 0; k < 500; k++) {
         const text = Array.from({length: r(40)}, () => bits[r(bits.length)]).join(""), grown = h("div"), once = h("div");
         for (let i = 0; i <= text.length; i += 7) markdown(grown, text.slice(0, i));
         markdown(grown, text); markdown(once, text);
         if (grown.textContent !== once.textContent) throw new Error("steps differ: " + JSON.stringify(text));
-        if (text.includes("🙂") && !text.includes("```") && !text.includes("|") && !text.includes("](") && (once.textContent.match(/🙂/g) ?? []).length !== text.match(/🙂/g).length) throw new Error("lost: " + JSON.stringify(text));
+        const count = where => (where.match(/🙂/g) ?? []).length;
+        if (!["```", "|", "]("].some(m => text.includes(m)) && count(once.textContent) !== count(text))
+          throw new Error("lost: " + JSON.stringify(text));
       }
-      const begin = performance.now(); for (const c of ["*", "_", "`", "[", "**a ", "~~", "> ", "- "]) markdown(h("div"), c.repeat(4000)); if (performance.now() - begin > 4000) throw new Error("slow"); }""")
+      const begin = performance.now();
+      for (const c of ["*", "_", "`", "[", "**a ", "~~", "> ", "- "]) markdown(h("div"), c.repeat(4000));
+      if (performance.now() - begin > 4000) throw new Error("slow"); }""")
 
 
 # ----------------------------------------------------------------------------------------------------------------- tokens
@@ -593,7 +611,8 @@ def test_the_tokens_can_be_walked_with_the_keyboard(page):
     answer(page).locator(".tok").first.focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    assert page.evaluate("[...document.querySelectorAll('.tok')].indexOf(document.activeElement)") == 3 and page.is_visible("#alternatives")
+    assert page.evaluate("[...document.querySelectorAll('.tok')].indexOf(document.activeElement)") == 3
+    assert page.is_visible("#alternatives")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.closest('#alternatives') !== null")
     page.keyboard.press("Escape")
@@ -654,7 +673,7 @@ def test_the_focus_is_visible_and_everything_is_reached_with_tab(page):
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label')"))
-        outline = page.evaluate("(e => e === document.body || e.matches('textarea') ? 'x' : getComputedStyle(e).outlineStyle)(document.activeElement)")
+        outline = page.evaluate("(e => e.matches('body, textarea') || getComputedStyle(e).outlineStyle)(document.activeElement)")
         assert outline != "none"
     assert {"new", "theme", "export", "model", "tokens", "gear", "prompt", "send", "Regenerate", "Copy", "Edit"} <= reached
 
@@ -687,7 +706,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page):
         page.click(f"[data-view={view}]")
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        assert page.evaluate("[...document.querySelectorAll('header *, form *')].every(e => e.getBoundingClientRect().right <= 376)")
+        assert page.evaluate("[...document.querySelectorAll('header *, form *')].every(e => e.getBoundingClientRect().right < 376)")
     shot(page, "phone")
     page.click("#menu")
     page.wait_for_timeout(250)
@@ -704,7 +723,8 @@ def test_a_model_without_chat_format_continues_text(context, runs):
         page.goto(address)
         page.wait_for_selector("text=What shall it continue?")
         ask(page, "Once upon a time")
-        assert engine.tok.decode(engine.seen[-1][0]).endswith("Once upon a time") and "and so it went on" in answer(page).inner_text()
+        assert engine.tok.decode(engine.seen[-1][0]).endswith("Once upon a time")
+        assert "and so it went on" in answer(page).inner_text()
         ask(page, "")
         assert engine.tok.decode(engine.seen[-1][0]).endswith("Once upon a time and so it went on")
     finally:
@@ -719,7 +739,8 @@ def test_axe_finds_no_serious_fault(page, theme):
     page.select_option("#theme", theme)
 
     def check(where):
-        found = page.evaluate(axe.read_text() + ";axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200))]))")
+        found = page.evaluate(axe.read_text() + """;axe.run().then(r => r.violations.map(v =>
+            [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200))]))""")
         assert not [v for v in found if v[0] in ("serious", "critical")], (where, found)
     check("empty")
     ask(page, "markdown")
@@ -757,7 +778,7 @@ def test_screenshots(page):
     page.click("#new")
     page.click("#tokens")
     ask(page, "Tell me a short story about a lighthouse.")
-    answer(page).locator(".tok").nth(13).click()
+    answer(page).locator(".tok", has_text="fog").click()
     shot(page, "tokens")
     page.keyboard.press("Escape")
     page.click("#tokens")
