@@ -1,17 +1,22 @@
-# make demo | test | test-peers | bench | clean — each sets itself up in .venv and touches nothing else on the machine.
+# make demo | test | test-peers | test-browser | bench | clean — each sets itself up in .venv and touches nothing else on the
+# machine. make demo SERVE=0 stops before it serves the page.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-peers bench clean
+.PHONY: demo test test-peers test-browser bench clean
 
 demo: .venv/runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not peers and not slow" tests
+	$(BIN)/python -m pytest -q -m "not peers and not slow and not browser" tests
 
 test-peers: .venv/peers
 	$(BIN)/python -m pytest -q -m "peers or slow" tests
+
+test-browser: .venv/dev  # needs Chromium (apt-get install chromium, or $$CHROMIUM) and axe-core: tests/test_browser.py says how
+	$(BIN)/python -m pip install -q --disable-pip-version-check playwright
+	AXE=$${AXE:-package/axe.min.js} $(BIN)/python -m pytest -q -m browser tests/test_browser.py
 
 bench: .venv/runtime
 	$(BIN)/python bench.py train

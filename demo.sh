@@ -38,3 +38,7 @@ say "And as one file for llama.cpp" \
     python quant.py runs/demo-dpo --format gguf-q8_0 --out runs/demo.gguf
 say "Ask it" \
     python generate.py runs/demo-int4 "Reverse this list: fox plum iron" --chat --temperature 0
+if [ "${SERVE:-1}" != 0 ]; then
+    say "Serve it: the page at http://127.0.0.1:${PORT:-8000}, the API at /v1; Ctrl-C ends it" \
+        python serve.py runs/demo-dpo --port "${PORT:-8000}"
+fi
