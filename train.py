@@ -178,9 +178,10 @@ def model_config(args, tok):
     """The flags of shape -> Config."""
     if args.arch not in ("qwen3", "llama", "gpt2"):
         raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
-    for name, low in (("layers", 1), ("dim", 1), ("heads", 1), ("kv_heads", 0), ("mlp", 0)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
+    for name, low, high in (("layers", 1, 1024), ("dim", 1, 1 << 24), ("heads", 1, 4096), ("kv_heads", 0, 4096),
+                            ("mlp", 0, 1 << 24)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be from {low} to {high:,}")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout} must be below 1")
     if args.dim % args.heads or (args.dim // args.heads) % 2:

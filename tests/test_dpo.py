@@ -284,8 +284,10 @@ def tune(*arguments):
 
 def start(ranks, *arguments):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
+    threads = 1 if ranks > 1 else torch.get_num_threads()  # sums differ in their last bits with the number of threads
     return subprocess.Popen([str(x) for x in (sys.executable, *launch, ROOT / "dpo.py", *arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                            start_new_session=True)
 
 
 def losses(out):
