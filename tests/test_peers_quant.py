@@ -1,5 +1,4 @@
 """quant.py against what others wrote: bitsandbytes, transformers."""
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn as nn
@@ -12,9 +11,15 @@ from model import Transformer
 pytestmark = pytest.mark.peers
 
 
+@pytest.fixture
+def bnb():
+    import bitsandbytes.functional
+    return bitsandbytes.functional
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 64), (128, 172), (3, 50), (300, 1024)])
-def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
+def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype, bnb):
     torch.manual_seed(0)
     weight = (torch.randn(shape) * 0.05).to(dtype)
     weight[0] = 0  # whole blocks of zeros
@@ -28,7 +33,7 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
         assert torch.equal(quant.nf4_dequantize(ours, shape, 64, dtype), bnb.dequantize_4bit(packed, state))
 
 
-def test_eight_bit_scales_are_bitsandbytes_for_a_million_values():
+def test_eight_bit_scales_are_bitsandbytes_for_a_million_values(bnb):
     torch.manual_seed(0)
     x = torch.rand(1 << 20) * 2 - 1
     codes, state = bnb.quantize_blockwise(x, blocksize=256)
@@ -38,7 +43,7 @@ def test_eight_bit_scales_are_bitsandbytes_for_a_million_values():
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_nf4_tensors_pass_to_bitsandbytes_and_back(double):
+def test_nf4_tensors_pass_to_bitsandbytes_and_back(double, bnb):
     torch.manual_seed(0)
     linear = nn.Linear(128, 48)
     layer = quant.NF4Linear.from_linear(linear, double=double)
