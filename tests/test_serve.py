@@ -467,7 +467,7 @@ def test_runs_are_listed_and_read_from_a_step_on(tmp_path):
     with running(Stub(), runs=str(tmp_path)) as server:
         assert HTTP.get(server.url + "/runs").json() == {"runs": ["one"]}
         assert [r["step"] for r in HTTP.get(server.url + "/runs/one?after=7").json()["rows"]] == [8, 9]
-        for name in ("two", "..", "%2e%2e", "..%2fone"):
+        for name in ("two", "%2e%2e", "..%2fone"):  # a plain .. the client itself resolves
             error_of(HTTP.get(server.url + f"/runs/{name}"), 404)
 
 
