@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import kernels
 import lora
 import train
-from common import Metrics, UserError, cli
+from common import Metrics, Parser, UserError, cli
 from generate import Engine, Sampling
 from model import Config, Transformer
 from optim import MuonAdamW
@@ -882,9 +882,7 @@ def bench_serve(args):
     return [{k: v for k, v in r.items() if k != "text"} for r in rows]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def training_commands(commands):
     times = commands.add_parser("train", help="time the training presets")
     times.add_argument("--presets", nargs="+", default=["shakespeare-char-fast", "shakespeare-char"])
     times.add_argument("--data", default="shakespeare")
@@ -935,6 +933,9 @@ def main():
     tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
     tokenizer.add_argument("--vocab-size", type=int, default=10_000)
     tokenizer.set_defaults(run=bench_tokenizer)
+
+
+def running_commands(commands):
     gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
     gpu.set_defaults(run=bench_kernels)
     linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
@@ -957,6 +958,18 @@ def main():
     prefix = commands.add_parser("prefix", help="time to the first token of requests that begin alike")
     prefix.add_argument("--length", type=int, default=1000, help="tokens they share [1000]")
     prefix.set_defaults(run=bench_prefix)
+    for command in (decode, throughput, prefix):
+        command.add_argument("model", help="a model folder")
+        command.add_argument("--device", default="auto")
+        command.add_argument("--transformers", nargs="*", default=[], help="its dtypes to measure too")
+    for command in (throughput, prefix):
+        command.add_argument("--requests", type=int, default=64)
+        command.add_argument("--dtype", default="auto")
+        command.add_argument("--quant", help="int8 or int4")
+        command.add_argument("--kv-tokens", type=int)
+
+
+def serving_command(commands):
     serving = commands.add_parser("serve", help="load on a server")
     serving.add_argument("model", help="a model folder, or the http:// address of a running server")
     serving.add_argument("--requests", type=int, default=64)
@@ -971,15 +984,13 @@ def main():
     serving.add_argument("--out", help="write the answers here")
     serving.add_argument("--key", default="", help="API key")
     serving.set_defaults(run=bench_serve)
-    for command in (decode, throughput, prefix):
-        command.add_argument("model", help="a model folder")
-        command.add_argument("--device", default="auto")
-        command.add_argument("--transformers", nargs="*", default=[], help="its dtypes to measure too")
-    for command in (throughput, prefix):
-        command.add_argument("--requests", type=int, default=64)
-        command.add_argument("--dtype", default="auto")
-        command.add_argument("--quant", help="int8 or int4")
-        command.add_argument("--kv-tokens", type=int)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (training_commands, running_commands, serving_command):
+        add(commands)
     for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()

@@ -430,23 +430,21 @@ def check_start(run):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return evaluate(sys.argv[2:])
-    args, checkpoint = train.read_args(Args, __doc__, positional=("model",))
-    if args.background:
-        return train.start_in_background(args)
-    with train.lost_rank_explained(args.out):
-        run = prepare(args, checkpoint)
-        if run is None:
-            return
-        if not run.start:
-            check_start(run)
-        for step, batch in train.steps(run):
-            batch = with_z0(run, batch) if args.loss == "kto" else batch
-            total = train.forward_backward(run, batch, args.batch)
-            norm, factor = train.update(run, step)
-            if step % args.log_every == 0:  # the row's loss is this step's, all else the mean since the last row
-                means = run.loss.means(args, run.runtime)
-                train.log_step(run, step, total, args.batch, norm, factor, **{k: v for k, v in means.items() if k != "loss"})
-        train.finish(run)
+    train.launch(*train.read_args(Args, __doc__, positional=("model",)), prepare, learn)
+
+
+def learn(run):
+    """The loop."""
+    args = run.args
+    if not run.start:
+        check_start(run)
+    for step, batch in train.steps(run):
+        batch = with_z0(run, batch) if args.loss == "kto" else batch
+        total = train.forward_backward(run, batch, args.batch)
+        norm, factor = train.update(run, step)
+        if step % args.log_every == 0:  # the row's loss is this step's, all else the mean since the last row
+            means = run.loss.means(args, run.runtime)
+            train.log_step(run, step, total, args.batch, norm, factor, **{k: v for k, v in means.items() if k != "loss"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------- eval

@@ -33,7 +33,7 @@ from generate import KVCache
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
-from train import LoopArgs, describe, evaluate, finish, lost_rank_explained, read_args, start_in_background, start_run, train
+from train import LoopArgs, describe, evaluate, launch, read_args, start_run, train
 
 
 @dataclass
@@ -292,17 +292,13 @@ def try_out(run, count=20):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return eval_command(sys.argv[2:])
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    if args.background:
-        return start_in_background(args)
-    with lost_rank_explained(args.out):
-        run = prepare(args, checkpoint)
-        if run is None:
-            return
-        train(run)
-        if run.metrics and not args.shard and args.sample:
-            try_out(run)
-        finish(run)
+    launch(*read_args(Args, __doc__, positional=("model",)), prepare, train_and_try)
+
+
+def train_and_try(run):
+    train(run)
+    if run.metrics and not run.args.shard and run.args.sample:
+        try_out(run)
 
 
 # ------------------------------------------------------------------------------------------------------- questions and answers

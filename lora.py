@@ -487,23 +487,20 @@ def check_moved(run):
 
 
 def train_command():
-    args, checkpoint = train.read_args(Args, __doc__, positional=("model",), argv=sys.argv[2:])
-    if args.background:
-        return train.start_in_background(args)
-    with train.lost_rank_explained(args.out):
-        run = prepare(args, checkpoint)
-        if run is None:
-            return
-        for step, batch in train.steps(run):
-            count = run.runtime.sum((batch.y != -100).sum().item())
-            total = train.forward_backward(run, batch, count)
-            norm, factor = train.update(run, step)
-            if step == 0:
-                check_moved(run)
-            train.log_step(run, step, total, count, norm, factor)
-        if run.metrics and args.sample:
-            finetune.try_out(run)
-        train.finish(run)
+    train.launch(*train.read_args(Args, __doc__, positional=("model",), argv=sys.argv[2:]), prepare, learn)
+
+
+def learn(run):
+    """The loop."""
+    for step, batch in train.steps(run):
+        count = run.runtime.sum((batch.y != -100).sum().item())
+        total = train.forward_backward(run, batch, count)
+        norm, factor = train.update(run, step)
+        if step == 0:
+            check_moved(run)
+        train.log_step(run, step, total, count, norm, factor)
+    if run.metrics and run.args.sample:
+        finetune.try_out(run)
 
 
 # -------------------------------------------------------------------------------------------------------------- merging

@@ -571,7 +571,9 @@ def main():
     out = Path(args.out)
     if args.format.startswith("gguf-"):
         import gguf
-        return gguf.write(args.model, out if out.suffix == ".gguf" else out.with_suffix(".gguf"), args.format.removeprefix("gguf-"))
+        out = out if out.suffix == ".gguf" else out.with_suffix(".gguf")
+        kinds = gguf.write(args.model, out, args.format.removeprefix("gguf-"))
+        return print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB,", ", ".join(f"{k} {n:,} bytes" for k, n in kinds.items()))
     if out.resolve() == Path(args.model).resolve():
         raise UserError(f"--out {out} is the model itself; choose another folder")
     (original, dtype), tok = load(args.model, args.device), Tokenizer.load(args.model)

@@ -622,20 +622,27 @@ def lost_rank_explained(out):
         os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
 
 
-def main():
-    if sys.argv[1:2] in (["watch"], ["eval"]):
-        return {"watch": watch, "eval": eval_command}[sys.argv[1]](sys.argv[2:])
-    args, checkpoint = read_args(Args, __doc__, PRESETS)
+def launch(args, checkpoint, prepare, loop):
+    """What every training script does around its own prepare(args, checkpoint) -> Run or None (--fit) and loop(run)."""
     if args.background:
         return start_in_background(args)
     with lost_rank_explained(args.out):
         run = prepare(args, checkpoint)
-        if run is None:
-            return
-        train(run)
-        text = sample_text(run) if run.metrics and not args.shard and args.sample else ""
-        finish(run)
-        print("\n" + text if text else "", end="")
+        if run is not None:
+            loop(run)
+            finish(run)
+
+
+def main():
+    if sys.argv[1:2] in (["watch"], ["eval"]):
+        return {"watch": watch, "eval": eval_command}[sys.argv[1]](sys.argv[2:])
+    launch(*read_args(Args, __doc__, PRESETS), prepare, train_and_sample)
+
+
+def train_and_sample(run):
+    train(run)
+    if run.metrics and not run.args.shard and run.args.sample:
+        print(sample_text(run) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------- looking at a model, a run
