@@ -258,9 +258,9 @@ static void rms_norm(const float *x, const float *gain, int n, float eps, float 
 }
 
 static void rotate(const float *x, const float *cos, const float *sin, int D, float scale, float *y) {
-    for (int i = 0; i < D; i += W) {
-        const int partner = i < D / 2 ? i + D / 2 : i - D / 2;
-        store(y + i, (load<Floats>(x + i) * load<Floats>(cos + i) + load<Floats>(x + partner) * load<Floats>(sin + i)) * scale);
+    for (int i = 0, half = D / 2; i < half; i++) {
+        y[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale;
+        y[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale;
     }
 }
 
