@@ -297,6 +297,8 @@ class Engine:
     kv_tokens: how many tokens' keys and values to keep; None takes what memory allows. max_seqs: answers made at once;
     step_tokens: tokens computed in a step at most; draft: "lookup" or a folder with a smaller model of the
     same vocabulary; adapters: {name: LoRA folder}; debug_invariants: check the books after every step.
+
+    Under torchrun only rank 0 gets an engine: the others compute their parts of its steps in here and exit when it does.
     """
 
     def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, *, kv_dtype="auto", block_size=16,
@@ -310,17 +312,19 @@ class Engine:
         self.max_model_len = min(max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings)
         self.runner = Runner(model, runtime, quant, kv_dtype, block_size, adapters)
         self.drafter = None
-        if draft and draft != "lookup":
-            small, small_tok, _ = load_model(draft, device, dtype)
+        if draft and draft != "lookup" and runtime.rank == 0:  # small, and so on one rank
+            small, small_tok, alone = load_model(draft, device, dtype, split=False)
             if small.config.vocab_size != self.config.vocab_size or (self.tok and small_tok and small_tok.vocab != self.tok.vocab):
                 raise UserError(f"--draft {draft}: its vocabulary ({small.config.vocab_size:,} ids) is not that of {folder} "
                                 f"({self.config.vocab_size:,}); a draft model must share the tokenizer")
             self.max_model_len = min(self.max_model_len, small.config.max_position_embeddings)
-            self.drafter = Runner(small, runtime, quant, kv_dtype, block_size)
+            self.drafter = Runner(small, alone, quant, kv_dtype, block_size)
         runners = [r for r in (self.runner, self.drafter) if r]
         blocks = pool_size(runners, kv_tokens, block_size, max_seqs, self.max_model_len)
         for runner in runners:
             runner.allocate(blocks)
+        if runtime.rank:
+            self.runner.follow()
         self.max_model_len = min(self.max_model_len, blocks * block_size)
         self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, draft_tokens if draft else 0,
                                    prefix_cache)
@@ -398,7 +402,7 @@ class Engine:
         if plan:
             if self.scheduler.copies:
                 for runner in filter(None, (self.runner, self.drafter)):
-                    runner.copy_blocks(self.scheduler.copies)
+                    runner.everywhere("copy_blocks", torch.tensor(self.scheduler.copies).flatten())
             drafts = self.propose(plan)
             logits, owners = self.compute(plan, drafts)
             deltas += self.accept(plan, drafts, logits, owners)
@@ -614,19 +618,15 @@ class Engine:
     @torch.inference_mode()
     def embed(self, ids):
         """The mean over a text's tokens of the last hidden states (after the final norm), at length 1 -> list of C floats."""
-        hidden = self.model.hidden(torch.tensor([ids], device=self.runner.device)).float().mean(1)[0]  # (1, T, C) -> (C,)
+        hidden = self.runner.everywhere("hidden", torch.tensor(ids)).float().mean(0)  # (T, C) -> (C,)
         return (hidden / hidden.norm()).tolist()
 
     @torch.inference_mode()
     def prompt_logprobs(self, ids, count):
         """What the model thought of a text itself -> a TokenLogprob for each of its tokens; of the first it thought nothing."""
-        hidden = self.model.hidden(torch.tensor([ids], device=self.runner.device))[0, :-1]  # (T - 1, C)
-        scored = [TokenLogprob(ids[0], None, [])]
-        for rows, after in zip(hidden.split(256), torch.tensor(ids[1:], device=hidden.device).split(256)):  # (256, V) at a time
-            logits = self.model.lm_head(rows)[:, :self.vocab_size].float()
-            chosen, values, top = (t.tolist() for t in top_logprobs(logits, after, count))
-            scored += [TokenLogprob(i, c, list(zip(t, v))) for i, c, t, v in zip(after.tolist(), chosen, top, values)]
-        return scored
+        scores = self.runner.everywhere("score", torch.tensor([count, self.vocab_size, *ids]))
+        return [TokenLogprob(ids[0], None, []),
+                *(TokenLogprob(i, c, list(zip(t, v))) for i, c, v, t in zip(ids[1:], *(part.tolist() for part in scores)))]
 
     def stats(self):
         """Counters since the start and the state now, for /metrics."""

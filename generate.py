@@ -3,6 +3,7 @@
     python generate.py runs/shakespeare-char "ROMEO:" --temperature 0.8 --seed 1
     python generate.py runs/demo-dpo --chat                              # or with a question: its answer
     python generate.py runs/demo --batch prompts.jsonl --out answers.jsonl --max-tokens 100 --quant int8
+    torchrun --nproc-per-node 2 generate.py MODEL "prompt"               # a model larger than one card, over two
 
 A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field of Sampling as it likes.
 `generate` below is the plain way to do it, one token of one text at a time; the engine (engine.py) gives the same, faster.
@@ -19,6 +20,7 @@ import torch
 import chat
 from common import UserError, cli, parse_flags, read_json
 from engine import Delta, Engine, Output  # noqa: F401  names that other programs import from here
+from runtime import lost_rank_explained
 from sampler import Sampling
 
 
@@ -237,6 +239,7 @@ def run_batch(engine, args, sampling, adapter=None):
             bar.set_postfix(running=stats["running"], tokens=stats["generated_tokens"], refresh=False)
 
 
+@lost_rank_explained("Start it again.")
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model", "prompt")))
     engine = start_engine(args)

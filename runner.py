@@ -4,10 +4,16 @@ Tokens of all sequences lie in one flat row, so a product never sees padding. On
 (native.py); elsewhere projections are fused (q, k, v in one product, gate and up in another) and packed for the device, and
 attention is a kernel over block tables. model.py's forward, which has none of this, defines the result.
 """
-from dataclasses import dataclass, field
+import atexit
+import copy
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -15,18 +21,23 @@ import gguf
 import kernels
 import native
 import packed
-from common import UserError
+from common import Interrupt, UserError
 from model import Transformer
-from packed import QuantLinear
+from packed import GroupLinear, NF4Linear, QuantLinear
 from runtime import DTYPES, free_memory, resolve
+from sampler import top_logprobs
 from tokenizer import Tokenizer
 
 
-def load_model(folder, device="auto", dtype="auto"):
+def load_model(folder, device="auto", dtype="auto", split=True):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
-    On the CPU weights arrive in float32, to be packed."""
+    On the CPU weights arrive in float32, to be packed. Of several ranks (torchrun) each gets its part of the model, unless `split`
+    is False: then this rank has it alone, and so says its Runtime."""
     runtime, folder = resolve(device, dtype, "off"), Path(folder)
+    runtime = runtime if split else replace(runtime, rank=0, world=1)
+    # a folder is mapped, not read: what other ranks keep of it is never brought into memory
+    place = runtime.device if runtime.world == 1 else torch.device("cpu")
     weights = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
     if folder.suffix == ".gguf":
         config, state, tok = gguf.read(folder, weights)
@@ -34,13 +45,15 @@ def load_model(folder, device="auto", dtype="auto"):
             model = Transformer(config)
         model.load_state_dict(state, strict=False, assign=True)
         model.tie()
-        model = model.to(runtime.device).eval()
+        model = model.to(place).eval()
     else:
-        model = Transformer.from_pretrained(folder, runtime.device, weights)
+        model = Transformer.from_pretrained(folder, place, weights if runtime.world == 1 else None)
         found = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json"))
         tok = Tokenizer.load(folder) if found else None
     if tok and tok.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tok.vocab_size:,} ids, the model only {model.config.vocab_size:,}")
+    if runtime.world > 1:
+        divide(model, runtime, weights)
     return model, tok, runtime
 
 
@@ -86,6 +99,86 @@ class Layer:
     window: int | None
 
 
+# ----------------------------------------------------------------------------------------------- a model over several ranks
+class Parted(nn.Module):
+    """A linear layer of which this rank has a part. `join` makes the ranks' results one, on every rank."""
+
+    def __init__(self, linear, ranks, outputs=None):
+        """outputs: how many in all, where each rank has some of them; None where each has some of the inputs."""
+        super().__init__()
+        self.linear, self.ranks, self.outputs = linear, ranks, outputs
+
+    def join(self, y):
+        """Partial sums (..., N) -> their sum; or some outputs of each rank, (..., N / ranks) -> all of them (..., N)."""
+        if self.outputs is None:
+            dist.all_reduce(y := y.contiguous())
+            return y
+        y = F.pad(y, (0, -(-self.outputs // self.ranks) - y.size(-1))).contiguous()  # the last part may be smaller
+        parts = y.new_empty(self.ranks, *y.shape)
+        dist.all_gather(list(parts), y)
+        return parts.movedim(0, -2).flatten(-2)[..., :self.outputs]  # (ranks, ..., n) -> (..., ranks * n) -> (..., N)
+
+    def forward(self, x):
+        return self.join(self.linear(x))
+
+
+def part(linear, name, runtime, by_input=False):
+    """This rank's rows (outputs) of a linear layer, float or packed, or with by_input its columns -> a layer like it."""
+    rank, ranks, new = runtime.rank, runtime.world, copy.copy(linear)
+    columns = linear.in_features // ranks if by_input else linear.in_features
+    if isinstance(linear, NF4Linear):
+        raise UserError(f"{name}: NF4's blocks run on from row to row, {ranks} ranks cannot share them; use int8, int4 or gptq")
+    if by_input and isinstance(linear, GroupLinear):
+        unit = linear.group if linear.scales.size(1) > 1 else 2  # two codes a byte
+        if linear.order is not None:
+            raise UserError(f"{name}: GPTQ's act-order mixes its inputs, {ranks} ranks cannot share them; add --static-groups")
+        if columns % unit or columns % 2:
+            raise UserError(f"{name}: {columns:,} of {linear.in_features:,} inputs for each of {ranks} ranks would cut a group of "
+                            f"{unit}; use fewer ranks, or a --group-size of which {columns:,} is a multiple")
+        new.group = min(linear.group, columns)
+    new._parameters, new._buffers, new.fast = dict(linear._parameters), dict(linear._buffers), None
+    for store in (new._parameters, new._buffers):
+        for key, tensor in store.items():
+            if tensor is None or key == "order" or by_input and (tensor.ndim == 1 or tensor.size(1) == 1):
+                continue  # nothing of it lies along what is cut: a bias, scales of whole rows
+            each = -(-tensor.shape[by_input] // ranks)
+            piece = tensor[(slice(None),) * by_input + (slice(rank * each, (rank + 1) * each),)].contiguous()
+            store[key] = nn.Parameter(piece, requires_grad=False) if store is new._parameters else piece
+    if by_input and rank:
+        new._parameters["bias"] = None  # the sum over ranks has it once
+    new.in_features, new.out_features = columns, linear.out_features if by_input else len(piece)
+    return new
+
+
+def divide(model, runtime, dtype):
+    """Leave of a model what this rank computes, on its device (Megatron-LM: Shoeybi et al. 2019, section 3).
+
+    A rank has some key/value heads, their query heads and some channels of the MLP: the rows of q, k, v, gate and up that make them
+    and the columns of o and down that read them, so only the outputs of o and down are to be summed over ranks. Of the head it has
+    some of the vocabulary's rows, a view of the embedding where they are tied. Embeddings and norms are whole.
+    """
+    c, ranks = model.config, runtime.world
+    H, K, M = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
+    if K % ranks or M % ranks:
+        fits = ", ".join(str(n) for n in range(1, K + 1) if K % n == 0 and M % n == 0)
+        raise UserError(f"{ranks} ranks cannot share {H} heads, {K} key/value heads and {M:,} MLP channels evenly; "
+                        f"--nproc-per-node can be {fits}")
+    for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith("_proj")]:
+        by_input = name.endswith(("o_proj", "down_proj"))
+        own = part(linear, name, runtime, by_input)
+        model.set_submodule(name, Parted(own, ranks) if by_input else own)
+    model.embed_tokens.to(runtime.device, dtype)
+    model.lm_head = Parted(part(model.lm_head, "lm_head", runtime), ranks, c.vocab_size)
+    for p in model.parameters():
+        p.data = p.data.to(runtime.device, dtype)
+    model.to(runtime.device)  # packed weights keep their types
+    model.config = replace(c, num_attention_heads=H // ranks, num_key_value_heads=K // ranks, intermediate_size=M // ranks)
+    for block in model.layers:
+        block.self_attn.H, block.self_attn.K = H // ranks, K // ranks
+    print(f"ranks    {ranks}, each with {H // ranks} of {H} heads, {K // ranks} of {K} key/value heads, {M // ranks:,} of {M:,} "
+          "MLP channels")
+
+
 # ------------------------------------------------------------------------------------------------- weights, fused and packed
 def fuse(linears):
     """Several layers over the same input -> one. Of float ones the parts' weights become views of it: nothing is held twice."""
@@ -104,6 +197,9 @@ def fuse(linears):
 
 def pack(linears, kind):
     """Layers over the same input -> one function of (T, K) to (T, N). kind: None as they are, "int8", "int4"."""
+    if isinstance(linears[0], Parted):
+        product = pack([linears[0].linear], kind)
+        return lambda x: linears[0].join(product(x))
     if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
         return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
     kinds = {type(m) for m in linears}
@@ -122,13 +218,19 @@ class Runner:
 
     def __init__(self, model, runtime, kind=None, kv_dtype="auto", block_size=16, adapters=None):
         c = self.config = model.config
-        self.device, self.block_size, self.model = runtime.device, block_size, model
+        self.device, self.block_size, self.model, self.runtime, self.orders = runtime.device, block_size, model, runtime, None
+        if runtime.world > 1:  # orders are small and on the CPU; who waits for one sleeps, for as long as it takes
+            self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+            if runtime.rank == 0:
+                atexit.register(self.everywhere, "end")
         self.H, self.K, self.D, self.max_len = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.max_position_embeddings
         on_cpu = self.device.type == "cpu"
         kinds = {"auto": torch.float32 if on_cpu else runtime.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn} | DTYPES
         if kv_dtype not in kinds:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")
         self.names = list(adapters or {})
+        if adapters and runtime.world > 1:
+            raise UserError(f"LoRA adapters cannot be divided among {runtime.world} ranks; merge them first: python lora.py merge")
         if adapters:
             from lora import load_adapter, model_adapter_rows  # only here: they bring the training scripts along
             for name, folder in adapters.items():
@@ -154,7 +256,8 @@ class Runner:
     def in_cpp(self, kind, kv_dtype, block_size):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
         try:
-            for problem, found in (("LoRA adapters", self.names), (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
+            for problem, found in (("several ranks", self.orders), ("LoRA adapters", self.names),
+                                   (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
                                    (f"blocks of {block_size}", block_size != native.PAGE)):
                 if found:
                     raise native.Unavailable(f"forward.cpp does not do {problem}")
@@ -199,20 +302,65 @@ class Runner:
         self.scales = torch.zeros(2, *shape, device=self.device) if small else [[None] * len(self.layers)] * 2
 
     def copy_blocks(self, pairs):
-        """Copy whole blocks: [(from, to)]."""
-        source, target = (torch.tensor(side, device=self.device) for side in zip(*pairs))
+        """Copy whole blocks; pairs (2 * n,) int64: from, to, from, to, ..."""
+        source, target = pairs.view(-1, 2).t().to(self.device)
         for cache in (self.keys, self.values, *(self.scales if isinstance(self.scales, torch.Tensor) else ())):
             cache[:, target] = cache[:, source]
+
+    # -- several ranks: the first has the requests, the scheduler and the sampler; the others do what it does here
+    ORDERS = ("end", "step", "copy_blocks", "hidden", "score")
+
+    def broadcast(self, tensor):
+        dist.broadcast(tensor, 0, group=self.orders)
+        return tensor
+
+    def everywhere(self, order, *inputs):
+        """Do one of ORDERS, a method, on every rank; inputs: flat CPU tensors, int64 and perhaps int32 -> its result here."""
+        if self.orders:
+            self.broadcast(torch.tensor([self.ORDERS.index(order), *map(len, inputs), 0, 0][:3]))
+            for tensor in inputs:
+                self.broadcast(tensor)
+        return getattr(self, order)(*inputs)
+
+    @torch.inference_mode()
+    def follow(self):
+        """What the other ranks do, until the first one ends."""
+        with Interrupt() as interrupt:  # what Ctrl-C means is the first rank's to say: a server finishes its answers
+            try:
+                order = None
+                while order != "end":
+                    order, *sizes = self.broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
+                    order, kinds = self.ORDERS[order], (torch.int64, torch.int32)
+                    getattr(self, order)(*(self.broadcast(torch.zeros(n, dtype=kind)) for n, kind in zip(sizes, kinds) if n))
+            except RuntimeError:
+                if interrupt.signal:  # so has the first rank, and it could not say so any more
+                    os._exit(128 + interrupt.signal)
+                raise
+        sys.exit()
+
+    def end(self):
+        dist.destroy_process_group()
+
+    def hidden(self, ids):
+        """ids (T,) -> (T, C), their last hidden states after the final norm."""
+        return self.model.hidden(ids[None].to(self.device))[0]
+
+    def score(self, longs):
+        """longs: how many of the likeliest, the vocabulary's size, ids (T,) -> `top_logprobs` of ids[1:], T - 1 rows."""
+        (count, vocab_size), ids = longs[:2].tolist(), longs[2:]
+        parts = [top_logprobs(self.model.lm_head(rows)[:, :vocab_size].float(), after, count)  # (256, V) at a time
+                 for rows, after in zip(self.hidden(ids)[:-1].split(256), ids[1:].to(self.device).split(256))]
+        return [torch.cat(part) for part in zip(*parts)]
 
     # -- one step
     def __call__(self, batch):
         """-> logits (R, V) float32, on the device."""
-        if self.native:
-            return self.native(batch)
-        S, T, R = len(batch.spans), len(batch.ids), len(batch.rows)
-        if self.device.type == "cuda":
-            return self.on_gpu(batch, S, T, R)
-        return self.paged(*self.inputs(batch, S), T, S, R)
+        return self.native(batch) if self.native else self.everywhere("step", *self.inputs(batch))
+
+    def step(self, longs, ints):
+        """What `inputs` made -> logits (R, V), or None."""
+        (S, T, R), longs = longs[:3].tolist(), longs[3:]
+        return self.on_gpu(longs, ints, S, T, R) if self.device.type == "cuda" else self.paged(longs, ints, T, S, R)
 
     def forward(self, ids, positions, adapters, rows, attend):
         """ids, positions, adapters (T,); rows (R,), None for all -> logits (R, V). attend(layer, q, k, v, window) -> (T, H * D)
@@ -247,26 +395,27 @@ class Runner:
         return self.head(self.model.norm(x)).float()
 
     # -- attention over block tables: the kernels of kernels.py, or their twins where there is no GPU
-    def inputs(self, batch, size):
-        """The step's tokens, and its sequences padded to `size` -> two tensors of all parts one after the other, as `paged` splits
-        them. Padding: slot -1 is not stored, and a context of length 0 attends to nothing."""
-        S, T, width = len(batch.spans), len(batch.ids), -(-self.max_len // self.block_size)
+    def inputs(self, batch):
+        """The step's sizes and tokens, its sequences padded to a CUDA graph's -> two tensors of all parts one after the other, as
+        `step` and `paged` split them. Padding: slot -1 is not stored, and a context of length 0 attends to nothing."""
+        S, T, R, width = len(batch.spans), len(batch.ids), len(batch.rows), -(-self.max_len // self.block_size)
+        size = bucket(S) if self.device.type == "cuda" and S == T == R else S
         pad, starts = size - S, [start for start, *_ in batch.spans] + list(range(T, T + size - S + 1))
         tables = torch.zeros(size, width, dtype=torch.int32)
         for s, (*_, blocks) in enumerate(batch.spans):
             tables[s, :len(blocks)] = torch.tensor(blocks[:width], dtype=torch.int32)
         parts = [batch.ids + [0] * pad, batch.positions() + [0] * pad, batch.slots() + [-1] * pad,
                  batch.token_adapters() + [-1] * pad, batch.rows]
-        longs = torch.tensor([x for part in parts for x in part])
+        longs = torch.tensor([S, T, R, *(x for part in parts for x in part)])
         lengths = torch.tensor([past + n for _, n, past, _ in batch.spans] + [0] * pad + starts, dtype=torch.int32)
         return longs, torch.cat((lengths, tables.view(-1)))
 
-    def on_gpu(self, batch, S, T, R):
-        """Steps of decodes alone replay a CUDA graph. Nothing here waits for the device: inputs go over in one pinned copy, and
-        the logits stay there."""
+    def on_gpu(self, longs, ints, S, T, R):
+        """Steps of decodes alone replay a CUDA graph, NCCL's part in them too. Nothing here waits for the device: inputs go over in
+        one pinned copy, and the logits stay there."""
         decode = S == T == R
         size = bucket(S) if decode else S
-        longs, ints = (t.pin_memory().to(self.device, non_blocking=True) for t in self.inputs(batch, size))
+        longs, ints = (t.pin_memory().to(self.device, non_blocking=True) for t in (longs, ints))
         if not decode:
             return self.paged(longs, ints, T, S, R)
         if size not in self.graphs:
@@ -315,12 +464,16 @@ def bucket(n):
 
 def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
     """How many blocks to make: as asked, or for max_seqs answers of full length as far as half of the free memory goes."""
-    free, per_block = free_memory(runners[0].device), sum(r.bytes_per_token for r in runners) * block_size
+    runtime, per_block = runners[0].runtime, sum(r.bytes_per_token for r in runners) * block_size
+    free = free_memory(runtime.device)
+    if free and runtime.device.type == "cpu":
+        free //= runtime.world
     fits = int(free * (0.9 if runners[0].device.type == "cuda" else 0.5)) // per_block if free else 4096
     if kv_tokens is None:
         blocks = min(fits, max_seqs * -(-max_len // block_size))
     else:
         blocks = -(-kv_tokens // block_size)
+    blocks = runtime.smallest(blocks)  # all ranks' tables are the first one's
     if blocks < 1 or (free and blocks * per_block > free):
         raise UserError(f"a cache of {blocks:,} blocks of {block_size} tokens needs {blocks * per_block / 2**30:.2f} GiB, and "
                         f"{free / 2**30:.2f} GiB are free: at most {fits:,} blocks fit; lower --kv-tokens to {fits * block_size:,}")

@@ -27,7 +27,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    rank: int = 0   # of `world` processes that train together
+    rank: int = 0   # of `world` processes that work together
     world: int = 1
 
     def autocast(self):
@@ -146,6 +146,21 @@ def free_memory(device):
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free or limit, limit - used)
     return free
+
+
+@contextlib.contextmanager
+def lost_rank_explained(advice):
+    """Context: that another rank died is one line and exit status 3, not a traceback and a hang."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = any(w in str(error) for w in ("Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "gloo"))
+        if not (lost and "WORLD_SIZE" in os.environ):
+            raise
+        print(f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. {advice}",
+              file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
 
 
 def compile_or_say_why(function, runtime, warm_up):

@@ -56,6 +56,7 @@ from api import (
 )
 from common import Metrics, UserError, cli, parse_flags
 from generate import Engine, Sampling
+from runtime import lost_rank_explained
 
 HERE = Path(__file__).parent
 
@@ -729,6 +730,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+@lost_rank_explained("Start it again.")
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model",)))
     if not args.model:
@@ -738,7 +740,8 @@ def main():
     keys, adapters, begin = read_keys(args), read_adapters(args), time.time()
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print("warning: reachable from elsewhere and without keys (--api-key-file)", file=sys.stderr)
-    config, socket = listen(args)  # before the model is read: a port in use is told at once
+    # before the model is read: a port in use is told at once; of several ranks only the first listens
+    config, socket = (None, None) if int(os.environ.get("RANK", 0)) else listen(args)
     engine = Engine(args.model, args.device, args.dtype, args.quant or None, args.kv_tokens or None, max_seqs=args.concurrency,
                     adapters=adapters or None)
     if engine.tok is None:

@@ -39,6 +39,7 @@ from runtime import (
     compile_or_say_why,
     free_memory,
     latest_checkpoint,
+    lost_rank_explained,
     peak_flops,
     read_tensors,
     resolve,
@@ -607,26 +608,11 @@ def finish(run):
         torch.distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def lost_rank_explained(out):
-    """Context: that another rank died is one line and exit status 3, not a traceback and a hang."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = any(w in str(error) for w in ("Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "gloo"))
-        if not (lost and "WORLD_SIZE" in os.environ):
-            raise
-        print(f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. "
-              f"Go on from the last checkpoint: --resume --out {out}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
-
-
 def launch(args, checkpoint, prepare, loop):
     """What every training script does around its own prepare(args, checkpoint) -> Run or None (--fit) and loop(run)."""
     if args.background:
         return start_in_background(args)
-    with lost_rank_explained(args.out):
+    with lost_rank_explained(f"Go on from the last checkpoint: --resume --out {args.out}"):
         run = prepare(args, checkpoint)
         if run is not None:
             loop(run)
