@@ -218,11 +218,12 @@ class Runner:
 
     def __init__(self, model, runtime, kind=None, kv_dtype="auto", block_size=16, adapters=None):
         c = self.config = model.config
-        self.device, self.block_size, self.model, self.runtime, self.orders = runtime.device, block_size, model, runtime, None
+        self.device, self.block_size, self.model, self.runtime = runtime.device, block_size, model, runtime
+        self.orders, self.idle = None, True
         if runtime.world > 1:  # orders are small and on the CPU; who waits for one sleeps, for as long as it takes
             self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
             if runtime.rank == 0:
-                atexit.register(self.everywhere, "end")
+                atexit.register(lambda: self.idle and self.everywhere("end"))  # else the closed connection says it
         self.H, self.K, self.D, self.max_len = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.max_position_embeddings
         on_cpu = self.device.type == "cpu"
         kinds = {"auto": torch.float32 if on_cpu else runtime.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn} | DTYPES
@@ -317,10 +318,11 @@ class Runner:
     def everywhere(self, order, *inputs):
         """Do one of ORDERS, a method, on every rank; inputs: flat CPU tensors, int64 and perhaps int32 -> its result here."""
         if self.orders:
-            self.broadcast(torch.tensor([self.ORDERS.index(order), *map(len, inputs), 0, 0][:3]))
-            for tensor in inputs:
+            self.idle = False
+            for tensor in (torch.tensor([self.ORDERS.index(order), *map(len, inputs), 0, 0][:3]), *inputs):
                 self.broadcast(tensor)
-        return getattr(self, order)(*inputs)
+        result, self.idle = getattr(self, order)(*inputs), True
+        return result
 
     @torch.inference_mode()
     def follow(self):
