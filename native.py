@@ -36,20 +36,24 @@ class Unavailable(Exception):
 
 
 class Linear(Structure):
-    _fields_ = [("kind", c_int32), ("N", c_int32), ("K", c_int32), ("group", c_int32), ("weight", c_void_p), ("scale", c_void_p),
-                ("zero", c_void_p), ("order", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("unused", c_int32)]
+    _fields_ = [(name, c_int32) for name in ("kind", "N", "K", "group")] + [
+        (name, c_void_p) for name in ("weight", "scale", "zero", "order", "bias")] + [("inputs", c_int32), ("rank", c_int32)] + [
+        (name, c_void_p) for name in ("a", "b", "keep", "gain")]
+
+
+class Norm(Structure):
+    _fields_ = [("gain", c_void_p), ("bias", c_void_p)]
 
 
 class Layer(Structure):
-    _fields_ = [("norm1", c_void_p), ("norm2", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p), ("qkv", Linear * 3),
-                ("out", Linear), ("up", Linear * 2), ("down", Linear), ("keys", c_void_p), ("values", c_void_p),
-                ("window", c_int64)]
+    _fields_ = [("norm1", Norm), ("norm2", Norm), ("q_norm", Norm), ("k_norm", Norm), ("qkv", Linear * 3), ("out", Linear),
+                ("up", Linear * 2), ("down", Linear), ("keys", c_void_p), ("values", c_void_p), ("window", c_int64)]
 
 
 class Model(Structure):
     _fields_ = [(name, c_int32) for name in ("L", "C", "H", "KV", "D", "M")] + [
-        ("eps", c_float), ("cached", c_int32), ("embed", c_void_p), ("norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
-        ("layers", POINTER(Layer)), ("head", Linear)]
+        ("eps", c_float), ("cached", c_int32), ("embed", c_void_p), ("places", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("norm", Norm), ("layers", POINTER(Layer)), ("head", Linear)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- compiling
@@ -100,7 +104,8 @@ def library():
             raise Unavailable(f"{path.parent} cannot be written ({error.strerror})") from None
     lib = ctypes.CDLL(str(path))
     lib.forward.restype = None
-    lib.forward.argtypes = [POINTER(Model), c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32]
+    lib.forward.argtypes = [POINTER(Model), c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,
+                            c_int32]
     return lib
 
 
@@ -114,19 +119,20 @@ def in_panels(t, lanes):
 class Native:
     """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
 
-    def __init__(self, model, kind, cos=None, sin=None):
-        """cos, sin (positions, D), the sine's first half negated."""
-        c, self.kept = model.config, []  # kept: tensors whose memory C++ reads
-        for problem, found in (("GPT-2's architecture", c.is_gpt2), (f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
+    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
+        """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
+        c, self.kept, self.adapters = model.config, [], adapters  # kept: tensors whose memory C++ reads
+        for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
                                (f"a width of {c.hidden_size}", c.hidden_size % 16),
                                (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
             if found:
                 raise Unavailable(f"forward.cpp does not do {problem}")
         self.lib, self.config = library(), c
         self.layers = (Layer * len(model.layers))(*(self.layer(i, block, kind) for i, block in enumerate(model.layers)))
-        tensors = map(self.floats, (model.embed_tokens.weight, model.norm.weight, cos, sin))
+        tensors = map(self.floats, (model.embed_tokens.weight, model.embed_positions.weight if c.is_gpt2 else None, cos, sin))
         self.model = Model(len(model.layers), c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                           c.intermediate_size, c.norm_eps, FLOAT32, *tensors, self.layers, self.linear(model.lm_head, kind))
+                           c.intermediate_size, c.norm_eps, FLOAT32, *tensors, self.norm(model.norm), self.layers,
+                           self.linear(model.lm_head, kind))
 
     def keep(self, tensor):
         self.kept.append(tensor)
@@ -135,17 +141,27 @@ class Native:
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
 
+    def norm(self, m):
+        return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
+
     def layer(self, i, block, kind):
         a, m, c = block.self_attn, block.mlp, self.config
+        norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
         qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
-        up = [self.linear(p, kind) for p in (m.gate_proj, m.up_proj)]
-        norms = [getattr(a, name).weight if hasattr(a, name) else None for name in ("q_norm", "k_norm")]
-        return Layer(*map(self.floats, (block.input_layernorm.weight, block.post_attention_layernorm.weight, *norms)),
-                     (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up), self.linear(m.down_proj, kind), None, None,
-                     c.sliding_window if i in c.sliding_layers else 0)
+        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
+        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
+                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
 
     def linear(self, m, kind):
         """One layer in panels, in the format it has or, if it is still in floats, in that of `kind`."""
+        if hasattr(m, "adapters"):  # lora.LoRALinear: its base, and all adapters stacked along the rank
+            if not set(m.adapters) & set(self.adapters):
+                return self.linear(m.base, kind)
+            m.make_stack(self.adapters)
+            (A, B, keep, gain), made = m.stack, self.linear(m.base, kind)
+            made.rank, made.a, made.b = len(A), self.floats(A), self.floats(in_panels(B.detach().float(), self.lib.lanes()))
+            made.keep, made.gain = self.floats(keep), self.floats(gain)
+            return made
         lanes, bias = self.lib.lanes(), getattr(m, "bias", None)
         m = in_kind(m, kind)
         if type(m) is nn.Linear:
@@ -191,10 +207,12 @@ class Native:
         for start, n, past, own in batch.spans:
             spans.extend((start, n, past, len(blocks)))
             blocks.extend(own[:(past + n - 1) // PAGE + 1])
-        ids, rows = array("q", batch.ids), array("q", batch.rows)
+        ids, rows, adapters = array("q", batch.ids), array("q", batch.rows), array("i", bytes(4 * len(batch.ids)))
+        if self.adapters:
+            adapters = array("i", [len(self.adapters) if a < 0 else a for a in batch.token_adapters()])
         logits = torch.empty(len(rows), self.model.head.N)
-        ids_at, spans_at, blocks_at, rows_at = (a.buffer_info()[0] for a in (ids, spans, blocks, rows))
-        self.lib.forward(self.model, len(ids), ids_at, len(batch.spans), spans_at, blocks_at, len(rows), rows_at, logits.data_ptr(),
+        at = [a.buffer_info()[0] for a in (ids, adapters, spans, blocks, rows)]
+        self.lib.forward(self.model, len(ids), *at[:2], len(batch.spans), *at[2:4], len(rows), at[4], logits.data_ptr(),
                          torch.get_num_threads())  # ctypes releases the interpreter lock meanwhile
         return logits if len(rows) else None
 

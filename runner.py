@@ -154,11 +154,12 @@ class Runner:
     def in_cpp(self, kind, kv_dtype, block_size):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
         try:
-            for problem, found in (("LoRA adapters", self.names), (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
+            for problem, found in ((f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
                                    (f"blocks of {block_size}", block_size != native.PAGE)):
                 if found:
                     raise native.Unavailable(f"forward.cpp does not do {problem}")
-            made = native.Native(self.model, kind, *(() if self.config.is_gpt2 else (self.cos, self.sin)))
+            rope = (None, None) if self.config.is_gpt2 else (self.cos, self.sin)
+            made = native.Native(self.model, kind, *rope, self.names)
         except native.Unavailable as reason:
             print(f"forward  torch: {reason}")
             return None
