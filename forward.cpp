@@ -453,6 +453,18 @@ static void activate(float *gate, const float *value, int n) {
 
 extern "C" int lanes() { return W; }
 
+// One layer alone: x (T, inputs) -> y (T, N)
+extern "C" void linear(const Linear *w, int T, const float *x, float *y, int threads) {
+    Rounded rounded[1];
+    make_room(w, 1, T, nullptr, rounded);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int t = 0; t < T; t++) prepare(w, 1, x + size_t(t) * w->inputs, t, rounded);
+        product(*w, x, rounded[0], T, y, w->N, false);
+    }
+}
+
 // ids, adapters (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens whose logits (R, V) are wanted
 extern "C" void forward(const Model *model, int T, const int64_t *ids, const int32_t *adapters, int S, const Span *spans,
                         const int32_t *blocks, int R, const int64_t *rows, float *logits, int threads) {

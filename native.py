@@ -103,7 +103,8 @@ def library():
         except OSError as error:
             raise Unavailable(f"{path.parent} cannot be written ({error.strerror})") from None
     lib = ctypes.CDLL(str(path))
-    lib.forward.restype = None
+    lib.linear.restype = lib.forward.restype = None
+    lib.linear.argtypes = [POINTER(Linear), c_int32, c_void_p, c_void_p, c_int32]
     lib.forward.argtypes = [POINTER(Model), c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,
                             c_int32]
     return lib
@@ -116,23 +117,12 @@ def in_panels(t, lanes):
     return t.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
 
 
-class Native:
-    """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
+class Panels:
+    """Linear layers in the order in which forward.cpp reads them."""
+    adapters = ()
 
-    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
-        """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
-        c, self.kept, self.adapters = model.config, [], adapters  # kept: tensors whose memory C++ reads
-        for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
-                               (f"a width of {c.hidden_size}", c.hidden_size % 16),
-                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
-            if found:
-                raise Unavailable(f"forward.cpp does not do {problem}")
-        self.lib, self.config = library(), c
-        self.layers = (Layer * len(model.layers))(*(self.layer(i, block, kind) for i, block in enumerate(model.layers)))
-        tensors = map(self.floats, (model.embed_tokens.weight, model.embed_positions.weight if c.is_gpt2 else None, cos, sin))
-        self.model = Model(len(model.layers), c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                           c.intermediate_size, c.norm_eps, FLOAT32, *tensors, self.norm(model.norm), self.layers,
-                           self.linear(model.lm_head, kind))
+    def __init__(self):
+        self.lib, self.kept = library(), []  # kept: tensors whose memory C++ reads
 
     def keep(self, tensor):
         self.kept.append(tensor)
@@ -141,18 +131,7 @@ class Native:
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
 
-    def norm(self, m):
-        return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
-
-    def layer(self, i, block, kind):
-        a, m, c = block.self_attn, block.mlp, self.config
-        norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
-        qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
-        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
-        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
-                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
-
-    def linear(self, m, kind):
+    def linear(self, m, kind=None):
         """One layer in panels, in the format it has or, if it is still in floats, in that of `kind`."""
         if hasattr(m, "adapters"):  # lora.LoRALinear: its base, and all adapters stacked along the rank
             if not set(m.adapters) & set(self.adapters):
@@ -189,6 +168,54 @@ class Native:
         packed = map(self.keep, (weight, in_panels(scale.half(), lanes), in_panels(zero, lanes)))
         order = None if order is None else self.keep(order.int())
         return Linear(INT8 if bits > 4 else INT4, N, codes.size(1), size, *packed, order, self.floats(bias), K)
+
+
+class Product(Panels):
+    """One packed layer: (M, K) float32 -> (M, N) float32, without the bias."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = self.linear(layer)
+        self.layer.bias = None
+
+    def __call__(self, x):
+        x, y = x.contiguous(), x.new_empty(len(x), self.layer.N)
+        self.lib.linear(self.layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def __deepcopy__(self, memo):
+        return self  # nothing in it changes
+
+
+class Native(Panels):
+    """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
+
+    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
+        """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
+        c, self.adapters = model.config, adapters
+        for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
+                               (f"a width of {c.hidden_size}", c.hidden_size % 16),
+                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
+            if found:
+                raise Unavailable(f"forward.cpp does not do {problem}")
+        super().__init__()
+        self.config = c
+        self.layers = (Layer * len(model.layers))(*(self.layer(i, block, kind) for i, block in enumerate(model.layers)))
+        tensors = map(self.floats, (model.embed_tokens.weight, model.embed_positions.weight if c.is_gpt2 else None, cos, sin))
+        self.model = Model(len(model.layers), c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+                           c.intermediate_size, c.norm_eps, FLOAT32, *tensors, self.norm(model.norm), self.layers,
+                           self.linear(model.lm_head, kind))
+
+    def norm(self, m):
+        return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
+
+    def layer(self, i, block, kind):
+        a, m, c = block.self_attn, block.mlp, self.config
+        norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
+        qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
+        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
+        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
+                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
 
     # -- the cache and a step
     def allocate(self, blocks, dtype):

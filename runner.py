@@ -112,7 +112,6 @@ def pack(linears, kind):
         return lambda x: torch.cat([part(x) for part in parts], -1)
     linear = packed.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
-        linear.prepare()
         return linear.product
     return lambda x: F.linear(x, linear.weight, linear.bias)
 
