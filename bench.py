@@ -566,7 +566,7 @@ def bench_linear(args):
     rows = []
     with torch.inference_mode():
         for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
-            model, dtype = list(layers(format)), torch.bfloat16 if format in ("bfloat16", "int4") else torch.float32
+            model, dtype = list(layers(format)), torch.bfloat16 if format == "bfloat16" else torch.float32
             for M in args.rows:
                 inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
                 for _ in range(args.repeats):
