@@ -465,9 +465,10 @@ extern "C" void linear(const Linear *w, int T, const float *x, float *y, int thr
     }
 }
 
-// ids, adapters (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens whose logits (R, V) are wanted
+// ids, adapters (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens that are wanted: their logits (R, V),
+// or if there is room for them, what the head reads (R, C)
 extern "C" void forward(const Model *model, int T, const int64_t *ids, const int32_t *adapters, int S, const Span *spans,
-                        const int32_t *blocks, int R, const int64_t *rows, float *logits, int threads) {
+                        const int32_t *blocks, int R, const int64_t *rows, float *logits, float *hidden, int threads) {
     const Model &m = *model;
     const int C = m.C, D = m.D, width = (m.H + 2 * m.KV) * D, inner = m.H * D;
     std::vector<float> x(size_t(T) * C), normed(size_t(std::max(T, R)) * C), qkv(size_t(T) * width), attended(size_t(T) * inner),
@@ -546,6 +547,7 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
             normalize(&x[rows[r] * C], m.norm, C, m.eps, &normed[size_t(r) * C]);
             prepare(&m.head, 1, &normed[size_t(r) * C], r, last);
         }
-        product(m.head, normed.data(), last[0], R, logits, m.head.N, false);
+        if (!hidden) product(m.head, normed.data(), last[0], R, logits, m.head.N, false);
     }
+    if (hidden) memcpy(hidden, normed.data(), size_t(R) * C * sizeof(float));
 }

@@ -5,6 +5,7 @@
 Runner (runner.py) asks for it on a CPU. Where there is no compiler, or a model has something that forward.cpp does not know,
 `Native` raises Unavailable with the reason, and the Runner computes the same with torch.
 """
+import copy
 import ctypes
 import functools
 import hashlib
@@ -106,7 +107,7 @@ def library():
     lib.linear.restype = lib.forward.restype = None
     lib.linear.argtypes = [POINTER(Linear), c_int32, c_void_p, c_void_p, c_int32]
     lib.forward.argtypes = [POINTER(Model), c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,
-                            c_int32]
+                            c_void_p, c_int32]
     return lib
 
 
@@ -218,6 +219,10 @@ class Native(Panels):
                      self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
 
     # -- the cache and a step
+    @property
+    def weight_bytes(self):
+        return sum(t.nbytes for t in self.kept)
+
     def allocate(self, blocks, dtype):
         """-> keys (layers, blocks, KV, D, PAGE) and values (layers, blocks, KV, PAGE, D) of dtype, float32 or float16."""
         self.model.cached = CACHED[dtype]
@@ -228,8 +233,8 @@ class Native(Panels):
             layer.keys, layer.values = keys[i].data_ptr(), values[i].data_ptr()
         return keys, values
 
-    def __call__(self, batch):
-        """A runner.Batch -> logits (R, V), None where no row is wanted."""
+    def __call__(self, batch, hidden=False):
+        """A runner.Batch -> logits (R, V), None where no row is wanted; or what the head would read, (R, C)."""
         spans, blocks = array("i"), array("i")
         for start, n, past, own in batch.spans:
             spans.extend((start, n, past, len(blocks)))
@@ -237,11 +242,25 @@ class Native(Panels):
         ids, rows, adapters = array("q", batch.ids), array("q", batch.rows), array("i", bytes(4 * len(batch.ids)))
         if self.adapters:
             adapters = array("i", [len(self.adapters) if a < 0 else a for a in batch.token_adapters()])
-        logits = torch.empty(len(rows), self.model.head.N)
+        out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
         at = [a.buffer_info()[0] for a in (ids, adapters, spans, blocks, rows)]
-        self.lib.forward(self.model, len(ids), *at[:2], len(batch.spans), *at[2:4], len(rows), at[4], logits.data_ptr(),
-                         torch.get_num_threads())  # ctypes releases the interpreter lock meanwhile
-        return logits if len(rows) else None
+        self.lib.forward(self.model, len(ids), *at[:2], len(batch.spans), *at[2:4], len(rows), at[4],
+                         *((None, out.data_ptr()) if hidden else (out.data_ptr(), None)), torch.get_num_threads())
+        return out if len(rows) else None
+
+    def alone(self):
+        """The same weights for another cache."""
+        twin = copy.copy(self)
+        twin.layers = type(self.layers).from_buffer_copy(self.layers)
+        twin.model = Model.from_buffer_copy(self.model)
+        twin.model.layers = twin.layers
+        return twin
+
+    def head(self, x):
+        """(R, C) -> logits (R, V)."""
+        y = x.new_empty(len(x), self.model.head.N)
+        self.lib.linear(self.model.head, len(x), x.contiguous().data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
 
 
 def main():
