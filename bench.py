@@ -708,7 +708,8 @@ def bench_decode(args):
     print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the roofline is that over the bytes of the weights\n")
     programs, size = {}, {}
     for name in args.formats:
-        programs[name], size[name] = engine_speed(args, args.model, *((name, "float32") if name in ("int8", "int4") else (None, name)))
+        how = (name, "float32") if name in ("int8", "int4") else (None, name)
+        programs[name], size[name] = engine_speed(args, args.model, *how)
     for path in args.gguf:
         name = Path(path).name
         programs[name], size[name] = engine_speed(args, path)
