@@ -618,7 +618,7 @@ class Engine:
     @torch.inference_mode()
     def embed(self, ids):
         """The mean over a text's tokens of the last hidden states (after the final norm), at length 1 -> list of C floats."""
-        hidden = self.runner.everywhere("hidden", torch.tensor(ids)).float().mean(0)  # (T, C) -> (C,)
+        hidden = self.runner.everywhere("hidden", torch.tensor(ids)).mean(0)  # (T, C) -> (C,)
         return (hidden / hidden.norm()).tolist()
 
     @torch.inference_mode()

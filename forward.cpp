@@ -94,15 +94,19 @@ struct Linear {              // (T, K) -> (T, N); native.py's class of the same 
     int32_t group;           // inputs that share a scale and a zero point; a multiple of 8. K here is padded to a multiple of it
     const uint8_t *weight;   // panels (N/W, K, W); INT8: (N/W, K/4, W, 4); INT4: (N/W, K/8, W, 4), inputs 4-7 in the high halves
     const uint16_t *scale;   // (N/W, K/group, W) float16: w = scale * (code - zero)
-    const uint8_t *zero;     // (N/W, K/group, W)
+    const uint16_t *zero;    // (N/W, K/group, W) float16
     const int32_t *order;    // (inputs,) packed column j is input order[j]; null: as they come
     const float *bias;       // (N,) or null
-    int32_t inputs, unused;  // K before padding
+    int32_t inputs;          // K before padding
+    int32_t rank;            // of all LoRA adapters together, 0: none. Row a of keep and gain is adapter a's, the last is no adapter's:
+    const float *a, *b, *keep, *gain;  // (rank, inputs), panels (N/W, rank, W), (adapters + 1, rank), (adapters + 1, N)
 };
 
+struct Norm { const float *gain, *bias; };         // with a bias LayerNorm, without RMSNorm
+
 struct Layer {
-    const float *norm1, *norm2, *q_norm, *k_norm;  // gains (C), (C), (D) or null, (D) or null
-    Linear qkv[3], out, up[2], down;               // those not used have N = 0
+    Norm norm1, norm2, q_norm, k_norm;             // of C, C, D, D; no gain: no norm
+    Linear qkv[3], out, up[2], down;               // up: gate and value, or without a gate (GPT-2) one alone
     void *keys, *values;                           // pages (blocks, KV, D, PAGE) and (blocks, KV, PAGE, D)
     int64_t window;                                // keys a query sees, itself included; 0: all
 };
@@ -111,7 +115,8 @@ struct Model {
     int32_t L, C, H, KV, D, M;
     float eps;
     int32_t cached;                                // FLOAT32 or FLOAT16: the type of keys and values
-    const float *embed, *norm, *cos, *sin;         // (V, C), (C), (positions, D) twice; the sine's first half is negated
+    const float *embed, *places, *cos, *sin;       // (V, C), positions (P, C) or null, (P, D) twice or null; -sin in its first half
+    Norm norm;
     Layer *layers;
     Linear head;
 };
@@ -123,6 +128,8 @@ struct Span {  // the tokens of one sequence in this step
 struct Rounded {  // tokens (T, K) as a quantized layer reads them: x = scale * q, a scale for each group
     std::vector<int8_t> q;
     std::vector<float> scale, sum;   // (T, K/group): the step, and the sum of the group's q
+    std::vector<float> low;          // (T, rank): what LoRA's first matrix makes of each token, for the ranks of its own adapter
+    const int32_t *adapters;         // (T,) row of keep and gain
 };
 
 // --------------------------------------------------------------------------------------------------------------- products
@@ -154,6 +161,25 @@ static void round_row(const Linear &w, const float *x, int t, Rounded &to) {
         to.scale[t * groups + g] = step;
         to.sum[t * groups + g] = sum;
     }
+}
+
+static void adapt_row(const Linear &w, const float *x, int t, Rounded &to) {
+    const float *keep = w.keep + size_t(to.adapters[t]) * w.rank;
+    for (int r = 0; r < w.rank; r++) {
+        Floats sum = {};
+        if (keep[r] != 0)
+            for (int k = 0; k < w.inputs; k += W) sum += load<Floats>(x + k) * load<Floats>(w.a + size_t(r) * w.inputs + k);
+        to.low[size_t(t) * w.rank + r] = add(sum) * keep[r];
+    }
+}
+
+// What LoRA adds to W outputs of a token: y = (y + B (scale A x)) * gain; gain is 1, or DoRA's magnitude over the new norm
+static inline Floats adapted(const Linear &w, int panel, int t, const Rounded &x, Floats y) {
+    const float *keep = w.keep + size_t(x.adapters[t]) * w.rank, *gain = w.gain + size_t(x.adapters[t]) * w.N + panel * W;
+    for (int r = 0; r < w.rank; r++)
+        if (keep[r] != 0) y += x.low[size_t(t) * w.rank + r] * load<Floats>(w.b + (size_t(panel) * w.rank + r) * W);
+    for (int i = 0; i < std::min(W, w.N - panel * W); i++) y[i] *= gain[i];
+    return y;
 }
 
 // R tokens times P panels, into y[r][p]
@@ -192,9 +218,7 @@ template <int BITS, int R, int P> static inline void multiply_codes(const Linear
             }
         for (int p = 0; p < P; p++) {  // sum of scale * (code - zero) * x = scale * step * (sum of code * q - zero * sum of q)
             const size_t at = (size_t(panel + p) * groups + g) * W;
-            const Floats scale = load_half(w.scale + at);
-            Floats zero;
-            for (int i = 0; i < W; i++) zero[i] = w.zero[at + i];
+            const Floats scale = load_half(w.scale + at), zero = load_half(w.zero + at);
             for (int r = 0; r < R; r++) {
                 const size_t row = size_t(t + r) * groups + g;
                 y[r][p] += (__builtin_convertvector(sum[r][p], Floats) - zero * x.sum[row]) * (scale * x.scale[row]);
@@ -213,6 +237,7 @@ template <int R, int P> static inline void block(const Linear &w, int panel, con
         for (int p = 0; p < P; p++) {
             const int n = (panel + p) * W, lanes = std::min(W, w.N - n);
             float *to = y + (t + r) * stride + n;
+            if (w.rank) sums[r][p] = adapted(w, panel + p, t + r, rounded, sums[r][p]);
             if (lanes == W) {
                 if (w.bias) sums[r][p] += load<Floats>(w.bias + n);
                 store(to, onto ? load<Floats>(to) + sums[r][p] : sums[r][p]);
@@ -250,15 +275,22 @@ static void product(const Linear &w, const float *x, const Rounded &rounded, int
 }
 
 // -------------------------------------------------------------------------------------------------------------- attention
-static void rms_norm(const float *x, const float *gain, int n, float eps, float *y) {
-    Floats squares = {};
-    for (int i = 0; i < n; i += W) { Floats v = load<Floats>(x + i); squares += v * v; }
+static void normalize(const float *x, Norm norm, int n, float eps, float *y) {
+    Floats sum = {}, squares = {};
+    if (norm.bias) for (int i = 0; i < n; i += W) sum += load<Floats>(x + i);
+    const float mean = add(sum) / n;
+    for (int i = 0; i < n; i += W) { Floats v = load<Floats>(x + i) - mean; squares += v * v; }
     const float factor = 1 / std::sqrt(add(squares) / n + eps);
-    for (int i = 0; i < n; i += W) store(y + i, load<Floats>(x + i) * factor * load<Floats>(gain + i));
+    for (int i = 0; i < n; i += W) {
+        const Floats v = (load<Floats>(x + i) - mean) * factor * load<Floats>(norm.gain + i);
+        store(y + i, norm.bias ? v + load<Floats>(norm.bias + i) : v);
+    }
 }
 
+// Of one head: the Transformer's rotation by position, if it has one, and a factor
 static void rotate(const float *x, const float *cos, const float *sin, int D, float scale, float *y) {
-    for (int i = 0, half = D / 2; i < half; i++) {
+    if (!cos) for (int i = 0; i < D; i++) y[i] = x[i] * scale;
+    for (int i = 0, half = cos ? D / 2 : 0; i < half; i++) {
         y[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale;
         y[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale;
     }
@@ -267,7 +299,14 @@ static void rotate(const float *x, const float *cos, const float *sin, int D, fl
 static inline Floats load_cached(const float *p) { return load<Floats>(p); }
 static inline Floats load_cached(const uint16_t *p) { return load_half(p); }
 static inline void store_cached(float *p, float x) { *p = x; }
-static inline void store_cached(uint16_t *p, float x) { _Float16 h = x; memcpy(p, &h, 2); }
+static inline void store_cached(uint16_t *p, float x) {
+#if defined(__F16C__)
+    *p = _cvtss_sh(x, 0);
+#else
+    _Float16 h = x;
+    memcpy(p, &h, 2);
+#endif
+}
 
 // B vectors of y, from d on, of R queries: y = y * correction + sum over keys of p * value
 template <int R, int B, class Cached> static inline void add_values(const Cached *const *pages, int count, const float (*p)[CHUNK * PAGE],
@@ -372,9 +411,9 @@ template <class Cached> static void remember(const Model &m, const Layer &layer,
     alignas(64) float turned[512];
     for (int h = 0; h < m.H + m.KV; h++) {
         float *head = row + h * D;
-        const float *gain = h < m.H ? layer.q_norm : layer.k_norm;
-        if (gain) rms_norm(head, gain, D, m.eps, head);
-        rotate(head, m.cos + size_t(at) * D, m.sin + size_t(at) * D, D, h < m.H ? 1 / std::sqrt(float(D)) : 1, turned);
+        const Norm norm = h < m.H ? layer.q_norm : layer.k_norm;
+        if (norm.gain) normalize(head, norm, D, m.eps, head);
+        rotate(head, m.cos ? m.cos + size_t(at) * D : nullptr, m.sin + size_t(at) * D, D, h < m.H ? 1 / std::sqrt(float(D)) : 1, turned);
         if (h < m.H) memcpy(head, turned, D * sizeof(float));
         else {
             Cached *page = (Cached *)layer.keys + (block * m.KV + h - m.H) * D * PAGE + slot;
@@ -388,25 +427,53 @@ template <class Cached> static void remember(const Model &m, const Layer &layer,
 }
 
 // -------------------------------------------------------------------------------------------------------------- the pass
-static void make_room(const Linear *layers, int count, int T, Rounded *to) {
-    for (int j = 0; j < count; j++)
-        if (layers[j].N && layers[j].kind >= INT8) {
-            to[j].q.resize(std::max(to[j].q.size(), size_t(T) * layers[j].K));
-            to[j].scale.resize(std::max(to[j].scale.size(), size_t(T) * (layers[j].K / layers[j].group)));
-            to[j].sum.resize(to[j].scale.size());
-        }
+static void make_room(const Linear *layers, int count, int T, const int32_t *adapters, Rounded *to) {
+    for (int j = 0; j < count; j++) {
+        const Linear &w = layers[j];
+        to[j].adapters = adapters;
+        if (to[j].low.size() < size_t(T) * w.rank) to[j].low.resize(size_t(T) * w.rank);
+        if (!w.N || w.kind < INT8 || to[j].q.size() >= size_t(T) * w.K && to[j].scale.size() >= size_t(T) * (w.K / w.group)) continue;
+        to[j].q.resize(std::max(to[j].q.size(), size_t(T) * w.K));
+        to[j].scale.resize(std::max(to[j].scale.size(), size_t(T) * (w.K / w.group)));
+        to[j].sum.resize(to[j].scale.size());
+    }
 }
 
-static inline void round_for(const Linear *layers, int count, const float *x, int t, Rounded *to) {
-    for (int j = 0; j < count; j++)
+// Token t's inputs of some layers, made ready for their products
+static inline void prepare(const Linear *layers, int count, const float *x, int t, Rounded *to) {
+    for (int j = 0; j < count; j++) {
         if (layers[j].N && layers[j].kind >= INT8) round_row(layers[j], x, t, to[j]);
+        if (layers[j].N && layers[j].rank) adapt_row(layers[j], x, t, to[j]);
+    }
+}
+
+// The MLP's nonlinearity, in place over `gate`: SwiGLU (Shazeer 2020), or without values GELU in its tanh form
+static void activate(float *gate, const float *value, int n) {
+    for (int k = 0; k < n; k += W) {
+        const Floats g = load<Floats>(gate + k);
+        if (value) store(gate + k, g / (1.0f + exp(-g)) * load<Floats>(value + k));
+        else store(gate + k, g / (1.0f + exp(-1.59576912f * (g + 0.044715f * g * g * g))));  // 2 sqrt(2 / pi)
+    }
 }
 
 extern "C" int lanes() { return W; }
 
-// ids (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens whose logits (R, V) are wanted
-extern "C" void forward(const Model *model, int T, const int64_t *ids, int S, const Span *spans, const int32_t *blocks, int R,
-                        const int64_t *rows, float *logits, int threads) {
+// One layer alone: x (T, inputs) -> y (T, N)
+extern "C" void linear(const Linear *w, int T, const float *x, float *y, int threads) {
+    Rounded rounded[1];
+    make_room(w, 1, T, nullptr, rounded);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int t = 0; t < T; t++) prepare(w, 1, x + size_t(t) * w->inputs, t, rounded);
+        product(*w, x, rounded[0], T, y, w->N, false);
+    }
+}
+
+// ids, adapters (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens that are wanted: their logits (R, V),
+// or if there is room for them, what the head reads (R, C)
+extern "C" void forward(const Model *model, int T, const int64_t *ids, const int32_t *adapters, int S, const Span *spans,
+                        const int32_t *blocks, int R, const int64_t *rows, float *logits, float *hidden, int threads) {
     const Model &m = *model;
     const int C = m.C, D = m.D, width = (m.H + 2 * m.KV) * D, inner = m.H * D;
     std::vector<float> x(size_t(T) * C), normed(size_t(std::max(T, R)) * C), qkv(size_t(T) * width), attended(size_t(T) * inner),
@@ -419,25 +486,29 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, int S, co
         for (int last = spans[s].n; last > 0; last -= 16)
             for (int h = 0; h < m.KV; h++) units.push_back({s, std::max(0, last - 16), last, h});
     }
-    Rounded rounded[3];
+    Rounded rounded[3], last[1];
     for (int i = 0; i < m.L; i++) {
-        make_room(m.layers[i].qkv, 3, T, rounded);
-        make_room(m.layers[i].up, 2, T, rounded);
-        make_room(&m.layers[i].out, 1, T, rounded);
-        make_room(&m.layers[i].down, 1, T, rounded);
+        make_room(m.layers[i].qkv, 3, T, adapters, rounded);
+        make_room(m.layers[i].up, 2, T, adapters, rounded);
+        make_room(&m.layers[i].out, 1, T, adapters, rounded);
+        make_room(&m.layers[i].down, 1, T, adapters, rounded);
     }
-    make_room(&m.head, 1, R, rounded);
+    std::vector<int32_t> row_adapters(R);
+    for (int r = 0; r < R; r++) row_adapters[r] = adapters[rows[r]];
+    make_room(&m.head, 1, R, row_adapters.data(), last);
 
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (int t = 0; t < T; t++) memcpy(&x[size_t(t) * C], m.embed + ids[t] * C, C * sizeof(float));
+        for (int t = 0; t < T; t++)
+            for (int k = 0; k < C; k++)
+                x[size_t(t) * C + k] = m.embed[ids[t] * C + k] + (m.places ? m.places[size_t(positions[t]) * C + k] : 0);
         for (int i = 0; i < m.L; i++) {
             const Layer &layer = m.layers[i];
 #pragma omp for
             for (int t = 0; t < T; t++) {
-                rms_norm(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);
-                round_for(layer.qkv, 3, &normed[size_t(t) * C], t, rounded);
+                normalize(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);
+                prepare(layer.qkv, 3, &normed[size_t(t) * C], t, rounded);
             }
             for (int j = 0, n = 0; j < 3; n += layer.qkv[j++].N)
                 if (layer.qkv[j].N) product(layer.qkv[j], normed.data(), rounded[j], T, qkv.data() + n, width, false);
@@ -451,31 +522,26 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, int S, co
                 const Span &span = spans[units[u].span];
                 attend_some(m, layer, span, units[u].first, units[u].last, units[u].head, blocks + span.blocks, qkv.data(), attended.data());
             }
-            if (layer.out.kind >= INT8) {
 #pragma omp for
-                for (int t = 0; t < T; t++) round_for(&layer.out, 1, &attended[size_t(t) * inner], t, rounded);
-            }
+            for (int t = 0; t < T; t++) prepare(&layer.out, 1, &attended[size_t(t) * inner], t, rounded);
             product(layer.out, attended.data(), rounded[0], T, x.data(), C, true);
 #pragma omp barrier
 #pragma omp for
             for (int t = 0; t < T; t++) {
-                rms_norm(&x[size_t(t) * C], layer.norm2, C, m.eps, &normed[size_t(t) * C]);
-                round_for(layer.up, 2, &normed[size_t(t) * C], t, rounded);
+                normalize(&x[size_t(t) * C], layer.norm2, C, m.eps, &normed[size_t(t) * C]);
+                prepare(layer.up, 2, &normed[size_t(t) * C], t, rounded);
             }
             for (int j = 0, n = 0; j < 2; n += layer.up[j++].N)
                 if (layer.up[j].N) product(layer.up[j], normed.data(), rounded[j], T, up.data() + n, 2 * m.M, false);
 #pragma omp barrier
 #pragma omp for
-            for (int t = 0; t < T; t++) {  // SwiGLU, into the first M of the token's 2M; then together, as rows of M
-                float *gate = &up[size_t(t) * 2 * m.M], *value = gate + m.M;
-                for (int k = 0; k < m.M; k += W) {
-                    const Floats g = load<Floats>(gate + k);
-                    store(gate + k, g / (1.0f + exp(-g)) * load<Floats>(value + k));
-                }
-                round_for(&layer.down, 1, gate, t, rounded);
+            for (int t = 0; t < T; t++) {  // into the first M of the token's 2M
+                float *gate = &up[size_t(t) * 2 * m.M];
+                activate(gate, layer.up[1].N ? gate + m.M : nullptr, m.M);
+                prepare(&layer.down, 1, gate, t, rounded);
             }
             if (layer.down.kind < INT8) {
-#pragma omp single
+#pragma omp single  // a product of floats reads rows of M
                 for (int t = 1; t < T; t++) memcpy(&up[size_t(t) * m.M], &up[size_t(t) * 2 * m.M], m.M * sizeof(float));
             }
             product(layer.down, up.data(), rounded[0], T, x.data(), C, true);
@@ -483,9 +549,10 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, int S, co
         }
 #pragma omp for
         for (int r = 0; r < R; r++) {
-            rms_norm(&x[rows[r] * C], m.norm, C, m.eps, &normed[size_t(r) * C]);
-            round_for(&m.head, 1, &normed[size_t(r) * C], r, rounded);
+            normalize(&x[rows[r] * C], m.norm, C, m.eps, &normed[size_t(r) * C]);
+            prepare(&m.head, 1, &normed[size_t(r) * C], r, last);
         }
-        product(m.head, normed.data(), rounded[0], R, logits, m.head.N, false);
+        if (!hidden) product(m.head, normed.data(), last[0], R, logits, m.head.N, false);
     }
+    if (hidden) memcpy(hidden, normed.data(), size_t(R) * C * sizeof(float));
 }

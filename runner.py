@@ -32,22 +32,17 @@ from tokenizer import Tokenizer
 def load_model(folder, device="auto", dtype="auto", split=True):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
-    On the CPU weights arrive in float32, to be packed. Of several ranks (torchrun) each gets its part of the model, unless `split`
-    is False: then this rank has it alone, and so says its Runtime."""
+    On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of several ranks (torchrun) each gets
+    its part of the model, unless `split` is False: then this rank has it alone, and so says its Runtime."""
     runtime, folder = resolve(device, dtype, "off"), Path(folder)
     runtime = runtime if split else replace(runtime, rank=0, world=1)
-    # a folder is mapped, not read: what other ranks keep of it is never brought into memory
-    place = runtime.device if runtime.world == 1 else torch.device("cpu")
-    weights = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
+    # several ranks map a folder's files, and bring into memory only what they keep
+    on_cpu, place = runtime.device.type == "cpu", runtime.device if runtime.world == 1 else torch.device("cpu")
+    weights = torch.float32 if on_cpu else runtime.dtype
     if folder.suffix == ".gguf":
-        config, state, tok = gguf.read(folder, weights)
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie()
-        model = model.to(place).eval()
+        model, tok = gguf.load(folder, place, weights, keep_packed=on_cpu and runtime.world == 1)
     else:
-        model = Transformer.from_pretrained(folder, place, weights if runtime.world == 1 else None)
+        model = Transformer.from_pretrained(folder, place, None if place.type == "cpu" else weights)
         found = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json"))
         tok = Tokenizer.load(folder) if found else None
     if tok and tok.vocab_size > model.config.vocab_size:
@@ -136,7 +131,7 @@ def part(linear, name, runtime, by_input=False):
             raise UserError(f"{name}: {columns:,} of {linear.in_features:,} inputs for each of {ranks} ranks would cut a group of "
                             f"{unit}; use fewer ranks, or a --group-size of which {columns:,} is a multiple")
         new.group = min(linear.group, columns)
-    new._parameters, new._buffers, new.fast = dict(linear._parameters), dict(linear._buffers), None
+    new._parameters, new._buffers, new.cpp = dict(linear._parameters), dict(linear._buffers), None
     for store in (new._parameters, new._buffers):
         for key, tensor in store.items():
             if tensor is None or key == "order" or by_input and (tensor.ndim == 1 or tensor.size(1) == 1):
@@ -208,7 +203,6 @@ def pack(linears, kind):
         return lambda x: torch.cat([part(x) for part in parts], -1)
     linear = packed.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
-        linear.prepare()
         return linear.product
     return lambda x: F.linear(x, linear.weight, linear.bias)
 
@@ -244,13 +238,17 @@ class Runner:
         if not c.is_gpt2:
             angle = torch.arange(self.max_len, device=self.device)[:, None].float() * model.rope_frequency
             cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale  # (P, D/2)
-            dtype = model.embed_tokens.weight.dtype
+            dtype = torch.float32 if on_cpu else model.embed_tokens.weight.dtype
             self.cos, self.sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)  # (P, D)
         half = runtime.dtype != torch.float32
         self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype], block_size), {}
         packs = half or kind or model.quantization
         self.kv_dtype = torch.float16 if self.native and packs and kv_dtype == "auto" else kinds[kv_dtype]
-        if not self.native:
+        if self.native:
+            model.layers = model.lm_head = None  # packed; what is left of them would only fill memory
+        else:
+            if on_cpu:
+                model.float()
             self.layers = [self.fused_layer(i, block, kind) for i, block in enumerate(model.layers)]
             self.head = pack([model.lm_head], kind)
 
@@ -262,7 +260,8 @@ class Runner:
                                    (f"blocks of {block_size}", block_size != native.PAGE)):
                 if found:
                     raise native.Unavailable(f"forward.cpp does not do {problem}")
-            made = native.Native(self.model, kind, *(() if self.config.is_gpt2 else (self.cos, self.sin)))
+            rope = (None, None) if self.config.is_gpt2 else (self.cos, self.sin)
+            made = native.Native(self.model, kind, *rope, self.names)
         except native.Unavailable as reason:
             print(f"forward  torch: {reason}")
             return None
@@ -284,10 +283,28 @@ class Runner:
             raise UserError(f"adapter {adapter!r} is not loaded; loaded are {', '.join(self.names) or 'none'}")
         return -1 if adapter is None else self.names.index(adapter)
 
+    @property
+    def weight_bytes(self):
+        return self.native.weight_bytes if self.native else sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+
+    @torch.inference_mode()
+    def hidden(self, ids):
+        """ids (T,) int64, one text by itself -> what the head reads, (T, C) float32."""
+        if not self.native:
+            return self.model.hidden(ids[None].to(self.device))[0].float()
+        run, blocks, batch = self.native.alone(), -(-len(ids) // self.block_size), Batch(self.block_size)
+        cache = run.allocate(blocks, torch.float32)
+        batch.add(list(range(blocks)), ids.tolist(), 0, range(len(ids)))
+        return (run(batch, hidden=True), cache)[0]
+
+    def head_of(self, x):
+        """(R, C) -> logits (R, V) float32."""
+        return self.native.head(x) if self.native else self.model.lm_head(x.to(self.model.embed_tokens.weight.dtype)).float()
+
     # -- the cache
     @property
     def bytes_per_token(self):
-        scales = 2 * 4 * len(self.model.layers) * self.K if self.kv_dtype.itemsize == 1 else 0
+        scales = 2 * 4 * self.config.num_hidden_layers * self.K if self.kv_dtype.itemsize == 1 else 0
         return self.config.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
 
     def allocate(self, blocks):
@@ -343,14 +360,10 @@ class Runner:
     def end(self):
         dist.destroy_process_group()
 
-    def hidden(self, ids):
-        """ids (T,) -> (T, C), their last hidden states after the final norm."""
-        return self.model.hidden(ids[None].to(self.device))[0]
-
     def score(self, longs):
         """longs: how many of the likeliest, the vocabulary's size, ids (T,) -> `top_logprobs` of ids[1:], T - 1 rows."""
         (count, vocab_size), ids = longs[:2].tolist(), longs[2:]
-        parts = [top_logprobs(self.model.lm_head(rows)[:, :vocab_size].float(), after, count)  # (256, V) at a time
+        parts = [top_logprobs(self.head_of(rows)[:, :vocab_size], after, count)  # (256, V) at a time
                  for rows, after in zip(self.hidden(ids)[:-1].split(256), ids[1:].to(self.device).split(256))]
         return [torch.cat(part) for part in zip(*parts)]
 
@@ -479,7 +492,7 @@ def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
     if blocks < 1 or (free and blocks * per_block > free):
         raise UserError(f"a cache of {blocks:,} blocks of {block_size} tokens needs {blocks * per_block / 2**30:.2f} GiB, and "
                         f"{free / 2**30:.2f} GiB are free: at most {fits:,} blocks fit; lower --kv-tokens to {fits * block_size:,}")
-    weights = sum(p.numel() * p.element_size() for r in runners for p in r.model.parameters())
+    weights = sum(r.weight_bytes for r in runners)
     print(f"cache    weights {weights / 2**20:,.0f} MiB + keys and values {blocks * per_block / 2**20:,.0f} MiB = {blocks:,} "
           f"blocks of {block_size} = {blocks * block_size:,} tokens")
     return blocks

@@ -16,8 +16,8 @@ TEXT = "abcdefghijklmnopqrstuvwxyz .,\n"
 def make_model(folder, kind="qwen3", seed=0, context=64, head=None, **options):
     torch.manual_seed(seed)
     bias = kind == "gpt2"
-    config = Config(kind, len(TEXT), 16, 32, 2, 4, 4 if bias else 2, head or (4 if bias else 8), context, out_bias=bias, mlp_bias=bias,
-                    qkv_bias=bias or kind == "qwen2", eos_token_id=3, **({"rope": {}} if bias else {}), **options)
+    config = Config(kind, len(TEXT), 16, 32, 2, 4, 4 if bias else 2, head or (4 if bias else 8), context, out_bias=bias,
+                    mlp_bias=bias, qkv_bias=bias or kind == "qwen2", eos_token_id=3, **({"rope": {}} if bias else {}), **options)
     model = Transformer(config)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 
+import lora
 import native
 import packed
 from common import UserError
@@ -26,9 +27,12 @@ def tiny(kind="qwen3", C=32, H=4, K=2, D=16, M=48, layers=2, **options):
 
 
 def cpp(model, kind=None, dtype=torch.float32, blocks=40):
-    angle = torch.arange(model.config.max_position_embeddings)[:, None] * model.rope_frequency
-    cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale
-    made = native.Native(model, kind, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    rope = ()
+    if not model.config.is_gpt2:
+        angle = torch.arange(model.config.max_position_embeddings)[:, None] * model.rope_frequency
+        cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale
+        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    made = native.Native(model, kind, *rope)
     made.cache = made.allocate(blocks, dtype)
     return made
 
@@ -50,7 +54,7 @@ def both(model, kind=None, dtype=torch.float32, twin=None):
     return torch.cat(got), (twin or model)(torch.tensor([a]))[0]
 
 
-@pytest.fixture(params=["x86-64-v4-vnni", "x86-64-v3", "plain"])
+@pytest.fixture(params=["avx512-vnni", "avx2", "plain"])
 def each_level(request, monkeypatch):
     """The same source for three kinds of machine, as far as this one can run them."""
     names = list(native.LEVELS)
@@ -63,7 +67,9 @@ def each_level(request, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [
-    dict(kind="llama"), dict(kind="qwen2"), dict(kind="qwen3", H=6, K=2), dict(kind="mistral", sliding_window=20, sliding_layers=(0,)),
+    dict(kind="llama"), dict(kind="qwen2"), dict(kind="qwen3", H=6, K=2),
+    dict(kind="mistral", sliding_window=20, sliding_layers=(0,)),
+    dict(kind="gpt2", K=4, M=64, rope={}, out_bias=True, mlp_bias=True),
     dict(kind="llama", H=2, K=2, D=48, C=16, tie_word_embeddings=True), dict(kind="llama", H=5, K=1, D=128, M=16)])
 def test_every_shape_equals_the_model(options):
     got, expected = both(tiny(**options))
@@ -140,13 +146,45 @@ def test_no_logit_depends_on_the_rest_of_the_batch(kind):
     assert torch.equal(whole, run([16, 17, 40])) and torch.equal(whole, run(range(1, 60))) and torch.equal(whole, run([33], others))
 
 
+def test_adapters_of_every_kind_share_a_batch(tmp_path):
+    """LoRA, rsLoRA and DoRA of different ranks on different layers, beside none: each as if it were the only one."""
+    base, prompt = tiny(), list(range(30))
+    base.save_pretrained(tmp_path / "base")
+    names = {}
+    for i, (r, targets, kind) in enumerate(((2, "all", {}), (5, "attn", dict(rslora=True)), (3, "mlp,lm_head", dict(dora=True)))):
+        model = Transformer.from_pretrained(tmp_path / "base")
+        lora.apply(model, r, 8, targets, **kind)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(".B"):
+                    p.normal_(std=0.3)
+        names[f"a{i}"] = tmp_path / f"a{i}"
+        lora.save_adapter(model, names[f"a{i}"])
+    for quant in (None, "int8"):
+        engine = Engine(tmp_path / "base", "cpu", "float32", quant, adapters=names)
+        assert engine.runner.native
+        batch, blocks = Batch(16), iter(range(100))
+        for row in (-1, 0, 1, 2):
+            batch.add([next(blocks), next(blocks)], prompt, 0, [29], row)
+        with torch.inference_mode():
+            engine.runner.allocate(40)
+            got = engine.runner(batch)
+            for row, name in zip(got, (None, *names)):
+                model = Transformer.from_pretrained(tmp_path / "base")
+                if name:
+                    lora.load_adapter(model, names[name])
+                expected = model(torch.tensor([prompt]))[0, -1]
+                assert (row - expected).norm() < (0.05 if quant else 1e-5) * expected.norm()
+        assert len({tuple(row.topk(3).indices.tolist()) for row in got}) > 1
+
+
 def test_a_float16_cache_stays_close():
     got, expected = both(tiny(), dtype=torch.float16)
     assert 0 < (got - expected).norm() < 2e-3 * expected.norm()
 
 
 def test_what_it_does_not_do_is_said_and_done_by_torch(tmp_path, capsys, monkeypatch):
-    for problem, model, options in (("heads of 8", tiny(D=8), {}), ("GPT-2", tiny("gpt2", K=4, D=8, rope={}, out_bias=True, mlp_bias=True), {}),
+    for problem, model, options in (("heads of 8", tiny(D=8), {}), ("a width of 40", tiny(C=40), {}),
                                     ("blocks of 8", tiny(), dict(block_size=8)), ("int8", tiny(), dict(kv_dtype="int8"))):
         model.save_pretrained(tmp_path / problem)
         engine = Engine(tmp_path / problem, "cpu", **options)
