@@ -255,8 +255,7 @@ class Runner:
     def in_cpp(self, kind, kv_dtype, block_size):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
         try:
-            for problem, found in (("several ranks", self.orders), ("LoRA adapters", self.names),
-                                   (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
+            for problem, found in (("several ranks", self.orders), (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
                                    (f"blocks of {block_size}", block_size != native.PAGE)):
                 if found:
                     raise native.Unavailable(f"forward.cpp does not do {problem}")
