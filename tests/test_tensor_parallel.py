@@ -32,7 +32,7 @@ def tiny_pool(engine):
              Sampling(max_tokens=8, constraint=Constraint(regex_grammar("(ab|cd)+e"), Vocabulary(engine.tok)), seed=5),
              Sampling(max_tokens=30, temperature=0, ignore_eos=True)]
     for i, sampling in enumerate(asked):
-        engine.submit(start + [4 + i] * 3, sampling, i)
+        engine.submit(start + [4 + i] * 4, sampling, i)  # 13 tokens: n answers copy a block that is not full
     got, steps = {}, 0
     while engine.has_work:
         steps += 1
