@@ -672,7 +672,7 @@ def llama_speed(path, args):
     def measure():
         for context in contexts.values():
             L.llama_memory_clear(L.llama_get_memory(context), True)
-        out = {"prefill": args.prompt / run(contexts[1], range(1, args.prompt + 1), range(args.prompt), [0] * args.prompt)}
+        out: dict = {"prefill": args.prompt / run(contexts[1], range(1, args.prompt + 1), range(args.prompt), [0] * args.prompt)}
         L.llama_memory_clear(L.llama_get_memory(contexts[1]), True)
         for n, context in contexts.items():
             for s in range(n):
@@ -779,13 +779,13 @@ def bench_prefix(args):
 # ---- The server: a load generator that speaks HTTP by itself, so that its own cost is small and no client library's.
 async def call(url, body, key=""):
     """POST one completion and read its stream -> {status, ttft, tpot, e2e in seconds, tokens, text}."""
-    begin, host = time.perf_counter(), url.removeprefix("http://").split("/")[0]
+    begin, host, data = time.perf_counter(), url.removeprefix("http://").split("/")[0], b""
     reader, writer = await asyncio.open_connection(*host.split(":"), limit=1 << 24)
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     writer.write((f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
                   f"Authorization: Bearer {key}\r\nContent-Length: {len(content)}\r\n\r\n").encode() + content)
-    row, data = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text=""), b""
+    row: dict = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text="")
     with contextlib.closing(writer):
         row["status"] = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
         if row["status"] != 200:

@@ -165,7 +165,7 @@ class Tokenizer:
     def dtype(self):
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
-    def _encode_block(self, block):
+    def _encode_block(self, block: tuple[str, int, int]):
         data = bpe.read_block(*block, self.cuts)
         return np.array(self.encode_bytes(data, "inside" if block[1] else "first"), self.dtype)
 
@@ -424,7 +424,7 @@ def merges_follow_vocab(tokenizer):
         return False
     last = {}                                                # token: (rank, pair) of the merge that makes it
     for rank, pair, new in ordered:
-        if new not in last and not merges_across(*pair, rank, merges, last):
+        if new not in last and not merges_across(pair[0], pair[1], rank, merges, last):
             last[new] = rank, pair
     rest = [spelling[i] for i in set(made) - last.keys()]
     if rest and not tokenizer.whole_chunks:
