@@ -914,7 +914,7 @@ def labelled(rows):
 def bench_compare(args):
     """Every figure of two --json files beside its other, and their ratio; changes of over 5 % are marked."""
     files = [read_json(path) for path in (args.a, args.b)]
-    if not all(isinstance(file, dict) and isinstance(file.get("rows"), list) and {*map(type, file["rows"])} <= {dict} for file in files):
+    if not all(isinstance(f, dict) and isinstance(rows := f.get("rows"), list) and {*map(type, rows)} <= {dict} for f in files):
         raise UserError("bench.py compare reads two files that another of its commands wrote with --json")
     for name, file in zip("AB", files):
         at = file.get("machine", "an unnamed machine")
