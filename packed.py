@@ -235,6 +235,16 @@ def fuse(layers):
     return fused
 
 
+def in_kind(linear, kind):
+    """A layer still in floats -> the format that --quant names, "int8" or "int4"; any other layer as it is."""
+    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
+        return linear
+    if kind == "int8":
+        return Int8Linear.from_linear(linear, dynamic=linear.weight.device.type == "cpu")
+    K = linear.weight.size(1)
+    return GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
+
+
 def int8_rows(x, split):
     """(M, K) floats -> (int8 rows, scale (M, 1)): each row by its own scale, so that no row depends on its neighbours.
 
