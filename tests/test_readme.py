@@ -1,8 +1,8 @@
 """README.md does not lie: its commands run, its defaults are the code's, what it names is there.
 
-The commands run as they are printed, in a folder of stand-ins: tiny texts and an untrained model of 30,000 parameters under every
-name that the README uses. SHORT adds flags that make them quick (the last of a flag counts), PARSED lists what is only parsed, as it
-needs a GPU, a peer or an hour. A command of a program that is in neither fails: say here how to run it.
+The commands run as they are printed, in a folder of stand-ins: tiny texts and a hardly trained model of 30,000 parameters under
+every name that the README uses. SHORT adds flags that make them quick (the last of a flag counts), PARSED lists what is only
+parsed, as it needs a GPU, a peer or an hour. A command of a program that is in neither fails: say here how to run it.
 """
 import dataclasses
 import importlib
@@ -21,6 +21,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("python", "torchrun", "make", "curl", "docker", "bash", "pip", "git")
+CALIBRATE = "--samples 2 --length 16 --held-out-rows 2 --device cpu"
 SHORT = {  # the beginning of a command: flags added to it; the longest beginning counts
     "python train.py": "--steps 1 --layers 1 --dim 32 --heads 2 --batch 2 --sample 2 --overwrite --device cpu",
     "python train.py --preset 125m": "--fit --device cpu --batch 2 --layers 1 --overwrite",
@@ -38,8 +39,8 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python lora.py merge": "--overwrite",
     "python dpo.py": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
     "python dpo.py eval": "--reference runs/demo --pairs 4 --max-tokens 2 --device cpu",
-    "python quant.py": "--samples 2 --length 16 --held-out-rows 2 --group-size 32 --device cpu",
-    "python quant.py report": "--samples 2 --length 16 --held-out-rows 2 --group-size 32 --questions 0 --formats int8,gguf-q8_0 --device cpu",
+    "python quant.py": f"{CALIBRATE} --group-size 32",
+    "python quant.py report": f"{CALIBRATE} --group-size 32 --questions 0 --formats int8,gguf-q8_0",
     "python gguf.py": "",
     "python generate.py": "--max-tokens 4 --device cpu",
     "python serve.py": "--port 0 --device cpu",
@@ -71,7 +72,6 @@ def how(command):
 def workspace(tmp_path_factory):
     """A folder in which the README's paths exist, small."""
     import toybox
-    import train
     folder = tmp_path_factory.mktemp("readme")
     rng = random.Random(0)
     for name in ("data/wikitext-2", "data/wikitext-103", "runs", "mine", "more", "gpt2"):
@@ -86,9 +86,10 @@ def workspace(tmp_path_factory):
             Path(path).write_text(text + string.printable)
         for path in [f"data/wikitext-{n}/{split}.txt" for n in (2, 103) for split in ("train", "valid", "test")]:
             Path(path).write_text(article)
-        Path("more/b.jsonl").write_text("".join(json.dumps({"text": rng.sample(text.split(), 20)[0] * 9}) + "\n" for _ in range(40)))
+        Path("more/b.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of forty."}) + "\n" for i in range(40)))
         Path("chat.jsonl").write_text(Path("data/toybox/val.jsonl").read_text())
         Path("alpaca.json").write_text(json.dumps([{"instruction": f"Say {i}", "input": "", "output": str(i)} for i in range(40)]))
+        Path("keys.txt").write_text("secret\n")
         Path("prompts.jsonl").write_text(json.dumps({"prompt": "Once"}) + "\n")
         run("tokenizer.py", "train --data some.txt --vocab-size 400 --processes 1 --out runs/demo-tokenizer")
         run("data.py", "wikitext-103 --tokenizer runs/demo-tokenizer --processes 1")
@@ -127,6 +128,11 @@ def test_command_of_the_readme_runs(command, workspace, monkeypatch, capsys):
     words = [BLANKS.get(word, word) for word in shlex.split(command)]
     if words[0] == "make":
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:] if "=" not in target)
+    elif words[0] in ("bash", "pip", "docker"):  # not run: the files are there, and a script mentions the flags
+        files = [ROOT / word for word in words if Path(word).suffix in (".sh", ".txt", ".yaml")]
+        assert all(file.is_file() for file in files) and (files or words[0] == "docker")
+        assert words[0] != "bash" or all(flag in files[0].read_text() for flag in words[2:] if flag.startswith("-"))
+        assert words[0] != "docker" or (ROOT / ("compose.yaml" if "compose" in words else "Dockerfile")).is_file()
     elif words[0] == "curl":
         ask(words)
     elif words[1:3] == ["-m", "pytest"]:
@@ -160,6 +166,7 @@ def parse(words, monkeypatch):
 def ask(words):
     """curl's request, to the server's application over the stand-in model."""
     from fastapi.testclient import TestClient
+
     import serve
     from generate import Engine
     url = next(word for word in words if "localhost" in word)
@@ -177,6 +184,7 @@ def test_no_beginning_is_kept_that_the_readme_does_not_use():
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S))
 def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     import torch
+
     import chat
     from generate import Engine, Sampling
     from model import Transformer
@@ -200,14 +208,15 @@ def test_defaults_of_the_readme_are_the_codes():
             checked += 1
     assert checked > 20
     rest = README.replace(table, "")
-    assert not re.search(r"\bby default\b|\bdefaults? (is|are|to|of)\b|\(default", rest), "quote defaults in the table, where they are checked"
+    elsewhere = re.search(r"\bby default\b|\bdefaults? (is|are|to|of)\b|\(default", rest)
+    assert not elsewhere, f"{elsewhere[0]!r}: quote defaults in the table, which is checked"
 
 
 def test_every_program_is_in_the_map_of_files_and_every_file_of_it_exists():
     table = re.search(r"^\| file \|.*?\n\n", README, re.M | re.S)[0]
-    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    named = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
     assert not [name for name in named if not (ROOT / name.rstrip("/")).exists()]
-    assert {path.name for path in ROOT.glob("*.py")} <= named
+    assert {path.name for kind in ("py", "cpp", "html", "sh") for path in ROOT.glob(f"*.{kind}")} <= named
 
 
 def test_every_link_and_picture_exists():
@@ -225,9 +234,11 @@ def test_the_request_fields_are_the_servers():
 
 
 def test_sizes_of_the_presets_are_as_said():
-    import torch
-    import train
     from types import SimpleNamespace
+
+    import torch
+
+    import train
     from model import Transformer
     tok = SimpleNamespace(vocab_size=32_768, bos_id=None, eos_id=None)
     with torch.device("meta"):
