@@ -94,7 +94,7 @@ struct Linear {              // (T, K) -> (T, N); native.py's class of the same 
     int32_t group;           // inputs that share a scale and a zero point; a multiple of 8. K here is padded to a multiple of it
     const uint8_t *weight;   // panels (N/W, K, W); INT8: (N/W, K/4, W, 4); INT4: (N/W, K/8, W, 4), inputs 4-7 in the high halves
     const uint16_t *scale;   // (N/W, K/group, W) float16: w = scale * (code - zero)
-    const uint8_t *zero;     // (N/W, K/group, W)
+    const uint16_t *zero;    // (N/W, K/group, W) float16
     const int32_t *order;    // (inputs,) packed column j is input order[j]; null: as they come
     const float *bias;       // (N,) or null
     int32_t inputs;          // K before padding
@@ -218,9 +218,7 @@ template <int BITS, int R, int P> static inline void multiply_codes(const Linear
             }
         for (int p = 0; p < P; p++) {  // sum of scale * (code - zero) * x = scale * step * (sum of code * q - zero * sum of q)
             const size_t at = (size_t(panel + p) * groups + g) * W;
-            const Floats scale = load_half(w.scale + at);
-            Floats zero;
-            for (int i = 0; i < W; i++) zero[i] = w.zero[at + i];
+            const Floats scale = load_half(w.scale + at), zero = load_half(w.zero + at);
             for (int r = 0; r < R; r++) {
                 const size_t row = size_t(t + r) * groups + g;
                 y[r][p] += (__builtin_convertvector(sum[r][p], Floats) - zero * x.sum[row]) * (scale * x.scale[row]);
@@ -453,9 +451,22 @@ static void activate(float *gate, const float *value, int n) {
 
 extern "C" int lanes() { return W; }
 
-// ids, adapters (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens whose logits (R, V) are wanted
+// One layer alone: x (T, inputs) -> y (T, N)
+extern "C" void linear(const Linear *w, int T, const float *x, float *y, int threads) {
+    Rounded rounded[1];
+    make_room(w, 1, T, nullptr, rounded);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int t = 0; t < T; t++) prepare(w, 1, x + size_t(t) * w->inputs, t, rounded);
+        product(*w, x, rounded[0], T, y, w->N, false);
+    }
+}
+
+// ids, adapters (T,), spans (S,), blocks: their lists one after the other; rows (R,): the tokens that are wanted: their logits (R, V),
+// or if there is room for them, what the head reads (R, C)
 extern "C" void forward(const Model *model, int T, const int64_t *ids, const int32_t *adapters, int S, const Span *spans,
-                        const int32_t *blocks, int R, const int64_t *rows, float *logits, int threads) {
+                        const int32_t *blocks, int R, const int64_t *rows, float *logits, float *hidden, int threads) {
     const Model &m = *model;
     const int C = m.C, D = m.D, width = (m.H + 2 * m.KV) * D, inner = m.H * D;
     std::vector<float> x(size_t(T) * C), normed(size_t(std::max(T, R)) * C), qkv(size_t(T) * width), attended(size_t(T) * inner),
@@ -534,6 +545,7 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
             normalize(&x[rows[r] * C], m.norm, C, m.eps, &normed[size_t(r) * C]);
             prepare(&m.head, 1, &normed[size_t(r) * C], r, last);
         }
-        product(m.head, normed.data(), last[0], R, logits, m.head.N, false);
+        if (!hidden) product(m.head, normed.data(), last[0], R, logits, m.head.N, false);
     }
+    if (hidden) memcpy(hidden, normed.data(), size_t(R) * C * sizeof(float));
 }

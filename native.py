@@ -5,6 +5,7 @@
 Runner (runner.py) asks for it on a CPU. Where there is no compiler, or a model has something that forward.cpp does not know,
 `Native` raises Unavailable with the reason, and the Runner computes the same with torch.
 """
+import copy
 import ctypes
 import functools
 import hashlib
@@ -23,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, cli
-from packed import GroupLinear, Int8Linear, in_kind
+from packed import in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
@@ -103,9 +104,10 @@ def library():
         except OSError as error:
             raise Unavailable(f"{path.parent} cannot be written ({error.strerror})") from None
     lib = ctypes.CDLL(str(path))
-    lib.forward.restype = None
+    lib.linear.restype = lib.forward.restype = None
+    lib.linear.argtypes = [POINTER(Linear), c_int32, c_void_p, c_void_p, c_int32]
     lib.forward.argtypes = [POINTER(Model), c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,
-                            c_int32]
+                            c_void_p, c_int32]
     return lib
 
 
@@ -116,23 +118,12 @@ def in_panels(t, lanes):
     return t.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
 
 
-class Native:
-    """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
+class Panels:
+    """Linear layers in the order in which forward.cpp reads them."""
+    adapters = ()
 
-    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
-        """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
-        c, self.kept, self.adapters = model.config, [], adapters  # kept: tensors whose memory C++ reads
-        for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
-                               (f"a width of {c.hidden_size}", c.hidden_size % 16),
-                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
-            if found:
-                raise Unavailable(f"forward.cpp does not do {problem}")
-        self.lib, self.config = library(), c
-        self.layers = (Layer * len(model.layers))(*(self.layer(i, block, kind) for i, block in enumerate(model.layers)))
-        tensors = map(self.floats, (model.embed_tokens.weight, model.embed_positions.weight if c.is_gpt2 else None, cos, sin))
-        self.model = Model(len(model.layers), c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                           c.intermediate_size, c.norm_eps, FLOAT32, *tensors, self.norm(model.norm), self.layers,
-                           self.linear(model.lm_head, kind))
+    def __init__(self):
+        self.lib, self.kept = library(), []  # kept: tensors whose memory C++ reads
 
     def keep(self, tensor):
         self.kept.append(tensor)
@@ -141,18 +132,7 @@ class Native:
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
 
-    def norm(self, m):
-        return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
-
-    def layer(self, i, block, kind):
-        a, m, c = block.self_attn, block.mlp, self.config
-        norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
-        qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
-        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
-        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
-                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
-
-    def linear(self, m, kind):
+    def linear(self, m, kind=None):
         """One layer in panels, in the format it has or, if it is still in floats, in that of `kind`."""
         if hasattr(m, "adapters"):  # lora.LoRALinear: its base, and all adapters stacked along the rank
             if not set(m.adapters) & set(self.adapters):
@@ -166,16 +146,12 @@ class Native:
         m = in_kind(m, kind)
         if type(m) is nn.Linear:
             (N, K), weight = m.weight.shape, m.weight.detach().float()
-            half = kind == "16" and weight.abs().max() < 65504
+            half = (kind == "16" or m.weight.dtype != torch.float32) and weight.abs().max() < 65504
             weight = self.keep(in_panels(weight.half() if half else weight, lanes))
             return Linear(FLOAT16 if half else FLOAT32, N, K, K, weight, bias=self.floats(bias), inputs=K)
-        if isinstance(m, Int8Linear):
-            codes, scale, group, order = (m.codes.int() + 128).to(torch.uint8), m.scale[:, None], m.in_features, None
-            zero, bits = torch.full_like(scale, 128, dtype=torch.uint8), 8
-        elif isinstance(m, GroupLinear):
-            codes, scale, zero, group, order, bits = m.codes(), m.scales, m.zero_points(), m.group, m.order, m.bits
-        else:
+        if not hasattr(m, "groups"):
             raise Unavailable(f"forward.cpp does not do {type(m).__name__}")
+        codes, scale, zero, group, order, bits = m.groups()
         (N, K), size = codes.shape, min(group, codes.size(1))
         if size % 8 and size < K:
             raise Unavailable(f"forward.cpp does not do groups of {group}")
@@ -186,11 +162,63 @@ class Native:
         else:
             low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4) each
             weight = in_panels(low | high << 4, lanes)
-        packed = map(self.keep, (weight, in_panels(scale.half(), lanes), in_panels(zero, lanes)))
+        packed = map(self.keep, (weight, in_panels(scale.half(), lanes), in_panels(zero.half(), lanes)))
         order = None if order is None else self.keep(order.int())
         return Linear(INT8 if bits > 4 else INT4, N, codes.size(1), size, *packed, order, self.floats(bias), K)
 
+
+class Product(Panels):
+    """One packed layer: (M, K) float32 -> (M, N) float32, without the bias."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = self.linear(layer)
+        self.layer.bias = None
+
+    def __call__(self, x):
+        x, y = x.contiguous(), x.new_empty(len(x), self.layer.N)
+        self.lib.linear(self.layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def __deepcopy__(self, memo):
+        return self  # nothing in it changes
+
+
+class Native(Panels):
+    """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
+
+    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
+        """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
+        c, self.adapters = model.config, adapters
+        for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
+                               (f"a width of {c.hidden_size}", c.hidden_size % 16),
+                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
+            if found:
+                raise Unavailable(f"forward.cpp does not do {problem}")
+        super().__init__()
+        self.config = c
+        self.layers = (Layer * len(model.layers))(*(self.layer(i, block, kind) for i, block in enumerate(model.layers)))
+        tensors = map(self.floats, (model.embed_tokens.weight, model.embed_positions.weight if c.is_gpt2 else None, cos, sin))
+        self.model = Model(len(model.layers), c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+                           c.intermediate_size, c.norm_eps, FLOAT32, *tensors, self.norm(model.norm), self.layers,
+                           self.linear(model.lm_head, kind))
+
+    def norm(self, m):
+        return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
+
+    def layer(self, i, block, kind):
+        a, m, c = block.self_attn, block.mlp, self.config
+        norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
+        qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
+        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
+        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
+                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
+
     # -- the cache and a step
+    @property
+    def weight_bytes(self):
+        return sum(t.nbytes for t in self.kept)
+
     def allocate(self, blocks, dtype):
         """-> keys (layers, blocks, KV, D, PAGE) and values (layers, blocks, KV, PAGE, D) of dtype, float32 or float16."""
         self.model.cached = CACHED[dtype]
@@ -201,8 +229,8 @@ class Native:
             layer.keys, layer.values = keys[i].data_ptr(), values[i].data_ptr()
         return keys, values
 
-    def __call__(self, batch):
-        """A runner.Batch -> logits (R, V), None where no row is wanted."""
+    def __call__(self, batch, hidden=False):
+        """A runner.Batch -> logits (R, V), None where no row is wanted; or what the head would read, (R, C)."""
         spans, blocks = array("i"), array("i")
         for start, n, past, own in batch.spans:
             spans.extend((start, n, past, len(blocks)))
@@ -210,11 +238,25 @@ class Native:
         ids, rows, adapters = array("q", batch.ids), array("q", batch.rows), array("i", bytes(4 * len(batch.ids)))
         if self.adapters:
             adapters = array("i", [len(self.adapters) if a < 0 else a for a in batch.token_adapters()])
-        logits = torch.empty(len(rows), self.model.head.N)
+        out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
         at = [a.buffer_info()[0] for a in (ids, adapters, spans, blocks, rows)]
-        self.lib.forward(self.model, len(ids), *at[:2], len(batch.spans), *at[2:4], len(rows), at[4], logits.data_ptr(),
-                         torch.get_num_threads())  # ctypes releases the interpreter lock meanwhile
-        return logits if len(rows) else None
+        self.lib.forward(self.model, len(ids), *at[:2], len(batch.spans), *at[2:4], len(rows), at[4],
+                         *((None, out.data_ptr()) if hidden else (out.data_ptr(), None)), torch.get_num_threads())
+        return out if len(rows) else None
+
+    def alone(self):
+        """The same weights for another cache."""
+        twin = copy.copy(self)
+        twin.layers = type(self.layers).from_buffer_copy(self.layers)
+        twin.model = Model.from_buffer_copy(self.model)
+        twin.model.layers = twin.layers
+        return twin
+
+    def head(self, x):
+        """(R, C) -> logits (R, V)."""
+        y = x.new_empty(len(x), self.model.head.N)
+        self.lib.linear(self.model.head, len(x), x.contiguous().data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
 
 
 def main():

@@ -25,18 +25,13 @@ from tokenizer import Tokenizer
 def load_model(folder, device="auto", dtype="auto"):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
-    On the CPU weights arrive in float32, to be packed."""
+    On the CPU a folder's weights stay in the file, in its type, until a Runner packs them."""
     runtime, folder = resolve(device, dtype, "off"), Path(folder)
-    weights = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
+    on_cpu = runtime.device.type == "cpu"
     if folder.suffix == ".gguf":
-        config, state, tok = gguf.read(folder, weights)
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie()
-        model = model.to(runtime.device).eval()
+        model, tok = gguf.load(folder, runtime.device, torch.float32 if on_cpu else runtime.dtype, keep_packed=on_cpu)
     else:
-        model = Transformer.from_pretrained(folder, runtime.device, weights)
+        model = Transformer.from_pretrained(folder, runtime.device, None if on_cpu else runtime.dtype)
         found = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json"))
         tok = Tokenizer.load(folder) if found else None
     if tok and tok.vocab_size > model.config.vocab_size:
@@ -112,7 +107,6 @@ def pack(linears, kind):
         return lambda x: torch.cat([part(x) for part in parts], -1)
     linear = packed.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
-        linear.prepare()
         return linear.product
     return lambda x: F.linear(x, linear.weight, linear.bias)
 
@@ -141,13 +135,17 @@ class Runner:
         if not c.is_gpt2:
             angle = torch.arange(self.max_len, device=self.device)[:, None].float() * model.rope_frequency
             cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale  # (P, D/2)
-            dtype = model.embed_tokens.weight.dtype
+            dtype = torch.float32 if on_cpu else model.embed_tokens.weight.dtype
             self.cos, self.sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)  # (P, D)
         half = runtime.dtype != torch.float32
         self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype], block_size), {}
         packs = half or kind or model.quantization
         self.kv_dtype = torch.float16 if self.native and packs and kv_dtype == "auto" else kinds[kv_dtype]
-        if not self.native:
+        if self.native:
+            model.layers = model.lm_head = None  # packed; what is left of them would only fill memory
+        else:
+            if on_cpu:
+                model.float()
             self.layers = [self.fused_layer(i, block, kind) for i, block in enumerate(model.layers)]
             self.head = pack([model.lm_head], kind)
 
@@ -181,10 +179,28 @@ class Runner:
             raise UserError(f"adapter {adapter!r} is not loaded; loaded are {', '.join(self.names) or 'none'}")
         return -1 if adapter is None else self.names.index(adapter)
 
+    @property
+    def weight_bytes(self):
+        return self.native.weight_bytes if self.native else sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+
+    @torch.inference_mode()
+    def hidden(self, ids):
+        """The tokens of one text by themselves -> what the head reads, (T, C) float32."""
+        if not self.native:
+            return self.model.hidden(torch.tensor([ids], device=self.device))[0].float()
+        run, blocks, batch = self.native.alone(), -(-len(ids) // self.block_size), Batch(self.block_size)
+        cache = run.allocate(blocks, torch.float32)
+        batch.add(list(range(blocks)), ids, 0, range(len(ids)))
+        return (run(batch, hidden=True), cache)[0]
+
+    def head_of(self, x):
+        """(R, C) -> logits (R, V) float32."""
+        return self.native.head(x) if self.native else self.model.lm_head(x.to(self.model.lm_head.weight.dtype)).float()
+
     # -- the cache
     @property
     def bytes_per_token(self):
-        scales = 2 * 4 * len(self.model.layers) * self.K if self.kv_dtype.itemsize == 1 else 0
+        scales = 2 * 4 * self.config.num_hidden_layers * self.K if self.kv_dtype.itemsize == 1 else 0
         return self.config.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
 
     def allocate(self, blocks):
@@ -325,7 +341,7 @@ def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
     if blocks < 1 or (free and blocks * per_block > free):
         raise UserError(f"a cache of {blocks:,} blocks of {block_size} tokens needs {blocks * per_block / 2**30:.2f} GiB, and "
                         f"{free / 2**30:.2f} GiB are free: at most {fits:,} blocks fit; lower --kv-tokens to {fits * block_size:,}")
-    weights = sum(p.numel() * p.element_size() for r in runners for p in r.model.parameters())
+    weights = sum(r.weight_bytes for r in runners)
     print(f"cache    weights {weights / 2**20:,.0f} MiB + keys and values {blocks * per_block / 2**20:,.0f} MiB = {blocks:,} "
           f"blocks of {block_size} = {blocks * block_size:,} tokens")
     return blocks
