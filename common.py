@@ -141,7 +141,7 @@ def json_records(path):
         raise UserError(f"{path}: record {n + 1} is not valid JSON ({error})") from None
 
 
-def sha256(data):
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
