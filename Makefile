@@ -22,7 +22,7 @@ bench: .venv/runtime
 	$(BIN)/python bench.py train
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache  # not runs/: those are your models
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache  # not runs/: those are your models
 
 # One stamp per requirement file: pip runs only when the file has changed since.
 .venv/runtime: requirements.txt
