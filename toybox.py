@@ -325,11 +325,15 @@ def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400,
     sets = {"train": examples("train", train, seed), "val": examples("val", test, seed), "test": examples("test", test, seed),
             "withheld-train": examples("train", train // 10, seed, held), "withheld-test": examples("test", test // 7, seed, held),
             "preferences-train": preferences("train", pairs, seed), "preferences-test": preferences("test", pairs // 8, seed)}
+    sets = {name: list(rows) for name, rows in sets.items()}
     files = {"text.txt": interleave(random.Random(seed), world_text(text_bytes, seed), plays)}
     counts = {}
     for name, rows in sets.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         files[f"{name}.jsonl"], counts[name] = "\n".join(lines) + "\n", len(lines)
+    asked = [{"id": f"{row['family']}-{n}", "messages": row["messages"][:1]} for name in ("test", "withheld-test")
+             for n, row in enumerate(sets[name])]
+    files["prompts.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)  # for generate.py --batch
     for name, text in files.items():
         write_atomic(out / name, lambda p: p.write_text(text, encoding="utf-8"))
     meta = {"seed": seed, "families": FAMILIES, "withheld": WITHHELD, "counts": counts,
