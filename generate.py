@@ -236,8 +236,8 @@ def run_batch(engine, args, sampling, adapter=None):
                     finish(delta.request_id, id=row["id"], answers=row["answers"])
             stats = engine.stats()
             bar.set_postfix(running=stats["running"], tokens=stats["generated_tokens"], refresh=False)
-    tokens, seconds = engine.stats()["generated_tokens"], time.time() - begin
-    print(f"wrote    {args.out}: {total - len(done):,} answers, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tok/s")
+    count, seconds = engine.stats()["generated_tokens"], time.time() - begin
+    print(f"wrote    {args.out}: {total - len(done):,} answers, {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tok/s")
 
 
 def main():

@@ -113,9 +113,11 @@ def generated(path):
 def facts(stage, marks):
     """What a stage has to show for itself, by what lies where its --out says -> phrases."""
     out, here = stage.out, lambda name: (stage.out / name).is_file()
-    if out.suffix == ".jsonl" and out.is_file():
+    if not out.exists():
+        return []
+    if out.suffix == ".jsonl":
         return generated(out)
-    if out.suffix == ".json" and out.is_file():
+    if out.suffix == ".json":
         return [f"{name.replace('_', ' ')} {value:,.3f}" for name, value in read_json(out).items() if isinstance(value, float)]
     if out.is_file():
         return [f"{out.stat().st_size / 1e6:,.2f} MB"]
@@ -123,7 +125,7 @@ def facts(stage, marks):
         q = read_json(out / "quantization.json")
         return [f"{q['bytes'] / 1e6:,.2f} MB instead of {q['original_bytes'] / 1e6:,.2f}", "perplexity of its own text "
                 f"{q['original_perplexity']:.4f} → {q['perplexity']:.4f}, KL {q['kl']:.5f}"]
-    if stage.name.startswith("eval-"):
+    if out.name in marks:
         share, count = marks[out.name].share()
         return [f"{share:.1%} of {count:,} answers right", f"{marks[out.name].ended:.1%} end by themselves"]
     if stage.kind == "learning":
@@ -131,6 +133,8 @@ def facts(stage, marks):
     if stage.name == "world":
         meta = read_json(out / "meta.json")
         return [f"{meta['text_bytes']:,} bytes of text", *(f"{n:,} {name}" for name, n in meta["counts"].items())]
+    if stage.name == "tokenizer":
+        return [f"{len(read_json(out / 'tokenizer.json')['model']['vocab']):,} symbols"]
     return []
 
 
@@ -144,7 +148,7 @@ def chart(title, series, width=430, height=170):
     def at(step, value):
         y = (scale(high) - scale(value)) / ((scale(high) - scale(low)) or 1)
         return round(40 + (width - 130) * step / end, 1), round(20 + (height - 44) * y, 1)
-    round_numbers = [sign * m * 10 ** e for e in range(6, -6, -1) for m in (5, 2, 1) for sign in (1, -1)] + [0]
+    round_numbers = [0, *(sign * m * 10.0 ** e for e in range(6, -6, -1) for m in (5, 2, 1) for sign in (1, -1))]
     for tick in (t for t in round_numbers if low <= t <= high):
         if all(abs(at(0, tick)[1] - at(0, other)[1]) >= 14 for other in seen):
             seen.append(tick)
@@ -211,7 +215,8 @@ def answers_table(marks):
     def cell(question, *_):
         for rows in said:
             *_, text, right = rows.get(question, ("", None))
-            yield text[:120] + " …" * (len(text) > 120), {True: "right", False: "wrong", None: ""}[right]
+            text = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
+            yield text[:80] + " …" * (len(text) > 80), {True: "right", False: "wrong", None: ""}[right]
     return table(["asked", "expected", *(MODELS[name] for name in marks)],
                  [[first[f][0], first[f][1] or "", *cell(*first[f])] for f in (*SHOWN, "") if f in first])
 
@@ -226,40 +231,58 @@ def tiles(run, stages, marks):
         before, after = (marks[name].share(but=(toybox.WITHHELD,)) for name in ("base", "sft"))
         yield f"{before[0]:.0%} → {after[0]:.1%}", f"of {after[1]:,} held-out questions right, by fine-tuning"
     if {"sft", "lora"} <= marks.keys():
-        yield " → ".join(f"{marks[name].share(toybox.WITHHELD)[0]:.0%}" for name in ("sft", "lora")), "of a skill that only LoRA saw"
+        before, after = (marks[name].share(toybox.WITHHELD)[0] for name in ("sft", "lora"))
+        yield f"{before:.0%} → {after:.0%}", "of a skill that only LoRA saw"
     if {"lora", "dpo"} <= marks.keys():
-        yield " → ".join(f"{marks[name].courteous():.0%}" for name in ("lora", "dpo")), "of the answers courteous, by DPO"
+        yield f"{marks['lora'].courteous():.0%} → {marks['dpo'].courteous():.0%}", "of the answers courteous, by DPO"
     if (path := Path(f"{run}-int4/quantization.json")).is_file():
         q = read_json(path)
         yield f"{q['original_bytes'] / 1e6:,.1f} → {q['bytes'] / 1e6:,.1f} MB", "in 4 bits"
 
 
+SECTIONS = [
+    ("The same questions after each stage", "The test's first question of seven families, however it was answered. No list or pair of "
+     "numbers in it was practised.", answers_table),
+    ("Marks", "Held-out questions answered right; a checker solves each anew.", marks_table)]
+
+
+def head(run, stages, marks):
+    """Title, numbers and the strip of times -> (markdown, HTML)."""
+    title, total, numbers = f"From text to server: {run}", sum(s.seconds for s in stages), list(tiles(run, stages, marks))
+    boxes = "".join(f"<div><b>{number}</b><small>{what}</small></div>" for number, what in numbers)
+    strip = "".join(f'<i class={s.kind} style="flex:{s.seconds}" title="{s.name} {clock(s.seconds)}">'
+                    f'{s.name if s.seconds > .06 * total else ""}</i>' for s in stages if s.seconds)
+    key = "".join(f"<i class={kind}></i>{kind} {clock(sum(s.seconds for s in stages if s.kind == kind))}" for kind in KINDS)
+    return (f"# {title}\n\n" + "".join(f"- **{number}** {what}\n" for number, what in numbers),
+            f"<title>{title}</title><h1>{title}</h1><p class=soft>A language model's life in {len(stages)} commands: why, how long, what "
+            f"came of it, and what it answers after each.</p><div class=tiles>{boxes}</div><div class=time>{strip}</div>"
+            f"<p class='key soft'>{key}</p>")
+
+
+def card(n, stage, marks):
+    """One stage -> (markdown, HTML)."""
+    found, folder, title = facts(stage, marks), stage.out, f"{n} · {stage.name}"
+    curves = list(charts(folder)) if stage.kind == "learning" and folder.exists() else []
+    figure = f"<div>{''.join(curves)}</div>" if curves else ""
+    picture = f"\n![loss](../{folder.name}/loss.png)\n" if curves and (folder / "loss.png").is_file() else ""
+    return (f"\n### {title}, {clock(stage.seconds)}\n\n{stage.why}\n\n    {stage.command}\n\n"
+            + "".join(f"- {fact}\n" for fact in found) + picture,
+            f"<section class={stage.kind}><div><h3>{title}<span>{clock(stage.seconds)}</span></h3><p>{html.escape(stage.why)}</p><pre>"
+            f"{html.escape(stage.command)}</pre><ul>{''.join(f'<li>{html.escape(fact)}</li>' for fact in found)}</ul></div>"
+            f"{figure}</section>\n")
+
+
 def render(run, stages, marks):
     """-> (markdown, HTML) of all of it."""
-    title, total, numbers = f"From text to server: {run}", sum(s.seconds for s in stages), list(tiles(run, stages, marks))
-    md = f"# {title}\n\n" + "".join(f"- **{number}** {what}\n" for number, what in numbers)
-    page = (f"<h1>{title}</h1><p class=soft>A language model's life in {len(stages)} commands: why, how long, what came of it, and "
-            "what it answers after each.</p><div class=tiles>"
-            + "".join(f"<div><b>{number}</b><small>{what}</small></div>" for number, what in numbers) + "</div><div class=time>"
-            + "".join(f'<i class={s.kind} style="flex:{s.seconds}" title="{s.name} {clock(s.seconds)}">'
-                      f'{s.name if s.seconds > .06 * total else ""}</i>' for s in stages if s.seconds) + "</div><p class='key soft'>"
-            + "".join(f"<i class={k}></i>{k} {clock(sum(s.seconds for s in stages if s.kind == k))}" for k in KINDS) + "</p>")
-    for heading, text, make in [("The same questions after each stage", "The test's first question of seven families, however it was "
-                                 "answered. No list or pair of numbers in it was practised.", answers_table),
-                                ("Marks", "Held-out questions answered right; a checker solves each anew.", marks_table)] * bool(marks):
-        for_md, for_page = make(marks)
-        md, page = md + f"\n## {heading}\n\n{text}\n\n{for_md}", page + f"<h2>{heading}</h2><p class=soft>{text}</p>{for_page}"
-    md, page = md + "\n## The stages\n", page + "<h2>The stages</h2>"
-    for n, s in enumerate(stages, 1):
-        found, curves = facts(s, marks), list(charts(s.out)) if s.kind == "learning" else []
-        picture = f"\n![loss](../{s.out.name}/loss.png)\n" if curves and (s.out / "loss.png").is_file() else ""
-        md += f"\n### {n} · {s.name}, {clock(s.seconds)}\n\n{s.why}\n\n    {s.command}\n\n" + "".join(f"- {f}\n" for f in found) + picture
-        page += (f"<section class={s.kind}><div><h3>{n} · {s.name}<span>{clock(s.seconds)}</span></h3><p>{html.escape(s.why)}</p>"
-                 f"<pre>{html.escape(s.command)}</pre><ul>{''.join(f'<li>{html.escape(f)}</li>' for f in found)}</ul></div>"
-                 + (f"<div>{''.join(curves)}</div>" if curves else "") + "</section>\n")
+    parts = [head(run, stages, marks)]
+    for heading, text, make in SECTIONS if marks else ():
+        md, page = make(marks)
+        parts.append((f"\n## {heading}\n\n{text}\n\n{md}", f"<h2>{heading}</h2><p class=soft>{text}</p>{page}"))
+    parts += [("\n## The stages\n", "<h2>The stages</h2>"), *(card(n, stage, marks) for n, stage in enumerate(stages, 1))]
+    md, page = map("".join, zip(*parts))
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return md, ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-                f"<title>{title}</title><style>{style}</style>{page}</html>\n")
+                f"<style>{style}</style>{page}</html>\n")
 
 
 def main():
@@ -268,17 +291,18 @@ def main():
     if not args.run:
         raise UserError("which run? python report.py runs/demo")
     run, out = Path(args.run), Path(args.out or f"{args.run}-report")
-    lines = {path.name: path.read_text(encoding="utf-8").rstrip("\n").split("\t") for path in Path(f"{run}-report/stages").glob("*")
-             if path.suffix != ".begun"}
-    if not lines:
+    done = [path for path in Path(f"{run}-report/stages").glob("*") if path.suffix != ".begun"]
+    if not done:
         raise UserError(f"{run}-report/stages has no stage that is done: bash demo.sh makes them")
-    stages = sorted(Stage(int(line[0]), int(line[1]), *line[2:], name) for name, line in lines.items())
-    evals = {name: Path(f"{run}-report") / name for name in MODELS}
-    marks = {name: Marks.read(folder) for name, folder in evals.items() if (folder / "answers.jsonl").is_file()}
+    lines = [(*path.read_text(encoding="utf-8").rstrip("\n").split("\t"), path.name) for path in done]
+    stages = sorted(Stage(int(number), int(seconds), *rest) for number, seconds, *rest in lines)
+    folders = {name: Path(f"{run}-report", name) for name in MODELS}
+    marks = {name: Marks.read(folder) for name, folder in folders.items() if (folder / "answers.jsonl").is_file()}
     out.mkdir(parents=True, exist_ok=True)
     for name, text in zip(("report.md", "report.html"), render(run, stages, marks)):
         write_atomic(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    print(f"wrote    {out}/report.md, report.html: {len(stages)} stages, {clock(sum(s.seconds for s in stages))} on {stages[-1].where}")
+    total = clock(sum(stage.seconds for stage in stages))
+    print(f"wrote    {out}/report.md, {out}/report.html: {len(stages)} stages, {total} on {stages[-1].where}")
 
 
 if __name__ == "__main__":
