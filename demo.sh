@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 if [ -x .venv/bin/python ]; then PATH=$PWD/.venv/bin:$PATH; fi
 
-names=$(sed -n 's/^ *stage \([a-z0-9-]*\) .*/\1/p' "$0" | tr '\n' ' ')
+names=$(sed -n 's/^ *stage \([a-z0-9-]*\) .*/\1/p' demo.sh | tr '\n' ' ')
 size=demo from="" to="" dry="" serve=${SERVE:-1}
 while [ $# -gt 0 ]; do
     case $1 in
@@ -45,7 +45,7 @@ demo)
 fast)
     vocabulary=1536 data=$text group=64
     PRETRAIN=${PRETRAIN:---steps 250 --eval-every 125}
-    SFT=${SFT:---context 128 --batch 8 --steps 650 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 325 --save-every 100}
+    SFT=${SFT:---context 128 --batch 8 --steps 1000 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 500 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 100 --batch 8 --context 128}
     DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 2e-4 --batch 16 --steps 80 --context 128 --eval-every 40}
     EVAL=${EVAL:---max-tokens 40 --examples 280} ;;

@@ -12,7 +12,9 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import report
 import toybox
@@ -199,6 +201,8 @@ def run(tmp_path):
     prefix.mkdir()
     rows = [{"step": 0, "seconds": 1, "loss": 8.0, "tokens_per_s": 10}, {"step": 10, "seconds": 2, "loss": 2.0, "tokens_per_s": 30},
             {"step": 10, "seconds": 2, "val_loss": 0.5, "perplexity": 1.6}]
+    save_file({"a": np.zeros((2, 3), np.float32)}, prefix / "model.safetensors")
+    (prefix / "loss.png").write_bytes(b"a picture")
     (prefix / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = list(toybox.examples("test", 28)) + list(toybox.examples("test", 4, families=[toybox.WITHHELD]))
     for name, right in (("base", lambda n: False), ("dpo", lambda n: n % 4 != 0)):
@@ -237,29 +241,26 @@ def made(run, monkeypatch):
 def test_the_report_counts_what_the_folders_hold(run, monkeypatch):
     md, page = made(run, monkeypatch)
     assert "- **1:03:58** for all of it, on 2 cores" in md  # 6 + 120 + 5 + 7 + 3700 s, and not the stage that is not done
-    assert "| all it was taught | 28 | 0% | 75% |" in md and f"| {toybox.WITHHELD}, which only LoRA saw | 4 | 0% | 75% |" in md
-    assert "| courteous |  | 0% | 75% |" in md and "| perplexity of what was expected |  | 3.25 | 3.25 |" in md
-    assert "loss 8.00 → 2.00 in 10 steps of 20 tokens/s" in md and "held-out loss 0.500, perplexity 1.65" in md
-    assert "4 answers, 20 tokens in 5.0 s: 4 tokens/s" in md  # started twice: 2.0 s and 3.0 s
+    assert "| all that was taught | 28 | 0% | 75% |" in md and f"| {toybox.WITHHELD}, by LoRA | 4 | 0% | 75% |" in md
+    assert "| courteous |  | 0% | 75% |" in md and "| perplexity |  | 3.25 | 3.25 |" in md and "| 50% | 50% |" in md
+    assert "- loss 8.000 → 2.000\n" in md and "- held-out loss 0.500 → 0.500\n" in md and "- 30 tokens/s\n" in md
+    assert "- 6 parameters\n" in md and "- 75% of 32 answers right\n" in md
+    assert "- 4 answers, 20 tokens in 5.0 s: 4 tokens/s\n" in md  # started twice: 2.0 s and 3.0 s
     assert md.index("world, 0:06") < md.index("pretrain, 2:00") < md.index("batch, 1:01:40")
-    assert all(text in Page(page).text for text in ("Why <world>", "75%", "1:03:58"))
+    assert all(text in Page(page).text for text in ("Why <world>", "75%", "1:03:58", "1 · world0:06"))
 
 
 def test_the_page_needs_nothing_else_and_shows_answers_as_text(run, monkeypatch):
     md, page = made(run, monkeypatch)
     parsed = Page(page)
     assert "<script>alert(1)</script> | a" in parsed.text and "<script>alert(1)</script> \\| a" in md
-    assert not {tag for tag, _ in parsed.tags} & {"script", "link", "img", "iframe"} and "http" not in page and "url(" not in page
-    assert not any(name.startswith("on") or name in ("src", "href") for _, attributes in parsed.tags for name in attributes)
-    assert "prefers-color-scheme: dark" in page and sum(tag == "svg" for tag, _ in parsed.tags) == 1
-
-
-def test_a_curve_stays_inside_its_picture_and_spans_it():
-    svg = report.chart("loss", [("a", [(0, 8.0), (50, 0.1), (100, 0.5)]), ("b", [(100, 0.4)])])
-    points = [tuple(map(float, p.split(","))) for tag, a in Page(svg).tags if tag == "polyline" for p in a["points"].split()]
-    assert all(40 <= x <= 340 and 20 <= y <= 146 for x, y in points) and {20, 146} <= {y for _, y in points}
-    flat = report.chart("reward", [("a", [(0, 0.0)]), ("b", [(0, 0.0), (10, -3.5)])])
-    assert ">0<" in flat and "nan" not in flat + svg
+    assert not {tag for tag, _ in parsed.tags} & {"script", "link", "iframe"} and "http" not in page and "url(" not in page
+    assert [a["src"][:22] for tag, a in parsed.tags if tag == "img"] == ["data:image/png;base64,"]
+    assert not any(name.startswith("on") or name == "href" for _, attributes in parsed.tags for name in attributes)
+    cells = [a for tag, a in parsed.tags if tag == "td"]
+    assert sum(a.get("class") == "right" for a in cells) == 5 and sum(a.get("class") == "wrong" for a in cells) == 9
+    assert {a["style"] for a in cells if a.get("class") == "share"} >= {"--share:0", "--share:75", "--share:50"}
+    assert "prefers-color-scheme: dark" in page
 
 
 def test_a_road_not_begun_is_one_line(tmp_path, monkeypatch):
