@@ -78,18 +78,26 @@ typed() {  # the words as one would have to type them
 
 say() { printf '\n\033[1m# %s\033[0m\n$ %s\n' "$1" "$(typed "${@:2}")"; }
 
-number=0 fresh="" past=""
+number=0 known="" ran="" fresh="" past=""
 stage() {  # NAME WHY COMMAND...: skipped if it is done, resumed if it was cut short; what it took is written down
-    local name=$1 why=$2 out="" last="" more="" stale="" spent=0 begin=$SECONDS word command mark was state
+    local name=$1 why=$2 out="" last="" more="" stale="" spent=0 begin=$SECONDS word pair command mark own was state
     shift 2
     number=$((number + 1))
     if [ -n "$past" ]; then return; elif [ "$name" = "$to" ]; then past=1; fi
     if [ "$name" = "$from" ]; then fresh=1; fi
     if [ -n "$dry" ]; then say "$why" "$@"; return; fi
-    for word; do if [ "$last" = --out ]; then out=$word; fi; last=$word; done
     command=$(typed "$@") mark=$P-report/stages/$name  # a line: number, seconds, machine, why, command; .begun until it is done
-    was=$(cat "$mark" "$mark.begun" 2> /dev/null | cut -f 5) || true
-    if [ -n "$was" ] && { [ -n "$fresh" ] || [ "$was" != "$command" ]; }; then stale=1; fi  # made from what is no more
+    own=$mark; if [ ! -e "$own" ]; then own=$mark.begun; fi
+    was=$(cut -f 5 "$own" 2> /dev/null) || true
+    if [ -n "$was" ] && { [ -n "$fresh" ] || [ "$was" != "$command" ]; }; then stale=1; fi
+    for word; do
+        if [ "$last" = --out ]; then out=$word; fi
+        last=$word
+        for pair in $known; do  # is this older than what it was made from?
+            case $word in "${pair%=*}" | "${pair%=*}"/*) if [ -n "$was" ] && [ "${pair#*=}" -nt "$own" ]; then stale=1; fi ;; esac
+        done
+    done
+    if [ -n "$out" ]; then known+=" $out=$mark"; fi
     if [ -z "$fresh$stale" ] && [ -e "$mark" ] && [ -e "${out:-.}" ]; then return; fi
     if [ -n "$stale" ] && [ -f "$out" ]; then rm "$out"; fi
     if compgen -G "$out/state/step-*" > /dev/null; then
@@ -108,7 +116,7 @@ stage() {  # NAME WHY COMMAND...: skipped if it is done, resumed if it was cut s
     "$@" $more
     write $((spent + SECONDS - begin)) > "$mark.begun"
     mv "$mark.begun" "$mark"
-    fresh=1  # whatever follows was made from what is replaced now
+    ran=1
 }
 write() { printf '%s\t%s\t%s\t%s\t%s\n' "$number" "$1" "$where" "$why" "$command"; }
 
@@ -177,7 +185,7 @@ stage ask "Ask it" \
     python generate.py $P-int4 'Reverse this list: fox plum iron' --chat --temperature 0
 
 report=(python report.py "$P") server=(python serve.py "$P-dpo" --port "${PORT:-8000}")
-if [ -n "$dry" ] || [ -n "$fresh" ] || [ ! -e "$P-report/report.html" ]; then
+if [ -n "$dry" ] || [ -n "$ran" ] || [ ! -e "$P-report/report.html" ]; then
     say "All of it on one page: times, curves, marks, and the same questions after each stage" "${report[@]}"
     if [ -z "$dry" ]; then "${report[@]}"; fi
 fi

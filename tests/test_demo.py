@@ -119,18 +119,29 @@ def test_a_stage_that_failed_is_resumed_and_the_rest_follows(stubbed, tmp_path):
     assert stubbed()[1] == ["report.py runs/demo"]  # the stub has not made it
 
 
-def test_a_stage_done_anew_makes_the_later_ones_anew(stubbed, tmp_path):
+def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(stubbed, tmp_path):
     stubbed()
     (tmp_path / "runs" / "demo-answers.jsonl").write_text("stale")
-    code, log = stubbed("--from", "lora")
-    assert code == 0 and log[0].startswith("lora.py train") and log[0].endswith("--overwrite")
-    assert any(line.startswith("dpo.py") and line.endswith("--overwrite") for line in log)
-    assert not any(line.startswith(("train.py", "finetune.py runs")) for line in log)
+    shutil.rmtree(tmp_path / "runs" / "demo-merged")
+    code, log = stubbed(FAIL="dpo.py")  # cut short when only a part of it is done
+    assert code == 7 and [line.split()[0] for line in log] == ["lora.py", "finetune.py", "dpo.py"] and "merge" in log[0]
+    code, log = stubbed()
+    assert code == 0 and log[0].startswith("dpo.py") and [line.split()[0] for line in log[1:]] == [
+        "finetune.py", "quant.py", "quant.py", "quant.py", "finetune.py", "finetune.py", "generate.py", "generate.py", "report.py"]
     assert (tmp_path / "runs" / "demo-answers.jsonl").read_text() == "x\n"
-    shutil.rmtree(tmp_path / "runs" / "demo-sft")
-    assert stubbed()[1][0].startswith("finetune.py runs/demo ")
+    shutil.rmtree(tmp_path / "runs" / "demo-report" / "base")
+    assert [line.split()[0] for line in stubbed()[1]] == ["finetune.py", "report.py"]
     log = stubbed(LORA="--r 4")[1]  # other flags
     assert log[0].startswith("lora.py train") and "--r 4" in log[0] and log[0].endswith("--overwrite")
+    assert any(line.startswith("dpo.py") and line.endswith("--overwrite") for line in log)
+    assert not any(line.startswith(("train.py", "finetune.py runs")) for line in log)
+
+
+def test_from_makes_a_stage_and_all_that_follow_anew(stubbed):
+    whole = stubbed()[1]
+    log = stubbed("--from", "dpo")[1]
+    assert log[0].startswith("dpo.py") and log[0].endswith(" --overwrite")
+    assert [line.removesuffix(" --overwrite") for line in log] == whole[-len(log):]  # the stub leaves its step-1 everywhere
 
 
 def test_a_run_that_the_demo_did_not_make_is_never_thrown_away(stubbed, tmp_path):
