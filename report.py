@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import toybox
-from common import Metrics, UserError, cli, parse_flags, read_json, write_atomic
+from common import Metrics, UserError, cli, json_records, parse_flags, read_json, write_atomic
 
 MODELS = {"base": "only read", "sft": "fine-tuned", "lora": "LoRA", "dpo": "DPO", "int8": "int8", "int4": "int4"}
 SHOWN = ("reverse", "sort", "add", "fact", "speaker", "refuse", toybox.WITHHELD)  # of these the test's first question is shown
@@ -31,13 +31,9 @@ Stage = namedtuple("Stage", "number seconds where why command name")    # a line
 Answer = namedtuple("Answer", "question expected family text right")    # one that `finetune.py eval` left in RUN-report/MODEL
 
 
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def read_answers(folder):
     return [Answer(row["messages"][-1]["content"], row["expected"], row["family"], *row["answers"].values(), *row["right"].values())
-            for row in json_lines(folder / "answers.jsonl")]
+            for row in json_records(folder / "answers.jsonl")]
 
 
 def out_of(stage):
@@ -73,7 +69,7 @@ def learned(folder):
 
 def generated(path):
     """Facts of a file of answers, whose seconds count from the start of a command that may have been started again."""
-    rows = json_lines(path)
+    rows = list(json_records(path))
     total = sum(row["seconds"] for row, after in zip(rows, [*rows[1:], {"seconds": -1}]) if after["seconds"] < row["seconds"])
     tokens = sum(answer["tokens"] for row in rows for answer in row.get("answers", ()))
     return [f"{len(rows):,} answers, {tokens:,} tokens in {total:.1f} s: {tokens / max(total, 1e-3):,.0f} tokens/s"]
@@ -93,7 +89,7 @@ def facts(stage, answers):
             found = read_json(path) if path.suffix == ".json" else {"bytes": path.stat().st_size}
     found |= found.get("counts", {})
     return [f"{name.replace('_', ' ')} {value:,.{0 if isinstance(value, int) else 4}f}" for name, value in found.items()
-            if isinstance(value, (int, float)) and name != "seed"]
+            if type(value) in (int, float) and name != "seed"]
 
 
 # ------------------------------------------------------------------------------------------------------------------- tables
