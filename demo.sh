@@ -188,6 +188,8 @@ report=(python report.py "$P") server=(python serve.py "$P-dpo" --port "${PORT:-
 if [ -n "$dry" ] || [ -n "$ran" ] || [ ! -e "$P-report/report.html" ]; then
     say "All of it on one page: times, curves, marks, and the same questions after each stage" "${report[@]}"
     if [ -z "$dry" ]; then "${report[@]}"; fi
+else
+    echo "All of it is done: $P-report/report.html; --from STAGE does it anew ($names)"
 fi
 if [ "$serve" != 0 ] && [ -z "$past" ]; then
     say "The chat page at http://127.0.0.1:${PORT:-8000}, the API at /v1; Ctrl-C ends it" "${server[@]}"
