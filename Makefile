@@ -1,12 +1,12 @@
 # make demo | test | test-peers | test-browser | bench | clean — each sets itself up in .venv and touches nothing else on the
-# machine. make demo SERVE=0 stops before it serves the page.
+# machine. make demo SERVE=0 stops before it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-peers test-browser bench clean
 
 demo: .venv/runtime
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+	@bash demo.sh $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -m "not peers and not slow and not browser" tests

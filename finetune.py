@@ -456,7 +456,8 @@ def write_marks(out, names, marks, questions, command):
     write_report(out, f"{names[0]}: {len(questions):,} questions", command, [
         ("Scores, with 95 % intervals", ["", "questions", *names], table), ("Answers", ["asked", "expected", *names], shown)])
     lines = [{"messages": q.messages, "expected": q.expected, "family": q.family,
-              "answers": {name: m.texts[i] for name, m in zip(names, marks)}} for i, q in enumerate(questions)]
+              "answers": {name: m.texts[i] for name, m in zip(names, marks)},
+              "right": {name: m.right[i] for name, m in zip(names, marks)}} for i, q in enumerate(questions)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomic(out / "answers.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     last = (Metrics.read(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else [])[-1:] or [{"step": 0, "seconds": 0.0}]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import packed
 from chat import examples, read_conversations, render
-from common import UserError, cli, parse_flags, write_atomic
+from common import UserError, cli, parse_flags, write_atomic, write_json
 from corpora import documents
 from data import ends_of
 from model import Transformer, to_folder_names
@@ -586,8 +586,11 @@ def main():
             shutil.copyfile(Path(args.model) / name, out / name)
     cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
-    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(cast(original, dtype)) / 1e6:.2f}, held-out perplexity "
-          f"{before:.4f} -> {after:.4f}, KL {divergence:.5f}; {out}")
+    was = stored_bytes(cast(original, dtype))
+    write_json(out / "quantization.json", {"format": args.format, "bytes": size, "original_bytes": was, "perplexity": after,
+                                           "original_perplexity": before, "kl": divergence})
+    print(f"{args.format}: {size / 1e6:.2f} MB instead of {was / 1e6:.2f}, held-out perplexity {before:.4f} -> {after:.4f}, "
+          f"KL {divergence:.5f}; {out}")
 
 
 if __name__ == "__main__":

@@ -696,6 +696,7 @@ def eval_command(argv):
     parser.add_argument("--rows", type=int, default=8, help="windows per forward pass [8]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", help="write the result into this .json file too")
     args = parser.parse_args(argv)
     runtime = resolve(args.device, args.dtype, "off")
     tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
@@ -716,6 +717,8 @@ def eval_command(argv):
     result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
                   word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
     print(json.dumps(result, indent=1))
+    if args.out:
+        common.write_json(args.out, result)
 
 
 if __name__ == "__main__":
