@@ -1,4 +1,4 @@
-# Two images: `cpu` (small, the default) and `cuda`. Built from this repository alone; `make docker-test` builds and tries the first.
+# Two images, `cpu` (small, the default) and `cuda`, from this repository alone; `make docker-test` builds and tries the first.
 #   docker build -t llm:cpu .
 #   docker build -t llm:cuda --target cuda .
 #   docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v ./runs/demo-dpo:/model:ro llm:cpu
@@ -36,7 +36,7 @@ COPY requirements.txt /
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
     python3 -m venv /venv && grep -v '^triton' requirements.txt > cpu.txt && \
     /venv/bin/pip install --progress-bar off ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r cpu.txt && \
-    /venv/bin/python -c 'import torch; cuda = torch.version.cuda; exit(cuda and f"pip found torch for CUDA {cuda}: set TORCH_INDEX")' && \
+    /venv/bin/python -c 'import torch; exit(torch.version.cuda and "pip found a torch for CUDA: set TORCH_INDEX")' && \
     /venv/bin/pip check && /venv/bin/pip uninstall -y pip && cd /venv/lib/python3*/site-packages && \
     rm -r torch/test torch/include && find torch/bin -type f ! -name torch_shm_manager -delete && \
     find . -type d -name tests -prune -exec rm -r {} +
@@ -69,7 +69,7 @@ USER root
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=cuda-libraries /venv /venv
 COPY --from=program /app /app
-# Compiled kernels and the block sizes found best, kept over restarts where a volume is mounted. The NVIDIA runtime reads the others.
+# Compiled kernels and the block sizes found best, kept over restarts where a volume is mounted. The last two are for NVIDIA's runtime.
 ENV XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME /cache

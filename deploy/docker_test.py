@@ -8,6 +8,7 @@ Dockerfile on a base that debootstrap makes (apt-get install buildah debootstrap
 """
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import platform
@@ -26,72 +27,80 @@ IMAGE = "llm:cpu"
 LIMIT = 1_200_000_000  # bytes that the image may take on the disk
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 
-# ---------------------------------------------------------------------------------------------- what is run inside the image
-# A model folder with random weights, into argv[1].
-TINY_MODEL = """
-import sys
-from chat import CHATML_TEMPLATE
-from model import Config, Transformer
-from tokenizer import Tokenizer
-special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-tok = Tokenizer.train(["the quick brown fox jumps over the lazy dog"], 270, special_tokens=special)
-tok.chat_template = CHATML_TEMPLATE
-tok.save(sys.argv[1])
-shape = Config("qwen3", tok.vocab_size, 32, 64, 2, 4, 2, 8, 256, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id)
-Transformer(shape).save_pretrained(sys.argv[1])
-"""
-# Beside the server, in its network: waits until it is ready, then asks what a user asks -> one line of JSON.
-CLIENT = """
-import json, os, time
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+# --------------------------------------------------------------- what runs inside the image: its source is sent to a python there
+def tiny_model(folder):
+    """A model folder with random weights and a tokenizer of 270 tokens."""
+    from chat import CHATML_TEMPLATE
+    from model import Config, Transformer
+    from tokenizer import Tokenizer
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tok = Tokenizer.train(["the quick brown fox jumps over the lazy dog"], 270, special_tokens=special)
+    tok.chat_template = CHATML_TEMPLATE
+    tok.save(folder)
+    shape = Config("qwen3", tok.vocab_size, 32, 64, 2, 4, 2, 8, 256, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id)
+    Transformer(shape).save_pretrained(folder)
 
-def ask(path, body=None):
-    data = body and json.dumps(body).encode()
-    with urlopen(Request("http://127.0.0.1:8000" + path, data, {"content-type": "application/json"}), timeout=60) as answer:
-        return answer.read().decode()
 
-begin, ready = time.monotonic(), None
-while ready is None:
+def client(url, patience):
+    """Beside the server, in its network: waits until it is ready, then asks what a user asks; prints one line of JSON."""
+    import json
+    import os
+    import time
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    def ask(path, body=None):
+        data = body and json.dumps(body).encode()
+        with urlopen(Request(url + path, data, {"content-type": "application/json"}), timeout=60) as answer:
+            return answer.read().decode()
+    begin, ready = time.monotonic(), None
+    while ready is None:
+        try:
+            ready = ask("/ready")
+        except URLError as error:
+            if time.monotonic() - begin > patience:
+                raise SystemExit(f"not ready after {patience} s: {error}") from None
+            time.sleep(0.1)
+    seconds = round(time.monotonic() - begin, 1)
+    body = {"max_tokens": 16, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        ready = ask("/ready")
-    except URLError as error:
-        if time.monotonic() - begin > 120:
-            raise SystemExit(f"not ready after 120 s: {error}")
-        time.sleep(0.1)
-seconds = time.monotonic() - begin
-body = {"max_tokens": 16, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-try:
-    text = ask("/v1/chat/completions", body | {"messages": [{"role": "user", "content": "Reverse this list: fox plum iron"}]})
-except HTTPError:  # a model without a chat template
-    text = ask("/v1/completions", body | {"prompt": "The quick brown fox"})
-events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-chunks = [json.loads(event) for event in events[:-1]]
-pieces = [c["choices"][0].get("text") or c["choices"][0].get("delta", {}).get("content") or "" for c in chunks if c["choices"]]
-print(json.dumps({"ready": ready, "health": ask("/health"), "page": "<html" in ask("/"), "said": "".join(pieces), "end": events[-1],
-                  "tokens": chunks[-1]["usage"]["completion_tokens"], "seconds": round(seconds, 1),
-                  "metrics": "llm:generation_tokens_total" in ask("/metrics"),
-                  "user": [int(n) for n in open("/proc/1/status").read().partition("Uid:")[2].split()[:4]],
-                  "privileges": open("/proc/1/status").read().partition("CapEff:")[2].split()[0],
-                  "networks": sorted(os.listdir("/sys/class/net"))}))
-"""
-# What has no business in the image, and what lies in the program's folder.
-CONTENTS = """
-import json, os, shutil
-found = [tool for tool in ("g++", "gcc", "cc", "make", "cmake", "git") if shutil.which(tool)]
-for at, folders, files in os.walk("/"):
-    folders[:] = [name for name in folders if os.path.join(at, name) not in ("/proc", "/sys", "/dev", "/model")]
-    mine = at.startswith(("/venv", "/app")) and "/licenses" not in at
-    found += [os.path.join(at, name) for name in folders + files if name == ".git" or mine and name in ("tests", "docs", ".pytest_cache")
-              or at.endswith(".cache") and name == "pip"]
-print(json.dumps({"found": found, "app": sorted(os.listdir("/app"))}))
-"""
+        text = ask("/v1/chat/completions", body | {"messages": [{"role": "user", "content": "Reverse this list: fox plum iron"}]})
+    except HTTPError:  # a model without a chat template
+        text = ask("/v1/completions", body | {"prompt": "The quick brown fox"})
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    chunks = [json.loads(event) for event in events[:-1]]
+    pieces = [c["choices"][0].get("text") or c["choices"][0].get("delta", {}).get("content") or "" for c in chunks if c["choices"]]
+    status = dict(line.split(":", 1) for line in open("/proc/1/status"))
+    print(json.dumps({"ready": ready, "health": ask("/health"), "page": "<html" in ask("/"), "seconds": seconds,
+                      "said": "".join(pieces), "end": events[-1], "tokens": chunks[-1]["usage"]["completion_tokens"],
+                      "metrics": "llm:generation_tokens_total" in ask("/metrics"), "users": [int(n) for n in status["Uid"].split()],
+                      "privileges": status["CapEff"].strip(), "networks": sorted(os.listdir("/sys/class/net"))}))
+
+
+def contents():
+    """Prints as JSON what has no business in the image, and what lies in the program's folder."""
+    import json
+    import os
+    import shutil
+    found = [tool for tool in ("g++", "gcc", "cc", "make", "cmake", "git") if shutil.which(tool)]
+    for at, folders, files in os.walk("/"):
+        folders[:] = [name for name in folders if os.path.join(at, name) not in ("/proc", "/sys", "/dev", "/model")]
+        ours = at.startswith(("/venv", "/app")) and "/licenses" not in at
+        found += [os.path.join(at, name) for name in folders + files if name == ".git" or ours and name in ("tests", "docs")
+                  or at.endswith(".cache") and name == "pip"]
+    print(json.dumps({"found": found, "app": sorted(os.listdir("/app"))}))
+
+
+def program(function, *arguments):
+    """The command that calls a function in another python."""
+    return "python", "-c", f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})"
 
 
 # -------------------------------------------------------------------------------------------------------- commands and settings
 def run(*command, show=False, **more):
     """-> what the command printed. A failure ends the program with the command and its last words."""
-    done = subprocess.run(command, text=True, stdout=None if show else subprocess.PIPE, stderr=None if show else subprocess.STDOUT, **more)
+    out = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, text=True, **out, **more)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)[:300]}: exit status {done.returncode}\n{(done.stdout or '')[-3000:]}")
     return (done.stdout or "").strip()
@@ -119,7 +128,7 @@ def pip_settings(folder):
 # ----------------------------------------------------------------------------------------------------- an engine, or without one
 class Docker:
     """With a Docker engine."""
-    name = "docker"
+    name, container = "docker", ""
 
     def build(self, folder):
         base = [f"--build-arg=BASE={os.environ['BASE']}"] if "BASE" in os.environ else []
@@ -130,19 +139,19 @@ class Docker:
     def start(self, model, *arguments, writable=False):
         """The image with these arguments (or its own) -> the process."""
         self.container = f"llm-test-{secrets.token_hex(4)}"
-        return subprocess.Popen(["docker", "run", "--rm", f"--name={self.container}", "--read-only", "--tmpfs=/tmp", "--network=none",
-                                 "--cap-drop=ALL", "--security-opt=no-new-privileges",
+        return subprocess.Popen(["docker", "run", "--rm", f"--name={self.container}", "--network=none", "--read-only",
+                                 "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges",
                                  f"--volume={model}:/model{'' if writable else ':ro'}", IMAGE, *arguments])
 
     def inside(self, *command, root=False):
         """The command that runs a command in the running container, as its user or as root."""
         return ["docker", "exec", "-i", *(["--user=0"] if root else []), self.container, *command]
 
-    def stop(self, process):
+    def stop(self):
         run("docker", "stop", "--time=40", self.container)
 
     def close(self):
-        pass
+        subprocess.run(["docker", "rm", "--force", self.container], capture_output=True)
 
 
 class Buildah:
@@ -157,10 +166,12 @@ class Buildah:
 
     def __init__(self):
         if missing := [tool for tool in ("buildah", "debootstrap", "unshare", "nsenter", "ip") if not shutil.which(tool)]:
-            raise SystemExit(f"no Docker engine answers, and there is no {', '.join(missing)}: apt-get install buildah debootstrap iproute2")
+            raise SystemExit(f"no Docker engine answers, and there is no {', '.join(missing)}: apt-get install buildah debootstrap "
+                             "iproute2")
         if os.geteuid():
             raise SystemExit("without a Docker engine this needs root: sudo make docker-test")
-        os.environ.update(STORAGE_DRIVER="vfs", BUILDAH_ISOLATION="chroot")
+        os.environ.setdefault("STORAGE_DRIVER", "vfs")  # plain folders, which work everywhere
+        os.environ["BUILDAH_ISOLATION"] = "chroot"
         self.container = None
 
     def base(self, folder):
@@ -189,13 +200,12 @@ class Buildah:
 
     def command(self, *command):
         """With the image's variables and folder, and no others."""
-        start = 'cd "$1" && shift && exec "$@"'
-        return ["env", "-i", *self.config["Env"], "sh", "-c", start, "sh", self.config["WorkingDir"], *command]
+        return ["env", "-i", f"--chdir={self.config['WorkingDir']}", *self.config["Env"], *command]
 
     def start(self, model, *arguments, writable=False):
-        self.server = subprocess.Popen(["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", self.enter, "sh",
-                                        self.files, model, "rw" if writable else "ro", self.config["User"],
-                                        *self.command(*self.config["Entrypoint"], *(arguments or self.config["Cmd"]))])
+        command = self.command(*self.config["Entrypoint"], *(arguments or self.config["Cmd"]))
+        self.server = subprocess.Popen(["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", self.enter,
+                                        "sh", self.files, model, "rw" if writable else "ro", self.config["User"], *command])
         return self.server
 
     def first(self):
@@ -204,10 +214,10 @@ class Buildah:
 
     def inside(self, *command, root=False):
         user, _, group = "0:0".partition(":") if root else self.config["User"].partition(":")
-        return ["nsenter", f"--target={self.first()}", "--mount", "--net", "--pid", "--root", "--wd=/", f"--setuid={user}", f"--setgid={group}",
-                *self.command(*command)]
+        return ["nsenter", f"--target={self.first()}", "--mount", "--net", "--pid", "--root", f"--setuid={user}",
+                f"--setgid={group}", *self.command(*command)]
 
-    def stop(self, process):
+    def stop(self):
         os.kill(int(self.first()), signal.SIGTERM)
 
     def close(self):
@@ -231,50 +241,55 @@ def model_folder(engine, given, folder):
     else:
         path.mkdir(mode=0o777)
         path.chmod(0o777)
-        if engine.start(str(path), "-c", TINY_MODEL, "/model", writable=True).wait(120):
+        if engine.start(str(path), *program(tiny_model, "/model")[1:], writable=True).wait(120):
             raise SystemExit("the image could not make a model")
     return str(path)
 
 
 def examine(engine, model):
     """Everything that is checked -> [bool]"""
-    begin = time.monotonic()
     server = engine.start(model)
     try:
-        time.sleep(1)  # until there is a process to enter
-        inside = lambda *command, **how: run(*engine.inside(*command), **how)  # noqa: E731
-        seen = json.loads(inside("python", "-", input=CLIENT).splitlines()[-1])
-        contents = json.loads(inside("python", "-", input=CONTENTS).splitlines()[-1])
-        health = engine.config["Healthcheck"]["Test"]
-        healthy = subprocess.run(engine.inside(*health[1:])).returncode
-        write = subprocess.run(engine.inside("touch", "/probe", root=True), text=True, capture_output=True).stderr.strip()
-        model_write = subprocess.run(engine.inside("touch", "/model/probe", root=True), text=True, capture_output=True).stderr.strip()
-        used = run(*engine.inside("du", "-sxk", "--exclude=/model", "--exclude=/proc", "--exclude=/sys", "--exclude=/dev", "/", root=True))
-        size = int(used.splitlines()[-1].split()[0]) * 1024
-        begun = time.monotonic()
-        engine.stop(server)
+        until(lambda: not subprocess.run(engine.inside("true"), capture_output=True).returncode)
+        seen = json.loads(run(*engine.inside(*program(client, "http://127.0.0.1:8000", 120))).splitlines()[-1])
+        inside = json.loads(run(*engine.inside(*program(contents))).splitlines()[-1])
+        healthy = subprocess.run(engine.inside(*engine.config["Healthcheck"]["Test"][1:])).returncode == 0
+        root, folder = (subprocess.run(engine.inside("touch", path, root=True), text=True, capture_output=True).stderr.strip()
+                        for path in ("/probe", "/model/probe"))
+        outside = [f"--exclude=/{name}" for name in ("model", "proc", "sys", "dev")]
+        size = int(run(*engine.inside("du", "-sxk", *outside, "/", root=True)).splitlines()[-1].split()[0]) * 1024
+        begin = time.monotonic()
+        engine.stop()
         server.wait(60)
     finally:
         server.poll() is None and server.kill()
+    seconds, about = time.monotonic() - begin, {"README.md", "Makefile", "Dockerfile", "deploy", "tests", "docs"}
     return [
-        check("/health, /ready", json.loads(seen["health"])["status"] == "alive" and "ready" in seen["ready"], seen["ready"]),
-        check("ready, seconds after the start", seen["seconds"] < 120, seen["seconds"]),
+        check("/health and /ready answer", '"alive"' in seen["health"] and '"ready"' in seen["ready"], seen["ready"]),
+        check("ready soon after the start", seen["seconds"] < 120, f"{seen['seconds']} s"),
         check("a streamed answer ends as it should", seen["end"] == "[DONE]" and seen["tokens"] > 0,
               f"{seen['tokens']} tokens, {seen['said'][:60]!r}"),
         check("the page and /metrics are there", seen["page"] and seen["metrics"]),
-        check("HEALTHCHECK's command says healthy", healthy == 0),
-        check("the server's user is not root", all(seen["user"]), seen["user"][0]),
+        check("HEALTHCHECK finds it healthy", healthy),
+        check("its user is not root", all(seen["users"]), seen["users"][0]),
         check("it has no privileges", int(seen["privileges"], 16) == 0, seen["privileges"]),
         check("it needs no network", seen["networks"] == ["lo"], "only loopback"),
-        check("the root is read-only", "Read-only" in write, write),
-        check("the model is read-only", "Read-only" in model_write, model_write),
-        check("SIGTERM ends it", time.monotonic() - begun < 10, f"{time.monotonic() - begun:.1f} s"),
-        check("no compilers, tests, docs, caches or history inside", not contents["found"], ", ".join(contents["found"][:5])),
-        check("only the program in /app", not {"README.md", "Makefile", "Dockerfile", "deploy"} & set(contents["app"])
-              and "serve.py" in contents["app"], f"{len(contents['app'])} entries"),
-        check("size, under 1.2 GB", size < LIMIT, f"{size / 1e9:.3f} GB"),
-        check("all of it took", True, f"{time.monotonic() - begin:.0f} s"),
+        check("the root is read-only, even for root", "Read-only" in root, root),
+        check("so is the model", "Read-only" in folder, folder),
+        check("SIGTERM ends it", seconds < 10, f"{seconds:.1f} s"),
+        check("no compilers, tests, docs, caches or history inside", not inside["found"], ", ".join(inside["found"][:5])),
+        check("only the program in /app", not about & set(inside["app"]) and "serve.py" in inside["app"],
+              f"{len(inside['app'])} entries"),
+        check(f"it takes less than {LIMIT / 1e9} GB", size < LIMIT, f"{size / 1e9:.3f} GB"),
     ]
+
+
+def until(what, seconds=30):
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            raise SystemExit("the container did not start")
+        time.sleep(0.1)
 
 
 def main():
@@ -284,7 +299,8 @@ def main():
     if args.model and not Path(args.model, "config.json").is_file():
         raise SystemExit(f"{args.model}: no model folder (it has no config.json)")
     answers = shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
-    with tempfile.TemporaryDirectory(prefix="llm-docker-") as folder, contextlib.closing(Docker() if answers else Buildah()) as engine:
+    engine = Docker() if answers else Buildah()
+    with tempfile.TemporaryDirectory(prefix="llm-docker-") as folder, contextlib.closing(engine):
         Path(folder).chmod(0o755)
         begin = time.monotonic()
         engine.build(Path(folder))
