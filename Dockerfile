@@ -69,7 +69,7 @@ USER root
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=cuda-libraries /venv /venv
 COPY --from=program /app /app
-# Compiled kernels and the block sizes found best, kept over restarts where a volume is mounted. The last two are for NVIDIA's runtime.
+# Compiled kernels and the block sizes found best, kept where a volume is mounted. The last two are for NVIDIA's runtime.
 ENV XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME /cache

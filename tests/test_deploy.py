@@ -240,7 +240,7 @@ def test_prometheus_asks_the_services_of_compose_on_their_port():
 
 
 def test_grafana_finds_its_source_and_its_dashboard():
-    source = yaml.safe_load((ROOT / "deploy/grafana/datasource.yml").read_text())["datasources"][0]
+    source = yaml.safe_load((ROOT / "deploy/grafana/source.yml").read_text())["datasources"][0]
     provider = yaml.safe_load((ROOT / "deploy/grafana/dashboards.yml").read_text())["providers"][0]
     assert source["url"] == "http://prometheus:9090" and "prometheus" in compose()
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
