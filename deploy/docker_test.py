@@ -108,7 +108,8 @@ def run(*command, show=False, **more):
 
 def pip_settings(folder):
     """Where this machine's pip looks, for the pip in the build -> (arguments of build, folders of this machine they speak of)."""
-    said = (line.partition("=") for line in run(sys.executable, "-m", "pip", "config", "list").splitlines())
+    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True)  # nothing without pip
+    said = (line.partition("=") for line in listing.stdout.splitlines())
     found = {key.rpartition(".")[2].replace("_", "-"): value.strip("'\"").replace("\\n", " ") for key, _, value in said}
     places = {key: found[key].split() for key in ("index-url", "extra-index-url", "find-links", "trusted-host") if key in found}
     lines, arguments = ["[global]", *(f"{key} = {' '.join(urls)}" for key, urls in places.items())], []
