@@ -566,7 +566,7 @@ def bench_linear(args):
     rows = []
     with torch.inference_mode():
         for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
-            model, dtype = list(layers(format)), torch.bfloat16 if format in ("bfloat16", "int4") else torch.float32
+            model, dtype = list(layers(format)), torch.bfloat16 if format == "bfloat16" else torch.float32
             for M in args.rows:
                 inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
                 for _ in range(args.repeats):
@@ -640,8 +640,9 @@ def engine_speed(args, quant, dtype):
     def measure():
         return {"prefill": steps(1, args.prompt, 2)[0], **{n: steps(n, 64, args.new)[1] for n in (1, 8)}}
     config, weight = engine.config, {"int8": 1, "int4": 0.5, None: DTYPES[dtype].itemsize}[quant]
-    matrices = sum(p.numel() for n, p in engine.model.named_parameters() if p.ndim == 2 and "embed" not in n)
-    matrices += engine.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
+    with torch.device("meta"):
+        matrices = sum(p.numel() for n, p in Transformer(config).named_parameters() if p.ndim == 2 and "embed" not in n)
+    matrices += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     return measure, matrices * weight
 
 
