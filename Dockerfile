@@ -55,12 +55,11 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
 
 # ------------------------------------------------------------------------------------------------------------- the program
 FROM cpu-libraries AS program
-COPY . /app/
 WORKDIR /app
-# The C++ forward pass is compiled here, where a compiler is: the final image has the library and no compiler.
-RUN if [ -e forward.cpp ]; then \
-        apt-get update && apt-get install -y --no-install-recommends g++ && /venv/bin/python runner.py --build /app; \
-    fi && /venv/bin/python -m compileall -q /app
+# The C++ forward pass is compiled here, for every level of x86-64: the images get the libraries and no C++ compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends g++
+COPY . /app/
+RUN /venv/bin/python native.py --out build && /venv/bin/python -m compileall -q .
 
 # ---------------------------------------------------------------------------------------------------------------- the images
 FROM image AS cuda

@@ -210,8 +210,10 @@ class Buildah:
         return self.server
 
     def first(self):
-        """The number of the container's first process."""
-        return Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split()[0]
+        """The number of the container's first process, 0 where there is none."""
+        with contextlib.suppress(OSError, IndexError):
+            return int(Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split()[0])
+        return 0
 
     def inside(self, *command, root=False):
         user, _, group = "0:0".partition(":") if root else self.config["User"].partition(":")
@@ -219,7 +221,7 @@ class Buildah:
                 f"--setgid={group}", *self.command(*command)]
 
     def stop(self):
-        os.kill(int(self.first()), signal.SIGTERM)
+        os.kill(self.first(), signal.SIGTERM)
 
     def close(self):
         if self.container:
@@ -251,9 +253,10 @@ def examine(engine, model):
     """Everything that is checked -> [bool]"""
     server = engine.start(model)
     try:
-        until(lambda: not subprocess.run(engine.inside("true"), capture_output=True).returncode)
+        until(lambda: server.poll() is not None or not subprocess.run(engine.inside("true"), capture_output=True).returncode)
         seen = json.loads(run(*engine.inside(*program(client, "http://127.0.0.1:8000", 120))).splitlines()[-1])
         inside = json.loads(run(*engine.inside(*program(contents))).splitlines()[-1])
+        library = run(*engine.inside("python", "-c", "import native; print(native.library()._name)")).splitlines()[-1]
         healthy = subprocess.run(engine.inside(*engine.config["Healthcheck"]["Test"][1:])).returncode == 0
         root, folder = (subprocess.run(engine.inside("touch", path, root=True), text=True, capture_output=True).stderr.strip()
                         for path in ("/probe", "/model/probe"))
@@ -272,6 +275,7 @@ def examine(engine, model):
               f"{seen['tokens']} tokens, {seen['said'][:60]!r}"),
         check("the page and /metrics are there", seen["page"] and seen["metrics"]),
         check("HEALTHCHECK finds it healthy", healthy),
+        check("the C++ forward pass came compiled", library.startswith("/app/build"), library),
         check("its user is not root", all(seen["users"]), seen["users"][0]),
         check("it has no privileges", int(seen["privileges"], 16) == 0, seen["privileges"]),
         check("it needs no network", seen["networks"] == ["lo"], "only loopback"),
