@@ -37,7 +37,7 @@ def tiny_model(folder):
     tok = Tokenizer.train(["the quick brown fox jumps over the lazy dog"], 270, special_tokens=special)
     tok.chat_template = CHATML_TEMPLATE
     tok.save(folder)
-    shape = Config("qwen3", tok.vocab_size, 32, 64, 2, 4, 2, 8, 256, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id)
+    shape = Config("qwen3", tok.vocab_size, 32, 64, 2, 2, 1, 16, 256, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id)
     Transformer(shape).save_pretrained(folder)
 
 
