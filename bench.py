@@ -619,9 +619,9 @@ def quietly(function, *args, **options):
         return function(*args, **options)
 
 
-def engine_speed(args, quant, dtype):
+def engine_speed(args, model, quant=None, dtype="auto"):
     """-> (a round that measures {prefill, 1, 8: tok/s}, bytes that a decode step reads)"""
-    engine = quietly(Engine, args.model, args.device, dtype, quant, kv_tokens=16 * 1024)
+    engine = quietly(Engine, model, args.device, dtype, quant, kv_tokens=16 * 1024)
 
     def steps(batch, prompt, new):
         for _ in range(batch):
@@ -639,11 +639,9 @@ def engine_speed(args, quant, dtype):
 
     def measure():
         return {"prefill": steps(1, args.prompt, 2)[0], **{n: steps(n, 64, args.new)[1] for n in (1, 8)}}
-    config, weight = engine.config, {"int8": 1, "int4": 0.5, None: DTYPES[dtype].itemsize}[quant]
-    with torch.device("meta"):
-        matrices = sum(p.numel() for n, p in Transformer(config).named_parameters() if p.ndim == 2 and "embed" not in n)
-    matrices += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    return measure, matrices * weight
+    table, run = engine.model.embed_tokens.weight, engine.runner  # of the table one row is read, unless it is the head too
+    unread = 4 * table.numel() if run.native else 0 if engine.config.tie_word_embeddings else table.nbytes
+    return measure, run.weight_bytes - unread
 
 
 def llama_speed(path, args):
@@ -710,8 +708,11 @@ def bench_decode(args):
     print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the roofline is that over the bytes of the weights\n")
     programs, size = {}, {}
     for name in args.formats:
-        programs[name], size[name] = engine_speed(args, *(("int8", "float32") if name == "int8" else ("int4", "float32")
-                                                          if name == "int4" else (None, name)))
+        how = (name, "float32") if name in ("int8", "int4") else (None, name)
+        programs[name], size[name] = engine_speed(args, args.model, *how)
+    for path in args.gguf:
+        name = Path(path).name
+        programs[name], size[name] = engine_speed(args, path)
     programs |= {f"llama.cpp {Path(path).stem}": llama_speed(path, args) for path in args.gguf}
     programs |= {f"transformers {dtype}": transformers_speed(args, dtype) for dtype in args.transformers}
     rounds = {name: [] for name in programs}

@@ -94,7 +94,7 @@ struct Linear {              // (T, K) -> (T, N); native.py's class of the same 
     int32_t group;           // inputs that share a scale and a zero point; a multiple of 8. K here is padded to a multiple of it
     const uint8_t *weight;   // panels (N/W, K, W); INT8: (N/W, K/4, W, 4); INT4: (N/W, K/8, W, 4), inputs 4-7 in the high halves
     const uint16_t *scale;   // (N/W, K/group, W) float16: w = scale * (code - zero)
-    const uint8_t *zero;     // (N/W, K/group, W)
+    const uint16_t *zero;    // (N/W, K/group, W) float16
     const int32_t *order;    // (inputs,) packed column j is input order[j]; null: as they come
     const float *bias;       // (N,) or null
     int32_t inputs;          // K before padding
@@ -218,9 +218,7 @@ template <int BITS, int R, int P> static inline void multiply_codes(const Linear
             }
         for (int p = 0; p < P; p++) {  // sum of scale * (code - zero) * x = scale * step * (sum of code * q - zero * sum of q)
             const size_t at = (size_t(panel + p) * groups + g) * W;
-            const Floats scale = load_half(w.scale + at);
-            Floats zero;
-            for (int i = 0; i < W; i++) zero[i] = w.zero[at + i];
+            const Floats scale = load_half(w.scale + at), zero = load_half(w.zero + at);
             for (int r = 0; r < R; r++) {
                 const size_t row = size_t(t + r) * groups + g;
                 y[r][p] += (__builtin_convertvector(sum[r][p], Floats) - zero * x.sum[row]) * (scale * x.scale[row]);
@@ -301,7 +299,14 @@ static void rotate(const float *x, const float *cos, const float *sin, int D, fl
 static inline Floats load_cached(const float *p) { return load<Floats>(p); }
 static inline Floats load_cached(const uint16_t *p) { return load_half(p); }
 static inline void store_cached(float *p, float x) { *p = x; }
-static inline void store_cached(uint16_t *p, float x) { _Float16 h = x; memcpy(p, &h, 2); }
+static inline void store_cached(uint16_t *p, float x) {
+#if defined(__F16C__)
+    *p = _cvtss_sh(x, 0);
+#else
+    _Float16 h = x;
+    memcpy(p, &h, 2);
+#endif
+}
 
 // B vectors of y, from d on, of R queries: y = y * correction + sum over keys of p * value
 template <int R, int B, class Cached> static inline void add_values(const Cached *const *pages, int count, const float (*p)[CHUNK * PAGE],

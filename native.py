@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, cli
-from packed import GroupLinear, Int8Linear, in_kind
+from packed import in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
@@ -58,7 +58,8 @@ class Model(Structure):
 
 
 # ----------------------------------------------------------------------------------------------------------------- compiling
-LEVELS = {"x86-64-v4-vnni": "-march=x86-64-v4 -mavx512vnni", "x86-64-v3": "-march=x86-64-v3", "plain": ""}
+AVX2 = "-mavx2 -mfma -mf16c -mbmi2"  # by name, since older compilers do not know the levels of x86-64
+LEVELS = {"avx512-vnni": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni", "avx2": AVX2, "plain": ""}
 
 
 def level():
@@ -66,8 +67,8 @@ def level():
     if platform.machine() != "x86_64":
         return "plain"
     if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported():
-        return "x86-64-v4-vnni"
-    return "x86-64-v3" if torch.cpu._is_avx2_supported() else "plain"
+        return "avx512-vnni"
+    return "avx2" if torch.cpu._is_avx2_supported() else "plain"
 
 
 def compile_to(path, name):
@@ -146,16 +147,12 @@ class Panels:
         m = in_kind(m, kind)
         if type(m) is nn.Linear:
             (N, K), weight = m.weight.shape, m.weight.detach().float()
-            half = kind == "16" and weight.abs().max() < 65504
+            half = (kind == "16" or m.weight.dtype != torch.float32) and weight.abs().max() < 65504
             weight = self.keep(in_panels(weight.half() if half else weight, lanes))
             return Linear(FLOAT16 if half else FLOAT32, N, K, K, weight, bias=self.floats(bias), inputs=K)
-        if isinstance(m, Int8Linear):
-            codes, scale, group, order = (m.codes.int() + 128).to(torch.uint8), m.scale[:, None], m.in_features, None
-            zero, bits = torch.full_like(scale, 128, dtype=torch.uint8), 8
-        elif isinstance(m, GroupLinear):
-            codes, scale, zero, group, order, bits = m.codes(), m.scales, m.zero_points(), m.group, m.order, m.bits
-        else:
+        if not hasattr(m, "groups"):
             raise Unavailable(f"forward.cpp does not do {type(m).__name__}")
+        codes, scale, zero, group, order, bits = m.groups()
         (N, K), size = codes.shape, min(group, codes.size(1))
         if size % 8 and size < K:
             raise Unavailable(f"forward.cpp does not do groups of {group}")
@@ -166,7 +163,7 @@ class Panels:
         else:
             low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4) each
             weight = in_panels(low | high << 4, lanes)
-        packed = map(self.keep, (weight, in_panels(scale.half(), lanes), in_panels(zero, lanes)))
+        packed = map(self.keep, (weight, in_panels(scale.half(), lanes), in_panels(zero.half(), lanes)))
         order = None if order is None else self.keep(order.int())
         return Linear(INT8 if bits > 4 else INT4, N, codes.size(1), size, *packed, order, self.floats(bias), K)
 

@@ -297,6 +297,11 @@ class Int8Linear(QuantLinear):
     def dequantize(self, dtype=torch.float32):
         return (self.codes * self.scale[:, None]).to(dtype)
 
+    def groups(self):
+        """As forward.cpp wants it: codes uint8 (N, K), scale and zero (N, G), inputs a group, their order or None, bits."""
+        codes, scale = (self.codes.short() + 128).to(torch.uint8), self.scale[:, None]
+        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
+
     def plain(self, rows):
         if self.dynamic:
             codes, scale = int8_rows(rows.float())
@@ -349,6 +354,9 @@ class GroupLinear(QuantLinear):
         if self.bits > 4:
             return self.packed
         return torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :self.in_features]  # (N, K/2, 2) -> (N, K)
+
+    def groups(self):
+        return self.codes(), self.scales, self.zero_points(), self.group, self.order, self.bits
 
     def zero_points(self):
         return torch.full_like(self.scales, 8, dtype=torch.uint8) if self.zeros is None else self.zeros

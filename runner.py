@@ -29,12 +29,7 @@ def load_model(folder, device="auto", dtype="auto"):
     runtime, folder = resolve(device, dtype, "off"), Path(folder)
     on_cpu = runtime.device.type == "cpu"
     if folder.suffix == ".gguf":
-        config, state, tok = gguf.read(folder, torch.float32 if on_cpu else runtime.dtype)
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie()
-        model = model.to(runtime.device).eval()
+        model, tok = gguf.load(folder, runtime.device, torch.float32 if on_cpu else runtime.dtype, keep_packed=on_cpu)
     else:
         model = Transformer.from_pretrained(folder, runtime.device, None if on_cpu else runtime.dtype)
         found = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json"))
