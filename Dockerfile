@@ -21,7 +21,8 @@ EXPOSE 8000
 USER 1000:1000
 ENTRYPOINT ["python"]
 CMD ["serve.py", "/model", "--host", "0.0.0.0", "--port", "8000"]
-# /health: the event loop answers; /ready: the model is loaded and its engine lives. A model of gigabytes loads for minutes.
+# /health: the event loop answers; /ready: the model is loaded and its engine lives. A model of gigabytes loads for minutes. Of a
+# server on another port or with --certificate say otherwise: docker run --health-cmd.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 CMD ["python", "-I", "-S", "-c", \
     "from urllib.request import urlopen as ask; [ask('http://127.0.0.1:8000' + path, timeout=4) for path in ('/health', '/ready')]"]
 

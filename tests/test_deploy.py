@@ -96,11 +96,10 @@ def test_stages_that_are_named_exist_and_cpu_is_the_default():
 
 
 def test_the_cpu_image_has_no_tools_and_no_user_root():
-    users = re.findall(r"^USER (\S+)$", DOCKERFILE, re.M)
-    assert users[-1] == "1000:1000"
-    for final in ("image", "cpu"):  # what the CPU image is made of, but for what is copied in
-        stage = re.search(rf"^FROM \S+ AS {final}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)[1]
-        assert "apt-get" not in stage and "pip" not in stage
+    stages = dict(re.findall(r"^FROM \S+ AS (\S+)$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S))
+    for stage in ("image", "cuda"):  # cpu is image and two copies
+        assert re.findall(r"^USER (\S+)$", stages[stage], re.M)[-1] == "1000:1000"
+    assert not re.search("apt-get|pip|USER|RUN", stages["cpu"]) and not re.search("apt-get|pip", stages["image"])
     assert "http" not in instruction("CMD") and json.loads(instruction("ENTRYPOINT")) == ["python"]
 
 
