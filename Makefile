@@ -1,9 +1,9 @@
-# make demo | test | test-peers | test-browser | bench | clean — each sets itself up in .venv and touches nothing else on the
-# machine. make demo SERVE=0 stops before it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
+# make demo | test | test-peers | test-browser | docker-test | bench | clean — each sets itself up in .venv and touches nothing
+# else on the machine. make demo SERVE=0 stops before it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-peers test-browser bench clean
+.PHONY: demo test test-peers test-browser docker-test bench clean
 
 demo: .venv/runtime
 	@bash demo.sh $(ARGS)
@@ -17,6 +17,9 @@ test-peers: .venv/peers
 test-browser: .venv/dev  # needs Chromium (apt-get install chromium, or $$CHROMIUM) and axe-core: tests/test_browser.py says how
 	$(BIN)/python -m pip install -q --disable-pip-version-check playwright
 	AXE=$${AXE:-package/axe.min.js} $(BIN)/python -m pytest -q -m browser tests/test_browser.py
+
+docker-test:  # builds llm:cpu with Docker, or as root with buildah; MODEL=runs/demo-dpo instead of a tiny model
+	$(PYTHON) deploy/docker_test.py $(if $(MODEL),--model $(MODEL))
 
 bench: .venv/runtime
 	$(BIN)/python bench.py train
