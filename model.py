@@ -617,8 +617,9 @@ def open_weights(folder, device="cpu"):
             raise UserError(f"{index}: {file!r} is not a plain file name")
         try:
             handle = safe_open(folder / file, framework="pt", device=str(device))
-        except FileNotFoundError:
-            raise UserError(f"{folder / file}: not found (a model folder needs model.safetensors)") from None
+        except OSError as error:  # safetensors says "not found" of what may not be read, too
+            why = "may not be read by this user" if (folder / file).exists() else "not found (a model folder needs model.safetensors)"
+            raise UserError(f"{folder / file}: {why}") from error
         except SafetensorError as error:
             size = (folder / file).stat().st_size
             raise UserError(f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again") from None

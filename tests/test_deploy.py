@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import yaml
 from conftest import ROOT
 from test_serve import Stub, running, until
 
 import serve
 import train
 
-yaml = pytest.importorskip("yaml", reason="PyYAML reads compose.yaml")
 sys.path.insert(0, str(ROOT / "deploy"))
 from docker_test import client, tiny_model  # noqa: E402
 
