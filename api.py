@@ -176,6 +176,7 @@ class Grammars:
         grammar = self.kept.pop(name, None)
         if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:  # what it learned is 200 MB: forget
             grammar = make(*what)
+            Constraint(grammar, self.vocabulary).needs()  # the first mask here, not between two steps of the engine
         self.kept[name] = grammar
         while len(self.kept) > 32:
             self.kept.popitem(last=False)
@@ -278,6 +279,7 @@ def completion_logprobs(tok, logprobs, offset):
 
 
 ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+DONE, MARK = b"data: [DONE]\n\n", "the text's place"
 
 
 def sse(value):
@@ -304,6 +306,9 @@ class Answer:
         self.object = "chat.completion" if kind == "chat" else "text_completion"
         self.head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{name}", "created": int(time.time()), "model": model,
                      "system_fingerprint": None}
+        # most events differ in their text alone: what is around it is made once
+        text = {"content": MARK} if kind == "chat" else MARK
+        self.around = [self.chunk(c, text).split(ENCODE(MARK).encode()) for c in self.choices]
 
     def take(self, number, deltas):
         """Deltas of one choice, in order -> (choice, new visible text, new ids, their logprobs)."""
@@ -353,8 +358,10 @@ class Answer:
         """What a choice's new deltas are as events: they may be many, one event is enough; finish_reason comes once."""
         offset = len(self.choices[number]["text"])
         choice, text, ids, new = self.take(number, deltas)
-        out, logprobs = b"", self.logprobs_of(new, offset)
-        if text or logprobs or (self.body.return_token_ids and ids):
+        out, logprobs, whole = b"", self.logprobs_of(new, offset), self.body.return_token_ids
+        if text and not (logprobs or whole):
+            out = ENCODE(text).encode("utf-8", "replace").join(self.around[number])
+        elif text or logprobs or (whole and ids):
             out = self.chunk(choice, {"content": text} if self.kind == "chat" else text, logprobs, ids=ids)
         if choice["found"]:
             out += self.chunk(choice, {"tool_calls": choice["found"]})
@@ -365,20 +372,20 @@ class Answer:
     async def stream(self, batches):
         """batches: async iterator of [(prompt's number, Delta)], empty when nothing came for a while -> bytes of server-sent
         events: role, text as it comes, finish_reason once for each choice, usage if asked for, [DONE]."""
-        yield self.opening()
+        out, usage = self.opening(), self.body.stream_options and self.body.stream_options.include_usage
         try:
             async for batch in batches:
                 by_choice = {}
                 for position, delta in batch:
                     by_choice.setdefault(position * self.n + delta.index, []).append(delta)
-                if out := b"".join([self.chunks(c, deltas) for c, deltas in by_choice.items()]) if batch else b": keep-alive\n\n":
+                out += b"".join([self.chunks(c, deltas) for c, deltas in by_choice.items()]) if batch else b": keep-alive\n\n"
+                if out and not all(c["reason"] for c in self.choices):  # the last goes out with what ends the stream
                     yield out
+                    out = b""
+            out += self.event(choices=[], usage=self.usage()) if usage else b""
         except Refusal as refusal:  # the status line is long gone: the error is an event
-            yield sse(refusal.body)
-        else:
-            if self.body.stream_options and self.body.stream_options.include_usage:
-                yield self.event(choices=[], usage=self.usage())
-        yield b"data: [DONE]\n\n"
+            out += sse(refusal.body)
+        yield out + DONE
 
     async def whole(self, batches):
         """The same as one JSON body."""

@@ -341,7 +341,7 @@ def test_a_full_queue_is_429_and_draining_is_503():
         assert error_of(ask(server), 503) and error_of(HTTP.get(server.url + "/ready"), 503)
         assert HTTP.get(server.url + "/health").status_code == 200
         [t.join() for t in threads]  # what runs finishes
-        assert server.service.depth == 0
+        until(lambda: server.service.depth == 0)
 
 
 def test_keys_take_turns_in_the_queue():
@@ -349,7 +349,7 @@ def test_keys_take_turns_in_the_queue():
     worker = serve.Worker(engine, 1)
 
     async def fill():
-        inbox = asyncio.Queue()
+        inbox = serve.Inbox()
         for key, length in [("a", 1), ("a", 2), ("a", 3), ("b", 11), ("c", 21), ("b", 12)]:
             worker.submit(serve.Job([5] * length, Sampling(), None, key, inbox))
         while worker.waiting or engine.live:
@@ -400,6 +400,36 @@ def test_quiet_streams_are_kept_alive(monkeypatch):
     with running(Stub("xyz", delay=0.3)) as server:
         text = ask(server, stream=True).text
         assert text.count(": keep-alive\n\n") >= 2 and len(events(text)) == 5
+
+
+def test_a_hostile_grammar_is_refused_soon_while_all_else_streams():
+    hostile = ["(((?:){1000}){1000}){1000}", "(a{1000}){1000}", "(.{0,300}x){30}"]
+    with running(Stub("tick " * 100, delay=0.005)) as server:
+        refusals, gaps, last = [], [], None
+        threads = [threading.Thread(target=lambda p=p: refusals.append(ask(server, regex=p))) for p in hostile]
+        with HTTP.stream("POST", server.url + "/v1/completions", json={"prompt": "a", "stream": True}) as answer:
+            for line in answer.iter_lines():
+                now = time.monotonic()
+                gaps.append(now - (last or now))
+                if last is None:
+                    [t.start() for t in threads]
+                last = now
+        [t.join(20) for t in threads]
+        assert len(refusals) == 3 and all("too much work" in error_of(r, 400)["message"] for r in refusals)
+        assert max(gaps) < 1 and sum(r.elapsed.total_seconds() < 10 for r in refusals) == 3
+        nested = {}
+        for _ in range(450):
+            nested = {"anyOf": [nested]}
+        assert "nested" in error_of(ask(server, response_format=json_schema(nested)), 400)["message"]
+
+
+def test_a_repeated_schema_is_built_once(monkeypatch):
+    built, make = [], api.json_grammar
+    monkeypatch.setattr(api, "json_grammar", lambda *a: built.append(a) or make(*a))
+    with running(Stub()) as server:
+        for _ in range(3):
+            assert ask(server, response_format=json_schema({"type": "object", "properties": {"a": {}}})).status_code == 200
+    assert len(built) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ keys, logs, figures
