@@ -265,17 +265,24 @@ def chat_logprobs(tok, logprobs):
             "refusal": None}
 
 
-def completion_logprobs(tok, logprobs, offset):
-    """[TokenLogprob] -> the completions' shape; offset: characters of text before."""
-    out = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for t in logprobs:
-        text = spell(tok, t.id)[0]
-        out["tokens"].append(text)
-        out["token_logprobs"].append(None if t.logprob is None else max(t.logprob, -9999.0))  # None: a prompt's first token
-        out["top_logprobs"].append({spell(tok, i)[0]: max(p, -9999.0) for i, p in t.top} if t.top else None)
-        out["text_offset"].append(offset)
-        offset += len(text)
-    return out
+def completion_logprobs(tok, logprobs, offsets, ids):
+    """[TokenLogprob] -> the completions' shape; offsets: where in the text each begins; ids: also give the alternatives' ids."""
+    tops = [{} for _ in logprobs]
+    for top, t in zip(tops, logprobs):
+        for i, p in t.top:  # likeliest first: of two tokens that read the same the likelier one stays
+            top.setdefault(spell(tok, i)[0], max(p, -9999.0))
+    return {"tokens": [spell(tok, t.id)[0] for t in logprobs], "text_offset": offsets, "top_logprobs": [top or None for top in tops],
+            "token_logprobs": [None if t.logprob is None else max(t.logprob, -9999.0) for t in logprobs],  # None: a prompt's first
+            **({"top_token_ids": [[i for i, _ in t.top] for t in logprobs]} if ids else {})}
+
+
+def after(tok, prompt):
+    """A Stream for what follows a prompt, which may end within a character."""
+    before, stream = tok.stream(), tok.stream(skip_special=True)
+    for i in prompt[-4:]:
+        before.push(i)
+    stream.decoder.setstate(before.decoder.getstate())
+    return stream
 
 
 ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -296,13 +303,16 @@ class Answer:
         self.prompt_tokens = sum(map(len, prompts))
         tools = tools_of(body) if kind == "chat" else {}
         most = 1 if getattr(body, "parallel_tool_calls", None) is False else None
-        begin = tok.decode([tok.bos_id]) if tok.bos_id is not None else ""  # not the caller's: it is not repeated
-        self.choices = [dict(index=i, text="", ids=[], logprobs=[], reason=None, calls=ToolCalls(tools, most), found=[])
-                        for i in range(self.n * len(prompts))]
+        self.choices = [dict(index=i, text="", ids=[], logprobs=[], reason=None, calls=ToolCalls(tools, most), found=[],
+                             offsets=[], end=0, stream=after(tok, prompts[i // self.n])) for i in range(self.n * len(prompts))]
         begin = tok.decode([tok.bos_id]) if tok.bos_id is not None else ""  # not the caller's words: it is not repeated
-        for i, choice in enumerate(self.choices if echo else ()):
-            choice["text"] = echo[i // self.n].removeprefix(begin)
-            choice["logprobs"] = [t for k, t in enumerate(scored[i // self.n]) if k or t.id != tok.bos_id] if scored else []
+        for i, choice in enumerate(self.choices):
+            choice["lead"] = choice["cut"] = kind == "text" and bool(choice["stream"].decoder.getstate()[0])
+            if echo:
+                choice["text"] = echo[i // self.n].removeprefix(begin).removesuffix("\ufffd" if choice["cut"] else "")
+                choice["logprobs"] = [t for k, t in enumerate(scored[i // self.n]) if k or t.id != tok.bos_id] if scored else []
+                self.place(choice, tok.stream(), [t.id for t in choice["logprobs"]])
+            choice["end"] = len(choice["text"])
         self.object = "chat.completion" if kind == "chat" else "text_completion"
         self.head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{name}", "created": int(time.time()), "model": model,
                      "system_fingerprint": None}
@@ -317,6 +327,8 @@ class Answer:
         for d in deltas:
             ids += d.token_ids
             logprobs += d.logprobs or []
+        if choice["cut"] or (logprobs and self.kind == "text"):
+            text = self.mend(choice, text, self.place(choice, choice["stream"], ids))
         if reason:  # an answer that ends within a character ends before it
             text = choice["calls"].push(text.removesuffix("\ufffd"))
             rest, choice["found"] = choice["calls"].finish()
@@ -328,14 +340,37 @@ class Answer:
         choice["logprobs"] += logprobs
         return choice, text, ids, logprobs
 
+    def place(self, choice, stream, ids):
+        """Note where in the text each token begins -> the text they are; part of a character begins where that does."""
+        text = ""
+        for i in ids:
+            choice["offsets"].append(choice["end"] + len(text))
+            text += stream.push(i)
+        choice["end"] += len(text)
+        return text
+
+    def mend(self, choice, text, decoded):
+        """text, but if the prompt ends within a character: the engine, which decodes only what it makes, shows each of the bytes
+        that end it as U+FFFD; instead comes the whole character, or nothing where it was not ended."""
+        if choice["lead"] and decoded:
+            choice["lead"], first = False, decoded[0].replace("\ufffd", "")
+        else:
+            first = ""
+        if choice["cut"]:
+            text = text.lstrip("\ufffd")
+            choice["cut"] = not text
+        return first + text
+
     def usage(self):
         made = sum(len(c["ids"]) for c in self.choices)
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made, "total_tokens": self.prompt_tokens + made}
 
-    def logprobs_of(self, logprobs, offset=0):
+    def logprobs_of(self, choice, logprobs):
         if not logprobs:
             return None
-        return chat_logprobs(self.tok, logprobs) if self.kind == "chat" else completion_logprobs(self.tok, logprobs, offset)
+        if self.kind == "chat":
+            return chat_logprobs(self.tok, logprobs)
+        return completion_logprobs(self.tok, logprobs, choice["offsets"][-len(logprobs):], self.body.return_token_ids)
 
     def chunk(self, choice, delta, logprobs=None, reason=None, ids=()):
         """One event of a stream: delta is OpenAI's {"content": ...} of a chat, or the text of a completion."""
@@ -352,13 +387,12 @@ class Answer:
         """Role first, or the prompts that are to be repeated."""
         if self.kind == "chat":
             return b"".join(self.chunk(c, {"role": "assistant", "content": ""}) for c in self.choices)
-        return b"".join(self.chunk(c, c["text"], self.logprobs_of(c["logprobs"])) for c in self.choices if c["text"])
+        return b"".join(self.chunk(c, c["text"], self.logprobs_of(c, c["logprobs"])) for c in self.choices if c["text"])
 
     def chunks(self, number, deltas):
         """What a choice's new deltas are as events: they may be many, one event is enough; finish_reason comes once."""
-        offset = len(self.choices[number]["text"])
         choice, text, ids, new = self.take(number, deltas)
-        out, logprobs, whole = b"", self.logprobs_of(new, offset), self.body.return_token_ids
+        out, logprobs, whole = b"", self.logprobs_of(choice, new), self.body.return_token_ids
         if text and not (logprobs or whole):
             out = ENCODE(text).encode("utf-8", "replace").join(self.around[number])
         elif text or logprobs or (whole and ids):
@@ -394,7 +428,7 @@ class Answer:
                 self.take(position * self.n + delta.index, [delta])
         shown = []
         for c in self.choices:
-            one = {"index": c["index"], "finish_reason": c["reason"] or "length", "logprobs": self.logprobs_of(c["logprobs"])}
+            one = {"index": c["index"], "finish_reason": c["reason"] or "length", "logprobs": self.logprobs_of(c, c["logprobs"])}
             if self.kind == "chat":
                 calls = [{k: v for k, v in call.items() if k != "index"} for call in c["found"]]
                 one["message"] = {"role": "assistant", "content": c["text"] or (None if calls else ""), "refusal": None,

@@ -131,7 +131,13 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(schema, words):
 
 def test_a_thousand_properties_are_built_and_nesting_has_an_end():
     grammar = json_grammar({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}})
-    assert all(grammar.matches(t) for t in (b"{}", b'{"p0":"x"}', b'{"p3":"x","p999":"y"}')) and not grammar.matches(b'{"p9":"","p1":""}')
+    assert all(grammar.matches(t) for t in (b"{}", b'{"p0":"x"}', b'{"p3":"x","p999":"y"}'))
+    assert not grammar.matches(b'{"p9":"","p1":""}')
+    nested = {}
+    for _ in range(5000):
+        nested = {"anyOf": [nested]}
+    with pytest.raises(UserError, match="nested too deeply"):
+        json_grammar(nested)
     grammar = json_grammar({"type": "array"})
     assert grammar.matches(b"[" * 200 + b"]" * 200) and not grammar.matches(b"[" * 20_000 + b"]" * 20_000)
 
