@@ -95,6 +95,7 @@ class EmbeddingRequest(BaseModel):
     model: str | None = None
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: str | None = Field(None, pattern="^(float|base64)$")
+    dimensions: None = None     # a vector is as long as the model is wide
 
 
 class TokenizeRequest(BaseModel):

@@ -351,6 +351,10 @@ class Service:
             raise Refusal(404, f"no model {name!r}; there are {', '.join(self.names)}", "model_not_found", "model")
         return name or self.names[0]
 
+    def refuse_adapter(self, model, what):
+        if model in self.adapters:
+            raise Refusal(400, f"{what} are the base model's: there are none of the adapter {model!r}", param="model")
+
     def admit(self, request, model, prompts, samplings):
         """Jobs in the queue, or the reason why not: 429, 503. Whatever happens to the request, the Door closes them."""
         if self.draining or self.worker.broken:
@@ -470,6 +474,7 @@ def add_openai_routes(app, service):
         prompts, samplings = await aside(request, plan)
         echo, scored = [tok.decode(p) for p in prompts] if body.echo else (), ()
         if body.echo and body.logprobs is not None:
+            service.refuse_adapter(model, "the logprobs of an echo")
             scored = [await worker.call(lambda e, p=p: e.prompt_logprobs(p, body.logprobs)) for p in prompts]
         jobs = service.admit(request, model, prompts[:len(samplings)], samplings)
         return service.reply(Answer(tok, body, "text", request.state.id, model, prompts, echo, scored), jobs)
@@ -478,6 +483,7 @@ def add_openai_routes(app, service):
     async def embeddings(body: EmbeddingRequest, request: Request):
         """The mean over an input's tokens of the last hidden states, scaled to length 1."""
         model, prompts = service.model(body.model), await aside(request, prompt_lists, body.input, tok)
+        service.refuse_adapter(model, "embeddings")
         if longest := [len(p) for p in prompts if len(p) > engine.max_model_len]:
             raise Refusal(400, f"an input has {longest[0]:,} tokens, the context is {engine.max_model_len:,}",
                           "context_length_exceeded")

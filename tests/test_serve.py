@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -17,6 +18,7 @@ import uvicorn
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
 
 import api
+import lora
 import serve
 from chat import CHATML_TEMPLATE
 from common import UserError
@@ -444,6 +446,33 @@ def test_keys_are_asked_for_and_limited_and_never_logged(capfd):
     assert not any("hi" in row.get("prompts", ()) for row in map(json.loads, log.splitlines()))
 
 
+def test_one_key_cannot_reach_or_read_about_another_ones_requests(capfd):
+    ann, bob = ({"Authorization": f"Bearer {key}"} for key in ("sk-ann-secret", "sk-bob-secret"))
+    with running(Stub("x" * 300, delay=0.005), {"sk-ann-secret": "ann", "sk-bob-secret": "bob"}) as server:
+        with HTTP.stream("POST", server.url + "/v1/completions", headers={**ann, "X-Request-Id": "mine"},
+                         json={"prompt": "the diary of ann", "stream": True, "user": "ann@home"}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            seen = [HTTP.get(server.url + path, headers=bob).text for path in ("/stats", "/metrics", "/runs", "/v1/models")]
+            # the same id, and leaving under it, changes nothing for its first owner
+            with pytest.raises(httpx.ReadTimeout):
+                HTTP.post(server.url + "/v1/completions", headers={**bob, "X-Request-Id": "mine"}, json={"prompt": "b"}, timeout=0.3)
+            for method, path in (("GET", "/v1/completions/mine"), ("DELETE", "/v1/completions/mine"), ("POST", "/v1/cancel")):
+                assert HTTP.request(method, server.url + path, headers=bob).status_code in (404, 405)
+            rest = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        assert "".join(c["text"] for c in rest).endswith("x" * 200) and rest[-1]["finish_reason"] == "stop"
+        until(lambda: server.service.depth == 0)
+    for text in [*seen, capfd.readouterr().err]:
+        assert not any(word in text for word in ("diary", "secret", "ann@home"))
+    assert not any("ann" in text for text in seen)
+
+
+def test_the_readme_says_of_every_field_what_happens_to_it():
+    rows = dict(re.findall(r"^\| (applied|ours, applied|ignored|refused with 400) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
+    ours = zip(("applied", "ours, applied", "ignored", "refused with 400"), api.FIELDS.values())
+    assert {k: set(re.findall(r"`(\w+)`", rows[k])) for k in rows} == {k: set(names) for k, names in ours}
+
+
 def test_two_requests_with_one_id_stay_two():
     with running(Stub(None, delay=0.002), {"k1": "a", "k2": "b"}) as server:
         texts = {}
@@ -642,6 +671,35 @@ def test_random_clients_that_leave_leave_no_block_behind(real):
     asyncio.run(all_of_them())
     until(lambda: real.service.depth == 0 and not real.engine.has_work)
     assert real.engine.stats()["blocks_used"] == 0 and not real.engine.requests
+
+
+@pytest.fixture(scope="module")
+def tuned(real, tmp_path_factory):
+    """The tiny model with an adapter that changes much, and the two merged -> (adapter's folder, merged folder)"""
+    folder, model = tmp_path_factory.mktemp("tuned"), lora.apply(Transformer.from_pretrained(real.folder), r=4, alpha=16)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=0.5)
+    lora.save_adapter(model, folder / "adapter")
+    lora.merge(model).save_pretrained(folder / "merged")
+    real.engine.tok.save(folder / "merged")
+    return folder / "adapter", folder / "merged"
+
+
+def test_an_adapter_is_a_model_that_answers_as_the_merged_one(real, tuned):
+    body = dict(temperature=0, max_tokens=24, ignore_eos=True, return_token_ids=True)
+    engine = Engine(real.folder, "cpu", "float32", adapters={"poet": str(tuned[0])})
+    with running(engine, adapters=f"poet={tuned[0]}") as server, running(Engine(str(tuned[1]), "cpu", "float32")) as merged:
+        listed = HTTP.get(server.url + "/v1/models").json()["data"]
+        assert [(m["id"], m["parent"]) for m in listed] == [("stub", None), ("poet", "stub")]
+        before = ask(server, "/v1/embeddings", input="the fox").json()
+        base, poet = (ask(server, model=name, **body).json() for name in (None, "poet"))
+        ids = [r["choices"][0]["token_ids"] for r in (base, poet, ask(merged, **body).json())]
+        assert ids[0] != ids[1] == ids[2] and poet["model"] == "poet"
+        assert ask(server, "/v1/embeddings", input="the fox").json() == before  # the adapter stays with its own requests
+        for path, more in (("/v1/embeddings", dict(input="a")), ("/v1/completions", dict(prompt="ab", echo=True, logprobs=1))):
+            assert "adapter" in error_of(ask(server, path, model="poet", **more), 400)["message"]
 
 
 def test_embeddings_of_a_real_model_have_length_one(real):
