@@ -268,13 +268,12 @@ def chat_logprobs(tok, logprobs):
 
 def completion_logprobs(tok, logprobs, offsets, ids):
     """[TokenLogprob] -> the completions' shape; offsets: where in the text each begins; ids: also give the alternatives' ids."""
-    tops = [{} for _ in logprobs]
-    for top, t in zip(tops, logprobs):
-        for i, p in t.top:  # likeliest first: of two tokens that read the same the likelier one stays
-            top.setdefault(spell(tok, i)[0], max(p, -9999.0))
-    return {"tokens": [spell(tok, t.id)[0] for t in logprobs], "text_offset": offsets, "top_logprobs": [top or None for top in tops],
+    tops = [{spell(tok, i)[0]: (max(p, -9999.0), i) for i, p in reversed(t.top)} for t in logprobs]  # the likelier of two that
+    tops = [dict(sorted(top.items(), key=lambda item: -item[1][0])) for top in tops]                 # read the same stays
+    return {"tokens": [spell(tok, t.id)[0] for t in logprobs], "text_offset": offsets, "top_logprobs":
+            [{text: p for text, (p, _) in top.items()} or None for top in tops],
             "token_logprobs": [None if t.logprob is None else max(t.logprob, -9999.0) for t in logprobs],  # None: a prompt's first
-            **({"top_token_ids": [[i for i, _ in t.top] for t in logprobs]} if ids else {})}
+            **({"top_token_ids": [{text: i for text, (_, i) in top.items()} for top in tops]} if ids else {})}
 
 
 def after(tok, prompt):
