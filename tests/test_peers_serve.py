@@ -142,6 +142,28 @@ def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
     until(lambda: real.service.depth == 0 and real.engine.stats()["blocks_used"] == 0)
 
 
+@pytest.mark.slow
+def test_the_servers_own_work_is_microseconds_a_token():
+    """CPU time of the process without the stub's steps, whose 4 ms are slept as a step in C++ is: no Python runs in it."""
+    class Timed(Stub):
+        seconds = 0.0
+
+        def step(self):
+            begin = time.thread_time()
+            try:
+                return super().step()
+            finally:
+                self.seconds += time.thread_time() - begin
+    with running(Timed("x" * 6000, delay=0.004)) as server:
+        for streams in (1, 4, 16, 64):
+            made, own = server.engine.made, time.process_time() - server.engine.seconds
+            subprocess.run([sys.executable, ROOT / "bench.py", "serve", server.url, "--requests", str(streams), "--concurrency",
+                            str(streams), "--new", "400"], check=True, capture_output=True)
+            own = (time.process_time() - server.engine.seconds - own) / (server.engine.made - made) * 1e6
+            print(f"{streams:3d} streams: {own:6.1f} us a token")
+    assert own < 100
+
+
 # ------------------------------------------------------------------------------------------------------ a process of its own
 @contextlib.contextmanager
 def process(folder, *flags):
