@@ -138,6 +138,8 @@ def tools_of(body):
 
 def forced_call(body, tok):
     """tool_choice "required" or one function -> (schema, text before, text after) of the only answer allowed, else None."""
+    if strange := [t.get("type") for t in body.tools or () if t.get("type", "function") != "function"]:
+        raise Refusal(400, f"tools of type {strange[0]!r} are not supported, only functions", param="tools")
     if body.tool_choice in (None, "auto", "none"):
         return None
     functions, chosen = tools_of(body), body.tool_choice

@@ -789,6 +789,7 @@ def main():
     server.ready = (f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
                     "the API at /v1, its description at /docs")
     server.run(sockets=[socket])
+    gc.unfreeze()  # or triton's bindings count what was never freed, and say so
 
 
 def listen(args):

@@ -37,6 +37,8 @@ def test_every_field_of_the_openai_client_is_in_our_table():
     from openai.types.chat import completion_create_params as chat
     theirs = set(chat.CompletionCreateParamsBase.__annotations__) | set(text.CompletionCreateParamsBase.__annotations__)
     assert not theirs - {"stream"} - set(sum(api.FIELDS.values(), ()))
+    from openai.types import embedding_create_params as embedding
+    assert set(embedding.EmbeddingCreateParams.__annotations__) == {*api.EmbeddingRequest.model_fields, "user"}  # which is ignored
 
 
 def test_the_openai_client_chats_and_streams(client):
@@ -45,6 +47,9 @@ def test_the_openai_client_chats_and_streams(client):
     assert len(whole.choices) == 2 and whole.usage.completion_tokens <= 16 and whole.choices[0].finish_reason in ("stop", "length")
     token = whole.choices[0].logprobs.content[0]
     assert len(token.top_logprobs) == 3 and bytes(token.bytes) and token.logprob <= 0
+    for choice in whole.choices:
+        assert b"".join(bytes(t.bytes) for t in choice.logprobs.content).decode("utf-8", "ignore") == choice.message.content.replace(
+            "\ufffd", "")
     stream = client.chat.completions.create(model="", messages=HI, max_completion_tokens=8, seed=1, n=2, stream=True,
                                             stream_options={"include_usage": True})
     texts, reasons, usage = ["", ""], [], None
@@ -69,6 +74,7 @@ def test_the_openai_client_parses_a_schema_into_its_class(client):
 def test_the_openai_client_completes_embeds_and_lists(client, real):  # noqa: F811
     one = client.completions.create(model="", prompt=["the", "fox"], max_tokens=4, echo=True, logprobs=2, stop=["zzz"])
     assert [c.text[:3] for c in one.choices] == ["the", "fox"] and len(one.choices[0].logprobs.tokens) >= 1
+    assert set(dict(one.choices[0].logprobs)) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
     vectors = client.embeddings.create(model=client.models.list().data[0].id, input=["the", "fox"]).data  # asks for base64
     assert sum(x * x for x in vectors[0].embedding) == pytest.approx(1, abs=1e-3)
     body = dict(model="", prompt="the", max_tokens=5, seed=3)

@@ -251,7 +251,8 @@ BAD = [dict(messages=[]), dict(messages="x"), dict(messages=[{"role": "user"}]),
        dict(response_format={"type": "xml"}), dict(seed=1.5), dict(response_format={"type": "json_schema", "json_schema": []}),
        dict(stream_options=3), dict(response_format=json_schema(1)),
        dict(response_format=json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]})), dict(tools=TOOLS, tool_choice="sub"),
-       dict(tools=TOOLS, tool_choice={"function": "x"})]
+       dict(tools=TOOLS, tool_choice={"function": "x"}), dict(tools=[{"type": "custom", "custom": {"name": "x"}}]),
+       dict(tools=TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": {}})]
 
 
 @pytest.mark.parametrize("body", BAD, ids=[str(b)[:50] for b in BAD])
