@@ -354,10 +354,9 @@ class Answer:
     def mend(self, choice, text, decoded):
         """text, but if the prompt ends within a character: the engine, which decodes only what it makes, shows each of the bytes
         that end it as U+FFFD; instead comes the whole character, or nothing where it was not ended."""
+        first = ""
         if choice["lead"] and decoded:
             choice["lead"], first = False, decoded[0].replace("\ufffd", "")
-        else:
-            first = ""
         if choice["cut"]:
             text = text.lstrip("\ufffd")
             choice["cut"] = not text

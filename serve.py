@@ -37,26 +37,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from api import (
-    DONE,
-    ENCODE,
-    FIELDS,  # noqa: F401  (the README's table is tested from it)
-    Answer,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    Grammars,
-    Refusal,
-    TokenizeRequest,
-    chat_prompt,
-    encode_vector,
-    forced_call,
-    prompt_lists,
-    sampling_of,
-    spell,
-    tools_of,
-)
+import api
+from api import ENCODE, Answer, Refusal
 from common import Metrics, UserError, cli, parse_flags
 from generate import Engine, Sampling
 
@@ -325,7 +307,7 @@ class Reply(Response):
                    (b"x-accel-buffering", b"no")]  # or nginx would keep the events until there are many
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for events in self.answer.stream(self.batches):
-            await send({"type": "http.response.body", "body": events, "more_body": not events.endswith(DONE)})
+            await send({"type": "http.response.body", "body": events, "more_body": not events.endswith(api.DONE)})
 
 
 async def left(receive):
@@ -343,7 +325,7 @@ class Service:
         self.adapters = read_adapters(args)
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
         self.worker, self.depth, self.windows = Worker(engine, args.concurrency), 0, {}
-        self.measures, self.grammars = Measures(self.worker, lambda: self.depth), Grammars(engine.tok)
+        self.measures, self.grammars = Measures(self.worker, lambda: self.depth), api.Grammars(engine.tok)
         self.draining, self.started, self.builder = False, time.time(), ThreadPoolExecutor(1, "grammar")
 
     def model(self, name):
@@ -444,32 +426,32 @@ def add_openai_routes(app, service):
     engine, tok, worker = service.engine, service.engine.tok, service.worker
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request):
+    async def chat_completions(body: api.ChatRequest, request: Request):
         def plan():
             if body.top_logprobs and not body.logprobs:
                 raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
             if 0 in (body.max_tokens, body.max_completion_tokens):
                 raise Refusal(400, "max_tokens is 0, but a chat's answer needs at least one", param="max_tokens")
-            prompt = chat_prompt(tok, body.messages, body.tools if tools_of(body) else None)
-            return prompt, sampling_of(body, prompt, tok, engine.max_model_len, constraint,
+            prompt = api.chat_prompt(tok, body.messages, body.tools if api.tools_of(body) else None)
+            return prompt, api.sampling_of(body, prompt, tok, engine.max_model_len, constraint,
                                        (body.top_logprobs or 0) if body.logprobs else None)
-        model, constraint = service.model(body.model), await service.constraint(body, forced_call(body, tok))
+        model, constraint = service.model(body.model), await service.constraint(body, api.forced_call(body, tok))
         prompt, sampling = await aside(request, plan)
         jobs = service.admit(request, model, [prompt], [sampling])
         return service.reply(Answer(tok, body, "chat", request.state.id, model, [prompt]), jobs)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request):
+    async def completions(body: api.CompletionRequest, request: Request):
         def plan():
             if body.stream and (body.best_of or 1) > (body.n or 1):
                 raise Refusal(400, "best_of answers are compared when all are done: they cannot be streamed", param="best_of")
-            prompts = prompt_lists(body.prompt, tok)
+            prompts = api.prompt_lists(body.prompt, tok)
             if body.max_tokens == 0:
                 if not body.echo or max(map(len, prompts)) > engine.max_model_len:
                     raise Refusal(400, "max_tokens 0 only repeats the prompt: it needs echo, and a prompt within the context of "
                                   f"{engine.max_model_len:,} tokens", param="max_tokens")
                 return prompts, []
-            return prompts, [sampling_of(body, p, tok, engine.max_model_len, constraint, body.logprobs) for p in prompts]
+            return prompts, [api.sampling_of(body, p, tok, engine.max_model_len, constraint, body.logprobs) for p in prompts]
         model, constraint = service.model(body.model), await service.constraint(body)
         prompts, samplings = await aside(request, plan)
         echo, scored = [tok.decode(p) for p in prompts] if body.echo else (), ()
@@ -480,9 +462,9 @@ def add_openai_routes(app, service):
         return service.reply(Answer(tok, body, "text", request.state.id, model, prompts, echo, scored), jobs)
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request):
+    async def embeddings(body: api.EmbeddingRequest, request: Request):
         """The mean over an input's tokens of the last hidden states, scaled to length 1."""
-        model, prompts = service.model(body.model), await aside(request, prompt_lists, body.input, tok)
+        model, prompts = service.model(body.model), await aside(request, api.prompt_lists, body.input, tok)
         service.refuse_adapter(model, "embeddings")
         if longest := [len(p) for p in prompts if len(p) > engine.max_model_len]:
             raise Refusal(400, f"an input has {longest[0]:,} tokens, the context is {engine.max_model_len:,}",
@@ -490,7 +472,7 @@ def add_openai_routes(app, service):
         vectors = [await worker.call(lambda e, ids=ids: e.embed(ids)) for ids in prompts]  # others' steps come in between
         used = sum(map(len, prompts))
         return JSON({"object": "list", "model": model, "usage": {"prompt_tokens": used, "total_tokens": used},
-                     "data": [{"object": "embedding", "index": i, "embedding": encode_vector(v, body.encoding_format)}
+                     "data": [{"object": "embedding", "index": i, "embedding": api.encode_vector(v, body.encoding_format)}
                               for i, v in enumerate(vectors)]})
 
     @app.get("/v1/models")
@@ -504,19 +486,19 @@ def add_token_routes(app, service):
     tok = service.engine.tok
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, request: Request):
+    async def tokenize(body: api.TokenizeRequest, request: Request):
         """A text's ids, or those of the prompt that a chat becomes."""
         if (body.prompt is None) == (body.messages is None):
             raise Refusal(400, "give a prompt or messages, one of the two")
         if body.messages is not None:
-            ids = await aside(request, chat_prompt, tok, body.messages, None, body.add_generation_prompt)
+            ids = await aside(request, api.chat_prompt, tok, body.messages, None, body.add_generation_prompt)
         else:
             ids = await aside(request, tok.encode, body.prompt)
         return JSON({"tokens": ids, "count": len(ids), "max_model_len": service.engine.max_model_len,
-                     "token_strs": [spell(tok, i)[0] for i in ids]})
+                     "token_strs": [api.spell(tok, i)[0] for i in ids]})
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest):
+    async def detokenize(body: api.DetokenizeRequest):
         if not all(0 <= i < tok.vocab_size for i in body.tokens):
             raise Refusal(400, f"ids go from 0 to {tok.vocab_size - 1}")
         return JSON({"prompt": tok.decode(body.tokens)})

@@ -48,8 +48,8 @@ def test_the_openai_client_chats_and_streams(client):
     token = whole.choices[0].logprobs.content[0]
     assert len(token.top_logprobs) == 3 and bytes(token.bytes) and token.logprob <= 0
     for choice in whole.choices:
-        assert b"".join(bytes(t.bytes) for t in choice.logprobs.content).decode("utf-8", "ignore") == choice.message.content.replace(
-            "\ufffd", "")
+        said = b"".join(bytes(t.bytes) for t in choice.logprobs.content)
+        assert said.decode("utf-8", "ignore") == choice.message.content.replace("\ufffd", "")
     stream = client.chat.completions.create(model="", messages=HI, max_completion_tokens=8, seed=1, n=2, stream=True,
                                             stream_options={"include_usage": True})
     texts, reasons, usage = ["", ""], [], None
