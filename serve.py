@@ -199,7 +199,7 @@ class Worker(threading.Thread):
             self.put(job, (job.position, delta))
         # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: the tokens of some
         # steps go out together, more often than an eye can tell, the more streams the more; a first token and an end never wait
-        if now - self.sent >= min(0.002 * len(self.active), 0.05):
+        if now - self.sent >= min(0.005 * len(self.active), 0.05):
             urgent, self.sent = list(self.outbox), now
         self.deliver(urgent)
 
