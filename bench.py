@@ -566,7 +566,7 @@ def bench_linear(args):
     rows = []
     with torch.inference_mode():
         for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
-            model, dtype = list(layers(format)), torch.bfloat16 if format in ("bfloat16", "int4") else torch.float32
+            model, dtype = list(layers(format)), torch.bfloat16 if format == "bfloat16" else torch.float32
             for M in args.rows:
                 inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
                 for _ in range(args.repeats):
@@ -619,9 +619,9 @@ def quietly(function, *args, **options):
         return function(*args, **options)
 
 
-def engine_speed(args, quant, dtype):
+def engine_speed(args, model, quant=None, dtype="auto"):
     """-> (a round that measures {prefill, 1, 8: tok/s}, bytes that a decode step reads)"""
-    engine = quietly(Engine, args.model, args.device, dtype, quant, kv_tokens=16 * 1024)
+    engine = quietly(Engine, model, args.device, dtype, quant, kv_tokens=16 * 1024)
 
     def steps(batch, prompt, new):
         for _ in range(batch):
@@ -639,10 +639,9 @@ def engine_speed(args, quant, dtype):
 
     def measure():
         return {"prefill": steps(1, args.prompt, 2)[0], **{n: steps(n, 64, args.new)[1] for n in (1, 8)}}
-    config, weight = engine.config, {"int8": 1, "int4": 0.5, None: DTYPES[dtype].itemsize}[quant]
-    matrices = sum(p.numel() for n, p in engine.model.named_parameters() if p.ndim == 2 and "embed" not in n)
-    matrices += engine.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
-    return measure, matrices * weight
+    table, run = engine.model.embed_tokens.weight, engine.runner  # of the table one row is read, unless it is the head too
+    unread = 4 * table.numel() if run.native else 0 if engine.config.tie_word_embeddings else table.nbytes
+    return measure, run.weight_bytes - unread
 
 
 def llama_speed(path, args):
@@ -709,8 +708,11 @@ def bench_decode(args):
     print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the roofline is that over the bytes of the weights\n")
     programs, size = {}, {}
     for name in args.formats:
-        programs[name], size[name] = engine_speed(args, *(("int8", "float32") if name == "int8" else ("int4", "float32")
-                                                          if name == "int4" else (None, name)))
+        how = (name, "float32") if name in ("int8", "int4") else (None, name)
+        programs[name], size[name] = engine_speed(args, args.model, *how)
+    for path in args.gguf:
+        name = Path(path).name
+        programs[name], size[name] = engine_speed(args, path)
     programs |= {f"llama.cpp {Path(path).stem}": llama_speed(path, args) for path in args.gguf}
     programs |= {f"transformers {dtype}": transformers_speed(args, dtype) for dtype in args.transformers}
     rounds = {name: [] for name in programs}

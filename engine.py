@@ -614,16 +614,16 @@ class Engine:
     @torch.inference_mode()
     def embed(self, ids):
         """The mean over a text's tokens of the last hidden states (after the final norm), at length 1 -> list of C floats."""
-        hidden = self.model.hidden(torch.tensor([ids], device=self.runner.device)).float().mean(1)[0]  # (1, T, C) -> (C,)
+        hidden = self.runner.hidden(ids).mean(0)  # (T, C) -> (C,)
         return (hidden / hidden.norm()).tolist()
 
     @torch.inference_mode()
     def prompt_logprobs(self, ids, count):
         """What the model thought of a text itself -> a TokenLogprob for each of its tokens; of the first it thought nothing."""
-        hidden = self.model.hidden(torch.tensor([ids], device=self.runner.device))[0, :-1]  # (T - 1, C)
+        hidden = self.runner.hidden(ids)[:-1]  # (T - 1, C)
         scored = [TokenLogprob(ids[0], None, [])]
         for rows, after in zip(hidden.split(256), torch.tensor(ids[1:], device=hidden.device).split(256)):  # (256, V) at a time
-            logits = self.model.lm_head(rows)[:, :self.vocab_size].float()
+            logits = self.runner.head_of(rows)[:, :self.vocab_size]
             chosen, values, top = (t.tolist() for t in top_logprobs(logits, after, count))
             scored += [TokenLogprob(i, c, list(zip(t, v))) for i, c, t, v in zip(after.tolist(), chosen, top, values)]
         return scored

@@ -25,6 +25,7 @@ from bpe import PATTERNS
 from common import UserError, cli, parse_flags, read_json, write_atomic
 from model import Config, Transformer, check_layers, check_tensors, from_folder_names, open_weights, rope_frequencies
 from model import to_folder_names as folder_names
+from packed import QuantLinear
 from tokenizer import Tokenizer
 from vocab_files import merges_by_score, read_bpe, sequence, to_json
 
@@ -33,7 +34,8 @@ WEIGHTS_AT_ONCE = 1 << 18  # packed or unpacked at a time: few enough that the w
 
 # ---------------------------------------------------------------------------------------------------------- block formats
 # A row is cut into blocks of 32 or 256 weights, each with its own scale. Encoders take (n, block) float32 to (n, bytes)
-# uint8, decoders the reverse. Rounding follows ggml-quants.c's reference functions, so that the bytes are the same.
+# uint8; rounding follows ggml-quants.c's reference functions, so that the bytes are the same. The way back begins with `split`:
+# (n, bytes) -> codes uint8 (n, G, block / G), a number `zero`, scale (n, G), low (n, G) or None: w = (code - zero) * scale - low.
 
 def unpack(b, bits, group):
     """(n, m) uint8 -> (n, m * 8 / bits): in each run of `group` bytes the lowest bits of all come first, then the next."""
@@ -61,8 +63,15 @@ def inverse(x):
     return torch.where(x == 0, 0.0, 1 / x)
 
 
-def decode_q8(b):
-    return b[:, 2:].view(torch.int8) * halves(b[:, :2])
+def decode(b, split):
+    """(n, bytes) uint8 -> (n, block) float32."""
+    codes, zero, scale, low = split(b)
+    x = (codes.float() - zero) * scale[:, :, None]
+    return (x if low is None else x - low[:, :, None]).flatten(1)
+
+
+def split_q8(b):
+    return b[:, None, 2:] ^ 128, 128, halves(b[:, :2]), None  # -128..127 -> 0..255
 
 
 def encode_q8(x):
@@ -72,13 +81,13 @@ def encode_q8(x):
     return torch.cat((as_bytes(d), as_bytes(whole + (2 * (v - whole)).trunc(), torch.int8)), 1)  # halves away from zero
 
 
-def decode_legacy(b, bits, has_min=False):
+def split_legacy(b, bits, has_min=False):
     """Q4_0, Q4_1, Q5_0, Q5_1: scale, minimum if any, 4 bytes of fifth bits if any, 16 bytes of nibbles."""
     at = 4 if has_min else 2
     d, q = halves(b[:, :at]), unpack(b[:, -16:], 4, 16)
     if bits == 5:
         q = q | unpack(b[:, at:at + 4], 1, 1) << 4
-    return q * d[:, :1] + d[:, 1:] if has_min else (q.float() - (1 << bits - 1)) * d
+    return (q[:, None], 0, d[:, :1], -d[:, 1:]) if has_min else (q[:, None], 1 << bits - 1, d, None)
 
 
 def encode_legacy(x, bits, has_min=False):
@@ -137,7 +146,7 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-def decode_k45(b, bits):
+def split_k45(b, bits):
     """Q4_K, Q5_K: two float16 scales over 8 six-bit scales and minima, [fifth bits,] nibbles. 8 sub-blocks of 32."""
     d, s, q = halves(b[:, :4]), b[:, 4:16], unpack(b[:, -128:], 4, 32)
     if bits == 5:
@@ -145,7 +154,7 @@ def decode_k45(b, bits):
     high = s[:, :8] >> 6 << 4  # the top two bits of the last four of each
     scale = torch.cat((s[:, :4] & 63, s[:, 8:] & 15 | high[:, :4]), 1) * d[:, :1]  # (n, 8)
     low = torch.cat((s[:, 4:8] & 63, s[:, 8:] >> 4 | high[:, 4:]), 1) * d[:, 1:]
-    return (q.view(-1, 8, 32) * scale[:, :, None] - low[:, :, None]).flatten(1)
+    return q.view(-1, 8, 32), 0, scale, low
 
 
 def encode_k45(x, bits):
@@ -161,11 +170,11 @@ def encode_k45(x, bits):
     return torch.cat((as_bytes(head[:, :, 0].t()), scales, *fifth, pack(q & 15, 4, 32)), 1)
 
 
-def decode_q6_k(b):
+def split_q6_k(b):
     """Low nibbles, high pairs of bits, 16 signed scales, one float16 over them. 16 sub-blocks of 16."""
     q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
     scale = b[:, 192:208].view(torch.int8) * halves(b[:, 208:])
-    return ((q.float() - 32).view(-1, 16, 16) * scale[:, :, None]).flatten(1)
+    return q.view(-1, 16, 16), 32, scale, None
 
 
 def encode_q6_k(x):
@@ -177,25 +186,26 @@ def encode_q6_k(x):
     return torch.cat((pack(q & 15, 4, 64), pack(q >> 4, 2, 32), as_bytes(sub, torch.int8), as_bytes(head)), 1)
 
 
-def decode_q2_k(b):
+def split_q2_k(b):
     d, q = halves(b[:, 80:]), unpack(b[:, 16:80], 2, 32).view(-1, 16, 16)
     scale, low = (b[:, :16] & 15) * d[:, :1], (b[:, :16] >> 4) * d[:, 1:]
-    return (q * scale[:, :, None] - low[:, :, None]).flatten(1)
+    return q, 0, scale, low
 
 
-def decode_q3_k(b):
+def split_q3_k(b):
     q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
     scale = (unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4).float() - 32
-    return ((q.float() - 4).view(-1, 16, 16) * (scale * halves(b[:, 108:]))[:, :, None]).flatten(1)
+    return q.view(-1, 16, 16), 4, scale * halves(b[:, 108:]), None
 
 
 class Kind(NamedTuple):
-    """A tensor type: ggml's number for it, weights a block, bytes a block, and the two functions."""
+    """A tensor type: ggml's number for it, weights a block, bytes a block, and its functions."""
     number: int
     block: int
     bytes: int
     decode: Callable
     encode: Callable | None = None  # None: llama.cpp's own files have it, we do not write it
+    split: Callable | None = None   # None: these are plain floats
 
     def size(self, shape):
         return math.prod(shape) // self.block * self.bytes
@@ -205,18 +215,19 @@ def plain(number, dtype):
     return Kind(number, 1, dtype.itemsize, lambda b: b.contiguous().view(dtype).float(), partial(as_bytes, dtype=dtype))
 
 
-def both(number, block, size, decode, encode, **how):
-    return Kind(number, block, size, partial(decode, **how), partial(encode, **how))
+def coded(number, block, size, split, encode=None, **how):
+    split = partial(split, **how)
+    return Kind(number, block, size, partial(decode, split=split), encode and partial(encode, **how), split)
 
 
 KINDS = {
     "F32": plain(0, torch.float32), "F16": plain(1, torch.float16), "BF16": plain(30, torch.bfloat16),
-    "Q4_0": both(2, 32, 18, decode_legacy, encode_legacy, bits=4), "Q5_0": both(6, 32, 22, decode_legacy, encode_legacy, bits=5),
-    "Q4_1": both(3, 32, 20, decode_legacy, encode_legacy, bits=4, has_min=True),
-    "Q5_1": both(7, 32, 24, decode_legacy, encode_legacy, bits=5, has_min=True),
-    "Q8_0": Kind(8, 32, 34, decode_q8, encode_q8), "Q2_K": Kind(10, 256, 84, decode_q2_k), "Q3_K": Kind(11, 256, 110, decode_q3_k),
-    "Q4_K": both(12, 256, 144, decode_k45, encode_k45, bits=4), "Q5_K": both(13, 256, 176, decode_k45, encode_k45, bits=5),
-    "Q6_K": Kind(14, 256, 210, decode_q6_k, encode_q6_k)}
+    "Q4_0": coded(2, 32, 18, split_legacy, encode_legacy, bits=4), "Q5_0": coded(6, 32, 22, split_legacy, encode_legacy, bits=5),
+    "Q4_1": coded(3, 32, 20, split_legacy, encode_legacy, bits=4, has_min=True),
+    "Q5_1": coded(7, 32, 24, split_legacy, encode_legacy, bits=5, has_min=True),
+    "Q8_0": coded(8, 32, 34, split_q8, encode_q8), "Q2_K": coded(10, 256, 84, split_q2_k), "Q3_K": coded(11, 256, 110, split_q3_k),
+    "Q4_K": coded(12, 256, 144, split_k45, encode_k45, bits=4), "Q5_K": coded(13, 256, 176, split_k45, encode_k45, bits=5),
+    "Q6_K": coded(14, 256, 210, split_q6_k, encode_q6_k)}
 NUMBERS = {kind.number: name for name, kind in KINDS.items()}
 
 
@@ -245,13 +256,32 @@ class Packed:
             out[i:i + step] = kind.decode(self.data[i:i + step].reshape(-1, kind.bytes)).view(-1, *self.shape[1:])
         return out
 
-    def codes(self):
-        """Q8_0 or Q4_0 -> (whole numbers (N, K) int8, scales (N, K/32) float16): weight = number * its group's scale."""
-        if self.kind not in ("Q8_0", "Q4_0"):
-            raise UserError(f"a {self.kind} tensor is not whole numbers with one scale for each 32; only Q8_0 and Q4_0 are")
-        b = self.data.view(-1, KINDS[self.kind].bytes)
-        q = b[:, 2:].view(torch.int8) if self.kind == "Q8_0" else unpack(b[:, 2:], 4, 16).to(torch.int8) - 8
-        return q.reshape(self.shape), b[:, :2].contiguous().view(torch.float16).view(len(self.data), -1)
+    def groups(self):
+        """-> (codes uint8 (N, K), scale and zero float32 (N, G)): w = scale * (code - zero), up to float32's rounding."""
+        kind, N = KINDS[self.kind], len(self.data)
+        codes, zero, scale, low = kind.split(self.data.reshape(-1, kind.bytes))
+        if low is None:
+            zero = torch.full_like(scale, zero)
+        else:
+            flat = low.abs() > 2048 * scale  # -low throughout, or so nearly that float16 zero points could not tell
+            codes, scale = codes.masked_fill(flat[:, :, None], 0), torch.where(flat, low, scale)
+            zero = torch.where(scale == 0, 0.0, low / scale)
+        return codes.reshape(self.shape), scale.reshape(N, -1), zero.reshape(N, -1)
+
+
+class PackedLinear(QuantLinear):
+    """A linear layer whose weights stay as they are in the file."""
+
+    def __init__(self, tensor, bias=None):
+        super().__init__(tensor.shape, bias)
+        self.tensor, self.format = tensor, tensor.kind
+
+    def dequantize(self, dtype=torch.float32):
+        return self.tensor.dequantize(dtype)
+
+    def groups(self):
+        codes, scale, zero = self.tensor.groups()
+        return codes, scale, zero, codes.size(1) // scale.size(1), None, 4 if self.tensor.kind[1] in "234" else 8
 
 
 # ------------------------------------------------------------------------------------------------- names, types and shape
@@ -765,7 +795,7 @@ def write(folder, path, mix):
 
 
 def read(path, dtype=torch.float32, keep_packed=False):
-    """GGUF file -> (Config, {our name: tensor}, Tokenizer or None), ready for Transformer.load_state_dict.
+    """GGUF file -> (Config, {our name: tensor}, Tokenizer or None), completeness checked.
 
     keep_packed: {our name: Packed} instead, nothing computed. UserError, in bounded time and memory, for whatever is
     wrong with the file.
@@ -797,13 +827,22 @@ def read(path, dtype=torch.float32, keep_packed=False):
     return config, state if keep_packed else {name: p.dequantize(dtype) for name, p in state.items()}, tok
 
 
-def load(path, device="cpu", dtype=torch.float32):
-    """GGUF file -> (Transformer, Tokenizer or None)."""
-    config, state, tok = read(path, dtype)
+def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
+    """GGUF file -> (Transformer, Tokenizer or None). keep_packed: linear layers stay as they are in the file (PackedLinear)."""
+    config, state, tok = read(path, keep_packed=True)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(state, strict=False, assign=True)  # completeness was checked; the tied head is absent
-    model.tie()
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    for name, m in list(model.named_modules()) if keep_packed else ():
+        if isinstance(m, torch.nn.Linear) and KINDS[state[f"{name}.weight"].kind].split:
+            bias = state.pop(f"{name}.bias", None)
+            model.set_submodule(name, PackedLinear(state.pop(f"{name}.weight"), bias and bias.dequantize()))
+            model.quantization = {"quant_method": "gguf"}
+    own = {"F16": torch.float16, "BF16": torch.bfloat16} if keep_packed else {}
+    model.load_state_dict({name: t.dequantize(own.get(t.kind, dtype)) for name, t in state.items()}, strict=False, assign=True)
+    if isinstance(model.lm_head, torch.nn.Linear):
+        model.tie()
     return model.to(device).eval(), tok
 
 

@@ -5,7 +5,6 @@ quant.py makes them; GPTQ's layout on disk, and bitsandbytes' for NF4, are what 
 import copy
 import functools
 import json
-import warnings
 
 import torch
 import torch.nn as nn
@@ -180,9 +179,10 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with packed weights: x (..., K) -> (..., N). `dequantize` defines it; `product` is the quickest way that
-    the device has to nearly the same numbers. Buffers named in `by_row` have the output rows first, so layers can be fused."""
+    """A linear layer with packed weights: x (..., K) -> (..., N). `dequantize` and `plain` define it; `product` is the quickest way
+    that the device has to nearly the same numbers. Buffers named in `by_row` have the output rows first, so layers can be fused."""
     by_row = ()
+    cpp = None  # native.Product, made by the first product that wants it; False where there cannot be one
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -193,15 +193,38 @@ class QuantLinear(nn.Module):
         """-> (N, K) of dtype, the weights that this layer stands for."""
         raise NotImplementedError
 
-    def prepare(self):
-        """Convert the weights to the CPU operators' own layout, once; the first product does it too."""
+    def plain(self, rows):
+        """The twin: unpack, then multiply. (M, K) -> (M, N)."""
+        return F.linear(rows, self.dequantize(rows.dtype), None if self.bias is None else self.bias.to(rows.dtype))
+
+    def on_gpu(self, rows):
+        """The same by a kernel, or None."""
+
+    def on_cpu(self, rows):
+        """The same of float32 by forward.cpp, or None."""
 
     def product(self, x):
-        """The plain twin: unpack, then multiply. x (..., K) -> (..., N) with the bias, in x's dtype."""
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        """x (..., K) -> (..., N) with the bias, in x's dtype."""
+        rows, y = x.reshape(-1, self.in_features), None
+        if x.is_cuda:
+            y = self.on_gpu(rows)
+        elif not torch.compiler.is_compiling():
+            y = self.on_cpu(rows.float())
+        y = self.plain(rows) if y is None else y
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
+
+    def in_cpp(self, rows):
+        """(M, K) float32, each group rounded to 8 bits -> (M, N), or None where forward.cpp cannot."""
+        if self.cpp is None:
+            import native  # only here: it knows these layers
+            try:
+                self.cpp = native.Product(self)
+            except native.Unavailable:
+                self.cpp = False
+        return self.cpp(rows) if self.cpp else None
 
     def with_bias(self, y):
         return y if self.bias is None else y + self.bias
@@ -226,7 +249,7 @@ def fuse(layers):
         return NF4Linear.from_state(state, (N, first.in_features), bias, first.block)
     fused = copy.copy(first)
     fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
-    fused.out_features, fused.fast = N, None
+    fused.out_features, fused.cpp = N, None
     for name in first.by_row:
         parts = [getattr(layer, name) for layer in layers]
         if name == "zeros" and any(part is not None for part in parts):
@@ -235,16 +258,21 @@ def fuse(layers):
     return fused
 
 
-def int8_rows(x, split):
-    """(M, K) floats -> (int8 rows, scale (M, 1)): each row by its own scale, so that no row depends on its neighbours.
+def in_kind(linear, kind):
+    """A layer still in floats -> the format that --quant names, "int8" or "int4"; any other layer as it is."""
+    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
+        return linear
+    if kind == "int8":
+        return Int8Linear.from_linear(linear, dynamic=linear.weight.device.type == "cpu")
+    K = linear.weight.size(1)
+    return GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
 
-    With `split` the rows come twice, (2M, K): rounded, and then what the rounding lost, 254 times finer. Two int8 products
-    so make one with 16-bit activations, which costs little more than one where the weights' way from memory is the cost.
-    """
+
+def int8_rows(x):
+    """(M, K) floats -> (the rows rounded to integers of 8 bits, scale (M, 1)): each by its own scale, so that none depends on its
+    neighbours."""
     scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp(min=1e-30) / 127  # the largest magnitude is 127
-    x = x / scale
-    high = x.round()
-    return (torch.cat((high, ((x - high) * 254).round())) if split else high).to(torch.int8), scale
+    return (x / scale).round(), scale
 
 
 class Int8Linear(QuantLinear):
@@ -257,8 +285,7 @@ class Int8Linear(QuantLinear):
     def __init__(self, codes, scale, bias=None, dynamic=False):
         """codes (N, K) int8, scale (N,) float32"""
         super().__init__(codes.shape, bias)
-        self.dynamic, self.fast, self.format = dynamic, None, "int8-dynamic" if dynamic else "int8"
-        self.int8_units = torch.cpu._is_vnni_supported()  # the CPU multiplies int8 natively and exactly
+        self.dynamic, self.format = dynamic, "int8-dynamic" if dynamic else "int8"
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
@@ -270,45 +297,30 @@ class Int8Linear(QuantLinear):
     def dequantize(self, dtype=torch.float32):
         return (self.codes * self.scale[:, None]).to(dtype)
 
-    def prepare(self):
-        if self.fast is not None or self.codes.is_cuda:
-            return
-        if self.dynamic and "x86" in torch.backends.quantized.supported_engines:  # FBGEMM's own layout
-            with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
-                weight = torch._make_per_channel_quantized_tensor(self.codes, self.scale.double(), torch.zeros_like(
-                    self.scale, dtype=torch.long), 0)
-            self.fast = torch.ops.quantized.linear_prepack(weight, None)
-        else:
-            self.fast = self.scale.bfloat16()
+    def groups(self):
+        """As forward.cpp wants it: codes uint8 (N, K), scale and zero (N, G), inputs a group, their order or None, bits."""
+        codes, scale = (self.codes.short() + 128).to(torch.uint8), self.scale[:, None]
+        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
 
-    def product(self, x):
-        rows = x.reshape(-1, self.in_features)
-        if x.is_cuda:
-            from kernels import int8_dynamic_linear, int8_linear
-            y = (int8_dynamic_linear if self.dynamic else int8_linear)(rows, self.codes, self.scale, self.bias)
-        elif self.int8_units and (not self.dynamic or torch.compiler.is_compiling()):  # compiled, these few operations are one
-            codes, scale = int8_rows(rows.float(), split=not self.dynamic)
-            y = torch._int_mm(codes, self.codes.t())  # (M or 2M, K) @ (K, N) -> int32, exact
-            if not self.dynamic:
-                y = torch.add(*y.float().chunk(2), alpha=1 / 254)  # the rounded part + what rounding lost
-            y = self.with_bias(y * scale * self.scale)
-        else:
-            self.prepare()
-            if self.dynamic and not isinstance(self.fast, torch.Tensor):
-                y = self.with_bias(self.fbgemm(rows.float()))
-            elif rows.size(0) <= FEW_ROWS and not self.dynamic:
-                y = self.with_bias(torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.fast))
-            else:
-                return super().product(x)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+    def plain(self, rows):
+        if self.dynamic:
+            codes, scale = int8_rows(rows.float())
+            rows = (codes * scale).to(rows.dtype)
+        return super().plain(rows)
 
-    def fbgemm(self, rows):
-        """One call that rounds activations and multiplies. It has one scale for all rows, so rows are made alike before. CPUs
-        without int8 units (before 2019) add pairs of products in 16 bits, where only 7-bit activations do not overflow."""
-        if rows.size(0) == 1:
-            return torch.ops.quantized.linear_dynamic(rows, self.fast, not self.int8_units)
-        top = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp(min=1e-30)
-        return torch.ops.quantized.linear_dynamic(rows / top, self.fast, not self.int8_units) * top
+    def on_gpu(self, rows):
+        from kernels import int8_dynamic_linear, int8_linear
+        return (int8_dynamic_linear if self.dynamic else int8_linear)(rows, self.codes, self.scale, self.bias)
+
+    def on_cpu(self, rows):
+        if self.dynamic:
+            y = self.in_cpp(rows)
+            return y if y is None else self.with_bias(y)
+        if len(rows) > FEW_ROWS:
+            return None
+        codes, scale = int8_rows(rows)  # what 8 bits lose of a row is a second one: two products with 8 bits make one with 16
+        y = self.in_cpp(torch.cat((codes * scale, rows - codes * scale)))
+        return y if y is None else self.with_bias(torch.add(*y.chunk(2)))
 
 
 class GroupLinear(QuantLinear):
@@ -324,7 +336,7 @@ class GroupLinear(QuantLinear):
     def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
         """codes uint8 (N, K) in the order of `order`."""
         super().__init__(codes.shape, bias)
-        self.bits, self.group, self.fast, self.format = bits, group if group > 0 else self.in_features, None, f"int{bits}"
+        self.bits, self.group, self.format = bits, group if group > 0 else self.in_features, f"int{bits}"
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -343,6 +355,9 @@ class GroupLinear(QuantLinear):
             return self.packed
         return torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :self.in_features]  # (N, K/2, 2) -> (N, K)
 
+    def groups(self):
+        return self.codes(), self.scales, self.zero_points(), self.group, self.order, self.bits
+
     def zero_points(self):
         return torch.full_like(self.scales, 8, dtype=torch.uint8) if self.zeros is None else self.zeros
 
@@ -353,39 +368,16 @@ class GroupLinear(QuantLinear):
         weight = groups.sub_(zero).mul_(self.scales[:, :, None]).view(N, -1)[:, :K]
         return (weight if self.order is None else weight[:, self.order.argsort()]).to(dtype)
 
-    def prepare(self):
-        if self.packed.is_cuda or self.fast is not None:
-            return
-        step = next((s for s in (256, 128, 64, 32) if self.group % s == 0), None)
-        if self.bits > 4 or step is None:
-            self.fast = ()  # torch's CPU operator knows groups of 32, 64, 128 and 256
-            return
-        N, K = self.out_features, self.in_features
-        codes = F.pad(self.codes().int(), (0, -K % self.group, 0, -N % 16))  # whole groups; rows in sixteens
-        scale = F.pad(self.scales.float(), (0, 0, 0, -N % 16))
-        shift = scale * (8 - F.pad(self.zero_points().float(), (0, 0, 0, -N % 16)))  # the operator's w = scale * (code - 8) + shift
-        both = torch.stack((scale, shift), -1).repeat_interleave(self.group // step, 1)  # (N, K/step, 2)
-        self.fast = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), both.transpose(0, 1).bfloat16().contiguous(),
-                     step)
+    def on_gpu(self, rows):
+        if self.bits > 4:
+            return None
+        from kernels import int4_linear
+        rows = rows if self.order is None else rows[:, self.order]
+        return int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
 
-    def product(self, x):
-        rows = x.reshape(-1, self.in_features)
-        if self.order is not None:
-            rows = rows[:, self.order]
-        if x.is_cuda and self.bits <= 4:
-            from kernels import int4_linear
-            y = int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
-            return y.view(*x.shape[:-1], self.out_features)
-        self.prepare()
-        if not self.fast or rows.size(0) > FEW_ROWS:
-            return super().product(x)
-        packed, both, step = self.fast
-        if self.in_features % self.group:
-            rows = F.pad(rows, (0, -self.in_features % self.group))
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, step, both)
-        if self.out_features % 16:
-            y = y[:, :self.out_features]
-        return self.with_bias(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+    def on_cpu(self, rows):
+        y = self.in_cpp(rows) if len(rows) <= FEW_ROWS else None
+        return y if y is None else self.with_bias(y)
 
 
 class NF4Linear(QuantLinear):
@@ -414,13 +406,9 @@ class NF4Linear(QuantLinear):
                                           dtype)
         return nf4_dequantize(self._buffers, (self.out_features, self.in_features), self.block, dtype)
 
-    def product(self, x):
-        if not x.is_cuda:
-            return super().product(x)
+    def on_gpu(self, rows):
         from kernels import nf4_linear
-        y = nf4_linear(x.reshape(-1, self.in_features), self.packed, nf4_absmax(self._buffers), self.block, self.out_features,
-                       self.in_features, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return nf4_linear(rows, self.packed, nf4_absmax(self._buffers), self.block, self.out_features, self.in_features, self.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------- folders

@@ -1,9 +1,9 @@
 """The Runner: computes one batch of tokens from many sequences over the paged cache; the lean forward pass of the engine.
 
-The model's projections are fused (q, k, v in one product, gate and up in another) and packed for the device; tokens of all
-sequences lie in one flat row, so a product never sees padding. model.py's forward, which has neither, defines the result.
+Tokens of all sequences lie in one flat row, so a product never sees padding. On a CPU one call into forward.cpp does it all
+(native.py); elsewhere projections are fused (q, k, v in one product, gate and up in another) and packed for the device, and
+attention is a kernel over block tables. model.py's forward, which has none of this, defines the result.
 """
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 import gguf
 import kernels
+import native
 import packed
 from common import UserError
 from model import Transformer
-from packed import GroupLinear, Int8Linear, QuantLinear
+from packed import QuantLinear
 from runtime import DTYPES, free_memory, resolve
 from tokenizer import Tokenizer
 
@@ -24,18 +25,13 @@ from tokenizer import Tokenizer
 def load_model(folder, device="auto", dtype="auto"):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
-    On the CPU weights arrive in float32, to be packed."""
+    On the CPU a folder's weights stay in the file, in its type, until a Runner packs them."""
     runtime, folder = resolve(device, dtype, "off"), Path(folder)
-    weights = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
+    on_cpu = runtime.device.type == "cpu"
     if folder.suffix == ".gguf":
-        config, state, tok = gguf.read(folder, weights)
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie()
-        model = model.to(runtime.device).eval()
+        model, tok = gguf.load(folder, runtime.device, torch.float32 if on_cpu else runtime.dtype, keep_packed=on_cpu)
     else:
-        model = Transformer.from_pretrained(folder, runtime.device, weights)
+        model = Transformer.from_pretrained(folder, runtime.device, None if on_cpu else runtime.dtype)
         found = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json"))
         tok = Tokenizer.load(folder) if found else None
     if tok and tok.vocab_size > model.config.vocab_size:
@@ -43,37 +39,33 @@ def load_model(folder, device="auto", dtype="auto"):
     return model, tok, runtime
 
 
-GATHERED = 1 << 14  # floats of keys up to which the CPU gathers a sequence's context for one product with others
-
-
 @dataclass
 class Batch:
     """The tokens of one step, flat: those of one sequence next to each other."""
     block_size: int
     ids: list = field(default_factory=list)
-    positions: list = field(default_factory=list)
-    slots: list = field(default_factory=list)       # where in the cache each token's key and value go: block * size + offset
     rows: list = field(default_factory=list)        # the tokens whose logits are wanted
     spans: list = field(default_factory=list)       # of each sequence: (first token, tokens, tokens before them, blocks)
-    adapters: list = field(default_factory=list)    # LoRA adapter of each token, -1 is none
+    adapters: list = field(default_factory=list)    # LoRA adapter of each sequence, -1 is none
 
     def add(self, blocks, ids, past, rows, adapter=-1):
         """ids are the tokens at positions past, past + 1, ...; rows count from the first of them."""
-        size, start = self.block_size, len(self.ids)
+        start = len(self.ids)
         self.spans.append((start, len(ids), past, blocks))
-        if len(ids) == 1:  # decoding: the usual case, thousands of times a second
-            self.ids.append(ids[0])
-            self.adapters.append(adapter)
-            self.positions.append(past)
-            self.slots.append(blocks[past // size] * size + past % size)
-            self.rows += [start] if rows else ()
-            return
         self.rows += [start + r for r in rows]
         self.ids += ids
-        self.adapters += [adapter] * len(ids)
-        positions = range(past, past + len(ids))
-        self.positions += positions
-        self.slots += [blocks[p // size] * size + p % size for p in positions]
+        self.adapters.append(adapter)
+
+    def positions(self):
+        return [p for _, n, past, _ in self.spans for p in range(past, past + n)]
+
+    def slots(self):
+        """Where in the cache each token's key and value go: block * size + offset."""
+        size = self.block_size
+        return [blocks[p // size] * size + p % size for _, n, past, blocks in self.spans for p in range(past, past + n)]
+
+    def token_adapters(self):
+        return [a for (_, n, _, _), a in zip(self.spans, self.adapters) for _ in range(n)]
 
 
 @dataclass
@@ -106,74 +98,17 @@ def fuse(linears):
 
 
 def pack(linears, kind):
-    """Layers over the same input -> one function of (T, K) to (T, N). On the CPU both are float32, and an operator call is all
-    there is. kind: None as they are, "16" 16-bit weights multiplied in float32 (FBGEMM), "int8" weights and activations, "int4"."""
+    """Layers over the same input -> one function of (T, K) to (T, N). kind: None as they are, "int8", "int4"."""
     if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
         return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
     kinds = {type(m) for m in linears}
     if len(kinds) > 1 or (kinds != {nn.Linear} and len({getattr(m, "group", 0) for m in linears}) > 1):
         parts = [pack([m], kind) for m in linears]
         return lambda x: torch.cat([part(x) for part in parts], -1)
-    linear = fuse(linears)
-    if isinstance(linear, nn.Linear) and kind == "int8":
-        linear = Int8Linear.from_linear(linear, dynamic=linear.weight.device.type == "cpu")
-    elif isinstance(linear, nn.Linear) and kind == "int4":
-        K = linear.weight.size(1)
-        linear = GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
-    if isinstance(linear, Int8Linear) and linear.dynamic and linear.codes.device.type == "cpu":
-        return pack_int8(linear)
-    if isinstance(linear, GroupLinear) and linear.packed.device.type == "cpu":
-        return pack_int4(linear)
-    if not isinstance(linear, nn.Linear):
-        linear.prepare()
+    linear = packed.in_kind(fuse(linears), kind)
+    if isinstance(linear, QuantLinear):
         return linear.product
-    weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
-    if kind == "16" and weight.device.type == "cpu":
-        fp16, op = torch.ops.quantized.linear_prepack_fp16(weight, bias), torch.ops.quantized.linear_dynamic_fp16.default
-        return lambda x: op(x, fp16)
-    return lambda x: F.linear(x, weight, bias)
-
-
-def pack_int8(layer):
-    """FBGEMM's int8 product: the fastest that torch has from one row to hundreds. It rounds activations with one scale for the
-    whole batch, so rows are brought to the same magnitude first: then no row's rounding is at the mercy of its neighbours."""
-    bias = layer.bias if layer.bias is None else layer.bias.data
-    with warnings.catch_warnings(action="ignore"):  # torch is moving these types to torchao
-        zeros = torch.zeros(len(layer.scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(layer.codes, layer.scale.double(), zeros, 0)
-    plain, op = torch.ops.quantized.linear_prepack(weight, None), torch.ops.quantized.linear_dynamic.default
-    alone = plain if bias is None else torch.ops.quantized.linear_prepack(weight, bias)
-
-    def product(x):
-        if x.size(0) == 1:
-            return op(x, alone)
-        top = x.abs().amax(-1, True).clamp_(min=1e-30)
-        y = op(x / top, plain).mul_(top)
-        return y if bias is None else y.add_(bias)
-    return product
-
-
-def pack_int4(layer):
-    """GroupLinear.product without what only other shapes and orders need: for few rows three operators."""
-    layer.prepare()
-    N, K = layer.out_features, layer.in_features
-    if not layer.fast or layer.order is not None or layer.bias is not None or N % 16 or K % layer.group:
-        return layer.product
-    codes, scales, step = layer.fast
-    op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    return lambda x: op(x.bfloat16(), codes, step, scales).float() if x.size(0) <= packed.FEW_ROWS else layer.product(x)
-
-
-def pack_norm(norm, config):
-    """LayerNorm or RMSNorm as a function of (..., C). RMSNorm in four small operators where torch's takes six:
-    x / sqrt(|x|^2 / C + eps) = sqrt(C) x / hypot(|x|, sqrt(C eps))."""
-    if config.is_gpt2:
-        return norm
-    C = norm.weight.size(-1)
-    gain, floor = norm.weight.data * C ** 0.5, torch.tensor((C * norm.eps) ** 0.5, device=norm.weight.device)
-    if norm.weight.device.type != "cpu":
-        return norm
-    return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), floor)).mul_(gain)
+    return lambda x: F.linear(x, linear.weight, linear.bias)
 
 
 class Runner:
@@ -187,7 +122,7 @@ class Runner:
         kinds = {"auto": torch.float32 if on_cpu else runtime.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn} | DTYPES
         if kv_dtype not in kinds:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")
-        self.kv_dtype, self.names = kinds[kv_dtype], list(adapters or {})
+        self.names = list(adapters or {})
         if adapters:
             from lora import load_adapter, model_adapter_rows  # only here: they bring the training scripts along
             for name, folder in adapters.items():
@@ -197,24 +132,46 @@ class Runner:
             raise UserError(f"--quant {kind}: use int8 or int4")
         if kind and model.quantization:
             raise UserError(f"--quant {kind}: this folder's weights are packed already; leave --quant out")
-        kind = kind or ("16" if on_cpu and runtime.dtype != torch.float32 else None)
-        self.layers = [self.fused_layer(i, block, kind) for i, block in enumerate(model.layers)]
-        self.head, self.norm, self.graphs = pack([model.lm_head], kind), pack_norm(model.norm, c), {}
         if not c.is_gpt2:
             angle = torch.arange(self.max_len, device=self.device)[:, None].float() * model.rope_frequency
-            cos, sin = (angle.cos() * model.rope_scale)[:, None], (angle.sin() * model.rope_scale)[:, None]  # (P, 1, D/2)
-            dtype = model.embed_tokens.weight.dtype
-            self.cos, self.sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)  # (P, 1, D)
+            cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale  # (P, D/2)
+            dtype = torch.float32 if on_cpu else model.embed_tokens.weight.dtype
+            self.cos, self.sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)  # (P, D)
+        half = runtime.dtype != torch.float32
+        self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype], block_size), {}
+        packs = half or kind or model.quantization
+        self.kv_dtype = torch.float16 if self.native and packs and kv_dtype == "auto" else kinds[kv_dtype]
+        if self.native:
+            model.layers = model.lm_head = None  # packed; what is left of them would only fill memory
+        else:
+            if on_cpu:
+                model.float()
+            self.layers = [self.fused_layer(i, block, kind) for i, block in enumerate(model.layers)]
+            self.head = pack([model.lm_head], kind)
+
+    def in_cpp(self, kind, kv_dtype, block_size):
+        """-> native.Native, or None, with a line that says why, where only torch can do it."""
+        try:
+            for problem, found in ((f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
+                                   (f"blocks of {block_size}", block_size != native.PAGE)):
+                if found:
+                    raise native.Unavailable(f"forward.cpp does not do {problem}")
+            rope = (None, None) if self.config.is_gpt2 else (self.cos, self.sin)
+            made = native.Native(self.model, kind, *rope, self.names)
+        except native.Unavailable as reason:
+            print(f"forward  torch: {reason}")
+            return None
+        print(f"forward  C++ ({native.level()}), {torch.get_num_threads()} threads")
+        return made
 
     def fused_layer(self, i, block, kind):
         c, a, m, qk_norm = self.config, block.self_attn, block.mlp, None
         if hasattr(a, "q_norm"):  # each head over its own D channels, the gain by whether it is a query's or a key's
-            qk_norm = nn.RMSNorm(self.D, eps=c.norm_eps)
-            qk_norm.weight = nn.Parameter(torch.stack([a.q_norm.weight] * self.H + [a.k_norm.weight] * self.K), False)
-            qk_norm = pack_norm(qk_norm, c)
+            gain = torch.stack([a.q_norm.weight] * self.H + [a.k_norm.weight] * self.K)  # (H + K, D)
+            qk_norm = lambda x: F.rms_norm(x, (self.D,), eps=c.norm_eps) * gain  # noqa: E731
         up = [m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj]
-        return Layer(pack_norm(block.input_layernorm, c), pack([a.q_proj, a.k_proj, a.v_proj], kind), qk_norm,
-                     pack([a.o_proj], kind), pack_norm(block.post_attention_layernorm, c), pack(up, kind),
+        return Layer(block.input_layernorm, pack([a.q_proj, a.k_proj, a.v_proj], kind), qk_norm,
+                     pack([a.o_proj], kind), block.post_attention_layernorm, pack(up, kind),
                      pack([m.down_proj], kind), c.sliding_window if i in c.sliding_layers else None)
 
     def adapter_row(self, adapter):
@@ -222,20 +179,41 @@ class Runner:
             raise UserError(f"adapter {adapter!r} is not loaded; loaded are {', '.join(self.names) or 'none'}")
         return -1 if adapter is None else self.names.index(adapter)
 
+    @property
+    def weight_bytes(self):
+        return self.native.weight_bytes if self.native else sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+
+    @torch.inference_mode()
+    def hidden(self, ids):
+        """The tokens of one text by themselves -> what the head reads, (T, C) float32."""
+        if not self.native:
+            return self.model.hidden(torch.tensor([ids], device=self.device))[0].float()
+        run, blocks, batch = self.native.alone(), -(-len(ids) // self.block_size), Batch(self.block_size)
+        cache = run.allocate(blocks, torch.float32)
+        batch.add(list(range(blocks)), ids, 0, range(len(ids)))
+        return (run(batch, hidden=True), cache)[0]
+
+    def head_of(self, x):
+        """(R, C) -> logits (R, V) float32."""
+        return self.native.head(x) if self.native else self.model.lm_head(x.to(self.model.lm_head.weight.dtype)).float()
+
     # -- the cache
     @property
     def bytes_per_token(self):
-        scales = 2 * 4 * len(self.layers) * self.K if self.kv_dtype.itemsize == 1 else 0
+        scales = 2 * 4 * self.config.num_hidden_layers * self.K if self.kv_dtype.itemsize == 1 else 0
         return self.config.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
 
     def allocate(self, blocks):
         """Make room for keys and values: (layers, blocks, block_size, K, D) each; 8-bit ones with a scale a token and head."""
+        self.graphs = {}
+        if self.native:  # pages in an order of its own
+            self.keys, self.values = self.native.allocate(blocks, self.kv_dtype)
+            self.scales = None
+            return
         shape = (len(self.layers), blocks, self.block_size, self.K)
         self.keys, self.values = (torch.zeros(*shape, self.D, dtype=self.kv_dtype, device=self.device) for _ in range(2))
         small = self.kv_dtype.itemsize == 1
         self.scales = torch.zeros(2, *shape, device=self.device) if small else [[None] * len(self.layers)] * 2
-        self.flat = [[t.flatten(0, 1) for t in cache] for cache in (self.keys, self.values)]  # of each layer (slots, K, D)
-        self.graphs = {}
 
     def copy_blocks(self, pairs):
         """Copy whole blocks: [(from, to)]."""
@@ -245,21 +223,13 @@ class Runner:
 
     # -- one step
     def __call__(self, batch):
+        """-> logits (R, V) float32, on the device."""
+        if self.native:
+            return self.native(batch)
+        S, T, R = len(batch.spans), len(batch.ids), len(batch.rows)
         if self.device.type == "cuda":
-            return self.on_gpu(batch)
-        slots, many = torch.tensor(batch.slots), self.many(batch.spans)
-        spans = [self.span(*s) for s in batch.spans[many[0] if many else 0:]]
-
-        def attend(i, q, k, v, window):
-            if self.kv_dtype == torch.float32:
-                self.flat[0][i].index_copy_(0, slots, k)
-                self.flat[1][i].index_copy_(0, slots, v)
-            else:
-                kernels.kv_store(k, v, self.keys[i], self.values[i], slots, self.scales[0][i], self.scales[1][i])
-            return self.attend(i, q, spans, window, many)
-        rows = torch.tensor(batch.rows) if len(batch.rows) < len(batch.ids) else None
-        return self.forward(torch.tensor(batch.ids), torch.tensor(batch.positions), batch.adapters and torch.tensor(batch.adapters),
-                            rows, attend)
+            return self.on_gpu(batch, S, T, R)
+        return self.paged(*self.inputs(batch, S), T, S, R)
 
     def forward(self, ids, positions, adapters, rows, attend):
         """ids, positions, adapters (T,); rows (R,), None for all -> logits (R, V). attend(layer, q, k, v, window) -> (T, H * D)
@@ -271,7 +241,7 @@ class Runner:
         if self.config.is_gpt2:
             x = x + F.embedding(positions, self.model.embed_positions.weight)
         else:
-            cos, sin = self.cos[positions], self.sin[positions]  # (T, 1, D)
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.norm1(x)).view(T, H + 2 * K, D)
             qk = qkv[:, :H + K]  # queries and keys are treated alike
@@ -291,82 +261,29 @@ class Runner:
             if not len(rows):
                 return None
             x = x[rows]
-        return self.head(self.norm(x)).float()
+        return self.head(self.model.norm(x)).float()
 
-    # -- attention on the CPU: one product per sequence, over views of its pages where they are neighbours
-    def span(self, start, n, past, blocks):
-        """What attention needs to know of one sequence, found once for all layers -> (first token, tokens, context, its blocks,
-        keys and values of each layer as views (1, K, context, D) if they are one run, masks of full and of sliding layers)."""
-        length, views, full, sliding = past + n, None, None, None
-        blocks = blocks[:-(-length // self.block_size)]
-        first = blocks[0] * self.block_size
-        if self.kv_dtype == torch.float32 and blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-            views = [cache.flatten(1, 2)[:, None, first:first + length].transpose(2, 3).unbind(0)
-                     for cache in (self.keys, self.values)]
-        else:
-            blocks = torch.tensor(blocks)
-        if n > 1:
-            gap = torch.arange(past, length)[:, None] - torch.arange(length)
-            full = gap >= 0 if past else None
-            sliding = (gap >= 0) & (gap < self.config.sliding_window) if self.config.sliding_layers else None
-        return start, n, length, blocks, views, full, sliding
-
-    def many(self, spans):
-        """Where many short sequences decode, one gathered, padded product costs less than one product each ->
-        None or (how many, their slots (S * L,), masks (S, 1, 1, L) of full and of sliding layers)."""
-        S = next((i for i, (_, n, *_) in enumerate(spans) if n > 1), len(spans))
-        longest = max((past + 1 for _, _, past, _ in spans[:S]), default=0)
-        if S < 4 or longest * self.K * self.D > GATHERED or self.kv_dtype != torch.float32:
-            return None
-        width = -(-longest // self.block_size)
-        blocks = torch.tensor([(blocks + [blocks[0]] * width)[:width] for *_, blocks in spans[:S]])
-        slots = (blocks[:, :, None] * self.block_size + torch.arange(self.block_size)).view(S, -1)[:, :longest]
-        past, at = torch.tensor([past for _, _, past, _ in spans[:S]])[:, None], torch.arange(longest)
-        masks = [at <= past, (at <= past) & (at > past - (self.config.sliding_window or 0))]
-        return S, slots.reshape(-1), *(torch.where(mask, 0.0, -torch.inf)[:, None, None] for mask in masks)
-
-    def attend(self, i, q, spans, window, many=None):
-        """q (T, H, D) over each sequence's keys and values in layer i -> (T, H * D)."""
-        H, K, D, outs = self.H, self.K, self.D, []
-        single = q.view(-1, 1, K, H // K, D).unbind(0)  # of one token: the heads that share a key are rows of one product
-        if many:
-            S, slots, full, sliding = many  # (S * L, K, D) -> (S, K, L, D)
-            k, v = (flat[i].index_select(0, slots).view(S, -1, K, D).transpose(1, 2) for flat in self.flat)
-            y = F.scaled_dot_product_attention(q[:S].view(S, K, H // K, D), k, v, attn_mask=sliding if window else full)
-            outs.append(y.reshape(S, H * D))
-        for start, n, length, blocks, views, full, sliding in spans:
-            if views is not None:
-                k, v = views[0][i], views[1][i]
-            else:  # (blocks * block_size, K, D) -> (1, K, length, D)
-                k, v = (kernels.read_pages(cache[i], scales[i], blocks)[None, :length].transpose(1, 2)
-                        for cache, scales in ((self.keys, self.scales[0]), (self.values, self.scales[1])))
-            if n == 1:
-                if window and length > window:
-                    k, v = k[:, :, -window:], v[:, :, -window:]
-                outs.append(F.scaled_dot_product_attention(single[start], k, v).view(1, H * D))
-            else:
-                mask = sliding if window and length > window else full
-                y = F.scaled_dot_product_attention(q[start:start + n].transpose(0, 1)[None], k, v, attn_mask=mask,
-                                                   is_causal=mask is None, enable_gqa=H != K)
-                outs.append(y[0].transpose(0, 1).reshape(n, H * D))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    # -- on a GPU: the kernels of kernels.py over block tables; steps of decodes alone replay a CUDA graph
-    def on_gpu(self, batch):
-        """Nothing here waits for the device: inputs go over in one pinned copy, and the logits stay there."""
-        S, T, R, width = len(batch.spans), len(batch.ids), len(batch.rows), -(-self.max_len // self.block_size)
-        decode = S == T == R
-        size = bucket(S) if decode else S  # padding: slot -1 is not stored, and a context of length 0 attends to nothing
+    # -- attention over block tables: the kernels of kernels.py, or their twins where there is no GPU
+    def inputs(self, batch, size):
+        """The step's tokens, and its sequences padded to `size` -> two tensors of all parts one after the other, as `paged` splits
+        them. Padding: slot -1 is not stored, and a context of length 0 attends to nothing."""
+        S, T, width = len(batch.spans), len(batch.ids), -(-self.max_len // self.block_size)
         pad, starts = size - S, [start for start, *_ in batch.spans] + list(range(T, T + size - S + 1))
         tables = torch.zeros(size, width, dtype=torch.int32)
         for s, (*_, blocks) in enumerate(batch.spans):
             tables[s, :len(blocks)] = torch.tensor(blocks[:width], dtype=torch.int32)
-        parts = [batch.ids + [0] * pad, batch.positions + [0] * pad, batch.slots + [-1] * pad, batch.adapters + [-1] * pad,
-                 batch.rows]
+        parts = [batch.ids + [0] * pad, batch.positions() + [0] * pad, batch.slots() + [-1] * pad,
+                 batch.token_adapters() + [-1] * pad, batch.rows]
         longs = torch.tensor([x for part in parts for x in part])
-        ints = torch.cat((torch.tensor([past + n for _, n, past, _ in batch.spans] + [0] * pad + starts, dtype=torch.int32),
-                          tables.view(-1)))
-        longs, ints = (t.pin_memory().to(self.device, non_blocking=True) for t in (longs, ints))
+        lengths = torch.tensor([past + n for _, n, past, _ in batch.spans] + [0] * pad + starts, dtype=torch.int32)
+        return longs, torch.cat((lengths, tables.view(-1)))
+
+    def on_gpu(self, batch, S, T, R):
+        """Steps of decodes alone replay a CUDA graph. Nothing here waits for the device: inputs go over in one pinned copy, and
+        the logits stay there."""
+        decode = S == T == R
+        size = bucket(S) if decode else S
+        longs, ints = (t.pin_memory().to(self.device, non_blocking=True) for t in self.inputs(batch, size))
         if not decode:
             return self.paged(longs, ints, T, S, R)
         if size not in self.graphs:
@@ -424,7 +341,7 @@ def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
     if blocks < 1 or (free and blocks * per_block > free):
         raise UserError(f"a cache of {blocks:,} blocks of {block_size} tokens needs {blocks * per_block / 2**30:.2f} GiB, and "
                         f"{free / 2**30:.2f} GiB are free: at most {fits:,} blocks fit; lower --kv-tokens to {fits * block_size:,}")
-    weights = sum(p.numel() * p.element_size() for r in runners for p in r.model.parameters())
+    weights = sum(r.weight_bytes for r in runners)
     print(f"cache    weights {weights / 2**20:,.0f} MiB + keys and values {blocks * per_block / 2**20:,.0f} MiB = {blocks:,} "
           f"blocks of {block_size} = {blocks * block_size:,} tokens")
     return blocks

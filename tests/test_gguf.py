@@ -13,7 +13,9 @@ import torch
 import gguf
 from bpe import PATTERNS
 from common import UserError
+from generate import Engine
 from model import Config, Transformer
+from runner import Batch
 from tokenizer import Tokenizer
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -122,15 +124,56 @@ def test_zeros_and_constants_stay_what_they_are(name):
     assert gguf.Packed(name, (1, 768), gguf.quantize(x, name)).dequantize().isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
-def test_codes_times_scales_are_the_weights(name):
-    x = torch.randn(16, 96)
-    packed = gguf.Packed(name, (16, 96), gguf.quantize(x, name))
-    codes, scales = packed.codes()
-    assert codes.dtype == torch.int8 and codes.shape == (16, 96) and scales.shape == (16, 3)
-    assert torch.equal((codes.view(16, 3, 32) * scales.float()[:, :, None]).view(16, 96), packed.dequantize())
-    with pytest.raises(UserError, match="only Q8_0 and Q4_0"):
-        gguf.Packed("F16", (16, 96), gguf.quantize(x, "F16")).codes()
+CODED = [name for name, kind in gguf.KINDS.items() if kind.split]
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes_scales_and_zero_points_are_the_weights(name):
+    """Of any bytes at all, as long as the scales in them are finite; groups of one value included."""
+    kind = gguf.KINDS[name]
+    if kind.encode:
+        x = torch.randn(16, 512) * torch.tensor([1.0, 1e-3]).repeat(8)[:, None]
+        x[3, :64], x[4, 100:300] = 0.25, 0
+        data = gguf.quantize(x, name)
+    else:
+        data = torch.randint(256, (16, 512 // kind.block * kind.bytes), dtype=torch.uint8)
+        data.view(16, -1, kind.bytes)[:, :, -3:] = torch.tensor([0, 0, 30], dtype=torch.uint8)  # their float16 scales
+        data.view(16, -1, kind.bytes)[:, :, -4] = 0 if name == "Q2_K" else data.view(16, -1, kind.bytes)[:, :, -4]
+        if name == "Q2_K":
+            data.view(16, -1, kind.bytes)[:, :, -4:] = torch.tensor([0, 30, 0, 30], dtype=torch.uint8)
+    packed = gguf.Packed(name, (16, 512), data)
+    codes, scale, zero = packed.groups()
+    bits = 4 if name[1] in "234" else 8
+    assert codes.dtype == torch.uint8 and int(codes.max()) < 1 << bits
+    weights = (codes.view(16, scale.size(1), -1) - zero[:, :, None]) * scale[:, :, None]
+    assert torch.allclose(weights.view(16, 512), packed.dequantize(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mix", ["f32", "f16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k"])
+def test_the_engine_multiplies_what_lies_in_the_file(tmp_path, mix):
+    """Nothing is quantized again: only activations are rounded (8 bits), and no matrix is in floats."""
+    torch.manual_seed(0)
+    model = Transformer(Config("llama", 320, 256, 512, 2, 4, 2, 64, 64)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.05) if p.ndim > 1 else p.fill_(1)
+    model.save_pretrained(tmp_path)
+    Tokenizer.train(["some text"], 260, special_tokens=["<|endoftext|>"]).save(tmp_path)
+    gguf.write(tmp_path, tmp_path / "x.gguf", mix)
+    engine, (twin, _) = Engine(tmp_path / "x.gguf", "cpu"), gguf.load(tmp_path / "x.gguf")
+    ids = torch.randint(256, (40,)).tolist()
+    batch = Batch(16)
+    batch.add([0, 1, 2], ids, 0, range(40))
+    with torch.inference_mode():
+        engine.runner.allocate(4)
+        got, expected = engine.runner(batch), twin(torch.tensor([ids]))[0]
+    assert (got - expected).norm() < (1e-3 if mix in ("f32", "f16") else 0.02) * expected.norm()
+    weights = sum(p.numel() for n, p in twin.named_parameters() if p.ndim > 1 and "embed" not in n)
+    most = {"f32": 4, "f16": 2, "q4_0": 0.7, "q4_k_m": 1.1}.get(mix, 1.3)
+    assert engine.runner.weight_bytes < most * weights + 9e5  # and the embedding
+    if mix.startswith("q"):
+        with pytest.raises(UserError, match="packed already"):
+            Engine(tmp_path / "x.gguf", "cpu", quant="int4")
 
 
 def test_the_mix_is_llama_cpps():
