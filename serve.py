@@ -326,7 +326,7 @@ class Service:
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
         self.worker, self.depth, self.windows = Worker(engine, args.concurrency), 0, {}
         self.measures, self.grammars = Measures(self.worker, lambda: self.depth), api.Grammars(engine.tok)
-        self.draining, self.started, self.builder = False, time.time(), ThreadPoolExecutor(1, "grammar")
+        self.draining, self.started, self.builder, self.building = False, time.time(), ThreadPoolExecutor(1, "grammar"), 0
 
     def model(self, name):
         if name not in (None, "", *self.names):
@@ -382,7 +382,14 @@ class Service:
         """What binds the answer, or None. Made in a thread of its own, for it may take a second, and all else goes on."""
         if not (body.response_format or body.regex or forced):
             return None
-        return await asyncio.get_running_loop().run_in_executor(self.builder, self.grammars.constraint, body, forced)
+        if self.building >= 32:
+            raise Refusal(429, f"{self.building} grammars wait to be built: try again later", "queue_full",
+                          headers={"Retry-After": "5"})
+        self.building += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.builder, self.grammars.constraint, body, forced)
+        finally:
+            self.building -= 1
 
     def reply(self, answer, jobs):
         return Reply(answer, self.batches(jobs), self.args.timeout + 10)
@@ -405,6 +412,7 @@ def create_app(engine, args=None, keys=None):
         service.worker.start()
         yield
         service.worker.stopping = True
+        service.builder.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(service.worker.join, 10)
 
     app = FastAPI(title="LLM server", version="1", lifespan=lifespan, description="OpenAI-compatible; fields: see the README.",

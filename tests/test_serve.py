@@ -447,6 +447,12 @@ def test_a_hostile_grammar_is_refused_soon_while_all_else_streams():
         assert max(gaps) < 4 and max(r.elapsed.total_seconds() for r in refusals) < 30  # 0.1 and 2 on a quiet machine
 
 
+def test_grammars_that_wait_to_be_built_have_a_limit_and_plain_requests_none():
+    with running(Stub("x")) as server:
+        server.service.building = 32
+        assert error_of(ask(server, regex="a+"), 429)["code"] == "queue_full" and ask(server).status_code == 200
+
+
 def test_a_repeated_schema_is_built_once(monkeypatch):
     built, make = [], api.json_grammar
     monkeypatch.setattr(api, "json_grammar", lambda *a: built.append(a) or make(*a))
