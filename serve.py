@@ -17,6 +17,7 @@ import os
 import queue
 import re
 import secrets
+import socket
 import ssl
 import sys
 import threading
@@ -714,6 +715,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: a second write would wait 40 ms for an ACK
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.data_received(b"")
 
     def data_received(self, data):
@@ -762,7 +765,7 @@ def main():
     keys, adapters, begin = read_keys(args), read_adapters(args), time.time()
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print("warning: reachable from elsewhere and without keys (--api-key-file)", file=sys.stderr)
-    config, socket = listen(args)  # before the model is read: a port in use is told at once
+    config, sock = listen(args)  # before the model is read: a port in use is told at once
     engine = Engine(args.model, args.device, args.dtype, args.quant or None, args.kv_tokens or None, max_seqs=args.concurrency,
                     adapters=adapters or None)
     if engine.tok is None:
@@ -776,9 +779,9 @@ def main():
     gc.freeze()  # what is here now stays: the collector need not go through it again and again
     scheme = "https" if args.certificate else "http"
     server = Server(config)
-    server.ready = (f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
+    server.ready = (f"ready    {scheme}://{args.host}:{sock.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
                     "the API at /v1, its description at /docs")
-    server.run(sockets=[socket])
+    server.run(sockets=[sock])
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
 
 

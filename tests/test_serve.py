@@ -161,6 +161,16 @@ def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     assert [c["message"]["content"] for c in whole["choices"]] == [SAID, SAID] and whole["usage"] == usage["usage"]
 
 
+def test_no_answer_waits_for_an_acknowledgement(stub):
+    """Nagle's algorithm would hold an answer's second packet back until the client's delayed ACK, 40 ms later."""
+    seconds = []
+    for _ in range(20):
+        begin = time.monotonic()
+        HTTP.get(stub.url + "/health")
+        seconds.append(time.monotonic() - begin)
+    assert sorted(seconds)[5] < 0.03
+
+
 def test_usage_comes_only_when_asked_for(stub):
     for options in ({}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}):
         assert all(c["choices"] for c in events(ask(stub, stream=True, **options).text))
