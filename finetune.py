@@ -214,8 +214,8 @@ def load_data(args, tok):
     rows = len(train.plan(args.context, args.seed, 0).order)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(f"example  what is in the loss is {'green' if colour else 'in «»'}:\n"
-          + chat.paint(tok, *(part[:400].tolist() for part in train.pairs[0]), colour))
+    ids, mask = (part[:400].tolist() for part in train.pairs[0])
+    print(f"example  what is in the loss is {'green' if colour else 'in «»'}:\n{chat.paint(tok, ids, mask, colour)}")
     print(f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; {train.supervised / len(train):.1%} "
           f"of the tokens are in the loss; {rows:,} rows of {args.context:,} an epoch"
           + "".join(f"; {times:,} {reason}" for reason, times in (+counts).most_common(9)))

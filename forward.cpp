@@ -299,7 +299,14 @@ static void rotate(const float *x, const float *cos, const float *sin, int D, fl
 static inline Floats load_cached(const float *p) { return load<Floats>(p); }
 static inline Floats load_cached(const uint16_t *p) { return load_half(p); }
 static inline void store_cached(float *p, float x) { *p = x; }
-static inline void store_cached(uint16_t *p, float x) { _Float16 h = x; memcpy(p, &h, 2); }
+static inline void store_cached(uint16_t *p, float x) {
+#if defined(__F16C__)
+    *p = _cvtss_sh(x, 0);
+#else
+    _Float16 h = x;
+    memcpy(p, &h, 2);
+#endif
+}
 
 // B vectors of y, from d on, of R queries: y = y * correction + sum over keys of p * value
 template <int R, int B, class Cached> static inline void add_values(const Cached *const *pages, int count, const float (*p)[CHUNK * PAGE],

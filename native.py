@@ -58,7 +58,8 @@ class Model(Structure):
 
 
 # ----------------------------------------------------------------------------------------------------------------- compiling
-LEVELS = {"x86-64-v4-vnni": "-march=x86-64-v4 -mavx512vnni", "x86-64-v3": "-march=x86-64-v3", "plain": ""}
+AVX2 = "-mavx2 -mfma -mf16c -mbmi2"  # by name, since older compilers do not know the levels of x86-64
+LEVELS = {"avx512-vnni": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni", "avx2": AVX2, "plain": ""}
 
 
 def level():
@@ -66,8 +67,8 @@ def level():
     if platform.machine() != "x86_64":
         return "plain"
     if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported():
-        return "x86-64-v4-vnni"
-    return "x86-64-v3" if torch.cpu._is_avx2_supported() else "plain"
+        return "avx512-vnni"
+    return "avx2" if torch.cpu._is_avx2_supported() else "plain"
 
 
 def compile_to(path, name):

@@ -197,9 +197,10 @@ def round_together(named, H, cross, recipe):
     def square(matrix):  # |matrix @ X|^2
         return ((matrix @ H) * matrix).sum().item()
 
-    def change(target, *rounded):
-        return square(GroupLinear(*rounded[:3], recipe.bits, recipe.group_size, *rounded[3:]).dequantize() - target)
-    figures = change(moved, codes, scales, zeros, order), change(weight, *to_nearest), square(weight), damp
+    def change(target, rounded, order=None):
+        codes, scales, zeros = rounded
+        return square(GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - target)
+    figures = change(moved, (codes, scales, zeros), order), change(weight, to_nearest), square(weight), damp
     out, row = {}, 0
     for name, linear in named.items():
         rows = slice(row, row + linear.out_features)
@@ -286,8 +287,8 @@ def scale_channels(block, calibration, sliding, recipe):
         for share in range(20):
             factor = rms ** (share / 20)
             factor = factor / (factor.max() * factor.min()).sqrt()
-            codes = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
-            change = GroupLinear(*codes, recipe.bits, recipe.group_size).dequantize() / factor - weight
+            codes, scales, zeros = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
+            change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size).dequantize() / factor - weight
             error = ((change @ H) * change).sum().item()
             if error < least:
                 best, least = factor, error

@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,8 +76,8 @@ class Family:
     """draw(rng) -> fields; solve(**fields) -> the answer; ask: phrasings of the question, with the fields in braces; tell: what
     the text to pre-train on says, where {y} is the answer; again: the same of a list or pair that was just told of.
     content names the fields that decide the split."""
-    draw: object
-    solve: object
+    draw: Callable[[random.Random], dict]
+    solve: Callable[..., str]
     ask: tuple
     tell: tuple
     again: str = ""

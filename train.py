@@ -126,7 +126,7 @@ SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_siz
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
 
-def read_args(cls, description, presets=None, positional=(), argv=None):
+def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple[LoopArgs, Path | None]:
     """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
 
     What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.

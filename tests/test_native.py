@@ -54,7 +54,7 @@ def both(model, kind=None, dtype=torch.float32, twin=None):
     return torch.cat(got), (twin or model)(torch.tensor([a]))[0]
 
 
-@pytest.fixture(params=["x86-64-v4-vnni", "x86-64-v3", "plain"])
+@pytest.fixture(params=["avx512-vnni", "avx2", "plain"])
 def each_level(request, monkeypatch):
     """The same source for three kinds of machine, as far as this one can run them."""
     names = list(native.LEVELS)
