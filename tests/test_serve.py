@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import random
-import re
 import socket
 import struct
 import threading
@@ -507,12 +506,6 @@ def test_one_key_cannot_reach_or_read_about_another_ones_requests(capfd):
     for text in [*seen, capfd.readouterr().err]:
         assert not any(word in text for word in ("diary", "secret", "ann@home"))
     assert not any("ann" in text for text in seen)
-
-
-def test_the_readme_says_of_every_field_what_happens_to_it():
-    kinds = ("applied", "ours, applied", "ignored", "refused with 400")
-    rows = dict(re.findall(rf"^\| ({'|'.join(kinds)}) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
-    assert {kind: set(re.findall(r"`(\w+)`", row)) for kind, row in rows.items()} == dict(zip(kinds, map(set, api.FIELDS.values())))
 
 
 def test_two_requests_with_one_id_stay_two():
