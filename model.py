@@ -618,7 +618,8 @@ def open_weights(folder, device="cpu"):
         try:
             handle = safe_open(folder / file, framework="pt", device=str(device))
         except OSError as error:  # safetensors says "not found" of what may not be read, too
-            why = "may not be read by this user" if (folder / file).exists() else "not found (a model folder needs model.safetensors)"
+            why = "not found (a model folder needs model.safetensors)"
+            why = "may not be read by this user" if (folder / file).exists() else why
             raise UserError(f"{folder / file}: {why}") from error
         except SafetensorError as error:
             size = (folder / file).stat().st_size
