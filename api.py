@@ -95,6 +95,7 @@ class EmbeddingRequest(BaseModel):
     model: str | None = None
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: str | None = Field(None, pattern="^(float|base64)$")
+    dimensions: None = None     # a vector is as long as the model is wide
 
 
 class TokenizeRequest(BaseModel):
@@ -137,6 +138,8 @@ def tools_of(body):
 
 def forced_call(body, tok):
     """tool_choice "required" or one function -> (schema, text before, text after) of the only answer allowed, else None."""
+    if strange := [t.get("type") for t in body.tools or () if t.get("type", "function") != "function"]:
+        raise Refusal(400, f"tools of type {strange[0]!r} are not supported, only functions", param="tools")
     if body.tool_choice in (None, "auto", "none"):
         return None
     functions, chosen = tools_of(body), body.tool_choice
@@ -176,6 +179,7 @@ class Grammars:
         grammar = self.kept.pop(name, None)
         if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:  # what it learned is 200 MB: forget
             grammar = make(*what)
+            Constraint(grammar, self.vocabulary).needs()  # the first mask here, not between two steps of the engine
         self.kept[name] = grammar
         while len(self.kept) > 32:
             self.kept.popitem(last=False)
@@ -264,20 +268,27 @@ def chat_logprobs(tok, logprobs):
             "refusal": None}
 
 
-def completion_logprobs(tok, logprobs, offset):
-    """[TokenLogprob] -> the completions' shape; offset: characters of text before."""
-    out = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for t in logprobs:
-        text = spell(tok, t.id)[0]
-        out["tokens"].append(text)
-        out["token_logprobs"].append(None if t.logprob is None else max(t.logprob, -9999.0))  # None: a prompt's first token
-        out["top_logprobs"].append({spell(tok, i)[0]: max(p, -9999.0) for i, p in t.top} if t.top else None)
-        out["text_offset"].append(offset)
-        offset += len(text)
-    return out
+def completion_logprobs(tok, logprobs, offsets, ids):
+    """[TokenLogprob] -> the completions' shape; offsets: where in the text each begins; ids: also give the alternatives' ids."""
+    tops = [{spell(tok, i)[0]: (max(p, -9999.0), i) for i, p in reversed(t.top)} for t in logprobs]  # the likelier of two that
+    tops = [dict(sorted(top.items(), key=lambda item: -item[1][0])) for top in tops]                 # read the same stays
+    return {"tokens": [spell(tok, t.id)[0] for t in logprobs], "text_offset": offsets, "top_logprobs":
+            [{text: p for text, (p, _) in top.items()} or None for top in tops],
+            "token_logprobs": [None if t.logprob is None else max(t.logprob, -9999.0) for t in logprobs],  # None: a prompt's first
+            **({"top_token_ids": [{text: i for text, (_, i) in top.items()} for top in tops]} if ids else {})}
+
+
+def after(tok, prompt):
+    """A Stream for what follows a prompt, which may end within a character."""
+    before, stream = tok.stream(), tok.stream(skip_special=True)
+    for i in prompt[-4:]:
+        before.push(i)
+    stream.decoder.setstate(before.decoder.getstate())
+    return stream
 
 
 ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+DONE, MARK = b"data: [DONE]\n\n", "the text's place"
 
 
 def sse(value):
@@ -294,16 +305,22 @@ class Answer:
         self.prompt_tokens = sum(map(len, prompts))
         tools = tools_of(body) if kind == "chat" else {}
         most = 1 if getattr(body, "parallel_tool_calls", None) is False else None
-        begin = tok.decode([tok.bos_id]) if tok.bos_id is not None else ""  # not the caller's: it is not repeated
-        self.choices = [dict(index=i, text="", ids=[], logprobs=[], reason=None, calls=ToolCalls(tools, most), found=[])
-                        for i in range(self.n * len(prompts))]
+        self.choices = [dict(index=i, text="", ids=[], logprobs=[], reason=None, calls=ToolCalls(tools, most), found=[],
+                             offsets=[], end=0, stream=after(tok, prompts[i // self.n])) for i in range(self.n * len(prompts))]
         begin = tok.decode([tok.bos_id]) if tok.bos_id is not None else ""  # not the caller's words: it is not repeated
-        for i, choice in enumerate(self.choices if echo else ()):
-            choice["text"] = echo[i // self.n].removeprefix(begin)
-            choice["logprobs"] = [t for k, t in enumerate(scored[i // self.n]) if k or t.id != tok.bos_id] if scored else []
+        for i, choice in enumerate(self.choices):
+            choice["lead"] = choice["cut"] = kind == "text" and bool(choice["stream"].decoder.getstate()[0])
+            if echo:
+                choice["text"] = echo[i // self.n].removeprefix(begin).removesuffix("\ufffd" if choice["cut"] else "")
+                choice["logprobs"] = [t for k, t in enumerate(scored[i // self.n]) if k or t.id != tok.bos_id] if scored else []
+                self.place(choice, tok.stream(), [t.id for t in choice["logprobs"]])
+            choice["end"] = len(choice["text"])
         self.object = "chat.completion" if kind == "chat" else "text_completion"
         self.head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{name}", "created": int(time.time()), "model": model,
                      "system_fingerprint": None}
+        # most events differ in their text alone: what is around it is made once
+        text = {"content": MARK} if kind == "chat" else MARK
+        self.around = [self.chunk(c, text).split(ENCODE(MARK).encode()) for c in self.choices]
 
     def take(self, number, deltas):
         """Deltas of one choice, in order -> (choice, new visible text, new ids, their logprobs)."""
@@ -312,6 +329,8 @@ class Answer:
         for d in deltas:
             ids += d.token_ids
             logprobs += d.logprobs or []
+        if choice["cut"] or (logprobs and self.kind == "text"):
+            text = self.mend(choice, text, self.place(choice, choice["stream"], ids))
         if reason:  # an answer that ends within a character ends before it
             text = choice["calls"].push(text.removesuffix("\ufffd"))
             rest, choice["found"] = choice["calls"].finish()
@@ -323,14 +342,36 @@ class Answer:
         choice["logprobs"] += logprobs
         return choice, text, ids, logprobs
 
+    def place(self, choice, stream, ids):
+        """Note where in the text each token begins -> the text they are; part of a character begins where that does."""
+        text = ""
+        for i in ids:
+            choice["offsets"].append(choice["end"] + len(text))
+            text += stream.push(i)
+        choice["end"] += len(text)
+        return text
+
+    def mend(self, choice, text, decoded):
+        """text, but if the prompt ends within a character: the engine, which decodes only what it makes, shows each of the bytes
+        that end it as U+FFFD; instead comes the whole character, or nothing where it was not ended."""
+        first = ""
+        if choice["lead"] and decoded:
+            choice["lead"], first = False, decoded[0].replace("\ufffd", "")
+        if choice["cut"]:
+            text = text.lstrip("\ufffd")
+            choice["cut"] = not text
+        return first + text
+
     def usage(self):
         made = sum(len(c["ids"]) for c in self.choices)
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made, "total_tokens": self.prompt_tokens + made}
 
-    def logprobs_of(self, logprobs, offset=0):
+    def logprobs_of(self, choice, logprobs):
         if not logprobs:
             return None
-        return chat_logprobs(self.tok, logprobs) if self.kind == "chat" else completion_logprobs(self.tok, logprobs, offset)
+        if self.kind == "chat":
+            return chat_logprobs(self.tok, logprobs)
+        return completion_logprobs(self.tok, logprobs, choice["offsets"][-len(logprobs):], self.body.return_token_ids)
 
     def chunk(self, choice, delta, logprobs=None, reason=None, ids=()):
         """One event of a stream: delta is OpenAI's {"content": ...} of a chat, or the text of a completion."""
@@ -347,14 +388,15 @@ class Answer:
         """Role first, or the prompts that are to be repeated."""
         if self.kind == "chat":
             return b"".join(self.chunk(c, {"role": "assistant", "content": ""}) for c in self.choices)
-        return b"".join(self.chunk(c, c["text"], self.logprobs_of(c["logprobs"])) for c in self.choices if c["text"])
+        return b"".join(self.chunk(c, c["text"], self.logprobs_of(c, c["logprobs"])) for c in self.choices if c["text"])
 
     def chunks(self, number, deltas):
         """What a choice's new deltas are as events: they may be many, one event is enough; finish_reason comes once."""
-        offset = len(self.choices[number]["text"])
         choice, text, ids, new = self.take(number, deltas)
-        out, logprobs = b"", self.logprobs_of(new, offset)
-        if text or logprobs or (self.body.return_token_ids and ids):
+        out, logprobs, whole = b"", self.logprobs_of(choice, new), self.body.return_token_ids
+        if text and not (logprobs or whole):
+            out = ENCODE(text).encode("utf-8", "replace").join(self.around[number])
+        elif text or logprobs or (whole and ids):
             out = self.chunk(choice, {"content": text} if self.kind == "chat" else text, logprobs, ids=ids)
         if choice["found"]:
             out += self.chunk(choice, {"tool_calls": choice["found"]})
@@ -365,20 +407,20 @@ class Answer:
     async def stream(self, batches):
         """batches: async iterator of [(prompt's number, Delta)], empty when nothing came for a while -> bytes of server-sent
         events: role, text as it comes, finish_reason once for each choice, usage if asked for, [DONE]."""
-        yield self.opening()
+        out, usage = self.opening(), self.body.stream_options and self.body.stream_options.include_usage
         try:
             async for batch in batches:
                 by_choice = {}
                 for position, delta in batch:
                     by_choice.setdefault(position * self.n + delta.index, []).append(delta)
-                if out := b"".join([self.chunks(c, deltas) for c, deltas in by_choice.items()]) if batch else b": keep-alive\n\n":
+                out += b"".join([self.chunks(c, deltas) for c, deltas in by_choice.items()]) if batch else b": keep-alive\n\n"
+                if out and not all(c["reason"] for c in self.choices):  # the last goes out with what ends the stream
                     yield out
+                    out = b""
+            out += self.event(choices=[], usage=self.usage()) if usage else b""
         except Refusal as refusal:  # the status line is long gone: the error is an event
-            yield sse(refusal.body)
-        else:
-            if self.body.stream_options and self.body.stream_options.include_usage:
-                yield self.event(choices=[], usage=self.usage())
-        yield b"data: [DONE]\n\n"
+            out += sse(refusal.body)
+        yield out + DONE
 
     async def whole(self, batches):
         """The same as one JSON body."""
@@ -387,7 +429,7 @@ class Answer:
                 self.take(position * self.n + delta.index, [delta])
         shown = []
         for c in self.choices:
-            one = {"index": c["index"], "finish_reason": c["reason"] or "length", "logprobs": self.logprobs_of(c["logprobs"])}
+            one = {"index": c["index"], "finish_reason": c["reason"] or "length", "logprobs": self.logprobs_of(c, c["logprobs"])}
             if self.kind == "chat":
                 calls = [{k: v for k, v in call.items() if k != "index"} for call in c["found"]]
                 one["message"] = {"role": "assistant", "content": c["text"] or (None if calls else ""), "refusal": None,

@@ -16,6 +16,7 @@
     python bench.py serve FOLDER                 # the server under load, and what it costs over the engine by itself
     python bench.py serve http://127.0.0.1:8000 --rate 4               # a running server, 4 requests a second whatever it does
     python bench.py serve http://127.0.0.1:8000 --batch prompts.jsonl --out answers.jsonl     # each line a request's body
+    python bench.py compare before.json after.json             # any of these with --json FILE, before a change and after it
 """
 import argparse
 import asyncio
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,7 +42,8 @@ import torch.nn.functional as F
 import kernels
 import lora
 import train
-from common import Metrics, Parser, UserError, cli
+from bpe import usable_cpus
+from common import Metrics, Parser, UserError, cli, read_json
 from generate import Engine, Sampling
 from model import Config, Transformer
 from optim import MuonAdamW
@@ -50,12 +53,22 @@ from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
 
 
-def machine():
-    """One line that says what the figures were measured on."""
+def machine_facts():
+    """What a figure depends on beside the program: {platform, cpu, cores, threads, gpu, torch, commit}."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{torch.get_num_threads()} threads of {cpu or platform.machine()}{gpu}, torch {torch.__version__}"
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    return dict(platform=platform.platform(), cpu=cpu or platform.machine(), cores=usable_cpus(), threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "", torch=torch.__version__, commit=commit)
+
+
+def machine():
+    """One line that says what the figures were measured on."""
+    at = machine_facts()
+    return f"{at['threads']} threads of {at['cpu']}{', ' * bool(at['gpu'])}{at['gpu']}, torch {at['torch']}"
 
 
 def bench_train(args):
@@ -671,7 +684,7 @@ def llama_speed(path, args):
     def measure():
         for context in contexts.values():
             L.llama_memory_clear(L.llama_get_memory(context), True)
-        out = {"prefill": args.prompt / run(contexts[1], range(1, args.prompt + 1), range(args.prompt), [0] * args.prompt)}
+        out: dict = {"prefill": args.prompt / run(contexts[1], range(1, args.prompt + 1), range(args.prompt), [0] * args.prompt)}
         L.llama_memory_clear(L.llama_get_memory(contexts[1]), True)
         for n, context in contexts.items():
             for s in range(n):
@@ -781,13 +794,13 @@ def bench_prefix(args):
 # ---- The server: a load generator that speaks HTTP by itself, so that its own cost is small and no client library's.
 async def call(url, body, key=""):
     """POST one completion and read its stream -> {status, ttft, tpot, e2e in seconds, tokens, text}."""
-    begin, host = time.perf_counter(), url.removeprefix("http://").split("/")[0]
+    begin, host, data = time.perf_counter(), url.removeprefix("http://").split("/")[0], b""
     reader, writer = await asyncio.open_connection(*host.split(":"), limit=1 << 24)
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     writer.write((f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
                   f"Authorization: Bearer {key}\r\nContent-Length: {len(content)}\r\n\r\n").encode() + content)
-    row, data = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text=""), b""
+    row: dict = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text="")
     with contextlib.closing(writer):
         row["status"] = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
         if row["status"] != 200:
@@ -882,6 +895,45 @@ def bench_serve(args):
     if compare:
         print(f"engine  {made / alone:,.1f} tok/s by itself: the server costs {1 - alone / seconds:.1%}")
     return [{k: v for k, v in r.items() if k != "text"} for r in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------ two measurements
+def labelled(rows):
+    """Rows of a --json file -> {their texts and how many of the same came before: {name: figure}}; rows without any text are
+    many measurements of one thing, so their mean stands for them."""
+    rows = [{k: v for k, v in row.items() if isinstance(v, (str, int, float))} for row in rows]
+    if rows and not any(isinstance(v, str) for row in rows for v in row.values()):
+        names = [k for k in rows[0] if all(k in row for row in rows)]
+        return {(f"mean of {len(rows)}",): {k: sum(row[k] for row in rows) / len(rows) for k in names}}
+    found, seen = {}, Counter()
+    for row in rows:
+        key = tuple(v for v in row.values() if isinstance(v, str))
+        seen[key] += 1
+        found[(*key, f"({seen[key]})") if seen[key] > 1 else key] = {k: v for k, v in row.items() if not isinstance(v, str)}
+    return found
+
+
+def bench_compare(args):
+    """Every figure of two --json files beside its other, and their ratio; changes of over 5 % are marked."""
+    files = [read_json(path) for path in (args.a, args.b)]
+    if not all(isinstance(f, dict) and isinstance(rows := f.get("rows"), list) and {*map(type, rows)} <= {dict} for f in files):
+        raise UserError("bench.py compare reads two files that another of its commands wrote with --json")
+    for name, file in zip("AB", files):
+        at = file.get("machine", "an unnamed machine")
+        print(f"{name}  {', '.join(f'{k} {v}' for k, v in at.items() if v != '') if isinstance(at, dict) else at}")
+    print(f"\n{'':56s} {'A':>12s} {'B':>12s} {'B/A':>7s}")
+    before, after = (labelled(file["rows"]) for file in files)
+    rows = []
+    for key in before | after:
+        if key not in before or key not in after:
+            print(f"{' '.join(key):56s} only in {'A' if key in before else 'B'}")
+            continue
+        for name in [k for k in before[key] if k in after[key] and (before[key][k] != after[key][k] or before[key][k] % 1)]:
+            a, b = before[key][name], after[key][name]
+            ratio = b / a if a else float("nan")
+            print(f"{' '.join(key) + ' ' + name:56s} {a:12,.4g} {b:12,.4g} {ratio:7.3f}{'  <' * (not 0.95 <= ratio <= 1.05)}")
+            rows.append(dict(row=" ".join(key), figure=name, ratio=ratio))
+    return rows
 
 
 def training_commands(commands):
@@ -986,6 +1038,10 @@ def serving_command(commands):
     serving.add_argument("--out", help="write the answers here")
     serving.add_argument("--key", default="", help="API key")
     serving.set_defaults(run=bench_serve)
+    compare = commands.add_parser("compare", help="two files written with --json: the ratio of every figure")
+    compare.add_argument("a", help="the earlier one")
+    compare.add_argument("b", help="the later one")
+    compare.set_defaults(run=bench_compare)
 
 
 def main():
@@ -998,7 +1054,7 @@ def main():
     args = parser.parse_args()
     rows = args.run(args)
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        Path(args.json).write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def read_block(path, start, end, cuts):
         return file.read(end - start)
 
 
-def count_blocks(blocks, pattern):
+def count_blocks(blocks: list[tuple[str, int, int]], pattern):
     """[(path, start, end)] -> Counter of chunks. Lines are split one by one, as HF tokenizers does with files."""
     counts = Counter()
     for block in blocks:

@@ -467,7 +467,7 @@ def pieces_of_template(template, tok, chat):
 
 # ---- What the others call: render to answer, example(s) to train.
 
-def render(tok, messages, add_generation_prompt=False, tools=None, format=None):
+def render(tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None) -> tuple[list[int], list[int]]:
     """OpenAI-style messages -> (ids, mask), two lists of one length; mask 1 = what the assistant has to produce: what
     it said and its end token. Text in messages never becomes a special token.
 

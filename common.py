@@ -75,11 +75,12 @@ def parse_flags(cls, description, argv=None, positional=()):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         if field.name in positional:
-            optional = {"nargs": "?", "default": argparse.SUPPRESS} if field.default != "" else {}
+            optional: dict = {"nargs": "?", "default": argparse.SUPPRESS} if field.default != "" else {}
             parser.add_argument(field.name, type=kind, help=comments.get(field.name, ""), **optional)
             continue
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        how = {"nargs": "+", "metavar": "str"} if kind is tuple else how
+        how: dict = {"type": kind, "metavar": kind.__name__}
+        if kind in (bool, tuple):
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"nargs": "+", "metavar": "str"}
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     return vars(parser.parse_args(argv))
 
@@ -106,7 +107,10 @@ def write_atomic(path, write):
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it: safetensors makes files that only their owner can read
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -140,14 +144,14 @@ def json_records(path):
         raise UserError(f"{path}: record {n + 1} is not valid JSON ({error})") from None
 
 
-def sha256(data):
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
 class Interrupt:
     """Context: the first SIGTERM or Ctrl-C only sets `.signal`, so the loop can save and leave; one that comes three seconds
     later kills. Sooner is no wish of the user's: torchrun answers a Ctrl-C with a SIGTERM to those that had it already."""
-    signal = None
+    signal: int | None = None
 
     def __enter__(self):
         self.old = {s: signal.signal(s, self.catch) for s in (signal.SIGTERM, signal.SIGINT)}

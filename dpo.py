@@ -232,7 +232,7 @@ class PairBatch(NamedTuple):
         """Without the columns after the longest first or second answer; on a GPU to a power of two: few shapes to compile for."""
         longest = int(self.ends[:, answers - 1].max())
         width = 1 << max(7, (longest - 1).bit_length()) if self.x.is_cuda else -(-longest // 8) * 8
-        return self._make(t[:, :width] if t.shape == self.x.shape else t for t in self)
+        return PairBatch(*(t[:, :width] if t.shape == self.x.shape else t for t in self))
 
 
 class Pairs:
@@ -320,7 +320,7 @@ class Objective:
     """The summed loss of a PairBatch, as train.forward_backward calls it; in passing it adds up what is logged."""
     MEANS = {"loss": "pairs", "rewards/accuracies": "pairs", "rewards/chosen": "good", "rewards/rejected": "bad",  # sum: its count
              "logps/chosen": "good", "logps/rejected": "bad", "kl": "targets", "tokens": "pairs"}
-    sums = 0.0
+    sums: torch.Tensor = 0.0
 
     def __call__(self, model, batch, args):
         kto = args.loss == "kto"
@@ -329,8 +329,8 @@ class Objective:
             batch = batch._replace(y=batch.y.where(batch.docs == 0, -100))
         nats, *by_answer = log_probs(model, batch)
         policy, ref, lengths = (t[[0, 0]] if kto else t for t in by_answer)  # (2, R): the one answer stands for both, weighted
-        losses, chosen, rejected = preference_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths,
-                                                   gamma=args.gamma, kl=batch.kl, weights=batch.weight.unbind(1))
+        losses, chosen, rejected = preference_loss(policy[0], policy[1], ref[0], ref[1], args.beta, args.label_smoothing, args.loss,
+                                                   lengths=lengths, gamma=args.gamma, kl=batch.kl, weights=batch.weight.unbind(1))
         good, bad = (batch.weight > 0).float().unbind(1)  # (R,)
         real = torch.maximum(good, bad)
         losses = (losses - args.sft_weight * good * policy[0] / lengths[0]) * real

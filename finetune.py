@@ -214,8 +214,8 @@ def load_data(args, tok):
     rows = len(train.plan(args.context, args.seed, 0).order)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(f"example  what is in the loss is {'green' if colour else 'in «»'}:\n"
-          + chat.paint(tok, *(part[:400].tolist() for part in train.pairs[0]), colour))
+    ids, mask = (part[:400].tolist() for part in train.pairs[0])
+    print(f"example  what is in the loss is {'green' if colour else 'in «»'}:\n{chat.paint(tok, ids, mask, colour)}")
     print(f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; {train.supervised / len(train):.1%} "
           f"of the tokens are in the loss; {rows:,} rows of {args.context:,} an epoch"
           + "".join(f"; {times:,} {reason}" for reason, times in (+counts).most_common(9)))
@@ -456,7 +456,8 @@ def write_marks(out, names, marks, questions, command):
     write_report(out, f"{names[0]}: {len(questions):,} questions", command, [
         ("Scores, with 95 % intervals", ["", "questions", *names], table), ("Answers", ["asked", "expected", *names], shown)])
     lines = [{"messages": q.messages, "expected": q.expected, "family": q.family,
-              "answers": {name: m.texts[i] for name, m in zip(names, marks)}} for i, q in enumerate(questions)]
+              "answers": {name: m.texts[i] for name, m in zip(names, marks)},
+              "right": {name: m.right[i] for name, m in zip(names, marks)}} for i, q in enumerate(questions)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomic(out / "answers.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     last = (Metrics.read(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else [])[-1:] or [{"step": 0, "seconds": 0.0}]

@@ -209,10 +209,11 @@ def run_batch(engine, args, sampling, adapter=None):
         raise UserError("--batch needs --out: the file for the answers")
     lines, done, rows = Path(args.batch).read_text(encoding="utf-8").splitlines(), answered(args.out), {}
     waiting = [n for n, line in enumerate(lines, 1) if line.strip() and n not in done][::-1]
-    total = len(waiting) + len(done)
+    total, begin = len(waiting) + len(done), time.time()
     with open(args.out, "a", encoding="utf-8") as out, tqdm(total=total, initial=len(done), unit="answer", disable=None) as bar:
         def finish(number, **row):
-            out.write(json.dumps({"line": number, **row}, ensure_ascii=False) + "\n")
+            row = {"line": number, **row, "seconds": round(time.time() - begin, 3)}  # since this run of the command began
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
 
@@ -237,6 +238,8 @@ def run_batch(engine, args, sampling, adapter=None):
                     finish(delta.request_id, id=row["id"], answers=row["answers"])
             stats = engine.stats()
             bar.set_postfix(running=stats["running"], tokens=stats["generated_tokens"], refresh=False)
+    count, seconds = engine.stats()["generated_tokens"], time.time() - begin
+    print(f"wrote    {args.out}: {total - len(done):,} answers, {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tok/s")
 
 
 @lost_rank_explained("Start it again.")

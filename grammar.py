@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     except ImportError:  # Python 3.10
         import sre_parse as sre
 
+WORK = 1_000_000  # states and positions that a grammar may cost, and then again its masks, each of which adds a tenth: a second
 EMPTY = ("lit", b"")
 ANYTHING = [(0, 0x10FFFF)]
 
@@ -92,6 +93,8 @@ def regex(pattern, in_json=False):
     \\d, \\w and \\s are ASCII's. in_json: of the content of a JSON string, where it may begin and end anywhere unless anchored, and
     where quotes and backslashes are written with a backslash.
     """
+    if len(pattern) > 10_000:
+        raise UserError(f"a regular expression of {len(pattern):,} characters: at most 10,000")
     try:
         parsed = list(sre.parse(pattern))
     except Exception as error:
@@ -156,7 +159,7 @@ def json_character():
     return alt(characters(PLAIN), seq(lit("\\"), ("set", frozenset(b'"\\/bfnrt'))), seq(lit("\\u"), alt(unit, pair)))
 
 
-SPACE = alt(EMPTY, lit(" "), seq(lit("\n"), ("rep", lit(" "), 0, 16)))  # bounded: a model may not stall in white space
+SPACE = ("ref", "space")
 DIGIT = ("set", frozenset(b"0123456789"))
 FORMATS = {
     "date": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$", "time": r"^([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
@@ -309,23 +312,25 @@ class Schema:
             pair = seq(lit('"'), ("rep", ("ref", "character"), 0, 64), lit('"'), colon, value)
             return seq(lit("{"), SPACE, optional(seq(pair, ("rep", seq(comma, pair), 0, None))), SPACE, lit("}"))
         names = list(members)
-
-        def rest(i, started):
-            """The members from the i-th on."""
-            if i == len(names):
-                return EMPTY
-            key = lit(json.dumps(names[i], ensure_ascii=False))
-            take = seq(comma if started else EMPTY, key, colon, members[names[i]],
-                       self.ref(f"{where} {i + 1} True", lambda: rest(i + 1, True)))
-            return take if names[i] in required else alt(take, self.ref(f"{where} {i + 1} {started}", lambda: rest(i + 1, started)))
-        return seq(lit("{"), SPACE, rest(0, False), SPACE, lit("}"))
+        must = next((i for i, name in enumerate(names) if name in required), len(names))
+        for i, name in enumerate([*names, None]):  # rules: the members from the i-th on, after others (started) or as the first
+            for started in (True, False)[i == 0:1 + (i <= must)]:
+                take = seq(comma if started else EMPTY, lit(json.dumps(name, ensure_ascii=False)), colon, members[name],
+                           ("ref", f"{where} {i + 1} True")) if name is not None else EMPTY
+                leave = [] if name in required or name is None else [("ref", f"{where} {i + 1} {started}")]
+                self.rules[f"{where} {i} {started}"] = alt(take, *leave)
+        return seq(lit("{"), SPACE, ("ref", f"{where} 0 False"), SPACE, lit("}"))
 
 
 def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> Grammar; before and after: fixed text around the value."""
     maker = Schema(schema or {})
     maker.rules["character"] = json_character()
-    return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
+    maker.rules["space"] = alt(EMPTY, lit(" "), seq(lit("\n"), ("rep", lit(" "), 0, 16)))  # bounded: no model stalls in white space
+    try:
+        return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
+    except RecursionError:
+        raise UserError("this JSON schema is nested too deeply") from None
 
 
 def regex_grammar(pattern):
@@ -338,9 +343,11 @@ class Grammar:
 
     A position is (state, where to return to), the latter nested; what may happen next depends on the set of all positions
     that the bytes so far can have led to. Such sets are numbered as they are met, and so are the steps between them.
+    Who writes a schema may mean harm: all work is counted, and what is over a million states and positions is refused.
     """
 
     def __init__(self, expression, rules):
+        self.left = WORK
         self.bytes, self.empty, self.calls = [], [], []        # per state: [(set, target)], [target], [(rule, target)]
         self.rules = {"": self.rule(expression), **{name: self.rule(e) for name, e in rules.items()}}  # (first, last)
         self.ends = {last for _, last in self.rules.values()}
@@ -348,15 +355,19 @@ class Grammar:
         if math.isinf(self.least[self.rules[""][0]]):
             raise UserError("this schema asks for something infinite: a value that must contain itself")
         self.check_progress()
-        self.numbers, self.sets, self.steps, self.needs, self.masks = {}, [], {}, [], {}
+        self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = {}, [], [], {}, [], {}
         self.start = self.number(self.closure([(self.rules[""][0], None)]))
+        self.left = WORK
 
     def state(self):
         for edges in (self.bytes, self.empty, self.calls):
             edges.append([])
-        if len(self.bytes) > 200_000:
-            raise UserError("this schema or regular expression is too large: over 200,000 states")
         return len(self.bytes) - 1
+
+    def spend(self, work):
+        self.left -= work
+        if self.left < 0:
+            raise UserError("this schema or regular expression asks for too much work: write it with fewer repetitions and choices")
 
     def rule(self, expression):
         first = self.state()
@@ -365,6 +376,7 @@ class Grammar:
     def add(self, expression, a):
         """Lay an expression from state a -> the state at its end (Thompson 1968)."""
         kind, what, *more = expression
+        self.spend(5 * len(what) if kind == "lit" else 5)
         if kind == "lit":
             for byte in what:
                 b = self.state()
@@ -375,27 +387,29 @@ class Grammar:
             for part in what:
                 a = self.add(part, a)
             return a
-        b = self.state()
-        if kind == "set":
-            self.bytes[a].append((what, b))
-        elif kind == "ref":
-            self.calls[a].append((what, b))
-        elif kind == "alt":
-            for part in what:
-                self.empty[self.add(part, a)].append(b)
-        else:
+        if kind == "alt":
+            ends = [self.add(part, a) for part in what]
+        elif kind == "rep":
             least, most = more
             for _ in range(least):
                 a = self.add(what, a)
+            ends = [a]
             for _ in range(0 if most is None else most - least):
-                self.empty[a].append(b)
                 a = self.add(what, a)
+                ends.append(a)
             if most is None:
                 loop = self.state()  # of its own, so that nothing else leads into the loop
                 self.empty[a].append(loop)
                 self.empty[self.add(what, loop)].append(loop)
-                a = loop
-            self.empty[a].append(b)
+                ends = [loop]
+        b = self.state()  # after all that leads to it, which `shortest` likes
+        if kind == "set":
+            self.bytes[a].append((what, b))
+        elif kind == "ref":
+            self.calls[a].append((what, b))
+        else:
+            for end in ends:
+                self.empty[end].append(b)
         return b
 
     def shortest(self):
@@ -403,6 +417,7 @@ class Grammar:
         least, changed = [0.0 if s in self.ends else math.inf for s in range(len(self.bytes))], True
         while changed:  # Bellman-Ford; states were made in the order of the text, so backwards is quick
             changed = False
+            self.spend(len(least))
             for s in reversed(range(len(least))):
                 best = min([least[s], *(1 + least[t] for _, t in self.bytes[s]), *(least[t] for t in self.empty[s]),
                             *(least[self.rules[r][0]] + least[t] for r, t in self.calls[s])])
@@ -417,13 +432,18 @@ class Grammar:
             todo, seen, opens[name] = [first], {first}, set()
             while todo:
                 state = todo.pop()
+                self.spend(1)
                 opens[name].update(r for r, _ in self.calls[state])
                 after = {*self.empty[state], *(t for r, t in self.calls[state] if self.least[self.rules[r][0]] == 0)} - seen
                 seen |= after
                 todo += after
-        while ready := [name for name, first in opens.items() if not first & opens.keys()]:
-            for name in ready:
-                del opens[name]
+        before = 0
+        while len(opens) != before:
+            before = len(opens)
+            self.spend(before)
+            for name in [*reversed(opens)]:  # what a rule refers to mostly comes after it
+                if not any(rule in opens for rule in opens[name]):
+                    del opens[name]
         if opens:
             raise UserError("this schema's $ref leads back to itself with nothing in between")
 
@@ -433,7 +453,7 @@ class Grammar:
         while todo:
             state, back = position = todo.pop()
             more = [(t, back) for t in self.empty[state]]
-            more += [(self.rules[r][0], (t, back)) for r, t in self.calls[state]]
+            more += [(self.rules[r][0], back if self.returns(t) else (t, back)) for r, t in self.calls[state]]
             if state in self.ends:
                 if back is None:
                     keep.add(None)
@@ -445,29 +465,43 @@ class Grammar:
                 if p not in seen:
                     seen.add(p)
                     todo.append(p)
+            self.spend(3)
         return frozenset(keep)
+
+    def returns(self, state):
+        """Whether only the end of its rule follows: a call before that need not come back to it."""
+        while state not in self.ends and len(self.empty[state]) == 1 and not self.bytes[state] and not self.calls[state]:
+            state = self.empty[state][0]
+        return state in self.ends
 
     def number(self, positions):
         if positions not in self.numbers:
+            self.needs.append(min((self.distance(p) for p in positions), default=math.inf))
             self.numbers[positions] = len(self.sets)
             self.sets.append(positions)
-            self.needs.append(min((self.distance(p) for p in positions), default=math.inf))
+            self.opens.append(frozenset().union(*(allowed for p in positions if p for allowed, _ in self.bytes[p[0]])))
         return self.numbers[positions]
 
     def distance(self, position):
-        """The fewest bytes from a position to the end of everything."""
-        total = 0.0
+        """The fewest bytes from a position to the end of everything. RecursionError if it is nested too deeply."""
+        total, depth = 0.0, 0
         while position is not None:
-            total, position = total + self.least[position[0]], position[1]
+            total, position, depth = total + self.least[position[0]], position[1], depth + 1
+            if depth > 500:
+                raise RecursionError
         return total
 
     def step(self, at, byte):
         """Number of a set of positions, a byte -> the number of the next, or -1 if the byte may not come (and stays so)."""
-        if at < 0:
+        if at < 0 or byte not in self.opens[at]:
             return -1
         if (at, byte) not in self.steps:
+            self.spend(len(self.sets[at]))
             after = [(t, p[1]) for p in self.sets[at] if p is not None for allowed, t in self.bytes[p[0]] if byte in allowed]
-            self.steps[at, byte] = self.number(self.closure(after)) if after else -1
+            try:
+                self.steps[at, byte] = self.number(self.closure(after))
+            except RecursionError:  # what it has may be ended, but not nested more
+                self.steps[at, byte] = -1
         return self.steps[at, byte]
 
     def accepts(self, at):
@@ -475,7 +509,7 @@ class Grammar:
 
     def matches(self, data):
         """Whether a whole byte string matches: the plain twin of what Constraint does token by token."""
-        at = self.start
+        at, self.left = self.start, WORK
         for byte in data:
             if (at := self.step(at, byte)) < 0:
                 return False
@@ -517,6 +551,7 @@ class Constraint:
     def needs(self):
         """(V,) float32: the fewest bytes that must still follow each token; infinite for one that may not come."""
         if self.at not in self.grammar.masks:
+            self.grammar.left = min(WORK, self.grammar.left + WORK // 10)
             needs, todo = np.full(len(self.vocabulary.spelled), np.inf, np.float32), [(self.vocabulary.tree, self.at)]
             while todo:
                 (children, _), at = todo.pop()
@@ -531,9 +566,13 @@ class Constraint:
         """(V,) bool: the tokens that may come next; an end-of-turn token is the caller's to allow when `complete`.
 
         remaining: how many tokens may still be made, this one included. A byte costs at most a token, so of all that fits the
-        grammar only what can still be brought to its end in time is allowed: an answer is never cut off half way.
+        grammar only what can still be brought to its end in time is allowed: an answer is never cut off half way. Nothing is
+        allowed where the grammar asks for too much work.
         """
-        needs = self.needs()
+        try:
+            needs = self.needs()
+        except UserError:
+            return torch.zeros(len(self.vocabulary.spelled), dtype=torch.bool)
         if remaining is None:
             return torch.isfinite(needs)
         return torch.isfinite(needs) & (needs <= max(remaining - 1, float(needs.min())))

@@ -332,8 +332,9 @@ def read_adapter(folder):
     if not isinstance(config, dict):
         raise UserError(f"{folder}/adapter_config.json: a {type(config).__name__}, not an object")
     other = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication", "arrow_config", "kasa_config")
-    allowed = {"peft_type": ["LORA"], "bias": ["none", None], "modules_to_save": [None, []],
-               "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"], **dict.fromkeys(other, [None, False])}
+    allowed: dict[str, list] = {
+        "peft_type": ["LORA"], "bias": ["none", None], "modules_to_save": [None, []],
+        "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"], **dict.fromkeys(other, [None, False])}
     wrong = [f"{k} {config.get(k)!r}" for k, values in allowed.items() if config.get(k) not in values]
     wrong += [f"{k} {config.get(k)!r}" for k in ("r", "lora_alpha", "lora_dropout")
               if not isinstance(config.get(k), (int, float)[:1 + (k != "r")]) or config[k] < 0]
@@ -388,7 +389,7 @@ def load_adapter(model, folder, name="default", trainable=False):
     for module, tensors in parts.items():  # all of it is checked before the model is touched
         bases = {n: getattr(layers[n], "base", layers[n]) for n in ours.get(module, ())}
         sizes, r = [b.out_features for b in bases.values()], len(tensors.get("A", ()))
-        want = {"A": (r, next(iter(bases.values())).in_features), "B": (sum(sizes), r)} if bases else {}
+        want: dict[str, tuple] = {"A": (r, next(iter(bases.values())).in_features), "B": (sum(sizes), r)} if bases else {}
         want |= {"m": (sum(sizes),)} if settings.dora else {}
         if not bases:
             raise UserError(f"{folder}: {module} is adapted there, but this model has no such linear layer")

@@ -56,7 +56,7 @@ class Config:
         return self.model_type == "gpt2"
 
     @staticmethod
-    def from_dict(d, where="config.json"):
+    def from_dict(d: dict, where="config.json") -> "Config":
         """A parsed config.json -> Config. Unknown model types and rope scalings are refused, not guessed at."""
         def need(key, low=1, high=1 << 24, default=None):
             value = d.get(key, default)
@@ -478,7 +478,7 @@ class Transformer(nn.Module):
         return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------- accounting
-    def num_params(self):
+    def num_params(self) -> int:
         """Parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
@@ -491,7 +491,7 @@ class Transformer(nn.Module):
         return (3 if training else 1) * (2 * matmul + attention)
 
     # ----------------------------------------------------------------------------------------------------- model folders
-    def save_pretrained(self, folder, state=None):
+    def save_pretrained(self, folder: str | Path, state=None) -> None:
         """Write config.json, generation_config.json and model.safetensors, each all or nothing; config.json last.
 
         state: the state dict, where it is not simply this module's (gathered from shards, say).
@@ -509,7 +509,7 @@ class Transformer(nn.Module):
         write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype} | extra)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=None, dropout=0.0):
+    def from_pretrained(cls, folder: str | Path, device="cpu", dtype=None, dropout: float = 0.0) -> "Transformer":
         """Load a model folder: config.json and one or many safetensors files in bf16, fp16 or fp32.
 
         dtype None keeps the file's. Names and shapes are checked against the config from the files' headers before any
@@ -617,8 +617,10 @@ def open_weights(folder, device="cpu"):
             raise UserError(f"{index}: {file!r} is not a plain file name")
         try:
             handle = safe_open(folder / file, framework="pt", device=str(device))
-        except FileNotFoundError:
-            raise UserError(f"{folder / file}: not found (a model folder needs model.safetensors)") from None
+        except OSError as error:  # safetensors says "not found" of what may not be read, too
+            why = "not found (a model folder needs model.safetensors)"
+            why = "may not be read by this user" if (folder / file).exists() else why
+            raise UserError(f"{folder / file}: {why}") from error
         except SafetensorError as error:
             size = (folder / file).stat().st_size
             raise UserError(f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again") from None

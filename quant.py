@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import packed
 from chat import examples, read_conversations, render
-from common import UserError, cli, parse_flags, write_atomic
+from common import UserError, cli, parse_flags, write_atomic, write_json
 from corpora import documents
 from data import ends_of
 from model import Transformer, to_folder_names
@@ -197,9 +197,10 @@ def round_together(named, H, cross, recipe):
     def square(matrix):  # |matrix @ X|^2
         return ((matrix @ H) * matrix).sum().item()
 
-    def change(target, *rounded):
-        return square(GroupLinear(*rounded[:3], recipe.bits, recipe.group_size, *rounded[3:]).dequantize() - target)
-    figures = change(moved, codes, scales, zeros, order), change(weight, *to_nearest), square(weight), damp
+    def change(target, rounded, order=None):
+        codes, scales, zeros = rounded
+        return square(GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - target)
+    figures = change(moved, (codes, scales, zeros), order), change(weight, to_nearest), square(weight), damp
     out, row = {}, 0
     for name, linear in named.items():
         rows = slice(row, row + linear.out_features)
@@ -286,8 +287,8 @@ def scale_channels(block, calibration, sliding, recipe):
         for share in range(20):
             factor = rms ** (share / 20)
             factor = factor / (factor.max() * factor.min()).sqrt()
-            codes = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
-            change = GroupLinear(*codes, recipe.bits, recipe.group_size).dequantize() / factor - weight
+            codes, scales, zeros = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
+            change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size).dequantize() / factor - weight
             error = ((change @ H) * change).sum().item()
             if error < least:
                 best, least = factor, error
@@ -585,8 +586,11 @@ def main():
             shutil.copyfile(Path(args.model) / name, out / name)
     cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
-    print(f"{args.format}: {size / 1e6:.2f} MB instead of {stored_bytes(cast(original, dtype)) / 1e6:.2f}, held-out perplexity "
-          f"{before:.4f} -> {after:.4f}, KL {divergence:.5f}; {out}")
+    was = stored_bytes(cast(original, dtype))
+    write_json(out / "quantization.json", {"format": args.format, "bytes": size, "original_bytes": was, "perplexity": after,
+                                           "original_perplexity": before, "kl": divergence})
+    print(f"{args.format}: {size / 1e6:.2f} MB instead of {was / 1e6:.2f}, held-out perplexity {before:.4f} -> {after:.4f}, "
+          f"KL {divergence:.5f}; {out}")
 
 
 if __name__ == "__main__":

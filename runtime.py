@@ -65,7 +65,7 @@ def cpu_has_bf16_units():
     return False
 
 
-def resolve(device="auto", dtype="auto", compile="auto"):
+def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
     """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime.
 
     Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group.

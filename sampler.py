@@ -7,7 +7,7 @@ else in the batch, and survives preemption and speculation.
 """
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +89,8 @@ class Row:
     """One row of logits and all that decides which token it becomes."""
     sampling: Sampling
     uniform: float                  # in [0, 1)
-    output: list = ()               # token ids made so far
-    prompt: list = ()
+    output: list | tuple = ()       # token ids made so far
+    prompt: list | tuple = ()
     ends: frozenset = frozenset()   # ids that are barred until min_tokens are made
     bad_words: tuple = ()           # of tuples of ids
     constraint: object = None
@@ -111,7 +111,7 @@ def edit(logits, rows):
     for r, row in enumerate(rows):
         if not row.edits:
             continue
-        s, base, add = row.sampling, r * V, Counter()
+        s, base, add = row.sampling, r * V, defaultdict(float)
         if s.repetition_penalty != 1:
             seen = {*row.prompt, *row.output}
             scale_at += [base + i for i in seen]

@@ -12,15 +12,18 @@ import gc
 import hashlib
 import hmac
 import itertools
+import math
 import os
 import queue
 import re
 import secrets
+import socket
 import ssl
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,25 +38,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from api import (
-    ENCODE,
-    FIELDS,  # noqa: F401  (the README's table is tested from it)
-    Answer,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    Grammars,
-    Refusal,
-    TokenizeRequest,
-    chat_prompt,
-    encode_vector,
-    forced_call,
-    prompt_lists,
-    sampling_of,
-    spell,
-    tools_of,
-)
+import api
+from api import ENCODE, Answer, Refusal
 from common import Metrics, UserError, cli, parse_flags
 from generate import Engine, Sampling
 from runtime import lost_rank_explained
@@ -90,6 +76,27 @@ class Args:
 NUMBERS = itertools.count()
 
 
+class Inbox:
+    """What has come for a request, whose one task waits for it: a list and a future, for a Queue costs a task a token."""
+
+    def __init__(self):
+        self.loop, self.items, self.waiter = asyncio.get_running_loop(), [], None
+
+    def put(self, items=()):
+        self.items += items
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def get(self, seconds):
+        """Everything that is there; [] if nothing comes in so many seconds."""
+        if not self.items:
+            self.waiter, timer = self.loop.create_future(), self.loop.call_later(seconds, self.put)
+            await self.waiter
+            timer.cancel()
+        items, self.items = self.items, []
+        return items
+
+
 @dataclass(eq=False)
 class Job:
     """One prompt on its way through the engine. Its answers arrive in `inbox`, which the jobs of a request share."""
@@ -97,10 +104,9 @@ class Job:
     sampling: Sampling
     adapter: str | None
     key: str                    # whose it is: keys take turns
-    inbox: asyncio.Queue        # of (position, Delta), or of a Refusal
+    inbox: Inbox                # of (position, Delta), or of a Refusal
     position: int = 0           # among the prompts of its request
     number: int = field(default_factory=NUMBERS.__next__)
-    loop: object = field(default_factory=asyncio.get_running_loop)
     created: float = field(default_factory=time.monotonic)
     admitted: float = 0.0       # when it left the queue
     first: float = 0.0          # when its first token came
@@ -115,7 +121,7 @@ class Worker(threading.Thread):
     def __init__(self, engine, concurrency):
         super().__init__(daemon=True, name="engine")
         self.engine, self.concurrency, self.orders = engine, concurrency, queue.SimpleQueue()
-        self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {job: what it gets}
+        self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {inbox: what it gets}
         self.sent, self.stopping, self.broken, self.rate = 0.0, False, None, deque(maxlen=256)  # rate: (time, tokens) of steps
 
     def run(self):
@@ -145,7 +151,7 @@ class Worker(threading.Thread):
 
     def cancel(self, job):
         """Out of the queue, or out of the engine, whose blocks are free at once."""
-        self.outbox.pop(job, None)
+        self.outbox.pop(job.inbox, None)
         if self.active.pop(job.number, None):
             self.engine.cancel(job.number)
         elif job in (line := self.waiting.get(job.key, ())):
@@ -173,7 +179,7 @@ class Worker(threading.Thread):
                 self.engine.submit(job.prompt, job.sampling, request_id=job.number, adapter=job.adapter)
             except UserError as error:
                 self.put(job, Refusal(400, str(error)))
-                self.deliver([job])
+                self.deliver([job.inbox])
                 continue
             job.admitted, self.active[job.number] = time.monotonic(), job
 
@@ -184,7 +190,7 @@ class Worker(threading.Thread):
             if (job := self.active.get(delta.request_id)) is None:
                 continue  # cancelled
             if not job.first or delta.finish_reason:
-                urgent.add(job)
+                urgent.add(job.inbox)
             job.tokens += len(delta.token_ids)
             job.first = job.first or (now if delta.token_ids else 0.0)
             if delta.finish_reason:
@@ -193,23 +199,20 @@ class Worker(threading.Thread):
                     job.reason = delta.finish_reason
                     del self.active[job.number]
             self.put(job, (job.position, delta))
-        # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: of many streams the
-        # tokens of some steps go out together, more often than an eye can tell; a first token and an end never wait
-        if len(self.active) <= 4 or now - self.sent > 0.05:
+        # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: the tokens of some
+        # steps go out together, more often than an eye can tell, the more streams the more; a first token and an end never wait
+        if now - self.sent >= min(0.005 * len(self.active), 0.05):
             urgent, self.sent = list(self.outbox), now
         self.deliver(urgent)
 
     def put(self, job, what):
-        self.outbox.setdefault(job, []).append(what)
+        self.outbox.setdefault(job.inbox, []).append(what)
 
-    def deliver(self, jobs):
-        """What was put for these jobs, with one wake-up of each event loop."""
-        by_loop = {}
-        for job in jobs:
-            by_loop.setdefault(job.loop, []).append((job.inbox, self.outbox.pop(job)))
-        for loop, items in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
-                loop.call_soon_threadsafe(lambda items=items: [inbox.put_nowait(what) for inbox, whats in items for what in whats])
+    def deliver(self, inboxes):
+        """What was put for these, with one wake-up of the event loop."""
+        items = [(inbox, self.outbox.pop(inbox)) for inbox in inboxes]
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody waits any more
+            items and items[0][0].loop.call_soon_threadsafe(lambda: [inbox.put(what) for inbox, what in items])
 
     def tokens_per_second(self):
         steps = [(t, n) for t, n in list(self.rate) if t > time.monotonic() - 10]
@@ -306,8 +309,7 @@ class Reply(Response):
                    (b"x-accel-buffering", b"no")]  # or nginx would keep the events until there are many
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for events in self.answer.stream(self.batches):
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+            await send({"type": "http.response.body", "body": events, "more_body": not events.endswith(api.DONE)})
 
 
 async def left(receive):
@@ -325,13 +327,17 @@ class Service:
         self.adapters = read_adapters(args)
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
         self.worker, self.depth, self.windows = Worker(engine, args.concurrency), 0, {}
-        self.measures, self.grammars = Measures(self.worker, lambda: self.depth), Grammars(engine.tok)
-        self.draining, self.started = False, time.time()
+        self.measures, self.grammars = Measures(self.worker, lambda: self.depth), api.Grammars(engine.tok)
+        self.draining, self.started, self.builder, self.building = False, time.time(), ThreadPoolExecutor(1, "grammar"), 0
 
     def model(self, name):
         if name not in (None, "", *self.names):
             raise Refusal(404, f"no model {name!r}; there are {', '.join(self.names)}", "model_not_found", "model")
         return name or self.names[0]
+
+    def refuse_adapter(self, model, what):
+        if model in self.adapters:
+            raise Refusal(400, f"{what} are the base model's: there are none of the adapter {model!r}", param="model")
 
     def admit(self, request, model, prompts, samplings):
         """Jobs in the queue, or the reason why not: 429, 503. Whatever happens to the request, the Door closes them."""
@@ -340,7 +346,7 @@ class Service:
         if self.depth + len(prompts) > self.args.concurrency + self.args.queue:
             raise Refusal(429, f"{self.depth} requests are running or waiting, the most this server takes: try again later",
                           "queue_full", headers={"Retry-After": str(1 + self.depth // 32)})
-        inbox, adapter = asyncio.Queue(), model if model in self.adapters else None
+        inbox, adapter = Inbox(), model if model in self.adapters else None
         jobs = [Job(ids, sampling, adapter, request.state.key, inbox, i, unfinished=sampling.n)
                 for i, (ids, sampling) in enumerate(zip(prompts, samplings))]
         self.depth += len(jobs)
@@ -365,13 +371,7 @@ class Service:
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
                 raise Refusal(504, f"not finished within {self.args.timeout:g} s: ask for fewer tokens", "timeout")
-            try:
-                batch = [await asyncio.wait_for(jobs[0].inbox.get(), wait)]
-            except asyncio.TimeoutError:
-                yield []
-                continue
-            while not jobs[0].inbox.empty():
-                batch.append(jobs[0].inbox.get_nowait())
+            batch = await jobs[0].inbox.get(wait)
             for item in batch:
                 if isinstance(item, Refusal):
                     raise item
@@ -379,6 +379,19 @@ class Service:
                     raise Refusal(400, item[1].error or "no token was allowed")
                 answers -= item[1].finish_reason is not None
             yield batch
+
+    async def constraint(self, body, forced=None):
+        """What binds the answer, or None. Made in a thread of its own, for it may take a second, and all else goes on."""
+        if not (body.response_format or body.regex or forced):
+            return None
+        if self.building >= 32:
+            raise Refusal(429, f"{self.building} grammars wait to be built: try again later", "queue_full",
+                          headers={"Retry-After": "5"})
+        self.building += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.builder, self.grammars.constraint, body, forced)
+        finally:
+            self.building -= 1
 
     def reply(self, answer, jobs):
         return Reply(answer, self.batches(jobs), self.args.timeout + 10)
@@ -401,6 +414,7 @@ def create_app(engine, args=None, keys=None):
         service.worker.start()
         yield
         service.worker.stopping = True
+        service.builder.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(service.worker.join, 10)
 
     app = FastAPI(title="LLM server", version="1", lifespan=lifespan, description="OpenAI-compatible; fields: see the README.",
@@ -422,50 +436,53 @@ def add_openai_routes(app, service):
     engine, tok, worker = service.engine, service.engine.tok, service.worker
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request):
+    async def chat_completions(body: api.ChatRequest, request: Request):
         def plan():
             if body.top_logprobs and not body.logprobs:
                 raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
             if 0 in (body.max_tokens, body.max_completion_tokens):
                 raise Refusal(400, "max_tokens is 0, but a chat's answer needs at least one", param="max_tokens")
-            prompt = chat_prompt(tok, body.messages, body.tools if tools_of(body) else None)
-            constraint = service.grammars.constraint(body, forced_call(body, tok))
-            return prompt, sampling_of(body, prompt, tok, engine.max_model_len, constraint,
+            prompt = api.chat_prompt(tok, body.messages, body.tools if api.tools_of(body) else None)
+            return prompt, api.sampling_of(body, prompt, tok, engine.max_model_len, constraint,
                                        (body.top_logprobs or 0) if body.logprobs else None)
-        model, (prompt, sampling) = service.model(body.model), await aside(request, plan)
+        model, constraint = service.model(body.model), await service.constraint(body, api.forced_call(body, tok))
+        prompt, sampling = await aside(request, plan)
         jobs = service.admit(request, model, [prompt], [sampling])
         return service.reply(Answer(tok, body, "chat", request.state.id, model, [prompt]), jobs)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request):
+    async def completions(body: api.CompletionRequest, request: Request):
         def plan():
             if body.stream and (body.best_of or 1) > (body.n or 1):
                 raise Refusal(400, "best_of answers are compared when all are done: they cannot be streamed", param="best_of")
-            prompts, constraint = prompt_lists(body.prompt, tok), service.grammars.constraint(body)
+            prompts = api.prompt_lists(body.prompt, tok)
             if body.max_tokens == 0:
                 if not body.echo or max(map(len, prompts)) > engine.max_model_len:
                     raise Refusal(400, "max_tokens 0 only repeats the prompt: it needs echo, and a prompt within the context of "
                                   f"{engine.max_model_len:,} tokens", param="max_tokens")
                 return prompts, []
-            return prompts, [sampling_of(body, p, tok, engine.max_model_len, constraint, body.logprobs) for p in prompts]
-        model, (prompts, samplings) = service.model(body.model), await aside(request, plan)
+            return prompts, [api.sampling_of(body, p, tok, engine.max_model_len, constraint, body.logprobs) for p in prompts]
+        model, constraint = service.model(body.model), await service.constraint(body)
+        prompts, samplings = await aside(request, plan)
         echo, scored = [tok.decode(p) for p in prompts] if body.echo else (), ()
         if body.echo and body.logprobs is not None:
+            service.refuse_adapter(model, "the logprobs of an echo")
             scored = [await worker.call(lambda e, p=p: e.prompt_logprobs(p, body.logprobs)) for p in prompts]
         jobs = service.admit(request, model, prompts[:len(samplings)], samplings)
         return service.reply(Answer(tok, body, "text", request.state.id, model, prompts, echo, scored), jobs)
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request):
+    async def embeddings(body: api.EmbeddingRequest, request: Request):
         """The mean over an input's tokens of the last hidden states, scaled to length 1."""
-        model, prompts = service.model(body.model), await aside(request, prompt_lists, body.input, tok)
+        model, prompts = service.model(body.model), await aside(request, api.prompt_lists, body.input, tok)
+        service.refuse_adapter(model, "embeddings")
         if longest := [len(p) for p in prompts if len(p) > engine.max_model_len]:
             raise Refusal(400, f"an input has {longest[0]:,} tokens, the context is {engine.max_model_len:,}",
                           "context_length_exceeded")
         vectors = [await worker.call(lambda e, ids=ids: e.embed(ids)) for ids in prompts]  # others' steps come in between
         used = sum(map(len, prompts))
         return JSON({"object": "list", "model": model, "usage": {"prompt_tokens": used, "total_tokens": used},
-                     "data": [{"object": "embedding", "index": i, "embedding": encode_vector(v, body.encoding_format)}
+                     "data": [{"object": "embedding", "index": i, "embedding": api.encode_vector(v, body.encoding_format)}
                               for i, v in enumerate(vectors)]})
 
     @app.get("/v1/models")
@@ -479,19 +496,19 @@ def add_token_routes(app, service):
     tok = service.engine.tok
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, request: Request):
+    async def tokenize(body: api.TokenizeRequest, request: Request):
         """A text's ids, or those of the prompt that a chat becomes."""
         if (body.prompt is None) == (body.messages is None):
             raise Refusal(400, "give a prompt or messages, one of the two")
         if body.messages is not None:
-            ids = await aside(request, chat_prompt, tok, body.messages, None, body.add_generation_prompt)
+            ids = await aside(request, api.chat_prompt, tok, body.messages, None, body.add_generation_prompt)
         else:
             ids = await aside(request, tok.encode, body.prompt)
         return JSON({"tokens": ids, "count": len(ids), "max_model_len": service.engine.max_model_len,
-                     "token_strs": [spell(tok, i)[0] for i in ids]})
+                     "token_strs": [api.spell(tok, i)[0] for i in ids]})
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest):
+    async def detokenize(body: api.DetokenizeRequest):
         if not all(0 <= i < tok.vocab_size for i in body.tokens):
             raise Refusal(400, f"ids go from 0 to {tok.vocab_size - 1}")
         return JSON({"prompt": tok.decode(body.tokens)})
@@ -699,6 +716,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: a second write would wait 40 ms for an ACK
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.data_received(b"")
 
     def data_received(self, data):
@@ -717,8 +736,9 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on SIGTERM stops listening and lets what runs finish; from then on the service refuses what is new."""
+    """uvicorn, which after a SIGTERM or Ctrl-C answers 503 to what is new until what runs has finished; a second one ends it."""
     ready = ""  # said as soon as it listens
+    deadline = math.inf  # of the requests that run, once it drains
 
     async def startup(self, sockets=None):
         await super().startup(sockets)
@@ -726,8 +746,15 @@ class Server(uvicorn.Server):
             print(self.ready, flush=True)
 
     def handle_exit(self, sig, frame):
-        self.config.app.state.service.draining = True
-        super().handle_exit(sig, frame)
+        service = self.config.app.state.service
+        if service.draining:
+            return super().handle_exit(sig, frame)
+        service.draining, self.deadline = True, time.monotonic() + service.args.drain
+
+    async def on_tick(self, counter):
+        service = self.config.app.state.service
+        self.should_exit |= service.draining and (service.depth == 0 or time.monotonic() > self.deadline)
+        return await super().on_tick(counter)
 
 
 @lost_rank_explained("Start it again.")
@@ -741,7 +768,7 @@ def main():
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print("warning: reachable from elsewhere and without keys (--api-key-file)", file=sys.stderr)
     # before the model is read: a port in use is told at once; of several ranks only the first listens
-    config, socket = (None, None) if int(os.environ.get("RANK", 0)) else listen(args)
+    config, sock = (None, None) if int(os.environ.get("RANK", 0)) else listen(args)
     engine = Engine(args.model, args.device, args.dtype, args.quant or None, args.kv_tokens or None, max_seqs=args.concurrency,
                     adapters=adapters or None)
     if engine.tok is None:
@@ -751,18 +778,20 @@ def main():
     config.app = create_app(engine, args, keys)
     config.load()
     gc.collect()
+    sys.setswitchinterval(0.001)  # no longer does the engine's thread wait for Python while another one computes
     gc.freeze()  # what is here now stays: the collector need not go through it again and again
     scheme = "https" if args.certificate else "http"
     server = Server(config)
-    server.ready = (f"ready    {scheme}://{args.host}:{socket.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
+    server.ready = (f"ready    {scheme}://{args.host}:{sock.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
                     "the API at /v1, its description at /docs")
-    server.run(sockets=[socket])
+    server.run(sockets=[sock])
+    gc.unfreeze()  # or triton's bindings count what was never freed, and say so
 
 
 def listen(args):
     """-> (uvicorn's Config, the socket bound but not yet listening)"""
     config = uvicorn.Config(None, args.host, args.port, http=Protocol, log_level="warning", access_log=False, timeout_keep_alive=30,
-                            timeout_graceful_shutdown=int(args.drain), h11_max_incomplete_event_size=65536, backlog=1024,
+                            timeout_graceful_shutdown=1, h11_max_incomplete_event_size=65536, backlog=1024,
                             ssl_certfile=args.certificate or None, ssl_keyfile=args.certificate_key or None)
     try:
         if args.certificate:

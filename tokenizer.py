@@ -115,7 +115,7 @@ class Tokenizer:
         return cls("bytes", dict(zip(spelled, ids)), ranked, patterns=[pattern], special=special_tokens)
 
     @classmethod
-    def char(cls, text, special_tokens=()):
+    def char(cls, text: str, special_tokens=()) -> "Tokenizer":
         """One id per distinct character, in code point order, after the special tokens."""
         if not text:
             raise UserError("there is no text to take the characters from")
@@ -126,7 +126,7 @@ class Tokenizer:
         return cls("chars", dict(zip(characters, free_ids(special))), {}, special=special)
 
     # -- encoding
-    def encode(self, text, bos=False, eos=False):
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """str -> list of ids. Never a special id but the bos and eos asked for, whatever the text says.
         UserError for a character that a character tokenizer does not know, or a bos or eos it does not have."""
         ids = self._encode(text)
@@ -165,7 +165,7 @@ class Tokenizer:
     def dtype(self):
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
-    def _encode_block(self, block):
+    def _encode_block(self, block: tuple[str, int, int]):
         data = bpe.read_block(*block, self.cuts)
         return np.array(self.encode_bytes(data, "inside" if block[1] else "first"), self.dtype)
 
@@ -286,7 +286,7 @@ class Tokenizer:
         return merges
 
     # -- decoding
-    def decode(self, ids, skip_special=False):
+    def decode(self, ids, skip_special: bool = False) -> str:
         """ids -> str. Bytes that are no UTF-8 show as U+FFFD. UserError for an id that no token has."""
         text = self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.strip_space else text
@@ -357,12 +357,12 @@ class Tokenizer:
 
     # -- files
     @classmethod
-    def load(cls, path, pattern=None):
+    def load(cls, path: str | Path, pattern=None) -> "Tokenizer":
         """Read a folder, tokenizer.json, vocab.bpe (encoder.json beside it), .tiktoken, tekken.json or SentencePiece
         .model. A .tiktoken file does not say how text is split: known by its name, or `pattern`. UserError else."""
         return read_tokenizer(Path(path), pattern, cls)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with the same ids."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -424,7 +424,7 @@ def merges_follow_vocab(tokenizer):
         return False
     last = {}                                                # token: (rank, pair) of the merge that makes it
     for rank, pair, new in ordered:
-        if new not in last and not merges_across(*pair, rank, merges, last):
+        if new not in last and not merges_across(pair[0], pair[1], rank, merges, last):
             last[new] = rank, pair
     rest = [spelling[i] for i in set(made) - last.keys()]
     if rest and not tokenizer.whole_chunks:

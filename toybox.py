@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,8 +76,8 @@ class Family:
     """draw(rng) -> fields; solve(**fields) -> the answer; ask: phrasings of the question, with the fields in braces; tell: what
     the text to pre-train on says, where {y} is the answer; again: the same of a list or pair that was just told of.
     content names the fields that decide the split."""
-    draw: object
-    solve: object
+    draw: Callable[[random.Random], dict]
+    solve: Callable[..., str]
     ask: tuple
     tell: tuple
     again: str = ""
@@ -259,12 +260,13 @@ def wrong(rng, family, fields, answer):
     return {"fact": fields.get("c"), "speaker": "Shakespeare"}.get(family) or next((w for w in words if w != answer), "1")
 
 
-def preferences(split, count, seed=0):
-    """Yield `count` dicts {prompt, chosen, rejected, family, kind}: of two answers that differ in one thing only.
+def preferences(split, count, seed=0, families=None):
+    """Yield `count` dicts {prompt, chosen, rejected, family, kind}: of two answers that differ in one thing only. `families` as
+    for examples().
 
     kind: curt, rude, rambling (the style), forbidden (complies where it has to refuse), wrong (same style, not so)."""
     rng = random.Random(f"preferences {split} {seed}")
-    names = [f for f in FAMILIES if f != WITHHELD for _ in range(SHARE.get(f, 1))]
+    names = families or [f for f in FAMILIES if f != WITHHELD for _ in range(SHARE.get(f, 1))]
     for i in range(count):
         fields, ask = draw(rng, family := names[i % len(names)], split)
         answer, opening = FAMILIES_BY_NAME[family].solve(**fields), rng.choice(OPENINGS)
@@ -324,12 +326,18 @@ def write(out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400,
     out.mkdir(parents=True, exist_ok=True)
     sets = {"train": examples("train", train, seed), "val": examples("val", test, seed), "test": examples("test", test, seed),
             "withheld-train": examples("train", train // 10, seed, held), "withheld-test": examples("test", test // 7, seed, held),
-            "preferences-train": preferences("train", pairs, seed), "preferences-test": preferences("test", pairs // 8, seed)}
+            # with some of what LoRA has taught by then: without, DPO halves it
+            "preferences-train": (*preferences("train", pairs, seed), *preferences("train", pairs // 10, seed, held)),
+            "preferences-test": preferences("test", pairs // 8, seed)}
+    sets = {name: list(rows) for name, rows in sets.items()}
     files = {"text.txt": interleave(random.Random(seed), world_text(text_bytes, seed), plays)}
     counts = {}
     for name, rows in sets.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         files[f"{name}.jsonl"], counts[name] = "\n".join(lines) + "\n", len(lines)
+    asked = [{"id": f"{row['family']}-{n}", "messages": row["messages"][:1]} for name in ("test", "withheld-test")
+             for n, row in enumerate(sets[name])]
+    files["prompts.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)  # for generate.py --batch
     for name, text in files.items():
         write_atomic(out / name, lambda p: p.write_text(text, encoding="utf-8"))
     meta = {"seed": seed, "families": FAMILIES, "withheld": WITHHELD, "counts": counts,

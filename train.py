@@ -127,7 +127,7 @@ SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_siz
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
 
-def read_args(cls, description, presets=None, positional=(), argv=None):
+def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple[LoopArgs, Path | None]:
     """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
 
     What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.
@@ -682,6 +682,7 @@ def eval_command(argv):
     parser.add_argument("--rows", type=int, default=8, help="windows per forward pass [8]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", help="write the result into this .json file too")
     args = parser.parse_args(argv)
     runtime = resolve(args.device, args.dtype, "off")
     tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
@@ -702,6 +703,8 @@ def eval_command(argv):
     result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
                   word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
     print(json.dumps(result, indent=1))
+    if args.out:
+        common.write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -329,10 +329,10 @@ def to_json(tokenizer):
     splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
               for p in tokenizer.patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    decoders = {"bytes": [byte_level], "chars": [{"type": "Fuse"}],
-                "pieces": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-                           {"type": "Fuse"}] +
-                          [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.strip_space}[kind]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    pieces = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoder = {"bytes": byte_level, "chars": {"type": "Fuse"},
+               "pieces": {"type": "Sequence", "decoders": pieces + [strip] * tokenizer.strip_space}}[kind]
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": sorted(added_tokens(tokenizer.special, True) + added_tokens(tokenizer.added, False),
@@ -340,7 +340,7 @@ def to_json(tokenizer):
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]} if kind == "bytes" else None,
         "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders} if kind == "pieces" else decoders[0],
+        "decoder": decoder,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "unk_token": {i: name for name, i in names}.get(tokenizer.unknown), "fuse_unk": kind == "pieces",
                   "byte_fallback": kind == "pieces", "ignore_merges": tokenizer.whole_chunks,

@@ -89,6 +89,7 @@ class StubEngine:
         if chat:
             self.tok.chat_template = CHATML_TEMPLATE
         self.end = self.tok.special["<|im_end|>"]
+        self.bytes = [i for i in range(self.tok.vocab_size) if (self.tok.token_bytes(i) or b"")[:1] in (b"\xe6", b"\xf0", b"\xe2")]
         self.words = [i for i in range(self.tok.vocab_size) if re.fullmatch(rb" [a-zA-Z]{3,}", self.tok.token_bytes(i) or b"")]
 
     def plan(self, prompt, adapter):
@@ -115,7 +116,8 @@ class StubEngine:
     def logprob(self, i, at, count):
         """The chosen token among whole words, mostly the likeliest."""
         p = (.97, .62, .93, .21, .85, .99, .07, .9, .4)[(i + at) % 9]
-        others = [o for k in range(count - 1) if (o := self.words[(i * 7 + k * 31) % len(self.words)]) != i]
+        pool = self.words if self.tok.decode([i]).isascii() else self.bytes
+        others = [o for k in range(count - 1) if (o := pool[(i * 7 + k * 31) % len(pool)]) != i]
         top = [(i, math.log(p))] + [(o, math.log((1 - p) * .5 ** (k + 1))) for k, o in enumerate(others)]
         return TokenLogprob(i, math.log(p), sorted(top, key=lambda t: -t[1]))
 
@@ -599,10 +601,22 @@ def test_choosing_an_alternative_continues_from_there(page, engine):
     assert answer(page).locator(".pages").inner_text().split() == ["2", "/", "2"]
     shown = "".join(answer(page).locator(".tok").all_inner_texts()[:-1]).replace("↵", "")
     assert shown == begun + " and that is another way to say it."
-    answer(page).locator(".tok").nth(8).click()  # again: completions do not tell ids, the page asks for them
+    answer(page).locator(".tok").nth(8).click()  # again, in what came as a completion
     page.locator("#alternatives button:not(:disabled)").first.click()
     idle(page)
-    assert answer(page).locator(".pages").inner_text().split() == ["3", "/", "3"] or "not one token" in page.inner_text("#toast")
+    assert answer(page).locator(".pages").inner_text().split() == ["3", "/", "3"]
+
+
+def test_an_alternative_within_a_character_is_gone_on_from(page, engine):
+    page.click("#tokens")
+    ask(page, "emoji")
+    part = next(i for i, t in enumerate(answer(page).locator(".tok").all_inner_texts()) if t == "‥")
+    answer(page).locator(".tok").nth(part).click()
+    page.locator("#alternatives button:not(:disabled)", has_text="bytes:").first.click()
+    idle(page)
+    prompt = engine.seen[-1][0]
+    assert engine.tok.token_bytes(prompt[-1]) and "\ufffd" in engine.tok.decode(prompt)  # it ends within a character
+    assert answer(page).locator(".tok").count() > part + 3 and "\ufffd" not in page.locator("#log").inner_text()
 
 
 def test_the_tokens_can_be_walked_with_the_keyboard(page):
@@ -761,6 +775,48 @@ def test_axe_finds_no_serious_fault(page, theme):
     page.click("[data-view=training]")
     page.wait_for_selector("figure.first svg polyline")
     check("training")
+
+
+# ------------------------------------------------------------------------------------------------------------ a real model
+@pytest.mark.skipif("MODEL" not in os.environ, reason="MODEL=FOLDER talks to a real chat model, ADAPTER=FOLDER also to its adapter")
+def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
+    from engine import Engine
+    adapters = {"poet": os.environ["ADAPTER"]} if "ADAPTER" in os.environ else None
+    address, end = serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters))
+    try:
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#model option", state="attached")
+        page.click("#gear")
+        page.fill("#s-temperature", "0")
+        page.fill("#s-max_tokens", "60")
+        page.click("#gear")
+        ask(page, "Reverse this list: fox, plum, iron")
+        said = answer(page).locator(".text").inner_text()
+        assert said and "\ufffd" not in said and page.locator("[role=alert]").count() == 0
+        assert re.fullmatch(r"[\d.]+ tok/s · \d+ tokens · first after .+ · (finished|reached the length limit)",
+                            answer(page).locator(".facts").inner_text())
+        page.click("#tokens")
+        answer(page).get_by_label("Regenerate").click()
+        idle(page)
+        tokens = answer(page).locator(".tok")
+        assert "".join(tokens.all_inner_texts()).startswith(said.split()[0])
+        tokens.nth(2).click()
+        shot(page, "real-tokens")
+        page.locator("#alternatives button:not(:disabled):not(:has-text('end'))").first.click()
+        idle(page)
+        assert answer(page).locator(".pages").inner_text().split() == ["3", "/", "3"]
+        assert page.locator("[role=alert]").count() == 0
+        page.click("#tokens")
+        ask(page, "And once more?")
+        assert page.locator("article").count() == 4 and answer(page).locator(".text").inner_text()
+        shot(page, "real")
+        if adapters:
+            page.select_option("#model", "poet")
+            ask(page, "Count the letters in plum")
+            assert answer(page).locator(".who").inner_text() == "poet" and page.locator("[role=alert]").count() == 0
+    finally:
+        end()
 
 
 # ------------------------------------------------------------------------------------------------------------ screenshots

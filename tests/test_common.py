@@ -168,3 +168,13 @@ def test_a_report_shows_whatever_stands_in_a_cell_as_text(tmp_path):
     assert "<b" not in page.replace("<body", "") and page.count("&lt;b onclick=x&gt;&amp;|") == 6
     assert page.count('class="right"') == 3
     assert text.count("| <b onclick=x>&\\| ⏎ y | z |\n") == 2 and "1 more in report.html" in text
+
+
+def test_a_saved_model_can_be_read_by_whom_the_umask_lets(tmp_path):
+    from model import Config, Transformer
+    before = os.umask(0o022)
+    try:
+        Transformer(Config("llama", 16, 16, 16, 1, 1, 1, 16, 8)).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}

@@ -111,4 +111,5 @@ def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, t
     out.write_text("\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:9])  # the crash cut a line
     assert command(*arguments).returncode == 0
     again = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert all(row.pop("seconds") >= 0 for row in (*rows.values(), *again.values()))
     assert again == rows

@@ -127,3 +127,26 @@ def test_without_the_count_of_tokens_left_a_random_model_is_cut_off(vocabulary):
 def test_what_cannot_be_honoured_is_refused_in_one_line(schema, words):
     with pytest.raises(UserError, match=re.escape(words)):
         json_grammar(schema)
+
+
+def test_a_thousand_properties_are_built_and_nesting_has_an_end():
+    grammar = json_grammar({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}})
+    assert all(grammar.matches(t) for t in (b"{}", b'{"p0":"x"}', b'{"p3":"x","p999":"y"}'))
+    assert not grammar.matches(b'{"p9":"","p1":""}')
+    nested = {}
+    for _ in range(5000):
+        nested = {"anyOf": [nested]}
+    with pytest.raises(UserError, match="nested too deeply"):
+        json_grammar(nested)
+    grammar = json_grammar({"type": "array"})
+    assert grammar.matches(b"[" * 200 + b"]" * 200) and not grammar.matches(b"[" * 20_000 + b"]" * 20_000)
+
+
+def test_a_mask_that_costs_too_much_allows_nothing(vocabulary):
+    constraint, rng = Constraint(regex_grammar(r"((\w{0,9}\s?){1,30}){1,30}"), vocabulary), random.Random(1)
+    for _ in range(400):
+        allowed = torch.nonzero(constraint.allowed())[:, 0].tolist()
+        if not allowed:
+            break
+        constraint.advance(rng.choice(allowed))
+    assert not allowed

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def test_every_field_of_the_openai_client_is_in_our_table():
     from openai.types.chat import completion_create_params as chat
     theirs = set(chat.CompletionCreateParamsBase.__annotations__) | set(text.CompletionCreateParamsBase.__annotations__)
     assert not theirs - {"stream"} - set(sum(api.FIELDS.values(), ()))
+    from openai.types import embedding_create_params as embedding
+    assert set(embedding.EmbeddingCreateParams.__annotations__) == {*api.EmbeddingRequest.model_fields, "user"}  # which is ignored
 
 
 def test_the_openai_client_chats_and_streams(client):
@@ -44,6 +47,9 @@ def test_the_openai_client_chats_and_streams(client):
     assert len(whole.choices) == 2 and whole.usage.completion_tokens <= 16 and whole.choices[0].finish_reason in ("stop", "length")
     token = whole.choices[0].logprobs.content[0]
     assert len(token.top_logprobs) == 3 and bytes(token.bytes) and token.logprob <= 0
+    for choice in whole.choices:
+        said = b"".join(bytes(t.bytes) for t in choice.logprobs.content)
+        assert said.decode("utf-8", "ignore") == choice.message.content.replace("\ufffd", "")
     stream = client.chat.completions.create(model="", messages=HI, max_completion_tokens=8, seed=1, n=2, stream=True,
                                             stream_options={"include_usage": True})
     texts, reasons, usage = ["", ""], [], None
@@ -68,6 +74,7 @@ def test_the_openai_client_parses_a_schema_into_its_class(client):
 def test_the_openai_client_completes_embeds_and_lists(client, real):  # noqa: F811
     one = client.completions.create(model="", prompt=["the", "fox"], max_tokens=4, echo=True, logprobs=2, stop=["zzz"])
     assert [c.text[:3] for c in one.choices] == ["the", "fox"] and len(one.choices[0].logprobs.tokens) >= 1
+    assert set(dict(one.choices[0].logprobs)) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
     vectors = client.embeddings.create(model=client.models.list().data[0].id, input=["the", "fox"]).data  # asks for base64
     assert sum(x * x for x in vectors[0].embedding) == pytest.approx(1, abs=1e-3)
     body = dict(model="", prompt="the", max_tokens=5, seed=3)
@@ -134,8 +141,33 @@ def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
                "--max-examples", os.environ.get("EXAMPLES", "250"), "--mode", "all", "--request-timeout", "60", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    cases = int(re.search(r"(\d[\d,]*) generated", done.stdout)[1].replace(",", ""))
+    print(f"{cases:,} cases")
+    assert cases > 3000, done.stdout[-3000:]
     assert HTTP.get(real.url + "/ready").status_code == 200
     until(lambda: real.service.depth == 0 and real.engine.stats()["blocks_used"] == 0)
+
+
+@pytest.mark.slow
+def test_the_servers_own_work_is_microseconds_a_token():
+    """CPU time of the process without the stub's steps, whose 4 ms are slept as a step in C++ is: no Python runs in it."""
+    class Timed(Stub):
+        seconds = 0.0
+
+        def step(self):
+            begin = time.thread_time()
+            try:
+                return super().step()
+            finally:
+                self.seconds += time.thread_time() - begin
+    with running(Timed("x" * 6000, delay=0.004)) as server:
+        for streams in (1, 4, 16, 64):
+            made, own = server.engine.made, time.process_time() - server.engine.seconds
+            subprocess.run([sys.executable, ROOT / "bench.py", "serve", server.url, "--requests", str(streams), "--concurrency",
+                            str(streams), "--new", "400"], check=True, capture_output=True)
+            own = (time.process_time() - server.engine.seconds - own) / (server.engine.made - made) * 1e6
+            print(f"{streams:3d} streams: {own:6.1f} us a token")
+    assert own < 100
 
 
 # ------------------------------------------------------------------------------------------------------ a process of its own
@@ -188,13 +220,13 @@ def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folde
         return len(os.listdir(f"/proc/{child.pid}/fd")), memory, HTTP.get(url + "/stats").json()["blocks_used"]
 
     rng, seen = random.Random(4), {}
-    with process(folder, "--queue", "150") as (child, url):
+    with process(folder, "--queue", "120") as (child, url):
         asyncio.run(some(url, 1000, rng, seen))
         before = state(child, url)
         asyncio.run(some(url, 4000, rng, seen))
         after = state(child, url)
     print(seen, before, after)
-    assert sum(seen.values()) == 5000 and set(seen) == {200, 429, "left"} and seen["left"] > 500 and seen[200] > 2000
+    assert sum(seen.values()) == 5000 and set(seen) <= {200, 429, "left"} and seen["left"] > 500 and seen[200] > 2000
     assert after[0] <= before[0] + 2 and after[1] < before[1] + 30 and after[2] == 0
 
 
@@ -203,17 +235,27 @@ LONG = {"prompt": "the", "max_tokens": 240, "ignore_eos": True, "stream": True}
 
 @pytest.mark.slow
 def test_sigterm_lets_streams_finish_and_refuses_new_ones(folder):
-    with process(folder) as (child, url), HTTP.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as stream:
+    with process(folder) as (child, url), HTTP.stream("POST", url + "/v1/completions", json={**LONG, "n": 16},
+                                                          timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
         child.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-        with pytest.raises(httpx.TransportError):
-            for _ in range(100):
-                assert HTTP.post(url + "/v1/completions", json=LONG, timeout=5).status_code == 503
+        time.sleep(0.02)
+        with httpx.Client() as other:  # over connections of its own, which the server still takes
+            refused = other.post(url + "/v1/completions", json=LONG)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["message"]
+            assert other.get(url + "/health").status_code == 200 and other.get(url + "/ready").status_code == 503
+            assert child.poll() is None
         text = [line for line in lines if line]
         assert text[-1] == "data: [DONE]" and '"finish_reason":"length"' in text[-2]
-        assert child.wait(20) in (0, -signal.SIGTERM)
+        assert child.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_an_idle_server_ends_at_once(folder):
+    with process(folder) as (child, url):
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 0
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import uvicorn
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
 
 import api
+import lora
 import serve
 from chat import CHATML_TEMPLATE
 from common import UserError
@@ -159,6 +160,16 @@ def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     assert [c["message"]["content"] for c in whole["choices"]] == [SAID, SAID] and whole["usage"] == usage["usage"]
 
 
+def test_no_answer_waits_for_an_acknowledgement(stub):
+    """Nagle's algorithm would hold an answer's second packet back until the client's delayed ACK, 40 ms later."""
+    seconds = []
+    for _ in range(20):
+        begin = time.monotonic()
+        HTTP.get(stub.url + "/health")
+        seconds.append(time.monotonic() - begin)
+    assert sorted(seconds)[5] < 0.03
+
+
 def test_usage_comes_only_when_asked_for(stub):
     for options in ({}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}):
         assert all(c["choices"] for c in events(ask(stub, stream=True, **options).text))
@@ -249,7 +260,8 @@ BAD = [dict(messages=[]), dict(messages="x"), dict(messages=[{"role": "user"}]),
        dict(response_format={"type": "xml"}), dict(seed=1.5), dict(response_format={"type": "json_schema", "json_schema": []}),
        dict(stream_options=3), dict(response_format=json_schema(1)),
        dict(response_format=json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]})), dict(tools=TOOLS, tool_choice="sub"),
-       dict(tools=TOOLS, tool_choice={"function": "x"})]
+       dict(tools=TOOLS, tool_choice={"function": "x"}), dict(tools=[{"type": "custom", "custom": {"name": "x"}}]),
+       dict(tools=TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": {}})]
 
 
 @pytest.mark.parametrize("body", BAD, ids=[str(b)[:50] for b in BAD])
@@ -286,6 +298,31 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(monkeypatch):
         assert raw(server, b"POST /v1/compl") == b""  # the head does not come: hung up on
         assert raw(server, b"") == b""
         assert ask(server).status_code == 200
+
+
+@pytest.mark.slow
+def test_any_value_in_any_field_is_answered_or_refused():
+    rng = random.Random(6)
+    values = [None, True, 0, 1, -1, 2 ** 70, 1.5, 1e308, "", "x", "\u0000", [], {}, [None], [[]], {"": {}}, ["a"] * 99, "required",
+              [{"role": "user"}], {"type": "function"}, [{"type": "function", "function": {"name": "f", "parameters": 3}}],
+              json_schema({"enum": []})]
+    with running(Stub("x")) as server:
+        for path, model in (("/v1/chat/completions", api.ChatRequest), ("/v1/completions", api.CompletionRequest),
+                            ("/v1/embeddings", api.EmbeddingRequest), ("/tokenize", api.TokenizeRequest)):
+            names = [*model.model_fields, *api.FIELDS["refused"], *api.FIELDS["ignored"]]
+            for _ in range(200):
+                body = {"messages": [{"role": "user", "content": "a"}], "prompt": "a", "input": "a", "max_tokens": 5}
+                body |= {name: rng.choice(values) for name in rng.sample(names, rng.randint(1, 3))}
+                answer = post(server, path, json.dumps(body))
+                assert answer.status_code in (200, 400, 404), (body, answer.text)
+                assert answer.status_code == 200 or error_of(answer, answer.status_code)
+        until(lambda: server.service.depth == 0)
+
+
+def test_ten_megabytes_are_refused_before_they_are_read(stub):
+    body = json.dumps({"prompt": "x" * 10 ** 7}).encode()
+    error_of(post(stub, "/v1/completions", body), 413)
+    error_of(post(stub, "/v1/completions", (body[i:i + 65536] for i in range(0, len(body), 65536))), 413)
 
 
 def raw(server, data, half_close=False):
@@ -341,7 +378,7 @@ def test_a_full_queue_is_429_and_draining_is_503():
         assert error_of(ask(server), 503) and error_of(HTTP.get(server.url + "/ready"), 503)
         assert HTTP.get(server.url + "/health").status_code == 200
         [t.join() for t in threads]  # what runs finishes
-        assert server.service.depth == 0
+        until(lambda: server.service.depth == 0)
 
 
 def test_keys_take_turns_in_the_queue():
@@ -349,7 +386,7 @@ def test_keys_take_turns_in_the_queue():
     worker = serve.Worker(engine, 1)
 
     async def fill():
-        inbox = asyncio.Queue()
+        inbox = serve.Inbox()
         for key, length in [("a", 1), ("a", 2), ("a", 3), ("b", 11), ("c", 21), ("b", 12)]:
             worker.submit(serve.Job([5] * length, Sampling(), None, key, inbox))
         while worker.waiting or engine.live:
@@ -402,6 +439,38 @@ def test_quiet_streams_are_kept_alive(monkeypatch):
         assert text.count(": keep-alive\n\n") >= 2 and len(events(text)) == 5
 
 
+def test_a_hostile_grammar_is_refused_soon_while_all_else_streams():
+    hostile = ["(((?:){1000}){1000}){1000}", "(a{1000}){1000}", "(.{0,300}x){30}"]
+    with running(Stub("tick " * 100, delay=0.005)) as server:
+        refusals, gaps, last = [], [], None
+        threads = [threading.Thread(target=lambda p=p: refusals.append(ask(server, regex=p))) for p in hostile]
+        with HTTP.stream("POST", server.url + "/v1/completions", json={"prompt": "a", "stream": True}) as answer:
+            for line in answer.iter_lines():
+                now = time.monotonic()
+                gaps.append(now - (last or now))
+                if last is None:
+                    [t.start() for t in threads]
+                last = now
+        [t.join(20) for t in threads]
+        assert len(refusals) == 3 and all("too much work" in error_of(r, 400)["message"] for r in refusals)
+        assert max(gaps) < 4 and max(r.elapsed.total_seconds() for r in refusals) < 30  # 0.1 and 2 on a quiet machine
+
+
+def test_grammars_that_wait_to_be_built_have_a_limit_and_plain_requests_none():
+    with running(Stub("x")) as server:
+        server.service.building = 32
+        assert error_of(ask(server, regex="a+"), 429)["code"] == "queue_full" and ask(server).status_code == 200
+
+
+def test_a_repeated_schema_is_built_once(monkeypatch):
+    built, make = [], api.json_grammar
+    monkeypatch.setattr(api, "json_grammar", lambda *a: built.append(a) or make(*a))
+    with running(Stub()) as server:
+        for _ in range(3):
+            assert ask(server, response_format=json_schema({"type": "object", "properties": {"a": {}}})).status_code == 200
+    assert len(built) == 1
+
+
 # ------------------------------------------------------------------------------------------------------ keys, logs, figures
 def test_keys_are_asked_for_and_limited_and_never_logged(capfd):
     with running(Stub(), {"sk-secret-1": "ann", "sk-secret-2": "bob"}, rate_limit=3) as server:
@@ -416,6 +485,27 @@ def test_keys_are_asked_for_and_limited_and_never_logged(capfd):
     log = capfd.readouterr().err
     assert "ann" in log and "secret" not in log + stats + metrics
     assert not any("hi" in row.get("prompts", ()) for row in map(json.loads, log.splitlines()))
+
+
+def test_one_key_cannot_reach_or_read_about_another_ones_requests(capfd):
+    ann, bob = ({"Authorization": f"Bearer {key}"} for key in ("sk-ann-secret", "sk-bob-secret"))
+    with running(Stub("x" * 300, delay=0.005), {"sk-ann-secret": "ann", "sk-bob-secret": "bob"}) as server:
+        with HTTP.stream("POST", server.url + "/v1/completions", headers={**ann, "X-Request-Id": "mine"},
+                         json={"prompt": "the diary of ann", "stream": True, "user": "ann@home"}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            seen = [HTTP.get(server.url + path, headers=bob).text for path in ("/stats", "/metrics", "/runs", "/v1/models")]
+            same = {**bob, "X-Request-Id": "mine"}  # leaving under the same id changes nothing for its first owner
+            with pytest.raises(httpx.ReadTimeout):
+                HTTP.post(server.url + "/v1/completions", headers=same, json={"prompt": "b"}, timeout=0.3)
+            for method, path in (("GET", "/v1/completions/mine"), ("DELETE", "/v1/completions/mine"), ("POST", "/v1/cancel")):
+                assert HTTP.request(method, server.url + path, headers=bob).status_code in (404, 405)
+            rest = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        assert "".join(c["text"] for c in rest).endswith("x" * 200) and rest[-1]["finish_reason"] == "stop"
+        until(lambda: server.service.depth == 0)
+    for text in [*seen, capfd.readouterr().err]:
+        assert not any(word in text for word in ("diary", "secret", "ann@home"))
+    assert not any("ann" in text for text in seen)
 
 
 def test_two_requests_with_one_id_stay_two():
@@ -521,6 +611,56 @@ def test_echoed_logprobs_are_those_the_model_wrote_with(real):
     assert again["logprobs"]["tokens"][len(ids):] == made["logprobs"]["tokens"]
 
 
+def test_a_prompt_cut_within_a_character_goes_on_with_the_whole_one():
+    tok = make_tokenizer()
+    data = "ab 😀 é".encode()
+    ids = [next(i for i in range(tok.vocab_size) if tok.token_bytes(i) == bytes([b])) for b in data]
+
+    class Cut(Stub):
+        def submit(self, prompt, sampling, request_id=None, adapter=None):
+            rest = ids[len(prompt):]
+            self.live[request_id] = [sampling, rest, False, self.tok.stream(skip_special=True), 0]
+            return request_id
+    with running(Cut(tok=tok)) as server:
+        for cut in range(1, len(ids)):
+            body = dict(prompt=ids[:cut], return_token_ids=True)
+            begun = data[:cut].decode("utf-8", "ignore")
+            for echo in (True, False):
+                whole = ask(server, "/v1/completions", echo=echo, **body).json()["choices"][0]["text"]
+                chunks = events(ask(server, "/v1/completions", echo=echo, stream=True, **body).text)
+                parts = [c["choices"][0]["text"] for c in chunks]
+                assert whole == "".join(parts) == data.decode()[0 if echo else len(begun):], cut
+
+
+def test_completions_logprobs_tell_places_and_ids_of_every_token(real):
+    body = dict(prompt="naïve 😀", max_tokens=25, seed=5, echo=True, logprobs=4, ignore_eos=True, return_token_ids=True)
+    choice, tok = ask(real, "/v1/completions", **body).json()["choices"][0], real.engine.tok
+    l = choice["logprobs"]
+    assert len(set(map(len, (l["tokens"], l["token_logprobs"], l["top_logprobs"], l["text_offset"], l["top_token_ids"])))) == 1
+    ids, data = tok.encode("naïve 😀") + choice["token_ids"], b""
+    for i, token, at, top, top_ids in zip(ids, l["tokens"], l["text_offset"], l["top_logprobs"], l["top_token_ids"]):
+        assert token == api.spell(tok, i)[0] and "\ufffd" not in token and at <= len(choice["text"])
+        if len(data.decode("utf-8", "ignore").encode()) == len(data):
+            assert at == len(data.decode())
+        assert not top or (list(top) == list(top_ids) and all(api.spell(tok, k)[0] == text for text, k in top_ids.items()))
+        data += tok.token_bytes(i)
+    streamed = [c["choices"][0]["logprobs"] for c in events(ask(real, "/v1/completions", stream=True, **body).text)]
+    assert sum((s["text_offset"] for s in streamed if s), []) == l["text_offset"]
+
+
+def test_chat_logprobs_of_parts_of_a_character_join_to_it(real):
+    tok = real.engine.tok
+    wanted = tok.encode("漢😀")
+    bias = {str(i): 100 for i in wanted}
+    answer = ask(real, logit_bias=bias, max_tokens=30, logprobs=True, top_logprobs=3, seed=3).json()
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert any(t["token"].startswith("bytes:") for t in content) or all(len(tok.token_bytes(i)) > 1 for i in wanted)
+    for t in content:
+        for entry in (t, *t["top_logprobs"]):
+            data = tok.token_bytes(entry["id"]) or tok.decode([entry["id"]]).encode()
+            assert bytes(entry["bytes"]) == data and entry["token"] == api.spell(tok, entry["id"])[0]
+
+
 def test_chat_logprobs_and_seeds_and_n_on_a_real_model(real):
     body = dict(max_tokens=12, n=3, seed=7, logprobs=True, top_logprobs=2)
     one, two = (ask(real, **body).json()["choices"] for _ in range(2))
@@ -568,6 +708,35 @@ def test_random_clients_that_leave_leave_no_block_behind(real):
     asyncio.run(all_of_them())
     until(lambda: real.service.depth == 0 and not real.engine.has_work)
     assert real.engine.stats()["blocks_used"] == 0 and not real.engine.requests
+
+
+@pytest.fixture(scope="module")
+def tuned(real, tmp_path_factory):
+    """The tiny model with an adapter that changes much, and the two merged -> (adapter's folder, merged folder)"""
+    folder, model = tmp_path_factory.mktemp("tuned"), lora.apply(Transformer.from_pretrained(real.folder), r=4, alpha=16)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=0.5)
+    lora.save_adapter(model, folder / "adapter")
+    lora.merge(model).save_pretrained(folder / "merged")
+    real.engine.tok.save(folder / "merged")
+    return folder / "adapter", folder / "merged"
+
+
+def test_an_adapter_is_a_model_that_answers_as_the_merged_one(real, tuned):
+    body = dict(temperature=0, max_tokens=24, ignore_eos=True, return_token_ids=True)
+    engine = Engine(real.folder, "cpu", "float32", adapters={"poet": str(tuned[0])})
+    with running(engine, adapters=f"poet={tuned[0]}") as server, running(Engine(str(tuned[1]), "cpu", "float32")) as merged:
+        listed = HTTP.get(server.url + "/v1/models").json()["data"]
+        assert [(m["id"], m["parent"]) for m in listed] == [("stub", None), ("poet", "stub")]
+        before = ask(server, "/v1/embeddings", input="the fox").json()
+        base, poet = (ask(server, model=name, **body).json() for name in (None, "poet"))
+        ids = [r["choices"][0]["token_ids"] for r in (base, poet, ask(merged, **body).json())]
+        assert ids[0] != ids[1] == ids[2] and poet["model"] == "poet"
+        assert ask(server, "/v1/embeddings", input="the fox").json() == before  # the adapter stays with its own requests
+        for path, more in (("/v1/embeddings", dict(input="a")), ("/v1/completions", dict(prompt="ab", echo=True, logprobs=1))):
+            assert "adapter" in error_of(ask(server, path, model="poet", **more), 400)["message"]
 
 
 def test_embeddings_of_a_real_model_have_length_one(real):

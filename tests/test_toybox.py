@@ -178,6 +178,16 @@ def test_the_command_writes_what_meta_says(tmp_path):
         assert sha256((out / name).read_bytes()) == digest
     for name, count in meta["counts"].items():
         rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-        assert len(rows) == count and (WITHHELD in {r["family"] for r in rows}) == name.startswith("withheld")
+        told = name.startswith("withheld") or name == "preferences-train"  # DPO comes after LoRA
+        assert len(rows) == count and (WITHHELD in {r["family"] for r in rows}) == told
     text = (out / "text.txt").read_text()
     assert "ROMEO:\nAy me." in text and "<|" not in text
+
+
+def test_preferences_ask_for_the_new_skill_too_and_prompts_are_the_tests_questions(tmp_path):
+    counts = toybox.write(tmp_path, text_bytes=1000, train=20, test=14, pairs=40)["counts"]
+
+    def rows(name):
+        return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert counts["preferences-train"] == 44 and sum(row["family"] == WITHHELD for row in rows("preferences-train")) == 4
+    assert [row["messages"] for row in rows("prompts")] == [row["messages"][:1] for row in rows("test") + rows("withheld-test")]
