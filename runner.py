@@ -96,25 +96,22 @@ class Layer:
 
 # ----------------------------------------------------------------------------------------------- a model over several ranks
 class Parted(nn.Module):
-    """A linear layer of which this rank has a part. `join` makes the ranks' results one, on every rank."""
+    """A linear layer of which each rank has a part; every rank gets the whole result."""
 
     def __init__(self, linear, ranks, outputs=None):
         """outputs: how many in all, where each rank has some of them; None where each has some of the inputs."""
         super().__init__()
         self.linear, self.ranks, self.outputs = linear, ranks, outputs
 
-    def join(self, y):
-        """Partial sums (..., N) -> their sum; or some outputs of each rank, (..., N / ranks) -> all of them (..., N)."""
-        if self.outputs is None:
-            dist.all_reduce(y := y.contiguous())
+    def forward(self, x):
+        y = self.linear(x).contiguous()
+        if self.outputs is None:  # (..., N), partial sums
+            dist.all_reduce(y)
             return y
-        y = F.pad(y, (0, -(-self.outputs // self.ranks) - y.size(-1))).contiguous()  # the last part may be smaller
+        y = F.pad(y, (0, -(-self.outputs // self.ranks) - y.size(-1)))  # (..., N / ranks); the last part may be smaller
         parts = y.new_empty(self.ranks, *y.shape)
         dist.all_gather(list(parts), y)
         return parts.movedim(0, -2).flatten(-2)[..., :self.outputs]  # (ranks, ..., n) -> (..., ranks * n) -> (..., N)
-
-    def forward(self, x):
-        return self.join(self.linear(x))
 
 
 def part(linear, name, runtime, by_input=False):
@@ -193,8 +190,7 @@ def fuse(linears):
 def pack(linears, kind):
     """Layers over the same input -> one function of (T, K) to (T, N). kind: None as they are, "int8", "int4"."""
     if isinstance(linears[0], Parted):
-        product = pack([linears[0].linear], kind)
-        return lambda x: linears[0].join(product(x))
+        return Parted(pack([linears[0].linear], kind), linears[0].ranks, linears[0].outputs)
     if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
         return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
     kinds = {type(m) for m in linears}
@@ -213,7 +209,7 @@ class Runner:
     def __init__(self, model, runtime, kind=None, kv_dtype="auto", block_size=16, adapters=None):
         c = self.config = model.config
         self.device, self.block_size, self.model, self.runtime = runtime.device, block_size, model, runtime
-        self.orders, self.idle = None, True
+        self.orders, self.idle = None, False
         if runtime.world > 1:  # orders are small and on the CPU; who waits for one sleeps, for as long as it takes
             self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
             if runtime.rank == 0:
@@ -308,7 +304,7 @@ class Runner:
 
     def allocate(self, blocks):
         """Make room for keys and values: (layers, blocks, block_size, K, D) each; 8-bit ones with a scale a token and head."""
-        self.graphs = {}
+        self.graphs, self.idle = {}, True  # from here on the other ranks wait for orders
         if self.native:  # pages in an order of its own
             self.keys, self.values = self.native.allocate(blocks, self.kv_dtype)
             self.scales = None
