@@ -6,6 +6,7 @@ Each step: the Scheduler picks tokens to compute (prefill chunks and decodes und
 pool; the Runner (runner.py) computes them; sampler.py draws; accepted tokens become text. One thread calls it.
 """
 import bisect
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from common import UserError
+from native import quiet_torch
 from runner import Batch, Runner, load_model, pool_size
 from sampler import Row, Sampling, draw, top_logprobs, uniform
 
@@ -397,6 +399,10 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """Compute one batch -> list of Delta. Never blocks on anything but the computation."""
+        with quiet_torch() if self.runner.native else contextlib.nullcontext():
+            return self.compute_step()
+
+    def compute_step(self):
         deltas, self.outbox = self.outbox, []
         plan = self.scheduler.schedule()
         if plan:

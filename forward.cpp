@@ -8,9 +8,14 @@
 //
 // No result depends on what else is in the batch: each token's sums are taken in the same order whoever its neighbours are.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <mutex>
+#include <thread>
 #include <vector>
 #include <omp.h>
 #if defined(__x86_64__)
@@ -84,6 +89,64 @@ static inline Floats exp(Floats x) {  // 2^n e^r with |r| <= ln(2) / 2 and Cephe
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return given < -87.0f ? Floats{} : (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- threads
+// Threads that stay: a step has hundreds of barriers, and each should cost less than a microsecond. OpenMP's would do in the main
+// thread; called from another one, as in a server, its pools count as more threads than there are cores and go to sleep at every
+// barrier (5 times slower). Who waits spins for some microseconds, then lets others run, and between steps goes to sleep at last.
+// While the engine steps, torch has one thread (native.quiet_torch): two sets of spinning threads would get in each other's way.
+struct Team {
+    std::mutex turn, sleep;
+    std::condition_variable wake;
+    std::atomic<int> round{0}, arrived{0}, passed{0};
+    std::atomic<int> count{0};                     // threads there are, besides the caller
+    int size = 1;                                  // of the round
+    const std::function<void(int)> *job = nullptr;
+
+    static Team &only() { static Team *team = new Team; return *team; }  // never destroyed: its threads never end
+
+    static void spin(int i) {
+#if defined(__x86_64__)
+        if (i < 400) return _mm_pause();
+#endif
+        std::this_thread::yield();
+    }
+
+    void barrier() {
+        const int now = passed;
+        if (arrived.fetch_add(1) + 1 == size) arrived = 0, passed++;
+        else for (int i = 0; passed == now; i++) spin(i);
+    }
+
+    void work(int me, int seen) {
+        for (;;) {
+            for (int i = 0; round == seen; i++) {
+                if (i < 10000) { spin(i); continue; }
+                std::unique_lock<std::mutex> lock(sleep);
+                wake.wait(lock, [&] { return round != seen; });
+            }
+            seen = round;  // of the rounds that had no work for this thread it may have missed some
+            if (me < size) (*job)(me), barrier();
+        }
+    }
+
+    void run(int threads, const std::function<void(int)> &f) {  // f(0), ..., f(threads - 1) at once
+        std::lock_guard<std::mutex> mine(turn);
+        for (; count < threads - 1; count++) std::thread(&Team::work, this, count + 1, int(round)).detach();
+        {
+            std::lock_guard<std::mutex> lock(sleep);
+            job = &f, size = threads, round++;
+        }
+        wake.notify_all();
+        f(0);
+        barrier();
+    }
+};
+
+// i = this thread's share of 0..count-1
+template <class F> static void share(int count, int me, int threads, F f) {
+    for (int i = int64_t(count) * me / threads; i < int64_t(count) * (me + 1) / threads; i++) f(i);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ nouns
@@ -255,8 +318,8 @@ template <int R> static inline int panels(const Linear &w, int panel, int end, c
 }
 
 // This thread's share of y (T, N) = x (T, K) times W, or with `onto` y += that
-static void product(const Linear &w, const float *x, const Rounded &rounded, int T, float *y, size_t stride, bool onto) {
-    const int count = (w.N + W - 1) / W, threads = omp_get_num_threads(), me = omp_get_thread_num();
+static void product(const Linear &w, const float *x, const Rounded &rounded, int T, float *y, size_t stride, bool onto, int me, int threads) {
+    const int count = (w.N + W - 1) / W;
     const int end = int64_t(count) * (me + 1) / threads;
     for (int panel = int64_t(count) * me / threads, done; panel < end; panel += done) {
         int t = 0;
@@ -462,11 +525,11 @@ extern "C" int lanes() { return W; }
 extern "C" void linear(const Linear *w, int T, const float *x, float *y, int threads) {
     Rounded rounded[1];
     make_room(w, 1, T, nullptr, rounded);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads)  // torch's own threads: it works before and after this, and they are awake
     {
 #pragma omp for
         for (int t = 0; t < T; t++) prepare(w, 1, x + size_t(t) * w->inputs, t, rounded);
-        product(*w, x, rounded[0], T, y, w->N, false);
+        product(*w, x, rounded[0], T, y, w->N, false, omp_get_thread_num(), omp_get_num_threads());
     }
 }
 
@@ -497,62 +560,59 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
     for (int r = 0; r < R; r++) row_adapters[r] = adapters[rows[r]];
     make_room(&m.head, 1, R, row_adapters.data(), last);
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (int t = 0; t < T; t++)
+    std::vector<std::atomic<int>> next(m.L);  // unit of attention that nobody has taken yet
+    Team &team = Team::only();
+    team.run(threads, [&](int me) {
+        auto each = [&](int count, auto f) { share(count, me, threads, f), team.barrier(); };
+        each(T, [&](int t) {
             for (int k = 0; k < C; k++)
                 x[size_t(t) * C + k] = m.embed[ids[t] * C + k] + (m.places ? m.places[size_t(positions[t]) * C + k] : 0);
+        });
         for (int i = 0; i < m.L; i++) {
             const Layer &layer = m.layers[i];
-#pragma omp for
-            for (int t = 0; t < T; t++) {
+            each(T, [&](int t) {
                 normalize(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);
                 prepare(layer.qkv, 3, &normed[size_t(t) * C], t, rounded);
-            }
+            });
             for (int j = 0, n = 0; j < 3; n += layer.qkv[j++].N)
-                if (layer.qkv[j].N) product(layer.qkv[j], normed.data(), rounded[j], T, qkv.data() + n, width, false);
-#pragma omp barrier
-#pragma omp for
-            for (int t = 0; t < T; t++)
+                if (layer.qkv[j].N) product(layer.qkv[j], normed.data(), rounded[j], T, qkv.data() + n, width, false, me, threads);
+            team.barrier();
+            each(T, [&](int t) {
                 (m.cached == FLOAT16 ? remember<uint16_t> : remember<float>)(m, layer, &qkv[size_t(t) * width], positions[t],
                                                                              blocks[spans[span_of[t]].blocks + positions[t] / PAGE]);
-#pragma omp for schedule(dynamic)
-            for (size_t u = 0; u < units.size(); u++) {
+            });
+            for (size_t u; (u = next[i]++) < units.size();) {
                 const Span &span = spans[units[u].span];
                 attend_some(m, layer, span, units[u].first, units[u].last, units[u].head, blocks + span.blocks, qkv.data(), attended.data());
             }
-#pragma omp for
-            for (int t = 0; t < T; t++) prepare(&layer.out, 1, &attended[size_t(t) * inner], t, rounded);
-            product(layer.out, attended.data(), rounded[0], T, x.data(), C, true);
-#pragma omp barrier
-#pragma omp for
-            for (int t = 0; t < T; t++) {
+            team.barrier();
+            each(T, [&](int t) { prepare(&layer.out, 1, &attended[size_t(t) * inner], t, rounded); });
+            product(layer.out, attended.data(), rounded[0], T, x.data(), C, true, me, threads);
+            team.barrier();
+            each(T, [&](int t) {
                 normalize(&x[size_t(t) * C], layer.norm2, C, m.eps, &normed[size_t(t) * C]);
                 prepare(layer.up, 2, &normed[size_t(t) * C], t, rounded);
-            }
+            });
             for (int j = 0, n = 0; j < 2; n += layer.up[j++].N)
-                if (layer.up[j].N) product(layer.up[j], normed.data(), rounded[j], T, up.data() + n, 2 * m.M, false);
-#pragma omp barrier
-#pragma omp for
-            for (int t = 0; t < T; t++) {  // into the first M of the token's 2M
+                if (layer.up[j].N) product(layer.up[j], normed.data(), rounded[j], T, up.data() + n, 2 * m.M, false, me, threads);
+            team.barrier();
+            each(T, [&](int t) {  // into the first M of the token's 2M
                 float *gate = &up[size_t(t) * 2 * m.M];
                 activate(gate, layer.up[1].N ? gate + m.M : nullptr, m.M);
                 prepare(&layer.down, 1, gate, t, rounded);
+            });
+            if (layer.down.kind < INT8) {  // a product of floats reads rows of M
+                if (me == 0) for (int t = 1; t < T; t++) memcpy(&up[size_t(t) * m.M], &up[size_t(t) * 2 * m.M], m.M * sizeof(float));
+                team.barrier();
             }
-            if (layer.down.kind < INT8) {
-#pragma omp single  // a product of floats reads rows of M
-                for (int t = 1; t < T; t++) memcpy(&up[size_t(t) * m.M], &up[size_t(t) * 2 * m.M], m.M * sizeof(float));
-            }
-            product(layer.down, up.data(), rounded[0], T, x.data(), C, true);
-#pragma omp barrier
+            product(layer.down, up.data(), rounded[0], T, x.data(), C, true, me, threads);
+            team.barrier();
         }
-#pragma omp for
-        for (int r = 0; r < R; r++) {
+        each(R, [&](int r) {
             normalize(&x[rows[r] * C], m.norm, C, m.eps, &normed[size_t(r) * C]);
             prepare(&m.head, 1, &normed[size_t(r) * C], r, last);
-        }
-        if (!hidden) product(m.head, normed.data(), last[0], R, logits, m.head.N, false);
-    }
+        });
+        if (!hidden) product(m.head, normed.data(), last[0], R, logits, m.head.N, false, me, threads);
+    });
     if (hidden) memcpy(hidden, normed.data(), size_t(R) * C * sizeof(float));
 }

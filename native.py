@@ -5,6 +5,7 @@
 Runner (runner.py) asks for it on a CPU. Where there is no compiler, or a model has something that forward.cpp does not know,
 `Native` raises Unavailable with the reason, and the Runner computes the same with torch.
 """
+import contextlib
 import copy
 import ctypes
 import functools
@@ -119,6 +120,17 @@ def in_panels(t, lanes):
     return t.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
 
 
+@contextlib.contextmanager
+def quiet_torch():
+    """Inside, torch computes with one thread: its others would spin for milliseconds on cores that forward.cpp's threads need."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Panels:
     """Linear layers in the order in which forward.cpp reads them."""
     adapters = ()
@@ -197,7 +209,7 @@ class Native(Panels):
             if found:
                 raise Unavailable(f"forward.cpp does not do {problem}")
         super().__init__()
-        self.config = c
+        self.config, self.threads = c, torch.get_num_threads()
         self.layers = (Layer * len(model.layers))(*(self.layer(i, block, kind) for i, block in enumerate(model.layers)))
         tensors = map(self.floats, (model.embed_tokens.weight, model.embed_positions.weight if c.is_gpt2 else None, cos, sin))
         self.model = Model(len(model.layers), c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
@@ -242,7 +254,7 @@ class Native(Panels):
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
         at = [a.buffer_info()[0] for a in (ids, adapters, spans, blocks, rows)]
         self.lib.forward(self.model, len(ids), *at[:2], len(batch.spans), *at[2:4], len(rows), at[4],
-                         *((None, out.data_ptr()) if hidden else (out.data_ptr(), None)), torch.get_num_threads())
+                         *((None, out.data_ptr()) if hidden else (out.data_ptr(), None)), self.threads)
         return out if len(rows) else None
 
     def alone(self):
