@@ -190,7 +190,7 @@ class Scheduler:
 
     def admit(self, plan, budget):
         """Start waiting requests, oldest first, while their whole prompt finds room."""
-        promised = {key for s in self.running for key in s.hashes[s.published:]} if self.waiting else ()
+        promised = {key for s in self.running for key in s.hashes[s.published:]} if self.waiting else set()
         for seq in list(self.waiting):
             width = sum(s.width for s in self.running) + seq.width
             if budget <= 0 or width > self.max_seqs:

@@ -53,9 +53,9 @@ class Layer(Structure):
 
 
 class Model(Structure):
-    _fields_ = [(name, c_int32) for name in ("L", "C", "H", "KV", "D", "M")] + [
-        ("eps", c_float), ("cached", c_int32), ("embed", c_void_p), ("places", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
-        ("norm", Norm), ("layers", POINTER(Layer)), ("head", Linear)]
+    _fields_ = [("L", c_int32), ("C", c_int32), ("H", c_int32), ("KV", c_int32), ("D", c_int32), ("M", c_int32), ("eps", c_float),
+                ("cached", c_int32), ("embed", c_void_p), ("places", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+                ("norm", Norm), ("layers", POINTER(Layer)), ("head", Linear)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- compiling

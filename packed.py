@@ -5,6 +5,7 @@ quant.py makes them; GPTQ's layout on disk, and bitsandbytes' for NF4, are what 
 import copy
 import functools
 import json
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -114,7 +115,7 @@ def grid(groups, bits, sym, cost=None):
     """
     if cost is not None:
         best = grid(groups, bits, sym)
-        least = ((nearest_of(groups, *best, bits) - groups) ** 2 @ cost)
+        least = ((nearest_of(groups, best[0], best[1], bits) - groups) ** 2 @ cost)
         for share in CLIPS:
             scale, zero = grid(groups * share, bits, sym)
             error = (nearest_of(groups, scale, zero, bits) - groups) ** 2 @ cost
@@ -181,8 +182,8 @@ class FrozenProduct(torch.autograd.Function):
 class QuantLinear(nn.Module):
     """A linear layer with packed weights: x (..., K) -> (..., N). `dequantize` and `plain` define it; `product` is the quickest way
     that the device has to nearly the same numbers. Buffers named in `by_row` have the output rows first, so layers can be fused."""
-    by_row = ()
-    cpp = None  # native.Product, made by the first product that wants it; False where there cannot be one
+    by_row: tuple = ()
+    cpp: Any = None  # native.Product, made by the first product that wants it; False where there cannot be one
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -347,7 +348,8 @@ class GroupLinear(QuantLinear):
 
     @classmethod
     def from_linear(cls, linear, bits=4, group=128, sym=True):
-        return cls(*round_to_nearest(linear.weight, bits, group, sym), bits, group, None, linear.bias)
+        codes, scales, zeros = round_to_nearest(linear.weight, bits, group, sym)
+        return cls(codes, scales, zeros, bits, group, None, linear.bias)
 
     def codes(self):
         """-> uint8 (N, K), columns still in `order`."""
