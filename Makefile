@@ -9,7 +9,7 @@ demo: .venv/runtime
 	@bash demo.sh $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not peers and not slow and not browser" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not peers and not slow and not browser" tests
 
 test-peers: .venv/peers
 	$(BIN)/python -m pytest -q -m "peers or slow" tests
