@@ -47,7 +47,7 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python bench.py prefix": "--requests 2 --length 40",
 }
 PARSED = ("python bench.py", "torchrun")
-BLANKS = {"S": "70.5", "L": "1.9", "N": "300"}  # numbers that a reader is to put in
+BLANKS = {"S": "70.5", "L": "1.9", "N": "300", "MODEL": "runs/demo-dpo"}  # what a reader is to put in
 
 
 # ------------------------------------------------------------------------------------------------------- what the README says
