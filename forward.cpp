@@ -99,9 +99,9 @@ static inline Floats exp(Floats x) {  // 2^n e^r with |r| <= ln(2) / 2 and Cephe
 struct Team {
     std::mutex turn, sleep;
     std::condition_variable wake;
-    std::atomic<int> round{0}, arrived{0}, passed{0};
-    std::atomic<int> count{0};                     // threads there are, besides the caller
-    int size = 1;                                  // of the round
+    std::atomic<uint64_t> round{0};                // its number and, in the low 16 bits, how many threads take part
+    std::atomic<int> arrived{0}, passed{0};
+    int size = 1, count = 0;                       // threads of the round; threads there are, besides the caller
     const std::function<void(int)> *job = nullptr;
 
     static Team &only() { static Team *team = new Team; return *team; }  // never destroyed: its threads never end
@@ -119,7 +119,7 @@ struct Team {
         else for (int i = 0; passed == now; i++) spin(i);
     }
 
-    void work(int me, int seen) {
+    void work(int me, uint64_t seen) {
         for (;;) {
             for (int i = 0; round == seen; i++) {
                 if (i < 10000) { spin(i); continue; }
@@ -127,16 +127,16 @@ struct Team {
                 wake.wait(lock, [&] { return round != seen; });
             }
             seen = round;  // of the rounds that had no work for this thread it may have missed some
-            if (me < size) (*job)(me), barrier();
+            if (me < int(seen & 0xffff)) (*job)(me), barrier();
         }
     }
 
     void run(int threads, const std::function<void(int)> &f) {  // f(0), ..., f(threads - 1) at once
         std::lock_guard<std::mutex> mine(turn);
-        for (; count < threads - 1; count++) std::thread(&Team::work, this, count + 1, int(round)).detach();
+        for (; count < threads - 1; count++) std::thread(&Team::work, this, count + 1, uint64_t(round)).detach();
         {
             std::lock_guard<std::mutex> lock(sleep);
-            job = &f, size = threads, round++;
+            job = &f, size = threads, round = ((round >> 16) + 1) << 16 | threads;
         }
         wake.notify_all();
         f(0);

@@ -208,3 +208,21 @@ def test_compiling_for_an_image_needs_a_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["native.py", "--out", str(tmp_path)])
     native.main()
     assert [str(p) for p in tmp_path.iterdir()] == capsys.readouterr().out.split()
+
+
+def test_teams_of_different_sizes_take_turns():
+    """Threads that sat out a round do not run it later, and results do not depend on how many there are."""
+    runs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(cpp(tiny(), "int8"))
+    finally:
+        torch.set_num_threads(before)
+    got = []
+    for i in range(400):
+        batch = Batch(16)
+        batch.add([0, 1], list(range(20)), 0, [19])
+        got.append(runs[i * 7 % 4](batch))
+    assert all(torch.equal(got[0], other) for other in got)
