@@ -15,7 +15,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from array import array
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli
+from common import UserError, cli, write_atomic
 from packed import in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
@@ -78,13 +77,13 @@ def compile_to(path, name):
     if not compiler:
         raise Unavailable("there is no C++ compiler (g++) on this machine")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [*compiler.split(), "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split(), str(SOURCE), "-o",
-                   f"{folder}/out.so"]
-        got = subprocess.run(command, capture_output=True, text=True)
+
+    def make(temporary):
+        flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split()]
+        got = subprocess.run([*compiler.split(), *flags, str(SOURCE), "-o", str(temporary)], capture_output=True, text=True)
         if got.returncode:
             raise Unavailable(f"{compiler} could not compile forward.cpp: {got.stderr.strip().splitlines()[:1]}")
-        os.replace(f"{folder}/out.so", path)
+    write_atomic(path, make)
 
 
 def library_path(name, folder=None):
@@ -105,7 +104,10 @@ def library():
             compile_to(path, name)
         except OSError as error:
             raise Unavailable(f"{path.parent} cannot be written ({error.strerror})") from None
-    lib = ctypes.CDLL(str(path))
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} does not load ({error}): delete it") from None
     lib.linear.restype = lib.forward.restype = None
     lib.linear.argtypes = [POINTER(Linear), c_int32, c_void_p, c_void_p, c_int32]
     lib.forward.argtypes = [POINTER(Model), c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,
@@ -169,6 +171,8 @@ class Panels:
         if size % 8 and size < K:
             raise Unavailable(f"forward.cpp does not do groups of {group}")
         size = -(-size // 8) * 8
+        if size * 255 * 127 >= 1 << 31:
+            raise Unavailable(f"forward.cpp does not do {size:,} inputs with one scale: their sum of products may not fit 32 bits")
         codes = F.pad(codes, (0, -K % size))
         if bits > 4:
             weight = in_panels(codes.unflatten(1, (-1, 4)), lanes)  # (N/W, K/4, W, 4)

@@ -200,6 +200,22 @@ def test_what_it_does_not_do_is_said_and_done_by_torch(tmp_path, capsys, monkeyp
     native.library.cache_clear()
 
 
+def test_a_library_that_does_not_load_is_named_and_torch_does_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "library_path", lambda *_: tmp_path / "forward.so")
+    (tmp_path / "forward.so").write_bytes(b"")
+    native.library.cache_clear()
+    with pytest.raises(native.Unavailable, match="forward.so does not load .*delete it"):
+        native.library()
+    native.library.cache_clear()
+
+
+def test_sums_that_could_overflow_are_left_to_torch():
+    wide = Int8Linear(torch.zeros(1, 66_312, dtype=torch.int8), torch.ones(1))
+    with pytest.raises(native.Unavailable, match="66,312 inputs with one scale"):
+        native.Product(wide)
+    assert wide.product(torch.ones(1, 66_312)).tolist() == [[0.0]]
+
+
 def test_compiling_for_an_image_needs_a_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["native.py"])
     with pytest.raises(UserError, match="usage"):
