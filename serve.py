@@ -27,7 +27,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -35,7 +34,7 @@ from fastapi.responses import FileResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import api
 from api import ENCODE, Answer, Refusal
@@ -370,7 +369,7 @@ def create_app(engine, args=None, keys=None, sock=None):
             front, back = socket.socketpair()
             thread = threading.Thread(target=Worker(engine, back, service.args.concurrency).run, daemon=True, name="engine")
             thread.start()
-        await asyncio.get_running_loop().create_connection(lambda: service.client, sock=front)
+        await asyncio.get_running_loop().create_unix_connection(lambda: service.client, sock=front)
         yield
         service.client.transport.close()
         if thread:
@@ -661,28 +660,34 @@ def read_adapters(args):
     return {name.strip(): folder.strip() for name, _, folder in pairs}
 
 
-class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not come (a "slow loris")."""
-    late = None
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not come (a "slow loris"), or does not
+    end."""
+    late, head = None, 0  # a timer while a head is awaited, and the bytes that came meanwhile
 
     def connection_made(self, transport):
         super().connection_made(transport)
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: a second write would wait 40 ms for an ACK
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.data_received(b"")
+        self.on_message_begin()
+
+    def on_message_begin(self):
+        super().on_message_begin()
+        self.head, self.late = 0, self.late or self.loop.call_later(Door.slow, self.transport.abort)
 
     def data_received(self, data):
-        if data:
-            super().data_received(data)
-        waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-        if self.late and not waiting:
-            self.late = self.late.cancel()
-        elif waiting and not self.late:
-            self.late = self.loop.call_later(Door.slow, self.transport.abort)
+        self.head += len(data)
+        if self.late and self.head > 65536 + len(data):
+            return self.send_400_response("The head of the request is over 65,536 bytes.")
+        super().data_received(data)
+
+    def on_headers_complete(self):
+        self.late = self.late.cancel()
+        super().on_headers_complete()
 
     def connection_lost(self, error):
         if self.late:
-            self.late = self.late.cancel()
+            self.late.cancel()
         super().connection_lost(error)
 
 
@@ -753,6 +758,8 @@ def apart(engine, concurrency):
     if not child:
         back.close()
         os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
+        os.nice(int(os.environ.get("NICE","10")))
+        if os.environ.get("BATCH"): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         return front
     front.close()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -764,7 +771,7 @@ def apart(engine, concurrency):
 def listen(args):
     """-> (uvicorn's Config, the socket bound but not yet listening)"""
     config = uvicorn.Config(None, args.host, args.port, http=Protocol, log_level="warning", access_log=False, timeout_keep_alive=30,
-                            timeout_graceful_shutdown=1, h11_max_incomplete_event_size=65536, backlog=1024,
+                            timeout_graceful_shutdown=1, backlog=1024,
                             ssl_certfile=args.certificate or None, ssl_keyfile=args.certificate_key or None)
     try:
         if args.certificate:
