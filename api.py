@@ -174,7 +174,7 @@ def sampling_of(body, prompt, tok, context, logprobs):
         raise Refusal(400, f"the prompt has {len(prompt):,} tokens, this model's context is {context:,}: shorten it so that at "
                       "least one token is left for the answer", "context_length_exceeded", "messages")
     for name in FIELDS["refused"]:
-        if getattr(body, name, None) not in (None, [], {}, ["text"]):
+        if body.model_extra.get(name) not in (None, [], {}, ["text"]):
             raise Refusal(400, f"{name} is not supported by this server", "unsupported_field", name)
     bias = {int(k): v for k, v in (body.logit_bias or {}).items() if re.fullmatch("[0-9]{1,9}", k)}
     if len(bias) < len(body.logit_bias or {}):
@@ -299,9 +299,7 @@ class Answer:
         self.object = "chat.completion" if kind == "chat" else "text_completion"
         self.head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{name}", "created": int(time.time()), "model": model,
                      "system_fingerprint": None}
-        # most events differ in their text alone: what is around it is made once
-        text = {"content": MARK} if kind == "chat" else MARK
-        self.around = [self.chunk(c, text).split(ENCODE(MARK).encode()) for c in self.choices]
+        self.around = {}  # most events differ in their text alone: {choice: what is before it and after}
 
     def take(self, number, deltas):
         """Deltas of one choice, in order -> (choice, new visible text, new ids, their logprobs)."""
@@ -376,6 +374,9 @@ class Answer:
         choice, text, ids, new = self.take(number, deltas)
         out, logprobs, whole = b"", self.logprobs_of(choice, new), self.body.return_token_ids
         if text and not (logprobs or whole):
+            if number not in self.around:
+                marked = self.chunk(choice, {"content": MARK} if self.kind == "chat" else MARK)
+                self.around[number] = marked.split(ENCODE(MARK).encode())
             out = ENCODE(text).encode("utf-8", "replace").join(self.around[number])
         elif text or logprobs or (whole and ids):
             out = self.chunk(choice, {"content": text} if self.kind == "chat" else text, logprobs, ids=ids)

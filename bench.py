@@ -879,10 +879,10 @@ def bench_serve(args):
     """Requests against a server: TTFT, TPOT, E2E, tok/s, goodput; with a folder also what the server costs over the engine: both
     do the same work in turns, and the best round of each counts."""
     bodies, local = load_bodies(args), not args.model.startswith("http://")
-    if os.environ.get("CBATCH"): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    with served(args.model, args.concurrency) if local else contextlib.nullcontext(args.model) as url:
+    seqs = args.seqs or args.concurrency
+    with served(args.model, seqs) if local else contextlib.nullcontext(args.model) as url:
         compare = local and not args.batch and not args.rate
-        engine, alone, best = quietly(Engine, args.model, max_seqs=args.concurrency) if compare else None, float("inf"), None
+        engine, alone, best = quietly(Engine, args.model, max_seqs=seqs) if compare else None, float("inf"), None
         if compare:  # the first step of each size is slower
             asyncio.run(load(url, bodies[:args.concurrency], args.concurrency, None, args.key))
         for _ in range(args.rounds if compare else 1):
@@ -1042,6 +1042,7 @@ def serving_command(commands):
     serving.add_argument("model", help="a model folder, or the http:// address of a running server")
     serving.add_argument("--requests", type=int, default=64)
     serving.add_argument("--concurrency", type=int, default=16, help="requests at once [16]")
+    serving.add_argument("--seqs", type=int, help="of which so many in the engine, the rest in its queue [--concurrency]")
     serving.add_argument("--rate", type=float, help="requests a second on average instead, whatever the server does")
     serving.add_argument("--prompt", type=int, default=32, help="words of a prompt [32]")
     serving.add_argument("--new", type=int, default=64, help="tokens of an answer [64]")

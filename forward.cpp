@@ -9,7 +9,6 @@
 // No result depends on what else is in the batch: each token's sums are taken in the same order whoever its neighbours are.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -95,77 +94,62 @@ static inline Floats exp(Floats x) {  // 2^n e^r with |r| <= ln(2) / 2 and Cephe
 // ---------------------------------------------------------------------------------------------------------------- threads
 // Threads that stay: a step has hundreds of barriers, and each should cost less than a microsecond. OpenMP's would do in the main
 // thread; called from another one, as in a server, its pools count as more threads than there are cores and go to sleep at every
-// barrier (5 times slower). Who waits spins for some microseconds, then lets others run, and between steps goes to sleep at last.
-// While the engine steps, torch has one thread (native.quiet_torch): two sets of spinning threads would get in each other's way.
+// barrier (5 times slower). While the engine steps, torch has one thread (native.quiet_torch): two sets of spinning threads would get
+// in each other's way.
 struct Team {
     std::mutex turn, sleep;
     std::condition_variable wake;
     std::atomic<uint64_t> round{0};                // its number and, in the low 16 bits, how many threads take part
-    std::atomic<int> arrived{0}, passed{0}, sleepers{0};
+    std::atomic<int> arrived{0}, passed{0};
     int size = 1;                                  // threads of the round
-    std::vector<std::thread::native_handle_type> helpers;
-    std::vector<int> cores;                        // the caller's and the helpers'
     const std::function<void(int)> *job = nullptr;
+    std::vector<std::thread::native_handle_type> helpers;
+    std::vector<int> cores;                        // the caller's and the helpers'; fewer than threads: no thread keeps to one
 
     static Team &only() { static Team *team = new Team; return *team; }  // never destroyed: its threads never end
 
-    // Spin for as long as a step of a small model may take in Python, then sleep. Never yield: where another process wants the
-    // core, Linux lets who yields wait for a whole time slice.
-    template <class Ready> void wait(Ready ready) {
-        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
-        do {
-            for (int i = 0; i < 16; i++) {
-                if (ready()) return;
+    static void pause() {
 #if defined(__x86_64__)
-                _mm_pause();
+        _mm_pause();
 #endif
-            }
-        } while (std::chrono::steady_clock::now() < end);
-        std::unique_lock<std::mutex> lock(sleep);
-        sleepers++;
-        wake.wait(lock, ready);
-        sleepers--;
     }
 
-    void wake_up() {  // after what they wait for was changed: who has not counted itself among the sleepers yet will see it
-        if (!sleepers) return;
-        std::lock_guard<std::mutex> lock(sleep);
-        wake.notify_all();
-    }
-
+    // Within a step nobody yields: where something else wants the core, who yields may be gone for a time slice
     void barrier() {
         const int now = passed;
-        if (arrived.fetch_add(1) + 1 < size) return wait([&] { return passed != now; });
-        arrived = 0, passed++;
-        wake_up();
+        if (arrived.fetch_add(1) + 1 == size) arrived = 0, passed++;
+        else for (int i = 0; passed == now; i++) i < 400 || cores.size() > helpers.size() ? pause() : std::this_thread::yield();
     }
 
+    // Between steps: spin for some microseconds, then let others run, and go to sleep at last
     void work(int me, uint64_t seen) {
         for (;;) {
-            wait([&] { return round != seen; });
+            for (int i = 0; round == seen; i++) {
+                if (i < 400) { pause(); continue; }
+                if (i < 10000) { std::this_thread::yield(); continue; }
+                std::unique_lock<std::mutex> lock(sleep);
+                wake.wait(lock, [&] { return round != seen; });
+            }
             seen = round;  // of the rounds that had no work for this thread it may have missed some
             if (me < int(seen & 0xffff)) (*job)(me), barrier();
         }
     }
 
-    // Each on a core of its own: a thread that wakes while something else is on its core would be put onto the caller's, and every
-    // barrier would then take a time slice. The caller goes where the system likes; who is there changes places with it.
+    // Each on a core of its own: a thread that wakes while something else is on its core would be put onto the caller's, and the two
+    // take turns. The caller goes where the system likes; who is there changes places with it.
     void spread() {
 #if defined(__linux__)
         const int here = sched_getcpu();
         if (!cores.empty() && here == cores[0]) return;
-        if (cores.empty()) {
-            cpu_set_t all;
-            if (sched_getaffinity(0, sizeof all, &all)) return;
-            for (int c = 0; c < CPU_SETSIZE; c++) if (CPU_ISSET(c, &all)) cores.push_back(c);
-        }
+        cpu_set_t set;
+        if (cores.empty() && !sched_getaffinity(0, sizeof set, &set))
+            for (int c = 0; c < CPU_SETSIZE; c++) if (CPU_ISSET(c, &set)) cores.push_back(c);
+        if (cores.size() <= helpers.size()) return;
         std::swap(cores[0], *std::find(cores.begin(), cores.end() - 1, here));
-        if (cores.size() <= helpers.size()) return;  // more threads than cores
         for (size_t i = 0; i < helpers.size(); i++) {
-            cpu_set_t one;
-            CPU_ZERO(&one);
-            CPU_SET(cores[i + 1], &one);
-            pthread_setaffinity_np(helpers[i], sizeof one, &one);
+            CPU_ZERO(&set);
+            CPU_SET(cores[i + 1], &set);
+            pthread_setaffinity_np(helpers[i], sizeof set, &set);
         }
 #endif
     }
@@ -179,8 +163,11 @@ struct Team {
             cores.clear();
         }
         spread();
-        job = &f, size = threads, round = ((round >> 16) + 1) << 16 | threads;
-        wake_up();
+        {
+            std::lock_guard<std::mutex> lock(sleep);
+            job = &f, size = threads, round = ((round >> 16) + 1) << 16 | threads;
+        }
+        wake.notify_all();
         f(0);
         barrier();
     }

@@ -246,23 +246,28 @@ class Reply(Response):
         self.answer, self.batches, self.timeout, self.status_code, self.background = answer, batches, timeout, 200, None
 
     async def __call__(self, scope, receive, send):
-        work, gone = asyncio.ensure_future(self.write(scope, receive, send)), asyncio.ensure_future(left(receive))
+        me, loop = asyncio.current_task(), asyncio.get_running_loop()
+        gone, timer = asyncio.ensure_future(left(receive)), loop.call_later(self.timeout, me.cancel)
+        gone.add_done_callback(leave := lambda _: me.cancel())
         try:
-            await asyncio.wait({work, gone}, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            await self.write(scope, receive, send)
+        except asyncio.CancelledError:
+            if not (gone.done() or loop.time() >= timer.when()):
+                raise
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            gone.remove_done_callback(leave)
+            gone.cancel()
+            timer.cancel()
 
     async def write(self, scope, receive, send):
         if not self.answer.body.stream:
             return await JSON(await self.answer.whole(self.batches))(scope, receive, send)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                    (b"x-accel-buffering", b"no")]  # or nginx would keep the events until there are many
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for events in self.answer.stream(self.batches):
+            if headers:  # with the first token, in one packet
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                headers = None
             await send({"type": "http.response.body", "body": events, "more_body": not events.endswith(api.DONE)})
 
 
@@ -731,6 +736,7 @@ def main():
         raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")
     if engine.tok.chat_template is None:
         print("note     this model has no chat template: /v1/completions works, /v1/chat/completions answers 400")
+    gc.set_threshold(20_000, 50, 50)
     gc.collect()
     gc.freeze()  # what is here now stays: the collector need not go through it again and again
     sys.setswitchinterval(0.001)  # no longer does the engine wait for Python while another thread of its process computes
@@ -758,8 +764,8 @@ def apart(engine, concurrency):
     if not child:
         back.close()
         os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
-        os.nice(int(os.environ.get("NICE","10")))
-        if os.environ.get("BATCH"): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        os.nice(10)  # a step that waits for one of its threads costs more than what HTTP does
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         return front
     front.close()
     for number in (signal.SIGTERM, signal.SIGINT):
