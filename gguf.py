@@ -22,9 +22,8 @@ import torch
 
 import bpe
 from bpe import PATTERNS
-from common import UserError, cli, parse_flags, read_json, write_atomic
-from model import Config, Transformer, check_layers, check_tensors, from_folder_names, open_weights, rope_frequencies
-from model import to_folder_names as folder_names
+from common import UserError, cli, parse_flags, write_atomic
+from model import Config, Transformer, rope_frequencies
 from packed import QuantLinear
 from tokenizer import Tokenizer
 from vocab_files import merges_by_score, read_bpe, sequence, to_json
@@ -33,9 +32,33 @@ WEIGHTS_AT_ONCE = 1 << 18  # packed or unpacked at a time: few enough that the w
 
 
 # ---------------------------------------------------------------------------------------------------------- block formats
-# A row is cut into blocks of 32 or 256 weights, each with its own scale. Encoders take (n, block) float32 to (n, bytes)
-# uint8; rounding follows ggml-quants.c's reference functions, so that the bytes are the same. The way back begins with `split`:
-# (n, bytes) -> codes uint8 (n, G, block / G), a number `zero`, scale (n, G), low (n, G) or None: w = (code - zero) * scale - low.
+# A row is cut into blocks of 32 or 256 weights. The fields of a block lie in the order in which a Kind's layout names them:
+#   q  the codes' low bits     h  their high bits     s  scales, and minima, of the sub-blocks, as whole numbers of few bits
+#   d  what the scales are multiples of, float16      m  what the minima are multiples of, float16
+# w = (code - zero) * scale - low. Rounding follows ggml-quants.c's reference functions, so that the bytes are the same.
+
+class Kind(NamedTuple):
+    """A tensor type: ggml's number for it, weights a block, and what its blocks are made of."""
+    number: int
+    block: int
+    layout: dict                            # bytes of each field
+    dtype: torch.dtype | None = None        # of plain floats, whose block is one number
+    zero: int = 0                           # the code of 0
+    run: int = 16                           # bytes of q that hold the low bits of as many codes, then the next higher ones
+    scales: Callable = lambda s: (1, -1)    # field s -> (n, G) multiples of d, and of m; of a block of 32 the only ones
+    encode: Callable | None = None          # (n, block) float32 -> {"codes": (n, block), field: ...}; None: not written here
+
+    @property
+    def bytes(self):
+        return sum(self.layout.values())
+
+    def bits(self, field):
+        """How many bits of each code are in q, or in h."""
+        return 8 * self.layout.get(field, 0) // self.block
+
+    def size(self, shape):
+        return math.prod(shape) // self.block * self.bytes
+
 
 def unpack(b, bits, group):
     """(n, m) uint8 -> (n, m * 8 / bits): in each run of `group` bytes the lowest bits of all come first, then the next."""
@@ -59,49 +82,85 @@ def as_bytes(x, dtype=torch.float16):
     return x.to(dtype).contiguous().view(torch.uint8)
 
 
+def split(b, kind):
+    """(n, bytes) uint8 -> codes uint8 (n, G, block / G), scale (n, G), low (n, G) or None."""
+    part, bits = dict(zip(kind.layout, b.split(list(kind.layout.values()), 1))), kind.bits("q")
+    codes = unpack(part["q"], bits, kind.run)
+    if "h" in part:
+        codes = codes | unpack(part["h"], kind.bits("h"), 32 if kind.block == 256 else 1) << bits
+    if bits == 8:
+        codes = codes ^ 128  # -128..127 -> 0..255
+    scale, low = kind.scales(part.get("s"))
+    scale, low = scale * halves(part["d"]), low * halves(part["m"]) if "m" in part else None
+    return codes.view(len(b), scale.size(1), -1), scale, low
+
+
+def join(kind, codes, **part):
+    """Codes (n, block), d and m (n, 1) in floats and s in bytes -> (n, bytes) uint8."""
+    codes, bits = codes.to(torch.uint8), kind.bits("q")
+    part["q"] = pack(codes ^ 128 if bits == 8 else codes & (1 << bits) - 1, bits, kind.run)
+    if "h" in kind.layout:
+        part["h"] = pack(codes >> bits, kind.bits("h"), 32 if kind.block == 256 else 1)
+    return torch.cat([as_bytes(part[name]) if name in "dm" else part[name] for name in kind.layout], 1)
+
+
+def decode(b, kind):
+    """(n, bytes) uint8 -> (n, block) float32."""
+    if kind.dtype:
+        return b.contiguous().view(kind.dtype).float()
+    codes, scale, low = split(b, kind)
+    x = (codes.float() - kind.zero) * scale[:, :, None]
+    return (x if low is None else x - low[:, :, None]).flatten(1)
+
+
+def encode(x, kind):
+    """The inverse, rounded."""
+    return as_bytes(x, kind.dtype) if kind.dtype else join(kind, **kind.encode(x, kind))
+
+
+def six_bit_pairs(s):
+    """Q4_K, Q5_K: (n, 12) -> 8 scales and 8 minima. Of the last four of each the top two bits are on top of the first four."""
+    high = s[:, :8] >> 6 << 4
+    return torch.cat((s[:, :4] & 63, s[:, 8:] & 15 | high[:, :4]), 1), torch.cat((s[:, 4:8] & 63, s[:, 8:] >> 4 | high[:, 4:]), 1)
+
+
+def nibble_pairs(s):
+    """Q2_K: (n, 16) -> 16 scales and 16 minima."""
+    return s & 15, s >> 4
+
+
+def six_bits(s):
+    """Q3_K: (n, 12) -> 16 scales from -32 to 31, four bits of all first."""
+    return (unpack(s[:, :8], 4, 8) | unpack(s[:, 8:], 2, 4) << 4).float() - 32, None
+
+
+def eight_bits(s):
+    """Q6_K: 16 scales from -128 to 127."""
+    return s.view(torch.int8), None
+
+
 def inverse(x):
     return torch.where(x == 0, 0.0, 1 / x)
 
 
-def decode(b, split):
-    """(n, bytes) uint8 -> (n, block) float32."""
-    codes, zero, scale, low = split(b)
-    x = (codes.float() - zero) * scale[:, :, None]
-    return (x if low is None else x - low[:, :, None]).flatten(1)
-
-
-def split_q8(b):
-    return b[:, None, 2:] ^ 128, 128, halves(b[:, :2]), None  # -128..127 -> 0..255
-
-
-def encode_q8(x):
+def encode_q8(x, kind):
     d = x.abs().amax(1, keepdim=True) / 127
     v = x * inverse(d)
     whole = v.trunc()
-    return torch.cat((as_bytes(d), as_bytes(whole + (2 * (v - whole)).trunc(), torch.int8)), 1)  # halves away from zero
+    return {"d": d, "codes": whole + (2 * (v - whole)).trunc() + 128}  # halves away from zero
 
 
-def split_legacy(b, bits, has_min=False):
-    """Q4_0, Q4_1, Q5_0, Q5_1: scale, minimum if any, 4 bytes of fifth bits if any, 16 bytes of nibbles."""
-    at = 4 if has_min else 2
-    d, q = halves(b[:, :at]), unpack(b[:, -16:], 4, 16)
-    if bits == 5:
-        q = q | unpack(b[:, at:at + 4], 1, 1) << 4
-    return (q[:, None], 0, d[:, :1], -d[:, 1:]) if has_min else (q[:, None], 1 << bits - 1, d, None)
-
-
-def encode_legacy(x, bits, has_min=False):
-    top = (1 << bits) - 1
-    if has_min:
-        low = x.amin(1, keepdim=True)
-        d = (x.amax(1, keepdim=True) - low) / top
-        head, x, shift = torch.cat((d, low), 1), x - low, 0.5
+def encode_legacy(x, kind):
+    """Q4_0, Q4_1, Q5_0, Q5_1: one scale, and a minimum if any."""
+    top = (1 << kind.bits("q") + kind.bits("h")) - 1
+    if "m" in kind.layout:
+        low, shift = x.amin(1, keepdim=True), 0.5
+        d, x = (x.amax(1, keepdim=True) - low) / top, x - low
     else:  # the scale takes the largest magnitude, sign included, to the end of the range that has one value more
-        d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -(1 << bits - 1)
-        head, shift = d, (1 << bits - 1) + 0.5
-    q = (x.double() * inverse(d).double() + shift).float().trunc().clamp(0, top).to(torch.uint8)  # one rounding: C's fma
-    fifth = [pack(q >> 4, 1, 1)] if bits == 5 else []
-    return torch.cat((as_bytes(head), *fifth, pack(q & 15, 4, 16)), 1)
+        low, shift = None, kind.zero + 0.5
+        d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -kind.zero
+    codes = (x.double() * inverse(d).double() + shift).float().trunc().clamp(0, top)  # one rounding: C's fma
+    return {"d": d, "m": low, "codes": codes}
 
 
 def fit_range(x, top, start, steps):
@@ -146,99 +205,56 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-def split_k45(b, bits):
-    """Q4_K, Q5_K: two float16 scales over 8 six-bit scales and minima, [fifth bits,] nibbles. 8 sub-blocks of 32."""
-    d, s, q = halves(b[:, :4]), b[:, 4:16], unpack(b[:, -128:], 4, 32)
-    if bits == 5:
-        q = q | unpack(b[:, 16:48], 1, 32) << 4
-    high = s[:, :8] >> 6 << 4  # the top two bits of the last four of each
-    scale = torch.cat((s[:, :4] & 63, s[:, 8:] & 15 | high[:, :4]), 1) * d[:, :1]  # (n, 8)
-    low = torch.cat((s[:, 4:8] & 63, s[:, 8:] >> 4 | high[:, 4:]), 1) * d[:, 1:]
-    return q.view(-1, 8, 32), 0, scale, low
-
-
-def encode_k45(x, bits):
-    top, x = (1 << bits) - 1, x.view(-1, 32)
-    fits = torch.stack(fit_range(x, top, *((-1.0, 21) if bits == 4 else (-0.5, 16)))).view(2, -1, 8)  # scales; minima
+def encode_k45(x, kind):
+    """Q4_K, Q5_K: 8 sub-blocks of 32, their scales and minima in multiples of a 63rd of the largest."""
+    top, x = (1 << kind.bits("q") + kind.bits("h")) - 1, x.view(-1, 32)
+    fits = torch.stack(fit_range(x, top, *((-1.0, 21) if top == 15 else (-0.5, 16)))).view(2, -1, 8)  # scales; minima
     most = fits.amax(2, keepdim=True)  # (2, n, 1)
     sub, head = (fits * torch.where(most > 0, 63 / most, 0.0)).round().clamp(max=63), (most / 63).half()
     d, low = (sub * head.float()).view(2, -1, 1)  # each (n * 8, 1)
-    q = ((x + low) / d).round().nan_to_num(0).clamp(0, top).to(torch.uint8).view(-1, 256)
     s, m = sub.to(torch.uint8)
-    scales = torch.cat((s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4), 1)
-    fifth = [pack(q >> 4, 1, 32)] if bits == 5 else []
-    return torch.cat((as_bytes(head[:, :, 0].t()), scales, *fifth, pack(q & 15, 4, 32)), 1)
+    return {"d": head[0], "m": head[1], "codes": ((x + low) / d).round().nan_to_num(0).clamp(0, top).view(-1, 256),
+            "s": torch.cat((s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4), 1)}
 
 
-def split_q6_k(b):
-    """Low nibbles, high pairs of bits, 16 signed scales, one float16 over them. 16 sub-blocks of 16."""
-    q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
-    scale = b[:, 192:208].view(torch.int8) * halves(b[:, 208:])
-    return q.view(-1, 16, 16), 32, scale, None
-
-
-def encode_q6_k(x):
+def encode_q6_k(x, kind):
+    """16 sub-blocks of 16, their scales in multiples of a 128th of the largest."""
     fits = fit_scale(x.reshape(-1, 16), 32).view(-1, 16)
     most = fits.gather(1, fits.abs().argmax(1, keepdim=True))
-    head, sub = (most / -128).half(), (fits * (-128 * inverse(most))).round().clamp(max=127)
-    scale = (sub * head.float()).view(-1, 16, 1)
-    q = (x.view(-1, 16, 16) / scale).round().nan_to_num(0).clamp(-32, 31).add(32).to(torch.uint8).view(-1, 256)
-    return torch.cat((pack(q & 15, 4, 64), pack(q >> 4, 2, 32), as_bytes(sub, torch.int8), as_bytes(head)), 1)
-
-
-def split_q2_k(b):
-    d, q = halves(b[:, 80:]), unpack(b[:, 16:80], 2, 32).view(-1, 16, 16)
-    scale, low = (b[:, :16] & 15) * d[:, :1], (b[:, :16] >> 4) * d[:, 1:]
-    return q, 0, scale, low
-
-
-def split_q3_k(b):
-    q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
-    scale = (unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4).float() - 32
-    return q.view(-1, 16, 16), 4, scale * halves(b[:, 108:]), None
-
-
-class Kind(NamedTuple):
-    """A tensor type: ggml's number for it, weights a block, bytes a block, and its functions."""
-    number: int
-    block: int
-    bytes: int
-    decode: Callable
-    encode: Callable | None = None  # None: llama.cpp's own files have it, we do not write it
-    split: Callable | None = None   # None: these are plain floats
-
-    def size(self, shape):
-        return math.prod(shape) // self.block * self.bytes
-
-
-def plain(number, dtype):
-    return Kind(number, 1, dtype.itemsize, lambda b: b.contiguous().view(dtype).float(), partial(as_bytes, dtype=dtype))
-
-
-def coded(number, block, size, split, encode=None, **how):
-    split = partial(split, **how)
-    return Kind(number, block, size, partial(decode, split=split), encode and partial(encode, **how), split)
+    d, sub = (most / -128).half(), (fits * (-128 * inverse(most))).round().clamp(max=127)
+    scale = (sub * d.float()).view(-1, 16, 1)
+    codes = (x.view(-1, 16, 16) / scale).round().nan_to_num(0).clamp(-32, 31).add(32).view(-1, 256)
+    return {"d": d, "s": as_bytes(sub, torch.int8), "codes": codes}
 
 
 KINDS = {
-    "F32": plain(0, torch.float32), "F16": plain(1, torch.float16), "BF16": plain(30, torch.bfloat16),
-    "Q4_0": coded(2, 32, 18, split_legacy, encode_legacy, bits=4), "Q5_0": coded(6, 32, 22, split_legacy, encode_legacy, bits=5),
-    "Q4_1": coded(3, 32, 20, split_legacy, encode_legacy, bits=4, has_min=True),
-    "Q5_1": coded(7, 32, 24, split_legacy, encode_legacy, bits=5, has_min=True),
-    "Q8_0": coded(8, 32, 34, split_q8, encode_q8), "Q2_K": coded(10, 256, 84, split_q2_k), "Q3_K": coded(11, 256, 110, split_q3_k),
-    "Q4_K": coded(12, 256, 144, split_k45, encode_k45, bits=4), "Q5_K": coded(13, 256, 176, split_k45, encode_k45, bits=5),
-    "Q6_K": coded(14, 256, 210, split_q6_k, encode_q6_k)}
+    "F32": Kind(0, 1, {"q": 4}, torch.float32),
+    "F16": Kind(1, 1, {"q": 2}, torch.float16), "BF16": Kind(30, 1, {"q": 2}, torch.bfloat16),
+    "Q4_0": Kind(2, 32, {"d": 2, "q": 16}, zero=8, encode=encode_legacy),
+    "Q4_1": Kind(3, 32, {"d": 2, "m": 2, "q": 16}, encode=encode_legacy),
+    "Q5_0": Kind(6, 32, {"d": 2, "h": 4, "q": 16}, zero=16, encode=encode_legacy),
+    "Q5_1": Kind(7, 32, {"d": 2, "m": 2, "h": 4, "q": 16}, encode=encode_legacy),
+    "Q8_0": Kind(8, 32, {"d": 2, "q": 32}, zero=128, encode=encode_q8),
+    "Q2_K": Kind(10, 256, {"s": 16, "q": 64, "d": 2, "m": 2}, run=32, scales=nibble_pairs),
+    "Q3_K": Kind(11, 256, {"h": 32, "q": 64, "s": 12, "d": 2}, zero=4, run=32, scales=six_bits),
+    "Q4_K": Kind(12, 256, {"d": 2, "m": 2, "s": 12, "q": 128}, run=32, scales=six_bit_pairs, encode=encode_k45),
+    "Q5_K": Kind(13, 256, {"d": 2, "m": 2, "s": 12, "h": 32, "q": 128}, run=32, scales=six_bit_pairs, encode=encode_k45),
+    "Q6_K": Kind(14, 256, {"q": 128, "h": 64, "s": 16, "d": 2}, zero=32, run=64, scales=eight_bits, encode=encode_q6_k)}
 NUMBERS = {kind.number: name for name, kind in KINDS.items()}
+
+
+def by_rows(function, rows, out):
+    """out = function(rows), a few rows at a time: so few that the work stays near the cache."""
+    step = max(1, WEIGHTS_AT_ONCE // max(rows[0].numel(), out[0].numel()))
+    for i in range(0, len(out), step):
+        out[i:i + step] = function(rows[i:i + step]).view(-1, *out.shape[1:])
+    return out
 
 
 def quantize(x, name):
     """(N, K) tensor -> (N, bytes a row) uint8, in type `name` of KINDS. K must be a multiple of its block."""
-    kind, (N, K) = KINDS[name], x.shape
-    out = torch.empty(N, K // kind.block * kind.bytes, dtype=torch.uint8)
-    step = max(1, WEIGHTS_AT_ONCE // K)
-    for i in range(0, N, step):
-        out[i:i + step] = kind.encode(x[i:i + step].float().reshape(-1, kind.block)).view(-1, out.size(1))
-    return out
+    kind, out = KINDS[name], torch.empty(len(x), KINDS[name].size(x.shape[1:]), dtype=torch.uint8)
+    return by_rows(lambda rows: encode(rows.float().reshape(-1, kind.block), kind), x, out)
 
 
 @dataclass
@@ -250,18 +266,15 @@ class Packed:
 
     def dequantize(self, dtype=torch.float32):
         """-> tensor of `shape`"""
-        kind, out = KINDS[self.kind], torch.empty(self.shape, dtype=dtype)
-        step = max(1, WEIGHTS_AT_ONCE // (out.numel() // len(out)))
-        for i in range(0, len(out), step):
-            out[i:i + step] = kind.decode(self.data[i:i + step].reshape(-1, kind.bytes)).view(-1, *self.shape[1:])
-        return out
+        kind = KINDS[self.kind]
+        return by_rows(lambda rows: decode(rows.reshape(-1, kind.bytes), kind), self.data, torch.empty(self.shape, dtype=dtype))
 
     def groups(self):
         """-> (codes uint8 (N, K), scale and zero float32 (N, G)): w = scale * (code - zero), up to float32's rounding."""
         kind, N = KINDS[self.kind], len(self.data)
-        codes, zero, scale, low = kind.split(self.data.reshape(-1, kind.bytes))
+        codes, scale, low = split(self.data.reshape(-1, kind.bytes), kind)
         if low is None:
-            zero = torch.full_like(scale, zero)
+            zero = torch.full_like(scale, kind.zero)
         else:
             flat = low.abs() > 2048 * scale  # -low throughout, or so nearly that float16 zero points could not tell
             codes, scale = codes.masked_fill(flat[:, :, None], 0), torch.where(flat, low, scale)
@@ -309,14 +322,12 @@ def gguf_name(name, config):
     return f"{prefix}{'attn_qkv' if fused else NAMES[module]}.{leaf}"
 
 
-def tensor_names(config):
-    """{name in a GGUF: [(our name, shape), ...]}, several where the file has them in one, end to end."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
+def named(state, config):
+    """Our state dict -> {name in a GGUF: {our name: tensor}}, several where the file has them in one, end to end."""
     names = {}
     for name, tensor in state.items():
         if not (config.tie_word_embeddings and name == "lm_head.weight"):  # llama.cpp, too, takes the embedding then
-            names.setdefault(gguf_name(name, config), []).append((name, tuple(tensor.shape)))
+            names.setdefault(gguf_name(name, config), {})[name] = tensor
     return names
 
 
@@ -760,32 +771,29 @@ def write(folder, path, mix):
     if mix not in MIXES:
         raise UserError(f"unknown type {mix!r}: choose one of {', '.join(MIXES)}")
     folder, plan, sizes = Path(folder), [], Counter()
-    config = Config.from_dict(read_json(folder / "config.json"), where=folder / "config.json")
-    files = open_weights(folder)
-    check_layers(config, files, folder)
-    with torch.device("meta"):
-        in_folder = folder_names(Transformer(config).state_dict(), config)
-    check_tensors(in_folder, files, folder)
+    model = Transformer.from_pretrained(folder)  # its tensors stay in their file until they are used
+    config = model.config
+    if model.quantization:
+        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
     meta, freqs = shape_metadata(config, folder)
     meta |= {"general.name": folder.resolve().name, "general.file_type": MIXES[mix][1], "general.quantization_version": 2,
              **vocabulary(Tokenizer.load(folder), config.vocab_size, config, folder)}
 
-    def content(source, name, kind):
-        handle, key = files[source]
-        tensor = torch.cat(list(from_folder_names(source, handle.get_tensor(key), config).values()))  # GPT-2's q, k, v in one
-        most = torch.linalg.vector_norm(tensor.float(), ord=math.inf).item()
+    def content(name, kind, parts):
+        tensor = torch.cat([part.float() for part in parts])
+        most = torch.linalg.vector_norm(tensor, ord=math.inf).item()
         if not most < (math.inf if kind in ("F32", "BF16") else 65504):
             raise UserError(f"{folder}: {name} has values up to {most}, which {kind} cannot hold")
         order = row_order(name, len(tensor), config)
         return quantize((tensor if order is None else tensor[order]).view(len(tensor), -1), kind).numpy()
 
-    for source, tensor in in_folder.items():
-        parts = from_folder_names(source, tensor, config)
-        name, shape = gguf_name(next(iter(parts)), config), tuple(torch.cat(list(parts.values())).shape)
+    for name, tensors in named(model.state_dict(), config).items():
+        parts = list(tensors.values())
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
         kind, wanted = kind_of(name, shape, mix, config)
         if wanted:
             warn(f"{name}: rows of {shape[-1]} do not divide by {KINDS[wanted].block}, so {wanted} becomes {kind}")
-        plan.append((name, kind, shape, partial(content, source, name, kind)))
+        plan.append((name, kind, shape, partial(content, name, kind, parts)))
     if freqs is not None:
         plan.append(("rope_freqs.weight", "F32", tuple(freqs.shape), as_bytes(freqs, torch.float32).numpy))
     for name, kind, shape, _ in plan:
@@ -805,19 +813,22 @@ def read(path, dtype=torch.float32, keep_packed=False):
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if len(layers) != config.num_hidden_layers:
         raise UserError(f"{path}: block_count is {config.num_hidden_layers}, the tensors are of {len(layers)} layers")
-    freqs, expected, state = tensors.pop("rope_freqs.weight", None), tensor_names(config), {}
+    freqs, state = tensors.pop("rope_freqs.weight", None), {}
     if freqs is not None:
         config.rope = llama3_rope(config, freqs, path)
+    with torch.device("meta"):
+        expected = named(Transformer(config).state_dict(), config)
     faults = [f"{name} is not part of this model" for name in tensors if name not in expected]
     for name, parts in expected.items():
-        tensor, at, shape = tensors.get(name), 0, (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
+        tensor, sizes, rest = tensors.get(name), [len(part) for part in parts.values()], next(iter(parts.values())).shape[1:]
+        shape = (sum(sizes), *rest)
         if tensor is None or tensor.shape != shape or (len(shape) == 1 and KINDS[tensor.kind].block > 1):
             faults.append(f"{name} is " + (f"{tensor.shape} {tensor.kind}, expected {shape}" if tensor else "missing"))
             continue
         order = row_order(name, shape[0], config, back=True)
-        for ours, part in parts:
-            rows = slice(at, at + part[0]) if order is None else order
-            state[ours], at = Packed(tensor.kind, part, tensor.data[rows]), at + part[0]
+        data = tensor.data if order is None else tensor.data[order]
+        for ours, rows in zip(parts, data.split(sizes)):
+            state[ours] = Packed(tensor.kind, (len(rows), *rest), rows)
     if faults:
         raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
     ends = [i for key in ("eos", "eot")
@@ -835,7 +846,7 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     for name, m in list(model.named_modules()) if keep_packed else ():
-        if isinstance(m, torch.nn.Linear) and KINDS[state[f"{name}.weight"].kind].split:
+        if isinstance(m, torch.nn.Linear) and KINDS[state[f"{name}.weight"].kind].block > 1:
             bias = state.pop(f"{name}.bias", None)
             model.set_submodule(name, PackedLinear(state.pop(f"{name}.weight"), bias and bias.dequantize()))
             model.quantization = {"quant_method": "gguf"}
