@@ -284,17 +284,23 @@ class Packed:
 
 class PackedLinear(QuantLinear):
     """A linear layer whose weights stay as they are in the file."""
+    by_row = ("data",)
 
     def __init__(self, tensor, bias=None):
         super().__init__(tensor.shape, bias)
-        self.tensor, self.format = tensor, tensor.kind
+        self.format = tensor.kind
+        self.register_buffer("data", tensor.data)
+
+    @property
+    def tensor(self):
+        return Packed(self.format, (self.out_features, self.in_features), self.data)
 
     def dequantize(self, dtype=torch.float32):
         return self.tensor.dequantize(dtype)
 
     def groups(self):
         codes, scale, zero = self.tensor.groups()
-        return codes, scale, zero, codes.size(1) // scale.size(1), None, 4 if self.tensor.kind[1] in "234" else 8
+        return codes, scale, zero, codes.size(1) // scale.size(1), None, 4 if self.format[1] in "234" else 8
 
 
 # ------------------------------------------------------------------------------------------------- names, types and shape

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gguf
+import native
 from bpe import PATTERNS
 from common import UserError
 from generate import Engine
@@ -174,6 +175,23 @@ def test_the_engine_multiplies_what_lies_in_the_file(tmp_path, mix):
     if mix.startswith("q"):
         with pytest.raises(UserError, match="packed already"):
             Engine(tmp_path / "x.gguf", "cpu", quant="int4")
+
+
+def test_an_engine_without_cpp_computes_the_same_with_torch(tmp_path, monkeypatch):
+    """q, k and v are one product where they are of one type, and three where they are not."""
+    def missing():
+        raise native.Unavailable("there is no compiler")
+    model, _ = make_folder(tmp_path / "m")
+    ids = torch.randint(model.config.vocab_size, (40,)).tolist()
+    batch = Batch(16)
+    batch.add([0, 1, 2], ids, 0, range(40))
+    monkeypatch.setattr(native, "library", missing)
+    for mix in ("q4_0", "q4_k_m"):
+        gguf.write(tmp_path / "m", tmp_path / "x.gguf", mix)
+        engine, (twin, _) = Engine(tmp_path / "x.gguf", "cpu"), gguf.load(tmp_path / "x.gguf")
+        with torch.inference_mode():
+            engine.runner.allocate(4)
+            assert relative_error(engine.runner(batch), twin(torch.tensor([ids]))[0]) < 1e-5
 
 
 def test_the_mix_is_llama_cpps():
