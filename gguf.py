@@ -478,28 +478,22 @@ def read_rope(get, path):
 
 
 def llama3_rope(config, freqs, path):
-    """The parameters of Llama 3's rule from its result, all that a GGUF tells: rope_freqs.weight (D/2,) -> the rope dict.
+    """rope_freqs.weight (D/2,), all that a GGUF tells of Llama 3's rule -> the rule's parameters (Config.rope).
 
-    Between the untouched and the fully slowed waves, the share kept is (turns - low) / (high - low), linear in the
-    frequency. Its slope and height fix two of the three parameters, the third (low = 1) can be chosen.
+    A pair is slowed by 1 / (keep + (1 - keep) / factor), and keep = (turns - 1) / (4 - 1) of those that are neither kept nor fully
+    slowed, where turns is how often a pair turns over the original context. The 1 and the 4 are those of all published models.
     """
     if freqs.shape != (config.head_dim // 2,) or freqs.kind != "F32":
         raise UserError(f"{path}: rope_freqs.weight is {freqs.shape} {freqs.kind}, expected ({config.head_dim // 2},) F32")
-    slowed, frequency = freqs.dequantize(), rope_frequencies(config)[0].double()
+    slowed, frequency = freqs.dequantize().double(), rope_frequencies(config)[0].double()
     factor = slowed.max().item()
-    keep = (1 / slowed.double() - 1 / factor) / (1 - 1 / factor)
+    keep = (1 / slowed - 1 / factor) / (1 - 1 / factor)
     between = (keep > 1e-4) & (keep < 1 - 1e-4)
-    x, y = frequency[between], keep[between]
-    high = 4.0
-    if len(x) > 1:
-        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-        high = round(1 + 1 / (slope * x.mean() - y.mean()).item(), 4)
-    original = ((y * (high - 1) + 1) / x).mean().item() * 2 * math.pi
+    original = ((1 + 3 * keep) / frequency * 2 * math.pi)[between].mean().item()
     rope = {"rope_type": "llama3", "rope_theta": config.rope["rope_theta"], "factor": round(factor, 4), "low_freq_factor": 1.0,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": round(original) if math.isfinite(original) else 1}
+            "high_freq_factor": 4.0, "original_max_position_embeddings": round(original) if math.isfinite(original) else 1}
     made = rope_frequencies(Config(head_dim=config.head_dim, rope=rope))[0]
-    if not torch.allclose(made * slowed, frequency.float(), rtol=1e-3):
+    if not torch.allclose(made * slowed, frequency, rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows")
     return rope
 
@@ -553,30 +547,26 @@ def bytes_metadata(tok, content):
     """Byte-level BPE: the merges, and the name of the split that is equal to the tokenizer's."""
     names = {pattern: name for name, pattern in PATTERNS.items()} | {PATTERNS["gpt4"]: "llama3"}
     patterns = tuple(names.get(p, p) for p in tok.patterns)
-    whole, found = tok.whole_chunks, [name for name, (split, _) in SPLITS.items() if split == patterns]
+    found = {name: whole for name, (split, whole) in SPLITS.items() if split == patterns}
     if not found:
         raise UserError(f"llama.cpp has no pre-tokenizer that splits text by {' then '.join(patterns)!r}; it has those called "
                         "gpt2, gpt4, llama3, qwen2 here: train the tokenizer with --pattern of one of them")
-    best = [name for name in found if SPLITS[name][1] == whole]
-    if not best or (whole is False and found[0] != best[0]):
-        # taking whole chunks makes no difference where every token is what merging its own bytes ends in
-        same = all(bpe.merge_by_rank([tok._byte_id(b) for b in token], tok.merges) == [i] for token, i in tok.vocab.items())
-        best = found if same else best
-    if not best:
-        warn(f"llama.cpp's {found[0]} {'merges' if whole else 'takes whole'} chunks that are tokens: some ids will differ")
+    pre = next((name for name in found if found[name] == tok.whole_chunks), next(iter(found)))
+    if found[pre] != tok.whole_chunks and any(  # no difference where every token is what merging its own bytes ends in
+            bpe.merge_by_rank([tok._byte_id(b) for b in token], tok.merges) != [i] for token, i in tok.vocab.items()):
+        warn(f"llama.cpp's {pre} {'merges' if tok.whole_chunks else 'takes whole'} chunks that are tokens: some ids will differ")
     if patterns == ("tekken",):
         warn("llama.cpp's tekken splits words by ASCII case alone: text with other capitals gets other ids there")
-    return {"model": "gpt2", "pre": (best or found)[0], "merges": content["merges"]}
+    return {"model": "gpt2", "pre": pre, "merges": content["merges"]}
 
 
 def pieces_metadata(tok, tokens):
     """SentencePiece's BPE: scores fall in the order of merging."""
-    scores, order = np.zeros(len(tokens), np.float32), [tok.merges[pair] for pair in sorted(tok.merges, key=tok.merges.get)]
-    for rank, (_, i) in enumerate(reversed(order)):
+    scores, order = np.zeros(len(tokens), np.float32), [i for _, i in sorted(tok.merges.values())]
+    for rank, i in enumerate(reversed(order)):
         scores[i] = rank - len(order)
-    runs = [i for n, (_, i) in enumerate(order) if n == 0 or order[n - 1][1] != i]
-    prefix = any(step[0] == "prepend" for step in tok.normalizer)
-    if (len(runs) != len(set(runs)) or merges_by_score(tok.vocab, scores).keys() != tok.merges.keys()
+    back, prefix = merges_by_score(tok.vocab, scores), any(step[0] == "prepend" for step in tok.normalizer)
+    if (back.keys() != tok.merges.keys() or [i for _, i in sorted(back.values())] != order
             or any("▁" in token.lstrip("▁") for token in tok.vocab if tok.patterns)
             or tok.normalizer != [("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")]):
         warn("this tokenizer merges or puts spaces first otherwise than SentencePiece does: some ids will differ in llama.cpp")
@@ -614,8 +604,7 @@ def read_vocabulary(meta, path):
         raise UserError(f"{path}: {n:,} tokens with {len(types):,} types, or some twice")
     if (longest := max(map(len, tokens), default=0)) > (256 if model == "llama" else 1 << 12):  # every way to halve one is tried
         raise UserError(f"{path}: a token of {longest:,} characters")
-    groups = {t: {tokens[i]: i for i in np.flatnonzero(types == t)} for t in range(1, 7)}
-    groups = {t: {text: int(i) for text, i in group.items()} for t, group in groups.items()}
+    groups = {t: {tokens[i]: i for i in np.flatnonzero(types == t).tolist()} for t in range(1, 7)}
     special, vocab = groups[CONTROL] | groups[UNKNOWN], groups[NORMAL] | groups[BYTE]
     options = dict(special=special, added=groups[USER_DEFINED], unknown=next(iter(groups[UNKNOWN].values()), None))
     if model == "gpt2":
@@ -636,10 +625,8 @@ def read_vocabulary(meta, path):
                         normalizer=[("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")], **options)
     else:
         raise UserError(f"{path}: tokenizer model {model!r} is not supported, only gpt2 and llama")
-    for role in ("bos", "eos", "unk", "pad"):
-        key = {"unk": "unknown", "pad": "padding"}.get(role, role)
-        i = get(f"ggml.{key}_token_id", -1, int)
-        if 0 <= i < n:
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if 0 <= (i := get(f"ggml.{key}_token_id", -1, int)) < n:
             tok.config[f"{role}_token"] = tokens[i]
     tok.config |= {k: v for k, v in (("add_bos_token", get("ggml.add_bos_token", None, bool)),
                                      ("chat_template", get("chat_template", None, str))) if v is not None}
