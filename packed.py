@@ -18,7 +18,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 FEW_ROWS = 16       # on a CPU more rows than these are quicker unpacked and multiplied in float32 (NOTES.md)
-CLIPS = [1 - i / 20 for i in range(1, 11)]  # ranges that GPTQ tries for a group's scale, as shares of the group's extent
+CLIPS = [1 - i / 20 for i in range(11)]  # ranges that GPTQ tries for a group's scale, as shares of the group's extent
 NESTED_BLOCK = 256  # scales that share one scale under double quantization
 
 
@@ -114,13 +114,13 @@ def grid(groups, bits, sym, cost=None):
     With `cost` (g,), what a squared error in each column costs, narrower ranges that cut the group's extremes are tried too.
     """
     if cost is not None:
-        best = grid(groups, bits, sym)
-        least = ((nearest_of(groups, best[0], best[1], bits) - groups) ** 2 @ cost)
+        best, least = (torch.ones_like(groups[..., 0]),) * 2, torch.inf
         for share in CLIPS:
             scale, zero = grid(groups * share, bits, sym)
-            error = (nearest_of(groups, scale, zero, bits) - groups) ** 2 @ cost
+            rounded = (to_codes(groups, scale[..., None], zero[..., None], bits) - zero[..., None]) * scale[..., None]
+            error = (rounded - groups) ** 2 @ cost
             best = [torch.where(error < least, new, old) for new, old in zip((scale, zero), best)]
-            least = torch.minimum(error, least)
+            least = error.clamp(max=least)
         return best
     top = 2 ** bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -140,12 +140,6 @@ def grid(groups, bits, sym, cost=None):
 def to_codes(weight, scale, zero, bits):
     """The nearest codes, as floats."""
     return (weight / scale + zero).round_().clamp_(0, 2 ** bits - 1)
-
-
-def nearest_of(groups, scale, zero, bits):
-    """(..., g) -> the nearest values that their codes stand for."""
-    scale, zero = scale[..., None], zero[..., None]
-    return (to_codes(groups, scale, zero, bits) - zero) * scale
 
 
 def round_to_nearest(weight, bits, group, sym):
@@ -202,15 +196,15 @@ class QuantLinear(nn.Module):
         """The same by a kernel, or None."""
 
     def on_cpu(self, rows):
-        """The same of float32 by forward.cpp, or None."""
+        """The same of float32 by forward.cpp, without the bias, or None."""
 
     def product(self, x):
         """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows, y = x.reshape(-1, self.in_features), None
         if x.is_cuda:
             y = self.on_gpu(rows)
-        elif not torch.compiler.is_compiling():
-            y = self.on_cpu(rows.float())
+        elif not torch.compiler.is_compiling() and (y := self.on_cpu(rows.float())) is not None and self.bias is not None:
+            y += self.bias
         y = self.plain(rows) if y is None else y
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -226,12 +220,6 @@ class QuantLinear(nn.Module):
             except native.Unavailable:
                 self.cpp = False
         return self.cpp(rows) if self.cpp else None
-
-    def with_bias(self, y):
-        return y if self.bias is None else y + self.bias
-
-    def extra_repr(self):
-        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 
 
 def fuse(layers):
@@ -257,16 +245,6 @@ def fuse(layers):
             parts = [layer.zero_points() for layer in layers]
         fused._buffers[name] = None if parts[0] is None else torch.cat(parts)
     return fused
-
-
-def in_kind(linear, kind):
-    """A layer still in floats -> the format that --quant names, "int8" or "int4"; any other layer as it is."""
-    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
-        return linear
-    if kind == "int8":
-        return Int8Linear.from_linear(linear, dynamic=linear.weight.device.type == "cpu")
-    K = linear.weight.size(1)
-    return GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
 
 
 def int8_rows(x):
@@ -315,13 +293,12 @@ class Int8Linear(QuantLinear):
 
     def on_cpu(self, rows):
         if self.dynamic:
-            y = self.in_cpp(rows)
-            return y if y is None else self.with_bias(y)
+            return self.in_cpp(rows)
         if len(rows) > FEW_ROWS:
             return None
         codes, scale = int8_rows(rows)  # what 8 bits lose of a row is a second one: two products with 8 bits make one with 16
         y = self.in_cpp(torch.cat((codes * scale, rows - codes * scale)))
-        return y if y is None else self.with_bias(torch.add(*y.chunk(2)))
+        return y if y is None else torch.add(*y.chunk(2))
 
 
 class GroupLinear(QuantLinear):
@@ -378,8 +355,7 @@ class GroupLinear(QuantLinear):
         return int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
 
     def on_cpu(self, rows):
-        y = self.in_cpp(rows) if len(rows) <= FEW_ROWS else None
-        return y if y is None else self.with_bias(y)
+        return self.in_cpp(rows) if len(rows) <= FEW_ROWS else None
 
 
 class NF4Linear(QuantLinear):
@@ -413,6 +389,23 @@ class NF4Linear(QuantLinear):
         return nf4_linear(rows, self.packed, nf4_absmax(self._buffers), self.block, self.out_features, self.in_features, self.bias)
 
 
+def pack(linear, format, group_size):
+    """nn.Linear -> one of quant.FORMATS."""
+    if format in ("int8", "int8-dynamic"):
+        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
+    if format == "nf4":
+        return NF4Linear.from_linear(linear)
+    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
+
+
+def in_kind(linear, kind):
+    """A layer still in floats -> the format that --quant names, "int8" or "int4"; any other layer as it is."""
+    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
+        return linear
+    kind = "int8-dynamic" if kind == "int8" and linear.weight.device.type == "cpu" else kind
+    return pack(linear, kind, next((g for g in (64, 32) if linear.in_features % g == 0), 64))
+
+
 # ----------------------------------------------------------------------------------------------------------------- folders
 # GPTQ's layout, which transformers, GPTQModel, AutoGPTQ and vLLM read. Codes are a stream of `bits` bits each, the lowest
 # first, in int32 words; qweight's streams run down the inputs, qzeros' along the outputs:
@@ -421,26 +414,24 @@ class NF4Linear(QuantLinear):
 def to_words(codes, bits):
     """(K, N) integers below 2^bits -> int32 (ceil(K/32) * bits, N): 32 codes fill `bits` words."""
     codes = F.pad(codes.long(), (0, 0, 0, -codes.size(0) % 32)).view(-1, 32, codes.size(1))  # (K/32, 32, N)
-    words = torch.zeros(codes.size(0), bits + 1, codes.size(2), dtype=torch.long, device=codes.device)
+    words = codes.new_zeros(codes.size(0), bits + 1, codes.size(2))
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         words[:, word] |= codes[:, i] << shift & 0xFFFFFFFF
         words[:, word + 1] |= codes[:, i] << shift >> 32  # what runs over into the next word
-    words = words[:, :bits].flatten(0, 1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    return words[:, :bits].flatten(0, 1).int()
 
 
 def from_words(words, bits, count):
     """The inverse -> uint8 (count, N)."""
-    words = (words.long() & 0xFFFFFFFF).view(-1, bits, words.size(1))
-    codes = torch.empty(words.size(0), 32, words.size(2), dtype=torch.uint8, device=words.device)
+    words, codes = (words.long() & 0xFFFFFFFF).view(-1, bits, words.size(1)), []
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        value = words[:, word] >> shift
+        code = words[:, word] >> shift
         if shift + bits > 32:
-            value = value | words[:, word + 1] << 32 - shift
-        codes[:, i] = value & 2 ** bits - 1
-    return codes.flatten(0, 1)[:count]
+            code |= words[:, word + 1] << 32 - shift
+        codes.append((code & 2 ** bits - 1).to(torch.uint8))
+    return torch.stack(codes, 1).flatten(0, 1)[:count]  # (K/32, 32, N) -> (count, N)
 
 
 def write_gptq(layer, name, version):
@@ -561,12 +552,6 @@ def expect_packed(model, config, files):
     def there(name):
         return name if name.startswith("lm_head") else "model." + name
 
-    def shape_of(name):  # sizes that `read_bnb` checks against what is stated inside
-        if there(name) not in files:
-            raise UserError(f"{there(name)} is missing from a folder whose quantization_config says bitsandbytes")
-        file, key = files[there(name)]
-        return tuple(file.get_slice(key).get_shape())
-
     gptq_layout = config["quant_method"] == "gptq"
     mark = ".qweight" if gptq_layout else ".weight.quant_state.bitsandbytes__nf4"
     state, packed = model.state_dict(), {}
@@ -582,12 +567,8 @@ def expect_packed(model, config, files):
             bits, G = config["bits"], 1 if config["group_size"] == -1 else -(-K // config["group_size"])
             shapes = {"qweight": (-(-K // 32) * bits, N), "qzeros": (G, -(-N // 32) * bits), "scales": (G, N), "g_idx": (K,)}
         else:
-            shapes = {"weight": (N * K // 2, 1), "weight.quant_map": (16,)}
-            varying = ["weight.absmax", mark[1:]]
-            if there(f"{name}.weight.nested_absmax") in files:
-                shapes["weight.nested_quant_map"] = (256,)
-                varying.append("weight.nested_absmax")
-            shapes |= {key: shape_of(f"{name}.{key}") for key in varying}
+            own = [key for key in files if key.startswith(there(f"{name}.weight"))]  # `read_bnb` checks what there is
+            shapes = {key.removeprefix(there(f"{name}.")): files[key][0].get_slice(files[key][1]).get_shape() for key in own}
         state |= {f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return state, packed
 

@@ -16,17 +16,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import packed
 from chat import examples, read_conversations, render
 from common import UserError, cli, parse_flags, write_atomic, write_json
 from corpora import documents
 from data import ends_of
 from model import Transformer, to_folder_names
-from packed import GroupLinear, Int8Linear, NF4Linear, QuantLinear, check_finite, grid, packed_state, round_to_nearest, to_codes
+from packed import GroupLinear, QuantLinear, check_finite, grid, pack, packed_state, round_to_nearest, to_codes
 from runtime import resolve
 from tokenizer import Tokenizer
 
-nf4_quantize, nf4_dequantize, fuse = packed.nf4_quantize, packed.nf4_dequantize, packed.fuse  # names to be found here too
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
                    "vocab.json", "merges.txt", "generation_config.json")
 
@@ -34,34 +32,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 # ---------------------------------------------------------------------------------------------------------- a model, in place
 FORMATS = {"int8": "8 bits, one scale a row", "int8-dynamic": "int8 weights and activations", "int4": "4 bits, symmetric groups",
            "int4-asym": "4 bits, groups with a zero point", "nf4": "4-bit NormalFloat, as bitsandbytes"}
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-           "mlp.down_proj")
 
 
 def linears(model):
     """{name: nn.Linear} of all blocks, in the order the data meets them. UserError if they are packed already."""
-    found = {f"layers.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.layers) for name in LINEARS
-             if name != "mlp.gate_proj" or hasattr(block.mlp, "gate_proj")}
-    done = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
-    if done:
-        raise UserError(f"{done} is quantized already ({found[done].format}); start from the original model")
-    return found
+    for name, layer in model.layers.named_modules():
+        if isinstance(layer, QuantLinear):
+            raise UserError(f"layers.{name} is quantized already ({layer.format}); start from the original model")
+    return {f"layers.{name}": layer for name, layer in model.layers.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def pack(linear, format, group_size):
-    if format in ("int8", "int8-dynamic"):
-        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
-    if format == "nf4":
-        return NF4Linear.from_linear(linear)
-    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
-
-
-def quantize(model, format, group_size=128, head=False):
+def quantize(model, format, group_size=128):
     """Replace the linear layers of all blocks by packed ones, in place -> the model. format: one of FORMATS.
 
     group_size is int4's: neighbouring inputs that share a scale, -1 for a whole row; where it does not divide a layer's
-    width, that layer's last group is shorter. Embeddings and norms stay; head=True adds the output head, in int8 (what a
-    tied head shares with the embedding is copied). UserError: NaN in a weight, a model that is quantized already.
+    width, that layer's last group is shorter. Embeddings, norms and the head stay. UserError: NaN in a weight,
+    a model that is quantized already.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
@@ -69,14 +55,8 @@ def quantize(model, format, group_size=128, head=False):
     for name, linear in linears(model).items():
         check_finite(linear.weight, name)
         model.set_submodule(name, pack(linear, format, group_size))
-    if head:
-        quantize_head(model)
     model.quantization = describe(model, format, group_size)
     return model
-
-
-def quantize_head(model):
-    model.lm_head = Int8Linear.from_linear(model.lm_head, dynamic=True)
 
 
 def check_group(group_size):
