@@ -225,17 +225,17 @@ class QuantLinear(nn.Module):
 def fuse(layers):
     """Layers of one class that read the same input (q, k, v; gate and up) -> one layer whose rows are theirs, in order."""
     first, N, bias = layers[0], sum(layer.out_features for layer in layers), None
-    order = getattr(first, "order", None)
-    if any(type(layer) is not type(first) or (getattr(layer, "order", None) is None) != (order is None) or
-           order is not None and not torch.equal(layer.order, order) for layer in layers):
+    orders = [torch.arange(first.in_features) if getattr(layer, "order", None) is None else layer.order.cpu() for layer in layers]
+    if any((type(layer), layer.format) != (type(first), first.format) or not torch.equal(order, orders[0])
+           for layer, order in zip(layers, orders)):
         raise UserError("layers of different formats or column orders cannot be one")
     if any(layer.bias is not None for layer in layers):
-        device = next(layer.bias.device for layer in layers if layer.bias is not None)
+        device = next(first.buffers()).device
         bias = torch.cat([torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias for layer in layers])
     if isinstance(first, NF4Linear):  # their shared scales need not end where a layer does
         state = {"packed": torch.cat([layer.packed for layer in layers]),
                  "absmax": torch.cat([nf4_absmax(layer._buffers) for layer in layers])}
-        return NF4Linear.from_state(state, (N, first.in_features), bias, first.block)
+        return NF4Linear(state, (N, first.in_features), bias, first.block)
     fused = copy.copy(first)
     fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
     fused.out_features, fused.cpp = N, None
@@ -261,25 +261,25 @@ class Int8Linear(QuantLinear):
     """
     by_row = ("codes", "scale")
 
-    def __init__(self, codes, scale, bias=None, dynamic=False):
-        """codes (N, K) int8, scale (N,) float32"""
+    def __init__(self, codes, scales, bias=None, dynamic=False):
+        """codes uint8 (N, K) whose zero point is 128, scales (N, 1)"""
         super().__init__(codes.shape, bias)
         self.dynamic, self.format = dynamic, "int8-dynamic" if dynamic else "int8"
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self.register_buffer("codes", (codes ^ 128).view(torch.int8))  # 0..255 -> -128..127
+        self.register_buffer("scale", scales[:, 0].float())
 
     @classmethod
     def from_linear(cls, linear, dynamic=False):
         codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
-        return cls((codes.short() - 128).to(torch.int8), scales[:, 0].float(), linear.bias, dynamic)
+        return cls(codes, scales, linear.bias, dynamic)
 
     def dequantize(self, dtype=torch.float32):
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def groups(self):
         """As forward.cpp wants it: codes uint8 (N, K), scale and zero (N, G), inputs a group, their order or None, bits."""
-        codes, scale = (self.codes.short() + 128).to(torch.uint8), self.scale[:, None]
-        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
+        scale = self.scale[:, None]
+        return self.codes.view(torch.uint8) ^ 128, scale, torch.full_like(scale, 128), self.in_features, None, 8
 
     def plain(self, rows):
         if self.dynamic:
@@ -360,22 +360,18 @@ class GroupLinear(QuantLinear):
 
 class NF4Linear(QuantLinear):
     """4-bit NormalFloat weights in bitsandbytes' layout; the tensors of `nf4_quantize` are buffers of the same names."""
-    format, block, double = "nf4", 64, True
+    format = "nf4"
+
+    def __init__(self, state, shape, bias=None, block=64):
+        """state: what `nf4_quantize` makes of weights of that shape"""
+        super().__init__(shape, bias)
+        self.block = block
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor)
 
     @classmethod
     def from_linear(cls, linear, block=64, double=True):
-        """nn.Linear -> NF4Linear on the same device."""
-        N, K = linear.weight.shape
-        return cls.from_state(nf4_quantize(linear.weight, block, double), (N, K), linear.bias, block)
-
-    @classmethod
-    def from_state(cls, state, shape, bias=None, block=64):
-        """The tensors of `nf4_quantize`, of weights of that shape -> NF4Linear."""
-        layer = cls(shape, bias)
-        layer.block, layer.double = block, "nested_absmax" in state
-        for name, tensor in state.items():
-            layer.register_buffer(name, tensor)
-        return layer
+        return cls(nf4_quantize(linear.weight, block, double), linear.weight.shape, linear.bias, block)
 
     def dequantize(self, dtype=torch.float32):
         if self.packed.is_cuda:
@@ -436,14 +432,8 @@ def from_words(words, bits, count):
 
 def write_gptq(layer, name, version):
     """Int8Linear or GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
-    K = layer.in_features
-    if isinstance(layer, Int8Linear):
-        codes, scales, bits, group, order = (layer.codes.short() + 128), layer.scale[:, None], 8, K, None
-        zeros = torch.full_like(scales, 128)
-    else:
-        codes, scales, bits, group, order = layer.codes(), layer.scales, layer.bits, layer.group, layer.order
-        zeros = layer.zero_points()
-    groups = torch.arange(K, device=codes.device) // group
+    codes, scales, zeros, group, order, bits = layer.groups()
+    groups = torch.arange(layer.in_features, device=codes.device) // group
     if order is not None:
         codes, groups = codes[:, order.argsort()], groups[order.argsort()]
     out = {"qweight": to_words(codes.t(), bits), "qzeros": to_words(zeros - int(version == "gptq"), bits).t(),
@@ -465,7 +455,7 @@ def read_gptq(tensors, name, shape, config, bias=None):
         zeros = (zeros + 1) & 2 ** bits - 1  # a writer that had 0 to store less one left all bits set
     scales = scales.t().contiguous()
     if bits == 8 and group == K and (zeros == 128).all() and not config.get("desc_act"):
-        return Int8Linear((codes.short() - 128).to(torch.int8), scales[:, 0].float(), bias, config.get("activations") == "int8")
+        return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
     straight = torch.equal(order, torch.arange(K, device=order.device))
     return GroupLinear(codes, scales, zeros, bits, group, None if straight else order, bias)
 
@@ -475,7 +465,7 @@ def write_bnb(layer, name, dtype=torch.float32):
     info = {"quant_type": "nf4", "blocksize": layer.block, "dtype": str(dtype).removeprefix("torch."),
             "shape": [layer.out_features, layer.in_features]}
     out = {"": layer.packed[:, None], ".absmax": layer.absmax, ".quant_map": torch.tensor(NF4)}
-    if layer.double:
+    if "nested_absmax" in layer._buffers:
         out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map().clone()}
         info |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
     out[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
@@ -485,26 +475,22 @@ def write_bnb(layer, name, dtype=torch.float32):
 def read_bnb(tensors, name, shape, bias=None):
     """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear. Other codes than NF4 are refused."""
     own = {key.removeprefix(name + ".weight").lstrip("."): t for key, t in tensors.items() if key.startswith(name + ".weight")}
-    if "quant_state.bitsandbytes__nf4" not in own:
-        raise UserError(f"{name}.weight: not in bitsandbytes' NF4 layout (found {', '.join(sorted(own))})")
     try:
         info = json.loads(bytes(own["quant_state.bitsandbytes__nf4"].tolist()))
-        block, nested = info["blocksize"], info.get("nested_blocksize", NESTED_BLOCK)
-        fits = (block in (32, 64, 128, 256, 512, 1024, 2048, 4096) and nested == NESTED_BLOCK
-                and tuple(info["shape"]) == tuple(shape) and own[""].dtype == torch.uint8
-                and own[""].numel() * 2 == shape[0] * shape[1]
-                and own["absmax"].numel() == -(-shape[0] * shape[1] // block)
-                and torch.equal(own["quant_map"].float(), torch.tensor(NF4)))
-        state = {"packed": own[""].reshape(-1), "absmax": own["absmax"]}
+        block, weights, state = info["blocksize"], shape[0] * shape[1], {"packed": own[""].reshape(-1), "absmax": own["absmax"]}
+        fits = [block in (32, 64, 128, 256, 512, 1024, 2048, 4096), tuple(info["shape"]) == tuple(shape),
+                own[""].dtype == torch.uint8 and own[""].numel() * 2 == weights, own["absmax"].numel() == -(-weights // block),
+                torch.equal(own["quant_map"].float(), torch.tensor(NF4))]
         if "nested_absmax" in own:
-            fits = fits and torch.equal(own["nested_quant_map"], dynamic_map())
-            fits = fits and own["nested_absmax"].numel() == -(-own["absmax"].numel() // NESTED_BLOCK)
+            fits += [info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK,
+                     own["nested_absmax"].numel() == -(-own["absmax"].numel() // NESTED_BLOCK),
+                     torch.equal(own["nested_quant_map"], dynamic_map())]
             state |= {"nested_absmax": own["nested_absmax"], "offset": torch.tensor(float(info["nested_offset"]))}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{name}.weight: damaged bitsandbytes statistics ({type(error).__name__}: {error})") from None
-    if not fits:
+    if not all(fits):
         raise UserError(f"{name}.weight: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}")
-    return NF4Linear.from_state(state, shape, bias, block)
+    return NF4Linear(state, shape, bias, block)
 
 
 def packed_state(model):
