@@ -156,6 +156,11 @@ def gptq_round(weight, H, recipe, block=128):
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1), order, damp
 
 
+def squared(matrix, H):
+    """|matrix @ X|^2 of the inputs X with H = X @ X.T"""
+    return ((matrix @ H) * matrix).sum().item()
+
+
 def round_together(named, H, cross, recipe):
     """Round linears that read the same input as one matrix -> ({name: GroupLinear}, (what rounding changes in their outputs,
     squared; the same to nearest; the outputs' square; damping)). Their weights become the rounded ones.
@@ -166,27 +171,22 @@ def round_together(named, H, cross, recipe):
     """
     weight = torch.cat([linear.weight.detach().float() for linear in named.values()])
     check_finite(weight, ", ".join(named))
-    order, damp, moved = None, 0.0, weight
-    to_nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
-    codes, scales, zeros = to_nearest
+    nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
+    rounded, order, damp, moved = nearest, None, 0.0, weight
     if recipe.rounding == "gptq":
         factor, _ = inverse_factor(H, recipe.damp)
         moved = weight + weight @ (cross - H) @ factor.T @ factor
-        codes, scales, zeros, order, damp = gptq_round(moved, H, recipe)
+        *rounded, order, damp = gptq_round(moved, H, recipe)
 
-    def square(matrix):  # |matrix @ X|^2
-        return ((matrix @ H) * matrix).sum().item()
-
-    def change(target, rounded, order=None):
-        codes, scales, zeros = rounded
-        return square(GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - target)
-    figures = change(moved, (codes, scales, zeros), order), change(weight, to_nearest), square(weight), damp
+    def layer(rounded, order=None, rows=slice(None), bias=None):
+        return GroupLinear(*(t[rows] for t in rounded), recipe.bits, recipe.group_size, order, bias)
+    figures = (squared(layer(rounded, order).dequantize() - moved, H), squared(layer(nearest).dequantize() - weight, H),
+               squared(weight, H), damp)
     out, row = {}, 0
     for name, linear in named.items():
-        rows = slice(row, row + linear.out_features)
-        row += linear.out_features
-        out[name] = GroupLinear(codes[rows], scales[rows], zeros[rows], recipe.bits, recipe.group_size, order, linear.bias)
+        out[name] = layer(rounded, order, slice(row, row + linear.out_features), linear.bias)
         linear.weight.data = out[name].dequantize(linear.weight.dtype)
+        row += linear.out_features
     return out, figures
 
 
@@ -269,7 +269,7 @@ def scale_channels(block, calibration, sliding, recipe):
             factor = factor / (factor.max() * factor.min()).sqrt()
             codes, scales, zeros = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
             change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size).dequantize() / factor - weight
-            error = ((change @ H) * change).sum().item()
+            error = squared(change, H)
             if error < least:
                 best, least = factor, error
         for name in names:
@@ -319,24 +319,29 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, l
         "true_sequential": True, "damp_percent": recipe.damp}
     return model
 
+
 # --------------------------------------------------------------------------------------------------------- text and figures
+def continuation(model, ids, steps, choose):
+    """Yields what follows ids (B, T), one token (B, 1) after another, each as `choose` takes it from logits (B, V) float32."""
+    from generate import KVCache
+    weight, room = model.embed_tokens.weight, ids.size(1) + steps
+    caches = [KVCache(model.config, len(ids), weight.device, weight.dtype, room) for _ in model.layers]
+    for _ in range(steps):
+        ids = choose(model.lm_head(model.hidden(ids, caches=caches)[:, -1]).float())
+        yield ids
+
+
 def sample_rows(model, count, length, seed):
     """Text of the model's own making, (count, length) int64: what to calibrate on and to score where no other is at hand."""
-    from generate import KVCache
-    config, device = model.config, model.embed_tokens.weight.device
-    generator, batches = torch.Generator().manual_seed(seed), []
+    config, device, generator = model.config, model.embed_tokens.weight.device, torch.Generator().manual_seed(seed)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     first = next((i for i in (config.bos_token_id, *ends) if i is not None), None)
-    for rows in torch.arange(count).split(32):
-        ids = (torch.randint(config.vocab_size, (len(rows), 1), generator=generator) if first is None else
-               torch.full((len(rows), 1), first)).to(device)
-        caches, new = [KVCache(config, len(rows), device, model.embed_tokens.weight.dtype, length) for _ in model.layers], ids
-        for _ in range(length - 1):
-            logits = model.lm_head(model.hidden(new, caches=caches)[:, -1]).float()  # (rows, V)
-            new = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(device)
-            ids = torch.cat((ids, new), 1)
-        batches.append(ids.cpu())
-    return torch.cat(batches)
+    begin = (torch.randint(config.vocab_size, (count, 1), generator=generator) if first is None else
+             torch.full((count, 1), first)).to(device)
+
+    def choose(logits):
+        return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(device)
+    return torch.cat([torch.cat((rows, *continuation(model, rows, length - 1, choose)), 1) for rows in begin.split(32)]).cpu()
 
 
 def read_rows(path, tok, count, length):
@@ -386,19 +391,14 @@ def score(model, original, rows):
 
 def speed(model, prompt=256, new=32):
     """-> (prefill, decode) tokens per second of one sequence."""
-    from generate import KVCache
-    config, weight = model.config, model.embed_tokens.weight
-    prompt = min(prompt, config.max_position_embeddings - new)
+    prompt = min(prompt, model.config.max_position_embeddings - new)
     for timed in (False, True):  # the first run converts layouts and warms up
-        caches = [KVCache(config, 1, weight.device, weight.dtype, prompt + new) for _ in model.layers]
-        ids = torch.randint(config.vocab_size, (1, prompt), device=weight.device)
+        ids = torch.randint(model.config.vocab_size, (1, prompt), device=model.embed_tokens.weight.device)
         times = [time.perf_counter()]
-        for step in range(new + 1):
-            ids = model.lm_head(model.hidden(ids, caches=caches)[:, -1]).argmax(-1, keepdim=True)
-            if step in (0, new):
-                ids.sum().item()  # waits for a GPU
-                times.append(time.perf_counter())
-    return prompt / (times[1] - times[0]), new / (times[2] - times[1])
+        for token in continuation(model, ids, new + 1, lambda logits: logits.argmax(-1, keepdim=True)):
+            token.item()  # waits for a GPU
+            times.append(time.perf_counter())
+    return prompt / (times[1] - times[0]), new / (times[-1] - times[1])
 
 
 def toybox_accuracy(model, tok, count):
