@@ -665,35 +665,31 @@ class Cursor:
     def refuse(self, what):
         raise UserError(f"{self.path}: {what}; the file is damaged, or no GGUF that this program reads")
 
-    def take(self, n):
-        if n > self.end - self.at:
+    def take(self, code):
+        """The next values, in struct's spelling."""
+        if (n := struct.calcsize("<" + code)) > self.end - self.at:
             self.refuse(f"byte {self.at:,} announces {n:,} bytes more, of which {self.end - self.at:,} are there")
         self.at += n
-        return self.data[self.at - n:self.at]
-
-    def number(self, code):
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return struct.unpack_from("<" + code, self.data, self.at - n)
 
     def text(self):
-        if (n := self.number("Q")) > LONGEST_TEXT:
+        n, = self.take("Q")
+        if n > LONGEST_TEXT:
             self.refuse(f"a text of {n:,} bytes before byte {self.at:,}")
-        return self.take(n).decode("utf-8", "replace")
+        return self.take(f"{n}s")[0].decode("utf-8", "replace")
 
     def value(self):
-        kind = self.number("I")
+        kind, = self.take("I")
         if kind == 8:
             return self.text()
         if kind in CODES:
-            return self.number(CODES[kind])
+            return self.take(CODES[kind])[0]
         if kind != 9:
             self.refuse(f"a value of unknown type {kind} before byte {self.at:,}")
-        kind, n = self.number("I"), self.number("Q")
-        if n > MOST_ITEMS or kind == 9 or kind not in {8, *CODES}:
+        kind, n = self.take("IQ")
+        if n > MOST_ITEMS or kind not in {8, *CODES}:
             self.refuse(f"a list of {n:,} values of type {kind} (9 is a list) before byte {self.at:,}")
-        if kind == 8:
-            return [self.text() for _ in range(n)]
-        dtype = np.dtype("<" + CODES[kind])
-        return np.frombuffer(self.take(n * dtype.itemsize), dtype)
+        return [self.text() for _ in range(n)] if kind == 8 else np.array(self.take(f"{n}{CODES[kind]}"), "<" + CODES[kind])
 
 
 def open_file(path):
@@ -703,8 +699,7 @@ def open_file(path):
             raise UserError(f"{path}: {size:,} bytes that do not begin as a GGUF does")
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     cursor = Cursor(path, data)
-    cursor.take(4)
-    version, n_tensors, n_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    _, version, n_tensors, n_keys = cursor.take("4sIQQ")
     if version not in (2, 3) or n_tensors > MOST_TENSORS or n_keys > MOST_KEYS:
         cursor.refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
     meta, tensors = {}, {}
@@ -715,11 +710,11 @@ def open_file(path):
         meta[key] = cursor.value()
     found = []
     for _ in range(n_tensors):
-        name, n_dims = cursor.text(), cursor.number("I")
+        name, (n_dims,) = cursor.text(), cursor.take("I")
         if not 1 <= n_dims <= 4:
             cursor.refuse(f"tensor {name[:80]!r} has {n_dims:,} dimensions")
-        dims, number, offset = [cursor.number("Q") for _ in range(n_dims)], cursor.number("I"), cursor.number("Q")
-        found.append((name, dims[::-1], number, offset))
+        *dims, number, offset = cursor.take(f"{n_dims}QIQ")
+        found.append((name, tuple(dims[::-1]), number, offset))
     alignment = meta.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         cursor.refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
@@ -732,7 +727,7 @@ def open_file(path):
         if offset % alignment or offset < end or start + offset + nbytes > size:
             cursor.refuse(f"tensor {name[:80]!r} with {nbytes:,} bytes at {offset:,} overlaps another or passes the end {size:,}")
         flat, end = torch.frombuffer(data, dtype=torch.uint8, offset=start + offset, count=nbytes), offset + nbytes
-        tensors[name] = Packed(NUMBERS[number], tuple(shape), flat.view(shape[0], -1))
+        tensors[name] = Packed(NUMBERS[number], shape, flat.view(shape[0], -1))
     return meta, tensors
 
 
