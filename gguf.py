@@ -52,9 +52,10 @@ class Kind(NamedTuple):
     def bytes(self):
         return sum(self.layout.values())
 
-    def bits(self, field):
-        """How many bits of each code are in q, or in h."""
-        return 8 * self.layout.get(field, 0) // self.block
+    @property
+    def bits(self):
+        """How many of a code's bits are in q, and how many in h."""
+        return tuple(8 * self.layout.get(field, 0) // self.block for field in "qh")
 
     def size(self, shape):
         return math.prod(shape) // self.block * self.bytes
@@ -73,34 +74,30 @@ def pack(q, bits, group):
     return (q.to(torch.uint8).view(len(q), -1, 8 // bits, group) << shifts).sum(2, dtype=torch.uint8).flatten(1)
 
 
-def halves(b):
-    """(n, 2k) bytes -> (n, k): float16 numbers as float32."""
-    return b.contiguous().view(torch.float16).float()
-
-
 def as_bytes(x, dtype=torch.float16):
     return x.to(dtype).contiguous().view(torch.uint8)
 
 
 def split(b, kind):
     """(n, bytes) uint8 -> codes uint8 (n, G, block / G), scale (n, G), low (n, G) or None."""
-    part, bits = dict(zip(kind.layout, b.split(list(kind.layout.values()), 1))), kind.bits("q")
+    part, (bits, more) = dict(zip(kind.layout, b.split(list(kind.layout.values()), 1))), kind.bits
     codes = unpack(part["q"], bits, kind.run)
-    if "h" in part:
-        codes = codes | unpack(part["h"], kind.bits("h"), 32 if kind.block == 256 else 1) << bits
+    if more:
+        codes = codes | unpack(part["h"], more, 32 if kind.block == 256 else 1) << bits
     if bits == 8:
         codes = codes ^ 128  # -128..127 -> 0..255
+    d, m = (part[name].contiguous().view(torch.float16).float() if name in part else None for name in "dm")  # (n, 1)
     scale, low = kind.scales(part.get("s"))
-    scale, low = scale * halves(part["d"]), low * halves(part["m"]) if "m" in part else None
+    scale, low = scale * d, None if m is None else low * m
     return codes.view(len(b), scale.size(1), -1), scale, low
 
 
 def join(kind, codes, **part):
     """Codes (n, block), d and m (n, 1) in floats and s in bytes -> (n, bytes) uint8."""
-    codes, bits = codes.to(torch.uint8), kind.bits("q")
+    codes, (bits, more) = codes.to(torch.uint8), kind.bits
     part["q"] = pack(codes ^ 128 if bits == 8 else codes & (1 << bits) - 1, bits, kind.run)
-    if "h" in kind.layout:
-        part["h"] = pack(codes >> bits, kind.bits("h"), 32 if kind.block == 256 else 1)
+    if more:
+        part["h"] = pack(codes >> bits, more, 32 if kind.block == 256 else 1)
     return torch.cat([as_bytes(part[name]) if name in "dm" else part[name] for name in kind.layout], 1)
 
 
@@ -111,11 +108,6 @@ def decode(b, kind):
     codes, scale, low = split(b, kind)
     x = (codes.float() - kind.zero) * scale[:, :, None]
     return (x if low is None else x - low[:, :, None]).flatten(1)
-
-
-def encode(x, kind):
-    """The inverse, rounded."""
-    return as_bytes(x, kind.dtype) if kind.dtype else join(kind, **kind.encode(x, kind))
 
 
 def six_bit_pairs(s):
@@ -152,7 +144,7 @@ def encode_q8(x, kind):
 
 def encode_legacy(x, kind):
     """Q4_0, Q4_1, Q5_0, Q5_1: one scale, and a minimum if any."""
-    top = (1 << kind.bits("q") + kind.bits("h")) - 1
+    top = (1 << sum(kind.bits)) - 1
     if "m" in kind.layout:
         low, shift = x.amin(1, keepdim=True), 0.5
         d, x = (x.amax(1, keepdim=True) - low) / top, x - low
@@ -207,7 +199,7 @@ def fit_scale(x, top):
 
 def encode_k45(x, kind):
     """Q4_K, Q5_K: 8 sub-blocks of 32, their scales and minima in multiples of a 63rd of the largest."""
-    top, x = (1 << kind.bits("q") + kind.bits("h")) - 1, x.view(-1, 32)
+    top, x = (1 << sum(kind.bits)) - 1, x.view(-1, 32)
     fits = torch.stack(fit_range(x, top, *((-1.0, 21) if top == 15 else (-0.5, 16)))).view(2, -1, 8)  # scales; minima
     most = fits.amax(2, keepdim=True)  # (2, n, 1)
     sub, head = (fits * torch.where(most > 0, 63 / most, 0.0)).round().clamp(max=63), (most / 63).half()
@@ -253,8 +245,12 @@ def by_rows(function, rows, out):
 
 def quantize(x, name):
     """(N, K) tensor -> (N, bytes a row) uint8, in type `name` of KINDS. K must be a multiple of its block."""
-    kind, out = KINDS[name], torch.empty(len(x), KINDS[name].size(x.shape[1:]), dtype=torch.uint8)
-    return by_rows(lambda rows: encode(rows.float().reshape(-1, kind.block), kind), x, out)
+    kind = KINDS[name]
+
+    def encode(rows):
+        rows = rows.float().reshape(-1, kind.block)
+        return as_bytes(rows, kind.dtype) if kind.dtype else join(kind, **kind.encode(rows, kind))
+    return by_rows(encode, x, torch.empty(len(x), kind.size(x.shape[1:]), dtype=torch.uint8))
 
 
 @dataclass
@@ -269,18 +265,6 @@ class Packed:
         kind = KINDS[self.kind]
         return by_rows(lambda rows: decode(rows.reshape(-1, kind.bytes), kind), self.data, torch.empty(self.shape, dtype=dtype))
 
-    def groups(self):
-        """-> (codes uint8 (N, K), scale and zero float32 (N, G)): w = scale * (code - zero), up to float32's rounding."""
-        kind, N = KINDS[self.kind], len(self.data)
-        codes, scale, low = split(self.data.reshape(-1, kind.bytes), kind)
-        if low is None:
-            zero = torch.full_like(scale, kind.zero)
-        else:
-            flat = low.abs() > 2048 * scale  # -low throughout, or so nearly that float16 zero points could not tell
-            codes, scale = codes.masked_fill(flat[:, :, None], 0), torch.where(flat, low, scale)
-            zero = torch.where(scale == 0, 0.0, low / scale)
-        return codes.reshape(self.shape), scale.reshape(N, -1), zero.reshape(N, -1)
-
 
 class PackedLinear(QuantLinear):
     """A linear layer whose weights stay as they are in the file."""
@@ -291,16 +275,19 @@ class PackedLinear(QuantLinear):
         self.format = tensor.kind
         self.register_buffer("data", tensor.data)
 
-    @property
-    def tensor(self):
-        return Packed(self.format, (self.out_features, self.in_features), self.data)
-
     def dequantize(self, dtype=torch.float32):
-        return self.tensor.dequantize(dtype)
+        return Packed(self.format, (self.out_features, self.in_features), self.data).dequantize(dtype)
 
     def groups(self):
-        codes, scale, zero = self.tensor.groups()
-        return codes, scale, zero, codes.size(1) // scale.size(1), None, 4 if self.format[1] in "234" else 8
+        """As Int8Linear's; w = scale * (code - zero), up to float32's rounding."""
+        kind, N = KINDS[self.format], self.out_features
+        codes, scale, low = split(self.data.reshape(-1, kind.bytes), kind)
+        zero = torch.full_like(scale, kind.zero)
+        if low is not None:
+            flat = low.abs() > 2048 * scale  # -low throughout, or so nearly that float16 zero points could not tell
+            codes, scale = codes.masked_fill(flat[:, :, None], 0), torch.where(flat, low, scale)
+            zero = torch.where(scale == 0, 0.0, low / scale)
+        return codes.reshape(N, -1), scale.reshape(N, -1), zero.reshape(N, -1), codes.size(2), None, 4 if sum(kind.bits) <= 4 else 8
 
 
 # ------------------------------------------------------------------------------------------------- names, types and shape
@@ -379,8 +366,8 @@ def shape_metadata(config, where):
     H, K, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
     context = config.max_position_embeddings
     if config.sliding_layers and config.sliding_window < context:
-        print(f"warning: llama.cpp's {arch} has no sliding window; the context ends where it would begin to matter, at "
-              f"{config.sliding_window:,} tokens instead of {context:,}", file=sys.stderr)
+        warn(f"llama.cpp's {arch} has no sliding window; the context ends where it would begin to matter, at "
+             f"{config.sliding_window:,} tokens instead of {context:,}")
         context = config.sliding_window
     if arch == "qwen2" and H * D != C or arch == "qwen3" and config.out_bias:
         raise UserError(f"{where}: llama.cpp's {arch} needs {H} heads x {D} = {C} channels, and no bias on attention's output")

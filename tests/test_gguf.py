@@ -143,8 +143,8 @@ def test_codes_scales_and_zero_points_are_the_weights(name):
         if name == "Q2_K":
             data.view(16, -1, kind.bytes)[:, :, -4:] = torch.tensor([0, 30, 0, 30], dtype=torch.uint8)
     packed = gguf.Packed(name, (16, 512), data)
-    codes, scale, zero = packed.groups()
-    bits = 4 if name[1] in "234" else 8
+    codes, scale, zero, group, _, bits = gguf.PackedLinear(packed).groups()
+    assert bits == (4 if name[1] in "234" else 8) and group == 512 // scale.size(1)
     assert codes.dtype == torch.uint8 and int(codes.max()) < 1 << bits
     weights = (codes.view(16, scale.size(1), -1) - zero[:, :, None]) * scale[:, :, None]
     assert torch.allclose(weights.view(16, 512), packed.dequantize(), rtol=1e-3, atol=1e-6)
