@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -81,15 +81,15 @@ def describe(model, format, group_size, **extra):
 @dataclass
 class Recipe:
     """How GPTQ rounds. Frantar et al. 2023, with act-order and static groups from the authors' code."""
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True              # the zero point is the middle code
-    act_order: bool = False       # columns with the largest activations first
-    static_groups: bool = False   # with act_order: groups of neighbouring columns, their scales from the original weights
-    clip: bool = True             # scales that cost least, where the plain ones span the group's extremes
-    damp: float = 0.01            # share of the mean diagonal that is added to it
-    rounding: str = "gptq"        # "rtn": every weight to its nearest code, nothing carried over
-    awq: bool = False             # first scale channels that matter up (Lin et al. 2023)
+    bits: int = 4                 # GPTQ and AWQ: 2 to 8
+    group_size: int = 128         # neighbouring inputs that share a scale; -1: a whole row
+    sym: bool = True              # GPTQ and AWQ: the zero point is the middle code (vLLM's fastest kernels ask for that)
+    act_order: bool = False       # GPTQ: columns with the largest activations first
+    static_groups: bool = False   # GPTQ: with act-order, groups of neighbouring columns, scales of the original weights
+    clip: bool = True             # GPTQ: scales that cost least, where the plain ones span the group's extremes
+    damp: float = 0.01            # GPTQ: share of the Hessian's mean diagonal added to it; raised by itself where needed
+    rounding: str = "gptq"        # or rtn: every weight to its nearest code, nothing carried over
+    awq: bool = False             # GPTQ: scale channels that matter up first (Lin et al. 2023)
 
 
 def inverse_factor(H, damp):
@@ -292,8 +292,8 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, l
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
     check_group(group_size)
-    if not 2 <= bits <= 8:
-        raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
+    if not 2 <= bits <= 8 or recipe.rounding not in ("gptq", "rtn"):
+        raise UserError(f"GPTQ to {bits} bits, rounding {recipe.rounding}: use 2 to 8, gptq or rtn")
     linears(model)  # refuses what is packed already
     now, then = (Calibration(model, batches, device or model.embed_tokens.weight.device) for _ in range(2))
     for i, block in enumerate(model.layers):
@@ -419,18 +419,11 @@ def stored_bytes(model):
 
 # ------------------------------------------------------------------------------------------------------------- the commands
 @dataclass
-class Args:
+class Args(Recipe):
     model: str = ""               # the model folder, or "report" to compare formats
     folder: str = "-"             # report: the model folder
     format: str = "gptq"          # int8, int8-dynamic, int4, int4-asym, nf4, gptq, awq, gguf-q8_0, gguf-q4_k_m, ...
     out: str = ""                 # where to write; report: [MODEL/quantization.md and .png]
-    bits: int = 4                 # GPTQ and AWQ: 2 to 8
-    group_size: int = 128         # neighbouring inputs that share a scale; -1: a whole row
-    sym: bool = True              # GPTQ and AWQ: no zero points (vLLM's fastest kernels ask for that)
-    act_order: bool = False       # GPTQ: columns with the largest activations first
-    static_groups: bool = False   # GPTQ: with act-order, groups of neighbouring columns, scales of the original weights
-    damp: float = 0.01            # GPTQ: share of the Hessian's mean diagonal added to it; raised by itself where needed
-    awq: bool = False             # GPTQ: scale channels first, as AWQ
     text: str = ""                # text, .jsonl or conversations to calibrate on [the model's own samples]
     held_out: str = ""            # the same to score on [every other row of --text]
     samples: int = 64             # rows to calibrate on
@@ -469,8 +462,8 @@ def make(folder, format, rows, args, log=print):
     model, dtype = load(folder, args.device)
     working = model.embed_tokens.weight.dtype
     if format in ("gptq", "awq"):
-        gptq(model, rows.split(8), args.bits, args.group_size, args.act_order, log=log, sym=args.sym, damp=args.damp,
-             static_groups=args.static_groups, awq=args.awq or format == "awq", rounding="rtn" if format == "awq" else "gptq")
+        recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+        gptq(model, rows.split(8), log=log, **recipe | ({"awq": True, "rounding": "rtn"} if format == "awq" else {}))
     elif format != "original":
         quantize(model, format, args.group_size)
     size = stored_bytes(cast(model, dtype))
@@ -486,7 +479,7 @@ COLUMNS = (("format", "{}"), ("bytes", "{:,}"), ("bits/weight", "{:.2f}"), ("per
 def report(args):
     """Every format on the same held-out text: a markdown table and a plot, written beside the model or to --out."""
     formats = args.formats.split(",") if args.formats else REPORT
-    if unknown := [f for f in formats if f not in (*REPORT, *FORMATS) and not f.startswith("gguf-")]:
+    if unknown := [f for f in formats if f not in REPORT and not f.startswith("gguf-")]:
         raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
     (original, _), tok = load(args.folder, args.device), Tokenizer.load(args.folder)
     calibration, held_out = calibration_and_held_out(original, tok, args)
@@ -501,11 +494,11 @@ def report(args):
     out = Path(args.out or args.folder)
     write_report(out, table, f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
                              f"{held_out.numel():,} held-out tokens")
-    by_name = {row[0]: row for row in table}
-    if "gptq" in by_name and (rtn := by_name.get("int4" if args.sym else "int4-asym")) and args.bits == 4:
-        if by_name["gptq"][4] > rtn[4]:
-            raise UserError(f"GPTQ's KL {by_name['gptq'][4]:.5f} is worse than round-to-nearest's {rtn[4]:.5f}: calibrate on more "
-                            "text (--samples, --text) or raise --damp")
+    divergences = {format: divergence for format, _, _, _, divergence, *_ in table}
+    ours, nearest = divergences.get("gptq", 0), divergences.get("int4" if args.sym else "int4-asym", math.inf)
+    if args.bits == 4 and ours > nearest:
+        raise UserError(f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: calibrate on more text "
+                        "(--samples, --text) or raise --damp")
 
 
 def write_report(out, table, title):
@@ -531,9 +524,8 @@ def write_report(out, table, title):
 def read_args(argv=None):
     args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
     if args.model != "report":
-        known = (*FORMATS, "gptq", "awq")
-        if args.format not in known and not args.format.startswith("gguf-"):
-            raise UserError(f"--format {args.format}: choose one of {', '.join(known)}, gguf-q8_0, gguf-q4_k_m, ...")
+        if args.format not in REPORT[1:] and not args.format.startswith("gguf-"):
+            raise UserError(f"--format {args.format}: choose one of {', '.join(REPORT[1:])}, ...")
         if not args.out:
             raise UserError("--out: say where to write the quantized model")
     elif args.folder == "-":
@@ -561,9 +553,8 @@ def main():
     calibration, held_out = calibration_and_held_out(original, tok, args)
     model, size = make(args.model, args.format, calibration, args)
     cast(model, dtype).save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (Path(args.model) / name).is_file():
-            shutil.copyfile(Path(args.model) / name, out / name)
+    for file in filter(Path.is_file, (Path(args.model) / name for name in TOKENIZER_FILES)):
+        shutil.copyfile(file, out / file.name)
     cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
     was = stored_bytes(cast(original, dtype))
