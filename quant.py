@@ -197,18 +197,14 @@ class Calibration:
         self.device, self.rest = torch.device(device), model.embed_tokens.weight.device
         self.states, self.extras = [], []
         for ids in batches:
-            x, rope, (full, sliding) = model.start(ids.to(self.rest))
+            x, rope, masks = model.start(ids.to(self.rest))
             self.states.append(x)
-            self.extras.append((rope, full, sliding))
+            rope = rope and tuple(part.to(self.device) for part in rope)
+            self.extras.append((rope, *(mask if mask is None else mask.to(self.device) for mask in masks)))
 
     def each(self, function, states=None):
         """[function(state, rope, full mask, sliding mask) on the device, back at rest] over all batches."""
-        out = []
-        for state, (rope, full, sliding) in zip(self.states if states is None else states, self.extras):
-            rope = rope and tuple(r.to(self.device) for r in rope)
-            masks = [m if m is None else m.to(self.device) for m in (full, sliding)]
-            out.append(function(state.to(self.device), rope, *masks).to(self.rest))
-        return out
+        return [function(state.to(self.device), *extra).to(self.rest) for state, extra in zip(states or self.states, self.extras)]
 
     def second_moments(self, inputs, others=None):
         """Sum of y.T @ x over all batches' rows, x of `inputs` and y of `others` [inputs] -> (K, K) float32.
@@ -225,23 +221,17 @@ def stages(block, calibration, sliding):
     """Walk a block's four products in order, yielding (names, their common input for all batches); the caller may change their
     weights before it asks for the next. A module's last projection stands aside while what it would read is computed, so
     every product runs once, on the outputs of those rounded before it ("true sequential")."""
-    def inner(module, last, norm):
-        projection = getattr(module, last)
-        setattr(module, last, nn.Identity())
-        try:
-            if module is block.self_attn:
-                return calibration.each(lambda x, rope, full, near: module(norm(x), rope, near if sliding else full))
-            return calibration.each(lambda x, *_: module(norm(x)))
-        finally:
-            setattr(module, last, projection)
-
     for path, last, norm in (("self_attn", "o_proj", block.input_layernorm), ("mlp", "down_proj", block.post_attention_layernorm)):
         module = block.get_submodule(path)
+        projection, attends = module.get_submodule(last), module is block.self_attn
         first = [f"{path}.{n}" for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if hasattr(module, n)]
         yield first, calibration.each(lambda x, *_: norm(x))
-        inputs = inner(module, last, norm)
+        setattr(module, last, nn.Identity())
+        inputs = calibration.each(lambda x, rope, full, near: module(norm(x), rope, near if sliding else full) if attends else
+                                  module(norm(x)))
+        setattr(module, last, projection)
         yield [f"{path}.{last}"], inputs
-        outputs = calibration.each(lambda a, *_: getattr(module, last)(a), inputs)
+        outputs = calibration.each(lambda a, *_: projection(a), inputs)
         calibration.states = [x + y for x, y in zip(calibration.states, outputs)]
 
 
@@ -251,11 +241,10 @@ def scale_channels(block, calibration, sliding, recipe):
 
     The factors are rms(x)^share, share from 0 to 0.95 chosen by the change in the products' outputs (section 3.2).
     """
-    before = calibration.states
-    sources = {"self_attn.q_proj": block.input_layernorm, "mlp.gate_proj": block.post_attention_layernorm}
-    if not hasattr(block.mlp, "gate_proj"):  # GPT-2: a GELU stands in front of down_proj, nothing can be folded through it
-        sources["mlp.up_proj"] = block.post_attention_layernorm
-    else:
+    before, gated = calibration.states, hasattr(block.mlp, "gate_proj")
+    sources = {"self_attn.q_proj": block.input_layernorm,
+               "mlp.gate_proj" if gated else "mlp.up_proj": block.post_attention_layernorm}
+    if gated:  # GPT-2 has a GELU in front of down_proj, and nothing can be folded through it
         sources["mlp.down_proj"] = block.mlp.up_proj
     for names, inputs in stages(block, calibration, sliding):
         if names[0] not in sources:
@@ -269,16 +258,13 @@ def scale_channels(block, calibration, sliding, recipe):
             factor = factor / (factor.max() * factor.min()).sqrt()
             codes, scales, zeros = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
             change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size).dequantize() / factor - weight
-            error = squared(change, H)
-            if error < least:
+            if (error := squared(change, H)) < least:
                 best, least = factor, error
         for name in names:
             linear = block.get_submodule(name)
             linear.weight.data = (linear.weight * best).to(linear.weight.dtype)
-        source = sources[names[0]]
-        source.weight.data = (source.weight / (best if source.weight.ndim == 1 else best[:, None])).to(source.weight.dtype)
-        if getattr(source, "bias", None) is not None:
-            source.bias.data = (source.bias / best).to(source.bias.dtype)
+        for parameter in sources[names[0]].parameters():
+            parameter.data = (parameter / best.view(-1, *[1] * (parameter.ndim - 1))).to(parameter.dtype)  # by rows
     calibration.states = before
 
 
