@@ -306,13 +306,9 @@ FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no
 
 def gguf_name(name, config):
     """layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight; GPT-2's q, k and v all -> attn_qkv."""
-    module, _, leaf = name.rpartition(".")
-    prefix = ""
-    if module.startswith("layers."):
-        _, i, module = module.split(".", 2)
-        prefix = f"blk.{i}."
-    fused = config.is_gpt2 and re.fullmatch(r"self_attn\.[qkv]_proj", module)
-    return f"{prefix}{'attn_qkv' if fused else NAMES[module]}.{leaf}"
+    layer, module, leaf = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    part = "attn_qkv" if config.is_gpt2 and re.fullmatch(r"self_attn\.[qkv]_proj", module) else NAMES[module]
+    return f"{part}.{leaf}" if layer is None else f"blk.{layer}.{part}.{leaf}"
 
 
 def named(state, config):

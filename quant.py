@@ -179,7 +179,8 @@ def round_together(named, H, cross, recipe):
         *rounded, order, damp = gptq_round(moved, H, recipe)
 
     def layer(rounded, order=None, rows=slice(None), bias=None):
-        return GroupLinear(*(t[rows] for t in rounded), recipe.bits, recipe.group_size, order, bias)
+        codes, scales, zeros = (t[rows] for t in rounded)
+        return GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order, bias)
     figures = (squared(layer(rounded, order).dequantize() - moved, H), squared(layer(nearest).dequantize() - weight, H),
                squared(weight, H), damp)
     out, row = {}, 0
