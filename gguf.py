@@ -22,9 +22,8 @@ import torch
 
 import bpe
 from bpe import PATTERNS
-from common import UserError, cli, parse_flags, read_json, write_atomic
-from model import Config, Transformer, check_layers, check_tensors, from_folder_names, open_weights, rope_frequencies
-from model import to_folder_names as folder_names
+from common import UserError, cli, parse_flags, write_atomic
+from model import Config, Transformer, rope_frequencies
 from packed import QuantLinear
 from tokenizer import Tokenizer
 from vocab_files import merges_by_score, read_bpe, sequence, to_json
@@ -33,9 +32,34 @@ WEIGHTS_AT_ONCE = 1 << 18  # packed or unpacked at a time: few enough that the w
 
 
 # ---------------------------------------------------------------------------------------------------------- block formats
-# A row is cut into blocks of 32 or 256 weights, each with its own scale. Encoders take (n, block) float32 to (n, bytes)
-# uint8; rounding follows ggml-quants.c's reference functions, so that the bytes are the same. The way back begins with `split`:
-# (n, bytes) -> codes uint8 (n, G, block / G), a number `zero`, scale (n, G), low (n, G) or None: w = (code - zero) * scale - low.
+# A row is cut into blocks of 32 or 256 weights. The fields of a block lie in the order in which a Kind's layout names them:
+#   q  the codes' low bits     h  their high bits     s  scales, and minima, of the sub-blocks, as whole numbers of few bits
+#   d  what the scales are multiples of, float16      m  what the minima are multiples of, float16
+# w = (code - zero) * scale - low. Rounding follows ggml-quants.c's reference functions, so that the bytes are the same.
+
+class Kind(NamedTuple):
+    """A tensor type: ggml's number for it, weights a block, and what its blocks are made of."""
+    number: int
+    block: int
+    layout: dict                            # bytes of each field
+    dtype: torch.dtype | None = None        # of plain floats, whose block is one number
+    zero: int = 0                           # the code of 0
+    run: int = 16                           # bytes of q that hold the low bits of as many codes, then the next higher ones
+    scales: Callable = lambda s: (1, -1)    # field s -> (n, G) multiples of d, and of m; of a block of 32 the only ones
+    encode: Callable | None = None          # (n, block) float32 -> {"codes": (n, block), field: ...}; None: not written here
+
+    @property
+    def bytes(self):
+        return sum(self.layout.values())
+
+    @property
+    def bits(self):
+        """How many of a code's bits are in q, and how many in h."""
+        return tuple(8 * self.layout.get(field, 0) // self.block for field in "qh")
+
+    def size(self, shape):
+        return math.prod(shape) // self.block * self.bytes
+
 
 def unpack(b, bits, group):
     """(n, m) uint8 -> (n, m * 8 / bits): in each run of `group` bytes the lowest bits of all come first, then the next."""
@@ -50,58 +74,85 @@ def pack(q, bits, group):
     return (q.to(torch.uint8).view(len(q), -1, 8 // bits, group) << shifts).sum(2, dtype=torch.uint8).flatten(1)
 
 
-def halves(b):
-    """(n, 2k) bytes -> (n, k): float16 numbers as float32."""
-    return b.contiguous().view(torch.float16).float()
-
-
 def as_bytes(x, dtype=torch.float16):
     return x.to(dtype).contiguous().view(torch.uint8)
+
+
+def split(b, kind):
+    """(n, bytes) uint8 -> codes uint8 (n, G, block / G), scale (n, G), low (n, G) or None."""
+    part, (bits, more) = dict(zip(kind.layout, b.split(list(kind.layout.values()), 1))), kind.bits
+    codes = unpack(part["q"], bits, kind.run)
+    if more:
+        codes = codes | unpack(part["h"], more, 32 if kind.block == 256 else 1) << bits
+    if bits == 8:
+        codes = codes ^ 128  # -128..127 -> 0..255
+    d, m = (part[name].contiguous().view(torch.float16).float() if name in part else None for name in "dm")  # (n, 1)
+    scale, low = kind.scales(part.get("s"))
+    scale, low = scale * d, None if m is None else low * m
+    return codes.view(len(b), scale.size(1), -1), scale, low
+
+
+def join(kind, codes, **part):
+    """Codes (n, block), d and m (n, 1) in floats and s in bytes -> (n, bytes) uint8."""
+    codes, (bits, more) = codes.to(torch.uint8), kind.bits
+    part["q"] = pack(codes ^ 128 if bits == 8 else codes & (1 << bits) - 1, bits, kind.run)
+    if more:
+        part["h"] = pack(codes >> bits, more, 32 if kind.block == 256 else 1)
+    return torch.cat([as_bytes(part[name]) if name in "dm" else part[name] for name in kind.layout], 1)
+
+
+def decode(b, kind):
+    """(n, bytes) uint8 -> (n, block) float32."""
+    if kind.dtype:
+        return b.contiguous().view(kind.dtype).float()
+    codes, scale, low = split(b, kind)
+    x = (codes.float() - kind.zero) * scale[:, :, None]
+    return (x if low is None else x - low[:, :, None]).flatten(1)
+
+
+def six_bit_pairs(s):
+    """Q4_K, Q5_K: (n, 12) -> 8 scales and 8 minima. Of the last four of each the top two bits are on top of the first four."""
+    high = s[:, :8] >> 6 << 4
+    return torch.cat((s[:, :4] & 63, s[:, 8:] & 15 | high[:, :4]), 1), torch.cat((s[:, 4:8] & 63, s[:, 8:] >> 4 | high[:, 4:]), 1)
+
+
+def nibble_pairs(s):
+    """Q2_K: (n, 16) -> 16 scales and 16 minima."""
+    return s & 15, s >> 4
+
+
+def six_bits(s):
+    """Q3_K: (n, 12) -> 16 scales from -32 to 31, four bits of all first."""
+    return (unpack(s[:, :8], 4, 8) | unpack(s[:, 8:], 2, 4) << 4).float() - 32, None
+
+
+def eight_bits(s):
+    """Q6_K: 16 scales from -128 to 127."""
+    return s.view(torch.int8), None
 
 
 def inverse(x):
     return torch.where(x == 0, 0.0, 1 / x)
 
 
-def decode(b, split):
-    """(n, bytes) uint8 -> (n, block) float32."""
-    codes, zero, scale, low = split(b)
-    x = (codes.float() - zero) * scale[:, :, None]
-    return (x if low is None else x - low[:, :, None]).flatten(1)
-
-
-def split_q8(b):
-    return b[:, None, 2:] ^ 128, 128, halves(b[:, :2]), None  # -128..127 -> 0..255
-
-
-def encode_q8(x):
+def encode_q8(x, kind):
     d = x.abs().amax(1, keepdim=True) / 127
     v = x * inverse(d)
     whole = v.trunc()
-    return torch.cat((as_bytes(d), as_bytes(whole + (2 * (v - whole)).trunc(), torch.int8)), 1)  # halves away from zero
+    return {"d": d, "codes": whole + (2 * (v - whole)).trunc() + 128}  # halves away from zero
 
 
-def split_legacy(b, bits, has_min=False):
-    """Q4_0, Q4_1, Q5_0, Q5_1: scale, minimum if any, 4 bytes of fifth bits if any, 16 bytes of nibbles."""
-    at = 4 if has_min else 2
-    d, q = halves(b[:, :at]), unpack(b[:, -16:], 4, 16)
-    if bits == 5:
-        q = q | unpack(b[:, at:at + 4], 1, 1) << 4
-    return (q[:, None], 0, d[:, :1], -d[:, 1:]) if has_min else (q[:, None], 1 << bits - 1, d, None)
-
-
-def encode_legacy(x, bits, has_min=False):
-    top = (1 << bits) - 1
-    if has_min:
-        low = x.amin(1, keepdim=True)
-        d = (x.amax(1, keepdim=True) - low) / top
-        head, x, shift = torch.cat((d, low), 1), x - low, 0.5
+def encode_legacy(x, kind):
+    """Q4_0, Q4_1, Q5_0, Q5_1: one scale, and a minimum if any."""
+    top = (1 << sum(kind.bits)) - 1
+    if "m" in kind.layout:
+        low, shift = x.amin(1, keepdim=True), 0.5
+        d, x = (x.amax(1, keepdim=True) - low) / top, x - low
     else:  # the scale takes the largest magnitude, sign included, to the end of the range that has one value more
-        d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -(1 << bits - 1)
-        head, shift = d, (1 << bits - 1) + 0.5
-    q = (x.double() * inverse(d).double() + shift).float().trunc().clamp(0, top).to(torch.uint8)  # one rounding: C's fma
-    fifth = [pack(q >> 4, 1, 1)] if bits == 5 else []
-    return torch.cat((as_bytes(head), *fifth, pack(q & 15, 4, 16)), 1)
+        low, shift = None, kind.zero + 0.5
+        d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -kind.zero
+    codes = (x.double() * inverse(d).double() + shift).float().trunc().clamp(0, top)  # one rounding: C's fma
+    return {"d": d, "m": low, "codes": codes}
 
 
 def fit_range(x, top, start, steps):
@@ -146,99 +197,60 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-def split_k45(b, bits):
-    """Q4_K, Q5_K: two float16 scales over 8 six-bit scales and minima, [fifth bits,] nibbles. 8 sub-blocks of 32."""
-    d, s, q = halves(b[:, :4]), b[:, 4:16], unpack(b[:, -128:], 4, 32)
-    if bits == 5:
-        q = q | unpack(b[:, 16:48], 1, 32) << 4
-    high = s[:, :8] >> 6 << 4  # the top two bits of the last four of each
-    scale = torch.cat((s[:, :4] & 63, s[:, 8:] & 15 | high[:, :4]), 1) * d[:, :1]  # (n, 8)
-    low = torch.cat((s[:, 4:8] & 63, s[:, 8:] >> 4 | high[:, 4:]), 1) * d[:, 1:]
-    return q.view(-1, 8, 32), 0, scale, low
-
-
-def encode_k45(x, bits):
-    top, x = (1 << bits) - 1, x.view(-1, 32)
-    fits = torch.stack(fit_range(x, top, *((-1.0, 21) if bits == 4 else (-0.5, 16)))).view(2, -1, 8)  # scales; minima
+def encode_k45(x, kind):
+    """Q4_K, Q5_K: 8 sub-blocks of 32, their scales and minima in multiples of a 63rd of the largest."""
+    top, x = (1 << sum(kind.bits)) - 1, x.view(-1, 32)
+    fits = torch.stack(fit_range(x, top, *((-1.0, 21) if top == 15 else (-0.5, 16)))).view(2, -1, 8)  # scales; minima
     most = fits.amax(2, keepdim=True)  # (2, n, 1)
     sub, head = (fits * torch.where(most > 0, 63 / most, 0.0)).round().clamp(max=63), (most / 63).half()
     d, low = (sub * head.float()).view(2, -1, 1)  # each (n * 8, 1)
-    q = ((x + low) / d).round().nan_to_num(0).clamp(0, top).to(torch.uint8).view(-1, 256)
     s, m = sub.to(torch.uint8)
-    scales = torch.cat((s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4), 1)
-    fifth = [pack(q >> 4, 1, 32)] if bits == 5 else []
-    return torch.cat((as_bytes(head[:, :, 0].t()), scales, *fifth, pack(q & 15, 4, 32)), 1)
+    return {"d": head[0], "m": head[1], "codes": ((x + low) / d).round().nan_to_num(0).clamp(0, top).view(-1, 256),
+            "s": torch.cat((s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4), 1)}
 
 
-def split_q6_k(b):
-    """Low nibbles, high pairs of bits, 16 signed scales, one float16 over them. 16 sub-blocks of 16."""
-    q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
-    scale = b[:, 192:208].view(torch.int8) * halves(b[:, 208:])
-    return q.view(-1, 16, 16), 32, scale, None
-
-
-def encode_q6_k(x):
+def encode_q6_k(x, kind):
+    """16 sub-blocks of 16, their scales in multiples of a 128th of the largest."""
     fits = fit_scale(x.reshape(-1, 16), 32).view(-1, 16)
     most = fits.gather(1, fits.abs().argmax(1, keepdim=True))
-    head, sub = (most / -128).half(), (fits * (-128 * inverse(most))).round().clamp(max=127)
-    scale = (sub * head.float()).view(-1, 16, 1)
-    q = (x.view(-1, 16, 16) / scale).round().nan_to_num(0).clamp(-32, 31).add(32).to(torch.uint8).view(-1, 256)
-    return torch.cat((pack(q & 15, 4, 64), pack(q >> 4, 2, 32), as_bytes(sub, torch.int8), as_bytes(head)), 1)
-
-
-def split_q2_k(b):
-    d, q = halves(b[:, 80:]), unpack(b[:, 16:80], 2, 32).view(-1, 16, 16)
-    scale, low = (b[:, :16] & 15) * d[:, :1], (b[:, :16] >> 4) * d[:, 1:]
-    return q, 0, scale, low
-
-
-def split_q3_k(b):
-    q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
-    scale = (unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4).float() - 32
-    return q.view(-1, 16, 16), 4, scale * halves(b[:, 108:]), None
-
-
-class Kind(NamedTuple):
-    """A tensor type: ggml's number for it, weights a block, bytes a block, and its functions."""
-    number: int
-    block: int
-    bytes: int
-    decode: Callable
-    encode: Callable | None = None  # None: llama.cpp's own files have it, we do not write it
-    split: Callable | None = None   # None: these are plain floats
-
-    def size(self, shape):
-        return math.prod(shape) // self.block * self.bytes
-
-
-def plain(number, dtype):
-    return Kind(number, 1, dtype.itemsize, lambda b: b.contiguous().view(dtype).float(), partial(as_bytes, dtype=dtype))
-
-
-def coded(number, block, size, split, encode=None, **how):
-    split = partial(split, **how)
-    return Kind(number, block, size, partial(decode, split=split), encode and partial(encode, **how), split)
+    d, sub = (most / -128).half(), (fits * (-128 * inverse(most))).round().clamp(max=127)
+    scale = (sub * d.float()).view(-1, 16, 1)
+    codes = (x.view(-1, 16, 16) / scale).round().nan_to_num(0).clamp(-32, 31).add(32).view(-1, 256)
+    return {"d": d, "s": as_bytes(sub, torch.int8), "codes": codes}
 
 
 KINDS = {
-    "F32": plain(0, torch.float32), "F16": plain(1, torch.float16), "BF16": plain(30, torch.bfloat16),
-    "Q4_0": coded(2, 32, 18, split_legacy, encode_legacy, bits=4), "Q5_0": coded(6, 32, 22, split_legacy, encode_legacy, bits=5),
-    "Q4_1": coded(3, 32, 20, split_legacy, encode_legacy, bits=4, has_min=True),
-    "Q5_1": coded(7, 32, 24, split_legacy, encode_legacy, bits=5, has_min=True),
-    "Q8_0": coded(8, 32, 34, split_q8, encode_q8), "Q2_K": coded(10, 256, 84, split_q2_k), "Q3_K": coded(11, 256, 110, split_q3_k),
-    "Q4_K": coded(12, 256, 144, split_k45, encode_k45, bits=4), "Q5_K": coded(13, 256, 176, split_k45, encode_k45, bits=5),
-    "Q6_K": coded(14, 256, 210, split_q6_k, encode_q6_k)}
+    "F32": Kind(0, 1, {"q": 4}, torch.float32),
+    "F16": Kind(1, 1, {"q": 2}, torch.float16), "BF16": Kind(30, 1, {"q": 2}, torch.bfloat16),
+    "Q4_0": Kind(2, 32, {"d": 2, "q": 16}, zero=8, encode=encode_legacy),
+    "Q4_1": Kind(3, 32, {"d": 2, "m": 2, "q": 16}, encode=encode_legacy),
+    "Q5_0": Kind(6, 32, {"d": 2, "h": 4, "q": 16}, zero=16, encode=encode_legacy),
+    "Q5_1": Kind(7, 32, {"d": 2, "m": 2, "h": 4, "q": 16}, encode=encode_legacy),
+    "Q8_0": Kind(8, 32, {"d": 2, "q": 32}, zero=128, encode=encode_q8),
+    "Q2_K": Kind(10, 256, {"s": 16, "q": 64, "d": 2, "m": 2}, run=32, scales=nibble_pairs),
+    "Q3_K": Kind(11, 256, {"h": 32, "q": 64, "s": 12, "d": 2}, zero=4, run=32, scales=six_bits),
+    "Q4_K": Kind(12, 256, {"d": 2, "m": 2, "s": 12, "q": 128}, run=32, scales=six_bit_pairs, encode=encode_k45),
+    "Q5_K": Kind(13, 256, {"d": 2, "m": 2, "s": 12, "h": 32, "q": 128}, run=32, scales=six_bit_pairs, encode=encode_k45),
+    "Q6_K": Kind(14, 256, {"q": 128, "h": 64, "s": 16, "d": 2}, zero=32, run=64, scales=eight_bits, encode=encode_q6_k)}
 NUMBERS = {kind.number: name for name, kind in KINDS.items()}
+
+
+def by_rows(function, rows, out):
+    """out = function(rows), a few rows at a time: so few that the work stays near the cache."""
+    step = max(1, WEIGHTS_AT_ONCE // max(rows[0].numel(), out[0].numel()))
+    for i in range(0, len(out), step):
+        out[i:i + step] = function(rows[i:i + step]).view(-1, *out.shape[1:])
+    return out
 
 
 def quantize(x, name):
     """(N, K) tensor -> (N, bytes a row) uint8, in type `name` of KINDS. K must be a multiple of its block."""
-    kind, (N, K) = KINDS[name], x.shape
-    out = torch.empty(N, K // kind.block * kind.bytes, dtype=torch.uint8)
-    step = max(1, WEIGHTS_AT_ONCE // K)
-    for i in range(0, N, step):
-        out[i:i + step] = kind.encode(x[i:i + step].float().reshape(-1, kind.block)).view(-1, out.size(1))
-    return out
+    kind = KINDS[name]
+
+    def encode(rows):
+        rows = rows.float().reshape(-1, kind.block)
+        return as_bytes(rows, kind.dtype) if kind.dtype else join(kind, **kind.encode(rows, kind))
+    return by_rows(encode, x, torch.empty(len(x), kind.size(x.shape[1:]), dtype=torch.uint8))
 
 
 @dataclass
@@ -250,38 +262,32 @@ class Packed:
 
     def dequantize(self, dtype=torch.float32):
         """-> tensor of `shape`"""
-        kind, out = KINDS[self.kind], torch.empty(self.shape, dtype=dtype)
-        step = max(1, WEIGHTS_AT_ONCE // (out.numel() // len(out)))
-        for i in range(0, len(out), step):
-            out[i:i + step] = kind.decode(self.data[i:i + step].reshape(-1, kind.bytes)).view(-1, *self.shape[1:])
-        return out
-
-    def groups(self):
-        """-> (codes uint8 (N, K), scale and zero float32 (N, G)): w = scale * (code - zero), up to float32's rounding."""
-        kind, N = KINDS[self.kind], len(self.data)
-        codes, zero, scale, low = kind.split(self.data.reshape(-1, kind.bytes))
-        if low is None:
-            zero = torch.full_like(scale, zero)
-        else:
-            flat = low.abs() > 2048 * scale  # -low throughout, or so nearly that float16 zero points could not tell
-            codes, scale = codes.masked_fill(flat[:, :, None], 0), torch.where(flat, low, scale)
-            zero = torch.where(scale == 0, 0.0, low / scale)
-        return codes.reshape(self.shape), scale.reshape(N, -1), zero.reshape(N, -1)
+        kind = KINDS[self.kind]
+        return by_rows(lambda rows: decode(rows.reshape(-1, kind.bytes), kind), self.data, torch.empty(self.shape, dtype=dtype))
 
 
 class PackedLinear(QuantLinear):
     """A linear layer whose weights stay as they are in the file."""
+    by_row = ("data",)
 
     def __init__(self, tensor, bias=None):
         super().__init__(tensor.shape, bias)
-        self.tensor, self.format = tensor, tensor.kind
+        self.format = tensor.kind
+        self.register_buffer("data", tensor.data)
 
     def dequantize(self, dtype=torch.float32):
-        return self.tensor.dequantize(dtype)
+        return Packed(self.format, (self.out_features, self.in_features), self.data).dequantize(dtype)
 
     def groups(self):
-        codes, scale, zero = self.tensor.groups()
-        return codes, scale, zero, codes.size(1) // scale.size(1), None, 4 if self.tensor.kind[1] in "234" else 8
+        """As Int8Linear's; w = scale * (code - zero), up to float32's rounding."""
+        kind, N = KINDS[self.format], self.out_features
+        codes, scale, low = split(self.data.reshape(-1, kind.bytes), kind)
+        zero = torch.full_like(scale, kind.zero)
+        if low is not None:
+            flat = low.abs() > 2048 * scale  # -low throughout, or so nearly that float16 zero points could not tell
+            codes, scale = codes.masked_fill(flat[:, :, None], 0), torch.where(flat, low, scale)
+            zero = torch.where(scale == 0, 0.0, low / scale)
+        return codes.reshape(N, -1), scale.reshape(N, -1), zero.reshape(N, -1), codes.size(2), None, 4 if sum(kind.bits) <= 4 else 8
 
 
 # ------------------------------------------------------------------------------------------------- names, types and shape
@@ -300,23 +306,17 @@ FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no
 
 def gguf_name(name, config):
     """layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight; GPT-2's q, k and v all -> attn_qkv."""
-    module, _, leaf = name.rpartition(".")
-    prefix = ""
-    if module.startswith("layers."):
-        _, i, module = module.split(".", 2)
-        prefix = f"blk.{i}."
-    fused = config.is_gpt2 and re.fullmatch(r"self_attn\.[qkv]_proj", module)
-    return f"{prefix}{'attn_qkv' if fused else NAMES[module]}.{leaf}"
+    layer, module, leaf = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    part = "attn_qkv" if config.is_gpt2 and re.fullmatch(r"self_attn\.[qkv]_proj", module) else NAMES[module]
+    return f"{part}.{leaf}" if layer is None else f"blk.{layer}.{part}.{leaf}"
 
 
-def tensor_names(config):
-    """{name in a GGUF: [(our name, shape), ...]}, several where the file has them in one, end to end."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
+def named(state, config):
+    """Our state dict -> {name in a GGUF: {our name: tensor}}, several where the file has them in one, end to end."""
     names = {}
     for name, tensor in state.items():
         if not (config.tie_word_embeddings and name == "lm_head.weight"):  # llama.cpp, too, takes the embedding then
-            names.setdefault(gguf_name(name, config), []).append((name, tuple(tensor.shape)))
+            names.setdefault(gguf_name(name, config), {})[name] = tensor
     return names
 
 
@@ -362,8 +362,8 @@ def shape_metadata(config, where):
     H, K, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
     context = config.max_position_embeddings
     if config.sliding_layers and config.sliding_window < context:
-        print(f"warning: llama.cpp's {arch} has no sliding window; the context ends where it would begin to matter, at "
-              f"{config.sliding_window:,} tokens instead of {context:,}", file=sys.stderr)
+        warn(f"llama.cpp's {arch} has no sliding window; the context ends where it would begin to matter, at "
+             f"{config.sliding_window:,} tokens instead of {context:,}")
         context = config.sliding_window
     if arch == "qwen2" and H * D != C or arch == "qwen3" and config.out_bias:
         raise UserError(f"{where}: llama.cpp's {arch} needs {H} heads x {D} = {C} channels, and no bias on attention's output")
@@ -461,28 +461,22 @@ def read_rope(get, path):
 
 
 def llama3_rope(config, freqs, path):
-    """The parameters of Llama 3's rule from its result, all that a GGUF tells: rope_freqs.weight (D/2,) -> the rope dict.
+    """rope_freqs.weight (D/2,), all that a GGUF tells of Llama 3's rule -> the rule's parameters (Config.rope).
 
-    Between the untouched and the fully slowed waves, the share kept is (turns - low) / (high - low), linear in the
-    frequency. Its slope and height fix two of the three parameters, the third (low = 1) can be chosen.
+    A pair is slowed by 1 / (keep + (1 - keep) / factor), and keep = (turns - 1) / (4 - 1) of those that are neither kept nor fully
+    slowed, where turns is how often a pair turns over the original context. The 1 and the 4 are those of all published models.
     """
     if freqs.shape != (config.head_dim // 2,) or freqs.kind != "F32":
         raise UserError(f"{path}: rope_freqs.weight is {freqs.shape} {freqs.kind}, expected ({config.head_dim // 2},) F32")
-    slowed, frequency = freqs.dequantize(), rope_frequencies(config)[0].double()
+    slowed, frequency = freqs.dequantize().double(), rope_frequencies(config)[0].double()
     factor = slowed.max().item()
-    keep = (1 / slowed.double() - 1 / factor) / (1 - 1 / factor)
+    keep = (1 / slowed - 1 / factor) / (1 - 1 / factor)
     between = (keep > 1e-4) & (keep < 1 - 1e-4)
-    x, y = frequency[between], keep[between]
-    high = 4.0
-    if len(x) > 1:
-        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-        high = round(1 + 1 / (slope * x.mean() - y.mean()).item(), 4)
-    original = ((y * (high - 1) + 1) / x).mean().item() * 2 * math.pi
+    original = ((1 + 3 * keep) / frequency * 2 * math.pi)[between].mean().item()
     rope = {"rope_type": "llama3", "rope_theta": config.rope["rope_theta"], "factor": round(factor, 4), "low_freq_factor": 1.0,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": round(original) if math.isfinite(original) else 1}
+            "high_freq_factor": 4.0, "original_max_position_embeddings": round(original) if math.isfinite(original) else 1}
     made = rope_frequencies(Config(head_dim=config.head_dim, rope=rope))[0]
-    if not torch.allclose(made * slowed, frequency.float(), rtol=1e-3):
+    if not torch.allclose(made * slowed, frequency, rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows")
     return rope
 
@@ -536,30 +530,26 @@ def bytes_metadata(tok, content):
     """Byte-level BPE: the merges, and the name of the split that is equal to the tokenizer's."""
     names = {pattern: name for name, pattern in PATTERNS.items()} | {PATTERNS["gpt4"]: "llama3"}
     patterns = tuple(names.get(p, p) for p in tok.patterns)
-    whole, found = tok.whole_chunks, [name for name, (split, _) in SPLITS.items() if split == patterns]
+    found = {name: whole for name, (split, whole) in SPLITS.items() if split == patterns}
     if not found:
         raise UserError(f"llama.cpp has no pre-tokenizer that splits text by {' then '.join(patterns)!r}; it has those called "
                         "gpt2, gpt4, llama3, qwen2 here: train the tokenizer with --pattern of one of them")
-    best = [name for name in found if SPLITS[name][1] == whole]
-    if not best or (whole is False and found[0] != best[0]):
-        # taking whole chunks makes no difference where every token is what merging its own bytes ends in
-        same = all(bpe.merge_by_rank([tok._byte_id(b) for b in token], tok.merges) == [i] for token, i in tok.vocab.items())
-        best = found if same else best
-    if not best:
-        warn(f"llama.cpp's {found[0]} {'merges' if whole else 'takes whole'} chunks that are tokens: some ids will differ")
+    pre = next((name for name in found if found[name] == tok.whole_chunks), next(iter(found)))
+    if found[pre] != tok.whole_chunks and any(  # no difference where every token is what merging its own bytes ends in
+            bpe.merge_by_rank([tok._byte_id(b) for b in token], tok.merges) != [i] for token, i in tok.vocab.items()):
+        warn(f"llama.cpp's {pre} {'merges' if tok.whole_chunks else 'takes whole'} chunks that are tokens: some ids will differ")
     if patterns == ("tekken",):
         warn("llama.cpp's tekken splits words by ASCII case alone: text with other capitals gets other ids there")
-    return {"model": "gpt2", "pre": (best or found)[0], "merges": content["merges"]}
+    return {"model": "gpt2", "pre": pre, "merges": content["merges"]}
 
 
 def pieces_metadata(tok, tokens):
     """SentencePiece's BPE: scores fall in the order of merging."""
-    scores, order = np.zeros(len(tokens), np.float32), [tok.merges[pair] for pair in sorted(tok.merges, key=tok.merges.get)]
-    for rank, (_, i) in enumerate(reversed(order)):
+    scores, order = np.zeros(len(tokens), np.float32), [i for _, i in sorted(tok.merges.values())]
+    for rank, i in enumerate(reversed(order)):
         scores[i] = rank - len(order)
-    runs = [i for n, (_, i) in enumerate(order) if n == 0 or order[n - 1][1] != i]
-    prefix = any(step[0] == "prepend" for step in tok.normalizer)
-    if (len(runs) != len(set(runs)) or merges_by_score(tok.vocab, scores).keys() != tok.merges.keys()
+    back, prefix = merges_by_score(tok.vocab, scores), any(step[0] == "prepend" for step in tok.normalizer)
+    if (back.keys() != tok.merges.keys() or [i for _, i in sorted(back.values())] != order
             or any("▁" in token.lstrip("▁") for token in tok.vocab if tok.patterns)
             or tok.normalizer != [("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")]):
         warn("this tokenizer merges or puts spaces first otherwise than SentencePiece does: some ids will differ in llama.cpp")
@@ -597,8 +587,7 @@ def read_vocabulary(meta, path):
         raise UserError(f"{path}: {n:,} tokens with {len(types):,} types, or some twice")
     if (longest := max(map(len, tokens), default=0)) > (256 if model == "llama" else 1 << 12):  # every way to halve one is tried
         raise UserError(f"{path}: a token of {longest:,} characters")
-    groups = {t: {tokens[i]: i for i in np.flatnonzero(types == t)} for t in range(1, 7)}
-    groups = {t: {text: int(i) for text, i in group.items()} for t, group in groups.items()}
+    groups = {t: {tokens[i]: i for i in np.flatnonzero(types == t).tolist()} for t in range(1, 7)}
     special, vocab = groups[CONTROL] | groups[UNKNOWN], groups[NORMAL] | groups[BYTE]
     options = dict(special=special, added=groups[USER_DEFINED], unknown=next(iter(groups[UNKNOWN].values()), None))
     if model == "gpt2":
@@ -619,10 +608,8 @@ def read_vocabulary(meta, path):
                         normalizer=[("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")], **options)
     else:
         raise UserError(f"{path}: tokenizer model {model!r} is not supported, only gpt2 and llama")
-    for role in ("bos", "eos", "unk", "pad"):
-        key = {"unk": "unknown", "pad": "padding"}.get(role, role)
-        i = get(f"ggml.{key}_token_id", -1, int)
-        if 0 <= i < n:
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if 0 <= (i := get(f"ggml.{key}_token_id", -1, int)) < n:
             tok.config[f"{role}_token"] = tokens[i]
     tok.config |= {k: v for k, v in (("add_bos_token", get("ggml.add_bos_token", None, bool)),
                                      ("chat_template", get("chat_template", None, str))) if v is not None}
@@ -661,35 +648,31 @@ class Cursor:
     def refuse(self, what):
         raise UserError(f"{self.path}: {what}; the file is damaged, or no GGUF that this program reads")
 
-    def take(self, n):
-        if n > self.end - self.at:
+    def take(self, code):
+        """The next values, in struct's spelling."""
+        if (n := struct.calcsize("<" + code)) > self.end - self.at:
             self.refuse(f"byte {self.at:,} announces {n:,} bytes more, of which {self.end - self.at:,} are there")
         self.at += n
-        return self.data[self.at - n:self.at]
-
-    def number(self, code):
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return struct.unpack_from("<" + code, self.data, self.at - n)
 
     def text(self):
-        if (n := self.number("Q")) > LONGEST_TEXT:
+        n, = self.take("Q")
+        if n > LONGEST_TEXT:
             self.refuse(f"a text of {n:,} bytes before byte {self.at:,}")
-        return self.take(n).decode("utf-8", "replace")
+        return self.take(f"{n}s")[0].decode("utf-8", "replace")
 
     def value(self):
-        kind = self.number("I")
+        kind, = self.take("I")
         if kind == 8:
             return self.text()
         if kind in CODES:
-            return self.number(CODES[kind])
+            return self.take(CODES[kind])[0]
         if kind != 9:
             self.refuse(f"a value of unknown type {kind} before byte {self.at:,}")
-        kind, n = self.number("I"), self.number("Q")
-        if n > MOST_ITEMS or kind == 9 or kind not in {8, *CODES}:
+        kind, n = self.take("IQ")
+        if n > MOST_ITEMS or kind not in {8, *CODES}:
             self.refuse(f"a list of {n:,} values of type {kind} (9 is a list) before byte {self.at:,}")
-        if kind == 8:
-            return [self.text() for _ in range(n)]
-        dtype = np.dtype("<" + CODES[kind])
-        return np.frombuffer(self.take(n * dtype.itemsize), dtype)
+        return [self.text() for _ in range(n)] if kind == 8 else np.array(self.take(f"{n}{CODES[kind]}"), "<" + CODES[kind])
 
 
 def open_file(path):
@@ -699,8 +682,7 @@ def open_file(path):
             raise UserError(f"{path}: {size:,} bytes that do not begin as a GGUF does")
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     cursor = Cursor(path, data)
-    cursor.take(4)
-    version, n_tensors, n_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    _, version, n_tensors, n_keys = cursor.take("4sIQQ")
     if version not in (2, 3) or n_tensors > MOST_TENSORS or n_keys > MOST_KEYS:
         cursor.refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
     meta, tensors = {}, {}
@@ -711,11 +693,11 @@ def open_file(path):
         meta[key] = cursor.value()
     found = []
     for _ in range(n_tensors):
-        name, n_dims = cursor.text(), cursor.number("I")
+        name, (n_dims,) = cursor.text(), cursor.take("I")
         if not 1 <= n_dims <= 4:
             cursor.refuse(f"tensor {name[:80]!r} has {n_dims:,} dimensions")
-        dims, number, offset = [cursor.number("Q") for _ in range(n_dims)], cursor.number("I"), cursor.number("Q")
-        found.append((name, dims[::-1], number, offset))
+        *dims, number, offset = cursor.take(f"{n_dims}QIQ")
+        found.append((name, tuple(dims[::-1]), number, offset))
     alignment = meta.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         cursor.refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
@@ -728,7 +710,7 @@ def open_file(path):
         if offset % alignment or offset < end or start + offset + nbytes > size:
             cursor.refuse(f"tensor {name[:80]!r} with {nbytes:,} bytes at {offset:,} overlaps another or passes the end {size:,}")
         flat, end = torch.frombuffer(data, dtype=torch.uint8, offset=start + offset, count=nbytes), offset + nbytes
-        tensors[name] = Packed(NUMBERS[number], tuple(shape), flat.view(shape[0], -1))
+        tensors[name] = Packed(NUMBERS[number], shape, flat.view(shape[0], -1))
     return meta, tensors
 
 
@@ -760,32 +742,29 @@ def write(folder, path, mix):
     if mix not in MIXES:
         raise UserError(f"unknown type {mix!r}: choose one of {', '.join(MIXES)}")
     folder, plan, sizes = Path(folder), [], Counter()
-    config = Config.from_dict(read_json(folder / "config.json"), where=folder / "config.json")
-    files = open_weights(folder)
-    check_layers(config, files, folder)
-    with torch.device("meta"):
-        in_folder = folder_names(Transformer(config).state_dict(), config)
-    check_tensors(in_folder, files, folder)
+    model = Transformer.from_pretrained(folder)  # its tensors stay in their file until they are used
+    config = model.config
+    if model.quantization:
+        raise UserError(f"{folder} is quantized already ({model.quantization['quant_method']}); start from the original model")
     meta, freqs = shape_metadata(config, folder)
     meta |= {"general.name": folder.resolve().name, "general.file_type": MIXES[mix][1], "general.quantization_version": 2,
              **vocabulary(Tokenizer.load(folder), config.vocab_size, config, folder)}
 
-    def content(source, name, kind):
-        handle, key = files[source]
-        tensor = torch.cat(list(from_folder_names(source, handle.get_tensor(key), config).values()))  # GPT-2's q, k, v in one
-        most = torch.linalg.vector_norm(tensor.float(), ord=math.inf).item()
+    def content(name, kind, parts):
+        tensor = torch.cat([part.float() for part in parts])
+        most = torch.linalg.vector_norm(tensor, ord=math.inf).item()
         if not most < (math.inf if kind in ("F32", "BF16") else 65504):
             raise UserError(f"{folder}: {name} has values up to {most}, which {kind} cannot hold")
         order = row_order(name, len(tensor), config)
         return quantize((tensor if order is None else tensor[order]).view(len(tensor), -1), kind).numpy()
 
-    for source, tensor in in_folder.items():
-        parts = from_folder_names(source, tensor, config)
-        name, shape = gguf_name(next(iter(parts)), config), tuple(torch.cat(list(parts.values())).shape)
+    for name, tensors in named(model.state_dict(), config).items():
+        parts = list(tensors.values())
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
         kind, wanted = kind_of(name, shape, mix, config)
         if wanted:
             warn(f"{name}: rows of {shape[-1]} do not divide by {KINDS[wanted].block}, so {wanted} becomes {kind}")
-        plan.append((name, kind, shape, partial(content, source, name, kind)))
+        plan.append((name, kind, shape, partial(content, name, kind, parts)))
     if freqs is not None:
         plan.append(("rope_freqs.weight", "F32", tuple(freqs.shape), as_bytes(freqs, torch.float32).numpy))
     for name, kind, shape, _ in plan:
@@ -805,19 +784,22 @@ def read(path, dtype=torch.float32, keep_packed=False):
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if len(layers) != config.num_hidden_layers:
         raise UserError(f"{path}: block_count is {config.num_hidden_layers}, the tensors are of {len(layers)} layers")
-    freqs, expected, state = tensors.pop("rope_freqs.weight", None), tensor_names(config), {}
+    freqs, state = tensors.pop("rope_freqs.weight", None), {}
     if freqs is not None:
         config.rope = llama3_rope(config, freqs, path)
+    with torch.device("meta"):
+        expected = named(Transformer(config).state_dict(), config)
     faults = [f"{name} is not part of this model" for name in tensors if name not in expected]
     for name, parts in expected.items():
-        tensor, at, shape = tensors.get(name), 0, (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
+        tensor, sizes, rest = tensors.get(name), [len(part) for part in parts.values()], next(iter(parts.values())).shape[1:]
+        shape = (sum(sizes), *rest)
         if tensor is None or tensor.shape != shape or (len(shape) == 1 and KINDS[tensor.kind].block > 1):
             faults.append(f"{name} is " + (f"{tensor.shape} {tensor.kind}, expected {shape}" if tensor else "missing"))
             continue
         order = row_order(name, shape[0], config, back=True)
-        for ours, part in parts:
-            rows = slice(at, at + part[0]) if order is None else order
-            state[ours], at = Packed(tensor.kind, part, tensor.data[rows]), at + part[0]
+        data = tensor.data if order is None else tensor.data[order]
+        for ours, rows in zip(parts, data.split(sizes)):
+            state[ours] = Packed(tensor.kind, (len(rows), *rest), rows)
     if faults:
         raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
     ends = [i for key in ("eos", "eot")
@@ -835,7 +817,7 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     for name, m in list(model.named_modules()) if keep_packed else ():
-        if isinstance(m, torch.nn.Linear) and KINDS[state[f"{name}.weight"].kind].split:
+        if isinstance(m, torch.nn.Linear) and KINDS[state[f"{name}.weight"].kind].block > 1:
             bias = state.pop(f"{name}.bias", None)
             model.set_submodule(name, PackedLinear(state.pop(f"{name}.weight"), bias and bias.dequantize()))
             model.quantization = {"quant_method": "gguf"}

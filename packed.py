@@ -18,7 +18,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 FEW_ROWS = 16       # on a CPU more rows than these are quicker unpacked and multiplied in float32 (NOTES.md)
-CLIPS = [1 - i / 20 for i in range(1, 11)]  # ranges that GPTQ tries for a group's scale, as shares of the group's extent
+CLIPS = [1 - i / 20 for i in range(11)]  # ranges that GPTQ tries for a group's scale, as shares of the group's extent
 NESTED_BLOCK = 256  # scales that share one scale under double quantization
 
 
@@ -114,13 +114,13 @@ def grid(groups, bits, sym, cost=None):
     With `cost` (g,), what a squared error in each column costs, narrower ranges that cut the group's extremes are tried too.
     """
     if cost is not None:
-        best = grid(groups, bits, sym)
-        least = ((nearest_of(groups, best[0], best[1], bits) - groups) ** 2 @ cost)
+        best, least = (torch.ones_like(groups[..., 0]),) * 2, torch.inf
         for share in CLIPS:
             scale, zero = grid(groups * share, bits, sym)
-            error = (nearest_of(groups, scale, zero, bits) - groups) ** 2 @ cost
+            rounded = (to_codes(groups, scale[..., None], zero[..., None], bits) - zero[..., None]) * scale[..., None]
+            error = (rounded - groups) ** 2 @ cost
             best = [torch.where(error < least, new, old) for new, old in zip((scale, zero), best)]
-            least = torch.minimum(error, least)
+            least = error.clamp(max=least)
         return best
     top = 2 ** bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -140,12 +140,6 @@ def grid(groups, bits, sym, cost=None):
 def to_codes(weight, scale, zero, bits):
     """The nearest codes, as floats."""
     return (weight / scale + zero).round_().clamp_(0, 2 ** bits - 1)
-
-
-def nearest_of(groups, scale, zero, bits):
-    """(..., g) -> the nearest values that their codes stand for."""
-    scale, zero = scale[..., None], zero[..., None]
-    return (to_codes(groups, scale, zero, bits) - zero) * scale
 
 
 def round_to_nearest(weight, bits, group, sym):
@@ -202,15 +196,15 @@ class QuantLinear(nn.Module):
         """The same by a kernel, or None."""
 
     def on_cpu(self, rows):
-        """The same of float32 by forward.cpp, or None."""
+        """The same of float32 by forward.cpp, without the bias, or None."""
 
     def product(self, x):
         """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows, y = x.reshape(-1, self.in_features), None
         if x.is_cuda:
             y = self.on_gpu(rows)
-        elif not torch.compiler.is_compiling():
-            y = self.on_cpu(rows.float())
+        elif not torch.compiler.is_compiling() and (y := self.on_cpu(rows.float())) is not None and self.bias is not None:
+            y += self.bias
         y = self.plain(rows) if y is None else y
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -227,27 +221,21 @@ class QuantLinear(nn.Module):
                 self.cpp = False
         return self.cpp(rows) if self.cpp else None
 
-    def with_bias(self, y):
-        return y if self.bias is None else y + self.bias
-
-    def extra_repr(self):
-        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
-
 
 def fuse(layers):
     """Layers of one class that read the same input (q, k, v; gate and up) -> one layer whose rows are theirs, in order."""
     first, N, bias = layers[0], sum(layer.out_features for layer in layers), None
-    order = getattr(first, "order", None)
-    if any(type(layer) is not type(first) or (getattr(layer, "order", None) is None) != (order is None) or
-           order is not None and not torch.equal(layer.order, order) for layer in layers):
+    orders = [torch.arange(first.in_features) if getattr(layer, "order", None) is None else layer.order.cpu() for layer in layers]
+    if any((type(layer), layer.format) != (type(first), first.format) or not torch.equal(order, orders[0])
+           for layer, order in zip(layers, orders)):
         raise UserError("layers of different formats or column orders cannot be one")
     if any(layer.bias is not None for layer in layers):
-        device = next(layer.bias.device for layer in layers if layer.bias is not None)
+        device = next(first.buffers()).device
         bias = torch.cat([torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias for layer in layers])
     if isinstance(first, NF4Linear):  # their shared scales need not end where a layer does
         state = {"packed": torch.cat([layer.packed for layer in layers]),
                  "absmax": torch.cat([nf4_absmax(layer._buffers) for layer in layers])}
-        return NF4Linear.from_state(state, (N, first.in_features), bias, first.block)
+        return NF4Linear(state, (N, first.in_features), bias, first.block)
     fused = copy.copy(first)
     fused._buffers, fused._parameters = dict(first._buffers), {"bias": None if bias is None else nn.Parameter(bias, False)}
     fused.out_features, fused.cpp = N, None
@@ -257,16 +245,6 @@ def fuse(layers):
             parts = [layer.zero_points() for layer in layers]
         fused._buffers[name] = None if parts[0] is None else torch.cat(parts)
     return fused
-
-
-def in_kind(linear, kind):
-    """A layer still in floats -> the format that --quant names, "int8" or "int4"; any other layer as it is."""
-    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
-        return linear
-    if kind == "int8":
-        return Int8Linear.from_linear(linear, dynamic=linear.weight.device.type == "cpu")
-    K = linear.weight.size(1)
-    return GroupLinear.from_linear(linear, 4, next((g for g in (64, 32) if K % g == 0), 64))
 
 
 def int8_rows(x):
@@ -283,25 +261,25 @@ class Int8Linear(QuantLinear):
     """
     by_row = ("codes", "scale")
 
-    def __init__(self, codes, scale, bias=None, dynamic=False):
-        """codes (N, K) int8, scale (N,) float32"""
+    def __init__(self, codes, scales, bias=None, dynamic=False):
+        """codes uint8 (N, K) whose zero point is 128, scales (N, 1)"""
         super().__init__(codes.shape, bias)
         self.dynamic, self.format = dynamic, "int8-dynamic" if dynamic else "int8"
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self.register_buffer("codes", (codes ^ 128).view(torch.int8))  # 0..255 -> -128..127
+        self.register_buffer("scale", scales[:, 0].float())
 
     @classmethod
     def from_linear(cls, linear, dynamic=False):
         codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
-        return cls((codes.short() - 128).to(torch.int8), scales[:, 0].float(), linear.bias, dynamic)
+        return cls(codes, scales, linear.bias, dynamic)
 
     def dequantize(self, dtype=torch.float32):
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def groups(self):
         """As forward.cpp wants it: codes uint8 (N, K), scale and zero (N, G), inputs a group, their order or None, bits."""
-        codes, scale = (self.codes.short() + 128).to(torch.uint8), self.scale[:, None]
-        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
+        scale = self.scale[:, None]
+        return self.codes.view(torch.uint8) ^ 128, scale, torch.full_like(scale, 128), self.in_features, None, 8
 
     def plain(self, rows):
         if self.dynamic:
@@ -315,13 +293,12 @@ class Int8Linear(QuantLinear):
 
     def on_cpu(self, rows):
         if self.dynamic:
-            y = self.in_cpp(rows)
-            return y if y is None else self.with_bias(y)
+            return self.in_cpp(rows)
         if len(rows) > FEW_ROWS:
             return None
         codes, scale = int8_rows(rows)  # what 8 bits lose of a row is a second one: two products with 8 bits make one with 16
         y = self.in_cpp(torch.cat((codes * scale, rows - codes * scale)))
-        return y if y is None else self.with_bias(torch.add(*y.chunk(2)))
+        return y if y is None else torch.add(*y.chunk(2))
 
 
 class GroupLinear(QuantLinear):
@@ -378,28 +355,23 @@ class GroupLinear(QuantLinear):
         return int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
 
     def on_cpu(self, rows):
-        y = self.in_cpp(rows) if len(rows) <= FEW_ROWS else None
-        return y if y is None else self.with_bias(y)
+        return self.in_cpp(rows) if len(rows) <= FEW_ROWS else None
 
 
 class NF4Linear(QuantLinear):
     """4-bit NormalFloat weights in bitsandbytes' layout; the tensors of `nf4_quantize` are buffers of the same names."""
-    format, block, double = "nf4", 64, True
+    format = "nf4"
+
+    def __init__(self, state, shape, bias=None, block=64):
+        """state: what `nf4_quantize` makes of weights of that shape"""
+        super().__init__(shape, bias)
+        self.block = block
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor)
 
     @classmethod
     def from_linear(cls, linear, block=64, double=True):
-        """nn.Linear -> NF4Linear on the same device."""
-        N, K = linear.weight.shape
-        return cls.from_state(nf4_quantize(linear.weight, block, double), (N, K), linear.bias, block)
-
-    @classmethod
-    def from_state(cls, state, shape, bias=None, block=64):
-        """The tensors of `nf4_quantize`, of weights of that shape -> NF4Linear."""
-        layer = cls(shape, bias)
-        layer.block, layer.double = block, "nested_absmax" in state
-        for name, tensor in state.items():
-            layer.register_buffer(name, tensor)
-        return layer
+        return cls(nf4_quantize(linear.weight, block, double), linear.weight.shape, linear.bias, block)
 
     def dequantize(self, dtype=torch.float32):
         if self.packed.is_cuda:
@@ -413,6 +385,23 @@ class NF4Linear(QuantLinear):
         return nf4_linear(rows, self.packed, nf4_absmax(self._buffers), self.block, self.out_features, self.in_features, self.bias)
 
 
+def pack(linear, format, group_size):
+    """nn.Linear -> one of quant.FORMATS."""
+    if format in ("int8", "int8-dynamic"):
+        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
+    if format == "nf4":
+        return NF4Linear.from_linear(linear)
+    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
+
+
+def in_kind(linear, kind):
+    """A layer still in floats -> the format that --quant names, "int8" or "int4"; any other layer as it is."""
+    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
+        return linear
+    kind = "int8-dynamic" if kind == "int8" and linear.weight.device.type == "cpu" else kind
+    return pack(linear, kind, next((g for g in (64, 32) if linear.in_features % g == 0), 64))
+
+
 # ----------------------------------------------------------------------------------------------------------------- folders
 # GPTQ's layout, which transformers, GPTQModel, AutoGPTQ and vLLM read. Codes are a stream of `bits` bits each, the lowest
 # first, in int32 words; qweight's streams run down the inputs, qzeros' along the outputs:
@@ -421,38 +410,30 @@ class NF4Linear(QuantLinear):
 def to_words(codes, bits):
     """(K, N) integers below 2^bits -> int32 (ceil(K/32) * bits, N): 32 codes fill `bits` words."""
     codes = F.pad(codes.long(), (0, 0, 0, -codes.size(0) % 32)).view(-1, 32, codes.size(1))  # (K/32, 32, N)
-    words = torch.zeros(codes.size(0), bits + 1, codes.size(2), dtype=torch.long, device=codes.device)
+    words = codes.new_zeros(codes.size(0), bits + 1, codes.size(2))
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         words[:, word] |= codes[:, i] << shift & 0xFFFFFFFF
         words[:, word + 1] |= codes[:, i] << shift >> 32  # what runs over into the next word
-    words = words[:, :bits].flatten(0, 1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    return words[:, :bits].flatten(0, 1).int()
 
 
 def from_words(words, bits, count):
     """The inverse -> uint8 (count, N)."""
-    words = (words.long() & 0xFFFFFFFF).view(-1, bits, words.size(1))
-    codes = torch.empty(words.size(0), 32, words.size(2), dtype=torch.uint8, device=words.device)
+    words, codes = (words.long() & 0xFFFFFFFF).view(-1, bits, words.size(1)), []
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        value = words[:, word] >> shift
+        code = words[:, word] >> shift
         if shift + bits > 32:
-            value = value | words[:, word + 1] << 32 - shift
-        codes[:, i] = value & 2 ** bits - 1
-    return codes.flatten(0, 1)[:count]
+            code |= words[:, word + 1] << 32 - shift
+        codes.append((code & 2 ** bits - 1).to(torch.uint8))
+    return torch.stack(codes, 1).flatten(0, 1)[:count]  # (K/32, 32, N) -> (count, N)
 
 
 def write_gptq(layer, name, version):
     """Int8Linear or GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
-    K = layer.in_features
-    if isinstance(layer, Int8Linear):
-        codes, scales, bits, group, order = (layer.codes.short() + 128), layer.scale[:, None], 8, K, None
-        zeros = torch.full_like(scales, 128)
-    else:
-        codes, scales, bits, group, order = layer.codes(), layer.scales, layer.bits, layer.group, layer.order
-        zeros = layer.zero_points()
-    groups = torch.arange(K, device=codes.device) // group
+    codes, scales, zeros, group, order, bits = layer.groups()
+    groups = torch.arange(layer.in_features, device=codes.device) // group
     if order is not None:
         codes, groups = codes[:, order.argsort()], groups[order.argsort()]
     out = {"qweight": to_words(codes.t(), bits), "qzeros": to_words(zeros - int(version == "gptq"), bits).t(),
@@ -474,7 +455,7 @@ def read_gptq(tensors, name, shape, config, bias=None):
         zeros = (zeros + 1) & 2 ** bits - 1  # a writer that had 0 to store less one left all bits set
     scales = scales.t().contiguous()
     if bits == 8 and group == K and (zeros == 128).all() and not config.get("desc_act"):
-        return Int8Linear((codes.short() - 128).to(torch.int8), scales[:, 0].float(), bias, config.get("activations") == "int8")
+        return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
     straight = torch.equal(order, torch.arange(K, device=order.device))
     return GroupLinear(codes, scales, zeros, bits, group, None if straight else order, bias)
 
@@ -484,7 +465,7 @@ def write_bnb(layer, name, dtype=torch.float32):
     info = {"quant_type": "nf4", "blocksize": layer.block, "dtype": str(dtype).removeprefix("torch."),
             "shape": [layer.out_features, layer.in_features]}
     out = {"": layer.packed[:, None], ".absmax": layer.absmax, ".quant_map": torch.tensor(NF4)}
-    if layer.double:
+    if "nested_absmax" in layer._buffers:
         out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map().clone()}
         info |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
     out[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
@@ -494,26 +475,22 @@ def write_bnb(layer, name, dtype=torch.float32):
 def read_bnb(tensors, name, shape, bias=None):
     """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear. Other codes than NF4 are refused."""
     own = {key.removeprefix(name + ".weight").lstrip("."): t for key, t in tensors.items() if key.startswith(name + ".weight")}
-    if "quant_state.bitsandbytes__nf4" not in own:
-        raise UserError(f"{name}.weight: not in bitsandbytes' NF4 layout (found {', '.join(sorted(own))})")
     try:
         info = json.loads(bytes(own["quant_state.bitsandbytes__nf4"].tolist()))
-        block, nested = info["blocksize"], info.get("nested_blocksize", NESTED_BLOCK)
-        fits = (block in (32, 64, 128, 256, 512, 1024, 2048, 4096) and nested == NESTED_BLOCK
-                and tuple(info["shape"]) == tuple(shape) and own[""].dtype == torch.uint8
-                and own[""].numel() * 2 == shape[0] * shape[1]
-                and own["absmax"].numel() == -(-shape[0] * shape[1] // block)
-                and torch.equal(own["quant_map"].float(), torch.tensor(NF4)))
-        state = {"packed": own[""].reshape(-1), "absmax": own["absmax"]}
+        block, weights, state = info["blocksize"], shape[0] * shape[1], {"packed": own[""].reshape(-1), "absmax": own["absmax"]}
+        fits = [block in (32, 64, 128, 256, 512, 1024, 2048, 4096), tuple(info["shape"]) == tuple(shape),
+                own[""].dtype == torch.uint8 and own[""].numel() * 2 == weights, own["absmax"].numel() == -(-weights // block),
+                torch.equal(own["quant_map"].float(), torch.tensor(NF4))]
         if "nested_absmax" in own:
-            fits = fits and torch.equal(own["nested_quant_map"], dynamic_map())
-            fits = fits and own["nested_absmax"].numel() == -(-own["absmax"].numel() // NESTED_BLOCK)
+            fits += [info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK,
+                     own["nested_absmax"].numel() == -(-own["absmax"].numel() // NESTED_BLOCK),
+                     torch.equal(own["nested_quant_map"], dynamic_map())]
             state |= {"nested_absmax": own["nested_absmax"], "offset": torch.tensor(float(info["nested_offset"]))}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{name}.weight: damaged bitsandbytes statistics ({type(error).__name__}: {error})") from None
-    if not fits:
+    if not all(fits):
         raise UserError(f"{name}.weight: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}")
-    return NF4Linear.from_state(state, shape, bias, block)
+    return NF4Linear(state, shape, bias, block)
 
 
 def packed_state(model):
@@ -561,12 +538,6 @@ def expect_packed(model, config, files):
     def there(name):
         return name if name.startswith("lm_head") else "model." + name
 
-    def shape_of(name):  # sizes that `read_bnb` checks against what is stated inside
-        if there(name) not in files:
-            raise UserError(f"{there(name)} is missing from a folder whose quantization_config says bitsandbytes")
-        file, key = files[there(name)]
-        return tuple(file.get_slice(key).get_shape())
-
     gptq_layout = config["quant_method"] == "gptq"
     mark = ".qweight" if gptq_layout else ".weight.quant_state.bitsandbytes__nf4"
     state, packed = model.state_dict(), {}
@@ -582,12 +553,8 @@ def expect_packed(model, config, files):
             bits, G = config["bits"], 1 if config["group_size"] == -1 else -(-K // config["group_size"])
             shapes = {"qweight": (-(-K // 32) * bits, N), "qzeros": (G, -(-N // 32) * bits), "scales": (G, N), "g_idx": (K,)}
         else:
-            shapes = {"weight": (N * K // 2, 1), "weight.quant_map": (16,)}
-            varying = ["weight.absmax", mark[1:]]
-            if there(f"{name}.weight.nested_absmax") in files:
-                shapes["weight.nested_quant_map"] = (256,)
-                varying.append("weight.nested_absmax")
-            shapes |= {key: shape_of(f"{name}.{key}") for key in varying}
+            own = [key for key in files if key.startswith(there(f"{name}.weight"))]  # `read_bnb` checks what there is
+            shapes = {key.removeprefix(there(f"{name}.")): files[key][0].get_slice(files[key][1]).get_shape() for key in own}
         state |= {f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return state, packed
 

@@ -9,24 +9,22 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import packed
 from chat import examples, read_conversations, render
 from common import UserError, cli, parse_flags, write_atomic, write_json
 from corpora import documents
 from data import ends_of
 from model import Transformer, to_folder_names
-from packed import GroupLinear, Int8Linear, NF4Linear, QuantLinear, check_finite, grid, packed_state, round_to_nearest, to_codes
+from packed import GroupLinear, QuantLinear, check_finite, grid, pack, packed_state, round_to_nearest, to_codes
 from runtime import resolve
 from tokenizer import Tokenizer
 
-nf4_quantize, nf4_dequantize, fuse = packed.nf4_quantize, packed.nf4_dequantize, packed.fuse  # names to be found here too
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
                    "vocab.json", "merges.txt", "generation_config.json")
 
@@ -34,34 +32,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 # ---------------------------------------------------------------------------------------------------------- a model, in place
 FORMATS = {"int8": "8 bits, one scale a row", "int8-dynamic": "int8 weights and activations", "int4": "4 bits, symmetric groups",
            "int4-asym": "4 bits, groups with a zero point", "nf4": "4-bit NormalFloat, as bitsandbytes"}
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-           "mlp.down_proj")
 
 
 def linears(model):
     """{name: nn.Linear} of all blocks, in the order the data meets them. UserError if they are packed already."""
-    found = {f"layers.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.layers) for name in LINEARS
-             if name != "mlp.gate_proj" or hasattr(block.mlp, "gate_proj")}
-    done = next((name for name, layer in found.items() if isinstance(layer, QuantLinear)), None)
-    if done:
-        raise UserError(f"{done} is quantized already ({found[done].format}); start from the original model")
-    return found
+    for name, layer in model.layers.named_modules():
+        if isinstance(layer, QuantLinear):
+            raise UserError(f"layers.{name} is quantized already ({layer.format}); start from the original model")
+    return {f"layers.{name}": layer for name, layer in model.layers.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def pack(linear, format, group_size):
-    if format in ("int8", "int8-dynamic"):
-        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
-    if format == "nf4":
-        return NF4Linear.from_linear(linear)
-    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
-
-
-def quantize(model, format, group_size=128, head=False):
+def quantize(model, format, group_size=128):
     """Replace the linear layers of all blocks by packed ones, in place -> the model. format: one of FORMATS.
 
     group_size is int4's: neighbouring inputs that share a scale, -1 for a whole row; where it does not divide a layer's
-    width, that layer's last group is shorter. Embeddings and norms stay; head=True adds the output head, in int8 (what a
-    tied head shares with the embedding is copied). UserError: NaN in a weight, a model that is quantized already.
+    width, that layer's last group is shorter. Embeddings, norms and the head stay. UserError: NaN in a weight,
+    a model that is quantized already.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
@@ -69,14 +55,8 @@ def quantize(model, format, group_size=128, head=False):
     for name, linear in linears(model).items():
         check_finite(linear.weight, name)
         model.set_submodule(name, pack(linear, format, group_size))
-    if head:
-        quantize_head(model)
     model.quantization = describe(model, format, group_size)
     return model
-
-
-def quantize_head(model):
-    model.lm_head = Int8Linear.from_linear(model.lm_head, dynamic=True)
 
 
 def check_group(group_size):
@@ -101,15 +81,15 @@ def describe(model, format, group_size, **extra):
 @dataclass
 class Recipe:
     """How GPTQ rounds. Frantar et al. 2023, with act-order and static groups from the authors' code."""
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True              # the zero point is the middle code
-    act_order: bool = False       # columns with the largest activations first
-    static_groups: bool = False   # with act_order: groups of neighbouring columns, their scales from the original weights
-    clip: bool = True             # scales that cost least, where the plain ones span the group's extremes
-    damp: float = 0.01            # share of the mean diagonal that is added to it
-    rounding: str = "gptq"        # "rtn": every weight to its nearest code, nothing carried over
-    awq: bool = False             # first scale channels that matter up (Lin et al. 2023)
+    bits: int = 4                 # GPTQ and AWQ: 2 to 8
+    group_size: int = 128         # neighbouring inputs that share a scale; -1: a whole row
+    sym: bool = True              # GPTQ and AWQ: the zero point is the middle code (vLLM's fastest kernels ask for that)
+    act_order: bool = False       # GPTQ: columns with the largest activations first
+    static_groups: bool = False   # GPTQ: with act-order, groups of neighbouring columns, scales of the original weights
+    clip: bool = True             # GPTQ: scales that cost least, where the plain ones span the group's extremes
+    damp: float = 0.01            # GPTQ: share of the Hessian's mean diagonal added to it; raised by itself where needed
+    rounding: str = "gptq"        # or rtn: every weight to its nearest code, nothing carried over
+    awq: bool = False             # GPTQ: scale channels that matter up first (Lin et al. 2023)
 
 
 def inverse_factor(H, damp):
@@ -176,6 +156,11 @@ def gptq_round(weight, H, recipe, block=128):
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1), order, damp
 
 
+def squared(matrix, H):
+    """|matrix @ X|^2 of the inputs X with H = X @ X.T"""
+    return ((matrix @ H) * matrix).sum().item()
+
+
 def round_together(named, H, cross, recipe):
     """Round linears that read the same input as one matrix -> ({name: GroupLinear}, (what rounding changes in their outputs,
     squared; the same to nearest; the outputs' square; damping)). Their weights become the rounded ones.
@@ -186,27 +171,23 @@ def round_together(named, H, cross, recipe):
     """
     weight = torch.cat([linear.weight.detach().float() for linear in named.values()])
     check_finite(weight, ", ".join(named))
-    order, damp, moved = None, 0.0, weight
-    to_nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
-    codes, scales, zeros = to_nearest
+    nearest = round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.sym)
+    rounded, order, damp, moved = nearest, None, 0.0, weight
     if recipe.rounding == "gptq":
         factor, _ = inverse_factor(H, recipe.damp)
         moved = weight + weight @ (cross - H) @ factor.T @ factor
-        codes, scales, zeros, order, damp = gptq_round(moved, H, recipe)
+        *rounded, order, damp = gptq_round(moved, H, recipe)
 
-    def square(matrix):  # |matrix @ X|^2
-        return ((matrix @ H) * matrix).sum().item()
-
-    def change(target, rounded, order=None):
-        codes, scales, zeros = rounded
-        return square(GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order).dequantize() - target)
-    figures = change(moved, (codes, scales, zeros), order), change(weight, to_nearest), square(weight), damp
+    def layer(rounded, order=None, rows=slice(None), bias=None):
+        codes, scales, zeros = (t[rows] for t in rounded)
+        return GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size, order, bias)
+    figures = (squared(layer(rounded, order).dequantize() - moved, H), squared(layer(nearest).dequantize() - weight, H),
+               squared(weight, H), damp)
     out, row = {}, 0
     for name, linear in named.items():
-        rows = slice(row, row + linear.out_features)
-        row += linear.out_features
-        out[name] = GroupLinear(codes[rows], scales[rows], zeros[rows], recipe.bits, recipe.group_size, order, linear.bias)
+        out[name] = layer(rounded, order, slice(row, row + linear.out_features), linear.bias)
         linear.weight.data = out[name].dequantize(linear.weight.dtype)
+        row += linear.out_features
     return out, figures
 
 
@@ -217,18 +198,14 @@ class Calibration:
         self.device, self.rest = torch.device(device), model.embed_tokens.weight.device
         self.states, self.extras = [], []
         for ids in batches:
-            x, rope, (full, sliding) = model.start(ids.to(self.rest))
+            x, rope, masks = model.start(ids.to(self.rest))
             self.states.append(x)
-            self.extras.append((rope, full, sliding))
+            rope = rope and tuple(part.to(self.device) for part in rope)
+            self.extras.append((rope, *(mask if mask is None else mask.to(self.device) for mask in masks)))
 
     def each(self, function, states=None):
         """[function(state, rope, full mask, sliding mask) on the device, back at rest] over all batches."""
-        out = []
-        for state, (rope, full, sliding) in zip(self.states if states is None else states, self.extras):
-            rope = rope and tuple(r.to(self.device) for r in rope)
-            masks = [m if m is None else m.to(self.device) for m in (full, sliding)]
-            out.append(function(state.to(self.device), rope, *masks).to(self.rest))
-        return out
+        return [function(state.to(self.device), *extra).to(self.rest) for state, extra in zip(states or self.states, self.extras)]
 
     def second_moments(self, inputs, others=None):
         """Sum of y.T @ x over all batches' rows, x of `inputs` and y of `others` [inputs] -> (K, K) float32.
@@ -245,23 +222,17 @@ def stages(block, calibration, sliding):
     """Walk a block's four products in order, yielding (names, their common input for all batches); the caller may change their
     weights before it asks for the next. A module's last projection stands aside while what it would read is computed, so
     every product runs once, on the outputs of those rounded before it ("true sequential")."""
-    def inner(module, last, norm):
-        projection = getattr(module, last)
-        setattr(module, last, nn.Identity())
-        try:
-            if module is block.self_attn:
-                return calibration.each(lambda x, rope, full, near: module(norm(x), rope, near if sliding else full))
-            return calibration.each(lambda x, *_: module(norm(x)))
-        finally:
-            setattr(module, last, projection)
-
     for path, last, norm in (("self_attn", "o_proj", block.input_layernorm), ("mlp", "down_proj", block.post_attention_layernorm)):
         module = block.get_submodule(path)
+        projection, attends = module.get_submodule(last), module is block.self_attn
         first = [f"{path}.{n}" for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if hasattr(module, n)]
         yield first, calibration.each(lambda x, *_: norm(x))
-        inputs = inner(module, last, norm)
+        setattr(module, last, nn.Identity())
+        inputs = calibration.each(lambda x, rope, full, near: module(norm(x), rope, near if sliding else full) if attends else
+                                  module(norm(x)))
+        setattr(module, last, projection)
         yield [f"{path}.{last}"], inputs
-        outputs = calibration.each(lambda a, *_: getattr(module, last)(a), inputs)
+        outputs = calibration.each(lambda a, *_: projection(a), inputs)
         calibration.states = [x + y for x, y in zip(calibration.states, outputs)]
 
 
@@ -271,11 +242,10 @@ def scale_channels(block, calibration, sliding, recipe):
 
     The factors are rms(x)^share, share from 0 to 0.95 chosen by the change in the products' outputs (section 3.2).
     """
-    before = calibration.states
-    sources = {"self_attn.q_proj": block.input_layernorm, "mlp.gate_proj": block.post_attention_layernorm}
-    if not hasattr(block.mlp, "gate_proj"):  # GPT-2: a GELU stands in front of down_proj, nothing can be folded through it
-        sources["mlp.up_proj"] = block.post_attention_layernorm
-    else:
+    before, gated = calibration.states, hasattr(block.mlp, "gate_proj")
+    sources = {"self_attn.q_proj": block.input_layernorm,
+               "mlp.gate_proj" if gated else "mlp.up_proj": block.post_attention_layernorm}
+    if gated:  # GPT-2 has a GELU in front of down_proj, and nothing can be folded through it
         sources["mlp.down_proj"] = block.mlp.up_proj
     for names, inputs in stages(block, calibration, sliding):
         if names[0] not in sources:
@@ -289,16 +259,13 @@ def scale_channels(block, calibration, sliding, recipe):
             factor = factor / (factor.max() * factor.min()).sqrt()
             codes, scales, zeros = round_to_nearest(weight * factor, recipe.bits, recipe.group_size, recipe.sym)
             change = GroupLinear(codes, scales, zeros, recipe.bits, recipe.group_size).dequantize() / factor - weight
-            error = ((change @ H) * change).sum().item()
-            if error < least:
+            if (error := squared(change, H)) < least:
                 best, least = factor, error
         for name in names:
             linear = block.get_submodule(name)
             linear.weight.data = (linear.weight * best).to(linear.weight.dtype)
-        source = sources[names[0]]
-        source.weight.data = (source.weight / (best if source.weight.ndim == 1 else best[:, None])).to(source.weight.dtype)
-        if getattr(source, "bias", None) is not None:
-            source.bias.data = (source.bias / best).to(source.bias.dtype)
+        for parameter in sources[names[0]].parameters():
+            parameter.data = (parameter / best.view(-1, *[1] * (parameter.ndim - 1))).to(parameter.dtype)  # by rows
     calibration.states = before
 
 
@@ -312,8 +279,8 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, l
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
     check_group(group_size)
-    if not 2 <= bits <= 8:
-        raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
+    if not 2 <= bits <= 8 or recipe.rounding not in ("gptq", "rtn"):
+        raise UserError(f"GPTQ to {bits} bits, rounding {recipe.rounding}: use 2 to 8, gptq or rtn")
     linears(model)  # refuses what is packed already
     now, then = (Calibration(model, batches, device or model.embed_tokens.weight.device) for _ in range(2))
     for i, block in enumerate(model.layers):
@@ -339,24 +306,29 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, device=None, l
         "true_sequential": True, "damp_percent": recipe.damp}
     return model
 
+
 # --------------------------------------------------------------------------------------------------------- text and figures
+def continuation(model, ids, steps, choose):
+    """Yields what follows ids (B, T), one token (B, 1) after another, each as `choose` takes it from logits (B, V) float32."""
+    from generate import KVCache
+    weight, room = model.embed_tokens.weight, ids.size(1) + steps
+    caches = [KVCache(model.config, len(ids), weight.device, weight.dtype, room) for _ in model.layers]
+    for _ in range(steps):
+        ids = choose(model.lm_head(model.hidden(ids, caches=caches)[:, -1]).float())
+        yield ids
+
+
 def sample_rows(model, count, length, seed):
     """Text of the model's own making, (count, length) int64: what to calibrate on and to score where no other is at hand."""
-    from generate import KVCache
-    config, device = model.config, model.embed_tokens.weight.device
-    generator, batches = torch.Generator().manual_seed(seed), []
+    config, device, generator = model.config, model.embed_tokens.weight.device, torch.Generator().manual_seed(seed)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     first = next((i for i in (config.bos_token_id, *ends) if i is not None), None)
-    for rows in torch.arange(count).split(32):
-        ids = (torch.randint(config.vocab_size, (len(rows), 1), generator=generator) if first is None else
-               torch.full((len(rows), 1), first)).to(device)
-        caches, new = [KVCache(config, len(rows), device, model.embed_tokens.weight.dtype, length) for _ in model.layers], ids
-        for _ in range(length - 1):
-            logits = model.lm_head(model.hidden(new, caches=caches)[:, -1]).float()  # (rows, V)
-            new = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(device)
-            ids = torch.cat((ids, new), 1)
-        batches.append(ids.cpu())
-    return torch.cat(batches)
+    begin = (torch.randint(config.vocab_size, (count, 1), generator=generator) if first is None else
+             torch.full((count, 1), first)).to(device)
+
+    def choose(logits):
+        return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(device)
+    return torch.cat([torch.cat((rows, *continuation(model, rows, length - 1, choose)), 1) for rows in begin.split(32)]).cpu()
 
 
 def read_rows(path, tok, count, length):
@@ -406,19 +378,14 @@ def score(model, original, rows):
 
 def speed(model, prompt=256, new=32):
     """-> (prefill, decode) tokens per second of one sequence."""
-    from generate import KVCache
-    config, weight = model.config, model.embed_tokens.weight
-    prompt = min(prompt, config.max_position_embeddings - new)
+    prompt = min(prompt, model.config.max_position_embeddings - new)
     for timed in (False, True):  # the first run converts layouts and warms up
-        caches = [KVCache(config, 1, weight.device, weight.dtype, prompt + new) for _ in model.layers]
-        ids = torch.randint(config.vocab_size, (1, prompt), device=weight.device)
+        ids = torch.randint(model.config.vocab_size, (1, prompt), device=model.embed_tokens.weight.device)
         times = [time.perf_counter()]
-        for step in range(new + 1):
-            ids = model.lm_head(model.hidden(ids, caches=caches)[:, -1]).argmax(-1, keepdim=True)
-            if step in (0, new):
-                ids.sum().item()  # waits for a GPU
-                times.append(time.perf_counter())
-    return prompt / (times[1] - times[0]), new / (times[2] - times[1])
+        for token in continuation(model, ids, new + 1, lambda logits: logits.argmax(-1, keepdim=True)):
+            token.item()  # waits for a GPU
+            times.append(time.perf_counter())
+    return prompt / (times[1] - times[0]), new / (times[-1] - times[1])
 
 
 def toybox_accuracy(model, tok, count):
@@ -439,18 +406,11 @@ def stored_bytes(model):
 
 # ------------------------------------------------------------------------------------------------------------- the commands
 @dataclass
-class Args:
+class Args(Recipe):
     model: str = ""               # the model folder, or "report" to compare formats
     folder: str = "-"             # report: the model folder
     format: str = "gptq"          # int8, int8-dynamic, int4, int4-asym, nf4, gptq, awq, gguf-q8_0, gguf-q4_k_m, ...
     out: str = ""                 # where to write; report: [MODEL/quantization.md and .png]
-    bits: int = 4                 # GPTQ and AWQ: 2 to 8
-    group_size: int = 128         # neighbouring inputs that share a scale; -1: a whole row
-    sym: bool = True              # GPTQ and AWQ: no zero points (vLLM's fastest kernels ask for that)
-    act_order: bool = False       # GPTQ: columns with the largest activations first
-    static_groups: bool = False   # GPTQ: with act-order, groups of neighbouring columns, scales of the original weights
-    damp: float = 0.01            # GPTQ: share of the Hessian's mean diagonal added to it; raised by itself where needed
-    awq: bool = False             # GPTQ: scale channels first, as AWQ
     text: str = ""                # text, .jsonl or conversations to calibrate on [the model's own samples]
     held_out: str = ""            # the same to score on [every other row of --text]
     samples: int = 64             # rows to calibrate on
@@ -489,8 +449,8 @@ def make(folder, format, rows, args, log=print):
     model, dtype = load(folder, args.device)
     working = model.embed_tokens.weight.dtype
     if format in ("gptq", "awq"):
-        gptq(model, rows.split(8), args.bits, args.group_size, args.act_order, log=log, sym=args.sym, damp=args.damp,
-             static_groups=args.static_groups, awq=args.awq or format == "awq", rounding="rtn" if format == "awq" else "gptq")
+        recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+        gptq(model, rows.split(8), log=log, **recipe | ({"awq": True, "rounding": "rtn"} if format == "awq" else {}))
     elif format != "original":
         quantize(model, format, args.group_size)
     size = stored_bytes(cast(model, dtype))
@@ -506,7 +466,7 @@ COLUMNS = (("format", "{}"), ("bytes", "{:,}"), ("bits/weight", "{:.2f}"), ("per
 def report(args):
     """Every format on the same held-out text: a markdown table and a plot, written beside the model or to --out."""
     formats = args.formats.split(",") if args.formats else REPORT
-    if unknown := [f for f in formats if f not in (*REPORT, *FORMATS) and not f.startswith("gguf-")]:
+    if unknown := [f for f in formats if f not in REPORT and not f.startswith("gguf-")]:
         raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
     (original, _), tok = load(args.folder, args.device), Tokenizer.load(args.folder)
     calibration, held_out = calibration_and_held_out(original, tok, args)
@@ -521,11 +481,11 @@ def report(args):
     out = Path(args.out or args.folder)
     write_report(out, table, f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
                              f"{held_out.numel():,} held-out tokens")
-    by_name = {row[0]: row for row in table}
-    if "gptq" in by_name and (rtn := by_name.get("int4" if args.sym else "int4-asym")) and args.bits == 4:
-        if by_name["gptq"][4] > rtn[4]:
-            raise UserError(f"GPTQ's KL {by_name['gptq'][4]:.5f} is worse than round-to-nearest's {rtn[4]:.5f}: calibrate on more "
-                            "text (--samples, --text) or raise --damp")
+    divergences = {format: divergence for format, _, _, _, divergence, *_ in table}
+    ours, nearest = divergences.get("gptq", 0), divergences.get("int4" if args.sym else "int4-asym", math.inf)
+    if args.bits == 4 and ours > nearest:
+        raise UserError(f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: calibrate on more text "
+                        "(--samples, --text) or raise --damp")
 
 
 def write_report(out, table, title):
@@ -551,9 +511,8 @@ def write_report(out, table, title):
 def read_args(argv=None):
     args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
     if args.model != "report":
-        known = (*FORMATS, "gptq", "awq")
-        if args.format not in known and not args.format.startswith("gguf-"):
-            raise UserError(f"--format {args.format}: choose one of {', '.join(known)}, gguf-q8_0, gguf-q4_k_m, ...")
+        if args.format not in REPORT[1:] and not args.format.startswith("gguf-"):
+            raise UserError(f"--format {args.format}: choose one of {', '.join(REPORT[1:])}, ...")
         if not args.out:
             raise UserError("--out: say where to write the quantized model")
     elif args.folder == "-":
@@ -581,9 +540,8 @@ def main():
     calibration, held_out = calibration_and_held_out(original, tok, args)
     model, size = make(args.model, args.format, calibration, args)
     cast(model, dtype).save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (Path(args.model) / name).is_file():
-            shutil.copyfile(Path(args.model) / name, out / name)
+    for file in filter(Path.is_file, (Path(args.model) / name for name in TOKENIZER_FILES)):
+        shutil.copyfile(file, out / file.name)
     cast(model, original.embed_tokens.weight.dtype)
     before, (after, divergence) = score(original, original, held_out)[0], score(model, original, held_out)
     was = stored_bytes(cast(original, dtype))

@@ -194,7 +194,7 @@ def pack(linears, kind):
     if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
         return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
     kinds = {type(m) for m in linears}
-    if len(kinds) > 1 or (kinds != {nn.Linear} and len({getattr(m, "group", 0) for m in linears}) > 1):
+    if len(kinds) > 1 or (kinds != {nn.Linear} and len({(m.format, getattr(m, "group", 0)) for m in linears}) > 1):
         parts = [pack([m], kind) for m in linears]
         return lambda x: torch.cat([part(x) for part in parts], -1)
     linear = packed.in_kind(fuse(linears), kind)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gguf
+import native
 from bpe import PATTERNS
 from common import UserError
 from generate import Engine
@@ -124,7 +125,7 @@ def test_zeros_and_constants_stay_what_they_are(name):
     assert gguf.Packed(name, (1, 768), gguf.quantize(x, name)).dequantize().isfinite().all()
 
 
-CODED = [name for name, kind in gguf.KINDS.items() if kind.split]
+CODED = [name for name, kind in gguf.KINDS.items() if kind.block > 1]
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -142,8 +143,8 @@ def test_codes_scales_and_zero_points_are_the_weights(name):
         if name == "Q2_K":
             data.view(16, -1, kind.bytes)[:, :, -4:] = torch.tensor([0, 30, 0, 30], dtype=torch.uint8)
     packed = gguf.Packed(name, (16, 512), data)
-    codes, scale, zero = packed.groups()
-    bits = 4 if name[1] in "234" else 8
+    codes, scale, zero, group, _, bits = gguf.PackedLinear(packed).groups()
+    assert bits == (4 if name[1] in "234" else 8) and group == 512 // scale.size(1)
     assert codes.dtype == torch.uint8 and int(codes.max()) < 1 << bits
     weights = (codes.view(16, scale.size(1), -1) - zero[:, :, None]) * scale[:, :, None]
     assert torch.allclose(weights.view(16, 512), packed.dequantize(), rtol=1e-3, atol=1e-6)
@@ -174,6 +175,23 @@ def test_the_engine_multiplies_what_lies_in_the_file(tmp_path, mix):
     if mix.startswith("q"):
         with pytest.raises(UserError, match="packed already"):
             Engine(tmp_path / "x.gguf", "cpu", quant="int4")
+
+
+def test_an_engine_without_cpp_computes_the_same_with_torch(tmp_path, monkeypatch):
+    """q, k and v are one product where they are of one type, and three where they are not."""
+    def missing():
+        raise native.Unavailable("there is no compiler")
+    model, _ = make_folder(tmp_path / "m")
+    ids = torch.randint(model.config.vocab_size, (40,)).tolist()
+    batch = Batch(16)
+    batch.add([0, 1, 2], ids, 0, range(40))
+    monkeypatch.setattr(native, "library", missing)
+    for mix in ("q4_0", "q4_k_m"):
+        gguf.write(tmp_path / "m", tmp_path / "x.gguf", mix)
+        engine, (twin, _) = Engine(tmp_path / "x.gguf", "cpu"), gguf.load(tmp_path / "x.gguf")
+        with torch.inference_mode():
+            engine.runner.allocate(4)
+            assert relative_error(engine.runner(batch), twin(torch.tensor([ids]))[0]) < 1e-5
 
 
 def test_the_mix_is_llama_cpps():

@@ -210,7 +210,7 @@ def test_a_library_that_does_not_load_is_named_and_torch_does_it(tmp_path, monke
 
 
 def test_sums_that_could_overflow_are_left_to_torch():
-    wide = Int8Linear(torch.zeros(1, 66_312, dtype=torch.int8), torch.ones(1))
+    wide = Int8Linear(torch.full((1, 66_312), 128, dtype=torch.uint8), torch.ones(1, 1))
     with pytest.raises(native.Unavailable, match="66,312 inputs with one scale"):
         native.Product(wide)
     assert wide.product(torch.ones(1, 66_312)).tolist() == [[0.0]]

@@ -150,7 +150,7 @@ def test_every_type_decodes_and_the_simple_ones_encode_as_in_the_gguf_package(na
         expected = package.quants.dequantize(noise, theirs)
     ours = gguf.Packed(name, (64, 1024), torch.from_numpy(noise)).dequantize().numpy()
     assert np.array_equal(ours, expected, equal_nan=True)
-    if kind.encode and not name.endswith("_K"):
+    if not name.endswith("_K"):
         x = samples()
         assert np.array_equal(gguf.quantize(x, name).numpy(), package.quants.quantize(x.numpy(), theirs).view(np.uint8))
 
