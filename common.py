@@ -74,14 +74,15 @@ def parse_flags(cls, description, argv=None, positional=()):
         if isinstance(kind, types.UnionType):  # `int | None` takes an int
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
-        if field.name in positional:
-            optional: dict = {"nargs": "?", "default": argparse.SUPPRESS} if field.default != "" else {}
-            parser.add_argument(field.name, type=kind, help=comments.get(field.name, ""), **optional)
+        how: dict = {"nargs": "+", "metavar": "str"} if kind is tuple else {"type": kind, "metavar": kind.__name__}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if field.name not in positional:
+            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
             continue
-        how: dict = {"type": kind, "metavar": kind.__name__}
-        if kind in (bool, tuple):
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"nargs": "+", "metavar": "str"}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+        if field.default not in ("", ()):
+            how |= {"nargs": "?", "default": argparse.SUPPRESS}
+        parser.add_argument(field.name, help=comments.get(field.name, ""), **how | {"metavar": None})
     return vars(parser.parse_args(argv))
 
 
