@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import html
 import inspect
 import json
 import math
@@ -270,31 +269,3 @@ def plot_losses(out, title):
     ax.legend()
     fig.tight_layout()
     write_atomic(Path(out) / "loss.png", lambda p: fig.savefig(p, format="png"))
-
-
-PAGE_STYLE = ("body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:75em;padding:0 1em;color-scheme:light dark}"
-              "table{border-collapse:collapse;width:100%}td,th{border:1px solid #8886;padding:.3em .6em;text-align:left;"
-              "vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}.right{background:#2a82}.wrong{background:#c332}")
-
-
-def write_report(out, title, command, tables, rows_in_markdown=40):
-    """OUT/report.md and report.html, a page that needs nothing else: whatever stands in a cell is shown as text.
-
-    tables: [(heading, header, rows)]; a cell is a string, or (string, class) with class "right" or "wrong" for its colour."""
-    def line(cells):
-        texts = (cell if isinstance(cell, str) else cell[0] for cell in cells)
-        return "| " + " | ".join(re.sub(r"\s*\n\s*", " ⏎ ", text).replace("|", "\\|") for text in texts) + " |\n"
-
-    def row(cells, kind="td"):
-        pairs = ((cell, "") if isinstance(cell, str) else cell for cell in cells)
-        return "<tr>" + "".join(f'<{kind} class="{style}">{html.escape(text)}</{kind}>' for text, style in pairs) + "</tr>\n"
-    markdown = f"# {title}\n\n    {command}\n"
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{PAGE_STYLE}</style>"
-            f"<h1>{html.escape(title)}</h1><pre>{html.escape(command)}</pre>")
-    for heading, header, rows in tables:
-        more = f"\n{len(rows) - rows_in_markdown:,} more in report.html\n" if len(rows) > rows_in_markdown else ""
-        markdown += f"\n## {heading}\n\n{line(header)}{line(['---'] * len(header))}"
-        markdown += "".join(map(line, rows[:rows_in_markdown])) + more
-        page += f"<h2>{html.escape(heading)}</h2><table>{row(header, 'th')}{''.join(map(row, rows))}</table>\n"
-    for name, text in (("report.md", markdown), ("report.html", page + "</html>\n")):
-        write_atomic(Path(out) / name, lambda path: path.write_text(text, encoding="utf-8"))

@@ -65,9 +65,9 @@ def ends_of(tok):
 def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text", skip_bad=False, processes=None):
     """Tokenize {split: [path]} into OUT/SPLIT-NNNNN.bin, meta.json and the tokenizer -> meta.json's content.
 
-    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on the text and
-    the tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards. UserError: another job's shards
-    are in OUT, a split without documents, a full disk."""
+    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on text and
+    tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards. UserError: another job's shards are
+    in OUT, a split without documents, a full disk."""
     out, keep = Path(out), {}
     if "val" not in files:
         files, keep = {"val": files["train"], **files}, {"val": functools.partial(held_out, val_share),
