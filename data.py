@@ -68,12 +68,11 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
     Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on text and
     tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards. UserError: another job's shards are
     in OUT, a split without documents, a full disk."""
-    out, keep = Path(out), {}
-    if "val" not in files:
-        files, keep = {"val": files["train"], **files}, {"val": functools.partial(held_out, val_share),
-                                                         "train": lambda i: not held_out(val_share, i)}
+    out, shared = Path(out), "val" not in files
+    if shared:
+        files = {"val": files["train"], **files}
     job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field, "skip_bad": skip_bad,
-           "val_share": val_share if keep else None, "separator": separator and separator.pattern.decode(),
+           "val_share": val_share if shared else None, "separator": separator and separator.pattern.decode(),
            "files": {name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths] for name, paths in files.items()}}
     meta = begin_or_continue(out, job)
     if meta["complete"]:
@@ -84,7 +83,7 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
     for name, paths in files.items():
         bad = Counter() if skip_bad else None
         with tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None) as bar:
-            parts = chosen(documents(paths, tok.cuts, separator, field, bad), keep.get(name), bar)
+            parts = chosen(documents(paths, tok.cuts, separator, field, bad), name, val_share if shared else 0, bar)
             shard_split(out, name, parts, tok, processes or usable_cpus())
         headers = [read_header(p) for p in shard_paths(out, name)]
         total = {k: sum(getattr(h, k) for h in headers) for k in ("tokens", "documents", "bytes", "words", "lines")}
@@ -133,13 +132,13 @@ def held_out(share, i):
     return math.ceil((i + 1) * share) > math.ceil(i * share)
 
 
-def chosen(parts, keep, bar):
-    """The parts of the documents whose number `keep` wants; of all, if it is None."""
+def chosen(parts, split, val_share, bar):
+    """The parts of the documents that are the split's, if train and val share them."""
     number = -1
     for part in parts:
         number += part[1]
         bar.update(len(part[0]))
-        if keep is None or keep(number):
+        if not val_share or split == "test" or held_out(val_share, number) == (split == "val"):
             yield part
 
 
@@ -337,7 +336,7 @@ class Split:
         ends = np.cumsum(sizes)
         packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
         cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
-        cuts = np.sort(cuts, kind="stable")                                       # stable merges sorted runs in no time
+        cuts = np.sort(cuts, kind="stable")                                       # merges sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
         piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
         into = cuts - (ends - sizes)[piece]
