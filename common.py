@@ -63,9 +63,8 @@ def flag_comments(cls):
 def parse_flags(cls, description, argv=None, positional=()):
     """Command line -> {field: value} of only what was typed, for a dataclass whose fields are the flags.
 
-    A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what
-    it inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes.
-    """
+    A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what it
+    inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes."""
     parser = Parser(description=description)
     comments, hints = flag_comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -193,10 +192,8 @@ def is_locked(folder):
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 class Metrics:
-    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes.
-
-    `track` sends the same numbers to "tensorboard" (files under OUT) or "wandb" as well.
-    """
+    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes. `track` sends
+    the same numbers to "tensorboard" (files under OUT) or "wandb" as well."""
 
     def __init__(self, out, resume_step=None, track="", settings=None):
         self.path, self.start, self.tracker = Path(out) / "metrics.jsonl", time.time(), None

@@ -6,8 +6,6 @@
     python data.py mine/ 'more/*.jsonl' --tokenizer T --out data/mine    # .txt, .jsonl, .parquet of your own -> shards
     python data.py toybox --out data/toybox                      # a made-up world: text, chats, preferences (toybox.py)
     python train.py --data data/mine                             # what shards are for
-
-Top to bottom: documents (from corpora.py) into shards of tokens, shards into batches.
 """
 import contextlib
 import functools
@@ -111,9 +109,8 @@ def shard_split(out, name, parts, tok, processes):
 def begin_or_continue(out, job):
     """meta.json of this job: new, or that of its interrupted run, whose temporary files are swept."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "meta.json"
-    new = {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
-    meta = read_json(path) if path.is_file() else new
+    path, meta = out / "meta.json", {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
+    meta = read_json(path) if path.is_file() else meta
     if differ := [k for k in job if meta.get("job", {}).get(k) != job[k]]:
         raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw them away "
                         "with --overwrite")
@@ -300,8 +297,8 @@ class Split:
     def documents(self):
         """-> (where each document starts, end to end; how many (token, next token) pairs it has): int64.
 
-        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so
-        is never an input. Where one id does for both, the last token predicts that id: n pairs."""
+        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so is never an
+        input. Where one id does for both, the last token predicts that id: n pairs."""
         for starts, tokens, path in zip(self.starts, self.tokens, self.paths):
             if starts[0] != 0 or starts[-1] >= len(tokens) or (starts[1:] < starts[:-1]).any():
                 raise UserError(f"{path}: damaged, its document starts are out of order; make it again with data.py")
@@ -318,11 +315,10 @@ class Split:
     def plan(self, context, seed, epoch):
         """The rows of an epoch, each of exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
-        A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to
-        end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked,
-        and nothing dropped but the less than one row that is over in the end, other text each epoch. A text that is one
-        document is cut at a new offset each epoch instead.
-        """
+        A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to end and
+        cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked, and nothing
+        dropped but the less than one row that is over in the end, other text each epoch. A text that is one document is cut at a
+        new offset each epoch instead."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents
         if len(begin) == 1:
@@ -364,9 +360,9 @@ class Split:
     def validation(self, rows, context, stride=None, rank=0, world=1):
         """Yield Batches of (rows, context) that score every pair of the split exactly once, in order.
 
-        Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not
-        reach, with context - stride pairs to look back on. What is not scored, and what fills the last batch, is target
-        -100. Rank r gets every world-th batch; all ranks get as many."""
+        Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not reach, with
+        context - stride pairs to look back on. What is not scored, and what fills the last batch, is target -100. Rank r gets every
+        world-th batch; all ranks get as many."""
         stride = stride or context
         if not 0 < stride <= context:
             raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
@@ -377,9 +373,9 @@ class Split:
             pieces = []
             for left in range(at * stride, (at + rows) * stride, stride):
                 right = min(left + context, int(ends[-1])) if left // stride < windows else left
-                these = np.arange(np.searchsorted(ends, left, "right"), np.searchsorted(ends, right, "left") + 1)
-                these = these[:0] if right <= left else these
-                offset = np.maximum(left - (ends - pairs)[these], 0)  # into the first of the documents
+                last = np.searchsorted(ends, right, "left") + 1 if right > left else 0
+                these = np.arange(np.searchsorted(ends, left, "right"), last)  # the documents in the window
+                offset = np.maximum(left - (ends - pairs)[these], 0)           # into the first of them
                 pieces.append((begin[these] + offset, np.minimum(ends[these], right) - (ends - pairs)[these] - offset))
             batch = self.fill(pieces, context)
             batch.y[int(at == 0):, :context - stride] = -100  # all but the very first window look back only
@@ -393,14 +389,13 @@ def as_split(tokens):
 class Batches:
     """Batches of rows: every row of the split once an epoch, in an order fixed by the seed.
 
-    `split` is an array of ids or anything with `plan`, `fill` and `validation` as Split has them: what an epoch's rows are,
-    and how some of them become a NamedTuple of tensors, is its business; order, place, ranks and working ahead are done here.
+    `split` is an array of ids or anything with `plan`, `fill` and `validation` as Split has them: what an epoch's rows are, and
+    how some of them become a NamedTuple of tensors, is its business; order, place, ranks and working ahead are done here.
 
-    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of
-    which rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with
-    exactly the batch it would have seen, on any number of ranks with the same rows in all. A thread works `prefetch`
-    batches ahead. For a CUDA `device` batches are in pinned memory.
-    """
+    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of which rank r
+    gets the r-th part; their order depends on (seed, epoch) alone. So a resumed run goes on with exactly the batch it would have
+    seen, on any number of ranks with the same rows in all. A thread works `prefetch` batches ahead. For a CUDA `device` batches are
+    in pinned memory."""
 
     def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device=None):
         self.split, self.rows, self.context = as_split(split), rows, context

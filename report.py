@@ -12,6 +12,7 @@ import re
 import shlex
 from collections import namedtuple
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import toybox
@@ -45,8 +46,7 @@ def out_of(stage):
 
 
 def clock(seconds):
-    minutes = f"{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    return f"{seconds // 3600}:{minutes}" if seconds >= 3600 else minutes.removeprefix("0")
+    return str(timedelta(seconds=seconds)).removeprefix("0:").removeprefix("0")
 
 
 def percent(values):
@@ -63,11 +63,10 @@ def learned(folder):
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         yield f"{sum(math.prod(tensor['shape']) for name, tensor in header.items() if name != '__metadata__'):,} parameters"
     rows = Metrics.read(folder / "metrics.jsonl")
-    for name, what in {"loss": "loss", "val_loss": "held-out loss", "perplexity": "perplexity", "tokens_per_s": "tokens/s",
+    for name, what in {"loss": "loss", "val_loss": "held-out loss", "perplexity": "perplexity", "tokens_per_s": "",
                        "val_rewards/accuracies": "preferred answer wins", "val_rewards/margins": "margin"}.items():
         if values := [row[name] for row in rows if row.get(name) is not None]:
-            rate = sorted(values)[len(values) // 2]
-            yield f"{rate:,} tokens/s" if name == "tokens_per_s" else f"{what} {values[0]:.3f} → {values[-1]:.3f}"
+            yield f"{what} {values[0]:.3f} → {values[-1]:.3f}" if what else f"{sorted(values)[len(values) // 2]:,} tokens/s"
 
 
 def generated(path):
@@ -90,9 +89,8 @@ def facts(stage, answers):
     for path in (out, out / "quantization.json", out / "meta.json"):
         if path.is_file():
             found = read_json(path) if path.suffix == ".json" else {"bytes": path.stat().st_size}
-    found |= found.get("counts", {})
-    return [f"{name.replace('_', ' ')} {value:,.{0 if isinstance(value, int) else 4}f}" for name, value in found.items()
-            if type(value) in (int, float) and name != "seed"]
+    return [f"{name.replace('_', ' ')} {value:,.{0 if isinstance(value, int) else 4}f}"
+            for name, value in (found | found.get("counts", {})).items() if type(value) in (int, float) and name != "seed"]
 
 
 def marks_table(run, answers):
@@ -143,9 +141,7 @@ def blocks_of(run, stages, answers):
         yield ("The test's first question of some families, however it was answered. No list or pair of numbers in it was "
                "practised.")
         yield answers_table(answers)
-        yield "## Marks"
-        yield "Held-out questions answered right; a checker solves each anew."
-        yield marks_table(run, answers)
+        yield from ("## Marks", "Held-out questions answered right; a checker solves each anew.", marks_table(run, answers))
     yield "## The stages"
     for n, stage in enumerate(stages, 1):
         yield from (f"### {n} · {stage.name}, {clock(stage.seconds)}", stage.why, f"    {stage.command}")

@@ -60,10 +60,8 @@ def cpu_has_bf16_units():
 
 
 def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
-    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime.
-
-    Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group.
-    """
+    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime. Under torchrun (which sets
+    RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank:
         sys.stdout = open(os.devnull, "w")  # one rank tells the story; errors go to stderr from every rank
@@ -148,10 +146,8 @@ def lost_rank_explained(advice):
 
 
 def compile_or_say_why(function, runtime, warm_up):
-    """torch.compile(function), tried out by warm_up(compiled); if that fails the cause is printed and eager mode stays.
-
-    The trial leaves the random number generators as they were.
-    """
+    """torch.compile(function), tried out by warm_up(compiled); if that fails the cause is printed and eager mode stays. The trial
+    leaves the random number generators as they were."""
     if not runtime.compile:
         return function
     before, start = rng_state(), time.time()
@@ -233,10 +229,9 @@ def set_all_rng_states(states, rank, seed):
 def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info, keep=1):
     """Write everything that exact resume needs to OUT/state/step-N, then publish its model files in OUT.
 
-    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is JSON. The folder
-    appears under its final name only when it is complete on disk, and OUT's own files are replaced one rename at a time
-    afterwards, so a crash or a full disk at any moment leaves OUT loadable and the previous state untouched.
-    """
+    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is JSON. The folder appears under its
+    final name only when it is complete on disk, and OUT's own files are replaced one rename at a time afterwards, so a crash or a
+    full disk at any moment leaves OUT loadable and the previous state untouched."""
     out = Path(out)
     final, temporary = out / "state" / f"step-{step:08d}", out / "state" / f"writing-{step:08d}"
     if final.is_dir():  # saved already: by a periodic save just now, or before a crash that came between saving and publishing
