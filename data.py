@@ -78,11 +78,15 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
         return meta
     tok.save(out)
     _ = tok.fast  # built here once, not in every process
+    encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
     for name, paths in files.items():
         bad = Counter() if skip_bad else None
+        done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
         with tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None) as bar:
             parts = chosen(documents(paths, tok.cuts, separator, field, bad), name, val_share if shared else 0, bar)
-            shard_split(out, name, parts, tok, processes or usable_cpus())
+            with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes or usable_cpus())) as results:
+                for number, group in itertools.groupby(results, key=lambda result: result[0]):
+                    write_shard(out / f"{name}-{number:05d}.bin", group, tok)
         headers = [read_header(p) for p in shard_paths(out, name)]
         total = {k: sum(getattr(h, k) for h in headers) for k in ("tokens", "documents", "bytes", "words", "lines")}
         if not total["documents"]:
@@ -95,15 +99,6 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
     meta |= {"complete": True, "first_id": ends_of(tok)[0], "last_id": ends_of(tok)[1], "vocab_size": tok.vocab_size}
     write_json(out / "meta.json", meta)
     return meta
-
-
-def shard_split(out, name, parts, tok, processes):
-    """Parts of documents -> OUT/NAME-NNNNN.bin, but for those that are there."""
-    done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
-    encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
-    with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes)) as results:
-        for number, group in itertools.groupby(results, key=lambda result: result[0]):
-            write_shard(out / f"{name}-{number:05d}.bin", group, tok)
 
 
 def begin_or_continue(out, job):
@@ -401,10 +396,8 @@ class Batches:
         self.split, self.rows, self.context = as_split(split), rows, context
         self.rank, self.world, self.prefetch = rank, world, prefetch
         self.plan = functools.lru_cache(2)(functools.partial(self.split.plan, context, seed))  # a batch can span two epochs
-        self.pool, self.made, self.gpu = ThreadPoolExecutor(1), deque(), None
+        self.pool, self.made, self.device = ThreadPoolExecutor(1), deque(), torch.device(device or "cpu")
         self.epoch, self.row = self.ahead = 0, 0  # where the next batch to be handed out begins, and the next to be made
-        if device is not None and torch.device(device).type == "cuda":
-            self.gpu = torch.cuda.current_device() if torch.device(device).index is None else torch.device(device).index
         if (have := len(self.plan(0).order)) < rows * world:
             raise UserError(f"{len(self.split):,} tokens make {have:,} rows of {context:,}, but a step takes {rows * world:,}: "
                             "give more data, or use a smaller --batch or --context")
@@ -419,8 +412,8 @@ class Batches:
         epoch, row = self.ahead
         places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
         batch = self.split.fill([self.plan(e).row(r) for e, r in places], self.context)
-        if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # a new thread starts on GPU 0, where pinning would then make a context
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device.index or 0)  # a new thread starts on GPU 0, where pinning would then make a context
             batch = batch._make(t.pin_memory() for t in batch)
         self.ahead = self.locate(epoch, row + self.rows * self.world)
         return batch, self.ahead
@@ -462,7 +455,7 @@ class Args:
     data_dir: str = ""        # a folder that may hold a local copy of a named corpus, else $LLM_DATA_DIR
 
 
-def read_args():
+def main():
     args = Args(**parse_flags(Args, __doc__, positional=("data",)))
     named = [n for n in args.data if n in (*WIKITEXT, "shakespeare", "toybox")]
     if named and len(args.data) > 1:
@@ -471,19 +464,13 @@ def read_args():
         raise UserError("shards of your own text need --tokenizer T (python tokenizer.py train makes one) and --out D")
     if not 0 < args.val_share < 1 or args.processes < 0:
         raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} not negative")
-    return args
-
-
-def main():
-    args = read_args()
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
         return toybox.write(out, read_text("shakespeare", args.data_dir)[0])
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode())) if args.split_on else None
-    if name in WIKITEXT:
-        # without a tokenizer --out is where the text goes, with one it is where the shards go
+    if name in WIKITEXT:  # without a tokenizer --out is where the text goes, with one it is where the shards go
         text = wikitext(name, f"data/{name}" if tok else out, args.data_dir)
         files, separator = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}, ARTICLE
     else:
