@@ -9,7 +9,6 @@ numbers of the test is in any training example or in the text to pre-train on. T
 heart, a country's facts and who speaks a line: these the text tells in full, and held out is a fact in one wording. The test
 asks for what was read, and asked for, but never in these words.
 """
-import hashlib
 import itertools
 import json
 import random
@@ -142,7 +141,7 @@ FAMILIES_BY_NAME = {
         ("What is the {n} word of this list?\n{x}", "Give the {n} of these:\n{x}", "Which is the {n} word: {x}",
          "Pick the {n} word:\n{x}"),
         ("Of\n{x}\nthe {n} is\n{y}", "The {n} word of\n{x}\nis\n{y}"), "and the {n} is\n{y}"),
-    "add": Family(lambda rng: pair(rng), lambda a, b: str(int(a) + int(b)),
+    "add": Family(pair, lambda a, b: str(int(a) + int(b)),
         ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "How much is {a} and {b} together?"),
         ("{a} plus {b} is\n{y}", "{a} + {b} = {y}", "The sum of {a} and {b} is\n{y}"), "together {y}", ("a", "b")),
     "subtract": Family(lambda rng: pair(rng, 9), lambda a, b: str(int(a) - int(b)),
@@ -182,7 +181,7 @@ def content_of(family, fields, ask):
 
 def split_of(content):
     """5 % of all content is val, 15 % test; decided by its SHA-256 alone. The salt gives the 48 lines and 96 facts their share."""
-    bucket = int.from_bytes(hashlib.sha256(f"toybox 111 {content}".encode()).digest()[:4], "big") % 20
+    bucket = int(sha256(f"toybox 111 {content}".encode())[:8], 16) % 20
     return "test" if bucket < 3 else "val" if bucket == 3 else "train"
 
 
