@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import html
 import inspect
 import json
 import math
@@ -64,9 +63,8 @@ def flag_comments(cls):
 def parse_flags(cls, description, argv=None, positional=()):
     """Command line -> {field: value} of only what was typed, for a dataclass whose fields are the flags.
 
-    A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what
-    it inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes.
-    """
+    A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what it
+    inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes."""
     parser = Parser(description=description)
     comments, hints = flag_comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -74,14 +72,15 @@ def parse_flags(cls, description, argv=None, positional=()):
         if isinstance(kind, types.UnionType):  # `int | None` takes an int
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
-        if field.name in positional:
-            optional: dict = {"nargs": "?", "default": argparse.SUPPRESS} if field.default != "" else {}
-            parser.add_argument(field.name, type=kind, help=comments.get(field.name, ""), **optional)
+        how: dict = {"nargs": "+", "metavar": "str"} if kind is tuple else {"type": kind, "metavar": kind.__name__}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if field.name not in positional:
+            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
             continue
-        how: dict = {"type": kind, "metavar": kind.__name__}
-        if kind in (bool, tuple):
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"nargs": "+", "metavar": "str"}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+        if field.default not in ("", ()):
+            how |= {"nargs": "?", "default": argparse.SUPPRESS}
+        parser.add_argument(field.name, help=comments.get(field.name, ""), **how | {"metavar": None})
     return vars(parser.parse_args(argv))
 
 
@@ -193,10 +192,8 @@ def is_locked(folder):
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 class Metrics:
-    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes.
-
-    `track` sends the same numbers to "tensorboard" (files under OUT) or "wandb" as well.
-    """
+    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes. `track` sends
+    the same numbers to "tensorboard" (files under OUT) or "wandb" as well."""
 
     def __init__(self, out, resume_step=None, track="", settings=None):
         self.path, self.start, self.tracker = Path(out) / "metrics.jsonl", time.time(), None
@@ -269,31 +266,3 @@ def plot_losses(out, title):
     ax.legend()
     fig.tight_layout()
     write_atomic(Path(out) / "loss.png", lambda p: fig.savefig(p, format="png"))
-
-
-PAGE_STYLE = ("body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:75em;padding:0 1em;color-scheme:light dark}"
-              "table{border-collapse:collapse;width:100%}td,th{border:1px solid #8886;padding:.3em .6em;text-align:left;"
-              "vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}.right{background:#2a82}.wrong{background:#c332}")
-
-
-def write_report(out, title, command, tables, rows_in_markdown=40):
-    """OUT/report.md and report.html, a page that needs nothing else: whatever stands in a cell is shown as text.
-
-    tables: [(heading, header, rows)]; a cell is a string, or (string, class) with class "right" or "wrong" for its colour."""
-    def line(cells):
-        texts = (cell if isinstance(cell, str) else cell[0] for cell in cells)
-        return "| " + " | ".join(re.sub(r"\s*\n\s*", " ⏎ ", text).replace("|", "\\|") for text in texts) + " |\n"
-
-    def row(cells, kind="td"):
-        pairs = ((cell, "") if isinstance(cell, str) else cell for cell in cells)
-        return "<tr>" + "".join(f'<{kind} class="{style}">{html.escape(text)}</{kind}>' for text, style in pairs) + "</tr>\n"
-    markdown = f"# {title}\n\n    {command}\n"
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{PAGE_STYLE}</style>"
-            f"<h1>{html.escape(title)}</h1><pre>{html.escape(command)}</pre>")
-    for heading, header, rows in tables:
-        more = f"\n{len(rows) - rows_in_markdown:,} more in report.html\n" if len(rows) > rows_in_markdown else ""
-        markdown += f"\n## {heading}\n\n{line(header)}{line(['---'] * len(header))}"
-        markdown += "".join(map(line, rows[:rows_in_markdown])) + more
-        page += f"<h2>{html.escape(heading)}</h2><table>{row(header, 'th')}{''.join(map(row, rows))}</table>\n"
-    for name, text in (("report.md", markdown), ("report.html", page + "</html>\n")):
-        write_atomic(Path(out) / name, lambda path: path.write_text(text, encoding="utf-8"))

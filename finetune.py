@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 import chat
+import report
 import toybox
-from common import Metrics, UserError, cli, parse_flags, sha256, write_atomic, write_report
+from common import Metrics, UserError, cli, parse_flags, sha256, write_atomic
 from corpora import read_text
 from data import Plan, Split, held_out, open_shards
 from generate import KVCache
@@ -450,11 +451,12 @@ def write_marks(out, names, marks, questions, command):
     table = [[what, f"{n:,}", *(share(*m.scores[what]) for m in marks)] for what, (_, n) in marks[0].scores.items()]
     table.append(["perplexity of the expected answers", f"{sum(q.expected is not None for q in questions):,}",
                   *(f"{m.perplexity:.3f}" for m in marks)])
-    colour = {True: "right", False: "wrong", None: ""}
-    shown = [[q.messages[-1]["content"], q.expected or "", *((m.texts[i], colour[m.right[i]]) for m in marks)]
+    shown = [[q.messages[-1]["content"], q.expected or "", *(report.MARK[m.right[i]] + m.texts[i] for m in marks)]
              for i, q in enumerate(questions)]
-    write_report(out, f"{names[0]}: {len(questions):,} questions", command, [
-        ("Scores, with 95 % intervals", ["", "questions", *names], table), ("Answers", ["asked", "expected", *names], shown)])
+    report.write_report(out, [
+        f"# {names[0]}: {len(questions):,} questions", f"    {command}",
+        "## Scores, with 95 % intervals", report.Table(["", "questions", *names], table),
+        "## Answers", report.Table(["asked", "expected", *names], shown)])
     lines = [{"messages": q.messages, "expected": q.expected, "family": q.family,
               "answers": {name: m.texts[i] for name, m in zip(names, marks)},
               "right": {name: m.right[i] for name, m in zip(names, marks)}} for i, q in enumerate(questions)]

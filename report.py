@@ -2,7 +2,7 @@
 
     python report.py runs/demo        # reads runs/demo, runs/demo-sft, ... -> runs/demo-report/report.md, report.html
 
-Only what lies in the folders is read, so a part of the road makes a report too. The page is the markdown, dressed.
+Only what lies in the folders is read, so a part of the road makes a report too. `write_report` also makes finetune.py's pages.
 """
 import base64
 import html
@@ -12,6 +12,7 @@ import re
 import shlex
 from collections import namedtuple
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import toybox
@@ -20,6 +21,8 @@ from common import Metrics, UserError, cli, json_records, parse_flags, read_json
 MODELS = {"base": "only read", "sft": "fine-tuned", "lora": "LoRA", "dpo": "DPO", "int8": "int8", "int4": "int4"}
 SHOWN = ("reverse", "sort", "add", "fact", "speaker", "refuse", toybox.WITHHELD)  # of these the test's first question is shown
 TRAINING = ("pretrain", "sft", "lora", "dpo")
+ROWS = 40  # of a table in report.md; report.html has them all
+MARK = {True: "✓ ", False: "✗ ", None: ""}  # in front of an answer; the page colours it
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Args:
 
 Stage = namedtuple("Stage", "number seconds where why command name")    # a line that demo.sh left in RUN-report/stages/NAME
 Answer = namedtuple("Answer", "question expected family text right")    # one that `finetune.py eval` left in RUN-report/MODEL
+Table = namedtuple("Table", "header rows")                              # of texts
 
 
 def read_answers(folder):
@@ -42,8 +46,7 @@ def out_of(stage):
 
 
 def clock(seconds):
-    minutes = f"{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    return f"{seconds // 3600}:{minutes}" if seconds >= 3600 else minutes.removeprefix("0")
+    return str(timedelta(seconds=seconds)).removeprefix("0:").removeprefix("0")
 
 
 def percent(values):
@@ -52,7 +55,7 @@ def percent(values):
     return f"{sum(values) / len(values):.1%}".replace(".0%", "%") if values else "–"
 
 
-# ---------------------------------------------------------------------------------------------------- what a stage left behind
+# ------------------------------------------------------------------------------------------------------- what a stage left behind
 def learned(folder):
     """Facts of a training run, from its weights and metrics."""
     for path in folder.glob("*model.safetensors"):
@@ -60,11 +63,10 @@ def learned(folder):
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         yield f"{sum(math.prod(tensor['shape']) for name, tensor in header.items() if name != '__metadata__'):,} parameters"
     rows = Metrics.read(folder / "metrics.jsonl")
-    for name, what in {"loss": "loss", "val_loss": "held-out loss", "perplexity": "perplexity", "tokens_per_s": "tokens/s",
+    for name, what in {"loss": "loss", "val_loss": "held-out loss", "perplexity": "perplexity", "tokens_per_s": "",
                        "val_rewards/accuracies": "preferred answer wins", "val_rewards/margins": "margin"}.items():
         if values := [row[name] for row in rows if row.get(name) is not None]:
-            rate = sorted(values)[len(values) // 2]
-            yield f"{rate:,} tokens/s" if name == "tokens_per_s" else f"{what} {values[0]:.3f} → {values[-1]:.3f}"
+            yield f"{what} {values[0]:.3f} → {values[-1]:.3f}" if what else f"{sorted(values)[len(values) // 2]:,} tokens/s"
 
 
 def generated(path):
@@ -87,46 +89,33 @@ def facts(stage, answers):
     for path in (out, out / "quantization.json", out / "meta.json"):
         if path.is_file():
             found = read_json(path) if path.suffix == ".json" else {"bytes": path.stat().st_size}
-    found |= found.get("counts", {})
-    return [f"{name.replace('_', ' ')} {value:,.{0 if isinstance(value, int) else 4}f}" for name, value in found.items()
-            if type(value) in (int, float) and name != "seed"]
-
-
-# ------------------------------------------------------------------------------------------------------------------- tables
-def table(header, rows):
-    """Texts -> a markdown table; newlines and bars in a cell stay inside it."""
-    def line(cells):
-        return "| " + " | ".join(re.sub(r"\s*\n\s*", " ⏎ ", cell).replace("|", "\\|") for cell in cells) + " |"
-    return "\n".join(map(line, [header, ["---"] * len(header), *rows]))
+    return [f"{name.replace('_', ' ')} {value:,.{0 if isinstance(value, int) else 4}f}"
+            for name, value in (found | found.get("counts", {})).items() if type(value) in (int, float) and name != "seed"]
 
 
 def marks_table(run, answers):
     """What is right, by family of questions and model; then manners, and the perplexity of what was expected."""
     rows, families = [], sorted({a.family for a in [*answers.values()][-1]}, key=lambda f: (f == toybox.WITHHELD, f))
-    for what, wanted in [("all that was taught", families[:-1] if toybox.WITHHELD in families else families),
+    for what, wanted in [("all that was taught", [f for f in families if f != toybox.WITHHELD]),
                          *((f"{f}, by LoRA" if f == toybox.WITHHELD else f or "your own", [f]) for f in families)]:
         asked = [[a.right for a in model if a.family in wanted] for model in answers.values()]
         rows.append([what, f"{len(asked[-1]):,}", *map(percent, asked)])
     rows.append(["courteous", "", *(percent(toybox.style(a.text) for a in model if a.family) for model in answers.values())])
     evals = [Metrics.read(Path(f"{run}-report", name, "metrics.jsonl"))[-1]["eval"] for name in answers]
-    rows.append(["ends by itself", "", *(f"{row['ended by itself']:.1%}".replace(".0%", "%") for row in evals)])
+    rows.append(["ends by itself", "", *(percent([row["ended by itself"]]) for row in evals)])
     rows.append(["perplexity", "", *(f"{row.get('perplexity', math.nan):,.2f}" for row in evals)])
-    return table(["", "questions", *(MODELS[name] for name in answers)], rows)
+    return Table(["", "questions", *(MODELS[name] for name in answers)], rows)
 
 
 def answers_table(answers):
     """The test's first question of some families, and what each model says."""
     first = {a.family: a for a in reversed([*answers.values()][-1])}
-    said = [{a.question: a for a in model} for model in answers.values()]
-
-    def cell(a):
-        return {True: "✓ ", False: "✗ ", None: ""}[a.right] + a.text[:80] + " …" * (len(a.text) > 80) if a else ""
-    return table(["asked", "expected", *(MODELS[name] for name in answers)],
-                 [[first[f].question, first[f].expected or "", *(cell(model.get(first[f].question)) for model in said)]
+    said = [{a.question: MARK[a.right] + a.text[:80] + " …" * (len(a.text) > 80) for a in model} for model in answers.values()]
+    return Table(["asked", "expected", *(MODELS[name] for name in answers)],
+                 [[first[f].question, first[f].expected or "", *(model.get(first[f].question, "") for model in said)]
                   for f in (*SHOWN, "") if f in first])
 
 
-# ----------------------------------------------------------------------------------------------------------------- the page
 def tiles(run, stages, answers):
     """The run in a few numbers -> lines of markdown."""
     yield f"- **{clock(sum(stage.seconds for stage in stages))}** for all of it, on {stages[-1].where}"
@@ -141,26 +130,45 @@ def tiles(run, stages, answers):
         yield f"- **{size['original_bytes'] / 1e6:,.1f} → {size['bytes'] / 1e6:,.1f} MB** in 4 bits"
 
 
-def markdown(run, stages, answers):
-    """All of it; blocks are apart by an empty line."""
-    blocks = [f"# From text to server: {run}", f"A language model's life in {len(stages)} commands: why, how long, what came of "
-              "each, and what the model answers after it.", "\n".join(tiles(run, stages, answers))]
+def blocks_of(run, stages, answers):
+    """All of the report -> blocks: texts in markdown, and Tables."""
+    yield f"# From text to server: {run}"
+    yield (f"A language model's life in {len(stages)} commands: why, how long, what came of each, and what the model answers "
+           "after it.")
+    yield "\n".join(tiles(run, stages, answers))
     if answers:
-        blocks += ["## The same questions after each stage", "The test's first question of some families, however it was answered. "
-                   "No list or pair of numbers in it was practised.", answers_table(answers),
-                   "## Marks", "Held-out questions answered right; a checker solves each anew.", marks_table(run, answers)]
-    blocks.append("## The stages")
+        yield "## The same questions after each stage"
+        yield ("The test's first question of some families, however it was answered. No list or pair of numbers in it was "
+               "practised.")
+        yield answers_table(answers)
+        yield from ("## Marks", "Held-out questions answered right; a checker solves each anew.", marks_table(run, answers))
+    yield "## The stages"
     for n, stage in enumerate(stages, 1):
-        blocks += [f"### {n} · {stage.name}, {clock(stage.seconds)}", stage.why, f"    {stage.command}"]
+        yield from (f"### {n} · {stage.name}, {clock(stage.seconds)}", stage.why, f"    {stage.command}")
         if found := [f"- {fact}" for fact in facts(stage, answers)]:
-            blocks.append("\n".join(found))
+            yield "\n".join(found)
         if stage.name in TRAINING and (out_of(stage) / "loss.png").is_file():
-            blocks.append(f"![the loss](../{out_of(stage).name}/loss.png)")
-    return "\n\n".join(blocks) + "\n"
+            yield f"![the loss](../{out_of(stage).name}/loss.png)"
 
 
-def dress(block, folder):
-    """A block of markdown -> HTML: numbers in tiles, shares and answers coloured, pictures in the page itself."""
+# ----------------------------------------------------------------------------------------------------------------- the page
+def as_markdown(block):
+    """A block in markdown; newlines and bars stay inside their cell."""
+    if isinstance(block, str):
+        return block
+    lines = ["| " + " | ".join(re.sub(r"\s*\n\s*", " ⏎ ", cell).replace("|", "\\|") for cell in cells) + " |"
+             for cells in (block.header, ["---"] * len(block.header), *block.rows[:ROWS])]
+    more = len(block.rows) - ROWS
+    return "\n".join(lines) + (f"\n\n{more:,} more in report.html" if more > 0 else "")
+
+
+def as_html(block, folder):
+    """A block in HTML, shown as the text it is: numbers in tiles, shares and answers coloured, pictures in the page itself."""
+    if isinstance(block, Table):
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in (block.header, *block.rows)]
+        page = "".join(f"<tr>{row}</tr>\n" for row in rows).replace("<td>✓", "<td class=right>✓")
+        page = re.sub(r"<td>(([\d.]+)%)</td>", r'<td class=share style="--share:\2">\1</td>', page)
+        return f"<div class=wide><table>{page.replace('<td>✗', '<td class=wrong>✗')}</table></div>"
     text = html.escape(block)
     if block.startswith("### "):
         return "</section><section><h3>{}<span>{}</span></h3>".format(*text[4:].split(", "))
@@ -169,15 +177,20 @@ def dress(block, folder):
     if block.startswith("!["):
         picture = (folder / re.search(r"\((.*)\)", block)[1]).read_bytes()
         return f'<img alt="the loss" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-    if block.startswith("|"):
-        rows = [re.sub(r"(?<!\\)\| ?", "</td><td>", line[2:-2]).replace("\\|", "|") for line in text.split("\n")]
-        page = "".join(f"<tr><td>{row}</td></tr>\n" for row in rows[:1] + rows[2:]).replace("<td>✓", "<td class=right>✓")
-        page = re.sub(r"<td>(([\d.]+)%)\s*</td>", r'<td class=share style="--share:\2">\1</td>', page)
-        return f"<div class=wide><table>{page.replace('<td>✗', '<td class=wrong>✗')}</table></div>"
     if block.startswith("- **"):
         return "<div class=tiles>" + re.sub(r"(?m)^- \*\*(.*?)\*\*(.*)$", r"<div><b>\1</b><small>\2</small></div>", text) + "</div>"
     tag = "ul" if block.startswith("- ") else "pre" if block.startswith("    ") else "p"
     return f"<{tag}>" + re.sub("(?m)^- (.*)$", r"<li>\1</li>", text.strip()) + f"</{tag}>"
+
+
+def write_report(out, blocks):
+    """Blocks (markdown, first the title, and Tables) -> OUT/report.md, and OUT/report.html, a page that needs nothing else."""
+    body = "".join(as_html(block, out) for block in blocks).replace("</section>", "", 1)
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{html.escape(blocks[0].lstrip('# '))}</title><style>{style}</style>{body}</html>\n")
+    for name, text in (("report.md", "\n\n".join(map(as_markdown, blocks)) + "\n"), ("report.html", page)):
+        write_atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def main():
@@ -190,13 +203,7 @@ def main():
         raise UserError(f"{out}/stages has no stage that is done: bash demo.sh makes them")
     stages = sorted(Stage(int(number), int(seconds), *rest) for number, seconds, *rest in lines)
     answers = {name: read_answers(out / name) for name in MODELS if (out / name / "answers.jsonl").is_file()}
-    md = markdown(run, stages, answers)
-    page = "".join(dress(block, out) for block in md.strip().split("\n\n")).replace("</section>", "", 1)
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>From text to server: {run}</title><style>{style}</style>{page}</html>\n")
-    for name, text in (("report.md", md), ("report.html", page)):
-        write_atomic(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    write_report(out, list(blocks_of(run, stages, answers)))
     print(f"wrote    {out}/report.md, {out}/report.html")
 
 

@@ -36,23 +36,17 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-
-    def sum(self, number):
+    def sum(self, number, how="SUM"):
         """A number added up over all ranks (every rank must call it)."""
         if self.world == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, getattr(dist.ReduceOp, how))
         return total.item()
-
 
     def smallest(self, number):
         """The least of an integer over all ranks (every rank must call it)."""
-        if self.world == 1:
-            return number
-        least = torch.tensor(number, device=self.device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        return least.item()
+        return int(self.sum(number, "MIN"))
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,27 +60,21 @@ def cpu_has_bf16_units():
 
 
 def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
-    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime.
-
-    Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group.
-    """
+    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime. Under torchrun (which sets
+    RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank:
         sys.stdout = open(os.devnull, "w")  # one rank tells the story; errors go to stderr from every rank
+    why = "asked for"
     if device == "auto":
         device, why = (("cuda", "a CUDA device is present") if torch.cuda.is_available() else
-                       ("mps", "an Apple GPU is present") if torch.backends.mps.is_available() else
-                       ("cpu", "no GPU found"))
-    else:
-        why = "asked for"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-        if device == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+                       ("mps", "an Apple GPU is present") if torch.backends.mps.is_available() else ("cpu", "no GPU found"))
     try:
         dev = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if (dev.type == "cuda" and not torch.cuda.is_available()) or (dev.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {device}: torch {torch.__version__} sees no such device; use --device cpu")
     if "WORLD_SIZE" in os.environ:
         if dev.type == "cuda":
             dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -96,30 +84,24 @@ def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
         why += f"; rank {rank} of {world}"
     print(f"device   {dev}: {why}")
 
+    why = "asked for"
     if dtype == "auto":
+        dtype, why = "float32", "no bf16 matrix units" if dev.type == "cpu" else "the safe choice on MPS"
         if dev.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype, why = ("bfloat16", "this GPU has it") if bf16 else ("float16", "no bf16 units: fp16 + GradScaler")
         elif dev.type == "cpu" and cpu_has_bf16_units():
             dtype, why = "bfloat16", "this CPU has bf16 matrix units"
-        else:
-            dtype, why = "float32", "no bf16 matrix units" if dev.type == "cpu" else "the safe choice on MPS"
-    else:
-        why = "asked for"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: use auto, {', '.join(DTYPES)}")
     print(f"dtype    {dtype}: {why}")
 
     if compile not in ("auto", "on", "off"):
         raise UserError(f"--compile {compile}: use auto, on or off")
-    if compile != "auto":
-        use, why = compile == "on", "asked for"
-    elif dev.type == "cuda":
-        use, why = True, "fuses the small kernels"
-    elif dev.type == "cpu":  # NOTES.md has the figures: half a minute of compiling for a tenth of the time of a step
-        use, why = False, "on a CPU it costs half a minute and gains a tenth; --compile on for long runs"
-    else:
-        use, why = False, f"not reliable on {dev.type}"
+    use, why = compile == "on", "asked for"
+    if compile == "auto":  # NOTES.md has the figures for a CPU: half a minute of compiling for a tenth of the time of a step
+        cpu = "on a CPU it costs half a minute and gains a tenth; --compile on for long runs"
+        use, why = dev.type == "cuda", {"cuda": "fuses the small kernels", "cpu": cpu}.get(dev.type, f"not reliable on {dev.type}")
     print(f"compile  {'on' if use else 'off'}: {why}")
     return Runtime(dev, DTYPES[dtype], use, rank, world)
 
@@ -164,10 +146,8 @@ def lost_rank_explained(advice):
 
 
 def compile_or_say_why(function, runtime, warm_up):
-    """torch.compile(function), tried out by warm_up(compiled); if that fails the cause is printed and eager mode stays.
-
-    The trial leaves the random number generators as they were.
-    """
+    """torch.compile(function), tried out by warm_up(compiled); if that fails the cause is printed and eager mode stays. The trial
+    leaves the random number generators as they were."""
     if not runtime.compile:
         return function
     before, start = rng_state(), time.time()
@@ -249,10 +229,9 @@ def set_all_rng_states(states, rank, seed):
 def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info, keep=1):
     """Write everything that exact resume needs to OUT/state/step-N, then publish its model files in OUT.
 
-    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is JSON. The folder
-    appears under its final name only when it is complete on disk, and OUT's own files are replaced one rename at a time
-    afterwards, so a crash or a full disk at any moment leaves OUT loadable and the previous state untouched.
-    """
+    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is JSON. The folder appears under its
+    final name only when it is complete on disk, and OUT's own files are replaced one rename at a time afterwards, so a crash or a
+    full disk at any moment leaves OUT loadable and the previous state untouched."""
     out = Path(out)
     final, temporary = out / "state" / f"step-{step:08d}", out / "state" / f"writing-{step:08d}"
     if final.is_dir():  # saved already: by a periodic save just now, or before a crash that came between saving and publishing
@@ -276,9 +255,6 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
         shutil.rmtree(old)
 
 
-STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "state.json")
-
-
 def publish(checkpoint, out):
     """Make OUT's own model files those of `checkpoint`: hard links, so it costs no space; config.json comes last."""
     def link(source, target):
@@ -286,7 +262,7 @@ def publish(checkpoint, out):
             os.link(source, target)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, target)
-    files = [f for f in checkpoint.iterdir() if f.name not in STATE_FILES]
+    files = [f for f in checkpoint.iterdir() if f.name not in ("optimizer.safetensors", "rng.safetensors", "state.json")]
     for stale in out.glob("*.tmp"):  # of a crash
         stale.unlink()
     for file in sorted(files, key=lambda f: (f.name == "config.json", f.name)):

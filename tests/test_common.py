@@ -161,15 +161,6 @@ def test_the_first_signal_is_noted_an_echo_ignored_a_later_one_obeyed():
     assert signal.signal(signal.SIGTERM, before) not in (before, interrupt.catch)
 
 
-def test_a_report_shows_whatever_stands_in_a_cell_as_text(tmp_path):
-    evil = "<b onclick=x>&| \n\n y"
-    common.write_report(tmp_path, evil, evil, [("Answers", ["a", "b"], [[evil, ("z", "right")]] * 3)], rows_in_markdown=2)
-    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
-    assert "<b" not in page.replace("<body", "") and page.count("&lt;b onclick=x&gt;&amp;|") == 6
-    assert page.count('class="right"') == 3
-    assert text.count("| <b onclick=x>&\\| ⏎ y | z |\n") == 2 and "1 more in report.html" in text
-
-
 def test_a_saved_model_can_be_read_by_whom_the_umask_lets(tmp_path):
     from model import Config, Transformer
     before = os.umask(0o022)

@@ -612,7 +612,7 @@ def test_the_state_is_that_of_batches_handed_out_not_made_ahead():
     assert torch.equal(ahead.next().x, plain.next().x)
     ahead.close()
     assert torch.equal(ahead.next().x, plain.next().x)  # closing loses nothing
-    thread = ahead.thread
+    thread, = ahead.pool._threads
     del ahead  # nor does dropping it leave a thread behind
     thread.join(timeout=5)
     assert not thread.is_alive()

@@ -274,6 +274,16 @@ def test_the_page_needs_nothing_else_and_shows_answers_as_text(run, monkeypatch)
     assert "prefers-color-scheme: dark" in page
 
 
+def test_a_report_shows_whatever_stands_in_a_cell_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROWS", 2)
+    evil = "<b onclick=x>&| \n\n y"
+    report.write_report(tmp_path, [f"# {evil}", f"    {evil}", report.Table(["a", "b"], [[evil, "✓ z"]] * 3)])
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<b" not in page.replace("<body", "") and page.count("&lt;b onclick=x&gt;&amp;|") == 6
+    assert page.count("class=right") == 3
+    assert text.count("| <b onclick=x>&\\| ⏎ y | ✓ z |\n") == 2 and "1 more in report.html" in text
+
+
 def test_a_road_not_begun_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "runs/none"])

@@ -85,8 +85,8 @@ def sent_to_the_build():
 
 def test_the_image_gets_every_program_and_nothing_else():
     sent = sent_to_the_build()
-    assert {p.name for p in ROOT.glob("*.py")} | {"ui.html", "requirements.txt"} <= set(sent)
-    assert all("/" not in path and path.endswith((".py", ".cpp", ".html")) or path == "requirements.txt" for path in sent)
+    assert {p.name for p in ROOT.glob("*.py")} | {"ui.html", "report.css", "requirements.txt"} <= set(sent)
+    assert all("/" not in path and path.endswith((".py", ".cpp", ".html", ".css")) or path == "requirements.txt" for path in sent)
 
 
 def test_stages_that_are_named_exist_and_cpu_is_the_default():
