@@ -3,7 +3,6 @@
     python lora.py train MODEL --data chat.jsonl --out runs/adapter             # --quant nf4 is QLoRA; --fit prints the memory
     python lora.py merge MODEL runs/adapter --out runs/merged
 """
-import contextlib
 import hashlib
 import math
 import re
@@ -177,33 +176,33 @@ def choose(model, targets):
     return [n for n in layers if n in chosen]
 
 
-def wrap(model, name):
-    """The LoRALinear at that name, put there if need be."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, LoRALinear):
-        layer = LoRALinear(layer)
-        model.set_submodule(name, layer)
-    return layer
-
-
 def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False, name="default"):
     """Freeze the model and put a new adapter, called `name`, beside the chosen linear layers, in place -> the model.
 
     Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix.
     """
-    settings = Settings(r, alpha, dropout, rslora, dora)
+    settings, layers, chosen = Settings(r, alpha, dropout, rslora, dora), linears(model), choose(model, targets)
     if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise UserError(f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)")
-    check_name(model, name)
-    chosen, layers = choose(model, targets), linears(model)
     for n in chosen:
         base = getattr(layers[n], "base", layers[n])
         if r > min(N := base.out_features, K := base.in_features):
             raise UserError(f"--r {r} is above the rank that {n}, {N} x {K}, can have: at most {min(N, K)}")
+    return attach(model, name, settings, {n: (r, settings.scale(r)) for n in chosen})
+
+
+def attach(model, name, settings, layers):
+    """Freeze the model and put a fresh adapter beside each of `layers`, {name: (rank, scale)}, and in effect -> the model."""
+    if name in adapters(model) or not name or "." in name:
+        why = "the model has one so called" if name in adapters(model) else "the name is empty or has a dot"
+        raise UserError(f"an adapter cannot be called {name!r}: {why}")
     model.requires_grad_(False)
-    for n in chosen:
-        layer = wrap(model, n)
-        layer.adapters[name] = Adapter(layer.base, r, settings.scale(r), dropout, dora)
+    for n, (r, scale) in layers.items():
+        layer = model.get_submodule(n)
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            model.set_submodule(n, layer)
+        layer.adapters[name] = Adapter(layer.base, r, scale, settings.dropout, settings.dora)
     model.adapters = {**adapters(model), name: settings}
     return set_adapter(model, name)
 
@@ -211,12 +210,6 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
 def adapters(model):
     """{name: Settings} of the adapters loaded."""
     return getattr(model, "adapters", {})
-
-
-def check_name(model, name):
-    if name in adapters(model) or not name or "." in name:
-        raise UserError(f"an adapter cannot be called {name!r}: " + ("the model has one so called" if name in adapters(model) else
-                                                                     "the name is empty or has a dot"))
 
 
 def set_adapter(model, name):
@@ -227,18 +220,6 @@ def set_adapter(model, name):
         if isinstance(layer, LoRALinear):
             layer.active, layer.rows = name, None
     return model
-
-
-@contextlib.contextmanager
-def adapter_off(model):
-    """Context: the model as if it had no adapter (DPO's reference)."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    active = layers[0].active if layers else None
-    set_adapter(model, None)
-    try:
-        yield model
-    finally:
-        set_adapter(model, active)
 
 
 def model_adapter_rows(model, rows):
@@ -252,11 +233,9 @@ def model_adapter_rows(model, rows):
             layer.rows = rows
 
 
-def merge(model, name=None):
-    """Fold the adapter (by default the one in effect) into the weights, in float32, and leave plain linear layers: of the base's
-    dtype, float32 where it was quantized -> the model. A head that was the embedding becomes a matrix of its own."""
-    if name is not None:
-        set_adapter(model, name)
+def merge(model):
+    """Fold the adapter in effect into the weights, in float32, and leave plain linear layers: of the base's dtype, float32 where
+    it was quantized -> the model. A head that was the embedding becomes a matrix of its own."""
     for n, layer in linears(model).items():
         new = base = getattr(layer, "base", layer)
         adapter, packed = getattr(layer, "adapter", None), isinstance(base, QuantLinear)
@@ -377,36 +356,29 @@ def load_adapter(model, folder, name="default", trainable=False):
     Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit.
     """
     config, parts = read_adapter(folder)
-    check_name(model, name)
     if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
         raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
                         f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})")
     settings = Settings(*(config[k] for k in ("r", "lora_alpha", "lora_dropout")),
                         *(bool(config.get(k)) for k in ("use_rslora", "use_dora")))
-    layers, ours, fitting = linears(model), {}, []
-    for n in layers:
-        ours.setdefault(folder_module(n, model.config), []).append(n)
+    ours, own, layers = {}, {}, {}
+    for n, layer in linears(model).items():
+        ours.setdefault(folder_module(n, model.config), {})[n] = getattr(layer, "base", layer)
     for module, tensors in parts.items():  # all of it is checked before the model is touched
-        bases = {n: getattr(layers[n], "base", layers[n]) for n in ours.get(module, ())}
-        sizes, r = [b.out_features for b in bases.values()], len(tensors.get("A", ()))
-        want: dict[str, tuple] = {"A": (r, next(iter(bases.values())).in_features), "B": (sum(sizes), r)} if bases else {}
-        want |= {"m": (sum(sizes),)} if settings.dora else {}
-        if not bases:
+        if module not in ours:
             raise UserError(f"{folder}: {module} is adapted there, but this model has no such linear layer")
+        sizes, r = [base.out_features for base in ours[module].values()], len(tensors.get("A", ()))
+        want: dict[str, tuple] = {"A": (r, next(iter(ours[module].values())).in_features), "B": (sum(sizes), r)}
+        want |= {"m": (sum(sizes),)} if settings.dora else {}
         if not r or want != (shapes := {k: tuple(t.shape) for k, t in tensors.items()}):
             raise UserError(f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}")
-        scale = settings.scale(r, own_alpha(config, module))
-        fitting += [(n, part, scale) for n, part in zip(bases, split_fused(tensors, sizes))]
-    model.requires_grad_(False)
-    for n, part, scale in fitting:
-        layer = wrap(model, n)
-        layer.adapters[name] = Adapter(layer.base, len(part["A"]), scale, settings.dropout, settings.dora)
-        with torch.no_grad():
-            for k, t in part.items():
-                getattr(layer.adapters[name], k).copy_(t)
-        layer.adapters[name].requires_grad_(trainable)
-    model.adapters = {**adapters(model), name: settings}
-    return set_adapter(model, name)
+        own |= zip(ours[module], split_fused(tensors, sizes))
+        layers |= {n: (len(own[n]["A"]), settings.scale(r, own_alpha(config, module))) for n in ours[module]}
+    attach(model, name, settings, layers)
+    for n, tensors in own.items():
+        adapter = model.get_submodule(n).adapters[name].requires_grad_(trainable)
+        adapter.load_state_dict(tensors)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------- training
