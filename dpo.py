@@ -441,10 +441,10 @@ def learn(run):
     for step, batch in train.steps(run):
         batch = with_z0(run, batch) if args.loss == "kto" else batch
         total = train.forward_backward(run, batch, args.batch)
-        norm, factor = train.update(run, step)
+        moved = train.update(run, step)
         if step % args.log_every == 0:  # the row's loss is this step's, all else the mean since the last row
             means = run.loss.means(args, run.runtime)
-            train.log_step(run, step, total, args.batch, norm, factor, **{k: v for k, v in means.items() if k != "loss"})
+            train.log_step(run, step, total, args.batch, **moved, **{k: v for k, v in means.items() if k != "loss"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------- eval

@@ -466,12 +466,9 @@ def train_command():
 def learn(run):
     """The loop."""
     for step, batch in train.steps(run):
-        count = run.runtime.sum((batch.y != -100).sum().item())
-        total = train.forward_backward(run, batch, count)
-        norm, factor = train.update(run, step)
+        train.learn(run, step, batch)
         if step == 0:
             check_moved(run)
-        train.log_step(run, step, total, count, norm, factor)
     if run.metrics and run.args.sample:
         finetune.try_out(run)
 

@@ -123,6 +123,9 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
 # what may differ between a run and its resumption without making it another run
 HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_every", "save_every", "keep", "sample_every",
                 "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
+AT_LEAST_ONE = {"context", "batch", "log_every", "eval_every", "save_every", "keep", "heads"}
+CHOICES = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb"),
+           "arch": ("qwen3", "llama", "gpt2")}
 SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
@@ -143,58 +146,45 @@ def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple
     if checkpoint is None:
         raise UserError(f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there")
     state = common.read_json(checkpoint / "state.json")
-    saved, identity = state["args"], {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(LoopArgs)}
-    identity = (identity | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
-    changed = {k: (saved[k], v) for k, v in typed.items() if k in saved and saved[k] != v and k not in HOUSEKEEPING}
-    for name, (old, new) in changed.items():
-        if name in identity:
+    own = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(LoopArgs)}
+    kept = (own | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
+    for name, new in typed.items():
+        if name in HOUSEKEEPING or (old := state["args"].get(name, new)) == new:
+            continue
+        if name in kept:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
                             "it (from these weights a new run can start)")
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
-    args = cls(**{**saved, **typed})
+    args = cls(**{**state["args"], **typed})
     if args.steps < (done := state["step"]):
         raise UserError(f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less")
     return check_args(args), checkpoint
 
 
 def check_args(args):
-    """The numbers of the shared flags -> args; UserError names the one that cannot be."""
-    for name in ("context", "batch", "log_every", "eval_every", "save_every", "keep"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name in ("steps", "seed", "lr", "muon_lr", "momentum", "weight_decay", "warmup", "grad_clip", "spike", "sample",
-                 "sample_every", "micro_batch"):
-        if not getattr(args, name) >= 0:  # written so that it also refuses nan
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
-    choices = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb")}
-    for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            raise UserError(f"--{name} {getattr(args, name)}: use {' or '.join(filter(None, allowed))}")
-    if not 0 < args.cooldown <= 1 or args.momentum >= 1:
-        raise UserError(f"--momentum {args.momentum} must be below 1, --cooldown {args.cooldown} above 0 and at most 1")
+    """UserError names the flag whose value cannot be -> args."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not value >= (name in AT_LEAST_ONE):  # so written it refuses nan as well
+            must = "be at least 1" if name in AT_LEAST_ONE else "not be negative"
+            raise UserError(f"--{name.replace('_', '-')} {value} must {must}")
+        if value not in CHOICES.get(name, [value]):
+            raise UserError(f"--{name} {value}: use {' or '.join(filter(None, CHOICES[name]))}")
+        if name in ("momentum", "dropout") and value >= 1 or name == "cooldown" and not 0 < value <= 1:
+            raise UserError(f"--{name} {value} must be " + ("above 0 and at most 1" if name == "cooldown" else "below 1"))
     return args
 
 
 def model_config(args, tok):
     """The flags of shape -> Config."""
-    if args.arch not in ("qwen3", "llama", "gpt2"):
-        raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
-    for name, low, high in (("layers", 1, 1024), ("dim", 1, 1 << 24), ("heads", 1, 4096), ("kv_heads", 0, 4096),
-                            ("mlp", 0, 1 << 24)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be from {low} to {high:,}")
-    if not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout {args.dropout} must be below 1")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
-    kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
-    if args.heads % kv:
-        raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {kv}")
+    bias = args.arch == "gpt2"
     config = Config(args.arch, tok.vocab_size, args.dim, args.mlp or int(args.dim * (4 if bias else 2.5)), args.layers,
-                  args.heads, kv, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
-                  norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
-                  eos_token_id=tok.eos_id, dropout=args.dropout)
-    Config.from_dict(config.to_dict(), where="these flags")  # the bounds that hold for a folder's config hold for ours
+                    args.heads, args.kv_heads or args.heads, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias,
+                    mlp_bias=bias, norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
+                    eos_token_id=tok.eos_id, dropout=args.dropout)
+    flags = " ".join(f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in SHAPE)
+    Config.from_dict(config.to_dict(), where=flags)  # the bounds that hold for a folder's config hold for ours
     return config
 
 
@@ -221,9 +211,9 @@ def build_model(args, checkpoint, tok, device):
         model.init_weights()
         return model.to(device)
     model = Transformer.from_pretrained(source, device, torch.float32, dropout=args.dropout)
-    theirs, ours = {flag: getattr(model.config, field) for flag, field in SHAPE.items()}, vars(Args())
-    differs = [f"{k.replace('_', '-')} {v} there, {getattr(args, k)} here" for k, v in theirs.items()
-               if getattr(args, k) not in (v, ours[k]) and not checkpoint]
+    there = {} if checkpoint else {flag: getattr(model.config, field) for flag, field in SHAPE.items()}
+    differs = [f"{flag.replace('_', '-')} {value} there, {here} here" for flag, value in there.items()
+               if (here := getattr(args, flag)) not in (value, getattr(Args, flag))]
     if args.context > (most := model.config.max_position_embeddings):
         differs.append(f"context {most:,} there, {args.context:,} here")
     if differs:
@@ -278,16 +268,13 @@ def choose_micro_batch(model, args, runtime, before=0):
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
     share, free = args.batch // runtime.world, free_memory(runtime.device)
-    if args.micro_batch:
-        if share % args.micro_batch:
-            raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
-                            f"over {runtime.world})")
-        return args.micro_batch, estimate_memory(model, args, runtime, args.micro_batch)
-    if before and share % before == 0:
-        return before, estimate_memory(model, args, runtime, before)
-    for rows in (r for r in range(share, 0, -1) if share % r == 0):
+    if args.micro_batch and share % args.micro_batch:
+        raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
+                        f"over {runtime.world})")
+    fixed = args.micro_batch or (before if before and share % before == 0 else 0)
+    for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
         estimate = estimate_memory(model, args, runtime, rows)
-        if free is None or sum(estimate.values()) < 0.85 * free:
+        if fixed or free is None or sum(estimate.values()) < 0.85 * free:
             return rows, estimate
     raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
                     f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
@@ -428,11 +415,9 @@ def prepare(args, checkpoint):
     return start_run(args, checkpoint, runtime, tok, model, data, val)
 
 
-def start_run(args, checkpoint, runtime, tok, model, data, val, optimizer=None, loss=next_token_loss, **own):
+def start_run(args, checkpoint, runtime, tok, model, data, val, loss=next_token_loss, **own):
     """A model and its data -> Run, as the checkpoint left it; None after `--fit`. The part of `prepare` all scripts share.
-
-    optimizer: (model) -> optimizer, where it is not Muon with AdamW; own: validate, write.
-    """
+    own: validate, write."""
     out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
     for what, now in (("tokenizer", tok.sha256), ("data", data.sha256)):
         if state and (then := state[f"{what}_sha256"]) != now:
@@ -445,9 +430,8 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, optimizer=None, 
         return None
     lock = common.lock_folder(out) if runtime.rank == 0 else None
     wrapped = wrap(model, args, runtime).train()
-    optimizer = optimizer(model) if optimizer else MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum,
-                                                             muon=args.optimizer == "muon",
-                                                             eight_bit=args.optimizer == "adamw8bit")
+    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon",
+                          eight_bit=args.optimizer == "adamw8bit")
     batches = Batches(data, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
                       device=runtime.device)
     guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
@@ -508,7 +492,7 @@ def save(run, step):
 
 
 def update(run, step):
-    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> (gradient norm, learning-rate factor)."""
+    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> what is logged of it."""
     args, params = run.args, [p for p in run.model.parameters() if p.grad is not None]
     scale = run.scaler.scale
     norm = grad_norm(params).item() / scale
@@ -521,13 +505,13 @@ def update(run, step):
             go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
             raise UserError(f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; lower the rates: "
                             f"{go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}")
-        return norm, factor
+        return dict(lr=factor, grad_norm=norm)
     shrink = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
     if shrink != scale:
         torch._foreach_mul_([local(p.grad) for p in params], shrink / scale)
     run.optimizer.set_lr(factor)
     run.optimizer.step()
-    return norm, factor
+    return dict(lr=factor, grad_norm=norm)
 
 
 def steps(run):
@@ -563,14 +547,14 @@ def steps(run):
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
-def log_step(run, step, total, count, norm, factor, tokens=0, **more):
+def log_step(run, step, total, count, tokens=0, **more):
     """Every --log-every steps a row of metrics.jsonl and of the bar. total: this rank's summed loss; count: of all ranks;
-    tokens: in a row, where rows are not full."""
+    tokens: in a row, where rows are not full; more: what else to log."""
     if step % run.args.log_every:
         return
     loss, now = run.runtime.sum(total.item()) / max(count, 1), time.time()
     rate = run.args.batch * (tokens or run.args.context) * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
-    row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
+    row = dict(loss=loss, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
     if peak := peak_flops(run.runtime.device):
         row["mfu"] = rate * run.model.flops_per_token(run.args.context) / (peak * run.runtime.world)
     if run.metrics:
@@ -582,10 +566,14 @@ def log_step(run, step, total, count, norm, factor, tokens=0, **more):
 def train(run):
     """The loop of pre-training, and of whatever else learns the next token."""
     for step, batch in steps(run):
-        count = run.runtime.sum((batch.y != -100).sum().item())
-        total = forward_backward(run, batch, count)
-        norm, factor = update(run, step)
-        log_step(run, step, total, count, norm, factor)
+        learn(run, step, batch)
+
+
+def learn(run, step, batch):
+    """One step: gradients of the mean loss over all targets of all ranks, the optimizer's move, a row of metrics."""
+    count = run.runtime.sum((batch.y != -100).sum().item())
+    total = forward_backward(run, batch, count)
+    log_step(run, step, total, count, **update(run, step))
 
 
 def sample_text(run):
@@ -597,26 +585,21 @@ def sample_text(run):
     return run.tok.decode(new)
 
 
-def finish(run):
-    """After the last step: the curve, where things are; ranks leave together."""
-    if run.metrics:
-        common.plot_losses(run.args.out, f"{Path(run.args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
-        print(f"wrote    {run.args.out}/ (model folder), {run.args.out}/loss.png, {run.args.out}/metrics.jsonl")
-    if torch.distributed.is_initialized():
-        del run.step_model  # DDP must go before the process group it belongs to, and no rank's group before the others are done
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def launch(args, checkpoint, prepare, loop):
     """What every training script does around its own prepare(args, checkpoint) -> Run or None (--fit) and loop(run)."""
     if args.background:
         return start_in_background(args)
     with lost_rank_explained(f"Go on from the last checkpoint: --resume --out {args.out}"):
-        run = prepare(args, checkpoint)
-        if run is not None:
-            loop(run)
-            finish(run)
+        if (run := prepare(args, checkpoint)) is None:
+            return
+        loop(run)
+        if run.metrics:
+            common.plot_losses(args.out, f"{Path(args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
+            print(f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl")
+        if torch.distributed.is_initialized():
+            del run.step_model  # DDP must go before the process group it belongs to, and no rank's group before the others are done
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def main():
