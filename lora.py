@@ -20,6 +20,7 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
+from optim import estimate_memory, print_estimate
 from packed import QuantLinear
 from quant import TOKENIZER_FILES, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
@@ -400,7 +401,7 @@ def estimate(config, args, runtime, rows):
     """Bytes by part of training with `rows` rows a pass, without building the model -> ({part: bytes}, trained, all parameters)."""
     with torch.device("meta"):
         model = apply(Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora)
-    parts, (trained, total) = train.estimate_memory(model, args, runtime, rows), count_params(model)
+    parts, (trained, total) = estimate_memory(model, args, runtime, rows), count_params(model)
     packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
     left = parts.pop("weights") - 4 * trained
     if args.quant:
@@ -429,7 +430,7 @@ def prepare(args, checkpoint):
     if args.fit:
         parts, trained, total = estimate(config, args, runtime, args.micro_batch or args.batch // runtime.world)
         print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
-        return train.print_estimate(parts, args.micro_batch or args.batch // runtime.world, args, runtime)
+        return print_estimate(parts, args.micro_batch or args.batch // runtime.world, args, runtime)
     tok = Tokenizer.load(args.model)
     if not tok.chat_template:
         raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it")

@@ -31,13 +31,12 @@ from common import UserError
 from corpora import read_text
 from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
-from model import LOGITS_AT_ONCE, Config, Transformer
-from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule
+from model import Config, Transformer
+from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, print_estimate, schedule
 from runtime import (
     Runtime,
     all_rng_states,
     compile_or_say_why,
-    free_memory,
     latest_checkpoint,
     lost_rank_explained,
     peak_flops,
@@ -126,6 +125,8 @@ HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_eve
 AT_LEAST_ONE = {"context", "batch", "log_every", "eval_every", "save_every", "keep", "heads"}
 CHOICES = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb"),
            "arch": ("qwen3", "llama", "gpt2")}
+RUN_FILES = ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors", "adapter_config.json",
+             "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl")
 SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
@@ -237,57 +238,6 @@ def wrap(model, args, runtime):
     return model
 
 
-# --------------------------------------------------------------------------------------------------------- memory estimate
-def estimate_memory(model, args, runtime, rows):
-    """Bytes by part for one rank that passes `rows` rows at a time -> {part: bytes}. Eager mode; compiling saves some.
-
-    Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
-    norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
-    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves.
-    """
-    c, ranks = model.config, runtime.world if args.shard else 1
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    matrices = sum(size for n, size in trained.items() if n.startswith("layers.") and model.get_parameter(n).ndim == 2)
-    trained = sum(trained.values())
-    state = 2 * trained if args.optimizer == "adamw8bit" else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
-    width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
-    layers = 1 if args.recompute else c.num_hidden_layers
-    kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
-    value = 4 if runtime.dtype == torch.float32 else 3
-    logits = min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3  # logits, softmax and its gradient
-    return {"weights": size // ranks, "gradients": 4 * trained // ranks, "optimizer": state // ranks,
-            "activations": rows * args.context * (layers * width * value + kept), "logits": logits}
-
-
-def choose_micro_batch(model, args, runtime, before=0):
-    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate).
-
-    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory.
-    """
-    if args.batch % runtime.world:
-        raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
-    share, free = args.batch // runtime.world, free_memory(runtime.device)
-    if args.micro_batch and share % args.micro_batch:
-        raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
-                        f"over {runtime.world})")
-    fixed = args.micro_batch or (before if before and share % before == 0 else 0)
-    for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
-        estimate = estimate_memory(model, args, runtime, rows)
-        if fixed or free is None or sum(estimate.values()) < 0.85 * free:
-            return rows, estimate
-    raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
-                    f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
-                    "fewer --layers")
-
-
-def print_estimate(estimate, rows, args, runtime):
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
-    free = free_memory(runtime.device) or math.nan
-    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
-          f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")
-
-
 # ---------------------------------------------------------------------------------------------------------------- training
 def forward_backward(run, batch, count):
     """Gradients of the mean loss over `count` targets (of all ranks), in passes of `run.rows` rows -> this rank's summed loss.
@@ -330,27 +280,6 @@ def one_try(run, batch, count):
             (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
         total += loss.detach()
     return total
-
-
-@dataclass
-class Guard:
-    """Which steps to skip: gradients that are not finite or far above their running mean; stops after several in a row."""
-    factor: float
-    mean: float = 0.0
-    seen: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
-    limit: int = 10
-
-    def accepts(self, norm):
-        spike = self.factor and self.seen > 50 and norm > self.factor * self.mean
-        good = math.isfinite(norm) and not spike
-        if math.isfinite(norm):  # a spike counts as the most that is believed, so that a lasting change is accepted in time
-            believed = min(norm, self.factor * self.mean) if spike else norm
-            self.mean, self.seen = (self.mean * 0.98 + believed * 0.02 if self.seen else believed), self.seen + 1
-        self.in_a_row = 0 if good else self.in_a_row + 1
-        self.skipped += not good
-        return good
 
 
 @torch.no_grad()
@@ -452,26 +381,19 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, loss=next_token_
         torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
     metrics = None
     if runtime.rank == 0:
-        if args.overwrite and not checkpoint:
-            discard_run(out)
+        if args.overwrite and not checkpoint:  # away with what a run wrote, and with nothing else that may lie there
+            if (out / "state").exists():
+                shutil.rmtree(out / "state")
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
         metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
     return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
                metrics, lock, loss, **own)
 
 
-def discard_run(out):
-    """Remove what a run wrote, and nothing else that may lie in the folder."""
-    if (out / "state").exists():
-        shutil.rmtree(out / "state")
-    for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors",
-                 "adapter_config.json", "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl"):
-        (out / name).unlink(missing_ok=True)
-
-
 def describe(args, model, tok, tokens, val):
-    per_step = args.batch * args.context
-    c = model.config
+    c, per_step = model.config, args.batch * args.context
     print(f"model    {c.model_type} {c.num_hidden_layers} layers, {c.hidden_size} wide: {model.num_params():,} parameters, "
           f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token")
     print(f"data     {len(tokens):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
@@ -662,7 +584,6 @@ def eval_command(argv):
     parser.add_argument("--context", type=int, default=0, help="tokens in a window [the model's context]")
     parser.add_argument("--doc-mask", action="store_true", help="no attention across documents, as in training with --doc-mask")
     parser.add_argument("--stride", type=int, default=0, help="tokens a window scores; the rest is context [half of it]")
-    parser.add_argument("--rows", type=int, default=8, help="windows per forward pass [8]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", help="write the result into this .json file too")
@@ -679,10 +600,10 @@ def eval_command(argv):
         text, _ = read_text(args.data)
         split = as_split(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype))
         size, words = len(text.encode()), len(text.split()) + text.count("\n")
-    if args.rows < 1 or len(split) < 2:
-        raise UserError(f"--rows {args.rows} must be at least 1, and {len(split)} tokens at least 2")
+    if len(split) < 2:
+        raise UserError(f"{args.data}: {len(split)} tokens leave nothing to predict")
     args.context = args.context or model.config.max_position_embeddings
-    nats, scored = evaluate(model, split, args.rows, args, runtime, args.stride or max(1, args.context // 2))
+    nats, scored = evaluate(model, split, 8, args, runtime, args.stride or max(1, args.context // 2))
     result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
                   word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
     print(json.dumps(result, indent=1))

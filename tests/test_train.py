@@ -363,7 +363,7 @@ def test_fit_prints_the_estimate_by_part_and_writes_nothing(text, tmp_path):
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_starts(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr("optim.free_memory", lambda device: 10_000)
     assert "GiB even for one row" in refused(text, tmp_path / "run")
 
 
