@@ -44,8 +44,6 @@ class Args(LoopArgs):
     val_share: float = 0.05           # that share
     text: str = ""                    # pre-training text mixed in against forgetting: a file, a named corpus or shards
     text_share: float = 0.1           # share of the rows that are of --text
-    families: str = ""                # only records of these families, by comma (toybox has them)
-    withhold: str = ""                # no records of these families
     examples: int = 40_000            # conversations that `--data toybox` makes
     epochs: float = 3.0               # passes over the data, where --steps is 0
     out: str = "runs/chat"            # the model folder to write
@@ -68,17 +66,12 @@ def parse_source(spec):
     return name, float(weight)
 
 
-def records(name, split, args, count):
-    """Yield (record, messages, tools) of a source: a file, FOLDER/SPLIT.jsonl, or `count` that toybox makes."""
-    keep, drop = ({f for f in names.split(",") if f} for names in (args.families, args.withhold))
-    if name == "toybox":
-        names = [f for f in toybox.FAMILIES if f in (keep or {*toybox.FAMILIES} - {toybox.WITHHELD}) and f not in drop]
-        if (keep | drop) - {*toybox.FAMILIES} or not names:
-            raise UserError(f"--families {args.families} --withhold {args.withhold}: toybox has {', '.join(toybox.FAMILIES)}")
-        rows = ((row, row["messages"], None) for row in toybox.examples(split, count, families=names))
-    else:
-        rows = chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
-    return (row for row in rows if row[0].get("family") not in drop and (not keep or row[0].get("family") in keep))
+def records(name, split, count):
+    """(record, messages, tools)s of a source: a file, FOLDER/SPLIT.jsonl, or `count` that toybox makes."""
+    if name == "toybox":  # its families in equal shares
+        rows = toybox.examples(split, count, families=[f for f in toybox.FAMILIES if f != toybox.WITHHELD])
+        return ((row, row["messages"], None) for row in rows)
+    return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
 
 
 def encode(tok, name, rows, context, counts):
@@ -101,7 +94,7 @@ def encode(tok, name, rows, context, counts):
             counts["left out: the prompt alone fills the context"] += 1
     if not pairs:
         why = "; ".join(f"{times:,} x {reason}" for reason, times in (+counts).most_common(3))
-        raise UserError(f"{name}: nothing to train on in {n:,} conversations: {why or '--families and --withhold left none'}")
+        raise UserError(f"{name}: nothing to train on in {n:,} conversations{': ' if why else ''}{why}")
     return pairs
 
 
@@ -109,21 +102,16 @@ def best_fit(sizes, context):
     """Pieces into rows of `context`: in their order, each into the fullest row with room for it -> [indices of a row's pieces].
 
     In random order, so that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one length each."""
-    rows, by_room, rooms = [], defaultdict(list), []  # rows by the room they have left, and which rooms there are, sorted
+    rows, unfilled, least = [], [], min(sizes, default=0)  # unfilled: (room left, minus when it was last filled, row), sorted
     for i, size in enumerate(sizes):
-        if (at := bisect_left(rooms, size)) < len(rooms):
-            room = rooms[at]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[at]
+        if (at := bisect_left(unfilled, (size,))) < len(unfilled):
+            room, _, row = unfilled.pop(at)
         else:
             room, row = context, len(rows)
             rows.append([])
         rows[row].append(i)
-        if left := room - size:
-            if not by_room[left]:
-                insort(rooms, left)
-            by_room[left].append(row)
+        if room - size >= least:
+            insort(unfilled, (room - size, -i, row))
     return rows
 
 
@@ -197,7 +185,7 @@ def load_text(args, tok):
 def load_data(args, tok):
     """--data, --val and --text -> (training, validation) Conversations; says what became of them."""
     def read(name, split, counts):
-        return encode(tok, name, records(name, split, args, args.examples if split == "train" else 500), args.context, counts)
+        return encode(tok, name, records(name, split, args.examples if split == "train" else 500), args.context, counts)
     counts, train, val = Counter(), [], [(1.0, read(name, "val", Counter())) for name, _ in map(parse_source, args.val)]
     for name, weight in map(parse_source, args.data):
         pairs = read(name, "train", counts)
@@ -278,6 +266,8 @@ def prepare(args, checkpoint):
 
 def try_out(run, count=20):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
+    if not run.metrics or run.args.shard or not run.args.sample:  # of one rank, which has the whole model
+        return
     asked = []
     for ids, mask in run.val.pairs[:count]:
         end = len(mask) - int(np.argmax(mask[::-1]))             # of the last answer
@@ -297,8 +287,7 @@ def main():
 
 def train_and_try(run):
     train(run)
-    if run.metrics and not run.args.shard and run.args.sample:
-        try_out(run)
+    try_out(run)
 
 
 # ------------------------------------------------------------------------------------------------------- questions and answers
@@ -382,7 +371,7 @@ def read_questions(args):
     """--data -> [Question]: what is asked is all before the last answer; a record may end with the user and have only checks."""
     questions = []
     for name in args.data:
-        for n, (record, talk, _) in enumerate(islice(records(name, "test", args, args.examples), args.examples), 1):
+        for n, (record, talk, _) in enumerate(islice(records(name, "test", args.examples), args.examples), 1):
             checks = [(c.get("kind"), c.get("value")) if isinstance(c, dict) else (c, None) for c in record.get("checks") or []]
             for kind, value in checks:
                 if kind not in CHECKS or type(value) is not CHECKS[kind][0]:
@@ -391,7 +380,7 @@ def read_questions(args):
             said = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else None
             questions.append(Question(talk if said is None else talk[:-1], said, str(record.get("family", "")), checks))
     if not questions:
-        raise UserError(f"{' '.join(args.data)}: no questions, or --families and --withhold left none")
+        raise UserError(f"{' '.join(args.data)}: no questions")
     return questions
 
 
@@ -414,16 +403,20 @@ def examine(folder, questions, args, runtime):
     """A model answers -> Marks."""
     tok, model = open_model(folder, runtime.device, runtime.dtype)
     given = answers(model, tok, [chat.render(tok, q.messages, True)[0] for q in questions], args.max_tokens, args.rows)
-    texts, results, kinds = [text for text, _ in given], defaultdict(list), defaultdict(list)
+    texts, results = [text for text, _ in given], defaultdict(list)
     right = [None if q.expected is None else is_right(q, text) for q, text in zip(questions, texts)]
     for q, (text, ended), good in zip(questions, given, right):
-        kept = [(kind, CHECKS[kind][1](text, value)) for kind, value in q.checks]
         results["ended by itself"].append(ended)
-        for what in ("exact match", *([f"exact match: {q.family}"] if q.family else [])) if good is not None else ():
-            (kinds if ":" in what else results)[what].append(good)
-        for kind, yes in [*kept, *([("all of an answer's", all(yes for _, yes in kept))] if kept else [])]:
-            kinds[f"check: {kind}"].append(yes)
-    scores = {what: (sum(each), len(each)) for what, each in [*results.items(), *sorted(kinds.items())]}
+        if good is not None:
+            results["exact match"].append(good)
+        if good is not None and q.family:
+            results[f"exact match: {q.family}"].append(good)
+        kept = [(kind, CHECKS[kind][1](text, value)) for kind, value in q.checks]
+        for kind, yes in kept:
+            results[f"check: {kind}"].append(yes)
+        if kept:
+            results["check: all of an answer's"].append(all(yes for _, yes in kept))
+    scores = {what: (sum(results[what]), len(results[what])) for what in sorted(results, key=lambda what: (":" in what, what))}
     known = [(None, [*q.messages, {"role": "assistant", "content": q.expected}], None) for q in questions if q.expected]
     perplexity = math.nan
     if known:
@@ -477,8 +470,6 @@ class EvalArgs:
     before: str = ""                  # another model to set beside it, the base say
     out: str = ""                     # where the report goes [the model's folder]
     examples: int = 1400              # questions of each source at most
-    families: str = ""                # only records of these families, by comma
-    withhold: str = ""                # no records of these families
     max_tokens: int = 128             # tokens an answer may have
     rows: int = 64                    # answers generated at once
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps

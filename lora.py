@@ -470,8 +470,7 @@ def learn(run):
         train.learn(run, step, batch)
         if step == 0:
             check_moved(run)
-    if run.metrics and run.args.sample:
-        finetune.try_out(run)
+    finetune.try_out(run)
 
 
 # -------------------------------------------------------------------------------------------------------------- merging
