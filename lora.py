@@ -40,8 +40,7 @@ class Settings:
     dora: bool = False
 
     def scale(self, r, alpha=None):
-        """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r), under which a high rank still learns (rsLoRA,
-        Kalajdzievski 2023)."""
+        """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r): then high ranks learn too (rsLoRA, Kalajdzievski 2023)."""
         return (alpha or self.alpha) / (math.sqrt(r) if self.rslora else r)
 
 
@@ -242,8 +241,7 @@ def merge(model):
         adapter, packed = getattr(layer, "adapter", None), isinstance(base, QuantLinear)
         if adapter or packed:
             new = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-            with torch.no_grad():
-                weight = adapter.weight(base) if adapter else dense(base)
+            weight = (adapter.weight(base) if adapter else dense(base)).detach()
             new.weight, new.bias = nn.Parameter(weight if packed else weight.to(base.weight.dtype)), base.bias
             if n == "lm_head" and model.config.tie_word_embeddings:
                 print("merge    the head was the embedding matrix and the adapter changes it: from now on they are two")
@@ -281,10 +279,9 @@ def save_adapter(model, folder, name="default"):
         if name in getattr(layer, "adapters", ()):
             modules.setdefault(folder_module(n, config), []).append(layer.adapters[name])
     tensors, ranks, alphas = {}, {}, {}
-    for module, parts in modules.items():
-        # GPT-2's c_attn is q, k and v one above the other: their A stacked, their B along the diagonal, so rank 3r
+    for module, parts in modules.items():  # GPT-2's c_attn is q over k over v: their A stacked, their B along the diagonal, rank 3r
         A, B = torch.cat([p.A for p in parts]), torch.block_diag(*[p.B for p in parts])
-        key, r, scale = f"base_model.model.{module}.lora_", A.size(0), parts[0].scale
+        key, r, scale = f"base_model.model.{module}.lora_", len(A), parts[0].scale
         tensors |= {key + "A.weight": A, key + "B.weight": B}
         if settings.dora:
             tensors[key + "magnitude_vector"] = torch.cat([p.m for p in parts])
@@ -332,14 +329,12 @@ def read_adapter(folder):
 def split_fused(parts, sizes):
     """The tensors of a folder's module -> [those of each layer that it holds], of `sizes` outputs. GPT-2's q, k and v get A whole
     and their rows of B; without the zeros where `save_adapter` stacked three."""
-    A, B = parts["A"], parts["B"].split(sizes)
-    r = len(A) // len(sizes)
-    diagonal = [b[:, i * r:(i + 1) * r] for i, b in enumerate(B)]
-    if len(A) == r * len(sizes) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
-        split = [{"A": a, "B": b} for a, b in zip(A.split(r), diagonal)]
-    else:
-        split = [{"A": A, "B": b} for b in B]
-    return [s | {"m": m} for s, m in zip(split, parts["m"].split(sizes))] if "m" in parts else split
+    B, r = parts["B"].split(sizes), len(parts["A"]) // len(sizes)
+    A, diagonal = [parts["A"]] * len(B), [b[:, i * r:(i + 1) * r] for i, b in enumerate(B)]
+    if r * len(B) == len(parts["A"]) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
+        A, B = parts["A"].split(r), diagonal
+    own = {"A": A, "B": B} | ({"m": parts["m"].split(sizes)} if "m" in parts else {})
+    return [dict(zip(own, tensors)) for tensors in zip(*own.values())]
 
 
 def own_alpha(config, module):
@@ -402,8 +397,8 @@ def estimate(config, args, runtime, rows):
     with torch.device("meta"):
         model = apply(Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora)
     parts, (trained, total) = estimate_memory(model, args, runtime, rows), count_params(model)
-    packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
     left = parts.pop("weights") - 4 * trained
+    packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
     if args.quant:
         left -= sum(packed) * runtime.dtype.itemsize
         blocks = sum(packed) // 64  # a byte of scale each, and four bytes for 256 of those
@@ -421,16 +416,18 @@ def prepare(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`, for which MODEL needs only its config.json."""
     if not args.model or not (args.data or args.fit):
         raise UserError("give a model folder and conversations: python lora.py train MODEL --data chat.jsonl --out D")
-    if args.quant not in ("", "nf4") or args.shard:
-        raise UserError(f"--quant {args.quant}: use nf4, or leave it out" if args.quant else
-                        "--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)")
+    if args.quant not in ("", "nf4"):
+        raise UserError(f"--quant {args.quant}: use nf4, or leave it out")
+    if args.shard:
+        raise UserError("--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)")
     runtime = resolve(args.device, args.dtype, args.compile)
     config = Config.from_dict(common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json")
     args.context = min(args.context, config.max_position_embeddings)
     if args.fit:
-        parts, trained, total = estimate(config, args, runtime, args.micro_batch or args.batch // runtime.world)
+        rows = args.micro_batch or args.batch // runtime.world
+        parts, trained, total = estimate(config, args, runtime, rows)
         print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
-        return print_estimate(parts, args.micro_batch or args.batch // runtime.world, args, runtime)
+        return print_estimate(parts, rows, args, runtime)
     tok = Tokenizer.load(args.model)
     if not tok.chat_template:
         raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it")
@@ -460,10 +457,6 @@ def check_moved(run):
                         "base trained, and --lr above 0?")
 
 
-def train_command():
-    train.launch(*train.read_args(Args, __doc__, positional=("model",), argv=sys.argv[2:]), prepare, learn)
-
-
 def learn(run):
     """The loop."""
     for step, batch in train.steps(run):
@@ -483,9 +476,9 @@ class MergeArgs:
     overwrite: bool = False  # replace the model in --out
 
 
-def merge_command():
+def merge_command(argv):
     """A base and an adapter -> a model folder like any other. What merging and rounding change is measured, and bounded."""
-    args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, sys.argv[2:], ("base", "adapter")))
+    args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, argv, ("base", "adapter")))
     out, stored = Path(args.out), common.read_json(Path(args.base) / "config.json")
     name = (stored.get("dtype") or stored.get("torch_dtype") or "float32") if args.dtype == "auto" else args.dtype
     if name not in DTYPES:
@@ -511,11 +504,13 @@ def merge_command():
 
 
 def main():
-    commands = {"train": train_command, "merge": merge_command}
-    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+    command, argv = "".join(sys.argv[1:2]), sys.argv[2:]
+    if command == "merge":
+        return merge_command(argv)
+    if command != "train":
         print(__doc__)
         raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
-    commands[sys.argv[1]]()
+    train.launch(*train.read_args(Args, __doc__, positional=("model",), argv=argv), prepare, learn)
 
 
 if __name__ == "__main__":
