@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for everything else, learning-rate schedules, and the memory that training takes.
+"""Muon for the hidden matrices, AdamW for everything else, schedules; training over ranks, and the memory that it takes.
 
     optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
     optimizer.set_lr(schedule(step, total)); optimizer.step()
@@ -15,8 +15,24 @@ from model import LOGITS_AT_ONCE
 from runtime import free_memory
 
 
-# ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
-# DTensor is imported where it is needed: the import alone takes a second.
+# ------------------------------------------------------------------------------- over ranks: DDP, or FSDP with its DTensors
+# What those need is imported where they are: the import alone takes a second.
+def wrap(model, args, runtime):
+    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
+    model.recompute = args.recompute
+    if runtime.world == 1:
+        return model
+    if not args.shard:  # buffers are not broadcast, as none of ours changes
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
 def is_sharded(t):
     return hasattr(t, "device_mesh")
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
@@ -32,7 +31,7 @@ from corpora import read_text
 from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
 from model import Config, Transformer
-from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, print_estimate, schedule
+from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, print_estimate, schedule, wrap
 from runtime import (
     Runtime,
     all_rng_states,
@@ -132,10 +131,8 @@ SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_siz
 
 
 def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple[LoopArgs, Path | None]:
-    """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
-
-    What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.
-    """
+    """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed; a script's
+    own flags (its data, its model) and what the order of rows hangs on may not differ at all."""
     typed = common.parse_flags(cls, description, argv, positional)
     args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
@@ -219,22 +216,6 @@ def build_model(args, checkpoint, tok, device):
         differs.append(f"context {most:,} there, {args.context:,} here")
     if differs:
         raise UserError(f"--init-from {source} has another shape: {'; '.join(differs)}; its shape needs no flags")
-    return model
-
-
-def wrap(model, args, runtime):
-    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
-    model.recompute = args.recompute
-    if runtime.world > 1 and args.shard:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
-        mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh, mp_policy=policy)
-    if runtime.world > 1:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)  # none of ours changes
     return model
 
 
@@ -387,7 +368,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, loss=next_token_
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
-        metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
+        metrics = common.Metrics(out, state.get("step"), args.track, vars(args))
     return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
                metrics, lock, loss, **own)
 
