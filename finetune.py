@@ -83,15 +83,12 @@ def encode(tok, name, rows, context, counts):
     for n, (_, messages, tools) in enumerate(rows, 1):
         try:
             ids, mask = chat.example(tok, messages, tools)
+            counts["cut to the context"] += len(ids) > context + 1
+            if not any(mask[1:context + 1]):
+                raise UserError("the prompt alone fills the context")
+            pairs.append((np.array(ids[:context + 1], tok.dtype), np.array(mask[:context + 1], bool)))
         except UserError as reason:
             counts[f"left out: {reason}"] += 1
-            continue
-        counts["cut to the context"] += len(ids) > context + 1
-        ids, mask = np.array(ids[:context + 1], tok.dtype), np.array(mask[:context + 1], bool)
-        if mask[1:].any():
-            pairs.append((ids, mask))
-        else:
-            counts["left out: the prompt alone fills the context"] += 1
     if not pairs:
         why = "; ".join(f"{times:,} x {reason}" for reason, times in (+counts).most_common(3))
         raise UserError(f"{name}: nothing to train on in {n:,} conversations{': ' if why else ''}{why}")
@@ -135,9 +132,6 @@ class Conversations:
 
     def __len__(self):
         return int(len(self.ids.tokens[0]))
-
-    def read(self, start, size):
-        return self.ids.read(start, size)
 
     def plan(self, context, seed, epoch):
         """The rows of an epoch, by (seed, epoch): each source as often as its weight says, the fraction a draw -> data.Plan."""
@@ -186,19 +180,20 @@ def load_data(args, tok):
     """--data, --val and --text -> (training, validation) Conversations; says what became of them."""
     def read(name, split, counts):
         return encode(tok, name, records(name, split, args.examples if split == "train" else 500), args.context, counts)
-    counts, train, val = Counter(), [], [(1.0, read(name, "val", Counter())) for name, _ in map(parse_source, args.val)]
+    counts, train, val = Counter(), [], [read(name, "val", Counter()) for name, _ in map(parse_source, args.val)]
     for name, weight in map(parse_source, args.data):
         pairs = read(name, "train", counts)
         if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
-            val.append((1.0, read(name, "val", Counter())))
+            val.append(read(name, "val", Counter()))
         elif not args.val:
             if not 0 < args.val_share < 1 or len(pairs) < 2:
                 raise UserError(f"{name}: a --val-share of {args.val_share} of {len(pairs):,} conversations cannot be held out: "
                                 "give --val FILE")
-            val.append((1.0, [pair for i, pair in enumerate(pairs) if held_out(args.val_share, i)]))
+            val.append([pair for i, pair in enumerate(pairs) if held_out(args.val_share, i)])
             pairs = [pair for i, pair in enumerate(pairs) if not held_out(args.val_share, i)]
         train.append((weight, pairs))
-    train, val = Conversations(train, load_text(args, tok) if args.text else None, args.text_share), Conversations(val)
+    train = Conversations(train, load_text(args, tok) if args.text else None, args.text_share)
+    val = Conversations([(1.0, pairs) for pairs in val])
     rows = len(train.plan(args.context, args.seed, 0).order)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -238,9 +233,9 @@ def open_model(folder, device, dtype=None):
             print(f"chat     {folder} has no {' and '.join(missing)}: added; the embedding has {model.config.vocab_size:,} rows "
                   "now, the new ones are the mean of the others")
         tok.chat_template = chat.CHATML_TEMPLATE
-    ends = model.config.eos_token_id
+    stop, ends = chat.stop_id(tok), model.config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if (stop := chat.stop_id(tok)) not in ends:
+    if stop not in ends:
         model.config.eos_token_id = [stop, *ends] if ends else stop
     return tok, model
 

@@ -481,9 +481,11 @@ def learn(run, step, batch):
 
 def sample_text(run):
     """A sample from the model as it is. Draws from a generator of its own; the model goes back to training."""
+    first = run.tok.bos_id
+    if first is None:  # as the validation begins
+        first = next(run.val.validation(1, run.args.context)).x[0, 0].item()
     run.model.eval()
-    begin = [run.tok.bos_id if run.tok.bos_id is not None else int(run.val.read(0, 1)[0])]
-    new = list(generate(run.model, begin, run.args.sample, temperature=0.8, seed=run.args.seed))
+    new = list(generate(run.model, [first], run.args.sample, temperature=0.8, seed=run.args.seed))
     run.model.train()
     return run.tok.decode(new)
 
