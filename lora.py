@@ -49,8 +49,7 @@ class Adapter(nn.Module):
 
     DoRA (Liu et al. 2024, eq. 5) also learns each output's magnitude m (N,): W' = m (W + scale B A) / |W + scale B A|, the
     norm over a row. It is a constant to the gradient (their section 4.3), so W' x costs no product beyond LoRA's.
-    B starts at zero and m at |W|: a fresh adapter changes nothing. Parameters are float32, whatever the base is.
-    """
+    B starts at zero and m at |W|: a fresh adapter changes nothing. Parameters are float32, whatever the base is."""
 
     def __init__(self, base, r, scale, dropout=0.0, dora=False):
         super().__init__()
@@ -179,8 +178,7 @@ def choose(model, targets):
 def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False, name="default"):
     """Freeze the model and put a new adapter, called `name`, beside the chosen linear layers, in place -> the model.
 
-    Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix.
-    """
+    Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix."""
     settings, layers, chosen = Settings(r, alpha, dropout, rslora, dora), linears(model), choose(model, targets)
     if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise UserError(f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)")
@@ -349,8 +347,7 @@ def own_alpha(config, module):
 def load_adapter(model, folder, name="default", trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers, and in effect -> the model.
 
-    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit.
-    """
+    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
     config, parts = read_adapter(folder)
     if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
         raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "

@@ -71,8 +71,7 @@ def grad_norm(params):
 def orthogonalize(G, steps=5):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly: U V^T of its SVD with singular values in 0.7..1.2.
 
-    A quintic Newton-Schulz iteration whose coefficients trade exactness for speed (Jordan et al. 2024, "Muon").
-    """
+    A quintic Newton-Schulz iteration whose coefficients trade exactness for speed (Jordan et al. 2024, "Muon")."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
     X = X.mT if G.size(-2) > G.size(-1) else X  # so that X X^T is the small Gram matrix
@@ -88,8 +87,7 @@ def muon_step(params, grads, momentums, lr, momentum, weight_decay):
 
     Nesterov momentum, then each update is orthogonalized: every direction of the matrix moves by the same amount. The
     factor sqrt(max(1, R/C)) makes the step's effect on the output alike for tall and wide matrices. Under FSDP each rank
-    holds some rows; the iteration needs whole matrices, so the update is gathered and each rank keeps its rows of the result.
-    """
+    holds some rows; the iteration needs whole matrices, so the update is gathered and each rank keeps its rows of the result."""
     torch._foreach_lerp_(momentums, grads, 1 - momentum)
     updates = torch._foreach_lerp(grads, momentums, momentum)
     whole = orthogonalize(torch.stack([gather(u, p) for u, p in zip(updates, params)]))  # (N, R, C)
@@ -144,8 +142,7 @@ class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
     muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a
-    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds.
-    """
+    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds."""
 
     def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,
                  muon=True, eight_bit=False):
@@ -221,8 +218,7 @@ class LossScale:
 
     The loss is multiplied by `scale`, the gradients divided by it; a step whose gradients overflowed is skipped and halves
     the scale, `patience` good steps in a row double it. torch's GradScaler does the same, but decides per rank; here the
-    decision is the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes.
-    """
+    decision is the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes."""
 
     def __init__(self, dtype, scale=2.0 ** 16, patience=1000):
         self.on, self.patience, self.good = dtype == torch.float16, patience, 0
@@ -262,8 +258,7 @@ def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6, floor=0.0):
     """Learning-rate factor at `step` of `total`: linear warm-up to 1, then
 
     cosine: half a cosine down to `floor` (Loshchilov & Hutter 2017);
-    wsd: stable at 1, then linear down to `floor` over the last `cooldown` share of the steps (Hägele et al. 2024).
-    """
+    wsd: stable at 1, then linear down to `floor` over the last `cooldown` share of the steps (Hägele et al. 2024)."""
     if step < warmup:
         return (step + 1) / warmup
     if kind == "cosine":
@@ -279,8 +274,7 @@ def estimate_memory(model, args, runtime, rows):
 
     Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
     norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
-    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves.
-    """
+    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves."""
     c, ranks = model.config, runtime.world if args.shard else 1
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -299,8 +293,7 @@ def estimate_memory(model, args, runtime, rows):
 def choose_micro_batch(model, args, runtime, before=0):
     """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate).
 
-    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory.
-    """
+    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory."""
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
     share, free = args.batch // runtime.world, free_memory(runtime.device)

@@ -224,8 +224,7 @@ def forward_backward(run, batch, count):
     """Gradients of the mean loss over `count` targets (of all ranks), in passes of `run.rows` rows -> this rank's summed loss.
 
     Losses are sums, divided once by the global count: then neither passes nor ranks nor ragged rows change the gradient.
-    Out of memory halves the rows of a pass and starts the step again.
-    """
+    Out of memory halves the rows of a pass and starts the step again."""
     while True:
         run.optimizer.zero_grad()
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -558,8 +557,7 @@ def watch(argv):
 def eval_command(argv):
     """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte.
 
-    A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split.
-    """
+    A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split."""
     parser = common.Parser(prog="train.py eval", description=eval_command.__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
