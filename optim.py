@@ -59,8 +59,7 @@ def own_rows(t, like):
 
 
 def grad_norm(params):
-    """Euclidean norm of all gradients taken as one vector, over all shards -> scalar float32."""
-    params = [p for p in params if p.grad is not None]
+    """Euclidean norm of the gradients of params, which all have one, as one vector over all shards -> scalar float32."""
     square = torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
     if is_sharded(params[0]):
         dist.all_reduce(square)
@@ -291,7 +290,7 @@ def estimate_memory(model, args, runtime, rows):
 
 
 def choose_micro_batch(model, args, runtime, before=0):
-    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate).
+    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits; prints the estimate.
 
     before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory."""
     if args.batch % runtime.world:
@@ -304,7 +303,9 @@ def choose_micro_batch(model, args, runtime, before=0):
     for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
         estimate = estimate_memory(model, args, runtime, rows)
         if fixed or free is None or sum(estimate.values()) < 0.85 * free:
-            return rows, estimate
+            rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
+            print_estimate(estimate, rows, args, runtime)
+            return rows
     raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
                     f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
                     "fewer --layers")

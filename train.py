@@ -31,7 +31,7 @@ from corpora import read_text
 from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
 from model import Config, Transformer
-from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, print_estimate, schedule, wrap
+from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, schedule, wrap
 from runtime import (
     Runtime,
     all_rng_states,
@@ -332,9 +332,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, loss=next_token_
         if state and (then := state[f"{what}_sha256"]) != now:
             raise UserError(f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
                             f"run from the weights in {out}")
-    rows, estimate = choose_micro_batch(model, args, runtime, state.get("rows", 0))
-    rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
-    print_estimate(estimate, rows, args, runtime)
+    rows = choose_micro_batch(model, args, runtime, state.get("rows", 0))
     if args.fit:
         return None
     lock = common.lock_folder(out) if runtime.rank == 0 else None
