@@ -144,8 +144,8 @@ def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple
     if checkpoint is None:
         raise UserError(f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there")
     state = common.read_json(checkpoint / "state.json")
-    own = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(LoopArgs)}
-    kept = (own | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
+    flags, shared = ({f.name for f in dataclasses.fields(c)} for c in (cls, LoopArgs))
+    kept = (flags - shared | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
     for name, new in typed.items():
         if name in HOUSEKEEPING or (old := state["args"].get(name, new)) == new:
             continue
@@ -153,7 +153,7 @@ def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
                             "it (from these weights a new run can start)")
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
-    args = cls(**{**state["args"], **typed})
+    args = cls(**{k: v for k, v in state["args"].items() if k in flags} | typed)  # an older version may have had more flags
     if args.steps < (done := state["step"]):
         raise UserError(f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less")
     return check_args(args), checkpoint
