@@ -447,8 +447,7 @@ class EvalArgs:
     model: str = "runs/dpo"           # what dpo.py wrote: a model folder, or an adapter
     reference: str = ""               # the model folder it started from [the one its run was given]
     data: str = "toybox"              # toybox, or a .json or .jsonl of pairs
-    pairs: int = 500                  # how many of toybox
-    split: str = "test"               # of toybox
+    pairs: int = 500                  # how many of toybox's test split
     beta: float = 0.1                 # scale of the rewards
     context: int = 1024               # tokens of a prompt and an answer together
     max_tokens: int = 64              # of an answer that is generated
@@ -465,7 +464,7 @@ def evaluate(argv):
         raise UserError(f"{args.model} does not say what it started from: name that model folder with --reference")
     runtime, settings = resolve(args.device, args.dtype, "off"), Args(beta=args.beta, data=args.data)
     tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
-    records = read_preferences(args.data, args.split, args.pairs)
+    records = read_preferences(args.data, "test", args.pairs)
     found = usable(tok, records, min(args.context, model.config.max_position_embeddings))
     pairs = make_pairs(settings, found, lora.base_sha256(model))
     reference(pairs, model, tok, runtime, 8, Path(args.model).parent)
@@ -481,7 +480,7 @@ def evaluate(argv):
 
 def say(args, tok, model):
     """Greedy answers to toybox's questions -> the shares in the preferred style, right, and ended by themselves."""
-    rows = list(toybox.preferences(args.split, args.pairs))
+    rows = list(toybox.preferences("test", args.pairs))
     prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
     said = finetune.answers(model, tok, prompts, args.max_tokens)
     marks = [(toybox.style(text), toybox.check(row["family"], row["prompt"], text), end) for row, (text, end) in zip(rows, said)]

@@ -91,7 +91,6 @@ class LoopArgs:
 class Args(LoopArgs):
     preset: str = "shakespeare-char"  # a row of the table below; every other flag overrides it
     data: str = "shakespeare"         # a named corpus, a UTF-8 text file or a folder of shards (data.py)
-    data_dir: str = ""                # where to look for a local copy of a named corpus first
     tokenizer: str = "char"           # char, or a folder or tokenizer.json
     init_from: str = ""               # start a new run from the weights (only) and the shape of this model folder
     # shape
@@ -119,7 +118,7 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
                  eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary
 }
 # what may differ between a run and its resumption without making it another run
-HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_every", "save_every", "keep", "sample_every",
+HOUSEKEEPING = {"resume", "overwrite", "out", "log_every", "eval_every", "save_every", "keep", "sample_every",
                 "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
 AT_LEAST_ONE = {"context", "batch", "log_every", "eval_every", "save_every", "keep", "heads"}
 CHOICES = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb"),
@@ -193,7 +192,7 @@ def load_data(args, checkpoint):
         tok = Tokenizer.load(args.data if source in ("", "char") else source)
         splits = open_shards(args.data, tok.sha256)
         return tok, splits["train"], splits["val"]
-    text, _ = read_text(args.data, args.data_dir or None)
+    text, _ = read_text(args.data)
     tok = Tokenizer.load(source) if source not in ("", "char") else Tokenizer.char(text)
     if tok.bos_id is not None:
         print(f"data     {args.data} is one document to the model; `python data.py {args.data} --tokenizer T --out D` makes many")
