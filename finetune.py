@@ -2,7 +2,7 @@
 
     python finetune.py MODEL --data chat.jsonl --out runs/chat             # JSONL or JSON in any of chat.py's layouts
     python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2 --out runs/chat    # a mixture
-    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as for train.p
+    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as for train
     python finetune.py eval MODEL --data data/toybox --before BASE         # answers, exact match, perplexity -> report.md, .html
 
 Top to bottom: sources into packed rows, the model they train, the run; then questions, answers, marks, report.
