@@ -47,7 +47,7 @@ from bpe import usable_cpus
 from common import Metrics, Parser, UserError, cli, read_json
 from generate import Engine, Sampling
 from model import Config, Transformer
-from optim import MuonAdamW
+from optim import MuonAdamW, print_estimate
 from packed import NF4Linear
 from quant import pack
 from runtime import DTYPES, resolve
@@ -478,7 +478,7 @@ def bench_qlora(args):
         flags = lora.Args(r=args.r, quant=quant, optimizer="adamw8bit", recompute=True, context=args.context, batch=1)
         parts, trained, total = lora.estimate(config, flags, runtime, 1)
         print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
-        train.print_estimate(parts, 1, flags, runtime)
+        print_estimate(parts, 1, flags, runtime)
         if args.estimate:
             continue
         loaded, peak, rate = train_adapter(config, bool(quant), args, runtime)

@@ -52,7 +52,6 @@ class Args(train.LoopArgs):
     lora: int = 0                     # train an adapter of this rank, not all weights
     alpha: float = 0.0                # its scale [twice the rank]
     targets: str = "all"              # its layers: all, attn, mlp or names
-    cache: str = ""                   # folder for the reference's log-probs, computed once [the one that --out is in]
     context: int = 1024               # tokens of a prompt and an answer together; a longer prompt loses its beginning
     steps: int = 200                  # optimizer steps
     batch: int = 32                   # pairs per step
@@ -135,18 +134,14 @@ def as_talk(value, role):
             return [{"role": role, "content": value}]
         talk = [{"role": "user" if who == "Human" else "assistant", "content": t.strip()} for who, t in zip(said[::2], said[1::2])]
         return talk if talk[-1]["content"] or role == "assistant" else talk[:-1]  # a prompt may end in "Assistant:"
-    names = {"human": "user", "gpt": "assistant"}
-    return [{"role": names.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else
-            {"role": m["role"], "content": m["content"]} for m in ([value] if isinstance(value, dict) else value)]
+    talk = [value] if isinstance(value, dict) else value
+    talk = chat.as_messages({"conversations": talk})[0] if talk and "from" in talk[0] else talk
+    return [{"role": m["role"], "content": m["content"]} for m in talk]
 
 
 def read_preferences(path, split="train", count=0, seed=0):
     """Yields (prompt, answers, label) of a JSON list or JSONL, or `count` of toybox; UserError names the record that is none."""
-    if path == "toybox":
-        yield from map(as_preference, toybox.preferences(split, count, seed))
-        return
-    n = 0
-    for n, record in enumerate(common.json_records(path), 1):
+    for n, record in enumerate(toybox.preferences(split, count, seed) if path == "toybox" else common.json_records(path), 1):
         try:
             yield as_preference(record)
         except (KeyError, TypeError, AttributeError, UserError) as error:
@@ -190,13 +185,13 @@ def load_pairs(args, tok, context, model_sha):
     """-> [training Pairs, validation Pairs]. A share is held out by prompt, so that no prompt is on both sides."""
     rows = usable(tok, read_preferences(args.data, "train", args.pairs, args.seed), context)
     if args.val or args.data == "toybox":
-        parts = [rows, usable(tok, read_preferences(args.val or args.data, "val", 200), context)]
+        val = usable(tok, read_preferences(args.val or args.data, "val", 200), context)
     else:
-        parts = [[r for r in rows if r[3] >= args.val_share], [r for r in rows if r[3] < args.val_share]]
-    for name, part in zip(("training", "validation"), parts):
+        rows, val = [r for r in rows if r[3] >= args.val_share], [r for r in rows if r[3] < args.val_share]
+    for name, part in (("training", rows), ("validation", val)):
         if len(part) < 2:
             raise UserError(f"{args.data}: {len(part)} usable pairs for {name}: give more data, --val FILE, or another --val-share")
-    return [make_pairs(args, part, model_sha) for part in parts]
+    return [make_pairs(args, part, model_sha) for part in (rows, val)]
 
 
 def make_pairs(args, found, model_sha):
@@ -373,9 +368,9 @@ def prepare(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are computed before it changes."""
     if args.loss not in LOSSES:
         raise UserError(f"--loss {args.loss}: use {', '.join(LOSSES)}")
-    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5 or not 0 < args.val_share < 1 or not args.sft_weight >= 0:
-        raise UserError(f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} in [0, 0.5), --val-share "
-                        f"{args.val_share} between 0 and 1, --sft-weight {args.sft_weight} not negative")
+    if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
+        raise UserError(f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below 0.5, --val-share "
+                        f"{args.val_share} between 0 and 1")
     if (Path(args.model) / "adapter_config.json").is_file():
         raise UserError(f"{args.model} is an adapter, and the reference has to be a whole model: merge it first, with "
                         f"python lora.py merge BASE {args.model} --out D")
@@ -386,7 +381,7 @@ def prepare(args, checkpoint):
     if not args.micro_batch and runtime.device.type == "cpu":  # short passes of pairs alike in length waste little on padding
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
     for pairs in (data, val) if args.loss not in REFERENCE_FREE and not args.fit else ():
-        reference(pairs, model, tok, runtime, args.micro_batch or 8, args.cache or Path(args.out).parent)
+        reference(pairs, model, tok, runtime, args.micro_batch or 8, Path(args.out).parent)
     if args.lora and checkpoint:
         lora.load_adapter(model, checkpoint, trainable=True)
     elif args.lora:
@@ -394,23 +389,21 @@ def prepare(args, checkpoint):
         lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
     elif checkpoint:
         model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"data     {len(data.pairs):,} pairs to train on, {len(val.pairs):,} held out; {len(data):,} tokens, prompts once; "
           f"{args.steps:,} steps of {args.batch} = {args.steps * args.batch / len(data.pairs):.1f} epochs\n"
-          f"model    {model.num_params():,} parameters, {trained:,} of them trained: {args.loss}, beta {args.beta:g}")
+          f"model    {model.num_params():,} parameters, {lora.count_params(model)[0]:,} of them trained: {args.loss}, beta "
+          f"{args.beta:g}")
     return train.start_run(args, checkpoint, runtime, tok, model, data, val, loss=Objective(), validate=validate,
                            write=(lambda run, folder, _: lora.save_adapter(run.model, folder)) if args.lora else train.write_model)
 
 
-@torch.no_grad()
 def validate(run, prefix="val_"):
     """The loss and what goes with it over the held-out pairs -> {name: value}."""
-    objective, model = Objective(), run.step_model.eval()
-    for batch in run.val.validation(run.rows, run.args.context, None, run.runtime.rank, run.runtime.world):
-        batch = with_z0(run, batch) if run.args.loss == "kto" else batch
-        with run.runtime.autocast():
-            objective(model, batch.to(run.runtime.device), run.args)
-    model.train()
+    objective = Objective()
+
+    def loss(model, batch, args):
+        return objective(model, with_z0(run, batch) if args.loss == "kto" else batch, args)
+    train.evaluate(run.step_model, run.val, run.rows, run.args, run.runtime, loss=loss)
     return objective.means(run.args, run.runtime, prefix)
 
 
@@ -421,7 +414,7 @@ def check_start(run):
     if run.args.loss == "sigmoid" and not run.args.sft_weight:
         if not max(off, margin) <= (1e-6 if run.runtime.dtype == torch.float32 else 2e-2):
             raise UserError(f"step 0: loss {values['val_loss']:.7f}, not ln 2 = 0.6931472, margin {margin:.2g}: the policy is "
-                            f"not the reference; delete reference-*.safetensors in {run.args.cache or Path(run.args.out).parent}")
+                            f"not the reference; delete reference-*.safetensors in {Path(run.args.out).parent}")
         print(f"start    loss {values['val_loss']:.7f} = ln 2 to {off:.0e}, margin {margin:.0e}: the policy is the reference")
     if run.metrics:
         run.metrics.log(0, **values)
@@ -441,10 +434,11 @@ def learn(run):
     for step, batch in train.steps(run):
         batch = with_z0(run, batch) if args.loss == "kto" else batch
         total = train.forward_backward(run, batch, args.batch)
-        norm, factor = train.update(run, step)
+        values = train.update(run, step)
         if step % args.log_every == 0:  # the row's loss is this step's, all else the mean since the last row
-            means = run.loss.means(args, run.runtime)
-            train.log_step(run, step, total, args.batch, norm, factor, **{k: v for k, v in means.items() if k != "loss"})
+            values |= run.loss.means(args, run.runtime)
+            del values["loss"]
+        train.log_step(run, step, total, args.batch, **values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- eval
@@ -453,8 +447,7 @@ class EvalArgs:
     model: str = "runs/dpo"           # what dpo.py wrote: a model folder, or an adapter
     reference: str = ""               # the model folder it started from [the one its run was given]
     data: str = "toybox"              # toybox, or a .json or .jsonl of pairs
-    pairs: int = 500                  # how many of toybox
-    split: str = "test"               # of toybox
+    pairs: int = 500                  # how many of toybox's test split
     beta: float = 0.1                 # scale of the rewards
     context: int = 1024               # tokens of a prompt and an answer together
     max_tokens: int = 64              # of an answer that is generated
@@ -471,7 +464,7 @@ def evaluate(argv):
         raise UserError(f"{args.model} does not say what it started from: name that model folder with --reference")
     runtime, settings = resolve(args.device, args.dtype, "off"), Args(beta=args.beta, data=args.data)
     tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
-    records = read_preferences(args.data, args.split, args.pairs)
+    records = read_preferences(args.data, "test", args.pairs)
     found = usable(tok, records, min(args.context, model.config.max_position_embeddings))
     pairs = make_pairs(settings, found, lora.base_sha256(model))
     reference(pairs, model, tok, runtime, 8, Path(args.model).parent)
@@ -487,7 +480,7 @@ def evaluate(argv):
 
 def say(args, tok, model):
     """Greedy answers to toybox's questions -> the shares in the preferred style, right, and ended by themselves."""
-    rows = list(toybox.preferences(args.split, args.pairs))
+    rows = list(toybox.preferences("test", args.pairs))
     prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
     said = finetune.answers(model, tok, prompts, args.max_tokens)
     marks = [(toybox.style(text), toybox.check(row["family"], row["prompt"], text), end) for row, (text, end) in zip(rows, said)]

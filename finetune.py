@@ -2,7 +2,7 @@
 
     python finetune.py MODEL --data chat.jsonl --out runs/chat             # JSONL or JSON in any of chat.py's layouts
     python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2 --out runs/chat    # a mixture
-    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as for train.p
+    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as for train
     python finetune.py eval MODEL --data data/toybox --before BASE         # answers, exact match, perplexity -> report.md, .html
 
 Top to bottom: sources into packed rows, the model they train, the run; then questions, answers, marks, report.
@@ -45,8 +45,6 @@ class Args(LoopArgs):
     val_share: float = 0.05           # that share
     text: str = ""                    # pre-training text mixed in against forgetting: a file, a named corpus or shards
     text_share: float = 0.1           # share of the rows that are of --text
-    families: str = ""                # only records of these families, by comma (toybox has them)
-    withhold: str = ""                # no records of these families
     examples: int = 40_000            # conversations that `--data toybox` makes
     epochs: float = 3.0               # passes over the data, where --steps is 0
     out: str = "runs/chat"            # the model folder to write
@@ -69,17 +67,12 @@ def parse_source(spec):
     return name, float(weight)
 
 
-def records(name, split, args, count):
-    """Yield (record, messages, tools) of a source: a file, FOLDER/SPLIT.jsonl, or `count` that toybox makes."""
-    keep, drop = ({f for f in names.split(",") if f} for names in (args.families, args.withhold))
-    if name == "toybox":
-        names = [f for f in toybox.FAMILIES if f in (keep or {*toybox.FAMILIES} - {toybox.WITHHELD}) and f not in drop]
-        if (keep | drop) - {*toybox.FAMILIES} or not names:
-            raise UserError(f"--families {args.families} --withhold {args.withhold}: toybox has {', '.join(toybox.FAMILIES)}")
-        rows = ((row, row["messages"], None) for row in toybox.examples(split, count, families=names))
-    else:
-        rows = chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
-    return (row for row in rows if row[0].get("family") not in drop and (not keep or row[0].get("family") in keep))
+def records(name, split, count):
+    """(record, messages, tools)s of a source: a file, FOLDER/SPLIT.jsonl, or `count` that toybox makes."""
+    if name == "toybox":  # its families in equal shares
+        rows = toybox.examples(split, count, families=[f for f in toybox.FAMILIES if f != toybox.WITHHELD])
+        return ((row, row["messages"], None) for row in rows)
+    return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
 
 
 def encode(tok, name, rows, context, counts):
@@ -91,18 +84,15 @@ def encode(tok, name, rows, context, counts):
     for n, (_, messages, tools) in enumerate(rows, 1):
         try:
             ids, mask = chat.example(tok, messages, tools)
+            counts["cut to the context"] += len(ids) > context + 1
+            if not any(mask[1:context + 1]):
+                raise UserError("the prompt alone fills the context")
+            pairs.append((np.array(ids[:context + 1], tok.dtype), np.array(mask[:context + 1], bool)))
         except UserError as reason:
             counts[f"left out: {reason}"] += 1
-            continue
-        counts["cut to the context"] += len(ids) > context + 1
-        ids, mask = np.array(ids[:context + 1], tok.dtype), np.array(mask[:context + 1], bool)
-        if mask[1:].any():
-            pairs.append((ids, mask))
-        else:
-            counts["left out: the prompt alone fills the context"] += 1
     if not pairs:
         why = "; ".join(f"{times:,} x {reason}" for reason, times in (+counts).most_common(3))
-        raise UserError(f"{name}: nothing to train on in {n:,} conversations: {why or '--families and --withhold left none'}")
+        raise UserError(f"{name}: nothing to train on in {n:,} conversations{': ' if why else ''}{why}")
     return pairs
 
 
@@ -110,21 +100,16 @@ def best_fit(sizes, context):
     """Pieces into rows of `context`: in their order, each into the fullest row with room for it -> [indices of a row's pieces].
 
     In random order, so that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one length each."""
-    rows, by_room, rooms = [], defaultdict(list), []  # rows by the room they have left, and which rooms there are, sorted
+    rows, unfilled, least = [], [], min(sizes, default=0)  # unfilled: (room left, minus when it was last filled, row), sorted
     for i, size in enumerate(sizes):
-        if (at := bisect_left(rooms, size)) < len(rooms):
-            room = rooms[at]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[at]
+        if (at := bisect_left(unfilled, (size,))) < len(unfilled):
+            room, _, row = unfilled.pop(at)
         else:
             room, row = context, len(rows)
             rows.append([])
         rows[row].append(i)
-        if left := room - size:
-            if not by_room[left]:
-                insort(rooms, left)
-            by_room[left].append(row)
+        if room - size >= least:
+            insort(unfilled, (room - size, -i, row))
     return rows
 
 
@@ -148,9 +133,6 @@ class Conversations:
 
     def __len__(self):
         return int(len(self.ids.tokens[0]))
-
-    def read(self, start, size):
-        return self.ids.read(start, size)
 
     def plan(self, context, seed, epoch):
         """The rows of an epoch, by (seed, epoch): each source as often as its weight says, the fraction a draw -> data.Plan."""
@@ -198,20 +180,21 @@ def load_text(args, tok):
 def load_data(args, tok):
     """--data, --val and --text -> (training, validation) Conversations; says what became of them."""
     def read(name, split, counts):
-        return encode(tok, name, records(name, split, args, args.examples if split == "train" else 500), args.context, counts)
-    counts, train, val = Counter(), [], [(1.0, read(name, "val", Counter())) for name, _ in map(parse_source, args.val)]
+        return encode(tok, name, records(name, split, args.examples if split == "train" else 500), args.context, counts)
+    counts, train, val = Counter(), [], [read(name, "val", Counter()) for name, _ in map(parse_source, args.val)]
     for name, weight in map(parse_source, args.data):
         pairs = read(name, "train", counts)
         if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
-            val.append((1.0, read(name, "val", Counter())))
+            val.append(read(name, "val", Counter()))
         elif not args.val:
             if not 0 < args.val_share < 1 or len(pairs) < 2:
                 raise UserError(f"{name}: a --val-share of {args.val_share} of {len(pairs):,} conversations cannot be held out: "
                                 "give --val FILE")
-            val.append((1.0, [pair for i, pair in enumerate(pairs) if held_out(args.val_share, i)]))
+            val.append([pair for i, pair in enumerate(pairs) if held_out(args.val_share, i)])
             pairs = [pair for i, pair in enumerate(pairs) if not held_out(args.val_share, i)]
         train.append((weight, pairs))
-    train, val = Conversations(train, load_text(args, tok) if args.text else None, args.text_share), Conversations(val)
+    train = Conversations(train, load_text(args, tok) if args.text else None, args.text_share)
+    val = Conversations([(1.0, pairs) for pairs in val])
     rows = len(train.plan(args.context, args.seed, 0).order)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -251,9 +234,9 @@ def open_model(folder, device, dtype=None):
             print(f"chat     {folder} has no {' and '.join(missing)}: added; the embedding has {model.config.vocab_size:,} rows "
                   "now, the new ones are the mean of the others")
         tok.chat_template = chat.CHATML_TEMPLATE
-    ends = model.config.eos_token_id
+    stop, ends = chat.stop_id(tok), model.config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if (stop := chat.stop_id(tok)) not in ends:
+    if stop not in ends:
         model.config.eos_token_id = [stop, *ends] if ends else stop
     return tok, model
 
@@ -279,6 +262,8 @@ def prepare(args, checkpoint):
 
 def try_out(run, count=20):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
+    if not run.metrics or run.args.shard or not run.args.sample:  # of one rank, which has the whole model
+        return
     asked = []
     for ids, mask in run.val.pairs[:count]:
         end = len(mask) - int(np.argmax(mask[::-1]))             # of the last answer
@@ -298,8 +283,7 @@ def main():
 
 def train_and_try(run):
     train(run)
-    if run.metrics and not run.args.shard and run.args.sample:
-        try_out(run)
+    try_out(run)
 
 
 # ------------------------------------------------------------------------------------------------------- questions and answers
@@ -383,7 +367,7 @@ def read_questions(args):
     """--data -> [Question]: what is asked is all before the last answer; a record may end with the user and have only checks."""
     questions = []
     for name in args.data:
-        for n, (record, talk, _) in enumerate(islice(records(name, "test", args, args.examples), args.examples), 1):
+        for n, (record, talk, _) in enumerate(islice(records(name, "test", args.examples), args.examples), 1):
             checks = [(c.get("kind"), c.get("value")) if isinstance(c, dict) else (c, None) for c in record.get("checks") or []]
             for kind, value in checks:
                 if kind not in CHECKS or type(value) is not CHECKS[kind][0]:
@@ -392,7 +376,7 @@ def read_questions(args):
             said = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else None
             questions.append(Question(talk if said is None else talk[:-1], said, str(record.get("family", "")), checks))
     if not questions:
-        raise UserError(f"{' '.join(args.data)}: no questions, or --families and --withhold left none")
+        raise UserError(f"{' '.join(args.data)}: no questions")
     return questions
 
 
@@ -415,16 +399,20 @@ def examine(folder, questions, args, runtime):
     """A model answers -> Marks."""
     tok, model = open_model(folder, runtime.device, runtime.dtype)
     given = answers(model, tok, [chat.render(tok, q.messages, True)[0] for q in questions], args.max_tokens, args.rows)
-    texts, results, kinds = [text for text, _ in given], defaultdict(list), defaultdict(list)
+    texts, results = [text for text, _ in given], defaultdict(list)
     right = [None if q.expected is None else is_right(q, text) for q, text in zip(questions, texts)]
     for q, (text, ended), good in zip(questions, given, right):
-        kept = [(kind, CHECKS[kind][1](text, value)) for kind, value in q.checks]
         results["ended by itself"].append(ended)
-        for what in ("exact match", *([f"exact match: {q.family}"] if q.family else [])) if good is not None else ():
-            (kinds if ":" in what else results)[what].append(good)
-        for kind, yes in [*kept, *([("all of an answer's", all(yes for _, yes in kept))] if kept else [])]:
-            kinds[f"check: {kind}"].append(yes)
-    scores = {what: (sum(each), len(each)) for what, each in [*results.items(), *sorted(kinds.items())]}
+        if good is not None:
+            results["exact match"].append(good)
+        if good is not None and q.family:
+            results[f"exact match: {q.family}"].append(good)
+        kept = [(kind, CHECKS[kind][1](text, value)) for kind, value in q.checks]
+        for kind, yes in kept:
+            results[f"check: {kind}"].append(yes)
+        if kept:
+            results["check: all of an answer's"].append(all(yes for _, yes in kept))
+    scores = {what: (sum(results[what]), len(results[what])) for what in sorted(results, key=lambda what: (":" in what, what))}
     known = [(None, [*q.messages, {"role": "assistant", "content": q.expected}], None) for q in questions if q.expected]
     perplexity = math.nan
     if known:
@@ -479,8 +467,6 @@ class EvalArgs:
     before: str = ""                  # another model to set beside it, the base say
     out: str = ""                     # where the report goes [the model's folder]
     examples: int = 1400              # questions of each source at most
-    families: str = ""                # only records of these families, by comma
-    withhold: str = ""                # no records of these families
     max_tokens: int = 128             # tokens an answer may have
     rows: int = 64                    # answers generated at once
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps

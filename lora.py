@@ -3,7 +3,6 @@
     python lora.py train MODEL --data chat.jsonl --out runs/adapter             # --quant nf4 is QLoRA; --fit prints the memory
     python lora.py merge MODEL runs/adapter --out runs/merged
 """
-import contextlib
 import hashlib
 import math
 import re
@@ -21,6 +20,7 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
+from optim import estimate_memory, print_estimate
 from packed import QuantLinear
 from quant import TOKENIZER_FILES, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
@@ -40,8 +40,7 @@ class Settings:
     dora: bool = False
 
     def scale(self, r, alpha=None):
-        """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r), under which a high rank still learns (rsLoRA,
-        Kalajdzievski 2023)."""
+        """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r): then high ranks learn too (rsLoRA, Kalajdzievski 2023)."""
         return (alpha or self.alpha) / (math.sqrt(r) if self.rslora else r)
 
 
@@ -50,8 +49,7 @@ class Adapter(nn.Module):
 
     DoRA (Liu et al. 2024, eq. 5) also learns each output's magnitude m (N,): W' = m (W + scale B A) / |W + scale B A|, the
     norm over a row. It is a constant to the gradient (their section 4.3), so W' x costs no product beyond LoRA's.
-    B starts at zero and m at |W|: a fresh adapter changes nothing. Parameters are float32, whatever the base is.
-    """
+    B starts at zero and m at |W|: a fresh adapter changes nothing. Parameters are float32, whatever the base is."""
 
     def __init__(self, base, r, scale, dropout=0.0, dora=False):
         super().__init__()
@@ -177,33 +175,32 @@ def choose(model, targets):
     return [n for n in layers if n in chosen]
 
 
-def wrap(model, name):
-    """The LoRALinear at that name, put there if need be."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, LoRALinear):
-        layer = LoRALinear(layer)
-        model.set_submodule(name, layer)
-    return layer
-
-
 def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False, name="default"):
     """Freeze the model and put a new adapter, called `name`, beside the chosen linear layers, in place -> the model.
 
-    Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix.
-    """
-    settings = Settings(r, alpha, dropout, rslora, dora)
+    Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix."""
+    settings, layers, chosen = Settings(r, alpha, dropout, rslora, dora), linears(model), choose(model, targets)
     if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise UserError(f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)")
-    check_name(model, name)
-    chosen, layers = choose(model, targets), linears(model)
     for n in chosen:
         base = getattr(layers[n], "base", layers[n])
         if r > min(N := base.out_features, K := base.in_features):
             raise UserError(f"--r {r} is above the rank that {n}, {N} x {K}, can have: at most {min(N, K)}")
+    return attach(model, name, settings, {n: (r, settings.scale(r)) for n in chosen})
+
+
+def attach(model, name, settings, layers):
+    """Freeze the model and put a fresh adapter beside each of `layers`, {name: (rank, scale)}, and in effect -> the model."""
+    if name in adapters(model) or not name or "." in name:
+        why = "the model has one so called" if name in adapters(model) else "the name is empty or has a dot"
+        raise UserError(f"an adapter cannot be called {name!r}: {why}")
     model.requires_grad_(False)
-    for n in chosen:
-        layer = wrap(model, n)
-        layer.adapters[name] = Adapter(layer.base, r, settings.scale(r), dropout, dora)
+    for n, (r, scale) in layers.items():
+        layer = model.get_submodule(n)
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            model.set_submodule(n, layer)
+        layer.adapters[name] = Adapter(layer.base, r, scale, settings.dropout, settings.dora)
     model.adapters = {**adapters(model), name: settings}
     return set_adapter(model, name)
 
@@ -211,12 +208,6 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
 def adapters(model):
     """{name: Settings} of the adapters loaded."""
     return getattr(model, "adapters", {})
-
-
-def check_name(model, name):
-    if name in adapters(model) or not name or "." in name:
-        raise UserError(f"an adapter cannot be called {name!r}: " + ("the model has one so called" if name in adapters(model) else
-                                                                     "the name is empty or has a dot"))
 
 
 def set_adapter(model, name):
@@ -227,18 +218,6 @@ def set_adapter(model, name):
         if isinstance(layer, LoRALinear):
             layer.active, layer.rows = name, None
     return model
-
-
-@contextlib.contextmanager
-def adapter_off(model):
-    """Context: the model as if it had no adapter (DPO's reference)."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    active = layers[0].active if layers else None
-    set_adapter(model, None)
-    try:
-        yield model
-    finally:
-        set_adapter(model, active)
 
 
 def model_adapter_rows(model, rows):
@@ -252,18 +231,15 @@ def model_adapter_rows(model, rows):
             layer.rows = rows
 
 
-def merge(model, name=None):
-    """Fold the adapter (by default the one in effect) into the weights, in float32, and leave plain linear layers: of the base's
-    dtype, float32 where it was quantized -> the model. A head that was the embedding becomes a matrix of its own."""
-    if name is not None:
-        set_adapter(model, name)
+def merge(model):
+    """Fold the adapter in effect into the weights, in float32, and leave plain linear layers: of the base's dtype, float32 where
+    it was quantized -> the model. A head that was the embedding becomes a matrix of its own."""
     for n, layer in linears(model).items():
         new = base = getattr(layer, "base", layer)
         adapter, packed = getattr(layer, "adapter", None), isinstance(base, QuantLinear)
         if adapter or packed:
             new = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-            with torch.no_grad():
-                weight = adapter.weight(base) if adapter else dense(base)
+            weight = (adapter.weight(base) if adapter else dense(base)).detach()
             new.weight, new.bias = nn.Parameter(weight if packed else weight.to(base.weight.dtype)), base.bias
             if n == "lm_head" and model.config.tie_word_embeddings:
                 print("merge    the head was the embedding matrix and the adapter changes it: from now on they are two")
@@ -301,10 +277,9 @@ def save_adapter(model, folder, name="default"):
         if name in getattr(layer, "adapters", ()):
             modules.setdefault(folder_module(n, config), []).append(layer.adapters[name])
     tensors, ranks, alphas = {}, {}, {}
-    for module, parts in modules.items():
-        # GPT-2's c_attn is q, k and v one above the other: their A stacked, their B along the diagonal, so rank 3r
+    for module, parts in modules.items():  # GPT-2's c_attn is q over k over v: their A stacked, their B along the diagonal, rank 3r
         A, B = torch.cat([p.A for p in parts]), torch.block_diag(*[p.B for p in parts])
-        key, r, scale = f"base_model.model.{module}.lora_", A.size(0), parts[0].scale
+        key, r, scale = f"base_model.model.{module}.lora_", len(A), parts[0].scale
         tensors |= {key + "A.weight": A, key + "B.weight": B}
         if settings.dora:
             tensors[key + "magnitude_vector"] = torch.cat([p.m for p in parts])
@@ -352,14 +327,12 @@ def read_adapter(folder):
 def split_fused(parts, sizes):
     """The tensors of a folder's module -> [those of each layer that it holds], of `sizes` outputs. GPT-2's q, k and v get A whole
     and their rows of B; without the zeros where `save_adapter` stacked three."""
-    A, B = parts["A"], parts["B"].split(sizes)
-    r = len(A) // len(sizes)
-    diagonal = [b[:, i * r:(i + 1) * r] for i, b in enumerate(B)]
-    if len(A) == r * len(sizes) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
-        split = [{"A": a, "B": b} for a, b in zip(A.split(r), diagonal)]
-    else:
-        split = [{"A": A, "B": b} for b in B]
-    return [s | {"m": m} for s, m in zip(split, parts["m"].split(sizes))] if "m" in parts else split
+    B, r = parts["B"].split(sizes), len(parts["A"]) // len(sizes)
+    A, diagonal = [parts["A"]] * len(B), [b[:, i * r:(i + 1) * r] for i, b in enumerate(B)]
+    if r * len(B) == len(parts["A"]) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
+        A, B = parts["A"].split(r), diagonal
+    own = {"A": A, "B": B} | ({"m": parts["m"].split(sizes)} if "m" in parts else {})
+    return [dict(zip(own, tensors)) for tensors in zip(*own.values())]
 
 
 def own_alpha(config, module):
@@ -374,39 +347,31 @@ def own_alpha(config, module):
 def load_adapter(model, folder, name="default", trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers, and in effect -> the model.
 
-    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit.
-    """
+    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
     config, parts = read_adapter(folder)
-    check_name(model, name)
     if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
         raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
                         f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})")
     settings = Settings(*(config[k] for k in ("r", "lora_alpha", "lora_dropout")),
                         *(bool(config.get(k)) for k in ("use_rslora", "use_dora")))
-    layers, ours, fitting = linears(model), {}, []
-    for n in layers:
-        ours.setdefault(folder_module(n, model.config), []).append(n)
+    ours, own, layers = {}, {}, {}
+    for n, layer in linears(model).items():
+        ours.setdefault(folder_module(n, model.config), {})[n] = getattr(layer, "base", layer)
     for module, tensors in parts.items():  # all of it is checked before the model is touched
-        bases = {n: getattr(layers[n], "base", layers[n]) for n in ours.get(module, ())}
-        sizes, r = [b.out_features for b in bases.values()], len(tensors.get("A", ()))
-        want: dict[str, tuple] = {"A": (r, next(iter(bases.values())).in_features), "B": (sum(sizes), r)} if bases else {}
-        want |= {"m": (sum(sizes),)} if settings.dora else {}
-        if not bases:
+        if module not in ours:
             raise UserError(f"{folder}: {module} is adapted there, but this model has no such linear layer")
+        sizes, r = [base.out_features for base in ours[module].values()], len(tensors.get("A", ()))
+        want: dict[str, tuple] = {"A": (r, next(iter(ours[module].values())).in_features), "B": (sum(sizes), r)}
+        want |= {"m": (sum(sizes),)} if settings.dora else {}
         if not r or want != (shapes := {k: tuple(t.shape) for k, t in tensors.items()}):
             raise UserError(f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}")
-        scale = settings.scale(r, own_alpha(config, module))
-        fitting += [(n, part, scale) for n, part in zip(bases, split_fused(tensors, sizes))]
-    model.requires_grad_(False)
-    for n, part, scale in fitting:
-        layer = wrap(model, n)
-        layer.adapters[name] = Adapter(layer.base, len(part["A"]), scale, settings.dropout, settings.dora)
-        with torch.no_grad():
-            for k, t in part.items():
-                getattr(layer.adapters[name], k).copy_(t)
-        layer.adapters[name].requires_grad_(trainable)
-    model.adapters = {**adapters(model), name: settings}
-    return set_adapter(model, name)
+        own |= zip(ours[module], split_fused(tensors, sizes))
+        layers |= {n: (len(own[n]["A"]), settings.scale(r, own_alpha(config, module))) for n in ours[module]}
+    attach(model, name, settings, layers)
+    for n, tensors in own.items():
+        adapter = model.get_submodule(n).adapters[name].requires_grad_(trainable)
+        adapter.load_state_dict(tensors)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -428,9 +393,9 @@ def estimate(config, args, runtime, rows):
     """Bytes by part of training with `rows` rows a pass, without building the model -> ({part: bytes}, trained, all parameters)."""
     with torch.device("meta"):
         model = apply(Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora)
-    parts, (trained, total) = train.estimate_memory(model, args, runtime, rows), count_params(model)
-    packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
+    parts, (trained, total) = estimate_memory(model, args, runtime, rows), count_params(model)
     left = parts.pop("weights") - 4 * trained
+    packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
     if args.quant:
         left -= sum(packed) * runtime.dtype.itemsize
         blocks = sum(packed) // 64  # a byte of scale each, and four bytes for 256 of those
@@ -448,16 +413,18 @@ def prepare(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`, for which MODEL needs only its config.json."""
     if not args.model or not (args.data or args.fit):
         raise UserError("give a model folder and conversations: python lora.py train MODEL --data chat.jsonl --out D")
-    if args.quant not in ("", "nf4") or args.shard:
-        raise UserError(f"--quant {args.quant}: use nf4, or leave it out" if args.quant else
-                        "--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)")
+    if args.quant not in ("", "nf4"):
+        raise UserError(f"--quant {args.quant}: use nf4, or leave it out")
+    if args.shard:
+        raise UserError("--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)")
     runtime = resolve(args.device, args.dtype, args.compile)
     config = Config.from_dict(common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json")
     args.context = min(args.context, config.max_position_embeddings)
     if args.fit:
-        parts, trained, total = estimate(config, args, runtime, args.micro_batch or args.batch // runtime.world)
+        rows = args.micro_batch or args.batch // runtime.world
+        parts, trained, total = estimate(config, args, runtime, rows)
         print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
-        return train.print_estimate(parts, args.micro_batch or args.batch // runtime.world, args, runtime)
+        return print_estimate(parts, rows, args, runtime)
     tok = Tokenizer.load(args.model)
     if not tok.chat_template:
         raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it")
@@ -487,21 +454,13 @@ def check_moved(run):
                         "base trained, and --lr above 0?")
 
 
-def train_command():
-    train.launch(*train.read_args(Args, __doc__, positional=("model",), argv=sys.argv[2:]), prepare, learn)
-
-
 def learn(run):
     """The loop."""
     for step, batch in train.steps(run):
-        count = run.runtime.sum((batch.y != -100).sum().item())
-        total = train.forward_backward(run, batch, count)
-        norm, factor = train.update(run, step)
+        train.learn(run, step, batch)
         if step == 0:
             check_moved(run)
-        train.log_step(run, step, total, count, norm, factor)
-    if run.metrics and run.args.sample:
-        finetune.try_out(run)
+    finetune.try_out(run)
 
 
 # -------------------------------------------------------------------------------------------------------------- merging
@@ -514,9 +473,9 @@ class MergeArgs:
     overwrite: bool = False  # replace the model in --out
 
 
-def merge_command():
+def merge_command(argv):
     """A base and an adapter -> a model folder like any other. What merging and rounding change is measured, and bounded."""
-    args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, sys.argv[2:], ("base", "adapter")))
+    args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, argv, ("base", "adapter")))
     out, stored = Path(args.out), common.read_json(Path(args.base) / "config.json")
     name = (stored.get("dtype") or stored.get("torch_dtype") or "float32") if args.dtype == "auto" else args.dtype
     if name not in DTYPES:
@@ -542,11 +501,13 @@ def merge_command():
 
 
 def main():
-    commands = {"train": train_command, "merge": merge_command}
-    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+    command, argv = "".join(sys.argv[1:2]), sys.argv[2:]
+    if command == "merge":
+        return merge_command(argv)
+    if command != "train":
         print(__doc__)
         raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
-    commands[sys.argv[1]]()
+    train.launch(*train.read_args(Args, __doc__, positional=("model",), argv=argv), prepare, learn)
 
 
 if __name__ == "__main__":

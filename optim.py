@@ -1,19 +1,38 @@
-"""Muon for the hidden matrices, AdamW for everything else, and the learning-rate schedules.
+"""Muon for the hidden matrices, AdamW for everything else, schedules; training over ranks, and the memory that it takes.
 
     optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
     optimizer.set_lr(schedule(step, total)); optimizer.step()
 """
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 
 from common import UserError
+from model import LOGITS_AT_ONCE
+from runtime import free_memory
 
 
-# ------------------------------------------------------------------------------------- sharded parameters (FSDP's DTensor)
-# DTensor is imported where it is needed: the import alone takes a second.
+# ------------------------------------------------------------------------------- over ranks: DDP, or FSDP with its DTensors
+# What those need is imported where they are: the import alone takes a second.
+def wrap(model, args, runtime):
+    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
+    model.recompute = args.recompute
+    if runtime.world == 1:
+        return model
+    if not args.shard:  # buffers are not broadcast, as none of ours changes
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
 def is_sharded(t):
     return hasattr(t, "device_mesh")
 
@@ -40,8 +59,7 @@ def own_rows(t, like):
 
 
 def grad_norm(params):
-    """Euclidean norm of all gradients taken as one vector, over all shards -> scalar float32."""
-    params = [p for p in params if p.grad is not None]
+    """Euclidean norm of the gradients of params, which all have one, as one vector over all shards -> scalar float32."""
     square = torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
     if is_sharded(params[0]):
         dist.all_reduce(square)
@@ -52,8 +70,7 @@ def grad_norm(params):
 def orthogonalize(G, steps=5):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly: U V^T of its SVD with singular values in 0.7..1.2.
 
-    A quintic Newton-Schulz iteration whose coefficients trade exactness for speed (Jordan et al. 2024, "Muon").
-    """
+    A quintic Newton-Schulz iteration whose coefficients trade exactness for speed (Jordan et al. 2024, "Muon")."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
     X = X.mT if G.size(-2) > G.size(-1) else X  # so that X X^T is the small Gram matrix
@@ -69,8 +86,7 @@ def muon_step(params, grads, momentums, lr, momentum, weight_decay):
 
     Nesterov momentum, then each update is orthogonalized: every direction of the matrix moves by the same amount. The
     factor sqrt(max(1, R/C)) makes the step's effect on the output alike for tall and wide matrices. Under FSDP each rank
-    holds some rows; the iteration needs whole matrices, so the update is gathered and each rank keeps its rows of the result.
-    """
+    holds some rows; the iteration needs whole matrices, so the update is gathered and each rank keeps its rows of the result."""
     torch._foreach_lerp_(momentums, grads, 1 - momentum)
     updates = torch._foreach_lerp(grads, momentums, momentum)
     whole = orthogonalize(torch.stack([gather(u, p) for u, p in zip(updates, params)]))  # (N, R, C)
@@ -125,27 +141,23 @@ class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
     muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a
-    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds.
-    """
+    torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds."""
 
     def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,
                  muon=True, eight_bit=False):
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        shapes = {}
+        self.momentum, self.betas, self.eps, self.factor, self.steps, self.state = momentum, betas, eps, 0.0, 0, {}
+        groups = {}  # (rule, what its members share): [parameters]
         for p, name in self.names.items():
-            hidden = p.ndim == 2 and name.startswith("layers.")
-            rule = "muon" if hidden and muon else "adamw8" if eight_bit and p.numel() >= PACK_LEAST else "adamw"
-            key = (rule, tuple(p.shape) if rule == "muon" else hidden or p.ndim == 2)
-            shapes.setdefault(key, []).append(p)
-        self.param_groups = [dict(params=ps, rule=rule, base_lr=muon_lr if rule == "muon" else adam_lr, lr=0.0,
-                                  # decay pulls matrices towards zero; norms and biases have no reason to be small
-                                  weight_decay=weight_decay if rule == "muon" or detail else 0.0,
-                                  momentum=momentum, betas=betas, eps=eps) for (rule, detail), ps in shapes.items()]
-        self.steps, self.state = 0, {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                keys = ("momentum",) if group["rule"] == "muon" else ("mean", "square")
-                self.state[p] = {k: torch.zeros_like(local(p)) for k in keys} if group["rule"] != "adamw8" else self.packed(p)
+            rule = "adamw8" if eight_bit and p.numel() >= PACK_LEAST else "adamw"
+            alike = p.ndim == 2  # matrices are pulled towards zero; norms and biases have no reason to be small
+            if muon and p.ndim == 2 and name.startswith("layers."):
+                rule, alike = "muon", tuple(p.shape)
+            groups.setdefault((rule, alike), []).append(p)
+            keys = ("momentum",) if rule == "muon" else ("mean", "square")
+            self.state[p] = self.packed(p) if rule == "adamw8" else {k: torch.zeros_like(local(p)) for k in keys}
+        self.param_groups = [dict(params=ps, rule=rule, lr=muon_lr if rule == "muon" else adam_lr,
+                                  weight_decay=weight_decay if alike else 0.0) for (rule, alike), ps in groups.items()]
 
     @staticmethod
     def packed(p):
@@ -158,9 +170,8 @@ class MuonAdamW:
         return {k: v.to(p.device) for k, v in zeros.items()}
 
     def set_lr(self, factor):
-        """Scale every group's base learning rate, as the schedule says."""
-        for group in self.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        """The next steps take the groups' learning rates times this, as the schedule says."""
+        self.factor = factor
 
     def zero_grad(self):
         """Drop all gradients."""
@@ -174,21 +185,18 @@ class MuonAdamW:
             params = [p for p in g["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [local(p.grad) for p in params]
+            grads, states, lr = [local(p.grad) for p in params], [self.state[p] for p in params], g["lr"] * self.factor
+            how = self.steps, lr, self.betas, self.eps, g["weight_decay"]
             if g["rule"] == "muon":
-                muon_step(params, grads, [self.state[p]["momentum"] for p in params],
-                          g["lr"], g["momentum"], g["weight_decay"])
-            elif g["rule"] == "adamw8":
-                for p, grad in zip(params, grads):  # one at a time: only one's moments are ever there in float32
-                    s = self.state[p]
+                muon_step(params, grads, [s["momentum"] for s in states], lr, self.momentum, g["weight_decay"])
+            elif g["rule"] == "adamw":
+                adamw_step([local(p) for p in params], grads, [s["mean"] for s in states], [s["square"] for s in states], *how)
+            else:
+                for p, grad, s in zip(params, grads, states):  # one at a time: only one's moments are ever there in float32
                     mean, square = unpack(s["mean"], s["mean_top"], True, p), unpack(s["square"], s["square_top"], False, p)
-                    adamw_step([p], [grad], [mean], [square], self.steps, g["lr"], g["betas"], g["eps"], g["weight_decay"])
+                    adamw_step([p], [grad], [mean], [square], *how)
                     pack(mean, s["mean"], s["mean_top"], True)
                     pack(square, s["square"], s["square_top"], False)
-            else:
-                means, squares = ([self.state[p][k] for p in params] for k in ("mean", "square"))
-                adamw_step([local(p) for p in params], grads, means, squares, self.steps,
-                           g["lr"], g["betas"], g["eps"], g["weight_decay"])
 
     def tensors(self):
         """The whole state, for a safetensors file: {parameter name + key: tensor}. Under FSDP every rank must call it."""
@@ -203,13 +211,13 @@ class MuonAdamW:
                 state[k].copy_(own_rows(tensors[f"{self.names[p]}.{k}"].to(state[k].device), p))
 
 
+# ---------------------------------------------------------------------------------------- around a step: scale, guard, schedule
 class LossScale:
     """Dynamic loss scaling for fp16, whose gradients underflow below 6e-8 (Micikevicius et al. 2018, section 3.2).
 
     The loss is multiplied by `scale`, the gradients divided by it; a step whose gradients overflowed is skipped and halves
     the scale, `patience` good steps in a row double it. torch's GradScaler does the same, but decides per rank; here the
-    decision is the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes.
-    """
+    decision is the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes."""
 
     def __init__(self, dtype, scale=2.0 ** 16, patience=1000):
         self.on, self.patience, self.good = dtype == torch.float16, patience, 0
@@ -224,12 +232,32 @@ class LossScale:
                 self.scale *= 2
 
 
+@dataclass
+class Guard:
+    """Which steps to skip: gradients that are not finite or far above their running mean; stops after several in a row."""
+    factor: float
+    mean: float = 0.0
+    seen: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    limit: int = 10
+
+    def accepts(self, norm):
+        spike = self.factor and self.seen > 50 and norm > self.factor * self.mean
+        good = math.isfinite(norm) and not spike
+        if math.isfinite(norm):  # a spike counts as the most that is believed, so that a lasting change is accepted in time
+            believed = min(norm, self.factor * self.mean) if spike else norm
+            self.mean, self.seen = (self.mean * 0.98 + believed * 0.02 if self.seen else believed), self.seen + 1
+        self.in_a_row = 0 if good else self.in_a_row + 1
+        self.skipped += not good
+        return good
+
+
 def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6, floor=0.0):
     """Learning-rate factor at `step` of `total`: linear warm-up to 1, then
 
     cosine: half a cosine down to `floor` (Loshchilov & Hutter 2017);
-    wsd: stable at 1, then linear down to `floor` over the last `cooldown` share of the steps (Hägele et al. 2024).
-    """
+    wsd: stable at 1, then linear down to `floor` over the last `cooldown` share of the steps (Hägele et al. 2024)."""
     if step < warmup:
         return (step + 1) / warmup
     if kind == "cosine":
@@ -237,3 +265,54 @@ def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6, floor=0.0):
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
     left = (total - step) / max(1, cooldown * total)
     return floor + (1 - floor) * min(1.0, left)
+
+
+# --------------------------------------------------------------------------------------------------------- memory estimate
+def estimate_memory(model, args, runtime, rows):
+    """Bytes by part for one rank that passes `rows` rows at a time -> {part: bytes}. Eager mode; compiling saves some.
+
+    Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
+    norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
+    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves."""
+    c, ranks = model.config, runtime.world if args.shard else 1
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    matrices = sum(size for n, size in trained.items() if n.startswith("layers.") and model.get_parameter(n).ndim == 2)
+    trained = sum(trained.values())
+    state = 2 * trained if args.optimizer == "adamw8bit" else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
+    width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
+    layers = 1 if args.recompute else c.num_hidden_layers
+    kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
+    value = 4 if runtime.dtype == torch.float32 else 3
+    logits = min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3  # logits, softmax and its gradient
+    return {"weights": size // ranks, "gradients": 4 * trained // ranks, "optimizer": state // ranks,
+            "activations": rows * args.context * (layers * width * value + kept), "logits": logits}
+
+
+def choose_micro_batch(model, args, runtime, before=0):
+    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits; prints the estimate.
+
+    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory."""
+    if args.batch % runtime.world:
+        raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
+    share, free = args.batch // runtime.world, free_memory(runtime.device)
+    if args.micro_batch and share % args.micro_batch:
+        raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
+                        f"over {runtime.world})")
+    fixed = args.micro_batch or (before if before and share % before == 0 else 0)
+    for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
+        estimate = estimate_memory(model, args, runtime, rows)
+        if fixed or free is None or sum(estimate.values()) < 0.85 * free:
+            rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
+            print_estimate(estimate, rows, args, runtime)
+            return rows
+    raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
+                    f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
+                    "fewer --layers")
+
+
+def print_estimate(estimate, rows, args, runtime):
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
+    free = free_memory(runtime.device) or math.nan
+    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
+          f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")

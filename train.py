@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
@@ -31,13 +30,12 @@ from common import UserError
 from corpora import read_text
 from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
-from model import LOGITS_AT_ONCE, Config, Transformer
-from optim import LossScale, MuonAdamW, gather, grad_norm, local, schedule
+from model import Config, Transformer
+from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, schedule, wrap
 from runtime import (
     Runtime,
     all_rng_states,
     compile_or_say_why,
-    free_memory,
     latest_checkpoint,
     lost_rank_explained,
     peak_flops,
@@ -93,7 +91,6 @@ class LoopArgs:
 class Args(LoopArgs):
     preset: str = "shakespeare-char"  # a row of the table below; every other flag overrides it
     data: str = "shakespeare"         # a named corpus, a UTF-8 text file or a folder of shards (data.py)
-    data_dir: str = ""                # where to look for a local copy of a named corpus first
     tokenizer: str = "char"           # char, or a folder or tokenizer.json
     init_from: str = ""               # start a new run from the weights (only) and the shape of this model folder
     # shape
@@ -121,17 +118,20 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
                  eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary
 }
 # what may differ between a run and its resumption without making it another run
-HOUSEKEEPING = {"resume", "overwrite", "out", "data_dir", "log_every", "eval_every", "save_every", "keep", "sample_every",
+HOUSEKEEPING = {"resume", "overwrite", "out", "log_every", "eval_every", "save_every", "keep", "sample_every",
                 "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
+AT_LEAST_ONE = {"context", "batch", "log_every", "eval_every", "save_every", "keep", "heads"}
+CHOICES = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb"),
+           "arch": ("qwen3", "llama", "gpt2")}
+RUN_FILES = ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors", "adapter_config.json",
+             "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl")
 SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
          "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
 
 
 def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple[LoopArgs, Path | None]:
-    """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed.
-
-    What may not differ at all when resuming: a script's own flags (its data, its model) and what the order of rows hangs on.
-    """
+    """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed; a script's
+    own flags (its data, its model) and what the order of rows hangs on may not differ at all."""
     typed = common.parse_flags(cls, description, argv, positional)
     args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
@@ -143,58 +143,45 @@ def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple
     if checkpoint is None:
         raise UserError(f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there")
     state = common.read_json(checkpoint / "state.json")
-    saved, identity = state["args"], {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(LoopArgs)}
-    identity = (identity | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
-    changed = {k: (saved[k], v) for k, v in typed.items() if k in saved and saved[k] != v and k not in HOUSEKEEPING}
-    for name, (old, new) in changed.items():
-        if name in identity:
+    flags, shared = ({f.name for f in dataclasses.fields(c)} for c in (cls, LoopArgs))
+    kept = (flags - shared | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
+    for name, new in typed.items():
+        if name in HOUSEKEEPING or (old := state["args"].get(name, new)) == new:
+            continue
+        if name in kept:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
                             "it (from these weights a new run can start)")
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
-    args = cls(**{**saved, **typed})
+    args = cls(**{k: v for k, v in state["args"].items() if k in flags} | typed)  # an older version may have had more flags
     if args.steps < (done := state["step"]):
         raise UserError(f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less")
     return check_args(args), checkpoint
 
 
 def check_args(args):
-    """The numbers of the shared flags -> args; UserError names the one that cannot be."""
-    for name in ("context", "batch", "log_every", "eval_every", "save_every", "keep"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name in ("steps", "seed", "lr", "muon_lr", "momentum", "weight_decay", "warmup", "grad_clip", "spike", "sample",
-                 "sample_every", "micro_batch"):
-        if not getattr(args, name) >= 0:  # written so that it also refuses nan
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
-    choices = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb")}
-    for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            raise UserError(f"--{name} {getattr(args, name)}: use {' or '.join(filter(None, allowed))}")
-    if not 0 < args.cooldown <= 1 or args.momentum >= 1:
-        raise UserError(f"--momentum {args.momentum} must be below 1, --cooldown {args.cooldown} above 0 and at most 1")
+    """UserError names the flag whose value cannot be -> args."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not value >= (name in AT_LEAST_ONE):  # so written it refuses nan as well
+            must = "be at least 1" if name in AT_LEAST_ONE else "not be negative"
+            raise UserError(f"--{name.replace('_', '-')} {value} must {must}")
+        if value not in CHOICES.get(name, [value]):
+            raise UserError(f"--{name} {value}: use {' or '.join(filter(None, CHOICES[name]))}")
+        if name in ("momentum", "dropout") and value >= 1 or name == "cooldown" and not 0 < value <= 1:
+            raise UserError(f"--{name} {value} must be " + ("above 0 and at most 1" if name == "cooldown" else "below 1"))
     return args
 
 
 def model_config(args, tok):
     """The flags of shape -> Config."""
-    if args.arch not in ("qwen3", "llama", "gpt2"):
-        raise UserError(f"--arch {args.arch}: use qwen3, llama or gpt2")
-    for name, low, high in (("layers", 1, 1024), ("dim", 1, 1 << 24), ("heads", 1, 4096), ("kv_heads", 0, 4096),
-                            ("mlp", 0, 1 << 24)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be from {low} to {high:,}")
-    if not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout {args.dropout} must be below 1")
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
-    kv, bias = args.kv_heads or args.heads, args.arch == "gpt2"
-    if args.heads % kv:
-        raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {kv}")
+    bias = args.arch == "gpt2"
     config = Config(args.arch, tok.vocab_size, args.dim, args.mlp or int(args.dim * (4 if bias else 2.5)), args.layers,
-                  args.heads, kv, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
-                  norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
-                  eos_token_id=tok.eos_id, dropout=args.dropout)
-    Config.from_dict(config.to_dict(), where="these flags")  # the bounds that hold for a folder's config hold for ours
+                    args.heads, args.kv_heads or args.heads, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias,
+                    mlp_bias=bias, norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
+                    eos_token_id=tok.eos_id, dropout=args.dropout)
+    flags = " ".join(f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in SHAPE)
+    Config.from_dict(config.to_dict(), where=flags)  # the bounds that hold for a folder's config hold for ours
     return config
 
 
@@ -205,7 +192,7 @@ def load_data(args, checkpoint):
         tok = Tokenizer.load(args.data if source in ("", "char") else source)
         splits = open_shards(args.data, tok.sha256)
         return tok, splits["train"], splits["val"]
-    text, _ = read_text(args.data, args.data_dir or None)
+    text, _ = read_text(args.data)
     tok = Tokenizer.load(source) if source not in ("", "char") else Tokenizer.char(text)
     if tok.bos_id is not None:
         print(f"data     {args.data} is one document to the model; `python data.py {args.data} --tokenizer T --out D` makes many")
@@ -221,9 +208,9 @@ def build_model(args, checkpoint, tok, device):
         model.init_weights()
         return model.to(device)
     model = Transformer.from_pretrained(source, device, torch.float32, dropout=args.dropout)
-    theirs, ours = {flag: getattr(model.config, field) for flag, field in SHAPE.items()}, vars(Args())
-    differs = [f"{k.replace('_', '-')} {v} there, {getattr(args, k)} here" for k, v in theirs.items()
-               if getattr(args, k) not in (v, ours[k]) and not checkpoint]
+    there = {} if checkpoint else {flag: getattr(model.config, field) for flag, field in SHAPE.items()}
+    differs = [f"{flag.replace('_', '-')} {value} there, {here} here" for flag, value in there.items()
+               if (here := getattr(args, flag)) not in (value, getattr(Args, flag))]
     if args.context > (most := model.config.max_position_embeddings):
         differs.append(f"context {most:,} there, {args.context:,} here")
     if differs:
@@ -231,83 +218,12 @@ def build_model(args, checkpoint, tok, device):
     return model
 
 
-def wrap(model, args, runtime):
-    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
-    model.recompute = args.recompute
-    if runtime.world > 1 and args.shard:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
-        mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh, mp_policy=policy)
-    if runtime.world > 1:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)  # none of ours changes
-    return model
-
-
-# --------------------------------------------------------------------------------------------------------- memory estimate
-def estimate_memory(model, args, runtime, rows):
-    """Bytes by part for one rank that passes `rows` rows at a time -> {part: bytes}. Eager mode; compiling saves some.
-
-    Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
-    norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
-    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves.
-    """
-    c, ranks = model.config, runtime.world if args.shard else 1
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    matrices = sum(size for n, size in trained.items() if n.startswith("layers.") and model.get_parameter(n).ndim == 2)
-    trained = sum(trained.values())
-    state = 2 * trained if args.optimizer == "adamw8bit" else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
-    width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
-    layers = 1 if args.recompute else c.num_hidden_layers
-    kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
-    value = 4 if runtime.dtype == torch.float32 else 3
-    logits = min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3  # logits, softmax and its gradient
-    return {"weights": size // ranks, "gradients": 4 * trained // ranks, "optimizer": state // ranks,
-            "activations": rows * args.context * (layers * width * value + kept), "logits": logits}
-
-
-def choose_micro_batch(model, args, runtime, before=0):
-    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits -> (rows, estimate).
-
-    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory.
-    """
-    if args.batch % runtime.world:
-        raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
-    share, free = args.batch // runtime.world, free_memory(runtime.device)
-    if args.micro_batch:
-        if share % args.micro_batch:
-            raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
-                            f"over {runtime.world})")
-        return args.micro_batch, estimate_memory(model, args, runtime, args.micro_batch)
-    if before and share % before == 0:
-        return before, estimate_memory(model, args, runtime, before)
-    for rows in (r for r in range(share, 0, -1) if share % r == 0):
-        estimate = estimate_memory(model, args, runtime, rows)
-        if free is None or sum(estimate.values()) < 0.85 * free:
-            return rows, estimate
-    raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
-                    f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
-                    "fewer --layers")
-
-
-def print_estimate(estimate, rows, args, runtime):
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
-    free = free_memory(runtime.device) or math.nan
-    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
-          f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")
-
-
 # ---------------------------------------------------------------------------------------------------------------- training
 def forward_backward(run, batch, count):
     """Gradients of the mean loss over `count` targets (of all ranks), in passes of `run.rows` rows -> this rank's summed loss.
 
     Losses are sums, divided once by the global count: then neither passes nor ranks nor ragged rows change the gradient.
-    Out of memory halves the rows of a pass and starts the step again.
-    """
+    Out of memory halves the rows of a pass and starts the step again."""
     while True:
         run.optimizer.zero_grad()
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -343,27 +259,6 @@ def one_try(run, batch, count):
             (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
         total += loss.detach()
     return total
-
-
-@dataclass
-class Guard:
-    """Which steps to skip: gradients that are not finite or far above their running mean; stops after several in a row."""
-    factor: float
-    mean: float = 0.0
-    seen: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
-    limit: int = 10
-
-    def accepts(self, norm):
-        spike = self.factor and self.seen > 50 and norm > self.factor * self.mean
-        good = math.isfinite(norm) and not spike
-        if math.isfinite(norm):  # a spike counts as the most that is believed, so that a lasting change is accepted in time
-            believed = min(norm, self.factor * self.mean) if spike else norm
-            self.mean, self.seen = (self.mean * 0.98 + believed * 0.02 if self.seen else believed), self.seen + 1
-        self.in_a_row = 0 if good else self.in_a_row + 1
-        self.skipped += not good
-        return good
 
 
 @torch.no_grad()
@@ -428,26 +323,21 @@ def prepare(args, checkpoint):
     return start_run(args, checkpoint, runtime, tok, model, data, val)
 
 
-def start_run(args, checkpoint, runtime, tok, model, data, val, optimizer=None, loss=next_token_loss, **own):
+def start_run(args, checkpoint, runtime, tok, model, data, val, loss=next_token_loss, **own):
     """A model and its data -> Run, as the checkpoint left it; None after `--fit`. The part of `prepare` all scripts share.
-
-    optimizer: (model) -> optimizer, where it is not Muon with AdamW; own: validate, write.
-    """
+    own: validate, write."""
     out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
     for what, now in (("tokenizer", tok.sha256), ("data", data.sha256)):
         if state and (then := state[f"{what}_sha256"]) != now:
             raise UserError(f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
                             f"run from the weights in {out}")
-    rows, estimate = choose_micro_batch(model, args, runtime, state.get("rows", 0))
-    rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
-    print_estimate(estimate, rows, args, runtime)
+    rows = choose_micro_batch(model, args, runtime, state.get("rows", 0))
     if args.fit:
         return None
     lock = common.lock_folder(out) if runtime.rank == 0 else None
     wrapped = wrap(model, args, runtime).train()
-    optimizer = optimizer(model) if optimizer else MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum,
-                                                             muon=args.optimizer == "muon",
-                                                             eight_bit=args.optimizer == "adamw8bit")
+    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon",
+                          eight_bit=args.optimizer == "adamw8bit")
     batches = Batches(data, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
                       device=runtime.device)
     guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
@@ -468,26 +358,19 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, optimizer=None, 
         torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
     metrics = None
     if runtime.rank == 0:
-        if args.overwrite and not checkpoint:
-            discard_run(out)
+        if args.overwrite and not checkpoint:  # away with what a run wrote, and with nothing else that may lie there
+            if (out / "state").exists():
+                shutil.rmtree(out / "state")
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
-        metrics = common.Metrics(out, state["step"] if state else None, args.track, vars(args))
+        metrics = common.Metrics(out, state.get("step"), args.track, vars(args))
     return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
                metrics, lock, loss, **own)
 
 
-def discard_run(out):
-    """Remove what a run wrote, and nothing else that may lie in the folder."""
-    if (out / "state").exists():
-        shutil.rmtree(out / "state")
-    for name in ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors",
-                 "adapter_config.json", "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl"):
-        (out / name).unlink(missing_ok=True)
-
-
 def describe(args, model, tok, tokens, val):
-    per_step = args.batch * args.context
-    c = model.config
+    c, per_step = model.config, args.batch * args.context
     print(f"model    {c.model_type} {c.num_hidden_layers} layers, {c.hidden_size} wide: {model.num_params():,} parameters, "
           f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token")
     print(f"data     {len(tokens):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
@@ -508,7 +391,7 @@ def save(run, step):
 
 
 def update(run, step):
-    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> (gradient norm, learning-rate factor)."""
+    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> what is logged of it."""
     args, params = run.args, [p for p in run.model.parameters() if p.grad is not None]
     scale = run.scaler.scale
     norm = grad_norm(params).item() / scale
@@ -521,13 +404,13 @@ def update(run, step):
             go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
             raise UserError(f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; lower the rates: "
                             f"{go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}")
-        return norm, factor
+        return dict(lr=factor, grad_norm=norm)
     shrink = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
     if shrink != scale:
         torch._foreach_mul_([local(p.grad) for p in params], shrink / scale)
     run.optimizer.set_lr(factor)
     run.optimizer.step()
-    return norm, factor
+    return dict(lr=factor, grad_norm=norm)
 
 
 def steps(run):
@@ -563,14 +446,14 @@ def steps(run):
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
-def log_step(run, step, total, count, norm, factor, tokens=0, **more):
+def log_step(run, step, total, count, tokens=0, **more):
     """Every --log-every steps a row of metrics.jsonl and of the bar. total: this rank's summed loss; count: of all ranks;
-    tokens: in a row, where rows are not full."""
+    tokens: in a row, where rows are not full; more: what else to log."""
     if step % run.args.log_every:
         return
     loss, now = run.runtime.sum(total.item()) / max(count, 1), time.time()
     rate = run.args.batch * (tokens or run.args.context) * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
-    row = dict(loss=loss, lr=factor, grad_norm=norm, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
+    row = dict(loss=loss, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
     if peak := peak_flops(run.runtime.device):
         row["mfu"] = rate * run.model.flops_per_token(run.args.context) / (peak * run.runtime.world)
     if run.metrics:
@@ -582,30 +465,25 @@ def log_step(run, step, total, count, norm, factor, tokens=0, **more):
 def train(run):
     """The loop of pre-training, and of whatever else learns the next token."""
     for step, batch in steps(run):
-        count = run.runtime.sum((batch.y != -100).sum().item())
-        total = forward_backward(run, batch, count)
-        norm, factor = update(run, step)
-        log_step(run, step, total, count, norm, factor)
+        learn(run, step, batch)
+
+
+def learn(run, step, batch):
+    """One step: gradients of the mean loss over all targets of all ranks, the optimizer's move, a row of metrics."""
+    count = run.runtime.sum((batch.y != -100).sum().item())
+    total = forward_backward(run, batch, count)
+    log_step(run, step, total, count, **update(run, step))
 
 
 def sample_text(run):
     """A sample from the model as it is. Draws from a generator of its own; the model goes back to training."""
+    first = run.tok.bos_id
+    if first is None:  # as the validation begins
+        first = next(run.val.validation(1, run.args.context)).x[0, 0].item()
     run.model.eval()
-    begin = [run.tok.bos_id if run.tok.bos_id is not None else int(run.val.read(0, 1)[0])]
-    new = list(generate(run.model, begin, run.args.sample, temperature=0.8, seed=run.args.seed))
+    new = list(generate(run.model, [first], run.args.sample, temperature=0.8, seed=run.args.seed))
     run.model.train()
     return run.tok.decode(new)
-
-
-def finish(run):
-    """After the last step: the curve, where things are; ranks leave together."""
-    if run.metrics:
-        common.plot_losses(run.args.out, f"{Path(run.args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
-        print(f"wrote    {run.args.out}/ (model folder), {run.args.out}/loss.png, {run.args.out}/metrics.jsonl")
-    if torch.distributed.is_initialized():
-        del run.step_model  # DDP must go before the process group it belongs to, and no rank's group before the others are done
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def launch(args, checkpoint, prepare, loop):
@@ -613,10 +491,16 @@ def launch(args, checkpoint, prepare, loop):
     if args.background:
         return start_in_background(args)
     with lost_rank_explained(f"Go on from the last checkpoint: --resume --out {args.out}"):
-        run = prepare(args, checkpoint)
-        if run is not None:
-            loop(run)
-            finish(run)
+        if (run := prepare(args, checkpoint)) is None:
+            return
+        loop(run)
+        if run.metrics:
+            common.plot_losses(args.out, f"{Path(args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
+            print(f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl")
+        if torch.distributed.is_initialized():
+            del run.step_model  # DDP must go before the process group it belongs to, and no rank's group before the others are done
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def main():
@@ -670,8 +554,7 @@ def watch(argv):
 def eval_command(argv):
     """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte.
 
-    A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split.
-    """
+    A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split."""
     parser = common.Parser(prog="train.py eval", description=eval_command.__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
@@ -679,7 +562,6 @@ def eval_command(argv):
     parser.add_argument("--context", type=int, default=0, help="tokens in a window [the model's context]")
     parser.add_argument("--doc-mask", action="store_true", help="no attention across documents, as in training with --doc-mask")
     parser.add_argument("--stride", type=int, default=0, help="tokens a window scores; the rest is context [half of it]")
-    parser.add_argument("--rows", type=int, default=8, help="windows per forward pass [8]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", help="write the result into this .json file too")
@@ -696,10 +578,10 @@ def eval_command(argv):
         text, _ = read_text(args.data)
         split = as_split(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype))
         size, words = len(text.encode()), len(text.split()) + text.count("\n")
-    if args.rows < 1 or len(split) < 2:
-        raise UserError(f"--rows {args.rows} must be at least 1, and {len(split)} tokens at least 2")
+    if len(split) < 2:
+        raise UserError(f"{args.data}: {len(split)} tokens leave nothing to predict")
     args.context = args.context or model.config.max_position_embeddings
-    nats, scored = evaluate(model, split, args.rows, args, runtime, args.stride or max(1, args.context // 2))
+    nats, scored = evaluate(model, split, 8, args, runtime, args.stride or max(1, args.context // 2))
     result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
                   word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
     print(json.dumps(result, indent=1))

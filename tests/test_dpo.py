@@ -322,13 +322,13 @@ def test_a_policy_that_is_not_the_reference_is_refused_at_step_0(base, tmp_path,
         tune(*flags(base, tmp_path / "b", "--steps", 0))
 
 
-def test_the_references_log_probs_are_computed_once_for_the_same_data_and_weights(base, tuned, tmp_path):
-    cache = ["--cache", tuned[0].parent, "--steps", 0]
+def test_the_references_log_probs_are_computed_once_for_the_same_data_and_weights(base, tuned):
+    beside, at_once = tuned[0].parent, ["--steps", 0]
     assert tuned[1].count("computed, kept in") == 2
-    again = tune(*flags(base, tmp_path / "a", *cache, "--beta", 0.5))
+    again = tune(*flags(base, beside / "a", *at_once, "--beta", 0.5))
     assert again.count("read from") == 2 and "computed" not in again
-    assert tune(*flags(base, tmp_path / "b", *cache, "--val-share", 0.3)).count("computed") == 2
-    assert tune(*flags(tuned[0], tmp_path / "c", *cache, "--data", base / "prefs.jsonl")).count("computed") == 2
+    assert tune(*flags(base, beside / "b", *at_once, "--val-share", 0.3)).count("computed") == 2
+    assert tune(*flags(tuned[0], beside / "c", *at_once, "--data", base / "prefs.jsonl")).count("computed") == 2
 
 
 def assert_same(out, other):

@@ -334,8 +334,7 @@ def test_a_folder_brings_its_own_validation_and_toybox_makes_its_data(base, tmp_
         write(tmp_path / f"{name}.jsonl", talks(n))
     code, stdout, stderr = run(base, tmp_path / "run", "--data", tmp_path, "--fit")
     assert code == 0 and "40 to train on and 7 to validate on" in stdout, stderr
-    code, stdout, stderr = run(base, tmp_path / "toys", "--data", "toybox", "--examples", 100, "--withhold", "copy,add", "--fit",
-                               "--context", 96)
+    code, stdout, stderr = run(base, tmp_path / "toys", "--data", "toybox", "--examples", 100, "--fit", "--context", 96)
     assert code == 0 and "100 to train on and 500 to validate on" in stdout, stderr
 
 
@@ -373,15 +372,15 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
     (["--data", "a.jsonl:0"], "above 0"),
     (["--data", "a.jsonl:nan"], "above 0"),
     (["--data", "a.jsonl", "--val-share", "1"], "--val-share"),
-    (["--data", "a.jsonl", "--families", "none"], "nothing to train on in 0 conversations: --families"),
-    (["--data", "toybox", "--families", "none"], "toybox has copy"),
+    (["--data", "empty.jsonl"], "empty.jsonl: nothing to train on in 0 conversations"),
     (["--data", "a.jsonl", "--batch", "999"], "a step takes 999"),
     (["--data", "a.jsonl", "--text", "a.jsonl", "--text-share", "1"], "--text-share 1.0"),
     ([], "give a model folder and conversations"),
 ])
 def test_mistakes_are_one_line(flags, message, base, tmp_path):
     write(tmp_path / "a.jsonl", talks(40))
-    assert message in refused(base, tmp_path / "run", *(str(tmp_path / f) if f.startswith("a.jsonl") else f for f in flags))
+    write(tmp_path / "empty.jsonl", [])
+    assert message in refused(base, tmp_path / "run", *(str(tmp_path / f) if f.startswith(("a.j", "empty")) else f for f in flags))
 
 
 def test_the_context_is_at_most_the_models_and_it_is_said(base, tmp_path):

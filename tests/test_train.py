@@ -194,7 +194,7 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
     (["--preset", "900b"], "unknown preset '900b'"),
     (["--batch", 6, "--micro-batch", 4], "--micro-batch 4 does not divide the 6 rows"),
     (["--steps", -1], "--steps"),
-    (["--layers", 999999999], "--layers 999999999 must be from 1 to 1,024"),
+    (["--layers", 999999999], "num_hidden_layers is 999999999, expected an integer from 1 to 1,024"),
     (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
     (["--lr", "nan"], "--lr nan must not be negative"),
     (["--grad-clip", -1], "--grad-clip -1.0"),
@@ -363,7 +363,7 @@ def test_fit_prints_the_estimate_by_part_and_writes_nothing(text, tmp_path):
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_starts(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr("optim.free_memory", lambda device: 10_000)
     assert "GiB even for one row" in refused(text, tmp_path / "run")
 
 
