@@ -11,13 +11,14 @@ import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
 from model import attention_mask, rotate
+from packed import NF4
 
 try:
     import triton
@@ -125,16 +126,7 @@ def bucket(n):
 # of x share that one reading up to about 64 rows; from DEQUANTIZE_ABOVE rows on the products take longer than writing the
 # weights out in 16 bits, and cuBLAS is the faster multiplier.
 #
-# Packed layout, the same on every device: row n of W holds `width` bytes.
-#   int8   byte k         = W[n, k]                                        W = byte * scale[n]
-#   int4   byte j         = W[n, 2j] low nibble, W[n, 2j+1] high nibble     W = (nibble - zero) * scale, both at [n, k // group]
-#   nf4    byte j         = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble     W = NF4[nibble] * absmax[(n*K + k) // block]
 DEQUANTIZE_ABOVE = 512
-
-# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, Dettmers et al. 2023, appendix E).
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
 @functools.cache
@@ -143,14 +135,19 @@ def nf4_table(device):
 
 
 class Packed(NamedTuple):
-    """Packed weights of an (N, K) layer as the kernels take them."""
-    format: str             # int8, int8x8 (x is int8 too), int4 or nf4
-    weight: torch.Tensor    # (N, width) bytes
-    scales: torch.Tensor    # (N, groups); int8: (N,)
-    zeros: torch.Tensor     # (N, groups) or None
-    group: int              # columns that share a scale
+    """Packed weights of an (N, K) layer. Row n of W holds `width` bytes (nf4: all rows one after the other):
+
+    int8, int8x8  byte k = W[n, k]                                        W = byte * scale[n]; int8x8 takes x in int8, too
+    int4          byte j = W[n, 2j] low nibble, W[n, 2j+1] high nibble    W = (nibble - zero) * scale, both at [n, k // group]
+    nf4           byte j = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble    W = NF4[nibble] * scale[(n*K + k) // group]
+    """
+    format: str
+    weight: torch.Tensor    # int8 (N, K) or uint8 (N, ceil(K/2)); nf4: (N*K/2,), bitsandbytes' order
+    scales: torch.Tensor    # (N,); int4: (N, ceil(K/group)), the last group may be short; nf4: (ceil(N*K/group),) float32
     N: int
     K: int
+    group: int = 256        # columns that share a scale
+    zeros: Any = None       # as int4's scales, or None: all are 8
 
     @property
     def pack(self):
@@ -325,14 +322,28 @@ def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, bloc
 
 def dequantize(w, dtype):
     """Packed -> (N, K) in dtype."""
+    if not use_kernel(w.weight):
+        return dequantize_twin(w, dtype)
     out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
     rows, K, width, groups = w.N, w.K, w.width, -(-w.K // w.group)
-    if w.format == "nf4":  # blocks run on across the ends of rows: one long row
+    if w.format == "nf4":  # groups run on across the ends of rows: one long row
         rows, K, width, groups = 1, w.N * w.K, w.weight.numel(), w.scales.numel()
     blocks = triton.cdiv(width, 1024)
     _dequantize[(rows * blocks,)](w.weight, w.scales, w.zeros, nf4_table(out.device), out, K, width, w.group, groups, blocks,
                                   w.format, 1024)
     return out
+
+
+def dequantize_twin(w, dtype):
+    if w.pack == 1:
+        return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
+    low, high = w.weight & 15, w.weight >> 4
+    if w.format == "nf4":
+        values = nf4_table(low.device)[torch.stack((high, low), -1).flatten().long()]  # (N*K/2, 2) -> (N*K,)
+        return (values * w.scales.repeat_interleave(w.group)[:len(values)]).view(w.N, w.K).to(dtype)
+    codes = torch.stack((low, high), -1).flatten(1)[:, :w.K].float()  # (N, K/2, 2) -> (N, K)
+    scales, zeros = (t if t is None else t.float().repeat_interleave(w.group, 1)[:, :w.K] for t in (w.scales, w.zeros))
+    return ((codes - (8 if zeros is None else zeros)) * scales).to(dtype)
 
 
 def gemv_configs(group):
@@ -352,15 +363,23 @@ def gemm_configs(M, group, pack, size, shared):
             if stages * (n * b + m * b * pack * size) <= shared]
 
 
-def multiply(x, w, dtype, bias=None, x_scale=None):
-    """x (M, K) @ w.T + bias -> (M, N) in dtype, or None where the card has room for no configuration."""
-    M, K = x.shape
+def linear(x, w, bias=None):
+    """x (M, K) @ W.T + bias (N,) of Packed weights -> (M, N) in x's dtype; None where no kernel does it, but QuantLinear.plain can.
+
+    int8x8: each row of x is rounded to int8, and int8 x int8 is summed in int32, twice the rate of 16 bits.
+    """
+    if not use_kernel(x) or w.format == "int4" and w.group % 2:
+        return None
+    (M, K), x, dtype, x_scale = x.shape, x.contiguous(), x.dtype, None
     fused = w.pack == 1 or w.group & -w.group >= 32 and (w.format == "int4" or K % w.group == 0)  # 16 bytes have one scale
-    if x_scale is None and (M > DEQUANTIZE_ABOVE or not fused):
+    if w.format == "int8x8":
+        floats, x, x_scale = x, torch.empty_like(x, dtype=torch.int8), torch.empty(M, device=x.device)
+        _store_rows[(M,)](floats, x, x_scale, None, 1, K, K, 127.0, 1, bucket(K))
+    elif M > DEQUANTIZE_ABOVE or not fused:
         return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
-    x, group, gemv = x.contiguous(), w.group if w.pack == 2 else 256, M == 1 and x_scale is None
-    gpu = card(x.device)
-    configs = gemv_configs(group) if gemv else gemm_configs(M, group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin)
+    gpu, gemv = card(x.device), M == 1 and x_scale is None
+    configs = (gemv_configs(w.group) if gemv else
+               gemm_configs(M, w.group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin))
 
     def launch(config):
         tiles = triton.cdiv(w.N, config["BLOCK_N"]), triton.cdiv(M, config.get("BLOCK_M", 1))
@@ -382,96 +401,12 @@ def multiply(x, w, dtype, bias=None, x_scale=None):
     return tuned(f"{w.format} {dtype} M{bucket(M)} N{w.N} K{K} group{w.group} {w.zeros is None}", configs, launch, x.device)
 
 
-def int8_linear(x, weight, scale, bias=None):
-    """x (M, K) float; weight (N, K) int8; scale (N,); bias (N,) or None -> (M, N) in x's dtype. W = weight * scale[:, None]."""
-    y = None
-    if use_kernel(x):
-        y = multiply(x, Packed("int8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias)
-    return int8_linear_twin(x, weight, scale, bias) if y is None else y
-
-
-def int8_linear_twin(x, weight, scale, bias=None):
-    y = x.float() @ weight.float().T * scale.float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def int4_linear(x, packed, scales, zeros, group, bias=None):
-    """x (M, K); packed (N, ceil(K/2)) uint8, low nibble first; scales and zeros (N, ceil(K/group)) -> (M, N) in x's dtype.
-
-    zeros None: symmetric, W = (nibble - 8) * scale. The last group may be short; an odd group is the twin's alone.
-    """
-    y = None
-    if group % 2 == 0 and use_kernel(x):
-        y = multiply(x, Packed("int4", packed, scales, zeros, group, packed.size(0), x.size(1)), x.dtype, bias)
-    return int4_linear_twin(x, packed, scales, zeros, group, bias) if y is None else y
-
-
-def int4_linear_twin(x, packed, scales, zeros, group, bias=None):
-    w = int4_dequantize_twin(packed, scales, zeros, group, x.size(1))
-    return F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
-
-
-def int4_dequantize_twin(packed, scales, zeros, group, K):
-    """-> (N, K) float32."""
-    w = torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :K].float()  # (N, K/2, 2) -> (N, K)
-    scales, zeros = (None if t is None else t.float().repeat_interleave(group, 1)[:, :K] for t in (scales, zeros))
-    return (w - (8 if zeros is None else zeros)) * scales
-
-
-class NF4Product(torch.autograd.Function):
-    """y = x W^T with W frozen in 4 bits (QLoRA, eq. 5-6): backward is dy W, by the same weights unpacked once more."""
-
-    @staticmethod
-    def forward(ctx, x, w, bias):
-        ctx.w = w
-        return multiply(x, w, x.dtype, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ dequantize(ctx.w, grad.dtype), None, grad.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def nf4_linear(x, packed, absmax, block, N, K, bias=None):
-    """x (M, K); packed (N*K/2,) uint8 in bitsandbytes' order (high nibble first); absmax (ceil(N*K/block),) float32 -> (M, N).
-
-    Differentiable in x and bias.
-    """
-    if not use_kernel(x):
-        return nf4_linear_twin(x, packed, absmax, block, N, K, bias)
-    w = Packed("nf4", packed, absmax, None, block, N, K)
-    y = NF4Product.apply(x, w, bias) if torch.is_grad_enabled() else multiply(x, w, x.dtype, bias)
-    return nf4_linear_twin(x, packed, absmax, block, N, K, bias) if y is None else y
-
-
-def nf4_linear_twin(x, packed, absmax, block, N, K, bias=None):
-    return F.linear(x, nf4_dequantize_twin(packed, absmax, block, N, K).to(x.dtype), bias)
-
-
-def nf4_dequantize(packed, absmax, block, N, K, dtype=torch.float32):
-    """-> (N, K) in dtype."""
-    if use_kernel(packed):
-        return dequantize(Packed("nf4", packed, absmax, None, block, N, K), dtype)
-    return nf4_dequantize_twin(packed, absmax, block, N, K, dtype)
-
-
-def nf4_dequantize_twin(packed, absmax, block, N, K, dtype=torch.float32):
-    index = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1).flatten()[:N * K]
-    return (nf4_table(packed.device)[index.long()] * absmax.flatten().repeat_interleave(block)[:N * K]).view(N, K).to(dtype)
-
-
-def int8_dynamic_linear(x, weight, scale, bias=None):
-    """As int8_linear, but each row of x is rounded to int8 too, and int8 x int8 is summed in int32: twice the rate of 16 bits."""
-    y = None
-    if use_kernel(x):
-        x8, x_scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device=x.device)
-        _store_rows[(len(x),)](x.contiguous(), x8, x_scale, None, 1, x.size(1), x.size(1), 127.0, 1, bucket(x.size(1)))
-        y = multiply(x8, Packed("int8x8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias, x_scale)
-    return int8_dynamic_linear_twin(x, weight, scale, bias) if y is None else y
-
-
-def int8_dynamic_linear_twin(x, weight, scale, bias=None):
-    x8, x_scale = quantize_rows(x, torch.int8)
-    y = (x8.double() @ weight.double().T).float() * x_scale[:, None] * scale.float()  # float64 holds the int32 sums exactly
+def linear_twin(x, w, bias=None):
+    if w.format == "int8x8":
+        x8, x_scale = quantize_rows(x, torch.int8)
+        y = (x8.double() @ w.weight.double().T).float() * x_scale[:, None] * w.scales.float()  # float64 holds the int32 sums
+    else:
+        y = x.float() @ dequantize_twin(w, torch.float32).T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
