@@ -125,7 +125,6 @@ def bucket(n):
 # Decoding reads every weight once per token, so the layer takes (bytes of packed weights) / (memory bandwidth) at best. Rows
 # of x share that one reading up to about 64 rows; from DEQUANTIZE_ABOVE rows on the products take longer than writing the
 # weights out in 16 bits, and cuBLAS is the faster multiplier.
-#
 DEQUANTIZE_ABOVE = 512
 
 
@@ -156,6 +155,12 @@ class Packed(NamedTuple):
     @property
     def width(self):
         return -(-self.K // self.pack)
+
+
+@jit
+def _read(at, mask):
+    """Numbers of any type as float32, 0 where the mask is False."""
+    return tl.load(at, mask=mask, other=0).to(tl.float32)
 
 
 @jit
@@ -206,17 +211,16 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
     scale: some 3 instructions a weight, which a Hopper SM issues faster than memory delivers weights. The bytes enter as
     1 + b/256, and what that and the zero point add leaves the inner loop: sum (w - z) x = sum w x - z sum x.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     PACK: tl.constexpr = 1 if FORMAT == "int8" else 2
     SUBS: tl.constexpr = BLOCK_B // SUB
-    here = (rows < N)[:, None]
-    line = rows.to(tl.int64)[:, None]
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    here, line = (rows < N)[:, None], rows.to(tl.int64)[:, None]
     acc = tl.zeros((BLOCK_N, SUBS), tl.float32)
     for begin in range(tl.program_id(1) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
         byte = tl.load(weight + line * width + cols[None, :], mask=here & (cols < width)[None, :], other=0)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        xs = _read(x + k, k < K)
         if FORMAT == "int8":
             acc += tl.sum(tl.reshape(_one_and(byte) * xs[None, :], (BLOCK_N, SUBS, SUB)), 2)
             acc -= 1.5 * tl.sum(tl.reshape(xs, (SUBS, SUB)), 1)[None, :]
@@ -235,15 +239,15 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
                 if zeros is None:  # the ones and the eights
                     part -= tl.sum(tl.reshape(x0 * (1 + 8 / 256) + x1 / 2, (SUBS, SUB)), 1)[None, :]
                 else:
-                    zero = tl.load(zeros + where, mask=here, other=0).to(tl.float32) / 256
+                    zero = _read(zeros + where, here) / 256
                     part -= tl.sum(tl.reshape(x0, (SUBS, SUB)), 1)[None, :]
                     part -= zero * tl.sum(tl.reshape(x0 + 16 * x1, (SUBS, SUB)), 1)[None, :]
-            acc += part * tl.load(scales + where, mask=here, other=0.0).to(tl.float32)
+            acc += part * _read(scales + where, here)
     y = tl.sum(acc, 1) * (1 if FORMAT == "nf4" else 256)
     if FORMAT == "int8":
-        y *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y *= _read(scales + rows, rows < N)
     if bias is not None:
-        y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y += _read(bias + rows, rows < N)
     tl.store(out + tl.program_id(1) * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
 
 
@@ -272,14 +276,14 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
             acc = _dot(_values(byte, xs), tl.trans(xs), acc)
         else:
             where = rows.to(tl.int64) * groups + begin * 2 // GROUP
-            scale = tl.load(scales + where, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+            scale = _read(scales + where, rows < N)[:, None]
             if FORMAT == "nf4":
                 even, odd = _nibbles(byte, table, FORMAT)
                 even, odd = even * scale, odd * scale
             else:  # (n - zero) * scale as one multiply-add each of 1 + low/256 and 1 + high/16
                 zero = 8.0
                 if zeros is not None:
-                    zero = tl.load(zeros + where, mask=rows < N, other=0).to(tl.float32)[:, None]
+                    zero = _read(zeros + where, rows < N)[:, None]
                 both = _one_and(byte)
                 even = _keep(both, 0x3F878000) * (256 * scale) - (256 + zero) * scale
                 odd = _keep(both, 0x3FF80000) * (16 * scale) - (16 + zero) * scale
@@ -288,11 +292,11 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
             acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
     acc = acc.to(tl.float32)
     if PACK == 1:
-        acc *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        acc *= _read(scales + rows, rows < N)[:, None]
     if FORMAT == "int8x8":
         acc *= tl.load(x_scale + ms, mask=ms < M, other=0.0)[None, :]
     if bias is not None:
-        acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        acc += _read(bias + rows, rows < N)[:, None]
     at = out + (tl.program_id(2) * M + ms).to(tl.int64)[None, :] * N + rows[:, None]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(ms < M)[None, :] & (rows < N)[:, None])
 
@@ -308,12 +312,12 @@ def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, bloc
         value, k = byte.to(tl.float32) * tl.load(scales + row).to(tl.float32), cols
     else:
         where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
-        scale = tl.load(scales + where, mask=cols < width, other=0.0).to(tl.float32)
+        scale = _read(scales + where, cols < width)
         even, odd = _nibbles(byte, table, FORMAT)
         if FORMAT == "int4":
             zero = 8.0
             if zeros is not None:
-                zero = tl.load(zeros + where, mask=cols < width, other=0).to(tl.float32)
+                zero = _read(zeros + where, cols < width)
             even, odd = even - zero, odd - zero
         value = tl.interleave(even * scale, odd * scale)
         k = tl.program_id(0) % blocks * BLOCK_B * 2 + tl.arange(0, BLOCK_B * 2)
@@ -426,18 +430,15 @@ def quantize_rows(x, dtype):
 # the bytes.
 @jit
 def _rms_norm(x, residual, weight, out, total, C, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * C
-    cols = tl.arange(0, BLOCK)
+    row, cols = tl.program_id(0).to(tl.int64) * C, tl.arange(0, BLOCK)
     inside = cols < C
-    value = tl.load(x + row + cols, mask=inside, other=0.0).to(tl.float32)
+    value = _read(x + row + cols, inside)
     if residual is not None:
-        value += tl.load(residual + row + cols, mask=inside, other=0.0).to(tl.float32)
-        rounded = value.to(total.dtype.element_ty)  # as x + residual is in torch
+        rounded = (value + _read(residual + row + cols, inside)).to(total.dtype.element_ty)  # as x + residual is in torch
         tl.store(total + row + cols, rounded, mask=inside)
         value = rounded.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 0) / C + eps)
-    value *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + cols, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row + cols, (value * _read(weight + cols, inside)).to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x, weight, eps, residual=None):
@@ -447,13 +448,11 @@ def rms_norm(x, weight, eps, residual=None):
     """
     if not use_kernel(x):
         return rms_norm_twin(x, weight, eps, residual)
-    x, C = x.contiguous(), x.size(-1)
-    out, total = torch.empty_like(x), None
+    x, C, total = x.contiguous(), x.size(-1), None
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
-    if x.numel():
-        warps = min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
-        _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
+    out, warps = torch.empty_like(x), min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
+    _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
     return out if residual is None else (out, total)
 
 
@@ -470,12 +469,10 @@ def _rope(x, cos, sin, out, T, H, half, stride, CUT: tl.constexpr, BLOCK_H: tl.c
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     angle = (token % T if CUT else token) * half + d
-    c = tl.load(cos + angle, mask=d < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + angle, mask=d < half, other=0.0).to(tl.float32)[None, :]
+    c, s = _read(cos + angle, d < half)[None, :], _read(sin + angle, d < half)[None, :]
     inside = (heads < H)[:, None] & (d < half)[None, :]
     at = heads[:, None] * 2 * half + d[None, :]
-    a = tl.load(x + token * stride + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + token * stride + at + half, mask=inside, other=0.0).to(tl.float32)
+    a, b = _read(x + token * stride + at, inside), _read(x + token * stride + at + half, inside)
     at += token * H * 2 * half
     tl.store(out + at, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
     tl.store(out + at + half, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
@@ -487,8 +484,7 @@ def rope(x, cos, sin):
     if not use_kernel(x):
         return rope_twin(x, cos, sin)
     H, D = x.shape[-2:]
-    if x.stride(-1) != 1 or x.stride(-2) != D:
-        x = x.contiguous()
+    x = x if x.stride(-1) == 1 and x.stride(-2) == D else x.contiguous()
     rows = x.reshape(-1, H * D)  # (B, T, H, D) -> (B*T, H*D): a view also of a slice of a fused q, k, v
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads, T = min(bucket(H), 32), x.size(-3)
@@ -505,8 +501,7 @@ def rope_twin(x, cos, sin):
 def _swiglu(gate, up, out, M, gate_stride, up_stride, blocks, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + row * gate_stride + cols, mask=cols < M, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + cols, mask=cols < M, other=0.0).to(tl.float32)
+    g, u = _read(gate + row * gate_stride + cols, cols < M), _read(up + row * up_stride + cols, cols < M)
     tl.store(out + row * M + cols, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=cols < M)
 
 
@@ -554,7 +549,7 @@ def _cross_entropy_grad(logits, targets, lses, grads, out, V, ignore, blocks, BL
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets + row)
-    value = tl.load(logits + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+    value = _read(logits + row * V + cols, cols < V)
     grad = tl.exp(value - tl.load(lses + row)) - tl.where(cols == target, 1.0, 0.0)
     grad = tl.where(target == ignore, 0.0, grad * tl.load(grads + row))
     tl.store(out + row * V + cols, grad.to(out.dtype.element_ty), mask=cols < V)
@@ -568,8 +563,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         N, V = logits.shape
         losses, lses = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
-        if N:
-            _cross_entropy[(N,)](logits, targets, losses, lses, V, ignore, min(bucket(V), 4096), num_warps=8)
+        _cross_entropy[(N,)](logits, targets, losses, lses, V, ignore, min(bucket(V), 4096), num_warps=8)
         ctx.save_for_backward(logits, targets, lses)
         ctx.ignore = ignore
         return losses
@@ -580,8 +574,7 @@ class CrossEntropy(torch.autograd.Function):
         (N, V), out = logits.shape, torch.empty_like(logits)
         block = min(bucket(V), 2048)
         blocks = triton.cdiv(V, block)
-        if N:
-            _cross_entropy_grad[(N * blocks,)](logits, targets, lses, grad.contiguous(), out, V, ctx.ignore, blocks, block)
+        _cross_entropy_grad[(N * blocks,)](logits, targets, lses, grad.contiguous(), out, V, ctx.ignore, blocks, block)
         return out, None, None
 
 
@@ -634,10 +627,8 @@ def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
         return kv_store_twin(k, v, k_cache, v_cache, slots, k_scale, v_scale)
     T, H, D = k.shape
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        if x.stride(2) != 1 or x.stride(1) != D:
-            x = x.contiguous()
-        if T:
-            _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
+        x = x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous()
+        _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
 
 
 def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
