@@ -80,11 +80,11 @@ class Config:
         C, H, L = need("hidden_size"), need("num_attention_heads", 4096), need("num_hidden_layers", 1024)
         if gpt2 and C % H:
             raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
-        bias = gpt2 or bool(d.get("attention_bias", False))
+        bias, (window, sliding) = gpt2 or bool(d.get("attention_bias", False)), _read_sliding(d, kind, L)
         config = Config(
             kind, need("vocab_size"), C, need("intermediate_size", default=4 * C if gpt2 else None), L, H,
             need("num_key_value_heads", 4096, H), need("head_dim", 4096, 128 if kind == "qwen3" else C // H),
-            need("max_position_embeddings"), {} if gpt2 else _read_rope(d, where), *_read_sliding(d, kind, L),
+            need("max_position_embeddings"), {} if gpt2 else _read_rope(d, where), window, sliding,
             d.get("layer_norm_epsilon", 1e-5) if gpt2 else d.get("rms_norm_eps", 1e-6), d.get("tie_word_embeddings", gpt2),
             qkv_bias=bias or kind == "qwen2", out_bias=bias and kind != "qwen2", mlp_bias=gpt2 or bool(d.get("mlp_bias", False)),
             bos_token_id=d.get("bos_token_id"), eos_token_id=d.get("eos_token_id"))
@@ -364,6 +364,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+
+    def products(self):
+        """The linear layers in the order of their work, those over the same input together: q, k, v; o; gate and up; down."""
+        a, m = self.self_attn, self.mlp
+        up = [m.gate_proj, m.up_proj] if hasattr(m, "gate_proj") else [m.up_proj]
+        return [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], up, [m.down_proj]
 
     def forward(self, x, rope, mask, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))

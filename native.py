@@ -224,12 +224,11 @@ class Native(Panels):
         return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
 
     def layer(self, i, block, kind):
-        a, m, c = block.self_attn, block.mlp, self.config
+        a, c = block.self_attn, self.config
         norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
-        qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
-        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
-        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
-                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
+        qkv, out, up, down = ([self.linear(p, kind) for p in together] for together in block.products())
+        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), *out, (Linear * 2)(*up), *down, None, None,
+                     c.sliding_window if i in c.sliding_layers else 0)
 
     # -- the cache and a step
     @property
