@@ -9,15 +9,13 @@ import re
 import secrets
 import struct
 import time
-from collections import OrderedDict
 from typing import Annotated
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 import chat
-from generate import Sampling
-from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+from sampler import Sampling
 
 # Every field of OpenAI's two endpoints: applied, ignored (nothing here depends on it) or refused with 400. "extra" are ours.
 FIELDS = {what: tuple(names.split()) for what, names in {
@@ -154,39 +152,22 @@ def forced_call(body, tok):
     return schema, *(("<tool_call>\n", "\n</tool_call>") if "<tool_call>" in (tok.chat_template or "") else ("", ""))
 
 
-class Grammars:
-    """Grammars by what they were made of, kept because their automata learn as they go, and the vocabulary they share."""
-
-    def __init__(self, tok):
-        self.tok, self.vocabulary, self.kept = tok, None, OrderedDict()
-
-    def constraint(self, body, forced=None):
-        """response_format, regex or a forced tool call -> Constraint, or None."""
-        form = body.response_format or {"type": "text"}
-        kind, schema = form.get("type"), None
-        if kind not in ("text", "json_object", "json_schema"):
-            raise Refusal(400, f"response_format {kind!r}: use text, json_object or json_schema", param="response_format")
-        if kind == "json_schema":
-            schema = form["json_schema"].get("schema") if isinstance(form.get("json_schema"), dict) else None
-            if not isinstance(schema, dict):
-                raise Refusal(400, "response_format json_schema needs json_schema.schema, an object", param="response_format")
-        if kind == "text" and not body.regex and not forced:
-            return None
-        plain = kind == "text" and not forced
-        make, what = (regex_grammar, [body.regex]) if plain else (json_grammar, forced or [schema])
-        name = json.dumps([make.__name__, what], sort_keys=True)
-        self.vocabulary = self.vocabulary or Vocabulary(self.tok)
-        grammar = self.kept.pop(name, None)
-        if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:  # what it learned is 200 MB: forget
-            grammar = make(*what)
-            Constraint(grammar, self.vocabulary).needs()  # the first mask here, not between two steps of the engine
-        self.kept[name] = grammar
-        while len(self.kept) > 32:
-            self.kept.popitem(last=False)
-        return Constraint(grammar, self.vocabulary)
+def grammar_of(body, forced=None):
+    """response_format, regex or a forced tool call -> what worker.Grammars makes a constraint of, or None."""
+    form = body.response_format or {"type": "text"}
+    kind, schema = form.get("type"), None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise Refusal(400, f"response_format {kind!r}: use text, json_object or json_schema", param="response_format")
+    if kind == "json_schema":
+        schema = form["json_schema"].get("schema") if isinstance(form.get("json_schema"), dict) else None
+        if not isinstance(schema, dict):
+            raise Refusal(400, "response_format json_schema needs json_schema.schema, an object", param="response_format")
+    if forced:
+        return "json", *forced
+    return ("json", schema) if kind != "text" else ("regex", body.regex) if body.regex else None
 
 
-def sampling_of(body, prompt, tok, context, constraint, logprobs):
+def sampling_of(body, prompt, tok, context, logprobs):
     """The request's fields -> Sampling, with the length clamped to the context; only a prompt that is too long is refused."""
     room = context - len(prompt)
     if room < 1:
@@ -205,7 +186,7 @@ def sampling_of(body, prompt, tok, context, constraint, logprobs):
     most = min(getattr(body, "max_completion_tokens", None) or body.max_tokens or room, room)
     sampling = Sampling(**asked, max_tokens=most, top_k=max(body.top_k or 0, 0), stop=tuple(s for s in stop if s),
                         stop_ids=tuple(body.stop_token_ids or ()), logit_bias=bias or None, logprobs=logprobs,
-                        best_of=getattr(body, "best_of", None), constraint=constraint)
+                        best_of=getattr(body, "best_of", None))
     sampling.min_tokens = min(sampling.min_tokens, most)
     sampling.check(tok.vocab_size)
     return sampling

@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -793,19 +794,23 @@ def bench_prefix(args):
 
 
 # ---- The server: a load generator that speaks HTTP by itself, so that its own cost is small and no client library's.
-async def call(url, body, key=""):
-    """POST one completion and read its stream -> {status, ttft, tpot, e2e in seconds, tokens, text}."""
+async def call(url, body, key="", kept=None):
+    """POST one completion and read its stream -> {status, ttft, tpot, e2e in seconds, tokens, text}. kept: a list for the
+    connection, if the next call may use it too."""
     begin, host, data = time.perf_counter(), url.removeprefix("http://").split("/")[0], b""
-    reader, writer = await asyncio.open_connection(*host.split(":"), limit=1 << 24)
+    reader, writer = kept.pop() if kept else await asyncio.open_connection(*host.split(":"), limit=1 << 24)
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    writer.write((f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-                  f"Authorization: Bearer {key}\r\nContent-Length: {len(content)}\r\n\r\n").encode() + content)
+    writer.write((f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nAuthorization: Bearer {key}\r\n"
+                  f"Content-Length: {len(content)}\r\n\r\n").encode() + content)
     row: dict = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text="")
-    with contextlib.closing(writer):
-        row["status"] = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)
+        head = await reader.readuntil(b"\r\n\r\n")
+        row["status"] = int(head.split()[1])
         if row["status"] != 200:
-            return row | dict(text=(await reader.read()).decode("utf-8", "replace"))
+            length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
+            return row | dict(text=(await reader.readexactly(length)).decode("utf-8", "replace"))
         while size := int(await reader.readline(), 16):  # chunks, and in them events
             data += (await reader.readexactly(size + 2))[:-2]
             *events, data = data.split(b"\n\n")
@@ -816,27 +821,35 @@ async def call(url, body, key=""):
                     row["text"] += text
                 row["tokens"] = event.get("usage", {}).get("completion_tokens", row["tokens"])
                 row["status"] = 500 if "error" in event else row["status"]
+        await reader.readline()
+        if kept is not None:
+            kept.append((reader, writer))
+            stack.pop_all()
     row["e2e"] = time.perf_counter() - begin
     row["tpot"] = (row["e2e"] - row["ttft"]) / (row["tokens"] - 1) if row["ttft"] and row["tokens"] > 1 else None
     return row
 
 
 async def load(url, bodies, concurrency, rate, key):
-    """All bodies as requests -> (rows in their order, seconds). Closed loop: so many at once, each followed by the next. Open
-    loop: arrivals at random, `rate` a second on average (Poisson), however far behind the server is."""
+    """All bodies as requests -> (rows in their order, seconds). Closed loop: so many at once, each followed by the next on its
+    connection. Open loop: arrivals at random, `rate` a second on average (Poisson), however far behind the server is."""
     places, rng, tasks, begin = asyncio.Semaphore(len(bodies) if rate else concurrency), random.Random(0), [], time.perf_counter()
+    kept: list = []
 
     async def one(body):
         async with places:
             try:
-                return await call(url, body, key)
+                return await call(url, body, key, kept)
             except (OSError, asyncio.IncompleteReadError) as error:
                 return dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text=repr(error))
     for body in bodies:
         tasks.append(asyncio.ensure_future(one(body)))
         if rate:
             await asyncio.sleep(rng.expovariate(rate))
-    return await asyncio.gather(*tasks), time.perf_counter() - begin
+    rows, seconds = await asyncio.gather(*tasks), time.perf_counter() - begin
+    for _, writer in kept:
+        writer.close()
+    return rows, seconds
 
 
 def load_bodies(args):
@@ -867,6 +880,7 @@ def bench_serve(args):
     """Requests against a server: TTFT, TPOT, E2E, tok/s, goodput; with a folder also what the server costs over the engine: both
     do the same work in turns, and the best round of each counts."""
     bodies, local = load_bodies(args), not args.model.startswith("http://")
+    if os.environ.get("CBATCH"): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with served(args.model, args.concurrency) if local else contextlib.nullcontext(args.model) as url:
         compare = local and not args.batch and not args.rate
         engine, alone, best = quietly(Engine, args.model, max_seqs=args.concurrency) if compare else None, float("inf"), None

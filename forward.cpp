@@ -9,6 +9,7 @@
 // No result depends on what else is in the batch: each token's sums are taken in the same order whoever its neighbours are.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -100,45 +101,86 @@ struct Team {
     std::mutex turn, sleep;
     std::condition_variable wake;
     std::atomic<uint64_t> round{0};                // its number and, in the low 16 bits, how many threads take part
-    std::atomic<int> arrived{0}, passed{0};
-    int size = 1, count = 0;                       // threads of the round; threads there are, besides the caller
+    std::atomic<int> arrived{0}, passed{0}, sleepers{0};
+    int size = 1;                                  // threads of the round
+    std::vector<std::thread::native_handle_type> helpers;
+    std::vector<int> cores;                        // the caller's and the helpers'
     const std::function<void(int)> *job = nullptr;
 
     static Team &only() { static Team *team = new Team; return *team; }  // never destroyed: its threads never end
 
-    static void spin(int i) {
+    // Spin for as long as a step of a small model may take in Python, then sleep. Never yield: where another process wants the
+    // core, Linux lets who yields wait for a whole time slice.
+    template <class Ready> void wait(Ready ready) {
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
+        do {
+            for (int i = 0; i < 16; i++) {
+                if (ready()) return;
 #if defined(__x86_64__)
-        if (i < 400) return _mm_pause();
+                _mm_pause();
 #endif
-        std::this_thread::yield();
+            }
+        } while (std::chrono::steady_clock::now() < end);
+        std::unique_lock<std::mutex> lock(sleep);
+        sleepers++;
+        wake.wait(lock, ready);
+        sleepers--;
+    }
+
+    void wake_up() {  // after what they wait for was changed: who has not counted itself among the sleepers yet will see it
+        if (!sleepers) return;
+        std::lock_guard<std::mutex> lock(sleep);
+        wake.notify_all();
     }
 
     void barrier() {
         const int now = passed;
-        if (arrived.fetch_add(1) + 1 == size) arrived = 0, passed++;
-        else for (int i = 0; passed == now; i++) spin(i);
+        if (arrived.fetch_add(1) + 1 < size) return wait([&] { return passed != now; });
+        arrived = 0, passed++;
+        wake_up();
     }
 
     void work(int me, uint64_t seen) {
         for (;;) {
-            for (int i = 0; round == seen; i++) {
-                if (i < 10000) { spin(i); continue; }
-                std::unique_lock<std::mutex> lock(sleep);
-                wake.wait(lock, [&] { return round != seen; });
-            }
+            wait([&] { return round != seen; });
             seen = round;  // of the rounds that had no work for this thread it may have missed some
             if (me < int(seen & 0xffff)) (*job)(me), barrier();
         }
     }
 
+    // Each on a core of its own: a thread that wakes while something else is on its core would be put onto the caller's, and every
+    // barrier would then take a time slice. The caller goes where the system likes; who is there changes places with it.
+    void spread() {
+#if defined(__linux__)
+        const int here = sched_getcpu();
+        if (!cores.empty() && here == cores[0]) return;
+        if (cores.empty()) {
+            cpu_set_t all;
+            if (sched_getaffinity(0, sizeof all, &all)) return;
+            for (int c = 0; c < CPU_SETSIZE; c++) if (CPU_ISSET(c, &all)) cores.push_back(c);
+        }
+        std::swap(cores[0], *std::find(cores.begin(), cores.end() - 1, here));
+        if (cores.size() <= helpers.size()) return;  // more threads than cores
+        for (size_t i = 0; i < helpers.size(); i++) {
+            cpu_set_t one;
+            CPU_ZERO(&one);
+            CPU_SET(cores[i + 1], &one);
+            pthread_setaffinity_np(helpers[i], sizeof one, &one);
+        }
+#endif
+    }
+
     void run(int threads, const std::function<void(int)> &f) {  // f(0), ..., f(threads - 1) at once
         std::lock_guard<std::mutex> mine(turn);
-        for (; count < threads - 1; count++) std::thread(&Team::work, this, count + 1, uint64_t(round)).detach();
-        {
-            std::lock_guard<std::mutex> lock(sleep);
-            job = &f, size = threads, round = ((round >> 16) + 1) << 16 | threads;
+        while (int(helpers.size()) < threads - 1) {
+            std::thread helper(&Team::work, this, int(helpers.size()) + 1, uint64_t(round));
+            helpers.push_back(helper.native_handle());
+            helper.detach();
+            cores.clear();
         }
-        wake.notify_all();
+        spread();
+        job = &f, size = threads, round = ((round >> 16) + 1) << 16 | threads;
+        wake_up();
         f(0);
         barrier();
     }

@@ -2,7 +2,7 @@
 
     python serve.py MODEL --port 8000          # then open http://127.0.0.1:8000, or point the openai client at .../v1
 
-Top to bottom: flags; the engine's thread; what is measured; one request's way through; the routes; the door (keys, limits,
+Top to bottom: flags; the engine, as HTTP sees it; what is measured; one request's way through; the routes; the door (keys, limits,
 logs); the process. api.py says what requests mean. `create_app(engine)` takes anything with the engine's interface.
 """
 import asyncio
@@ -14,21 +14,19 @@ import hmac
 import itertools
 import math
 import os
-import queue
 import re
 import secrets
+import signal
 import socket
 import ssl
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h11
-import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,13 +34,15 @@ from fastapi.responses import FileResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import api
 from api import ENCODE, Answer, Refusal
 from common import Metrics, UserError, cli, parse_flags
-from generate import Engine, Sampling
+from engine import Delta, Engine, TokenLogprob
 from runtime import lost_rank_explained
+from sampler import Sampling
+from worker import Worker, message, messages
 
 HERE = Path(__file__).parent
 
@@ -72,7 +72,7 @@ class Args:
     runs: str = "runs"            # training runs that the page may draw
 
 
-# -------------------------------------------------------------------------------------------------------- the engine's thread
+# ------------------------------------------------------------------------------------------- the engine, as HTTP sees it
 NUMBERS = itertools.count()
 
 
@@ -82,7 +82,7 @@ class Inbox:
     def __init__(self):
         self.loop, self.items, self.waiter = asyncio.get_running_loop(), [], None
 
-    def put(self, items=()):
+    def put(self, *items):
         self.items += items
         if self.waiter and not self.waiter.done():
             self.waiter.set_result(None)
@@ -103,6 +103,7 @@ class Job:
     prompt: list
     sampling: Sampling
     adapter: str | None
+    grammar: tuple | None
     key: str                    # whose it is: keys take turns
     inbox: Inbox                # of (position, Delta), or of a Refusal
     position: int = 0           # among the prompts of its request
@@ -115,129 +116,81 @@ class Job:
     reason: str = "abort"       # why it ended
 
 
-class Worker(threading.Thread):
-    """Owns the engine: nobody else calls it. Orders come through a thread-safe queue, answers go to each job's event loop."""
+class EngineClient(asyncio.Protocol):
+    """The way to the engine's Worker (worker.py has the messages): orders go out, answers come in, nothing waits for a step."""
 
-    def __init__(self, engine, concurrency):
-        super().__init__(daemon=True, name="engine")
-        self.engine, self.concurrency, self.orders = engine, concurrency, queue.SimpleQueue()
-        self.waiting, self.active, self.outbox = OrderedDict(), {}, {}  # {key: jobs}, {number: job}, {inbox: what it gets}
-        self.sent, self.stopping, self.broken, self.rate = 0.0, False, None, deque(maxlen=256)  # rate: (time, tokens) of steps
+    def __init__(self):
+        self.jobs, self.calls, self.buffer, self.transport = {}, {}, bytearray(), None
+        self.stats, self.made, self.broken = {}, deque(maxlen=256), "not serving"     # made: (time, tokens since the start)
 
-    def run(self):
-        while not self.stopping:
-            try:
-                self.take_orders(wait=not (self.engine.has_work or self.waiting))
-                self.admit()
-                if self.engine.has_work:
-                    self.collect(self.engine.step())
-            except Exception as error:  # the engine is unusable now: every caller hears so, and readiness fails
-                self.broken = f"the engine failed: {type(error).__name__}: {error}"
-                print(ENCODE({"event": "engine_failed", "error": self.broken}), file=sys.stderr, flush=True)
-                for job in [*self.active.values(), *(j for jobs in self.waiting.values() for j in jobs)]:
-                    self.put(job, Refusal(500, self.broken))
-                self.deliver(list(self.outbox))
-                return
+    def connection_made(self, transport):
+        self.transport, self.broken = transport, None
 
-    def take_orders(self, wait):
-        with contextlib.suppress(queue.Empty):
-            while True:
-                what, *more = self.orders.get(timeout=0.5) if wait else self.orders.get_nowait()
-                wait = False
-                what(*more)
+    def connection_lost(self, error):
+        self.failed("the engine is gone")
+
+    def data_received(self, data):
+        self.buffer += data
+        for what, *values in messages(self.buffer):
+            getattr(self, what)(*values)
 
     def submit(self, job):
-        self.waiting.setdefault(job.key, deque()).append(job)
+        self.jobs[job.number] = job
+        self.transport.write(message("submit", job.number, job.key, job.prompt, vars(job.sampling), job.adapter, job.grammar))
 
-    def cancel(self, job):
-        """Out of the queue, or out of the engine, whose blocks are free at once."""
-        self.outbox.pop(job.inbox, None)
-        if self.active.pop(job.number, None):
-            self.engine.cancel(job.number)
-        elif job in (line := self.waiting.get(job.key, ())):
-            line.remove(job)
-            if not line:
-                del self.waiting[job.key]
+    def close(self, job):
+        """It is over, in whatever way: what is left of it goes out of the engine."""
+        if self.jobs.pop(job.number, None) and job.unfinished:
+            self.transport.write(message("cancel", job.number))
 
-    def answer(self, function, future, loop):
-        """Call function(engine) for whoever waits for the future."""
-        try:
-            result, error = function(self.engine), None
-        except Exception as e:
-            result, error = None, e
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(lambda: future.done() or future.set_result((result, error)))
+    async def call(self, what, *values):
+        """embed, prompt_logprobs or grammar, between two steps."""
+        if self.broken:
+            raise Refusal(503, self.broken)
+        number, future = next(NUMBERS), asyncio.get_running_loop().create_future()
+        self.calls[number] = future
+        self.transport.write(message("call", number, what, *values))
+        return await future
 
-    def admit(self):
-        """From the queue to the engine, one key after the other, so that no key's thousand requests stand before another's one."""
-        while self.waiting and len(self.active) < self.concurrency:
-            key, jobs = self.waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self.waiting[key] = jobs  # to the end of the line
-            try:
-                self.engine.submit(job.prompt, job.sampling, request_id=job.number, adapter=job.adapter)
-            except UserError as error:
-                self.put(job, Refusal(400, str(error)))
-                self.deliver([job.inbox])
-                continue
-            job.admitted, self.active[job.number] = time.monotonic(), job
+    # -- what comes from the engine
+    def deltas(self, stats, items):
+        now, self.stats = time.monotonic(), stats
+        self.made.append((now, stats["generated_tokens"]))
+        for number, admitted, index, text, ids, logprobs, reason, error in items:
+            if (job := self.jobs.get(number)) is None:
+                continue  # it was closed
+            job.admitted, job.first, job.tokens = admitted, job.first or (now if ids else 0.0), job.tokens + len(ids)
+            if reason:
+                job.unfinished, job.reason = job.unfinished - 1, reason
+            logprobs = logprobs and [TokenLogprob(*t) for t in logprobs]
+            job.inbox.put((job.position, Delta(number, index, text, ids, logprobs, reason, error)))
 
-    def collect(self, deltas):
-        now, urgent = time.monotonic(), set()
-        self.rate.append((now, sum(len(d.token_ids) for d in deltas)))
-        for delta in deltas:
-            if (job := self.active.get(delta.request_id)) is None:
-                continue  # cancelled
-            if not job.first or delta.finish_reason:
-                urgent.add(job.inbox)
-            job.tokens += len(delta.token_ids)
-            job.first = job.first or (now if delta.token_ids else 0.0)
-            if delta.finish_reason:
-                job.unfinished -= 1
-                if job.unfinished == 0:
-                    job.reason = delta.finish_reason
-                    del self.active[job.number]
-            self.put(job, (job.position, delta))
-        # Python runs one thread at a time, so what the event loop does with a delta the engine waits for: the tokens of some
-        # steps go out together, more often than an eye can tell, the more streams the more; a first token and an end never wait
-        if now - self.sent >= min(0.005 * len(self.active), 0.05):
-            urgent, self.sent = list(self.outbox), now
-        self.deliver(urgent)
+    def result(self, number, value, error):
+        future = self.calls.pop(number)
+        if future.done():
+            return  # nobody waits any more
+        if error:
+            future.set_exception(UserError(error[1]) if error[0] else RuntimeError(error[1]))
+        else:
+            future.set_result(value)
 
-    def put(self, job, what):
-        self.outbox.setdefault(job.inbox, []).append(what)
-
-    def deliver(self, inboxes):
-        """What was put for these, with one wake-up of the event loop."""
-        items = [(inbox, self.outbox.pop(inbox)) for inbox in inboxes]
-        with contextlib.suppress(RuntimeError):  # it is closed: nobody waits any more
-            items and items[0][0].loop.call_soon_threadsafe(lambda: [inbox.put(what) for inbox, what in items])
+    def failed(self, why):
+        self.broken = self.broken or why
+        for future in self.calls.values():
+            future.done() or future.set_exception(Refusal(503, self.broken))
+        for job in self.jobs.values():
+            job.inbox.put(Refusal(500, self.broken))
 
     def tokens_per_second(self):
-        steps = [(t, n) for t, n in list(self.rate) if t > time.monotonic() - 10]
-        return sum(n for _, n in steps[1:]) / (steps[-1][0] - steps[0][0]) if len(steps) > 1 else 0.0
-
-    async def call(self, function):
-        """function(engine), in the engine's thread, between two steps."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self.orders.put((self.answer, function, future, loop))
-        while not future.done():
-            if self.broken or not self.is_alive():
-                raise Refusal(503, self.broken or "not serving")
-            await asyncio.wait([future], timeout=1)
-        result, error = future.result()
-        if error:
-            raise error
-        return result
+        recent = [pair for pair in self.made if pair[0] > time.monotonic() - 10]
+        return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]) if len(recent) > 1 else 0.0
 
 
 class Measures:
     """What /metrics shows, named as vLLM names it."""
 
-    def __init__(self, worker, depth):
-        self.worker, self.depth, self.registry = worker, depth, (r := CollectorRegistry())
+    def __init__(self, client, depth):
+        self.client, self.depth, self.registry = client, depth, (r := CollectorRegistry())
         seconds = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120)
         self.ttft = Histogram("llm:time_to_first_token_seconds", "from arrival to the first token", registry=r, buckets=seconds)
         self.tpot = Histogram("llm:time_per_output_token_seconds", "between tokens, mean of a request", registry=r,
@@ -249,10 +202,11 @@ class Measures:
         r.register(self)
 
     def collect(self):
-        """The engine's own figures, at the moment they are asked for."""
-        stats = self.worker.engine.stats()
+        """The engine's own figures."""
+        if not (stats := self.client.stats):
+            return
         yield GaugeMetricFamily("llm:num_requests_running", "in the engine", stats["running"])
-        yield GaugeMetricFamily("llm:num_requests_waiting", "in the queue", max(0, self.depth() - len(self.worker.active)))
+        yield GaugeMetricFamily("llm:num_requests_waiting", "in the queue", max(0, self.depth() - stats["active"]))
         yield GaugeMetricFamily("llm:kv_cache_usage_perc", "share of the cache's blocks in use",
                                 stats["blocks_used"] / max(stats["blocks_total"], 1))
         for ours, name in (("prompt_tokens", "prompt_tokens"), ("generated_tokens", "generation_tokens"),
@@ -326,9 +280,8 @@ class Service:
         self.keys = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
         self.adapters = read_adapters(args)
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
-        self.worker, self.depth, self.windows = Worker(engine, args.concurrency), 0, {}
-        self.measures, self.grammars = Measures(self.worker, lambda: self.depth), api.Grammars(engine.tok)
-        self.draining, self.started, self.builder, self.building = False, time.time(), ThreadPoolExecutor(1, "grammar"), 0
+        self.client, self.depth, self.windows, self.building = EngineClient(), 0, {}, 0
+        self.measures, self.draining, self.started = Measures(self.client, lambda: self.depth), False, time.time()
 
     def model(self, name):
         if name not in (None, "", *self.names):
@@ -339,27 +292,26 @@ class Service:
         if model in self.adapters:
             raise Refusal(400, f"{what} are the base model's: there are none of the adapter {model!r}", param="model")
 
-    def admit(self, request, model, prompts, samplings):
+    def admit(self, request, model, prompts, samplings, grammar):
         """Jobs in the queue, or the reason why not: 429, 503. Whatever happens to the request, the Door closes them."""
-        if self.draining or self.worker.broken:
-            raise Refusal(503, self.worker.broken or "shutting down: try another replica", headers={"Retry-After": "5"})
+        if self.draining or self.client.broken:
+            raise Refusal(503, self.client.broken or "shutting down: try another replica", headers={"Retry-After": "5"})
         if self.depth + len(prompts) > self.args.concurrency + self.args.queue:
             raise Refusal(429, f"{self.depth} requests are running or waiting, the most this server takes: try again later",
                           "queue_full", headers={"Retry-After": str(1 + self.depth // 32)})
         inbox, adapter = Inbox(), model if model in self.adapters else None
-        jobs = [Job(ids, sampling, adapter, request.state.key, inbox, i, unfinished=sampling.n)
+        jobs = [Job(ids, sampling, adapter, grammar, request.state.key, inbox, i, unfinished=sampling.n)
                 for i, (ids, sampling) in enumerate(zip(prompts, samplings))]
         self.depth += len(jobs)
         request.state.jobs = jobs
         for job in jobs:
-            self.worker.orders.put((self.worker.submit, job))
+            self.client.submit(job)
         return jobs
 
     def close(self, jobs):
         """The request is over, in whatever way: what is left of it goes out of the engine."""
         for job in jobs:
-            if job.unfinished:
-                self.worker.orders.put((self.worker.cancel, job))
+            self.client.close(job)
             self.measures.observe(job)
         self.depth -= len(jobs)
 
@@ -380,18 +332,18 @@ class Service:
                 answers -= item[1].finish_reason is not None
             yield batch
 
-    async def constraint(self, body, forced=None):
-        """What binds the answer, or None. Made in a thread of its own, for it may take a second, and all else goes on."""
-        if not (body.response_format or body.regex or forced):
-            return None
-        if self.building >= 32:
-            raise Refusal(429, f"{self.building} grammars wait to be built: try again later", "queue_full",
-                          headers={"Retry-After": "5"})
-        self.building += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.builder, self.grammars.constraint, body, forced)
-        finally:
-            self.building -= 1
+    async def grammar(self, body, forced=None):
+        """What binds the answer, or None; built already, or refused, by whom the engine is."""
+        if grammar := api.grammar_of(body, forced):
+            if self.building >= 32:
+                raise Refusal(429, f"{self.building} grammars wait to be built: try again later", "queue_full",
+                              headers={"Retry-After": "5"})
+            self.building += 1
+            try:
+                await self.client.call("grammar", *grammar)
+            finally:
+                self.building -= 1
+        return grammar
 
     def reply(self, answer, jobs):
         return Reply(answer, self.batches(jobs), self.args.timeout + 10)
@@ -405,17 +357,23 @@ async def aside(request, function, *args):
 
 
 # ------------------------------------------------------------------------------------------------------------------ the routes
-def create_app(engine, args=None, keys=None):
-    """engine: see engine.Engine; keys: {key: name of its owner}, empty lets everyone in -> FastAPI."""
+def create_app(engine, args=None, keys=None, sock=None):
+    """engine: see engine.Engine; keys: {key: name of its owner}, empty lets everyone in; sock: to a Worker in another process,
+    without which the engine gets a thread of this one -> FastAPI."""
     service = Service(engine, args or Args(), keys or {})
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        service.worker.start()
+        front, thread = sock, None
+        if not front:
+            front, back = socket.socketpair()
+            thread = threading.Thread(target=Worker(engine, back, service.args.concurrency).run, daemon=True, name="engine")
+            thread.start()
+        await asyncio.get_running_loop().create_unix_connection(lambda: service.client, sock=front)
         yield
-        service.worker.stopping = True
-        service.builder.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(service.worker.join, 10)
+        service.client.transport.close()
+        if thread:
+            await asyncio.to_thread(thread.join, 10)
 
     app = FastAPI(title="LLM server", version="1", lifespan=lifespan, description="OpenAI-compatible; fields: see the README.",
                   responses={400: {"description": "what is wrong with the request, in OpenAI's error shape"}})
@@ -433,7 +391,7 @@ def create_app(engine, args=None, keys=None):
 
 
 def add_openai_routes(app, service):
-    engine, tok, worker = service.engine, service.engine.tok, service.worker
+    engine, tok, client = service.engine, service.engine.tok, service.client
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: api.ChatRequest, request: Request):
@@ -443,11 +401,11 @@ def add_openai_routes(app, service):
             if 0 in (body.max_tokens, body.max_completion_tokens):
                 raise Refusal(400, "max_tokens is 0, but a chat's answer needs at least one", param="max_tokens")
             prompt = api.chat_prompt(tok, body.messages, body.tools if api.tools_of(body) else None)
-            return prompt, api.sampling_of(body, prompt, tok, engine.max_model_len, constraint,
-                                       (body.top_logprobs or 0) if body.logprobs else None)
-        model, constraint = service.model(body.model), await service.constraint(body, api.forced_call(body, tok))
+            return prompt, api.sampling_of(body, prompt, tok, engine.max_model_len,
+                                           (body.top_logprobs or 0) if body.logprobs else None)
+        model, grammar = service.model(body.model), await service.grammar(body, api.forced_call(body, tok))
         prompt, sampling = await aside(request, plan)
-        jobs = service.admit(request, model, [prompt], [sampling])
+        jobs = service.admit(request, model, [prompt], [sampling], grammar)
         return service.reply(Answer(tok, body, "chat", request.state.id, model, [prompt]), jobs)
 
     @app.post("/v1/completions")
@@ -461,14 +419,14 @@ def add_openai_routes(app, service):
                     raise Refusal(400, "max_tokens 0 only repeats the prompt: it needs echo, and a prompt within the context of "
                                   f"{engine.max_model_len:,} tokens", param="max_tokens")
                 return prompts, []
-            return prompts, [api.sampling_of(body, p, tok, engine.max_model_len, constraint, body.logprobs) for p in prompts]
-        model, constraint = service.model(body.model), await service.constraint(body)
+            return prompts, [api.sampling_of(body, p, tok, engine.max_model_len, body.logprobs) for p in prompts]
+        model, grammar = service.model(body.model), await service.grammar(body)
         prompts, samplings = await aside(request, plan)
         echo, scored = [tok.decode(p) for p in prompts] if body.echo else (), ()
         if body.echo and body.logprobs is not None:
             service.refuse_adapter(model, "the logprobs of an echo")
-            scored = [await worker.call(lambda e, p=p: e.prompt_logprobs(p, body.logprobs)) for p in prompts]
-        jobs = service.admit(request, model, prompts[:len(samplings)], samplings)
+            scored = [[TokenLogprob(*t) for t in await client.call("prompt_logprobs", p, body.logprobs)] for p in prompts]
+        jobs = service.admit(request, model, prompts[:len(samplings)], samplings, grammar)
         return service.reply(Answer(tok, body, "text", request.state.id, model, prompts, echo, scored), jobs)
 
     @app.post("/v1/embeddings")
@@ -479,7 +437,7 @@ def add_openai_routes(app, service):
         if longest := [len(p) for p in prompts if len(p) > engine.max_model_len]:
             raise Refusal(400, f"an input has {longest[0]:,} tokens, the context is {engine.max_model_len:,}",
                           "context_length_exceeded")
-        vectors = [await worker.call(lambda e, ids=ids: e.embed(ids)) for ids in prompts]  # others' steps come in between
+        vectors = [await client.call("embed", ids) for ids in prompts]  # others' steps come in between
         used = sum(map(len, prompts))
         return JSON({"object": "list", "model": model, "usage": {"prompt_tokens": used, "total_tokens": used},
                      "data": [{"object": "embedding", "index": i, "embedding": api.encode_vector(v, body.encoding_format)}
@@ -515,7 +473,7 @@ def add_token_routes(app, service):
 
 
 def add_operation_routes(app, service):
-    worker = service.worker
+    client = service.client
 
     @app.get("/health")
     async def health():
@@ -523,18 +481,16 @@ def add_operation_routes(app, service):
 
     @app.get("/ready")
     async def ready():
-        if service.draining or worker.broken or not worker.is_alive():
-            raise Refusal(503, worker.broken or "not serving")
+        if service.draining or client.broken:
+            raise Refusal(503, client.broken or "not serving")
         return {"status": "ready", "model": service.names[0]}
 
     @app.get("/stats")
     async def stats():
-        gpu = torch.cuda.is_available() and {"name": torch.cuda.get_device_name(), "allocated": torch.cuda.memory_allocated(),
-                                             "free": torch.cuda.mem_get_info()[0]}
-        return {**service.engine.stats(), "queue": max(0, service.depth - len(worker.active)), "tokens_per_second": round(
-            worker.tokens_per_second(), 1), "uptime": round(time.time() - service.started, 1), "memory": resident_memory(),
-            "gpu": gpu or None, "models": service.names, "max_model_len": service.engine.max_model_len,
-            "chat": service.engine.tok.chat_template is not None}
+        now = {name: value for name, value in client.stats.items() if name != "active"}
+        return {**now, "queue": max(0, service.depth - client.stats.get("active", 0)), "tokens_per_second": round(
+            client.tokens_per_second(), 1), "uptime": round(time.time() - service.started, 1), "models": service.names,
+            "max_model_len": service.engine.max_model_len, "chat": service.engine.tok.chat_template is not None}
 
     @app.get("/metrics")
     async def metrics():
@@ -562,12 +518,6 @@ def add_operation_routes(app, service):
         return FileResponse(HERE / "ui.html", headers={"Cache-Control": "no-cache", "Content-Security-Policy":
                             f"default-src 'self'; script-src {hashes}; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
                             "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"})
-
-
-def resident_memory():
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 # -------------------------------------------------------------------------------------------------------------------- the door
@@ -710,28 +660,34 @@ def read_adapters(args):
     return {name.strip(): folder.strip() for name, _, folder in pairs}
 
 
-class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not come (a "slow loris")."""
-    late = None
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not come (a "slow loris"), or does not
+    end."""
+    late, head = None, 0  # a timer while a head is awaited, and the bytes that came meanwhile
 
     def connection_made(self, transport):
         super().connection_made(transport)
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: a second write would wait 40 ms for an ACK
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.data_received(b"")
+        self.on_message_begin()
+
+    def on_message_begin(self):
+        super().on_message_begin()
+        self.head, self.late = 0, self.late or self.loop.call_later(Door.slow, self.transport.abort)
 
     def data_received(self, data):
-        if data:
-            super().data_received(data)
-        waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-        if self.late and not waiting:
-            self.late = self.late.cancel()
-        elif waiting and not self.late:
-            self.late = self.loop.call_later(Door.slow, self.transport.abort)
+        self.head += len(data)
+        if self.late and self.head > 65536 + len(data):
+            return self.send_400_response("The head of the request is over 65,536 bytes.")
+        super().data_received(data)
+
+    def on_headers_complete(self):
+        self.late = self.late.cancel()
+        super().on_headers_complete()
 
     def connection_lost(self, error):
         if self.late:
-            self.late = self.late.cancel()
+            self.late.cancel()
         super().connection_lost(error)
 
 
@@ -775,23 +731,47 @@ def main():
         raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")
     if engine.tok.chat_template is None:
         print("note     this model has no chat template: /v1/completions works, /v1/chat/completions answers 400")
-    config.app = create_app(engine, args, keys)
-    config.load()
     gc.collect()
-    sys.setswitchinterval(0.001)  # no longer does the engine's thread wait for Python while another one computes
     gc.freeze()  # what is here now stays: the collector need not go through it again and again
+    sys.setswitchinterval(0.001)  # no longer does the engine wait for Python while another thread of its process computes
+    front = apart(engine, args.concurrency) if sys.platform == "linux" else None  # elsewhere a process that forks may not compute
     scheme = "https" if args.certificate else "http"
+    config.app = create_app(engine, args, keys, front)
+    config.load()
     server = Server(config)
     server.ready = (f"ready    {scheme}://{args.host}:{sock.getsockname()[1]} after {time.time() - begin:.1f} s; the page at /, "
                     "the API at /v1, its description at /docs")
     server.run(sockets=[sock])
+    sys.stdout.flush()
+    if front:
+        os._exit(0)  # the engine's threads and device are the other process's to end
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
+
+
+def apart(engine, concurrency):
+    """Fork. This process goes on as the engine's and ends here when the other one has; the new one returns, to speak HTTP, with
+    the socket between them. It has the tokenizer and all else in memory, and never computes."""
+    front, back = socket.socketpair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of threads: the engine's, which wait, and which the new process never needs
+        child = os.fork()
+    if not child:
+        back.close()
+        os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
+        os.nice(int(os.environ.get("NICE","10")))
+        if os.environ.get("BATCH"): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        return front
+    front.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    Worker(engine, back, concurrency).run()
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def listen(args):
     """-> (uvicorn's Config, the socket bound but not yet listening)"""
     config = uvicorn.Config(None, args.host, args.port, http=Protocol, log_level="warning", access_log=False, timeout_keep_alive=30,
-                            timeout_graceful_shutdown=1, h11_max_incomplete_event_size=65536, backlog=1024,
+                            timeout_graceful_shutdown=1, backlog=1024,
                             ssl_certfile=args.certificate or None, ssl_keyfile=args.certificate_key or None)
     try:
         if args.certificate:

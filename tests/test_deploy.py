@@ -191,7 +191,7 @@ def test_the_health_check_tells_a_server_from_none(served):
     assert health(served.port) == 0
     assert health(str(free_port())) != 0
     with running(Stub()) as broken:
-        broken.service.worker.broken = "the engine failed"  # alive, but not ready
+        broken.service.client.broken = "the engine failed"  # alive, but not ready
         assert health(str(broken.port)) != 0
 
 

@@ -19,11 +19,13 @@ from conftest import ROOT  # noqa: F401  (puts the root on the path)
 import api
 import lora
 import serve
+import worker
 from chat import CHATML_TEMPLATE
 from common import UserError
 from generate import Delta, Engine, Sampling
 from model import Config, Transformer
 from tokenizer import Tokenizer
+from worker import Worker, message
 
 HTTP = httpx.Client(timeout=60, verify=False)  # a client of its own for every call would read the system's certificates each time
 SAID = "Grüße 😀 漢字, 👩‍👩‍👧 done."
@@ -364,7 +366,8 @@ def test_who_leaves_is_cancelled_in_both_modes():
         with HTTP.stream("POST", server.url + "/v1/completions", json={"prompt": "a", "stream": True}) as answer:
             next(answer.iter_lines())
         until(lambda: not server.engine.live and server.service.depth == 0)
-        assert len(server.engine.cancelled) == 2 and not server.service.worker.active and not server.service.worker.waiting
+        until(lambda: not server.service.client.jobs and server.service.client.stats["active"] == 0)
+        assert len(server.engine.cancelled) == 2
 
 
 def test_a_full_queue_is_429_and_draining_is_503():
@@ -383,16 +386,16 @@ def test_a_full_queue_is_429_and_draining_is_503():
 
 def test_keys_take_turns_in_the_queue():
     engine = Stub("x")
-    worker = serve.Worker(engine, 1)
-
-    async def fill():
-        inbox = serve.Inbox()
-        for key, length in [("a", 1), ("a", 2), ("a", 3), ("b", 11), ("c", 21), ("b", 12)]:
-            worker.submit(serve.Job([5] * length, Sampling(), None, key, inbox))
-        while worker.waiting or engine.live:
-            worker.admit()
-            worker.collect(engine.step())
-    asyncio.run(fill())
+    front, back = socket.socketpair()
+    for number, (key, length) in enumerate([("a", 1), ("a", 2), ("a", 3), ("b", 11), ("c", 21), ("b", 12)]):
+        front.sendall(message("submit", number, key, [5] * length, vars(Sampling()), None, None))
+    front.shutdown(socket.SHUT_WR)
+    loop = Worker(engine, back, 1)
+    assert loop.take_orders(wait=True)
+    while loop.waiting or engine.live:
+        loop.admit()
+        loop.collect(engine.step())
+    assert not loop.take_orders(wait=True)  # nobody can ask any more
     assert engine.order == [1, 11, 21, 2, 12, 3]
 
 
@@ -463,8 +466,8 @@ def test_grammars_that_wait_to_be_built_have_a_limit_and_plain_requests_none():
 
 
 def test_a_repeated_schema_is_built_once(monkeypatch):
-    built, make = [], api.json_grammar
-    monkeypatch.setattr(api, "json_grammar", lambda *a: built.append(a) or make(*a))
+    built, make = [], worker.json_grammar
+    monkeypatch.setattr(worker, "json_grammar", lambda *a: built.append(a) or make(*a))
     with running(Stub()) as server:
         for _ in range(3):
             assert ask(server, response_format=json_schema({"type": "object", "properties": {"a": {}}})).status_code == 200

@@ -1,0 +1,217 @@
+"""The engine behind a socket: the half of the server that computes. serve.py is the half that speaks HTTP.
+
+    front, back = socket.socketpair()
+    Worker(engine, back, concurrency=64).run()      # in a thread, or in the process that forked the other half
+
+Python runs one thread of a process at a time, so HTTP in the engine's process would take its time from every step. Orders
+come in and answers go out as messages: four bytes of length, then plain values in `marshal`, the interpreter's own format.
+
+    submit number, key, prompt ids, fields of Sampling, adapter, grammar      cancel number      call number, what, arguments
+    deltas stats, [(number, when it was admitted, then the fields of a Delta)]      result number, value, error      failed why
+"""
+import json
+import marshal
+import os
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import UserError
+from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+from sampler import Sampling
+
+
+def message(*values):
+    """Plain values -> the bytes that carry them."""
+    data = marshal.dumps(values)
+    return len(data).to_bytes(4, "little") + data
+
+
+def messages(buffer):
+    """The whole messages at the front of a bytearray, which they leave."""
+    while len(buffer) >= 4 and len(buffer) >= (end := 4 + int.from_bytes(buffer[:4], "little")):
+        values = marshal.loads(bytes(buffer[4:end]))
+        del buffer[:end]
+        yield values
+
+
+def plain(logprobs):
+    """[TokenLogprob] as tuples."""
+    return [(t.id, t.logprob, t.top) for t in logprobs]
+
+
+class Grammars:
+    """Grammars by what they were made of, kept because their automata learn as they go, and the vocabulary they share."""
+
+    def __init__(self, tok):
+        self.tok, self.vocabulary, self.kept = tok, None, OrderedDict()
+
+    def constraint(self, kind, *what):
+        """("regex", pattern), or ("json", schema or None, and perhaps the text before and after) -> Constraint."""
+        self.vocabulary = self.vocabulary or Vocabulary(self.tok)
+        name = json.dumps([kind, what], sort_keys=True)
+        grammar = self.kept.get(name)
+        if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:  # what it learned is 200 MB: forget
+            grammar = (regex_grammar if kind == "regex" else json_grammar)(*what)
+            Constraint(grammar, self.vocabulary).needs()  # the first mask here, not between two steps of the engine
+            self.kept[name] = grammar
+            while len(self.kept) > 64:
+                self.kept.popitem(last=False)
+        return Constraint(grammar, self.vocabulary)
+
+
+@dataclass
+class Active:
+    """A request in the engine."""
+    unfinished: int             # answers still being made
+    admitted: float             # when it left the queue
+    begun: bool = False         # its first token is out
+
+
+class Worker:
+    """Owns the engine: nobody else calls it. Each turn: orders, admission, one step, what there is to tell."""
+
+    def __init__(self, engine, sock, concurrency):
+        self.engine, self.sock, self.concurrency, self.buffer = engine, sock, concurrency, bytearray()
+        self.waiting, self.active = OrderedDict(), {}     # {key: its requests in order}, {number: Active}
+        self.outbox, self.sent = {}, 0.0                  # {(number, answer): what it gets}, when all of it last went out
+        self.grammars, self.builder, self.lock = Grammars(engine.tok), ThreadPoolExecutor(1, "grammar"), threading.Lock()
+        self.machine, self.looked = {}, 0.0
+
+    def run(self):
+        """Until the other half is gone. If the engine fails it is unusable from then on, and everybody hears why."""
+        try:
+            self.tell()
+            while self.take_orders(wait=not (self.engine.has_work or self.waiting)):
+                self.admit()
+                if self.engine.has_work:
+                    self.collect(self.engine.step())
+                else:
+                    self.tell()
+        except ConnectionError:
+            pass
+        except Exception as error:
+            why = f"the engine failed: {type(error).__name__}: {error}"
+            print(json.dumps({"event": "engine_failed", "error": why}), file=sys.stderr, flush=True)
+            self.send("failed", why)
+        self.builder.shutdown(wait=False, cancel_futures=True)
+
+    def send(self, *values):
+        with self.lock:
+            self.sock.sendall(message(*values))
+
+    # -- orders come in
+    def take_orders(self, wait):
+        """Do what was asked for -> False once nobody can ask any more."""
+        try:
+            data = self.sock.recv(1 << 18, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        self.buffer += data
+        for what, *values in messages(self.buffer):
+            getattr(self, what)(*values)
+        return bool(data)
+
+    def submit(self, number, key, *request):
+        self.waiting.setdefault(key, deque()).append((number, *request))
+
+    def cancel(self, number):
+        """Out of the queue, or out of the engine, whose blocks are free at once."""
+        self.outbox = {name: item for name, item in self.outbox.items() if name[0] != number}
+        if self.active.pop(number, None):
+            self.engine.cancel(number)
+        for key, line in list(self.waiting.items()):
+            self.waiting[key] = deque(request for request in line if request[0] != number)
+            if not self.waiting[key]:
+                del self.waiting[key]
+
+    def call(self, number, what, *values):
+        """A grammar takes up to a second: it is built in a thread of its own, and all else goes on."""
+        if what == "grammar":
+            self.builder.submit(self.answer, number, self.grammars.constraint, *values)
+        else:
+            self.answer(number, getattr(self.engine, what), *values)
+
+    def answer(self, number, function, *values):
+        try:
+            result, error = function(*values), None
+        except Exception as e:
+            result, error = None, (isinstance(e, UserError), str(e) if isinstance(e, UserError) else repr(e))
+        if isinstance(result, Constraint):  # it stays here, under what it was made of
+            result = None
+        elif result and not isinstance(result[0], float):
+            result = plain(result)
+        self.send("result", number, result, error)
+
+    def admit(self):
+        """From the queue to the engine, one key after the other, so that no key's thousand requests stand before another's one."""
+        while self.waiting and len(self.active) < self.concurrency:
+            key, line = self.waiting.popitem(last=False)
+            number, prompt, fields, adapter, grammar = line.popleft()
+            if line:
+                self.waiting[key] = line  # to the end of the line
+            try:
+                sampling = Sampling(**{**fields, "constraint": self.grammars.constraint(*grammar) if grammar else None})
+                self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
+                self.active[number] = Active(sampling.n, time.monotonic())
+            except UserError as error:
+                self.outbox[number, 0] = [number, 0.0, 0, "", [], None, "error", str(error)]
+                self.tell([(number, 0)])
+
+    # -- answers go out
+    def collect(self, deltas):
+        """Several steps' tokens of an answer go out as one, more often than an eye can tell, the more streams the more: what
+        the other half does with them costs the machine time. A first token and an end never wait."""
+        now, urgent = time.monotonic(), []
+        for d in deltas:
+            if (request := self.active.get(d.request_id)) is None:
+                continue  # cancelled
+            name = d.request_id, d.index
+            item = self.outbox.get(name)
+            if item is None:
+                item = self.outbox[name] = [d.request_id, request.admitted, d.index, "", [], None, None, None]
+            item[3] += d.text
+            item[4] += d.token_ids
+            if d.logprobs is not None:
+                item[5] = (item[5] or []) + plain(d.logprobs)
+            if d.finish_reason:
+                item[6], item[7] = d.finish_reason, d.error
+                request.unfinished -= 1
+                if request.unfinished == 0:
+                    del self.active[d.request_id]
+            if d.finish_reason or not request.begun:
+                request.begun = True
+                urgent.append(name)
+        if now - self.sent >= min(0.005 * len(self.active), 0.05):
+            self.tell()
+        elif urgent:
+            self.tell(urgent)
+
+    def tell(self, names=None):
+        """Send what these answers have got, or all have, and the engine's state."""
+        now = time.monotonic()
+        if names is None:
+            items, self.outbox, self.sent = list(self.outbox.values()), {}, now
+        else:
+            items = [self.outbox.pop(name) for name in names]
+        if now - self.looked > 1:
+            self.machine, self.looked = machine(), now
+        self.send("deltas", {**self.engine.stats(), "active": len(self.active), **self.machine}, items)
+
+
+def machine():
+    """What the engine's process and its GPU use, in bytes."""
+    memory = gpu = None
+    if (statm := Path("/proc/self/statm")).is_file():
+        memory = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        gpu = {"name": torch.cuda.get_device_name(), "allocated": torch.cuda.memory_allocated(),
+               "free": torch.cuda.mem_get_info()[0]}
+    return {"memory": memory, "gpu": gpu}
