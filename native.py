@@ -97,9 +97,9 @@ def library_path(name, folder=None):
 def library():
     """The compiled forward.cpp: one made beforehand beside this file, else one in the user's cache, compiled now if need be."""
     name = level()
-    path = next((p for p in (library_path(name, SOURCE.parent / "build"), library_path(name)) if p.is_file()), None)
-    if path is None:
-        path = library_path(name)
+    path = library_path(name, SOURCE.parent / "build")
+    path = path if path.is_file() else library_path(name)
+    if not path.is_file():
         try:
             compile_to(path, name)
         except OSError as error:
@@ -143,6 +143,12 @@ class Panels:
     def keep(self, tensor):
         self.kept.append(tensor)
         return tensor.data_ptr()
+
+    def multiply(self, layer, x):
+        """x (M, K) float32 by a Linear -> (M, N)."""
+        x, y = x.contiguous(), x.new_empty(len(x), layer.N)
+        self.lib.linear(layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
 
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
@@ -193,9 +199,7 @@ class Product(Panels):
         self.layer.bias = None
 
     def __call__(self, x):
-        x, y = x.contiguous(), x.new_empty(len(x), self.layer.N)
-        self.lib.linear(self.layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
+        return self.multiply(self.layer, x)
 
     def __deepcopy__(self, memo):
         return self  # nothing in it changes
@@ -204,12 +208,13 @@ class Product(Panels):
 class Native(Panels):
     """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
 
-    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
+    def __init__(self, model, kind, cos=None, sin=None, adapters=(), kv_dtype=torch.float32, block_size=PAGE):
         """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
         c, self.adapters = model.config, adapters
         for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
                                (f"a width of {c.hidden_size}", c.hidden_size % 16),
-                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
+                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16),
+                               (f"a cache of {kv_dtype}", kv_dtype not in CACHED), (f"blocks of {block_size}", block_size != PAGE)):
             if found:
                 raise Unavailable(f"forward.cpp does not do {problem}")
         super().__init__()
@@ -270,9 +275,7 @@ class Native(Panels):
 
     def head(self, x):
         """(R, C) -> logits (R, V)."""
-        y = x.new_empty(len(x), self.model.head.N)
-        self.lib.linear(self.model.head, len(x), x.contiguous().data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
+        return self.multiply(self.model.head, x)
 
 
 def main():

@@ -170,12 +170,12 @@ def pack(linears, kind):
     """Layers over the same input -> one function of (T, K) to (T, N). kind: None as they are, "int8", "int4"."""
     if isinstance(linears[0], Parted):
         return Parted(pack([linears[0].linear], kind), linears[0].ranks, linears[0].outputs)
-    if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
-        return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
-    kinds = {type(m) for m in linears}
-    if len(kinds) > 1 or (kinds != {nn.Linear} and len({getattr(m, "group", 0) for m in linears}) > 1):
+    adapted = any(hasattr(m, "adapters") for m in linears)  # lora.LoRALinear: each with adapters of its own
+    if len(linears) > 1 and (adapted or len({(type(m), getattr(m, "group", 0)) for m in linears}) > 1):
         parts = [pack([m], kind) for m in linears]
         return lambda x: torch.cat([part(x) for part in parts], -1)
+    if adapted:
+        return linears[0]
     linear = packed.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
         return linear.product
@@ -210,13 +210,14 @@ class Runner:
             raise UserError(f"--quant {kind}: use int8 or int4")
         if kind and model.quantization:
             raise UserError(f"--quant {kind}: this folder's weights are packed already; leave --quant out")
+        self.cos = self.sin = None
         if not c.is_gpt2:
             angle = torch.arange(self.max_len, device=self.device)[:, None].float() * model.rope_frequency
             cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale  # (P, D/2)
             dtype = torch.float32 if on_cpu else model.embed_tokens.weight.dtype
             self.cos, self.sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)  # (P, D)
         half = runtime.dtype != torch.float32
-        self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype], block_size), {}
+        self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype]), {}
         packs = half or kind or model.quantization
         self.kv_dtype = torch.float16 if self.native and packs and kv_dtype == "auto" else kinds[kv_dtype]
         if self.native:
@@ -230,15 +231,12 @@ class Runner:
                           for b in model.layers if hasattr(b.self_attn, "q_norm")]
             self.head = pack([model.lm_head], kind)
 
-    def in_cpp(self, kind, kv_dtype, block_size):
+    def in_cpp(self, kind, kv_dtype):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
         try:
-            for problem, found in (("several ranks", self.orders), (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
-                                   (f"blocks of {block_size}", block_size != native.PAGE)):
-                if found:
-                    raise native.Unavailable(f"forward.cpp does not do {problem}")
-            rope = (None, None) if self.config.is_gpt2 else (self.cos, self.sin)
-            made = native.Native(self.model, kind, *rope, self.names)
+            if self.orders:
+                raise native.Unavailable("forward.cpp does not do several ranks")
+            made = native.Native(self.model, kind, self.cos, self.sin, self.names, kv_dtype, self.block_size)
         except native.Unavailable as reason:
             print(f"forward  torch: {reason}")
             return None
@@ -390,8 +388,8 @@ class Runner:
         return graph, longs, ints, logits
 
     def forward(self, longs, ints, S, T, R):
-        """S sequences, T tokens in all -> logits (R, V), or None. Attention over block tables is a kernel of kernels.py, or its twin
-        where there is no GPU."""
+        """S sequences, T tokens in all -> logits (R, V), or None. Attention over block tables is a kernel of kernels.py, or its
+        twin where there is no GPU."""
         c, H, K, D = self.config, self.H, self.K, self.D
         ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
         lengths, starts, tables = ints[:S], ints[S:2 * S + 1], ints[2 * S + 1:].view(S, -1)
