@@ -781,20 +781,15 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
 
 def paged_attention_twin(q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window=None, k_scale=None,
                          v_scale=None):
-    out, page = torch.zeros_like(q), k_cache.size(1)
-    starts, lengths = query_starts.tolist(), lengths.tolist()
-    for s, length in enumerate(lengths):
-        rows = starts[s + 1] - starts[s]
-        if not rows or not length:
-            continue
-        blocks = block_tables[s, :-(-length // page)].long()
-        k, v = (read_pages(cache, scales, blocks)[:length] for cache, scales in ((k_cache, k_scale), (v_cache, v_scale)))
-        query = q[starts[s]:starts[s + 1]].float().unflatten(1, (k.size(1), -1))  # (rows, H, D) -> (rows, Kh, group, D)
-        scores = torch.einsum("rhgd,lhd->hgrl", query, k) * scale
-        keys = torch.arange(length, device=q.device)
-        mask = attention_mask(torch.arange(length - rows, length, device=q.device), keys, window)  # (rows, length)
-        weights = scores.masked_fill(~mask, -float("inf")).softmax(-1).nan_to_num()  # (Kh, group, rows, length)
-        out[starts[s]:starts[s + 1]] = torch.einsum("hgrl,lhd->rhgd", weights, v).flatten(1, 2).to(q.dtype)
+    out, page, starts = torch.zeros_like(q), k_cache.size(1), query_starts.tolist()
+    for table, length, begin, end in zip(block_tables, lengths.tolist(), starts, starts[1:]):
+        if begin < end and length:
+            blocks, at = table[:-(-length // page)].long(), torch.arange(length, device=q.device)
+            k, v = (read_pages(cache, scales, blocks)[:length] for cache, scales in ((k_cache, k_scale), (v_cache, v_scale)))
+            query, k, v = (t.transpose(0, 1)[None] for t in (q[begin:end].float(), k, v))  # (rows, H, D) -> (1, H, rows, D)
+            mask = attention_mask(at[begin - end:], at, window)  # (rows, length): the new tokens are the last ones
+            y = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+            out[begin:end] = y[0].transpose(0, 1).to(q.dtype)
     return out
 
 
