@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
 from model import attention_mask, rotate
-from packed import NF4
+from packed import NF4, nf4_dequantize
 
 try:
     import triton
@@ -341,11 +341,9 @@ def dequantize(w, dtype):
 def dequantize_twin(w, dtype):
     if w.pack == 1:
         return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
-    low, high = w.weight & 15, w.weight >> 4
     if w.format == "nf4":
-        values = nf4_table(low.device)[torch.stack((high, low), -1).flatten().long()]  # (N*K/2, 2) -> (N*K,)
-        return (values * w.scales.repeat_interleave(w.group)[:len(values)]).view(w.N, w.K).to(dtype)
-    codes = torch.stack((low, high), -1).flatten(1)[:, :w.K].float()  # (N, K/2, 2) -> (N, K)
+        return nf4_dequantize({"packed": w.weight, "absmax": w.scales}, (w.N, w.K), w.group, dtype)
+    codes = torch.stack((w.weight & 15, w.weight >> 4), -1).flatten(1)[:, :w.K].float()  # (N, K/2, 2) -> (N, K)
     scales, zeros = (t if t is None else t.float().repeat_interleave(w.group, 1)[:, :w.K] for t in (w.scales, w.zeros))
     return ((codes - (8 if zeros is None else zeros)) * scales).to(dtype)
 

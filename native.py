@@ -32,7 +32,7 @@ FLOAT32, FLOAT16, INT8, INT4 = range(4)
 CACHED = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values that it knows
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """Why torch has to do it."""
 
 
@@ -42,8 +42,7 @@ class Linear(Structure):
         (name, c_void_p) for name in ("a", "b", "keep", "gain")]
 
 
-class Norm(Structure):
-    _fields_ = [("gain", c_void_p), ("bias", c_void_p)]
+Norm = c_void_p * 2  # gain, bias
 
 
 class Layer(Structure):
@@ -279,15 +278,12 @@ class Native(Panels):
 
 
 def main():
-    out = sys.argv[2] if sys.argv[1:2] == ["--out"] and len(sys.argv) == 3 else None
-    if out is None:
+    if len(sys.argv) != 3 or sys.argv[1] != "--out":
         raise UserError("usage: python native.py --out DIR")
     for name in LEVELS if platform.machine() == "x86_64" else ["plain"]:
-        try:
-            compile_to(library_path(name, out), name)
-        except Unavailable as error:
-            raise UserError(str(error)) from None
-        print(library_path(name, out))
+        path = library_path(name, sys.argv[2])
+        compile_to(path, name)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -157,10 +157,9 @@ def fuse(linears):
         return linears[0]
     if isinstance(linears[0], QuantLinear):
         return packed.fuse(linears)
-    fused = nn.Linear(1, 1, bias=linears[0].bias is not None, device="meta")
-    fused.weight = nn.Parameter(torch.cat([m.weight.data for m in linears]), requires_grad=False)
-    if fused.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([m.bias.data for m in linears]), requires_grad=False)
+    fused = copy.copy(linears[0])
+    fused._parameters = {name: p if p is None else nn.Parameter(torch.cat([getattr(m, name).data for m in linears]), False)
+                         for name, p in fused._parameters.items()}
     for m, part in zip(linears, fused.weight.data.split([m.weight.size(0) for m in linears])):
         m.weight = nn.Parameter(part, requires_grad=False)
     return fused
