@@ -80,7 +80,8 @@ class Config:
         C, H, L = need("hidden_size"), need("num_attention_heads", 4096), need("num_hidden_layers", 1024)
         if gpt2 and C % H:
             raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
-        bias, (window, sliding) = gpt2 or bool(d.get("attention_bias", False)), _read_sliding(d, kind, L)
+        bias = gpt2 or bool(d.get("attention_bias", False))
+        window, sliding = _read_sliding(d, kind, L)
         config = Config(
             kind, need("vocab_size"), C, need("intermediate_size", default=4 * C if gpt2 else None), L, H,
             need("num_key_value_heads", 4096, H), need("head_dim", 4096, 128 if kind == "qwen3" else C // H),
@@ -174,14 +175,10 @@ def rope_frequencies(config):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
         ramp = ((torch.arange(D // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
-
-        def mscale(m):
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-        scale = rope.get("attention_factor")
-        if scale is None:
-            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-            scale = mscale(m) / mscale(m_all) if m and m_all else mscale(1.0)
-        return frequency * (1 - ramp) + frequency / factor * ramp, scale
+        grow = 0.1 * math.log(factor) if factor > 1 else 0.0
+        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale = (1 + m * grow) / (1 + m_all * grow) if m and m_all else 1 + grow
+        return frequency * (1 - ramp) + frequency / factor * ramp, rope.get("attention_factor") or scale
     return frequency, 1.0
 
 
@@ -199,16 +196,17 @@ def rotate(x, cos, sin):
 def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
     """Summed cross-entropy of the logits hidden @ weight.T against targets, -100 ignored -> scalar float32, nats.
 
-    hidden (N, C), weight (V, C), targets (N,) int64. The plain twin below holds N*V logits, their softmax and its gradient;
-    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole. Rows without a target, most of them
-    in instruction tuning, are left out first where that costs nothing: on a GPU it would have to wait for their number.
+    hidden (N, C), weight (V, C), targets (N,) int64. Above LOGITS_AT_ONCE the work is done in chunks of rows, so that N*V logits
+    never exist whole. Rows without a target, most of them in instruction tuning, are left out first where that costs nothing: on
+    a GPU it would have to wait for their number.
     """
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not (kept := targets != -100).all():
         hidden, targets = hidden[kept], targets[kept]
     rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
-    if hidden.size(0) > rows:
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
+    if hidden.size(0) > rows and torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
+    return sum(F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=-100, reduction="sum")
+               for h, t in zip(hidden.split(rows), targets.split(rows)))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -216,35 +214,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     are, so nothing is computed twice and backward only scales (the idea of Apple's and Liger's fused linear losses)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows, wanted):
+    def forward(ctx, hidden, weight, targets, rows):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
-        w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
-        if wanted:
-            grad_hidden = torch.empty_like(hidden)
-            # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        w, total, grad_hidden = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, hidden.size(0), rows):
             h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
             logits = (h @ w.t()).float()  # (rows, V)
             lse, counts, t = logits.logsumexp(-1, keepdim=True), t != -100, t.clamp(min=0)
             total += ((lse - logits.gather(1, t)) * counts).sum()
-            if wanted:
-                d = logits.sub_(lse).exp_()  # softmax
-                d.scatter_add_(1, t, torch.full_like(lse, -1.0))
-                d = d.mul_(counts).to(exact)
-                grad_hidden[i:i + rows] = d @ w.to(exact)
-                if grad_weight is not None:
-                    grad_weight += d.t() @ h.to(exact)
-        if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+            d = logits.sub_(lse).exp_()  # softmax
+            d = d.scatter_add_(1, t, torch.full_like(lse, -1.0)).mul_(counts).to(exact)
+            grad_hidden[i:i + rows] = d @ w.to(exact)
+            if grad_weight is not None:
+                grad_weight += d.t() @ h.to(exact)
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None, None
+        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None
 
 
 @torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
@@ -569,7 +562,7 @@ def to_folder_names(state, config):
             out["model." + name] = tensor
         else:
             number, inner, leaf = NAME.fullmatch(name).groups()
-            theirs = f"transformer.{f'h.{number}.' if number else ''}{GPT2_NAMES[inner]}.{leaf}"
+            theirs = "transformer." + (f"h.{number}." if number else "") + f"{GPT2_NAMES[inner]}.{leaf}"
             tensor = tensor.t() if number and tensor.ndim == 2 and leaf not in PACKED else tensor  # (out, in) -> (in, out)
             if theirs not in out:
                 out[theirs] = tensor
