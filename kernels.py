@@ -3,7 +3,8 @@
     python -m pytest tests/test_kernels.py      # on a GPU the real kernels, elsewhere the same code in Triton's interpreter
     python bench.py kernels                     # GB/s of each, beside the card's own copy bandwidth and beside cuBLAS
 
-A public function runs the kernel for CUDA tensors (for any tensor under TRITON_INTERPRET=1) and its `_twin` otherwise.
+A public function runs the kernel for CUDA tensors (for any tensor under TRITON_INTERPRET=1) and its `_twin` otherwise; `linear`
+leaves the otherwise to the layer that calls it.
 """
 import functools
 import os
