@@ -323,12 +323,13 @@ def linear_cases(M, N, K):
     rest, k = 2 * M * (N + K), kernels
     cases = {
         "cuBLAS bf16": (2 * N * K + rest, F.linear, lambda: (bf16(M, K), bf16(N, K))),
-        "int8": (N * K + rest, k.int8_linear, lambda: (bf16(M, K), ints(N, K).view(torch.int8), bf16(N))),
-        "int8 x int8": (N * K + rest, k.int8_dynamic_linear, lambda: (bf16(M, K), ints(N, K).view(torch.int8), bf16(N))),
-        "int4 g128": (N * K // 2 + N * K // 64 + rest, k.int4_linear,
-                      lambda: (bf16(M, K), ints(N, K // 2), bf16(N, K // 128), None, 128)),
-        "nf4": (N * K // 2 + N * K // 16 + rest, k.nf4_linear,
-                lambda: (bf16(M, K), ints(N * K // 2), torch.rand(N * K // 64, device="cuda"), 64, N, K)),
+        "int8": (N * K + rest, k.linear, lambda: (bf16(M, K), k.Packed("int8", ints(N, K).view(torch.int8), bf16(N), N, K))),
+        "int8 x int8": (N * K + rest, k.linear,
+                        lambda: (bf16(M, K), k.Packed("int8x8", ints(N, K).view(torch.int8), bf16(N), N, K))),
+        "int4 g128": (N * K // 2 + N * K // 64 + rest, k.linear,
+                      lambda: (bf16(M, K), k.Packed("int4", ints(N, K // 2), bf16(N, K // 128), N, K, 128))),
+        "nf4": (N * K // 2 + N * K // 16 + rest, k.linear,
+                lambda: (bf16(M, K), k.Packed("nf4", ints(N * K // 2), torch.rand(N * K // 64, device="cuda"), N, K, 64))),
         "int4 g128, torch tinygemm": (N * K // 2 + N * K // 32 + rest, torch._weight_int4pack_mm, lambda: (
             bf16(M, K), torch.ops.aten._convert_weight_to_int4pack(ints(N, K // 2), 8), 128, bf16(K // 128, N, 2)))}
     if importlib.util.find_spec("bitsandbytes"):

@@ -3,7 +3,8 @@
     python -m pytest tests/test_kernels.py      # on a GPU the real kernels, elsewhere the same code in Triton's interpreter
     python bench.py kernels                     # GB/s of each, beside the card's own copy bandwidth and beside cuBLAS
 
-A public function runs the kernel for CUDA tensors (for any tensor under TRITON_INTERPRET=1) and its `_twin` otherwise.
+A public function runs the kernel for CUDA tensors (for any tensor under TRITON_INTERPRET=1) and its `_twin` otherwise; `linear`
+leaves the otherwise to the layer that calls it.
 """
 import functools
 import os
@@ -11,13 +12,14 @@ import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
 from model import attention_mask, rotate
+from packed import NF4, nf4_dequantize
 
 try:
     import triton
@@ -124,17 +126,7 @@ def bucket(n):
 # Decoding reads every weight once per token, so the layer takes (bytes of packed weights) / (memory bandwidth) at best. Rows
 # of x share that one reading up to about 64 rows; from DEQUANTIZE_ABOVE rows on the products take longer than writing the
 # weights out in 16 bits, and cuBLAS is the faster multiplier.
-#
-# Packed layout, the same on every device: row n of W holds `width` bytes.
-#   int8   byte k         = W[n, k]                                        W = byte * scale[n]
-#   int4   byte j         = W[n, 2j] low nibble, W[n, 2j+1] high nibble     W = (nibble - zero) * scale, both at [n, k // group]
-#   nf4    byte j         = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble     W = NF4[nibble] * absmax[(n*K + k) // block]
 DEQUANTIZE_ABOVE = 512
-
-# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, Dettmers et al. 2023, appendix E).
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
 @functools.cache
@@ -143,14 +135,19 @@ def nf4_table(device):
 
 
 class Packed(NamedTuple):
-    """Packed weights of an (N, K) layer as the kernels take them."""
-    format: str             # int8, int8x8 (x is int8 too), int4 or nf4
-    weight: torch.Tensor    # (N, width) bytes
-    scales: torch.Tensor    # (N, groups); int8: (N,)
-    zeros: torch.Tensor     # (N, groups) or None
-    group: int              # columns that share a scale
+    """Packed weights of an (N, K) layer. Row n of W holds `width` bytes (nf4: all rows one after the other):
+
+    int8, int8x8  byte k = W[n, k]                                        W = byte * scale[n]; int8x8 takes x in int8, too
+    int4          byte j = W[n, 2j] low nibble, W[n, 2j+1] high nibble    W = (nibble - zero) * scale, both at [n, k // group]
+    nf4           byte j = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble    W = NF4[nibble] * scale[(n*K + k) // group]
+    """
+    format: str
+    weight: torch.Tensor    # int8 (N, K) or uint8 (N, ceil(K/2)); nf4: (N*K/2,), bitsandbytes' order
+    scales: torch.Tensor    # (N,); int4: (N, ceil(K/group)), the last group may be short; nf4: (ceil(N*K/group),) float32
     N: int
     K: int
+    group: int = 256        # columns that share a scale
+    zeros: Any = None       # as int4's scales, or None: all are 8
 
     @property
     def pack(self):
@@ -159,6 +156,12 @@ class Packed(NamedTuple):
     @property
     def width(self):
         return -(-self.K // self.pack)
+
+
+@jit
+def _read(at, mask):
+    """Numbers of any type as float32, 0 where the mask is False."""
+    return tl.load(at, mask=mask, other=0).to(tl.float32)
 
 
 @jit
@@ -209,17 +212,16 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
     scale: some 3 instructions a weight, which a Hopper SM issues faster than memory delivers weights. The bytes enter as
     1 + b/256, and what that and the zero point add leaves the inner loop: sum (w - z) x = sum w x - z sum x.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     PACK: tl.constexpr = 1 if FORMAT == "int8" else 2
     SUBS: tl.constexpr = BLOCK_B // SUB
-    here = (rows < N)[:, None]
-    line = rows.to(tl.int64)[:, None]
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    here, line = (rows < N)[:, None], rows.to(tl.int64)[:, None]
     acc = tl.zeros((BLOCK_N, SUBS), tl.float32)
     for begin in range(tl.program_id(1) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
         byte = tl.load(weight + line * width + cols[None, :], mask=here & (cols < width)[None, :], other=0)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        xs = _read(x + k, k < K)
         if FORMAT == "int8":
             acc += tl.sum(tl.reshape(_one_and(byte) * xs[None, :], (BLOCK_N, SUBS, SUB)), 2)
             acc -= 1.5 * tl.sum(tl.reshape(xs, (SUBS, SUB)), 1)[None, :]
@@ -238,15 +240,15 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
                 if zeros is None:  # the ones and the eights
                     part -= tl.sum(tl.reshape(x0 * (1 + 8 / 256) + x1 / 2, (SUBS, SUB)), 1)[None, :]
                 else:
-                    zero = tl.load(zeros + where, mask=here, other=0).to(tl.float32) / 256
+                    zero = _read(zeros + where, here) / 256
                     part -= tl.sum(tl.reshape(x0, (SUBS, SUB)), 1)[None, :]
                     part -= zero * tl.sum(tl.reshape(x0 + 16 * x1, (SUBS, SUB)), 1)[None, :]
-            acc += part * tl.load(scales + where, mask=here, other=0.0).to(tl.float32)
+            acc += part * _read(scales + where, here)
     y = tl.sum(acc, 1) * (1 if FORMAT == "nf4" else 256)
     if FORMAT == "int8":
-        y *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y *= _read(scales + rows, rows < N)
     if bias is not None:
-        y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y += _read(bias + rows, rows < N)
     tl.store(out + tl.program_id(1) * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
 
 
@@ -275,14 +277,14 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
             acc = _dot(_values(byte, xs), tl.trans(xs), acc)
         else:
             where = rows.to(tl.int64) * groups + begin * 2 // GROUP
-            scale = tl.load(scales + where, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+            scale = _read(scales + where, rows < N)[:, None]
             if FORMAT == "nf4":
                 even, odd = _nibbles(byte, table, FORMAT)
                 even, odd = even * scale, odd * scale
             else:  # (n - zero) * scale as one multiply-add each of 1 + low/256 and 1 + high/16
                 zero = 8.0
                 if zeros is not None:
-                    zero = tl.load(zeros + where, mask=rows < N, other=0).to(tl.float32)[:, None]
+                    zero = _read(zeros + where, rows < N)[:, None]
                 both = _one_and(byte)
                 even = _keep(both, 0x3F878000) * (256 * scale) - (256 + zero) * scale
                 odd = _keep(both, 0x3FF80000) * (16 * scale) - (16 + zero) * scale
@@ -291,11 +293,11 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
             acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
     acc = acc.to(tl.float32)
     if PACK == 1:
-        acc *= tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        acc *= _read(scales + rows, rows < N)[:, None]
     if FORMAT == "int8x8":
         acc *= tl.load(x_scale + ms, mask=ms < M, other=0.0)[None, :]
     if bias is not None:
-        acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        acc += _read(bias + rows, rows < N)[:, None]
     at = out + (tl.program_id(2) * M + ms).to(tl.int64)[None, :] * N + rows[:, None]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(ms < M)[None, :] & (rows < N)[:, None])
 
@@ -311,12 +313,12 @@ def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, bloc
         value, k = byte.to(tl.float32) * tl.load(scales + row).to(tl.float32), cols
     else:
         where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
-        scale = tl.load(scales + where, mask=cols < width, other=0.0).to(tl.float32)
+        scale = _read(scales + where, cols < width)
         even, odd = _nibbles(byte, table, FORMAT)
         if FORMAT == "int4":
             zero = 8.0
             if zeros is not None:
-                zero = tl.load(zeros + where, mask=cols < width, other=0).to(tl.float32)
+                zero = _read(zeros + where, cols < width)
             even, odd = even - zero, odd - zero
         value = tl.interleave(even * scale, odd * scale)
         k = tl.program_id(0) % blocks * BLOCK_B * 2 + tl.arange(0, BLOCK_B * 2)
@@ -325,14 +327,26 @@ def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, bloc
 
 def dequantize(w, dtype):
     """Packed -> (N, K) in dtype."""
+    if not use_kernel(w.weight):
+        return dequantize_twin(w, dtype)
     out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
     rows, K, width, groups = w.N, w.K, w.width, -(-w.K // w.group)
-    if w.format == "nf4":  # blocks run on across the ends of rows: one long row
+    if w.format == "nf4":  # groups run on across the ends of rows: one long row
         rows, K, width, groups = 1, w.N * w.K, w.weight.numel(), w.scales.numel()
     blocks = triton.cdiv(width, 1024)
     _dequantize[(rows * blocks,)](w.weight, w.scales, w.zeros, nf4_table(out.device), out, K, width, w.group, groups, blocks,
                                   w.format, 1024)
     return out
+
+
+def dequantize_twin(w, dtype):
+    if w.pack == 1:
+        return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
+    if w.format == "nf4":
+        return nf4_dequantize({"packed": w.weight, "absmax": w.scales}, (w.N, w.K), w.group, dtype)
+    codes = torch.stack((w.weight & 15, w.weight >> 4), -1).flatten(1)[:, :w.K].float()  # (N, K/2, 2) -> (N, K)
+    scales, zeros = (t if t is None else t.float().repeat_interleave(w.group, 1)[:, :w.K] for t in (w.scales, w.zeros))
+    return ((codes - (8 if zeros is None else zeros)) * scales).to(dtype)
 
 
 def gemv_configs(group):
@@ -352,15 +366,23 @@ def gemm_configs(M, group, pack, size, shared):
             if stages * (n * b + m * b * pack * size) <= shared]
 
 
-def multiply(x, w, dtype, bias=None, x_scale=None):
-    """x (M, K) @ w.T + bias -> (M, N) in dtype, or None where the card has room for no configuration."""
-    M, K = x.shape
+def linear(x, w, bias=None):
+    """x (M, K) @ W.T + bias (N,) of Packed weights -> (M, N) in x's dtype; None where no kernel does it, but QuantLinear.plain can.
+
+    int8x8: each row of x is rounded to int8, and int8 x int8 is summed in int32, twice the rate of 16 bits.
+    """
+    if not use_kernel(x) or w.format == "int4" and w.group % 2:
+        return None
+    (M, K), x, dtype, x_scale = x.shape, x.contiguous(), x.dtype, None
     fused = w.pack == 1 or w.group & -w.group >= 32 and (w.format == "int4" or K % w.group == 0)  # 16 bytes have one scale
-    if x_scale is None and (M > DEQUANTIZE_ABOVE or not fused):
+    if w.format == "int8x8":
+        floats, x, x_scale = x, torch.empty_like(x, dtype=torch.int8), torch.empty(M, device=x.device)
+        _store_rows[(M,)](floats, x, x_scale, None, 1, K, K, 127.0, 1, bucket(K))
+    elif M > DEQUANTIZE_ABOVE or not fused:
         return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
-    x, group, gemv = x.contiguous(), w.group if w.pack == 2 else 256, M == 1 and x_scale is None
-    gpu = card(x.device)
-    configs = gemv_configs(group) if gemv else gemm_configs(M, group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin)
+    gpu, gemv = card(x.device), M == 1 and x_scale is None
+    configs = (gemv_configs(w.group) if gemv else
+               gemm_configs(M, w.group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin))
 
     def launch(config):
         tiles = triton.cdiv(w.N, config["BLOCK_N"]), triton.cdiv(M, config.get("BLOCK_M", 1))
@@ -382,96 +404,12 @@ def multiply(x, w, dtype, bias=None, x_scale=None):
     return tuned(f"{w.format} {dtype} M{bucket(M)} N{w.N} K{K} group{w.group} {w.zeros is None}", configs, launch, x.device)
 
 
-def int8_linear(x, weight, scale, bias=None):
-    """x (M, K) float; weight (N, K) int8; scale (N,); bias (N,) or None -> (M, N) in x's dtype. W = weight * scale[:, None]."""
-    y = None
-    if use_kernel(x):
-        y = multiply(x, Packed("int8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias)
-    return int8_linear_twin(x, weight, scale, bias) if y is None else y
-
-
-def int8_linear_twin(x, weight, scale, bias=None):
-    y = x.float() @ weight.float().T * scale.float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def int4_linear(x, packed, scales, zeros, group, bias=None):
-    """x (M, K); packed (N, ceil(K/2)) uint8, low nibble first; scales and zeros (N, ceil(K/group)) -> (M, N) in x's dtype.
-
-    zeros None: symmetric, W = (nibble - 8) * scale. The last group may be short; an odd group is the twin's alone.
-    """
-    y = None
-    if group % 2 == 0 and use_kernel(x):
-        y = multiply(x, Packed("int4", packed, scales, zeros, group, packed.size(0), x.size(1)), x.dtype, bias)
-    return int4_linear_twin(x, packed, scales, zeros, group, bias) if y is None else y
-
-
-def int4_linear_twin(x, packed, scales, zeros, group, bias=None):
-    w = int4_dequantize_twin(packed, scales, zeros, group, x.size(1))
-    return F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
-
-
-def int4_dequantize_twin(packed, scales, zeros, group, K):
-    """-> (N, K) float32."""
-    w = torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :K].float()  # (N, K/2, 2) -> (N, K)
-    scales, zeros = (None if t is None else t.float().repeat_interleave(group, 1)[:, :K] for t in (scales, zeros))
-    return (w - (8 if zeros is None else zeros)) * scales
-
-
-class NF4Product(torch.autograd.Function):
-    """y = x W^T with W frozen in 4 bits (QLoRA, eq. 5-6): backward is dy W, by the same weights unpacked once more."""
-
-    @staticmethod
-    def forward(ctx, x, w, bias):
-        ctx.w = w
-        return multiply(x, w, x.dtype, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ dequantize(ctx.w, grad.dtype), None, grad.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def nf4_linear(x, packed, absmax, block, N, K, bias=None):
-    """x (M, K); packed (N*K/2,) uint8 in bitsandbytes' order (high nibble first); absmax (ceil(N*K/block),) float32 -> (M, N).
-
-    Differentiable in x and bias.
-    """
-    if not use_kernel(x):
-        return nf4_linear_twin(x, packed, absmax, block, N, K, bias)
-    w = Packed("nf4", packed, absmax, None, block, N, K)
-    y = NF4Product.apply(x, w, bias) if torch.is_grad_enabled() else multiply(x, w, x.dtype, bias)
-    return nf4_linear_twin(x, packed, absmax, block, N, K, bias) if y is None else y
-
-
-def nf4_linear_twin(x, packed, absmax, block, N, K, bias=None):
-    return F.linear(x, nf4_dequantize_twin(packed, absmax, block, N, K).to(x.dtype), bias)
-
-
-def nf4_dequantize(packed, absmax, block, N, K, dtype=torch.float32):
-    """-> (N, K) in dtype."""
-    if use_kernel(packed):
-        return dequantize(Packed("nf4", packed, absmax, None, block, N, K), dtype)
-    return nf4_dequantize_twin(packed, absmax, block, N, K, dtype)
-
-
-def nf4_dequantize_twin(packed, absmax, block, N, K, dtype=torch.float32):
-    index = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1).flatten()[:N * K]
-    return (nf4_table(packed.device)[index.long()] * absmax.flatten().repeat_interleave(block)[:N * K]).view(N, K).to(dtype)
-
-
-def int8_dynamic_linear(x, weight, scale, bias=None):
-    """As int8_linear, but each row of x is rounded to int8 too, and int8 x int8 is summed in int32: twice the rate of 16 bits."""
-    y = None
-    if use_kernel(x):
-        x8, x_scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device=x.device)
-        _store_rows[(len(x),)](x.contiguous(), x8, x_scale, None, 1, x.size(1), x.size(1), 127.0, 1, bucket(x.size(1)))
-        y = multiply(x8, Packed("int8x8", weight, scale, None, weight.size(1), *weight.shape), x.dtype, bias, x_scale)
-    return int8_dynamic_linear_twin(x, weight, scale, bias) if y is None else y
-
-
-def int8_dynamic_linear_twin(x, weight, scale, bias=None):
-    x8, x_scale = quantize_rows(x, torch.int8)
-    y = (x8.double() @ weight.double().T).float() * x_scale[:, None] * scale.float()  # float64 holds the int32 sums exactly
+def linear_twin(x, w, bias=None):
+    if w.format == "int8x8":
+        x8, x_scale = quantize_rows(x, torch.int8)
+        y = (x8.double() @ w.weight.double().T).float() * x_scale[:, None] * w.scales.float()  # float64 holds the int32 sums
+    else:
+        y = x.float() @ dequantize_twin(w, torch.float32).T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -491,18 +429,15 @@ def quantize_rows(x, dtype):
 # the bytes.
 @jit
 def _rms_norm(x, residual, weight, out, total, C, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * C
-    cols = tl.arange(0, BLOCK)
+    row, cols = tl.program_id(0).to(tl.int64) * C, tl.arange(0, BLOCK)
     inside = cols < C
-    value = tl.load(x + row + cols, mask=inside, other=0.0).to(tl.float32)
+    value = _read(x + row + cols, inside)
     if residual is not None:
-        value += tl.load(residual + row + cols, mask=inside, other=0.0).to(tl.float32)
-        rounded = value.to(total.dtype.element_ty)  # as x + residual is in torch
+        rounded = (value + _read(residual + row + cols, inside)).to(total.dtype.element_ty)  # as x + residual is in torch
         tl.store(total + row + cols, rounded, mask=inside)
         value = rounded.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 0) / C + eps)
-    value *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + cols, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row + cols, (value * _read(weight + cols, inside)).to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x, weight, eps, residual=None):
@@ -512,13 +447,11 @@ def rms_norm(x, weight, eps, residual=None):
     """
     if not use_kernel(x):
         return rms_norm_twin(x, weight, eps, residual)
-    x, C = x.contiguous(), x.size(-1)
-    out, total = torch.empty_like(x), None
+    x, C, total = x.contiguous(), x.size(-1), None
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
-    if x.numel():
-        warps = min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
-        _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
+    out, warps = torch.empty_like(x), min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
+    _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
     return out if residual is None else (out, total)
 
 
@@ -535,12 +468,10 @@ def _rope(x, cos, sin, out, T, H, half, stride, CUT: tl.constexpr, BLOCK_H: tl.c
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     angle = (token % T if CUT else token) * half + d
-    c = tl.load(cos + angle, mask=d < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + angle, mask=d < half, other=0.0).to(tl.float32)[None, :]
+    c, s = _read(cos + angle, d < half)[None, :], _read(sin + angle, d < half)[None, :]
     inside = (heads < H)[:, None] & (d < half)[None, :]
     at = heads[:, None] * 2 * half + d[None, :]
-    a = tl.load(x + token * stride + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + token * stride + at + half, mask=inside, other=0.0).to(tl.float32)
+    a, b = _read(x + token * stride + at, inside), _read(x + token * stride + at + half, inside)
     at += token * H * 2 * half
     tl.store(out + at, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
     tl.store(out + at + half, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
@@ -552,8 +483,7 @@ def rope(x, cos, sin):
     if not use_kernel(x):
         return rope_twin(x, cos, sin)
     H, D = x.shape[-2:]
-    if x.stride(-1) != 1 or x.stride(-2) != D:
-        x = x.contiguous()
+    x = x if x.stride(-1) == 1 and x.stride(-2) == D else x.contiguous()
     rows = x.reshape(-1, H * D)  # (B, T, H, D) -> (B*T, H*D): a view also of a slice of a fused q, k, v
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads, T = min(bucket(H), 32), x.size(-3)
@@ -570,8 +500,7 @@ def rope_twin(x, cos, sin):
 def _swiglu(gate, up, out, M, gate_stride, up_stride, blocks, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + row * gate_stride + cols, mask=cols < M, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + cols, mask=cols < M, other=0.0).to(tl.float32)
+    g, u = _read(gate + row * gate_stride + cols, cols < M), _read(up + row * up_stride + cols, cols < M)
     tl.store(out + row * M + cols, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=cols < M)
 
 
@@ -619,7 +548,7 @@ def _cross_entropy_grad(logits, targets, lses, grads, out, V, ignore, blocks, BL
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets + row)
-    value = tl.load(logits + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+    value = _read(logits + row * V + cols, cols < V)
     grad = tl.exp(value - tl.load(lses + row)) - tl.where(cols == target, 1.0, 0.0)
     grad = tl.where(target == ignore, 0.0, grad * tl.load(grads + row))
     tl.store(out + row * V + cols, grad.to(out.dtype.element_ty), mask=cols < V)
@@ -633,8 +562,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         N, V = logits.shape
         losses, lses = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
-        if N:
-            _cross_entropy[(N,)](logits, targets, losses, lses, V, ignore, min(bucket(V), 4096), num_warps=8)
+        _cross_entropy[(N,)](logits, targets, losses, lses, V, ignore, min(bucket(V), 4096), num_warps=8)
         ctx.save_for_backward(logits, targets, lses)
         ctx.ignore = ignore
         return losses
@@ -645,8 +573,7 @@ class CrossEntropy(torch.autograd.Function):
         (N, V), out = logits.shape, torch.empty_like(logits)
         block = min(bucket(V), 2048)
         blocks = triton.cdiv(V, block)
-        if N:
-            _cross_entropy_grad[(N * blocks,)](logits, targets, lses, grad.contiguous(), out, V, ctx.ignore, blocks, block)
+        _cross_entropy_grad[(N * blocks,)](logits, targets, lses, grad.contiguous(), out, V, ctx.ignore, blocks, block)
         return out, None, None
 
 
@@ -699,10 +626,8 @@ def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
         return kv_store_twin(k, v, k_cache, v_cache, slots, k_scale, v_scale)
     T, H, D = k.shape
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        if x.stride(2) != 1 or x.stride(1) != D:
-            x = x.contiguous()
-        if T:
-            _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
+        x = x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous()
+        _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
 
 
 def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
@@ -855,20 +780,15 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
 
 def paged_attention_twin(q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window=None, k_scale=None,
                          v_scale=None):
-    out, page = torch.zeros_like(q), k_cache.size(1)
-    starts, lengths = query_starts.tolist(), lengths.tolist()
-    for s, length in enumerate(lengths):
-        rows = starts[s + 1] - starts[s]
-        if not rows or not length:
-            continue
-        blocks = block_tables[s, :-(-length // page)].long()
-        k, v = (read_pages(cache, scales, blocks)[:length] for cache, scales in ((k_cache, k_scale), (v_cache, v_scale)))
-        query = q[starts[s]:starts[s + 1]].float().unflatten(1, (k.size(1), -1))  # (rows, H, D) -> (rows, Kh, group, D)
-        scores = torch.einsum("rhgd,lhd->hgrl", query, k) * scale
-        keys = torch.arange(length, device=q.device)
-        mask = attention_mask(torch.arange(length - rows, length, device=q.device), keys, window)  # (rows, length)
-        weights = scores.masked_fill(~mask, -float("inf")).softmax(-1).nan_to_num()  # (Kh, group, rows, length)
-        out[starts[s]:starts[s + 1]] = torch.einsum("hgrl,lhd->rhgd", weights, v).flatten(1, 2).to(q.dtype)
+    out, page, starts = torch.zeros_like(q), k_cache.size(1), query_starts.tolist()
+    for table, length, begin, end in zip(block_tables, lengths.tolist(), starts, starts[1:]):
+        if begin < end and length:
+            blocks, at = table[:-(-length // page)].long(), torch.arange(length, device=q.device)
+            k, v = (read_pages(cache, scales, blocks)[:length] for cache, scales in ((k_cache, k_scale), (v_cache, v_scale)))
+            query, k, v = (t.transpose(0, 1)[None] for t in (q[begin:end].float(), k, v))  # (rows, H, D) -> (1, H, rows, D)
+            mask = attention_mask(at[begin - end:], at, window)  # (rows, length): the new tokens are the last ones
+            y = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+            out[begin:end] = y[0].transpose(0, 1).to(q.dtype)
     return out
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, T time, C channels (hidden_size), H query heads, K key/value he
 """
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from runtime import write_tensors
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+GPT2_KEYS = {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer", "rms_norm_eps":
+             "layer_norm_epsilon", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}  # in its config.json
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
 
@@ -58,38 +61,34 @@ class Config:
     @staticmethod
     def from_dict(d: dict, where="config.json") -> "Config":
         """A parsed config.json -> Config. Unknown model types and rope scalings are refused, not guessed at."""
-        def need(key, low=1, high=1 << 24, default=None):
-            value = d.get(key, default)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise UserError(f"{where}: {key} is {value!r}, expected an integer from {low} to {high:,}")
-            return value
-
         kind = d.get("model_type")
         if kind not in ARCHITECTURES:
             raise UserError(f"{where}: model_type {kind!r} is not supported; this program knows {', '.join(ARCHITECTURES)}")
-        special = dict(bos_token_id=d.get("bos_token_id"), eos_token_id=d.get("eos_token_id"))
-        if kind == "gpt2":
-            if d.get("activation_function", "gelu_new") != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx"):
-                raise UserError(f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported")
-            C, H = need("n_embd"), need("n_head", high=4096)
-            config = Config(kind, need("vocab_size"), C, d.get("n_inner") or 4 * C, need("n_layer", high=1024), H, H, C // H,
-                            need("n_positions"), norm_eps=d.get("layer_norm_epsilon", 1e-5), rope={},
-                            tie_word_embeddings=d.get("tie_word_embeddings", True),
-                            qkv_bias=True, out_bias=True, mlp_bias=True, **special)
-        else:
-            if d.get("hidden_act", "silu") != "silu":
-                raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
-            C, H, L = need("hidden_size"), need("num_attention_heads", high=4096), need("num_hidden_layers", high=1024)
-            bias = bool(d.get("attention_bias", False))
-            config = Config(kind, need("vocab_size"), C, need("intermediate_size"), L, H,
-                            need("num_key_value_heads", high=4096, default=H),
-                            d.get("head_dim") or (128 if kind == "qwen3" else C // H), need("max_position_embeddings"),
-                            norm_eps=d.get("rms_norm_eps", 1e-6), tie_word_embeddings=d.get("tie_word_embeddings", False),
-                            qkv_bias=bias or kind == "qwen2", out_bias=bias and kind != "qwen2",
-                            mlp_bias=bool(d.get("mlp_bias", False)), rope=_read_rope(d, where),
-                            **_read_sliding(d, kind, L), **special)
-        if config.is_gpt2 and C % H:
+        gpt2 = kind == "gpt2"
+        if gpt2 and (d.get("activation_function", "gelu_new") != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx")):
+            raise UserError(f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported")
+        if not gpt2 and d.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
+
+        def need(key, high=1 << 24, default=None):
+            key = GPT2_KEYS.get(key, key) if gpt2 else key
+            value = default if d.get(key) is None else d[key]
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+                raise UserError(f"{where}: {key} is {value!r}, expected an integer from 1 to {high:,}")
+            return value
+
+        C, H, L = need("hidden_size"), need("num_attention_heads", 4096), need("num_hidden_layers", 1024)
+        if gpt2 and C % H:
             raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
+        bias = gpt2 or bool(d.get("attention_bias", False))
+        window, sliding = _read_sliding(d, kind, L)
+        config = Config(
+            kind, need("vocab_size"), C, need("intermediate_size", default=4 * C if gpt2 else None), L, H,
+            need("num_key_value_heads", 4096, H), need("head_dim", 4096, 128 if kind == "qwen3" else C // H),
+            need("max_position_embeddings"), {} if gpt2 else _read_rope(d, where), window, sliding,
+            d.get("layer_norm_epsilon", 1e-5) if gpt2 else d.get("rms_norm_eps", 1e-6), d.get("tie_word_embeddings", gpt2),
+            qkv_bias=bias or kind == "qwen2", out_bias=bias and kind != "qwen2", mlp_bias=gpt2 or bool(d.get("mlp_bias", False)),
+            bos_token_id=d.get("bos_token_id"), eos_token_id=d.get("eos_token_id"))
         if H % config.num_key_value_heads:
             raise UserError(f"{where}: {H} attention heads cannot share {config.num_key_value_heads} key/value heads")
         if config.head_dim % 2:
@@ -98,26 +97,21 @@ class Config:
 
     def to_dict(self):
         """The config.json that transformers, vLLM and llama.cpp's converter read (also those before `rope_parameters`)."""
-        d = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type, "vocab_size": self.vocab_size,
-             "tie_word_embeddings": self.tie_word_embeddings, "bos_token_id": self.bos_token_id,
-             "eos_token_id": self.eos_token_id}
+        kind, d = self.model_type, {"architectures": [ARCHITECTURES[self.model_type]], "rms_norm_eps": self.norm_eps}
+        d |= {k: getattr(self, k) for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                            "num_attention_heads", "max_position_embeddings", "tie_word_embeddings",
+                                            "bos_token_id", "eos_token_id")}
         if self.is_gpt2:
-            return d | {"n_embd": self.hidden_size, "n_layer": self.num_hidden_layers, "n_head": self.num_attention_heads,
-                        "n_inner": self.intermediate_size, "n_positions": self.max_position_embeddings,
-                        "layer_norm_epsilon": self.norm_eps, "activation_function": "gelu_new"}
-        d |= {k: getattr(self, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                            "num_key_value_heads", "head_dim", "max_position_embeddings")}
+            return {GPT2_KEYS.get(k, k): v for k, v in d.items()} | {"activation_function": "gelu_new"}
         scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
-        d |= {"rms_norm_eps": self.norm_eps, "hidden_act": "silu", "rope_parameters": self.rope,
-              "rope_theta": self.rope["rope_theta"], "rope_scaling": scaling if scaling["rope_type"] != "default" else None}
-        if self.model_type in ("llama", "qwen3"):
-            d["attention_bias"] = self.qkv_bias
-        if self.model_type == "llama":
-            d["mlp_bias"] = self.mlp_bias
-        if self.model_type == "mistral":
-            d["sliding_window"] = self.sliding_window
-        if self.model_type.startswith("qwen"):
-            d |= {"use_sliding_window": any(self.sliding_layers), "sliding_window": self.sliding_window,
+        d |= {"num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim, "hidden_act": "silu",
+              "rope_parameters": self.rope, "rope_theta": self.rope["rope_theta"],
+              "rope_scaling": scaling if scaling["rope_type"] != "default" else None}
+        own = {"llama": ("attention_bias", "mlp_bias"), "mistral": ("sliding_window",), "qwen2": ("sliding_window",),
+               "qwen3": ("sliding_window", "attention_bias")}[kind]
+        d |= {k: self.qkv_bias if k == "attention_bias" else getattr(self, k) for k in own}
+        if kind.startswith("qwen"):
+            d |= {"use_sliding_window": bool(self.sliding_layers),
                   "layer_types": ["sliding_attention" if i in self.sliding_layers else "full_attention"
                                   for i in range(self.num_hidden_layers)]}
         return d
@@ -143,15 +137,16 @@ def _read_rope(d, where):
 
 
 def _read_sliding(d, kind, n_layers):
-    """Which layers use sliding-window attention: Mistral all, Qwen by layer_types or max_window_layers, Llama none."""
+    """The window and which layers have it: Mistral all, Qwen by layer_types or max_window_layers, the others none."""
     window = d.get("sliding_window", 4096 if kind == "mistral" else None)
-    if kind == "llama" or window is None or (kind.startswith("qwen") and not d.get("use_sliding_window", False)):
-        return {}
-    if kind == "mistral":
-        return {"sliding_window": window, "sliding_layers": tuple(range(n_layers))}
-    kinds = d.get("layer_types") or ["full_attention" if i < d.get("max_window_layers", 28) else "sliding_attention"
-                                     for i in range(n_layers)]
-    return {"sliding_window": window, "sliding_layers": tuple(i for i, k in enumerate(kinds) if k == "sliding_attention")}
+    kinds = ["sliding_attention"] * n_layers
+    if kind.startswith("qwen"):
+        window = window if d.get("use_sliding_window", False) else None
+        kinds = d.get("layer_types") or ["full_attention" if i < d.get("max_window_layers", 28) else "sliding_attention"
+                                         for i in range(n_layers)]
+    if window is None or kind in ("llama", "gpt2"):
+        return None, ()
+    return window, tuple(i for i, k in enumerate(kinds) if k == "sliding_attention")
 
 
 # -------------------------------------------------------------------------------------------------------- rotary embedding
@@ -180,14 +175,10 @@ def rope_frequencies(config):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
         ramp = ((torch.arange(D // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
-
-        def mscale(m):
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-        scale = rope.get("attention_factor")
-        if scale is None:
-            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-            scale = mscale(m) / mscale(m_all) if m and m_all else mscale(1.0)
-        return frequency * (1 - ramp) + frequency / factor * ramp, scale
+        grow = 0.1 * math.log(factor) if factor > 1 else 0.0
+        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale = (1 + m * grow) / (1 + m_all * grow) if m and m_all else 1 + grow
+        return frequency * (1 - ramp) + frequency / factor * ramp, rope.get("attention_factor") or scale
     return frequency, 1.0
 
 
@@ -205,16 +196,17 @@ def rotate(x, cos, sin):
 def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
     """Summed cross-entropy of the logits hidden @ weight.T against targets, -100 ignored -> scalar float32, nats.
 
-    hidden (N, C), weight (V, C), targets (N,) int64. The plain twin below holds N*V logits, their softmax and its gradient;
-    above LOGITS_AT_ONCE the work is done in chunks of rows, so that those never exist whole. Rows without a target, most of them
-    in instruction tuning, are left out first where that costs nothing: on a GPU it would have to wait for their number.
+    hidden (N, C), weight (V, C), targets (N,) int64. Above LOGITS_AT_ONCE the work is done in chunks of rows, so that N*V logits
+    never exist whole. Rows without a target, most of them in instruction tuning, are left out first where that costs nothing: on
+    a GPU it would have to wait for their number.
     """
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not (kept := targets != -100).all():
         hidden, targets = hidden[kept], targets[kept]
     rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
-    if hidden.size(0) > rows:
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
+    if hidden.size(0) > rows and torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
+    return sum(F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=-100, reduction="sum")
+               for h, t in zip(hidden.split(rows), targets.split(rows)))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -222,35 +214,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     are, so nothing is computed twice and backward only scales (the idea of Apple's and Liger's fused linear losses)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows, wanted):
+    def forward(ctx, hidden, weight, targets, rows):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
-        w, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
-        if wanted:
-            grad_hidden = torch.empty_like(hidden)
-            # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        w, total, grad_hidden = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, hidden.size(0), rows):
             h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
             logits = (h @ w.t()).float()  # (rows, V)
             lse, counts, t = logits.logsumexp(-1, keepdim=True), t != -100, t.clamp(min=0)
             total += ((lse - logits.gather(1, t)) * counts).sum()
-            if wanted:
-                d = logits.sub_(lse).exp_()  # softmax
-                d.scatter_add_(1, t, torch.full_like(lse, -1.0))
-                d = d.mul_(counts).to(exact)
-                grad_hidden[i:i + rows] = d @ w.to(exact)
-                if grad_weight is not None:
-                    grad_weight += d.t() @ h.to(exact)
-        if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+            d = logits.sub_(lse).exp_()  # softmax
+            d = d.scatter_add_(1, t, torch.full_like(lse, -1.0)).mul_(counts).to(exact)
+            grad_hidden[i:i + rows] = d @ w.to(exact)
+            if grad_weight is not None:
+                grad_weight += d.t() @ h.to(exact)
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None, None
+        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None
 
 
 @torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
@@ -269,34 +256,33 @@ def token_losses(hidden, head, targets):
 
 
 # ------------------------------------------------------------------------------------------------------------- the network
-def attention_mask(q_pos, k_pos, window=None, q_docs=None, k_docs=None):
-    """Which keys each query may see: (Tq, Tk) bool, or (B, 1, Tq, Tk) when documents are given.
+def visible(gap, window=None, q_doc=None, k_doc=None):
+    """Whether a query sees a key that is `gap` positions before it: both in one document, or the key in one numbered below 0,
+    which all after it may look at (a prompt that several answers share); no further back than the window."""
+    seen = gap >= 0
+    if window is not None:
+        seen = seen & (gap < window)
+    return seen if q_doc is None else seen & ((q_doc == k_doc) | (k_doc < 0))
 
-    q_pos (Tq,), k_pos (Tk,): positions, with docs also (B, T); window: keys further back are hidden; docs (B, T): no looking
-    across documents, but for one numbered below 0, which all after it may look at: a prompt that several answers share.
-    """
+
+def attention_mask(q_pos, k_pos, window=None, docs=None):
+    """Which keys each query may see: (Tq, Tk) bool, or with docs (B, T), where queries are keys, (B, 1, T, T).
+
+    q_pos (Tq,), k_pos (Tk,): positions, with docs also (B, T)."""
     gap = q_pos[..., :, None] - k_pos[..., None, :]  # (Tq, Tk) or (B, Tq, Tk)
     gap = gap if gap.ndim == 2 else gap[:, None]
-    mask = gap >= 0
-    if window is not None:
-        mask = mask & (gap < window)
-    if q_docs is not None:
-        q_docs, k_docs = q_docs[:, None, :, None], k_docs[:, None, None, :]
-        mask = mask & ((q_docs == k_docs) | (k_docs < 0))
-    return mask
+    return visible(gap, window, *(() if docs is None else (docs[:, None, :, None], docs[:, None, None, :])))
 
 
-def block_mask(docs, window=None, positions=None):
-    """The same as `attention_mask` with documents, for FlexAttention: whole blocks that nothing may see are never computed.
-
-    docs (B, T) on a GPU, positions (T,) or (B, T) [0, 1, ...]; dense masks cost T*T and keep the fast kernels away.
-    """
+def block_mask(positions, window, docs):
+    """The same for FlexAttention on a GPU, where dense masks cost T*T and keep the fast kernels away: whole blocks that nothing
+    may see are never computed."""
     from torch.nn.attention.flex_attention import create_block_mask
-    positions = (torch.arange(docs.size(1), device=docs.device) if positions is None else positions).expand(docs.shape)
+    positions = positions.expand(docs.shape)  # (T,) or (B, T) -> (B, T)
 
     def rule(b, h, q, k):
-        near = positions[b, q] - positions[b, k] < window if window is not None else q == q
-        return (q >= k) & near & ((docs[b, q] == docs[b, k]) | (docs[b, k] < 0))
+        gap = q - k if window is None else positions[b, q] - positions[b, k]  # of causality rows say the same, in less memory
+        return visible(gap, window, docs[b, q], docs[b, k])
     return create_block_mask(rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device)
 
 
@@ -308,7 +294,7 @@ def flex(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.H, self.K, self.D, self.dropout = H, K, D, config.dropout
@@ -364,13 +350,19 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+
+    def products(self):
+        """The linear layers in the order of their work, those over the same input together: q, k, v; o; gate and up; down."""
+        a, m = self.self_attn, self.mlp
+        up = [m.gate_proj, m.up_proj] if hasattr(m, "gate_proj") else [m.up_proj]
+        return [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], up, [m.down_proj]
 
     def forward(self, x, rope, mask, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
@@ -390,7 +382,7 @@ class Transformer(nn.Module):
             frequency, self.rope_scale = rope_frequencies(config)
             self.register_buffer("rope_frequency", frequency, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -458,11 +450,12 @@ class Transformer(nn.Module):
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
         if docs is not None and docs.is_cuda and past == 0:
-            full = block_mask(docs)
-            return full, block_mask(docs, window, positions) if slides else full
-        k_pos = torch.arange(past + T, device=positions.device) if docs is None else positions
-        full = attention_mask(k_pos[past:], k_pos, None, docs, docs)
-        return full, attention_mask(k_pos[past:], k_pos, window, docs, docs) if slides else full
+            full, sliding = block_mask(positions, None, docs), block_mask(positions, window, docs) if slides else None
+        else:
+            k_pos = torch.arange(past + T, device=positions.device) if docs is None else positions
+            full = attention_mask(k_pos[past:], k_pos, None, docs)
+            sliding = attention_mask(k_pos[past:], k_pos, window, docs) if slides else None
+        return full, sliding if slides else full
 
     def forward(self, ids, targets=None, per_token=False, **kw):
         """(B, T) int64 token ids -> (B, T, V) float32 logits; keywords as in `hidden`.
@@ -551,55 +544,44 @@ class Transformer(nn.Module):
 # Ours are Llama's without the leading "model."; GPT-2's folder has its own names, its matrices transposed (Conv1D) and the
 # three attention inputs in one.
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "input_layernorm": "ln_1",
-              "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
+              "post_attention_layernorm": "ln_2", "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
+              "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
               "mlp.down_proj": "mlp.c_proj"}
+NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")  # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
 PACKED = ("qweight", "qzeros", "scales", "g_idx")  # of quantized layers, whose outputs are the last dimension already
-GPT2_OURS = {v: k for k, v in GPT2_NAMES.items()}
 
 
 def to_folder_names(state, config):
     """Our state dict -> {name in the folder: tensor}; a tied head is left out (the reader ties it again)."""
-    state = {k: v for k, v in state.items() if not (config.tie_word_embeddings and k == "lm_head.weight")}
-    if not config.is_gpt2:
-        return {k if k.startswith("lm_head.") else "model." + k: v for k, v in state.items()}
     out = {}
     for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        prefix, inner = "", module
-        if module.startswith("layers."):
-            _, i, inner = module.split(".", 2)
-            prefix = f"h.{i}."
-        transposed = tensor.t() if prefix and tensor.ndim == 2 and leaf not in PACKED else tensor
-        if inner == "lm_head":
-            out[name] = tensor
-        elif inner in ("self_attn.k_proj", "self_attn.v_proj"):
-            continue  # written with q_proj
-        elif inner == "self_attn.q_proj":
-            parts = [state[f"{module[:-6]}{p}_proj.{leaf}"] for p in "qkv"]
-            joined = (parts[0] if leaf == "g_idx" else torch.cat(parts, 1) if leaf in PACKED else
-                      torch.cat(parts).t() if tensor.ndim == 2 else torch.cat(parts))
-            out[f"transformer.{prefix}attn.c_attn.{leaf}"] = joined
+        if name.startswith("lm_head."):
+            if not config.tie_word_embeddings or name != "lm_head.weight":
+                out[name] = tensor
+        elif not config.is_gpt2:
+            out["model." + name] = tensor
         else:
-            out[f"transformer.{prefix}{GPT2_NAMES[inner]}.{leaf}"] = transposed
+            number, inner, leaf = NAME.fullmatch(name).groups()
+            theirs = "transformer." + (f"h.{number}." if number else "") + f"{GPT2_NAMES[inner]}.{leaf}"
+            tensor = tensor.t() if number and tensor.ndim == 2 and leaf not in PACKED else tensor  # (out, in) -> (in, out)
+            if theirs not in out:
+                out[theirs] = tensor
+            elif leaf != "g_idx":  # k and v, behind q
+                out[theirs] = torch.cat((out[theirs], tensor), -1)
     return out
 
 
 def from_folder_names(name, tensor, config):
     """One tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
-    if not config.is_gpt2:
+    if not config.is_gpt2 or name.startswith("lm_head."):
         return {name.removeprefix("model."): tensor}
-    module, _, leaf = name.removeprefix("transformer.").rpartition(".")
-    if module == "lm_head":
-        return {name: tensor}
-    prefix, inner = "", module
-    if module.startswith("h."):
-        _, i, inner = module.split(".", 2)
-        prefix = f"layers.{i}."
-        tensor = tensor.t().contiguous() if tensor.ndim == 2 and leaf not in PACKED else tensor
-    if inner == "attn.c_attn":  # (3C, C) -> q, k, v
-        parts = [tensor] * 3 if leaf == "g_idx" else tensor.chunk(3, 1 if leaf in PACKED else 0)
-        return {f"{prefix}self_attn.{p}_proj.{leaf}": t.clone() for p, t in zip("qkv", parts)}
-    return {f"{prefix}{GPT2_OURS[inner]}.{leaf}": tensor}
+    number, inner, leaf = NAME.fullmatch(name.removeprefix("transformer.")).groups()
+    ours = [name for name, theirs in GPT2_NAMES.items() if theirs == inner]
+    parts = [tensor.clone() for _ in ours] if leaf == "g_idx" else tensor.chunk(len(ours), -1)
+    if number and tensor.ndim == 2 and leaf not in PACKED:
+        parts = [part.t() for part in parts]  # (in, out) -> (out, in)
+    prefix = f"layers.{number}." if number else ""
+    return {f"{prefix}{name}.{leaf}": part.contiguous() for name, part in zip(ours, parts)}
 
 
 def open_weights(folder, device="cpu"):
@@ -618,9 +600,8 @@ def open_weights(folder, device="cpu"):
         try:
             handle = safe_open(folder / file, framework="pt", device=str(device))
         except OSError as error:  # safetensors says "not found" of what may not be read, too
-            why = "not found (a model folder needs model.safetensors)"
-            why = "may not be read by this user" if (folder / file).exists() else why
-            raise UserError(f"{folder / file}: {why}") from error
+            there, missing = (folder / file).exists(), "not found (a model folder needs model.safetensors)"
+            raise UserError(f"{folder / file}: {'may not be read by this user' if there else missing}") from error
         except SafetensorError as error:
             size = (folder / file).stat().st_size
             raise UserError(f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again") from None
@@ -632,28 +613,26 @@ def open_weights(folder, device="cpu"):
 
 def check_layers(config, files, folder):
     """The layer count against the files' names, before a module is built for each."""
-    found = {int(n.split(".layers.")[1].split(".")[0]) if ".layers." in n else int(n.split(".h.")[1].split(".")[0])
-             for n in files if n.startswith(("model.layers.", "transformer.h.")) and n.split(".")[2].isdigit()}
-    if len(found) != config.num_hidden_layers:
-        raise UserError(f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {len(found)}")
+    found = len({n.split(".")[2] for n in files if n.startswith(("model.layers.", "transformer.h."))})
+    if found != config.num_hidden_layers:
+        raise UserError(f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {found}")
 
 
 def check_tensors(expected, files, folder):
     """Names and shapes in the folder against the model's; one error that names every difference (the first 8 of each)."""
     ignorable = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older writers saved
-    faults = []
-    missing = [n for n in expected if n not in files]
-    extra = [n for n in files if n not in expected and not n.endswith(ignorable) and n != "lm_head.weight"]
+    shapes = {n: tuple(file.get_slice(key).get_shape()) for n, (file, key) in files.items() if n in expected}
+    differences = {
+        "missing": [n for n in expected if n not in files],
+        "not part of this model": [n for n in files if n not in expected and not n.endswith(ignorable) and n != "lm_head.weight"],
+        "of another shape": [f"{n} is {shape}, expected {tuple(expected[n].shape)}" for n, shape in shapes.items()
+                             if shape != tuple(expected[n].shape)]}
+    faults = [f"{len(names)} tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+              for what, names in differences.items() if names]
     if "lm_head.weight" in files and "lm_head.weight" not in expected:  # tied, yet saved: fine only if it is the embedding
         tied = next(n for n in files if n.endswith(("embed_tokens.weight", "wte.weight")))
         head, embedding = (files[n][0].get_tensor(files[n][1]) for n in ("lm_head.weight", tied))
         if not torch.equal(head, embedding):
             faults.append("lm_head.weight differs from the embedding that config.json says it is tied to")
-    shapes = {n: tuple(files[n][0].get_slice(files[n][1]).get_shape()) for n in expected if n in files}
-    wrong = [f"{n} is {shapes[n]}, expected {tuple(t.shape)}" for n, t in expected.items()
-             if n in files and shapes[n] != tuple(t.shape)]
-    for what, names in (("missing", missing), ("not part of this model", extra), ("of another shape", wrong)):
-        if names:
-            faults.append(f"{len(names)} tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
     if faults:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")

@@ -32,7 +32,7 @@ FLOAT32, FLOAT16, INT8, INT4 = range(4)
 CACHED = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values that it knows
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """Why torch has to do it."""
 
 
@@ -42,8 +42,7 @@ class Linear(Structure):
         (name, c_void_p) for name in ("a", "b", "keep", "gain")]
 
 
-class Norm(Structure):
-    _fields_ = [("gain", c_void_p), ("bias", c_void_p)]
+Norm = c_void_p * 2  # gain, bias
 
 
 class Layer(Structure):
@@ -97,9 +96,9 @@ def library_path(name, folder=None):
 def library():
     """The compiled forward.cpp: one made beforehand beside this file, else one in the user's cache, compiled now if need be."""
     name = level()
-    path = next((p for p in (library_path(name, SOURCE.parent / "build"), library_path(name)) if p.is_file()), None)
-    if path is None:
-        path = library_path(name)
+    path = library_path(name, SOURCE.parent / "build")
+    path = path if path.is_file() else library_path(name)
+    if not path.is_file():
         try:
             compile_to(path, name)
         except OSError as error:
@@ -143,6 +142,12 @@ class Panels:
     def keep(self, tensor):
         self.kept.append(tensor)
         return tensor.data_ptr()
+
+    def multiply(self, layer, x):
+        """x (M, K) float32 by a Linear -> (M, N)."""
+        x, y = x.contiguous(), x.new_empty(len(x), layer.N)
+        self.lib.linear(layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
 
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
@@ -193,9 +198,7 @@ class Product(Panels):
         self.layer.bias = None
 
     def __call__(self, x):
-        x, y = x.contiguous(), x.new_empty(len(x), self.layer.N)
-        self.lib.linear(self.layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
+        return self.multiply(self.layer, x)
 
     def __deepcopy__(self, memo):
         return self  # nothing in it changes
@@ -204,12 +207,13 @@ class Product(Panels):
 class Native(Panels):
     """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
 
-    def __init__(self, model, kind, cos=None, sin=None, adapters=()):
+    def __init__(self, model, kind, cos=None, sin=None, adapters=(), kv_dtype=torch.float32, block_size=PAGE):
         """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
         c, self.adapters = model.config, adapters
         for problem, found in ((f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
                                (f"a width of {c.hidden_size}", c.hidden_size % 16),
-                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16)):
+                               (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16),
+                               (f"a cache of {kv_dtype}", kv_dtype not in CACHED), (f"blocks of {block_size}", block_size != PAGE)):
             if found:
                 raise Unavailable(f"forward.cpp does not do {problem}")
         super().__init__()
@@ -224,12 +228,11 @@ class Native(Panels):
         return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
 
     def layer(self, i, block, kind):
-        a, m, c = block.self_attn, block.mlp, self.config
+        a, c = block.self_attn, self.config
         norms = (block.input_layernorm, block.post_attention_layernorm, getattr(a, "q_norm", None), getattr(a, "k_norm", None))
-        qkv = [self.linear(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj)]
-        up = [self.linear(p, kind) for p in ([m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj])]
-        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), self.linear(a.o_proj, kind), (Linear * 2)(*up),
-                     self.linear(m.down_proj, kind), None, None, c.sliding_window if i in c.sliding_layers else 0)
+        qkv, out, up, down = ([self.linear(p, kind) for p in together] for together in block.products())
+        return Layer(*map(self.norm, norms), (Linear * 3)(*qkv), *out, (Linear * 2)(*up), *down, None, None,
+                     c.sliding_window if i in c.sliding_layers else 0)
 
     # -- the cache and a step
     @property
@@ -271,21 +274,16 @@ class Native(Panels):
 
     def head(self, x):
         """(R, C) -> logits (R, V)."""
-        y = x.new_empty(len(x), self.model.head.N)
-        self.lib.linear(self.model.head, len(x), x.contiguous().data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
+        return self.multiply(self.model.head, x)
 
 
 def main():
-    out = sys.argv[2] if sys.argv[1:2] == ["--out"] and len(sys.argv) == 3 else None
-    if out is None:
+    if len(sys.argv) != 3 or sys.argv[1] != "--out":
         raise UserError("usage: python native.py --out DIR")
     for name in LEVELS if platform.machine() == "x86_64" else ["plain"]:
-        try:
-            compile_to(library_path(name, out), name)
-        except Unavailable as error:
-            raise UserError(str(error)) from None
-        print(library_path(name, out))
+        path = library_path(name, sys.argv[2])
+        compile_to(path, name)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -288,8 +288,8 @@ class Int8Linear(QuantLinear):
         return super().plain(rows)
 
     def on_gpu(self, rows):
-        from kernels import int8_dynamic_linear, int8_linear
-        return (int8_dynamic_linear if self.dynamic else int8_linear)(rows, self.codes, self.scale, self.bias)
+        from kernels import Packed, linear
+        return linear(rows, Packed("int8x8" if self.dynamic else "int8", self.codes, self.scale, *self.codes.shape), self.bias)
 
     def on_cpu(self, rows):
         if self.dynamic:
@@ -350,9 +350,9 @@ class GroupLinear(QuantLinear):
     def on_gpu(self, rows):
         if self.bits > 4:
             return None
-        from kernels import int4_linear
-        rows = rows if self.order is None else rows[:, self.order]
-        return int4_linear(rows, self.packed, self.scales, self.zeros, self.group, self.bias)
+        from kernels import Packed, linear
+        rows, shape = rows if self.order is None else rows[:, self.order], (self.out_features, self.in_features)
+        return linear(rows, Packed("int4", self.packed, self.scales, *shape, self.group, self.zeros), self.bias)
 
     def on_cpu(self, rows):
         return self.in_cpp(rows) if len(rows) <= FEW_ROWS else None
@@ -373,16 +373,19 @@ class NF4Linear(QuantLinear):
     def from_linear(cls, linear, block=64, double=True):
         return cls(nf4_quantize(linear.weight, block, double), linear.weight.shape, linear.bias, block)
 
+    def for_gpu(self):
+        from kernels import Packed
+        return Packed("nf4", self.packed, nf4_absmax(self._buffers), self.out_features, self.in_features, self.block)
+
     def dequantize(self, dtype=torch.float32):
         if self.packed.is_cuda:
             import kernels
-            return kernels.nf4_dequantize(self.packed, nf4_absmax(self._buffers), self.block, self.out_features, self.in_features,
-                                          dtype)
+            return kernels.dequantize(self.for_gpu(), dtype)
         return nf4_dequantize(self._buffers, (self.out_features, self.in_features), self.block, dtype)
 
     def on_gpu(self, rows):
-        from kernels import nf4_linear
-        return nf4_linear(rows, self.packed, nf4_absmax(self._buffers), self.block, self.out_features, self.in_features, self.bias)
+        from kernels import linear
+        return linear(rows, self.for_gpu(), self.bias)
 
 
 def pack(linear, format, group_size):

@@ -69,29 +69,8 @@ class Batch:
         self.ids += ids
         self.adapters.append(adapter)
 
-    def positions(self):
-        return [p for _, n, past, _ in self.spans for p in range(past, past + n)]
-
-    def slots(self):
-        """Where in the cache each token's key and value go: block * size + offset."""
-        size = self.block_size
-        return [blocks[p // size] * size + p % size for _, n, past, blocks in self.spans for p in range(past, past + n)]
-
     def token_adapters(self):
         return [a for (_, n, _, _), a in zip(self.spans, self.adapters) for _ in range(n)]
-
-
-@dataclass
-class Layer:
-    """What one block of the Transformer computes with, fused and packed."""
-    norm1: object           # (T, C) -> (T, C)
-    qkv: object             # (T, C) -> (T, (H + 2K) * D)
-    qk_norm: object         # (T, H + K, D) -> the same, or None
-    out: object             # (T, H * D) -> (T, C)
-    norm2: object
-    up: object              # (T, C) -> (T, 2M), gate and up; GPT-2: (T, M)
-    down: object            # (T, M) -> (T, C)
-    window: int | None
 
 
 # ----------------------------------------------------------------------------------------------- a model over several ranks
@@ -178,10 +157,9 @@ def fuse(linears):
         return linears[0]
     if isinstance(linears[0], QuantLinear):
         return packed.fuse(linears)
-    fused = nn.Linear(1, 1, bias=linears[0].bias is not None, device="meta")
-    fused.weight = nn.Parameter(torch.cat([m.weight.data for m in linears]), requires_grad=False)
-    if fused.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([m.bias.data for m in linears]), requires_grad=False)
+    fused = copy.copy(linears[0])
+    fused._parameters = {name: p if p is None else nn.Parameter(torch.cat([getattr(m, name).data for m in linears]), False)
+                         for name, p in fused._parameters.items()}
     for m, part in zip(linears, fused.weight.data.split([m.weight.size(0) for m in linears])):
         m.weight = nn.Parameter(part, requires_grad=False)
     return fused
@@ -191,12 +169,12 @@ def pack(linears, kind):
     """Layers over the same input -> one function of (T, K) to (T, N). kind: None as they are, "int8", "int4"."""
     if isinstance(linears[0], Parted):
         return Parted(pack([linears[0].linear], kind), linears[0].ranks, linears[0].outputs)
-    if any(hasattr(m, "adapters") for m in linears):  # lora.LoRALinear: each with adapters of its own
-        return linears[0] if len(linears) == 1 else lambda x: torch.cat([m(x) for m in linears], -1)
-    kinds = {type(m) for m in linears}
-    if len(kinds) > 1 or (kinds != {nn.Linear} and len({(m.format, getattr(m, "group", 0)) for m in linears}) > 1):
+    adapted = any(hasattr(m, "adapters") for m in linears)  # lora.LoRALinear: each with adapters of its own
+    if len(linears) > 1 and (adapted or len({(type(m), getattr(m, "format", ""), getattr(m, "group", 0)) for m in linears}) > 1):
         parts = [pack([m], kind) for m in linears]
         return lambda x: torch.cat([part(x) for part in parts], -1)
+    if adapted:
+        return linears[0]
     linear = packed.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
         return linear.product
@@ -231,13 +209,14 @@ class Runner:
             raise UserError(f"--quant {kind}: use int8 or int4")
         if kind and model.quantization:
             raise UserError(f"--quant {kind}: this folder's weights are packed already; leave --quant out")
+        self.cos = self.sin = None
         if not c.is_gpt2:
             angle = torch.arange(self.max_len, device=self.device)[:, None].float() * model.rope_frequency
             cos, sin = angle.cos() * model.rope_scale, angle.sin() * model.rope_scale  # (P, D/2)
             dtype = torch.float32 if on_cpu else model.embed_tokens.weight.dtype
             self.cos, self.sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)  # (P, D)
         half = runtime.dtype != torch.float32
-        self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype], block_size), {}
+        self.native, self.graphs = on_cpu and self.in_cpp(kind or ("16" if half else None), kinds[kv_dtype]), {}
         packs = half or kind or model.quantization
         self.kv_dtype = torch.float16 if self.native and packs and kv_dtype == "auto" else kinds[kv_dtype]
         if self.native:
@@ -245,33 +224,23 @@ class Runner:
         else:
             if on_cpu:
                 model.float()
-            self.layers = [self.fused_layer(i, block, kind) for i, block in enumerate(model.layers)]
+            self.products = [[pack(together, kind) for together in block.products()] for block in model.layers]
+            # the gain of each head's norm, by whether it is a query's or a key's: (H + K, D)
+            self.gains = [torch.stack([b.self_attn.q_norm.weight] * self.H + [b.self_attn.k_norm.weight] * self.K)
+                          for b in model.layers if hasattr(b.self_attn, "q_norm")]
             self.head = pack([model.lm_head], kind)
 
-    def in_cpp(self, kind, kv_dtype, block_size):
+    def in_cpp(self, kind, kv_dtype):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
         try:
-            for problem, found in (("several ranks", self.orders), (f"a cache of {kv_dtype}", kv_dtype not in native.CACHED),
-                                   (f"blocks of {block_size}", block_size != native.PAGE)):
-                if found:
-                    raise native.Unavailable(f"forward.cpp does not do {problem}")
-            rope = (None, None) if self.config.is_gpt2 else (self.cos, self.sin)
-            made = native.Native(self.model, kind, *rope, self.names)
+            if self.orders:
+                raise native.Unavailable("forward.cpp does not do several ranks")
+            made = native.Native(self.model, kind, self.cos, self.sin, self.names, kv_dtype, self.block_size)
         except native.Unavailable as reason:
             print(f"forward  torch: {reason}")
             return None
         print(f"forward  C++ ({native.level()}), {torch.get_num_threads()} threads")
         return made
-
-    def fused_layer(self, i, block, kind):
-        c, a, m, qk_norm = self.config, block.self_attn, block.mlp, None
-        if hasattr(a, "q_norm"):  # each head over its own D channels, the gain by whether it is a query's or a key's
-            gain = torch.stack([a.q_norm.weight] * self.H + [a.k_norm.weight] * self.K)  # (H + K, D)
-            qk_norm = lambda x: F.rms_norm(x, (self.D,), eps=c.norm_eps) * gain  # noqa: E731
-        up = [m.up_proj] if c.is_gpt2 else [m.gate_proj, m.up_proj]
-        return Layer(block.input_layernorm, pack([a.q_proj, a.k_proj, a.v_proj], kind), qk_norm,
-                     pack([a.o_proj], kind), block.post_attention_layernorm, pack(up, kind),
-                     pack([m.down_proj], kind), c.sliding_window if i in c.sliding_layers else None)
 
     def adapter_row(self, adapter):
         if adapter is not None and adapter not in self.names:
@@ -309,10 +278,10 @@ class Runner:
             self.keys, self.values = self.native.allocate(blocks, self.kv_dtype)
             self.scales = None
             return
-        shape = (len(self.layers), blocks, self.block_size, self.K)
+        shape = (self.config.num_hidden_layers, blocks, self.block_size, self.K)
         self.keys, self.values = (torch.zeros(*shape, self.D, dtype=self.kv_dtype, device=self.device) for _ in range(2))
         small = self.kv_dtype.itemsize == 1
-        self.scales = torch.zeros(2, *shape, device=self.device) if small else [[None] * len(self.layers)] * 2
+        self.scales = torch.zeros(2, *shape, device=self.device) if small else [[None] * self.config.num_hidden_layers] * 2
 
     def copy_blocks(self, pairs):
         """Copy whole blocks; pairs (2 * n,) int64: from, to, from, to, ..."""
@@ -365,106 +334,93 @@ class Runner:
     # -- one step
     def __call__(self, batch):
         """-> logits (R, V) float32, on the device."""
-        return self.native(batch) if self.native else self.everywhere("step", *self.inputs(batch))
+        if self.native:
+            return self.native(batch)
+        logits = self.everywhere("step", *self.inputs(batch))
+        return logits if logits is None else logits[:len(batch.rows)]
 
-    def step(self, longs, ints):
-        """What `inputs` made -> logits (R, V), or None."""
-        (S, T, R), longs = longs[:3].tolist(), longs[3:]
-        return self.on_gpu(longs, ints, S, T, R) if self.device.type == "cuda" else self.paged(longs, ints, T, S, R)
-
-    def forward(self, ids, positions, adapters, rows, attend):
-        """ids, positions, adapters (T,); rows (R,), None for all -> logits (R, V). attend(layer, q, k, v, window) -> (T, H * D)
-        stores k and v (T, K, D) and lets q (T, H, D) look at all that its sequence has."""
-        H, K, D, T = self.H, self.K, self.D, len(ids)
-        if self.names:
-            self.choose_adapters(self.model, adapters)
-        x = F.embedding(ids, self.model.embed_tokens.weight)  # (T, C)
-        if self.config.is_gpt2:
-            x = x + F.embedding(positions, self.model.embed_positions.weight)
-        else:
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
-        for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.norm1(x)).view(T, H + 2 * K, D)
-            qk = qkv[:, :H + K]  # queries and keys are treated alike
-            if layer.qk_norm is not None:
-                qk = layer.qk_norm(qk)
-            if not self.config.is_gpt2:  # model.rotate, with the signs in the sine
-                qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-            x += layer.out(attend(i, qk[:, :H], qk[:, H:], qkv[:, H + K:], layer.window))
-            h = layer.up(layer.norm2(x))
-            if self.config.is_gpt2:
-                h = F.gelu(h, approximate="tanh")
-            else:
-                gate, up = h.chunk(2, -1)
-                h = F.silu(gate).mul_(up)
-            x += layer.down(h)
-        if rows is not None:
-            if not len(rows):
-                return None
-            x = x[rows]
-        return self.head(self.model.norm(x)).float()
-
-    # -- attention over block tables: the kernels of kernels.py, or their twins where there is no GPU
     def inputs(self, batch):
         """The step's sizes and tokens, its sequences padded to a CUDA graph's -> two tensors of all parts one after the other, as
-        `step` and `paged` split them. Padding: slot -1 is not stored, and a context of length 0 attends to nothing."""
-        S, T, R, width = len(batch.spans), len(batch.ids), len(batch.rows), -(-self.max_len // self.block_size)
-        size = bucket(S) if self.device.type == "cuda" and S == T == R else S
-        pad, starts = size - S, [start for start, *_ in batch.spans] + list(range(T, T + size - S + 1))
-        tables = torch.zeros(size, width, dtype=torch.int32)
-        for s, (*_, blocks) in enumerate(batch.spans):
-            tables[s, :len(blocks)] = torch.tensor(blocks[:width], dtype=torch.int32)
-        parts = [batch.ids + [0] * pad, batch.positions() + [0] * pad, batch.slots() + [-1] * pad,
-                 batch.token_adapters() + [-1] * pad, batch.rows]
-        longs = torch.tensor([S, T, R, *(x for part in parts for x in part)])
-        lengths = torch.tensor([past + n for _, n, past, _ in batch.spans] + [0] * pad + starts, dtype=torch.int32)
-        return longs, torch.cat((lengths, tables.view(-1)))
+        `forward` splits them. Padding: slot -1 is not stored, and a context of length 0 attends to nothing."""
+        S, T, R, page = len(batch.spans), len(batch.ids), len(batch.rows), self.block_size
+        pad = bucket(S) - S if self.device.type == "cuda" and S == T == R else 0
+        tables = torch.zeros(S + pad, -(-self.max_len // page), dtype=torch.int32)
+        positions, slots = [], []  # a slot is where in the cache a token's key and value go: block * size + offset
+        for s, (_, n, past, blocks) in enumerate(batch.spans):
+            tables[s, :len(blocks)] = torch.tensor(blocks[:tables.size(1)], dtype=torch.int32)
+            positions += range(past, past + n)
+            slots += [blocks[p // page] * page + p % page for p in range(past, past + n)]
+        parts = (batch.ids, 0), (positions, 0), (slots, -1), (batch.token_adapters(), -1), (batch.rows, 0)
+        longs = torch.tensor([S + pad, T + pad, R + pad, *(x for part, filler in parts for x in part + [filler] * pad)])
+        lengths = [past + n for _, n, past, _ in batch.spans] + [0] * pad
+        starts = [start for start, *_ in batch.spans] + list(range(T, T + pad + 1))
+        return longs, torch.cat((torch.tensor(lengths + starts, dtype=torch.int32), tables.view(-1)))
 
-    def on_gpu(self, longs, ints, S, T, R):
-        """Steps of decodes alone replay a CUDA graph, NCCL's part in them too. Nothing here waits for the device: inputs go over in
-        one pinned copy, and the logits stay there."""
-        decode = S == T == R
-        size = bucket(S) if decode else S
+    def step(self, longs, ints):
+        """What `inputs` made -> logits (R, V), or None. On a GPU steps of decodes alone replay a CUDA graph, NCCL's part in them
+        too; nothing here waits for the device: inputs go over in one pinned copy, and the logits stay there."""
+        (S, T, R), longs = longs[:3].tolist(), longs[3:]
+        if self.device.type != "cuda":
+            return self.forward(longs, ints, S, T, R)
         longs, ints = (t.pin_memory().to(self.device, non_blocking=True) for t in (longs, ints))
-        if not decode:
-            return self.paged(longs, ints, T, S, R)
-        if size not in self.graphs:
-            self.graphs[size] = self.capture(longs, ints, size)
-        graph, static_longs, static_ints, logits = self.graphs[size]
-        static_longs.copy_(longs[:4 * size])
+        if not S == T == R:
+            return self.forward(longs, ints, S, T, R)
+        if S not in self.graphs:
+            self.graphs[S] = self.capture(longs.clone(), ints.clone(), S)
+        graph, static_longs, static_ints, logits = self.graphs[S]
+        static_longs.copy_(longs)
         static_ints.copy_(ints)
         graph.replay()
-        return logits[:R]
+        return logits
 
-    def paged(self, longs, ints, T, S, R):
-        """The forward pass over inputs that lie one after the other in two tensors."""
-        ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
-        lengths, starts, tables = ints[:S], ints[S:2 * S + 1], ints[2 * S + 1:].view(S, -1)
-
-        def attend(i, q, k, v, window):
-            scales = self.scales[0][i], self.scales[1][i]
-            kernels.kv_store(k, v, self.keys[i], self.values[i], slots, *scales)
-            return kernels.paged_attention(q, self.keys[i], self.values[i], tables, lengths, starts, self.D ** -0.5, window,
-                                           *scales).view(T, self.H * self.D)
-        return self.forward(ids, positions, adapters, None if R == T else rows, attend)
-
-    def capture(self, longs, ints, size):
-        """Record a decode step of `size` sequences -> (graph, its inputs, its logits). Padding makes all of them harmless."""
-        longs, ints = longs[:4 * size].clone(), ints.clone()
-        rows = longs.new_zeros(0)
-
-        def step():
-            return self.paged(torch.cat((longs, rows.new_zeros(size))), ints, size, size, size)
+    def capture(self, longs, ints, S):
+        """Record a decode step of S sequences -> (graph, its inputs, its logits)."""
         stream = torch.cuda.Stream()  # the kernels are tuned and warmed up outside the capture
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                step()
+                self.forward(longs, ints, S, S, S)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = step()
+            logits = self.forward(longs, ints, S, S, S)
         return graph, longs, ints, logits
+
+    def forward(self, longs, ints, S, T, R):
+        """S sequences, T tokens in all -> logits (R, V), or None. Attention over block tables is a kernel of kernels.py, or its
+        twin where there is no GPU."""
+        c, H, K, D = self.config, self.H, self.K, self.D
+        ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
+        lengths, starts, tables = ints[:S], ints[S:2 * S + 1], ints[2 * S + 1:].view(S, -1)
+        if self.names:
+            self.choose_adapters(self.model, adapters)
+        x = F.embedding(ids, self.model.embed_tokens.weight)  # (T, C)
+        if c.is_gpt2:
+            x = x + F.embedding(positions, self.model.embed_positions.weight)
+        else:
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
+        for i, (block, (qkv_product, out, up_product, down)) in enumerate(zip(self.model.layers, self.products)):
+            qkv = qkv_product(block.input_layernorm(x)).view(T, H + 2 * K, D)
+            qk = qkv[:, :H + K]  # queries and keys are treated alike
+            if self.gains:
+                qk = F.rms_norm(qk, (D,), eps=c.norm_eps) * self.gains[i]
+            if not c.is_gpt2:  # model.rotate, with the signs in the sine
+                qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+            cache = self.keys[i], self.values[i]
+            scales, window = (self.scales[0][i], self.scales[1][i]), c.sliding_window if i in c.sliding_layers else None
+            kernels.kv_store(qk[:, H:], qkv[:, H + K:], *cache, slots, *scales)
+            y = kernels.paged_attention(qk[:, :H], *cache, tables, lengths, starts, D ** -0.5, window, *scales)  # (T, H, D)
+            x += out(y.view(T, H * D))
+            h = up_product(block.post_attention_layernorm(x))
+            if c.is_gpt2:
+                h = F.gelu(h, approximate="tanh")
+            else:
+                gate, up = h.chunk(2, -1)
+                h = F.silu(gate).mul_(up)
+            x += down(h)
+        if not R:
+            return None
+        return self.head(self.model.norm(x if R == T else x[rows])).float()
 
 
 def bucket(n):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
+from packed import FrozenProduct
 
 RUNS = torch.cuda.is_available() or K.INTERPRET
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,22 +49,25 @@ def same(ours, twin, dtype=torch.float32, limit=1e-5 if DEVICE == "cuda" else 2e
     assert error < {torch.float32: limit, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], error.item()
 
 
-def packed4(N, K_, group, symmetric):
-    groups = -(-K_ // group)
-    packed = torch.randint(0, 256, (N, -(-K_ // 2)), dtype=torch.uint8, device=DEVICE)
+def int8(N, C, format="int8"):
+    return K.Packed(format, torch.randint(-127, 128, (N, C), dtype=torch.int8, device=DEVICE), random(N).abs(), N, C)
+
+
+def int4(N, C, group, symmetric):
+    groups = -(-C // group)
+    packed = torch.randint(0, 256, (N, -(-C // 2)), dtype=torch.uint8, device=DEVICE)
     zeros = None if symmetric else torch.randint(0, 16, (N, groups), device=DEVICE).float()
-    return packed, random(N, groups).abs() / 8, zeros
+    return K.Packed("int4", packed, random(N, groups).abs() / 8, N, C, group, zeros)
 
 
 # -------------------------------------------------------------------------------------------------------- linear layers
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M,N,C", [(1, 7, 4097), (1, 64, 128), (3, 33, 100), (16, 40, 96)])
-def test_int8_linear_equals_its_twin(M, N, C, dtype):
-    x, weight = random(M, C, dtype=dtype), torch.randint(-127, 128, (N, C), dtype=torch.int8, device=DEVICE)
-    args = x, weight, random(N).abs(), random(N)
-    same(K.int8_linear(*args), K.int8_linear_twin(*args), dtype)
-    same(K.int8_dynamic_linear(*args), K.int8_dynamic_linear_twin(*args), dtype)
+@pytest.mark.parametrize("format", ["int8", "int8x8"])
+def test_int8_linear_equals_its_twin(format, M, N, C, dtype):
+    args = random(M, C, dtype=dtype), int8(N, C, format), random(N)
+    same(K.linear(*args), K.linear_twin(*args), dtype)
 
 
 @kernel
@@ -72,41 +76,41 @@ def test_int8_linear_equals_its_twin(M, N, C, dtype):
 def test_int4_linear_equals_its_twin(M, N, C, group, symmetric):
     x, bias = random(M, C), random(N)
     for b in (None, bias):
-        args = x, *packed4(N, C, group, symmetric), group, b
-        same(K.int4_linear(*args), K.int4_linear_twin(*args), limit=2e-5)  # the offsets of the packed bytes cost four bits
+        args = x, int4(N, C, group, symmetric), b
+        same(K.linear(*args), K.linear_twin(*args), limit=2e-5)  # the offsets of the packed bytes cost four bits
 
 
 @kernel
 def test_int4_linear_in_16_bits_equals_its_twin():
     for dtype in DTYPES[1:]:
         for M in (1, 4):
-            args = random(M, 256, dtype=dtype), *packed4(12, 256, 64, False), 64, random(12, dtype=dtype)
-            same(K.int4_linear(*args), K.int4_linear_twin(*args), dtype)
+            args = random(M, 256, dtype=dtype), int4(12, 256, 64, False), random(12, dtype=dtype)
+            same(K.linear(*args), K.linear_twin(*args), dtype)
 
 
 @kernel
 def test_many_rows_take_dequantized_weights():
     rows = K.DEQUANTIZE_ABOVE + 1
-    args = random(rows, 100), *packed4(6, 100, 32, False), 32
-    same(K.int4_linear(*args), K.int4_linear_twin(*args))
-    args = random(rows, 100), torch.randint(-9, 9, (6, 100), dtype=torch.int8, device=DEVICE), random(6), random(6)
-    same(K.int8_linear(*args), K.int8_linear_twin(*args))
+    for args in ((random(rows, 100), int4(6, 100, 32, False)), (random(rows, 100), int8(6, 100), random(6))):
+        same(K.linear(*args), K.linear_twin(*args))
 
 
 @kernel
 @pytest.mark.parametrize("M,N,C,block", [(1, 6, 256, 64), (3, 10, 128, 64), (2, 6, 100, 64), (1, 5, 4098, 64)])
 def test_nf4_forward_and_backward_equal_the_twin(M, N, C, block):
-    x = random(M, C).requires_grad_()
-    bias = random(N).requires_grad_()
+    x, bias, weigh = random(M, C).requires_grad_(), random(N), random(M, N)
     packed = torch.randint(0, 256, (N * C // 2,), dtype=torch.uint8, device=DEVICE)
-    absmax = random(-(-N * C // block)).abs()
-    weigh = random(M, N)
-    ours = K.nf4_linear(x, packed, absmax, block, N, C, bias)
-    twin = K.nf4_linear_twin(x, packed, absmax, block, N, C, bias)
+    w = K.Packed("nf4", packed, random(-(-N * C // block)).abs(), N, C, block)
+    layer = SimpleNamespace(product=lambda x: K.linear(x, w, bias), dequantize=lambda dtype: K.dequantize(w, dtype))
+    ours, twin = FrozenProduct.apply(x, layer), K.linear_twin(x, w, bias)
     same(ours, twin)
-    for a, b in zip(torch.autograd.grad((ours * weigh).sum(), (x, bias)), torch.autograd.grad((twin * weigh).sum(), (x, bias))):
-        same(a, b)
-    same(K.nf4_dequantize(packed, absmax, block, N, C), K.nf4_dequantize_twin(packed, absmax, block, N, C))
+    same(*(torch.autograd.grad((y * weigh).sum(), x)[0] for y in (ours, twin)))
+    same(K.dequantize(w, torch.float32), K.dequantize_twin(w, torch.float32))
+
+
+@kernel
+def test_a_group_of_odd_length_is_left_to_torch():
+    assert K.linear(random(2, 30), int4(4, 30, 15, True)) is None
 
 
 # ------------------------------------------------------------------------------------------------------ one pass over rows
@@ -247,11 +251,11 @@ def test_every_configuration_computes_the_same(monkeypatch):
         return results[0]
     monkeypatch.setattr(K, "tuned", each)
     for M in (1, 3):
-        args = random(M, 300), *packed4(9, 300, 64, False), 64
-        same(K.int4_linear(*args), K.int4_linear_twin(*args), limit=2e-5)
-        args = random(M, 300), torch.randint(-127, 128, (9, 300), dtype=torch.int8, device=DEVICE), random(9)
-        same(K.int8_linear(*args), K.int8_linear_twin(*args), limit=2e-5)
-        same(K.int8_dynamic_linear(*args), K.int8_dynamic_linear_twin(*args))
+        x = random(M, 300)
+        for w in (int4(9, 300, 64, False), int8(9, 300)):
+            same(K.linear(x, w), K.linear_twin(x, w), limit=2e-5)
+        w = int8(9, 300, "int8x8")
+        same(K.linear(x, w), K.linear_twin(x, w))
     attend([1, 1], [70, 9], H=4, KH=2, D=32)
     attend([70], [90], H=2, KH=1, D=16)
 
