@@ -12,7 +12,6 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -97,7 +96,7 @@ def regex(pattern, in_json=False):
         parsed = list(sre.parse(pattern))
     except Exception as error:
         raise UserError(f"regular expression {pattern!r}: {error}") from None
-    anywhere = ("rep", json_character(), 0, None)
+    anywhere = ("rep", ("ref", "character"), 0, None)
     begin = parsed[:1] in ([(sre.AT, sre.AT_BEGINNING)], [(sre.AT, sre.AT_BEGINNING_STRING)])
     end = parsed[-1:] in ([(sre.AT, sre.AT_END)], [(sre.AT, sre.AT_END_STRING)])
     body = regex_sequence(parsed[begin:len(parsed) - end], in_json, pattern)
@@ -147,18 +146,10 @@ def regex_characters(op, value, in_json):
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON schemas
-@lru_cache(maxsize=1)
-def json_character():
-    """One character of a JSON string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs."""
-    x, low = ("set", frozenset(b"0123456789abcdefABCDEF")), ("set", frozenset(b"01234567"))
-    unit = alt(seq(("set", frozenset(b"0123456789abcefABCEF")), x, x, x), seq(("set", frozenset(b"dD")), low, x, x))
-    high, tail = ("set", frozenset(b"89abAB")), ("set", frozenset(b"cdefCDEF"))
-    pair = seq(("set", frozenset(b"dD")), high, x, x, lit("\\u"), ("set", frozenset(b"dD")), tail, x, x)
-    return alt(characters(PLAIN), seq(lit("\\"), ("set", frozenset(b'"\\/bfnrt'))), seq(lit("\\u"), alt(unit, pair)))
-
-
+# one character of a string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs
+CHARACTER = (r'[^\x00-\x1f"\\\x7f]|\\["\\/bfnrt]|\\u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}|'
+             r"[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})")
 SPACE = ("ref", "space")
-DIGIT = ("set", frozenset(b"0123456789"))
 FORMATS = {
     "date": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$", "time": r"^([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
     "date-time": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
@@ -225,7 +216,7 @@ class Schema:
             kinds = "string" if text else ["number", "string", "object", "array", "boolean", "null"]
         kinds = list(kinds) if isinstance(kinds, list) else [kinds]
         makers = {"object": self.object, "array": self.array, "string": self.string, "number": self.number, "integer": self.number,
-                  "boolean": lambda *_: alt(lit("true"), lit("false")), "null": lambda *_: lit("null")}
+                  "boolean": lambda *_: regex("true|false"), "null": lambda *_: lit("null")}
         if bad := [k for k in kinds if k not in makers]:
             raise UserError(f"JSON schema at {where}: unknown type {bad[0]!r}")
         return alt(*(makers[k](schema, where, k) for k in kinds + ["null"] * bool(schema.get("nullable"))))
@@ -259,7 +250,7 @@ class Schema:
         lo, hi = math.ceil(max(low, 1 - 10 ** 15)), math.floor(min(high, 10 ** 15 - 1))
         lo += kind == "number" and lo == schema.get("exclusiveMinimum")
         hi -= kind == "number" and hi == schema.get("exclusiveMaximum")
-        fraction = seq(lit("."), ("rep", DIGIT, 1, 15))
+        fraction = regex(r"\.[0-9]{1,15}")
         parts = [integers(lo, hi)] if lo <= hi else []
         if kind == "number":
             if max(lo, 0) <= hi - 1:  # k.f is in [k, k + 1)
@@ -314,8 +305,7 @@ class Schema:
 def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> Grammar; before and after: fixed text around the value."""
     maker = Schema(schema or {})
-    maker.rules["character"] = json_character()
-    maker.rules["space"] = alt(EMPTY, lit(" "), seq(lit("\n"), ("rep", lit(" "), 0, 16)))  # bounded: no model stalls in white space
+    maker.rules |= {"character": regex(CHARACTER), "space": regex(r" ?|\n {0,16}")}  # bounded: no model stalls in white space
     try:
         return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
     except RecursionError:
