@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -117,10 +118,6 @@ def best_seconds(functions, repeats):
     return {name: min(times[name] for times in rounds) for name in functions}
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
-
-
 def memory(device, reset=False):
     """(bytes held now, most since the reset), of the GPU or of this process."""
     if device.type == "cuda":
@@ -191,9 +188,8 @@ def bench_pretrain(args):
     product in the same dtype (the best that the device does here), peak memory."""
     runtime = resolve(args.device, args.dtype, "off")
     settings = from_preset(train.Args, train.PRESETS, dict(preset=args.preset, batch=args.rows))
-    config, n = train.model_config(settings, SimpleNamespace(vocab_size=args.vocab_size, bos_id=None, eos_id=None)), 1024
-    if runtime.device.type == "cuda":
-        n = 8192
+    config = train.model_config(settings, SimpleNamespace(vocab_size=args.vocab_size, bos_id=None, eos_id=None))
+    n = 8192 if runtime.device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for _ in range(2))
     peak = 2 * n ** 3 / timed(lambda: a @ b, runtime.device, repeats=20)
     yield dict(matrix_products=str(runtime.dtype).removeprefix("torch."), tflops=peak / 1e12)
@@ -228,7 +224,6 @@ def bench_sft(args):
     """Conversations a second through whole steps of fine-tuning: packed rows beside TRL's SFTTrainer (pip install trl), which pads;
     the same model, conversations, optimizer (AdamW) and number of conversations a step; start-up is not counted."""
     import finetune
-    from chat import read_records
     with tempfile.TemporaryDirectory() as out:
         flags = finetune.Args(model=args.model, data=(args.data,), out=out, context=args.context, batch=args.rows,
                               device=args.device, optimizer="adamw", steps=args.steps + 2)
@@ -242,23 +237,23 @@ def bench_sft(args):
         run.batches.close()
         yield dict(name="finetune.py, packed", per_step=per_step,
                    conversations_per_second=per_step * args.steps / (marks[-1] - marks[1]))
-        folder = Path(args.data)
-        talks = [m for _, m, _ in read_records(folder / "train.jsonl" if folder.is_dir() else folder)]
         for name, order in (("SFTTrainer", "random"), ("SFTTrainer, by length", "group_by_length")):
-            yield dict(name=name, per_step=per_step,
-                       conversations_per_second=sft_trainer_speed(args, talks, per_step, order, out))
+            yield dict(name=name, per_step=per_step, conversations_per_second=sft_trainer_speed(args, per_step, order, out))
 
 
-def sft_trainer_speed(args, talks, per_step, order, out):
+def sft_trainer_speed(args, per_step, order, out):
     """A part of an epoch at least; by length the longest come first, so that only a whole epoch is fair."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    from chat import read_records
     from finetune import open_model
     tok, model = open_model(args.model, "cpu")
     tok.save(f"{out}/model")
     model.save_pretrained(f"{out}/model")
+    data = Path(args.data)
+    talks = [m for _, m, _ in read_records(data / "train.jsonl" if data.is_dir() else data)]
     theirs = AutoTokenizer.from_pretrained(f"{out}/model")
     theirs.chat_template = (  # ChatML that says what the assistant does
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -363,23 +358,16 @@ def random_base(config, packed, runtime):
 
 # ------------------------------------------------------------------------------------------------------------------- kernels
 def graph_seconds(function, draw, size):
-    """Median seconds of function(*draw()), as one CUDA graph of calls on so many drawn inputs that no cache holds them."""
+    """Seconds of function(*draw()), from a CUDA graph of calls on so many drawn inputs that no cache holds them."""
     inputs = [draw() for _ in range(min(max(2, 512_000_000 // size), 64))]
     for arguments in inputs:
         function(*arguments)  # compiles and tunes
     torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for arguments in inputs:
             function(*arguments)
-    for _ in range(25):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(inputs))
-    return median(times[5:])
+    return timed(graph.replay, torch.device("cuda"), repeats=20) / len(inputs)
 
 
 def bf16(*shape):
