@@ -276,11 +276,9 @@ class Scheduler:
 
 
 # ------------------------------------------------------------------------------------------------------------------ engine
-def find_draft(ids, most, longest=3):
+def find_draft(ids, most):
     """Prompt lookup (Saxena 2023): what followed the last earlier occurrence of the last 3 (then 2) tokens."""
-    for n in range(longest, 1, -1):
-        if len(ids) <= n:
-            continue
+    for n in (3, 2):
         tail, data = array("i", ids[-n:]).tobytes(), array("i", ids[:-1]).tobytes()
         at = data.rfind(tail)
         while at >= 0 and at % 4:  # not on a token's border

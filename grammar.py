@@ -325,6 +325,7 @@ class Part:
     least: int = 0
     most: int | None = None
     shortest: float = math.inf      # bytes of the shortest text that matches
+    size: int = 0                   # what it costs where repetitions are written out
 
 
 @dataclass(eq=False, slots=True)
@@ -347,10 +348,9 @@ class Grammar:
     def __init__(self, expression, rules):
         self.left, self.parts, self.positions, self.rules = WORK, {}, {}, {}
         for name in reversed(rules):  # what a rule refers to mostly comes after it
-            self.spend(size(rules[name]))
             self.rules[name] = self.intern(rules[name])
-        self.spend(size(expression))
         first, changed = self.intern(expression), True
+        self.spend(sum(part.size for part in (first, *self.rules.values())))
         while changed:  # the least fixed point, as rules may refer to each other
             changed = False
             self.spend(len(self.parts))
@@ -381,8 +381,10 @@ class Grammar:
 
     def part(self, *key):
         if key not in self.parts:
-            self.parts[key] = Part(*key)
-            self.parts[key].shortest = self.shortest(self.parts[key])
+            part = self.parts[key] = Part(*key)
+            inner = part.what if part.kind in ("seq", "alt") else (part.what,) if part.kind == "rep" else ()
+            part.size = 5 + max(1, part.least, part.most or 0) * sum(p.size for p in inner)
+            part.shortest = self.shortest(part)
         return self.parts[key]
 
     def shortest(self, part):
@@ -456,16 +458,6 @@ class Grammar:
             if (at := self.step(at, byte)) < 0:
                 return False
         return self.accepts(at)
-
-
-def size(expression):
-    """How much an expression is when its repetitions are written out."""
-    kind, what, *counts = expression
-    if kind in ("seq", "alt"):
-        return 5 + sum(map(size, what))
-    if kind == "rep":
-        return 5 + max(1, *(n or 0 for n in counts)) * size(what)
-    return 5 * len(what) if kind == "lit" else 5
 
 
 # ------------------------------------------------------------------------------------------------------------------- tokens
