@@ -359,7 +359,7 @@ class Grammar:
                 part.shortest, changed = now, changed or now < part.shortest
         if math.isinf(first.shortest):
             raise UserError("this schema asks for something infinite: a value that must contain itself")
-        self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = {}, [], [], {}, [], {}
+        self.left, self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = WORK, {}, [], [], {}, [], {}
         self.end = Position(self.part("set", frozenset()), None, 0.0, 0)
         self.start = self.number(self.closure([self.position(first, self.end)]))
         self.left = WORK
