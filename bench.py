@@ -17,12 +17,13 @@
     python bench.py serve http://127.0.0.1:8000 --rate 4               # a running server, 4 requests a second whatever it does
     python bench.py serve http://127.0.0.1:8000 --batch prompts.jsonl --out answers.jsonl     # each line a request's body
     python bench.py compare before.json after.json             # any of these with --json FILE, before a change and after it
+
+A measurement yields its figures, a dict a row, as it has them: they are printed under their names and written with --json.
 """
-import argparse
 import asyncio
 import contextlib
-import ctypes
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -35,6 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -44,7 +46,7 @@ import kernels
 import lora
 import train
 from bpe import usable_cpus
-from common import Metrics, Parser, UserError, cli, read_json
+from common import Metrics, Parser, UserError, cli, from_preset, read_json
 from generate import Engine, Sampling
 from model import Config, Transformer
 from optim import MuonAdamW, print_estimate
@@ -72,99 +74,157 @@ def machine():
     return f"{at['threads']} threads of {at['cpu']}{', ' * bool(at['gpu'])}{at['gpu']}, torch {at['torch']}"
 
 
-def bench_train(args):
-    """Train each preset in a process of its own; the clock starts before Python does, as it does for a user."""
-    print(machine())
-    print(f"{'':24s} {'parameters':>10s} {'wall s':>8s} {'val loss':>9s} {'to ' + str(args.target):>10s}")
-    if args.nanogpt_seconds:
-        print(f"{'nanoGPT (given)':24s} {'804,096':>10s} {args.nanogpt_seconds:8.1f} {args.nanogpt_loss:9.4f}")
-    rows = []
-    for preset in args.presets:
-        with tempfile.TemporaryDirectory() as out:
-            begin = time.time()
-            done = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), "--preset", preset, "--out", f"{out}/run",
-                                   "--sample", "1", "--data", args.data, *args.train_flags], capture_output=True, text=True)
-            wall = time.time() - begin
-            if done.returncode:
-                raise UserError(f"train.py --preset {preset} failed: {done.stderr.strip().splitlines()[-1]}")
-            losses = [r for r in Metrics.read(f"{out}/run/metrics.jsonl") if "val_loss" in r]
-            size = next(line for line in done.stdout.splitlines() if line.startswith("model")).split(":")[1].split()[0]
-        reached = next((r["seconds"] + wall - losses[-1]["seconds"] for r in losses if r["val_loss"] <= args.target), None)
-        row = dict(preset=preset, parameters=int(size.replace(",", "")), wall=wall, reached=reached,
-                   val_loss=losses[-1]["val_loss"])
-        ratio = f"  {args.nanogpt_seconds / wall:.1f}x nanoGPT's speed" if args.nanogpt_seconds else ""
-        print(f"{preset:24s} {size:>10s} {wall:8.1f} {row['val_loss']:9.4f} "
-              f"{f'{reached:.1f} s' if reached else 'not reached':>10s}{ratio}", flush=True)
-        rows.append(row)
-    return rows
+def show(rows):
+    """Print rows as they are measured, the names of their figures above the first of a kind -> all of them."""
+    shown, names = [], None
+    for row in rows:
+        texts = [value if isinstance(value, str) else "-" if value is None else f"{value:,}" if isinstance(value, int) else
+                 f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}" for value in row.values()]
+        for line in (list(row), texts) if names != list(row) else (texts,):
+            cells = (f"{cell:<34}" if isinstance(value, str) else f"{cell:>{max(10, len(name))}}"
+                     for cell, (name, value) in zip(line, row.items()))
+            print(" ".join(cells).rstrip(), flush=True)
+        names = list(row)
+        shown.append(row)
+    return shown
 
 
-def matmul_rate(runtime):
-    """Floating-point operations per second of one large matrix product in the runtime's dtype: the best the device does here."""
-    n = 8192 if runtime.device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for _ in range(2))
-    return 2 * n ** 3 / timed(lambda: a @ b, runtime, repeats=20)
-
-
-def timed(function, runtime, repeats):
-    """Mean seconds of a call, after three to warm up."""
-    def wait():
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
-    for _ in range(3):
+# --------------------------------------------------------------------------------------------------------------- stopwatches
+def timed(function, device, repeats, warm_up=3):
+    """Mean seconds of a call, after some to warm up."""
+    for _ in range(warm_up):
         function()
-    wait()
+    wait(device)
     begin = time.perf_counter()
     for _ in range(repeats):
         function()
-    wait()
+    wait(device)
     return (time.perf_counter() - begin) / repeats
 
 
-def bench_pretrain(args):
-    """Whole training steps (forward, backward, optimizer) on random tokens: tokens/s, share of the matrix rate, peak memory."""
-    print(machine())
-    runtime = resolve(args.device, args.dtype, "off")
-    settings = train.Args(**{**train.PRESETS[args.preset], "batch": args.rows})
-    config = train.model_config(settings, SimpleNamespace(vocab_size=args.vocab_size, bos_id=None, eos_id=None))
-    peak = matmul_rate(runtime)
-    print(f"matrix products: {peak / 1e12:.2f} TFLOP/s in {str(runtime.dtype).removeprefix('torch.')}\n")
-    print(f"{'':22s} {'ms/step':>9s} {'tokens/s':>10s} {'of matrix rate':>15s} {'peak MiB':>9s}")
-    rows = []
-    for compiled in (False, True):
-        for recompute in (False, True):
-            model = Transformer(config).to(runtime.device)
-            model.init_weights()
-            model.train().recompute = recompute
-            optimizer = MuonAdamW(model)
-            optimizer.set_lr(1.0)
-            step_model = torch.compile(model, dynamic=False) if compiled else model
-            ids = torch.randint(0, args.vocab_size, (args.rows, settings.context + 1), device=runtime.device)
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
-            def step(step_model=step_model, ids=ids, optimizer=optimizer):
-                with runtime.autocast():
-                    loss = step_model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            if runtime.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = timed(step, runtime, args.steps)
-            rate = ids[:, 1:].numel() / seconds
-            memory = torch.cuda.max_memory_allocated() / 2 ** 20 if runtime.device.type == "cuda" else float("nan")
-            name = ("compiled" if compiled else "eager") + (", recomputing" if recompute else "")
-            share = rate * model.flops_per_token(settings.context) / peak
-            rows.append(dict(name=name, seconds=seconds, tokens_per_s=rate, of_matrix_rate=share, peak_mib=memory))
-            print(f"{name:22s} {seconds * 1e3:9.1f} {rate:10,.0f} {share:15.1%} {memory:9,.0f}", flush=True)
-    return rows
+
+def seconds_of(function, *args, **options):
+    begin = time.perf_counter()
+    function(*args, **options)
+    return time.perf_counter() - begin
+
+
+def best_seconds(functions, repeats):
+    """{name: function} -> {name: best seconds}, taking turns so that a busy machine is busy for all of them."""
+    rounds = [{name: seconds_of(function) for name, function in functions.items()} for _ in range(repeats)]
+    return {name: min(times[name] for times in rounds) for name in functions}
+
+
+def memory(device, reset=False):
+    """(bytes held now, most since the reset), of the GPU or of this process."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return float("nan"), float("nan")
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+
+
+def quietly(function, *args, **options):
+    """Call without what it prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return function(*args, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+def run_train(*flags):
+    """train.py as a user runs it -> (seconds, Python's start included; the rows with a validation loss; what it printed)."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, Path(__file__).with_name("train.py"), "--out", f"{out}/run", "--sample", 1, *flags]
+        begin = time.time()
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        seconds = time.time() - begin
+        if done.returncode:
+            raise UserError(f"{' '.join(map(str, command[1:]))} failed: {done.stderr.strip().splitlines()[-1]}")
+        return seconds, [r for r in Metrics.read(f"{out}/run/metrics.jsonl") if "val_loss" in r], done.stdout
+
+
+def bench_train(args):
+    """Train each preset in a process of its own: seconds, validation loss, seconds to the target, how much faster than nanoGPT."""
+    given = args.nanogpt_seconds
+    if given:
+        yield dict(preset="nanoGPT (given)", parameters=804_096, wall=given, val_loss=args.nanogpt_loss, reached=None, speed=1.0)
+    for preset in args.presets:
+        wall, losses, said = run_train("--preset", preset, "--data", args.data)
+        size = next(line for line in said.splitlines() if line.startswith("model")).split(":")[1].split()[0]
+        reached = next((r["seconds"] + wall - losses[-1]["seconds"] for r in losses if r["val_loss"] <= args.target), None)
+        yield dict(preset=preset, parameters=int(size.replace(",", "")), wall=wall, val_loss=losses[-1]["val_loss"],
+                   reached=reached, speed=given / wall if given else None)
+
+
+def bench_optimizers(args):
+    """Does Muon with 0.7 of the steps reach what tuned AdamW reaches with all? Same model, text, batch, order, for each seed."""
+    def final_loss(seed, steps, *flags):
+        return run_train("--dim", 96, "--mlp", 192, "--batch", 32, "--eval-every", 10 ** 6, "--save-every", 10 ** 6,
+                         "--data", args.data, "--seed", seed, "--steps", steps, *flags)[1][-1]["val_loss"]
+    adamw = ["--optimizer", "adamw", "--warmup", args.steps // 20]
+    tried = {}
+    for schedule in ("wsd", "cosine"):  # AdamW gets the better schedule, and rates until the next one is worse
+        for lr in (0.001, 0.002, 0.004, 0.008, 0.016):
+            tried[schedule, lr] = final_loss(args.seeds[0], args.steps, *adamw, "--schedule", schedule, "--lr", lr)
+            yield dict(adamw_schedule=schedule, adamw_lr=lr, seed=args.seeds[0], val_loss=tried[schedule, lr])
+            if lr > 0.001 and tried[schedule, lr] > tried[schedule, lr / 2]:
+                break
+    schedule, lr = min(tried, key=tried.get)
+    for seed in args.seeds:
+        yield dict(seed=seed, adamw=final_loss(seed, args.steps, *adamw, "--schedule", schedule, "--lr", lr), steps=args.steps,
+                   muon=final_loss(seed, round(args.steps * 0.7)), muon_steps=round(args.steps * 0.7))
+
+
+def bench_pretrain(args):
+    """Whole training steps (forward, backward, optimizer) on random tokens: tokens/s, share of the rate of one large matrix
+    product in the same dtype (the best that the device does here), peak memory."""
+    runtime = resolve(args.device, args.dtype, "off")
+    settings = from_preset(train.Args, train.PRESETS, dict(preset=args.preset, batch=args.rows))
+    config = train.model_config(settings, SimpleNamespace(vocab_size=args.vocab_size, bos_id=None, eos_id=None))
+    n = 8192 if runtime.device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for _ in range(2))
+    peak = 2 * n ** 3 / timed(lambda: a @ b, runtime.device, repeats=20)
+    yield dict(matrix_products=str(runtime.dtype).removeprefix("torch."), tflops=peak / 1e12)
+    for compiled, recompute in itertools.product((False, True), repeat=2):
+        memory(runtime.device, reset=True)
+        model = Transformer(config).to(runtime.device)
+        model.init_weights()
+        model.train().recompute = recompute
+        step = training_step(torch.compile(model, dynamic=False) if compiled else model, MuonAdamW(model), runtime,
+                             torch.randint(args.vocab_size, (args.rows, settings.context + 1), device=runtime.device))
+        seconds = timed(step, runtime.device, args.steps)
+        rate = args.rows * settings.context / seconds
+        yield dict(name=("compiled" if compiled else "eager") + ", recomputing" * recompute, seconds=seconds, tokens_per_s=rate,
+                   of_matrix_rate=rate * model.flops_per_token(settings.context) / peak,
+                   peak_mib=memory(runtime.device)[1] / 2 ** 20)
+
+
+def training_step(model, optimizer, runtime, ids):
+    """-> a function that takes one step on ids (B, T + 1)."""
+    optimizer.set_lr(1.0)
+
+    def step():
+        with runtime.autocast():
+            loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def bench_sft(args):
     """Conversations a second through whole steps of fine-tuning: packed rows beside TRL's SFTTrainer (pip install trl), which pads;
     the same model, conversations, optimizer (AdamW) and number of conversations a step; start-up is not counted."""
     import finetune
-    from chat import read_records
-    print(machine())
     with tempfile.TemporaryDirectory() as out:
         flags = finetune.Args(model=args.model, data=(args.data,), out=out, context=args.context, batch=args.rows,
                               device=args.device, optimizer="adamw", steps=args.steps + 2)
@@ -176,27 +236,25 @@ def bench_sft(args):
             train.update(run, step)
             marks.append(time.perf_counter())
         run.batches.close()
-        speeds = {"finetune.py, packed": per_step * args.steps / (marks[-1] - marks[1])}
-        if not args.alone:
-            folder = Path(args.data)
-            talks = [m for _, m, _ in read_records(folder / "train.jsonl" if folder.is_dir() else folder)]
-            for name, order in (("SFTTrainer", "random"), ("SFTTrainer, by length", "group_by_length")):
-                speeds[name] = sft_trainer_speed(args, talks, per_step, order, out)
-    for name, speed in speeds.items():
-        print(f"{name:24s} {speed:8.1f} conversations/s, {per_step} a step")
-    return [dict(name=name, conversations_per_second=speed) for name, speed in speeds.items()]
+        yield dict(name="finetune.py, packed", per_step=per_step,
+                   conversations_per_second=per_step * args.steps / (marks[-1] - marks[1]))
+        for name, order in (("SFTTrainer", "random"), ("SFTTrainer, by length", "group_by_length")):
+            yield dict(name=name, per_step=per_step, conversations_per_second=sft_trainer_speed(args, per_step, order, out))
 
 
-def sft_trainer_speed(args, talks, per_step, order, out):
+def sft_trainer_speed(args, per_step, order, out):
     """A part of an epoch at least; by length the longest come first, so that only a whole epoch is fair."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    from chat import read_records
     from finetune import open_model
     tok, model = open_model(args.model, "cpu")
     tok.save(f"{out}/model")
     model.save_pretrained(f"{out}/model")
+    data = Path(args.data)
+    talks = [m for _, m, _ in read_records(data / "train.jsonl" if data.is_dir() else data)]
     theirs = AutoTokenizer.from_pretrained(f"{out}/model")
     theirs.chat_template = (  # ChatML that says what the assistant does
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -221,7 +279,6 @@ def bench_dpo(args):
 
     import dpo
     from finetune import open_model
-    print(machine())
     tok, model = open_model(args.model, "cpu", torch.float32)
     settings, size = dpo.Args(), args.passes
     records = itertools.islice(dpo.read_preferences(args.data, "train", 400), 400)
@@ -247,69 +304,71 @@ def bench_dpo(args):
             rows = [dict(prompt_ids=p, chosen_ids=a[0], rejected_ids=a[1], ref_chosen_logps=-50.0, ref_rejected_logps=-50.0)
                     for p, a, *_ in (found[r] for r in batch[i:i + size])]
             trainer.compute_loss(theirs, trainer.data_collator(rows)).mul(size / 32).backward()
-    seconds = {}
-    for name, step, net in 2 * (("dpo.py", ours, model.train()), ("DPOTrainer", trl, theirs.train())):  # the first round warms up
-        optimizer, begin = torch.optim.AdamW(net.parameters(), 1e-6), time.perf_counter()
+
+    def steps(step, optimizer):
         for at in range(0, len(found) - 31, 32):
             step(range(at, at + 32))
             optimizer.step()
             optimizer.zero_grad()
-        seconds[name] = (time.perf_counter() - begin) / (len(found) // 32)
-    for name, took in seconds.items():
-        print(f"{name:12s} {took:7.3f} s a step of 32 pairs")
-    return [dict(name=name, seconds=took) for name, took in seconds.items()]
+    for name, step, net in 2 * (("dpo.py", ours, model.train()), ("DPOTrainer", trl, theirs.train())):  # the first round warms up
+        seconds = seconds_of(steps, step, torch.optim.AdamW(net.parameters(), 1e-6)) / (len(found) // 32)
+        yield dict(name=name, seconds=seconds)
 
 
-def bench_optimizers(args):
-    """Does Muon with 0.7 of the steps reach what tuned AdamW reaches with all? Same model, text, batch, order, for each seed."""
-    def final_loss(seed, steps, *flags):
-        with tempfile.TemporaryDirectory() as out:
-            shape = ["--dim", 96, "--mlp", 192, "--batch", 32, "--eval-every", 10 ** 6, "--save-every", 10 ** 6, "--sample", 1]
-            command = [sys.executable, Path(__file__).with_name("train.py"), "--out", f"{out}/run", "--data", args.data, *shape,
-                       "--seed", seed, "--steps", steps, *flags]
-            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"train.py failed: {done.stderr.strip().splitlines()[-1]}")
-            return next(r["val_loss"] for r in reversed(Metrics.read(f"{out}/run/metrics.jsonl")) if "val_loss" in r)
-
-    print(machine())
-    adamw = ["--optimizer", "adamw", "--warmup", args.steps // 20]
-    tried = {}
-    for schedule in ("wsd", "cosine"):  # AdamW gets the better schedule, and rates until the next one is worse
-        for lr in (0.001, 0.002, 0.004, 0.008, 0.016):
-            tried[schedule, lr] = final_loss(args.seeds[0], args.steps, *adamw, "--schedule", schedule, "--lr", lr)
-            print(f"AdamW {schedule:6s} lr {lr:<6} seed {args.seeds[0]}: {tried[schedule, lr]:.4f}", flush=True)
-            if lr > 0.001 and tried[schedule, lr] > tried[schedule, lr / 2]:
-                break
-    schedule, lr = min(tried, key=tried.get)
-    rows = []
-    for seed in args.seeds:
-        first = final_loss(seed, args.steps, *adamw, "--schedule", schedule, "--lr", lr)
-        second = final_loss(seed, round(args.steps * 0.7))
-        rows.append(dict(seed=seed, adamw=first, muon=second))
-        print(f"seed {seed}: AdamW ({schedule}, lr {lr}) {args.steps} steps {first:.4f}; Muon {round(args.steps * 0.7)} steps "
-              f"{second:.4f}  {'reached' if second <= first else 'NOT reached'}", flush=True)
-    return rows
+# ---- QLoRA
+SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False),     # Llama 2 7B's
+          "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),        # TinyLlama 1.1B's
+          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 128, tie_word_embeddings=False)}
 
 
+def bench_qlora(args):
+    """QLoRA's memory and speed, estimated and measured, and, on a GPU, those of LoRA on a 16-bit base beside it."""
+    runtime, config = resolve(args.device, args.dtype, "off"), SHAPES[args.shape]
+    for quant in ("nf4", "") if runtime.device.type == "cuda" else ("nf4",):
+        flags = lora.Args(r=args.r, quant=quant, optimizer="adamw8bit", recompute=True, context=args.context, batch=1)
+        parts, trained, total = lora.estimate(config, flags, runtime, 1)
+        print_estimate(parts, 1, flags, runtime)
+        row = dict(shape=args.shape, base=quant or str(runtime.dtype), trained=trained / total,
+                   estimated_gib=sum(parts.values()) / 2 ** 30)
+        if not args.estimate:
+            model = random_base(config, bool(quant), runtime)
+            loaded = memory(runtime.device, reset=True)[0]
+            lora.apply(model, args.r, 2 * args.r).train().recompute = True
+            step = training_step(model, MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True), runtime,
+                                 torch.randint(config.vocab_size, (1, args.context + 1), device=runtime.device))
+            seconds = timed(step, runtime.device, args.steps, warm_up=1)
+            peak = memory(runtime.device)[1]
+            row |= dict(base_gib=loaded / 2 ** 30, peak_gib=peak / 2 ** 30, to_train_gib=(peak - loaded) / 2 ** 30,
+                        tokens_per_s=args.context / seconds)
+            del model, step
+        yield row
+
+
+def random_base(config, packed, runtime):
+    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
+    with torch.device("meta"):
+        model = Transformer(config).to(runtime.dtype)
+    for name, module in [(n, m) for n, m in model.named_modules() if list(m.parameters(recurse=False))]:
+        module.to_empty(device=runtime.device, recurse=False)
+        for p in module.parameters(recurse=False):
+            torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
+        if packed and isinstance(module, torch.nn.Linear) and name != "lm_head":
+            model.set_submodule(name, NF4Linear.from_linear(module))
+    return model.to(runtime.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------- kernels
 def graph_seconds(function, draw, size):
-    """Median seconds of function(*draw()), as one CUDA graph of calls on so many drawn inputs that no cache holds them."""
+    """Seconds of function(*draw()), from a CUDA graph of calls on so many drawn inputs that no cache holds them."""
     inputs = [draw() for _ in range(min(max(2, 512_000_000 // size), 64))]
     for arguments in inputs:
         function(*arguments)  # compiles and tunes
     torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for arguments in inputs:
             function(*arguments)
-    for _ in range(25):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(inputs))
-    return sorted(times[5:])[10]
+    return timed(graph.replay, torch.device("cuda"), repeats=20) / len(inputs)
 
 
 def bf16(*shape):
@@ -382,189 +441,22 @@ def bench_kernels(args):
                         "that they compute the right thing is shown without one by: python -m pytest tests/test_kernels.py")
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     copy = 2 * source.numel() / graph_seconds(torch.empty_like(source).copy_, lambda: (source,), source.numel())
-    print(f"{machine()}\ncopy bandwidth {copy / 1e9:,.0f} GB/s (read + written)\n")
+    yield dict(group="copy, read + written", gb_per_s=copy / 1e9)
     groups = {f"linear {N} x {K}, {M} row{'s' * (M > 1)}": linear_cases(M, N, K)
               for N, K in ((4096, 4096), (12_288, 4096), (22_016, 4096), (4096, 11_008)) for M in (1, 16)}
     groups |= {f"{name}, 8192 rows": cases for name, cases in row_cases(8192, 4096).items()}
     groups |= {f"decode, {S} x 4096 tokens, {KH} key heads": attention_cases(S, 4096, 1, KH) for S in (1, 16) for KH in (32, 8)}
     groups["decode, 16 x 4096 tokens, 8 key heads, int8"] = attention_cases(16, 4096, 1, 8, torch.int8)
     groups["prefill 4096 tokens, 8 key heads"] = attention_cases(1, 4096, 4096, 8)
-    rows = []
     for group, cases in groups.items():
-        print(f"{group:48s} {'us':>9s} {'GB/s':>7s} {'of copy':>8s} {'speed-up':>9s}")
         first = None
         for name, (size, function, draw) in cases.items():
             with torch.inference_mode():
                 seconds = graph_seconds(function, draw, size)
             first = first or seconds
-            rows.append(dict(group=group, name=name, seconds=seconds, of_copy=size / seconds / copy, speed_up=first / seconds))
-            print(f"    {name:44s} {seconds * 1e6:9.2f} {size / seconds / 1e9:7,.0f} {size / seconds / copy:8.1%} "
-                  f"{first / seconds:8.2f}x", flush=True)
+            yield dict(group=group, name=name, us=seconds * 1e6, gb_per_s=size / seconds / 1e9, of_copy=size / seconds / copy,
+                       speed_up=first / seconds)
         torch.cuda.empty_cache()
-    return rows
-
-
-# The trainings that `bench.py tokenizer` times, each by `python -c` in an interpreter of its own: FILE VOCAB_SIZE OUT.
-TRAIN_OURS = """
-import sys; from tokenizer import Tokenizer
-Tokenizer.train(files=[sys.argv[1]], vocab_size=int(sys.argv[2]), special_tokens=[]).save(sys.argv[3])
-"""
-TRAIN_HF = """
-import os, sys; from bpe import PATTERNS; from tokenizers import Regex, Tokenizer, models, trainers, pre_tokenizers as p
-tok = Tokenizer(models.BPE())
-tok.pre_tokenizer = p.Sequence([p.Split(Regex(PATTERNS["gpt4"]), "isolated"), p.ByteLevel(False, use_regex=False)])
-tok.train([sys.argv[1]], trainers.BpeTrainer(vocab_size=int(sys.argv[2]), show_progress=False,
-                                             initial_alphabet=p.ByteLevel.alphabet()))
-os.makedirs(sys.argv[3]); tok.save(sys.argv[3] + "/tokenizer.json")
-"""
-
-
-SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False),     # Llama 2 7B's
-          "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),        # TinyLlama 1.1B's
-          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 128, tie_word_embeddings=False)}
-
-
-def random_base(config, packed, runtime):
-    """A model of random weights on the device, made one matrix at a time: in NF4 it is never there whole in 16 bits."""
-    with torch.device("meta"):
-        model = Transformer(config).to(runtime.dtype)
-    for name, layer in lora.linears(model).items():
-        if name != "lm_head":
-            plain = torch.nn.Linear(layer.in_features, layer.out_features, False, runtime.device, runtime.dtype)
-            model.set_submodule(name, NF4Linear.from_linear(plain) if packed else plain)
-    for module in list(model.modules()):
-        for name, p in list(module.named_parameters(recurse=False)):
-            if p.is_meta:
-                fresh = torch.empty(p.shape, dtype=p.dtype, device=runtime.device)
-                setattr(module, name, torch.nn.Parameter(fresh.normal_(std=0.02) if p.ndim > 1 else fresh.fill_(1.0)))
-    return model.to(runtime.device)
-
-
-def memory(device, reset=False):
-    """(bytes held now, most since the reset), of the GPU or of this process."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held now
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-
-
-def train_adapter(config, packed, args, runtime):
-    """Whole training steps of an adapter on a random base -> (bytes the base takes, most bytes held while training, tokens/s)."""
-    model = random_base(config, packed, runtime)
-    loaded = memory(runtime.device, reset=True)[0]
-    lora.apply(model, args.r, 2 * args.r).train().recompute = True
-    optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
-    optimizer.set_lr(1.0)
-    ids, begin = torch.randint(config.vocab_size, (1, args.context), device=runtime.device), 0.0
-    for step in range(args.steps + 1):
-        optimizer.zero_grad()
-        with runtime.autocast():
-            loss = model(ids, targets=ids) / ids.numel()
-        loss.backward()
-        optimizer.step()
-        loss.item()  # waits for the device
-        begin = time.perf_counter() if step == 0 else begin  # the first step is to warm up
-    return loaded, memory(runtime.device)[1], args.steps * args.context / max(time.perf_counter() - begin, 1e-9)
-
-
-def bench_qlora(args):
-    """QLoRA's memory and speed, estimated and measured, and, on a GPU, those of LoRA on a 16-bit base beside it."""
-    print(machine())
-    runtime, config, rows = resolve(args.device, args.dtype, "off"), SHAPES[args.shape], []
-    for quant in ("nf4", "") if runtime.device.type == "cuda" or args.plain else ("nf4",):
-        flags = lora.Args(r=args.r, quant=quant, optimizer="adamw8bit", recompute=True, context=args.context, batch=1)
-        parts, trained, total = lora.estimate(config, flags, runtime, 1)
-        print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
-        print_estimate(parts, 1, flags, runtime)
-        if args.estimate:
-            continue
-        loaded, peak, rate = train_adapter(config, bool(quant), args, runtime)
-        rows.append(dict(shape=args.shape, base=quant or str(runtime.dtype), loaded=loaded, peak=peak, trained=trained / total,
-                         estimated=sum(parts.values()), tokens_per_s=rate))
-        print(f"measured {'QLoRA' if quant else 'LoRA'} {args.shape}: base {loaded / 2**30:.2f} GiB, peak {peak / 2**30:.2f}, so "
-              f"{(peak - loaded) / 2**30:.2f} to train; {rate:,.0f} tokens/s", flush=True)
-    return rows
-
-
-def tree_memory(pid):
-    """MB resident in a process and its descendants, from /proc; shared pages count once for each process."""
-    total, family = 0, [pid]
-    for p in family:
-        try:
-            total += int(Path(f"/proc/{p}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-            family += map(int, Path(f"/proc/{p}/task/{p}/children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-    return total
-
-
-def time_training(code, *arguments):
-    """(seconds, peak MB of all its processes) of one training in a fresh interpreter, start-up included."""
-    begin, peak = time.perf_counter(), 0
-    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE,
-                             cwd=Path(__file__).parent)
-    while child.poll() is None:
-        peak = max(peak, tree_memory(child.pid))
-        time.sleep(0.02)
-    if child.returncode:
-        said = child.stderr.read().decode().strip().splitlines() or [f"exit status {child.returncode}"]
-        raise UserError(f"training failed: {said[-1]}")
-    return time.perf_counter() - begin, peak
-
-
-def best_seconds(functions, repeats):
-    """{name: function} -> {name: best seconds}, taking turns so that a busy machine is busy for all of them."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(repeats):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best
-
-
-def bench_encoding(file, tok, hf_json):
-    """{encoder: MB/s}: the first 5 MB of a text as a string, and the whole file by ours in one process and in two."""
-    import tiktoken
-    import tokenizers
-    tik = tiktoken.Encoding("same", pat_str=PATTERNS["gpt4"], mergeable_ranks=tok.vocab, special_tokens={})
-    hf = tokenizers.Tokenizer.from_file(hf_json)
-    text = Path(file).read_bytes()[:5_000_000].decode("utf-8", "ignore")
-    if tok.encode(text) != tik.encode_ordinary(text):
-        raise UserError("ours and tiktoken disagree on this text")
-    seconds = best_seconds({"ours": lambda: tok.encode(text), "tiktoken": lambda: tik.encode_ordinary(text)}, 5)
-    seconds |= best_seconds({"ours, plain Python": lambda: tok.encode_slowly(text), "HF": lambda: hf.encode(text)}, 1)
-    whole = best_seconds({f"ours, file to array, {n} process{'es' * (n > 1)}": lambda n=n: tok.encode_corpus([file], n)
-                          for n in (1, 2)}, 2)
-    return ({name: len(text.encode()) / 1e6 / s for name, s in seconds.items()} |
-            {name: os.path.getsize(file) / 1e6 / s for name, s in whole.items()})
-
-
-def bench_tokenizer(args):
-    """Train and encode with ours, HF tokenizers and tiktoken, one after the other on the same text."""
-    if sys.platform != "linux":
-        raise UserError(f"bench.py tokenizer reads memory from /proc, which only Linux has; this is {sys.platform}")
-    size, rows = os.path.getsize(args.file) / 1e6, []
-    print(f"{machine()}\n{args.file}, {size:.1f} MB, {args.vocab_size:,} ids, {len(os.sched_getaffinity(0))} CPUs\n")
-    print("| train | s | MB/s | peak MB, all processes |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as out:
-        for name, code in (("ours", TRAIN_OURS), ("HF", TRAIN_HF)):
-            seconds, peak = time_training(code, os.path.abspath(args.file), str(args.vocab_size), f"{out}/{name}")
-            rows.append(dict(train=name, seconds=seconds, peak_mb=peak))
-            print(f"| {name} | {seconds:.2f} | {size / seconds:.1f} | {peak:.0f} |", flush=True)
-        tok, theirs = Tokenizer.load(f"{out}/ours"), Tokenizer.load(f"{out}/HF")
-        same = "the same" if (tok.vocab, tok.merges) == (theirs.vocab, theirs.merges) else "NOT THE SAME"
-        print(f"\n{rows[1]['seconds'] / rows[0]['seconds']:.2f} times as fast as HF in "
-              f"{rows[0]['peak_mb'] / rows[1]['peak_mb']:.2f} of its memory; {len(tok.merges):,} merges, {same}\n")
-        speeds = bench_encoding(args.file, tok, f"{out}/HF/tokenizer.json")
-    print("| encode | MB/s |\n|---|---|", *(f"| {name} | {speed:.2f} |" for name, speed in speeds.items()), sep="\n")
-    one, two = list(speeds.values())[-2:]
-    print(f"\nours / tiktoken {speeds['ours'] / speeds['tiktoken']:.2f}, two processes / one {two / one:.2f}")
-    return rows + [dict(encode=name, mb_per_second=speed) for name, speed in speeds.items()]
 
 
 LINEARS, BLOCKS = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30  # q+k+v, o, gate+up, down of a 135M Llama: 106M weights
@@ -578,205 +470,196 @@ def bench_linear(args):
             linear = torch.nn.Linear(K, N, bias=False)
             yield linear if format == "float32" else linear.bfloat16() if format == "bfloat16" else pack(linear, format, 64)
 
-    rows = []
+    def run(model, inputs):
+        for layer in model:
+            layer(inputs[layer.in_features])
+    weights = BLOCKS * sum(N * K for N, K in LINEARS)
     with torch.inference_mode():
         for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
             model, dtype = list(layers(format)), torch.bfloat16 if format == "bfloat16" else torch.float32
             for M in args.rows:
-                inputs, best = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}, float("inf")
-                for _ in range(args.repeats):
-                    start = time.perf_counter()
-                    for layer in model:
-                        layer(inputs[layer.in_features])
-                    best = min(best, time.perf_counter() - start)
-                rate = BLOCKS * sum(N * K for N, K in LINEARS) / best / 1e9
-                rows.append({"format": format, "rows": M, "gigaweights_per_s": rate})
-                print(f"{format:20s} {M:4d} rows {rate:8.1f} Gw/s {M * rate * 2:8.0f} GFLOP/s", flush=True)
+                inputs = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}
+                rate = weights / min(seconds_of(run, model, inputs) for _ in range(args.repeats)) / 1e9
+                yield dict(format=format, rows=M, gigaweights_per_s=rate, gflops=2 * M * rate)
     for name in ("f16", "q8_0", "q4_0") if args.gguf else ():
-        rate = llama_decode(Path(args.gguf, name + ".gguf"), torch.get_num_threads())
-        rows.append({"format": f"llama.cpp {name}", "rows": 1, "gigaweights_per_s": rate})
-        print(f"{'llama.cpp ' + name:20s}    1 rows {rate:8.1f} Gw/s (whole model)", flush=True)
-    return rows
+        run, weights = llama_rounds(Path(args.gguf, name + ".gguf"))
+        rate = weights * max(speeds(run, 8, 26)[1] for _ in range(args.repeats)) / 1e9
+        yield dict(format=f"llama.cpp {name}, whole model", rows=1, gigaweights_per_s=rate, gflops=2 * rate)
 
 
-def llama_decode(path, threads, steps=24, repeats=4):
-    """Billions of weights a second in llama.cpp's one-token decoding: the model's weights over the seconds of a token."""
-    import llama_cpp as api
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
-    model = api.llama_load_model_from_file(str(path).encode(), api.llama_model_default_params())
-    settings = api.llama_context_default_params()
-    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 1024, threads, threads
-    context, best = api.llama_new_context_with_model(model, settings), float("inf")
-    for run in range(repeats):
-        start = time.perf_counter()
-        for step in range(steps):
-            token = (api.llama_token * 1)(7 + step)
-            if api.llama_decode(context, api.llama_batch_get_one(token, 1)):
-                raise RuntimeError(f"llama.cpp could not decode {path}")
-            api.llama_get_logits(context)
-        best = min(best, (time.perf_counter() - start) / steps)
-    weights = api.llama_model_n_params(model)
-    api.llama_free(context)
-    return weights / best / 1e9
+# ----------------------------------------------------------------------------------------------------------------- tokenizer
+# The trainings that `bench.py tokenizer` times, each by `python -c` in an interpreter of its own: FILE VOCAB_SIZE OUT.
+TRAININGS = {"ours": """
+import sys; from tokenizer import Tokenizer
+Tokenizer.train(files=[sys.argv[1]], vocab_size=int(sys.argv[2]), special_tokens=[]).save(sys.argv[3])
+""", "HF": """
+import os, sys; from bpe import PATTERNS; from tokenizers import Regex, Tokenizer, models, trainers, pre_tokenizers as p
+tok = Tokenizer(models.BPE())
+tok.pre_tokenizer = p.Sequence([p.Split(Regex(PATTERNS["gpt4"]), "isolated"), p.ByteLevel(False, use_regex=False)])
+tok.train([sys.argv[1]], trainers.BpeTrainer(vocab_size=int(sys.argv[2]), show_progress=False,
+                                             initial_alphabet=p.ByteLevel.alphabet()))
+os.makedirs(sys.argv[3]); tok.save(sys.argv[3] + "/tokenizer.json")
+"""}
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
-def read_bandwidth(device):
-    """Bytes per second at which the device reads memory: a sum over 1 GiB (CPU) or 4 GiB, more than any cache holds."""
-    big = torch.ones((4 if device.type == "cuda" else 1) << 27, dtype=torch.int64, device=device)
-    return big.numel() * 8 / timed(big.sum, SimpleNamespace(device=device), 3)
+def bench_tokenizer(args):
+    """Train and encode with ours, HF tokenizers and tiktoken, in turns on the same text: the first 5 MB as a string, and the whole
+    file by ours in one process and in two."""
+    if sys.platform != "linux":
+        raise UserError(f"bench.py tokenizer reads memory from /proc, which only Linux has; this is {sys.platform}")
+    import tiktoken
+    import tokenizers
+    size, made = os.path.getsize(args.file) / 1e6, {}
+    with tempfile.TemporaryDirectory() as out:
+        for name, code in TRAININGS.items():
+            seconds, peak = time_training(code, os.path.abspath(args.file), str(args.vocab_size), f"{out}/{name}")
+            made[name] = Tokenizer.load(f"{out}/{name}")
+            yield dict(train=name, seconds=seconds, mb_per_second=size / seconds, peak_mb=peak, merges=len(made[name].merges))
+        hf = tokenizers.Tokenizer.from_file(f"{out}/HF/tokenizer.json")
+    tok = made["ours"]
+    if (tok.vocab, tok.merges) != (made["HF"].vocab, made["HF"].merges):
+        raise UserError("ours and HF have not learned the same merges from this text")
+    tik = tiktoken.Encoding("same", pat_str=PATTERNS["gpt4"], mergeable_ranks=tok.vocab, special_tokens={})
+    text = Path(args.file).read_bytes()[:5_000_000].decode("utf-8", "ignore")
+    if tok.encode(text) != tik.encode_ordinary(text):
+        raise UserError("ours and tiktoken disagree on this text")
+    seconds = best_seconds({"ours": lambda: tok.encode(text), "tiktoken": lambda: tik.encode_ordinary(text)}, 5)
+    seconds |= best_seconds({"ours, plain Python": lambda: tok.encode_slowly(text), "HF": lambda: hf.encode(text)}, 1)
+    for name, took in seconds.items():
+        yield dict(encode=name, mb_per_second=len(text.encode()) / 1e6 / took)
+    whole = best_seconds({f"ours, file to array, processes: {n}": lambda n=n: tok.encode_corpus([args.file], n) for n in (1, 2)}, 2)
+    for name, took in whole.items():
+        yield dict(encode=name, mb_per_second=size / took)
 
 
-def quietly(function, *args, **options):
-    """Call without what it prints."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return function(*args, **options)
+def time_training(code, *arguments):
+    """(seconds, peak MB) of one training in a fresh interpreter, start-up included; what its processes share counts for each."""
+    begin, peak = time.perf_counter(), 0.0
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, cwd=Path(__file__).parent)
+    while child.poll() is None:
+        total, family = 0.0, [child.pid]
+        for p in family:
+            with contextlib.suppress(OSError):  # it has just ended
+                total += int(Path(f"/proc/{p}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+                family += map(int, Path(f"/proc/{p}/task/{p}/children").read_text().split())
+        peak = max(peak, total)
+        time.sleep(0.02)
+    if child.returncode:
+        said = child.stderr.read().decode().strip().splitlines() or [f"exit status {child.returncode}"]
+        raise UserError(f"training failed: {said[-1]}")
+    return time.perf_counter() - begin, peak
 
 
-def engine_speed(args, model, quant=None, dtype="auto"):
-    """-> (a round that measures {prefill, 1, 8: tok/s}, bytes that a decode step reads)"""
+# ---------------------------------------------------------------------------------------------------------------- generation
+def engine_rounds(args, model, quant=None, dtype="auto"):
+    """-> (a function (texts, tokens of a prompt, new tokens) -> seconds, bytes of the weights that a decode step reads)"""
     engine = quietly(Engine, model, args.device, dtype, quant, kv_tokens=16 * 1024)
 
-    def steps(batch, prompt, new):
-        for _ in range(batch):
-            ids = torch.randint(1, engine.vocab_size, (prompt,)).tolist()
-            engine.submit(ids, Sampling(max_tokens=new + 1, temperature=0, ignore_eos=True))
-        begin, times = time.perf_counter(), []
-        while len(engine.scheduler.running) < batch or any(s.remaining > 1 for s in engine.scheduler.running):
-            engine.step()
-        prefill = batch * prompt / (time.perf_counter() - begin)
-        while engine.has_work:
-            begin = time.perf_counter()
-            engine.step()
-            times.append(time.perf_counter() - begin)
-        return prefill, batch / sorted(times)[len(times) // 2]
-
-    def measure():
-        return {"prefill": steps(1, args.prompt, 2)[0], **{n: steps(n, 64, args.new)[1] for n in (1, 8)}}
-    table, run = engine.model.embed_tokens.weight, engine.runner  # of the table one row is read, unless it is the head too
-    unread = 4 * table.numel() if run.native else 0 if engine.config.tie_word_embeddings else table.nbytes
-    return measure, run.weight_bytes - unread
+    def run(texts, prompt, new):
+        prompts = torch.randint(1, engine.vocab_size, (texts, prompt)).tolist()
+        return seconds_of(engine.generate, prompts, Sampling(max_tokens=new, temperature=0, ignore_eos=True))
+    table, runner = engine.model.embed_tokens.weight, engine.runner  # of the table one row is read, unless it is the head too
+    unread = 4 * table.numel() if runner.native else 0 if engine.config.tie_word_embeddings else table.nbytes
+    return run, runner.weight_bytes - unread
 
 
-def llama_speed(path, args):
-    """llama.cpp through its Python binding, on the same number of threads."""
+def llama_rounds(path):
+    """As engine_rounds, for llama.cpp through its Python binding, on the same number of threads -> (..., how many weights)"""
     import llama_cpp as L
-    model = L.llama_load_model_from_file(str(path).encode(), L.llama_model_default_params())
-    contexts = {}
-    for count in (1, 8):
+    from llama_cpp._logger import set_verbose
+    set_verbose(False)
+    model, contexts = L.llama_load_model_from_file(str(path).encode(), L.llama_model_default_params()), {}
+    for texts in (1, 8):
         p = L.llama_context_default_params()
-        p.n_ctx, p.n_batch, p.n_seq_max = 1024 * count, 512, count
+        p.n_ctx, p.n_batch, p.n_seq_max = 1024 * texts, 512, texts
         p.n_threads = p.n_threads_batch = torch.get_num_threads()
-        contexts[count] = L.llama_new_context_with_model(model, p)
+        contexts[texts] = L.llama_new_context_with_model(model, p)
 
-    def run(context, ids, positions, sequences):
-        batch = L.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for i, (token, position, sequence) in enumerate(zip(ids, positions, sequences)):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
-            batch.logits[i] = position == max(positions)
-        begin = time.perf_counter()
-        if L.llama_decode(context, batch):
+    def step(texts, first, count):
+        """`count` tokens of each text from position `first` on."""
+        batch = L.llama_batch_init(texts * count, 0, 1)
+        batch.n_tokens = texts * count
+        for i in range(texts * count):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = 1 + i % 99, first + i % count, 1, i // count
+            batch.logits[i] = i % count == count - 1
+        if L.llama_decode(contexts[texts], batch):
             raise UserError(f"{path}: llama.cpp failed")
-        L.llama_get_logits(context)
+        L.llama_get_logits(contexts[texts])
         L.llama_batch_free(batch)
+
+    def run(texts, prompt, new):
+        L.llama_memory_clear(L.llama_get_memory(contexts[texts]), True)
+        begin = time.perf_counter()
+        for first, count in [(0, prompt), *((prompt + i, 1) for i in range(new - 1))]:
+            step(texts, first, count)
         return time.perf_counter() - begin
-
-    def measure():
-        for context in contexts.values():
-            L.llama_memory_clear(L.llama_get_memory(context), True)
-        out: dict = {"prefill": args.prompt / run(contexts[1], range(1, args.prompt + 1), range(args.prompt), [0] * args.prompt)}
-        L.llama_memory_clear(L.llama_get_memory(contexts[1]), True)
-        for n, context in contexts.items():
-            for s in range(n):
-                run(context, range(1, 65), range(64), [s] * 64)
-            times = sorted(run(context, [9 + i] * n, [64 + i] * n, range(n)) for i in range(args.new))
-            out[n] = n / times[len(times) // 2]
-        return out
-    return measure
+    return run, L.llama_model_n_params(model)
 
 
-def transformers_speed(args, dtype):
-    """transformers.generate, greedy, with its default cache: the time of many new tokens less that of one."""
+def transformers_rounds(args, dtype):
+    """As engine_rounds, for transformers.generate, greedy, with its default cache."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[dtype]).to(quietly(resolve, args.device).device)
 
-    def seconds(rows, new):
-        ids = torch.randint(1, model.config.vocab_size, (rows, args.prompt if rows == 1 and new == 1 else 64), device=model.device)
-        begin = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                       pad_token_id=0)
-        return time.perf_counter() - begin
-
-    def measure():
-        new = max(args.new // 2, 2)
-        short = {n: min(seconds(n, 2) for _ in range(2)) for n in (1, 8)}
-        return {"prefill": args.prompt / seconds(1, 1), **{n: n * (new - 2) / (seconds(n, new) - short[n]) for n in (1, 8)}}
-    return measure
+    def run(texts, prompt, new, ids=None):
+        ids = (torch.randint(1, model.config.vocab_size, (texts, prompt)) if ids is None else ids).to(model.device)
+        return seconds_of(model.generate, ids, attention_mask=(ids > 0).long(), max_new_tokens=new, min_new_tokens=new,
+                          do_sample=False, pad_token_id=0)
+    return run
 
 
 def bench_decode(args):
-    """tok/s of a prompt being read and of one and eight texts being written, every program in turn, the median of the rounds."""
-    print(machine())
-    bandwidth = read_bandwidth(torch.device("cuda" if torch.cuda.is_available() and args.device in ("auto", "cuda") else "cpu"))
-    print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the roofline is that over the bytes of the weights\n")
+    """tok/s of a prompt being read and of one and eight texts being written, every program in turn, the median of the rounds. The
+    roofline is the rate at which memory is read (a sum over more than any cache holds) over the bytes of the weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device in ("auto", "cuda") else "cpu")
+    big = torch.ones((4 if device.type == "cuda" else 1) << 27, dtype=torch.int64, device=device)
+    bandwidth = big.nbytes / timed(big.sum, device, 3)
+    yield dict(memory="read", gb_per_s=bandwidth / 1e9)
     programs, size = {}, {}
     for name in args.formats:
         how = (name, "float32") if name in ("int8", "int4") else (None, name)
-        programs[name], size[name] = engine_speed(args, args.model, *how)
-    for path in args.gguf:
-        name = Path(path).name
-        programs[name], size[name] = engine_speed(args, path)
-    programs |= {f"llama.cpp {Path(path).stem}": llama_speed(path, args) for path in args.gguf}
-    programs |= {f"transformers {dtype}": transformers_speed(args, dtype) for dtype in args.transformers}
-    rounds = {name: [] for name in programs}
-    for _ in range(args.rounds):
-        for name, measure in programs.items():
-            rounds[name].append(measure())
-    rows = []
-    print(f"{'tok/s':26s} {f'prompt of {args.prompt}':>14s} {'1 text':>9s} {'8 texts':>9s} {'roofline':>9s}")
-    for name, got in rounds.items():
-        row = {k: sorted(g[k] for g in got)[len(got) // 2] for k in got[0]}
-        row["roofline"] = bandwidth / size[name] if name in size else None
-        rows.append({"program": name, **row, "best": {k: max(g[k] for g in got) for k in got[0]}})
-        limit = f"{row['roofline']:9.0f}" if row["roofline"] else ""
-        print(f"{name:26s} {row['prefill']:14.0f} {row[1]:9.1f} {row[8]:9.1f} {limit}", flush=True)
-    return rows
+        programs[name], size[name] = engine_rounds(args, args.model, *how)
+    for path in map(Path, args.gguf):
+        programs[path.name], size[path.name] = engine_rounds(args, path)
+        programs[f"llama.cpp {path.stem}"] = llama_rounds(path)[0]
+    programs |= {f"transformers {dtype}": transformers_rounds(args, dtype) for dtype in args.transformers}
+    rounds = [{name: speeds(run, args.prompt, args.new) for name, run in programs.items()} for _ in range(args.rounds)]
+    for name in programs:
+        prompt, one, eight = (median(figures) for figures in zip(*(got[name] for got in rounds)))
+        yield {"program": name, f"prompt of {args.prompt}": prompt, "1 text": one, "8 texts": eight,
+               "roofline": bandwidth / size[name] if name in size else None}
+
+
+def speeds(run, prompt, new):
+    """tok/s of a prompt being read, and of one and of eight texts being written: the time of many tokens less that of two."""
+    return [prompt / run(1, prompt, 1), *(n * (new - 2) / (run(n, 64, new) - run(n, 64, 2)) for n in (1, 8))]
 
 
 def bench_throughput(args):
     """Requests of random lengths, all there at the start: output tok/s beside transformers' static batches of the same."""
-    print(machine())
     engine = quietly(Engine, args.model, args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens)
     draw = torch.Generator().manual_seed(0)
     sizes = torch.randint(args.low, args.high + 1, (args.requests, 2), generator=draw).tolist()
     prompts = [torch.randint(1, engine.vocab_size, (n,), generator=draw).tolist() for n, _ in sizes]
-    total, rows = sum(new for _, new in sizes), []
+    total = sum(new for _, new in sizes)
     engine.generate(prompts[0], Sampling(max_tokens=4))
-    begin = time.perf_counter()
-    engine.generate(prompts, [Sampling(max_tokens=new, temperature=0, ignore_eos=True) for _, new in sizes])
-    rows.append(("engine", time.perf_counter() - begin))
+    ours = seconds_of(engine.generate, prompts, [Sampling(max_tokens=new, temperature=0, ignore_eos=True) for _, new in sizes])
+    yield dict(program="engine", seconds=ours, tokens_per_s=total / ours, engine_is_faster=1.0)
+
     for dtype in args.transformers:
-        from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[dtype]).to(engine.runner.device)
-        begin = time.perf_counter()
+        run, seconds = transformers_rounds(args, dtype), 0.0
         for i in range(0, args.requests, args.batch):  # a static batch runs to its longest, padded on the left
             part = range(i, min(i + args.batch, args.requests))
             longest, new = (max(sizes[k][j] for k in part) for j in (0, 1))
-            ids = torch.tensor([[0] * (longest - len(prompts[k])) + prompts[k] for k in part], device=model.device)
-            model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                           pad_token_id=0)
-        rows.append((f"transformers {dtype}, batches of {args.batch}", time.perf_counter() - begin))
-    for name, seconds in rows:
-        print(f"{name:44s} {total / seconds:10,.0f} output tok/s  {seconds:8.1f} s  {rows[-1][1] / seconds:6.2f}x the last")
-    return [dict(program=name, seconds=seconds, tokens_per_s=total / seconds) for name, seconds in rows]
+            seconds += run(len(part), longest, new, torch.tensor([[0] * (longest - len(prompts[k])) + prompts[k] for k in part]))
+        yield dict(program=f"transformers {dtype}, batches of {args.batch}", seconds=seconds, tokens_per_s=total / seconds,
+                   engine_is_faster=seconds / ours)
 
 
 def bench_prefix(args):
-    """64 requests with the same 1,000 tokens in front: the mean time to their first token, with and without the prefix cache."""
-    print(machine())
-    rows = []
+    """Requests with the same tokens in front: seconds to their first token on average and at the latest, without and with the
+    prefix cache."""
+    means = []
     for cached in (False, True):
         engine = quietly(Engine, args.model, args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens or 128 * 1024,
                          max_seqs=64, prefix_cache=cached)
@@ -786,11 +669,8 @@ def bench_prefix(args):
             engine.submit([*prefix, i + 1, i + 2], Sampling(max_tokens=1, temperature=0, ignore_eos=True))
         while engine.has_work:
             first |= {d.request_id: time.perf_counter() - begin for d in engine.step() if d.token_ids}
-        rows.append(dict(cached=cached, mean=sum(first.values()) / len(first), last=max(first.values())))
-        print(f"prefix cache {'on ' if cached else 'off'}: first token after {rows[-1]['mean']:.2f} s on average, "
-              f"{rows[-1]['last']:.2f} s at the latest", flush=True)
-    print(f"{rows[0]['mean'] / rows[1]['mean']:.1f}x sooner on average")
-    return rows
+        means.append(sum(first.values()) / len(first))
+        yield dict(prefix_cache="on" if cached else "off", mean=means[-1], last=max(first.values()), sooner=means[0] / means[-1])
 
 
 # ---- The server: a load generator that speaks HTTP by itself, so that its own cost is small and no client library's.
@@ -936,106 +816,63 @@ def bench_compare(args):
     for name, file in zip("AB", files):
         at = file.get("machine", "an unnamed machine")
         print(f"{name}  {', '.join(f'{k} {v}' for k, v in at.items() if v != '') if isinstance(at, dict) else at}")
-    print(f"\n{'':56s} {'A':>12s} {'B':>12s} {'B/A':>7s}")
     before, after = (labelled(file["rows"]) for file in files)
-    rows = []
     for key in before | after:
+        row = " ".join(key)
         if key not in before or key not in after:
-            print(f"{' '.join(key):56s} only in {'A' if key in before else 'B'}")
+            yield dict(row=row, figure=f"only in {'A' if key in before else 'B'}")
             continue
         for name in [k for k in before[key] if k in after[key] and (before[key][k] != after[key][k] or before[key][k] % 1)]:
             a, b = before[key][name], after[key][name]
             ratio = b / a if a else float("nan")
-            print(f"{' '.join(key) + ' ' + name:56s} {a:12,.4g} {b:12,.4g} {ratio:7.3f}{'  <' * (not 0.95 <= ratio <= 1.05)}")
-            rows.append(dict(row=" ".join(key), figure=name, ratio=ratio))
-    return rows
+            yield dict(row=row, figure=name, a=a, b=b, ratio=ratio, changed="" if 0.95 <= ratio <= 1.05 else "<")
 
 
-def training_commands(commands):
-    times = commands.add_parser("train", help="time the training presets")
-    times.add_argument("--presets", nargs="+", default=["shakespeare-char-fast", "shakespeare-char"])
-    times.add_argument("--data", default="shakespeare")
-    times.add_argument("--target", type=float, default=1.886, help="report the time to this validation loss [1.886]")
-    times.add_argument("--nanogpt-seconds", type=float, help="wall time of nanoGPT's CPU recipe on this machine")
-    times.add_argument("--nanogpt-loss", type=float, default=1.886, help="its loss over the whole validation split [1.886]")
-    times.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py")
-    times.set_defaults(run=bench_train)
-    optimizers = commands.add_parser("optimizers", help="sample efficiency of Muon against AdamW")
-    optimizers.add_argument("--data", default="shakespeare")
-    optimizers.add_argument("--steps", type=int, default=400, help="AdamW's steps [400]")
-    optimizers.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    optimizers.set_defaults(run=bench_optimizers)
-    pretrain = commands.add_parser("pretrain", help="throughput of whole training steps")
-    pretrain.add_argument("--preset", default="125m", choices=train.PRESETS)
-    pretrain.add_argument("--rows", type=int, default=32, help="rows a step [32]")
-    pretrain.add_argument("--steps", type=int, default=20, help="timed steps [20]")
-    pretrain.add_argument("--vocab-size", type=int, default=32_768)
-    pretrain.add_argument("--device", default="auto")
-    pretrain.add_argument("--dtype", default="auto")
-    pretrain.set_defaults(run=bench_pretrain)
-    qlora = commands.add_parser("qlora", help="memory and speed of training an adapter")
-    qlora.add_argument("--shape", default="7b", choices=SHAPES)
-    qlora.add_argument("--context", type=int, default=512, help="tokens in the one row of a step [512]")
-    qlora.add_argument("--r", type=int, default=32, help="rank [32]")
-    qlora.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up [3]")
-    qlora.add_argument("--plain", action="store_true", help="LoRA on the unquantized base too, on a CPU as well")
-    qlora.add_argument("--estimate", action="store_true", help="only the estimate")
-    qlora.add_argument("--device", default="auto")
-    qlora.add_argument("--dtype", default="auto")
-    qlora.set_defaults(run=bench_qlora)
-    sft = commands.add_parser("sft", help="fine-tuning beside TRL")
-    sft.add_argument("model", help="a base model's folder")
-    sft.add_argument("--data", required=True, help="conversations: a file, or a folder with train.jsonl")
-    sft.add_argument("--rows", type=int, default=16, help="packed rows a step [16]")
-    sft.add_argument("--context", type=int, default=256)
-    sft.add_argument("--steps", type=int, default=12, help="timed steps [12]")
-    sft.add_argument("--alone", action="store_true", help="without TRL")
-    sft.add_argument("--device", default="cpu")
-    sft.set_defaults(run=bench_sft)
-    dpo = commands.add_parser("dpo", help="preference tuning beside TRL")
-    dpo.add_argument("model", help="a model folder")
-    dpo.add_argument("--data", default="toybox", help="toybox, or a file of preferences [toybox]")
-    dpo.add_argument("--passes", type=int, default=8, help="pairs a forward pass, 32 a step [8]")
-    dpo.add_argument("--steps", type=int, default=4, help="timed steps at most [4]")
-    dpo.set_defaults(run=bench_dpo)
-    tokenizer = commands.add_parser("tokenizer", help="time our tokenizer beside HF's and tiktoken")
-    tokenizer.add_argument("file", help="a text file, best of 10 MB or more")
-    tokenizer.add_argument("--vocab-size", type=int, default=10_000)
-    tokenizer.set_defaults(run=bench_tokenizer)
+# --------------------------------------------------------------------------------------------------------------------- flags
+WHAT = {"model": "a model folder (sft: a base model's)", "file": "a text file, best of 10 MB or more",
+        "data": "what to train on: a corpus or file of texts, conversations (sft), preferences (dpo)",
+        "target": "report the time to this validation loss", "nanogpt_seconds": "wall time of nanoGPT's CPU recipe on this machine",
+        "nanogpt_loss": "its loss over the whole validation split", "steps": "timed steps (optimizers: AdamW's)",
+        "rows": "rows a step; rows of activations (linear)", "context": "tokens in a row", "r": "rank",
+        "estimate": "only the estimate", "passes": "pairs a forward pass, 32 a step", "formats": "of our weights",
+        "gguf": "the model as GGUF files, for llama.cpp; a folder with f16, q8_0 and q4_0.gguf (linear)",
+        "new": "tokens a text", "transformers": "its dtypes to measure too", "batch": "rows of transformers' batches",
+        "low": "shortest prompt and answer", "high": "longest prompt and answer", "length": "tokens the requests share",
+        "quant": "int8 or int4: pack the weights so", "kv_tokens": "tokens' keys and values to keep"}
+CHOICES = {"preset": train.PRESETS, "shape": SHAPES}
 
 
-def running_commands(commands):
-    gpu = commands.add_parser("kernels", help="time the Triton kernels on a GPU")
-    gpu.set_defaults(run=bench_kernels)
-    linear = commands.add_parser("linear", help="time one linear layer on the CPU in each quantized format")
-    linear.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations [1 8]")
-    linear.add_argument("--repeats", type=int, default=6)
-    linear.add_argument("--gguf", help="a folder with f16, q8_0 and q4_0.gguf of the same shape, to time llama.cpp beside it")
-    linear.set_defaults(run=bench_linear)
-    decode = commands.add_parser("decode", help="tok/s of one text and of eight, beside llama.cpp and transformers")
-    decode.add_argument("--formats", nargs="+", default=["float32", "float16", "int8", "int4"], help="of our weights")
-    decode.add_argument("--gguf", nargs="*", default=[], help="the same model as GGUF files, for llama.cpp")
-    decode.add_argument("--prompt", type=int, default=512)
-    decode.add_argument("--new", type=int, default=32, help="tokens a text [32]")
-    decode.add_argument("--rounds", type=int, default=3)
-    decode.set_defaults(run=bench_decode)
-    throughput = commands.add_parser("throughput", help="many requests of random lengths")
-    throughput.add_argument("--batch", type=int, default=32, help="rows of transformers' batches [32]")
-    throughput.add_argument("--low", type=int, default=16, help="shortest prompt and answer [16]")
-    throughput.add_argument("--high", type=int, default=128, help="longest prompt and answer [128]")
-    throughput.set_defaults(run=bench_throughput)
-    prefix = commands.add_parser("prefix", help="time to the first token of requests that begin alike")
-    prefix.add_argument("--length", type=int, default=1000, help="tokens they share [1000]")
-    prefix.set_defaults(run=bench_prefix)
-    for command in (decode, throughput, prefix):
-        command.add_argument("model", help="a model folder")
-        command.add_argument("--device", default="auto")
-        command.add_argument("--transformers", nargs="*", default=[], help="its dtypes to measure too")
-    for command in (throughput, prefix):
-        command.add_argument("--requests", type=int, default=64)
-        command.add_argument("--dtype", default="auto")
-        command.add_argument("--quant", help="int8 or int4")
-        command.add_argument("--kv-tokens", type=int)
+def measuring_commands(commands):
+    """Every command but those below, with its flags' defaults, which say their types too; a type stands for no default."""
+    def add(name, run, *places, **flags):
+        command = commands.add_parser(name, description=run.__doc__)
+        for place in places:
+            command.add_argument(place, help=WHAT[place])
+        for flag, default in flags.items():
+            how: dict = {"action": "store_true"}
+            if default is not False:
+                kind = default if isinstance(default, type) else type(default)
+                how = dict(type=kind, default=None if default is kind else default, choices=CHOICES.get(flag))
+            if isinstance(default, list):
+                how |= dict(type=type(default[0]) if default else str, nargs="*")
+            command.add_argument("--" + flag.replace("_", "-"), help=f"{WHAT.get(flag, '')} [{how.get('default')}]", **how)
+        command.set_defaults(run=run)
+    where = dict(device="auto", dtype="auto")
+    add("train", bench_train, presets=["shakespeare-char-fast", "shakespeare-char"], data="shakespeare", target=1.886,
+        nanogpt_seconds=float, nanogpt_loss=1.886)
+    add("optimizers", bench_optimizers, data="shakespeare", steps=400, seeds=[1, 2, 3])
+    add("pretrain", bench_pretrain, preset="125m", rows=32, steps=20, vocab_size=32_768, **where)
+    add("qlora", bench_qlora, shape="7b", context=512, r=32, steps=3, estimate=False, **where)
+    add("sft", bench_sft, "model", data="data/toybox", rows=16, context=256, steps=12, device="cpu")
+    add("dpo", bench_dpo, "model", data="toybox", passes=8, steps=4)
+    add("tokenizer", bench_tokenizer, "file", vocab_size=10_000)
+    add("kernels", bench_kernels)
+    add("linear", bench_linear, rows=[1, 8], repeats=6, gguf=str)
+    add("decode", bench_decode, "model", formats=["float32", "float16", "int8", "int4"], gguf=[], transformers=[], prompt=512,
+        new=32, rounds=3, device="auto")
+    add("throughput", bench_throughput, "model", requests=64, low=16, high=128, transformers=[], batch=32, quant=str,
+        kv_tokens=int, **where)
+    add("prefix", bench_prefix, "model", requests=64, length=1000, quant=str, kv_tokens=int, **where)
 
 
 def serving_command(commands):
@@ -1063,12 +900,18 @@ def serving_command(commands):
 def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (training_commands, running_commands, serving_command):
-        add(commands)
+    measuring_commands(commands)
+    serving_command(commands)
     for command in commands.choices.values():
         command.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
-    rows = args.run(args)
+    try:
+        rows = args.run(args)
+        if inspect.isgenerator(rows):  # `serve` prints for itself
+            print(machine() if args.command != "compare" else "", end="\n\n")
+            rows = show(rows)
+    except ImportError as error:
+        raise UserError(f"{error}: the programs measured beside ours are in requirements-peers.txt") from None
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1))
 

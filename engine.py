@@ -42,18 +42,19 @@ class Delta:
     finish_reason: str | None = None    # "stop", "length", "abort", "error"
     error: str | None = None            # why, where it is "error"
 
+    def add(self, later):
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if later.logprobs:
+            self.logprobs += later.logprobs
+        self.finish_reason, self.error = later.finish_reason, later.error
+
 
 @dataclass
-class Output:
+class Output(Delta):
     """One whole answer."""
-    text: str
-    token_ids: list
-    logprobs: list | None
-    finish_reason: str
-    index: int
-    prompt_tokens: int
-    cached_tokens: int
-    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Request:
     edits: bool = False                 # logits are changed before a token is drawn
     cached_tokens: int = 0
     unfinished: int = 1                 # answers still being made
-    finished: dict = field(default_factory=dict)   # with best_of: {index: [mean log-probability, delta]}, kept back
+    kept: dict = field(default_factory=dict)       # with best_of: {index: (sequence, its delta so far)}
 
 
 @dataclass(eq=False)
@@ -90,10 +91,6 @@ class Sequence:
     finish_reason: str | None = None
     error: str | None = None
     logprob_sum: float = 0.0
-
-    @property
-    def output(self):
-        return self.ids[len(self.request.prompt):]
 
     @property
     def made(self):
@@ -156,7 +153,7 @@ class Scheduler:
         self.max_seqs, self.step_tokens, self.max_draft = max_seqs, max(step_tokens, max_seqs), max_draft
         self.waiting, self.running = [], []  # both in the order of arrival
         self.copies = []                     # (from block, to block) that the runner has to do before the step
-        self.counts = Counter()
+        self.counts = Counter(cache_hit_tokens=0, cache_query_tokens=0, preemptions=0, generated_tokens=0, prompt_tokens=0)
 
     def add(self, seq):
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
@@ -279,11 +276,9 @@ class Scheduler:
 
 
 # ------------------------------------------------------------------------------------------------------------------ engine
-def find_draft(ids, most, longest=3):
+def find_draft(ids, most):
     """Prompt lookup (Saxena 2023): what followed the last earlier occurrence of the last 3 (then 2) tokens."""
-    for n in range(longest, 1, -1):
-        if len(ids) <= n:
-            continue
+    for n in (3, 2):
         tail, data = array("i", ids[-n:]).tobytes(), array("i", ids[:-1]).tobytes()
         at = data.rfind(tail)
         while at >= 0 and at % 4:  # not on a token's border
@@ -306,14 +301,12 @@ class Engine:
     def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, *, kv_dtype="auto", block_size=16,
                  max_seqs=None, step_tokens=None, max_model_len=None, prefix_cache=True, draft=None, draft_tokens=4,
                  adapters=None, debug_invariants=False):
-        model, self.tok, runtime = load_model(folder, device, dtype)
-        self.model, self.config = model, model.config
-        on_gpu = runtime.device.type == "cuda"
-        max_seqs = max_seqs or (256 if on_gpu else 64)
-        step_tokens = step_tokens or (8192 if on_gpu else 512)
+        self.model, self.tok, runtime = load_model(folder, device, dtype)
+        self.config, on_gpu, self.debug = self.model.config, runtime.device.type == "cuda", debug_invariants
+        max_seqs, step_tokens = max_seqs or (256 if on_gpu else 64), step_tokens or (8192 if on_gpu else 512)
         self.max_model_len = min(max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings)
-        self.runner = Runner(model, runtime, quant, kv_dtype, block_size, adapters)
-        self.drafter = None
+        self.runner = Runner(self.model, runtime, quant, kv_dtype, block_size, adapters)
+        self.runners, self.drafter = [self.runner], None
         if draft and draft != "lookup" and runtime.rank == 0:  # small, and so on one rank
             small, small_tok, alone = load_model(draft, device, dtype, split=False)
             if small.config.vocab_size != self.config.vocab_size or (self.tok and small_tok and small_tok.vocab != self.tok.vocab):
@@ -321,16 +314,14 @@ class Engine:
                                 f"({self.config.vocab_size:,}); a draft model must share the tokenizer")
             self.max_model_len = min(self.max_model_len, small.config.max_position_embeddings)
             self.drafter = Runner(small, alone, quant, kv_dtype, block_size)
-        runners = [r for r in (self.runner, self.drafter) if r]
-        blocks = pool_size(runners, kv_tokens, block_size, max_seqs, self.max_model_len)
-        for runner in runners:
+            self.runners.append(self.drafter)
+        blocks = pool_size(self.runners, kv_tokens, block_size, max_seqs, self.max_model_len)
+        for runner in self.runners:
             runner.allocate(blocks)
         if runtime.rank:
             self.runner.follow()
         self.max_model_len = min(self.max_model_len, blocks * block_size)
-        self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, draft_tokens if draft else 0,
-                                   prefix_cache)
-        self.debug = debug_invariants
+        self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, draft_tokens if draft else 0, prefix_cache)
         # ids that the model has rows for but the tokenizer does not know (padding) never come out
         self.vocab_size = min(self.tok.vocab_size, self.config.vocab_size) if self.tok else self.config.vocab_size
         eos = self.config.eos_token_id
@@ -344,11 +335,10 @@ class Engine:
             if self.tok is None:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
             return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
-        ids = list(prompt)
-        bad = next((i for i in ids if not isinstance(i, int) or not 0 <= i < self.vocab_size), None)
-        if bad is not None:
-            raise UserError(f"token id {bad!r} is not one of this model's 0 to {self.vocab_size - 1}")
-        return ids
+        for i in prompt:
+            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
+                raise UserError(f"token id {i!r} is not one of this model's 0 to {self.vocab_size - 1}")
+        return list(prompt)
 
     def submit(self, prompt, sampling, request_id=None, adapter=None):
         """Queue one request -> its id. Raises UserError, at once and with the numbers, for what cannot be done."""
@@ -366,7 +356,7 @@ class Engine:
         if (sampling.stop or any(isinstance(w, str) for w in sampling.bad_words)) and self.tok is None:
             raise UserError("stop strings and bad words need a tokenizer; this model folder has none")
         words = [tuple(w) for word in sampling.bad_words
-                 for w in ((self.tok.encode(word), self.tok.encode(" " + word)) if isinstance(word, str) else (word,))]
+                 for w in (map(self.tok.encode, (word, " " + word)) if isinstance(word, str) else (word,))]
         if any(not w or not all(isinstance(i, int) and 0 <= i < self.vocab_size for i in w) for w in words):
             raise UserError(f"bad_words must be non-empty strings or lists of ids from 0 to {self.vocab_size - 1}")
         request_id = next(self.arrivals) if request_id is None else request_id
@@ -399,19 +389,13 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """Compute one batch -> list of Delta. Never blocks on anything but the computation."""
-        with quiet_torch() if self.runner.native else contextlib.nullcontext():
-            return self.compute_step()
-
-    def compute_step(self):
         deltas, self.outbox = self.outbox, []
-        plan = self.scheduler.schedule()
-        if plan:
-            if self.scheduler.copies:
-                for runner in filter(None, (self.runner, self.drafter)):
+        with quiet_torch() if self.runner.native else contextlib.nullcontext():
+            if plan := self.scheduler.schedule():
+                for runner in self.runners if self.scheduler.copies else ():
                     runner.everywhere("copy_blocks", torch.tensor(self.scheduler.copies).flatten())
-            drafts = self.propose(plan)
-            logits, owners = self.compute(plan, drafts)
-            deltas += self.accept(plan, drafts, logits, owners)
+                drafts = self.propose(plan)
+                deltas += self.accept(plan, drafts, *self.compute(plan, drafts))
         if self.debug:
             self.scheduler.check_invariants()
         return deltas
@@ -439,14 +423,14 @@ class Engine:
         return drafts
 
     def compute(self, plan, drafts):
-        """Run the plan's tokens -> logits (R, V) and, for each row, (sequence, the draft ids before it)."""
+        """Run the plan's tokens -> logits (R, V) and the sequences they are of, each with one row and one after each draft id."""
         batch, owners, catch_up = Batch(self.scheduler.block_size), [], Batch(self.scheduler.block_size)
         for seq, n in plan.items():
             n, draft = min(n, seq.remaining), drafts.get(seq, [])
             new, rows = seq.ids[seq.computed:seq.computed + n] + draft, []
             if seq.computed + n == len(seq.ids):  # all known tokens: the next one can be drawn, and one after each draft
                 rows = list(range(n - 1, n + len(draft)))
-                owners += [(seq, draft[:i]) for i in range(len(rows))]
+                owners.append(seq)
             batch.add(seq.blocks, new, seq.computed, rows, seq.request.adapter)
             if self.drafter and seq not in drafts:  # the draft model has to read what it did not propose from
                 catch_up.add(seq.blocks, seq.ids[seq.drafted:seq.computed + n], seq.drafted, [], seq.request.adapter)
@@ -462,7 +446,7 @@ class Engine:
         if s.temperature == 0 and not r.edits:  # nothing else matters
             return Row(s, 0.0)
         seed = seq.seed if index is None else child_seed(seq, index)
-        output = seq.output + draft if r.edits else ()
+        output = seq.ids[len(r.prompt):] + draft if r.edits else ()
         room = min(s.max_tokens, self.max_model_len - len(r.prompt)) - seq.made - len(draft)
         return Row(s, uniform(seed, len(seq.ids) + len(draft)), output, r.prompt, r.ends, r.bad_words, seq.constraint, room,
                    r.edits)
@@ -478,34 +462,36 @@ class Engine:
             self.scheduler.publish(seq)
         if not owners:
             return []
-        # a prompt whose n answers begin now draws n times from the same row of logits
-        rows, source = [], []
-        for i, (seq, draft) in enumerate(owners):
-            for index in range(seq.width):
-                rows.append(self.row(seq, draft, index if seq.width > 1 else None))
-                source.append(i)
-        if len(source) > len(owners):
+        rows, source, at = [], [], 0
+        for seq in owners:
+            draft = drafts.get(seq, [])
+            for i in range(len(draft) + 1):
+                for index in range(seq.width):  # a prompt whose n answers begin now draws n times from the same row of logits
+                    rows.append(self.row(seq, draft[:i], index if seq.width > 1 else None))
+                    source.append(at)
+                at += 1
+        if len(source) > at:
             logits = logits[torch.tensor(source, device=logits.device)]
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None or row.sampling.best_of]
         raw = logits[wanted].clone() if wanted else None
         tokens, failed = draw(logits, rows)
-        info = dict(zip(wanted, self.logprobs(raw, tokens[wanted], [rows[i] for i in wanted]))) if wanted else {}
+        info = dict(zip(wanted, logprobs_of(raw, tokens[wanted], [rows[i] for i in wanted]))) if wanted else {}
         tokens, failed = tokens.tolist(), failed.tolist()
         deltas, at = [], 0
-        for seq, group in itertools.groupby(owners, key=lambda owner: owner[0]):
-            draft, steps = drafts.get(seq, []), len(list(group))
+        for seq in owners:
+            draft = drafts.get(seq, [])
             for answer in self.fork(seq) if seq.width > 1 else [seq]:
                 new = []  # (token, its logprobs)
-                for i in range(at, at + steps):
-                    if failed[i]:
+                for i in range(len(draft) + 1):
+                    if failed[at + i]:
                         answer.finish_reason = "error"
                         answer.error = "no token is allowed here: constraint, bad words and min_tokens contradict each other"
                         break
-                    new.append((tokens[i], info.get(i)))
-                    if i - at == len(draft) or draft[i - at] != tokens[i]:
+                    new.append((tokens[at + i], info.get(at + i)))
+                    if i == len(draft) or draft[i] != tokens[at + i]:
                         break
                 deltas += self.extend(answer, new)
-                at += steps if answer is seq else 1
+                at += len(draft) + 1
         return deltas
 
     def fork(self, seq):
@@ -523,13 +509,6 @@ class Engine:
         seq.seed = child_seed(seq, 0)
         self.requests[seq.request.id] = list(answers)
         return answers
-
-    def logprobs(self, logits, tokens, rows):
-        """-> a TokenLogprob for each row"""
-        count = max(row.sampling.logprobs or 0 for row in rows)
-        chosen, values, ids = (t.tolist() for t in top_logprobs(logits, tokens, count))
-        return [TokenLogprob(t, c, list(zip(i, v))[:row.sampling.logprobs or 0])
-                for t, c, v, i, row in zip(tokens.tolist(), chosen, values, ids, rows)]
 
     # -- tokens become text
     def extend(self, seq, new):
@@ -559,16 +538,13 @@ class Engine:
         seq.drafted = min(seq.drafted, seq.computed)
         if seq.finish_reason:
             if seq.stream and seq.held is not None:
-                text += self.show(seq, seq.stream.flush())
-                text += seq.held or ""
+                text += self.show(seq, seq.stream.flush()) + (seq.held or "")
             self.scheduler.remove(seq)
             request.unfinished -= 1
             if request.unfinished == 0:
                 del self.requests[request.id]
         delta = Delta(request.id, seq.order[1], text, ids, kept if s.logprobs is not None else None, seq.finish_reason, seq.error)
-        if not s.best_of or s.best_of == s.n:
-            return [delta]
-        return self.compare(seq, delta)
+        return self.compare(seq, delta) if s.best_of and s.best_of > s.n else [delta]
 
     def show(self, seq, text):
         """New text -> what of it and of the text held back can be shown; a stop string ends the answer before itself."""
@@ -587,15 +563,14 @@ class Engine:
     def compare(self, seq, delta):
         """best_of: answers are kept back until all are made; the n of the best mean log-probability come out, best first."""
         request = seq.request
-        if delta.index in request.finished:
-            before = request.finished[delta.index][1]
-            delta = replace(delta, text=before.text + delta.text, token_ids=before.token_ids + delta.token_ids,
-                            logprobs=before.logprobs and before.logprobs + delta.logprobs)
-        request.finished[delta.index] = [seq.logprob_sum / max(seq.made, 1), delta]
+        if delta.index in request.kept:
+            request.kept[delta.index][1].add(delta)
+        else:
+            request.kept[delta.index] = seq, delta
         if request.unfinished:
             return []
-        best = sorted(request.finished.items(), key=lambda item: (-item[1][0], item[0]))[:request.sampling.n]
-        return [replace(delta, index=i) for i, (_, (_, delta)) in enumerate(best)]
+        best = sorted(request.kept.values(), key=lambda kept: (-kept[0].logprob_sum / max(kept[0].made, 1), kept[1].index))
+        return [replace(delta, index=i) for i, (_, delta) in enumerate(best[:request.sampling.n])]
 
     # -- whole answers
     def generate(self, prompts, sampling=None):
@@ -608,13 +583,14 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts, but {len(samplings)} samplings")
         ids = [self.submit(p, s) for p, s in zip(prompts, samplings)]
         requests = {i: self.requests[i][0].request for i in ids}
-        outputs = {(i, k): Output("", [], None if s.logprobs is None else [], "", k, len(requests[i].prompt), 0)
-                   for i, s in zip(ids, samplings) for k in range(s.n)}
+        outputs = {(i, k): Output(i, k, "", [], None if r.sampling.logprobs is None else [], prompt_tokens=len(r.prompt))
+                   for i, r in requests.items() for k in range(r.sampling.n)}
         try:
             while any(i in self.requests for i in ids) or self.outbox:
                 for d in self.step():
-                    if (d.request_id, d.index) in outputs:
-                        merge(outputs[d.request_id, d.index], d, requests[d.request_id])
+                    if output := outputs.get((d.request_id, d.index)):
+                        output.add(d)
+                        output.cached_tokens = requests[d.request_id].cached_tokens
         except BaseException:  # an interrupt leaves the engine as it was
             for i in ids:
                 self.cancel(i)
@@ -637,18 +613,15 @@ class Engine:
     def stats(self):
         """Counters since the start and the state now, for /metrics."""
         s = self.scheduler
-        names = ("cache_hit_tokens", "cache_query_tokens", "preemptions", "generated_tokens", "prompt_tokens")
         return {"running": len(s.running), "waiting": len(s.waiting), "blocks_total": len(s.pool.refs),
-                "blocks_used": len(s.pool.refs) - len(s.pool.free), **{n: s.counts[n] for n in names}}
+                "blocks_used": len(s.pool.refs) - len(s.pool.free), **s.counts}
 
 
-def merge(output, delta, request):
-    output.text += delta.text
-    output.token_ids += delta.token_ids
-    if output.logprobs is not None:
-        output.logprobs += delta.logprobs or []
-    output.finish_reason, output.error = delta.finish_reason or output.finish_reason, delta.error
-    output.cached_tokens = request.cached_tokens
+def logprobs_of(logits, tokens, rows):
+    """logits (R, V), tokens (R,) -> a TokenLogprob for each row."""
+    counts = [row.sampling.logprobs or 0 for row in rows]
+    chosen, values, ids = (t.tolist() for t in top_logprobs(logits, tokens, max(counts)))
+    return [TokenLogprob(t, c, list(zip(i, v))[:n]) for t, c, v, i, n in zip(tokens.tolist(), chosen, values, ids, counts)]
 
 
 def child_seed(seq, index):

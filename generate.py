@@ -132,8 +132,9 @@ def sampling_of(args, engine):
 
 
 def stream(engine, prompt, sampling, adapter=None):
-    """Print an answer as it is made -> (its text, tokens); ends with a line of speed on stderr."""
-    request, begin, text, count, first = engine.submit(prompt, sampling, adapter=adapter), time.time(), "", 0, None
+    """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
+    begin, text, count, first = time.time(), "", 0, None
+    engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
             first = first or time.time()
@@ -145,7 +146,7 @@ def stream(engine, prompt, sampling, adapter=None):
     first = first or begin
     speed = (count - 1) / (time.time() - first) if count > 1 else 0
     print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
-    return text, request
+    return text
 
 
 def talk(engine, sampling, adapter=None, question=""):
@@ -159,7 +160,7 @@ def talk(engine, sampling, adapter=None, question=""):
             return
         messages.append({"role": "user", "content": line})
         ids, _ = chat.render(engine.tok, messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": stream(engine, ids, sampling, adapter)[0]})
+        messages.append({"role": "assistant", "content": stream(engine, ids, sampling, adapter)})
         if question:
             return
 
@@ -223,19 +224,17 @@ def run_batch(engine, args, sampling, adapter=None):
                 try:
                     name, prompt, own = read_request(lines[number - 1], number, sampling, engine.tok)
                     engine.submit(prompt, own, request_id=number, adapter=adapter)
-                    rows[number] = {"id": name, "answers": [{"text": "", "tokens": 0} for _ in range(own.n)], "left": own.n}
+                    rows[number] = name, [Output(number, k, "", [], []) for k in range(own.n)]
                 except UserError as error:
                     finish(number, error=str(error))
             for delta in engine.step():
-                row = rows[delta.request_id]
-                answer = row["answers"][delta.index]
-                answer["text"], answer["tokens"] = answer["text"] + delta.text, answer["tokens"] + len(delta.token_ids)
-                if delta.finish_reason:
-                    answer |= {"finish_reason": delta.finish_reason, **({"error": delta.error} if delta.error else {})}
-                    row["left"] -= 1
-                if row["left"] == 0:
+                name, answers = rows[delta.request_id]
+                answers[delta.index].add(delta)
+                if all(a.finish_reason for a in answers):
                     del rows[delta.request_id]
-                    finish(delta.request_id, id=row["id"], answers=row["answers"])
+                    finish(delta.request_id, id=name, answers=[
+                        {"text": a.text, "tokens": len(a.token_ids), "finish_reason": a.finish_reason,
+                         **({"error": a.error} if a.error else {})} for a in answers])
             stats = engine.stats()
             bar.set_postfix(running=stats["running"], tokens=stats["generated_tokens"], refresh=False)
     count, seconds = engine.stats()["generated_tokens"], time.time() - begin

@@ -11,7 +11,7 @@ An expression is a tuple: ("lit", bytes), ("set", bytes allowed as a frozenset),
 import json
 import math
 import warnings
-from functools import lru_cache
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,31 +47,28 @@ def optional(part):
 
 
 # ------------------------------------------------------------------------------------------------- characters and regexes
+def between(lo, hi, low, high):
+    """Two byte strings of one length -> all of that length from one to the other, whose bytes after the first are from low to
+    high: numbers, and the UTF-8 of characters."""
+    if not lo:
+        return EMPTY
+    rest = len(lo) - 1
+    bottom, top, digit = bytes([low]) * rest, bytes([high]) * rest, ("set", frozenset(range(low, high + 1)))
+    if lo[0] == hi[0]:
+        return seq(lit(lo[:1]), between(lo[1:], hi[1:], low, high))
+    parts, a, b = [], lo[0], hi[0]
+    if lo[1:] != bottom:
+        parts, a = [seq(lit(lo[:1]), between(lo[1:], top, low, high))], a + 1
+    if hi[1:] != top:
+        parts, b = [*parts, seq(lit(hi[:1]), between(bottom, hi[1:], low, high))], b - 1
+    return alt(*parts, seq(("set", frozenset(range(a, b + 1))), ("rep", digit, rest, rest)))
+
+
 def characters(ranges):
     """Sorted code point ranges [(lo, hi)] -> the expression of their UTF-8 bytes; surrogates are no characters."""
-    parts = []
-    for lo, hi in ranges:
-        for a, b in ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)):  # lengths 1, 2, 3, 3, 4
-            if (first := max(lo, a)) <= (last := min(hi, b)):
-                parts += byte_ranges(chr(first).encode(), chr(last).encode())
-    return alt(*parts)
-
-
-def byte_ranges(lo, hi):
-    """Two UTF-8 strings of one length -> the expressions that together match all characters from one to the other."""
-    if len(lo) == 1:
-        return [("set", frozenset(range(lo[0], hi[0] + 1)))]
-    least, most = b"\x80" * (len(lo) - 1), b"\xbf" * (len(lo) - 1)
-    if lo[0] == hi[0]:
-        return [seq(lit(lo[:1]), rest) for rest in byte_ranges(lo[1:], hi[1:])]
-    parts, a, b = [], lo[0], hi[0]
-    if lo[1:] != least:
-        parts, a = [seq(lit(lo[:1]), rest) for rest in byte_ranges(lo[1:], most)], a + 1
-    if hi[1:] != most:
-        parts, b = parts + [seq(lit(hi[:1]), rest) for rest in byte_ranges(least, hi[1:])], b - 1
-    if a <= b:
-        parts.append(seq(("set", frozenset(range(a, b + 1))), *byte_ranges(least, most)))
-    return parts
+    lengths = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))  # 1, 2, 3, 3 and 4 bytes
+    cut = [(max(lo, a), min(hi, b)) for lo, hi in ranges for a, b in lengths]
+    return alt(*(between(chr(a).encode(), chr(b).encode(), 0x80, 0xBF) for a, b in cut if a <= b))
 
 
 def complement(ranges, last=0x10FFFF):
@@ -99,9 +96,9 @@ def regex(pattern, in_json=False):
         parsed = list(sre.parse(pattern))
     except Exception as error:
         raise UserError(f"regular expression {pattern!r}: {error}") from None
-    anywhere = ("rep", json_character(), 0, None)
-    begin = bool(parsed) and str(parsed[0][0]) == "AT" and str(parsed[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")
-    end = bool(parsed) and str(parsed[-1][0]) == "AT" and str(parsed[-1][1]) in ("AT_END", "AT_END_STRING")
+    anywhere = ("rep", ("ref", "character"), 0, None)
+    begin = parsed[:1] in ([(sre.AT, sre.AT_BEGINNING)], [(sre.AT, sre.AT_BEGINNING_STRING)])
+    end = parsed[-1:] in ([(sre.AT, sre.AT_END)], [(sre.AT, sre.AT_END_STRING)])
     body = regex_sequence(parsed[begin:len(parsed) - end], in_json, pattern)
     return seq(EMPTY if begin else anywhere, body, EMPTY if end else anywhere) if in_json else body
 
@@ -149,18 +146,10 @@ def regex_characters(op, value, in_json):
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON schemas
-@lru_cache(maxsize=1)
-def json_character():
-    """One character of a JSON string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs."""
-    x, low = ("set", frozenset(b"0123456789abcdefABCDEF")), ("set", frozenset(b"01234567"))
-    unit = alt(seq(("set", frozenset(b"0123456789abcefABCEF")), x, x, x), seq(("set", frozenset(b"dD")), low, x, x))
-    high, tail = ("set", frozenset(b"89abAB")), ("set", frozenset(b"cdefCDEF"))
-    pair = seq(("set", frozenset(b"dD")), high, x, x, lit("\\u"), ("set", frozenset(b"dD")), tail, x, x)
-    return alt(characters(PLAIN), seq(lit("\\"), ("set", frozenset(b'"\\/bfnrt'))), seq(lit("\\u"), alt(unit, pair)))
-
-
+# one character of a string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs
+CHARACTER = (r'[^\x00-\x1f"\\\x7f]|\\["\\/bfnrt]|\\u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}|'
+             r"[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})")
 SPACE = ("ref", "space")
-DIGIT = ("set", frozenset(b"0123456789"))
 FORMATS = {
     "date": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$", "time": r"^([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
     "date-time": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
@@ -174,19 +163,6 @@ NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comm
          "strict", "readOnly", "writeOnly"}
 
 
-def digits_between(lo, hi):
-    """Two strings of as many digits -> all numbers of that length from one to the other."""
-    if not lo:
-        return EMPTY
-    if set(lo) == {"0"} and set(hi) == {"9"}:
-        return ("rep", DIGIT, len(lo), len(lo))
-    if lo[0] == hi[0]:
-        return seq(lit(lo[0]), digits_between(lo[1:], hi[1:]))
-    rest, middle = len(lo) - 1, frozenset(range(ord(lo[0]) + 1, ord(hi[0])))
-    parts = [seq(lit(lo[0]), digits_between(lo[1:], "9" * rest)), seq(lit(hi[0]), digits_between("0" * rest, hi[1:]))]
-    return alt(*parts, seq(("set", middle), ("rep", DIGIT, rest, rest))) if middle else alt(*parts)
-
-
 def integers(lo, hi):
     """All integers from lo to hi, without leading zeros."""
     parts = []
@@ -195,7 +171,7 @@ def integers(lo, hi):
     for n in range(len(str(max(lo, 0))), len(str(max(hi, 0))) + 1):
         a, b = max(lo, 0 if n == 1 else 10 ** (n - 1)), min(hi, 10 ** n - 1)
         if a <= b:
-            parts.append(digits_between(str(a), str(b)))
+            parts.append(between(str(a).encode(), str(b).encode(), 48, 57))
     return alt(*parts)
 
 
@@ -212,8 +188,9 @@ class Schema:
             self.rules[name] = make()
         return ("ref", name)
 
-    def value(self, schema, where="#"):
-        """What matches the schema -> expression. A keyword that cannot be honoured is refused, not ignored."""
+    def value(self, schema, where="#", via=()):
+        """What matches the schema -> expression; via: the references that led to it, with nothing in between. A keyword that cannot
+        be honoured is refused, not ignored."""
         if schema is True or schema == {} or schema is None:
             return self.ref("any", self.anything)
         if not isinstance(schema, dict):
@@ -221,12 +198,15 @@ class Schema:
         if unknown := [k for k in schema if k not in KNOWN | NOTES]:
             raise UserError(f"JSON schema at {where}: {', '.join(unknown)} is not supported; there are {', '.join(sorted(KNOWN))}")
         if "$ref" in schema:
-            return self.ref(schema["$ref"], lambda: self.value(self.resolve(schema["$ref"], where), schema["$ref"]))
+            name = schema["$ref"]
+            if name in via:
+                raise UserError(f"JSON schema at {where}: $ref {name!r} leads back to itself with nothing in between")
+            return self.ref(name, lambda: self.value(self.resolve(name, where), name, (*via, name)))
         for key in ("anyOf", "oneOf", "allOf"):
             if key in schema:
                 if key == "allOf" and len(schema[key]) != 1:
                     raise UserError(f"JSON schema at {where}: allOf of {len(schema[key])} is not supported, only of one")
-                return alt(*(self.value(s, f"{where}/{key}/{i}") for i, s in enumerate(schema[key])))
+                return alt(*(self.value(s, f"{where}/{key}/{i}", via) for i, s in enumerate(schema[key])))
         if "const" in schema or "enum" in schema:
             choices = schema.get("enum", [schema.get("const")])
             return alt(*(lit(json.dumps(c, ensure_ascii=False)) for c in choices))
@@ -236,7 +216,7 @@ class Schema:
             kinds = "string" if text else ["number", "string", "object", "array", "boolean", "null"]
         kinds = list(kinds) if isinstance(kinds, list) else [kinds]
         makers = {"object": self.object, "array": self.array, "string": self.string, "number": self.number, "integer": self.number,
-                  "boolean": lambda *_: alt(lit("true"), lit("false")), "null": lambda *_: lit("null")}
+                  "boolean": lambda *_: regex("true|false"), "null": lambda *_: lit("null")}
         if bad := [k for k in kinds if k not in makers]:
             raise UserError(f"JSON schema at {where}: unknown type {bad[0]!r}")
         return alt(*(makers[k](schema, where, k) for k in kinds + ["null"] * bool(schema.get("nullable"))))
@@ -270,7 +250,7 @@ class Schema:
         lo, hi = math.ceil(max(low, 1 - 10 ** 15)), math.floor(min(high, 10 ** 15 - 1))
         lo += kind == "number" and lo == schema.get("exclusiveMinimum")
         hi -= kind == "number" and hi == schema.get("exclusiveMaximum")
-        fraction = seq(lit("."), ("rep", DIGIT, 1, 15))
+        fraction = regex(r"\.[0-9]{1,15}")
         parts = [integers(lo, hi)] if lo <= hi else []
         if kind == "number":
             if max(lo, 0) <= hi - 1:  # k.f is in [k, k + 1)
@@ -325,8 +305,7 @@ class Schema:
 def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> Grammar; before and after: fixed text around the value."""
     maker = Schema(schema or {})
-    maker.rules["character"] = json_character()
-    maker.rules["space"] = alt(EMPTY, lit(" "), seq(lit("\n"), ("rep", lit(" "), 0, 16)))  # bounded: no model stalls in white space
+    maker.rules |= {"character": regex(CHARACTER), "space": regex(r" ?|\n {0,16}")}  # bounded: no model stalls in white space
     try:
         return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
     except RecursionError:
@@ -338,158 +317,127 @@ def regex_grammar(pattern):
 
 
 # ------------------------------------------------------------------------------------------------------------- the automaton
-class Grammar:
-    """Expressions as a recursive transition network (Woods 1970): states with edges over bytes, empty edges, calls of rules.
+@dataclass(eq=False, slots=True)
+class Part:
+    """An expression in a grammar, where equal ones are one object; a literal is a sequence of sets."""
+    kind: str
+    what: object            # frozenset, tuple of Parts, Part, or a rule's name
+    least: int = 0
+    most: int | None = None
+    shortest: float = math.inf      # bytes of the shortest text that matches
+    size: int = 0                   # what it costs where repetitions are written out
 
-    A position is (state, where to return to), the latter nested; what may happen next depends on the set of all positions
-    that the bytes so far can have led to. Such sets are numbered as they are met, and so are the steps between them.
-    Who writes a schema may mean harm: all work is counted, and what is over a million states and positions is refused.
+
+@dataclass(eq=False, slots=True)
+class Position:
+    """What is still to come: a part, and the position after it."""
+    part: Part
+    after: object
+    shortest: float         # bytes to the end of everything
+    depth: int              # rules that are not at their end
+
+
+class Grammar:
+    """Expressions as an automaton whose states are what is still to come (derivatives: Brzozowski 1964, Antimirov 1996).
+
+    What may happen next depends on the set of all positions that the bytes so far can have led to. Positions, such sets, and the
+    steps between them are made as they are met. Who writes a schema may mean harm: all work is counted, and what is over a million
+    bytes when repetitions are written out, or parts and positions, is refused.
     """
 
     def __init__(self, expression, rules):
-        self.left = WORK
-        self.bytes, self.empty, self.calls = [], [], []        # per state: [(set, target)], [target], [(rule, target)]
-        self.rules = {"": self.rule(expression), **{name: self.rule(e) for name, e in rules.items()}}  # (first, last)
-        self.ends = {last for _, last in self.rules.values()}
-        self.least = self.shortest()
-        if math.isinf(self.least[self.rules[""][0]]):
+        self.left, self.parts, self.positions, self.rules = WORK, {}, {}, {}
+        for name in reversed(rules):  # what a rule refers to mostly comes after it
+            self.rules[name] = self.intern(rules[name])
+        first, changed = self.intern(expression), True
+        self.spend(sum(part.size for part in (first, *self.rules.values())))
+        while changed:  # the least fixed point, as rules may refer to each other
+            changed = False
+            self.spend(len(self.parts))
+            for part in self.parts.values():
+                now = self.shortest(part)
+                part.shortest, changed = now, changed or now < part.shortest
+        if math.isinf(first.shortest):
             raise UserError("this schema asks for something infinite: a value that must contain itself")
-        self.check_progress()
-        self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = {}, [], [], {}, [], {}
-        self.start = self.number(self.closure([(self.rules[""][0], None)]))
+        self.left, self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = WORK, {}, [], [], {}, [], {}
+        self.end = Position(self.part("set", frozenset()), None, 0.0, 0)
+        self.start = self.number(self.closure([self.position(first, self.end)]))
         self.left = WORK
-
-    def state(self):
-        for edges in (self.bytes, self.empty, self.calls):
-            edges.append([])
-        return len(self.bytes) - 1
 
     def spend(self, work):
         self.left -= work
         if self.left < 0:
             raise UserError("this schema or regular expression asks for too much work: write it with fewer repetitions and choices")
 
-    def rule(self, expression):
-        first = self.state()
-        return first, self.add(expression, first)
-
-    def add(self, expression, a):
-        """Lay an expression from state a -> the state at its end (Thompson 1968)."""
-        kind, what, *more = expression
-        self.spend(5 * len(what) if kind == "lit" else 5)
+    def intern(self, expression):
+        kind, what, *counts = expression
         if kind == "lit":
-            for byte in what:
-                b = self.state()
-                self.bytes[a].append((frozenset([byte]), b))
-                a = b
-            return a
-        if kind == "seq":
-            for part in what:
-                a = self.add(part, a)
-            return a
-        if kind == "alt":
-            ends = [self.add(part, a) for part in what]
+            kind, what = "seq", tuple(self.part("set", frozenset([byte])) for byte in what)
+        elif kind in ("seq", "alt"):
+            what = tuple(map(self.intern, what))
         elif kind == "rep":
-            least, most = more
-            for _ in range(least):
-                a = self.add(what, a)
-            ends = [a]
-            for _ in range(0 if most is None else most - least):
-                a = self.add(what, a)
-                ends.append(a)
-            if most is None:
-                loop = self.state()  # of its own, so that nothing else leads into the loop
-                self.empty[a].append(loop)
-                self.empty[self.add(what, loop)].append(loop)
-                ends = [loop]
-        b = self.state()  # after all that leads to it, which `shortest` likes
-        if kind == "set":
-            self.bytes[a].append((what, b))
-        elif kind == "ref":
-            self.calls[a].append((what, b))
-        else:
-            for end in ends:
-                self.empty[end].append(b)
-        return b
+            what = self.intern(what)
+        return self.part(kind, what, *counts)
 
-    def shortest(self):
-        """The fewest bytes from each state to the end of its rule; infinite if there is no end."""
-        least, changed = [0.0 if s in self.ends else math.inf for s in range(len(self.bytes))], True
-        while changed:  # Bellman-Ford; states were made in the order of the text, so backwards is quick
-            changed = False
-            self.spend(len(least))
-            for s in reversed(range(len(least))):
-                best = min([least[s], *(1 + least[t] for _, t in self.bytes[s]), *(least[t] for t in self.empty[s]),
-                            *(least[self.rules[r][0]] + least[t] for r, t in self.calls[s])])
-                if best < least[s]:
-                    least[s], changed = best, True
-        return least
+    def part(self, *key):
+        if key not in self.parts:
+            part = self.parts[key] = Part(*key)
+            inner = part.what if part.kind in ("seq", "alt") else (part.what,) if part.kind == "rep" else ()
+            part.size = 5 + max(1, part.least, part.most or 0) * sum(p.size for p in inner)
+            part.shortest = self.shortest(part)
+        return self.parts[key]
 
-    def check_progress(self):
-        """UserError if a rule can call itself before a byte is read (left recursion): its closure would have no end."""
-        opens = {}  # rule: those it may call first
-        for name, (first, _) in self.rules.items():
-            todo, seen, opens[name] = [first], {first}, set()
-            while todo:
-                state = todo.pop()
-                self.spend(1)
-                opens[name].update(r for r, _ in self.calls[state])
-                after = {*self.empty[state], *(t for r, t in self.calls[state] if self.least[self.rules[r][0]] == 0)} - seen
-                seen |= after
-                todo += after
-        before = 0
-        while len(opens) != before:
-            before = len(opens)
-            self.spend(before)
-            for name in [*reversed(opens)]:  # what a rule refers to mostly comes after it
-                if not any(rule in opens for rule in opens[name]):
-                    del opens[name]
-        if opens:
-            raise UserError("this schema's $ref leads back to itself with nothing in between")
+    def shortest(self, part):
+        if part.kind == "set":
+            return 1.0 if part.what else math.inf
+        if part.kind == "rep":
+            return part.least * part.what.shortest if part.least else 0.0
+        if part.kind == "ref":
+            return self.rules[part.what].shortest if part.what in self.rules else math.inf
+        return sum(p.shortest for p in part.what) if part.kind == "seq" else min((p.shortest for p in part.what), default=math.inf)
+
+    def position(self, part, after, depth=0):
+        key = part, after
+        if key not in self.positions:
+            self.positions[key] = Position(part, after, part.shortest + after.shortest, max(depth, after.depth))
+        return self.positions[key]
 
     def closure(self, positions):
-        """All positions that can be had without reading a byte; only those that read one, or are the end (None), are kept."""
-        seen, todo, keep = set(positions), list(positions), set()
+        """All positions that can be had without reading a byte, as far as they begin with one or are the end."""
+        seen, todo, keep = set(), list(positions), set()
         while todo:
-            state, back = position = todo.pop()
-            more = [(t, back) for t in self.empty[state]]
-            more += [(self.rules[r][0], back if self.returns(t) else (t, back)) for r, t in self.calls[state]]
-            if state in self.ends:
-                if back is None:
-                    keep.add(None)
-                else:
-                    more.append(back)
-            if self.bytes[state]:
-                keep.add(position)
-            for p in more:
-                if p not in seen:
-                    seen.add(p)
-                    todo.append(p)
-            self.spend(3)
+            at = todo.pop()
+            if at in seen or math.isinf(at.shortest):
+                continue
+            seen.add(at)
+            self.spend(4)
+            part, after = at.part, at.after
+            if part.kind == "set":
+                keep.add(at)
+            elif part.kind == "seq":
+                for p in reversed(part.what):
+                    after = self.position(p, after, at.depth)
+                todo.append(after)
+            elif part.kind == "alt":
+                todo += [self.position(p, after, at.depth) for p in part.what]
+            elif part.kind == "ref":
+                if after.depth < 500:  # what is nested as deeply may be ended, but not nested more
+                    todo.append(self.position(self.rules[part.what], after, after.depth + 1))
+            else:
+                if part.least == 0:
+                    todo.append(after)
+                if part.most != 0:
+                    others = self.part("rep", part.what, max(part.least - 1, 0), part.most and part.most - 1)
+                    todo.append(self.position(part.what, self.position(others, after, at.depth)))
         return frozenset(keep)
-
-    def returns(self, state):
-        """Whether only the end of its rule follows: a call before that need not come back to it."""
-        while state not in self.ends and len(self.empty[state]) == 1 and not self.bytes[state] and not self.calls[state]:
-            state = self.empty[state][0]
-        return state in self.ends
 
     def number(self, positions):
         if positions not in self.numbers:
-            self.needs.append(min((self.distance(p) for p in positions), default=math.inf))
             self.numbers[positions] = len(self.sets)
             self.sets.append(positions)
-            self.opens.append(frozenset().union(*(allowed for p in positions if p for allowed, _ in self.bytes[p[0]])))
+            self.needs.append(min((p.shortest for p in positions), default=math.inf))
+            self.opens.append(frozenset().union(*(p.part.what for p in positions)))
         return self.numbers[positions]
-
-    def distance(self, position):
-        """The fewest bytes from a position to the end of everything. RecursionError if it is nested too deeply."""
-        total, depth = 0.0, 0
-        while position is not None:
-            total, position, depth = total + self.least[position[0]], position[1], depth + 1
-            if depth > 500:
-                raise RecursionError
-        return total
 
     def step(self, at, byte):
         """Number of a set of positions, a byte -> the number of the next, or -1 if the byte may not come (and stays so)."""
@@ -497,15 +445,11 @@ class Grammar:
             return -1
         if (at, byte) not in self.steps:
             self.spend(len(self.sets[at]))
-            after = [(t, p[1]) for p in self.sets[at] if p is not None for allowed, t in self.bytes[p[0]] if byte in allowed]
-            try:
-                self.steps[at, byte] = self.number(self.closure(after))
-            except RecursionError:  # what it has may be ended, but not nested more
-                self.steps[at, byte] = -1
+            self.steps[at, byte] = self.number(self.closure([p.after for p in self.sets[at] if byte in p.part.what]))
         return self.steps[at, byte]
 
     def accepts(self, at):
-        return None in self.sets[at]
+        return self.end in self.sets[at]
 
     def matches(self, data):
         """Whether a whole byte string matches: the plain twin of what Constraint does token by token."""
@@ -541,7 +485,7 @@ class Constraint:
     @property
     def done(self):
         """Complete, and nothing can follow."""
-        return self.grammar.sets[self.at] == {None}
+        return self.grammar.sets[self.at] == {self.grammar.end}
 
     @property
     def complete(self):

@@ -48,28 +48,19 @@ class Sampling:
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)!r}, but must be {what}")
 
-        def number(name, low, high, integer=False):
-            v = getattr(self, name)
-            good = isinstance(v, int if integer else (int, float)) and not isinstance(v, bool)
-            need(good and low <= v <= high, name, f"{'an integer' if integer else 'a number'} from {low} to {high:g}")
-
-        number("max_tokens", 1, 1 << 30, True)
-        number("min_tokens", 0, self.max_tokens, True)
-        number("repetition_penalty", 1e-3, 1e3)
-        number("presence_penalty", -100, 100)
-        number("frequency_penalty", -100, 100)
-        number("temperature", 0, 1e6)
-        number("top_k", 0, 1 << 30, True)
-        need(isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        number("min_p", 0, 1)
-        need(isinstance(self.typical_p, (int, float)) and 0 < self.typical_p <= 1, "typical_p", "in (0, 1]")
+        ranges = {"max_tokens": (1, 1 << 30), "min_tokens": (0, self.max_tokens), "repetition_penalty": (1e-3, 1e3),
+                  "presence_penalty": (-100.0, 100.0), "frequency_penalty": (-100.0, 100.0), "temperature": (0.0, 1e6),
+                  "top_k": (0, 1 << 30), "min_p": (0.0, 1.0), "logprobs": (0, min(100, vocab_size)), "n": (1, 128),
+                  "best_of": (self.n, 128)}
+        for name, (low, high) in ranges.items():  # integers where the bounds are
+            value, kinds = getattr(self, name), int if isinstance(high, int) else (int, float)
+            if value is not None or name not in ("logprobs", "best_of"):
+                need(isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high, name,
+                     f"{'an integer' if kinds is int else 'a number'} from {low:g} to {high:g}")
+        for name in ("top_p", "typical_p"):
+            need(isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) <= 1, name, "in (0, 1]")
         need(self.seed is None or isinstance(self.seed, int), "seed", "an integer")
-        need(self.logprobs is None or (isinstance(self.logprobs, int) and 0 <= self.logprobs <= min(100, vocab_size)), "logprobs",
-             f"None or an integer from 0 to {min(100, vocab_size)}")
         need(all(isinstance(s, str) and s for s in self.stop), "stop", "non-empty strings")
-        number("n", 1, 128, True)
-        need(self.best_of is None or (isinstance(self.best_of, int) and self.n <= self.best_of <= 128), "best_of",
-             f"an integer from n = {self.n} to 128")
         need(all(isinstance(i, int) and 0 <= i < vocab_size and isinstance(b, (int, float)) and math.isfinite(b)
                  for i, b in (self.logit_bias or {}).items()), "logit_bias", f"{{id from 0 to {vocab_size - 1}: finite number}}")
         need(all(isinstance(i, int) and 0 <= i < vocab_size for i in self.stop_ids), "stop_ids", f"ids from 0 to {vocab_size - 1}")
@@ -77,7 +68,6 @@ class Sampling:
     @property
     def counts_tokens(self):
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
 
     @property
     def narrows(self):

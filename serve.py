@@ -668,7 +668,8 @@ def read_adapters(args):
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not come (a "slow loris"), or does not
     end."""
-    late, head = None, 0  # a timer while a head is awaited, and the bytes that came meanwhile
+    late: asyncio.TimerHandle | None = None  # while a head is awaited
+    head = 0  # bytes that came meanwhile
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -687,13 +688,16 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
 
     def on_headers_complete(self):
-        self.late = self.late.cancel()
+        self.in_time()
         super().on_headers_complete()
 
     def connection_lost(self, error):
-        if self.late:
-            self.late.cancel()
+        self.in_time()
         super().connection_lost(error)
+
+    def in_time(self):
+        if self.late:
+            self.late = self.late.cancel()
 
 
 class Server(uvicorn.Server):

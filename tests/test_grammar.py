@@ -116,6 +116,7 @@ def test_without_the_count_of_tokens_left_a_random_model_is_cut_off(vocabulary):
     ({"type": "array", "uniqueItems": True}, "uniqueItems is not supported"),
     ({"type": "strin"}, "unknown type 'strin'"),
     ({"$ref": "#/$defs/none"}, "leads nowhere"),
+    ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "nothing in between"),
     ({"type": "integer", "minimum": 5, "maximum": 4}, "no integer lies between 5 and 4"),
     ({"type": "string", "pattern": "(?=a)b"}, "assert is not supported"),
     ({"type": "string", "pattern": "("}, "regular expression '('"),
