@@ -127,10 +127,10 @@ def blocks_of(paths, step):
     return [(path, at, min(at + step, size)) for path, size in zip(paths, sizes) for at in range(0, size, step)]
 
 
-def read_block(path, start, end, cuts):
-    """The bytes of `path` between the borders that belong to [start, end)."""
-    with open(path, "rb") as file:
-        start, end = border(file, start, cuts), border(file, end, cuts)
+def read_block(block, cuts):
+    """The bytes of a file between the borders that belong to a block (path, start, end)."""
+    with open(block[0], "rb") as file:
+        start, end = (border(file, at, cuts) for at in block[1:])
         file.seek(start)
         return file.read(end - start)
 
@@ -141,8 +141,8 @@ def count_job(job, pattern):
     counts = Counter()
     for texts in [job] if isinstance(job[0], str) else job:
         if isinstance(texts, tuple):
-            text = read_block(*texts, (rb"\n", BETWEEN_CHUNKS)).decode("utf-8", "surrogateescape")
-            texts = list(io.StringIO(text, newline="\n"))
+            data = read_block(texts, (rb"\n", BETWEEN_CHUNKS))
+            texts = list(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n"))
         counts.update(chain.from_iterable(map(splitter(pattern, ascii=True), filter(str.isascii, texts))))
         counts.update(chain.from_iterable(map(splitter(pattern), filterfalse(str.isascii, texts))))
     return counts
@@ -373,7 +373,8 @@ def learn_merges(chunks, n_merges, forbidden=()):
 def merge_by_rank(ids, merges):
     """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a megabyte of
     one letter takes seconds, not days."""
-    ids, n, waiting = list(ids), len(ids), []              # waiting: a heap of rank * n + left position
+    ids, waiting = list(ids), []                           # waiting: a heap of rank * n + left position
+    n = len(ids)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))
 
     def note(left, right):

@@ -279,12 +279,13 @@ def from_sentencepiece(path, make):
 
 
 def merges_by_score(vocab, scores):
-    """{piece: id} and each id's score -> merges: every way to put a piece together, ranked by the piece's score."""
+    """{token: id} and each id's score -> merges: every way to put a token together, ranked by the token's score."""
     merges = {}
-    made = [(piece, i) for piece, i in vocab.items() if len(piece) > 1 and not re.fullmatch("<0x[0-9A-F]{2}>", piece)]
-    for piece, i in sorted(made, key=lambda item: (-scores[item[1]], item[1])):
-        for k in range(1, len(piece)):
-            pair = vocab.get(piece[:k]), vocab.get(piece[k:])
+    for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
+        if isinstance(token, str) and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            continue
+        for k in range(1, len(token)):
+            pair = vocab.get(token[:k]), vocab.get(token[k:])
             if None not in pair:
                 merges[pair] = (len(merges), i)
     return merges
