@@ -272,7 +272,9 @@ def qwen(chat, default_system=None, think=False):
                         "<args-json-object>}\n</tool_call>")
         yield words("<|im_end|>\n")
     roles = [m["role"] for m in messages]
-    query = max((i for i, m in enumerate(messages) if is_query(m)), default=len(messages) - 1)
+    # Qwen 3 thinks afresh about a user turn that is not a tool's answer in disguise
+    query = max((i for i, m in enumerate(messages) if m["role"] == "user"
+                 and not re.fullmatch("(?s)<tool_response>.*</tool_response>", m["content"])), default=len(messages) - 1)
     for i, m in enumerate(messages):
         if m["role"] == "tool":  # results that follow one another share one user turn
             yield words(("" if roles[i - 1:i] == ["tool"] else "<|im_start|>user") + "\n<tool_response>\n")
@@ -293,11 +295,6 @@ def qwen(chat, default_system=None, think=False):
             yield from turn(f"<|im_start|>{m['role']}\n", m, "<|im_end|>", "\n")
     if chat.prompt:
         yield words("<|im_start|>assistant\n")
-
-
-def is_query(m):
-    """A user turn that is not a tool's answer in disguise: what Qwen 3 thinks about afresh."""
-    return m["role"] == "user" and not re.fullmatch("(?s)<tool_response>.*</tool_response>", m["content"])
 
 
 def split_thoughts(m):
@@ -483,10 +480,6 @@ def read_records(path):
             raise UserError(f"{path}: record {n} cannot be read as a conversation: {e}") from None
 
 
-def read_conversations(path):
-    return ((messages, tools) for _, messages, tools in read_records(path))
-
-
 def as_messages(record):
     """One record of a dataset, in any of the LAYOUTS -> (messages, tools or None). UserError names the keys of any other."""
     if not isinstance(record, dict):
@@ -525,12 +518,12 @@ def example(tok, messages, tools=None, format=None):
     return encode(tok, chat, pieces, known)
 
 
-def examples(tok, conversations, skipped, strict=False, format=None):
-    """Yields example() of each (messages, tools); counts those refused in `skipped`, a Counter of reasons.
+def examples(tok, records, skipped, strict=False, format=None):
+    """Yields example() of each (record, messages, tools); counts those refused in `skipped`, a Counter of reasons.
 
     Raises UserError at the first bad conversation if strict, and at the end if none was good."""
     good = n = 0
-    for n, (messages, tools) in enumerate(conversations, 1):
+    for n, (_, messages, tools) in enumerate(records, 1):
         try:
             pair = example(tok, messages, tools, format)
         except UserError as e:
@@ -566,7 +559,7 @@ def printable(text):
 def show(args):
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
     tok, skipped, total, supervised = Tokenizer.load(args.tokenizer), Counter(), 0, 0
-    pairs = examples(tok, islice(read_conversations(args.file), args.limit), skipped, args.strict, args.format)
+    pairs = examples(tok, islice(read_records(args.file), args.limit), skipped, args.strict, args.format)
     for n, (ids, mask) in enumerate(pairs, 1):
         print(paint(tok, ids, mask, color="NO_COLOR" not in os.environ))
         print(f"--- {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
