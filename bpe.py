@@ -117,8 +117,7 @@ def border(file, at, cuts):
 # Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a newline, a
 # Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
 BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = (
-    BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
+BETWEEN_CHUNKS = (BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
 
 
 def blocks_of(paths, step):
@@ -255,8 +254,7 @@ class Words:
         first, self.n_pairs = self.n_pairs, self.n_pairs + len(starts)
         if self.n_pairs > len(self.count):
             room = max(self.n_pairs, len(self.count) * 3 // 2) - len(self.count)
-            self.count, self.left, self.right = (
-                np.append(a, np.zeros(room, a.dtype)) for a in (self.count, self.left, self.right))
+            self.count, self.left, self.right = (np.append(a, np.zeros(room, a.dtype)) for a in (self.count, self.left, self.right))
         if len(at):
             self.count[first:self.n_pairs] = np.add.reduceat(self.weight[at], starts)
         self.left[first:self.n_pairs], self.right[first:self.n_pairs] = key[starts] >> 32, key[starts] & 0xffffffff
@@ -296,42 +294,57 @@ class Words:
 
 
 class Queue:
-    """The pairs in the order BPE takes them: most frequent first, then lowest ids. Most pairs are never merged, so only those at or
-    above a floor are looked at; when none is left the floor sinks."""
+    """The pairs in the order BPE takes them: most frequent first, then lowest ids. A heap with lazy invalidation: counts only
+    fall, so an entry is checked when it surfaces. Only pairs at or above a floor are in it, since most pairs are never merged;
+    when it runs empty the floor sinks."""
 
     def __init__(self, words):
-        self.words, self.known, self.floor, self.pairs = words, 0, 1 << 62, np.zeros(0, np.int64)
+        self.words, self.heap, self.floor, self.known = words, [], None, 0
+
+    def push(self, pairs):
+        w = self.words
+        for entry in zip((-w.count[pairs]).tolist(), w.left[pairs].tolist(), w.right[pairs].tolist(), pairs.tolist()):
+            heapq.heappush(self.heap, entry)
+
+    def top(self, refill):
+        """(-count, left, right, pair) of the best pair, or None when no pair is left (at or above the floor, unless it may sink:
+        not while a batch is being gathered, whose pairs would come in again)."""
+        count = self.words.count
+        while True:
+            while self.heap and -self.heap[0][0] != count[self.heap[0][3]]:
+                _, left, right, pair = self.heap[0]
+                if count[pair] >= self.floor:
+                    heapq.heapreplace(self.heap, (-int(count[pair]), left, right, pair))
+                else:
+                    heapq.heappop(self.heap)
+            if self.heap or not refill or self.floor == 1 or not self.known:
+                return self.heap[0] if self.heap else None
+            best = max(0, self.known - 4096)
+            self.floor = max(1, int(np.partition(count[:self.known], best)[best]))
+            self.push(np.flatnonzero(count[:self.known] >= self.floor))
 
     def next_batch(self, most):
-        """The next pairs to merge, as far ahead as their order is certain; none when no pair is left.
+        """The next pairs to merge, as far ahead as their order is certain.
 
         Merging (a, b) changes the counts of pairs (x, a) and (b, y) only, and the pairs it makes, (x, ab) and (ab, y), are no
         more frequent than (x, a) and (b, y) were. So pairs in queue order can be merged together as long as no left symbol among
         them is also a right symbol: none changes another's count or shares a position with it, and every (x, a) and (b, y) is
         still in the queue behind the last of them, with the pairs made behind it."""
-        w, count = self.words, self.words.count[:self.words.n_pairs]
-        pairs = np.append(self.pairs, np.arange(self.known, len(count)))       # those that have appeared since
-        self.pairs, self.known = pairs[count[pairs] >= self.floor], len(count)  # counts only fall
-        if not len(self.pairs) and len(count):
-            self.floor = max(1, largest(count, 1024))
-            self.pairs = np.flatnonzero(count >= self.floor)
-        best = self.pairs[count[self.pairs] >= largest(count[self.pairs], 64)] if len(self.pairs) else self.pairs
-        best = best[np.lexsort((w.right[best], w.left[best], -count[best]))][:most]
-        lefts, rights = set(), set()
-        for n, (left, right) in enumerate(zip(w.left[best].tolist(), w.right[best].tolist())):
-            if n and (left in rights or right in lefts or left == right):
-                return best[:n]
+        new, self.known = self.known, self.words.n_pairs
+        if self.floor is not None:                              # take in the pairs that have appeared since
+            self.push(new + np.flatnonzero(self.words.count[new:self.known] >= self.floor))
+        batch, lefts, rights = [], set(), set()
+        while len(batch) < most and (entry := self.top(refill=not batch)):
+            _, left, right, pair = entry
+            if batch and (left in rights or right in lefts or left == right):
+                break
+            heapq.heappop(self.heap)
+            batch.append(pair)
             lefts.add(left)
             rights.add(right)
             if left == right:
-                return best[:1]
-        return best
-
-
-def largest(values, n):
-    """The n-th largest, or the smallest of fewer."""
-    at = max(0, len(values) - n)
-    return int(np.partition(values, at)[at])
+                break
+        return batch
 
 
 def learn_merges(chunks, n_merges, forbidden=()):
@@ -340,10 +353,11 @@ def learn_merges(chunks, n_merges, forbidden=()):
     words = Words(chunks)
     queue, merges, spelled = Queue(words), [], [bytes([b]) for b in BYTES]
     with tqdm(total=n_merges, desc="learning merges", disable=None) as bar:
-        while len(merges) < n_merges and len(batch := queue.next_batch(n_merges - len(merges))):
+        while len(merges) < n_merges and (batch := queue.next_batch(n_merges - len(merges))):
             pairs = list(zip(words.left[batch].tolist(), words.right[batch].tolist()))
             if forbidden and (bad := [p for p, (a, b) in zip(batch, pairs) if spelled[a] + spelled[b] in forbidden]):
                 words.count[bad] = 0
+                queue.push(np.array([p for p in batch if p not in bad], np.int64))
                 continue
             words.merge(batch, 256 + len(merges))
             merges += pairs
@@ -357,27 +371,36 @@ def learn_merges(chunks, n_merges, forbidden=()):
 def merge_by_rank(ids, merges):
     """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a megabyte of
     one letter takes seconds, not days."""
-    ids, waiting = list(ids), []                           # waiting: a heap of rank * n + left position
-    n = len(ids)
+    ids, n = list(ids), len(ids)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    waiting, ranks = {}, []                            # rank -> left positions; a heap of the ranks
 
     def note(left, right):
         if left >= 0 and right < n and (merge := merges.get((ids[left], ids[right]))):
-            heapq.heappush(waiting, merge[0] * n + left)
+            if merge[0] not in waiting:
+                waiting[merge[0]] = []
+                heapq.heappush(ranks, merge[0])
+            waiting[merge[0]].append(left)
 
     for i in range(n - 1):
         note(i, i + 1)
-    while waiting:
-        rank, i = divmod(heapq.heappop(waiting), n)
-        j = after[i]
-        merge = merges.get((ids[i], ids[j])) if j < n else None
-        if merge is None or merge[0] != rank:              # one of the two has been merged since
-            continue
-        ids[i], ids[j], after[i] = merge[1], -1, after[j]
-        if after[i] < n:
-            before[after[i]] = i
-        note(before[i], i)
-        note(i, after[i])
+    while ranks:
+        rank = heapq.heappop(ranks)
+        places = sorted(waiting.pop(rank))
+        for done, i in enumerate(places):
+            if ranks and ranks[0] < rank:              # a merge just made way for an earlier one
+                waiting[rank] = places[done:]
+                heapq.heappush(ranks, rank)
+                break
+            j = after[i]
+            merge = merges.get((ids[i], ids[j])) if j < n else None
+            if merge is None or merge[0] != rank:      # one of the two has been merged since
+                continue
+            ids[i], ids[j], after[i] = merge[1], -1, after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            note(before[i], i)
+            note(i, after[i])
     return [i for i in ids if i >= 0]
 
 

@@ -221,7 +221,7 @@ class Tokenizer:
         if self.whole_chunks and token in self.vocab:
             return [self.vocab[token]]
         if self.kind == "bytes":
-            return bpe.merge_by_rank(map(self._byte_id, token), self.merges)
+            return bpe.merge_by_rank([self._byte_id(b) for b in token], self.merges)
         ids = []
         for c in chunk:
             fallback = [self.vocab.get(f"<0x{b:02X}>") for b in c.encode()]
