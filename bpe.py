@@ -2,8 +2,8 @@
 
     python tokenizer.py train --data corpus.txt --vocab-size 10000 --out runs/tokenizer        # runs it
 
-A text is cut into chunks (about: words), equal chunks are counted once, and the most frequent pair of neighbouring
-symbols, bytes at first, becomes a new symbol, again and again.
+A text is cut into chunks (about: words), equal chunks are counted once, and the most frequent pair of neighbouring symbols,
+bytes at first, becomes a new symbol, again and again.
 """
 import functools
 import heapq
@@ -24,22 +24,20 @@ from tqdm import tqdm
 
 from common import UserError
 
-# How text is cut into chunks before BPE: merges never cross a chunk's border, so no token spans two words. "gpt2" is
-# Radford et al. 2019, "gpt4" is cl100k, which stops numbers at three digits and lets a newline end punctuation.
+# How text is cut into chunks before BPE: merges never cross a chunk's border, so no token spans two words. "gpt2" is Radford et
+# al. 2019, "gpt4" is cl100k, which stops numbers at three digits and lets a newline end punctuation.
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-            r"""|\s*[\r\n]|\s+(?!\S)|\s+""",
+    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""",
     "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
               r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    "qwen2": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-             r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
     "tekken": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
               r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"""
               r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
-# The 256 bytes in GPT-2's order, printable ones first. Base ids follow this order, as HF tokenizers' do, because ties
-# between equally frequent pairs fall to lower ids.
+PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")      # digits one by one
+# The 256 bytes in GPT-2's order, printable ones first. Base ids follow it, as HF tokenizers' do, because ties between equally
+# frequent pairs fall to lower ids.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
 BLOCK = 1 << 20              # bytes of a file read at a time
@@ -76,23 +74,24 @@ def replace_pair(ids, pair, new):
 
 # ---- The same, fast. First: count every distinct chunk once, over blocks of the files, in several processes.
 
-def split_chunks(texts, pattern):
-    """Every chunk of a list of texts (in any order), without a Python loop around the regular expressions."""
-    return chain(chain.from_iterable(map(ascii_splitter(pattern), filter(str.isascii, texts))),
-                 chain.from_iterable(map(splitter(pattern), filterfalse(str.isascii, texts))))
-
-
 @functools.lru_cache
-def splitter(pattern):
-    """A function text -> list of chunks that add up to the text. UserError for a pattern that cannot do that."""
+def splitter(pattern, ascii=False):
+    """A function text -> list of chunks that add up to the text. UserError for a pattern that cannot do that.
+
+    ascii: for ASCII text, which the standard library's `re` splits in half the time of `regex`."""
     known = pattern in PATTERNS.values()
     try:
-        regex.compile(pattern)                 # what a pattern leaves out becomes a chunk too, so that no text is lost
-        compiled = regex.compile(pattern if known else rf"{pattern}|(?:(?!{pattern})[\s\S])+")
+        compiled = regex.compile(pattern)
+        if compiled.match("") or compiled.groups:
+            raise UserError(f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )")
+        if not known:                          # what a pattern leaves out becomes a chunk too, so that no text is lost
+            compiled = regex.compile(rf"{pattern}|(?:(?!{pattern})[\s\S])+")
     except regex.error as error:
         raise UserError(f"the split pattern {pattern!r} is not a regular expression: {error}") from None
-    if compiled.match("") or compiled.groups:
-        raise UserError(f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )")
+    if known and ascii:
+        spelled = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
+        bare = regex.sub(r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern)         # every category inside a set
+        return re.compile(regex.sub(r"\\p\{(\w+)}", lambda m: spelled.get(m[1], ""), bare), re.ASCII).findall
 
     def split(text):
         chunks = compiled.findall(text)
@@ -100,16 +99,6 @@ def splitter(pattern):
             raise UserError(f"the split pattern {pattern!r} matches empty text and loses what follows")
         return chunks
     return compiled.findall if known else split
-
-
-@functools.lru_cache
-def ascii_splitter(pattern):
-    """The same split for ASCII text: for PATTERNS by the standard library's `re`, in half the time of `regex`."""
-    if pattern not in PATTERNS.values():
-        return splitter(pattern)
-    ascii_part = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
-    bare = regex.sub(r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern)             # every category inside a set
-    return re.compile(regex.sub(r"\\p\{(\w+)}", lambda m: ascii_part.get(m[1], ""), bare), re.ASCII).findall
 
 
 def border(file, at, cuts):
@@ -125,11 +114,10 @@ def border(file, at, cuts):
     return at - 1 + len(window)
 
 
-# Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a
-# newline, a Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
+# Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a newline, a
+# Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
 BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = (BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)"
-                  rb"|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
+BETWEEN_CHUNKS = (BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
 
 
 def blocks_of(paths, step):
@@ -138,38 +126,34 @@ def blocks_of(paths, step):
     return [(path, at, min(at + step, size)) for path, size in zip(paths, sizes) for at in range(0, size, step)]
 
 
-def read_block(path, start, end, cuts):
-    """The bytes of `path` between the borders that belong to [start, end)."""
-    with open(path, "rb") as file:
-        start, end = border(file, start, cuts), border(file, end, cuts)
+def read_block(block, cuts):
+    """The bytes of a file between the borders that belong to a block (path, start, end)."""
+    with open(block[0], "rb") as file:
+        start, end = (border(file, at, cuts) for at in block[1:])
         file.seek(start)
         return file.read(end - start)
 
 
-def count_blocks(blocks: list[tuple[str, int, int]], pattern):
-    """[(path, start, end)] -> Counter of chunks. Lines are split one by one, as HF tokenizers does with files."""
+def count_job(job, pattern):
+    """Counter of the chunks of a job: a list of texts, or of blocks (path, start, end), whose lines are split one by one as HF
+    tokenizers does with files."""
     counts = Counter()
-    for block in blocks:
-        text = read_block(*block, (rb"\n", BETWEEN_CHUNKS)).decode("utf-8", "surrogateescape")
-        counts.update(split_chunks(list(io.StringIO(text, newline="\n")), pattern))
+    for texts in [job] if isinstance(job[0], str) else job:
+        if isinstance(texts, tuple):
+            data = read_block(texts, (rb"\n", BETWEEN_CHUNKS))
+            texts = list(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n"))
+        counts.update(chain.from_iterable(map(splitter(pattern, ascii=True), filter(str.isascii, texts))))
+        counts.update(chain.from_iterable(map(splitter(pattern), filterfalse(str.isascii, texts))))
     return counts
-
-
-def count_texts(texts, pattern):
-    """Counter of the chunks of texts from memory, each split as a whole."""
-    return Counter(split_chunks(texts, pattern))
 
 
 def batches(texts, pattern):
     """Lists of texts, about a BLOCK of characters in each; a longer text in parts, if the pattern is a known one."""
-    batch, size, known, between = [], 0, pattern in PATTERNS.values(), re.compile("[a-zA-Z](?= )")
-    for text in map(well_formed, texts):
-        start = 0
-        while known and len(text) - start > BLOCK and (cut := between.search(text, start + BLOCK)):
-            yield [text[start:cut.end()]]
-            start = cut.end()
-        batch.append(text[start:])
-        size += len(text) - start
+    parts = re.compile(rf"(?s).{{{BLOCK},}}?[a-zA-Z](?= )|.+" if pattern in PATTERNS.values() else "(?s).+")
+    batch, size = [], 0
+    for part in chain.from_iterable(map(parts.finditer, map(well_formed, texts))):
+        batch.append(part[0])
+        size += len(part[0])
         if size > BLOCK:
             yield batch
             batch, size = [], 0
@@ -184,8 +168,7 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     blocks = [block for i, block in enumerate(grid) if int((i + 1) * share) > int(i * share)]
     group = min(16, -(-len(blocks) // (4 * (processes or usable_cpus())))) or 1
     jobs = [blocks[i:i + group] for i in range(0, len(blocks), group)]      # of few blocks, so that Counters stay small
-    counters = chain(in_processes(functools.partial(count_blocks, pattern=pattern), jobs, processes),
-                     in_processes(functools.partial(count_texts, pattern=pattern), batches(texts, pattern), processes))
+    counters = in_processes(functools.partial(count_job, pattern=pattern), chain(jobs, batches(texts, pattern)), processes)
     total = Counter()
     for counter in tqdm(counters, total=len(jobs) or None, desc="counting chunks", unit="job", disable=None):
         total.update(counter)
@@ -239,9 +222,9 @@ class Words:
 
     Position arrays, n long plus one sentinel at n that stands before every first and after every last symbol:
         symbol, next, previous; weight: how often the chunk occurs; pair: which pair starts here (-1: none)
-    Pair arrays: count, left, right. A pair's positions are written once, when it first appears, and only ever lose
-    members: (x, y) can only appear when the younger of x and y is made, and all its copies are made together. So
-    `pair[position] == p` tells which of p's positions still hold, and no dictionary is needed.
+    Pair arrays: count, left, right. A pair's positions are written once, when it first appears, and only ever lose members:
+    (x, y) can only appear when the younger of x and y is made, and all its copies are made together. So `pair[position] == p`
+    tells which of p's positions still hold, and no dictionary is needed.
     """
 
     def __init__(self, chunks):
@@ -271,8 +254,7 @@ class Words:
         first, self.n_pairs = self.n_pairs, self.n_pairs + len(starts)
         if self.n_pairs > len(self.count):
             room = max(self.n_pairs, len(self.count) * 3 // 2) - len(self.count)
-            self.count, self.left, self.right = (
-                np.append(a, np.zeros(room, a.dtype)) for a in (self.count, self.left, self.right))
+            self.count, self.left, self.right = (np.append(a, np.zeros(room, a.dtype)) for a in (self.count, self.left, self.right))
         if len(at):
             self.count[first:self.n_pairs] = np.add.reduceat(self.weight[at], starts)
         self.left[first:self.n_pairs], self.right[first:self.n_pairs] = key[starts] >> 32, key[starts] & 0xffffffff
@@ -312,9 +294,9 @@ class Words:
 
 
 class Queue:
-    """The pairs in the order BPE takes them: most frequent first, then lowest ids. A heap with lazy invalidation:
-    counts only fall, so an entry is checked when it surfaces. Only pairs at or above a floor are in it, since most
-    pairs are never merged; when it runs empty the floor sinks."""
+    """The pairs in the order BPE takes them: most frequent first, then lowest ids. A heap with lazy invalidation: counts only
+    fall, so an entry is checked when it surfaces. Only pairs at or above a floor are in it, since most pairs are never merged;
+    when it runs empty the floor sinks."""
 
     def __init__(self, words):
         self.words, self.heap, self.floor, self.known = words, [], None, 0
@@ -325,8 +307,8 @@ class Queue:
             heapq.heappush(self.heap, entry)
 
     def top(self, refill):
-        """(-count, left, right, pair) of the best pair, or None when no pair is left (at or above the floor, unless
-        it may sink: not while a batch is being gathered, whose pairs would come in again)."""
+        """(-count, left, right, pair) of the best pair, or None when no pair is left (at or above the floor, unless it may sink:
+        not while a batch is being gathered, whose pairs would come in again)."""
         count = self.words.count
         while True:
             while self.heap and -self.heap[0][0] != count[self.heap[0][3]]:
@@ -344,10 +326,10 @@ class Queue:
     def next_batch(self, most):
         """The next pairs to merge, as far ahead as their order is certain.
 
-        Merging (a, b) changes the counts of pairs (x, a) and (b, y) only, and the pairs it makes, (x, ab) and (ab, y),
-        are no more frequent than (x, a) and (b, y) were. So pairs in queue order can be merged together as long as no
-        left symbol among them is also a right symbol: none changes another's count or shares a position with it, and
-        every (x, a) and (b, y) is still in the queue behind the last of them, with the pairs made behind it."""
+        Merging (a, b) changes the counts of pairs (x, a) and (b, y) only, and the pairs it makes, (x, ab) and (ab, y), are no
+        more frequent than (x, a) and (b, y) were. So pairs in queue order can be merged together as long as no left symbol among
+        them is also a right symbol: none changes another's count or shares a position with it, and every (x, a) and (b, y) is
+        still in the queue behind the last of them, with the pairs made behind it."""
         new, self.known = self.known, self.words.n_pairs
         if self.floor is not None:                              # take in the pairs that have appeared since
             self.push(new + np.flatnonzero(self.words.count[new:self.known] >= self.floor))
@@ -366,15 +348,12 @@ class Queue:
 
 
 def learn_merges(chunks, n_merges, forbidden=()):
-    """As learn_merges_simply, and fast. No merge makes one of the `forbidden` byte strings: a token that spells a
-    special one could not be told from it. Ends early when no pair of neighbours is left."""
+    """As learn_merges_simply, and fast. No merge makes one of the `forbidden` byte strings: a token that spells a special one
+    could not be told from it. Ends early when no pair of neighbours is left."""
     words = Words(chunks)
     queue, merges, spelled = Queue(words), [], [bytes([b]) for b in BYTES]
     with tqdm(total=n_merges, desc="learning merges", disable=None) as bar:
-        while len(merges) < n_merges:
-            batch = queue.next_batch(n_merges - len(merges))
-            if not batch:
-                break
+        while len(merges) < n_merges and (batch := queue.next_batch(n_merges - len(merges))):
             pairs = list(zip(words.left[batch].tolist(), words.right[batch].tolist()))
             if forbidden and (bad := [p for p, (a, b) in zip(batch, pairs) if spelled[a] + spelled[b] in forbidden]):
                 words.count[bad] = 0
@@ -390,8 +369,8 @@ def learn_merges(chunks, n_merges, forbidden=()):
 # ---- The merges applied to a text.
 
 def merge_by_rank(ids, merges):
-    """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a
-    megabyte of one letter takes seconds, not days."""
+    """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a megabyte of
+    one letter takes seconds, not days."""
     ids, n = list(ids), len(ids)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))
     waiting, ranks = {}, []                            # rank -> left positions; a heap of the ranks

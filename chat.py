@@ -6,28 +6,28 @@
 Top to bottom: pieces and how they become ids, formats by name, other folders' templates, render and example(s), show, convert.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from bpe import well_formed
 from common import UserError, cli, json_records, write_atomic
 
-HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no character, and no UTF-8 can hold it
 ROLES = ("system", "user", "assistant", "tool")
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, in the spelling others recognise.
 CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
@@ -35,18 +35,16 @@ CHATML_TEMPLATE = (
 
 class Piece(NamedTuple):
     text: str
-    said: bool      # the assistant has to produce this, so it is in the loss
-    template: bool  # the template's own words, in which a marker's name means its id; content never means a marker
+    said: bool = False      # the assistant has to produce this, so it is in the loss
+    template: bool = True   # the template's own words, in which a marker's name means its id
 
 
-def words(text, said=False):
-    """The template's own words: `<|im_start|>` in here is the marker."""
-    return Piece(text, said, True)
+words = Piece               # the template's own: `<|im_start|>` in here is the marker
 
 
 def content(text, said=False):
     """Anything a person or a model wrote: `<|im_start|>` in here is twelve characters, whoever typed them."""
-    return Piece(text, said, False)
+    return Piece(text, said, template=False)
 
 
 @dataclass
@@ -60,9 +58,8 @@ class Chat:
 
     def split_system(self):
         """-> (the leading system prompt or None, the other messages)"""
-        if self.messages[0]["role"] == "system":
-            return self.messages[0]["content"], self.messages[1:]
-        return None, self.messages
+        first, *rest = self.messages
+        return (first["content"], rest) if first["role"] == "system" else (None, self.messages)
 
 
 def read_chat(tok, messages, tools=None, prompt=False):
@@ -80,10 +77,9 @@ def read_chat(tok, messages, tools=None, prompt=False):
             text = "".join(part["text"] for part in text)
         if not isinstance(text, str) and not (text is None and calls):
             raise UserError(f"message {i} ({role}): content must be a string or a list of text parts")
-        checked.append({"role": role, "content": text or "", **({"tool_calls": calls} if calls else {}), **{
-            k: message[k] for k in ("tool_call_id", "reasoning_content", "name") if isinstance(message.get(k), str)}})
-    if tools and not (isinstance(tools, list) and all(
-            isinstance(tool, dict) and isinstance(tool.get("function"), dict) for tool in tools)):
+        kept = {k: message[k] for k in ("tool_call_id", "reasoning_content", "name") if isinstance(message.get(k), str)}
+        checked.append({"role": role, "content": text or "", **({"tool_calls": calls} if calls else {}), **kept})
+    if tools and not (isinstance(tools, list) and all(isinstance(t, dict) and isinstance(t.get("function"), dict) for t in tools)):
         raise UserError("tools must be a list of {type: function, function: {name, description, parameters}}")
     bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
     return Chat(checked, tools or None, prompt, bos, eos)
@@ -92,13 +88,11 @@ def read_chat(tok, messages, tools=None, prompt=False):
 def read_call(call, i):
     """One tool call as the templates want it: arguments a dict (OpenAI sends them as a string of JSON)."""
     try:
-        function = dict(call["function"])
-        if isinstance(function["arguments"], str):
-            function["arguments"] = json.loads(function["arguments"])
-        return {**call, "function": {"name": str(function["name"]), "arguments": dict(function["arguments"])}}
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        arguments = dict(json.loads(arguments) if isinstance(arguments, str) else arguments)
+        return {**call, "function": {"name": str(name), "arguments": arguments}}
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object"
-                        ) from None
+        raise UserError(f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object") from None
 
 
 @lru_cache(maxsize=8)
@@ -108,17 +102,16 @@ def marker_pattern(names):
 
 
 def assemble(tok, pieces):
-    """Pieces -> (ids, mask): markers by id, and what stands between two markers encoded as one string, because BPE
-    merges across the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
+    """Pieces -> (ids, mask): markers by id, and what stands between two markers encoded as one string, because BPE merges across
+    the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
     split = marker_pattern(tuple(tok.special)).split
     atoms = [(piece.said, part, tok.special.get(part) if piece.template else None)
              for piece in pieces for part in split(piece.text) if part]
     ids, mask = [], []
     for is_text, run in groupby(atoms, key=lambda atom: atom[2] is None):
         if is_text:
-            run_ids, run_mask = encode_run(tok, [(said, "".join(part for _, part, _ in parts))
-                                                 for said, parts in groupby(run, key=lambda atom: atom[0])],
-                                          where="later" if ids else "first")
+            parts = [(said, "".join(text for _, text, _ in same)) for said, same in groupby(run, key=lambda atom: atom[0])]
+            run_ids, run_mask = encode_run(tok, parts, "later" if ids else "first")
         else:
             run_mask, _, run_ids = zip(*run)
         ids.extend(run_ids)
@@ -131,7 +124,7 @@ def encode_run(tok, parts, where):
 
     A token across the border is not: the prompt already ends inside it, so the model is never asked to produce it.
     where: "first" if the whole text starts here, which SentencePiece may mark with a space, else "later"."""
-    parts = [(said, HALF_PAIR.sub("\ufffd", part).encode()) for said, part in parts]
+    parts = [(said, well_formed(part).encode()) for said, part in parts]
     text = b"".join(part for _, part in parts)
     ids = tok.encode_bytes(text, where)
     if len(parts) == 1:
@@ -143,15 +136,12 @@ def encode_run(tok, parts, where):
         return ids, None                           # not what went in, so where a part ends would be a guess
     flags = b"".join(bytes([said]) * len(part) for said, part in parts)  # one per byte
     flags = (flags[:1] * space + flags).ljust(len(whole), flags[-1:])
-    mask, end = [], 0
-    for piece in spelled:
-        start, end = end, end + len(piece)
-        mask.append(all(flags[start:end]))
-    return ids, mask
+    ends = list(accumulate(map(len, spelled), initial=0))
+    return ids, [all(flags[start:end]) for start, end in pairwise(ends)]
 
 
-# ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so
-# the mask is exactly what the model will have to produce: its words, the spaces its format puts round them, the end.
+# ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so the mask is
+# exactly what the model will have to produce: its words, the spaces its format puts round them, the end.
 
 def turn(head, message, end, tail=""):
     said = message["role"] == "assistant"
@@ -173,10 +163,8 @@ def zephyr(chat):
 def alpaca(chat):
     """github.com/tatsu-lab/stanford_alpaca, its one turn repeated as LLaMA-Factory and Unsloth repeat it."""
     system, messages = chat.split_system()
-    yield words(chat.bos)
-    yield content(system if system is not None else "Below is an instruction that describes a task. "
-                  "Write a response that appropriately completes the request.")
-    yield words("\n\n")
+    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    yield from (words(chat.bos), content(task if system is None else system), words("\n\n"))
     for m in messages:
         user = m["role"] == "user"
         yield from turn("### Instruction:\n" if user else "### Response:\n", m, "" if user else chat.eos, "\n\n")
@@ -196,25 +184,22 @@ def llama2(chat):
 
 def llama3(chat, date=None):
     """Llama 3; with a date, 3.1 and later: a system turn that is always there, tools, calls and results."""
-    def head(role):
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-    messages = chat.messages
+    head, end, messages = "<|start_header_id|>{}<|end_header_id|>\n\n".format, "<|eot_id|>", chat.messages
     yield words(chat.bos)
     if date:
         system, messages = chat.split_system()
         ipython = "Environment: ipython\n" if chat.tools else ""
         yield words(head("system") + ipython + f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n")
-        yield from (content((system or "").strip()), words("<|eot_id|>"))
+        yield from (content((system or "").strip()), words(end))
     if chat.tools:
         if not messages:
             raise UserError("llama3.1 puts the tools in the first user message, and there is none")
-        yield words(head("user") + "Given the following functions, please respond with a JSON for a function call with "
-                    "its proper arguments that best answers the given prompt.\n\n"
-                    'Respond in the format {"name": function name, "parameters": dictionary of argument name '
-                    "and its value}.Do not use variables.\n\n")
-        yield content("".join(to_json(tool, indent=4) + "\n\n" for tool in chat.tools) + messages[0]["content"].strip())
-        yield words("<|eot_id|>")
-        messages = messages[1:]
+        asked, *messages = messages
+        yield words(head("user") + "Given the following functions, please respond with a JSON for a function call with its proper "
+                    'arguments that best answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": '
+                    "dictionary of argument name and its value}.Do not use variables.\n\n")
+        yield content("".join(to_json(tool, indent=4) + "\n\n" for tool in chat.tools) + asked["content"].strip())
+        yield words(end)
     for m in messages:
         role, text, calls = m["role"], m["content"].strip(), m.get("tool_calls")
         if role == "tool":
@@ -222,12 +207,15 @@ def llama3(chat, date=None):
         elif calls:
             if len(calls) > 1:
                 raise UserError(f"llama3.1 makes one tool call at a time, not {len(calls)}")
-            name, arguments = calls[0]["function"].values()
-            text = f'{{"name": "{name}", "parameters": {to_json(arguments)}}}'
-        said = role == "assistant"
-        yield from (words(head(role)), content(text, said), words("<|eot_id|>", said))
+            text = call_json(calls[0], "parameters")
+        yield from turn(head(role), {"role": role, "content": text}, end)
     if chat.prompt:
         yield words(head("assistant"))
+
+
+def call_json(call, arguments="arguments"):
+    """A tool call as Llama's and Qwen's templates write it, the name unescaped."""
+    return f'{{"name": "{call["function"]["name"]}", "{arguments}": {to_json(call["function"]["arguments"])}}}'
 
 
 def mistral(chat, opening, closing, space, system_at=-1, trim=False):
@@ -258,8 +246,7 @@ def mistral(chat, opening, closing, space, system_at=-1, trim=False):
 
 def mistral_tool(function):
     """The published template writes a tool by hand: strings unescaped, and any "return" left out."""
-    fields = (f'"{k}": "{v}"' if isinstance(v, str) else f'"{k}": {to_json(v)}'
-              for k, v in function.items() if k != "return")
+    fields = (f'"{k}": ' + (f'"{v}"' if isinstance(v, str) else to_json(v)) for k, v in function.items() if k != "return")
     return '{"type": "function", "function": {' + ", ".join(fields) + "}}"
 
 
@@ -280,12 +267,14 @@ def qwen(chat, default_system=None, think=False):
             yield words("# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
                         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
             yield content("".join("\n" + to_json(tool) for tool in chat.tools))
-            yield words("\n</tools>\n\nFor each function call, return a json object with function name and arguments "
-                        'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+            yield words("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+                        '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
                         "<args-json-object>}\n</tool_call>")
         yield words("<|im_end|>\n")
     roles = [m["role"] for m in messages]
-    query = max((i for i, m in enumerate(messages) if is_query(m)), default=len(messages) - 1)
+    # Qwen 3 thinks afresh about a user turn that is not a tool's answer in disguise
+    query = max((i for i, m in enumerate(messages) if m["role"] == "user"
+                 and not re.fullmatch("(?s)<tool_response>.*</tool_response>", m["content"])), default=len(messages) - 1)
     for i, m in enumerate(messages):
         if m["role"] == "tool":  # results that follow one another share one user turn
             yield words(("" if roles[i - 1:i] == ["tool"] else "<|im_start|>user") + "\n<tool_response>\n")
@@ -295,15 +284,12 @@ def qwen(chat, default_system=None, think=False):
             yield words("<|im_start|>assistant\n")
             thoughts, text = split_thoughts(m) if think else ("", m["content"])
             if think and i > query and (thoughts or i == len(messages) - 1):  # Qwen 3 drops the thoughts of older turns
-                yield from (words("<think>", True), content(f"\n{thoughts.strip(chr(10))}\n", True))
-                yield words("</think>\n\n", True)
+                yield from (words("<think>", True), content("\n" + thoughts.strip("\n") + "\n", True), words("</think>\n\n", True))
                 text = text.lstrip("\n")
             yield content(text, True)
             for n, call in enumerate(m.get("tool_calls", [])):
-                name, arguments = call["function"].values()
                 yield words(("\n" if n or text else "") + "<tool_call>", True)
-                yield content(f'\n{{"name": "{name}", "arguments": {to_json(arguments)}}}\n', True)
-                yield words("</tool_call>", True)
+                yield from (content(f"\n{call_json(call)}\n", True), words("</tool_call>", True))
             yield from (words("<|im_end|>", True), words("\n"))
         else:
             yield from turn(f"<|im_start|>{m['role']}\n", m, "<|im_end|>", "\n")
@@ -311,22 +297,16 @@ def qwen(chat, default_system=None, think=False):
         yield words("<|im_start|>assistant\n")
 
 
-def is_query(m):
-    """A user turn that is not a tool's answer in disguise: what Qwen 3 thinks about afresh."""
-    text = m["content"]
-    return m["role"] == "user" and not (text.startswith("<tool_response>") and text.endswith("</tool_response>"))
-
-
 def split_thoughts(m):
     """-> (thoughts, answer), from reasoning_content or from <think>...</think> in the content, as Qwen 3's template."""
     if "reasoning_content" in m or "</think>" not in m["content"]:
         return m.get("reasoning_content", ""), m["content"]
-    before, after = m["content"].split("</think>")[0], m["content"].split("</think>")[-1]
+    before, *_, after = m["content"].split("</think>")
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
 
 
-def to_json(value, **options):
-    return json.dumps(value, ensure_ascii=False, **options)
+def to_json(value, ensure_ascii=False, **options):
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @dataclass(frozen=True)
@@ -347,12 +327,11 @@ FORMATS = {
     "llama3": Format(llama3, HEADER, roles=TALK),
     "llama3.1": Format(partial(llama3, date="26 Jul 2024"), HEADER, tools=True),
     "llama3.2": Format(lambda chat: llama3(chat, date=datetime.now().strftime("%d %b %Y")), HEADER, tools=True),
-    "mistral-v1": Format(partial(mistral, opening=" [INST] ", closing=" [/INST]", space=" ", system_at=0),
-                         alternates=True, roles=TALK),
-    "mistral-v3": Format(partial(mistral, opening="[INST] ", closing="[/INST]", space=" ", trim=True), INST,
-                         tools=True, alternates=True),
-    "mistral-tekken": Format(partial(mistral, opening="[INST]", closing="[/INST]", space=""), INST,
-                             tools=True, alternates=True),
+    "mistral-v1": Format(partial(mistral, opening=" [INST] ", closing=" [/INST]", space=" ", system_at=0), alternates=True,
+                         roles=TALK),
+    "mistral-v3": Format(partial(mistral, opening="[INST] ", closing="[/INST]", space=" ", trim=True), INST, tools=True,
+                         alternates=True),
+    "mistral-tekken": Format(partial(mistral, opening="[INST]", closing="[/INST]", space=""), INST, tools=True, alternates=True),
     "zephyr": Format(zephyr, roles=TALK),
     "qwen2.5": Format(partial(qwen, default_system=QWEN_SYSTEM), IM, tools=True),
     "qwen3": Format(partial(qwen, think=True), IM, tools=True),
@@ -362,15 +341,15 @@ FORMATS = {
 FORMATS.update(mistral=FORMATS["mistral-v3"], qwen=FORMATS["qwen2.5"])
 
 
-def pieces_of(name, tok, chat):
+def named_pieces(name, tok, chat):
     """The conversation in a format by name, as a list of pieces; UserError for what the format cannot say."""
     if name not in FORMATS:
         raise UserError(f"unknown chat format {name!r}; there are {', '.join(FORMATS)}")
     form = FORMATS[name]
     missing = [marker for marker in form.markers if marker not in tok.special]
-    if missing or not (chat.eos or form.markers[1:]):
-        raise UserError(f"chat format {name} needs the special token {', '.join(missing) or 'EOS'}, "
-                        "which this tokenizer does not have")
+    if missing or not (chat.eos or form.markers):
+        raise UserError(f"chat format {name} needs the special token {', '.join(missing) or 'EOS'}, which this tokenizer does not "
+                        "have")
     for i, m in enumerate(chat.messages):
         if m["role"] not in form.roles:
             raise UserError(f"message {i}: chat format {name} has no {m['role']} role")
@@ -414,7 +393,7 @@ def compile_template(template):
         raise jinja2.TemplateError(message)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    env.filters["tojson"] = lambda value, ensure_ascii=False, **kw: json.dumps(value, ensure_ascii=ensure_ascii, **kw)
+    env.filters["tojson"] = to_json
     env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
     return env.from_string(template)
 
@@ -440,22 +419,23 @@ def defused(value, pattern):
     return [defused(v, pattern) for v in value] if isinstance(value, list) else value
 
 
-def pieces_of_template(template, tok, chat):
-    """-> (pieces, whether they carry a mask).
+def pieces_of(tok, chat, format=None):
+    """-> (pieces, whether they carry a mask), in the format by name, else as the folder's chat_template does, else in ChatML.
 
-    The template renders this very conversation, and so does each format above. The one that gives the same text knows
-    who said which part of it: nothing is guessed, and a template that merely resembles a known one is never taken for
-    it. Failing that, a template's own {% generation %} says who spoke. Failing that there are ids but no mask."""
+    The template renders this very conversation, and so does each format above. The one that gives the same text knows who said
+    which part of it: nothing is guessed, and a template that merely resembles a known one is never taken for it. Failing that, a
+    template's own {% generation %} says who spoke. Failing that there are ids but no mask."""
+    template = tok.chat_template
+    if format or template in (None, "", CHATML_TEMPLATE):
+        return named_pieces(format or "chatml", tok, chat), True
     text = run_template(template, chat).translate(BARE)
     for name in FORMATS:
-        try:
-            pieces = pieces_of(name, tok, chat)
-        except UserError:
-            continue
-        if "".join(piece.text for piece in pieces) == text:
-            return pieces, True
+        with contextlib.suppress(UserError):
+            pieces = named_pieces(name, tok, chat)
+            if "".join(piece.text for piece in pieces) == text:
+                return pieces, True
     markers = marker_pattern(tuple(tok.special))
-    safe = Chat(defused(chat.messages, markers), defused(chat.tools, markers), chat.prompt, chat.bos, chat.eos)
+    safe = replace(chat, messages=defused(chat.messages, markers), tools=defused(chat.tools, markers))
     pieces, said = [], False
     for part in re.split(f"([{OPEN}{CLOSE}])", run_template(template, safe)):
         if part in (OPEN, CLOSE):
@@ -468,31 +448,21 @@ def pieces_of_template(template, tok, chat):
 # ---- What the others call: render to answer, example(s) to train.
 
 def render(tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None) -> tuple[list[int], list[int]]:
-    """OpenAI-style messages -> (ids, mask), two lists of one length; mask 1 = what the assistant has to produce: what
-    it said and its end token. Text in messages never becomes a special token.
+    """OpenAI-style messages -> (ids, mask), two lists of one length; mask 1 = what the assistant has to produce: what it said and
+    its end token. Text in messages never becomes a special token.
 
-    The format is `format`, a name in FORMATS; else what the folder's chat_template does; else ChatML.
-    Where who-said-what cannot be known, mask is None with add_generation_prompt (to be answered, not trained on) and
-    UserError without it."""
+    The format is `format`, a name in FORMATS; else what the folder's chat_template does; else ChatML. Where who-said-what cannot
+    be known, mask is None with add_generation_prompt (to be answered, not trained on) and UserError without it."""
     chat = read_chat(tok, messages, tools, add_generation_prompt)
-    return encode(tok, chat, *plan(tok, chat, format))
-
-
-def plan(tok, chat, format=None):
-    """-> (pieces, whether they carry a mask), in the format by name or by the folder's template"""
-    if format is None and tok.chat_template in (None, "", CHATML_TEMPLATE):
-        format = "chatml"
-    return (pieces_of(format, tok, chat), True) if format else pieces_of_template(tok.chat_template, tok, chat)
+    return encode(tok, chat, *pieces_of(tok, chat, format))
 
 
 def encode(tok, chat, pieces, known):
     ids, mask = assemble(tok, pieces)
-    if chat.prompt:
+    if chat.prompt or (known and mask is not None):
         return ids, mask if known else None
-    if known and mask is not None:
-        return ids, mask
-    why = ("the chat_template is none we know and has no {% generation %}: name a format" if not known else
-           "this tokenizer does not spell the text it was given")
+    why = ("this tokenizer does not spell the text it was given" if known else
+           "the chat_template is none we know and has no {% generation %}: name a format")
     raise UserError("cannot tell which tokens the assistant said, and a guessed mask would train the wrong thing; "
                     f"{why}, or render with add_generation_prompt for the ids alone")
 
@@ -501,13 +471,8 @@ LAYOUTS = ("{messages}, ShareGPT {conversations: [{from, value}]}, Alpaca {instr
            "{prompt, response}")
 
 
-def read_conversations(path):
-    """Yields the (messages, tools) of a JSON list or JSONL of records in any of the LAYOUTS."""
-    return ((messages, tools) for _, messages, tools in read_records(path))
-
-
 def read_records(path):
-    """The same with each record as it stands in the file: yields (record, messages, tools)."""
+    """Yields (record, messages, tools) for each record of a JSON list or JSONL, in any of the LAYOUTS."""
     for n, record in enumerate(json_records(path), 1):
         try:
             yield record, *as_messages(record)
@@ -547,18 +512,18 @@ def example(tok, messages, tools=None, format=None):
     for m in chat.messages:
         if not m["content"].strip() and not m.get("tool_calls") and m["role"] in ("user", "assistant"):
             raise UserError(f"empty {m['role']} turn")
-    pieces, known = plan(tok, chat, format)
+    pieces, known = pieces_of(tok, chat, format)
     if roles[0] == "system" and chat.messages[0]["content"].strip() not in "".join(piece.text for piece in pieces):
         raise UserError("the format loses the system prompt here: put it into the first user turn")
     return encode(tok, chat, pieces, known)
 
 
-def examples(tok, conversations, skipped, strict=False, format=None):
-    """Yields example() of each (messages, tools); counts those refused in `skipped`, a Counter of reasons.
+def examples(tok, records, skipped, strict=False, format=None):
+    """Yields example() of each (record, messages, tools); counts those refused in `skipped`, a Counter of reasons.
 
     Raises UserError at the first bad conversation if strict, and at the end if none was good."""
     good = n = 0
-    for n, (messages, tools) in enumerate(conversations, 1):
+    for n, (_, messages, tools) in enumerate(records, 1):
         try:
             pair = example(tok, messages, tools, format)
         except UserError as e:
@@ -581,13 +546,9 @@ def stop_id(tok, format=None):
 
 def paint(tok, ids, mask, color=True):
     """The conversation as text, what is in the loss in green (or in guillemets), control characters spelled out."""
-    name, out = {i: s for s, i in tok.special.items()}, []
-    for said, pairs in groupby(zip(mask, ids), key=lambda pair: pair[0]):
-        text = "".join("".join(name[i] for i in run) if special else tok.decode(list(run))
-                       for special, run in groupby((i for _, i in pairs), key=name.__contains__))
-        green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
-        out.append(green + printable(text) + plain if said else printable(text))
-    return "".join(out)
+    green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
+    runs = [(said, printable(tok.decode([i for i, _ in run]))) for said, run in groupby(zip(ids, mask), key=lambda pair: pair[1])]
+    return "".join(green + text + plain if said else text for said, text in runs)
 
 
 def printable(text):
@@ -598,7 +559,7 @@ def printable(text):
 def show(args):
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
     tok, skipped, total, supervised = Tokenizer.load(args.tokenizer), Counter(), 0, 0
-    pairs = examples(tok, islice(read_conversations(args.file), args.limit), skipped, args.strict, args.format)
+    pairs = examples(tok, islice(read_records(args.file), args.limit), skipped, args.strict, args.format)
     for n, (ids, mask) in enumerate(pairs, 1):
         print(paint(tok, ids, mask, color="NO_COLOR" not in os.environ))
         print(f"--- {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
@@ -612,19 +573,19 @@ def convert(args):
     """Records of any layout -> DIR/{train,val,test}.jsonl of {messages}. What comes before the last answer decides, by its
     hash, where a record goes: the same question is never in two splits, and more records move none."""
     try:
-        shares = [float(part) for part in args.split.split("/")]
-        bounds = list(accumulate(share / sum(shares) for share in shares))
-        if len(shares) != 3 or min(shares) < 0:
+        train, val, test = map(float, args.split.split("/"))
+        if min(train, val, test) < 0 or not train + val + test:
             raise ValueError
-    except (ValueError, ZeroDivisionError):
+    except ValueError:
         raise UserError(f"--split {args.split}: give the three shares of train, val and test, as 85/5/10") from None
-    lines = {name: [] for name in ("train", "val", "test")}
+    lines = {"train": [], "val": [], "test": []}
     for path in args.files:
         for record, messages, tools in read_records(path):
             kept = {k: record[k] for k in ("family", "answer", "checks") if k in record} | ({"tools": tools} if tools else {})
             asked = hashlib.sha256(to_json(messages[:-1]).encode("utf-8", "replace")).digest()
-            place = sum(int.from_bytes(asked[:8], "big") / 2 ** 64 >= bound for bound in bounds[:2])
-            lines[list(lines)[place]].append(to_json({"messages": messages, **kept}) + "\n")
+            place = int.from_bytes(asked[:8], "big") / 2 ** 64 * (train + val + test)
+            name = "train" if place < train else "val" if place < train + val else "test"
+            lines[name].append(to_json({"messages": messages, **kept}) + "\n")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, of_split in lines.items():
         write_atomic(Path(args.out, f"{name}.jsonl"), lambda path: path.write_text("".join(of_split), encoding="utf-8"))

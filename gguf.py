@@ -26,7 +26,7 @@ from common import UserError, cli, parse_flags, write_atomic
 from model import Config, Transformer, rope_frequencies
 from packed import QuantLinear
 from tokenizer import Tokenizer
-from vocab_files import merges_by_score, read_bpe, sequence, to_json
+from vocab_files import merges_by_score, naming, read_bpe, sequence, to_json
 
 WEIGHTS_AT_ONCE = 1 << 18  # packed or unpacked at a time: few enough that the work stays near the cache
 
@@ -597,7 +597,8 @@ def read_vocabulary(meta, path):
         (split, whole), merges = SPLITS[pre], get("ggml.merges", [], list)
         if bad := [merge for merge in merges if not isinstance(merge, str) or merge.count(" ") != 1]:
             raise UserError(f"{path}: merge {str(bad[0])[:40]!r} is not two tokens")
-        vocab, merges = read_bpe({"vocab": vocab, "merges": merges}, "bytes", special, path)
+        with naming(path):
+            vocab, merges = read_bpe({"vocab": vocab, "merges": merges}, "bytes", special)
         tok = Tokenizer("bytes", vocab, merges, patterns=[PATTERNS.get(p, p) for p in split], whole_chunks=whole, **options)
     elif model == "llama":
         scores = get("ggml.scores", np.zeros(n, np.float32), np.ndarray)

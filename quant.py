@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from chat import examples, read_conversations, render
+from chat import examples, read_records, render
 from common import UserError, cli, parse_flags, write_atomic, write_json
 from corpora import documents
 from data import ends_of
@@ -337,7 +337,7 @@ def read_rows(path, tok, count, length):
     with open(path, "rb") as file:
         head = file.readline()
     if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
-        for one, _ in examples(tok, read_conversations(path), Counter()):
+        for one, _ in examples(tok, read_records(path), Counter()):
             ids += one
     else:
         for document, _, _ in documents([path], ()):

@@ -697,7 +697,8 @@ class Protocol(HttpToolsProtocol):
 
     def in_time(self):
         if self.late:
-            self.late = self.late.cancel()
+            self.late.cancel()
+            self.late = None
 
 
 class Server(uvicorn.Server):

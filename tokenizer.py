@@ -22,7 +22,7 @@ import numpy as np
 import bpe
 from bpe import PATTERNS, splitter, well_formed
 from common import UserError, cli, write_atomic, write_json
-from vocab_files import added_tokens, check_ids, normalize, read_tokenizer, to_json
+from vocab_files import added_tokens, check_ids, merges_by_score, normalize, read_tokenizer, to_json
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
 # Which special tokens begin, end and pad a text, by the names they usually have.
@@ -47,24 +47,23 @@ class Tokenizer:
 
     def __init__(self, kind, vocab, merges=None, *, patterns=(), special=None, added=None, whole_chunks=False,
                  normalizer=(), strip_space=False, unknown=None):
-        self.kind, self.vocab, self.patterns = kind, vocab, tuple(patterns)
+        self.kind, self.vocab, self.patterns, self.unknown = kind, vocab, tuple(patterns), unknown
         self.special, self.added = dict(special or {}), dict(added or {})
         self.whole_chunks, self.normalizer, self.strip_space = whole_chunks, list(normalizer), strip_space
-        self.unknown = unknown
         self.config = {role: name for role, names in ROLES.items() for name in names[::-1] if name in self.special}
         if merges is not None:                                   # else recovered from the vocabulary when first needed
             self.merges = merges
         self.source = None                                       # the tokenizer.json this was read from, as it was
         names = self.added | self.special
-        check_ids(chain(vocab.values(), names.values()), len(vocab) + len(names))
-        self.vocab_size = max(chain(vocab.values(), names.values()), default=-1) + 1
+        ids = [*vocab.values(), *names.values()]
+        check_ids(ids, len(vocab) + len(names))
+        self.vocab_size = max(ids, default=-1) + 1
         self._bytes, self._shown = [b""] * self.vocab_size, [b""] * self.vocab_size
         for token, i in vocab.items():
             self._bytes[i] = self._shown[i] = self._spelling(token)
         for name, i in names.items():
             self._shown[i] = name.encode()
             self._bytes[i] = name.encode() if name in self.added else b""
-        self.special_ids = set(self.special.values())
         by_length = sorted(map(re.escape, self.added), key=len, reverse=True)
         self._split_added = re.compile(f"({'|'.join(by_length)})").split
         self._cache = {}
@@ -74,45 +73,39 @@ class Tokenizer:
     def _spelling(self, token):
         if self.kind == "bytes":
             return token
-        if self.kind == "pieces":
-            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-        return token.encode()
+        if self.kind == "pieces" and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
+            return bytes([int(byte[1], 16)])
+        return (token.replace("▁", " ") if self.kind == "pieces" else token).encode()
 
     # -- made from text
     @classmethod
-    def train(cls, texts=(), vocab_size=10_000, pattern="gpt4", special_tokens=SPECIAL_TOKENS, *, files=(),
-              max_bytes=None, processes=None):
+    def train(cls, texts=(), vocab_size=10_000, pattern="gpt4", special_tokens=SPECIAL_TOKENS, *, files=(), max_bytes=None,
+              processes=None):
         """Learn a byte-level BPE of `vocab_size` ids from an iterable of str and from files.
 
-        pattern: a name in PATTERNS or a regular expression. special_tokens: a list, which gets ids 0, 1, ..., or a
-        dict {text: id}. max_bytes: take this much of the files, evenly spread. A chunk never spans two texts, nor two
-        lines of a file. Same merges, for the same texts or files, as HF tokenizers' BpeTrainer, for any number of
-        processes. UserError: a vocabulary smaller than 256 + special tokens, no text, an unusable pattern."""
-        pattern = PATTERNS.get(pattern, pattern)
-        special_tokens = number_special(special_tokens)
-        n_merges = vocab_size - 256 - len(special_tokens)
-        if n_merges < 0:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
-                            f"tokens need {256 + len(special_tokens)}")
-        if max(special_tokens.values(), default=0) >= vocab_size:
-            raise UserError(f"special tokens must have ids below the vocabulary size {vocab_size}: {special_tokens}")
+        pattern: a name in PATTERNS or a regular expression. special_tokens: a list, which gets ids 0, 1, ..., or a dict
+        {text: id}. max_bytes: take this much of the files, evenly spread. A chunk never spans two texts, nor two lines of a file.
+        Same merges, for the same texts or files, as HF tokenizers' BpeTrainer, for any number of processes.
+        UserError: a vocabulary smaller than 256 + special tokens, no text, an unusable pattern."""
+        pattern, special = PATTERNS.get(pattern, pattern), number_special(special_tokens)
+        least = 256 + len(special)
+        if vocab_size < least:
+            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special)} special tokens need {least}")
+        if max(special.values(), default=0) >= vocab_size:
+            raise UserError(f"special tokens must have ids below the vocabulary size {vocab_size}: {special}")
         splitter(pattern)
-        files = [files] if isinstance(files, (str, Path)) else files
-        texts = [texts] if isinstance(texts, str) else texts
-        chunks = bpe.count_chunks(texts, files, pattern, max_bytes, processes)
+        chunks = bpe.count_chunks([texts] if isinstance(texts, str) else texts, files, pattern, max_bytes, processes)
         if not chunks:
             raise UserError("there is no text to learn from: " + (", ".join(map(str, files)) or "no texts given"))
-        merges = bpe.learn_merges(chunks, n_merges, {name.encode() for name in special_tokens})
-        if len(merges) < n_merges:
-            fits = 256 + len(special_tokens) + len(merges)
-            print(f"asked for {n_merges:,} merges, the text supports {len(merges):,}: stopped early with a vocabulary "
+        merges = bpe.learn_merges(chunks, vocab_size - least, {name.encode() for name in special})
+        if (fits := least + len(merges)) < vocab_size:
+            print(f"asked for {vocab_size - least:,} merges, the text supports {len(merges):,}: stopped early with a vocabulary "
                   f"of {fits:,} (--vocab-size {fits} asks for just that)", file=sys.stderr)
-        ids, spelled = list(islice(free_ids(special_tokens), 256 + len(merges))), [bytes([b]) for b in bpe.BYTES]
+        ids, spelled = list(islice(free_ids(special), 256 + len(merges))), [bytes([b]) for b in bpe.BYTES]
         for left, right in merges:
             spelled.append(spelled[left] + spelled[right])
         ranked = {(ids[a], ids[b]): (rank, ids[256 + rank]) for rank, (a, b) in enumerate(merges)}
-        return cls("bytes", dict(zip(spelled, ids)), ranked, patterns=[pattern], special=special_tokens)
+        return cls("bytes", dict(zip(spelled, ids)), ranked, patterns=[pattern], special=special)
 
     @classmethod
     def char(cls, text: str, special_tokens=()) -> "Tokenizer":
@@ -120,10 +113,7 @@ class Tokenizer:
         if not text:
             raise UserError("there is no text to take the characters from")
         special = number_special(special_tokens)
-        characters = sorted(set(well_formed(text)))
-        if clash := special.keys() & set(characters):
-            raise UserError(f"special tokens that are characters of the text: {sorted(clash)}")
-        return cls("chars", dict(zip(characters, free_ids(special))), {}, special=special)
+        return cls("chars", dict(zip(sorted(set(well_formed(text))), free_ids(special))), {}, special=special)
 
     # -- encoding
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
@@ -150,23 +140,19 @@ class Tokenizer:
                 ids += [self._byte_id(b) for b in part.encode("utf-8", "surrogateescape")]
         return ids
 
-    def encode_blocks(self, paths, processes=None):
-        """Yield arrays of ids (uint16, or uint32 above 65,536 ids) whose concatenation is the ids of the files, file
-        after file, each as encode_bytes would have it; blocks of them are encoded in parallel processes."""
+    def encode_corpus(self, paths, processes=None):
+        """All ids of the files, file after file, each as encode_bytes would have it, as one array: uint16, or uint32 above 65,536
+        ids. Blocks of them are encoded in parallel processes."""
         _ = self.fast                                            # built here once, not in every process
         blocks = bpe.blocks_of(paths, bpe.BLOCK if self.cuts else sys.maxsize)
-        return bpe.in_processes(self._encode_block, blocks, processes)
-
-    def encode_corpus(self, paths, processes=None):
-        """All ids of the files as one array, see encode_blocks."""
-        return np.concatenate([np.zeros(0, self.dtype), *self.encode_blocks(paths, processes)])
+        return np.concatenate([np.zeros(0, self.dtype), *bpe.in_processes(self._encode_block, blocks, processes)])
 
     @property
     def dtype(self):
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _encode_block(self, block: tuple[str, int, int]):
-        data = bpe.read_block(*block, self.cuts)
+        data = bpe.read_block(block, self.cuts)
         return np.array(self.encode_bytes(data, "inside" if block[1] else "first"), self.dtype)
 
     @functools.cached_property
@@ -209,8 +195,8 @@ class Tokenizer:
         except KeyError:
             unknown = sorted(set(text) - self.vocab.keys())
             shown = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-            raise UserError(f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: "
-                            f"{shown}; remove them, or make the tokenizer from text that has them") from None
+            raise UserError(f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: {shown}; remove "
+                            "them, or make the tokenizer from text that has them") from None
 
     def _split(self, text, patterns):
         chunks = [text]
@@ -231,19 +217,18 @@ class Tokenizer:
         return ids
 
     def _encode_chunk(self, chunk):
+        token = chunk.encode() if self.kind == "bytes" else chunk
+        if self.whole_chunks and token in self.vocab:
+            return [self.vocab[token]]
         if self.kind == "bytes":
-            data = chunk.encode()
-            if self.whole_chunks and data in self.vocab:
-                return [self.vocab[data]]
-            return bpe.merge_by_rank([self._byte_id(b) for b in data], self.merges)
-        if self.whole_chunks and chunk in self.vocab:
-            return [self.vocab[chunk]]
+            return bpe.merge_by_rank([self._byte_id(b) for b in token], self.merges)
         ids = []
         for c in chunk:
+            fallback = [self.vocab.get(f"<0x{b:02X}>") for b in c.encode()]
             if c in self.vocab:
                 ids.append(self.vocab[c])
-            elif all(f"<0x{b:02X}>" in self.vocab for b in c.encode()):
-                ids += [self._byte_id(b) for b in c.encode()]
+            elif None not in fallback:
+                ids += fallback
             elif self.unknown is None:
                 raise UserError(f"{c!r} is not in this vocabulary, which has neither bytes nor an unknown token")
             elif ids[-1:] != [self.unknown]:                     # one unknown token for a run of unknown characters
@@ -251,39 +236,50 @@ class Tokenizer:
         return bpe.merge_by_rank(ids, self.merges)
 
     def _byte_id(self, byte):
-        token = {"bytes": bytes([byte]), "pieces": f"<0x{byte:02X}>"}.get(self.kind)
+        token = f"<0x{byte:02X}>" if self.kind == "pieces" else bytes([byte])
         if token not in self.vocab:
             raise UserError(f"byte {byte:#04x} is no UTF-8 text, and this tokenizer has no tokens for single bytes")
         return self.vocab[token]
 
     @functools.cached_property
     def _piece_splitter(self):
-        """Text of a pieces tokenizer can be split before every ▁ that follows another character, which lets chunks be
-        remembered; not so if some token has a ▁ there. None then."""
+        """Text of a pieces tokenizer can be split before every ▁ that follows another character, which lets chunks be remembered;
+        not so if some token has a ▁ there. None then."""
         return None if any(re.search("[^▁]▁", token) for token in self.vocab) else re.compile("▁*[^▁]+|▁+").findall
 
     @functools.cached_property
     def fast(self):
-        """tiktoken's encoder in Rust where it gives the same ids as merging by rank does, else None.
-
-        It differs in merging any two neighbours whose concatenation is a token, be it listed as a merge or not. Split
-        patterns other than ours might mean something else to its regular expressions."""
+        """tiktoken's encoder in Rust where it gives the same ids as merging by rank does, else None. Split patterns other than ours
+        might mean something else to its regular expressions."""
         known = self.patterns and self.patterns[-1] in PATTERNS.values()
-        if self.kind != "bytes" or not known or len(self.vocab) < 256:
-            return None
-        if "merges" in self.__dict__ and not merges_follow_vocab(self):
+        if self.kind != "bytes" or not known or not self._merges_follow_vocab():
             return None
         import tiktoken
         return tiktoken.Encoding("ours", pat_str=self.patterns[-1], mergeable_ranks=self.vocab, special_tokens={})
 
+    def _merges_follow_vocab(self):
+        """Whether following the merges equals what tiktoken does: merge any two neighbours whose concatenation is a token, lowest
+        id first.
+
+        It does if ids ascend with ranks and every token is what merging its own bytes ends in: then the same bytes between the
+        same borders always merge the same way, and an unlisted pair never stands there to be merged. A token that only whole
+        chunks become must have all its pairs listed, as in Llama 3's file."""
+        if "merges" not in self.__dict__:                        # the file says ids alone, for tiktoken to follow
+            return True
+        made = [new for _, new in sorted(self.merges.values())]
+        if made != sorted(made) or not all(bytes([b]) in self.vocab for b in range(256)):
+            return False
+        last = last_merges(self.vocab, self.merges)
+        rest = [token for token, i in self.vocab.items() if i not in last]
+        halves = ((self.vocab.get(t[:k]), self.vocab.get(t[k:])) for t in rest for k in range(1, len(t)))
+        return (self.whole_chunks or not rest) and all(None in pair or pair in self.merges for pair in halves)
+
     @functools.cached_property
     def merges(self):
-        """For vocabularies that come as ranks alone: the two tokens that each token is merged from."""
-        merges = {}
-        for token, i in sorted(self.vocab.items(), key=lambda item: item[1]):
-            if len(token) > 1 and (parts := last_merge(token, i, self.vocab)):
-                merges[tuple(self.vocab[p] for p in parts)] = (len(merges), i)
-        return merges
+        """For vocabularies that come as ids alone: the two tokens that each token is merged from."""
+        last = last_merges(self.vocab, merges_by_score(self.vocab, range(0, -self.vocab_size, -1)))
+        made = [(pair, i) for i, pair in last.items() if pair]
+        return {pair: (rank, i) for rank, (pair, i) in enumerate(made)}
 
     # -- decoding
     def decode(self, ids, skip_special: bool = False) -> str:
@@ -376,21 +372,19 @@ class Stream:
     """Ids in, text out, as a model produces them: never half a character, and nothing is decoded twice."""
 
     def __init__(self, tokenizer, skip_special):
-        self.table = tokenizer._bytes if skip_special else tokenizer._shown
+        self.tokenizer, self.skip_special, self.strip_space = tokenizer, skip_special, tokenizer.strip_space
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.strip_space = tokenizer.strip_space
 
     def push(self, i):
         """The text that is certain now: possibly "", possibly more than this token's own."""
-        if not 0 <= i < len(self.table):
-            raise UserError(f"id {i} is not one of this tokenizer's {len(self.table)}")
-        return self._strip(self.decoder.decode(self.table[i]))
+        return self._decode(self.tokenizer.decode_bytes([i], self.skip_special))
 
     def flush(self):
         """What is left: U+FFFD if a character was never finished."""
-        return self._strip(self.decoder.decode(b"", final=True))
+        return self._decode(b"", final=True)
 
-    def _strip(self, text):
+    def _decode(self, data, final=False):
+        text = self.decoder.decode(data, final)
         if self.strip_space and text:
             self.strip_space = False
             return text.removeprefix(" ")
@@ -411,52 +405,30 @@ def free_ids(special):
     return (i for i in count() if i not in taken)
 
 
-def merges_follow_vocab(tokenizer):
-    """Whether merging any two neighbours whose concatenation is a token, lowest id first, equals following the merges.
-
-    It does if ids ascend with ranks and every token is what merging its own bytes ends in: then the same bytes between
-    the same borders always merge the same way, and an unlisted pair never stands there to be merged. A token that only
-    whole chunks become must have all its pairs listed, as in Llama 3's file."""
-    vocab, merges, spelling = tokenizer.vocab, tokenizer.merges, tokenizer._bytes
-    ordered = sorted((rank, pair, new) for pair, (rank, new) in merges.items())
-    made = [new for _, _, new in ordered]
-    if made != sorted(made) or len(set(made)) + 256 != len(vocab):
-        return False
-    last = {}                                                # token: (rank, pair) of the merge that makes it
-    for rank, pair, new in ordered:
-        if new not in last and not merges_across(pair[0], pair[1], rank, merges, last):
-            last[new] = rank, pair
-    rest = [spelling[i] for i in set(made) - last.keys()]
-    if rest and not tokenizer.whole_chunks:
-        return False
-    halves = ((vocab.get(token[:i]), vocab.get(token[i:])) for token in rest for i in range(1, len(token)))
-    return all(None in pair or pair in merges for pair in halves)
+def last_merges(vocab, merges):
+    """{id: pair}: the two tokens that merging a token's own bytes joins last, None for a byte, without the tokens that it never
+    makes. merges: {pair: (rank, id)}, the ids ascending with the ranks."""
+    last = {i: None for token, i in vocab.items() if len(token) == 1}
+    for pair, (_, new) in sorted(merges.items(), key=lambda item: item[1]):
+        if new not in last and last.keys() >= {*pair} and not border_crossed(pair, last, merges):
+            last[new] = pair
+    return last
 
 
-def merges_across(left, right, rank, merges, parts):
+def border_crossed(pair, last, merges):
     """Whether, in the bytes of two tokens side by side, some merge would cross their border before both are whole.
     Takes back the later of the two tokens' last merges until none is left, looking across the border each time."""
-    while left in parts or right in parts:
-        take_left = right not in parts or (left in parts and parts[left][0] > parts[right][0])
+    left, right = pair
+    while last[left] or last[right]:
+        take_left = not last[right] or (last[left] and left > right)
         if take_left:
-            undone, (_, left) = parts[left]
+            undone, left = left, last[left][1]
         else:
-            undone, (right, _) = parts[right]
-        across = merges.get((left, right), (rank + 1,))[0]
+            undone, right = right, last[right][0]
+        across = merges[left, right][1] if (left, right) in merges else undone + 1
         if across < undone or (across == undone and not take_left):     # of equals the leftmost goes first
             return True
     return False
-
-
-def last_merge(token, limit, ranks):
-    """The two parts a token is merged from in the end, using only tokens ranked below it; None if it stays in more."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], limit))
-        if ranks.get(parts[best] + parts[best + 1], limit) >= limit:
-            return None
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
 
 
 # ---- The commands.

@@ -5,11 +5,11 @@
 They are untrusted: sizes, types and references are checked, and what is not understood is refused by name.
 """
 import base64
+import contextlib
 import json
 import re
 import unicodedata
 from collections import Counter
-from itertools import chain
 
 from bpe import BYTES, PATTERNS, PRINTABLE
 from common import UserError
@@ -19,6 +19,10 @@ LARGEST_ID = 1 << 24
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on (as in GPT-2's files).
 BYTE_TO_CHAR = {b: chr(b if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+# of Mistral's tekken.json files that do not list theirs
+TEKKEN_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+                  "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+                  "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
 
 
 def read_tokenizer(path, pattern, make):
@@ -32,21 +36,27 @@ def read_tokenizer(path, pattern, make):
     if not path.is_file():
         raise UserError(f"there is no tokenizer at {path}")
     data = read_limited(path)
-    if path.suffix == ".json":
-        content = parse_json(data, path)
-        if "config" in content and "model" not in content:
-            return from_tekken(content, make)
-        tokenizer = from_json(content, path, make)
-        tokenizer.source = data
-    elif path.suffix in (".bpe", ".txt"):
-        tokenizer = from_vocab_bpe(data, path, make)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):                       # Llama 3's tokenizer.model is one of these
-        tokenizer = from_ranks(data, path, pattern, make)
-    elif path.suffix == ".model":
-        tokenizer = from_sentencepiece(path, make)
-    else:
-        raise UserError(f"{path} is none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
-    tokenizer.config.update(read_config(path.parent))
+    with naming(path):
+        if path.suffix == ".json":
+            content = parse_json(data)
+            if "config" in content and "model" not in content:
+                tokenizer = from_tekken(content, make)
+            else:
+                tokenizer = from_json(content, make)
+                tokenizer.source = data
+        elif path.suffix in (".bpe", ".txt"):
+            tokenizer = from_vocab_bpe(path, data, make)
+        elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):                   # Llama 3's tokenizer.model is one of these
+            tokenizer = from_ranks(path, data, pattern, make)
+        elif path.suffix == ".model":
+            tokenizer = from_sentencepiece(path, make)
+        else:
+            raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
+    if (config := path.with_name("tokenizer_config.json")).is_file():
+        with naming(config):
+            tokenizer.config |= parse_json(read_limited(config))
+    if (template := path.with_name("chat_template.jinja")).is_file():       # where newer folders keep it
+        tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
     return tokenizer
 
 
@@ -56,55 +66,50 @@ def read_limited(path):
     return path.read_bytes()
 
 
-def parse_json(data, path):
+@contextlib.contextmanager
+def naming(path):
+    """Whatever is wrong inside a file from outside is one line that names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a {path.name}: {type(error).__name__} {error}") from None
+
+
+def refuse(what):
+    raise UserError(f"{what} is not supported")
+
+
+def parse_json(data):
+    """bytes -> dict, of which no key may be there twice."""
     def no_twins(pairs):
         if len(made := dict(pairs)) < len(pairs):
-            raise UserError(f"{path} has the key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} twice")
+            raise UserError(f"the key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} is there twice")
         return made
-    try:
-        content = json.loads(data, object_pairs_hook=no_twins)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    content = json.loads(data, object_pairs_hook=no_twins)
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
+        raise UserError("this is not a JSON object")
     return content
 
 
-def read_config(folder):
-    """tokenizer_config.json, and the chat template where newer folders keep it."""
-    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = parse_json(read_limited(path), path) if path.is_file() else {}
-    if template.is_file():
-        config["chat_template"] = read_limited(template).decode("utf-8", "replace")
-    return config
-
-
-def from_json(content, path, make):
+def from_json(content, make):
     """A tokenizer.json of HF tokenizers: byte-level BPE, SentencePiece-style BPE, or our character tokenizers."""
-    def refuse(what):
-        raise UserError(f"{path}: {what} is not supported")
-
-    try:
-        model = content["model"]
-        if model.get("type", "BPE") != "BPE":
-            refuse(f"model type {model['type']!r} (only BPE)")
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
-                refuse(f"model option {option} = {model[option]!r}")
-        normalizer = [step for part in sequence(content.get("normalizer"), "normalizers")
-                      for step in read_normalizer(part, refuse)]
-        patterns, prefix, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"), refuse)
-        decoders = {d["type"]: d for d in sequence(content.get("decoder"), "decoders")}
-        for name in decoders.keys() - {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
-            refuse(f"decoder {name!r}")
-        kind = "bytes" if byte_level else "pieces" if model["merges"] or decoders.keys() - {"Fuse"} else "chars"
-        special, added = read_added(content.get("added_tokens") or [], normalizer, refuse)
-        vocab, merges = read_bpe(model, kind, special | added, path)
-        unknown = special.get(model.get("unk_token"), model["vocab"].get(model.get("unk_token")))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a tokenizer.json: {type(error).__name__} {error}") from None
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE":
+        refuse(f"model type {model['type']!r} (only BPE)")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            refuse(f"model option {option} = {model[option]!r}")
+    normalizer = [read_normalizer(part) for part in sequence(content.get("normalizer"), "normalizers")]
+    patterns, prefix, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
+    decoders = {d["type"]: d for d in sequence(content.get("decoder"), "decoders")}
+    for name in decoders.keys() - {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        refuse(f"decoder {name!r}")
+    kind = "bytes" if byte_level else "pieces" if model["merges"] or decoders.keys() - {"Fuse"} else "chars"
+    special, added = read_added(content.get("added_tokens") or [], normalizer)
+    vocab, merges = read_bpe(model, kind, special | added)
+    unknown = special.get(model.get("unk_token"), model["vocab"].get(model.get("unk_token")))
     strips = "Strip" in decoders or decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
     return make(kind, vocab, merges, patterns=patterns, special=special, added=added, normalizer=normalizer + prefix,
                 strip_space=strips, whole_chunks=bool(model.get("ignore_merges")), unknown=unknown)
@@ -117,18 +122,18 @@ def sequence(part, key):
     return [p for inner in part[key] for p in sequence(inner, key)] if part["type"] == "Sequence" else [part]
 
 
-def read_normalizer(part, refuse):
+def read_normalizer(part):
     kind = part["type"]
     if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-        return [("unicode", kind)]
+        return ("unicode", kind)
     if kind == "Prepend":
-        return [("prepend", part["prepend"], "every")]
+        return ("prepend", part["prepend"], "every")
     if kind == "Replace" and "String" in part["pattern"]:
-        return [("replace", part["pattern"]["String"], part["content"])]
+        return ("replace", part["pattern"]["String"], part["content"])
     return refuse(f"normalizer {kind!r}" + (" with a regular expression" if kind == "Replace" else ""))
 
 
-def read_pre_tokenizer(part, refuse):
+def read_pre_tokenizer(part):
     """-> (split patterns, what Metaspace does to the text first, whether it is byte-level)"""
     patterns, prefix, byte_level = [], [], False
     for step in sequence(part, "pretokenizers"):
@@ -144,18 +149,17 @@ def read_pre_tokenizer(part, refuse):
         elif kind == "Digits":
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Metaspace":
-            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-            prefix = [("replace", " ", step["replacement"]), ("prepend", step["replacement"], scheme)]
-            patterns += [f"{step['replacement']}[^{step['replacement']}]*"] if step.get("split", True) else []
+            space, always = step["replacement"], step.get("add_prefix_space", True)
+            scheme = step.get("prepend_scheme", "always" if always else "never")
+            prefix = [("replace", " ", space), ("prepend", space, scheme)]
+            patterns += [f"{space}[^{space}]*"] if step.get("split", True) else []
         else:
-            details = ", ".join(f"{k}={v!r}" for k, v in step.items() if k != "type")
-            refuse(f"pre-tokenizer {kind!r} with {details or 'no options'}")
+            refuse(f"pre-tokenizer {kind!r} with {', '.join(f'{k}={v!r}' for k, v in step.items() if k != 'type') or 'no options'}")
     return patterns, prefix, byte_level
 
 
-def read_added(tokens, normalizer, refuse):
-    """-> (special {text: id}, other added tokens {text: id}). How special ones would be matched does not matter here:
-    they never are."""
+def read_added(tokens, normalizer):
+    """-> (special {text: id}, other added tokens {text: id}). How special ones would be matched does not matter: they never are."""
     special, added = {}, {}
     for token in tokens:
         text, options = token["content"], [o for o in ("single_word", "lstrip", "rstrip") if token.get(o)]
@@ -169,53 +173,51 @@ def read_added(tokens, normalizer, refuse):
     return special, added
 
 
-def read_bpe(model, kind, special, path):
+def read_bpe(model, kind, special):
     """-> (vocab, merges) of a tokenizer.json's model, by ids and without special and added tokens."""
     check_ids(model["vocab"].values(), len(model["vocab"]))
     ids = dict(model["vocab"])
     for text, i in special.items():
         if ids.pop(text, i) != i:
-            raise UserError(f"{path} gives {text!r} two ids: {i} and {model['vocab'][text]}")
+            raise UserError(f"{text!r} has two ids: {i} and {model['vocab'][text]}")
     merges = {}
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair, new = (ids.get(left), ids.get(right)), ids.get(left + right)
         if None in pair or new is None or new in pair or pair in merges:
-            raise UserError(f"{path}: merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or "
-                            "makes what is no ordinary token")
+            raise UserError(f"merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or makes what is no "
+                            "ordinary token")
         merges[pair] = (rank, new)
     if kind != "bytes":
         return ids, merges
-    try:
-        return {bytes([CHAR_TO_BYTE[c] for c in token]): i for token, i in ids.items()}, merges
-    except KeyError as error:
-        raise UserError(f"{path}: a byte-level token has {error.args[0]!r}, which stands for no byte") from None
+    if wrong := set("".join(ids)) - CHAR_TO_BYTE.keys():
+        raise UserError(f"a byte-level token has {wrong.pop()!r}, which stands for no byte")
+    return {bytes([CHAR_TO_BYTE[c] for c in token]): i for token, i in ids.items()}, merges
 
 
-def from_vocab_bpe(data, path, make):
+def from_vocab_bpe(path, data, make):
     """GPT-2's vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
-    lines = [line.split(" ") for line in data.decode("utf-8", "replace").split("\n")
-             if line and not line.startswith("#version")]
+    lines = [line.split(" ") for line in data.decode("utf-8", "replace").split("\n") if line and not line.startswith("#version")]
     if bad := [line for line in lines if len(line) != 2]:
-        raise UserError(f"{path} is not a list of merges: {' '.join(bad[0])[:80]!r}")
+        raise UserError(f"this is not a list of merges: {' '.join(bad[0])[:80]!r}")
     beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
     made = dict.fromkeys([*BYTE_TO_CHAR.values(), *map("".join, lines)])
+    vocab = {token: i for i, token in enumerate([*made, "<|endoftext|>"])}  # GPT-2's own ids, in order of making
     if beside.is_file():
-        vocab = parse_json(read_limited(beside), beside)
-    else:                                        # in GPT-2's own, ids are in order of making
-        vocab = {token: i for i, token in enumerate([*made, "<|endoftext|>"])}
+        with naming(beside):
+            vocab = parse_json(read_limited(beside))
     special = {token: i for token, i in vocab.items() if token not in made}
-    vocab, merges = read_bpe({"vocab": vocab, "merges": lines}, "bytes", special, path)
+    vocab, merges = read_bpe({"vocab": vocab, "merges": lines}, "bytes", special)
     return make("bytes", vocab, merges, patterns=[PATTERNS["gpt2"]], special=special)
 
 
-def from_ranks(data, path, pattern, make):
+def from_ranks(path, data, pattern, make):
     """A tiktoken file: lines of a token in base64 and its rank, which is its id."""
     known = {"r50k_base": "gpt2", "p50k_base": "gpt2", "gpt2": "gpt2", "cl100k_base": "gpt4", "tokenizer": "llama3"}
     pattern = pattern or known.get(path.stem)
     if pattern is None:
-        raise UserError(f"{path} does not say how text is split: load(path, pattern=...) with one of "
-                        f"{', '.join(PATTERNS)} or your own")
+        raise UserError(f"the file does not say how text is split: load(path, pattern=...) with one of {', '.join(PATTERNS)} or "
+                        "your own")
     vocab = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -225,34 +227,28 @@ def from_ranks(data, path, pattern, make):
                 raise ValueError("empty or twice")
             vocab[token] = int(rank)
         except ValueError as error:
-            raise UserError(f"{path}:{number} is not a token in base64 and its rank: {error}") from None
-    return rank_tokenizer(vocab, PATTERNS.get(pattern, pattern), {}, path, make)
+            raise UserError(f"line {number} is not a token in base64 and its rank: {error}") from None
+    return rank_tokenizer(vocab, PATTERNS.get(pattern, pattern), {}, make)
 
 
 def from_tekken(content, make):
     """Mistral's tekken.json: ranks, which are ids after the special tokens. Only the first of the ranks are used."""
-    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-             "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
-             "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]    # in files that do not list them
-    try:
-        config = content["config"]
-        n = config["default_num_special_tokens"]
-        if content.get("special_tokens"):
-            names = [token["token_str"] for token in sorted(content["special_tokens"], key=lambda token: token["rank"])]
-        names += [f"<SPECIAL_{i}>" for i in range(len(names), min(n, LARGEST_ID))]
-        used = sorted(content["vocab"], key=lambda t: t["rank"])[:config["default_vocab_size"] - n]
-        vocab = {base64.b64decode(token["token_bytes"]): token["rank"] + n for token in used}
-        special = {name: i for i, name in enumerate(names)}
-        if len(vocab) < len(used) or len(special) != n:
-            raise ValueError("a token twice")
-        return rank_tokenizer(vocab, config["pattern"], special, "tekken.json", make)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"this tekken.json cannot be read: {error}") from None
+    config, names = content["config"], TEKKEN_SPECIAL
+    n = config["default_num_special_tokens"]
+    if content.get("special_tokens"):
+        names = [token["token_str"] for token in sorted(content["special_tokens"], key=lambda token: token["rank"])]
+    names = [*names, *(f"<SPECIAL_{i}>" for i in range(len(names), min(n, LARGEST_ID)))]
+    used = sorted(content["vocab"], key=lambda token: token["rank"])[:config["default_vocab_size"] - n]
+    vocab = {base64.b64decode(token["token_bytes"]): token["rank"] + n for token in used}
+    special = {name: i for i, name in enumerate(names)}
+    if len(vocab) < len(used) or len(special) != n:
+        raise UserError("a token is there twice")
+    return rank_tokenizer(vocab, config["pattern"], special, make)
 
 
-def rank_tokenizer(vocab, pattern, special, path, make):
+def rank_tokenizer(vocab, pattern, special, make):
     if missing := [b for b in range(256) if bytes([b]) not in vocab]:
-        raise UserError(f"{path} has no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}")
+        raise UserError(f"there is no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}")
     return make("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True)
 
 
@@ -262,37 +258,37 @@ def from_sentencepiece(path, make):
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is not a SentencePiece model: {str(error)[:100]}") from None
+        raise UserError(f"this is not a SentencePiece model: {str(error)[:100]}") from None
     pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
     special = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
     vocab = {p: i for i, p in enumerate(pieces) if p not in special and not sp.is_unused(i)}
     merges = merges_by_score(vocab, [sp.get_score(i) for i in range(len(pieces))])
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
-    normalizer = ([("prepend", "▁", "every")] if prefix else []) + [("replace", " ", "▁")]
-    tokenizer = make("pieces", vocab, merges, special=special, normalizer=normalizer, strip_space=prefix,
-                     unknown=sp.unk_id())
+    normalizer = [("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")]
+    tokenizer = make("pieces", vocab, merges, special=special, normalizer=normalizer, strip_space=prefix, unknown=sp.unk_id())
     for probe in ("Hello  world ", " \tﬁ ½ Ａ\n日本 🙂", *(p.replace("▁", " ") for p in list(vocab)[300::50])):
         if tokenizer.encode(probe) != sp.encode(probe):
-            raise UserError(f"{path} encodes {probe!r} otherwise than plain BPE: unigram models and normalizers that "
-                            "change the text are not supported")
+            raise UserError(f"it encodes {probe!r} otherwise than plain BPE: unigram models and normalizers that change the text "
+                            "are not supported")
     return tokenizer
 
 
 def merges_by_score(vocab, scores):
-    """{piece: id} and each id's score -> merges: every way to put a piece together, ranked by the piece's score."""
+    """{token: id} and each id's score -> merges: every way to put a token together, ranked by the token's score."""
     merges = {}
-    made = [(piece, i) for piece, i in vocab.items() if len(piece) > 1 and not re.fullmatch("<0x[0-9A-F]{2}>", piece)]
-    for piece, i in sorted(made, key=lambda item: (-scores[item[1]], item[1])):
-        for k in range(1, len(piece)):
-            pair = vocab.get(piece[:k]), vocab.get(piece[k:])
+    for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
+        if isinstance(token, str) and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            continue
+        for k in range(1, len(token)):
+            pair = vocab.get(token[:k]), vocab.get(token[k:])
             if None not in pair:
                 merges[pair] = (len(merges), i)
     return merges
 
 
 def normalize(text, operations, where="first"):
-    """Apply a normalizer to what stands first in a text, or later, after an added token, or inside a text that is
-    encoded in parts, where nothing is put in front."""
+    """Apply a normalizer to what stands first in a text, or later, after an added token, or inside a text that is encoded in
+    parts, where nothing is put in front."""
     for name, *arguments in operations:
         if name == "unicode":
             text = unicodedata.normalize(arguments[0], text)
@@ -319,15 +315,12 @@ def to_json(tokenizer):
     kind, spelled = tokenizer.kind, {}
     for token, i in tokenizer.vocab.items():
         spelled[i] = "".join(BYTE_TO_CHAR[b] for b in token) if kind == "bytes" else token
-    merges = sorted((rank, pair) for pair, (rank, _) in tokenizer.merges.items())
-    names = sorted(chain(tokenizer.special.items(), tokenizer.added.items()), key=lambda item: item[1])
-    if clash := {name for name, _ in names} & set(spelled.values()):
+    names = {i: name for name, i in (tokenizer.special | tokenizer.added).items()}
+    if clash := set(names.values()) & set(spelled.values()):
         raise UserError(f"the file would have two tokens spelled {clash.pop()!r}, one of them special")
     normalizers = [{"type": "Prepend", "prepend": step[1]} if step[0] == "prepend" else
-                   {"type": "Replace", "pattern": {"String": step[1]}, "content": step[2]}
-                   for step in tokenizer.normalizer]
-    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-              for p in tokenizer.patterns]
+                   {"type": "Replace", "pattern": {"String": step[1]}, "content": step[2]} for step in tokenizer.normalizer]
+    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in tokenizer.patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     pieces = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -335,18 +328,17 @@ def to_json(tokenizer):
                "pieces": {"type": "Sequence", "decoders": pieces + [strip] * tokenizer.strip_space}}[kind]
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": sorted(added_tokens(tokenizer.special, True) + added_tokens(tokenizer.added, False),
-                               key=lambda token: token["id"]),
+        "added_tokens": sorted(added_tokens(tokenizer.special, True) + added_tokens(tokenizer.added, False), key=lambda t: t["id"]),
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]} if kind == "bytes" else None,
         "post_processor": None,
         "decoder": decoder,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "unk_token": {i: name for name, i in names}.get(tokenizer.unknown), "fuse_unk": kind == "pieces",
+                  "unk_token": names.get(tokenizer.unknown), "fuse_unk": kind == "pieces",
                   "byte_fallback": kind == "pieces", "ignore_merges": tokenizer.whole_chunks,
                   # special tokens too: HF takes the ids of added tokens from here
-                  "vocab": dict(sorted([*names, *((t, i) for i, t in spelled.items())], key=lambda item: item[1])),
-                  "merges": [f"{spelled[a]} {spelled[b]}" for _, (a, b) in merges]},
+                  "vocab": {token: i for i, token in sorted((spelled | names).items())},
+                  "merges": [f"{spelled[a]} {spelled[b]}" for a, b in sorted(tokenizer.merges, key=tokenizer.merges.get)]},
     }
 
 

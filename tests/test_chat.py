@@ -284,7 +284,7 @@ def test_training_counts_what_it_cannot_use():
     tok, skipped = Tok(), Counter()
     talks = [say("q", "a"), say("q", "a", "q"), say("q", " "), [{"role": "bot", "content": ""}],
              say("q", "a", system="s"), say("q", "a", "and?"), say("", "a"), [{"role": "system", "content": "s"}]]
-    pairs = list(chat.examples(tok, ((talk, None) for talk in talks), skipped))
+    pairs = list(chat.examples(tok, (({}, talk, None) for talk in talks), skipped))
     assert pairs == [chat.render(tok, talks[0]), chat.render(tok, talks[4])]
     assert skipped["ends with a user turn"] == 2
     assert skipped["empty assistant turn"] == skipped["empty user turn"] == skipped["no assistant turn"] == 1
@@ -293,9 +293,9 @@ def test_training_counts_what_it_cannot_use():
 
 def test_training_strictly_stops_at_the_first():
     with pytest.raises(UserError, match="conversation 2: ends with a user turn"):
-        list(chat.examples(Tok(), [(say("q", "a"), None), (say("q", "a", "q"), None)], Counter(), strict=True))
+        list(chat.examples(Tok(), [({}, say("q", "a"), None), ({}, say("q", "a", "q"), None)], Counter(), strict=True))
     with pytest.raises(UserError, match="none of 2 conversations can be trained on: 2 x no assistant turn"):
-        list(chat.examples(Tok(), [(say("q"), None)] * 2, Counter()))
+        list(chat.examples(Tok(), [({}, say("q"), None)] * 2, Counter()))
 
 
 def test_training_refuses_a_format_that_loses_the_system_prompt():
@@ -305,6 +305,8 @@ def test_training_refuses_a_format_that_loses_the_system_prompt():
 
 
 def test_files_of_all_layouts_are_read(tmp_path):
+    def read():
+        return [(messages, tools) for _, messages, tools in chat.read_records(tmp_path / "f")]
     want = [(say("q", "a"), None)]
     for record in ({"messages": say("q", "a")}, {"instruction": "q", "input": "", "output": "a"},
                    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -312,20 +314,20 @@ def test_files_of_all_layouts_are_read(tmp_path):
                    {"prompt": say("q"), "completion": say("q", "a")[1:]}):
         for text in (json.dumps([record]), json.dumps(record) + "\n\n"):
             (tmp_path / "f").write_text(text)
-            assert list(chat.read_conversations(tmp_path / "f")) == want
+            assert read() == want
     (tmp_path / "f").write_text(json.dumps({"system": "s", "instruction": "q", "input": "i", "output": "a"}))
-    assert list(chat.read_conversations(tmp_path / "f")) == [(say("q\n\n### Input:\ni", "a", system="s"), None)]
+    assert read() == [(say("q\n\n### Input:\ni", "a", system="s"), None)]
     for bad in (b"\xff\xfe", b"{", b'{"messages": []}\n[1]', b'{"text": "x"}', b'["x"]', b"[[[[", b"[" * 200_000):
         (tmp_path / "f").write_bytes(bad)
         with pytest.raises(UserError, match="record"):
-            list(chat.read_conversations(tmp_path / "f"))
+            read()
 
 
 def test_a_file_of_no_known_layout_names_its_keys_and_the_layouts(tmp_path):
     (tmp_path / "f").write_text('{"question": "q", "prompt": "p"}')
     said = r"f: record 1 .* its keys are 'question', 'prompt'; known layouts: \{messages\}, ShareGPT .* Alpaca"
     with pytest.raises(UserError, match=said):
-        list(chat.read_conversations(tmp_path / "f"))
+        list(chat.read_records(tmp_path / "f"))
 
 
 def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(tmp_path, capsys, monkeypatch):

@@ -39,7 +39,7 @@ def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(name
     ours.chat_template = TEMPLATE
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    records = [m for m, _ in chat.read_conversations(data_dir / "instruct" / "instruction-data.json")][:200]
+    records = [m for _, m, _ in chat.read_records(data_dir / "instruct" / "instruction-data.json")][:200]
     records.append([*records[0], *records[1], {"role": "user", "content": "é🙂 \n x"},
                     {"role": "assistant", "content": " Ünï 日本\n\nend"}])
     for messages in records:

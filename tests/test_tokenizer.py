@@ -76,7 +76,7 @@ def test_fast_trainer_learns_what_the_ten_lines_learn(chunks, n_merges):
 
 
 def test_fast_trainer_learns_what_the_ten_lines_learn_from_prose():
-    chunks = bpe.count_texts([PROSE], PATTERNS["gpt4"])
+    chunks = bpe.count_chunks([PROSE], [], PATTERNS["gpt4"])
     assert bpe.learn_merges(chunks, 300) == bpe.learn_merges_simply(chunks, 300)
 
 
@@ -98,18 +98,19 @@ def test_same_tokenizer_for_any_number_of_processes_and_any_block_size(corpus, p
 
 def test_long_texts_are_counted_in_parts_without_changing_the_chunks(monkeypatch):
     for pattern in PATTERNS.values():
-        whole = bpe.count_texts([PROSE], pattern)
+        whole = bpe.count_chunks([PROSE], [], pattern)
         with monkeypatch.context() as m:
             m.setattr(bpe, "BLOCK", 100)
             parts = list(bpe.batches([PROSE], pattern))
-            assert len(parts) > 10 and sum((bpe.count_texts(p, pattern) for p in parts), Counter()) == whole
+            assert len(parts) > 10 and sum((bpe.count_job(p, pattern) for p in parts), Counter()) == whole
+            assert bpe.count_chunks([PROSE], [], pattern) == whole
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_ascii_split_is_the_unicode_split(text):
     for pattern in PATTERNS.values():
-        assert bpe.ascii_splitter(pattern)(text) == regex.findall(pattern, text)
+        assert bpe.splitter(pattern, ascii=True)(text) == regex.findall(pattern, text)
 
 
 def test_max_bytes_samples_the_whole_file(tmp_path):
@@ -200,7 +201,7 @@ def test_text_survives_and_never_makes_a_special_id(ours, gpt2, llama, text):
             text = text.replace("▁", "_")                # which SentencePiece uses for a space
         ids = tok.encode(text)
         assert tok.decode(ids) == text
-        assert not tok.special_ids & set(ids)
+        assert not {*tok.special.values()} & {*ids}
         stream = tok.stream()
         assert "".join(map(stream.push, ids)) + stream.flush() == text
         assert "".join(tok.token_bytes(i).decode("latin1") for i in ids).encode("latin1").endswith(text.encode())
