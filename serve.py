@@ -121,13 +121,15 @@ class EngineClient(asyncio.Protocol):
 
     def __init__(self):
         self.jobs, self.calls, self.buffer, self.transport = {}, {}, bytearray(), None
-        self.stats, self.made, self.broken = {}, deque(maxlen=256), "not serving"     # made: (time, tokens since the start)
+        self.stats, self.made = {}, deque(maxlen=256)      # made: (time, tokens since the start)
+        self.broken, self.lost = "not serving", False
 
     def connection_made(self, transport):
         self.transport, self.broken = transport, None
 
     def connection_lost(self, error):
-        self.failed("the engine is gone")
+        self.lost = True
+        self.failed("the engine's process is gone")
 
     def data_received(self, data):
         self.buffer += data
@@ -140,7 +142,7 @@ class EngineClient(asyncio.Protocol):
 
     def close(self, job):
         """It is over, in whatever way: what is left of it goes out of the engine."""
-        if self.jobs.pop(job.number, None) and job.unfinished:
+        if self.jobs.pop(job.number, None) and job.unfinished and not self.broken:
             self.transport.write(message("cancel", job.number))
 
     async def call(self, what, *values):
@@ -719,7 +721,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter):
         service = self.config.app.state.service
-        self.should_exit |= service.draining and (service.depth == 0 or time.monotonic() > self.deadline)
+        self.should_exit |= (service.draining or service.client.lost) and (service.depth == 0 or time.monotonic() > self.deadline)
         return await super().on_tick(counter)
 
 
@@ -769,8 +771,9 @@ def apart(engine, concurrency):
     if not child:
         back.close()
         os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
-        os.nice(10)  # a step that waits for one of its threads costs more than what HTTP does
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        with contextlib.suppress(OSError):  # a step that waits for one of its threads costs more than what HTTP does
+            os.nice(10)
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         return front
     front.close()
     for number in (signal.SIGTERM, signal.SIGINT):

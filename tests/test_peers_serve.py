@@ -189,6 +189,17 @@ def folder(real):  # noqa: F811
     return real.folder
 
 
+def front_of(child):
+    """The process that speaks HTTP, which the engine's has forked."""
+    return int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()[0])
+
+
+def refuses(url):
+    with contextlib.suppress(httpx.TransportError), httpx.Client() as http:
+        return not http.get(url + "/health")
+    return True
+
+
 @pytest.mark.slow
 def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folder):
     """256 at once, 30 % of them leave at a random moment; every other one is answered or refused."""
@@ -216,8 +227,9 @@ def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folde
     def state(child, url):
         until(lambda: (s := HTTP.get(url + "/stats").json())["running"] == s["queue"] == 0)
         time.sleep(2)
-        memory = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
-        return len(os.listdir(f"/proc/{child.pid}/fd")), memory, HTTP.get(url + "/stats").json()["blocks_used"]
+        both = [Path(f"/proc/{pid}") for pid in (child.pid, front_of(child))]
+        memory = sum(int((p / "statm").read_text().split()[1]) for p in both) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+        return sum(len(os.listdir(p / "fd")) for p in both), memory, HTTP.get(url + "/stats").json()["blocks_used"]
 
     rng, seen = random.Random(4), {}
     with process(folder, "--queue", "120") as (child, url):
@@ -260,10 +272,22 @@ def test_an_idle_server_ends_at_once(folder):
 
 @pytest.mark.slow
 def test_clients_of_a_killed_server_get_an_error_and_a_new_one_is_ready_soon(folder):
-    with process(folder) as (child, url), pytest.raises(httpx.TransportError):
-        with HTTP.stream("POST", url + "/v1/completions", json=LONG, timeout=10) as stream:
-            for _ in stream.iter_lines():
-                child.kill()
+    many = {**LONG, "n": 16}
+    with process(folder) as (child, url), HTTP.stream("POST", url + "/v1/completions", json=many, timeout=10) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        child.kill()  # the engine's process: the one that speaks HTTP says so, and ends
+        *_, error, done = [line for line in lines if line]
+        assert "the engine's process is gone" in json.loads(error[6:])["error"]["message"] and done == "data: [DONE]"
+        until(lambda: refuses(url))
+    with process(folder) as (child, url):
+        with HTTP.stream("POST", url + "/v1/completions", json=many, timeout=10) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.kill(front_of(child), signal.SIGKILL)
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+        child.wait(10)  # the engine's process ends with it
     begin = time.monotonic()
     with process(folder) as (child, url):
         assert HTTP.get(url + "/ready").status_code == 200

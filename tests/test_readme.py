@@ -148,6 +148,7 @@ def test_command_of_the_readme_runs(command, workspace, monkeypatch, capsys):
             if words[1] == "serve.py":
                 monkeypatch.setattr("serve.Server.run", lambda self, sockets: sockets[0].close())
                 monkeypatch.setattr("gc.freeze", lambda: None)  # for a process that only serves
+                monkeypatch.setattr("serve.apart", lambda engine, concurrency: None)
             run(words[1], words[2:] + shlex.split(SHORT[beginning]))
 
 
