@@ -92,46 +92,60 @@ static inline Floats exp(Floats x) {  // 2^n e^r with |r| <= ln(2) / 2 and Cephe
 }
 
 // ---------------------------------------------------------------------------------------------------------------- threads
-// Threads that stay: a step has hundreds of barriers, and each should cost less than a microsecond. OpenMP's would do in the main
-// thread; called from another one, as in a server, its pools count as more threads than there are cores and go to sleep at every
-// barrier (5 times slower). While the engine steps, torch has one thread (native.quiet_torch): two sets of spinning threads would get
+// Threads that stay: a step has hundreds of phases, and between two of them all should meet in less than a microsecond. OpenMP's would
+// do in the main thread; called from another one, as in a server, its pools count as more threads than there are cores and go to sleep
+// at every barrier (5 times slower). Each thread has its share of a phase's items, so that what it reads stays in its own cache; who is
+// done takes from the others. A thread whose core was busy with something else when the step began finds the first phases done, and
+// nobody has waited for it. While the engine steps, torch has one thread (native.quiet_torch): two sets of spinning threads would get
 // in each other's way.
 struct Team {
     std::mutex turn, sleep;
     std::condition_variable wake;
-    std::atomic<uint64_t> round{0};                // its number and, in the low 16 bits, how many threads take part
-    std::atomic<int> arrived{0}, passed{0};
+    std::atomic<uint64_t> round{0};                // its number and, in the low 16 bits, how many threads may take part: 0 once it is over
+    std::atomic<int> inside{0};                    // helpers in the round
     int size = 1;                                  // threads of the round
     const std::function<void(int)> *job = nullptr;
+    std::vector<std::atomic<int>> taken, done;     // items of each share of each phase that somebody has begun; of each phase, done
     std::vector<std::thread::native_handle_type> helpers;
     std::vector<int> cores;                        // the caller's and the helpers'; fewer than threads: no thread keeps to one
 
     static Team &only() { static Team *team = new Team; return *team; }  // never destroyed: its threads never end
 
-    static void pause() {
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
-    }
-
     // Within a step nobody yields: where something else wants the core, who yields may be gone for a time slice
-    void barrier() {
-        const int now = passed;
-        if (arrived.fetch_add(1) + 1 == size) arrived = 0, passed++;
-        else for (int i = 0; passed == now; i++) i < 400 || cores.size() > helpers.size() ? pause() : std::this_thread::yield();
+    void pause(int i, bool within) {
+#if defined(__x86_64__)
+        if (i < 400 || within && cores.size() > helpers.size()) return _mm_pause();
+#endif
+        std::this_thread::yield();
     }
 
-    // Between steps: spin for some microseconds, then let others run, and go to sleep at last
+    // f(first, last) for all of 0..count-1, up to `grain` at a time; returns when all are done
+    template <class F> void share(int phase, int me, int count, int grain, F f) {
+        int made = 0;
+        for (int k = 0; k < size; k++) {
+            const int whose = (me + k) % size, begin = int64_t(count) * whose / size, end = int64_t(count) * (whose + 1) / size;
+            std::atomic<int> &next = taken[phase * size + whose];
+            while (begin + next < end) {
+                const int first = begin + next.fetch_add(grain), last = std::min(first + grain, end);
+                if (first < last) f(first, last), made += last - first;
+            }
+        }
+        if (made) done[phase] += made;
+        for (int i = 0; done[phase] < count; i++) pause(i, true);
+    }
+
     void work(int me, uint64_t seen) {
         for (;;) {
-            for (int i = 0; round == seen; i++) {
-                if (i < 400) { pause(); continue; }
-                if (i < 10000) { std::this_thread::yield(); continue; }
+            for (int i = 0; round == seen; i++) {  // spin for some microseconds, then let others run, and go to sleep at last
+                if (i < 10000) { pause(i, false); continue; }
                 std::unique_lock<std::mutex> lock(sleep);
                 wake.wait(lock, [&] { return round != seen; });
             }
-            seen = round;  // of the rounds that had no work for this thread it may have missed some
-            if (me < int(seen & 0xffff)) (*job)(me), barrier();
+            seen = round;
+            if (me >= int(seen & 0xffff)) continue;
+            inside++;
+            if (round == seen) (*job)(me);  // else it is over, and what the job refers to is gone
+            inside--;
         }
     }
 
@@ -154,7 +168,7 @@ struct Team {
 #endif
     }
 
-    void run(int threads, const std::function<void(int)> &f) {  // f(0), ..., f(threads - 1) at once
+    void run(int threads, size_t phases, const std::function<void(int)> &f) {  // f(0), ..., f(threads - 1) at once, if they come in time
         std::lock_guard<std::mutex> mine(turn);
         while (int(helpers.size()) < threads - 1) {
             std::thread helper(&Team::work, this, int(helpers.size()) + 1, uint64_t(round));
@@ -163,20 +177,21 @@ struct Team {
             cores.clear();
         }
         spread();
+        if (taken.size() < phases * threads) taken = std::vector<std::atomic<int>>(phases * threads);
+        if (done.size() < phases) done = std::vector<std::atomic<int>>(phases);
+        for (auto &n : taken) n.store(0, std::memory_order_relaxed);
+        for (auto &n : done) n.store(0, std::memory_order_relaxed);
+        const uint64_t number = ((round >> 16) + 1) << 16;
         {
             std::lock_guard<std::mutex> lock(sleep);
-            job = &f, size = threads, round = ((round >> 16) + 1) << 16 | threads;
+            job = &f, size = threads, round = number | threads;
         }
         wake.notify_all();
         f(0);
-        barrier();
+        round = number;
+        for (int i = 0; inside; i++) pause(i, true);
     }
 };
-
-// i = this thread's share of 0..count-1
-template <class F> static void share(int count, int me, int threads, F f) {
-    for (int i = int64_t(count) * me / threads; i < int64_t(count) * (me + 1) / threads; i++) f(i);
-}
 
 // ------------------------------------------------------------------------------------------------------------------ nouns
 enum Kind { FLOAT32 = 0, FLOAT16 = 1, INT8 = 2, INT4 = 3 };
@@ -346,21 +361,27 @@ template <int R> static inline int panels(const Linear &w, int panel, int end, c
     return P;
 }
 
-// This thread's share of y (T, N) = x (T, K) times W, or with `onto` y += that
-static void product(const Linear &w, const float *x, const Rounded &rounded, int T, float *y, size_t stride, bool onto, int me, int threads) {
-    const int count = (w.N + W - 1) / W;
-    const int end = int64_t(count) * (me + 1) / threads;
-    for (int panel = int64_t(count) * me / threads, done; panel < end; panel += done) {
-        int t = 0;
-        const int most = T == 1 ? 4 : 2, step = std::min(most, end - panel) == most ? most : 1;
-        for (done = step; t < T;) {
-            const int stop = panel + step;
-            if (T - t >= 8) panels<8>(w, panel, stop, x, rounded, t, y, stride, onto), t += 8;
-            else if (T - t >= 4) panels<4>(w, panel, stop, x, rounded, t, y, stride, onto), t += 4;
-            else if (T - t >= 2) panels<2>(w, panel, stop, x, rounded, t, y, stride, onto), t += 2;
-            else {
-                for (int p = panel; p < stop;) p += panels<1>(w, p, stop, x, rounded, t, y, stride, onto);
-                t += 1;
+static inline int panels_of(const Linear &w) { return (w.N + W - 1) / W; }
+
+// Panels first..last-1 of y (T, N) = x (T, K) times W, or with `onto` y += that. Of several layers with the same inputs, one after the
+// other in y, they are counted through.
+static void products(const Linear *layers, int count, const float *x, const Rounded *rounded, int T, float *y, size_t stride, bool onto,
+                     int first, int last) {
+    for (int j = 0; j < count && first < last; y += layers[j].N, first -= panels_of(layers[j]), last -= panels_of(layers[j]), j++) {
+        const Linear &w = layers[j];
+        const int end = std::min(last, panels_of(w));
+        for (int panel = std::max(first, 0), done; panel < end; panel += done) {
+            int t = 0;
+            const int most = T == 1 ? 4 : 2, step = std::min(most, end - panel) == most ? most : 1;
+            for (done = step; t < T;) {
+                const int stop = panel + step;
+                if (T - t >= 8) panels<8>(w, panel, stop, x, rounded[j], t, y, stride, onto), t += 8;
+                else if (T - t >= 4) panels<4>(w, panel, stop, x, rounded[j], t, y, stride, onto), t += 4;
+                else if (T - t >= 2) panels<2>(w, panel, stop, x, rounded[j], t, y, stride, onto), t += 2;
+                else {
+                    for (int p = panel; p < stop;) p += panels<1>(w, p, stop, x, rounded[j], t, y, stride, onto);
+                    t += 1;
+                }
             }
         }
     }
@@ -558,7 +579,8 @@ extern "C" void linear(const Linear *w, int T, const float *x, float *y, int thr
     {
 #pragma omp for
         for (int t = 0; t < T; t++) prepare(w, 1, x + size_t(t) * w->inputs, t, rounded);
-        product(*w, x, rounded[0], T, y, w->N, false, omp_get_thread_num(), omp_get_num_threads());
+        const int64_t count = panels_of(*w), me = omp_get_thread_num(), all = omp_get_num_threads();
+        products(w, 1, x, rounded, T, y, w->N, false, count * me / all, count * (me + 1) / all);
     }
 }
 
@@ -589,10 +611,20 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
     for (int r = 0; r < R; r++) row_adapters[r] = adapters[rows[r]];
     make_room(&m.head, 1, R, row_adapters.data(), last);
 
-    std::vector<std::atomic<int>> next(m.L);  // unit of attention that nobody has taken yet
     Team &team = Team::only();
-    team.run(threads, [&](int me) {
-        auto each = [&](int count, auto f) { share(count, me, threads, f), team.barrier(); };
+    team.run(threads, 3 + 11 * m.L, [&](int me) {
+        int phase = 0;
+        auto each = [&](int count, auto f) {  // of some tokens
+            team.share(phase++, me, count, std::max(8, count / (4 * threads)), [&](int first, int last) { for (int t = first; t < last; t++) f(t); });
+        };
+        auto multiply = [&](const Linear *layers, int n, const float *from, const Rounded *codes, int rows, float *to, size_t stride, bool onto) {
+            int count = 0;
+            for (int j = 0; j < n; j++) count += panels_of(layers[j]);
+            const int grain = 4 + (1 << 19) / (layers->K * W * rows) / 4 * 4;  // some 10 microseconds, in whole blocks
+            team.share(phase++, me, count, grain, [&](int first, int last) {
+                products(layers, n, from, codes, rows, to, stride, onto, first, last);
+            });
+        };
         each(T, [&](int t) {
             for (int k = 0; k < C; k++)
                 x[size_t(t) * C + k] = m.embed[ids[t] * C + k] + (m.places ? m.places[size_t(positions[t]) * C + k] : 0);
@@ -603,45 +635,36 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
                 normalize(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);
                 prepare(layer.qkv, 3, &normed[size_t(t) * C], t, rounded);
             });
-            for (int j = 0, n = 0; j < 3; n += layer.qkv[j++].N)
-                if (layer.qkv[j].N) product(layer.qkv[j], normed.data(), rounded[j], T, qkv.data() + n, width, false, me, threads);
-            team.barrier();
+            multiply(layer.qkv, 3, normed.data(), rounded, T, qkv.data(), width, false);
             each(T, [&](int t) {
                 (m.cached == FLOAT16 ? remember<uint16_t> : remember<float>)(m, layer, &qkv[size_t(t) * width], positions[t],
                                                                              blocks[spans[span_of[t]].blocks + positions[t] / PAGE]);
             });
-            for (size_t u; (u = next[i]++) < units.size();) {
+            team.share(phase++, me, units.size(), 1, [&](int u, int) {
                 const Span &span = spans[units[u].span];
                 attend_some(m, layer, span, units[u].first, units[u].last, units[u].head, blocks + span.blocks, qkv.data(), attended.data());
-            }
-            team.barrier();
+            });
             each(T, [&](int t) { prepare(&layer.out, 1, &attended[size_t(t) * inner], t, rounded); });
-            product(layer.out, attended.data(), rounded[0], T, x.data(), C, true, me, threads);
-            team.barrier();
+            multiply(&layer.out, 1, attended.data(), rounded, T, x.data(), C, true);
             each(T, [&](int t) {
                 normalize(&x[size_t(t) * C], layer.norm2, C, m.eps, &normed[size_t(t) * C]);
                 prepare(layer.up, 2, &normed[size_t(t) * C], t, rounded);
             });
-            for (int j = 0, n = 0; j < 2; n += layer.up[j++].N)
-                if (layer.up[j].N) product(layer.up[j], normed.data(), rounded[j], T, up.data() + n, 2 * m.M, false, me, threads);
-            team.barrier();
+            multiply(layer.up, 2, normed.data(), rounded, T, up.data(), 2 * m.M, false);
             each(T, [&](int t) {  // into the first M of the token's 2M
                 float *gate = &up[size_t(t) * 2 * m.M];
                 activate(gate, layer.up[1].N ? gate + m.M : nullptr, m.M);
                 prepare(&layer.down, 1, gate, t, rounded);
             });
-            if (layer.down.kind < INT8) {  // a product of floats reads rows of M
-                if (me == 0) for (int t = 1; t < T; t++) memcpy(&up[size_t(t) * m.M], &up[size_t(t) * 2 * m.M], m.M * sizeof(float));
-                team.barrier();
-            }
-            product(layer.down, up.data(), rounded[0], T, x.data(), C, true, me, threads);
-            team.barrier();
+            if (layer.down.kind < INT8)  // a product of floats reads rows of M
+                each(1, [&](int) { for (int t = 1; t < T; t++) memcpy(&up[size_t(t) * m.M], &up[size_t(t) * 2 * m.M], m.M * sizeof(float)); });
+            multiply(&layer.down, 1, up.data(), rounded, T, x.data(), C, true);
         }
         each(R, [&](int r) {
             normalize(&x[rows[r] * C], m.norm, C, m.eps, &normed[size_t(r) * C]);
             prepare(&m.head, 1, &normed[size_t(r) * C], r, last);
         });
-        if (!hidden) product(m.head, normed.data(), last[0], R, logits, m.head.N, false, me, threads);
+        if (!hidden) multiply(&m.head, 1, normed.data(), last, R, logits, m.head.N, false);
     });
     if (hidden) memcpy(hidden, normed.data(), size_t(R) * C * sizeof(float));
 }
