@@ -620,7 +620,7 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
         auto multiply = [&](const Linear *layers, int n, const float *from, const Rounded *codes, int rows, float *to, size_t stride, bool onto) {
             int count = 0;
             for (int j = 0; j < n; j++) count += panels_of(layers[j]);
-            const int grain = 4 + (1 << 19) / (layers->K * W * rows) / 4 * 4;  // some 10 microseconds, in whole blocks
+            const int grain = 4 + (1 << 19) / (int64_t(layers->K) * W * rows + 1) / 4 * 4;  // some 10 microseconds, in whole blocks
             team.share(phase++, me, count, grain, [&](int first, int last) {
                 products(layers, n, from, codes, rows, to, stride, onto, first, last);
             });
