@@ -1,5 +1,5 @@
 """The chat page in real Chromium, against serve.py over a stub engine whose answers are known. `make test-browser` runs it;
-SHOTS=docs also writes the screenshots. Needs playwright (PyPI), Chromium (apt-get install chromium, or $CHROMIUM), and for the
+SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora also writes the screenshots, with a real model. Needs playwright (PyPI), Chromium (apt-get install chromium, or $CHROMIUM), and for the
 accessibility check axe-core: `npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js`, its path in $AXE (default:
 package/axe.min.js).
 """
@@ -147,7 +147,7 @@ class StubEngine:
         return [1.0]
 
 
-def serve(engine, keys=None, runs="runs"):
+def serve(engine, keys=None, runs="runs", name="demo-135m", adapters="poet=adapters/poet"):
     """The app on a free port, in a thread -> (address, a function that ends it)."""
     import uvicorn
 
@@ -155,7 +155,7 @@ def serve(engine, keys=None, runs="runs"):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    app = create_app(engine, Args(model="demo-135m", adapters="poet=adapters/poet", runs=str(runs)), keys or {})
+    app = create_app(engine, Args(model=name, adapters=adapters, runs=str(runs)), keys or {})
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -820,32 +820,50 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
 
 
 # ------------------------------------------------------------------------------------------------------------ screenshots
-@pytest.mark.skipif(not SHOTS, reason="SHOTS=docs writes the screenshots")
-def test_screenshots(page):
-    for title in ("Name three rivers", "A haiku about compilers", "Why is the loss log-likely?"):
-        ask(page, title)
-        page.keyboard.press("Control+k")
-    ask(page, "Explain what attention does in a transformer, to someone who can program.")
-    page.wait_for_timeout(200)
-    shot(page, "light")
-    page.select_option("#theme", "dark")
-    shot(page, "dark")
-    page.select_option("#theme", "light")
-    page.click("#new")
-    page.click("#tokens")
-    ask(page, "Tell me a short story about a lighthouse.")
-    answer(page).locator(".tok", has_text=" sang").click()
-    shot(page, "tokens")
-    page.keyboard.press("Escape")
-    page.click("#tokens")
-    page.click("[data-view=compare]")
-    page.get_by_label("Model of B").select_option("poet")
-    page.fill("#question", "Explain attention to a poet")
-    page.press("#question", "Enter")
-    until(page, "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
-    shot(page, "compare")
-    page.click("[data-view=training]")
-    page.wait_for_selector("figure.first svg polyline")
-    page.get_by_role("checkbox", name="wide-lr").check()
-    page.wait_for_timeout(300)
-    shot(page, "training")
+@pytest.mark.skipif(not (SHOTS and "ADAPTER" in os.environ), reason="SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora")
+def test_screenshots(context):
+    from engine import Engine
+    model = Path(os.environ["MODEL"])
+    address, end = serve(Engine(str(model), "cpu", adapters={"lora": os.environ["ADAPTER"]}), runs=model.parent, name=model.name,
+                         adapters="lora=" + os.environ["ADAPTER"])
+    try:
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#model option", state="attached")
+        page.click("#gear")
+        page.fill("#s-temperature", "0")
+        page.fill("#s-max_tokens", "60")
+        page.click("#gear")
+        for question in ("Which is larger, 10 or 49?", "Use capital letters:\nriver peach scarf purple", "Add 4 and 5.",
+                         "Turn this list around:\npink lion copper cocoa"):
+            page.click("#new")
+            ask(page, question)
+        shot(page, "light")
+        page.select_option("#theme", "dark")
+        shot(page, "dark")
+        page.select_option("#theme", "light")
+        page.set_viewport_size({"width": 390, "height": 780})
+        shot(page, "phone")
+        page.set_viewport_size({"width": 1280, "height": 800})
+        page.click("#new")
+        page.click("#tokens")
+        ask(page, "Add 18 and 25.")
+        answer(page).locator(".tok").first.click()
+        shot(page, "tokens")
+        page.keyboard.press("Escape")
+        page.click("#tokens")
+        page.click("[data-view=compare]")
+        page.get_by_label("Model of B").select_option("lora")
+        page.fill("#question", "Which words stand at the ends of this list?\nzinc ladder cocoa")
+        page.press("#question", "Enter")
+        until(page, "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
+        shot(page, "compare")
+        page.click("[data-view=training]")
+        page.wait_for_selector("figure.first svg polyline")
+        for box in page.get_by_role("checkbox").all():
+            box.uncheck()
+        page.get_by_role("checkbox", name=model.name.removesuffix("-sft"), exact=True).check()
+        page.wait_for_timeout(500)
+        shot(page, "training")
+    finally:
+        end()
