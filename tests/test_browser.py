@@ -1,7 +1,7 @@
 """The chat page in real Chromium, against serve.py over a stub engine whose answers are known. `make test-browser` runs it;
 SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora also writes the screenshots, with a real model. Needs playwright (PyPI),
-Chromium (apt-get install chromium, or $CHROMIUM), and for the accessibility check axe-core: `npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js`, its path in $AXE (default:
-package/axe.min.js).
+Chromium (apt-get install chromium, or $CHROMIUM), and for the accessibility check axe-core: `npm pack axe-core && tar xf
+axe-core-*.tgz package/axe.min.js`, its path in $AXE (default: package/axe.min.js).
 """
 import json
 import math
