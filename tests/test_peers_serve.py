@@ -264,6 +264,20 @@ def test_sigterm_lets_streams_finish_and_refuses_new_ones(folder):
 
 
 @pytest.mark.slow
+def test_a_stream_that_outlives_the_drain_is_cut_off(folder):
+    with process(folder, "--drain", "0.5") as (child, url), HTTP.stream("POST", url + "/v1/completions", json={**LONG, "n": 16},
+                                                                       timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        os.kill(child.pid, signal.SIGSTOP)  # the engine makes no more tokens, so the stream cannot end by itself
+        os.kill(front_of(child), signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+        os.kill(child.pid, signal.SIGCONT)
+        child.wait(10)
+
+
+@pytest.mark.slow
 def test_an_idle_server_ends_at_once(folder):
     with process(folder) as (child, url):
         child.send_signal(signal.SIGTERM)
