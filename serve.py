@@ -150,8 +150,9 @@ class EngineClient(asyncio.Protocol):
         if self.broken:
             raise Refusal(503, self.broken)
         number, future = next(NUMBERS), asyncio.get_running_loop().create_future()
+        order = message("call", number, what, *values)
         self.calls[number] = future
-        self.transport.write(message("call", number, what, *values))
+        self.transport.write(order)
         return await future
 
     # -- what comes from the engine

@@ -30,7 +30,10 @@ from sampler import Sampling
 
 def message(*values):
     """Plain values -> the bytes that carry them."""
-    data = marshal.dumps(values)
+    try:
+        data = marshal.dumps(values)
+    except ValueError as error:
+        raise UserError(f"this is nested too deeply ({error})") from None
     return len(data).to_bytes(4, "little") + data
 
 
@@ -135,19 +138,21 @@ class Worker:
     def call(self, number, what, *values):
         """A grammar takes up to a second: it is built in a thread of its own, and all else goes on."""
         if what == "grammar":
-            self.builder.submit(self.answer, number, self.grammars.constraint, *values)
+            self.builder.submit(self.answer, number, what, values)
         else:
-            self.answer(number, getattr(self.engine, what), *values)
+            self.answer(number, what, values)
 
-    def answer(self, number, function, *values):
+    def answer(self, number, what, values):
+        result = error = None
         try:
-            result, error = function(*values), None
+            if what == "embed":
+                result = self.engine.embed(*values)
+            elif what == "prompt_logprobs":
+                result = plain(self.engine.prompt_logprobs(*values))
+            else:
+                self.grammars.constraint(*values)  # it stays here, under what it was made of
         except Exception as e:
-            result, error = None, (isinstance(e, UserError), str(e) if isinstance(e, UserError) else repr(e))
-        if isinstance(result, Constraint):  # it stays here, under what it was made of
-            result = None
-        elif result and not isinstance(result[0], float):
-            result = plain(result)
+            error = isinstance(e, UserError), str(e) if isinstance(e, UserError) else repr(e)
         self.send("result", number, result, error)
 
     def admit(self):
@@ -169,7 +174,7 @@ class Worker:
     def collect(self, deltas):
         """Several steps' tokens of an answer go out as one, more often than an eye can tell, the more streams the more: what
         the other half does with them costs the machine time. A first token and an end never wait."""
-        now, urgent = time.monotonic(), []
+        now, urgent = time.monotonic(), set()
         for d in deltas:
             if (request := self.active.get(d.request_id)) is None:
                 continue  # cancelled
@@ -188,7 +193,7 @@ class Worker:
                     del self.active[d.request_id]
             if d.finish_reason or not request.begun:
                 request.begun = True
-                urgent.append(name)
+                urgent.add(name)
         if now - self.sent >= min(0.005 * len(self.active), 0.05):
             self.tell()
         elif urgent:

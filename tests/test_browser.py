@@ -778,19 +778,25 @@ def test_axe_finds_no_serious_fault(page, theme):
 
 
 # ------------------------------------------------------------------------------------------------------------ a real model
+def greedy_page(context, address):
+    """The page of a real model, whose answers are short and always the same."""
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#model option", state="attached")
+    page.click("#gear")
+    page.fill("#s-temperature", "0")
+    page.fill("#s-max_tokens", "60")
+    page.click("#gear")
+    return page
+
+
 @pytest.mark.skipif("MODEL" not in os.environ, reason="MODEL=FOLDER talks to a real chat model, ADAPTER=FOLDER also to its adapter")
 def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
     from engine import Engine
     adapters = {"poet": os.environ["ADAPTER"]} if "ADAPTER" in os.environ else None
     address, end = serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters))
     try:
-        page = context.new_page()
-        page.goto(address)
-        page.wait_for_selector("#model option", state="attached")
-        page.click("#gear")
-        page.fill("#s-temperature", "0")
-        page.fill("#s-max_tokens", "60")
-        page.click("#gear")
+        page = greedy_page(context, address)
         ask(page, "Reverse this list: fox, plum, iron")
         said = answer(page).locator(".text").inner_text()
         assert said and "\ufffd" not in said and page.locator("[role=alert]").count() == 0
@@ -827,13 +833,7 @@ def test_screenshots(context):
     address, end = serve(Engine(str(model), "cpu", adapters={"lora": os.environ["ADAPTER"]}), runs=model.parent, name=model.name,
                          adapters="lora=" + os.environ["ADAPTER"])
     try:
-        page = context.new_page()
-        page.goto(address)
-        page.wait_for_selector("#model option", state="attached")
-        page.click("#gear")
-        page.fill("#s-temperature", "0")
-        page.fill("#s-max_tokens", "60")
-        page.click("#gear")
+        page = greedy_page(context, address)
         for question in ("Which is larger, 10 or 49?", "Use capital letters:\nriver peach scarf purple", "Add 4 and 5.",
                          "Turn this list around:\npink lion copper cocoa"):
             page.click("#new")

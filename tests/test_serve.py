@@ -459,6 +459,14 @@ def test_a_hostile_grammar_is_refused_soon_while_all_else_streams():
         assert max(gaps) < 4 and max(r.elapsed.total_seconds() for r in refusals) < 30  # 0.1 and 2 on a quiet machine
 
 
+def test_what_is_nested_too_deeply_for_a_message_is_refused():
+    deep = []
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(UserError, match="nested too deeply"):
+        message("call", 1, "grammar", "json", deep)
+
+
 def test_grammars_that_wait_to_be_built_have_a_limit_and_plain_requests_none():
     with running(Stub("x")) as server:
         server.service.building = 32
