@@ -54,9 +54,9 @@ class Sampling:
                   "best_of": (self.n, 128)}
         for name, (low, high) in ranges.items():  # integers where the bounds are
             value, kinds = getattr(self, name), int if isinstance(high, int) else (int, float)
-            if value is not None or name not in ("logprobs", "best_of"):
-                need(isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high, name,
-                     f"{'an integer' if kinds is int else 'a number'} from {low:g} to {high:g}")
+            if not (isinstance(value, kinds) and value is not True and value is not False and low <= value <= high) and (
+                    value is not None or name not in ("logprobs", "best_of")):
+                need(False, name, f"{'an integer' if kinds is int else 'a number'} from {low:g} to {high:g}")
         for name in ("top_p", "typical_p"):
             need(isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) <= 1, name, "in (0, 1]")
         need(self.seed is None or isinstance(self.seed, int), "seed", "an integer")

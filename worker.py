@@ -1,7 +1,9 @@
-"""The engine behind a socket: the half of the server that computes. serve.py is the half that speaks HTTP.
+"""The engine behind a socket: Worker, the half of the server that computes, and EngineClient, through which serve.py, the half
+that speaks HTTP, reaches it.
 
     front, back = socket.socketpair()
     Worker(engine, back, concurrency=64).run()      # in a thread, or in the process that forked the other half
+    await loop.create_unix_connection(lambda: client, sock=front)
 
 Python runs one thread of a process at a time, so HTTP in the engine's process would take its time from every step. Orders
 come in and answers go out as messages: four bytes of length, then plain values in `marshal`, the interpreter's own format.
@@ -9,6 +11,8 @@ come in and answers go out as messages: four bytes of length, then plain values 
     submit number, key, prompt ids, fields of Sampling, adapter, grammar      cancel number      call number, what, arguments
     deltas stats, [(number, when it was admitted, then the fields of a Delta)]      result number, value, error      failed why
 """
+import asyncio
+import itertools
 import json
 import marshal
 import os
@@ -18,12 +22,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from api import Refusal
 from common import UserError
+from engine import Delta, TokenLogprob
 from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from sampler import Sampling
 
@@ -220,3 +226,120 @@ def machine():
         gpu = {"name": torch.cuda.get_device_name(), "allocated": torch.cuda.memory_allocated(),
                "free": torch.cuda.mem_get_info()[0]}
     return {"memory": memory, "gpu": gpu}
+
+
+# ------------------------------------------------------------------------------------------------- the end that HTTP holds
+NUMBERS = itertools.count()
+
+
+class Inbox:
+    """What has come for a request, whose one task waits for it: a list and a future, for a Queue costs a task a token."""
+
+    def __init__(self):
+        self.loop, self.items, self.waiter = asyncio.get_running_loop(), [], None
+
+    def put(self, *items):
+        self.items += items
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def get(self, seconds):
+        """Everything that is there; [] if nothing comes in so many seconds."""
+        if not self.items:
+            self.waiter, timer = self.loop.create_future(), self.loop.call_later(seconds, self.put)
+            await self.waiter
+            timer.cancel()
+        items, self.items = self.items, []
+        return items
+
+
+@dataclass(eq=False)
+class Job:
+    """One prompt on its way through the engine. Its answers arrive in `inbox`, which the jobs of a request share."""
+    prompt: list
+    sampling: Sampling
+    adapter: str | None
+    grammar: tuple | None
+    key: str                    # whose it is: keys take turns
+    inbox: Inbox                # of (position, Delta), or of a Refusal
+    position: int = 0           # among the prompts of its request
+    number: int = field(default_factory=NUMBERS.__next__)
+    created: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0       # when it left the queue
+    first: float = 0.0          # when its first token came
+    tokens: int = 0
+    unfinished: int = 1
+    reason: str = "abort"       # why it ended
+
+
+class EngineClient(asyncio.Protocol):
+    """The way to the Worker: orders go out, answers come in, nothing waits for a step."""
+
+    def __init__(self):
+        self.jobs, self.calls, self.buffer, self.transport = {}, {}, bytearray(), None
+        self.stats, self.made = {}, deque(maxlen=256)      # made: (time, tokens since the start)
+        self.broken, self.lost = "not serving", False
+
+    def connection_made(self, transport):
+        self.transport, self.broken = transport, None
+
+    def connection_lost(self, error):
+        self.lost = True
+        self.failed("the engine's process is gone")
+
+    def data_received(self, data):
+        self.buffer += data
+        for what, *values in messages(self.buffer):
+            getattr(self, what)(*values)
+
+    def submit(self, job):
+        self.jobs[job.number] = job
+        self.transport.write(message("submit", job.number, job.key, job.prompt, vars(job.sampling), job.adapter, job.grammar))
+
+    def close(self, job):
+        """It is over, in whatever way: what is left of it goes out of the engine."""
+        if self.jobs.pop(job.number, None) and job.unfinished and not self.broken:
+            self.transport.write(message("cancel", job.number))
+
+    async def call(self, what, *values):
+        """embed, prompt_logprobs or grammar, between two steps."""
+        if self.broken:
+            raise Refusal(503, self.broken)
+        number, future = next(NUMBERS), asyncio.get_running_loop().create_future()
+        order = message("call", number, what, *values)
+        self.calls[number] = future
+        self.transport.write(order)
+        return await future
+
+    # -- what comes from the engine
+    def deltas(self, stats, items):
+        now, self.stats = time.monotonic(), stats
+        self.made.append((now, stats["generated_tokens"]))
+        for number, admitted, index, text, ids, logprobs, reason, error in items:
+            if (job := self.jobs.get(number)) is None:
+                continue  # it was closed
+            job.admitted, job.first, job.tokens = admitted, job.first or (now if ids else 0.0), job.tokens + len(ids)
+            if reason:
+                job.unfinished, job.reason = job.unfinished - 1, reason
+            logprobs = logprobs and [TokenLogprob(*t) for t in logprobs]
+            job.inbox.put((job.position, Delta(number, index, text, ids, logprobs, reason, error)))
+
+    def result(self, number, value, error):
+        future = self.calls.pop(number)
+        if future.done():
+            return  # nobody waits any more
+        if error:
+            future.set_exception(UserError(error[1]) if error[0] else RuntimeError(error[1]))
+        else:
+            future.set_result(value)
+
+    def failed(self, why):
+        self.broken = self.broken or why
+        for future in self.calls.values():
+            future.done() or future.set_exception(Refusal(503, self.broken))
+        for job in self.jobs.values():
+            job.inbox.put(Refusal(500, self.broken))
+
+    def tokens_per_second(self):
+        recent = [pair for pair in self.made if pair[0] > time.monotonic() - 10]
+        return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]) if len(recent) > 1 else 0.0

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -282,6 +283,16 @@ def test_bad_bodies_and_unknown_places_are_errors_in_openais_shape(stub):
     assert error_of(ask(stub, "/v1/completions", prompt="a", max_tokens=0), 400)
     error_of(ask(stub, model="\ud800"), 404)
     assert ask(stub, messages=[{"role": "user", "content": "half a \ud800 pair"}], user="\ud800").status_code == 200
+
+
+def test_the_short_way_past_fastapis_layers_answers_as_the_long_one(stub):
+    for body in [{}, dict(messages=3), dict(n=2), dict(stream=True, max_tokens=1), *BAD]:
+        short, long = [ask(stub, headers={"content-type": kind, "x-request-id": "same"}, **{"seed": 1, **body})
+                       for kind in ("application/json", "Application/JSON")]  # only what is spelled as usual goes the short way
+        assert (short.status_code, short.headers.keys()) == (long.status_code, long.headers.keys())
+        said = [re.sub(r'"created":\d+|: Input should be a valid dictionary or [^"]*', "", a.text) for a in (short, long)]
+        assert said[0] == said[1]
+    error_of(ask(stub, headers={"content-type": "text/plain"}), 400)  # which a page of another origin may send without asking
 
 
 def test_a_long_prompt_is_refused_with_the_numbers_and_a_long_answer_is_clamped(stub):
