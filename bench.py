@@ -675,37 +675,45 @@ def bench_prefix(args):
 
 # ---- The server: a load generator that speaks HTTP by itself, so that its own cost is small and no client library's.
 async def call(url, body, key="", kept=None):
-    """POST one completion and read its stream -> {status, ttft, tpot, e2e in seconds, tokens, text}. kept: a list for the
-    connection, if the next call may use it too."""
-    begin, host, data = time.perf_counter(), url.removeprefix("http://").split("/")[0], b""
+    """POST one completion -> (status, [(seconds since the call, bytes that came)]), to be read when nothing is measured any more.
+    kept: a list for the connection, if the next call may use it too."""
+    begin, host, came = time.perf_counter(), url.removeprefix("http://").split("/")[0], []
     reader, writer = kept.pop() if kept else await asyncio.open_connection(*host.split(":"), limit=1 << 24)
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     writer.write((f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nAuthorization: Bearer {key}\r\n"
                   f"Content-Length: {len(content)}\r\n\r\n").encode() + content)
-    row: dict = dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text="")
     with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
         head = await reader.readuntil(b"\r\n\r\n")
-        row["status"] = int(head.split()[1])
-        if row["status"] != 200:
-            length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
-            return row | dict(text=(await reader.readexactly(length)).decode("utf-8", "replace"))
-        while size := int(await reader.readline(), 16):  # chunks, and in them events
-            data += (await reader.readexactly(size + 2))[:-2]
-            *events, data = data.split(b"\n\n")
-            for event in (json.loads(e[6:]) for e in events if e.startswith(b"data: {")):
-                for choice in event.get("choices", ()):
-                    text = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-                    row["ttft"] = row["ttft"] or (time.perf_counter() - begin if text else None)
-                    row["text"] += text
-                row["tokens"] = event.get("usage", {}).get("completion_tokens", row["tokens"])
-                row["status"] = 500 if "error" in event else row["status"]
+        if (status := int(head.split()[1])) != 200:
+            return status, [(0.0, await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1])))]
+        while size := int(await reader.readline(), 16):  # chunks
+            chunk = (await reader.readexactly(size + 2))[:-2]
+            came.append((time.perf_counter() - begin, chunk))
         await reader.readline()
         if kept is not None:
             kept.append((reader, writer))
             stack.pop_all()
-    row["e2e"] = time.perf_counter() - begin
+    return status, came
+
+
+def answer(status, came):
+    """What `call` returned -> {status, ttft, tpot, e2e in seconds, tokens, text}; status 0: no answer, or not to its end."""
+    row: dict = dict(status=status, ttft=None, tpot=None, e2e=None, tokens=0, text="")
+    if status != 200:
+        return row | dict(text=came[0][1].decode("utf-8", "replace"))
+    data = b""
+    for seconds, chunk in came:
+        *events, data = (data + chunk).split(b"\n\n")
+        for event in (json.loads(e[6:]) for e in events if e.startswith(b"data: {")):
+            for choice in event.get("choices", ()):
+                text = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+                row["ttft"] = row["ttft"] or (seconds if text else None)
+                row["text"] += text
+            row["tokens"] = event.get("usage", {}).get("completion_tokens", row["tokens"])
+            row["status"] = 500 if "error" in event else row["status"]
+        row["e2e"] = seconds
     row["tpot"] = (row["e2e"] - row["ttft"]) / (row["tokens"] - 1) if row["ttft"] and row["tokens"] > 1 else None
     return row
 
@@ -721,15 +729,15 @@ async def load(url, bodies, concurrency, rate, key):
             try:
                 return await call(url, body, key, kept)
             except (OSError, asyncio.IncompleteReadError) as error:
-                return dict(status=0, ttft=None, tpot=None, e2e=None, tokens=0, text=repr(error))
+                return 0, [(0.0, repr(error).encode())]
     for body in bodies:
         tasks.append(asyncio.ensure_future(one(body)))
         if rate:
             await asyncio.sleep(rng.expovariate(rate))
-    rows, seconds = await asyncio.gather(*tasks), time.perf_counter() - begin
+    came, seconds = await asyncio.gather(*tasks), time.perf_counter() - begin
     for _, writer in kept:
         writer.close()
-    return rows, seconds
+    return [answer(*one) for one in came], seconds
 
 
 def load_bodies(args):
