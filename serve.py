@@ -686,9 +686,11 @@ def apart(engine, concurrency):
     if not child:
         back.close()
         os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
-        with contextlib.suppress(OSError):  # a step that waits for one of its threads costs more than what HTTP does
-            os.nice(10)
+        with contextlib.suppress(OSError):
+            os.nice(10)  # a step comes first
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            if len(cores := os.sched_getaffinity(0)) > 1:  # one core is left to the engine's own thread, which all others wait for
+                os.sched_setaffinity(0, cores - {min(cores)})
         return front
     front.close()
     for number in (signal.SIGTERM, signal.SIGINT):
