@@ -1,9 +1,9 @@
-# make demo | test | test-peers | test-browser | docker-test | bench | clean — each sets itself up in .venv and touches nothing
+# make demo | test | test-peers | test-browser | docker-test | bench | bench-gpu | clean — each sets itself up in .venv and touches nothing
 # else on the machine. make demo SERVE=0 stops before it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-peers test-browser docker-test bench clean
+.PHONY: demo test test-peers test-browser docker-test bench bench-gpu clean
 
 demo: .venv/runtime
 	@bash demo.sh $(ARGS)
@@ -21,8 +21,29 @@ test-browser: .venv/dev  # needs Chromium (apt-get install chromium, or $$CHROMI
 docker-test:  # builds llm:cpu with Docker, or as root with buildah; MODEL=runs/demo-dpo instead of a tiny model
 	$(PYTHON) deploy/docker_test.py $(if $(MODEL),--model $(MODEL))
 
+# Every table of the README that needs no other program, on the models that `make demo` made; figures also in runs/bench/*.json.
+# A line that fails says why, and the next one is run. make bench-gpu PY=python3 takes another Python than the one in .venv.
+PY = $(BIN)/python
+measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) bench.py $(2) --json runs/bench/$(1).json
+
 bench: .venv/runtime
-	$(BIN)/python bench.py train
+	$(call measure,train,train)
+	$(call measure,linear,linear --repeats 16)
+	$(call measure,decode,decode 135m --formats float16 int8 int4)
+	$(call measure,throughput,throughput runs/demo-sft)
+	$(call measure,prefix,prefix runs/demo --length 200)
+	$(call measure,serve,serve runs/demo-dpo --requests 768 --concurrency 256 --seqs 64 --rounds 12)
+	$(call measure,optimizers,optimizers)
+
+bench-gpu: $(if $(findstring .venv,$(PY)),.venv/dev)
+	-$(PY) -m pytest -q tests/test_kernels.py
+	$(call measure,kernels,kernels)
+	$(call measure,gpu-train,train --presets shakespeare-char-10m --target 1.4697)
+	$(call measure,gpu-pretrain,pretrain)
+	$(call measure,gpu-qlora,qlora --shape 7b)
+	$(call measure,gpu-decode,decode 7b --formats bfloat16 int8 int4)
+	$(call measure,gpu-throughput,throughput qwen3-0.6b --requests 256 --low 100 --high 1024 --transformers bfloat16)
+	$(call measure,gpu-prefix,prefix qwen3-0.6b)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache  # not runs/: those are your models

@@ -10,7 +10,8 @@
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py linear                       # one linear layer on the CPU, by format, beside llama.cpp with --gguf DIR
     python bench.py tokenizer corpus.txt --vocab-size 32000     # ours beside HF tokenizers and tiktoken (on Linux)
-    python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # one text and eight, peers in the same run
+    python bench.py decode 7b                    # one text and eight; a shape of random weights, or:
+    python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # with peers in the same run
     python bench.py throughput FOLDER --requests 64 --transformers float32             # random lengths, all at once
     python bench.py prefix FOLDER                # time to the first token of 64 requests that begin alike
     python bench.py serve FOLDER                 # the server under load, and what it costs over the engine by itself
@@ -318,7 +319,9 @@ def bench_dpo(args):
 # ---- QLoRA
 SHAPES = {"7b": Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False),     # Llama 2 7B's
           "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),        # TinyLlama 1.1B's
-          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 128, tie_word_embeddings=False)}
+          "qwen3-0.6b": Config("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, 40_960),
+          "135m": Config("llama", 49_152, 576, 1536, 30, 9, 3, 64, 8192),                                   # SmolLM2's
+          "tiny": Config("llama", 512, 128, 384, 2, 4, 2, 32, 1024, tie_word_embeddings=False)}
 
 
 def bench_qlora(args):
@@ -608,10 +611,20 @@ def transformers_rounds(args, dtype):
     return run
 
 
+def folder_of(args):
+    """A model folder as it is; for the name of a shape one of random weights under runs/, made the first time."""
+    folder = args.model
+    if folder in SHAPES and not Path(folder).exists():
+        folder = f"runs/random-{args.model}"
+        if not Path(folder, "config.json").is_file():
+            random_base(SHAPES[args.model], False, quietly(resolve, args.device, "bfloat16", "off")).save_pretrained(folder)
+    return folder
+
+
 def bench_decode(args):
     """tok/s of a prompt being read and of one and eight texts being written, every program in turn, the median of the rounds. The
     roofline is the rate at which memory is read (a sum over more than any cache holds) over the bytes of the weights."""
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device in ("auto", "cuda") else "cpu")
+    args.model, device = folder_of(args), quietly(resolve, args.device).device
     big = torch.ones((4 if device.type == "cuda" else 1) << 27, dtype=torch.int64, device=device)
     bandwidth = big.nbytes / timed(big.sum, device, 3)
     yield dict(memory="read", gb_per_s=bandwidth / 1e9)
@@ -637,6 +650,7 @@ def speeds(run, prompt, new):
 
 def bench_throughput(args):
     """Requests of random lengths, all there at the start: output tok/s beside transformers' static batches of the same."""
+    args.model = folder_of(args)
     engine = quietly(Engine, args.model, args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens)
     draw = torch.Generator().manual_seed(0)
     sizes = torch.randint(args.low, args.high + 1, (args.requests, 2), generator=draw).tolist()
@@ -661,7 +675,7 @@ def bench_prefix(args):
     prefix cache."""
     means = []
     for cached in (False, True):
-        engine = quietly(Engine, args.model, args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens or 128 * 1024,
+        engine = quietly(Engine, folder_of(args), args.device, args.dtype, args.quant, kv_tokens=args.kv_tokens or 128 * 1024,
                          max_seqs=64, prefix_cache=cached)
         prefix, first = torch.arange(args.length).remainder(engine.vocab_size - 1).add(1).tolist(), {}
         begin = time.perf_counter()
@@ -837,7 +851,8 @@ def bench_compare(args):
 
 
 # --------------------------------------------------------------------------------------------------------------------- flags
-WHAT = {"model": "a model folder (sft: a base model's)", "file": "a text file, best of 10 MB or more",
+WHAT = {"model": f"a model folder (sft: a base model's); decode and throughput: or a shape, {', '.join(SHAPES)}",
+        "file": "a text file, best of 10 MB or more",
         "data": "what to train on: a corpus or file of texts, conversations (sft), preferences (dpo)",
         "target": "report the time to this validation loss", "nanogpt_seconds": "wall time of nanoGPT's CPU recipe on this machine",
         "nanogpt_loss": "its loss over the whole validation split", "steps": "timed steps (optimizers: AdamW's)",
