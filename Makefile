@@ -21,7 +21,7 @@ test-browser: .venv/dev  # needs Chromium (apt-get install chromium, or $$CHROMI
 docker-test:  # builds llm:cpu with Docker, or as root with buildah; MODEL=runs/demo-dpo instead of a tiny model
 	$(PYTHON) deploy/docker_test.py $(if $(MODEL),--model $(MODEL))
 
-# Every table of the README that needs no other program, on the models that `make demo` made; figures also in runs/bench/*.json.
+# bench: every table of the README that needs no other program, on the models that `make demo` made; figures also in runs/bench/*.json.
 # A line that fails says why, and the next one is run. make bench-gpu PY=python3 takes another Python than the one in .venv.
 PY = $(BIN)/python
 measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) bench.py $(2) --json runs/bench/$(1).json
@@ -35,7 +35,7 @@ bench: .venv/runtime
 	$(call measure,serve,serve runs/demo-dpo --requests 768 --concurrency 256 --seqs 64 --rounds 12)
 	$(call measure,optimizers,optimizers)
 
-bench-gpu: $(if $(findstring .venv,$(PY)),.venv/dev)
+bench-gpu: $(if $(findstring .venv,$(PY)),.venv/peers)
 	-$(PY) -m pytest -q tests/test_kernels.py
 	$(call measure,kernels,kernels)
 	$(call measure,gpu-train,train --presets shakespeare-char-10m --target 1.4697)

@@ -701,8 +701,9 @@ async def call(url, body, key="", kept=None):
         stack.callback(writer.close)
         head = await reader.readuntil(b"\r\n\r\n")
         if (status := int(head.split()[1])) != 200:
-            return status, [(0.0, await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1])))]
-        while size := int(await reader.readline(), 16):  # chunks
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            return status, [(0.0, await reader.readexactly(int(length[1]) if length else 0))]
+        while size := int(await reader.readuntil(b"\n"), 16):  # chunks
             chunk = (await reader.readexactly(size + 2))[:-2]
             came.append((time.perf_counter() - begin, chunk))
         await reader.readline()
@@ -722,10 +723,10 @@ def answer(status, came):
         *events, data = (data + chunk).split(b"\n\n")
         for event in (json.loads(e[6:]) for e in events if e.startswith(b"data: {")):
             for choice in event.get("choices", ()):
-                text = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+                text = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
                 row["ttft"] = row["ttft"] or (seconds if text else None)
                 row["text"] += text
-            row["tokens"] = event.get("usage", {}).get("completion_tokens", row["tokens"])
+            row["tokens"] = (event.get("usage") or {}).get("completion_tokens", row["tokens"])
             row["status"] = 500 if "error" in event else row["status"]
         row["e2e"] = seconds
     row["tpot"] = (row["e2e"] - row["ttft"]) / (row["tokens"] - 1) if row["ttft"] and row["tokens"] > 1 else None
@@ -742,7 +743,7 @@ async def load(url, bodies, concurrency, rate, key):
         async with places:
             try:
                 return await call(url, body, key, kept)
-            except (OSError, asyncio.IncompleteReadError) as error:
+            except (OSError, EOFError) as error:
                 return 0, [(0.0, repr(error).encode())]
     for body in bodies:
         tasks.append(asyncio.ensure_future(one(body)))
@@ -851,7 +852,7 @@ def bench_compare(args):
 
 
 # --------------------------------------------------------------------------------------------------------------------- flags
-WHAT = {"model": f"a model folder (sft: a base model's); decode and throughput: or a shape, {', '.join(SHAPES)}",
+WHAT = {"model": f"a model folder (sft: a base model's); decode, throughput and prefix: or a shape, {', '.join(SHAPES)}",
         "file": "a text file, best of 10 MB or more",
         "data": "what to train on: a corpus or file of texts, conversations (sft), preferences (dpo)",
         "target": "report the time to this validation loss", "nanogpt_seconds": "wall time of nanoGPT's CPU recipe on this machine",

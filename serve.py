@@ -128,8 +128,7 @@ def refused(refusal):
 
 def invalid(errors):
     """pydantic's findings -> Refusal"""
-    return Refusal(400, "; ".join(f"{'.'.join(str(part) for part in x['loc'] if part != 'body') or 'body'}: {x['msg']}"
-                                  for x in errors[:3]), "invalid_request")
+    return Refusal(400, "; ".join(f"{'.'.join(map(str, x['loc'])) or 'body'}: {x['msg']}" for x in errors[:3]), "invalid_request")
 
 
 class Reply(Response):
@@ -279,11 +278,12 @@ def create_app(engine, args=None, keys=None, sock=None):
     app.add_exception_handler(HTTPException, lambda _, e: refused(e if isinstance(e, Refusal) else Refusal(
         e.status_code, f"{e.detail}: see /docs for what there is", headers=e.headers)))
     app.add_exception_handler(UserError, lambda _, e: refused(Refusal(400, str(e))))
-    app.add_exception_handler(RequestValidationError, lambda _, e: refused(invalid(e.errors())))
+    app.add_exception_handler(RequestValidationError, lambda _, e: refused(invalid(
+        [{**x, "loc": x["loc"][1:]} for x in e.errors()])))  # without "body" or "query"
     direct = add_openai_routes(app, service)
     add_token_routes(app, service)
     add_operation_routes(app, service)
-    app.middleware_stack = Door(app.build_middleware_stack(), service, direct)  # outside all of FastAPI's own
+    app.add_middleware(Door, service=service, direct=direct)
     return app
 
 
@@ -454,11 +454,13 @@ class Door:
                 self.check(scope, headers, state)
                 receive = self.limited(headers, receive)
                 kind, route = self.direct.get((scope["method"], scope["path"]), (None, None))
-                if kind and headers.get("content-type", "").startswith("application/json"):
+                if kind and headers.get("content-type", "").partition(";")[0] == "application/json":
                     await self.directly(kind, route, scope, receive, tagged)
                 else:
                     await self.app(scope, receive, tagged)
         except Refusal as refusal:
+            if status:
+                raise
             await refused(refusal)(scope, receive, tagged)
         except Exception as error:
             print(ENCODE({"event": "error", "id": state["id"], "error": repr(error)[:500]}), file=sys.stderr, flush=True)
@@ -480,10 +482,9 @@ class Door:
         except (ValueError, RecursionError, ClientDisconnect) as error:
             raise Refusal(400, f"body: not JSON ({error})", "invalid_request") from None
         try:
-            reply = await route(body, request)
+            await (await route(body, request))(scope, receive, send)
         except UserError as error:
             raise Refusal(400, str(error)) from None
-        await reply(scope, receive, send)
 
     def check(self, scope, headers, state):
         """Who is it, and may they now? Raises Refusal 401 or 429."""
@@ -687,10 +688,10 @@ def apart(engine, concurrency):
         back.close()
         os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
         with contextlib.suppress(OSError):
-            os.nice(10)  # a step comes first
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             if len(cores := os.sched_getaffinity(0)) > 1:  # one core is left to the engine's own thread, which all others wait for
                 os.sched_setaffinity(0, cores - {min(cores)})
+            os.nice(10)  # a step comes first
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         return front
     front.close()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -295,6 +295,22 @@ def test_the_short_way_past_fastapis_layers_answers_as_the_long_one(stub):
     error_of(ask(stub, headers={"content-type": "text/plain"}), 400)  # which a page of another origin may send without asking
 
 
+@pytest.mark.parametrize("path, kind", [("/v1/embeddings", "application/json"), ("/v1/chat/completions", "application/json"),
+                                        ("/v1/chat/completions", "Application/JSON")])
+def test_an_internal_error_has_openais_shape_and_the_connection_stays(path, kind, monkeypatch, capfd):
+    def fails(*_):
+        raise RuntimeError("out of luck")
+    with running(Stub()) as server:
+        monkeypatch.setattr(api, "encode_vector", fails)
+        monkeypatch.setattr(api.Answer, "whole", fails)
+        monkeypatch.setattr(server.engine, "embed", lambda ids: [0.6, 0.8])
+        error = error_of(ask(server, path, {"content-type": kind}, input="a"), 500)
+        assert error["type"] == "server_error" and "RuntimeError" in error["message"] and "luck" not in error["message"]
+        assert HTTP.get(server.url + "/health").status_code == 200  # on the same connection
+        assert server.service.depth == 0
+    assert "out of luck" in capfd.readouterr().err
+
+
 def test_a_long_prompt_is_refused_with_the_numbers_and_a_long_answer_is_clamped(stub):
     error = error_of(ask(stub, "/v1/completions", prompt=[5] * 4096), 400)
     assert "4,096" in error["message"] and error["code"] == "context_length_exceeded"
