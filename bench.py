@@ -46,12 +46,12 @@ import torch.nn.functional as F
 import kernels
 import lora
 import train
-from bpe import usable_cpus
+from training.bpe import usable_cpus
 from common import Metrics, Parser, UserError, cli, from_preset, read_json
 from generate import Engine, Sampling
 from model import Config, Transformer
-from optim import MuonAdamW, print_estimate
-from packed import NF4Linear
+from training.optim import MuonAdamW, print_estimate
+from formats.packed import NF4Linear
 from quant import pack
 from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer

@@ -20,7 +20,7 @@ from itertools import accumulate, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from bpe import well_formed
+from training.bpe import well_formed
 from common import UserError, cli, json_records, write_atomic
 
 ROLES = ("system", "user", "assistant", "tool")

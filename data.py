@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import toybox
-from bpe import BLOCK, in_processes, usable_cpus
+from training import toybox
+from training.bpe import BLOCK, in_processes, usable_cpus
 from common import UserError, cli, parse_flags, read_json, sha256, write_atomic, write_json
-from corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, read_text, shakespeare, wikitext
+from training.corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, read_text, shakespeare, wikitext
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost

@@ -184,7 +184,7 @@ stage batch "Batched generation: every question at once, through the engine with
 stage ask "Ask it" \
     python generate.py $P-int4 'Reverse this list: fox plum iron' --chat --temperature 0
 
-report=(python report.py "$P") server=(python serve.py "$P-dpo" --port "${PORT:-8000}")
+report=(python -m training.report "$P") server=(python serve.py "$P-dpo" --port "${PORT:-8000}")
 if [ -n "$dry" ] || [ -n "$ran" ] || [ ! -e "$P-report/report.html" ]; then
     say "All of it on one page: times, curves, marks, and the same questions after each stage" "${report[@]}"
     if [ -z "$dry" ]; then "${report[@]}"; fi

@@ -25,7 +25,7 @@ import chat
 import common
 import finetune
 import lora
-import toybox
+from training import toybox
 import train
 from common import UserError
 from model import Transformer

@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 import chat
-import report
-import toybox
+from training import report
+from training import toybox
 from common import Metrics, UserError, cli, parse_flags, sha256, write_atomic
-from corpora import read_text
+from training.corpora import read_text
 from data import Plan, Split, held_out, open_shards
 from generate import KVCache
 from model import Transformer

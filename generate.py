@@ -19,9 +19,9 @@ import torch
 
 import chat
 from common import UserError, cli, parse_flags, read_json
-from engine import Delta, Engine, Output  # noqa: F401  names that other programs import from here
+from engine.scheduler import Delta, Engine, Output  # noqa: F401  names that other programs import from here
 from runtime import lost_rank_explained
-from sampler import Sampling
+from engine.sampler import Sampling
 
 
 @dataclass
@@ -124,7 +124,7 @@ def sampling_of(args, engine):
     """The flags as a Sampling."""
     constraint = None
     if args.regex or args.json_schema:
-        from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+        from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
         schema = None if args.json_schema in ("", "any") else read_json(args.json_schema)
         constraint = Constraint(regex_grammar(args.regex) if args.regex else json_grammar(schema), Vocabulary(engine.tok))
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling) if hasattr(args, f.name)}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
 from model import attention_mask, rotate
-from packed import NF4, nf4_dequantize
+from formats.packed import NF4, nf4_dequantize
 
 try:
     import triton

@@ -20,8 +20,8 @@ import finetune
 import train
 from common import UserError
 from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
-from optim import estimate_memory, print_estimate
-from packed import QuantLinear
+from training.optim import estimate_memory, print_estimate
+from formats.packed import QuantLinear
 from quant import TOKENIZER_FILES, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer

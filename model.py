@@ -494,7 +494,7 @@ class Transformer(nn.Module):
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         extra = {}
         if self.quantization:
-            from packed import packed_state
+            from formats.packed import packed_state
             state, extra = packed_state(self), {"quantization_config": self.quantization}
         write_tensors(folder / "model.safetensors", to_folder_names(state or self.state_dict(), self.config))
         ids = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
@@ -521,7 +521,7 @@ class Transformer(nn.Module):
             model = cls(config)
         state = model.state_dict()
         if raw.get("quantization_config"):
-            from packed import check_config, expect_packed, install_packed
+            from formats.packed import check_config, expect_packed, install_packed
             quantization = check_config(raw["quantization_config"], folder / "config.json")
             state, packed = expect_packed(model, quantization, files)
         expected = to_folder_names(state, config)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 from chat import examples, read_records, render
 from common import UserError, cli, parse_flags, write_atomic, write_json
-from corpora import documents
+from training.corpora import documents
 from data import ends_of
 from model import Transformer, to_folder_names
-from packed import GroupLinear, QuantLinear, check_finite, grid, pack, packed_state, round_to_nearest, to_codes
+from formats.packed import GroupLinear, QuantLinear, check_finite, grid, pack, packed_state, round_to_nearest, to_codes
 from runtime import resolve
 from tokenizer import Tokenizer
 
@@ -441,7 +441,7 @@ def cast(model, dtype):
 def make(folder, format, rows, args, log=print):
     """A model folder's model in a format -> (model, bytes that it takes on disk). rows: calibration for GPTQ and AWQ."""
     if format.startswith("gguf-"):
-        import gguf
+        from formats import gguf
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.gguf"
             gguf.write(folder, path, format.removeprefix("gguf-"))
@@ -530,7 +530,7 @@ def main():
         return report(args)
     out = Path(args.out)
     if args.format.startswith("gguf-"):
-        import gguf
+        from formats import gguf
         out = out if out.suffix == ".gguf" else out.with_suffix(".gguf")
         kinds = gguf.write(args.model, out, args.format.removeprefix("gguf-"))
         return print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB,", ", ".join(f"{k} {n:,} bytes" for k, n in kinds.items()))

@@ -37,12 +37,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-import api
-from api import ENCODE, Answer, Refusal
+from server import api
+from server.api import ENCODE, Answer, Refusal
 from common import Metrics, UserError, cli, parse_flags
-from engine import Engine, TokenLogprob
+from engine.scheduler import Engine, TokenLogprob
 from runtime import lost_rank_explained
-from worker import EngineClient, Inbox, Job, Worker
+from server.worker import EngineClient, Inbox, Job, Worker
 
 HERE = Path(__file__).parent
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-import bpe
-from bpe import PATTERNS, splitter, well_formed
+from training import bpe
+from training.bpe import PATTERNS, splitter, well_formed
 from common import UserError, cli, write_atomic, write_json
-from vocab_files import added_tokens, check_ids, merges_by_score, normalize, read_tokenizer, to_json
+from formats.vocab import added_tokens, check_ids, merges_by_score, normalize, read_tokenizer, to_json
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
 # Which special tokens begin, end and pad a text, by the names they usually have.

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from corpora import read_text
+from training.corpora import read_text
 from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
 from model import Config, Transformer
-from optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, schedule, wrap
+from training.optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, schedule, wrap
 from runtime import (
     Runtime,
     all_rng_states,

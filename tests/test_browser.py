@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from chat import CHATML_TEMPLATE
-from engine import Delta, TokenLogprob
+from engine.scheduler import Delta, TokenLogprob
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.browser
@@ -792,7 +792,7 @@ def greedy_page(context, address):
 
 @pytest.mark.skipif("MODEL" not in os.environ, reason="MODEL=FOLDER talks to a real chat model, ADAPTER=FOLDER also to its adapter")
 def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
-    from engine import Engine
+    from engine.scheduler import Engine
     adapters = {"poet": os.environ["ADAPTER"]} if "ADAPTER" in os.environ else None
     address, end = serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters))
     try:
@@ -828,7 +828,7 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
 # ------------------------------------------------------------------------------------------------------------ screenshots
 @pytest.mark.skipif(not (SHOTS and "ADAPTER" in os.environ), reason="SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora")
 def test_screenshots(context):
-    from engine import Engine
+    from engine.scheduler import Engine
     model = Path(os.environ["MODEL"])
     address, end = serve(Engine(str(model), "cpu", adapters={"lora": os.environ["ADAPTER"]}), runs=model.parent, name=model.name,
                          adapters="lora=" + os.environ["ADAPTER"])

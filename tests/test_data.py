@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 
-import corpora
+from training import corpora
 import data
 from common import UserError, sha256
-from corpora import ARTICLE, Archive, documents, expand, read_text, wikitext
+from training.corpora import ARTICLE, Archive, documents, expand, read_text, wikitext
 from data import Batches, Split, as_split, make_shards, open_shards, split_tokens
 from tokenizer import Tokenizer
 

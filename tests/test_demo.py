@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import report
-import toybox
+from training import report
+from training import toybox
 from common import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from test_chat import Tok
 
 import common
 import dpo
-import toybox
+from training import toybox
 from common import UserError
 from dpo import Args, Objective, Pairs, as_preference, encode, preference_loss
 from model import Config, Transformer, token_losses

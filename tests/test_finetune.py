@@ -492,7 +492,7 @@ def test_unknown_checks_are_refused(record, message, base, tmp_path):
 
 
 def test_toybox_questions_are_marked_by_its_own_checker():
-    import toybox
+    from training import toybox
     row = next(toybox.examples("test", 1))
     question = Question(row["messages"][:-1], row["answer"], row["family"], [])
     assert finetune.is_right(question, row["answer"] + " ") and not finetune.is_right(question, row["answer"] + "x")

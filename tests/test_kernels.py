@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
-from packed import FrozenProduct
+from formats.packed import FrozenProduct
 
 RUNS = torch.cuda.is_available() or K.INTERPRET
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

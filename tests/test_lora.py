@@ -8,10 +8,10 @@ import torch
 
 import chat
 import lora
-import toybox
+from training import toybox
 from common import Metrics, UserError
 from model import Config, Transformer
-from packed import NF4Linear
+from formats.packed import NF4Linear
 from quant import quantize
 from runtime import read_tensors, write_tensors
 from tokenizer import Tokenizer

@@ -105,7 +105,7 @@ def test_gradients_equal_pefts(tmp_path, kind):
 def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
     import bitsandbytes as bnb
 
-    from optim import MuonAdamW
+    from training.optim import MuonAdamW
     torch.manual_seed(0)
     net = torch.nn.Linear(64, 128, bias=False)
     w = torch.nn.Parameter(net.weight.detach().clone())

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from test_quant import ids, small_model
 
-import packed as quant
+from formats import packed as quant
 import quant as make
 from model import Transformer
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from test_serve import HTTP, SAID, TEMPLATE_WITH_TOOLS, TOOLS, Stub, ask, make_tokenizer, real, running, until  # noqa: F401
 
-import api
+from server import api
 
 pytestmark = pytest.mark.peers
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 41}}\n</tool_call>'

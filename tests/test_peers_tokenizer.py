@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from test_tokenizer import CODE, PROSE, TEXT, corpus  # noqa: F401  (corpus is a fixture)
 
-import bpe
-from bpe import PATTERNS
+from training import bpe
+from training.bpe import PATTERNS
 from tokenizer import Tokenizer
-from vocab_files import normalize, to_json
+from formats.vocab import normalize, to_json
 
 pytestmark = pytest.mark.peers
 TEXTS = [CODE, PROSE, *(p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.py")))]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-import packed
+from formats import packed
 import quant
 from common import UserError
 from model import Config, Transformer

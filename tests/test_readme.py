@@ -71,7 +71,7 @@ def how(command):
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A folder in which the README's paths exist, small."""
-    import toybox
+    from training import toybox
     folder = tmp_path_factory.mktemp("readme")
     rng = random.Random(0)
     for name in ("data/wikitext-2", "data/wikitext-103", "runs", "mine", "more", "gpt2"):
@@ -107,7 +107,7 @@ def workspace(tmp_path_factory):
 
 def write_gpt2_tokenizer(folder):
     """GPT-2's two files with a vocabulary of bytes and one merge."""
-    from vocab_files import BYTE_TO_CHAR
+    from formats.vocab import BYTE_TO_CHAR
     vocab = [*BYTE_TO_CHAR.values(), BYTE_TO_CHAR[ord("t")] + BYTE_TO_CHAR[ord("h")], "<|endoftext|>"]
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
     (folder / "vocab.bpe").write_text("#version: 0.2\nt h\n", encoding="utf-8")
@@ -231,7 +231,7 @@ def test_every_link_and_picture_exists():
 
 
 def test_the_request_fields_are_the_servers():
-    import api
+    from server import api
     rows = {key: set(re.findall(r"`(\w+)`", names)) for key, names in
             re.findall(r"^\| (applied|ours, applied|ignored|refused with 400) \| (.*) \|$", README, re.M)}
     assert rows == {key: set(names) for key, names in zip(rows, api.FIELDS.values())}

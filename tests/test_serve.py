@@ -17,16 +17,16 @@ import torch
 import uvicorn
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
 
-import api
+from server import api
 import lora
 import serve
-import worker
+from server import worker
 from chat import CHATML_TEMPLATE
 from common import UserError
 from generate import Delta, Engine, Sampling
 from model import Config, Transformer
 from tokenizer import Tokenizer
-from worker import Worker, message
+from server.worker import Worker, message
 
 HTTP = httpx.Client(timeout=60, verify=False)  # a client of its own for every call would read the system's certificates each time
 SAID = "Grüße 😀 漢字, 👩‍👩‍👧 done."

@@ -16,11 +16,11 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import bpe
-from bpe import PATTERNS
+from training import bpe
+from training.bpe import PATTERNS
 from common import UserError, cli
 from tokenizer import Tokenizer, main
-from vocab_files import CHAR_TO_BYTE, to_json
+from formats.vocab import CHAR_TO_BYTE, to_json
 
 # Characters that every Unicode table in use agrees on: newer ones are letters to one library and unassigned to another.
 OLD = st.characters(exclude_categories=["Cn", "Co", "Cs"], max_codepoint=0x1FFFF).filter(
@@ -36,7 +36,7 @@ LONE = st.lists(st.one_of(st.just("\ud83d"), st.just("\ude42"), st.just("\udcff"
                 max_size=6).map("".join)
 PROSE = ("The tokenizer's job is to turn text into numbers, and back; it's done 1,000,000 times a second. "
          "Zürich, naïve, 日本語のテキスト, привет мир!\n\n    def f(x):\n        return x + 1\n") * 20
-SCRIPT = Path(bpe.__file__).with_name("tokenizer.py")
+SCRIPT = ROOT / "tokenizer.py"
 CODE = SCRIPT.read_text(encoding="utf-8")
 
 

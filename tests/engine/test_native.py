@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import lora
-import native
-import packed
+from engine import native
+from formats import packed
 from common import UserError
 from generate import Engine, Sampling
 from model import Config, Transformer
-from packed import GroupLinear, Int8Linear
-from runner import Batch
+from formats.packed import GroupLinear, Int8Linear
+from engine.runner import Batch
 
 V = 50  # not a multiple of any vector's lanes
 

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's one file for weights, shape and tokenizer: written from a model folder, and read back into our model.
 
-    python gguf.py runs/chat --type q4_k_m --out chat.gguf            # then: llama-cli -m chat.gguf
-    python gguf.py show chat.gguf
+    python -m formats.gguf runs/chat --type q4_k_m --out chat.gguf            # then: llama-cli -m chat.gguf
+    python -m formats.gguf show chat.gguf
 
 The layout, version 3 (ggml/docs/gguf.md): magic, counts, metadata, tensor infos, padding, tensors; all little-endian.
 """
@@ -20,13 +20,13 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-import bpe
-from bpe import PATTERNS
+from training import bpe
+from training.bpe import PATTERNS
 from common import UserError, cli, parse_flags, write_atomic
 from model import Config, Transformer, rope_frequencies
-from packed import QuantLinear
+from formats.packed import QuantLinear
 from tokenizer import Tokenizer
-from vocab_files import merges_by_score, naming, read_bpe, sequence, to_json
+from formats.vocab import merges_by_score, naming, read_bpe, sequence, to_json
 
 WEIGHTS_AT_ONCE = 1 << 18  # packed or unpacked at a time: few enough that the work stays near the cache
 

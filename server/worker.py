@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from api import Refusal
+from server.api import Refusal
 from common import UserError
-from engine import Delta, TokenLogprob
-from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
-from sampler import Sampling
+from engine.scheduler import Delta, TokenLogprob
+from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+from engine.sampler import Sampling
 
 
 def message(*values):

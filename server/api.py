@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 import chat
-from sampler import Sampling
+from engine.sampler import Sampling
 
 # Every field of OpenAI's two endpoints: applied, ignored (nothing here depends on it) or refused with 400. "extra" are ours.
 FIELDS = {what: tuple(names.split()) for what, names in {

@@ -1,6 +1,6 @@
 """What demo.sh made: every stage's command, time, figures and curve, and the same questions after each stage, on one page.
 
-    python report.py runs/demo        # reads runs/demo, runs/demo-sft, ... -> runs/demo-report/report.md, report.html
+    python -m training.report runs/demo        # reads runs/demo, runs/demo-sft, ... -> runs/demo-report/report.md, report.html
 
 Only what lies in the folders is read, so a part of the road makes a report too. `write_report` also makes finetune.py's pages.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import toybox
+from training import toybox
 from common import Metrics, UserError, cli, json_records, parse_flags, read_json, write_atomic
 
 MODELS = {"base": "only read", "sft": "fine-tuned", "lora": "LoRA", "dpo": "DPO", "int8": "int8", "int4": "int4"}

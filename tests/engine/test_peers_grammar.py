@@ -5,7 +5,7 @@ import random
 import pytest
 from test_grammar import sample, vocabulary  # noqa: F401
 
-from grammar import json_grammar
+from engine.grammar import json_grammar
 
 EXPR = {"anyOf": [{"type": "integer"}, {"type": "object", "required": ["op", "left", "right"], "properties": {
     "op": {"enum": ["+", "-"]}, "left": {"$ref": "#/$defs/expr"}, "right": {"$ref": "#/$defs/expr"}}}]}

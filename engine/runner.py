@@ -17,15 +17,15 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import gguf
+from formats import gguf
 import kernels
-import native
-import packed
+from engine import native
+from formats import packed
 from common import Interrupt, UserError
 from model import Transformer
-from packed import GroupLinear, NF4Linear, QuantLinear
+from formats.packed import GroupLinear, NF4Linear, QuantLinear
 from runtime import DTYPES, free_memory, resolve
-from sampler import top_logprobs
+from engine.sampler import top_logprobs
 from tokenizer import Tokenizer
 
 

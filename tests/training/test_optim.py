@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from optim import MuonAdamW, adamw_step, muon_step, orthogonalize, pack, schedule, unpack
+from training.optim import MuonAdamW, adamw_step, muon_step, orthogonalize, pack, schedule, unpack
 
 
 def test_adamw_equals_torch_adamw():

@@ -8,10 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-import toybox
+from training import toybox
 from common import UserError, sha256
 from tokenizer import Tokenizer
-from toybox import FAMILIES, SPLITS, WITHHELD, check, examples, preferences, style
+from training.toybox import FAMILIES, SPLITS, WITHHELD, check, examples, preferences, style
 
 ALL = list(FAMILIES)
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from common import UserError
-from native import quiet_torch
-from runner import Batch, Runner, load_model, pool_size
-from sampler import Row, Sampling, draw, top_logprobs, uniform
+from engine.native import quiet_torch
+from engine.runner import Batch, Runner, load_model, pool_size
+from engine.sampler import Row, Sampling, draw, top_logprobs, uniform
 
 
 # ------------------------------------------------------------------------------------------------------------------- nouns

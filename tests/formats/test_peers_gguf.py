@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_gguf import FAMILIES, SPLIT_TOKENIZERS, TEXT_PARTS, make_folder, relative_error
 
-import gguf
+from formats import gguf
 from generate import generate
 from model import Transformer
 from tokenizer import Tokenizer
@@ -19,12 +19,8 @@ FTYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3
 
 @pytest.fixture(scope="module")
 def package():
-    """The gguf package, whose name our gguf.py has, too."""
-    path, ours = list(sys.path), sys.modules.pop("gguf")
-    sys.path[:] = [p for p in path if "site-packages" in p or "lib" in p]
+    """The gguf package, llama.cpp's own reader and writer."""
     import gguf as theirs
-    sys.path[:], sys.modules["gguf"] = path, ours
-    assert theirs is not ours and hasattr(theirs, "GGUFReader")
     return theirs
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import gguf
-import native
-from bpe import PATTERNS
+from formats import gguf
+from engine import native
+from training.bpe import PATTERNS
 from common import UserError
 from generate import Engine
 from model import Config, Transformer
-from runner import Batch
+from engine.runner import Batch
 from tokenizer import Tokenizer
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -46,7 +46,7 @@ TEXT_PARTS = ["Hello", " world", " the", " a", "'s", "'LL", "n't", " 1234567", "
 
 
 def texts():
-    return [p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("test_*.py"))[:4]] + TEXT_PARTS * 3
+    return [p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.parent.glob("test_*.py"))[:4]] + TEXT_PARTS * 3
 
 
 def train(pattern, **options):
@@ -249,7 +249,7 @@ def test_packed_tensors_are_the_files_bytes(tmp_path):
 
 def test_the_command_writes_warns_and_shows(tmp_path):
     make_folder(tmp_path / "m", "odd")
-    run = [sys.executable, gguf.__file__]
+    run = [sys.executable, "-m", "formats.gguf"]
     made = subprocess.run([*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"], capture_output=True,
                           text=True)
     assert made.returncode == 0 and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0" in made.stderr

@@ -7,7 +7,7 @@ import torch
 from common import UserError
 from generate import Engine, Sampling, generate
 from model import Config, Transformer
-from sampler import Row, draw, kept, uniform
+from engine.sampler import Row, draw, kept, uniform
 from tokenizer import Tokenizer
 
 TEXT = "abcdefghijklmnopqrstuvwxyz .,\n"
@@ -223,7 +223,7 @@ def test_contradictory_constraints_end_with_a_reason(folder):
 
 
 def test_constrained_answers_match_their_pattern(folder):
-    from grammar import Constraint, Vocabulary, regex_grammar
+    from engine.grammar import Constraint, Vocabulary, regex_grammar
     engine = engine_of(folder, max_seqs=8)
     constraint = Constraint(regex_grammar("(abc|xy)+z,"), Vocabulary(engine.tok))
     for output in engine.generate([[5, 6]] * 6, [Sampling(max_tokens=15, seed=i, constraint=constraint) for i in range(6)]):
@@ -308,7 +308,7 @@ def test_filters_keep_what_their_definitions_say():
 
 
 def test_candidates_and_the_whole_vocabulary_agree(monkeypatch):
-    import sampler
+    from engine import sampler
     logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1, 2, 4, 8, 8])[:, None]
     rows = [row(Sampling(top_p=p, top_k=k, min_p=m))
             for p, k, m in ((0.9, 0, 0), (0.5, 0, 0), (1, 7, 0), (1, 0, 0.1), (0.9, 50, 0), (1, 2999, 0))]

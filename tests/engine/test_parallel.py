@@ -17,7 +17,7 @@ from test_engine import TEXT, make_model
 
 from common import UserError
 from generate import Engine, Sampling
-from grammar import Constraint, Vocabulary, regex_grammar
+from engine.grammar import Constraint, Vocabulary, regex_grammar
 from model import Config, Transformer
 from quant import quantize
 

@@ -214,7 +214,7 @@ class QuantLinear(nn.Module):
     def in_cpp(self, rows):
         """(M, K) float32, each group rounded to 8 bits -> (M, N), or None where forward.cpp cannot."""
         if self.cpp is None:
-            import native  # only here: it knows these layers
+            from engine import native  # only here: it knows these layers
             try:
                 self.cpp = native.Product(self)
             except native.Unavailable:

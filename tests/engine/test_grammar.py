@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
 
 from common import UserError
-from grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from tokenizer import Tokenizer
 
 

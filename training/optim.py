@@ -116,7 +116,7 @@ PACK_LEAST = 4096  # smaller parameters keep their moments in float32, as in bit
 @lru_cache
 def levels(signed, device):
     """The 256 values a packed moment can have, and the midpoints between them."""
-    from packed import dynamic_map
+    from formats.packed import dynamic_map
     values = dynamic_map(device, signed)
     return values, (values[1:] + values[:-1]) / 2
 

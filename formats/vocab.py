@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from bpe import BYTES, PATTERNS, PRINTABLE
+from training.bpe import BYTES, PATTERNS, PRINTABLE
 from common import UserError
 
 LARGEST_FILE = 64 << 20      # of a vocabulary file; the largest in use (Gemma 3, 262K tokens) has 33 MB

@@ -7,7 +7,7 @@ from test_engine import make_model, row
 from test_peers_model import FAMILIES, theirs
 
 from generate import Engine, Sampling
-from sampler import draw, edit, kept
+from engine.sampler import draw, edit, kept
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
@@ -33,7 +33,7 @@ def test_greedy_text_equals_transformers(family, tmp_path):
 def test_stories260k_writes_the_same_text_from_its_folder_and_from_gguf(data_dir, tmp_path):
     import transformers
 
-    import gguf
+    from formats import gguf
     folder, prompt = data_dir / "stories260K", [1, 403, 407, 261, 378]  # "Once upon a time"
     expected = greedy(transformers.AutoModelForCausalLM.from_pretrained(folder), prompt, 150)
     gguf.write(folder, tmp_path / "model.gguf", "f32")
@@ -89,7 +89,7 @@ SCHEMAS = [{"type": "object", "properties": {"name": {"type": "string", "maxLeng
 def test_five_hundred_constrained_answers_of_an_untrained_model_are_valid(tmp_path):
     import jsonschema
 
-    from grammar import Constraint, Vocabulary, json_grammar
+    from engine.grammar import Constraint, Vocabulary, json_grammar
     make_model(tmp_path, context=256)
     Tokenizer.char('{}[]":,.-+ \\0123456789eE' + "".join(sorted(set("nameagtsbulr fo")))).save(tmp_path)
     folder = tmp_path
