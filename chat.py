@@ -5,6 +5,7 @@
 
 Top to bottom: pieces and how they become ids, formats by name, other folders' templates, render and example(s), show, convert.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -20,26 +21,28 @@ from itertools import accumulate, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from training.bpe import well_formed
 from common import UserError, cli, json_records, write_atomic
+from training.bpe import well_formed
 
 ROLES = ("system", "user", "assistant", "tool")
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, in the spelling others recognise.
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 # ---- A conversation becomes pieces; pieces become ids and mask.
 
+
 class Piece(NamedTuple):
     text: str
-    said: bool = False      # the assistant has to produce this, so it is in the loss
-    template: bool = True   # the template's own words, in which a marker's name means its id
+    said: bool = False  # the assistant has to produce this, so it is in the loss
+    template: bool = True  # the template's own words, in which a marker's name means its id
 
 
-words = Piece               # the template's own: `<|im_start|>` in here is the marker
+words = Piece  # the template's own: `<|im_start|>` in here is the marker
 
 
 def content(text, said=False):
@@ -50,10 +53,11 @@ def content(text, said=False):
 @dataclass
 class Chat:
     """One checked conversation, as the formats below see it."""
-    messages: list      # dicts: role, content (a str), where present tool_calls, tool_call_id, reasoning_content
+
+    messages: list  # dicts: role, content (a str), where present tool_calls, tool_call_id, reasoning_content
     tools: list | None
-    prompt: bool        # end with the words that hand the turn to the assistant
-    bos: str            # names of the two markers, "" where the tokenizer has none
+    prompt: bool  # end with the words that hand the turn to the assistant
+    bos: str  # names of the two markers, "" where the tokenizer has none
     eos: str
 
     def split_system(self):
@@ -73,14 +77,34 @@ def read_chat(tok, messages, tools=None, prompt=False):
             raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(ROLES)}")
         text, calls = message.get("content"), message.get("tool_calls") or []
         calls = [read_call(call, i) for call in (calls if isinstance(calls, list) else [calls])]
-        if isinstance(text, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in text):
+        if isinstance(text, list) and all(
+            isinstance(p, dict) and isinstance(p.get("text"), str) for p in text
+        ):
             text = "".join(part["text"] for part in text)
         if not isinstance(text, str) and not (text is None and calls):
-            raise UserError(f"message {i} ({role}): content must be a string or a list of text parts")
-        kept = {k: message[k] for k in ("tool_call_id", "reasoning_content", "name") if isinstance(message.get(k), str)}
-        checked.append({"role": role, "content": text or "", **({"tool_calls": calls} if calls else {}), **kept})
-    if tools and not (isinstance(tools, list) and all(isinstance(t, dict) and isinstance(t.get("function"), dict) for t in tools)):
-        raise UserError("tools must be a list of {type: function, function: {name, description, parameters}}")
+            raise UserError(
+                f"message {i} ({role}): content must be a string or a list of text parts"
+            )
+        kept = {
+            k: message[k]
+            for k in ("tool_call_id", "reasoning_content", "name")
+            if isinstance(message.get(k), str)
+        }
+        checked.append(
+            {
+                "role": role,
+                "content": text or "",
+                **({"tool_calls": calls} if calls else {}),
+                **kept,
+            }
+        )
+    if tools and not (
+        isinstance(tools, list)
+        and all(isinstance(t, dict) and isinstance(t.get("function"), dict) for t in tools)
+    ):
+        raise UserError(
+            "tools must be a list of {type: function, function: {name, description, parameters}}"
+        )
     bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
     return Chat(checked, tools or None, prompt, bos, eos)
 
@@ -92,25 +116,38 @@ def read_call(call, i):
         arguments = dict(json.loads(arguments) if isinstance(arguments, str) else arguments)
         return {**call, "function": {"name": str(name), "arguments": arguments}}
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object") from None
+        raise UserError(
+            f"message {i}: a tool call is {{function: {{name, arguments}}}}, arguments a JSON object"
+        ) from None
 
 
 @lru_cache(maxsize=8)
 def marker_pattern(names):
     """A regex matching any of the names, the longest first; one that never matches if there are none."""
-    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")" if names else "(?!)")
+    return re.compile(
+        "(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")"
+        if names
+        else "(?!)"
+    )
 
 
 def assemble(tok, pieces):
     """Pieces -> (ids, mask): markers by id, and what stands between two markers encoded as one string, because BPE merges across
     the seams and models are trained on the merged form. mask is None if it cannot be placed exactly."""
     split = marker_pattern(tuple(tok.special)).split
-    atoms = [(piece.said, part, tok.special.get(part) if piece.template else None)
-             for piece in pieces for part in split(piece.text) if part]
+    atoms = [
+        (piece.said, part, tok.special.get(part) if piece.template else None)
+        for piece in pieces
+        for part in split(piece.text)
+        if part
+    ]
     ids, mask = [], []
     for is_text, run in groupby(atoms, key=lambda atom: atom[2] is None):
         if is_text:
-            parts = [(said, "".join(text for _, text, _ in same)) for said, same in groupby(run, key=lambda atom: atom[0])]
+            parts = [
+                (said, "".join(text for _, text, _ in same))
+                for said, same in groupby(run, key=lambda atom: atom[0])
+            ]
             run_ids, run_mask = encode_run(tok, parts, "later" if ids else "first")
         else:
             run_mask, _, run_ids = zip(*run)
@@ -130,10 +167,12 @@ def encode_run(tok, parts, where):
     if len(parts) == 1:
         return ids, [parts[0][0]] * len(ids)
     spelled = [tok.token_bytes(i) for i in ids]
-    whole, head = b"".join(spelled), text[:len(text) - len(parts[-1][1])]
+    whole, head = b"".join(spelled), text[: len(text) - len(parts[-1][1])]
     space = int(not whole.startswith(head))
-    if not whole.startswith(b" " * space + head):  # of the last part only the start matters: NFC may respell the rest
-        return ids, None                           # not what went in, so where a part ends would be a guess
+    if not whole.startswith(
+        b" " * space + head
+    ):  # of the last part only the start matters: NFC may respell the rest
+        return ids, None  # not what went in, so where a part ends would be a guess
     flags = b"".join(bytes([said]) * len(part) for said, part in parts)  # one per byte
     flags = (flags[:1] * space + flags).ljust(len(whole), flags[-1:])
     ends = list(accumulate(map(len, spelled), initial=0))
@@ -142,6 +181,7 @@ def encode_run(tok, parts, where):
 
 # ---- The formats. Each walks the messages once and yields pieces. "said" begins where the generation prompt ends, so the mask is
 # exactly what the model will have to produce: its words, the spaces its format puts round them, the end.
+
 
 def turn(head, message, end, tail=""):
     said = message["role"] == "assistant"
@@ -167,7 +207,9 @@ def alpaca(chat):
     yield from (words(chat.bos), content(task if system is None else system), words("\n\n"))
     for m in messages:
         user = m["role"] == "user"
-        yield from turn("### Instruction:\n" if user else "### Response:\n", m, "" if user else chat.eos, "\n\n")
+        yield from turn(
+            "### Instruction:\n" if user else "### Response:\n", m, "" if user else chat.eos, "\n\n"
+        )
     if chat.prompt:
         yield words("### Response:\n")
 
@@ -175,7 +217,11 @@ def alpaca(chat):
 def llama2(chat):
     system, messages = chat.split_system()
     for i, m in enumerate(messages):
-        text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{m['content']}" if i == 0 and system is not None else m["content"]
+        text = (
+            f"<<SYS>>\n{system}\n<</SYS>>\n\n{m['content']}"
+            if i == 0 and system is not None
+            else m["content"]
+        )
         if m["role"] == "user":
             yield from (words(chat.bos + "[INST] "), content(text.strip()), words(" [/INST]"))
         else:
@@ -184,21 +230,35 @@ def llama2(chat):
 
 def llama3(chat, date=None):
     """Llama 3; with a date, 3.1 and later: a system turn that is always there, tools, calls and results."""
-    head, end, messages = "<|start_header_id|>{}<|end_header_id|>\n\n".format, "<|eot_id|>", chat.messages
+    head, end, messages = (
+        "<|start_header_id|>{}<|end_header_id|>\n\n".format,
+        "<|eot_id|>",
+        chat.messages,
+    )
     yield words(chat.bos)
     if date:
         system, messages = chat.split_system()
         ipython = "Environment: ipython\n" if chat.tools else ""
-        yield words(head("system") + ipython + f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n")
+        yield words(
+            head("system")
+            + ipython
+            + f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+        )
         yield from (content((system or "").strip()), words(end))
     if chat.tools:
         if not messages:
             raise UserError("llama3.1 puts the tools in the first user message, and there is none")
         asked, *messages = messages
-        yield words(head("user") + "Given the following functions, please respond with a JSON for a function call with its proper "
-                    'arguments that best answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": '
-                    "dictionary of argument name and its value}.Do not use variables.\n\n")
-        yield content("".join(to_json(tool, indent=4) + "\n\n" for tool in chat.tools) + asked["content"].strip())
+        yield words(
+            head("user")
+            + "Given the following functions, please respond with a JSON for a function call with its proper "
+            'arguments that best answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": '
+            "dictionary of argument name and its value}.Do not use variables.\n\n"
+        )
+        yield content(
+            "".join(to_json(tool, indent=4) + "\n\n" for tool in chat.tools)
+            + asked["content"].strip()
+        )
         yield words(end)
     for m in messages:
         role, text, calls = m["role"], m["content"].strip(), m.get("tool_calls")
@@ -229,7 +289,11 @@ def mistral(chat, opening, closing, space, system_at=-1, trim=False):
         if role == "user":
             if chat.tools and [m] == last_user:
                 tools = ", ".join(mistral_tool(tool["function"]) for tool in chat.tools)
-                yield from (words("[AVAILABLE_TOOLS]" + space), content(f"[{tools}]"), words("[/AVAILABLE_TOOLS]"))
+                yield from (
+                    words("[AVAILABLE_TOOLS]" + space),
+                    content(f"[{tools}]"),
+                    words("[/AVAILABLE_TOOLS]"),
+                )
             if system is not None and i == system_at % len(messages):
                 text = f"{system}\n\n{text}"
             yield from (words(opening), content(text), words(closing))
@@ -239,14 +303,23 @@ def mistral(chat, opening, closing, space, system_at=-1, trim=False):
         else:
             if calls:
                 yield words("[TOOL_CALLS]", True)
-                text = ", ".join(to_json(c["function"])[:-1] + f', "id": "{nine(c.get("id"))}"}}' for c in calls)
+                text = ", ".join(
+                    to_json(c["function"])[:-1] + f', "id": "{nine(c.get("id"))}"}}' for c in calls
+                )
                 text = f"[{text}]"
-            yield from (content(space + (text.strip() if trim else text), True), words(chat.eos, True))
+            yield from (
+                content(space + (text.strip() if trim else text), True),
+                words(chat.eos, True),
+            )
 
 
 def mistral_tool(function):
     """The published template writes a tool by hand: strings unescaped, and any "return" left out."""
-    fields = (f'"{k}": ' + (f'"{v}"' if isinstance(v, str) else to_json(v)) for k, v in function.items() if k != "return")
+    fields = (
+        f'"{k}": ' + (f'"{v}"' if isinstance(v, str) else to_json(v))
+        for k, v in function.items()
+        if k != "return"
+    )
     return '{"type": "function", "function": {' + ", ".join(fields) + "}}"
 
 
@@ -264,27 +337,46 @@ def qwen(chat, default_system=None, think=False):
         yield words("<|im_start|>system\n")
         yield content((system or "") + ("\n\n" if chat.tools and system is not None else ""))
         if chat.tools:
-            yield words("# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-                        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
+            yield words(
+                "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+                "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+            )
             yield content("".join("\n" + to_json(tool) for tool in chat.tools))
-            yield words("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-                        '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
-                        "<args-json-object>}\n</tool_call>")
+            yield words(
+                "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+                '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+                "<args-json-object>}\n</tool_call>"
+            )
         yield words("<|im_end|>\n")
     roles = [m["role"] for m in messages]
     # Qwen 3 thinks afresh about a user turn that is not a tool's answer in disguise
-    query = max((i for i, m in enumerate(messages) if m["role"] == "user"
-                 and not re.fullmatch("(?s)<tool_response>.*</tool_response>", m["content"])), default=len(messages) - 1)
+    query = max(
+        (
+            i
+            for i, m in enumerate(messages)
+            if m["role"] == "user"
+            and not re.fullmatch("(?s)<tool_response>.*</tool_response>", m["content"])
+        ),
+        default=len(messages) - 1,
+    )
     for i, m in enumerate(messages):
         if m["role"] == "tool":  # results that follow one another share one user turn
-            yield words(("" if roles[i - 1:i] == ["tool"] else "<|im_start|>user") + "\n<tool_response>\n")
+            yield words(
+                ("" if roles[i - 1 : i] == ["tool"] else "<|im_start|>user") + "\n<tool_response>\n"
+            )
             yield from (content(m["content"]), words("\n</tool_response>"))
-            yield words("" if roles[i + 1:i + 2] == ["tool"] else "<|im_end|>\n")
+            yield words("" if roles[i + 1 : i + 2] == ["tool"] else "<|im_end|>\n")
         elif m["role"] == "assistant":
             yield words("<|im_start|>assistant\n")
             thoughts, text = split_thoughts(m) if think else ("", m["content"])
-            if think and i > query and (thoughts or i == len(messages) - 1):  # Qwen 3 drops the thoughts of older turns
-                yield from (words("<think>", True), content("\n" + thoughts.strip("\n") + "\n", True), words("</think>\n\n", True))
+            if (
+                think and i > query and (thoughts or i == len(messages) - 1)
+            ):  # Qwen 3 drops the thoughts of older turns
+                yield from (
+                    words("<think>", True),
+                    content("\n" + thoughts.strip("\n") + "\n", True),
+                    words("</think>\n\n", True),
+                )
                 text = text.lstrip("\n")
             yield content(text, True)
             for n, call in enumerate(m.get("tool_calls", [])):
@@ -311,10 +403,10 @@ def to_json(value, ensure_ascii=False, **options):
 
 @dataclass(frozen=True)
 class Format:
-    pieces: Callable            # Chat -> Iterator[Piece]
-    markers: tuple = ()         # must be single tokens of the tokenizer, or the format would be spelled out as text
+    pieces: Callable  # Chat -> Iterator[Piece]
+    markers: tuple = ()  # must be single tokens of the tokenizer, or the format would be spelled out as text
     tools: bool = False
-    alternates: bool = False    # one leading system message at most, then user, assistant, user, ...
+    alternates: bool = False  # one leading system message at most, then user, assistant, user, ...
     roles: tuple = ROLES
 
 
@@ -326,12 +418,26 @@ FORMATS = {
     "llama2": Format(llama2, alternates=True, roles=TALK),
     "llama3": Format(llama3, HEADER, roles=TALK),
     "llama3.1": Format(partial(llama3, date="26 Jul 2024"), HEADER, tools=True),
-    "llama3.2": Format(lambda chat: llama3(chat, date=datetime.now().strftime("%d %b %Y")), HEADER, tools=True),
-    "mistral-v1": Format(partial(mistral, opening=" [INST] ", closing=" [/INST]", space=" ", system_at=0), alternates=True,
-                         roles=TALK),
-    "mistral-v3": Format(partial(mistral, opening="[INST] ", closing="[/INST]", space=" ", trim=True), INST, tools=True,
-                         alternates=True),
-    "mistral-tekken": Format(partial(mistral, opening="[INST]", closing="[/INST]", space=""), INST, tools=True, alternates=True),
+    "llama3.2": Format(
+        lambda chat: llama3(chat, date=datetime.now().strftime("%d %b %Y")), HEADER, tools=True
+    ),
+    "mistral-v1": Format(
+        partial(mistral, opening=" [INST] ", closing=" [/INST]", space=" ", system_at=0),
+        alternates=True,
+        roles=TALK,
+    ),
+    "mistral-v3": Format(
+        partial(mistral, opening="[INST] ", closing="[/INST]", space=" ", trim=True),
+        INST,
+        tools=True,
+        alternates=True,
+    ),
+    "mistral-tekken": Format(
+        partial(mistral, opening="[INST]", closing="[/INST]", space=""),
+        INST,
+        tools=True,
+        alternates=True,
+    ),
     "zephyr": Format(zephyr, roles=TALK),
     "qwen2.5": Format(partial(qwen, default_system=QWEN_SYSTEM), IM, tools=True),
     "qwen3": Format(partial(qwen, think=True), IM, tools=True),
@@ -348,8 +454,10 @@ def named_pieces(name, tok, chat):
     form = FORMATS[name]
     missing = [marker for marker in form.markers if marker not in tok.special]
     if missing or not (chat.eos or form.markers):
-        raise UserError(f"chat format {name} needs the special token {', '.join(missing) or 'EOS'}, which this tokenizer does not "
-                        "have")
+        raise UserError(
+            f"chat format {name} needs the special token {', '.join(missing) or 'EOS'}, which this tokenizer does not "
+            "have"
+        )
     for i, m in enumerate(chat.messages):
         if m["role"] not in form.roles:
             raise UserError(f"message {i}: chat format {name} has no {m['role']} role")
@@ -358,9 +466,15 @@ def named_pieces(name, tok, chat):
     if chat.tools and not form.tools:
         raise UserError(f"chat format {name} has no tools")
     if form.alternates:
-        talk = [m["role"] for m in chat.split_system()[1] if m["role"] != "tool" and not m.get("tool_calls")]
+        talk = [
+            m["role"]
+            for m in chat.split_system()[1]
+            if m["role"] != "tool" and not m.get("tool_calls")
+        ]
         if talk != [ROLES[1 + i % 2] for i in range(len(talk))]:
-            raise UserError(f"chat format {name}: after a system prompt user and assistant take turns, not {talk}")
+            raise UserError(
+                f"chat format {name}: after a system prompt user and assistant take turns, not {talk}"
+            )
     return list(form.pieces(chat))
 
 
@@ -384,7 +498,9 @@ def compile_template(template):
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(line)
+            return jinja2.nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(
+                line
+            )
 
         def enclose(self, caller):
             return OPEN + caller() + CLOSE
@@ -392,21 +508,39 @@ def compile_template(template):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     env.filters["tojson"] = to_json
-    env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    env.globals.update(
+        raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form)
+    )
     return env.from_string(template)
 
 
 def run_template(template, chat):
     """The text a template makes of a chat. A template's own refusal ("roles must alternate") becomes a UserError."""
     import jinja2
+
     names = {key: name for key, name in (("bos_token", chat.bos), ("eos_token", chat.eos)) if name}
     try:
-        return compile_template(template).render(messages=chat.messages, tools=chat.tools, documents=None,
-                                                 add_generation_prompt=chat.prompt, **names)
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
-            ValueError) as e:  # a program from outside: whatever it stumbles over is about this conversation
+        return compile_template(template).render(
+            messages=chat.messages,
+            tools=chat.tools,
+            documents=None,
+            add_generation_prompt=chat.prompt,
+            **names,
+        )
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:  # a program from outside: whatever it stumbles over is about this conversation
         raise UserError(f"the folder's chat_template refuses this conversation: {e}") from None
 
 
@@ -435,19 +569,26 @@ def pieces_of(tok, chat, format=None):
             if "".join(piece.text for piece in pieces) == text:
                 return pieces, True
     markers = marker_pattern(tuple(tok.special))
-    safe = replace(chat, messages=defused(chat.messages, markers), tools=defused(chat.tools, markers))
+    safe = replace(
+        chat, messages=defused(chat.messages, markers), tools=defused(chat.tools, markers)
+    )
     pieces, said = [], False
     for part in re.split(f"([{OPEN}{CLOSE}])", run_template(template, safe)):
         if part in (OPEN, CLOSE):
             said = part == OPEN
         else:
-            pieces += [Piece(p.replace(GUARD, ""), said, p in tok.special) for p in markers.split(part)]
+            pieces += [
+                Piece(p.replace(GUARD, ""), said, p in tok.special) for p in markers.split(part)
+            ]
     return pieces, any(piece.said for piece in pieces)
 
 
 # ---- What the others call: render to answer, example(s) to train.
 
-def render(tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None) -> tuple[list[int], list[int]]:
+
+def render(
+    tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None
+) -> tuple[list[int], list[int]]:
     """OpenAI-style messages -> (ids, mask), two lists of one length; mask 1 = what the assistant has to produce: what it said and
     its end token. Text in messages never becomes a special token.
 
@@ -461,14 +602,21 @@ def encode(tok, chat, pieces, known):
     ids, mask = assemble(tok, pieces)
     if chat.prompt or (known and mask is not None):
         return ids, mask if known else None
-    why = ("this tokenizer does not spell the text it was given" if known else
-           "the chat_template is none we know and has no {% generation %}: name a format")
-    raise UserError("cannot tell which tokens the assistant said, and a guessed mask would train the wrong thing; "
-                    f"{why}, or render with add_generation_prompt for the ids alone")
+    why = (
+        "this tokenizer does not spell the text it was given"
+        if known
+        else "the chat_template is none we know and has no {% generation %}: name a format"
+    )
+    raise UserError(
+        "cannot tell which tokens the assistant said, and a guessed mask would train the wrong thing; "
+        f"{why}, or render with add_generation_prompt for the ids alone"
+    )
 
 
-LAYOUTS = ("{messages}, ShareGPT {conversations: [{from, value}]}, Alpaca {instruction, input, output}, {prompt, completion}, "
-           "{prompt, response}")
+LAYOUTS = (
+    "{messages}, ShareGPT {conversations: [{from, value}]}, Alpaca {instruction, input, output}, {prompt, completion}, "
+    "{prompt, response}"
+)
 
 
 def read_records(path):
@@ -490,15 +638,28 @@ def as_messages(record):
         return record["messages"], tools
     if "conversations" in keys:
         role = {"human": "user", "gpt": "assistant"}
-        return talk + [{"role": role.get(m["from"], m["from"]), "content": m["value"]} for m in record["conversations"]], tools
+        return talk + [
+            {"role": role.get(m["from"], m["from"]), "content": m["value"]}
+            for m in record["conversations"]
+        ], tools
     if {"instruction", "output"} <= keys:
-        task = record["instruction"] + (f"\n\n### Input:\n{record['input']}" if record.get("input") else "")
-        return [*talk, {"role": "user", "content": task}, {"role": "assistant", "content": record["output"]}], tools
-    if "prompt" in keys and (answer := next((k for k in ("completion", "response") if k in keys), None)):
+        task = record["instruction"] + (
+            f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
+        )
+        return [
+            *talk,
+            {"role": "user", "content": task},
+            {"role": "assistant", "content": record["output"]},
+        ], tools
+    if "prompt" in keys and (
+        answer := next((k for k in ("completion", "response") if k in keys), None)
+    ):
         for role, part in ("user", record["prompt"]), ("assistant", record[answer]):
             talk += part if isinstance(part, list) else [{"role": role, "content": part}]
         return talk, tools
-    raise UserError(f"its keys are {', '.join(repr(k)[:40] for k in list(keys)[:12]) or 'none'}; known layouts: {LAYOUTS}")
+    raise UserError(
+        f"its keys are {', '.join(repr(k)[:40] for k in list(keys)[:12]) or 'none'}; known layouts: {LAYOUTS}"
+    )
 
 
 def example(tok, messages, tools=None, format=None):
@@ -510,10 +671,16 @@ def example(tok, messages, tools=None, format=None):
     if roles[-1] != "assistant":
         raise UserError(f"ends with a {roles[-1]} turn")
     for m in chat.messages:
-        if not m["content"].strip() and not m.get("tool_calls") and m["role"] in ("user", "assistant"):
+        if (
+            not m["content"].strip()
+            and not m.get("tool_calls")
+            and m["role"] in ("user", "assistant")
+        ):
             raise UserError(f"empty {m['role']} turn")
     pieces, known = pieces_of(tok, chat, format)
-    if roles[0] == "system" and chat.messages[0]["content"].strip() not in "".join(piece.text for piece in pieces):
+    if roles[0] == "system" and chat.messages[0]["content"].strip() not in "".join(
+        piece.text for piece in pieces
+    ):
         raise UserError("the format loses the system prompt here: put it into the first user turn")
     return encode(tok, chat, pieces, known)
 
@@ -534,20 +701,29 @@ def examples(tok, records, skipped, strict=False, format=None):
         good += 1
         yield pair
     if not good:
-        raise UserError(f"none of {n} conversations can be trained on: "
-                        + "; ".join(f"{count} x {why}" for why, count in skipped.most_common(3)))
+        raise UserError(
+            f"none of {n} conversations can be trained on: "
+            + "; ".join(f"{count} x {why}" for why, count in skipped.most_common(3))
+        )
 
 
 def stop_id(tok, format=None):
     """The id that ends an assistant's turn: what the engine stops at."""
-    ids, mask = render(tok, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], format=format)
+    ids, mask = render(
+        tok,
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        format=format,
+    )
     return [i for i, m in zip(ids, mask) if m][-1]
 
 
 def paint(tok, ids, mask, color=True):
     """The conversation as text, what is in the loss in green (or in guillemets), control characters spelled out."""
     green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
-    runs = [(said, printable(tok.decode([i for i, _ in run]))) for said, run in groupby(zip(ids, mask), key=lambda pair: pair[1])]
+    runs = [
+        (said, printable(tok.decode([i for i, _ in run])))
+        for said, run in groupby(zip(ids, mask), key=lambda pair: pair[1])
+    ]
     return "".join(green + text + plain if said else text for said, text in runs)
 
 
@@ -558,8 +734,11 @@ def printable(text):
 
 def show(args):
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
+
     tok, skipped, total, supervised = Tokenizer.load(args.tokenizer), Counter(), 0, 0
-    pairs = examples(tok, islice(read_records(args.file), args.limit), skipped, args.strict, args.format)
+    pairs = examples(
+        tok, islice(read_records(args.file), args.limit), skipped, args.strict, args.format
+    )
     for n, (ids, mask) in enumerate(pairs, 1):
         print(paint(tok, ids, mask, color="NO_COLOR" not in os.environ))
         print(f"--- {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
@@ -577,32 +756,51 @@ def convert(args):
         if min(train, val, test) < 0 or not train + val + test:
             raise ValueError
     except ValueError:
-        raise UserError(f"--split {args.split}: give the three shares of train, val and test, as 85/5/10") from None
+        raise UserError(
+            f"--split {args.split}: give the three shares of train, val and test, as 85/5/10"
+        ) from None
     lines = {"train": [], "val": [], "test": []}
     for path in args.files:
         for record, messages, tools in read_records(path):
-            kept = {k: record[k] for k in ("family", "answer", "checks") if k in record} | ({"tools": tools} if tools else {})
+            kept = {k: record[k] for k in ("family", "answer", "checks") if k in record} | (
+                {"tools": tools} if tools else {}
+            )
             asked = hashlib.sha256(to_json(messages[:-1]).encode("utf-8", "replace")).digest()
-            place = int.from_bytes(asked[:8], "big") / 2 ** 64 * (train + val + test)
+            place = int.from_bytes(asked[:8], "big") / 2**64 * (train + val + test)
             name = "train" if place < train else "val" if place < train + val else "test"
             lines[name].append(to_json({"messages": messages, **kept}) + "\n")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, of_split in lines.items():
-        write_atomic(Path(args.out, f"{name}.jsonl"), lambda path: path.write_text("".join(of_split), encoding="utf-8"))
-    print(f"{args.out}: " + ", ".join(f"{len(of_split):,} {name}" for name, of_split in lines.items()) + " conversations")
+        write_atomic(
+            Path(args.out, f"{name}.jsonl"),
+            lambda path: path.write_text("".join(of_split), encoding="utf-8"),
+        )
+    print(
+        f"{args.out}: "
+        + ", ".join(f"{len(of_split):,} {name}" for name, of_split in lines.items())
+        + " conversations"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a chat format makes of conversations, and what is in the loss.")
+    parser = argparse.ArgumentParser(
+        description="What a chat format makes of conversations, and what is in the loss."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("show", help="print conversations, supervised tokens in green (NO_COLOR=1: in «»)")
+    p = commands.add_parser(
+        "show", help="print conversations, supervised tokens in green (NO_COLOR=1: in «»)"
+    )
     p.add_argument("file", help=f"JSON or JSONL: {LAYOUTS}")
     p.add_argument("--tokenizer", required=True, help="a model folder or tokenizer file")
     p.add_argument("--format", help=f"instead of the folder's own: {', '.join(FORMATS)}")
     p.add_argument("--limit", type=int, default=10, help="how many conversations (default 10)")
-    p.add_argument("--strict", action="store_true", help="stop at a conversation that cannot be trained on")
+    p.add_argument(
+        "--strict", action="store_true", help="stop at a conversation that cannot be trained on"
+    )
     p.set_defaults(run=show)
-    p = commands.add_parser("convert", help="any layout to {messages} in train.jsonl, val.jsonl and test.jsonl")
+    p = commands.add_parser(
+        "convert", help="any layout to {messages} in train.jsonl, val.jsonl and test.jsonl"
+    )
     p.add_argument("files", nargs="+", help=f"JSON or JSONL: {LAYOUTS}")
     p.add_argument("--out", required=True, help="the folder to write")
     p.add_argument("--split", default="85/5/10", help="shares of train, val and test [85/5/10]")

@@ -2,6 +2,7 @@
 
 Nothing here imports torch (runtime.py does), so that commands that do not need it start at once.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -29,7 +30,9 @@ def cli(main):
     """Run a script's `main()`: what a user did wrong is one line on stderr and exit status 2, never a traceback."""
     try:
         main()
-    except BrokenPipeError:  # the reader of our output went away (`... | head`): nothing to say, nobody to say it to
+    except (
+        BrokenPipeError
+    ):  # the reader of our output went away (`... | head`): nothing to say, nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
@@ -43,7 +46,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one line, with the nearest flag there is; no abbreviations, descriptions as written."""
 
     def __init__(self, **kw):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw
+        )
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -72,15 +77,23 @@ def parse_flags(cls, description, argv=None, positional=()):
         if isinstance(kind, types.UnionType):  # `int | None` takes an int
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
-        how: dict = {"nargs": "+", "metavar": "str"} if kind is tuple else {"type": kind, "metavar": kind.__name__}
+        how: dict = (
+            {"nargs": "+", "metavar": "str"}
+            if kind is tuple
+            else {"type": kind, "metavar": kind.__name__}
+        )
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         if field.name not in positional:
-            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
+            )
             continue
         if field.default not in ("", ()):
             how |= {"nargs": "?", "default": argparse.SUPPRESS}
-        parser.add_argument(field.name, help=comments.get(field.name, ""), **how | {"metavar": None})
+        parser.add_argument(
+            field.name, help=comments.get(field.name, ""), **how | {"metavar": None}
+        )
     return vars(parser.parse_args(argv))
 
 
@@ -107,7 +120,9 @@ def write_atomic(path, write):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it: safetensors makes files that only their owner can read
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask has it: safetensors makes files that only their owner can read
         write(temporary)
         temporary.chmod(mode)
         with open(temporary, "rb") as f:
@@ -120,7 +135,12 @@ def write_atomic(path, write):
 
 
 def write_json(path, value):
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_atomic(
+        path,
+        lambda p: p.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        ),
+    )
 
 
 def read_json(path):
@@ -137,7 +157,9 @@ def json_records(path):
         with open(path, encoding="utf-8-sig") as f:
             whole = f.read(1) == "["
             f.seek(0)
-            for n, record in enumerate(json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1):
+            for n, record in enumerate(
+                json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1
+            ):
                 yield record
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: record {n + 1} is not valid JSON ({error})") from None
@@ -150,6 +172,7 @@ def sha256(data: bytes) -> str:
 class Interrupt:
     """Context: the first SIGTERM or Ctrl-C only sets `.signal`, so the loop can save and leave; one that comes three seconds
     later kills. Sooner is no wish of the user's: torchrun answers a Ctrl-C with a SIGTERM to those that had it already."""
+
     signal: int | None = None
 
     def __enter__(self):
@@ -174,10 +197,13 @@ def lock_folder(folder):
     file = open(Path(folder) / ".lock", "w")
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and runs go unguarded there
         import fcntl
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is training there now; stop it, or choose another --out") from None
+            raise UserError(
+                f"{folder}: another process is training there now; stop it, or choose another --out"
+            ) from None
     return file
 
 
@@ -199,27 +225,45 @@ class Metrics:
         self.path, self.start, self.tracker = Path(out) / "metrics.jsonl", time.time(), None
         rows = self.read(self.path) if resume_step is not None and self.path.exists() else []
         # what the crash un-did is not history; of the step it resumes at only the evaluation was done before the checkpoint
-        rows = [r for r in rows if r["step"] < resume_step or (r["step"] == resume_step and "val_loss" in r)]
+        rows = [
+            r
+            for r in rows
+            if r["step"] < resume_step or (r["step"] == resume_step and "val_loss" in r)
+        ]
         self.start -= rows[-1]["seconds"] if rows else 0.0
         write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         self.file = open(self.path, "a", buffering=1)
         try:
             if track == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
+
                 writer = SummaryWriter(str(out))
-                self.tracker = lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+                self.tracker = lambda step, values: [
+                    writer.add_scalar(k, v, step) for k, v in values.items()
+                ]
             elif track == "wandb":
                 import wandb
-                run = wandb.init(project="llm", name=Path(out).name, config=settings, resume="allow")
+
+                run = wandb.init(
+                    project="llm", name=Path(out).name, config=settings, resume="allow"
+                )
                 self.tracker = lambda step, values: run.log(values, step=step)
             elif track:
                 raise UserError(f"--track {track}: use tensorboard or wandb")
         except ImportError as error:
-            raise UserError(f"--track {track} needs its package ({error}): pip install {track}") from None
+            raise UserError(
+                f"--track {track} needs its package ({error}): pip install {track}"
+            ) from None
 
     def log(self, step, **values):
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no NaN
-        self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 3), **values}) + "\n")
+        values = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }  # JSON has no NaN
+        self.file.write(
+            json.dumps({"step": step, "seconds": round(time.time() - self.start, 3), **values})
+            + "\n"
+        )
         if self.tracker:
             self.tracker(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
 
@@ -244,23 +288,37 @@ def draw_curve(training, validation, width=72, height=16):
         for step, loss in points:
             y = round((high - loss) / max(high - low, 1e-9) * (height - 1))
             grid[y][round(step / end * (width - 1))] = mark
-    lines = [f"{high - (high - low) * i / (height - 1):8.3f} |{''.join(row)}" for i, row in enumerate(grid)]
+    lines = [
+        f"{high - (high - low) * i / (height - 1):8.3f} |{''.join(row)}"
+        for i, row in enumerate(grid)
+    ]
     return "\n".join([*lines, " " * 9 + "+" + "-" * width, f"{'0':>11s}{end:>{width - 2},}"])
 
 
 def plot_losses(out, title):
     """OUT/loss.png from OUT/metrics.jsonl: training and validation loss over steps."""
-    from matplotlib.figure import Figure  # not pyplot: it needs no display and imports in half the time
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot: it needs no display and imports in half the time
+
     rows = Metrics.read(Path(out) / "metrics.jsonl")
     fig = Figure(figsize=(8, 4.5), dpi=120)
     ax = fig.subplots()
-    for key, style in (("loss", dict(lw=0.8, alpha=0.6, label="training")),
-                       ("val_loss", dict(marker="o", ms=4, lw=1.8, label="validation, whole split"))):
+    for key, style in (
+        ("loss", dict(lw=0.8, alpha=0.6, label="training")),
+        ("val_loss", dict(marker="o", ms=4, lw=1.8, label="validation, whole split")),
+    ):
         points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
         if points:
             ax.plot(*zip(*points), **style)
             if key == "val_loss":
-                ax.annotate(f"{points[-1][1]:.4f}", points[-1], textcoords="offset points", xytext=(0, 8), ha="right")
+                ax.annotate(
+                    f"{points[-1][1]:.4f}",
+                    points[-1],
+                    textcoords="offset points",
+                    xytext=(0, 8),
+                    ha="right",
+                )
     ax.set(xlabel="step", ylabel="loss, nats per token", title=title)
     ax.grid(alpha=0.3)
     ax.legend()

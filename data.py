@@ -1,12 +1,13 @@
 """Text to tokens to batches: shards of token ids on disk, and rows packed from whole documents.
 
-    python data.py shakespeare                                   # tiny Shakespeare -> data/shakespeare.txt
-    python data.py wikitext-103                                  # its text -> data/wikitext-103/{train,valid,test}.txt
-    python data.py wikitext-103 --tokenizer T                    # the same, tokenized -> shards beside it
-    python data.py mine/ 'more/*.jsonl' --tokenizer T --out data/mine    # .txt, .jsonl, .parquet of your own -> shards
-    python data.py toybox --out data/toybox                      # a made-up world: text, chats, preferences (toybox.py)
-    python train.py --data data/mine                             # what shards are for
+python data.py shakespeare                                   # tiny Shakespeare -> data/shakespeare.txt
+python data.py wikitext-103                                  # its text -> data/wikitext-103/{train,valid,test}.txt
+python data.py wikitext-103 --tokenizer T                    # the same, tokenized -> shards beside it
+python data.py mine/ 'more/*.jsonl' --tokenizer T --out data/mine    # .txt, .jsonl, .parquet of your own -> shards
+python data.py toybox --out data/toybox                      # a made-up world: text, chats, preferences (toybox.py)
+python train.py --data data/mine                             # what shards are for
 """
+
 import contextlib
 import functools
 import hashlib
@@ -25,11 +26,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import UserError, cli, parse_flags, read_json, sha256, write_atomic, write_json
+from tokenizer import Tokenizer
 from training import toybox
 from training.bpe import BLOCK, in_processes, usable_cpus
-from common import UserError, cli, parse_flags, read_json, sha256, write_atomic, write_json
-from training.corpora import ARTICLE, WIKITEXT, documents, expand, full_disk_explained, read_text, shakespeare, wikitext
-from tokenizer import Tokenizer
+from training.corpora import (
+    ARTICLE,
+    WIKITEXT,
+    documents,
+    expand,
+    full_disk_explained,
+    read_text,
+    shakespeare,
+    wikitext,
+)
 
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
 
@@ -43,14 +53,14 @@ HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
 class Header(NamedTuple):
     magic: bytes
     version: int
-    itemsize: int       # bytes a token id takes: 2 or 4
+    itemsize: int  # bytes a token id takes: 2 or 4
     tokens: int
     documents: int
-    bytes: int          # of UTF-8 text, for bits per byte
-    words: int          # between white space; the papers' word count of WikiText is words + lines (<eos>)
+    bytes: int  # of UTF-8 text, for bits per byte
+    words: int  # between white space; the papers' word count of WikiText is words + lines (<eos>)
     lines: int
-    tokenizer: bytes    # sha256 of what decides ids
-    content: bytes      # sha256 of all that follows the header
+    tokenizer: bytes  # sha256 of what decides ids
+    content: bytes  # sha256 of all that follows the header
 
 
 def ends_of(tok):
@@ -60,7 +70,9 @@ def ends_of(tok):
     return (ids[0] if ids else None, ids[1] if len(set(ids)) == 2 else None)
 
 
-def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text", skip_bad=False, processes=None):
+def make_shards(
+    files, tok, out, *, val_share=0.01, separator=None, field="text", skip_bad=False, processes=None
+):
     """Tokenize {split: [path]} into OUT/SPLIT-NNNNN.bin, meta.json and the tokenizer -> meta.json's content.
 
     Without a split "val", every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on text and
@@ -69,9 +81,19 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
     out, shared = Path(out), "val" not in files
     if shared:
         files = {"val": files["train"], **files}
-    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, "field": field, "skip_bad": skip_bad,
-           "val_share": val_share if shared else None, "separator": separator and separator.pattern.decode(),
-           "files": {name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths] for name, paths in files.items()}}
+    job = {
+        "version": VERSION,
+        "tokenizer": tok.sha256,
+        "shard_bytes": SHARD_BYTES,
+        "field": field,
+        "skip_bad": skip_bad,
+        "val_share": val_share if shared else None,
+        "separator": separator and separator.pattern.decode(),
+        "files": {
+            name: [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths]
+            for name, paths in files.items()
+        },
+    }
     meta = begin_or_continue(out, job)
     if meta["complete"]:
         print(f"{out}: all there already")
@@ -82,21 +104,47 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
     for name, paths in files.items():
         bad = Counter() if skip_bad else None
         done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
-        with tqdm(total=sum(f.stat().st_size for f in paths), unit="B", unit_scale=True, desc=name, disable=None) as bar:
-            parts = chosen(documents(paths, tok.cuts, separator, field, bad), name, val_share if shared else 0, bar)
-            with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes or usable_cpus())) as results:
+        with tqdm(
+            total=sum(f.stat().st_size for f in paths),
+            unit="B",
+            unit_scale=True,
+            desc=name,
+            disable=None,
+        ) as bar:
+            parts = chosen(
+                documents(paths, tok.cuts, separator, field, bad),
+                name,
+                val_share if shared else 0,
+                bar,
+            )
+            with contextlib.closing(
+                in_processes(encode, shard_jobs(parts, done), processes or usable_cpus())
+            ) as results:
                 for number, group in itertools.groupby(results, key=lambda result: result[0]):
                     write_shard(out / f"{name}-{number:05d}.bin", group, tok)
         headers = [read_header(p) for p in shard_paths(out, name)]
-        total = {k: sum(getattr(h, k) for h in headers) for k in ("tokens", "documents", "bytes", "words", "lines")}
+        total = {
+            k: sum(getattr(h, k) for h in headers)
+            for k in ("tokens", "documents", "bytes", "words", "lines")
+        }
         if not total["documents"]:
-            raise UserError(f"{name}: no documents; give more text, say with --split-on what stands between documents, "
-                            "or name other validation text with --val FILE")
+            raise UserError(
+                f"{name}: no documents; give more text, say with --split-on what stands between documents, "
+                "or name other validation text with --val FILE"
+            )
         skipped = sum((bad or {}).values())
         meta["splits"][name] = {"shards": len(headers), **total, "skipped": skipped}
-        print(f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, {total['bytes']:,} bytes "
-              f"({total['bytes'] / total['tokens']:.2f} a token)" + (f", {skipped:,} bad records left out" if bad else ""))
-    meta |= {"complete": True, "first_id": ends_of(tok)[0], "last_id": ends_of(tok)[1], "vocab_size": tok.vocab_size}
+        print(
+            f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, {total['bytes']:,} bytes "
+            f"({total['bytes'] / total['tokens']:.2f} a token)"
+            + (f", {skipped:,} bad records left out" if bad else "")
+        )
+    meta |= {
+        "complete": True,
+        "first_id": ends_of(tok)[0],
+        "last_id": ends_of(tok)[1],
+        "vocab_size": tok.vocab_size,
+    }
     write_json(out / "meta.json", meta)
     return meta
 
@@ -104,11 +152,16 @@ def make_shards(files, tok, out, *, val_share=0.01, separator=None, field="text"
 def begin_or_continue(out, job):
     """meta.json of this job: new, or that of its interrupted run, whose temporary files are swept."""
     out.mkdir(parents=True, exist_ok=True)
-    path, meta = out / "meta.json", {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}}
+    path, meta = (
+        out / "meta.json",
+        {"complete": False, "job": {} if shard_paths(out) else job, "splits": {}},
+    )
     meta = read_json(path) if path.is_file() else meta
     if differ := [k for k in job if meta.get("job", {}).get(k) != job[k]]:
-        raise UserError(f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw them away "
-                        "with --overwrite")
+        raise UserError(
+            f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, or throw them away "
+            "with --overwrite"
+        )
     for stale in out.glob("*.bin.*.tmp"):
         stale.unlink()
     if not path.is_file():
@@ -168,19 +221,28 @@ def encode_job(job, tok, ends):
         ids += tok.encode_bytes(text, "first" if begins else "inside")
         ids += [last] if done and last is not None else []
     texts = [text for text, _, _ in parts]
-    space = SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]  # a word begins after white space
-    counts = sum(map(len, texts)), np.count_nonzero(space[:-1] & ~space[1:]), sum(t.count(b"\n") for t in texts)
+    space = SPACE[
+        np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)
+    ]  # a word begins after white space
+    counts = (
+        sum(map(len, texts)),
+        np.count_nonzero(space[:-1] & ~space[1:]),
+        sum(t.count(b"\n") for t in texts),
+    )
     return number, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts, np.int64)
 
 
 def write_shard(path, results, tok):
     """Stream what `encode_job` returned for one shard to disk; the file appears when it is whole."""
+
     def write(temporary):
         size, starts, counts, digest = 0, [], np.zeros(3, np.int64), hashlib.sha256()
         with open(temporary, "wb") as file:
+
             def put(data):
                 file.write(data)
                 digest.update(data)
+
             file.write(bytes(HEADER.size))
             for _, ids, begins, more in results:
                 put(ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes())
@@ -190,9 +252,22 @@ def write_shard(path, results, tok):
             put(bytes(-size * itemsize % 8))
             put(starts.astype("<u8").tobytes())
             file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, itemsize, size, len(starts), *map(int, counts),
-                                   bytes.fromhex(tok.sha256), digest.digest()))
-    with full_disk_explained(path, "finished shards are kept: make room and run the same command again"):
+            file.write(
+                HEADER.pack(
+                    MAGIC,
+                    VERSION,
+                    itemsize,
+                    size,
+                    len(starts),
+                    *map(int, counts),
+                    bytes.fromhex(tok.sha256),
+                    digest.digest(),
+                )
+            )
+
+    with full_disk_explained(
+        path, "finished shards are kept: make room and run the same command again"
+    ):
         write_atomic(path, write)
 
 
@@ -204,14 +279,20 @@ def read_header(path, tokenizer_sha256=None):
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*HEADER.unpack(raw))
     if header.version != VERSION or header.itemsize not in (2, 4):
-        raise UserError(f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program reads version "
-                        f"{VERSION} with 2 or 4: make the shards again")
+        raise UserError(
+            f"{path}: format version {header.version} with {header.itemsize} bytes a token; this program reads version "
+            f"{VERSION} with 2 or 4: make the shards again"
+        )
     expected = HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
     if (size := os.path.getsize(path)) != expected:
-        raise UserError(f"{path}: {size:,} bytes, but its header says {expected:,}; delete it and run data.py again")
+        raise UserError(
+            f"{path}: {size:,} bytes, but its header says {expected:,}; delete it and run data.py again"
+        )
     if tokenizer_sha256 not in (None, header.tokenizer.hex()):
-        raise UserError(f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the ids would "
-                        "mean other text: use the tokenizer in its folder, or make shards with yours")
+        raise UserError(
+            f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not {tokenizer_sha256[:12]}; the ids would "
+            "mean other text: use the tokenizer in its folder, or make shards with yours"
+        )
     return header
 
 
@@ -219,21 +300,39 @@ def open_shards(folder, tokenizer_sha256=None):
     """{split: Split} of a folder of shards, mapped, not read; headers and sizes are checked here."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        raise UserError(f"{folder}: no shards here (no meta.json); python data.py FILE... --tokenizer T --out {folder}")
+        raise UserError(
+            f"{folder}: no shards here (no meta.json); python data.py FILE... --tokenizer T --out {folder}"
+        )
     meta = read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or not isinstance(meta.get("job"), dict) or meta["job"].get("version") != VERSION:
-        raise UserError(f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py")
+    if (
+        not isinstance(meta, dict)
+        or not isinstance(meta.get("job"), dict)
+        or meta["job"].get("version") != VERSION
+    ):
+        raise UserError(
+            f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py"
+        )
     if not meta.get("complete"):
-        raise UserError(f"{folder}: unfinished; run the data.py command that makes it again, it goes on where it was")
+        raise UserError(
+            f"{folder}: unfinished; run the data.py command that makes it again, it goes on where it was"
+        )
     splits = {}
     for name, counts in meta["splits"].items():
         paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
         if lost := [p.name for p in paths if not p.is_file()]:
-            raise UserError(f"{folder}: {', '.join(lost[:3])} of {len(paths)} {name} shards missing; copy them there, "
-                            "or make the shards again with --overwrite")
+            raise UserError(
+                f"{folder}: {', '.join(lost[:3])} of {len(paths)} {name} shards missing; copy them there, "
+                "or make the shards again with --overwrite"
+            )
         headers = [read_header(p, tokenizer_sha256) for p in paths]
-        tokens = [np.memmap(p, f"<u{h.itemsize}", "r", HEADER.size, (h.tokens,)) for p, h in zip(paths, headers)]
-        starts = [np.memmap(p, "<u8", "r", p.stat().st_size - 8 * h.documents, (h.documents,)) for p, h in zip(paths, headers)]
+        tokens = [
+            np.memmap(p, f"<u{h.itemsize}", "r", HEADER.size, (h.tokens,))
+            for p, h in zip(paths, headers)
+        ]
+        starts = [
+            np.memmap(p, "<u8", "r", p.stat().st_size - 8 * h.documents, (h.documents,))
+            for p, h in zip(paths, headers)
+        ]
         digest = sha256(b"".join(h.tokenizer + h.content for h in headers))
         end_id = meta["first_id"] if meta["last_id"] is None else None
         splits[name] = Split(tokens, starts, end_id, counts, digest, paths)
@@ -247,17 +346,22 @@ def split_tokens(tokens, context, share=0.1):
     train, val = tokens[:cut], tokens[cut:]
     for part, have in (("training", len(train)), ("validation", len(val))):
         if have < context + 1:
-            fits = max((2 ** k for k in range(3, 20) if 2 ** k < min(len(train), len(val))), default=None)
+            fits = max(
+                (2**k for k in range(3, 20) if 2**k < min(len(train), len(val))), default=None
+            )
             hint = f"use --context {fits}" if fits else "give a longer text"
-            raise UserError(f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: {hint}")
+            raise UserError(
+                f"{have:,} {part} tokens, but a context of {context:,} needs at least {context + 1:,}: {hint}"
+            )
     return train, val
 
 
 class Batch(NamedTuple):
     """x predicts y. docs and positions are for masking: which piece of a document a token is in, and how far."""
-    x: torch.Tensor          # (rows, context) int64
-    y: torch.Tensor          # (rows, context) int64; -100 only in validation, where nothing is scored
-    docs: torch.Tensor       # (rows, context) int32: 0, 1, 2, ... along a row
+
+    x: torch.Tensor  # (rows, context) int64
+    y: torch.Tensor  # (rows, context) int64; -100 only in validation, where nothing is scored
+    docs: torch.Tensor  # (rows, context) int32: 0, 1, 2, ... along a row
     positions: torch.Tensor  # (rows, context) int64: 0 where a piece begins
 
     def to(self, device):
@@ -266,10 +370,11 @@ class Batch(NamedTuple):
 
 class Plan(NamedTuple):
     """The rows of an epoch. Row r is the pieces first[order[r]] ... first[order[r] + 1] - 1."""
+
     starts: np.ndarray  # (pieces,) where each begins, all shards end to end
-    sizes: np.ndarray   # (pieces,) pairs in it
-    first: np.ndarray   # (rows + 1,)
-    order: np.ndarray   # (rows,)
+    sizes: np.ndarray  # (pieces,) pairs in it
+    first: np.ndarray  # (rows + 1,)
+    order: np.ndarray  # (rows,)
 
     def row(self, r):
         pieces = slice(self.first[self.order[r]], self.first[self.order[r] + 1])
@@ -283,7 +388,9 @@ class Split:
         """tokens: arrays of ids; starts: where documents start in each; end_id: what a document's last id predicts."""
         self.tokens, self.starts, self.end_id = tokens, starts or [np.zeros(1, np.int64)], end_id
         self.counts, self.sha256, self.paths = counts or {}, sha256, paths or ["text"]
-        self.bases = np.cumsum([0, *map(len, tokens)])  # of the shards, when they are thought end to end
+        self.bases = np.cumsum(
+            [0, *map(len, tokens)]
+        )  # of the shards, when they are thought end to end
 
     def __len__(self):
         return int(self.bases[-1])
@@ -296,15 +403,19 @@ class Split:
         input. Where one id does for both, the last token predicts that id: n pairs."""
         for starts, tokens, path in zip(self.starts, self.tokens, self.paths):
             if starts[0] != 0 or starts[-1] >= len(tokens) or (starts[1:] < starts[:-1]).any():
-                raise UserError(f"{path}: damaged, its document starts are out of order; make it again with data.py")
-        begin = np.concatenate([starts.astype(np.int64) + base for starts, base in zip(self.starts, self.bases)])
+                raise UserError(
+                    f"{path}: damaged, its document starts are out of order; make it again with data.py"
+                )
+        begin = np.concatenate(
+            [starts.astype(np.int64) + base for starts, base in zip(self.starts, self.bases)]
+        )
         return begin, np.maximum(np.diff(begin, append=len(self)) - (self.end_id is None), 0)
 
     def read(self, start, size):
         """`size` tokens from `start` on and the one after. After the last of a shard comes what begins the next."""
         shard = int(np.searchsorted(self.bases, start, "right")) - 1
         start = int(start - self.bases[shard])
-        window = self.tokens[shard][start:start + size + 1]
+        window = self.tokens[shard][start : start + size + 1]
         return window if len(window) > size else np.append(window, window.dtype.type(self.end_id))
 
     def plan(self, context, seed, epoch):
@@ -320,23 +431,36 @@ class Split:
             offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
             begin, pairs = begin + offset, pairs - offset
         full = pairs // context
-        of = np.repeat(np.arange(len(full)), full)                                # the document of each full row
-        starts = begin[of] + context * (np.arange(len(of)) - np.repeat(np.cumsum(full) - full, full))
-        rest = rng.permutation(np.flatnonzero(pairs % context))                   # documents of which something remains
+        of = np.repeat(np.arange(len(full)), full)  # the document of each full row
+        starts = begin[of] + context * (
+            np.arange(len(of)) - np.repeat(np.cumsum(full) - full, full)
+        )
+        rest = rng.permutation(
+            np.flatnonzero(pairs % context)
+        )  # documents of which something remains
         rest_starts, sizes = begin[rest] + full[rest] * context, pairs[rest] % context
         ends = np.cumsum(sizes)
-        packed = int(ends[-1]) // context if len(ends) else 0                     # rows made of them
-        cuts = np.append((ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context)
-        cuts = np.sort(cuts, kind="stable")                                       # merges sorted runs; np.unique takes a second
-        cuts = cuts[np.diff(cuts, prepend=-1) > 0]                                # where pieces begin
-        piece = np.searchsorted(ends, cuts, "right")                              # which remainder begins or goes on here
+        packed = int(ends[-1]) // context if len(ends) else 0  # rows made of them
+        cuts = np.append(
+            (ends - sizes)[ends - sizes < packed * context], np.arange(packed) * context
+        )
+        cuts = np.sort(cuts, kind="stable")  # merges sorted runs; np.unique takes a second
+        cuts = cuts[np.diff(cuts, prepend=-1) > 0]  # where pieces begin
+        piece = np.searchsorted(ends, cuts, "right")  # which remainder begins or goes on here
         into = cuts - (ends - sizes)[piece]
-        fresh = (into == 0) & (full[rest][piece] == 0)                            # a document begins here
-        by_row = np.argsort(cuts // context * 2 - fresh, kind="stable")           # within each row, these first
-        first = np.append(np.arange(len(of)), len(of) + np.searchsorted(cuts // context, np.arange(packed + 1)))
-        return Plan(np.append(starts, (rest_starts[piece] + into)[by_row]),
-                    np.append(np.full(len(of), context), np.diff(cuts, append=packed * context)[by_row]),
-                    first, rng.permutation(len(first) - 1))
+        fresh = (into == 0) & (full[rest][piece] == 0)  # a document begins here
+        by_row = np.argsort(
+            cuts // context * 2 - fresh, kind="stable"
+        )  # within each row, these first
+        first = np.append(
+            np.arange(len(of)), len(of) + np.searchsorted(cuts // context, np.arange(packed + 1))
+        )
+        return Plan(
+            np.append(starts, (rest_starts[piece] + into)[by_row]),
+            np.append(np.full(len(of), context), np.diff(cuts, append=packed * context)[by_row]),
+            first,
+            rng.permutation(len(first) - 1),
+        )
 
     def fill(self, rows, context):
         """[(starts, sizes) of the pieces of a row] -> Batch; rows that are not full end in tokens 0 with target -100."""
@@ -360,7 +484,9 @@ class Split:
         world-th batch; all ranks get as many."""
         stride = stride or context
         if not 0 < stride <= context:
-            raise UserError(f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}")
+            raise UserError(
+                f"a stride of {stride:,} does not suit a context of {context:,}: use 1 to {context:,}"
+            )
         begin, pairs = self.documents
         ends = np.cumsum(pairs)
         windows = 1 + -(-max(0, int(ends[-1]) - context) // stride)
@@ -369,11 +495,20 @@ class Split:
             for left in range(at * stride, (at + rows) * stride, stride):
                 right = min(left + context, int(ends[-1])) if left // stride < windows else left
                 last = np.searchsorted(ends, right, "left") + 1 if right > left else 0
-                these = np.arange(np.searchsorted(ends, left, "right"), last)  # the documents in the window
-                offset = np.maximum(left - (ends - pairs)[these], 0)           # into the first of them
-                pieces.append((begin[these] + offset, np.minimum(ends[these], right) - (ends - pairs)[these] - offset))
+                these = np.arange(
+                    np.searchsorted(ends, left, "right"), last
+                )  # the documents in the window
+                offset = np.maximum(left - (ends - pairs)[these], 0)  # into the first of them
+                pieces.append(
+                    (
+                        begin[these] + offset,
+                        np.minimum(ends[these], right) - (ends - pairs)[these] - offset,
+                    )
+                )
             batch = self.fill(pieces, context)
-            batch.y[int(at == 0):, :context - stride] = -100  # all but the very first window look back only
+            batch.y[
+                int(at == 0) :, : context - stride
+            ] = -100  # all but the very first window look back only
             yield batch
 
 
@@ -395,12 +530,23 @@ class Batches:
     def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device=None):
         self.split, self.rows, self.context = as_split(split), rows, context
         self.rank, self.world, self.prefetch = rank, world, prefetch
-        self.plan = functools.lru_cache(2)(functools.partial(self.split.plan, context, seed))  # a batch can span two epochs
-        self.pool, self.made, self.device = ThreadPoolExecutor(1), deque(), torch.device(device or "cpu")
-        self.epoch, self.row = self.ahead = 0, 0  # where the next batch to be handed out begins, and the next to be made
+        self.plan = functools.lru_cache(2)(
+            functools.partial(self.split.plan, context, seed)
+        )  # a batch can span two epochs
+        self.pool, self.made, self.device = (
+            ThreadPoolExecutor(1),
+            deque(),
+            torch.device(device or "cpu"),
+        )
+        self.epoch, self.row = self.ahead = (
+            0,
+            0,
+        )  # where the next batch to be handed out begins, and the next to be made
         if (have := len(self.plan(0).order)) < rows * world:
-            raise UserError(f"{len(self.split):,} tokens make {have:,} rows of {context:,}, but a step takes {rows * world:,}: "
-                            "give more data, or use a smaller --batch or --context")
+            raise UserError(
+                f"{len(self.split):,} tokens make {have:,} rows of {context:,}, but a step takes {rows * world:,}: "
+                "give more data, or use a smaller --batch or --context"
+            )
 
     def locate(self, epoch, row):
         while row >= (have := len(self.plan(epoch).order)):
@@ -413,7 +559,9 @@ class Batches:
         places = [self.locate(epoch, row + self.rank * self.rows + i) for i in range(self.rows)]
         batch = self.split.fill([self.plan(e).row(r) for e, r in places], self.context)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device.index or 0)  # a new thread starts on GPU 0, where pinning would then make a context
+            torch.cuda.set_device(
+                self.device.index or 0
+            )  # a new thread starts on GPU 0, where pinning would then make a context
             batch = batch._make(t.pin_memory() for t in batch)
         self.ahead = self.locate(epoch, row + self.rows * self.world)
         return batch, self.ahead
@@ -442,17 +590,17 @@ class Batches:
 
 @dataclass
 class Args:
-    data: tuple = ()          # shakespeare, wikitext-2, wikitext-103, toybox, or files, folders and globs
-    tokenizer: str = ""       # make shards with this tokenizer: a folder or file
-    out: str = ""             # the folder to write, data/NAME for a named corpus
-    val: tuple = ()           # files to validate on, not a share of the documents
-    val_share: float = 0.01   # share of the documents to validate on
-    split_on: str = ""        # what stands between the documents of a text file; \n is a newline
-    field: str = "text"       # where a .jsonl or .parquet has its text
-    skip_bad: bool = False    # count and leave out records without a text
-    overwrite: bool = False   # throw away the shards in --out
-    processes: int = 0        # to tokenize in; 0 is one per CPU
-    data_dir: str = ""        # a folder that may hold a local copy of a named corpus, else $LLM_DATA_DIR
+    data: tuple = ()  # shakespeare, wikitext-2, wikitext-103, toybox, or files, folders and globs
+    tokenizer: str = ""  # make shards with this tokenizer: a folder or file
+    out: str = ""  # the folder to write, data/NAME for a named corpus
+    val: tuple = ()  # files to validate on, not a share of the documents
+    val_share: float = 0.01  # share of the documents to validate on
+    split_on: str = ""  # what stands between the documents of a text file; \n is a newline
+    field: str = "text"  # where a .jsonl or .parquet has its text
+    skip_bad: bool = False  # count and leave out records without a text
+    overwrite: bool = False  # throw away the shards in --out
+    processes: int = 0  # to tokenize in; 0 is one per CPU
+    data_dir: str = ""  # a folder that may hold a local copy of a named corpus, else $LLM_DATA_DIR
 
 
 def main():
@@ -461,20 +609,35 @@ def main():
     if named and len(args.data) > 1:
         raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
     if not named and not (args.tokenizer and args.out):
-        raise UserError("shards of your own text need --tokenizer T (python tokenizer.py train makes one) and --out D")
+        raise UserError(
+            "shards of your own text need --tokenizer T (python tokenizer.py train makes one) and --out D"
+        )
     if not 0 < args.val_share < 1 or args.processes < 0:
-        raise UserError(f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} not negative")
+        raise UserError(
+            f"--val-share {args.val_share} must be between 0 and 1, --processes {args.processes} not negative"
+        )
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
         return toybox.write(out, read_text("shakespeare", args.data_dir)[0])
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode())) if args.split_on else None
-    if name in WIKITEXT:  # without a tokenizer --out is where the text goes, with one it is where the shards go
+    separator = (
+        re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode()))
+        if args.split_on
+        else None
+    )
+    if (
+        name in WIKITEXT
+    ):  # without a tokenizer --out is where the text goes, with one it is where the shards go
         text = wikitext(name, f"data/{name}" if tok else out, args.data_dir)
-        files, separator = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}, ARTICLE
+        files, separator = (
+            {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]},
+            ARTICLE,
+        )
     else:
-        files = {"train": [shakespeare(args.data_dir)] if name == "shakespeare" else expand(args.data)}
+        files = {
+            "train": [shakespeare(args.data_dir)] if name == "shakespeare" else expand(args.data)
+        }
     if not tok:
         return
     if args.val:
@@ -482,8 +645,16 @@ def main():
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)
-    make_shards(files, tok, out, val_share=args.val_share, separator=separator, field=args.field,
-                skip_bad=args.skip_bad, processes=args.processes)
+    make_shards(
+        files,
+        tok,
+        out,
+        val_share=args.val_share,
+        separator=separator,
+        field=args.field,
+        skip_bad=args.skip_bad,
+        processes=args.processes,
+    )
 
 
 if __name__ == "__main__":

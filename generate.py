@@ -8,6 +8,7 @@
 A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field of Sampling as it likes.
 `generate` below is the plain way to do it, one token of one text at a time; the engine (engine.py) gives the same, faster.
 """
+
 import dataclasses
 import json
 import sys
@@ -19,38 +20,40 @@ import torch
 
 import chat
 from common import UserError, cli, parse_flags, read_json
+from engine.sampler import Sampling
 from engine.scheduler import Delta, Engine, Output  # noqa: F401  names that other programs import from here
 from runtime import lost_rank_explained
-from engine.sampler import Sampling
 
 
 @dataclass
 class Args:
-    model: str = ""                  # the model folder, or a .gguf file
-    prompt: str = "\n"               # the text to continue
-    chat: bool = False               # talk: each line you type is a turn
-    batch: str = ""                  # answer every line of this JSONL file; a run that was cut short goes on where it stopped
-    out: str = ""                    # where the batch's answers go, a JSON line each
-    max_tokens: int = 500            # how many tokens to make at most
-    temperature: float = 0.8         # 0 is greedy: always the likeliest token
-    top_k: int = 0                   # sample among the k likeliest only; 0 is all
-    top_p: float = 1.0               # sample among the likeliest that together have this probability
-    min_p: float = 0.0               # sample among those at least this fraction as likely as the likeliest
+    model: str = ""  # the model folder, or a .gguf file
+    prompt: str = "\n"  # the text to continue
+    chat: bool = False  # talk: each line you type is a turn
+    batch: str = ""  # answer every line of this JSONL file; a run that was cut short goes on where it stopped
+    out: str = ""  # where the batch's answers go, a JSON line each
+    max_tokens: int = 500  # how many tokens to make at most
+    temperature: float = 0.8  # 0 is greedy: always the likeliest token
+    top_k: int = 0  # sample among the k likeliest only; 0 is all
+    top_p: float = 1.0  # sample among the likeliest that together have this probability
+    min_p: float = 0.0  # sample among those at least this fraction as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
-    stop: str = ""                   # end before this text
-    seed: int = 0                    # same seed, same text
-    regex: str = ""                  # the answer must match this regular expression
-    json_schema: str = ""            # the answer must be JSON of the schema in this file; "any" is any JSON
-    device: str = "auto"             # auto, cpu, cuda, mps
-    dtype: str = "auto"              # auto, float32, bfloat16, float16: of the weights
-    quant: str = ""                  # int8 or int4: pack the weights so when they are loaded
-    kv_dtype: str = "auto"           # of the keys and values kept: auto, float32, bfloat16, float16, int8, fp8
-    kv_tokens: int = 0               # how many tokens' keys and values to keep; 0 is what memory allows
-    max_seqs: int = 0                # texts made at once; 0 is 64 on a CPU, 256 on a GPU
-    draft: str = ""                  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
-    draft_tokens: int = 4            # tokens guessed ahead
-    adapter: str = ""                # a LoRA adapter's folder
-    debug_invariants: bool = False   # check the engine's books after every step
+    stop: str = ""  # end before this text
+    seed: int = 0  # same seed, same text
+    regex: str = ""  # the answer must match this regular expression
+    json_schema: str = ""  # the answer must be JSON of the schema in this file; "any" is any JSON
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16: of the weights
+    quant: str = ""  # int8 or int4: pack the weights so when they are loaded
+    kv_dtype: str = (
+        "auto"  # of the keys and values kept: auto, float32, bfloat16, float16, int8, fp8
+    )
+    kv_tokens: int = 0  # how many tokens' keys and values to keep; 0 is what memory allows
+    max_seqs: int = 0  # texts made at once; 0 is 64 on a CPU, 256 on a GPU
+    draft: str = ""  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
+    draft_tokens: int = 4  # tokens guessed ahead
+    adapter: str = ""  # a LoRA adapter's folder
+    debug_invariants: bool = False  # check the engine's books after every step
 
 
 # ------------------------------------------------------------------------------------------------------- one token at a time
@@ -59,13 +62,22 @@ class KVCache:
 
     def __init__(self, config, batch, device, dtype, room=None):
         """room: tokens it can hold [the model's context]"""
-        shape = (2, batch, config.num_key_value_heads, room or config.max_position_embeddings, config.head_dim)
-        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0  # (2, B, K, room, D)
+        shape = (
+            2,
+            batch,
+            config.num_key_value_heads,
+            room or config.max_position_embeddings,
+            config.head_dim,
+        )
+        self.kv, self.length = (
+            torch.empty(shape, device=device, dtype=dtype),
+            0,
+        )  # (2, B, K, room, D)
 
     def append(self, k, v):
         """k, v (B, K, T, D) of new tokens -> those of all tokens, (B, K, length, D)."""
         end = self.length + k.size(2)
-        self.kv[0, :, :, self.length:end], self.kv[1, :, :, self.length:end] = k, v
+        self.kv[0, :, :, self.length : end], self.kv[1, :, :, self.length : end] = k, v
         self.length = end
         return self.kv[0, :, :, :end], self.kv[1, :, :, :end]
 
@@ -80,8 +92,12 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:  # nucleus sampling (Holtzman et al. 2020)
         ranked, order = logits.softmax(-1).sort(descending=True)
-        before = ranked.cumsum(-1) - ranked  # probability of everything likelier; the first is always kept
-        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)
+        before = (
+            ranked.cumsum(-1) - ranked
+        )  # probability of everything likelier; the first is always kept
+        logits = logits.masked_fill(
+            (before >= top_p).scatter(-1, order, before >= top_p), -torch.inf
+        )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -100,7 +116,7 @@ def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0
     ids, context, caches, new = list(ids), config.max_position_embeddings, None, []
     for _ in range(max_tokens):
         if caches is None or caches[0].length + len(new) > context:
-            new = ids[-context:] if caches is None else ids[-(context // 2):]
+            new = ids[-context:] if caches is None else ids[-(context // 2) :]
             room = min(context, len(ids) + max_tokens)
             caches = [KVCache(config, 1, weight.device, weight.dtype, room) for _ in model.layers]
         hidden = model.hidden(torch.tensor([new], device=weight.device), caches=caches)  # (1, T, C)
@@ -115,9 +131,19 @@ def generate(model, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0
 
 # --------------------------------------------------------------------------------------------------- prompt, chat and batch
 def start_engine(args):
-    return Engine(args.model, args.device, args.dtype, args.quant or None, args.kv_tokens or None, kv_dtype=args.kv_dtype,
-                  max_seqs=args.max_seqs or None, draft=args.draft or None, draft_tokens=args.draft_tokens,
-                  adapters={"cli": args.adapter} if args.adapter else None, debug_invariants=args.debug_invariants)
+    return Engine(
+        args.model,
+        args.device,
+        args.dtype,
+        args.quant or None,
+        args.kv_tokens or None,
+        kv_dtype=args.kv_dtype,
+        max_seqs=args.max_seqs or None,
+        draft=args.draft or None,
+        draft_tokens=args.draft_tokens,
+        adapters={"cli": args.adapter} if args.adapter else None,
+        debug_invariants=args.debug_invariants,
+    )
 
 
 def sampling_of(args, engine):
@@ -125,9 +151,15 @@ def sampling_of(args, engine):
     constraint = None
     if args.regex or args.json_schema:
         from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+
         schema = None if args.json_schema in ("", "any") else read_json(args.json_schema)
-        constraint = Constraint(regex_grammar(args.regex) if args.regex else json_grammar(schema), Vocabulary(engine.tok))
-    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling) if hasattr(args, f.name)}
+        constraint = Constraint(
+            regex_grammar(args.regex) if args.regex else json_grammar(schema),
+            Vocabulary(engine.tok),
+        )
+    same = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling) if hasattr(args, f.name)
+    }
     return Sampling(**same | {"stop": (args.stop,) if args.stop else (), "constraint": constraint})
 
 
@@ -172,9 +204,11 @@ def read_request(line, number, sampling, tok):
     except json.JSONDecodeError as error:
         raise UserError(f"line {number}: not valid JSON ({error})") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise UserError(f"line {number}: expected an object with either \"prompt\" or \"messages\"")
+        raise UserError(f'line {number}: expected an object with either "prompt" or "messages"')
     own = {k: v for k, v in row.items() if k not in ("id", "prompt", "messages")}
-    unknown = own.keys() - {f.name for f in dataclasses.fields(Sampling)} | own.keys() & {"constraint"}
+    unknown = own.keys() - {f.name for f in dataclasses.fields(Sampling)} | own.keys() & {
+        "constraint"
+    }
     if unknown:
         raise UserError(f"line {number}: unknown field {', '.join(sorted(unknown))}")
     prompt = row.get("prompt")
@@ -197,7 +231,9 @@ def answered(path):
             try:
                 done.add(json.loads(line)["line"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: not answers of a batch; give --out another name") from None
+                raise UserError(
+                    f"{path}: not answers of a batch; give --out another name"
+                ) from None
             good += len(line)
         file.truncate(good)
     return done
@@ -206,23 +242,40 @@ def answered(path):
 def run_batch(engine, args, sampling, adapter=None):
     """Answer the lines of args.batch into args.out as they are finished; a line at fault gets its reason as "error"."""
     from tqdm import tqdm
+
     if not args.out:
         raise UserError("--batch needs --out: the file for the answers")
-    lines, done, rows = Path(args.batch).read_text(encoding="utf-8").splitlines(), answered(args.out), {}
+    lines, done, rows = (
+        Path(args.batch).read_text(encoding="utf-8").splitlines(),
+        answered(args.out),
+        {},
+    )
     waiting = [n for n, line in enumerate(lines, 1) if line.strip() and n not in done][::-1]
     total, begin = len(waiting) + len(done), time.time()
-    with open(args.out, "a", encoding="utf-8") as out, tqdm(total=total, initial=len(done), unit="answer", disable=None) as bar:
+    with (
+        open(args.out, "a", encoding="utf-8") as out,
+        tqdm(total=total, initial=len(done), unit="answer", disable=None) as bar,
+    ):
+
         def finish(number, **row):
-            row = {"line": number, **row, "seconds": round(time.time() - begin, 3)}  # since this run of the command began
+            row = {
+                "line": number,
+                **row,
+                "seconds": round(time.time() - begin, 3),
+            }  # since this run of the command began
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
 
         while waiting or engine.has_work:
-            while waiting and len(rows) < 2 * engine.scheduler.max_seqs:  # enough to keep the engine busy
+            while (
+                waiting and len(rows) < 2 * engine.scheduler.max_seqs
+            ):  # enough to keep the engine busy
                 number = waiting.pop()
                 try:
-                    name, prompt, own = read_request(lines[number - 1], number, sampling, engine.tok)
+                    name, prompt, own = read_request(
+                        lines[number - 1], number, sampling, engine.tok
+                    )
                     engine.submit(prompt, own, request_id=number, adapter=adapter)
                     rows[number] = name, [Output(number, k, "", [], []) for k in range(own.n)]
                 except UserError as error:
@@ -232,13 +285,27 @@ def run_batch(engine, args, sampling, adapter=None):
                 answers[delta.index].add(delta)
                 if all(a.finish_reason for a in answers):
                     del rows[delta.request_id]
-                    finish(delta.request_id, id=name, answers=[
-                        {"text": a.text, "tokens": len(a.token_ids), "finish_reason": a.finish_reason,
-                         **({"error": a.error} if a.error else {})} for a in answers])
+                    finish(
+                        delta.request_id,
+                        id=name,
+                        answers=[
+                            {
+                                "text": a.text,
+                                "tokens": len(a.token_ids),
+                                "finish_reason": a.finish_reason,
+                                **({"error": a.error} if a.error else {}),
+                            }
+                            for a in answers
+                        ],
+                    )
             stats = engine.stats()
-            bar.set_postfix(running=stats["running"], tokens=stats["generated_tokens"], refresh=False)
+            bar.set_postfix(
+                running=stats["running"], tokens=stats["generated_tokens"], refresh=False
+            )
     count, seconds = engine.stats()["generated_tokens"], time.time() - begin
-    print(f"wrote    {args.out}: {total - len(done):,} answers, {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tok/s")
+    print(
+        f"wrote    {args.out}: {total - len(done):,} answers, {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tok/s"
+    )
 
 
 @lost_rank_explained("Start it again.")

@@ -6,6 +6,7 @@
 A public function runs the kernel for CUDA tensors (for any tensor under TRITON_INTERPRET=1) and its `_twin` otherwise; `linear`
 leaves the otherwise to the layer that calls it.
 """
+
 import functools
 import os
 import platform
@@ -18,15 +19,20 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
-from model import attention_mask, rotate
 from formats.packed import NF4, nf4_dequantize
+from model import attention_mask, rotate
 
 try:
     import triton
     import triton.language as tl
+
     jit = triton.jit
 except ImportError:  # Windows, macOS: the twins serve
-    triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda function=None, **_: function or (lambda kernel: kernel)
+    triton, tl, jit = (
+        None,
+        SimpleNamespace(constexpr=bool),
+        lambda function=None, **_: function or (lambda kernel: kernel),
+    )
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton itself when it is imported
 INTERPRETED = tl.constexpr(INTERPRET)  # the same for use inside kernels
@@ -45,12 +51,20 @@ def use_kernel(x, cache=None):
     device is made that."""
     if not x.is_cuda or triton is None:
         if x.is_cuda:
-            say_once("triton is not installed, so plain torch computes, several times slower: pip install triton")
+            say_once(
+                "triton is not installed, so plain torch computes, several times slower: pip install triton"
+            )
         return triton is not None and INTERPRET
     if x.device.index != torch.cuda.current_device():
         torch.cuda.set_device(x.device)
-    if cache is not None and cache.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
-        say_once("float8 needs compute capability 8.9, so plain torch serves the cache, slowly: use an int8 cache")
+    if (
+        cache is not None
+        and cache.dtype == torch.float8_e4m3fn
+        and torch.cuda.get_device_capability() < (8, 9)
+    ):
+        say_once(
+            "float8 needs compute capability 8.9, so plain torch serves the cache, slowly: use an int8 cache"
+        )
         return False
     return True
 
@@ -60,7 +74,9 @@ def card(device):
     """What block sizes depend on: multiprocessors and the shared memory of a block (T4 64 KB, RTX 99, A100 163, H100 227)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device)
-    return SimpleNamespace(name=platform.machine(), multi_processor_count=4, shared_memory_per_block_optin=99 << 10)
+    return SimpleNamespace(
+        name=platform.machine(), multi_processor_count=4, shared_memory_per_block_optin=99 << 10
+    )
 
 
 @functools.cache
@@ -78,7 +94,9 @@ def tuning_table(device):
 def milliseconds(launch, config):
     """Median time of launch(config) with a cold L2; infinite where the card has no room for it, or no such instruction."""
     try:
-        return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
+        return triton.testing.do_bench(
+            lambda: launch(config), warmup=5, rep=30, return_mode="median"
+        )
     except (triton.OutOfResources, triton.runtime.errors.PTXASError):
         return float("inf")
     except RuntimeError as error:
@@ -112,7 +130,9 @@ def tuned(key, configs, launch, device):
             say_once(f"tuned configurations cannot be kept ({error}); every run will tune again")
     if table[key] == "twin":
         shared = card(device).shared_memory_per_block_optin
-        say_once(f"{key}: no configuration compiles for this card and its {shared:,} bytes of shared memory; plain torch computes")
+        say_once(
+            f"{key}: no configuration compiles for this card and its {shared:,} bytes of shared memory; plain torch computes"
+        )
         return None
     return launch(table[key])
 
@@ -141,13 +161,14 @@ class Packed(NamedTuple):
     int4          byte j = W[n, 2j] low nibble, W[n, 2j+1] high nibble    W = (nibble - zero) * scale, both at [n, k // group]
     nf4           byte j = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble    W = NF4[nibble] * scale[(n*K + k) // group]
     """
+
     format: str
-    weight: torch.Tensor    # int8 (N, K) or uint8 (N, ceil(K/2)); nf4: (N*K/2,), bitsandbytes' order
-    scales: torch.Tensor    # (N,); int4: (N, ceil(K/group)), the last group may be short; nf4: (ceil(N*K/group),) float32
+    weight: torch.Tensor  # int8 (N, K) or uint8 (N, ceil(K/2)); nf4: (N*K/2,), bitsandbytes' order
+    scales: torch.Tensor  # (N,); int4: (N, ceil(K/group)), the last group may be short; nf4: (ceil(N*K/group),) float32
     N: int
     K: int
-    group: int = 256        # columns that share a scale
-    zeros: Any = None       # as int4's scales, or None: all are 8
+    group: int = 256  # columns that share a scale
+    zeros: Any = None  # as int4's scales, or None: all are 8
 
     @property
     def pack(self):
@@ -177,7 +198,9 @@ def _one_and(byte):
 @jit
 def _values(tile, like):
     """A tile in the type of another; int8 by its bits too."""
-    return (_one_and(tile) * 256 - 384 if tile.dtype == tl.int8 else tile.to(tl.float32)).to(like.dtype)
+    return (_one_and(tile) * 256 - 384 if tile.dtype == tl.int8 else tile.to(tl.float32)).to(
+        like.dtype
+    )
 
 
 @jit
@@ -204,8 +227,25 @@ def _dot(a, b, acc):
 
 
 @jit
-def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SUB: tl.constexpr, SPLIT: tl.constexpr):
+def _gemv(
+    x,
+    weight,
+    scales,
+    zeros,
+    bias,
+    table,
+    out,
+    N,
+    K,
+    width,
+    groups,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SUB: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """One row of x: out[split, n] = sum over this split's columns of W[n, k] x[k], on the plain (not the tensor) cores.
 
     A thread loads SUB = 16 neighbouring bytes at once, multiplies and adds them up in its registers, and then applies their one
@@ -219,7 +259,9 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
     acc = tl.zeros((BLOCK_N, SUBS), tl.float32)
     for begin in range(tl.program_id(1) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
-        byte = tl.load(weight + line * width + cols[None, :], mask=here & (cols < width)[None, :], other=0)
+        byte = tl.load(
+            weight + line * width + cols[None, :], mask=here & (cols < width)[None, :], other=0
+        )
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = _read(x + k, k < K)
         if FORMAT == "int8":
@@ -231,12 +273,17 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
             where = line * groups + tl.minimum(sub * 2 // GROUP, groups - 1)[None, :]
             if FORMAT == "nf4":
                 even, odd = _nibbles(byte, table, FORMAT)
-                part = tl.sum(tl.reshape(even * x0[None, :] + odd * x1[None, :], (BLOCK_N, SUBS, SUB)), 2)
+                part = tl.sum(
+                    tl.reshape(even * x0[None, :] + odd * x1[None, :], (BLOCK_N, SUBS, SUB)), 2
+                )
             else:  # low x0 + high x1 = low (x0 - x1/16) + byte x1/16: no shift, and low comes by clearing bits
                 both = _one_and(byte)
                 low = _keep(both, 0x3F878000)
                 x1 /= 16
-                part = tl.sum(tl.reshape(low * (x0 - x1)[None, :] + both * x1[None, :], (BLOCK_N, SUBS, SUB)), 2)
+                part = tl.sum(
+                    tl.reshape(low * (x0 - x1)[None, :] + both * x1[None, :], (BLOCK_N, SUBS, SUB)),
+                    2,
+                )
                 if zeros is None:  # the ones and the eights
                     part -= tl.sum(tl.reshape(x0 * (1 + 8 / 256) + x1 / 2, (SUBS, SUB)), 1)[None, :]
                 else:
@@ -253,8 +300,27 @@ def _gemv(x, weight, scales, zeros, bias, table, out, N, K, width, groups, FORMA
 
 
 @jit(do_not_specialize=["M"])
-def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+def _gemm(
+    x,
+    weight,
+    scales,
+    zeros,
+    bias,
+    table,
+    out,
+    x_scale,
+    M,
+    N,
+    K,
+    width,
+    groups,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Several rows of x: the transposed product W x^T, tile (BLOCK_N, BLOCK_M), on the tensor cores.
 
     W is the left operand because that one may come from registers, where it is unpacked; x, the right one, may be as narrow
@@ -267,10 +333,17 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if FORMAT == "int8x8" else tl.float32)
     for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
-        byte = tl.load(weight + rows.to(tl.int64)[:, None] * width + cols[None, :],
-                       mask=(rows < N)[:, None] & (cols < width)[None, :], other=0)
+        byte = tl.load(
+            weight + rows.to(tl.int64)[:, None] * width + cols[None, :],
+            mask=(rows < N)[:, None] & (cols < width)[None, :],
+            other=0,
+        )
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = tl.load(x + ms.to(tl.int64)[:, None] * K + k[None, :], mask=(ms < M)[:, None] & (k < K)[None, :], other=0)
+        xs = tl.load(
+            x + ms.to(tl.int64)[:, None] * K + k[None, :],
+            mask=(ms < M)[:, None] & (k < K)[None, :],
+            other=0,
+        )
         if FORMAT == "int8x8":
             acc = tl.dot(byte, tl.trans(xs), acc, out_dtype=tl.int32)
         elif FORMAT == "int8":
@@ -303,8 +376,20 @@ def _gemm(x, weight, scales, zeros, bias, table, out, x_scale, M, N, K, width, g
 
 
 @jit
-def _dequantize(weight, scales, zeros, table, out, K, width, group, groups, blocks, FORMAT: tl.constexpr,
-                BLOCK_B: tl.constexpr):
+def _dequantize(
+    weight,
+    scales,
+    zeros,
+    table,
+    out,
+    K,
+    width,
+    group,
+    groups,
+    blocks,
+    FORMAT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
     """Packed weights written out; one program per BLOCK_B bytes of a row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -334,8 +419,20 @@ def dequantize(w, dtype):
     if w.format == "nf4":  # groups run on across the ends of rows: one long row
         rows, K, width, groups = 1, w.N * w.K, w.weight.numel(), w.scales.numel()
     blocks = triton.cdiv(width, 1024)
-    _dequantize[(rows * blocks,)](w.weight, w.scales, w.zeros, nf4_table(out.device), out, K, width, w.group, groups, blocks,
-                                  w.format, 1024)
+    _dequantize[(rows * blocks,)](
+        w.weight,
+        w.scales,
+        w.zeros,
+        nf4_table(out.device),
+        out,
+        K,
+        width,
+        w.group,
+        groups,
+        blocks,
+        w.format,
+        1024,
+    )
     return out
 
 
@@ -344,26 +441,57 @@ def dequantize_twin(w, dtype):
         return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
     if w.format == "nf4":
         return nf4_dequantize({"packed": w.weight, "absmax": w.scales}, (w.N, w.K), w.group, dtype)
-    codes = torch.stack((w.weight & 15, w.weight >> 4), -1).flatten(1)[:, :w.K].float()  # (N, K/2, 2) -> (N, K)
-    scales, zeros = (t if t is None else t.float().repeat_interleave(w.group, 1)[:, :w.K] for t in (w.scales, w.zeros))
+    codes = (
+        torch.stack((w.weight & 15, w.weight >> 4), -1).flatten(1)[:, : w.K].float()
+    )  # (N, K/2, 2) -> (N, K)
+    scales, zeros = (
+        t if t is None else t.float().repeat_interleave(w.group, 1)[:, : w.K]
+        for t in (w.scales, w.zeros)
+    )
     return ((codes - (8 if zeros is None else zeros)) * scales).to(dtype)
 
 
 def gemv_configs(group):
     """Rows x bytes of a program: 8 x 1024 is 4 loads of 16 bytes in flight for each of 128 threads, some 40 KB per SM."""
     sub = min(16, (group & -group) // 2)  # bytes of one scale that a thread adds up
-    return [dict(BLOCK_N=n, BLOCK_B=b, SUB=sub, num_warps=warps)
-            for n, b, warps in ((8, 1024, 4), (4, 1024, 4), (4, 2048, 4), (16, 512, 4), (8, 2048, 8), (4, 512, 2), (2, 1024, 2))]
+    return [
+        dict(BLOCK_N=n, BLOCK_B=b, SUB=sub, num_warps=warps)
+        for n, b, warps in (
+            (8, 1024, 4),
+            (4, 1024, 4),
+            (4, 2048, 4),
+            (16, 512, 4),
+            (8, 2048, 8),
+            (4, 512, 2),
+            (2, 1024, 2),
+        )
+    ]
 
 
 def gemm_configs(M, group, pack, size, shared):
     """Tiles (BLOCK_N weight rows, BLOCK_M rows of x) whose pipeline of `stages` packed and x tiles fits the shared memory."""
-    m, most = min(max(16, bucket(M)), 128), min(group & -group, 256) // pack  # a 4-bit tile lies in one group
-    wanted = ((64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 4), (128, 64, 8, 4), (32, 128, 2, 4), (32, 64, 4, 3), (32, 32, 2, 2))
-    tiles = {(n, m, max(16, min(k // pack, most)), warps, stages): None for n, k, warps, stages in wanted}
+    m, most = (
+        min(max(16, bucket(M)), 128),
+        min(group & -group, 256) // pack,
+    )  # a 4-bit tile lies in one group
+    wanted = (
+        (64, 128, 4, 4),
+        (64, 256, 4, 3),
+        (128, 128, 4, 4),
+        (128, 64, 8, 4),
+        (32, 128, 2, 4),
+        (32, 64, 4, 3),
+        (32, 32, 2, 2),
+    )
+    tiles = {
+        (n, m, max(16, min(k // pack, most)), warps, stages): None for n, k, warps, stages in wanted
+    }
     tiles |= {(32, 16, 32 // pack, 2, 2): None}  # the smallest there is
-    return [dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=b, num_warps=warps, num_stages=stages) for n, m, b, warps, stages in tiles
-            if stages * (n * b + m * b * pack * size) <= shared]
+    return [
+        dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=b, num_warps=warps, num_stages=stages)
+        for n, m, b, warps, stages in tiles
+        if stages * (n * b + m * b * pack * size) <= shared
+    ]
 
 
 def linear(x, w, bias=None):
@@ -374,24 +502,47 @@ def linear(x, w, bias=None):
     if not use_kernel(x) or w.format == "int4" and w.group % 2:
         return None
     (M, K), x, dtype, x_scale = x.shape, x.contiguous(), x.dtype, None
-    fused = w.pack == 1 or w.group & -w.group >= 32 and (w.format == "int4" or K % w.group == 0)  # 16 bytes have one scale
+    fused = (
+        w.pack == 1 or w.group & -w.group >= 32 and (w.format == "int4" or K % w.group == 0)
+    )  # 16 bytes have one scale
     if w.format == "int8x8":
-        floats, x, x_scale = x, torch.empty_like(x, dtype=torch.int8), torch.empty(M, device=x.device)
+        floats, x, x_scale = (
+            x,
+            torch.empty_like(x, dtype=torch.int8),
+            torch.empty(M, device=x.device),
+        )
         _store_rows[(M,)](floats, x, x_scale, None, 1, K, K, 127.0, 1, bucket(K))
     elif M > DEQUANTIZE_ABOVE or not fused:
         return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
     gpu, gemv = card(x.device), M == 1 and x_scale is None
-    configs = (gemv_configs(w.group) if gemv else
-               gemm_configs(M, w.group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin))
+    configs = (
+        gemv_configs(w.group)
+        if gemv
+        else gemm_configs(M, w.group, w.pack, x.element_size(), gpu.shared_memory_per_block_optin)
+    )
 
     def launch(config):
         tiles = triton.cdiv(w.N, config["BLOCK_N"]), triton.cdiv(M, config.get("BLOCK_M", 1))
         split = 1  # over K, so that few rows of weights still keep every multiprocessor busy
-        while tiles[0] * tiles[1] * split < gpu.multi_processor_count and split * 2 * config["BLOCK_B"] <= w.width and split < 16:
+        while (
+            tiles[0] * tiles[1] * split < gpu.multi_processor_count
+            and split * 2 * config["BLOCK_B"] <= w.width
+            and split < 16
+        ):
             split *= 2
         # with a split: float32 sums of each part, added up in a fixed order
-        out = torch.empty(split, M, w.N, dtype=dtype if split == 1 else torch.float32, device=x.device)
-        tensors = x, w.weight, w.scales, w.zeros, bias if split == 1 else None, nf4_table(x.device), out
+        out = torch.empty(
+            split, M, w.N, dtype=dtype if split == 1 else torch.float32, device=x.device
+        )
+        tensors = (
+            x,
+            w.weight,
+            w.scales,
+            w.zeros,
+            bias if split == 1 else None,
+            nf4_table(x.device),
+            out,
+        )
         shape = w.N, K, w.width, triton.cdiv(K, w.group), w.format, w.group
         if gemv:
             _gemv[(tiles[0], split)](*tensors, *shape, SPLIT=split, **config)
@@ -401,13 +552,21 @@ def linear(x, w, bias=None):
             return out[0]
         y = out.sum(0)
         return (y if bias is None else y + bias).to(dtype)
-    return tuned(f"{w.format} {dtype} M{bucket(M)} N{w.N} K{K} group{w.group} {w.zeros is None}", configs, launch, x.device)
+
+    return tuned(
+        f"{w.format} {dtype} M{bucket(M)} N{w.N} K{K} group{w.group} {w.zeros is None}",
+        configs,
+        launch,
+        x.device,
+    )
 
 
 def linear_twin(x, w, bias=None):
     if w.format == "int8x8":
         x8, x_scale = quantize_rows(x, torch.int8)
-        y = (x8.double() @ w.weight.double().T).float() * x_scale[:, None] * w.scales.float()  # float64 holds the int32 sums
+        y = (
+            (x8.double() @ w.weight.double().T).float() * x_scale[:, None] * w.scales.float()
+        )  # float64 holds the int32 sums
     else:
         y = x.float() @ dequantize_twin(w, torch.float32).T
     return (y if bias is None else y + bias.float()).to(x.dtype)
@@ -433,11 +592,17 @@ def _rms_norm(x, residual, weight, out, total, C, eps, BLOCK: tl.constexpr):
     inside = cols < C
     value = _read(x + row + cols, inside)
     if residual is not None:
-        rounded = (value + _read(residual + row + cols, inside)).to(total.dtype.element_ty)  # as x + residual is in torch
+        rounded = (value + _read(residual + row + cols, inside)).to(
+            total.dtype.element_ty
+        )  # as x + residual is in torch
         tl.store(total + row + cols, rounded, mask=inside)
         value = rounded.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 0) / C + eps)
-    tl.store(out + row + cols, (value * _read(weight + cols, inside)).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row + cols,
+        (value * _read(weight + cols, inside)).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def rms_norm(x, weight, eps, residual=None):
@@ -450,8 +615,13 @@ def rms_norm(x, weight, eps, residual=None):
     x, C, total = x.contiguous(), x.size(-1), None
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
-    out, warps = torch.empty_like(x), min(16, max(4, bucket(C) // 1024))  # a row in registers, 16 to 32 values a thread
-    _rms_norm[(x.numel() // C,)](x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps)
+    out, warps = (
+        torch.empty_like(x),
+        min(16, max(4, bucket(C) // 1024)),
+    )  # a row in registers, 16 to 32 values a thread
+    _rms_norm[(x.numel() // C,)](
+        x, residual, weight, out, total, C, eps, bucket(C), num_warps=warps
+    )
     return out if residual is None else (out, total)
 
 
@@ -462,7 +632,19 @@ def rms_norm_twin(x, weight, eps, residual=None):
 
 
 @jit(do_not_specialize=["T"])
-def _rope(x, cos, sin, out, T, H, half, stride, CUT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rope(
+    x,
+    cos,
+    sin,
+    out,
+    T,
+    H,
+    half,
+    stride,
+    CUT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One token, BLOCK_H heads: the angles are read once for all of them."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -484,11 +666,24 @@ def rope(x, cos, sin):
         return rope_twin(x, cos, sin)
     H, D = x.shape[-2:]
     x = x if x.stride(-1) == 1 and x.stride(-2) == D else x.contiguous()
-    rows = x.reshape(-1, H * D)  # (B, T, H, D) -> (B*T, H*D): a view also of a slice of a fused q, k, v
+    rows = x.reshape(
+        -1, H * D
+    )  # (B, T, H, D) -> (B*T, H*D): a view also of a slice of a fused q, k, v
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads, T = min(bucket(H), 32), x.size(-3)
-    _rope[(rows.size(0), triton.cdiv(H, heads))](rows, cos.contiguous(), sin.contiguous(), out, T, H, D // 2, rows.stride(0),
-                                                 cos.dim() == 2, heads, bucket(D // 2))
+    _rope[(rows.size(0), triton.cdiv(H, heads))](
+        rows,
+        cos.contiguous(),
+        sin.contiguous(),
+        out,
+        T,
+        H,
+        D // 2,
+        rows.stride(0),
+        cos.dim() == 2,
+        heads,
+        bucket(D // 2),
+    )
     return out
 
 
@@ -500,7 +695,10 @@ def rope_twin(x, cos, sin):
 def _swiglu(gate, up, out, M, gate_stride, up_stride, blocks, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    g, u = _read(gate + row * gate_stride + cols, cols < M), _read(up + row * up_stride + cols, cols < M)
+    g, u = (
+        _read(gate + row * gate_stride + cols, cols < M),
+        _read(up + row * up_stride + cols, cols < M),
+    )
     tl.store(out + row * M + cols, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=cols < M)
 
 
@@ -510,7 +708,9 @@ def swiglu(gate, up):
         return swiglu_twin(gate, up)
     M = gate.size(-1)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = (t.reshape(-1, M) if t.stride(-1) == 1 else t.contiguous().view(-1, M) for t in (gate, up))
+    gate, up = (
+        t.reshape(-1, M) if t.stride(-1) == 1 else t.contiguous().view(-1, M) for t in (gate, up)
+    )
     block = min(bucket(M), 2048)
     blocks = triton.cdiv(M, block)
     _swiglu[(gate.size(0) * blocks,)](gate, up, out, M, gate.stride(0), up.stride(0), blocks, block)
@@ -532,12 +732,16 @@ def _cross_entropy(logits, targets, losses, lses, V, ignore, BLOCK: tl.constexpr
         cols = begin + tl.arange(0, BLOCK)
         value = tl.load(logits + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         new = tl.maximum(most, tl.max(value, 0))
-        base = tl.where(new == -float("inf"), 0.0, new)  # only masked logits yet: keep inf - inf away
+        base = tl.where(
+            new == -float("inf"), 0.0, new
+        )  # only masked logits yet: keep inf - inf away
         total = total * tl.exp(most - base) + tl.sum(tl.exp(value - base), 0)
         most = new
     lse = most + tl.log(total)
     # a target outside the vocabulary is not read, and its loss is NaN
-    picked = tl.load(logits + row * V + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    picked = tl.load(
+        logits + row * V + target, mask=(target >= 0) & (target < V), other=float("nan")
+    ).to(tl.float32)
     tl.store(lses + row, lse)
     tl.store(losses + row, tl.where(target == ignore, 0.0, lse - picked))
 
@@ -562,7 +766,9 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         N, V = logits.shape
         losses, lses = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
-        _cross_entropy[(N,)](logits, targets, losses, lses, V, ignore, min(bucket(V), 4096), num_warps=8)
+        _cross_entropy[(N,)](
+            logits, targets, losses, lses, V, ignore, min(bucket(V), 4096), num_warps=8
+        )
         ctx.save_for_backward(logits, targets, lses)
         ctx.ignore = ignore
         return losses
@@ -573,7 +779,9 @@ class CrossEntropy(torch.autograd.Function):
         (N, V), out = logits.shape, torch.empty_like(logits)
         block = min(bucket(V), 2048)
         blocks = triton.cdiv(V, block)
-        _cross_entropy_grad[(N * blocks,)](logits, targets, lses, grad.contiguous(), out, V, ctx.ignore, blocks, block)
+        _cross_entropy_grad[(N * blocks,)](
+            logits, targets, lses, grad.contiguous(), out, V, ctx.ignore, blocks, block
+        )
         return out, None, None
 
 
@@ -595,7 +803,18 @@ def cross_entropy_twin(logits, targets, ignore=-100):
 
 
 @jit
-def _store_rows(x, out, scales, slots, H, D, stride, LARGEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_rows(
+    x,
+    out,
+    scales,
+    slots,
+    H,
+    D,
+    stride,
+    LARGEST: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One token's H rows of D values to its slot (without slots: in order), quantized where there are scales."""
     token = tl.program_id(0).to(tl.int64)
     slot = token
@@ -627,7 +846,18 @@ def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
     T, H, D = k.shape
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         x = x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous()
-        _store_rows[(T,)](x, cache, scales, slots, H, D, x.stride(0), LARGEST.get(cache.dtype), bucket(H), bucket(D))
+        _store_rows[(T,)](
+            x,
+            cache,
+            scales,
+            slots,
+            H,
+            D,
+            x.stride(0),
+            LARGEST.get(cache.dtype),
+            bucket(H),
+            bucket(D),
+        )
 
 
 def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
@@ -635,8 +865,12 @@ def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
     for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         x = x[keep]
         if scales is not None:
-            x, scales.flatten(0, 1)[slots[keep]] = quantize_rows(x, cache.dtype)  # (T, Kh, D), (T, Kh)
-        cache.flatten(0, 1)[slots[keep]] = x.to(cache.dtype)  # (blocks * block_size, Kh, D) is a view
+            x, scales.flatten(0, 1)[slots[keep]] = quantize_rows(
+                x, cache.dtype
+            )  # (T, Kh, D), (T, Kh)
+        cache.flatten(0, 1)[slots[keep]] = x.to(
+            cache.dtype
+        )  # (blocks * block_size, Kh, D) is a view
 
 
 @jit
@@ -654,9 +888,31 @@ def _find(starts, tile, S, ROWS: tl.constexpr):
 
 
 @jit(do_not_specialize=["window", "S", "T", "table_stride"])
-def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out, lses, scale, window, S, T, table_stride,
-            H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+def _attend(
+    q,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    tables,
+    lengths,
+    starts,
+    out,
+    lses,
+    scale,
+    window,
+    S,
+    T,
+    table_stride,
+    H: tl.constexpr,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """FlashAttention's running softmax (Dao 2022) over the pages of one sequence and one key head.
 
     The rows of the tile are (query row, query head of this key head) pairs, so that grouped heads read their keys once. With
@@ -675,7 +931,9 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
     mine = (row < rows) & (r < ROWS * GROUP)
     position = length - rows + row  # the new tokens are the last ones of the context
     at = (start + row).to(tl.int64) * H + head
-    query = tl.load(q + at[:, None] * D + d[None, :], mask=mine[:, None] & (d < D)[None, :], other=0.0)
+    query = tl.load(
+        q + at[:, None] * D + d[None, :], mask=mine[:, None] & (d < D)[None, :], other=0.0
+    )
 
     begin, stop = 0, tl.minimum(length, length - rows + first + ROWS)
     if window is not None:
@@ -710,7 +968,11 @@ def _attend(q, k_cache, v_cache, k_scale, v_scale, tables, lengths, starts, out,
         acc = _dot(p.to(query.dtype), _values(v, query), acc * fade[:, None])
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     at += tl.program_id(2).to(tl.int64) * T * H
-    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
+    tl.store(
+        out + at[:, None] * D + d[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=mine[:, None] & (d < D)[None, :],
+    )
     if SPLIT > 1:
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
@@ -736,13 +998,36 @@ def attention_configs(rows, D, group, q_size, kv_size, shared):
     least = bucket(max(group, 16))
     m = max(least, min(bucket(rows), 128))
     w = 4 if m < 128 else 8
-    wanted = ((m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2), (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3),
-              (least, 16, 2, 2))
-    fits = [c for c in wanted if c[3] * 2 * c[1] * D * kv_size + c[0] * D * q_size <= shared] or wanted[-1:]
-    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in dict.fromkeys(fits)]
+    wanted = (
+        (m, 64, w, 3),
+        (m, 64, w, 4),
+        (m, 32, w, 4),
+        (m, 128, w, 2),
+        (max(m // 2, least), 64, 4, 2),
+        (m, 32, w // 2, 3),
+        (least, 16, 2, 2),
+    )
+    fits = [
+        c for c in wanted if c[3] * 2 * c[1] * D * kv_size + c[0] * D * q_size <= shared
+    ] or wanted[-1:]
+    return [
+        dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in dict.fromkeys(fits)
+    ]
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window=None, k_scale=None, v_scale=None):
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    lengths,
+    query_starts,
+    scale,
+    window=None,
+    k_scale=None,
+    v_scale=None,
+):
     """Causal attention of new tokens to their sequences' pages -> (T, H, D). One call serves decoding, prefill and both mixed.
 
     q (T, H, D): the new tokens of all sequences, one after the other; sequence s has rows query_starts[s]:query_starts[s+1],
@@ -751,43 +1036,117 @@ def paged_attention(q, k_cache, v_cache, block_tables, lengths, query_starts, sc
     are hidden; the caches are contiguous. Rows that see nothing give 0. On a GPU nothing is read back, so the call can be
     captured in a CUDA graph.
     """
-    args = (q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window, k_scale, v_scale)
+    args = (
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        lengths,
+        query_starts,
+        scale,
+        window,
+        k_scale,
+        v_scale,
+    )
     if not use_kernel(q, k_cache):
         return paged_attention_twin(*args)
-    (T, H, D), (_, page, KH, _), (S, width), gpu = q.shape, k_cache.shape, block_tables.shape, card(q.device)
+    (T, H, D), (_, page, KH, _), (S, width), gpu = (
+        q.shape,
+        k_cache.shape,
+        block_tables.shape,
+        card(q.device),
+    )
     q, group = q.contiguous(), H // KH
-    rows = group if T == S else (T // S + 1) * group  # (query row, head) pairs of one sequence and key head, about
-    configs = attention_configs(rows, bucket(D), group, q.element_size(), k_cache.element_size(), gpu.shared_memory_per_block_optin)
+    rows = (
+        group if T == S else (T // S + 1) * group
+    )  # (query row, head) pairs of one sequence and key head, about
+    configs = attention_configs(
+        rows,
+        bucket(D),
+        group,
+        q.element_size(),
+        k_cache.element_size(),
+        gpu.shared_memory_per_block_optin,
+    )
 
     def launch(config):
         grid = (T // (config["BLOCK_M"] // group) + S, KH)
         split, longest = 1, width * page if window is None else min(width * page, window + T)
         # parts of the context, so that few sequences still keep every multiprocessor busy; no part under 128 keys
-        while S * KH * split < 3 * gpu.multi_processor_count and split * 128 < longest and split < 64 and T <= 4 * S:
+        while (
+            S * KH * split < 3 * gpu.multi_processor_count
+            and split * 128 < longest
+            and split < 64
+            and T <= 4 * S
+        ):
             split *= 2
         out = torch.empty_like(q)
-        parts = torch.empty(split, T, H, D, dtype=torch.float32, device=q.device) if split > 1 else out
+        parts = (
+            torch.empty(split, T, H, D, dtype=torch.float32, device=q.device) if split > 1 else out
+        )
         lses = torch.empty(split, T, H, dtype=torch.float32, device=q.device) if split > 1 else None
-        _attend[(*grid, split)](q, k_cache, v_cache, k_scale, v_scale, block_tables, lengths, query_starts, parts, lses, scale,
-                                window, S, T, block_tables.stride(0), H, KH, D, page, max(16, bucket(D)), SPLIT=split, **config)
+        _attend[(*grid, split)](
+            q,
+            k_cache,
+            v_cache,
+            k_scale,
+            v_scale,
+            block_tables,
+            lengths,
+            query_starts,
+            parts,
+            lses,
+            scale,
+            window,
+            S,
+            T,
+            block_tables.stride(0),
+            H,
+            KH,
+            D,
+            page,
+            max(16, bucket(D)),
+            SPLIT=split,
+            **config,
+        )
         if split > 1:
             _combine[(T * H,)](parts, lses, out, T * H, D, split, bucket(D), num_warps=2)
         return out
+
     key = f"attention {q.dtype} {k_cache.dtype} H{H} KH{KH} D{D} page{page} S{bucket(S)} rows{bucket(rows)} {window is None}"
     y = tuned(key, configs, launch, q.device)
     return paged_attention_twin(*args) if y is None else y
 
 
-def paged_attention_twin(q, k_cache, v_cache, block_tables, lengths, query_starts, scale, window=None, k_scale=None,
-                         v_scale=None):
+def paged_attention_twin(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    lengths,
+    query_starts,
+    scale,
+    window=None,
+    k_scale=None,
+    v_scale=None,
+):
     out, page, starts = torch.zeros_like(q), k_cache.size(1), query_starts.tolist()
     for table, length, begin, end in zip(block_tables, lengths.tolist(), starts, starts[1:]):
         if begin < end and length:
-            blocks, at = table[:-(-length // page)].long(), torch.arange(length, device=q.device)
-            k, v = (read_pages(cache, scales, blocks)[:length] for cache, scales in ((k_cache, k_scale), (v_cache, v_scale)))
-            query, k, v = (t.transpose(0, 1)[None] for t in (q[begin:end].float(), k, v))  # (rows, H, D) -> (1, H, rows, D)
-            mask = attention_mask(at[begin - end:], at, window)  # (rows, length): the new tokens are the last ones
-            y = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+            blocks, at = table[: -(-length // page)].long(), torch.arange(length, device=q.device)
+            k, v = (
+                read_pages(cache, scales, blocks)[:length]
+                for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+            )
+            query, k, v = (
+                t.transpose(0, 1)[None] for t in (q[begin:end].float(), k, v)
+            )  # (rows, H, D) -> (1, H, rows, D)
+            mask = attention_mask(
+                at[begin - end :], at, window
+            )  # (rows, length): the new tokens are the last ones
+            y = F.scaled_dot_product_attention(
+                query, k, v, attn_mask=mask, scale=scale, enable_gqa=True
+            )
             out[begin:end] = y[0].transpose(0, 1).to(q.dtype)
     return out
 

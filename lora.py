@@ -1,8 +1,9 @@
 """LoRA, DoRA and QLoRA: train a small adapter beside frozen weights, in PEFT's format; merge it into a deployable folder.
 
-    python lora.py train MODEL --data chat.jsonl --out runs/adapter             # --quant nf4 is QLoRA; --fit prints the memory
-    python lora.py merge MODEL runs/adapter --out runs/merged
+python lora.py train MODEL --data chat.jsonl --out runs/adapter             # --quant nf4 is QLoRA; --fit prints the memory
+python lora.py merge MODEL runs/adapter --out runs/merged
 """
+
 import hashlib
 import math
 import re
@@ -19,12 +20,12 @@ import common
 import finetune
 import train
 from common import UserError
-from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
-from training.optim import estimate_memory, print_estimate
 from formats.packed import QuantLinear
+from model import GPT2_NAMES, Config, Transformer, open_weights, to_folder_names
 from quant import TOKENIZER_FILES, quantize
 from runtime import DTYPES, read_tensors, resolve, write_tensors
 from tokenizer import Tokenizer
+from training.optim import estimate_memory, print_estimate
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +34,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 @dataclass
 class Settings:
     """What makes an adapter besides its tensors; `alpha` and `rslora` give its scale."""
+
     r: int = 8
     alpha: float = 16
     dropout: float = 0.0
@@ -53,7 +55,11 @@ class Adapter(nn.Module):
 
     def __init__(self, base, r, scale, dropout=0.0, dora=False):
         super().__init__()
-        N, K, device = base.out_features, base.in_features, next(iter(base.state_dict().values())).device
+        N, K, device = (
+            base.out_features,
+            base.in_features,
+            next(iter(base.state_dict().values())).device,
+        )
         self.scale, self.dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(r, K, device=device).uniform_(-1, 1) / math.sqrt(K))
         self.B = nn.Parameter(torch.zeros(N, r, device=device))
@@ -67,8 +73,12 @@ class Adapter(nn.Module):
         """DoRA's m / |W + scale B A| (N,). The norm comes from |w|^2 + 2s (W A^T).b + s^2 b (A A^T) b for each row w of W and
         b of B: with the base's own product, so that W, which may be in 4 bits, is never there whole."""
         with torch.no_grad():
-            WA = (base(self.A.to(dtype)) - bias_of(base, dtype)).t().float()  # (r, K) -> (r, N) -> (N, r)
-            norm2 = self.square + ((2 * self.scale * WA + self.scale ** 2 * self.B @ (self.A @ self.A.t())) * self.B).sum(1)
+            WA = (
+                (base(self.A.to(dtype)) - bias_of(base, dtype)).t().float()
+            )  # (r, K) -> (r, N) -> (N, r)
+            norm2 = self.square + (
+                (2 * self.scale * WA + self.scale**2 * self.B @ (self.A @ self.A.t())) * self.B
+            ).sum(1)
             inverse = norm2.clamp(min=1e-30).rsqrt()
         return self.m * inverse
 
@@ -117,14 +127,25 @@ class LoRALinear(nn.Module):
     @property
     def weight(self):
         """The weights in effect, differentiable: what the fused loss reads of a head."""
-        return self.adapter.weight(self.base).to(self.base.weight.dtype) if self.adapter else self.base.weight
+        return (
+            self.adapter.weight(self.base).to(self.base.weight.dtype)
+            if self.adapter
+            else self.base.weight
+        )
 
     def by_row(self, x, y):
         """All adapters stacked along the rank, then each row's own ranks kept: two thin products, however many adapters."""
         A, B, keep, gain = self.stack  # (R, K), (N, R), (n + 1, R), (n + 1, N)
-        shape = (*self.rows.shape, *[1] * (x.ndim - 1 - self.rows.ndim), -1)  # (B,) for x (B, T, K) is (B, 1, -1)
+        shape = (
+            *self.rows.shape,
+            *[1] * (x.ndim - 1 - self.rows.ndim),
+            -1,
+        )  # (B,) for x (B, T, K) is (B, 1, -1)
         keep, gain = (t[self.rows].view(shape).to(y.dtype) for t in (keep, gain))
-        change, bias = F.linear(F.linear(x, A.to(x.dtype)) * keep, B.to(x.dtype)), bias_of(self.base, y.dtype)
+        change, bias = (
+            F.linear(F.linear(x, A.to(x.dtype)) * keep, B.to(x.dtype)),
+            bias_of(self.base, y.dtype),
+        )
         return bias + gain * (y - bias + change)
 
     @torch.no_grad()
@@ -134,7 +155,7 @@ class LoRALinear(nn.Module):
         A, B = torch.cat([a.A for _, a in ours]), torch.cat([a.B for _, a in ours], 1)
         keep, gain, at = A.new_zeros(len(names) + 1, len(A)), A.new_ones(len(names) + 1, len(B)), 0
         for i, adapter in ours:
-            keep[i, at:at + len(adapter.A)] = adapter.scale
+            keep[i, at : at + len(adapter.A)] = adapter.scale
             gain[i] = 1.0 if adapter.m is None else adapter.gain(self.base)
             at += len(adapter.A)
         self.stack = A, B, keep, gain
@@ -144,7 +165,9 @@ class LoRALinear(nn.Module):
 def linears(model):
     """{name: layer} of every linear layer of the blocks, adapted or not, and the head."""
     kinds = (nn.Linear, QuantLinear, LoRALinear)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith(".base")}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith(".base")
+    }
 
 
 def folder_module(name, config):
@@ -152,7 +175,9 @@ def folder_module(name, config):
     if name == "lm_head" or not config.is_gpt2:
         return name if name == "lm_head" else "model." + name
     _, i, inner = name.split(".", 2)
-    return f"transformer.h.{i}." + ("attn.c_attn" if inner[-6:] in ATTENTION[:3] else GPT2_NAMES[inner])
+    return f"transformer.h.{i}." + (
+        "attn.c_attn" if inner[-6:] in ATTENTION[:3] else GPT2_NAMES[inner]
+    )
 
 
 def choose(model, targets):
@@ -160,39 +185,69 @@ def choose(model, targets):
     of a layer's name, ours or the folder's. Raises UserError that lists the names there are."""
     layers = list(linears(model))
     blocks = [n for n in layers if n != "lm_head"]
-    groups = {"all": blocks, "attn": [n for n in blocks if n.endswith(ATTENTION)], "mlp": [n for n in blocks if n.endswith(MLP)]}
+    groups = {
+        "all": blocks,
+        "attn": [n for n in blocks if n.endswith(ATTENTION)],
+        "mlp": [n for n in blocks if n.endswith(MLP)],
+    }
     chosen = []
     for target in targets.split(",") if isinstance(targets, str) else targets:
-        found = groups.get(target) or [n for n in layers if f".{n}".endswith(f".{target}") or
-                                       f".{folder_module(n, model.config)}".endswith(f".{target}")]
+        found = groups.get(target) or [
+            n
+            for n in layers
+            if f".{n}".endswith(f".{target}")
+            or f".{folder_module(n, model.config)}".endswith(f".{target}")
+        ]
         if not found:
             there = sorted({n.rsplit(".", 1)[-1] for n in layers})
-            raise UserError(f"--targets {target}: no linear layer is called so; there are {', '.join(there)}, and all, attn, mlp")
+            raise UserError(
+                f"--targets {target}: no linear layer is called so; there are {', '.join(there)}, and all, attn, mlp"
+            )
         chosen += found
-    fused = {n.rsplit(".", 1)[0] for n in chosen if n.endswith(ATTENTION[:3])} if model.config.is_gpt2 else ()
+    fused = (
+        {n.rsplit(".", 1)[0] for n in chosen if n.endswith(ATTENTION[:3])}
+        if model.config.is_gpt2
+        else ()
+    )
     if any(f"{n}.{p}" not in chosen for n in fused for p in ATTENTION[:3]):
-        raise UserError("--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its folder: name all three")
+        raise UserError(
+            "--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its folder: name all three"
+        )
     return [n for n in layers if n in chosen]
 
 
-def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False, name="default"):
+def apply(
+    model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False, name="default"
+):
     """Freeze the model and put a new adapter, called `name`, beside the chosen linear layers, in place -> the model.
 
     Until it is trained it changes no output. Raises UserError where no layer matches or r exceeds a matrix."""
-    settings, layers, chosen = Settings(r, alpha, dropout, rslora, dora), linears(model), choose(model, targets)
+    settings, layers, chosen = (
+        Settings(r, alpha, dropout, rslora, dora),
+        linears(model),
+        choose(model, targets),
+    )
     if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise UserError(f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)")
+        raise UserError(
+            f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)"
+        )
     for n in chosen:
         base = getattr(layers[n], "base", layers[n])
         if r > min(N := base.out_features, K := base.in_features):
-            raise UserError(f"--r {r} is above the rank that {n}, {N} x {K}, can have: at most {min(N, K)}")
+            raise UserError(
+                f"--r {r} is above the rank that {n}, {N} x {K}, can have: at most {min(N, K)}"
+            )
     return attach(model, name, settings, {n: (r, settings.scale(r)) for n in chosen})
 
 
 def attach(model, name, settings, layers):
     """Freeze the model and put a fresh adapter beside each of `layers`, {name: (rank, scale)}, and in effect -> the model."""
     if name in adapters(model) or not name or "." in name:
-        why = "the model has one so called" if name in adapters(model) else "the name is empty or has a dot"
+        why = (
+            "the model has one so called"
+            if name in adapters(model)
+            else "the name is empty or has a dot"
+        )
         raise UserError(f"an adapter cannot be called {name!r}: {why}")
     model.requires_grad_(False)
     for n, (r, scale) in layers.items():
@@ -240,9 +295,14 @@ def merge(model):
         if adapter or packed:
             new = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             weight = (adapter.weight(base) if adapter else dense(base)).detach()
-            new.weight, new.bias = nn.Parameter(weight if packed else weight.to(base.weight.dtype)), base.bias
+            new.weight, new.bias = (
+                nn.Parameter(weight if packed else weight.to(base.weight.dtype)),
+                base.bias,
+            )
             if n == "lm_head" and model.config.tie_word_embeddings:
-                print("merge    the head was the embedding matrix and the adapter changes it: from now on they are two")
+                print(
+                    "merge    the head was the embedding matrix and the adapter changes it: from now on they are two"
+                )
                 model.config.tie_word_embeddings = False
         model.set_submodule(n, new)
     model.adapters, model.quantization = {}, None
@@ -256,12 +316,18 @@ def base_sha256(model):
     if not hasattr(model, "base_sha256"):
         digest, source = hashlib.sha256(), getattr(model, "source", None)
         if source is None:
-            state = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if ".adapters." not in k}
+            state = {
+                k.replace(".base.", "."): v
+                for k, v in model.state_dict().items()
+                if ".adapters." not in k
+            }
             tensors = to_folder_names(state, model.config)
         else:
             tensors = open_weights(source)
         for name in sorted(tensors):
-            tensor = tensors[name] if source is None else tensors[name][0].get_tensor(tensors[name][1])
+            tensor = (
+                tensors[name] if source is None else tensors[name][0].get_tensor(tensors[name][1])
+            )
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         model.base_sha256 = digest.hexdigest()
@@ -277,7 +343,12 @@ def save_adapter(model, folder, name="default"):
         if name in getattr(layer, "adapters", ()):
             modules.setdefault(folder_module(n, config), []).append(layer.adapters[name])
     tensors, ranks, alphas = {}, {}, {}
-    for module, parts in modules.items():  # GPT-2's c_attn is q over k over v: their A stacked, their B along the diagonal, rank 3r
+    for (
+        module,
+        parts,
+    ) in (
+        modules.items()
+    ):  # GPT-2's c_attn is q over k over v: their A stacked, their B along the diagonal, rank 3r
         A, B = torch.cat([p.A for p in parts]), torch.block_diag(*[p.B for p in parts])
         key, r, scale = f"base_model.model.{module}.lora_", len(A), parts[0].scale
         tensors |= {key + "A.weight": A, key + "B.weight": B}
@@ -287,14 +358,32 @@ def save_adapter(model, folder, name="default"):
             ranks[module], alphas[module] = r, scale * (math.sqrt(r) if settings.rslora else r)
     every = {folder_module(n, config) for n in linears(model)}
     leaves = {m: m.rsplit(".", 1)[-1] for m in every}
-    partial = {leaves[m] for m in every - set(modules)}  # names that also layers without an adapter have
+    partial = {
+        leaves[m] for m in every - set(modules)
+    }  # names that also layers without an adapter have
     write_tensors(folder / "adapter_model.safetensors", tensors)
-    common.write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(getattr(model, "source", "") or ""),
-        "r": settings.r, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
-        "use_dora": settings.dora, "target_modules": sorted({m if leaves[m] in partial else leaves[m] for m in modules}),
-        "rank_pattern": ranks, "alpha_pattern": alphas, "bias": "none", "fan_in_fan_out": config.is_gpt2,
-        "modules_to_save": None, "init_lora_weights": True, "inference_mode": True, "base_sha256": base_sha256(model)})
+    common.write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(getattr(model, "source", "") or ""),
+            "r": settings.r,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "use_rslora": settings.rslora,
+            "use_dora": settings.dora,
+            "target_modules": sorted({m if leaves[m] in partial else leaves[m] for m in modules}),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "bias": "none",
+            "fan_in_fan_out": config.is_gpt2,
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "inference_mode": True,
+            "base_sha256": base_sha256(model),
+        },
+    )
 
 
 def read_adapter(folder):
@@ -306,21 +395,44 @@ def read_adapter(folder):
     config, parts = common.read_json(folder / "adapter_config.json"), {}
     if not isinstance(config, dict):
         raise UserError(f"{folder}/adapter_config.json: a {type(config).__name__}, not an object")
-    other = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication", "arrow_config", "kasa_config")
+    other = (
+        "alora_invocation_tokens",
+        "use_qalora",
+        "use_bdlora",
+        "layer_replication",
+        "arrow_config",
+        "kasa_config",
+    )
     allowed: dict[str, list] = {
-        "peft_type": ["LORA"], "bias": ["none", None], "modules_to_save": [None, []],
-        "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"], **dict.fromkeys(other, [None, False])}
-    wrong = [f"{k} {config.get(k)!r}" for k, values in allowed.items() if config.get(k) not in values]
-    wrong += [f"{k} {config.get(k)!r}" for k in ("r", "lora_alpha", "lora_dropout")
-              if not isinstance(config.get(k), (int, float)[:1 + (k != "r")]) or config[k] < 0]
+        "peft_type": ["LORA"],
+        "bias": ["none", None],
+        "modules_to_save": [None, []],
+        "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
+        **dict.fromkeys(other, [None, False]),
+    }
+    wrong = [
+        f"{k} {config.get(k)!r}" for k, values in allowed.items() if config.get(k) not in values
+    ]
+    wrong += [
+        f"{k} {config.get(k)!r}"
+        for k in ("r", "lora_alpha", "lora_dropout")
+        if not isinstance(config.get(k), (int, float)[: 1 + (k != "r")]) or config[k] < 0
+    ]
     for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
-        found = re.fullmatch(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)", key)
+        found = re.fullmatch(
+            r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)",
+            key,
+        )
         if found and tensor.is_floating_point() and tensor.ndim:
             parts.setdefault(found[1], {})[found[2] or found[3]] = tensor.float()
-        elif not key.endswith("lm_head.base_layer.weight"):  # a copy of the base's head, which PEFT adds and nobody needs
+        elif not key.endswith(
+            "lm_head.base_layer.weight"
+        ):  # a copy of the base's head, which PEFT adds and nobody needs
             wrong.append(f"tensor {key}")
     if wrong:
-        raise UserError(f"{folder}: only LoRA and DoRA of linear layers are supported, not {', '.join(wrong[:4])}")
+        raise UserError(
+            f"{folder}: only LoRA and DoRA of linear layers are supported, not {', '.join(wrong[:4])}"
+        )
     return config, parts
 
 
@@ -328,7 +440,7 @@ def split_fused(parts, sizes):
     """The tensors of a folder's module -> [those of each layer that it holds], of `sizes` outputs. GPT-2's q, k and v get A whole
     and their rows of B; without the zeros where `save_adapter` stacked three."""
     B, r = parts["B"].split(sizes), len(parts["A"]) // len(sizes)
-    A, diagonal = [parts["A"]] * len(B), [b[:, i * r:(i + 1) * r] for i, b in enumerate(B)]
+    A, diagonal = [parts["A"]] * len(B), [b[:, i * r : (i + 1) * r] for i, b in enumerate(B)]
     if r * len(B) == len(parts["A"]) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
         A, B = parts["A"].split(r), diagonal
     own = {"A": A, "B": B} | ({"m": parts["m"].split(sizes)} if "m" in parts else {})
@@ -338,10 +450,16 @@ def split_fused(parts, sizes):
 def own_alpha(config, module):
     """alpha_pattern's value for a module, or None; PEFT matches the keys as regular expressions at the end of the name."""
     try:
-        found = [a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)]
+        found = [
+            a
+            for key, a in (config.get("alpha_pattern") or {}).items()
+            if re.match(rf"(.*\.)?({key})$", module)
+        ]
         return float(found[0]) if found else None
     except (re.error, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"adapter_config.json: alpha_pattern {config['alpha_pattern']} cannot be read ({error})") from None
+        raise UserError(
+            f"adapter_config.json: alpha_pattern {config['alpha_pattern']} cannot be read ({error})"
+        ) from None
 
 
 def load_adapter(model, folder, name="default", trainable=False):
@@ -350,23 +468,37 @@ def load_adapter(model, folder, name="default", trainable=False):
     Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
     config, parts = read_adapter(folder)
     if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
-        raise UserError(f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
-                        f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})")
-    settings = Settings(*(config[k] for k in ("r", "lora_alpha", "lora_dropout")),
-                        *(bool(config.get(k)) for k in ("use_rslora", "use_dora")))
+        raise UserError(
+            f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
+            f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})"
+        )
+    settings = Settings(
+        *(config[k] for k in ("r", "lora_alpha", "lora_dropout")),
+        *(bool(config.get(k)) for k in ("use_rslora", "use_dora")),
+    )
     ours, own, layers = {}, {}, {}
     for n, layer in linears(model).items():
         ours.setdefault(folder_module(n, model.config), {})[n] = getattr(layer, "base", layer)
     for module, tensors in parts.items():  # all of it is checked before the model is touched
         if module not in ours:
-            raise UserError(f"{folder}: {module} is adapted there, but this model has no such linear layer")
+            raise UserError(
+                f"{folder}: {module} is adapted there, but this model has no such linear layer"
+            )
         sizes, r = [base.out_features for base in ours[module].values()], len(tensors.get("A", ()))
-        want: dict[str, tuple] = {"A": (r, next(iter(ours[module].values())).in_features), "B": (sum(sizes), r)}
+        want: dict[str, tuple] = {
+            "A": (r, next(iter(ours[module].values())).in_features),
+            "B": (sum(sizes), r),
+        }
         want |= {"m": (sum(sizes),)} if settings.dora else {}
         if not r or want != (shapes := {k: tuple(t.shape) for k, t in tensors.items()}):
-            raise UserError(f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}")
+            raise UserError(
+                f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}"
+            )
         own |= zip(ours[module], split_fused(tensors, sizes))
-        layers |= {n: (len(own[n]["A"]), settings.scale(r, own_alpha(config, module))) for n in ours[module]}
+        layers |= {
+            n: (len(own[n]["A"]), settings.scale(r, own_alpha(config, module)))
+            for n in ours[module]
+        }
     attach(model, name, settings, layers)
     for n, tensors in own.items():
         adapter = model.get_submodule(n).adapters[name].requires_grad_(trainable)
@@ -377,48 +509,77 @@ def load_adapter(model, folder, name="default", trainable=False):
 # ------------------------------------------------------------------------------------------------------------- training
 @dataclass
 class Args(finetune.Args):
-    out: str = "runs/adapter"         # the adapter's folder to write
-    r: int = 8                        # rank: the adapter's size grows with it
-    alpha: float = 16                 # strength: the change is scaled by alpha / r
-    targets: str = "all"              # layers: all (linear layers of the blocks), attn, mlp, or names such as q_proj,lm_head
-    lora_dropout: float = 0.0         # of what the adapter reads
-    rslora: bool = False              # scale by alpha / sqrt(r): high ranks learn as fast as low ones
-    dora: bool = False                # learn each output's magnitude apart from its direction
-    quant: str = ""                   # nf4: hold the base in 4 bits (QLoRA)
-    optimizer: str = "adamw"          # adamw, adamw8bit (its moments in 8 bits), or muon
-    lr: float = 1e-3                  # learning rate; large models like 2e-4
+    out: str = "runs/adapter"  # the adapter's folder to write
+    r: int = 8  # rank: the adapter's size grows with it
+    alpha: float = 16  # strength: the change is scaled by alpha / r
+    targets: str = "all"  # layers: all (linear layers of the blocks), attn, mlp, or names such as q_proj,lm_head
+    lora_dropout: float = 0.0  # of what the adapter reads
+    rslora: bool = False  # scale by alpha / sqrt(r): high ranks learn as fast as low ones
+    dora: bool = False  # learn each output's magnitude apart from its direction
+    quant: str = ""  # nf4: hold the base in 4 bits (QLoRA)
+    optimizer: str = "adamw"  # adamw, adamw8bit (its moments in 8 bits), or muon
+    lr: float = 1e-3  # learning rate; large models like 2e-4
 
 
 def estimate(config, args, runtime, rows):
     """Bytes by part of training with `rows` rows a pass, without building the model -> ({part: bytes}, trained, all parameters)."""
     with torch.device("meta"):
-        model = apply(Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora)
+        model = apply(
+            Transformer(config).to(runtime.dtype), args.r, args.alpha, args.targets, dora=args.dora
+        )
     parts, (trained, total) = estimate_memory(model, args, runtime, rows), count_params(model)
     left = parts.pop("weights") - 4 * trained
-    packed = [m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
+    packed = [
+        m.weight.numel()
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n.startswith("layers.")
+    ]
     if args.quant:
         left -= sum(packed) * runtime.dtype.itemsize
         blocks = sum(packed) // 64  # a byte of scale each, and four bytes for 256 of those
-        parts = {"NF4": sum(packed) // 2, "scales": blocks + blocks // 64, "one matrix unpacked": 12 * max(packed), **parts}
-    return {"embedding, head, norms" if args.quant else "weights": left, "adapters": 4 * trained, **parts}, trained, total
+        parts = {
+            "NF4": sum(packed) // 2,
+            "scales": blocks + blocks // 64,
+            "one matrix unpacked": 12 * max(packed),
+            **parts,
+        }
+    return (
+        {
+            "embedding, head, norms" if args.quant else "weights": left,
+            "adapters": 4 * trained,
+            **parts,
+        },
+        trained,
+        total,
+    )
 
 
 def count_params(model):
     """-> (parameters that are trained, all of them, quantized ones counted as what they stand for)."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_params() + packed
+    packed = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear)
+    )
+    return sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    ), model.num_params() + packed
 
 
 def prepare(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`, for which MODEL needs only its config.json."""
     if not args.model or not (args.data or args.fit):
-        raise UserError("give a model folder and conversations: python lora.py train MODEL --data chat.jsonl --out D")
+        raise UserError(
+            "give a model folder and conversations: python lora.py train MODEL --data chat.jsonl --out D"
+        )
     if args.quant not in ("", "nf4"):
         raise UserError(f"--quant {args.quant}: use nf4, or leave it out")
     if args.shard:
-        raise UserError("--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)")
+        raise UserError(
+            "--shard is for whole models; here each rank holds the frozen base (--quant nf4 makes it small)"
+        )
     runtime = resolve(args.device, args.dtype, args.compile)
-    config = Config.from_dict(common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json")
+    config = Config.from_dict(
+        common.read_json(Path(args.model) / "config.json"), f"{args.model}/config.json"
+    )
     args.context = min(args.context, config.max_position_embeddings)
     if args.fit:
         rows = args.micro_batch or args.batch // runtime.world
@@ -427,9 +588,13 @@ def prepare(args, checkpoint):
         return print_estimate(parts, rows, args, runtime)
     tok = Tokenizer.load(args.model)
     if not tok.chat_template:
-        raise UserError(f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it")
+        raise UserError(
+            f"{args.model} has no chat template, and an adapter trains no new tokens: first run finetune.py on it"
+        )
     data, val = finetune.load_data(args, tok)
-    model = Transformer.from_pretrained(args.model, "cpu" if args.quant else runtime.device, runtime.dtype)
+    model = Transformer.from_pretrained(
+        args.model, "cpu" if args.quant else runtime.device, runtime.dtype
+    )
     if args.quant:  # on the CPU: the device never holds the model in 16 bits
         quantize(model, args.quant).to(runtime.device)
     torch.manual_seed(args.seed)
@@ -439,19 +604,36 @@ def prepare(args, checkpoint):
         apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
     train.describe(args, model, tok, data, val)
     trained, total = count_params(model)
-    print(f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: {trained:,} of {total:,} parameters are "
-          f"trained: {trained / total:.2%}; the base, {base_sha256(model)[:12]}, is frozen{' in 4 bits' if args.quant else ''}")
-    return train.start_run(args, checkpoint, runtime, tok, model, data, val, loss=finetune.packed_loss,
-                           write=lambda run, folder, weights: save_adapter(run.model, folder))
+    print(
+        f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: {trained:,} of {total:,} parameters are "
+        f"trained: {trained / total:.2%}; the base, {base_sha256(model)[:12]}, is frozen{' in 4 bits' if args.quant else ''}"
+    )
+    return train.start_run(
+        args,
+        checkpoint,
+        runtime,
+        tok,
+        model,
+        data,
+        val,
+        loss=finetune.packed_loss,
+        write=lambda run, folder, weights: save_adapter(run.model, folder),
+    )
 
 
 def check_moved(run):
     """After the first step every lora_B must have left zero; one that has not is not being trained, whatever the loss says."""
-    still = [n for n, p in run.model.named_parameters() if p.requires_grad and n.endswith(".B") and not p.any()]
+    still = [
+        n
+        for n, p in run.model.named_parameters()
+        if p.requires_grad and n.endswith(".B") and not p.any()
+    ]
     if still and not run.guard.skipped:
         names = ", ".join(n.split(".adapters")[0] for n in still[:4])
-        raise UserError(f"the first step moved nothing in {len(still)} adapters ({names}, ...): no gradient reaches them; is the "
-                        "base trained, and --lr above 0?")
+        raise UserError(
+            f"the first step moved nothing in {len(still)} adapters ({names}, ...): no gradient reaches them; is the "
+            "base trained, and --lr above 0?"
+        )
 
 
 def learn(run):
@@ -466,10 +648,10 @@ def learn(run):
 # -------------------------------------------------------------------------------------------------------------- merging
 @dataclass
 class MergeArgs:
-    base: str = ""          # the model folder that the adapter was trained on
-    adapter: str = ""       # the adapter's folder
+    base: str = ""  # the model folder that the adapter was trained on
+    adapter: str = ""  # the adapter's folder
     out: str = "runs/merged"  # the model folder to write
-    dtype: str = "auto"     # float32, bfloat16, float16; auto is the base's
+    dtype: str = "auto"  # float32, bfloat16, float16; auto is the base's
     overwrite: bool = False  # replace the model in --out
 
 
@@ -477,23 +659,39 @@ def merge_command(argv):
     """A base and an adapter -> a model folder like any other. What merging and rounding change is measured, and bounded."""
     args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, argv, ("base", "adapter")))
     out, stored = Path(args.out), common.read_json(Path(args.base) / "config.json")
-    name = (stored.get("dtype") or stored.get("torch_dtype") or "float32") if args.dtype == "auto" else args.dtype
+    name = (
+        (stored.get("dtype") or stored.get("torch_dtype") or "float32")
+        if args.dtype == "auto"
+        else args.dtype
+    )
     if name not in DTYPES:
         raise UserError(f"--dtype {name}: use auto, {', '.join(DTYPES)}")
     if (out / "config.json").exists() and (not args.overwrite or out.samefile(args.base)):
-        raise UserError(f"{out} already holds a model: choose another --out" + ("" if args.overwrite else ", or --overwrite"))
+        raise UserError(
+            f"{out} already holds a model: choose another --out"
+            + ("" if args.overwrite else ", or --overwrite")
+        )
     model = load_adapter(Transformer.from_pretrained(args.base, dtype=torch.float32), args.adapter)
-    ids = torch.randint(model.config.vocab_size, (4, min(64, model.config.max_position_embeddings)),
-                        generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocab_size,
+        (4, min(64, model.config.max_position_embeddings)),
+        generator=torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
         before = model(ids)
         merged = merge(model).to(DTYPES[name]).float()
         difference, largest = (merged(ids) - before).abs().max().item(), before.abs().max().item()
-    bound = max(1e-5, 8 * torch.finfo(DTYPES[name]).eps) * largest  # float32: sums in another order; 16 bits: rounded weights
-    print(f"merge    largest logit difference {difference:.2e}, of logits up to {largest:.1f}; bound in {name} {bound:.1e}")
+    bound = (
+        max(1e-5, 8 * torch.finfo(DTYPES[name]).eps) * largest
+    )  # float32: sums in another order; 16 bits: rounded weights
+    print(
+        f"merge    largest logit difference {difference:.2e}, of logits up to {largest:.1f}; bound in {name} {bound:.1e}"
+    )
     if not difference <= bound:
-        raise UserError(f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: nothing was written; "
-                        "try --dtype float32")
+        raise UserError(
+            f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: nothing was written; "
+            "try --dtype float32"
+        )
     merged.to(DTYPES[name]).save_pretrained(out)
     for file in filter(Path.is_file, (Path(args.base) / name for name in TOKENIZER_FILES)):
         shutil.copyfile(file, out / file.name)

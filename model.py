@@ -5,6 +5,7 @@
 
 Shapes: B batch, T time, C channels (hidden_size), H query heads, K key/value heads, D head dim, V vocabulary.
 """
+
 import dataclasses
 import math
 import re
@@ -20,10 +21,21 @@ from torch.utils.checkpoint import checkpoint
 from common import UserError, read_json, write_json
 from runtime import write_tensors
 
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-GPT2_KEYS = {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer", "rms_norm_eps":
-             "layer_norm_epsilon", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}  # in its config.json
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # in its config.json
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
 
@@ -32,26 +44,29 @@ LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 M
 @dataclass
 class Config:
     """The shape of a model, in the words of Hugging Face's config.json."""
-    model_type: str = "qwen3"               # gpt2 | llama (SmolLM too) | mistral | qwen2 | qwen3
-    vocab_size: int = 256                   # V
-    hidden_size: int = 128                  # C
-    intermediate_size: int = 384            # width of the MLP
+
+    model_type: str = "qwen3"  # gpt2 | llama (SmolLM too) | mistral | qwen2 | qwen3
+    vocab_size: int = 256  # V
+    hidden_size: int = 128  # C
+    intermediate_size: int = 384  # width of the MLP
     num_hidden_layers: int = 4
-    num_attention_heads: int = 4            # H
-    num_key_value_heads: int = 4            # K: fewer than H is grouped-query attention
-    head_dim: int = 32                      # D: H*D need not equal C
-    max_position_embeddings: int = 256      # the context length
-    rope: dict = dataclasses.field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    sliding_window: int | None = None       # keys a query of a sliding layer sees, itself included
-    sliding_layers: tuple = ()              # which layers slide
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 4  # K: fewer than H is grouped-query attention
+    head_dim: int = 32  # D: H*D need not equal C
+    max_position_embeddings: int = 256  # the context length
+    rope: dict = dataclasses.field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    sliding_window: int | None = None  # keys a query of a sliding layer sees, itself included
+    sliding_layers: tuple = ()  # which layers slide
     norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True        # the head is the embedding matrix
+    tie_word_embeddings: bool = True  # the head is the embedding matrix
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
-    dropout: float = 0.0                    # a matter of training: not part of the folder
+    dropout: float = 0.0  # a matter of training: not part of the folder
 
     @property
     def is_gpt2(self):
@@ -63,10 +78,17 @@ class Config:
         """A parsed config.json -> Config. Unknown model types and rope scalings are refused, not guessed at."""
         kind = d.get("model_type")
         if kind not in ARCHITECTURES:
-            raise UserError(f"{where}: model_type {kind!r} is not supported; this program knows {', '.join(ARCHITECTURES)}")
+            raise UserError(
+                f"{where}: model_type {kind!r} is not supported; this program knows {', '.join(ARCHITECTURES)}"
+            )
         gpt2 = kind == "gpt2"
-        if gpt2 and (d.get("activation_function", "gelu_new") != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx")):
-            raise UserError(f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported")
+        if gpt2 and (
+            d.get("activation_function", "gelu_new") != "gelu_new"
+            or d.get("scale_attn_by_inverse_layer_idx")
+        ):
+            raise UserError(
+                f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported"
+            )
         if not gpt2 and d.get("hidden_act", "silu") != "silu":
             raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
 
@@ -74,51 +96,107 @@ class Config:
             key = GPT2_KEYS.get(key, key) if gpt2 else key
             value = default if d.get(key) is None else d[key]
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-                raise UserError(f"{where}: {key} is {value!r}, expected an integer from 1 to {high:,}")
+                raise UserError(
+                    f"{where}: {key} is {value!r}, expected an integer from 1 to {high:,}"
+                )
             return value
 
-        C, H, L = need("hidden_size"), need("num_attention_heads", 4096), need("num_hidden_layers", 1024)
+        C, H, L = (
+            need("hidden_size"),
+            need("num_attention_heads", 4096),
+            need("num_hidden_layers", 1024),
+        )
         if gpt2 and C % H:
             raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
         bias = gpt2 or bool(d.get("attention_bias", False))
         window, sliding = _read_sliding(d, kind, L)
         config = Config(
-            kind, need("vocab_size"), C, need("intermediate_size", default=4 * C if gpt2 else None), L, H,
-            need("num_key_value_heads", 4096, H), need("head_dim", 4096, 128 if kind == "qwen3" else C // H),
-            need("max_position_embeddings"), {} if gpt2 else _read_rope(d, where), window, sliding,
-            d.get("layer_norm_epsilon", 1e-5) if gpt2 else d.get("rms_norm_eps", 1e-6), d.get("tie_word_embeddings", gpt2),
-            qkv_bias=bias or kind == "qwen2", out_bias=bias and kind != "qwen2", mlp_bias=gpt2 or bool(d.get("mlp_bias", False)),
-            bos_token_id=d.get("bos_token_id"), eos_token_id=d.get("eos_token_id"))
+            kind,
+            need("vocab_size"),
+            C,
+            need("intermediate_size", default=4 * C if gpt2 else None),
+            L,
+            H,
+            need("num_key_value_heads", 4096, H),
+            need("head_dim", 4096, 128 if kind == "qwen3" else C // H),
+            need("max_position_embeddings"),
+            {} if gpt2 else _read_rope(d, where),
+            window,
+            sliding,
+            d.get("layer_norm_epsilon", 1e-5) if gpt2 else d.get("rms_norm_eps", 1e-6),
+            d.get("tie_word_embeddings", gpt2),
+            qkv_bias=bias or kind == "qwen2",
+            out_bias=bias and kind != "qwen2",
+            mlp_bias=gpt2 or bool(d.get("mlp_bias", False)),
+            bos_token_id=d.get("bos_token_id"),
+            eos_token_id=d.get("eos_token_id"),
+        )
         if H % config.num_key_value_heads:
-            raise UserError(f"{where}: {H} attention heads cannot share {config.num_key_value_heads} key/value heads")
+            raise UserError(
+                f"{where}: {H} attention heads cannot share {config.num_key_value_heads} key/value heads"
+            )
         if config.head_dim % 2:
-            raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need an even one")
+            raise UserError(
+                f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need an even one"
+            )
         return config
 
     def to_dict(self):
         """The config.json that transformers, vLLM and llama.cpp's converter read (also those before `rope_parameters`)."""
-        kind, d = self.model_type, {"architectures": [ARCHITECTURES[self.model_type]], "rms_norm_eps": self.norm_eps}
-        d |= {k: getattr(self, k) for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                            "num_attention_heads", "max_position_embeddings", "tie_word_embeddings",
-                                            "bos_token_id", "eos_token_id")}
+        kind, d = (
+            self.model_type,
+            {"architectures": [ARCHITECTURES[self.model_type]], "rms_norm_eps": self.norm_eps},
+        )
+        d |= {
+            k: getattr(self, k)
+            for k in (
+                "model_type",
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "max_position_embeddings",
+                "tie_word_embeddings",
+                "bos_token_id",
+                "eos_token_id",
+            )
+        }
         if self.is_gpt2:
-            return {GPT2_KEYS.get(k, k): v for k, v in d.items()} | {"activation_function": "gelu_new"}
+            return {GPT2_KEYS.get(k, k): v for k, v in d.items()} | {
+                "activation_function": "gelu_new"
+            }
         scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
-        d |= {"num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim, "hidden_act": "silu",
-              "rope_parameters": self.rope, "rope_theta": self.rope["rope_theta"],
-              "rope_scaling": scaling if scaling["rope_type"] != "default" else None}
-        own = {"llama": ("attention_bias", "mlp_bias"), "mistral": ("sliding_window",), "qwen2": ("sliding_window",),
-               "qwen3": ("sliding_window", "attention_bias")}[kind]
+        d |= {
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rope_parameters": self.rope,
+            "rope_theta": self.rope["rope_theta"],
+            "rope_scaling": scaling if scaling["rope_type"] != "default" else None,
+        }
+        own = {
+            "llama": ("attention_bias", "mlp_bias"),
+            "mistral": ("sliding_window",),
+            "qwen2": ("sliding_window",),
+            "qwen3": ("sliding_window", "attention_bias"),
+        }[kind]
         d |= {k: self.qkv_bias if k == "attention_bias" else getattr(self, k) for k in own}
         if kind.startswith("qwen"):
-            d |= {"use_sliding_window": bool(self.sliding_layers),
-                  "layer_types": ["sliding_attention" if i in self.sliding_layers else "full_attention"
-                                  for i in range(self.num_hidden_layers)]}
+            d |= {
+                "use_sliding_window": bool(self.sliding_layers),
+                "layer_types": [
+                    "sliding_attention" if i in self.sliding_layers else "full_attention"
+                    for i in range(self.num_hidden_layers)
+                ],
+            }
         return d
 
     def kv_bytes_per_token(self, bytes_per_value=2):
         """Bytes that one token adds to the key/value cache."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+        return (
+            2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+        )
 
 
 def _read_rope(d, where):
@@ -127,12 +205,19 @@ def _read_rope(d, where):
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", float(d.get("rope_theta", 10000.0)))
     if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: rope scaling {rope} is not supported; this program knows {', '.join(ROPE_TYPES)}")
+        raise UserError(
+            f"{where}: rope scaling {rope} is not supported; this program knows {', '.join(ROPE_TYPES)}"
+        )
     if rope["rope_type"] != "default" and "factor" not in rope:
         raise UserError(f"{where}: rope scaling {rope['rope_type']!r} without its factor")
-    if rope["rope_type"] in ("llama3", "yarn"):  # the length the model was trained at before it was stretched
-        rope.setdefault("original_max_position_embeddings",
-                        d.get("original_max_position_embeddings") or d.get("max_position_embeddings"))
+    if rope["rope_type"] in (
+        "llama3",
+        "yarn",
+    ):  # the length the model was trained at before it was stretched
+        rope.setdefault(
+            "original_max_position_embeddings",
+            d.get("original_max_position_embeddings") or d.get("max_position_embeddings"),
+        )
     return rope
 
 
@@ -142,8 +227,10 @@ def _read_sliding(d, kind, n_layers):
     kinds = ["sliding_attention"] * n_layers
     if kind.startswith("qwen"):
         window = window if d.get("use_sliding_window", False) else None
-        kinds = d.get("layer_types") or ["full_attention" if i < d.get("max_window_layers", 28) else "sliding_attention"
-                                         for i in range(n_layers)]
+        kinds = d.get("layer_types") or [
+            "full_attention" if i < d.get("max_window_layers", 28) else "sliding_attention"
+            for i in range(n_layers)
+        ]
     if window is None or kind in ("llama", "gpt2"):
         return None, ()
     return window, tuple(i for i, k in enumerate(kinds) if k == "sliding_attention")
@@ -163,22 +250,34 @@ def rope_frequencies(config):
     if kind == "linear":
         return frequency / factor, 1.0
     if kind == "llama3":  # slow waves are stretched, fast ones kept, those between blended
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
+        turns = (
+            rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        )  # over the original context
         low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * frequency + (1 - keep) * frequency / factor, 1.0
     if kind == "yarn":
+
         def channel(turns):  # the channel that makes so many turns over the original context
-            return D * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            return (
+                D
+                * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
+                / (2 * math.log(theta))
+            )
+
         low, high = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
-        ramp = ((torch.arange(D // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+        ramp = ((torch.arange(D // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(
+            0, 1
+        )
         grow = 0.1 * math.log(factor) if factor > 1 else 0.0
         m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
         scale = (1 + m * grow) / (1 + m_all * grow) if m and m_all else 1 + grow
-        return frequency * (1 - ramp) + frequency / factor * ramp, rope.get("attention_factor") or scale
+        return frequency * (1 - ramp) + frequency / factor * ramp, rope.get(
+            "attention_factor"
+        ) or scale
     return frequency, 1.0
 
 
@@ -200,13 +299,19 @@ def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
     never exist whole. Rows without a target, most of them in instruction tuning, are left out first where that costs nothing: on
     a GPU it would have to wait for their number.
     """
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not (kept := targets != -100).all():
+    if (
+        hidden.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (kept := targets != -100).all()
+    ):
         hidden, targets = hidden[kept], targets[kept]
     rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
     if hidden.size(0) > rows and torch.is_grad_enabled():
         return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
-    return sum(F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=-100, reduction="sum")
-               for h, t in zip(hidden.split(rows), targets.split(rows)))
+    return sum(
+        F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=-100, reduction="sum")
+        for h, t in zip(hidden.split(rows), targets.split(rows))
+    )
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -216,28 +321,48 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, rows):
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        exact = torch.float32 if dtype == torch.float16 else dtype  # the loss is scaled only later: here fp16 would underflow
-        w, total, grad_hidden = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
+        exact = (
+            torch.float32 if dtype == torch.float16 else dtype
+        )  # the loss is scaled only later: here fp16 would underflow
+        w, total, grad_hidden = (
+            weight.to(dtype),
+            hidden.new_zeros((), dtype=torch.float32),
+            torch.empty_like(hidden),
+        )
         # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         for i in range(0, hidden.size(0), rows):
-            h, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]  # (rows, C), (rows, 1)
+            h, t = (
+                hidden[i : i + rows].to(dtype),
+                targets[i : i + rows, None],
+            )  # (rows, C), (rows, 1)
             logits = (h @ w.t()).float()  # (rows, V)
             lse, counts, t = logits.logsumexp(-1, keepdim=True), t != -100, t.clamp(min=0)
             total += ((lse - logits.gather(1, t)) * counts).sum()
             d = logits.sub_(lse).exp_()  # softmax
             d = d.scatter_add_(1, t, torch.full_like(lse, -1.0)).mul_(counts).to(exact)
-            grad_hidden[i:i + rows] = d @ w.to(exact)
+            grad_hidden[i : i + rows] = d @ w.to(exact)
             if grad_weight is not None:
                 grad_weight += d.t() @ h.to(exact)
-        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.save_for_backward(
+            grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
+        )
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight if grad_weight is None else grad_weight * grad, None, None
+        return (
+            grad_hidden * grad,
+            grad_weight if grad_weight is None else grad_weight * grad,
+            None,
+            None,
+        )
 
 
 @torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
@@ -246,12 +371,18 @@ def token_losses(hidden, head, targets):
 
     Only positions with a target meet the head, in parts whose logits are computed again in backward and never exist whole.
     """
+
     def losses(h, t):  # (n, C), (n,) -> (n,)
         return F.cross_entropy(head(h).float(), t, reduction="none")
+
     at = targets != -100
     wanted, rows = hidden[at], max(1, LOGITS_AT_ONCE // head.out_features)  # (B, T, C) -> (N, C)
     parts = list(zip(wanted.split(rows), targets[at].split(rows)))
-    each = [losses(*parts[0])] if len(parts) == 1 else [checkpoint(losses, h, t, use_reentrant=False) for h, t in parts]
+    each = (
+        [losses(*parts[0])]
+        if len(parts) == 1
+        else [checkpoint(losses, h, t, use_reentrant=False) for h, t in parts]
+    )
     return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(at, torch.cat(each))
 
 
@@ -271,24 +402,33 @@ def attention_mask(q_pos, k_pos, window=None, docs=None):
     q_pos (Tq,), k_pos (Tk,): positions, with docs also (B, T)."""
     gap = q_pos[..., :, None] - k_pos[..., None, :]  # (Tq, Tk) or (B, Tq, Tk)
     gap = gap if gap.ndim == 2 else gap[:, None]
-    return visible(gap, window, *(() if docs is None else (docs[:, None, :, None], docs[:, None, None, :])))
+    return visible(
+        gap, window, *(() if docs is None else (docs[:, None, :, None], docs[:, None, None, :]))
+    )
 
 
 def block_mask(positions, window, docs):
     """The same for FlexAttention on a GPU, where dense masks cost T*T and keep the fast kernels away: whole blocks that nothing
     may see are never computed."""
     from torch.nn.attention.flex_attention import create_block_mask
+
     positions = positions.expand(docs.shape)  # (T,) or (B, T) -> (B, T)
 
     def rule(b, h, q, k):
-        gap = q - k if window is None else positions[b, q] - positions[b, k]  # of causality rows say the same, in less memory
+        gap = (
+            q - k if window is None else positions[b, q] - positions[b, k]
+        )  # of causality rows say the same, in less memory
         return visible(gap, window, docs[b, q], docs[b, k])
-    return create_block_mask(rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device)
+
+    return create_block_mask(
+        rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device
+    )
 
 
 def flex(q, k, v, mask):
     """FlexAttention, which is only fast compiled."""
     from torch.nn.attention.flex_attention import flex_attention
+
     attend = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
@@ -296,13 +436,20 @@ def flex(q, k, v, mask):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, H, K, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.H, self.K, self.D, self.dropout = H, K, D, config.dropout
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
-        if config.model_type == "qwen3":  # QK-norm keeps the attention logits in range, so higher learning rates hold
+        if (
+            config.model_type == "qwen3"
+        ):  # QK-norm keeps the attention logits in range, so higher learning rates hold
             self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
 
@@ -322,9 +469,18 @@ class Attention(nn.Module):
         if mask is not None and not isinstance(mask, torch.Tensor):
             return self.o_proj(flex(q, k, v, mask).transpose(1, 2).reshape(B, T, self.H * self.D))
         # one query row sees everything before it, so causality needs a mask only from two rows on
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.K != self.H)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, H, T, D) -> (B, T, H*D) -> (B, T, C)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.K != self.H,
+        )
+        return self.o_proj(
+            y.transpose(1, 2).reshape(B, T, self.H * self.D)
+        )  # (B, H, T, D) -> (B, T, H*D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -373,7 +529,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.quantization = None  # the folder's quantization_config, where linear layers are packed (quant.py)
+        self.quantization = (
+            None  # the folder's quantization_config, where linear layers are packed (quant.py)
+        )
         self.recompute = False  # activation checkpointing: keep only each layer's input, compute the rest again in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
@@ -404,7 +562,9 @@ class Transformer(nn.Module):
                 nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif self.config.is_gpt2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std)
+                nn.init.normal_(
+                    p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std
+                )
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(p)
             elif name.startswith(("embed_tokens", "lm_head")):
@@ -416,7 +576,9 @@ class Transformer(nn.Module):
         """What the first block reads: x (B, T, C), the rotations (cos, sin) or None, and the two masks of `masks`."""
         T = ids.size(1)
         if positions is None and past + T > self.config.max_position_embeddings:
-            raise UserError(f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}")
+            raise UserError(
+                f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}"
+            )
         if positions is None:
             positions = torch.arange(past, past + T, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
@@ -425,7 +587,10 @@ class Transformer(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             angle = positions[..., None].float() * self.rope_frequency  # (T, D/2)
-            rope = ((angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype))
+            rope = (
+                (angle.cos() * self.rope_scale).to(x.dtype),
+                (angle.sin() * self.rope_scale).to(x.dtype),
+            )
         return self.dropout(x), rope, self.masks(T, past, docs, positions)
 
     def hidden(self, ids, positions=None, docs=None, caches=None):
@@ -434,7 +599,9 @@ class Transformer(nn.Module):
         positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
         objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
         """
-        x, rope, (full, sliding) = self.start(ids, positions, docs, caches[0].length if caches else 0)
+        x, rope, (full, sliding) = self.start(
+            ids, positions, docs, caches[0].length if caches else 0
+        )
         for i, layer in enumerate(self.layers):
             mask = sliding if i in self.config.sliding_layers else full
             if self.recompute and self.training:
@@ -450,7 +617,10 @@ class Transformer(nn.Module):
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
         if docs is not None and docs.is_cuda and past == 0:
-            full, sliding = block_mask(positions, None, docs), block_mask(positions, window, docs) if slides else None
+            full, sliding = (
+                block_mask(positions, None, docs),
+                block_mask(positions, window, docs) if slides else None,
+            )
         else:
             k_pos = torch.arange(past + T, device=positions.device) if docs is None else positions
             full = attention_mask(k_pos[past:], k_pos, None, docs)
@@ -495,14 +665,24 @@ class Transformer(nn.Module):
         extra = {}
         if self.quantization:
             from formats.packed import packed_state
+
             state, extra = packed_state(self), {"quantization_config": self.quantization}
-        write_tensors(folder / "model.safetensors", to_folder_names(state or self.state_dict(), self.config))
+        write_tensors(
+            folder / "model.safetensors", to_folder_names(state or self.state_dict(), self.config)
+        )
         ids = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
-        write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-        write_json(folder / "config.json", self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype} | extra)
+        write_json(
+            folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None}
+        )
+        write_json(
+            folder / "config.json",
+            self.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype} | extra,
+        )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device="cpu", dtype=None, dropout: float = 0.0) -> "Transformer":
+    def from_pretrained(
+        cls, folder: str | Path, device="cpu", dtype=None, dropout: float = 0.0
+    ) -> "Transformer":
         """Load a model folder: config.json and one or many safetensors files in bf16, fp16 or fp32.
 
         dtype None keeps the file's. Names and shapes are checked against the config from the files' headers before any
@@ -522,6 +702,7 @@ class Transformer(nn.Module):
         state = model.state_dict()
         if raw.get("quantization_config"):
             from formats.packed import check_config, expect_packed, install_packed
+
             quantization = check_config(raw["quantization_config"], folder / "config.json")
             state, packed = expect_packed(model, quantization, files)
         expected = to_folder_names(state, config)
@@ -530,11 +711,18 @@ class Transformer(nn.Module):
         for name in expected:
             file, key = files[name]
             tensor = file.get_tensor(key)
-            keep = dtype is None or packed and name.split(".")[-1] not in ("weight", "bias") or not tensor.is_floating_point()
+            keep = (
+                dtype is None
+                or packed
+                and name.split(".")[-1] not in ("weight", "bias")
+                or not tensor.is_floating_point()
+            )
             state.update(from_folder_names(name, tensor if keep else tensor.to(dtype), config))
         if packed:
             install_packed(model, quantization, state, packed)
-        model.load_state_dict(state, strict=False, assign=True)  # completeness was checked above; the tied head is absent
+        model.load_state_dict(
+            state, strict=False, assign=True
+        )  # completeness was checked above; the tied head is absent
         model.tie()
         model.source = folder  # an adapter says by its hash which weights it was trained on
         return model.to(device).eval()
@@ -543,12 +731,28 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------- names: ours <-> the folder's
 # Ours are Llama's without the leading "model."; GPT-2's folder has its own names, its matrices transposed (Conv1D) and the
 # three attention inputs in one.
-GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "input_layernorm": "ln_1",
-              "post_attention_layernorm": "ln_2", "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
-              "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
-              "mlp.down_proj": "mlp.c_proj"}
-NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")  # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
-PACKED = ("qweight", "qzeros", "scales", "g_idx")  # of quantized layers, whose outputs are the last dimension already
+GPT2_NAMES = {
+    "embed_tokens": "wte",
+    "embed_positions": "wpe",
+    "norm": "ln_f",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn",
+    "self_attn.k_proj": "attn.c_attn",
+    "self_attn.v_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+NAME = re.compile(
+    r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)"
+)  # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
+PACKED = (
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+)  # of quantized layers, whose outputs are the last dimension already
 
 
 def to_folder_names(state, config):
@@ -562,8 +766,12 @@ def to_folder_names(state, config):
             out["model." + name] = tensor
         else:
             number, inner, leaf = NAME.fullmatch(name).groups()
-            theirs = "transformer." + (f"h.{number}." if number else "") + f"{GPT2_NAMES[inner]}.{leaf}"
-            tensor = tensor.t() if number and tensor.ndim == 2 and leaf not in PACKED else tensor  # (out, in) -> (in, out)
+            theirs = (
+                "transformer." + (f"h.{number}." if number else "") + f"{GPT2_NAMES[inner]}.{leaf}"
+            )
+            tensor = (
+                tensor.t() if number and tensor.ndim == 2 and leaf not in PACKED else tensor
+            )  # (out, in) -> (in, out)
             if theirs not in out:
                 out[theirs] = tensor
             elif leaf != "g_idx":  # k and v, behind q
@@ -600,11 +808,18 @@ def open_weights(folder, device="cpu"):
         try:
             handle = safe_open(folder / file, framework="pt", device=str(device))
         except OSError as error:  # safetensors says "not found" of what may not be read, too
-            there, missing = (folder / file).exists(), "not found (a model folder needs model.safetensors)"
-            raise UserError(f"{folder / file}: {'may not be read by this user' if there else missing}") from error
+            there, missing = (
+                (folder / file).exists(),
+                "not found (a model folder needs model.safetensors)",
+            )
+            raise UserError(
+                f"{folder / file}: {'may not be read by this user' if there else missing}"
+            ) from error
         except SafetensorError as error:
             size = (folder / file).stat().st_size
-            raise UserError(f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again") from None
+            raise UserError(
+                f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again"
+            ) from None
         for key in handle.keys():
             bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
             files["transformer." + key if bare else key] = (handle, key)
@@ -613,26 +828,53 @@ def open_weights(folder, device="cpu"):
 
 def check_layers(config, files, folder):
     """The layer count against the files' names, before a module is built for each."""
-    found = len({n.split(".")[2] for n in files if n.startswith(("model.layers.", "transformer.h."))})
+    found = len(
+        {n.split(".")[2] for n in files if n.startswith(("model.layers.", "transformer.h."))}
+    )
     if found != config.num_hidden_layers:
-        raise UserError(f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {found}")
+        raise UserError(
+            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {found}"
+        )
 
 
 def check_tensors(expected, files, folder):
     """Names and shapes in the folder against the model's; one error that names every difference (the first 8 of each)."""
-    ignorable = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older writers saved
-    shapes = {n: tuple(file.get_slice(key).get_shape()) for n, (file, key) in files.items() if n in expected}
+    ignorable = (
+        ".rotary_emb.inv_freq",
+        ".attn.bias",
+        ".attn.masked_bias",
+    )  # buffers that older writers saved
+    shapes = {
+        n: tuple(file.get_slice(key).get_shape())
+        for n, (file, key) in files.items()
+        if n in expected
+    }
     differences = {
         "missing": [n for n in expected if n not in files],
-        "not part of this model": [n for n in files if n not in expected and not n.endswith(ignorable) and n != "lm_head.weight"],
-        "of another shape": [f"{n} is {shape}, expected {tuple(expected[n].shape)}" for n, shape in shapes.items()
-                             if shape != tuple(expected[n].shape)]}
-    faults = [f"{len(names)} tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-              for what, names in differences.items() if names]
-    if "lm_head.weight" in files and "lm_head.weight" not in expected:  # tied, yet saved: fine only if it is the embedding
+        "not part of this model": [
+            n
+            for n in files
+            if n not in expected and not n.endswith(ignorable) and n != "lm_head.weight"
+        ],
+        "of another shape": [
+            f"{n} is {shape}, expected {tuple(expected[n].shape)}"
+            for n, shape in shapes.items()
+            if shape != tuple(expected[n].shape)
+        ],
+    }
+    faults = [
+        f"{len(names)} tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for what, names in differences.items()
+        if names
+    ]
+    if (
+        "lm_head.weight" in files and "lm_head.weight" not in expected
+    ):  # tied, yet saved: fine only if it is the embedding
         tied = next(n for n in files if n.endswith(("embed_tokens.weight", "wte.weight")))
         head, embedding = (files[n][0].get_tensor(files[n][1]) for n in ("lm_head.weight", tied))
         if not torch.equal(head, embedding):
-            faults.append("lm_head.weight differs from the embedding that config.json says it is tied to")
+            faults.append(
+                "lm_head.weight differs from the embedding that config.json says it is tied to"
+            )
     if faults:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")

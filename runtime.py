@@ -2,6 +2,7 @@
 
 Every choice is made in one place, `resolve`, and printed with its reason.
 """
+
 import contextlib
 import os
 import random
@@ -24,10 +25,11 @@ from common import UserError, sync_dir, write_atomic, write_json
 @dataclass
 class Runtime:
     """Where and in which precision to compute. `compile` is False, or True for "try, and say so if it fails"."""
+
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    rank: int = 0   # of `world` processes that work together
+    rank: int = 0  # of `world` processes that work together
     world: int = 1
 
     def autocast(self):
@@ -64,17 +66,30 @@ def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
     RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank:
-        sys.stdout = open(os.devnull, "w")  # one rank tells the story; errors go to stderr from every rank
+        sys.stdout = open(
+            os.devnull, "w"
+        )  # one rank tells the story; errors go to stderr from every rank
     why = "asked for"
     if device == "auto":
-        device, why = (("cuda", "a CUDA device is present") if torch.cuda.is_available() else
-                       ("mps", "an Apple GPU is present") if torch.backends.mps.is_available() else ("cpu", "no GPU found"))
+        device, why = (
+            ("cuda", "a CUDA device is present")
+            if torch.cuda.is_available()
+            else ("mps", "an Apple GPU is present")
+            if torch.backends.mps.is_available()
+            else ("cpu", "no GPU found")
+        )
     try:
         dev = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
-    if (dev.type == "cuda" and not torch.cuda.is_available()) or (dev.type == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"--device {device}: torch {torch.__version__} sees no such device; use --device cpu")
+        raise UserError(
+            f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    if (dev.type == "cuda" and not torch.cuda.is_available()) or (
+        dev.type == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees no such device; use --device cpu"
+        )
     if "WORLD_SIZE" in os.environ:
         if dev.type == "cuda":
             dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -86,10 +101,17 @@ def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
 
     why = "asked for"
     if dtype == "auto":
-        dtype, why = "float32", "no bf16 matrix units" if dev.type == "cpu" else "the safe choice on MPS"
+        dtype, why = (
+            "float32",
+            "no bf16 matrix units" if dev.type == "cpu" else "the safe choice on MPS",
+        )
         if dev.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype, why = ("bfloat16", "this GPU has it") if bf16 else ("float16", "no bf16 units: fp16 + GradScaler")
+            dtype, why = (
+                ("bfloat16", "this GPU has it")
+                if bf16
+                else ("float16", "no bf16 units: fp16 + GradScaler")
+            )
         elif dev.type == "cpu" and cpu_has_bf16_units():
             dtype, why = "bfloat16", "this CPU has bf16 matrix units"
     if dtype not in DTYPES:
@@ -99,22 +121,44 @@ def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
     if compile not in ("auto", "on", "off"):
         raise UserError(f"--compile {compile}: use auto, on or off")
     use, why = compile == "on", "asked for"
-    if compile == "auto":  # NOTES.md has the figures for a CPU: half a minute of compiling for a tenth of the time of a step
+    if (
+        compile == "auto"
+    ):  # NOTES.md has the figures for a CPU: half a minute of compiling for a tenth of the time of a step
         cpu = "on a CPU it costs half a minute and gains a tenth; --compile on for long runs"
-        use, why = dev.type == "cuda", {"cuda": "fuses the small kernels", "cpu": cpu}.get(dev.type, f"not reliable on {dev.type}")
+        use, why = (
+            dev.type == "cuda",
+            {"cuda": "fuses the small kernels", "cpu": cpu}.get(
+                dev.type, f"not reliable on {dev.type}"
+            ),
+        )
     print(f"compile  {'on' if use else 'off'}: {why}")
     return Runtime(dev, DTYPES[dtype], use, rank, world)
 
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; MFU is only printed for these
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121,
-    "A10G": 70, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "V100": 125,
+    "T4": 65,
+    "RTX 5090": 209,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 
 def peak_flops(device):
     """Floating-point operations per second the device can do at best, or None where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((t * 1e12 for key, t in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    return next(
+        (t * 1e12 for key, t in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None
+    )
 
 
 def free_memory(device):
@@ -124,8 +168,12 @@ def free_memory(device):
     free = None
     with contextlib.suppress(OSError, IndexError):
         free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # in a container the limit is its own; "max" is none
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # in a container the limit is its own; "max" is none
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
         free = min(free or limit, limit - used)
     return free
 
@@ -136,11 +184,22 @@ def lost_rank_explained(advice):
     try:
         yield
     except RuntimeError as error:
-        lost = any(w in str(error) for w in ("Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "gloo"))
+        lost = any(
+            w in str(error)
+            for w in (
+                "Connection closed by peer",
+                "Connection reset",
+                "NCCL",
+                "Broken pipe",
+                "gloo",
+            )
+        )
         if not (lost and "WORLD_SIZE" in os.environ):
             raise
-        print(f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. {advice}",
-              file=sys.stderr)
+        print(
+            f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. {advice}",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
 
@@ -166,11 +225,17 @@ def compile_or_say_why(function, runtime, warm_up):
 # -------------------------------------------------------------------------------------------------- tensor files
 def write_tensors(path, tensors):
     """A safetensors file, all or nothing. {name: tensor}; a full disk is an OSError like any other."""
+
     def write(temporary):
         try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+            save_file(
+                {k: v.detach().contiguous() for k, v in tensors.items()},
+                temporary,
+                metadata={"format": "pt"},
+            )
         except Exception as error:  # safetensors reports I/O faults as its own SafetensorError
             raise OSError(f"{path}: cannot write ({error})") from None
+
     write_atomic(path, write)
 
 
@@ -188,10 +253,13 @@ def rng_state():
     """Every random number generator a script can touch -> {name: tensor}."""
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": torch.tensor([version, *internal]),
-             "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-             "numpy": torch.tensor([position, has_gauss, *keys.tolist()]),
-             "numpy_gauss": torch.tensor([cached], dtype=torch.float64)}
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([position, has_gauss, *keys.tolist()]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
     for i in range(torch.cuda.device_count()):
         state[f"cuda{i}"] = torch.cuda.get_rng_state(i)
     return state
@@ -200,9 +268,23 @@ def rng_state():
 def set_rng_state(state):
     torch.set_rng_state(state["torch"])
     version, *internal = state["python"].tolist()
-    random.setstate((version, tuple(internal), state["python_gauss"].item() if len(state["python_gauss"]) else None))
+    random.setstate(
+        (
+            version,
+            tuple(internal),
+            state["python_gauss"].item() if len(state["python_gauss"]) else None,
+        )
+    )
     position, has_gauss, *keys = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    np.random.set_state(
+        (
+            "MT19937",
+            np.array(keys, dtype=np.uint32),
+            position,
+            has_gauss,
+            state["numpy_gauss"].item(),
+        )
+    )
     for i in range(torch.cuda.device_count()):
         if f"cuda{i}" in state:
             torch.cuda.set_rng_state(state[f"cuda{i}"], i)
@@ -214,12 +296,20 @@ def all_rng_states():
     if dist.is_initialized():
         states = [None] * dist.get_world_size()
         dist.all_gather_object(states, rng_state())
-    return {f"{rank}.{name}": tensor for rank, state in enumerate(states) for name, tensor in state.items()}
+    return {
+        f"{rank}.{name}": tensor
+        for rank, state in enumerate(states)
+        for name, tensor in state.items()
+    }
 
 
 def set_all_rng_states(states, rank, seed):
     """The inverse; a rank that the states do not know (there are more ranks now) starts from the seed."""
-    own = {name.split(".", 1)[1]: tensor for name, tensor in states.items() if name.startswith(f"{rank}.")}
+    own = {
+        name.split(".", 1)[1]: tensor
+        for name, tensor in states.items()
+        if name.startswith(f"{rank}.")
+    }
     if own:
         set_rng_state(own)
     else:
@@ -257,12 +347,18 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
 
 def publish(checkpoint, out):
     """Make OUT's own model files those of `checkpoint`: hard links, so it costs no space; config.json comes last."""
+
     def link(source, target):
         try:
             os.link(source, target)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, target)
-    files = [f for f in checkpoint.iterdir() if f.name not in ("optimizer.safetensors", "rng.safetensors", "state.json")]
+
+    files = [
+        f
+        for f in checkpoint.iterdir()
+        if f.name not in ("optimizer.safetensors", "rng.safetensors", "state.json")
+    ]
     for stale in out.glob("*.tmp"):  # of a crash
         stale.unlink()
     for file in sorted(files, key=lambda f: (f.name == "config.json", f.name)):

@@ -6,6 +6,7 @@
 
 How BPE learns is in bpe.py; vocab_files.py reads and writes the files that others use.
 """
+
 import argparse
 import codecs
 import functools
@@ -19,15 +20,26 @@ from pathlib import Path
 
 import numpy as np
 
+from common import UserError, cli, write_atomic, write_json
+from formats.vocab import (
+    added_tokens,
+    check_ids,
+    merges_by_score,
+    normalize,
+    read_tokenizer,
+    to_json,
+)
 from training import bpe
 from training.bpe import PATTERNS, splitter, well_formed
-from common import UserError, cli, write_atomic, write_json
-from formats.vocab import added_tokens, check_ids, merges_by_score, normalize, read_tokenizer, to_json
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
 # Which special tokens begin, end and pad a text, by the names they usually have.
-ROLES = {"bos_token": ("<BOS>", "<s>", "<|endoftext|>"), "eos_token": ("<EOS>", "</s>", "<|endoftext|>"),
-         "unk_token": ("<UNK>", "<unk>"), "pad_token": ("<PAD>", "<pad>")}
+ROLES = {
+    "bos_token": ("<BOS>", "<s>", "<|endoftext|>"),
+    "eos_token": ("<EOS>", "</s>", "<|endoftext|>"),
+    "unk_token": ("<UNK>", "<unk>"),
+    "pad_token": ("<PAD>", "<pad>"),
+}
 
 
 class Tokenizer:
@@ -45,15 +57,36 @@ class Tokenizer:
     config          what tokenizer_config.json holds: bos_token, eos_token, chat_template, ...
     """
 
-    def __init__(self, kind, vocab, merges=None, *, patterns=(), special=None, added=None, whole_chunks=False,
-                 normalizer=(), strip_space=False, unknown=None):
+    def __init__(
+        self,
+        kind,
+        vocab,
+        merges=None,
+        *,
+        patterns=(),
+        special=None,
+        added=None,
+        whole_chunks=False,
+        normalizer=(),
+        strip_space=False,
+        unknown=None,
+    ):
         self.kind, self.vocab, self.patterns, self.unknown = kind, vocab, tuple(patterns), unknown
         self.special, self.added = dict(special or {}), dict(added or {})
-        self.whole_chunks, self.normalizer, self.strip_space = whole_chunks, list(normalizer), strip_space
-        self.config = {role: name for role, names in ROLES.items() for name in names[::-1] if name in self.special}
-        if merges is not None:                                   # else recovered from the vocabulary when first needed
+        self.whole_chunks, self.normalizer, self.strip_space = (
+            whole_chunks,
+            list(normalizer),
+            strip_space,
+        )
+        self.config = {
+            role: name
+            for role, names in ROLES.items()
+            for name in names[::-1]
+            if name in self.special
+        }
+        if merges is not None:  # else recovered from the vocabulary when first needed
             self.merges = merges
-        self.source = None                                       # the tokenizer.json this was read from, as it was
+        self.source = None  # the tokenizer.json this was read from, as it was
         names = self.added | self.special
         ids = [*vocab.values(), *names.values()]
         check_ids(ids, len(vocab) + len(names))
@@ -68,7 +101,7 @@ class Tokenizer:
         self._split_added = re.compile(f"({'|'.join(by_length)})").split
         self._cache = {}
         for pattern in self.patterns:
-            splitter(pattern)                                    # an unusable one is refused now
+            splitter(pattern)  # an unusable one is refused now
 
     def _spelling(self, token):
         if self.kind == "bytes":
@@ -79,8 +112,17 @@ class Tokenizer:
 
     # -- made from text
     @classmethod
-    def train(cls, texts=(), vocab_size=10_000, pattern="gpt4", special_tokens=SPECIAL_TOKENS, *, files=(), max_bytes=None,
-              processes=None):
+    def train(
+        cls,
+        texts=(),
+        vocab_size=10_000,
+        pattern="gpt4",
+        special_tokens=SPECIAL_TOKENS,
+        *,
+        files=(),
+        max_bytes=None,
+        processes=None,
+    ):
         """Learn a byte-level BPE of `vocab_size` ids from an iterable of str and from files.
 
         pattern: a name in PATTERNS or a regular expression. special_tokens: a list, which gets ids 0, 1, ..., or a dict
@@ -90,18 +132,33 @@ class Tokenizer:
         pattern, special = PATTERNS.get(pattern, pattern), number_special(special_tokens)
         least = 256 + len(special)
         if vocab_size < least:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special)} special tokens need {least}")
+            raise UserError(
+                f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special)} special tokens need {least}"
+            )
         if max(special.values(), default=0) >= vocab_size:
-            raise UserError(f"special tokens must have ids below the vocabulary size {vocab_size}: {special}")
+            raise UserError(
+                f"special tokens must have ids below the vocabulary size {vocab_size}: {special}"
+            )
         splitter(pattern)
-        chunks = bpe.count_chunks([texts] if isinstance(texts, str) else texts, files, pattern, max_bytes, processes)
+        chunks = bpe.count_chunks(
+            [texts] if isinstance(texts, str) else texts, files, pattern, max_bytes, processes
+        )
         if not chunks:
-            raise UserError("there is no text to learn from: " + (", ".join(map(str, files)) or "no texts given"))
+            raise UserError(
+                "there is no text to learn from: "
+                + (", ".join(map(str, files)) or "no texts given")
+            )
         merges = bpe.learn_merges(chunks, vocab_size - least, {name.encode() for name in special})
         if (fits := least + len(merges)) < vocab_size:
-            print(f"asked for {vocab_size - least:,} merges, the text supports {len(merges):,}: stopped early with a vocabulary "
-                  f"of {fits:,} (--vocab-size {fits} asks for just that)", file=sys.stderr)
-        ids, spelled = list(islice(free_ids(special), 256 + len(merges))), [bytes([b]) for b in bpe.BYTES]
+            print(
+                f"asked for {vocab_size - least:,} merges, the text supports {len(merges):,}: stopped early with a vocabulary "
+                f"of {fits:,} (--vocab-size {fits} asks for just that)",
+                file=sys.stderr,
+            )
+        ids, spelled = (
+            list(islice(free_ids(special), 256 + len(merges))),
+            [bytes([b]) for b in bpe.BYTES],
+        )
         for left, right in merges:
             spelled.append(spelled[left] + spelled[right])
         ranked = {(ids[a], ids[b]): (rank, ids[256 + rank]) for rank, (a, b) in enumerate(merges)}
@@ -113,7 +170,12 @@ class Tokenizer:
         if not text:
             raise UserError("there is no text to take the characters from")
         special = number_special(special_tokens)
-        return cls("chars", dict(zip(sorted(set(well_formed(text))), free_ids(special))), {}, special=special)
+        return cls(
+            "chars",
+            dict(zip(sorted(set(well_formed(text))), free_ids(special))),
+            {},
+            special=special,
+        )
 
     # -- encoding
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
@@ -143,9 +205,11 @@ class Tokenizer:
     def encode_corpus(self, paths, processes=None):
         """All ids of the files, file after file, each as encode_bytes would have it, as one array: uint16, or uint32 above 65,536
         ids. Blocks of them are encoded in parallel processes."""
-        _ = self.fast                                            # built here once, not in every process
+        _ = self.fast  # built here once, not in every process
         blocks = bpe.blocks_of(paths, bpe.BLOCK if self.cuts else sys.maxsize)
-        return np.concatenate([np.zeros(0, self.dtype), *bpe.in_processes(self._encode_block, blocks, processes)])
+        return np.concatenate(
+            [np.zeros(0, self.dtype), *bpe.in_processes(self._encode_block, blocks, processes)]
+        )
 
     @property
     def dtype(self):
@@ -162,9 +226,16 @@ class Tokenizer:
         crossed = any(re.search(cuts, name.encode()) for name in self.added)
         if crossed or (self.kind == "pieces" and not self._piece_splitter):
             return ()
-        samples = [(a, b) for a in ("a", "Zb", "1", ".a", "\na", "'s", " a", "ü", "中")
-                   for b in (" a", " 1", " .", " \n", "  ", "   a", "\n", "\na", "\n\na", "、a")]
-        kept = all(splitter(p)(a) + splitter(p)(b) == splitter(p)(a + b) for p in self.patterns for a, b in samples)
+        samples = [
+            (a, b)
+            for a in ("a", "Zb", "1", ".a", "\na", "'s", " a", "ü", "中")
+            for b in (" a", " 1", " .", " \n", "  ", "   a", "\n", "\na", "\n\na", "、a")
+        ]
+        kept = all(
+            splitter(p)(a) + splitter(p)(b) == splitter(p)(a + b)
+            for p in self.patterns
+            for a, b in samples
+        )
         return (cuts,) if kept else ()
 
     def _encode(self, text, where="first"):
@@ -172,8 +243,10 @@ class Tokenizer:
         if not self.added:
             return self._encode_plain(text, where)
         ids = []
-        for i, part in enumerate(self._split_added(text)):                # every second part is an added token
-            ids += [self.added[part]] if i % 2 else self._encode_plain(part, "later" if i else where)
+        for i, part in enumerate(self._split_added(text)):  # every second part is an added token
+            ids += (
+                [self.added[part]] if i % 2 else self._encode_plain(part, "later" if i else where)
+            )
         return ids
 
     def _encode_plain(self, text, where):
@@ -182,12 +255,20 @@ class Tokenizer:
             return self._encode_chars(text)
         if self.fast is None:
             return self.encode_slowly(text)
-        if any(text[i:i + 50_000].isspace() for i in range(0, len(text) - 50_000, 50_000)):
+        if any(text[i : i + 50_000].isspace() for i in range(0, len(text) - 50_000, 50_000)):
             # on 100,000 spaces in a row tiktoken's regular expressions can panic: split with ours
-            return list(chain.from_iterable(map(self.fast._encode_single_piece, self._split(text, self.patterns))))
+            return list(
+                chain.from_iterable(
+                    map(self.fast._encode_single_piece, self._split(text, self.patterns))
+                )
+            )
         if len(self.patterns) == 1:
             return self.fast.encode_ordinary(text)
-        return list(chain.from_iterable(map(self.fast.encode_ordinary, self._split(text, self.patterns[:-1]))))
+        return list(
+            chain.from_iterable(
+                map(self.fast.encode_ordinary, self._split(text, self.patterns[:-1]))
+            )
+        )
 
     def _encode_chars(self, text):
         try:
@@ -195,8 +276,10 @@ class Tokenizer:
         except KeyError:
             unknown = sorted(set(text) - self.vocab.keys())
             shown = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-            raise UserError(f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: {shown}; remove "
-                            "them, or make the tokenizer from text that has them") from None
+            raise UserError(
+                f"{len(unknown)} of the text's characters not in this tokenizer's {len(self.vocab)}: {shown}; remove "
+                "them, or make the tokenizer from text that has them"
+            ) from None
 
     def _split(self, text, patterns):
         chunks = [text]
@@ -230,22 +313,30 @@ class Tokenizer:
             elif None not in fallback:
                 ids += fallback
             elif self.unknown is None:
-                raise UserError(f"{c!r} is not in this vocabulary, which has neither bytes nor an unknown token")
-            elif ids[-1:] != [self.unknown]:                     # one unknown token for a run of unknown characters
+                raise UserError(
+                    f"{c!r} is not in this vocabulary, which has neither bytes nor an unknown token"
+                )
+            elif ids[-1:] != [self.unknown]:  # one unknown token for a run of unknown characters
                 ids.append(self.unknown)
         return bpe.merge_by_rank(ids, self.merges)
 
     def _byte_id(self, byte):
         token = f"<0x{byte:02X}>" if self.kind == "pieces" else bytes([byte])
         if token not in self.vocab:
-            raise UserError(f"byte {byte:#04x} is no UTF-8 text, and this tokenizer has no tokens for single bytes")
+            raise UserError(
+                f"byte {byte:#04x} is no UTF-8 text, and this tokenizer has no tokens for single bytes"
+            )
         return self.vocab[token]
 
     @functools.cached_property
     def _piece_splitter(self):
         """Text of a pieces tokenizer can be split before every ▁ that follows another character, which lets chunks be remembered;
         not so if some token has a ▁ there. None then."""
-        return None if any(re.search("[^▁]▁", token) for token in self.vocab) else re.compile("▁*[^▁]+|▁+").findall
+        return (
+            None
+            if any(re.search("[^▁]▁", token) for token in self.vocab)
+            else re.compile("▁*[^▁]+|▁+").findall
+        )
 
     @functools.cached_property
     def fast(self):
@@ -255,7 +346,10 @@ class Tokenizer:
         if self.kind != "bytes" or not known or not self._merges_follow_vocab():
             return None
         import tiktoken
-        return tiktoken.Encoding("ours", pat_str=self.patterns[-1], mergeable_ranks=self.vocab, special_tokens={})
+
+        return tiktoken.Encoding(
+            "ours", pat_str=self.patterns[-1], mergeable_ranks=self.vocab, special_tokens={}
+        )
 
     def _merges_follow_vocab(self):
         """Whether following the merges equals what tiktoken does: merge any two neighbours whose concatenation is a token, lowest
@@ -264,15 +358,19 @@ class Tokenizer:
         It does if ids ascend with ranks and every token is what merging its own bytes ends in: then the same bytes between the
         same borders always merge the same way, and an unlisted pair never stands there to be merged. A token that only whole
         chunks become must have all its pairs listed, as in Llama 3's file."""
-        if "merges" not in self.__dict__:                        # the file says ids alone, for tiktoken to follow
+        if "merges" not in self.__dict__:  # the file says ids alone, for tiktoken to follow
             return True
         made = [new for _, new in sorted(self.merges.values())]
         if made != sorted(made) or not all(bytes([b]) in self.vocab for b in range(256)):
             return False
         last = last_merges(self.vocab, self.merges)
         rest = [token for token, i in self.vocab.items() if i not in last]
-        halves = ((self.vocab.get(t[:k]), self.vocab.get(t[k:])) for t in rest for k in range(1, len(t)))
-        return (self.whole_chunks or not rest) and all(None in pair or pair in self.merges for pair in halves)
+        halves = (
+            (self.vocab.get(t[:k]), self.vocab.get(t[k:])) for t in rest for k in range(1, len(t))
+        )
+        return (self.whole_chunks or not rest) and all(
+            None in pair or pair in self.merges for pair in halves
+        )
 
     @functools.cached_property
     def merges(self):
@@ -291,7 +389,9 @@ class Tokenizer:
         """ids -> bytes, exactly those that encode_bytes was given (for pieces, after the space they start with)."""
         table, ids = self._bytes if skip_special else self._shown, list(ids)
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
-            raise UserError(f"ids from {min(ids)} to {max(ids)}, but this tokenizer's are 0 to {self.vocab_size - 1}")
+            raise UserError(
+                f"ids from {min(ids)} to {max(ids)}, but this tokenizer's are 0 to {self.vocab_size - 1}"
+            )
         return b"".join([table[i] for i in ids])
 
     def token_bytes(self, i):
@@ -305,7 +405,9 @@ class Tokenizer:
     def _required(self, role):
         i = getattr(self, role + "_id")
         if i is None:
-            raise UserError(f"this tokenizer has no {role} token, only {', '.join(self.special) or 'ordinary ones'}")
+            raise UserError(
+                f"this tokenizer has no {role} token, only {', '.join(self.special) or 'ordinary ones'}"
+            )
         return i
 
     def _role(self, name):
@@ -321,7 +423,7 @@ class Tokenizer:
     def chat_template(self):
         """The Jinja chat template in tokenizer_config.json, or None."""
         template = self.config.get("chat_template")
-        if isinstance(template, list):                           # several, by name
+        if isinstance(template, list):  # several, by name
             template = {t.get("name"): t.get("template") for t in template}.get("default")
         return template
 
@@ -332,22 +434,41 @@ class Tokenizer:
     @functools.cached_property
     def sha256(self):
         """Hex digest of everything that decides ids, whatever file it came from."""
-        parts = [self.kind, sorted((self._spelling(t).hex(), i) for t, i in self.vocab.items()),
-                 sorted(self.special.items()), sorted(self.added.items()), self.patterns, self.normalizer,
-                 self.whole_chunks, self.unknown, sorted((rank, *pair) for pair, (rank, _) in self.merges.items())]
+        parts = [
+            self.kind,
+            sorted((self._spelling(t).hex(), i) for t, i in self.vocab.items()),
+            sorted(self.special.items()),
+            sorted(self.added.items()),
+            self.patterns,
+            self.normalizer,
+            self.whole_chunks,
+            self.unknown,
+            sorted((rank, *pair) for pair, (rank, _) in self.merges.items()),
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def with_special(self, names):
         """A tokenizer with these special tokens besides, which get the next free ids. All else, and its file, stays."""
         more = {name: self.vocab_size + i for i, name in enumerate(names)}
-        made = Tokenizer(self.kind, self.vocab, self.merges, patterns=self.patterns, special=self.special | more,
-                         added=self.added, whole_chunks=self.whole_chunks, normalizer=self.normalizer,
-                         strip_space=self.strip_space, unknown=self.unknown)
+        made = Tokenizer(
+            self.kind,
+            self.vocab,
+            self.merges,
+            patterns=self.patterns,
+            special=self.special | more,
+            added=self.added,
+            whole_chunks=self.whole_chunks,
+            normalizer=self.normalizer,
+            strip_space=self.strip_space,
+            unknown=self.unknown,
+        )
         made.config = dict(self.config)
-        if self.source:                                          # also in the model's vocabulary: HF takes ids from there
+        if self.source:  # also in the model's vocabulary: HF takes ids from there
             content = json.loads(self.source)
             content["model"]["vocab"] |= more
-            content["added_tokens"] = (content.get("added_tokens") or []) + added_tokens(more, special=True)
+            content["added_tokens"] = (content.get("added_tokens") or []) + added_tokens(
+                more, special=True
+            )
             made.source = json.dumps(content, ensure_ascii=False).encode()
         return made
 
@@ -363,7 +484,11 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = self.source or json.dumps(to_json(self), ensure_ascii=False).encode()
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.config}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.config,
+        }
         write_atomic(folder / "tokenizer.json", lambda path: path.write_bytes(content))
         write_json(folder / "tokenizer_config.json", config)
 
@@ -372,7 +497,11 @@ class Stream:
     """Ids in, text out, as a model produces them: never half a character, and nothing is decoded twice."""
 
     def __init__(self, tokenizer, skip_special):
-        self.tokenizer, self.skip_special, self.strip_space = tokenizer, skip_special, tokenizer.strip_space
+        self.tokenizer, self.skip_special, self.strip_space = (
+            tokenizer,
+            skip_special,
+            tokenizer.strip_space,
+        )
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i):
@@ -426,16 +555,23 @@ def border_crossed(pair, last, merges):
         else:
             undone, right = right, last[right][0]
         across = merges[left, right][1] if (left, right) in merges else undone + 1
-        if across < undone or (across == undone and not take_left):     # of equals the leftmost goes first
+        if across < undone or (
+            across == undone and not take_left
+        ):  # of equals the leftmost goes first
             return True
     return False
 
 
 # ---- The commands.
 
+
 def text_files(paths):
     """Files, and the .txt files of folders."""
-    found = [f for path in map(Path, paths) for f in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    found = [
+        f
+        for path in map(Path, paths)
+        for f in (sorted(path.glob("*.txt")) if path.is_dir() else [path])
+    ]
     if not found:
         raise UserError(f"no .txt files in {', '.join(map(str, paths))}")
     for file in found:
@@ -447,19 +583,33 @@ def text_files(paths):
 
 def train_command(args):
     files, start = text_files(args.data), time.perf_counter()
-    tokenizer = Tokenizer.train(files=files, vocab_size=args.vocab_size, pattern=args.pattern, max_bytes=args.max_bytes,
-                                special_tokens=args.special_tokens, processes=args.processes)
+    tokenizer = Tokenizer.train(
+        files=files,
+        vocab_size=args.vocab_size,
+        pattern=args.pattern,
+        max_bytes=args.max_bytes,
+        special_tokens=args.special_tokens,
+        processes=args.processes,
+    )
     tokenizer.save(args.out)
-    seconds, size = time.perf_counter() - start, min(sum(f.stat().st_size for f in files), args.max_bytes or 1 << 62)
-    print(f"{tokenizer.vocab_size:,} ids from {size / 1e6:.1f} MB in {seconds:.2f} s ({size / 1e6 / seconds:.1f} MB/s) "
-          f"-> {args.out}, sha256 {tokenizer.sha256[:12]}")
+    seconds, size = (
+        time.perf_counter() - start,
+        min(sum(f.stat().st_size for f in files), args.max_bytes or 1 << 62),
+    )
+    print(
+        f"{tokenizer.vocab_size:,} ids from {size / 1e6:.1f} MB in {seconds:.2f} s ({size / 1e6 / seconds:.1f} MB/s) "
+        f"-> {args.out}, sha256 {tokenizer.sha256[:12]}"
+    )
 
 
 def show_command(args):
     tokenizer = Tokenizer.load(args.tokenizer)
     ids = tokenizer.encode(args.text)
-    for n, i in enumerate(ids):                      # background colours in turn, so that borders show
-        print(f"\033[30;4{1 + n % 6}m{tokenizer.token_bytes(i).decode('utf-8', 'replace')}\033[0m", end="")
+    for n, i in enumerate(ids):  # background colours in turn, so that borders show
+        print(
+            f"\033[30;4{1 + n % 6}m{tokenizer.token_bytes(i).decode('utf-8', 'replace')}\033[0m",
+            end="",
+        )
     print("\n" + " ".join(map(str, ids)))
     print(f"{len(ids)} tokens, {len(args.text.encode()) / max(1, len(ids)):.2f} bytes per token")
 
@@ -475,29 +625,55 @@ def compare_command(args):
         start = time.perf_counter()
         n = len(tokenizer.encode_bytes(data))
         speed = len(data) / 1e6 / (time.perf_counter() - start)
-        print(f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {len(data) / max(1, n):.3f} | {speed:.1f} |")
+        print(
+            f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {len(data) / max(1, n):.3f} | {speed:.1f} |"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="train|show|compare")
     train = commands.add_parser("train", help="learn a byte-level BPE vocabulary")
     train.set_defaults(run=train_command)
-    train.add_argument("--data", nargs="+", default=["data/wikitext-2"], help="text files, or folders of .txt files")
-    train.add_argument("--vocab-size", type=int, default=10_000, help="ids in all, bytes and special tokens included")
-    train.add_argument("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)}, or a regular expression")
-    train.add_argument("--special-tokens", nargs="*", default=SPECIAL_TOKENS, help="they get the first ids")
-    train.add_argument("--max-bytes", type=int, help="learn from this much of the data, evenly spread over it")
-    train.add_argument("--processes", type=int, help="to split text in; default: one per usable CPU")
+    train.add_argument(
+        "--data",
+        nargs="+",
+        default=["data/wikitext-2"],
+        help="text files, or folders of .txt files",
+    )
+    train.add_argument(
+        "--vocab-size",
+        type=int,
+        default=10_000,
+        help="ids in all, bytes and special tokens included",
+    )
+    train.add_argument(
+        "--pattern", default="gpt4", help=f"{', '.join(PATTERNS)}, or a regular expression"
+    )
+    train.add_argument(
+        "--special-tokens", nargs="*", default=SPECIAL_TOKENS, help="they get the first ids"
+    )
+    train.add_argument(
+        "--max-bytes", type=int, help="learn from this much of the data, evenly spread over it"
+    )
+    train.add_argument(
+        "--processes", type=int, help="to split text in; default: one per usable CPU"
+    )
     train.add_argument("--out", default="runs/tokenizer", help="folder to write")
     show = commands.add_parser("show", help="print a text's tokens, coloured, and their ids")
     show.set_defaults(run=show_command)
     show.add_argument("text")
     show.add_argument("--tokenizer", default="runs/tokenizer", help="folder or file")
-    compare = commands.add_parser("compare", help="bytes per token of several tokenizers on the same text")
+    compare = commands.add_parser(
+        "compare", help="bytes per token of several tokenizers on the same text"
+    )
     compare.set_defaults(run=compare_command)
     compare.add_argument("tokenizers", nargs="+", help="folders or files")
-    compare.add_argument("--data", nargs="+", required=True, help="text files, or folders of .txt files")
+    compare.add_argument(
+        "--data", nargs="+", required=True, help="text files, or folders of .txt files"
+    )
     args = parser.parse_args()
     args.run(args)
 

@@ -1,12 +1,13 @@
 """Pre-training: text in, a model folder out.
 
-    python train.py                                       # a character GPT on Shakespeare, minutes on a laptop CPU
-    python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
-    python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
-    torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
-    python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
-    python train.py eval MODEL --data wikitext-2          # loss, perplexity per token and per word, bits per byte
+python train.py                                       # a character GPT on Shakespeare, minutes on a laptop CPU
+python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
+python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
+torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
+python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
+python train.py eval MODEL --data wikitext-2          # loss, perplexity per token and per word, bits per byte
 """
+
 import contextlib
 import dataclasses
 import json
@@ -27,11 +28,9 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from training.corpora import read_text
 from data import Batches, Split, as_split, open_shards, split_tokens
 from generate import generate
 from model import Config, Transformer
-from training.optim import Guard, LossScale, MuonAdamW, choose_micro_batch, gather, grad_norm, local, schedule, wrap
 from runtime import (
     Runtime,
     all_rng_states,
@@ -45,91 +44,207 @@ from runtime import (
     set_all_rng_states,
 )
 from tokenizer import Tokenizer
+from training.corpora import read_text
+from training.optim import (
+    Guard,
+    LossScale,
+    MuonAdamW,
+    choose_micro_batch,
+    gather,
+    grad_norm,
+    local,
+    schedule,
+    wrap,
+)
 
 
 @dataclass
 class LoopArgs:
     """The flags that every training script shares; each has its own Args on top, with other defaults where they suit it."""
+
     out: str = "runs/shakespeare-char"  # the model folder to write
-    resume: bool = False              # go on with the run in --out, bit-exactly
-    overwrite: bool = False           # throw away the run in --out
+    resume: bool = False  # go on with the run in --out, bit-exactly
+    overwrite: bool = False  # throw away the run in --out
     # optimization
-    context: int = 64                 # tokens a row, and the most the model can look back
-    steps: int = 550                  # optimizer steps
-    batch: int = 32                   # rows per optimizer step, over all ranks and passes
-    micro_batch: int = 0              # rows per forward pass and rank; 0 is as many as the memory estimate allows
-    optimizer: str = "muon"           # muon (hidden matrices; AdamW for the rest), adamw, adamw8bit (its moments in 8 bits)
-    muon_lr: float = 0.02             # learning rate of the hidden matrices under Muon
-    lr: float = 0.008                 # learning rate of everything under AdamW
-    momentum: float = 0.9             # Muon's; longer runs like 0.95
-    weight_decay: float = 0.0         # pull of the matrices towards zero, relative to the learning rate
-    warmup: int = 0                   # steps of linear warm-up
-    schedule: str = "wsd"             # wsd (stable, then linear to zero) or cosine
-    cooldown: float = 0.6             # share of the steps in which wsd falls to zero
-    grad_clip: float = 0.0            # clip the gradient's norm to this; 0 is off
-    spike: float = 20.0               # skip a step whose gradient is so many times its running mean; 0 is off
-    seed: int = 1                     # of the weights, the order of the data and dropout
+    context: int = 64  # tokens a row, and the most the model can look back
+    steps: int = 550  # optimizer steps
+    batch: int = 32  # rows per optimizer step, over all ranks and passes
+    micro_batch: int = (
+        0  # rows per forward pass and rank; 0 is as many as the memory estimate allows
+    )
+    optimizer: str = "muon"  # muon (hidden matrices; AdamW for the rest), adamw, adamw8bit (its moments in 8 bits)
+    muon_lr: float = 0.02  # learning rate of the hidden matrices under Muon
+    lr: float = 0.008  # learning rate of everything under AdamW
+    momentum: float = 0.9  # Muon's; longer runs like 0.95
+    weight_decay: float = 0.0  # pull of the matrices towards zero, relative to the learning rate
+    warmup: int = 0  # steps of linear warm-up
+    schedule: str = "wsd"  # wsd (stable, then linear to zero) or cosine
+    cooldown: float = 0.6  # share of the steps in which wsd falls to zero
+    grad_clip: float = 0.0  # clip the gradient's norm to this; 0 is off
+    spike: float = 20.0  # skip a step whose gradient is so many times its running mean; 0 is off
+    seed: int = 1  # of the weights, the order of the data and dropout
     # memory and machines
-    recompute: bool = False           # activation checkpointing: a third more time, a fraction of the memory
-    shard: bool = False               # FSDP2 instead of DDP under torchrun: weights and optimizer state spread over ranks
-    fit: bool = False                 # print the memory estimate by part and stop
-    device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"               # auto, float32, bfloat16, float16
-    compile: str = "auto"             # torch.compile: auto, on, off
+    recompute: bool = False  # activation checkpointing: a third more time, a fraction of the memory
+    shard: bool = (
+        False  # FSDP2 instead of DDP under torchrun: weights and optimizer state spread over ranks
+    )
+    fit: bool = False  # print the memory estimate by part and stop
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    compile: str = "auto"  # torch.compile: auto, on, off
     # housekeeping
-    log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 200             # steps between evaluations on the whole validation split
-    save_every: int = 500             # steps between checkpoints; one is always written at the end and on Ctrl-C
-    keep: int = 1                     # how many checkpoints to keep under state/
-    sample_every: int = 0             # steps between samples appended to OUT/samples.txt; 0 is only at the end
-    sample: int = 400                 # tokens a sample has
-    track: str = ""                   # also send metrics to tensorboard or wandb
-    background: bool = False          # go on after the terminal closes; output in OUT/log.txt, `train.py watch OUT` shows it
+    log_every: int = 10  # steps between rows of metrics.jsonl
+    eval_every: int = 200  # steps between evaluations on the whole validation split
+    save_every: int = (
+        500  # steps between checkpoints; one is always written at the end and on Ctrl-C
+    )
+    keep: int = 1  # how many checkpoints to keep under state/
+    sample_every: int = 0  # steps between samples appended to OUT/samples.txt; 0 is only at the end
+    sample: int = 400  # tokens a sample has
+    track: str = ""  # also send metrics to tensorboard or wandb
+    background: bool = False  # go on after the terminal closes; output in OUT/log.txt, `train.py watch OUT` shows it
 
 
 @dataclass
 class Args(LoopArgs):
     preset: str = "shakespeare-char"  # a row of the table below; every other flag overrides it
-    data: str = "shakespeare"         # a named corpus, a UTF-8 text file or a folder of shards (data.py)
-    tokenizer: str = "char"           # char, or a folder or tokenizer.json
-    init_from: str = ""               # start a new run from the weights (only) and the shape of this model folder
+    data: str = "shakespeare"  # a named corpus, a UTF-8 text file or a folder of shards (data.py)
+    tokenizer: str = "char"  # char, or a folder or tokenizer.json
+    init_from: str = (
+        ""  # start a new run from the weights (only) and the shape of this model folder
+    )
     # shape
-    arch: str = "qwen3"               # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, or gpt2 (LayerNorm, learned positions, GELU)
-    layers: int = 4                   # Transformer blocks
-    dim: int = 128                    # width of the residual stream
-    heads: int = 4                    # attention heads
-    kv_heads: int = 0                 # key/value heads, fewer is grouped-query attention; 0 is as many as heads
-    mlp: int = 0                      # width of the MLP; 0 is 2.5*dim with a gate, 4*dim for gpt2
-    tie: bool = False                 # one matrix for embedding and head: saves memory when the vocabulary is large
-    dropout: float = 0.0              # for small texts and many epochs
-    doc_mask: bool = False            # no attention across documents packed into one row
+    arch: str = "qwen3"  # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, or gpt2 (LayerNorm, learned positions, GELU)
+    layers: int = 4  # Transformer blocks
+    dim: int = 128  # width of the residual stream
+    heads: int = 4  # attention heads
+    kv_heads: int = 0  # key/value heads, fewer is grouped-query attention; 0 is as many as heads
+    mlp: int = 0  # width of the MLP; 0 is 2.5*dim with a gate, 4*dim for gpt2
+    tie: bool = (
+        False  # one matrix for embedding and head: saves memory when the vocabulary is large
+    )
+    dropout: float = 0.0  # for small texts and many epochs
+    doc_mask: bool = False  # no attention across documents packed into one row
 
 
 PRESETS = {  # what each reaches, measured: README.md and `python bench.py train`
     "shakespeare-char": dict(),  # 0.77M parameters, a minute on two CPU cores
-    "shakespeare-char-fast": dict(out="runs/shakespeare-char-fast", dim=96, mlp=192, batch=16, steps=200, muon_lr=0.03,
-                                  cooldown=0.5),  # 0.38M, seconds
-    "shakespeare-char-10m": dict(out="runs/shakespeare-char-10m", layers=6, dim=384, heads=6, mlp=1024, context=256, batch=64,
-                                 steps=1000, dropout=0.2, muon_lr=0.02, weight_decay=0.05),  # for a GPU: nanoGPT's size
-    "demo": dict(out="runs/demo", data="data/toybox/text.txt", tokenizer="runs/demo-tokenizer", heads=2, mlp=384, context=256,
-                 tie=True, batch=8, steps=750, muon_lr=0.01, lr=0.01, eval_every=250, save_every=250, sample=120),  # 1.05M
-    "125m": dict(out="runs/125m", data="data/wikitext-103", tokenizer="", layers=12, dim=768, heads=6, mlp=2560, context=1024,
-                 tie=True, batch=512, steps=2000, muon_lr=0.02, lr=0.003, momentum=0.95, weight_decay=0.01, cooldown=0.5,
-                 eval_every=250, save_every=250, keep=2, sample_every=500, sample=150),  # 124.3M with a 32,768 vocabulary
+    "shakespeare-char-fast": dict(
+        out="runs/shakespeare-char-fast",
+        dim=96,
+        mlp=192,
+        batch=16,
+        steps=200,
+        muon_lr=0.03,
+        cooldown=0.5,
+    ),  # 0.38M, seconds
+    "shakespeare-char-10m": dict(
+        out="runs/shakespeare-char-10m",
+        layers=6,
+        dim=384,
+        heads=6,
+        mlp=1024,
+        context=256,
+        batch=64,
+        steps=1000,
+        dropout=0.2,
+        muon_lr=0.02,
+        weight_decay=0.05,
+    ),  # for a GPU: nanoGPT's size
+    "demo": dict(
+        out="runs/demo",
+        data="data/toybox/text.txt",
+        tokenizer="runs/demo-tokenizer",
+        heads=2,
+        mlp=384,
+        context=256,
+        tie=True,
+        batch=8,
+        steps=750,
+        muon_lr=0.01,
+        lr=0.01,
+        eval_every=250,
+        save_every=250,
+        sample=120,
+    ),  # 1.05M
+    "125m": dict(
+        out="runs/125m",
+        data="data/wikitext-103",
+        tokenizer="",
+        layers=12,
+        dim=768,
+        heads=6,
+        mlp=2560,
+        context=1024,
+        tie=True,
+        batch=512,
+        steps=2000,
+        muon_lr=0.02,
+        lr=0.003,
+        momentum=0.95,
+        weight_decay=0.01,
+        cooldown=0.5,
+        eval_every=250,
+        save_every=250,
+        keep=2,
+        sample_every=500,
+        sample=150,
+    ),  # 124.3M with a 32,768 vocabulary
 }
 # what may differ between a run and its resumption without making it another run
-HOUSEKEEPING = {"resume", "overwrite", "out", "log_every", "eval_every", "save_every", "keep", "sample_every",
-                "sample", "track", "background", "fit", "shard", "micro_batch", "recompute", "device", "compile"}
+HOUSEKEEPING = {
+    "resume",
+    "overwrite",
+    "out",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "sample_every",
+    "sample",
+    "track",
+    "background",
+    "fit",
+    "shard",
+    "micro_batch",
+    "recompute",
+    "device",
+    "compile",
+}
 AT_LEAST_ONE = {"context", "batch", "log_every", "eval_every", "save_every", "keep", "heads"}
-CHOICES = {"optimizer": ("muon", "adamw", "adamw8bit"), "schedule": ("wsd", "cosine"), "track": ("", "tensorboard", "wandb"),
-           "arch": ("qwen3", "llama", "gpt2")}
-RUN_FILES = ("args.json", "metrics.jsonl", "samples.txt", "loss.png", "config.json", "model.safetensors", "adapter_config.json",
-             "adapter_model.safetensors", "report.md", "report.html", "answers.jsonl")
-SHAPE = {"arch": "model_type", "layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
-         "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "tie": "tie_word_embeddings"}  # flag: field of Config
+CHOICES = {
+    "optimizer": ("muon", "adamw", "adamw8bit"),
+    "schedule": ("wsd", "cosine"),
+    "track": ("", "tensorboard", "wandb"),
+    "arch": ("qwen3", "llama", "gpt2"),
+}
+RUN_FILES = (
+    "args.json",
+    "metrics.jsonl",
+    "samples.txt",
+    "loss.png",
+    "config.json",
+    "model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "report.md",
+    "report.html",
+    "answers.jsonl",
+)
+SHAPE = {
+    "arch": "model_type",
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp": "intermediate_size",
+    "tie": "tie_word_embeddings",
+}  # flag: field of Config
 
 
-def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple[LoopArgs, Path | None]:
+def read_args(
+    cls, description, presets=None, positional=(), argv=None
+) -> tuple[LoopArgs, Path | None]:
     """Flags -> (cls, path of the checkpoint to resume or None). A resumed run inherits every flag that is not typed; a script's
     own flags (its data, its model) and what the order of rows hangs on may not differ at all."""
     typed = common.parse_flags(cls, description, argv, positional)
@@ -137,11 +252,15 @@ def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple
     checkpoint = latest_checkpoint(args.out)
     if not args.resume:
         if checkpoint and not args.overwrite:
-            raise UserError(f"{args.out} already holds a run ({checkpoint.name}): continue it with --resume, throw it away "
-                            "with --overwrite, or choose another --out")
+            raise UserError(
+                f"{args.out} already holds a run ({checkpoint.name}): continue it with --resume, throw it away "
+                "with --overwrite, or choose another --out"
+            )
         return check_args(args), None
     if checkpoint is None:
-        raise UserError(f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there")
+        raise UserError(
+            f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there"
+        )
     state = common.read_json(checkpoint / "state.json")
     flags, shared = ({f.name for f in dataclasses.fields(c)} for c in (cls, LoopArgs))
     kept = (flags - shared | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
@@ -149,25 +268,41 @@ def read_args(cls, description, presets=None, positional=(), argv=None) -> tuple
         if name in HOUSEKEEPING or (old := state["args"].get(name, new)) == new:
             continue
         if name in kept:
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
-                            "it (from these weights a new run can start)")
+            raise UserError(
+                f"--resume: --{name.replace('_', '-')} was {old!r} in {args.out}, now {new!r}; a resumed run keeps "
+                "it (from these weights a new run can start)"
+            )
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
-    args = cls(**{k: v for k, v in state["args"].items() if k in flags} | typed)  # an older version may have had more flags
+    args = cls(
+        **{k: v for k, v in state["args"].items() if k in flags} | typed
+    )  # an older version may have had more flags
     if args.steps < (done := state["step"]):
-        raise UserError(f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less")
+        raise UserError(
+            f"--resume: {args.out} is at step {done:,} already, --steps {args.steps:,} is less"
+        )
     return check_args(args), checkpoint
 
 
 def check_args(args):
     """UserError names the flag whose value cannot be -> args."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value >= (name in AT_LEAST_ONE):  # so written it refuses nan as well
+        if isinstance(value, (int, float)) and not value >= (
+            name in AT_LEAST_ONE
+        ):  # so written it refuses nan as well
             must = "be at least 1" if name in AT_LEAST_ONE else "not be negative"
             raise UserError(f"--{name.replace('_', '-')} {value} must {must}")
         if value not in CHOICES.get(name, [value]):
             raise UserError(f"--{name} {value}: use {' or '.join(filter(None, CHOICES[name]))}")
-        if name in ("momentum", "dropout") and value >= 1 or name == "cooldown" and not 0 < value <= 1:
-            raise UserError(f"--{name} {value} must be " + ("above 0 and at most 1" if name == "cooldown" else "below 1"))
+        if (
+            name in ("momentum", "dropout")
+            and value >= 1
+            or name == "cooldown"
+            and not 0 < value <= 1
+        ):
+            raise UserError(
+                f"--{name} {value} must be "
+                + ("above 0 and at most 1" if name == "cooldown" else "below 1")
+            )
     return args
 
 
@@ -176,12 +311,29 @@ def model_config(args, tok):
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     bias = args.arch == "gpt2"
-    config = Config(args.arch, tok.vocab_size, args.dim, args.mlp or int(args.dim * (4 if bias else 2.5)), args.layers,
-                    args.heads, args.kv_heads or args.heads, args.dim // args.heads, args.context, qkv_bias=bias, out_bias=bias,
-                    mlp_bias=bias, norm_eps=1e-5 if bias else 1e-6, tie_word_embeddings=args.tie, bos_token_id=tok.bos_id,
-                    eos_token_id=tok.eos_id, dropout=args.dropout)
+    config = Config(
+        args.arch,
+        tok.vocab_size,
+        args.dim,
+        args.mlp or int(args.dim * (4 if bias else 2.5)),
+        args.layers,
+        args.heads,
+        args.kv_heads or args.heads,
+        args.dim // args.heads,
+        args.context,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
+        norm_eps=1e-5 if bias else 1e-6,
+        tie_word_embeddings=args.tie,
+        bos_token_id=tok.bos_id,
+        eos_token_id=tok.eos_id,
+        dropout=args.dropout,
+    )
     flags = " ".join(f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in SHAPE)
-    Config.from_dict(config.to_dict(), where=flags)  # the bounds that hold for a folder's config hold for ours
+    Config.from_dict(
+        config.to_dict(), where=flags
+    )  # the bounds that hold for a folder's config hold for ours
     return config
 
 
@@ -195,8 +347,12 @@ def load_data(args, checkpoint):
     text, _ = read_text(args.data)
     tok = Tokenizer.load(source) if source not in ("", "char") else Tokenizer.char(text)
     if tok.bos_id is not None:
-        print(f"data     {args.data} is one document to the model; `python data.py {args.data} --tokenizer T --out D` makes many")
-    train, val = split_tokens(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype), args.context)
+        print(
+            f"data     {args.data} is one document to the model; `python data.py {args.data} --tokenizer T --out D` makes many"
+        )
+    train, val = split_tokens(
+        np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype), args.context
+    )
     return tok, Split([train], sha256=common.sha256(text.encode())), as_split(val)
 
 
@@ -208,13 +364,20 @@ def build_model(args, checkpoint, tok, device):
         model.init_weights()
         return model.to(device)
     model = Transformer.from_pretrained(source, device, torch.float32, dropout=args.dropout)
-    there = {} if checkpoint else {flag: getattr(model.config, field) for flag, field in SHAPE.items()}
-    differs = [f"{flag.replace('_', '-')} {value} there, {here} here" for flag, value in there.items()
-               if (here := getattr(args, flag)) not in (value, getattr(Args, flag))]
+    there = (
+        {} if checkpoint else {flag: getattr(model.config, field) for flag, field in SHAPE.items()}
+    )
+    differs = [
+        f"{flag.replace('_', '-')} {value} there, {here} here"
+        for flag, value in there.items()
+        if (here := getattr(args, flag)) not in (value, getattr(Args, flag))
+    ]
     if args.context > (most := model.config.max_position_embeddings):
         differs.append(f"context {most:,} there, {args.context:,} here")
     if differs:
-        raise UserError(f"--init-from {source} has another shape: {'; '.join(differs)}; its shape needs no flags")
+        raise UserError(
+            f"--init-from {source} has another shape: {'; '.join(differs)}; its shape needs no flags"
+        )
     return model
 
 
@@ -230,9 +393,14 @@ def forward_backward(run, batch, count):
             return one_try(run, batch, count)
         # here, not in an except block: an exception being handled keeps the failed pass's activations alive
         if run.runtime.world > 1 or run.rows == 1:
-            raise UserError(f"out of memory with {run.rows} rows of {run.args.context:,} tokens a pass: use a smaller "
-                            "--micro-batch, --recompute or --shard")
-        rows, run.rows = run.rows, next(r for r in range(run.rows // 2, 0, -1) if len(batch.x) % r == 0)
+            raise UserError(
+                f"out of memory with {run.rows} rows of {run.args.context:,} tokens a pass: use a smaller "
+                "--micro-batch, --recompute or --shard"
+            )
+        rows, run.rows = (
+            run.rows,
+            next(r for r in range(run.rows // 2, 0, -1) if len(batch.x) % r == 0),
+        )
         print(f"memory   {rows} rows a pass did not fit, going on with {run.rows}")
         torch.cuda.empty_cache()
 
@@ -248,11 +416,13 @@ def one_try(run, batch, count):
     runtime, model, rows, ranks = run.runtime, run.step_model, run.rows, run.runtime.world > 1
     total = torch.zeros((), device=runtime.device)
     for i in range(0, len(batch.x), rows):
-        part = batch._make(t[i:i + rows] for t in batch).to(runtime.device)
+        part = batch._make(t[i : i + rows] for t in batch).to(runtime.device)
         last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
         if ranks and run.args.shard:
             model.set_requires_gradient_sync(last)
-        with model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext():
+        with (
+            model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext()
+        ):
             with runtime.autocast():
                 loss = run.loss(model, part, run.args)
             # DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone
@@ -280,8 +450,12 @@ def validate(run):
     if not scored:
         return {}
     size = getattr(run.val, "counts", {}).get("bytes")  # of a text in memory nobody counted them
-    return dict(val_loss=nats / scored, perplexity=math.exp(min(700.0, nats / scored)), epoch=run.batches.epoch,
-                **({"bits_per_byte": nats / math.log(2) / size} if size else {}))
+    return dict(
+        val_loss=nats / scored,
+        perplexity=math.exp(min(700.0, nats / scored)),
+        epoch=run.batches.epoch,
+        **({"bits_per_byte": nats / math.log(2) / size} if size else {}),
+    )
 
 
 def write_model(run, folder, weights):
@@ -293,24 +467,25 @@ def write_model(run, folder, weights):
 @dataclass
 class Run:
     """What the loop works with."""
+
     args: LoopArgs
     runtime: Runtime
     tok: Tokenizer
-    model: Transformer          # the bare model: parameters, folder
+    model: Transformer  # the bare model: parameters, folder
     step_model: torch.nn.Module  # the same as the loop calls it: over ranks, compiled
     optimizer: MuonAdamW
     batches: Batches
     val: Split
-    rows: int                   # rows per pass
+    rows: int  # rows per pass
     guard: Guard
     scaler: LossScale
-    start: int                  # the step it begins or goes on at
+    start: int  # the step it begins or goes on at
     metrics: common.Metrics | None  # rank 0 only
-    lock: object                # held while the run lives: no second process writes to --out
+    lock: object  # held while the run lives: no second process writes to --out
     loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; a script may bring its own, as of the next two
-    validate: Callable = validate     # (run) -> {name: value} to log
-    write: Callable = write_model     # (run, folder, weights) writes the model's files
-    clock: tuple = (0.0, 0)     # when and at which step the clock of tokens/s started
+    validate: Callable = validate  # (run) -> {name: value} to log
+    write: Callable = write_model  # (run, folder, weights) writes the model's files
+    clock: tuple = (0.0, 0)  # when and at which step the clock of tokens/s started
     bar: tqdm | None = None
 
 
@@ -329,53 +504,98 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, loss=next_token_
     out, state = Path(args.out), common.read_json(checkpoint / "state.json") if checkpoint else {}
     for what, now in (("tokenizer", tok.sha256), ("data", data.sha256)):
         if state and (then := state[f"{what}_sha256"]) != now:
-            raise UserError(f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
-                            f"run from the weights in {out}")
+            raise UserError(
+                f"--resume: the {what}'s sha256 was {then[:12]}, now {now[:12]}; restore the {what}, or start a new "
+                f"run from the weights in {out}"
+            )
     rows = choose_micro_batch(model, args, runtime, state.get("rows", 0))
     if args.fit:
         return None
     lock = common.lock_folder(out) if runtime.rank == 0 else None
     wrapped = wrap(model, args, runtime).train()
-    optimizer = MuonAdamW(model, args.muon_lr, args.lr, args.weight_decay, args.momentum, muon=args.optimizer == "muon",
-                          eight_bit=args.optimizer == "adamw8bit")
-    batches = Batches(data, args.batch // runtime.world, args.context, args.seed, runtime.rank, runtime.world,
-                      device=runtime.device)
+    optimizer = MuonAdamW(
+        model,
+        args.muon_lr,
+        args.lr,
+        args.weight_decay,
+        args.momentum,
+        muon=args.optimizer == "muon",
+        eight_bit=args.optimizer == "adamw8bit",
+    )
+    batches = Batches(
+        data,
+        args.batch // runtime.world,
+        args.context,
+        args.seed,
+        runtime.rank,
+        runtime.world,
+        device=runtime.device,
+    )
     guard, scaler = Guard(args.spike), LossScale(runtime.dtype)
 
     def trial(compiled):
         with runtime.autocast():
-            loss(compiled, next(val.validation(rows, args.context)).to(runtime.device), args).backward()
+            loss(
+                compiled, next(val.validation(rows, args.context)).to(runtime.device), args
+            ).backward()
         optimizer.zero_grad()
+
     step_model = compile_or_say_why(wrapped, runtime, trial)
     if state:
         optimizer.load_tensors(read_tensors(checkpoint / "optimizer.safetensors"))
         batches.load_state(state["batches"])
         guard = Guard(**{**state["guard"], "factor": args.spike})
-        if scaler.on and state["loss_scale"][0] != 1.0:  # 1 is that of a run that was not in fp16 so far
+        if (
+            scaler.on and state["loss_scale"][0] != 1.0
+        ):  # 1 is that of a run that was not in fp16 so far
             scaler.scale, scaler.good = state["loss_scale"]
-        set_all_rng_states(read_tensors(checkpoint / "rng.safetensors"), runtime.rank, args.seed + state["step"])
+        set_all_rng_states(
+            read_tensors(checkpoint / "rng.safetensors"), runtime.rank, args.seed + state["step"]
+        )
     elif runtime.rank:
         torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
     metrics = None
     if runtime.rank == 0:
-        if args.overwrite and not checkpoint:  # away with what a run wrote, and with nothing else that may lie there
+        if (
+            args.overwrite and not checkpoint
+        ):  # away with what a run wrote, and with nothing else that may lie there
             if (out / "state").exists():
                 shutil.rmtree(out / "state")
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         common.write_json(out / "args.json", dataclasses.asdict(args))
         metrics = common.Metrics(out, state.get("step"), args.track, vars(args))
-    return Run(args, runtime, tok, model, step_model, optimizer, batches, val, rows, guard, scaler, state.get("step", 0),
-               metrics, lock, loss, **own)
+    return Run(
+        args,
+        runtime,
+        tok,
+        model,
+        step_model,
+        optimizer,
+        batches,
+        val,
+        rows,
+        guard,
+        scaler,
+        state.get("step", 0),
+        metrics,
+        lock,
+        loss,
+        **own,
+    )
 
 
 def describe(args, model, tok, tokens, val):
     c, per_step = model.config, args.batch * args.context
-    print(f"model    {c.model_type} {c.num_hidden_layers} layers, {c.hidden_size} wide: {model.num_params():,} parameters, "
-          f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token")
-    print(f"data     {len(tokens):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
-          f"{args.steps:,} steps of {per_step:,} = {args.steps * per_step / len(tokens):.1f} epochs; "
-          f"a guess costs ln V = {math.log(tok.vocab_size):.3f}")
+    print(
+        f"model    {c.model_type} {c.num_hidden_layers} layers, {c.hidden_size} wide: {model.num_params():,} parameters, "
+        f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token"
+    )
+    print(
+        f"data     {len(tokens):,} training and {len(val):,} validation tokens of {tok.vocab_size:,} kinds; "
+        f"{args.steps:,} steps of {per_step:,} = {args.steps * per_step / len(tokens):.1f} epochs; "
+        f"a guess costs ln V = {math.log(tok.vocab_size):.3f}"
+    )
 
 
 def save(run, step):
@@ -384,10 +604,23 @@ def save(run, step):
     moments, rng = run.optimizer.tensors(), all_rng_states()
     if run.runtime.rank:
         return
-    save_checkpoint(run.args.out, step, lambda folder: run.write(run, folder, weights), moments, rng, keep=run.args.keep, info={
-        "args": dataclasses.asdict(run.args), "data_sha256": run.batches.split.sha256, "tokenizer_sha256": run.tok.sha256,
-        "batches": run.batches.state(), "guard": dataclasses.asdict(run.guard), "rows": run.rows,
-        "loss_scale": [run.scaler.scale, run.scaler.good]})
+    save_checkpoint(
+        run.args.out,
+        step,
+        lambda folder: run.write(run, folder, weights),
+        moments,
+        rng,
+        keep=run.args.keep,
+        info={
+            "args": dataclasses.asdict(run.args),
+            "data_sha256": run.batches.split.sha256,
+            "tokenizer_sha256": run.tok.sha256,
+            "batches": run.batches.state(),
+            "guard": dataclasses.asdict(run.guard),
+            "rows": run.rows,
+            "loss_scale": [run.scaler.scale, run.scaler.good],
+        },
+    )
 
 
 def update(run, step):
@@ -398,12 +631,18 @@ def update(run, step):
     factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
     run.scaler.update(math.isfinite(norm))
     if not run.guard.accepts(norm):
-        print(f"step {step:6,}  skipped: gradient norm {norm:.3g}, mean {run.guard.mean:.3g} ({run.guard.skipped} skipped so far)",
-              file=sys.stderr)
+        print(
+            f"step {step:6,}  skipped: gradient norm {norm:.3g}, mean {run.guard.mean:.3g} ({run.guard.skipped} skipped so far)",
+            file=sys.stderr,
+        )
         if run.guard.in_a_row >= run.guard.limit:
-            go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
-            raise UserError(f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; lower the rates: "
-                            f"{go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}")
+            go_on = (
+                f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
+            )
+            raise UserError(
+                f"stopped at step {step:,}: {run.guard.limit} steps in a row had unusable gradients; lower the rates: "
+                f"{go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
+            )
         return dict(lr=factor, grad_norm=norm)
     shrink = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
     if shrink != scale:
@@ -419,30 +658,50 @@ def steps(run):
     args, runtime, out = run.args, run.runtime, Path(run.args.out)
     hidden = runtime.rank > 0 or None  # the bar: on rank 0, and only in a terminal
     run.clock = time.time(), run.start
-    with common.Interrupt() as interrupt, tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden) as run.bar:
+    with (
+        common.Interrupt() as interrupt,
+        tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden) as run.bar,
+    ):
         for step in range(run.start, args.steps + 1):
             last, fresh, begin = step == args.steps, step > run.start, time.time()
             if (step % args.eval_every == 0 or last) and (fresh or args.steps == 0):
                 values = run.validate(run)
-                told = ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in values.items() if isinstance(v, float))
+                told = ", ".join(
+                    f"{k.removeprefix('val_')} {v:.4f}"
+                    for k, v in values.items()
+                    if isinstance(v, float)
+                )
                 run.bar.write(f"step {step:6,}  validation {told}", file=sys.stdout)
                 if run.metrics:
                     run.metrics.log(step, **values)
-            stop = runtime.sum(int(interrupt.signal is not None))  # one rank's signal stops all at the same step
+            stop = runtime.sum(
+                int(interrupt.signal is not None)
+            )  # one rank's signal stops all at the same step
             if stop or last or (step % args.save_every == 0 and fresh):
                 save(run, step)
             if stop or last:
                 break
-            if args.sample_every and fresh and step % args.sample_every == 0 and run.metrics and not args.shard:
+            if (
+                args.sample_every
+                and fresh
+                and step % args.sample_every == 0
+                and run.metrics
+                and not args.shard
+            ):
                 with open(out / "samples.txt", "a", encoding="utf-8") as f:
                     f.write(f"----- step {step}\n{sample_text(run)}\n")
-            run.clock = run.clock[0] + time.time() - begin, run.clock[1]  # none of that is training time
+            run.clock = (
+                run.clock[0] + time.time() - begin,
+                run.clock[1],
+            )  # none of that is training time
             yield step, run.batches.next()
             run.bar.update()
     run.batches.close()
     if interrupt.signal or stop:
         name = interrupt.signal.name if interrupt.signal else "another rank was stopped"
-        print(f"{name}: saved step {step:,} in {out}; go on with: python {Path(sys.argv[0]).name} --resume --out {out}")
+        print(
+            f"{name}: saved step {step:,} in {out}; go on with: python {Path(sys.argv[0]).name} --resume --out {out}"
+        )
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
@@ -452,13 +711,20 @@ def log_step(run, step, total, count, tokens=0, **more):
     if step % run.args.log_every:
         return
     loss, now = run.runtime.sum(total.item()) / max(count, 1), time.time()
-    rate = run.args.batch * (tokens or run.args.context) * (step + 1 - run.clock[1]) / max(now - run.clock[0], 1e-9)
+    rate = (
+        run.args.batch
+        * (tokens or run.args.context)
+        * (step + 1 - run.clock[1])
+        / max(now - run.clock[0], 1e-9)
+    )
     row = dict(loss=loss, tokens_per_s=round(rate), skipped=run.guard.skipped, **more)
     if peak := peak_flops(run.runtime.device):
         row["mfu"] = rate * run.model.flops_per_token(run.args.context) / (peak * run.runtime.world)
     if run.metrics:
         run.metrics.log(step, **row)
-    run.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", **({"mfu": f"{row['mfu']:.1%}"} if peak else {}))
+    run.bar.set_postfix(
+        loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", **({"mfu": f"{row['mfu']:.1%}"} if peak else {})
+    )
     run.clock = now, step + 1
 
 
@@ -495,8 +761,12 @@ def launch(args, checkpoint, prepare, loop):
             return
         loop(run)
         if run.metrics:
-            common.plot_losses(args.out, f"{Path(args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters")
-            print(f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl")
+            common.plot_losses(
+                args.out, f"{Path(args.out).name}: {run.model.num_params() / 1e6:.2f}M parameters"
+            )
+            print(
+                f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl"
+            )
         if torch.distributed.is_initialized():
             del run.step_model  # DDP must go before the process group it belongs to, and no rank's group before the others are done
             torch.distributed.barrier()
@@ -519,14 +789,20 @@ def train_and_sample(run):
 def start_in_background(args):
     """Start this command again in a session of its own, which outlives the terminal."""
     if "WORLD_SIZE" in os.environ:
-        raise UserError("--background is for one process; under torchrun start torchrun itself so: nohup torchrun ... &")
+        raise UserError(
+            "--background is for one process; under torchrun start torchrun itself so: nohup torchrun ... &"
+        )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, sys.argv[0], *(a for a in sys.argv[1:] if a != "--background")]
     with open(out / "log.txt", "ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    print(f"started  process {process.pid}; output in {out}/log.txt; watch it: python train.py watch {out}; "
-          f"stop it, saving: kill {process.pid}")
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    print(
+        f"started  process {process.pid}; output in {out}/log.txt; watch it: python train.py watch {out}; "
+        f"stop it, saving: kill {process.pid}"
+    )
 
 
 def watch(argv):
@@ -541,11 +817,20 @@ def watch(argv):
         total = common.read_json(Path(args.run) / "args.json")["steps"]
         rows = common.Metrics.read(Path(args.run) / "metrics.jsonl")
         print("" if args.once else "\x1b[2J\x1b[H", end="")
-        print(common.draw_curve([(r["step"], r["loss"]) for r in rows if "loss" in r],
-                                [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]))
-        step, rate = rows[-1]["step"] if rows else 0, next((r["tokens_per_s"] for r in reversed(rows) if "tokens_per_s" in r), 0)
+        print(
+            common.draw_curve(
+                [(r["step"], r["loss"]) for r in rows if "loss" in r],
+                [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r],
+            )
+        )
+        step, rate = (
+            rows[-1]["step"] if rows else 0,
+            next((r["tokens_per_s"] for r in reversed(rows) if "tokens_per_s" in r), 0),
+        )
         pace = rows[-1]["seconds"] / step if step else 0
-        print(f"step {step:,} of {total:,}   {rate:,} tokens/s   {(total - step) * pace / 60:.1f} minutes left")
+        print(
+            f"step {step:,} of {total:,}   {rate:,} tokens/s   {(total - step) * pace / 60:.1f} minutes left"
+        )
         if args.once or step >= total or not common.is_locked(args.run):
             return
         time.sleep(2)
@@ -559,15 +844,29 @@ def eval_command(argv):
     parser.add_argument("model", help="model folder")
     parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
     parser.add_argument("--split", default="val", help="which split of the shards [val]")
-    parser.add_argument("--context", type=int, default=0, help="tokens in a window [the model's context]")
-    parser.add_argument("--doc-mask", action="store_true", help="no attention across documents, as in training with --doc-mask")
-    parser.add_argument("--stride", type=int, default=0, help="tokens a window scores; the rest is context [half of it]")
+    parser.add_argument(
+        "--context", type=int, default=0, help="tokens in a window [the model's context]"
+    )
+    parser.add_argument(
+        "--doc-mask",
+        action="store_true",
+        help="no attention across documents, as in training with --doc-mask",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=0,
+        help="tokens a window scores; the rest is context [half of it]",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", help="write the result into this .json file too")
     args = parser.parse_args(argv)
     runtime = resolve(args.device, args.dtype, "off")
-    tok, model = Tokenizer.load(args.model), Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
+    tok, model = (
+        Tokenizer.load(args.model),
+        Transformer.from_pretrained(args.model, runtime.device, runtime.dtype),
+    )
     if (Path(args.data) / "meta.json").is_file():
         splits = open_shards(args.data, tok.sha256)
         if args.split not in splits:
@@ -581,9 +880,18 @@ def eval_command(argv):
     if len(split) < 2:
         raise UserError(f"{args.data}: {len(split)} tokens leave nothing to predict")
     args.context = args.context or model.config.max_position_embeddings
-    nats, scored = evaluate(model, split, 8, args, runtime, args.stride or max(1, args.context // 2))
-    result = dict(tokens=scored, words=words, bytes=size, loss=nats / scored, perplexity=math.exp(nats / scored),
-                  word_perplexity=math.exp(min(700.0, nats / words)), bits_per_byte=nats / math.log(2) / size)
+    nats, scored = evaluate(
+        model, split, 8, args, runtime, args.stride or max(1, args.context // 2)
+    )
+    result = dict(
+        tokens=scored,
+        words=words,
+        bytes=size,
+        loss=nats / scored,
+        perplexity=math.exp(nats / scored),
+        word_perplexity=math.exp(min(700.0, nats / words)),
+        bits_per_byte=nats / math.log(2) / size,
+    )
     print(json.dumps(result, indent=1))
     if args.out:
         common.write_json(args.out, result)

@@ -6,6 +6,7 @@
 Where a Docker engine answers it is `docker build` and `docker run`. Elsewhere, as root on Debian or Ubuntu, buildah builds the same
 Dockerfile on a base that debootstrap makes (apt-get install buildah debootstrap), and Linux namespaces run what it built.
 """
+
 import argparse
 import contextlib
 import inspect
@@ -27,17 +28,33 @@ IMAGE = "llm:cpu"
 LIMIT = 1_200_000_000  # bytes that the image may take on the disk
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 
+
 # --------------------------------------------------------------- what runs inside the image: its source is sent to a python there
 def tiny_model(folder):
     """A model folder with random weights and a tokenizer of 270 tokens."""
     from chat import CHATML_TEMPLATE
     from model import Config, Transformer
     from tokenizer import Tokenizer
+
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tok = Tokenizer.train(["the quick brown fox jumps over the lazy dog"], 270, special_tokens=special)
+    tok = Tokenizer.train(
+        ["the quick brown fox jumps over the lazy dog"], 270, special_tokens=special
+    )
     tok.chat_template = CHATML_TEMPLATE
     tok.save(folder)
-    shape = Config("qwen3", tok.vocab_size, 32, 64, 2, 2, 1, 16, 256, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id)
+    shape = Config(
+        "qwen3",
+        tok.vocab_size,
+        32,
+        64,
+        2,
+        2,
+        1,
+        16,
+        256,
+        bos_token_id=tok.bos_id,
+        eos_token_id=tok.eos_id,
+    )
     Transformer(shape).save_pretrained(folder)
 
 
@@ -51,8 +68,11 @@ def client(url, patience):
 
     def ask(path, body=None):
         data = body and json.dumps(body).encode()
-        with urlopen(Request(url + path, data, {"content-type": "application/json"}), timeout=60) as answer:
+        with urlopen(
+            Request(url + path, data, {"content-type": "application/json"}), timeout=60
+        ) as answer:
             return answer.read().decode()
+
     begin, ready = time.monotonic(), None
     while ready is None:
         try:
@@ -62,19 +82,46 @@ def client(url, patience):
                 raise SystemExit(f"not ready after {patience} s: {error}") from None
             time.sleep(0.1)
     seconds = round(time.monotonic() - begin, 1)
-    body = {"max_tokens": 16, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "max_tokens": 16,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     try:
-        text = ask("/v1/chat/completions", body | {"messages": [{"role": "user", "content": "Reverse this list: fox plum iron"}]})
+        text = ask(
+            "/v1/chat/completions",
+            body | {"messages": [{"role": "user", "content": "Reverse this list: fox plum iron"}]},
+        )
     except HTTPError:  # a model without a chat template
         text = ask("/v1/completions", body | {"prompt": "The quick brown fox"})
-    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    events = [
+        line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")
+    ]
     chunks = [json.loads(event) for event in events[:-1]]
-    pieces = [c["choices"][0].get("text") or c["choices"][0].get("delta", {}).get("content") or "" for c in chunks if c["choices"]]
+    pieces = [
+        c["choices"][0].get("text") or c["choices"][0].get("delta", {}).get("content") or ""
+        for c in chunks
+        if c["choices"]
+    ]
     status = dict(line.split(":", 1) for line in open("/proc/1/status"))
-    print(json.dumps({"ready": ready, "health": ask("/health"), "page": "<html" in ask("/"), "seconds": seconds,
-                      "said": "".join(pieces), "end": events[-1], "tokens": chunks[-1]["usage"]["completion_tokens"],
-                      "metrics": "llm:generation_tokens_total" in ask("/metrics"), "users": [int(n) for n in status["Uid"].split()],
-                      "privileges": status["CapEff"].strip(), "networks": sorted(os.listdir("/sys/class/net"))}))
+    print(
+        json.dumps(
+            {
+                "ready": ready,
+                "health": ask("/health"),
+                "page": "<html" in ask("/"),
+                "seconds": seconds,
+                "said": "".join(pieces),
+                "end": events[-1],
+                "tokens": chunks[-1]["usage"]["completion_tokens"],
+                "metrics": "llm:generation_tokens_total" in ask("/metrics"),
+                "users": [int(n) for n in status["Uid"].split()],
+                "privileges": status["CapEff"].strip(),
+                "networks": sorted(os.listdir("/sys/class/net")),
+            }
+        )
+    )
 
 
 def contents():
@@ -82,12 +129,24 @@ def contents():
     import json
     import os
     import shutil
+
     found = [tool for tool in ("g++", "gcc", "cc", "make", "cmake", "git") if shutil.which(tool)]
     for at, folders, files in os.walk("/"):
-        folders[:] = [name for name in folders if os.path.join(at, name) not in ("/proc", "/sys", "/dev", "/model")]
+        folders[:] = [
+            name
+            for name in folders
+            if os.path.join(at, name) not in ("/proc", "/sys", "/dev", "/model")
+        ]
         ours = at.startswith(("/venv", "/app")) and "/licenses" not in at
-        found += [os.path.join(at, name) for name in folders + files if name == ".git" or ours and name in ("tests", "docs")
-                  or at.endswith(".cache") and name == "pip"]
+        found += [
+            os.path.join(at, name)
+            for name in folders + files
+            if name == ".git"
+            or ours
+            and name in ("tests", "docs")
+            or at.endswith(".cache")
+            and name == "pip"
+        ]
     print(json.dumps({"found": found, "app": sorted(os.listdir("/app"))}))
 
 
@@ -102,17 +161,31 @@ def run(*command, show=False, **more):
     out = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, text=True, **out, **more)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)[:300]}: exit status {done.returncode}\n{(done.stdout or '')[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)[:300]}: exit status {done.returncode}\n{(done.stdout or '')[-3000:]}"
+        )
     return (done.stdout or "").strip()
 
 
 def pip_settings(folder):
     """Where this machine's pip looks, for the pip in the build -> (arguments of build, folders of this machine they speak of)."""
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True)  # nothing without pip
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True
+    )  # nothing without pip
     said = (line.partition("=") for line in listing.stdout.splitlines())
-    found = {key.rpartition(".")[2].replace("_", "-"): value.strip("'\"").replace("\\n", " ") for key, _, value in said}
-    places = {key: found[key].split() for key in ("index-url", "extra-index-url", "find-links", "trusted-host") if key in found}
-    lines, arguments = ["[global]", *(f"{key} = {' '.join(urls)}" for key, urls in places.items())], []
+    found = {
+        key.rpartition(".")[2].replace("_", "-"): value.strip("'\"").replace("\\n", " ")
+        for key, _, value in said
+    }
+    places = {
+        key: found[key].split()
+        for key in ("index-url", "extra-index-url", "find-links", "trusted-host")
+        if key in found
+    }
+    lines, arguments = (
+        ["[global]", *(f"{key} = {' '.join(urls)}" for key, urls in places.items())],
+        [],
+    )
     if authority := found.get("cert"):
         shutil.copyfile(authority, folder / "ca.pem")
         lines.append("cert = /run/secrets/ca.pem")
@@ -121,28 +194,60 @@ def pip_settings(folder):
     arguments.append(f"--secret=id=pip.conf,src={folder}/pip.conf")
     if "TORCH_INDEX" in os.environ or places:  # a pip that was told where to look is left to it
         arguments.append(f"--build-arg=TORCH_INDEX={os.environ.get('TORCH_INDEX', '')}")
-    paths = [Path(unquote(urlsplit(url).path)) for urls in places.values() for url in urls if url.startswith(("/", "file:"))]
+    paths = [
+        Path(unquote(urlsplit(url).path))
+        for urls in places.values()
+        for url in urls
+        if url.startswith(("/", "file:"))
+    ]
     # the pages of an index point beside its folder "simple"
-    return arguments, sorted({str(p.parent if p.name == "simple" else p) for p in paths if p.is_dir()} - {"/"})
+    return arguments, sorted(
+        {str(p.parent if p.name == "simple" else p) for p in paths if p.is_dir()} - {"/"}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- an engine, or without one
 class Docker:
     """With a Docker engine."""
+
     name, container = "docker", ""
 
     def build(self, folder):
         base = [f"--build-arg=BASE={os.environ['BASE']}"] if "BASE" in os.environ else []
-        run("docker", "build", "--target=cpu", f"--tag={IMAGE}", *base, *pip_settings(folder)[0], str(ROOT), show=True,
-            env={**os.environ, "DOCKER_BUILDKIT": "1"})
-        self.config = json.loads(run("docker", "image", "inspect", "--format={{json .Config}}", IMAGE))
+        run(
+            "docker",
+            "build",
+            "--target=cpu",
+            f"--tag={IMAGE}",
+            *base,
+            *pip_settings(folder)[0],
+            str(ROOT),
+            show=True,
+            env={**os.environ, "DOCKER_BUILDKIT": "1"},
+        )
+        self.config = json.loads(
+            run("docker", "image", "inspect", "--format={{json .Config}}", IMAGE)
+        )
 
     def start(self, model, *arguments, writable=False):
         """The image with these arguments (or its own) -> the process."""
         self.container = f"llm-test-{secrets.token_hex(4)}"
-        return subprocess.Popen(["docker", "run", "--rm", f"--name={self.container}", "--network=none", "--read-only",
-                                 "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges",
-                                 f"--volume={model}:/model{'' if writable else ':ro'}", IMAGE, *arguments])
+        return subprocess.Popen(
+            [
+                "docker",
+                "run",
+                "--rm",
+                f"--name={self.container}",
+                "--network=none",
+                "--read-only",
+                "--tmpfs=/tmp",
+                "--cap-drop=ALL",
+                "--security-opt=no-new-privileges",
+                f"--volume={model}:/model{'' if writable else ':ro'}",
+                IMAGE,
+                *arguments,
+            ]
+        )
 
     def inside(self, *command, root=False):
         """The command that runs a command in the running container, as its user or as root."""
@@ -157,6 +262,7 @@ class Docker:
 
 class Buildah:
     """Without one: buildah's build; mount, network and process namespaces in place of `docker run`."""
+
     name = "buildah"
     # argv: root of the image's files, model, ro or rw, user, then the command. The last remount makes the root read-only.
     enter = """set -e; root=$1 model=$2 mode=$3 user=$4; shift 4
@@ -166,9 +272,15 @@ class Buildah:
         exec chroot --userspec="$user" "$root" "$@" """
 
     def __init__(self):
-        if missing := [tool for tool in ("buildah", "debootstrap", "unshare", "nsenter", "ip") if not shutil.which(tool)]:
-            raise SystemExit(f"no Docker engine answers, and there is no {', '.join(missing)}: apt-get install buildah debootstrap "
-                             "iproute2")
+        if missing := [
+            tool
+            for tool in ("buildah", "debootstrap", "unshare", "nsenter", "ip")
+            if not shutil.which(tool)
+        ]:
+            raise SystemExit(
+                f"no Docker engine answers, and there is no {', '.join(missing)}: apt-get install buildah debootstrap "
+                "iproute2"
+            )
         if os.geteuid():
             raise SystemExit("without a Docker engine this needs root: sudo make docker-test")
         os.environ.setdefault("STORAGE_DRIVER", "vfs")  # plain folders, which work everywhere
@@ -178,12 +290,29 @@ class Buildah:
     def base(self, folder):
         """A Debian with Python like the host's -> the image's name. Made once: `buildah rmi` it to have it made anew."""
         system = platform.freedesktop_os_release()
-        suite = system.get("VERSION_CODENAME", "bookworm") if system.get("ID") == "debian" else "bookworm"
+        suite = (
+            system.get("VERSION_CODENAME", "bookworm")
+            if system.get("ID") == "debian"
+            else "bookworm"
+        )
         name = f"localhost/llm-base:{suite}"
         if not run("buildah", "images", "--quiet", "--filter", f"reference={name}"):
             files = folder / "base"
-            run("debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", suite, str(files), MIRROR)
-            for rest in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+            run(
+                "debootstrap",
+                "--variant=minbase",
+                "--include=python3,python3-venv,ca-certificates",
+                suite,
+                str(files),
+                MIRROR,
+            )
+            for rest in (
+                "var/cache/apt/archives",
+                "var/lib/apt/lists",
+                "usr/share/doc",
+                "usr/share/man",
+                "usr/share/locale",
+            ):
                 shutil.rmtree(files / rest)  # as the slim images do
             made = run("buildah", "from", "scratch")
             run("buildah", "add", "--quiet", made, str(files), "/")
@@ -193,11 +322,23 @@ class Buildah:
 
     def build(self, folder):
         base, (arguments, local) = os.environ.get("BASE") or self.base(folder), pip_settings(folder)
-        run("buildah", "build", "--format=docker", "--target=cpu", f"--tag={IMAGE}", f"--build-arg=BASE={base}", *arguments,
-            *(f"--volume={path}:{path}:ro" for path in local), str(ROOT), show=True)
+        run(
+            "buildah",
+            "build",
+            "--format=docker",
+            "--target=cpu",
+            f"--tag={IMAGE}",
+            f"--build-arg=BASE={base}",
+            *arguments,
+            *(f"--volume={path}:{path}:ro" for path in local),
+            str(ROOT),
+            show=True,
+        )
         self.container = run("buildah", "from", "--pull-never", IMAGE)
         self.files = run("buildah", "mount", self.container)
-        self.config = json.loads(run("buildah", "inspect", "--type=image", IMAGE))["Docker"]["config"]
+        self.config = json.loads(run("buildah", "inspect", "--type=image", IMAGE))["Docker"][
+            "config"
+        ]
 
     def command(self, *command):
         """With the image's variables and folder, and no others."""
@@ -205,20 +346,50 @@ class Buildah:
 
     def start(self, model, *arguments, writable=False):
         command = self.command(*self.config["Entrypoint"], *(arguments or self.config["Cmd"]))
-        self.server = subprocess.Popen(["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", self.enter,
-                                        "sh", self.files, model, "rw" if writable else "ro", self.config["User"], *command])
+        self.server = subprocess.Popen(
+            [
+                "unshare",
+                "--mount",
+                "--net",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                self.enter,
+                "sh",
+                self.files,
+                model,
+                "rw" if writable else "ro",
+                self.config["User"],
+                *command,
+            ]
+        )
         return self.server
 
     def first(self):
         """The number of the container's first process, 0 where there is none."""
         with contextlib.suppress(OSError, IndexError):
-            return int(Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split()[0])
+            return int(
+                Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children")
+                .read_text()
+                .split()[0]
+            )
         return 0
 
     def inside(self, *command, root=False):
         user, _, group = "0:0".partition(":") if root else self.config["User"].partition(":")
-        return ["nsenter", f"--target={self.first()}", "--mount", "--net", "--pid", "--root", f"--setuid={user}",
-                f"--setgid={group}", *self.command(*command)]
+        return [
+            "nsenter",
+            f"--target={self.first()}",
+            "--mount",
+            "--net",
+            "--pid",
+            "--root",
+            f"--setuid={user}",
+            f"--setgid={group}",
+            *self.command(*command),
+        ]
 
     def stop(self):
         os.kill(self.first(), signal.SIGTERM)
@@ -253,26 +424,58 @@ def examine(engine, model):
     """Everything that is checked -> [bool]"""
     server = engine.start(model)
     try:
-        until(lambda: server.poll() is not None or not subprocess.run(engine.inside("true"), capture_output=True).returncode)
-        seen = json.loads(run(*engine.inside(*program(client, "http://127.0.0.1:8000", 120))).splitlines()[-1])
+        until(
+            lambda: (
+                server.poll() is not None
+                or not subprocess.run(engine.inside("true"), capture_output=True).returncode
+            )
+        )
+        seen = json.loads(
+            run(*engine.inside(*program(client, "http://127.0.0.1:8000", 120))).splitlines()[-1]
+        )
         inside = json.loads(run(*engine.inside(*program(contents))).splitlines()[-1])
-        library = run(*engine.inside("python", "-c", "import native; print(native.library()._name)")).splitlines()[-1]
-        healthy = subprocess.run(engine.inside(*engine.config["Healthcheck"]["Test"][1:])).returncode == 0
-        root, folder = (subprocess.run(engine.inside("touch", path, root=True), text=True, capture_output=True).stderr.strip()
-                        for path in ("/probe", "/model/probe"))
+        library = run(
+            *engine.inside("python", "-c", "import native; print(native.library()._name)")
+        ).splitlines()[-1]
+        healthy = (
+            subprocess.run(engine.inside(*engine.config["Healthcheck"]["Test"][1:])).returncode == 0
+        )
+        root, folder = (
+            subprocess.run(
+                engine.inside("touch", path, root=True), text=True, capture_output=True
+            ).stderr.strip()
+            for path in ("/probe", "/model/probe")
+        )
         outside = [f"--exclude=/{name}" for name in ("model", "proc", "sys", "dev")]
-        size = int(run(*engine.inside("du", "-sxk", *outside, "/", root=True)).splitlines()[-1].split()[0]) * 1024
+        size = (
+            int(
+                run(*engine.inside("du", "-sxk", *outside, "/", root=True))
+                .splitlines()[-1]
+                .split()[0]
+            )
+            * 1024
+        )
         begin = time.monotonic()
         engine.stop()
         server.wait(60)
     finally:
         server.poll() is None and server.kill()
-    seconds, about = time.monotonic() - begin, {"README.md", "Makefile", "Dockerfile", "deploy", "tests", "docs"}
+    seconds, about = (
+        time.monotonic() - begin,
+        {"README.md", "Makefile", "Dockerfile", "deploy", "tests", "docs"},
+    )
     return [
-        check("/health and /ready answer", '"alive"' in seen["health"] and '"ready"' in seen["ready"], seen["ready"]),
+        check(
+            "/health and /ready answer",
+            '"alive"' in seen["health"] and '"ready"' in seen["ready"],
+            seen["ready"],
+        ),
         check("ready soon after the start", seen["seconds"] < 120, f"{seen['seconds']} s"),
-        check("a streamed answer ends as it should", seen["end"] == "[DONE]" and seen["tokens"] > 0,
-              f"{seen['tokens']} tokens, {seen['said'][:60]!r}"),
+        check(
+            "a streamed answer ends as it should",
+            seen["end"] == "[DONE]" and seen["tokens"] > 0,
+            f"{seen['tokens']} tokens, {seen['said'][:60]!r}",
+        ),
         check("the page and /metrics are there", seen["page"] and seen["metrics"]),
         check("HEALTHCHECK finds it healthy", healthy),
         check("the C++ forward pass came compiled", library.startswith("/app/build"), library),
@@ -282,9 +485,16 @@ def examine(engine, model):
         check("the root is read-only, even for root", "Read-only" in root, root),
         check("so is the model", "Read-only" in folder, folder),
         check("SIGTERM ends it", seconds < 10, f"{seconds:.1f} s"),
-        check("no compilers, tests, docs, caches or history inside", not inside["found"], ", ".join(inside["found"][:5])),
-        check("only the program in /app", not about & set(inside["app"]) and "serve.py" in inside["app"],
-              f"{len(inside['app'])} entries"),
+        check(
+            "no compilers, tests, docs, caches or history inside",
+            not inside["found"],
+            ", ".join(inside["found"][:5]),
+        ),
+        check(
+            "only the program in /app",
+            not about & set(inside["app"]) and "serve.py" in inside["app"],
+            f"{len(inside['app'])} entries",
+        ),
         check(f"it takes less than {LIMIT / 1e9} GB", size < LIMIT, f"{size / 1e9:.3f} GB"),
     ]
 
@@ -298,12 +508,21 @@ def until(what, seconds=30):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a model folder; without it a tiny one with random weights is made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        help="a model folder; without it a tiny one with random weights is made",
+    )
     args = parser.parse_args()
     if args.model and not Path(args.model, "config.json").is_file():
         raise SystemExit(f"{args.model}: no model folder (it has no config.json)")
-    answers = shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+    answers = (
+        shutil.which("docker")
+        and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+    )
     engine = Docker() if answers else Buildah()
     with tempfile.TemporaryDirectory(prefix="llm-docker-") as folder, contextlib.closing(engine):
         Path(folder).chmod(0o755)

@@ -8,6 +8,7 @@ Top to bottom: expressions over bytes; regular expressions and JSON schemas as e
 An expression is a tuple: ("lit", bytes), ("set", bytes allowed as a frozenset), ("seq", [...]), ("alt", [...]),
 ("rep", expression, least, most or None), ("ref", rule name). Rules that refer to each other make JSON's nesting possible.
 """
+
 import json
 import math
 import warnings
@@ -53,7 +54,11 @@ def between(lo, hi, low, high):
     if not lo:
         return EMPTY
     rest = len(lo) - 1
-    bottom, top, digit = bytes([low]) * rest, bytes([high]) * rest, ("set", frozenset(range(low, high + 1)))
+    bottom, top, digit = (
+        bytes([low]) * rest,
+        bytes([high]) * rest,
+        ("set", frozenset(range(low, high + 1))),
+    )
     if lo[0] == hi[0]:
         return seq(lit(lo[:1]), between(lo[1:], hi[1:], low, high))
     parts, a, b = [], lo[0], hi[0]
@@ -66,7 +71,13 @@ def between(lo, hi, low, high):
 
 def characters(ranges):
     """Sorted code point ranges [(lo, hi)] -> the expression of their UTF-8 bytes; surrogates are no characters."""
-    lengths = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))  # 1, 2, 3, 3 and 4 bytes
+    lengths = (
+        (0, 0x7F),
+        (0x80, 0x7FF),
+        (0x800, 0xD7FF),
+        (0xE000, 0xFFFF),
+        (0x10000, 0x10FFFF),
+    )  # 1, 2, 3, 3 and 4 bytes
     cut = [(max(lo, a), min(hi, b)) for lo, hi in ranges for a, b in lengths]
     return alt(*(between(chr(a).encode(), chr(b).encode(), 0x80, 0xBF) for a, b in cut if a <= b))
 
@@ -80,8 +91,14 @@ def complement(ranges, last=0x10FFFF):
     return [*out, (at, last)] if at <= last else out
 
 
-CLASSES = {"DIGIT": [(48, 57)], "SPACE": [(9, 13), (32, 32)], "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)]}  # ASCII's
-PLAIN = complement([(0, 31), (34, 34), (92, 92), (127, 127)])  # what a JSON string holds without a backslash
+CLASSES = {
+    "DIGIT": [(48, 57)],
+    "SPACE": [(9, 13), (32, 32)],
+    "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)],
+}  # ASCII's
+PLAIN = complement(
+    [(0, 31), (34, 34), (92, 92), (127, 127)]
+)  # what a JSON string holds without a backslash
 
 
 def regex(pattern, in_json=False):
@@ -99,7 +116,7 @@ def regex(pattern, in_json=False):
     anywhere = ("rep", ("ref", "character"), 0, None)
     begin = parsed[:1] in ([(sre.AT, sre.AT_BEGINNING)], [(sre.AT, sre.AT_BEGINNING_STRING)])
     end = parsed[-1:] in ([(sre.AT, sre.AT_END)], [(sre.AT, sre.AT_END_STRING)])
-    body = regex_sequence(parsed[begin:len(parsed) - end], in_json, pattern)
+    body = regex_sequence(parsed[begin : len(parsed) - end], in_json, pattern)
     return seq(EMPTY if begin else anywhere, body, EMPTY if end else anywhere) if in_json else body
 
 
@@ -117,10 +134,14 @@ def regex_sequence(items, in_json, pattern):
             least, most, inner = value
             most = None if most == sre.MAXREPEAT else most
             if max(least, most or 0) > 1000:
-                raise UserError(f"regular expression {pattern!r}: at most 1,000 repetitions, not {max(least, most or 0):,}")
+                raise UserError(
+                    f"regular expression {pattern!r}: at most 1,000 repetitions, not {max(least, most or 0):,}"
+                )
             parts.append(("rep", regex_sequence(inner, in_json, pattern), least, most))
         else:
-            raise UserError(f"regular expression {pattern!r}: {op.lower()} is not supported (only what describes the text itself)")
+            raise UserError(
+                f"regular expression {pattern!r}: {op.lower()} is not supported (only what describes the text itself)"
+            )
     return seq(*parts)
 
 
@@ -147,20 +168,59 @@ def regex_characters(op, value, in_json):
 
 # ------------------------------------------------------------------------------------------------------------ JSON schemas
 # one character of a string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs
-CHARACTER = (r'[^\x00-\x1f"\\\x7f]|\\["\\/bfnrt]|\\u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}|'
-             r"[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})")
+CHARACTER = (
+    r'[^\x00-\x1f"\\\x7f]|\\["\\/bfnrt]|\\u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}|'
+    r"[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
 SPACE = ("ref", "space")
 FORMATS = {
-    "date": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$", "time": r"^([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
+    "date": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$",
+    "time": r"^([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
     "date-time": r"^(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(Z|[+-]0\d:[0-5]\d)$",
     "uuid": r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
     "email": r"^[a-z0-9]+([._][a-z0-9]+){0,3}@[a-z0-9]+(\.[a-z0-9]+){0,2}\.[a-z]{2,6}$",
-    "ipv4": r"^((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)$"}
-KNOWN = {"type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "enum", "const",
-         "anyOf", "oneOf", "allOf", "$ref", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
-         "exclusiveMinimum", "exclusiveMaximum", "nullable"}
-NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions", "deprecated",
-         "strict", "readOnly", "writeOnly"}
+    "ipv4": r"^((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)$",
+}
+KNOWN = {
+    "type",
+    "properties",
+    "required",
+    "additionalProperties",
+    "items",
+    "prefixItems",
+    "minItems",
+    "maxItems",
+    "enum",
+    "const",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "format",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "nullable",
+}
+NOTES = {
+    "title",
+    "description",
+    "default",
+    "examples",
+    "$schema",
+    "$id",
+    "$comment",
+    "$defs",
+    "definitions",
+    "deprecated",
+    "strict",
+    "readOnly",
+    "writeOnly",
+}
 
 
 def integers(lo, hi):
@@ -169,7 +229,7 @@ def integers(lo, hi):
     if lo < 0:
         parts.append(seq(lit("-"), integers(max(1, -hi), -lo)))
     for n in range(len(str(max(lo, 0))), len(str(max(hi, 0))) + 1):
-        a, b = max(lo, 0 if n == 1 else 10 ** (n - 1)), min(hi, 10 ** n - 1)
+        a, b = max(lo, 0 if n == 1 else 10 ** (n - 1)), min(hi, 10**n - 1)
         if a <= b:
             parts.append(between(str(a).encode(), str(b).encode(), 48, 57))
     return alt(*parts)
@@ -196,50 +256,84 @@ class Schema:
         if not isinstance(schema, dict):
             raise UserError(f"JSON schema at {where}: {schema!r} is not a schema")
         if unknown := [k for k in schema if k not in KNOWN | NOTES]:
-            raise UserError(f"JSON schema at {where}: {', '.join(unknown)} is not supported; there are {', '.join(sorted(KNOWN))}")
+            raise UserError(
+                f"JSON schema at {where}: {', '.join(unknown)} is not supported; there are {', '.join(sorted(KNOWN))}"
+            )
         if "$ref" in schema:
             name = schema["$ref"]
             if name in via:
-                raise UserError(f"JSON schema at {where}: $ref {name!r} leads back to itself with nothing in between")
+                raise UserError(
+                    f"JSON schema at {where}: $ref {name!r} leads back to itself with nothing in between"
+                )
             return self.ref(name, lambda: self.value(self.resolve(name, where), name, (*via, name)))
         for key in ("anyOf", "oneOf", "allOf"):
             if key in schema:
                 if key == "allOf" and len(schema[key]) != 1:
-                    raise UserError(f"JSON schema at {where}: allOf of {len(schema[key])} is not supported, only of one")
-                return alt(*(self.value(s, f"{where}/{key}/{i}", via) for i, s in enumerate(schema[key])))
+                    raise UserError(
+                        f"JSON schema at {where}: allOf of {len(schema[key])} is not supported, only of one"
+                    )
+                return alt(
+                    *(self.value(s, f"{where}/{key}/{i}", via) for i, s in enumerate(schema[key]))
+                )
         if "const" in schema or "enum" in schema:
             choices = schema.get("enum", [schema.get("const")])
             return alt(*(lit(json.dumps(c, ensure_ascii=False)) for c in choices))
-        kinds = schema.get("type") or ("object" if "properties" in schema else "array" if "items" in schema else None)
+        kinds = schema.get("type") or (
+            "object" if "properties" in schema else "array" if "items" in schema else None
+        )
         if kinds is None:
             text = schema.keys() & {"pattern", "format", "minLength", "maxLength"}
             kinds = "string" if text else ["number", "string", "object", "array", "boolean", "null"]
         kinds = list(kinds) if isinstance(kinds, list) else [kinds]
-        makers = {"object": self.object, "array": self.array, "string": self.string, "number": self.number, "integer": self.number,
-                  "boolean": lambda *_: regex("true|false"), "null": lambda *_: lit("null")}
+        makers = {
+            "object": self.object,
+            "array": self.array,
+            "string": self.string,
+            "number": self.number,
+            "integer": self.number,
+            "boolean": lambda *_: regex("true|false"),
+            "null": lambda *_: lit("null"),
+        }
         if bad := [k for k in kinds if k not in makers]:
             raise UserError(f"JSON schema at {where}: unknown type {bad[0]!r}")
-        return alt(*(makers[k](schema, where, k) for k in kinds + ["null"] * bool(schema.get("nullable"))))
+        return alt(
+            *(makers[k](schema, where, k) for k in kinds + ["null"] * bool(schema.get("nullable")))
+        )
 
     def resolve(self, ref, where):
         at = self.root
         for key in ref.removeprefix("#").strip("/").split("/") if ref.strip("#/") else []:
             at = at.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(at, dict) else None
         if not ref.startswith("#") or at is None:
-            raise UserError(f"JSON schema at {where}: $ref {ref!r} leads nowhere (only within the schema: #/$defs/...)")
+            raise UserError(
+                f"JSON schema at {where}: $ref {ref!r} leads nowhere (only within the schema: #/$defs/...)"
+            )
         return at
 
     def anything(self):
-        return alt(*(self.value({"type": t}) for t in ("object", "array", "string", "number", "boolean", "null")))
+        return alt(
+            *(
+                self.value({"type": t})
+                for t in ("object", "array", "string", "number", "boolean", "null")
+            )
+        )
 
     def string(self, schema, where, _):
         least, most = schema.get("minLength", 0), schema.get("maxLength")
         if "pattern" in schema or schema.get("format") in FORMATS:
             if least or most is not None:
-                raise UserError(f"JSON schema at {where}: give a pattern or lengths, not both (write the lengths into the pattern)")
-            return seq(lit('"'), regex(schema.get("pattern") or FORMATS[schema["format"]], in_json=True), lit('"'))
+                raise UserError(
+                    f"JSON schema at {where}: give a pattern or lengths, not both (write the lengths into the pattern)"
+                )
+            return seq(
+                lit('"'),
+                regex(schema.get("pattern") or FORMATS[schema["format"]], in_json=True),
+                lit('"'),
+            )
         if max(least, most or 0) > 4096:
-            raise UserError(f"JSON schema at {where}: string lengths up to 4,096, not {max(least, most or 0):,}")
+            raise UserError(
+                f"JSON schema at {where}: string lengths up to 4,096, not {max(least, most or 0):,}"
+            )
         return seq(lit('"'), ("rep", ("ref", "character"), least, most), lit('"'))
 
     def number(self, schema, where, kind):
@@ -247,7 +341,7 @@ class Schema:
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         low = max(low, schema.get("exclusiveMinimum", -math.inf) + (1 if kind == "integer" else 0))
         high = min(high, schema.get("exclusiveMaximum", math.inf) - (1 if kind == "integer" else 0))
-        lo, hi = math.ceil(max(low, 1 - 10 ** 15)), math.floor(min(high, 10 ** 15 - 1))
+        lo, hi = math.ceil(max(low, 1 - 10**15)), math.floor(min(high, 10**15 - 1))
         lo += kind == "number" and lo == schema.get("exclusiveMinimum")
         hi -= kind == "number" and hi == schema.get("exclusiveMaximum")
         fraction = regex(r"\.[0-9]{1,15}")
@@ -258,20 +352,34 @@ class Schema:
             if lo + 1 <= min(hi, 0):  # -k.f is in (-k - 1, -k]
                 parts.append(seq(lit("-"), integers(max(-hi, 0), -lo - 1), fraction))
         if not parts:
-            raise UserError(f"JSON schema at {where}: no {kind} lies between {low} and {high} that can be written here")
+            raise UserError(
+                f"JSON schema at {where}: no {kind} lies between {low} and {high} that can be written here"
+            )
         return alt(*parts)
 
     def array(self, schema, where, _):
-        first = [self.value(s, f"{where}/prefixItems/{i}") for i, s in enumerate(schema.get("prefixItems", []))]
+        first = [
+            self.value(s, f"{where}/prefixItems/{i}")
+            for i, s in enumerate(schema.get("prefixItems", []))
+        ]
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         if max(least, most or 0) > 1000 or (most is not None and most < least):
-            raise UserError(f"JSON schema at {where}: {least} to {most} items cannot be made (at most 1,000)")
+            raise UserError(
+                f"JSON schema at {where}: {least} to {most} items cannot be made (at most 1,000)"
+            )
         item, comma = self.value(schema.get("items"), f"{where}/items"), seq(lit(","), SPACE)
         if schema.get("items") is False:
             most = min(len(first), math.inf if most is None else most)
         body, n = EMPTY, len(first)
-        if most is None or most > n:  # from the last item to the first, for what follows depends on there being one
-            more = ("rep", seq(comma, item), max(0, least - n - (not n)), None if most is None else most - n - (not n))
+        if (
+            most is None or most > n
+        ):  # from the last item to the first, for what follows depends on there being one
+            more = (
+                "rep",
+                seq(comma, item),
+                max(0, least - n - (not n)),
+                None if most is None else most - n - (not n),
+            )
             body = more if n else (seq(item, more) if least else optional(seq(item, more)))
         for i in reversed(range(min(n, math.inf if most is None else most))):
             body = seq(comma if i else EMPTY, first[i], body)
@@ -281,7 +389,9 @@ class Schema:
     def object(self, schema, where, _):
         """Declared properties in their order, the optional ones or not; further ones only where none are declared."""
         declared, required = schema.get("properties", {}), schema.get("required", [])
-        members = {name: self.value(s, f"{where}/properties/{name}") for name, s in declared.items()}
+        members = {
+            name: self.value(s, f"{where}/properties/{name}") for name, s in declared.items()
+        }
         members |= {name: self.value(None) for name in required if name not in declared}
         comma, colon = seq(lit(","), SPACE), seq(lit(":"), SPACE)
         if not members:
@@ -290,14 +400,35 @@ class Schema:
                 return lit("{}")
             value = self.value(more, f"{where}/additionalProperties")
             pair = seq(lit('"'), ("rep", ("ref", "character"), 0, 64), lit('"'), colon, value)
-            return seq(lit("{"), SPACE, optional(seq(pair, ("rep", seq(comma, pair), 0, None))), SPACE, lit("}"))
+            return seq(
+                lit("{"),
+                SPACE,
+                optional(seq(pair, ("rep", seq(comma, pair), 0, None))),
+                SPACE,
+                lit("}"),
+            )
         names = list(members)
         must = next((i for i, name in enumerate(names) if name in required), len(names))
-        for i, name in enumerate([*names, None]):  # rules: the members from the i-th on, after others (started) or as the first
-            for started in (True, False)[i == 0:1 + (i <= must)]:
-                take = seq(comma if started else EMPTY, lit(json.dumps(name, ensure_ascii=False)), colon, members[name],
-                           ("ref", f"{where} {i + 1} True")) if name is not None else EMPTY
-                leave = [] if name in required or name is None else [("ref", f"{where} {i + 1} {started}")]
+        for i, name in enumerate(
+            [*names, None]
+        ):  # rules: the members from the i-th on, after others (started) or as the first
+            for started in (True, False)[i == 0 : 1 + (i <= must)]:
+                take = (
+                    seq(
+                        comma if started else EMPTY,
+                        lit(json.dumps(name, ensure_ascii=False)),
+                        colon,
+                        members[name],
+                        ("ref", f"{where} {i + 1} True"),
+                    )
+                    if name is not None
+                    else EMPTY
+                )
+                leave = (
+                    []
+                    if name in required or name is None
+                    else [("ref", f"{where} {i + 1} {started}")]
+                )
                 self.rules[f"{where} {i} {started}"] = alt(take, *leave)
         return seq(lit("{"), SPACE, ("ref", f"{where} 0 False"), SPACE, lit("}"))
 
@@ -305,9 +436,14 @@ class Schema:
 def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> Grammar; before and after: fixed text around the value."""
     maker = Schema(schema or {})
-    maker.rules |= {"character": regex(CHARACTER), "space": regex(r" ?|\n {0,16}")}  # bounded: no model stalls in white space
+    maker.rules |= {
+        "character": regex(CHARACTER),
+        "space": regex(r" ?|\n {0,16}"),
+    }  # bounded: no model stalls in white space
     try:
-        return Grammar(seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules)
+        return Grammar(
+            seq(lit(before), maker.value(schema or {"type": "object"}), lit(after)), maker.rules
+        )
     except RecursionError:
         raise UserError("this JSON schema is nested too deeply") from None
 
@@ -320,21 +456,23 @@ def regex_grammar(pattern):
 @dataclass(eq=False, slots=True)
 class Part:
     """An expression in a grammar, where equal ones are one object; a literal is a sequence of sets."""
+
     kind: str
-    what: object            # frozenset, tuple of Parts, Part, or a rule's name
+    what: object  # frozenset, tuple of Parts, Part, or a rule's name
     least: int = 0
     most: int | None = None
-    shortest: float = math.inf      # bytes of the shortest text that matches
-    size: int = 0                   # what it costs where repetitions are written out
+    shortest: float = math.inf  # bytes of the shortest text that matches
+    size: int = 0  # what it costs where repetitions are written out
 
 
 @dataclass(eq=False, slots=True)
 class Position:
     """What is still to come: a part, and the position after it."""
+
     part: Part
     after: object
-    shortest: float         # bytes to the end of everything
-    depth: int              # rules that are not at their end
+    shortest: float  # bytes to the end of everything
+    depth: int  # rules that are not at their end
 
 
 class Grammar:
@@ -358,8 +496,18 @@ class Grammar:
                 now = self.shortest(part)
                 part.shortest, changed = now, changed or now < part.shortest
         if math.isinf(first.shortest):
-            raise UserError("this schema asks for something infinite: a value that must contain itself")
-        self.left, self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = WORK, {}, [], [], {}, [], {}
+            raise UserError(
+                "this schema asks for something infinite: a value that must contain itself"
+            )
+        self.left, self.numbers, self.sets, self.opens, self.steps, self.needs, self.masks = (
+            WORK,
+            {},
+            [],
+            [],
+            {},
+            [],
+            {},
+        )
         self.end = Position(self.part("set", frozenset()), None, 0.0, 0)
         self.start = self.number(self.closure([self.position(first, self.end)]))
         self.left = WORK
@@ -367,7 +515,9 @@ class Grammar:
     def spend(self, work):
         self.left -= work
         if self.left < 0:
-            raise UserError("this schema or regular expression asks for too much work: write it with fewer repetitions and choices")
+            raise UserError(
+                "this schema or regular expression asks for too much work: write it with fewer repetitions and choices"
+            )
 
     def intern(self, expression):
         kind, what, *counts = expression
@@ -382,7 +532,13 @@ class Grammar:
     def part(self, *key):
         if key not in self.parts:
             part = self.parts[key] = Part(*key)
-            inner = part.what if part.kind in ("seq", "alt") else (part.what,) if part.kind == "rep" else ()
+            inner = (
+                part.what
+                if part.kind in ("seq", "alt")
+                else (part.what,)
+                if part.kind == "rep"
+                else ()
+            )
             part.size = 5 + max(1, part.least, part.most or 0) * sum(p.size for p in inner)
             part.shortest = self.shortest(part)
         return self.parts[key]
@@ -394,12 +550,18 @@ class Grammar:
             return part.least * part.what.shortest if part.least else 0.0
         if part.kind == "ref":
             return self.rules[part.what].shortest if part.what in self.rules else math.inf
-        return sum(p.shortest for p in part.what) if part.kind == "seq" else min((p.shortest for p in part.what), default=math.inf)
+        return (
+            sum(p.shortest for p in part.what)
+            if part.kind == "seq"
+            else min((p.shortest for p in part.what), default=math.inf)
+        )
 
     def position(self, part, after, depth=0):
         key = part, after
         if key not in self.positions:
-            self.positions[key] = Position(part, after, part.shortest + after.shortest, max(depth, after.depth))
+            self.positions[key] = Position(
+                part, after, part.shortest + after.shortest, max(depth, after.depth)
+            )
         return self.positions[key]
 
     def closure(self, positions):
@@ -427,7 +589,9 @@ class Grammar:
                 if part.least == 0:
                     todo.append(after)
                 if part.most != 0:
-                    others = self.part("rep", part.what, max(part.least - 1, 0), part.most and part.most - 1)
+                    others = self.part(
+                        "rep", part.what, max(part.least - 1, 0), part.most and part.most - 1
+                    )
                     todo.append(self.position(part.what, self.position(others, after, at.depth)))
         return frozenset(keep)
 
@@ -445,7 +609,9 @@ class Grammar:
             return -1
         if (at, byte) not in self.steps:
             self.spend(len(self.sets[at]))
-            self.steps[at, byte] = self.number(self.closure([p.after for p in self.sets[at] if byte in p.part.what]))
+            self.steps[at, byte] = self.number(
+                self.closure([p.after for p in self.sets[at] if byte in p.part.what])
+            )
         return self.steps[at, byte]
 
     def accepts(self, at):
@@ -467,7 +633,9 @@ class Vocabulary:
     def __init__(self, tok):
         self.tree = ({}, [])  # a node: ({byte: node}, ids of the tokens that end here)
         self.ends = {i for i in (tok.eos_id, *tok.special.values()) if i is not None}
-        self.spelled = [tok.token_bytes(i) if i not in self.ends else b"" for i in range(tok.vocab_size)]
+        self.spelled = [
+            tok.token_bytes(i) if i not in self.ends else b"" for i in range(tok.vocab_size)
+        ]
         for i, spelled in enumerate(self.spelled):
             node = self.tree
             for byte in spelled:
@@ -496,7 +664,10 @@ class Constraint:
         """(V,) float32: the fewest bytes that must still follow each token; infinite for one that may not come."""
         if self.at not in self.grammar.masks:
             self.grammar.left = min(WORK, self.grammar.left + WORK // 10)
-            needs, todo = np.full(len(self.vocabulary.spelled), np.inf, np.float32), [(self.vocabulary.tree, self.at)]
+            needs, todo = (
+                np.full(len(self.vocabulary.spelled), np.inf, np.float32),
+                [(self.vocabulary.tree, self.at)],
+            )
             while todo:
                 (children, _), at = todo.pop()
                 for byte, node in children.items():

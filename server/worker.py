@@ -11,6 +11,7 @@ come in and answers go out as messages: four bytes of length, then plain values 
     submit number, key, prompt ids, fields of Sampling, adapter, grammar      cancel number      call number, what, arguments
     deltas stats, [(number, when it was admitted, then the fields of a Delta)]      result number, value, error      failed why
 """
+
 import asyncio
 import itertools
 import json
@@ -27,11 +28,11 @@ from pathlib import Path
 
 import torch
 
-from server.api import Refusal
 from common import UserError
-from engine.scheduler import Delta, TokenLogprob
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
+from engine.scheduler import Delta, TokenLogprob
+from server.api import Refusal
 
 
 def message(*values):
@@ -67,9 +68,13 @@ class Grammars:
         self.vocabulary = self.vocabulary or Vocabulary(self.tok)
         name = json.dumps([kind, what], sort_keys=True)
         grammar = self.kept.get(name)
-        if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:  # what it learned is 200 MB: forget
+        if (
+            grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7
+        ):  # what it learned is 200 MB: forget
             grammar = (regex_grammar if kind == "regex" else json_grammar)(*what)
-            Constraint(grammar, self.vocabulary).needs()  # the first mask here, not between two steps of the engine
+            Constraint(
+                grammar, self.vocabulary
+            ).needs()  # the first mask here, not between two steps of the engine
             self.kept[name] = grammar
             while len(self.kept) > 64:
                 self.kept.popitem(last=False)
@@ -79,19 +84,35 @@ class Grammars:
 @dataclass
 class Active:
     """A request in the engine."""
-    unfinished: int             # answers still being made
-    admitted: float             # when it left the queue
-    begun: bool = False         # its first token is out
+
+    unfinished: int  # answers still being made
+    admitted: float  # when it left the queue
+    begun: bool = False  # its first token is out
 
 
 class Worker:
     """Owns the engine: nobody else calls it. Each turn: orders, admission, one step, what there is to tell."""
 
     def __init__(self, engine, sock, concurrency):
-        self.engine, self.sock, self.concurrency, self.buffer = engine, sock, concurrency, bytearray()
-        self.waiting, self.active = OrderedDict(), {}     # {key: its requests in order}, {number: Active}
-        self.outbox, self.sent = {}, 0.0                  # {(number, answer): what it gets}, when all of it last went out
-        self.grammars, self.builder, self.lock = Grammars(engine.tok), ThreadPoolExecutor(1, "grammar"), threading.Lock()
+        self.engine, self.sock, self.concurrency, self.buffer = (
+            engine,
+            sock,
+            concurrency,
+            bytearray(),
+        )
+        self.waiting, self.active = (
+            OrderedDict(),
+            {},
+        )  # {key: its requests in order}, {number: Active}
+        self.outbox, self.sent = (
+            {},
+            0.0,
+        )  # {(number, answer): what it gets}, when all of it last went out
+        self.grammars, self.builder, self.lock = (
+            Grammars(engine.tok),
+            ThreadPoolExecutor(1, "grammar"),
+            threading.Lock(),
+        )
         self.machine, self.looked = {}, 0.0
 
     def run(self):
@@ -169,7 +190,12 @@ class Worker:
             if line:
                 self.waiting[key] = line  # to the end of the line
             try:
-                sampling = Sampling(**{**fields, "constraint": self.grammars.constraint(*grammar) if grammar else None})
+                sampling = Sampling(
+                    **{
+                        **fields,
+                        "constraint": self.grammars.constraint(*grammar) if grammar else None,
+                    }
+                )
                 self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
                 self.active[number] = Active(sampling.n, time.monotonic())
             except UserError as error:
@@ -187,7 +213,16 @@ class Worker:
             name = d.request_id, d.index
             item = self.outbox.get(name)
             if item is None:
-                item = self.outbox[name] = [d.request_id, request.admitted, d.index, "", [], None, None, None]
+                item = self.outbox[name] = [
+                    d.request_id,
+                    request.admitted,
+                    d.index,
+                    "",
+                    [],
+                    None,
+                    None,
+                    None,
+                ]
             item[3] += d.text
             item[4] += d.token_ids
             if d.logprobs is not None:
@@ -214,7 +249,9 @@ class Worker:
             items = [self.outbox.pop(name) for name in names]
         if now - self.looked > 1:
             self.machine, self.looked = machine(), now
-        self.send("deltas", {**self.engine.stats(), "active": len(self.active), **self.machine}, items)
+        self.send(
+            "deltas", {**self.engine.stats(), "active": len(self.active), **self.machine}, items
+        )
 
 
 def machine():
@@ -223,8 +260,11 @@ def machine():
     if (statm := Path("/proc/self/statm")).is_file():
         memory = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
-        gpu = {"name": torch.cuda.get_device_name(), "allocated": torch.cuda.memory_allocated(),
-               "free": torch.cuda.mem_get_info()[0]}
+        gpu = {
+            "name": torch.cuda.get_device_name(),
+            "allocated": torch.cuda.memory_allocated(),
+            "free": torch.cuda.mem_get_info()[0],
+        }
     return {"memory": memory, "gpu": gpu}
 
 
@@ -256,20 +296,21 @@ class Inbox:
 @dataclass(eq=False)
 class Job:
     """One prompt on its way through the engine. Its answers arrive in `inbox`, which the jobs of a request share."""
+
     prompt: list
     sampling: Sampling
     adapter: str | None
     grammar: tuple | None
-    key: str                    # whose it is: keys take turns
-    inbox: Inbox                # of (position, Delta), or of a Refusal
-    position: int = 0           # among the prompts of its request
+    key: str  # whose it is: keys take turns
+    inbox: Inbox  # of (position, Delta), or of a Refusal
+    position: int = 0  # among the prompts of its request
     number: int = field(default_factory=NUMBERS.__next__)
     created: float = field(default_factory=time.monotonic)
-    admitted: float = 0.0       # when it left the queue
-    first: float = 0.0          # when its first token came
+    admitted: float = 0.0  # when it left the queue
+    first: float = 0.0  # when its first token came
     tokens: int = 0
     unfinished: int = 1
-    reason: str = "abort"       # why it ended
+    reason: str = "abort"  # why it ended
 
 
 class EngineClient(asyncio.Protocol):
@@ -277,7 +318,7 @@ class EngineClient(asyncio.Protocol):
 
     def __init__(self):
         self.jobs, self.calls, self.buffer, self.transport = {}, {}, bytearray(), None
-        self.stats, self.made = {}, deque(maxlen=256)      # made: (time, tokens since the start)
+        self.stats, self.made = {}, deque(maxlen=256)  # made: (time, tokens since the start)
         self.broken, self.lost = "not serving", False
 
     def connection_made(self, transport):
@@ -294,7 +335,17 @@ class EngineClient(asyncio.Protocol):
 
     def submit(self, job):
         self.jobs[job.number] = job
-        self.transport.write(message("submit", job.number, job.key, job.prompt, vars(job.sampling), job.adapter, job.grammar))
+        self.transport.write(
+            message(
+                "submit",
+                job.number,
+                job.key,
+                job.prompt,
+                vars(job.sampling),
+                job.adapter,
+                job.grammar,
+            )
+        )
 
     def close(self, job):
         """It is over, in whatever way: what is left of it goes out of the engine."""
@@ -318,7 +369,11 @@ class EngineClient(asyncio.Protocol):
         for number, admitted, index, text, ids, logprobs, reason, error in items:
             if (job := self.jobs.get(number)) is None:
                 continue  # it was closed
-            job.admitted, job.first, job.tokens = admitted, job.first or (now if ids else 0.0), job.tokens + len(ids)
+            job.admitted, job.first, job.tokens = (
+                admitted,
+                job.first or (now if ids else 0.0),
+                job.tokens + len(ids),
+            )
             if reason:
                 job.unfinished, job.reason = job.unfinished - 1, reason
             logprobs = logprobs and [TokenLogprob(*t) for t in logprobs]
@@ -342,4 +397,8 @@ class EngineClient(asyncio.Protocol):
 
     def tokens_per_second(self):
         recent = [pair for pair in self.made if pair[0] > time.monotonic() - 10]
-        return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]) if len(recent) > 1 else 0.0
+        return (
+            (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
+            if len(recent) > 1
+            else 0.0
+        )

@@ -1,4 +1,5 @@
 """Fixtures shared by all tests: the root on sys.path, and real data where it is at hand (LLM_DATA_DIR)."""
+
 import os
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
 """bench.py compare: rows find each other by what they are called, figures by their names."""
+
 import json
 import sys
 from types import SimpleNamespace
@@ -11,20 +12,34 @@ from common import UserError
 
 def compare(tmp_path, capsys, a, b):
     for name, rows in (("a", a), ("b", b)):
-        (tmp_path / name).write_text(json.dumps({"machine": {"cpu": "an abacus", "gpu": "", "cores": 2}, "rows": rows}))
+        (tmp_path / name).write_text(
+            json.dumps({"machine": {"cpu": "an abacus", "gpu": "", "cores": 2}, "rows": rows})
+        )
     args = SimpleNamespace(a=tmp_path / "a", b=tmp_path / "b")
     return bench.show(bench.bench_compare(args)), capsys.readouterr().out
 
 
 def test_rows_are_matched_by_their_texts_and_not_by_their_place(tmp_path, capsys):
-    a = [{"program": "int8", "rows": 1, "speed": 10.0}, {"program": "int4", "rows": 1, "speed": 20.0}]
+    a = [
+        {"program": "int8", "rows": 1, "speed": 10.0},
+        {"program": "int4", "rows": 1, "speed": 20.0},
+    ]
     found, said = compare(tmp_path, capsys, a, [{**a[1], "speed": 19.5}, {**a[0], "speed": 12.0}])
     assert {row["row"]: row["ratio"] for row in found} == {"int8": 1.2, "int4": 0.975}
-    assert [line.endswith("<") for line in said.splitlines() if "speed" in line] == [True, False]  # 20 % is marked, 2.5 is not
+    assert [line.endswith("<") for line in said.splitlines() if "speed" in line] == [
+        True,
+        False,
+    ]  # 20 % is marked, 2.5 is not
 
 
-def test_rows_of_the_same_name_are_matched_in_their_order_and_a_lonely_one_is_named(tmp_path, capsys):
-    a = [{"format": "int8", "rows": 1, "speed": 1.5}, {"format": "int8", "rows": 8, "speed": 3.5}, {"format": "gone", "speed": 1.0}]
+def test_rows_of_the_same_name_are_matched_in_their_order_and_a_lonely_one_is_named(
+    tmp_path, capsys
+):
+    a = [
+        {"format": "int8", "rows": 1, "speed": 1.5},
+        {"format": "int8", "rows": 8, "speed": 3.5},
+        {"format": "gone", "speed": 1.0},
+    ]
     found, said = compare(tmp_path, capsys, a, [{**a[0], "speed": 3.0}, {**a[1], "speed": 7.0}])
     ratios = [(row["row"], row["figure"], row["ratio"]) for row in found if "ratio" in row]
     assert ratios == [("int8", "speed", 2), ("int8 (2)", "speed", 2)]
@@ -32,8 +47,12 @@ def test_rows_of_the_same_name_are_matched_in_their_order_and_a_lonely_one_is_na
 
 
 def test_rows_without_a_name_are_compared_by_their_mean(tmp_path, capsys):
-    found, _ = compare(tmp_path, capsys, [{"ttft": 1.0}, {"ttft": 3.0}], [{"ttft": 1.0}, {"ttft": 0.0}])
-    assert [(row["row"], row["figure"], row["ratio"]) for row in found] == [("mean of 2", "ttft", 0.25)]
+    found, _ = compare(
+        tmp_path, capsys, [{"ttft": 1.0}, {"ttft": 3.0}], [{"ttft": 1.0}, {"ttft": 0.0}]
+    )
+    assert [(row["row"], row["figure"], row["ratio"]) for row in found] == [
+        ("mean of 2", "ttft", 0.25)
+    ]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
@@ -47,4 +66,9 @@ def test_the_json_says_what_it_was_measured_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "linear", "--json", str(tmp_path / "x.json")])
     bench.main()
     machine = json.loads((tmp_path / "x.json").read_text())["machine"]
-    assert machine["cores"] >= 1 and machine["cpu"] and machine["torch"].startswith("2.") and machine["platform"]
+    assert (
+        machine["cores"] >= 1
+        and machine["cpu"]
+        and machine["torch"].startswith("2.")
+        and machine["platform"]
+    )

@@ -3,6 +3,7 @@ SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora also writes the screenshot
 Chromium (apt-get install chromium, or $CHROMIUM), and for the accessibility check axe-core: `npm pack axe-core && tar xf
 axe-core-*.tgz package/axe.min.js`, its path in $AXE (default: package/axe.min.js).
 """
+
 import json
 import math
 import os
@@ -40,8 +41,10 @@ def attention(q, k, v):
 ```
 
 The division by the square root of the size keeps `softmax` from becoming too sharp (Vaswani et al. 2017)."""
-STORY = ("The lighthouse keeper counted the waves until the fog came in. She lit the lamp, poured two cups of tea and waited "
-         "for the boat that was never late. At nine the bell rang twice, and somewhere in the white a voice sang back.")
+STORY = (
+    "The lighthouse keeper counted the waves until the fog came in. She lit the lamp, poured two cups of tea and waited "
+    "for the boat that was never late. At nine the bell rang twice, and somewhere in the white a voice sang back."
+)
 POEM = """Each word looks back along the line
 and asks of all the words before:
 *which one of you has what is mine?*
@@ -75,22 +78,46 @@ See [the paper](https://arxiv.org/abs/1706.03762) or https://example.com/a_b.
 
 ```js
 let open = "fence";"""
-ANSWERS = {"attention": ATTENTION, "story": STORY, "evil": EVIL, "markdown": MARKDOWN, "emoji": "Hi 🙂👩‍👩‍👧 日本語 ✓ done",
-           "forever": "tick " * 2000, "long": "\n\n".join(f"Paragraph {i}, with a few words in it." for i in range(60))}
+ANSWERS = {
+    "attention": ATTENTION,
+    "story": STORY,
+    "evil": EVIL,
+    "markdown": MARKDOWN,
+    "emoji": "Hi 🙂👩‍👩‍👧 日本語 ✓ done",
+    "forever": "tick " * 2000,
+    "long": "\n\n".join(f"Paragraph {i}, with a few words in it." for i in range(60)),
+}
 
 
 class StubEngine:
     """Answers by the key word in the last user message, a token a step; a poem by the adapter "poet", greedy or not the same."""
+
     max_model_len = 4096
 
-    def __init__(self, chat=True, delay=.002):
-        text = "\n".join([ATTENTION, STORY, EVIL, MARKDOWN, ANSWERS["long"], POEM, " tick you said the answer"])
-        self.tok, self.delay, self.running, self.seen, self.lock = Tokenizer.train([text], 700), delay, {}, [], threading.Lock()
+    def __init__(self, chat=True, delay=0.002):
+        text = "\n".join(
+            [ATTENTION, STORY, EVIL, MARKDOWN, ANSWERS["long"], POEM, " tick you said the answer"]
+        )
+        self.tok, self.delay, self.running, self.seen, self.lock = (
+            Tokenizer.train([text], 700),
+            delay,
+            {},
+            [],
+            threading.Lock(),
+        )
         if chat:
             self.tok.chat_template = CHATML_TEMPLATE
         self.end = self.tok.special["<|im_end|>"]
-        self.bytes = [i for i in range(self.tok.vocab_size) if (self.tok.token_bytes(i) or b"")[:1] in (b"\xe6", b"\xf0", b"\xe2")]
-        self.words = [i for i in range(self.tok.vocab_size) if re.fullmatch(rb" [a-zA-Z]{3,}", self.tok.token_bytes(i) or b"")]
+        self.bytes = [
+            i
+            for i in range(self.tok.vocab_size)
+            if (self.tok.token_bytes(i) or b"")[:1] in (b"\xe6", b"\xf0", b"\xe2")
+        ]
+        self.words = [
+            i
+            for i in range(self.tok.vocab_size)
+            if re.fullmatch(rb" [a-zA-Z]{3,}", self.tok.token_bytes(i) or b"")
+        ]
 
     def plan(self, prompt, adapter):
         """What to answer: as ids, without what the prompt holds of it already."""
@@ -100,13 +127,24 @@ class StubEngine:
             return self.tok.encode(" and so it went on")
         said = asked.rpartition("<|im_start|>user\n")[2].removesuffix("<|im_end|>\n")
         answer = next((a for k, a in ANSWERS.items() if k in said), f"You said: {said}")
-        answer = POEM if adapter and "attention" in said else "A poem on " + said if adapter else answer
-        left = answer[len(begun):] if answer.startswith(begun) else " and that is another way to say it."
+        answer = (
+            POEM if adapter and "attention" in said else "A poem on " + said if adapter else answer
+        )
+        left = (
+            answer[len(begun) :]
+            if answer.startswith(begun)
+            else " and that is another way to say it."
+        )
         return self.tok.encode(left) + [self.end]
 
     def submit(self, prompt, sampling, request_id=None, adapter=None):
         self.seen.append((prompt, sampling, adapter))
-        self.running[request_id] = [self.plan(prompt, adapter), 0, sampling, self.tok.stream(skip_special=True)]
+        self.running[request_id] = [
+            self.plan(prompt, adapter),
+            0,
+            sampling,
+            self.tok.stream(skip_special=True),
+        ]
         return request_id
 
     @property
@@ -115,10 +153,12 @@ class StubEngine:
 
     def logprob(self, i, at, count):
         """The chosen token among whole words, mostly the likeliest."""
-        p = (.97, .62, .93, .21, .85, .99, .07, .9, .4)[(i + at) % 9]
+        p = (0.97, 0.62, 0.93, 0.21, 0.85, 0.99, 0.07, 0.9, 0.4)[(i + at) % 9]
         pool = self.words if self.tok.decode([i]).isascii() else self.bytes
         others = [o for k in range(count - 1) if (o := pool[(i * 7 + k * 31) % len(pool)]) != i]
-        top = [(i, math.log(p))] + [(o, math.log((1 - p) * .5 ** (k + 1))) for k, o in enumerate(others)]
+        top = [(i, math.log(p))] + [
+            (o, math.log((1 - p) * 0.5 ** (k + 1))) for k, o in enumerate(others)
+        ]
         return TokenLogprob(i, math.log(p), sorted(top, key=lambda t: -t[1]))
 
     def step(self):
@@ -128,7 +168,13 @@ class StubEngine:
             ids, at, sampling, stream = state
             i = ids[at]
             state[1] += 1
-            reason = "stop" if state[1] == len(ids) else "length" if state[1] >= sampling.max_tokens else None
+            reason = (
+                "stop"
+                if state[1] == len(ids)
+                else "length"
+                if state[1] >= sampling.max_tokens
+                else None
+            )
             text = stream.push(i) + (stream.flush() if reason else "")
             logprobs = [self.logprob(i, at, sampling.logprobs)] if sampling.logprobs else None
             deltas.append(Delta(rid, 0, text, [i], logprobs, reason))
@@ -140,8 +186,17 @@ class StubEngine:
         self.running.pop(request_id, None)
 
     def stats(self):
-        return dict(running=len(self.running), waiting=0, blocks_used=0, blocks_total=64, prompt_tokens=0, generated_tokens=0,
-                    preemptions=0, cache_hit_tokens=0, cache_query_tokens=0)
+        return dict(
+            running=len(self.running),
+            waiting=0,
+            blocks_used=0,
+            blocks_total=64,
+            prompt_tokens=0,
+            generated_tokens=0,
+            preemptions=0,
+            cache_hit_tokens=0,
+            cache_query_tokens=0,
+        )
 
     def embed(self, ids):
         return [1.0]
@@ -152,6 +207,7 @@ def serve(engine, keys=None, runs="runs", name="demo-135m", adapters="poet=adapt
     import uvicorn
 
     from serve import Args, create_app
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -165,11 +221,12 @@ def serve(engine, keys=None, runs="runs", name="demo-135m", adapters="poet=adapt
             urllib.request.urlopen(address + "/health", timeout=1)
             break
         except OSError:
-            time.sleep(.05)
+            time.sleep(0.05)
 
     def end():
         server.should_exit = True
         thread.join(10)
+
     return address, end
 
 
@@ -177,13 +234,28 @@ def write_run(folder, steps, level):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for step in range(0, steps, 10):
-        wave = .09 * math.sin(step * 1.7) + .06 * math.sin(step * 5.3)
+        wave = 0.09 * math.sin(step * 1.7) + 0.06 * math.sin(step * 5.3)
         smooth = level + 6.2 * math.exp(-step / 260) + 1.1 * math.exp(-step / 1500)
         if step % 250 == 0 and step:
-            rows.append(dict(step=step, seconds=step * .31, val_loss=smooth + .07, perplexity=math.exp(smooth + .07)))
-        rows.append(dict(step=step, seconds=step * .31 + .1, loss=smooth + wave, lr=min(1, step / 200) * (1 - step / 4000),
-                         skipped=0, grad_norm=.6 + 2 * math.exp(-step / 150) + abs(wave),
-                         tokens_per_s=51000 + 1800 * math.sin(step * .9)))
+            rows.append(
+                dict(
+                    step=step,
+                    seconds=step * 0.31,
+                    val_loss=smooth + 0.07,
+                    perplexity=math.exp(smooth + 0.07),
+                )
+            )
+        rows.append(
+            dict(
+                step=step,
+                seconds=step * 0.31 + 0.1,
+                loss=smooth + wave,
+                lr=min(1, step / 200) * (1 - step / 4000),
+                skipped=0,
+                grad_norm=0.6 + 2 * math.exp(-step / 150) + abs(wave),
+                tokens_per_s=51000 + 1800 * math.sin(step * 0.9),
+            )
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -196,7 +268,7 @@ def engine():
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "wide-lr", 1800, 3.05)
-    time.sleep(.02)
+    time.sleep(0.02)
     write_run(folder / "pretrain-125m", 2600, 2.9)
     return folder
 
@@ -211,6 +283,7 @@ def address(engine, runs):
 @pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import sync_playwright
+
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if not path:
         pytest.fail("no Chromium: apt-get install chromium, or give its path in $CHROMIUM")
@@ -222,7 +295,9 @@ def browser():
 
 @pytest.fixture
 def context(browser):
-    context = browser.new_context(viewport={"width": 1240, "height": 800}, permissions=["clipboard-read", "clipboard-write"])
+    context = browser.new_context(
+        viewport={"width": 1240, "height": 800}, permissions=["clipboard-read", "clipboard-write"]
+    )
     context.set_default_timeout(20000)
     yield context
     context.close()
@@ -233,7 +308,14 @@ def page(context, address):
     """A fresh page; what its script throws fails the test."""
     page, wrong = context.new_page(), []
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda r: wrong.append("fetches " + r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+    page.on(
+        "request",
+        lambda r: (
+            wrong.append("fetches " + r.url)
+            if not r.url.startswith((address, "data:", "blob:"))
+            else None
+        ),
+    )
     page.goto(address)
     page.wait_for_selector("#model option", state="attached")
     yield page
@@ -298,7 +380,7 @@ def test_stop_ends_the_answer_here_and_in_the_engine(page, engine):
         for _ in range(40):
             if not engine.running:
                 break
-            time.sleep(.05)
+            time.sleep(0.05)
         assert not engine.running
 
 
@@ -307,7 +389,11 @@ def test_an_answer_that_was_cut_can_be_continued(page, engine):
     page.fill("#s-max_tokens", "9")
     ask(page, "story")
     begun = answer(page).locator(".text").inner_text()
-    assert "length limit" in answer(page).locator(".facts").inner_text() and STORY.startswith(begun) and begun != STORY
+    assert (
+        "length limit" in answer(page).locator(".facts").inner_text()
+        and STORY.startswith(begun)
+        and begun != STORY
+    )
     page.fill("#s-max_tokens", "")
     answer(page).get_by_label("Continue this answer").click()
     idle(page)
@@ -333,11 +419,19 @@ def test_editing_a_message_branches_and_the_old_branch_stays(page):
     page.click("text=Send as a new version")
     idle(page)
     texts = page.locator("article.user .body").all_inner_texts()
-    assert texts == ["changed question"] and "You said: changed question" in answer(page).inner_text()
+    assert (
+        texts == ["changed question"] and "You said: changed question" in answer(page).inner_text()
+    )
     page.locator("article.user").first.get_by_label("Previous version").click()
-    assert page.locator("article.user .body").all_inner_texts() == ["first question", "second question"]
+    assert page.locator("article.user .body").all_inner_texts() == [
+        "first question",
+        "second question",
+    ]
     page.reload()
-    assert page.locator("article.user .body").all_inner_texts() == ["first question", "second question"]
+    assert page.locator("article.user .body").all_inner_texts() == [
+        "first question",
+        "second question",
+    ]
 
 
 def test_an_answer_can_be_edited_without_asking_again(page, engine):
@@ -346,7 +440,9 @@ def test_an_answer_can_be_edited_without_asking_again(page, engine):
     answer(page).get_by_label("Edit").click()
     page.fill("article textarea", "My own words")
     page.click("text=Save as a new version")
-    assert answer(page).locator(".text").inner_text() == "My own words" and len(engine.seen) == before
+    assert (
+        answer(page).locator(".text").inner_text() == "My own words" and len(engine.seen) == before
+    )
     ask(page, "go on")
     assert "My own words" in engine.tok.decode(engine.seen[-1][0])
 
@@ -356,7 +452,9 @@ def test_copy_puts_the_source_on_the_clipboard(page):
     answer(page).get_by_label("Copy", exact=True).click()
     assert page.evaluate("navigator.clipboard.readText()") == ATTENTION
     answer(page).get_by_label("Copy the code").click()
-    assert page.evaluate("navigator.clipboard.readText()").startswith("def attention(q, k, v):\n    # how")
+    assert page.evaluate("navigator.clipboard.readText()").startswith(
+        "def attention(q, k, v):\n    # how"
+    )
 
 
 def test_example_prompts_are_sent_with_a_click(page):
@@ -416,9 +514,15 @@ def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
     assert page.evaluate(keep) == before and page.locator("article").count() == 4
 
 
-@pytest.mark.parametrize("text", ["no json", "[]",
-                                  '{"format": "conversations", "chats": [{"nodes": 3}]}',
-                                  '{"format": "conversations", "chats": [null]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        '{"format": "conversations", "chats": [{"nodes": 3}]}',
+        '{"format": "conversations", "chats": [null]}',
+    ],
+)
 def test_a_file_that_is_no_export_is_refused_in_words(page, tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     page.set_input_files("#file", tmp_path / "bad.json")
@@ -436,7 +540,9 @@ def test_an_import_with_a_cycle_or_foreign_keys_is_cut_to_a_tree(page):
 
 
 def test_a_full_storage_is_said_and_does_not_stop_the_chat(page):
-    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }; }")
+    page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }; }"
+    )
     ask(page, "story")
     assert answer(page).locator(".text").inner_text() == STORY
     assert "storage is full" in page.inner_text("#toast")
@@ -446,13 +552,24 @@ def test_a_full_storage_is_said_and_does_not_stop_the_chat(page):
 def test_system_prompt_and_sampling_reach_the_engine(page, engine):
     page.click("#gear")
     page.fill("#system", "Be brief.")
-    for name, value in {"temperature": "0.3", "top_p": "0.9", "top_k": "40", "seed": "7", "max_tokens": "50"}.items():
+    for name, value in {
+        "temperature": "0.3",
+        "top_p": "0.9",
+        "top_k": "40",
+        "seed": "7",
+        "max_tokens": "50",
+    }.items():
         page.fill(f"#s-{name}", value)
     page.fill("#s-stop", "END")
     ask(page, "hello")
     prompt, sampling, _ = engine.seen[-1]
     assert "<|im_start|>system\nBe brief.<|im_end|>" in engine.tok.decode(prompt)
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (.3, .9, 40, 7)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (
+        0.3,
+        0.9,
+        40,
+        7,
+    )
     assert (sampling.max_tokens, sampling.stop) == (50, ("END",))
 
 
@@ -494,14 +611,25 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(context):
 
 # ----------------------------------------------------------------------------------------------------------------- errors
 def test_an_error_is_told_in_words_and_retried(page, address):
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(
-        status=429, headers={"Retry-After": "3"}, json={"error": {"message": "the queue is full"}}))
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            status=429,
+            headers={"Retry-After": "3"},
+            json={"error": {"message": "the queue is full"}},
+        ),
+    )
     ask(page, "story")
-    assert page.locator("[role=alert]").inner_text().startswith("The queue is full. Try again in 3 s.")
+    assert (
+        page.locator("[role=alert]").inner_text().startswith("The queue is full. Try again in 3 s.")
+    )
     page.unroute("**/v1/chat/completions")
     page.get_by_role("button", name="Try again").click()
     idle(page)
-    assert answer(page).locator(".text").inner_text() == STORY and page.locator("[role=alert]").count() == 0
+    assert (
+        answer(page).locator(".text").inner_text() == STORY
+        and page.locator("[role=alert]").count() == 0
+    )
 
 
 def test_a_server_that_is_gone_is_told_in_words(page):
@@ -512,14 +640,23 @@ def test_a_server_that_is_gone_is_told_in_words(page):
 
 def test_a_stream_that_breaks_off_keeps_what_came(page):
     chunk = 'data: {"choices": [{"index": 0, "delta": {"content": "half an ans"}, "token_ids": [9]}]}\n\n'
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=chunk))
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=chunk),
+    )
     ask(page, "story")
-    assert "half an ans" in answer(page).inner_text() and "closed before" in page.locator("[role=alert]").inner_text()
+    assert (
+        "half an ans" in answer(page).inner_text()
+        and "closed before" in page.locator("[role=alert]").inner_text()
+    )
 
 
 def test_a_prompt_that_is_too_long_is_told_with_the_numbers(page):
     ask(page, "word " * 5000)
-    assert re.search(r"prompt has [\d,]+ tokens, this model's context is 4,096", page.locator("[role=alert]").inner_text())
+    assert re.search(
+        r"prompt has [\d,]+ tokens, this model's context is 4,096",
+        page.locator("[role=alert]").inner_text(),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- markdown
@@ -545,11 +682,20 @@ def test_markdown_is_drawn_and_names_stay_whole(page):
     text = answer(page).locator(".text")
     assert text.locator("h3").inner_text() == "Title"
     assert "snake_case_names and __init__ alone" in text.inner_text()
-    assert text.locator("em").all_inner_texts() == ["lean"] and text.locator("strong").all_inner_texts() == ["bold"]
-    assert text.locator("li li").inner_text() == "nested" and text.locator("td").all_inner_texts() == ["1", "2"]
-    links = text.locator("a").evaluate_all("all => all.map(a => [a.href, a.rel.includes('noopener')])")
+    assert text.locator("em").all_inner_texts() == ["lean"] and text.locator(
+        "strong"
+    ).all_inner_texts() == ["bold"]
+    assert text.locator("li li").inner_text() == "nested" and text.locator(
+        "td"
+    ).all_inner_texts() == ["1", "2"]
+    links = text.locator("a").evaluate_all(
+        "all => all.map(a => [a.href, a.rel.includes('noopener')])"
+    )
     assert links == [["https://arxiv.org/abs/1706.03762", True], ["https://example.com/a_b", True]]
-    assert text.locator("pre code").inner_text() == 'let open = "fence";' and text.locator("blockquote").inner_text() == "quoted"
+    assert (
+        text.locator("pre code").inner_text() == 'let open = "fence";'
+        and text.locator("blockquote").inner_text() == "quoted"
+    )
 
 
 def test_markdown_of_any_text_ends_and_loses_no_letter(page):
@@ -577,7 +723,10 @@ def test_token_view_shades_and_lists_the_alternatives(page):
     ask(page, "story")
     tokens = answer(page).locator(".tok")
     assert "".join(t.replace("↵", "") for t in tokens.all_inner_texts()[:-1]).strip() == STORY
-    assert len(set(tokens.evaluate_all("all => all.map(t => getComputedStyle(t).backgroundColor)"))) > 3
+    assert (
+        len(set(tokens.evaluate_all("all => all.map(t => getComputedStyle(t).backgroundColor)")))
+        > 3
+    )
     tokens.nth(3).hover()
     rows = page.locator("#alternatives button")
     assert page.is_visible("#alternatives") and rows.count() >= 5
@@ -615,8 +764,13 @@ def test_an_alternative_within_a_character_is_gone_on_from(page, engine):
     page.locator("#alternatives button:not(:disabled)", has_text="bytes:").first.click()
     idle(page)
     prompt = engine.seen[-1][0]
-    assert engine.tok.token_bytes(prompt[-1]) and "\ufffd" in engine.tok.decode(prompt)  # it ends within a character
-    assert answer(page).locator(".tok").count() > part + 3 and "\ufffd" not in page.locator("#log").inner_text()
+    assert engine.tok.token_bytes(prompt[-1]) and "\ufffd" in engine.tok.decode(
+        prompt
+    )  # it ends within a character
+    assert (
+        answer(page).locator(".tok").count() > part + 3
+        and "\ufffd" not in page.locator("#log").inner_text()
+    )
 
 
 def test_the_tokens_can_be_walked_with_the_keyboard(page):
@@ -625,12 +779,16 @@ def test_the_tokens_can_be_walked_with_the_keyboard(page):
     answer(page).locator(".tok").first.focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    assert page.evaluate("[...document.querySelectorAll('.tok')].indexOf(document.activeElement)") == 3
+    assert (
+        page.evaluate("[...document.querySelectorAll('.tok')].indexOf(document.activeElement)") == 3
+    )
     assert page.is_visible("#alternatives")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.closest('#alternatives') !== null")
     page.keyboard.press("Escape")
-    assert page.is_hidden("#alternatives") and page.evaluate("document.activeElement.className").startswith("tok")
+    assert page.is_hidden("#alternatives") and page.evaluate(
+        "document.activeElement.className"
+    ).startswith("tok")
 
 
 # ------------------------------------------------------------------------------------------------------ compare, training
@@ -641,11 +799,18 @@ def test_compare_asks_two_models_the_same(page, engine):
     page.get_by_label("System prompt of A").fill("Be kind.")
     page.fill("#question", "snow")
     page.press("#question", "Enter")
-    until(page, "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
+    until(
+        page,
+        "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))",
+    )
     left, right = page.locator(".side .answer").all_inner_texts()
     assert "You said: snow" in left and "A poem on snow" in right
     last = {a: (engine.tok.decode(p), s.temperature) for p, s, a in engine.seen[-2:]}
-    assert "Be kind." in last[None][0] and "Be kind." not in last["poet"][0] and (last[None][1], last["poet"][1]) == (.8, 0)
+    assert (
+        "Be kind." in last[None][0]
+        and "Be kind." not in last["poet"][0]
+        and (last[None][1], last["poet"][1]) == (0.8, 0)
+    )
 
 
 def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
@@ -664,8 +829,12 @@ def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
     with open(runs / "pretrain-125m" / "metrics.jsonl", "a") as f:
         f.write(json.dumps({"step": 2750, "seconds": 900, "val_loss": 2.5}) + "\n")
     until(page, "document.querySelectorAll('figure.first circle').length == 11")
-    with open(runs / "pretrain-125m" / "metrics.jsonl", "a") as f:  # a second row of the same step is not missed
-        f.write(json.dumps({"step": 2750, "seconds": 901, "loss": 2.345, "tokens_per_s": 51000}) + "\n")
+    with open(
+        runs / "pretrain-125m" / "metrics.jsonl", "a"
+    ) as f:  # a second row of the same step is not missed
+        f.write(
+            json.dumps({"step": 2750, "seconds": 901, "loss": 2.345, "tokens_per_s": 51000}) + "\n"
+        )
     until(page, "document.querySelector('.tiles').textContent.includes('2.345')")
 
 
@@ -686,10 +855,28 @@ def test_the_focus_is_visible_and_everything_is_reached_with_tab(page):
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label')"))
-        outline = page.evaluate("(e => e.matches('body, textarea') || getComputedStyle(e).outlineStyle)(document.activeElement)")
+        reached.add(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.getAttribute('aria-label')"
+            )
+        )
+        outline = page.evaluate(
+            "(e => e.matches('body, textarea') || getComputedStyle(e).outlineStyle)(document.activeElement)"
+        )
         assert outline != "none"
-    assert {"new", "theme", "export", "model", "tokens", "gear", "prompt", "send", "Regenerate", "Copy", "Edit"} <= reached
+    assert {
+        "new",
+        "theme",
+        "export",
+        "model",
+        "tokens",
+        "gear",
+        "prompt",
+        "send",
+        "Regenerate",
+        "Copy",
+        "Edit",
+    } <= reached
 
 
 def test_a_screen_reader_hears_the_answer_once_it_is_whole(page):
@@ -700,17 +887,29 @@ def test_a_screen_reader_hears_the_answer_once_it_is_whole(page):
 
 def test_scrolling_up_is_left_alone_while_an_answer_grows(page):
     ask(page, "long")
-    assert page.evaluate("(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))") < 45
+    assert (
+        page.evaluate(
+            "(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))"
+        )
+        < 45
+    )
     ask(page, "forever", wait=False)
     until(page, "document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
     page.evaluate("document.querySelector('#scroll').scrollTop = 100")
     page.wait_for_timeout(400)
-    assert page.evaluate("document.querySelector('#scroll').scrollTop") == 100 and page.is_visible("#latest")
+    assert page.evaluate("document.querySelector('#scroll').scrollTop") == 100 and page.is_visible(
+        "#latest"
+    )
     page.click("#stop")
     idle(page)
     assert page.evaluate("document.querySelector('#scroll').scrollTop") == 100
     page.click("#latest")
-    assert page.evaluate("(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))") < 45
+    assert (
+        page.evaluate(
+            "(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))"
+        )
+        < 45
+    )
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(page):
@@ -720,7 +919,9 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page):
         page.click(f"[data-view={view}]")
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        assert page.evaluate("[...document.querySelectorAll('header *, form *')].every(e => e.getBoundingClientRect().right < 376)")
+        assert page.evaluate(
+            "[...document.querySelectorAll('header *, form *')].every(e => e.getBoundingClientRect().right < 376)"
+        )
     shot(page, "phone")
     page.click("#menu")
     page.wait_for_timeout(250)
@@ -749,13 +950,19 @@ def test_a_model_without_chat_format_continues_text(context, runs):
 def test_axe_finds_no_serious_fault(page, theme):
     axe = Path(os.environ.get("AXE", ROOT / "package" / "axe.min.js"))
     if not axe.is_file():
-        pytest.fail("axe-core: npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js, or its path in $AXE")
+        pytest.fail(
+            "axe-core: npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js, or its path in $AXE"
+        )
     page.select_option("#theme", theme)
 
     def check(where):
-        found = page.evaluate(axe.read_text() + """;axe.run().then(r => r.violations.map(v =>
-            [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200))]))""")
+        found = page.evaluate(
+            axe.read_text()
+            + """;axe.run().then(r => r.violations.map(v =>
+            [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200))]))"""
+        )
         assert not [v for v in found if v[0] in ("serious", "critical")], (where, found)
+
     check("empty")
     ask(page, "markdown")
     ask(page, "attention")
@@ -790,9 +997,13 @@ def greedy_page(context, address):
     return page
 
 
-@pytest.mark.skipif("MODEL" not in os.environ, reason="MODEL=FOLDER talks to a real chat model, ADAPTER=FOLDER also to its adapter")
+@pytest.mark.skipif(
+    "MODEL" not in os.environ,
+    reason="MODEL=FOLDER talks to a real chat model, ADAPTER=FOLDER also to its adapter",
+)
 def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
     from engine.scheduler import Engine
+
     adapters = {"poet": os.environ["ADAPTER"]} if "ADAPTER" in os.environ else None
     address, end = serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters))
     try:
@@ -800,8 +1011,10 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
         ask(page, "Reverse this list: fox, plum, iron")
         said = answer(page).locator(".text").inner_text()
         assert said and "\ufffd" not in said and page.locator("[role=alert]").count() == 0
-        assert re.fullmatch(r"[\d.]+ tok/s · \d+ tokens · first after .+ · (finished|reached the length limit)",
-                            answer(page).locator(".facts").inner_text())
+        assert re.fullmatch(
+            r"[\d.]+ tok/s · \d+ tokens · first after .+ · (finished|reached the length limit)",
+            answer(page).locator(".facts").inner_text(),
+        )
         page.click("#tokens")
         answer(page).get_by_label("Regenerate").click()
         idle(page)
@@ -820,22 +1033,37 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
         if adapters:
             page.select_option("#model", "poet")
             ask(page, "Count the letters in plum")
-            assert answer(page).locator(".who").inner_text() == "poet" and page.locator("[role=alert]").count() == 0
+            assert (
+                answer(page).locator(".who").inner_text() == "poet"
+                and page.locator("[role=alert]").count() == 0
+            )
     finally:
         end()
 
 
 # ------------------------------------------------------------------------------------------------------------ screenshots
-@pytest.mark.skipif(not (SHOTS and "ADAPTER" in os.environ), reason="SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora")
+@pytest.mark.skipif(
+    not (SHOTS and "ADAPTER" in os.environ),
+    reason="SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora",
+)
 def test_screenshots(context):
     from engine.scheduler import Engine
+
     model = Path(os.environ["MODEL"])
-    address, end = serve(Engine(str(model), "cpu", adapters={"lora": os.environ["ADAPTER"]}), runs=model.parent, name=model.name,
-                         adapters="lora=" + os.environ["ADAPTER"])
+    address, end = serve(
+        Engine(str(model), "cpu", adapters={"lora": os.environ["ADAPTER"]}),
+        runs=model.parent,
+        name=model.name,
+        adapters="lora=" + os.environ["ADAPTER"],
+    )
     try:
         page = greedy_page(context, address)
-        for question in ("Which is larger, 10 or 49?", "Use capital letters:\nriver peach scarf purple", "Add 4 and 5.",
-                         "Turn this list around:\npink lion copper cocoa"):
+        for question in (
+            "Which is larger, 10 or 49?",
+            "Use capital letters:\nriver peach scarf purple",
+            "Add 4 and 5.",
+            "Turn this list around:\npink lion copper cocoa",
+        ):
             page.click("#new")
             ask(page, question)
         shot(page, "light")
@@ -856,7 +1084,10 @@ def test_screenshots(context):
         page.get_by_label("Model of B").select_option("lora")
         page.fill("#question", "Which words stand at the ends of this list?\nzinc ladder cocoa")
         page.press("#question", "Enter")
-        until(page, "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))")
+        until(
+            page,
+            "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))",
+        )
         shot(page, "compare")
         page.click("[data-view=training]")
         page.wait_for_selector("figure.first svg polyline")

@@ -1,4 +1,5 @@
 """Conversations to ids and mask: the promises chat.py makes, on a tokenizer small enough to read."""
+
 import itertools
 import json
 import os
@@ -15,8 +16,21 @@ from hypothesis import strategies as st
 import chat
 from common import UserError
 
-MARKERS = ["<BOS>", "<EOS>", "<PAD>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<think>", "</think>",
-           *chat.HEADER, "<tool_call>", "</tool_call>", "[TOOL_CALLS]"]
+MARKERS = [
+    "<BOS>",
+    "<EOS>",
+    "<PAD>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "[INST]",
+    "[/INST]",
+    "<think>",
+    "</think>",
+    *chat.HEADER,
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+]
 
 
 class Tok:
@@ -25,7 +39,9 @@ class Tok:
     def __init__(self, template=None, markers=MARKERS, lossy=False):
         merges = [b"\n\n", b"\n\n\n", b" a", b" b", b"as", b"er", b"us", b"user"]
         ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
-        self.core = tiktoken.Encoding("t", pat_str=r"[^\s]+|\s*\n+|\s+", mergeable_ranks=ranks, special_tokens={})
+        self.core = tiktoken.Encoding(
+            "t", pat_str=r"[^\s]+|\s*\n+|\s+", mergeable_ranks=ranks, special_tokens={}
+        )
         self.special = {m: 1000 + i for i, m in enumerate(markers)}
         self.bos_id, self.eos_id = self.special.get("<BOS>"), self.special.get("<EOS>")
         self.chat_template, self.lossy = template, lossy
@@ -41,26 +57,37 @@ class Tok:
 
     def decode(self, ids):
         name = {i: s for s, i in self.special.items()}
-        return "".join("".join(name[i] for i in run) if special else self.core.decode(list(run))
-                       for special, run in itertools.groupby(ids, key=name.__contains__))
+        return "".join(
+            "".join(name[i] for i in run) if special else self.core.decode(list(run))
+            for special, run in itertools.groupby(ids, key=name.__contains__)
+        )
 
 
 def say(*texts, system=None):
     """User and assistant in turn, after a system prompt."""
     head = [] if system is None else [{"role": "system", "content": system}]
-    return head + [{"role": role, "content": t} for role, t in zip(itertools.cycle(("user", "assistant")), texts)]
+    return head + [
+        {"role": role, "content": t}
+        for role, t in zip(itertools.cycle(("user", "assistant")), texts)
+    ]
 
 
 def supervised(tok, ids, mask):
     """The stretches of text that are in the loss."""
-    return [tok.decode([i for i, _ in run]) for said, run in itertools.groupby(zip(ids, mask), lambda p: p[1]) if said]
+    return [
+        tok.decode([i for i, _ in run])
+        for said, run in itertools.groupby(zip(ids, mask), lambda p: p[1])
+        if said
+    ]
 
 
 def test_chatml_is_spelled_as_everybody_spells_it():
     tok = Tok()
     ids, mask = chat.render(tok, say("Hi", "Ho", system="S"))
-    assert tok.decode(ids) == ("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-                               "<|im_start|>assistant\nHo<|im_end|>\n")
+    assert tok.decode(ids) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHo<|im_end|>\n"
+    )
     assert supervised(tok, ids, mask) == ["Ho<|im_end|>"]
 
 
@@ -69,7 +96,9 @@ def test_our_template_as_jinja_says_what_our_code_says():
     for messages, prompt in itertools.product(talks, (False, True)):
         tok = Tok()
         spelled = chat.read_chat(tok, messages, prompt=prompt)
-        assert tok.decode(chat.render(tok, messages, prompt)[0]) == chat.run_template(chat.CHATML_TEMPLATE, spelled)
+        assert tok.decode(chat.render(tok, messages, prompt)[0]) == chat.run_template(
+            chat.CHATML_TEMPLATE, spelled
+        )
 
 
 @pytest.mark.parametrize("name", chat.FORMATS)
@@ -77,7 +106,9 @@ def test_every_assistant_turn_is_in_the_loss_with_its_end_and_nothing_else_is(na
     tok = Tok()
     ids, mask = chat.render(tok, say("q1 </s>", "a1", "q2", "a2 a\n\nb", system="sys"), format=name)
     assert len(ids) == len(mask)
-    stretches = [text.strip().removeprefix("<think>\n\n</think>\n\n") for text in supervised(tok, ids, mask)]
+    stretches = [
+        text.strip().removeprefix("<think>\n\n</think>\n\n") for text in supervised(tok, ids, mask)
+    ]
     end = chat.stop_id(tok, name)
     assert end in tok.special.values()
     stop = tok.decode([end])
@@ -89,16 +120,24 @@ def test_every_assistant_turn_is_in_the_loss_with_its_end_and_nothing_else_is(na
 def test_the_loss_begins_where_the_generation_prompt_ends(name):
     """What is supervised is what the engine will be asked for: prompt + supervised = the conversation so far."""
     tok = Tok()
-    prompt, _ = chat.render(tok, say("one", "two", "three"), add_generation_prompt=True, format=name)
+    prompt, _ = chat.render(
+        tok, say("one", "two", "three"), add_generation_prompt=True, format=name
+    )
     ids, mask = chat.render(tok, say("one", "two", "three", "four"), format=name)
-    assert ids[:len(prompt)] == prompt
+    assert ids[: len(prompt)] == prompt
     assert mask[len(prompt)] == 1
     assert mask[len(prompt) - 1] == 0 or name == "qwen3"
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.text(st.one_of(st.sampled_from("\n <|im_end|>[/INST]ab\ud800\ufdd0"), st.characters())), min_size=1,
-                max_size=5), st.sampled_from(sorted(chat.FORMATS)))
+@given(
+    st.lists(
+        st.text(st.one_of(st.sampled_from("\n <|im_end|>[/INST]ab\ud800\ufdd0"), st.characters())),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from(sorted(chat.FORMATS)),
+)
 def test_no_text_becomes_a_special_token_and_masks_fit(texts, name):
     tok = Tok()
     specials = set(tok.special.values())
@@ -120,7 +159,9 @@ def test_a_marker_typed_by_the_user_stays_text():
 def test_a_token_across_the_border_is_not_in_the_loss():
     tok = Tok()
     ids, mask = chat.render(tok, say("q", "\n\nHi"))
-    assert 257 in ids  # "\n" of the template and "\n\n" of the answer are one token, as transformers has it
+    assert (
+        257 in ids
+    )  # "\n" of the template and "\n\n" of the answer are one token, as transformers has it
     assert mask[ids.index(257)] == 0
     assert supervised(tok, ids, mask) == ["Hi<|im_end|>"]
 
@@ -149,9 +190,11 @@ def test_a_template_is_believed_over_its_resemblance():
 
 
 def test_a_known_template_in_other_words_is_recognised():
-    tok = Tok("{%- for m in messages -%}"
-              "<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{%- endfor -%}"
-              "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}")
+    tok = Tok(
+        "{%- for m in messages -%}"
+        "<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
+    )
     assert chat.render(tok, say("q", " a")) == chat.render(Tok(), say("q", " a"))
 
 
@@ -166,16 +209,22 @@ def test_formats_that_agree_on_the_text_agree_on_the_mask():
 
 
 def test_generation_blocks_carry_the_mask():
-    tok = Tok("{% for m in messages %}{{ m.role }}: "
-              "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}")
+    tok = Tok(
+        "{% for m in messages %}{{ m.role }}: "
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    )
     ids, mask = chat.render(tok, [{"role": "assistant", "content": "é a"}])
     assert supervised(tok, ids, mask) == ["é a<EOS>"]
     assert tok.decode(ids) == "assistant: é a<EOS>"
 
 
 def test_a_token_across_the_far_border_is_not_in_the_loss_either():
-    tok = Tok("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ '\n\nx' }}{% endfor %}")
-    ids, mask = chat.render(tok, [{"role": "assistant", "content": "ab\n"}, {"role": "assistant", "content": "c"}])
+    tok = Tok(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ '\n\nx' }}{% endfor %}"
+    )
+    ids, mask = chat.render(
+        tok, [{"role": "assistant", "content": "ab\n"}, {"role": "assistant", "content": "c"}]
+    )
     assert tok.decode(ids) == "ab\n\n\nxc\n\nx"
     assert supervised(tok, ids, mask) == ["ab", "c"]
 
@@ -200,7 +249,8 @@ def test_half_a_surrogate_pair_is_a_replacement_character():
     tok = Tok()
     for name in ("chatml", "alpaca"):
         assert chat.render(tok, say("a\ud800", "\udfffb"), format=name) == chat.render(
-            tok, say("a\ufffd", "\ufffdb"), format=name)
+            tok, say("a\ufffd", "\ufffdb"), format=name
+        )
 
 
 def test_a_tokenizer_that_does_not_give_back_its_text_gets_no_mask():
@@ -210,9 +260,17 @@ def test_a_tokenizer_that_does_not_give_back_its_text_gets_no_mask():
         chat.render(tok, say("Q", "A"), format="alpaca")
 
 
-@pytest.mark.parametrize("template", [
-    "{{ messages[0].nope.nope }}", "{% for", "{{ raise_exception('must alternate') }}", "{{ 1 // 0 }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.clear() }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].nope.nope }}",
+        "{% for",
+        "{{ raise_exception('must alternate') }}",
+        "{{ 1 // 0 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.clear() }}",
+    ],
+)
 def test_a_broken_or_hostile_template_is_one_line(template):
     with pytest.raises(UserError, match="chat_template refuses") as e:
         chat.render(Tok(template), say("q"), True)
@@ -222,50 +280,76 @@ def test_a_broken_or_hostile_template_is_one_line(template):
 CALL = {"id": "123456789", "function": {"name": "f", "arguments": '{"x": "é"}'}}
 
 
-@pytest.mark.parametrize(("messages", "options", "reason"), [
-    ([], {}, "non-empty"),
-    ("hello", {}, "non-empty"),
-    (["hello"], {}, "unknown role None"),
-    ([{"role": "robot", "content": "x"}], {}, "message 0: unknown role 'robot'"),
-    ([{"role": ["user"], "content": "x"}], {}, "unknown role"),
-    ([{"role": "user"}], {}, "content must be"),
-    ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "content must be"),
-    ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], {}, "tool call is"),
-    ([{"role": "assistant", "tool_calls": [CALL]}], {}, "chatml has no tool calls"),
-    (say("a"), {"tools": [{"function": {}}]}, "chatml has no tools"),
-    (say("a"), {"tools": [{}]}, "tools must be"),
-    (say("a"), {"format": "vicuna"}, "unknown chat format 'vicuna'; there are chatml"),
-    (say("a", "b")[1:], {"format": "llama2"}, "take turns"),
-    (say("a") * 2, {"format": "mistral"}, "take turns"),
-    (say("a") + [{"role": "tool", "content": "1"}], {"format": "zephyr"}, "no tool role"),
-    (say("a") + [{"role": "assistant", "tool_calls": [CALL, CALL]}], {"format": "llama3.1"}, "one tool call"),
-    (say("a") + [{"role": "tool", "content": "1"}], {"format": "mistral"}, "9 characters"),
-])
+@pytest.mark.parametrize(
+    ("messages", "options", "reason"),
+    [
+        ([], {}, "non-empty"),
+        ("hello", {}, "non-empty"),
+        (["hello"], {}, "unknown role None"),
+        ([{"role": "robot", "content": "x"}], {}, "message 0: unknown role 'robot'"),
+        ([{"role": ["user"], "content": "x"}], {}, "unknown role"),
+        ([{"role": "user"}], {}, "content must be"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "content must be"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            {},
+            "tool call is",
+        ),
+        ([{"role": "assistant", "tool_calls": [CALL]}], {}, "chatml has no tool calls"),
+        (say("a"), {"tools": [{"function": {}}]}, "chatml has no tools"),
+        (say("a"), {"tools": [{}]}, "tools must be"),
+        (say("a"), {"format": "vicuna"}, "unknown chat format 'vicuna'; there are chatml"),
+        (say("a", "b")[1:], {"format": "llama2"}, "take turns"),
+        (say("a") * 2, {"format": "mistral"}, "take turns"),
+        (say("a") + [{"role": "tool", "content": "1"}], {"format": "zephyr"}, "no tool role"),
+        (
+            say("a") + [{"role": "assistant", "tool_calls": [CALL, CALL]}],
+            {"format": "llama3.1"},
+            "one tool call",
+        ),
+        (say("a") + [{"role": "tool", "content": "1"}], {"format": "mistral"}, "9 characters"),
+    ],
+)
 def test_what_a_format_cannot_say_is_one_clear_line(messages, options, reason):
     with pytest.raises(UserError, match=reason):
         chat.render(Tok(), messages, **options)
 
 
 def test_a_tokenizer_without_the_markers_is_refused_by_name():
-    with pytest.raises(UserError, match=r"chatml needs the special token <\|im_start\|>, <\|im_end\|>"):
+    with pytest.raises(
+        UserError, match=r"chatml needs the special token <\|im_start\|>, <\|im_end\|>"
+    ):
         chat.render(Tok(markers=["<EOS>"]), say("a"))
     with pytest.raises(UserError, match="alpaca needs the special token EOS"):
         chat.render(Tok(markers=[]), say("a"), format="alpaca")
 
 
 KEYS = ["role", "content", "tool_calls", "function", "name", "arguments", "text", "id"]
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(chat.ROLES),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(KEYS), x), max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(chat.ROLES),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(KEYS), x),
+    max_leaves=12,
+)
 
 
 @settings(deadline=None, max_examples=200)
-@given(JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(chat.ROLES)}, optional={
-    "content": st.text(max_size=3), "tool_calls": JSON, "tool_call_id": JSON})), JSON,
-    st.sampled_from(sorted(chat.FORMATS)))
+@given(
+    JSON
+    | st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(chat.ROLES)},
+            optional={"content": st.text(max_size=3), "tool_calls": JSON, "tool_call_id": JSON},
+        )
+    ),
+    JSON,
+    st.sampled_from(sorted(chat.FORMATS)),
+)
 def test_any_json_is_rendered_or_refused_never_a_crash(messages, tools, name):
     for template in (None, "{{ messages[0].content }}"):
         try:
-            ids, mask = chat.render(Tok(template), messages, tools=tools, format=None if template else name)
+            ids, mask = chat.render(
+                Tok(template), messages, tools=tools, format=None if template else name
+            )
             assert len(ids) == len(mask)
         except UserError:
             pass
@@ -273,28 +357,54 @@ def test_any_json_is_rendered_or_refused_never_a_crash(messages, tools, name):
 
 def test_content_may_be_text_parts_and_arguments_a_string():
     tok = Tok()
-    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ]
     assert chat.render(tok, parts, True) == chat.render(tok, say("ab"), True)
     called = say("q") + [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
     ids, mask = chat.render(tok, called, format="qwen")
-    assert supervised(tok, ids, mask) == ['<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>']
+    assert supervised(tok, ids, mask) == [
+        '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>'
+    ]
 
 
 def test_training_counts_what_it_cannot_use():
     tok, skipped = Tok(), Counter()
-    talks = [say("q", "a"), say("q", "a", "q"), say("q", " "), [{"role": "bot", "content": ""}],
-             say("q", "a", system="s"), say("q", "a", "and?"), say("", "a"), [{"role": "system", "content": "s"}]]
+    talks = [
+        say("q", "a"),
+        say("q", "a", "q"),
+        say("q", " "),
+        [{"role": "bot", "content": ""}],
+        say("q", "a", system="s"),
+        say("q", "a", "and?"),
+        say("", "a"),
+        [{"role": "system", "content": "s"}],
+    ]
     pairs = list(chat.examples(tok, (({}, talk, None) for talk in talks), skipped))
     assert pairs == [chat.render(tok, talks[0]), chat.render(tok, talks[4])]
     assert skipped["ends with a user turn"] == 2
-    assert skipped["empty assistant turn"] == skipped["empty user turn"] == skipped["no assistant turn"] == 1
+    assert (
+        skipped["empty assistant turn"]
+        == skipped["empty user turn"]
+        == skipped["no assistant turn"]
+        == 1
+    )
     assert skipped.total() == 6
 
 
 def test_training_strictly_stops_at_the_first():
     with pytest.raises(UserError, match="conversation 2: ends with a user turn"):
-        list(chat.examples(Tok(), [({}, say("q", "a"), None), ({}, say("q", "a", "q"), None)], Counter(), strict=True))
-    with pytest.raises(UserError, match="none of 2 conversations can be trained on: 2 x no assistant turn"):
+        list(
+            chat.examples(
+                Tok(),
+                [({}, say("q", "a"), None), ({}, say("q", "a", "q"), None)],
+                Counter(),
+                strict=True,
+            )
+        )
+    with pytest.raises(
+        UserError, match="none of 2 conversations can be trained on: 2 x no assistant turn"
+    ):
         list(chat.examples(Tok(), [({}, say("q"), None)] * 2, Counter()))
 
 
@@ -307,17 +417,32 @@ def test_training_refuses_a_format_that_loses_the_system_prompt():
 def test_files_of_all_layouts_are_read(tmp_path):
     def read():
         return [(messages, tools) for _, messages, tools in chat.read_records(tmp_path / "f")]
+
     want = [(say("q", "a"), None)]
-    for record in ({"messages": say("q", "a")}, {"instruction": "q", "input": "", "output": "a"},
-                   {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-                   {"prompt": "q", "completion": "a"}, {"prompt": "q", "response": "a", "id": 7},
-                   {"prompt": say("q"), "completion": say("q", "a")[1:]}):
+    for record in (
+        {"messages": say("q", "a")},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "response": "a", "id": 7},
+        {"prompt": say("q"), "completion": say("q", "a")[1:]},
+    ):
         for text in (json.dumps([record]), json.dumps(record) + "\n\n"):
             (tmp_path / "f").write_text(text)
             assert read() == want
-    (tmp_path / "f").write_text(json.dumps({"system": "s", "instruction": "q", "input": "i", "output": "a"}))
+    (tmp_path / "f").write_text(
+        json.dumps({"system": "s", "instruction": "q", "input": "i", "output": "a"})
+    )
     assert read() == [(say("q\n\n### Input:\ni", "a", system="s"), None)]
-    for bad in (b"\xff\xfe", b"{", b'{"messages": []}\n[1]', b'{"text": "x"}', b'["x"]', b"[[[[", b"[" * 200_000):
+    for bad in (
+        b"\xff\xfe",
+        b"{",
+        b'{"messages": []}\n[1]',
+        b'{"text": "x"}',
+        b'["x"]',
+        b"[[[[",
+        b"[" * 200_000,
+    ):
         (tmp_path / "f").write_bytes(bad)
         with pytest.raises(UserError, match="record"):
             read()
@@ -330,23 +455,58 @@ def test_a_file_of_no_known_layout_names_its_keys_and_the_layouts(tmp_path):
         list(chat.read_records(tmp_path / "f"))
 
 
-def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(tmp_path, capsys, monkeypatch):
-    records = [{"instruction": f"question {i % 500}", "output": f"answer {i}", "family": "f", "extra": 1} for i in range(1000)]
+def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(
+    tmp_path, capsys, monkeypatch
+):
+    records = [
+        {"instruction": f"question {i % 500}", "output": f"answer {i}", "family": "f", "extra": 1}
+        for i in range(1000)
+    ]
     (tmp_path / "f.json").write_text(json.dumps(records))
+
     def convert(n, split="85/5/10"):
         (tmp_path / "f.json").write_text(json.dumps(records[:n]))
-        monkeypatch.setattr(sys, "argv", ["chat.py", "convert", str(tmp_path / "f.json"), "--out", str(tmp_path), "--split", split])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "chat.py",
+                "convert",
+                str(tmp_path / "f.json"),
+                "--out",
+                str(tmp_path),
+                "--split",
+                split,
+            ],
+        )
         chat.main()
-        return {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-                for name in ("train", "val", "test")}
+        return {
+            name: [
+                json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+            ]
+            for name in ("train", "val", "test")
+        }
+
     made = convert(1000)
     assert "conversations" in capsys.readouterr().out
-    assert sorted(row["messages"][1]["content"] for rows in made.values() for row in rows) == sorted(r["output"] for r in records)
+    assert sorted(
+        row["messages"][1]["content"] for rows in made.values() for row in rows
+    ) == sorted(r["output"] for r in records)
     assert all(row.keys() == {"messages", "family"} for rows in made.values() for row in rows)
     asked = {name: {row["messages"][0]["content"] for row in rows} for name, rows in made.items()}
-    assert not asked["train"] & asked["val"] and not asked["train"] & asked["test"] and not asked["val"] & asked["test"]
-    assert 800 < len(made["train"]) < 900 and 25 < len(made["val"]) < 80 and 65 < len(made["test"]) < 140
-    assert convert(500)["test"] == [row for row in made["test"] if int(row["messages"][1]["content"].split()[1]) < 500]
+    assert (
+        not asked["train"] & asked["val"]
+        and not asked["train"] & asked["test"]
+        and not asked["val"] & asked["test"]
+    )
+    assert (
+        800 < len(made["train"]) < 900
+        and 25 < len(made["val"]) < 80
+        and 65 < len(made["test"]) < 140
+    )
+    assert convert(500)["test"] == [
+        row for row in made["test"] if int(row["messages"][1]["content"].split()[1]) < 500
+    ]
     for bad in ("85/15", "a/b/c", "0/0/0", "90/-5/15"):
         with pytest.raises(UserError, match="--split"):
             convert(1, bad)
@@ -355,20 +515,26 @@ def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(tmp_pat
 def test_painted_text_marks_the_loss_and_cannot_steer_the_terminal():
     tok = Tok()
     assert chat.paint(tok, *chat.render(tok, say("q\x1b[2J", "a\nb")), color=False) == (
-        "<|im_start|>user\nq\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«a\nb<|im_end|>»\n")
+        "<|im_start|>user\nq\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«a\nb<|im_end|>»\n"
+    )
 
 
 def test_show_prints_the_conversation_and_the_share_supervised(tmp_path):
     from tokenizer import Tokenizer
+
     Tokenizer.train(["user assistant hello there"], 300).save(tmp_path)
     talks = say("hello", "there"), say("x")
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    (tmp_path / "talk.jsonl").write_text(
+        "".join(json.dumps({"messages": talk}) + "\n" for talk in talks)
+    )
     command = [sys.executable, "chat.py", "show", tmp_path / "talk.jsonl", "--tokenizer", tmp_path]
     plain = {**os.environ, "NO_COLOR": "1"}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=plain, check=True)
     assert "<|im_start|>assistant\n«there<|im_end|>»\n" in run.stdout
     assert "1 conversations" in run.stdout
     assert "skipped 1: no assistant turn" in run.stdout
-    run = subprocess.run([*command, "--strict"], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [*command, "--strict"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "conversation 2: no assistant turn" in run.stderr

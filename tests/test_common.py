@@ -1,4 +1,5 @@
 """common.py and runtime.py: flags, choices, files that survive a crash, random number state."""
+
 import dataclasses
 import os
 import random
@@ -19,14 +20,17 @@ from common import UserError
 
 @dataclasses.dataclass
 class Flags:
-    preset: str = "small"    # which preset
-    layers: int = 4          # how many blocks, 100% of them
-    rate: float = 0.1        # a number
-    fast: bool = False       # a switch
+    preset: str = "small"  # which preset
+    layers: int = 4  # how many blocks, 100% of them
+    rate: float = 0.1  # a number
+    fast: bool = False  # a switch
 
 
 def test_only_what_was_typed_is_returned():
-    assert common.parse_flags(Flags, "doc", ["--layers", "6", "--fast"]) == {"layers": 6, "fast": True}
+    assert common.parse_flags(Flags, "doc", ["--layers", "6", "--fast"]) == {
+        "layers": 6,
+        "fast": True,
+    }
 
 
 def test_presets_sit_between_defaults_and_what_was_typed():
@@ -55,7 +59,9 @@ def test_choices_are_printed_with_their_reasons(capsys):
     assert capsys.readouterr().out.count("asked for") == 3
 
 
-@pytest.mark.parametrize("choice", [("cuda:99",), ("quantum",), ("cpu", "int3"), ("cpu", "auto", "maybe")])
+@pytest.mark.parametrize(
+    "choice", [("cuda:99",), ("quantum",), ("cpu", "int3"), ("cpu", "auto", "maybe")]
+)
 def test_impossible_choices_are_refused(choice):
     if choice[0] == "cuda:99" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -69,6 +75,7 @@ def test_a_failing_compiler_is_named_and_eager_mode_stays(capsys):
     def broken(compiled):
         torch.rand(3)
         raise RuntimeError("no C++ compiler\nlong story")
+
     before = torch.get_rng_state()
     assert runtime.compile_or_say_why(len, chosen, broken) is len
     assert "continuing without: no C++ compiler" in capsys.readouterr().out
@@ -77,7 +84,14 @@ def test_a_failing_compiler_is_named_and_eager_mode_stays(capsys):
 
 def test_all_random_number_generators_come_back():
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            torch.rand(1).item(),
+        )
+
     draw()
     state = runtime.rng_state()
     expected = draw()
@@ -93,6 +107,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     def fail(temporary):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError):
         common.write_atomic(path, fail)
     assert common.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
@@ -104,13 +119,25 @@ def save(out, step, value, fail=False):
         if fail:
             raise OSError(28, "No space left on device")
         common.write_json(folder / "config.json", {"value": value})
-    runtime.save_checkpoint(out, step, save_model, {"m": torch.zeros(2)}, runtime.all_rng_states(), {"note": value}, keep=2)
+
+    runtime.save_checkpoint(
+        out,
+        step,
+        save_model,
+        {"m": torch.zeros(2)},
+        runtime.all_rng_states(),
+        {"note": value},
+        keep=2,
+    )
 
 
 def test_checkpoints_replace_each_other_and_the_last_k_stay(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, float(step))
-    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == ["step-00000002", "step-00000003"]
+    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == [
+        "step-00000002",
+        "step-00000003",
+    ]
     assert runtime.read_tensors(tmp_path / "model.safetensors")["w"][0] == 3
     assert common.read_json(tmp_path / "config.json") == {"value": 3.0}
     assert runtime.latest_checkpoint(tmp_path).name == "step-00000003"
@@ -122,7 +149,10 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
         save(tmp_path, 2, 2.0, fail=True)
     assert os.listdir(tmp_path / "state") == ["step-00000001"]
     assert runtime.read_tensors(tmp_path / "model.safetensors")["w"][0] == 1
-    assert common.read_json(runtime.latest_checkpoint(tmp_path) / "state.json") == {"step": 1, "note": 1.0}
+    assert common.read_json(runtime.latest_checkpoint(tmp_path) / "state.json") == {
+        "step": 1,
+        "note": 1.0,
+    }
 
 
 def test_a_truly_full_disk_is_one_line(tmp_path):
@@ -132,10 +162,12 @@ def test_a_truly_full_disk_is_one_line(tmp_path):
         import common, runtime
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        common.cli(lambda: runtime.write_tensors({str(tmp_path / 'w.safetensors')!r}, {{"w": torch.zeros(10000)}}))
+        common.cli(lambda: runtime.write_tensors({str(tmp_path / "w.safetensors")!r}, {{"w": torch.zeros(10000)}}))
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    ), done.stderr
     assert os.listdir(tmp_path) == []
 
 
@@ -163,6 +195,7 @@ def test_the_first_signal_is_noted_an_echo_ignored_a_later_one_obeyed():
 
 def test_a_saved_model_can_be_read_by_whom_the_umask_lets(tmp_path):
     from model import Config, Transformer
+
     before = os.umask(0o022)
     try:
         Transformer(Config("llama", 16, 16, 16, 1, 1, 1, 16, 8)).save_pretrained(tmp_path)

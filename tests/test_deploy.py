@@ -1,4 +1,5 @@
 """Dockerfile, compose.yaml and deploy/: what can be checked without an engine. `make docker-test` builds and runs the image."""
+
 import contextlib
 import fnmatch
 import json
@@ -56,7 +57,9 @@ def free_port():
 def process(*command, log, **more):
     """A process whose words go to a file; ended as one ends a server."""
     with open(log, "w") as words:
-        p = subprocess.Popen(list(map(str, command)), stdout=words, stderr=subprocess.STDOUT, **more)
+        p = subprocess.Popen(
+            list(map(str, command)), stdout=words, stderr=subprocess.STDOUT, **more
+        )
     try:
         yield p
     finally:
@@ -71,56 +74,92 @@ def process(*command, log, **more):
 # ------------------------------------------------------------------------------------------------------------------- the image
 def sent_to_the_build():
     """Files of the repository that .dockerignore lets through: the last pattern that matches decides."""
-    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    rules = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
 
     def sent(path):
         kept = True
         for rule in rules:
-            if fnmatch.fnmatch(path.split("/")[0] if rule == "*" else path, rule.lstrip("!")) and ("/" not in path or rule == "*"):
+            if fnmatch.fnmatch(path.split("/")[0] if rule == "*" else path, rule.lstrip("!")) and (
+                "/" not in path or rule == "*"
+            ):
                 kept = rule.startswith("!")
         return kept
+
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
-    return sorted(filter(sent, tracked.stdout.split())) if tracked.returncode == 0 else pytest.skip("not a git checkout")
+    return (
+        sorted(filter(sent, tracked.stdout.split()))
+        if tracked.returncode == 0
+        else pytest.skip("not a git checkout")
+    )
 
 
 def test_the_image_gets_every_program_and_nothing_else():
     sent = sent_to_the_build()
-    assert {p.name for p in ROOT.glob("*.py")} | {"ui.html", "report.css", "requirements.txt"} <= set(sent)
-    assert all("/" not in path and path.endswith((".py", ".cpp", ".html", ".css")) or path == "requirements.txt" for path in sent)
+    assert {p.name for p in ROOT.glob("*.py")} | {
+        "ui.html",
+        "report.css",
+        "requirements.txt",
+    } <= set(sent)
+    assert all(
+        "/" not in path
+        and path.endswith((".py", ".cpp", ".html", ".css"))
+        or path == "requirements.txt"
+        for path in sent
+    )
 
 
 def test_stages_that_are_named_exist_and_cpu_is_the_default():
     stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.M)
     assert stages[-1] == "cpu" and set(re.findall(r"--from=(\S+)", DOCKERFILE)) <= set(stages)
-    assert {service["build"]["target"] for service in compose().values() if "build" in service} <= set(stages)
+    assert {
+        service["build"]["target"] for service in compose().values() if "build" in service
+    } <= set(stages)
 
 
 def test_the_cpu_image_has_no_tools_and_no_user_root():
     stages = dict(re.findall(r"^FROM \S+ AS (\S+)$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S))
     for stage in ("image", "cuda"):  # cpu is image and two copies
         assert re.findall(r"^USER (\S+)$", stages[stage], re.M)[-1] == "1000:1000"
-    assert not re.search("apt-get|pip|USER|RUN", stages["cpu"]) and not re.search("apt-get|pip", stages["image"])
+    assert not re.search("apt-get|pip|USER|RUN", stages["cpu"]) and not re.search(
+        "apt-get|pip", stages["image"]
+    )
     assert "http" not in instruction("CMD") and json.loads(instruction("ENTRYPOINT")) == ["python"]
 
 
 def test_secrets_of_pip_are_mounted_and_never_copied():
-    installs = [line for line in DOCKERFILE.splitlines() if line.startswith("RUN") and "pip install" in line]
-    assert len(installs) == 2 and all("--mount=type=secret,id=pip.conf" in line for line in installs)
+    installs = [
+        line for line in DOCKERFILE.splitlines() if line.startswith("RUN") and "pip install" in line
+    ]
+    assert len(installs) == 2 and all(
+        "--mount=type=secret,id=pip.conf" in line for line in installs
+    )
     assert not re.search(r"^(COPY|ADD) .*pip\.conf", DOCKERFILE, re.M)
 
 
 # ------------------------------------------------------------------------------------------------------- what compose starts
 def test_our_services_are_confined():
     for name, service in compose().items():
-        assert service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"], name
+        assert (
+            service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"]
+        ), name
         if name in (*OURS, "nginx"):
-            assert service["read_only"] and service["tmpfs"] == ["/tmp"] and int(service["user"].split(":")[0]), name
+            assert (
+                service["read_only"]
+                and service["tmpfs"] == ["/tmp"]
+                and int(service["user"].split(":")[0])
+            ), name
         assert name in OURS or re.search(r":v?\d+\.\d+", service["image"]), f"{name}: no version"
 
 
 def test_ports_are_open_to_this_machine_only_unless_asked():
     ports = [port for service in compose().values() for port in service.get("ports", [])]
-    assert len(ports) == 5 and len({p.split(":")[1] for p in ports}) == 5  # no two services want the same
+    assert (
+        len(ports) == 5 and len({p.split(":")[1] for p in ports}) == 5
+    )  # no two services want the same
     assert all(port.startswith("127.0.0.1:") for port in ports)
     assert compose(BIND="0.0.0.0")["serve"]["ports"] == ["0.0.0.0:8000:8000"]
     assert compose(BIND="0.0.0.0")["prometheus"]["ports"] == ["127.0.0.1:9090:9090"]
@@ -129,9 +168,16 @@ def test_ports_are_open_to_this_machine_only_unless_asked():
 def test_only_serve_starts_without_a_profile():
     services = compose()
     assert [name for name, service in services.items() if "profiles" not in service] == ["serve"]
-    assert {p for service in services.values() for p in service.get("profiles", [])} == {"gpu", "scale", "monitoring", "train"}
+    assert {p for service in services.values() for p in service.get("profiles", [])} == {
+        "gpu",
+        "scale",
+        "monitoring",
+        "train",
+    }
     assert services["replica"]["deploy"] == {"replicas": 2} and "ports" not in services["replica"]
-    assert services["gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert services["gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == [
+        "gpu"
+    ]
 
 
 def test_what_is_mounted_exists_and_models_are_read_only():
@@ -154,11 +200,15 @@ def served(tmp_path_factory):
     here = {"/model": str(folder), "8000": port, "0.0.0.0": "127.0.0.1"}
     command = [here.get(word, word) for word in compose()["serve"]["command"]]
     log = folder / "log"
-    with process(*json.loads(instruction("ENTRYPOINT")), *command, log=log, cwd=ROOT, env=environment()) as p:
+    with process(
+        *json.loads(instruction("ENTRYPOINT")), *command, log=log, cwd=ROOT, env=environment()
+    ) as p:
         until(lambda: "\nready" in log.read_text() or p.poll() is not None, 60)
         assert p.poll() is None, log.read_text()
         yield SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}")
-    assert p.returncode in (0, -signal.SIGTERM), log.read_text()  # Compose ends it with SIGTERM, and uvicorn passes that on
+    assert p.returncode in (0, -signal.SIGTERM), (
+        log.read_text()
+    )  # Compose ends it with SIGTERM, and uvicorn passes that on
 
 
 def environment():
@@ -179,12 +229,16 @@ def test_replica_and_gpu_run_the_command_of_serve():
     services = compose()
     assert services["replica"]["command"] == services["serve"]["command"]
     assert services["gpu"]["command"] == [*services["serve"]["command"], "--device", "cuda"]
-    assert json.loads(instruction("CMD")) == services["serve"]["command"][:-2]  # less the model's name
+    assert (
+        json.loads(instruction("CMD")) == services["serve"]["command"][:-2]
+    )  # less the model's name
 
 
 def health(port):
     command = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
-    return subprocess.run([word.replace("8000", port) for word in command], env=environment(), capture_output=True).returncode
+    return subprocess.run(
+        [word.replace("8000", port) for word in command], env=environment(), capture_output=True
+    ).returncode
 
 
 def test_the_health_check_tells_a_server_from_none(served):
@@ -197,9 +251,25 @@ def test_the_health_check_tells_a_server_from_none(served):
 
 def test_the_command_of_train_trains(tmp_path, monkeypatch):
     script, *flags = compose()["train"]["command"]
-    assert script == "train.py" and compose(PRESET="125m")["train"]["command"][1:] == ["--preset", "125m"]
+    assert script == "train.py" and compose(PRESET="125m")["train"]["command"][1:] == [
+        "--preset",
+        "125m",
+    ]
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    smaller = ["--data", tmp_path / "text.txt", "--steps", 1, "--layers", 1, "--dim", 32, "--out", tmp_path / "out", "--sample", 0]
+    smaller = [
+        "--data",
+        tmp_path / "text.txt",
+        "--steps",
+        1,
+        "--layers",
+        1,
+        "--dim",
+        32,
+        "--out",
+        tmp_path / "out",
+        "--sample",
+        0,
+    ]
     monkeypatch.setattr(sys, "argv", [script, *map(str, [*flags, *smaller])])
     train.main()
     assert (tmp_path / "out/model.safetensors").is_file()
@@ -219,10 +289,19 @@ def test_every_metric_that_is_drawn_or_watched_is_one_the_server_has(served):
     """And every metric that the server has is drawn."""
     text = httpx.get(served.url + "/metrics").text
     samples = set(re.findall(r"^(llm:\w+)(?:\{| )", text, re.M))
-    drawn, watched = names_in(" ".join(QUERIES)), names_in(" ".join(rule["expr"] for rule in ALERTS))
+    drawn, watched = (
+        names_in(" ".join(QUERIES)),
+        names_in(" ".join(rule["expr"] for rule in ALERTS)),
+    )
     assert drawn | watched <= samples
-    families = {name for name in re.findall(r"^# TYPE (llm:\w+) ", text, re.M) if not name.endswith("_created")}
-    assert len(families) > 10 and all(any(name.startswith(family) for name in drawn) for family in families)
+    families = {
+        name
+        for name in re.findall(r"^# TYPE (llm:\w+) ", text, re.M)
+        if not name.endswith("_created")
+    }
+    assert len(families) > 10 and all(
+        any(name.startswith(family) for name in drawn) for family in families
+    )
     for label in ("status", "finished_reason", "le"):
         assert f'{label}="' in text
 
@@ -234,7 +313,10 @@ def test_prometheus_asks_the_services_of_compose_on_their_port():
     assert config["scrape_configs"][0]["job_name"] == "llm"
     assert set(re.findall(r'job="(\w+)"', str(ALERTS) + str(QUERIES))) == {"llm"}
     mounted = {m["target"] for m in compose()["prometheus"]["volumes"]}
-    assert {"/etc/prometheus/prometheus.yml", *(f"/etc/prometheus/{name}" for name in config["rule_files"])} <= mounted
+    assert {
+        "/etc/prometheus/prometheus.yml",
+        *(f"/etc/prometheus/{name}" for name in config["rule_files"]),
+    } <= mounted
 
 
 def test_grafana_finds_its_source_and_its_dashboard():
@@ -249,34 +331,68 @@ def test_grafana_finds_its_source_and_its_dashboard():
 
 def test_panels_have_their_own_number_and_place():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
-    taken = [(x, y) for panel in DASHBOARD["panels"] for at in [panel["gridPos"]]
-             for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])]
+    taken = [
+        (x, y)
+        for panel in DASHBOARD["panels"]
+        for at in [panel["gridPos"]]
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
     assert len(set(taken)) == len(taken) and max(x for x, _ in taken) < 24
 
 
-promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: apt-get install prometheus")
+promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="needs promtool: apt-get install prometheus"
+)
 CASES = {  # alert: series over the first minutes at 1 m steps, and the minute by which it fires
     "LLMDown": ({'up{job="llm", instance="a"}': "1 0x20"}, 5),
     "LLMNowhere": ({}, 5),
-    "LLMStalled": ({'llm:num_requests_running{instance="a"}': "1x20", 'llm:generation_tokens_total{instance="a"}': "7x20",
-                    'llm:prompt_tokens_total{instance="a"}': "9x20"}, 8),
-    "LLMErrors": ({'llm:http_requests_total{instance="a", status="500"}': "0+2x30", 'llm:http_requests_total{instance="a", '
-                   'status="200"}': "0+60x30", 'llm:e2e_request_latency_seconds_count{instance="a"}': "0+50x30"}, 15),
+    "LLMStalled": (
+        {
+            'llm:num_requests_running{instance="a"}': "1x20",
+            'llm:generation_tokens_total{instance="a"}': "7x20",
+            'llm:prompt_tokens_total{instance="a"}': "9x20",
+        },
+        8,
+    ),
+    "LLMErrors": (
+        {
+            'llm:http_requests_total{instance="a", status="500"}': "0+2x30",
+            'llm:http_requests_total{instance="a", status="200"}': "0+60x30",
+            'llm:e2e_request_latency_seconds_count{instance="a"}': "0+50x30",
+        },
+        15,
+    ),
     "LLMRefuses": ({'llm:http_requests_total{instance="a", status="429"}': "0+60x30"}, 15),
-    "LLMQueueSlow": ({'llm:request_queue_time_seconds_bucket{instance="a", le="5"}': "0+1x30",
-                      'llm:request_queue_time_seconds_bucket{instance="a", le="10"}': "0+10x30",
-                      'llm:request_queue_time_seconds_bucket{instance="a", le="+Inf"}': "0+10x30"}, 15),
-    "LLMFirstTokenSlow": ({'llm:time_to_first_token_seconds_bucket{instance="a", le="10"}': "0+1x30",
-                           'llm:time_to_first_token_seconds_bucket{instance="a", le="30"}': "0+10x30",
-                           'llm:time_to_first_token_seconds_bucket{instance="a", le="+Inf"}': "0+10x30"}, 15),
+    "LLMQueueSlow": (
+        {
+            'llm:request_queue_time_seconds_bucket{instance="a", le="5"}': "0+1x30",
+            'llm:request_queue_time_seconds_bucket{instance="a", le="10"}': "0+10x30",
+            'llm:request_queue_time_seconds_bucket{instance="a", le="+Inf"}': "0+10x30",
+        },
+        15,
+    ),
+    "LLMFirstTokenSlow": (
+        {
+            'llm:time_to_first_token_seconds_bucket{instance="a", le="10"}': "0+1x30",
+            'llm:time_to_first_token_seconds_bucket{instance="a", le="30"}': "0+10x30",
+            'llm:time_to_first_token_seconds_bucket{instance="a", le="+Inf"}': "0+10x30",
+        },
+        15,
+    ),
     "LLMPreempts": ({'llm:num_preemptions_total{instance="a"}': "0+60x30"}, 25),
 }
-QUIET = {'up{job="llm", instance="a"}': "1x30", 'llm:num_requests_running{instance="a"}': "2x30",
-         'llm:generation_tokens_total{instance="a"}': "0+100x30", 'llm:prompt_tokens_total{instance="a"}': "0+100x30",
-         'llm:http_requests_total{instance="a", status="200"}': "0+60x30", 'llm:num_preemptions_total{instance="a"}': "0x30",
-         'llm:e2e_request_latency_seconds_count{instance="a"}': "0+50x30",
-         'llm:time_to_first_token_seconds_bucket{instance="a", le="10"}': "0+10x30",
-         'llm:time_to_first_token_seconds_bucket{instance="a", le="+Inf"}': "0+10x30"}
+QUIET = {
+    'up{job="llm", instance="a"}': "1x30",
+    'llm:num_requests_running{instance="a"}': "2x30",
+    'llm:generation_tokens_total{instance="a"}': "0+100x30",
+    'llm:prompt_tokens_total{instance="a"}': "0+100x30",
+    'llm:http_requests_total{instance="a", status="200"}': "0+60x30",
+    'llm:num_preemptions_total{instance="a"}': "0x30",
+    'llm:e2e_request_latency_seconds_count{instance="a"}': "0+50x30",
+    'llm:time_to_first_token_seconds_bucket{instance="a", le="10"}': "0+10x30",
+    'llm:time_to_first_token_seconds_bucket{instance="a", le="+Inf"}': "0+10x30",
+}
 
 
 @promtool
@@ -284,44 +400,74 @@ def test_each_alert_fires_for_its_trouble_and_none_without(tmp_path):
     assert set(CASES) == {rule["alert"] for rule in ALERTS}
 
     def case(series, minute, fires):
-        asked = [{"expr": f'count by (alertname) (ALERTS{{alertname="{alert}", alertstate="firing"}})', "eval_time": f"{minute}m",
-                  "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1}] if alert == fires else []}
-                 for alert in ([fires] if fires else CASES)]
+        asked = [
+            {
+                "expr": f'count by (alertname) (ALERTS{{alertname="{alert}", alertstate="firing"}})',
+                "eval_time": f"{minute}m",
+                "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1}]
+                if alert == fires
+                else [],
+            }
+            for alert in ([fires] if fires else CASES)
+        ]
         given = [{"series": name, "values": values} for name, values in series.items()]
         return {"interval": "1m", "input_series": given, "promql_expr_test": asked}
+
     tests = [case(*what, alert) for alert, what in CASES.items()] + [case(QUIET, 28, None)]
     rules = [str(ROOT / "deploy/alerts.yml")]
     (tmp_path / "test.yml").write_text(json.dumps({"rule_files": rules, "tests": tests}))
-    for check in (["check", "config", ROOT / "deploy/prometheus.yml"], ["test", "rules", tmp_path / "test.yml"]):
+    for check in (
+        ["check", "config", ROOT / "deploy/prometheus.yml"],
+        ["test", "rules", tmp_path / "test.yml"],
+    ):
         done = subprocess.run(["promtool", *map(str, check)], text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Prometheus: apt-get install prometheus")
+@pytest.mark.skipif(
+    not shutil.which("prometheus"), reason="needs Prometheus: apt-get install prometheus"
+)
 def test_prometheus_answers_every_query_of_the_dashboard(served, tmp_path):
     config = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "1s"}
     config["rule_files"] = [str(ROOT / "deploy/alerts.yml")]
-    config["scrape_configs"] = [{"job_name": "llm", "static_configs": [{"targets": [f"127.0.0.1:{served.port}"]}]}]
+    config["scrape_configs"] = [
+        {"job_name": "llm", "static_configs": [{"targets": [f"127.0.0.1:{served.port}"]}]}
+    ]
     (tmp_path / "prometheus.yml").write_text(json.dumps(config))
     address = f"127.0.0.1:{free_port()}"
-    with process("prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
-                 f"--web.listen-address={address}", log=tmp_path / "log"):
+    with process(
+        "prometheus",
+        f"--config.file={tmp_path}/prometheus.yml",
+        f"--storage.tsdb.path={tmp_path}/data",
+        f"--web.listen-address={address}",
+        log=tmp_path / "log",
+    ):
         with httpx.Client(base_url=f"http://{address}/api/v1", timeout=10) as client:
+
             def answer(query):
                 with contextlib.suppress(httpx.TransportError):
                     query = query.replace("$__rate_interval", "8s").replace("$instance", ".*")
                     said = client.get("/query", params={"query": query})
                     assert said.status_code in (200, 503), said.text  # 503 until it has started
                     return said.status_code == 200 and said.json()["data"]["result"]
+
             until(lambda: answer('up{job="llm"} == 1'))
             for _ in range(6):  # so that all that is counted moves between two scrapes
-                httpx.post(served.url + "/v1/completions", json={"prompt": "the quick", "max_tokens": 8}, timeout=60)
+                httpx.post(
+                    served.url + "/v1/completions",
+                    json={"prompt": "the quick", "max_tokens": 8},
+                    timeout=60,
+                )
                 httpx.get(served.url + "/nothing")
                 time.sleep(0.4)
-            until(lambda: all(answer(query) for query in QUERIES if '5..' not in query), 15)
-            assert not [rule for rule in client.get("/rules").json()["data"]["groups"][0]["rules"] if rule["health"] == "err"]
+            until(lambda: all(answer(query) for query in QUERIES if "5.." not in query), 15)
+            assert not [
+                rule
+                for rule in client.get("/rules").json()["data"]["groups"][0]["rules"]
+                if rule["health"] == "err"
+            ]
 
 
 # -------------------------------------------------------------------------------------------------------------- the balancer
@@ -330,8 +476,14 @@ def balanced(folder, *servers):
     """deploy/nginx.conf before these servers in place of Docker's names -> its URL."""
     port, text = free_port(), (ROOT / "deploy/nginx.conf").read_text()
     replica = re.search(r"server replica:8000 resolve (.*);", text)
-    text = text.replace(replica[0], "".join(f"server 127.0.0.1:{server.port} {replica[1]};" for server in servers))
-    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};").replace("/tmp/", f"{folder}/").replace("auto;", "1;")
+    text = text.replace(
+        replica[0], "".join(f"server 127.0.0.1:{server.port} {replica[1]};" for server in servers)
+    )
+    text = (
+        text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
+        .replace("/tmp/", f"{folder}/")
+        .replace("auto;", "1;")
+    )
     (folder / "nginx.conf").write_text(text)
     command = ["nginx", "-c", folder / "nginx.conf", "-p", folder, "-e", "stderr"]
     checked = subprocess.run([*map(str, command), "-t"], text=True, capture_output=True)
@@ -355,17 +507,24 @@ def folder(tmp_path):
     return tmp_path
 
 
-nginx = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx: apt-get install nginx-light")
+nginx = pytest.mark.skipif(
+    not shutil.which("nginx"), reason="needs nginx: apt-get install nginx-light"
+)
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 @nginx
 def test_tokens_pass_the_balancer_one_by_one(folder):
     with running(Stub("abcdefgh", delay=0.05)) as one, balanced(folder, one) as url:
-        with httpx.stream("POST", url + "/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+        with httpx.stream(
+            "POST", url + "/v1/chat/completions", json={**CHAT, "stream": True}
+        ) as answer:
             times = [time.monotonic() for piece in answer.iter_raw() if b'"content":"' in piece]
         assert len(times) > 4 and times[-1] - times[0] > 0.2
-        assert httpx.get(url + "/metrics").status_code == 404 and httpx.get(url + "/nginx").text == "alive\n"
+        assert (
+            httpx.get(url + "/metrics").status_code == 404
+            and httpx.get(url + "/nginx").text == "alive\n"
+        )
 
 
 @nginx
@@ -385,16 +544,28 @@ def test_requests_go_to_the_replica_that_works(folder):
             stopped = SimpleNamespace(port=one.port)
     with balanced(folder, stopped, SimpleNamespace(port=two.port)) as url:
         answer = httpx.post(url + "/v1/chat/completions", json=CHAT)
-        assert answer.status_code == 503 and answer.json()["error"]["message"] and answer.headers["retry-after"] == "5"
+        assert (
+            answer.status_code == 503
+            and answer.json()["error"]["message"]
+            and answer.headers["retry-after"] == "5"
+        )
     with running(Stub("abcd")) as three, balanced(folder, stopped, three) as url:
-        assert [httpx.post(url + "/v1/chat/completions", json=CHAT).status_code for _ in range(6)] == [200] * 6
+        assert [
+            httpx.post(url + "/v1/chat/completions", json=CHAT).status_code for _ in range(6)
+        ] == [200] * 6
 
 
 @nginx
 def test_a_caller_who_leaves_the_balancer_ends_its_request(folder):
     with running(Stub("abcdefgh" * 50, delay=0.02)) as one, balanced(folder, one) as url:
-        with httpx.stream("POST", url + "/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
-            next(piece for piece in answer.iter_raw() if b'"content":"' in piece and b'"content":""' not in piece)
+        with httpx.stream(
+            "POST", url + "/v1/chat/completions", json={**CHAT, "stream": True}
+        ) as answer:
+            next(
+                piece
+                for piece in answer.iter_raw()
+                if b'"content":"' in piece and b'"content":""' not in piece
+            )
         until(lambda: one.engine.cancelled and not one.engine.live)
 
 
@@ -403,4 +574,7 @@ def test_who_the_client_is_says_the_balancer_and_not_the_client(folder):
     with running(Stub(), rate_limit=100) as one, balanced(folder, one) as url:
         httpx.get(url + "/v1/models", headers={"X-Forwarded-For": "6.6.6.6"})
         assert list(one.service.windows) == ["127.0.0.1"]
-    assert compose()["replica"]["environment"]["FORWARDED_ALLOW_IPS"] == "*" and "ports" not in compose()["replica"]
+    assert (
+        compose()["replica"]["environment"]["FORWARDED_ALLOW_IPS"] == "*"
+        and "ports" not in compose()["replica"]
+    )

@@ -1,4 +1,5 @@
 """dpo.py: the losses by their papers' formulas, layouts and ids, prompts that are shared, the cache, resuming, ranks, bad input."""
+
 import contextlib
 import io
 import json
@@ -17,12 +18,12 @@ from test_chat import Tok
 
 import common
 import dpo
-from training import toybox
 from common import UserError
 from dpo import Args, Objective, Pairs, as_preference, encode, preference_loss
 from model import Config, Transformer, token_losses
 from runtime import Runtime, latest_checkpoint
 from tokenizer import Tokenizer
+from training import toybox
 
 CPU = Runtime(torch.device("cpu"), torch.float32, False)
 PROMPT, ANSWERS = [{"role": "user", "content": "Who?"}], ["Me.", "You."]
@@ -31,10 +32,14 @@ PROMPT, ANSWERS = [{"role": "user", "content": "Who?"}], ["Me.", "You."]
 # ------------------------------------------------------------------------------------------------------------------ the loss
 def by_the_papers(kind, pc, pr, rc, rr, beta, smooth, nc, nr, gamma, kl):
     """One pair, in plain arithmetic, as each paper writes it."""
+
     def sig(x):
         return 1 / (1 + math.exp(-x))
+
     if kind == "sigmoid":
-        p = sig(beta * (math.log(math.exp(pc) / math.exp(rc)) - math.log(math.exp(pr) / math.exp(rr))))
+        p = sig(
+            beta * (math.log(math.exp(pc) / math.exp(rc)) - math.log(math.exp(pr) / math.exp(rr)))
+        )
         return -(1 - smooth) * math.log(p) - smooth * math.log(1 - p)
     if kind == "ipo":
         return ((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2
@@ -46,24 +51,40 @@ def by_the_papers(kind, pc, pr, rc, rr, beta, smooth, nc, nr, gamma, kl):
     return 2 - sig(beta * (pc - rc - kl)) - sig(beta * (kl - (pr - rr)))
 
 
-@pytest.mark.parametrize("kind, smooth", [("sigmoid", 0), ("sigmoid", 0.2), ("ipo", 0), ("simpo", 0), ("orpo", 0), ("kto", 0)])
+@pytest.mark.parametrize(
+    "kind, smooth",
+    [("sigmoid", 0), ("sigmoid", 0.2), ("ipo", 0), ("simpo", 0), ("orpo", 0), ("kto", 0)],
+)
 def test_losses_are_those_of_the_papers(kind, smooth):
     numbers = [[-5.0, -2.5, -9.0], [-6.0, -7.5, -2.0], [-5.5, -4.0, -8.0], [-5.0, -6.0, -3.0]]
     tensors = [torch.tensor(n, dtype=torch.float64) for n in numbers]
     lengths = torch.tensor([[3.0, 5, 2], [4, 4, 7]], dtype=torch.float64)
-    losses, chosen, rejected = preference_loss(*tensors, 0.3, smooth, kind, lengths=lengths, gamma=0.7, kl=0.4)
-    expected = [by_the_papers(kind, *(n[i] for n in numbers), 0.3, smooth, *lengths[:, i].tolist(), 0.7, 0.4) for i in range(3)]
+    losses, chosen, rejected = preference_loss(
+        *tensors, 0.3, smooth, kind, lengths=lengths, gamma=0.7, kl=0.4
+    )
+    expected = [
+        by_the_papers(
+            kind, *(n[i] for n in numbers), 0.3, smooth, *lengths[:, i].tolist(), 0.7, 0.4
+        )
+        for i in range(3)
+    ]
     assert losses.tolist() == pytest.approx(expected, rel=1e-9)
     free = kind in ("simpo", "orpo")
-    assert chosen.tolist() == pytest.approx([0.3 * (numbers[0][i] / lengths[0, i].item() if free else numbers[0][i] - numbers[2][i])
-                                             for i in range(3)])
+    assert chosen.tolist() == pytest.approx(
+        [
+            0.3 * (numbers[0][i] / lengths[0, i].item() if free else numbers[0][i] - numbers[2][i])
+            for i in range(3)
+        ]
+    )
     assert rejected.shape == (3,) and not rejected.requires_grad
 
 
 def test_equal_policy_and_reference_cost_ln_2_and_large_margins_nothing():
     same = torch.tensor([-3.0, -30.0])
     losses, *rewards = preference_loss(same, same - 1, same, same - 1)
-    assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7) and all(r.abs().max() == 0 for r in rewards)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7) and all(
+        r.abs().max() == 0 for r in rewards
+    )
     assert preference_loss(same + 1e4, same, same, same)[0].tolist() == [0, 0]
     assert torch.isfinite(preference_loss(same - 1e4, same, same, same)[0]).all()
 
@@ -72,7 +93,9 @@ def test_an_unknown_loss_and_smoothing_where_it_means_nothing_are_refused():
     zeros = [torch.zeros(1)] * 4
     with pytest.raises(UserError, match="unknown loss 'dpo': use sigmoid, ipo, simpo, orpo, kto"):
         preference_loss(*zeros, loss_type="dpo")
-    with pytest.raises(UserError, match="label smoothing is defined for sigmoid and simpo, not for ipo"):
+    with pytest.raises(
+        UserError, match="label smoothing is defined for sigmoid and simpo, not for ipo"
+    ):
         preference_loss(*zeros, label_smoothing=0.1, loss_type="ipo")
 
 
@@ -82,53 +105,95 @@ TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "
 SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
 
 
-@pytest.mark.parametrize("record, prompt", [
-    (dict(prompt="Who?", chosen="Me.", rejected="You."), PROMPT),
-    (dict(prompt=PROMPT, chosen="Me.", rejected="You."), PROMPT),
-    (dict(prompt=PROMPT, chosen=SAID[0], rejected=SAID[1]), PROMPT),
-    (dict(prompt="Who?", chosen=TALK + SAID[0], rejected=TALK + SAID[1]), TALK),
-    (dict(chosen=TALK + SAID[0], rejected=TALK + SAID[1]), TALK),
-    (dict(conversations=[{"from": "human", "value": "Who?"}], chosen={"from": "gpt", "value": "Me."},
-          rejected={"from": "gpt", "value": "You."}), PROMPT),
-    (dict(system="Be brief.", prompt="Who?", chosen="Me.", rejected="You."),
-     [{"role": "system", "content": "Be brief."}, *PROMPT]),
-    (dict(instruction="Who?", input="", output="?", chosen="Me.", rejected="You."), PROMPT),
-    (dict(chosen=HH[0], rejected=HH[1]), TALK),
-    (dict(prompt=HH[0][:-4], chosen="Me.", rejected="You."), TALK)])
+@pytest.mark.parametrize(
+    "record, prompt",
+    [
+        (dict(prompt="Who?", chosen="Me.", rejected="You."), PROMPT),
+        (dict(prompt=PROMPT, chosen="Me.", rejected="You."), PROMPT),
+        (dict(prompt=PROMPT, chosen=SAID[0], rejected=SAID[1]), PROMPT),
+        (dict(prompt="Who?", chosen=TALK + SAID[0], rejected=TALK + SAID[1]), TALK),
+        (dict(chosen=TALK + SAID[0], rejected=TALK + SAID[1]), TALK),
+        (
+            dict(
+                conversations=[{"from": "human", "value": "Who?"}],
+                chosen={"from": "gpt", "value": "Me."},
+                rejected={"from": "gpt", "value": "You."},
+            ),
+            PROMPT,
+        ),
+        (
+            dict(system="Be brief.", prompt="Who?", chosen="Me.", rejected="You."),
+            [{"role": "system", "content": "Be brief."}, *PROMPT],
+        ),
+        (dict(instruction="Who?", input="", output="?", chosen="Me.", rejected="You."), PROMPT),
+        (dict(chosen=HH[0], rejected=HH[1]), TALK),
+        (dict(prompt=HH[0][:-4], chosen="Me.", rejected="You."), TALK),
+    ],
+)
 def test_every_layout_gives_the_same_prompt_and_answers(record, prompt):
     assert as_preference(record) == (prompt, ANSWERS, None)
 
 
 def test_single_answers_carry_their_label():
-    assert as_preference(dict(prompt="Who?", completion="Me.", label=False)) == (PROMPT, ["Me."], False)
+    assert as_preference(dict(prompt="Who?", completion="Me.", label=False)) == (
+        PROMPT,
+        ["Me."],
+        False,
+    )
 
 
-@pytest.mark.parametrize("record, message", [
-    (dict(question="Who?", best="Me."), "its keys are question, best; known layouts: {prompt, chosen, rejected}"),
-    (dict(prompt="Who?", completion="Me."), "its keys are prompt, completion"),
-    (["Who?"], "a list, not an object"),
-    (dict(chosen="Me.", rejected="You."), "there must be a prompt"),
-    (dict(prompt="Who?", completion="Me.", label="good"), "label is 'good'"),
-    (dict(chosen=TALK + SAID[0], rejected=PROMPT + SAID[1]), "differ before their last message"),
-    (dict(prompt="Who?", chosen=PROMPT, rejected=PROMPT), "answer of the assistant's")])
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (
+            dict(question="Who?", best="Me."),
+            "its keys are question, best; known layouts: {prompt, chosen, rejected}",
+        ),
+        (dict(prompt="Who?", completion="Me."), "its keys are prompt, completion"),
+        (["Who?"], "a list, not an object"),
+        (dict(chosen="Me.", rejected="You."), "there must be a prompt"),
+        (dict(prompt="Who?", completion="Me.", label="good"), "label is 'good'"),
+        (
+            dict(chosen=TALK + SAID[0], rejected=PROMPT + SAID[1]),
+            "differ before their last message",
+        ),
+        (dict(prompt="Who?", chosen=PROMPT, rejected=PROMPT), "answer of the assistant's"),
+    ],
+)
 def test_what_is_no_preference_is_named(record, message, tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps(dict(prompt="Who?", chosen="Me.", rejected="You.")) + "\n" + json.dumps(record) + "\n")
+    path.write_text(
+        json.dumps(dict(prompt="Who?", chosen="Me.", rejected="You."))
+        + "\n"
+        + json.dumps(record)
+        + "\n"
+    )
     with pytest.raises(UserError) as error:
         list(dpo.read_preferences(path))
-    assert message in str(error.value) and "record 2 " in str(error.value) and "\n" not in str(error.value)
+    assert (
+        message in str(error.value)
+        and "record 2 " in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Who?", "chosen": "Me.", "rejected": "You."}\n{"prompt":\n')
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "Who?", "chosen": "Me.", "rejected": "You."}\n{"prompt":\n'
+    )
     with pytest.raises(UserError, match="record 2 is not valid JSON"):
         list(dpo.read_preferences(tmp_path / "p.jsonl"))
 
 
 def test_the_real_pairs_are_read(data_dir):
     rows = list(dpo.read_preferences(data_dir / "instruct" / "preference-data.json"))
-    assert len(rows) == 1100 and rows[1][1] == ["He goes to the park every day.", "He goes to the stupid park every single day."]
-    assert rows[1][0][0]["content"].startswith("Edit the following sentence for grammar.\n\n### Input:\nHe go")
+    assert len(rows) == 1100 and rows[1][1] == [
+        "He goes to the park every day.",
+        "He goes to the stupid park every single day.",
+    ]
+    assert rows[1][0][0]["content"].startswith(
+        "Edit the following sentence for grammar.\n\n### Input:\nHe go"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- ids
@@ -158,10 +223,20 @@ def test_a_long_prompt_loses_its_beginning_and_an_answer_nothing():
 
 def test_what_cannot_be_used_is_skipped_and_counted(capsys):
     tok, fine = Tok(), (PROMPT, ANSWERS, None)
-    records = [fine, (PROMPT, ["Me."] * 2, None), (PROMPT, ["x" * 200, "y"], None), (PROMPT, ["\nMe.", "You."], None), fine]
+    records = [
+        fine,
+        (PROMPT, ["Me."] * 2, None),
+        (PROMPT, ["x" * 200, "y"], None),
+        (PROMPT, ["\nMe.", "You."], None),
+        fine,
+    ]
     assert len(dpo.usable(tok, records, 60)) == 2
     told = capsys.readouterr().out
-    for line in ("1: chosen and rejected are the same", "1: an answer alone fills", "1: the tokenizer joins the prompt's end"):
+    for line in (
+        "1: chosen and rejected are the same",
+        "1: an answer alone fills",
+        "1: the tokenizer joins the prompt's end",
+    ):
         assert "skipped  " + line in told
 
 
@@ -169,9 +244,25 @@ def test_what_cannot_be_used_is_skipped_and_counted(capsys):
 def tiny(kind="qwen3", window=None, seed=0):
     torch.manual_seed(seed)
     gpt2 = kind == "gpt2"
-    model = Transformer(Config(kind, 61, 32, 48, 2, 4, 4 if gpt2 else 2, 8, 32, qkv_bias=gpt2, out_bias=gpt2, mlp_bias=gpt2,
-                               rope={} if gpt2 else {"rope_type": "default", "rope_theta": 10000.0},
-                               sliding_window=window, sliding_layers=(0, 1) if window else ()))
+    model = Transformer(
+        Config(
+            kind,
+            61,
+            32,
+            48,
+            2,
+            4,
+            4 if gpt2 else 2,
+            8,
+            32,
+            qkv_bias=gpt2,
+            out_bias=gpt2,
+            mlp_bias=gpt2,
+            rope={} if gpt2 else {"rope_type": "default", "rope_theta": 10000.0},
+            sliding_window=window,
+            sliding_layers=(0, 1) if window else (),
+        )
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
     return model
@@ -182,6 +273,7 @@ def some_pairs(count=4, seed=0):
 
     def ids(n):
         return torch.randint(61, (n,)).tolist()
+
     return [(ids(1 + 4 * i), [ids(2 + i), ids(9 - 2 * i)]) for i in range(count)]
 
 
@@ -198,7 +290,9 @@ def test_answers_behind_one_prompt_have_the_log_probs_they_have_alone(kind, wind
     for i, r in enumerate(order):
         for side, answer in enumerate(pairs[r][1]):
             ids = torch.tensor([pairs[r][0] + answer])
-            alone = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer):].sum()
+            alone = (
+                model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer) :].sum()
+            )
             assert lengths[side, i] == len(answer)
             torch.testing.assert_close(policy[side, i], alone, atol=2e-5, rtol=1e-6)
             total += alone.square()
@@ -217,28 +311,45 @@ def test_losses_per_token_add_up_and_parts_change_nothing(monkeypatch):
     grads = []
     for most in (1 << 26, 61 * 4):
         monkeypatch.setattr("model.LOGITS_AT_ONCE", most)
-        grads.append(torch.autograd.grad((token_losses(hidden, model.lm_head, targets) ** 2).sum(), hidden)[0])
+        grads.append(
+            torch.autograd.grad((token_losses(hidden, model.lm_head, targets) ** 2).sum(), hidden)[
+                0
+            ]
+        )
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_neither_passes_nor_filling_rows_change_loss_and_gradient(loss):
     args, model = Args(loss=loss, beta=0.3, sft_weight=0.5), tiny()
-    rows = Pairs(some_pairs(), [(1.0, 0.0), (0.0, 0.7), (1.0, 0.0), (0.0, 0.7)] if loss == "kto" else [(1, 1)] * 4)
+    rows = Pairs(
+        some_pairs(),
+        [(1.0, 0.0), (0.0, 0.7), (1.0, 0.0), (0.0, 0.7)] if loss == "kto" else [(1, 1)] * 4,
+    )
     rows.ref = -torch.rand(len(rows.ref)).numpy() * 5
     seen = []
     for size in (4, 1, 3):
         model.zero_grad()
-        run, objective, total = type("Run", (), dict(rows=2, runtime=CPU, step_model=model)), Objective(), 0
+        run, objective, total = (
+            type("Run", (), dict(rows=2, runtime=CPU, step_model=model)),
+            Objective(),
+            0,
+        )
         for batch in rows.validation(size, 0):
             if loss == "kto":
-                batch = batch._replace(kl=dpo.with_z0(run, rows.fill(range(4), 0)).kl[:1].expand(size))
+                batch = batch._replace(
+                    kl=dpo.with_z0(run, rows.fill(range(4), 0)).kl[:1].expand(size)
+                )
             part = objective(model, batch, args)
             part.backward()
             total += part.item()
-        seen.append((total, model.layers[0].mlp.up_proj.weight.grad.clone(), objective.means(args, CPU)))
+        seen.append(
+            (total, model.layers[0].mlp.up_proj.weight.grad.clone(), objective.means(args, CPU))
+        )
     for total, grad, means in seen[1:]:
-        assert total == pytest.approx(seen[0][0], rel=1e-5) and means == pytest.approx(seen[0][2], rel=1e-4, abs=1e-6)
+        assert total == pytest.approx(seen[0][0], rel=1e-5) and means == pytest.approx(
+            seen[0][2], rel=1e-4, abs=1e-6
+        )
         torch.testing.assert_close(grad, seen[0][1], atol=1e-4, rtol=1e-4)
 
 
@@ -247,7 +358,13 @@ def test_for_kto_pairs_come_apart_and_no_answer_meets_its_own_prompt_twice():
     rows = dpo.make_pairs(Args(loss="kto", undesirable=0.5), found, "")
     assert rows.weights.tolist() == [[1, 0]] * 3 + [[0, 0.5]] * 3
     assert [(p[0], a, o) for p, ((a, _), (o, _)) in rows.pairs] == [
-        (0, 10, 22), (1, 11, 10), (2, 12, 11), (0, 20, 12), (1, 21, 20), (2, 22, 21)]
+        (0, 10, 22),
+        (1, 11, 10),
+        (2, 12, 11),
+        (0, 20, 12),
+        (1, 21, 20),
+        (2, 22, 21),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
@@ -255,19 +372,52 @@ def test_for_kto_pairs_come_apart_and_no_answer_meets_its_own_prompt_twice():
 def base(tmp_path_factory):
     """A model folder that has learned nothing, and pairs in a file."""
     folder = tmp_path_factory.mktemp("base")
-    tok = Tokenizer.train([toybox.world_text(20_000)], 300, special_tokens=["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    tok = Tokenizer.train(
+        [toybox.world_text(20_000)],
+        300,
+        special_tokens=["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    )
     tok.save(folder)
     torch.manual_seed(0)
-    model = Transformer(Config("qwen3", tok.vocab_size, 32, 64, 2, 2, 2, 16, 192, tie_word_embeddings=False))
+    model = Transformer(
+        Config("qwen3", tok.vocab_size, 32, 64, 2, 2, 2, 16, 192, tie_word_embeddings=False)
+    )
     model.init_weights()
     model.save_pretrained(folder)
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in toybox.preferences("train", 80)))
+    (folder / "prefs.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in toybox.preferences("train", 80))
+    )
     return folder
 
 
 def flags(base, out, *more):
-    return [str(a) for a in (base, "--data", base / "prefs.jsonl", "--out", out, "--steps", 12, "--batch", 8, "--lr", 3e-3,
-                             "--warmup", 0, "--eval-every", 6, "--save-every", 3, "--log-every", 1, "--device", "cpu", *more)]
+    return [
+        str(a)
+        for a in (
+            base,
+            "--data",
+            base / "prefs.jsonl",
+            "--out",
+            out,
+            "--steps",
+            12,
+            "--batch",
+            8,
+            "--lr",
+            3e-3,
+            "--warmup",
+            0,
+            "--eval-every",
+            6,
+            "--save-every",
+            3,
+            "--log-every",
+            1,
+            "--device",
+            "cpu",
+            *more,
+        )
+    ]
 
 
 def tune(*arguments):
@@ -283,11 +433,22 @@ def tune(*arguments):
 
 
 def start(ranks, *arguments):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
-    threads = 1 if ranks > 1 else torch.get_num_threads()  # sums differ in their last bits with the number of threads
-    return subprocess.Popen([str(x) for x in (sys.executable, *launch, ROOT / "dpo.py", *arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                            start_new_session=True)
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        if ranks > 1
+        else []
+    )
+    threads = (
+        1 if ranks > 1 else torch.get_num_threads()
+    )  # sums differ in their last bits with the number of threads
+    return subprocess.Popen(
+        [str(x) for x in (sys.executable, *launch, ROOT / "dpo.py", *arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        start_new_session=True,
+    )
 
 
 def losses(out):
@@ -306,9 +467,17 @@ def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
     rows = common.Metrics.read(out / "metrics.jsonl")
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["val_rewards/margins"] == pytest.approx(0, abs=1e-6)
-    names = {"loss", "kl", "logps/chosen", "logps/rejected",
-             *("rewards/" + n for n in ("chosen", "rejected", "margins", "accuracies"))}
-    assert all(names <= r.keys() for r in rows if "loss" in r) and {"val_" + n for n in names} <= rows[-1].keys()
+    names = {
+        "loss",
+        "kl",
+        "logps/chosen",
+        "logps/rejected",
+        *("rewards/" + n for n in ("chosen", "rejected", "margins", "accuracies")),
+    }
+    assert (
+        all(names <= r.keys() for r in rows if "loss" in r)
+        and {"val_" + n for n in names} <= rows[-1].keys()
+    )
     margins = [r["val_rewards/margins"] for r in rows if "val_loss" in r]
     assert margins[0] < margins[1] < margins[2] and rows[-1]["val_kl"] > 0
     assert Transformer.from_pretrained(out).config.vocab_size == 300
@@ -317,7 +486,9 @@ def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
 def test_a_policy_that_is_not_the_reference_is_refused_at_step_0(base, tmp_path, monkeypatch):
     load = dpo.read_tensors
     tune(*flags(base, tmp_path / "a", "--steps", 0))
-    monkeypatch.setattr(dpo, "read_tensors", lambda path: {k: v - 0.01 * (v < -5) for k, v in load(path).items()})
+    monkeypatch.setattr(
+        dpo, "read_tensors", lambda path: {k: v - 0.01 * (v < -5) for k, v in load(path).items()}
+    )
     with pytest.raises(UserError, match="the policy is not the reference; delete reference-"):
         tune(*flags(base, tmp_path / "b", "--steps", 0))
 
@@ -328,18 +499,31 @@ def test_the_references_log_probs_are_computed_once_for_the_same_data_and_weight
     again = tune(*flags(base, beside / "a", *at_once, "--beta", 0.5))
     assert again.count("read from") == 2 and "computed" not in again
     assert tune(*flags(base, beside / "b", *at_once, "--val-share", 0.3)).count("computed") == 2
-    assert tune(*flags(tuned[0], beside / "c", *at_once, "--data", base / "prefs.jsonl")).count("computed") == 2
+    assert (
+        tune(*flags(tuned[0], beside / "c", *at_once, "--data", base / "prefs.jsonl")).count(
+            "computed"
+        )
+        == 2
+    )
 
 
 def assert_same(out, other):
     assert losses(out) == losses(other)
-    left, right = ({p.name: load_file(p) for p in folder.glob("*.safetensors")} for folder in (out, other))
+    left, right = (
+        {p.name: load_file(p) for p in folder.glob("*.safetensors")} for folder in (out, other)
+    )
     assert left.keys() == right.keys() and left
     assert all(torch.equal(left[f][k], right[f][k]) for f in left for k in right[f])
 
 
-@pytest.mark.parametrize("how", [[], pytest.param(["--lora", 4], marks=pytest.mark.slow),
-                                 pytest.param(["--loss", "kto"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        pytest.param(["--lora", 4], marks=pytest.mark.slow),
+        pytest.param(["--loss", "kto"], marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tuned, tmp_path):
     whole = tuned[0]
     if how:
@@ -350,7 +534,9 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tune
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    for path in tmp_path.glob("reference-*"):  # of all that a crash can cost, this is computed again
+    for path in tmp_path.glob(
+        "reference-*"
+    ):  # of all that a crash can cost, this is computed again
         path.unlink()
     assert len(losses(tmp_path / "run")) < 12
     tune(base, "--resume", "--out", tmp_path / "run")
@@ -368,28 +554,49 @@ def test_two_ranks_train_as_one(how, base, tuned, tmp_path):
     assert process.returncode == 0, stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
     theirs, ours = (common.Metrics.read(o / "metrics.jsonl")[-1] for o in (alone, tmp_path / "run"))
-    assert ours.pop("seconds") and theirs.pop("seconds") and ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    assert (
+        ours.pop("seconds")
+        and theirs.pop("seconds")
+        and ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- bad input
 def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
     out = tmp_path / "o"
     single = tmp_path / "kto.jsonl"
-    single.write_text("".join(json.dumps(dict(prompt=f"Who {i}?", completion="Me.", label=True)) + "\n" for i in range(30)))
-    (tmp_path / "same.jsonl").write_text(json.dumps(dict(prompt="Who?", chosen="Me.", rejected="Me.")) + "\n")
+    single.write_text(
+        "".join(
+            json.dumps(dict(prompt=f"Who {i}?", completion="Me.", label=True)) + "\n"
+            for i in range(30)
+        )
+    )
+    (tmp_path / "same.jsonl").write_text(
+        json.dumps(dict(prompt="Who?", chosen="Me.", rejected="Me.")) + "\n"
+    )
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for arguments, message in (
-            (flags(base, out, "--loss", "dpo"), "--loss dpo: use sigmoid"),
-            (flags(base, out, "--beta", 0), "--beta 0.0 must be above 0"),
-            (flags(base, out, "--data", single), "needs pairs: use --loss kto"),
-            (flags(base, out, "--data", tmp_path / "same.jsonl"), "0 usable pairs for training"),
-            (flags(base, out, "--context", 4), "usable pairs for training"),
-            (flags(base, out, "--loss", "ipo", "--label-smoothing", 0.1), "label smoothing is defined for sigmoid and simpo"),
-            (flags(tmp_path / "adapter", out), "is an adapter, and the reference has to be a whole model: merge it first"),
-            (flags(base, out, "--lora", 4, "--targets", "nothing"), "nothing"),
-            (["eval", base], "does not say what it started from: name that model folder with --reference"),
-            ([base, "--resume", "--out", tuned[0], "--loss", "ipo"], "--loss was 'sigmoid'")):
+        (flags(base, out, "--loss", "dpo"), "--loss dpo: use sigmoid"),
+        (flags(base, out, "--beta", 0), "--beta 0.0 must be above 0"),
+        (flags(base, out, "--data", single), "needs pairs: use --loss kto"),
+        (flags(base, out, "--data", tmp_path / "same.jsonl"), "0 usable pairs for training"),
+        (flags(base, out, "--context", 4), "usable pairs for training"),
+        (
+            flags(base, out, "--loss", "ipo", "--label-smoothing", 0.1),
+            "label smoothing is defined for sigmoid and simpo",
+        ),
+        (
+            flags(tmp_path / "adapter", out),
+            "is an adapter, and the reference has to be a whole model: merge it first",
+        ),
+        (flags(base, out, "--lora", 4, "--targets", "nothing"), "nothing"),
+        (
+            ["eval", base],
+            "does not say what it started from: name that model folder with --reference",
+        ),
+        ([base, "--resume", "--out", tuned[0], "--loss", "ipo"], "--loss was 'sigmoid'"),
+    ):
         with pytest.raises(UserError) as error:
             tune(*arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -397,5 +604,9 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
 
 def test_eval_measures_preference_against_the_reference(base, tuned):
     told = tune("eval", tuned[0], "--data", base / "prefs.jsonl")
-    result = json.loads(told[told.index("{"):])
-    assert result["rewards/margins"] > 0 and result["rewards/accuracies"] > 0.5 and result["pairs"] == 80
+    result = json.loads(told[told.index("{") :])
+    assert (
+        result["rewards/margins"] > 0
+        and result["rewards/accuracies"] > 0.5
+        and result["pairs"] == 80
+    )

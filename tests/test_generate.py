@@ -1,4 +1,5 @@
 """generate.py: sampling, and the command as a user runs it."""
+
 import subprocess
 import sys
 
@@ -35,12 +36,16 @@ def counts(logits, **options):
 def test_sampling_follows_the_distribution():
     logits = [2.0, 1.0, 0.0, -1.0]
     assert torch.allclose(counts(logits), torch.tensor(logits).softmax(0), atol=0.03)
-    assert torch.allclose(counts(logits, temperature=0.5), (torch.tensor(logits) * 2).softmax(0), atol=0.03)
+    assert torch.allclose(
+        counts(logits, temperature=0.5), (torch.tensor(logits) * 2).softmax(0), atol=0.03
+    )
 
 
 def test_top_k_and_top_p_cut_the_tail():
     assert counts([2.0, 1.0, 0.0, -1.0], top_k=2)[2:].sum() == 0
-    shares = counts([2.0, 1.0, 0.0, -1.0], top_p=0.7)  # 0.64 + 0.24: the second is needed to reach 0.7
+    shares = counts(
+        [2.0, 1.0, 0.0, -1.0], top_p=0.7
+    )  # 0.64 + 0.24: the second is needed to reach 0.7
     assert shares[2:].sum() == 0 and shares[1] > 0
     assert counts([2.0, 1.0, 0.0, -1.0], top_p=0.5)[0] == 1
     assert counts([2.0, 1.0, 0.0], top_p=1e-9)[0] == 1
@@ -67,7 +72,7 @@ def test_generation_stops_at_the_end_of_text(folder):
     model = Transformer.from_pretrained(folder)
     new = list(generate(model, [1], 10, temperature=0))
     model.config.eos_token_id = [99, new[4]]
-    assert list(generate(model, [1], 10, temperature=0)) == new[:new.index(new[4])]
+    assert list(generate(model, [1], 10, temperature=0)) == new[: new.index(new[4])]
 
 
 def test_ids_that_the_tokenizer_does_not_have_never_come_out(folder):
@@ -82,7 +87,9 @@ def test_empty_prompt_is_refused(folder):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, ROOT / "generate.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "generate.py", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_command_streams_text(folder):
@@ -92,23 +99,46 @@ def test_command_streams_text(folder):
 
 def test_unknown_character_is_one_line_that_names_it(folder):
     done = command(folder, "abc?", "--device", "cpu")
-    assert done.returncode == 2 and "'?'" in done.stderr and "28" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "'?'" in done.stderr
+        and "28" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, tmp_path):
     import json
-    lines = [{"prompt": "abc", "id": "first"}, {"prompt": [1, 2], "n": 2, "temperature": 0}, {"prompt": "?"}, {"text": "abc"},
-             {"prompt": "b", "max_tokens": 3}]
+
+    lines = [
+        {"prompt": "abc", "id": "first"},
+        {"prompt": [1, 2], "n": 2, "temperature": 0},
+        {"prompt": "?"},
+        {"text": "abc"},
+        {"prompt": "b", "max_tokens": 3},
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
     out = tmp_path / "out.jsonl"
-    arguments = [folder, "--batch", tmp_path / "in.jsonl", "--out", out, "--max-tokens", 5, "--device", "cpu"]
+    arguments = [
+        folder,
+        "--batch",
+        tmp_path / "in.jsonl",
+        "--out",
+        out,
+        "--max-tokens",
+        5,
+        "--device",
+        "cpu",
+    ]
     assert command(*arguments).returncode == 0
     whole = out.read_text()
     rows = {row["line"]: row for row in map(json.loads, whole.splitlines())}
     assert len(rows) == 6 and rows[1]["id"] == "first" and rows[5]["answers"][0]["tokens"] == 3
     assert rows[2]["answers"][0] == rows[2]["answers"][1]
     assert "'?'" in rows[3]["error"] and "prompt" in rows[4]["error"] and "JSON" in rows[6]["error"]
-    out.write_text("\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:9])  # the crash cut a line
+    out.write_text(
+        "\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:9]
+    )  # the crash cut a line
     assert command(*arguments).returncode == 0
     again = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert all(row.pop("seconds") >= 0 for row in (*rows.values(), *again.values()))

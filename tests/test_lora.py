@@ -1,4 +1,5 @@
 """lora.py: adapters, their folder, merging, 4-bit bases, the command line."""
+
 import json
 import shutil
 import sys
@@ -8,13 +9,13 @@ import torch
 
 import chat
 import lora
-from training import toybox
 from common import Metrics, UserError
-from model import Config, Transformer
 from formats.packed import NF4Linear
+from model import Config, Transformer
 from quant import quantize
 from runtime import read_tensors, write_tensors
 from tokenizer import Tokenizer
+from training import toybox
 
 KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True)}
 
@@ -22,8 +23,23 @@ KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True)}
 def tiny(kind="qwen3", tied=True):
     gpt2 = kind == "gpt2"
     torch.manual_seed(0)
-    model = Transformer(Config(kind, 61, 32, 64, 2, 4, 4 if gpt2 else 2, 8, 64, tie_word_embeddings=tied, qkv_bias=gpt2,
-                               out_bias=gpt2, mlp_bias=gpt2)).eval()
+    model = Transformer(
+        Config(
+            kind,
+            61,
+            32,
+            64,
+            2,
+            4,
+            4 if gpt2 else 2,
+            8,
+            64,
+            tie_word_embeddings=tied,
+            qkv_bias=gpt2,
+            out_bias=gpt2,
+            mlp_bias=gpt2,
+        )
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.15)
     return model
@@ -33,7 +49,11 @@ def tiny(kind="qwen3", tied=True):
 def shake(model, name="default"):
     for n, p in model.named_parameters():
         if f".adapters.{name}." in n:
-            p.copy_(p * (1 + 0.2 * torch.rand_like(p)) if n.endswith(".m") else p + 0.1 * torch.randn_like(p))
+            p.copy_(
+                p * (1 + 0.2 * torch.rand_like(p))
+                if n.endswith(".m")
+                else p + 0.1 * torch.randn_like(p)
+            )
     return model
 
 
@@ -52,18 +72,28 @@ def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(shape, kin
     for name, p in model.named_parameters():
         assert p.requires_grad == (".adapters." in name) == (p.grad is not None)
     assert torch.equal(lora.set_adapter(shake(model), None).eval()(ids()), before)
-    assert all(torch.equal(v, weights[k.replace(".base.", ".")]) for k, v in model.state_dict().items() if ".adapters." not in k)
+    assert all(
+        torch.equal(v, weights[k.replace(".base.", ".")])
+        for k, v in model.state_dict().items()
+        if ".adapters." not in k
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape,targets", [("qwen3", "all"), ("gpt2", "attn,mlp"), ("qwen3", "lm_head,q_proj")])
+@pytest.mark.parametrize(
+    "shape,targets", [("qwen3", "all"), ("gpt2", "attn,mlp"), ("qwen3", "lm_head,q_proj")]
+)
 def test_merged_equals_unmerged_and_saved_equals_loaded(tmp_path, shape, targets, kind):
     tiny(shape).save_pretrained(tmp_path / "base")
-    model = shake(lora.apply(Transformer.from_pretrained(tmp_path / "base"), 3, 8, targets, **KINDS[kind]))
+    model = shake(
+        lora.apply(Transformer.from_pretrained(tmp_path / "base"), 3, 8, targets, **KINDS[kind])
+    )
     want, off = model(ids()), tiny(shape)(ids())
     assert (want - off).abs().max() > 0.05
     lora.save_adapter(model, tmp_path / "adapter")
-    again = lora.load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter", "other")
+    again = lora.load_adapter(
+        Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter", "other"
+    )
     assert torch.equal(again(ids()), want)
     lora.merge(again).save_pretrained(tmp_path / "merged")
     merged = Transformer.from_pretrained(tmp_path / "merged")
@@ -73,7 +103,9 @@ def test_merged_equals_unmerged_and_saved_equals_loaded(tmp_path, shape, targets
 
 def test_an_adapted_head_is_in_the_loss():
     model, targets = shake(lora.apply(tiny(), 4, 8, "lm_head")), ids()
-    want = torch.nn.functional.cross_entropy(model(ids()).flatten(0, 1), targets.flatten(), reduction="sum")
+    want = torch.nn.functional.cross_entropy(
+        model(ids()).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
     torch.testing.assert_close(model(ids(), targets), want)
     model(ids(), targets).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
@@ -81,13 +113,27 @@ def test_an_adapted_head_is_in_the_loss():
 
 def test_targets_choose_layers():
     def chosen(model, targets):
-        return {n.removeprefix("layers.0.") for n in lora.choose(model, targets) if not n.startswith("layers.1.")}
-    attention, mlp = {f"self_attn.{p}_proj" for p in "qkvo"}, {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+        return {
+            n.removeprefix("layers.0.")
+            for n in lora.choose(model, targets)
+            if not n.startswith("layers.1.")
+        }
+
+    attention, mlp = (
+        {f"self_attn.{p}_proj" for p in "qkvo"},
+        {f"mlp.{p}_proj" for p in ("gate", "up", "down")},
+    )
     model = tiny()
-    assert chosen(model, "all") == attention | mlp and chosen(model, "attn") == attention and chosen(model, "mlp") == mlp
+    assert (
+        chosen(model, "all") == attention | mlp
+        and chosen(model, "attn") == attention
+        and chosen(model, "mlp") == mlp
+    )
     assert chosen(model, "q_proj,lm_head,mlp") == {"self_attn.q_proj", "lm_head"} | mlp
     assert lora.choose(model, "layers.1.mlp.up_proj") == ["layers.1.mlp.up_proj"]
-    assert chosen(tiny("gpt2"), "c_attn,mlp.c_proj") == attention - {"self_attn.o_proj"} | {"mlp.down_proj"}
+    assert chosen(tiny("gpt2"), "c_attn,mlp.c_proj") == attention - {"self_attn.o_proj"} | {
+        "mlp.down_proj"
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +147,9 @@ def test_rows_of_a_batch_use_different_adapters(kind):
     mixed = model(ids(4))
     for i, r in enumerate(rows.tolist()):
         torch.testing.assert_close(mixed[i], alone[r][i], atol=1e-5, rtol=1e-5)
-    lora.model_adapter_rows(model, rows[:, None].expand(4, 12))  # a choice for every token, as packed requests have it
+    lora.model_adapter_rows(
+        model, rows[:, None].expand(4, 12)
+    )  # a choice for every token, as packed requests have it
     torch.testing.assert_close(model(ids(4)), mixed)
     lora.model_adapter_rows(model, None)
     assert torch.equal(model(ids(4)), alone[2])
@@ -114,7 +162,9 @@ def test_recompute_passes_the_same_gradients_with_a_frozen_base():
         model.recompute = recompute
         model(ids(), ids()).backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert len(grads[0]) == 2 * 7 * 3 and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*grads))
+    assert len(grads[0]) == 2 * 7 * 3 and all(
+        torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*grads)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- a base in 4 bits
@@ -139,7 +189,9 @@ def test_qlora_equals_lora_on_the_dequantized_base_forward_and_backward():
 
 def test_backward_keeps_no_unpacked_weight_alive():
     model, kept = lora.apply(quantize(tiny(), "nf4"), 4, 8), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
+    ):
         model.train()(ids(), ids())
     assert (64, 32) not in kept and (32, 64) not in kept  # the MLP's matrices, either way round
 
@@ -151,10 +203,14 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     rows = list(toybox.examples("train", 60))
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tok = Tokenizer.char("".join(m["content"] for row in rows for m in row["messages"])).with_special(list(chat.IM))
+    tok = Tokenizer.char(
+        "".join(m["content"] for row in rows for m in row["messages"])
+    ).with_special(list(chat.IM))
     tok.chat_template = chat.CHATML_TEMPLATE
     tok.save(folder)
-    config = Config("qwen3", tok.vocab_size, 32, 64, 2, 4, 2, 8, 128, eos_token_id=chat.stop_id(tok))
+    config = Config(
+        "qwen3", tok.vocab_size, 32, 64, 2, 4, 2, 8, 128, eos_token_id=chat.stop_id(tok)
+    )
     torch.manual_seed(0)
     model = Transformer(config)
     for p in model.parameters():
@@ -169,11 +225,42 @@ def command(monkeypatch, *words):
 
 
 def trained(monkeypatch, base, out, *flags):
-    command(monkeypatch, "train", base, "--data", base / "chat.jsonl", "--out", out, "--context", 128, "--batch", 4, "--steps", 4,
-            "--eval-every", 4, "--sample", 0, "--r", 2, *flags)
+    command(
+        monkeypatch,
+        "train",
+        base,
+        "--data",
+        base / "chat.jsonl",
+        "--out",
+        out,
+        "--context",
+        128,
+        "--batch",
+        4,
+        "--steps",
+        4,
+        "--eval-every",
+        4,
+        "--sample",
+        0,
+        "--r",
+        2,
+        *flags,
+    )
 
 
-QLORA = ("--quant", "nf4", "--optimizer", "adamw8bit", "--dora", "--lora-dropout", 0.1, "--recompute", "--targets", "all,lm_head")
+QLORA = (
+    "--quant",
+    "nf4",
+    "--optimizer",
+    "adamw8bit",
+    "--dora",
+    "--lora-dropout",
+    0.1,
+    "--recompute",
+    "--targets",
+    "all,lm_head",
+)
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(monkeypatch, tmp_path, base):
@@ -181,30 +268,69 @@ def test_a_resumed_run_is_the_same_bit_for_bit(monkeypatch, tmp_path, base):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/state/step-00000004")
     trained(monkeypatch, base, tmp_path / "b", *QLORA, "--resume")
-    for name in ("adapter_model.safetensors", "state/step-00000004/optimizer.safetensors", "state/step-00000004/rng.safetensors"):
+    for name in (
+        "adapter_model.safetensors",
+        "state/step-00000004/optimizer.safetensors",
+        "state/step-00000004/rng.safetensors",
+    ):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")}
-             for r in Metrics.read(tmp_path / d / "metrics.jsonl")] for d in "ab"]
+    rows = [
+        [
+            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")}
+            for r in Metrics.read(tmp_path / d / "metrics.jsonl")
+        ]
+        for d in "ab"
+    ]
     assert rows[0] == rows[1]
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_moments_alone(monkeypatch, tmp_path, base):
     trained(monkeypatch, base, tmp_path / "a", "--targets", "q_proj")
     files = {f.name for f in (tmp_path / "a/state/step-00000004").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
-    names = {f"layers.{i}.self_attn.q_proj.adapters.default.{p}.{k}" for i in (0, 1) for p in "AB" for k in ("mean", "square")}
-    assert set(read_tensors(tmp_path / "a/state/step-00000004/optimizer.safetensors")) == names | {"steps"}
+    assert files == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "state.json",
+    }
+    names = {
+        f"layers.{i}.self_attn.q_proj.adapters.default.{p}.{k}"
+        for i in (0, 1)
+        for p in "AB"
+        for k in ("mean", "square")
+    }
+    assert set(read_tensors(tmp_path / "a/state/step-00000004/optimizer.safetensors")) == names | {
+        "steps"
+    }
 
 
-def test_training_lowers_the_loss_and_merge_writes_a_folder_that_says_the_same(monkeypatch, tmp_path, base, capsys):
-    trained(monkeypatch, base, tmp_path / "a", "--steps", 30, "--lr", 0.05, "--log-every", 1, "--r", 16, "--targets",
-            "all,lm_head")
+def test_training_lowers_the_loss_and_merge_writes_a_folder_that_says_the_same(
+    monkeypatch, tmp_path, base, capsys
+):
+    trained(
+        monkeypatch,
+        base,
+        tmp_path / "a",
+        "--steps",
+        30,
+        "--lr",
+        0.05,
+        "--log-every",
+        1,
+        "--r",
+        16,
+        "--targets",
+        "all,lm_head",
+    )
     losses = [r["loss"] for r in Metrics.read(tmp_path / "a/metrics.jsonl") if "loss" in r]
     assert losses[-1] < losses[0] - 0.5
     command(monkeypatch, "merge", base, tmp_path / "a", "--out", tmp_path / "m")
     assert "largest logit difference" in capsys.readouterr().out
     adapted = lora.load_adapter(Transformer.from_pretrained(base), tmp_path / "a")
-    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "m")(ids()), adapted(ids()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        Transformer.from_pretrained(tmp_path / "m")(ids()), adapted(ids()), atol=1e-5, rtol=1e-5
+    )
     assert Tokenizer.load(tmp_path / "m").chat_template == chat.CHATML_TEMPLATE
     with pytest.raises(UserError, match="already holds a model"):
         command(monkeypatch, "merge", base, tmp_path / "a", "--out", tmp_path / "m")
@@ -222,15 +348,33 @@ def test_the_base_must_be_the_one_the_run_began_with(monkeypatch, tmp_path, base
 
 
 def test_adapters_that_do_not_move_stop_the_run(monkeypatch, tmp_path, base):
-    with pytest.raises(UserError, match="the first step moved nothing in 14 adapters .layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        UserError, match="the first step moved nothing in 14 adapters .layers.0.self_attn.q_proj"
+    ):
         trained(monkeypatch, base, tmp_path / "a", "--lr", 0)
 
 
 def test_fit_prints_parts_without_weights(monkeypatch, tmp_path, capsys):
     config = Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    command(monkeypatch, "train", tmp_path, "--fit", "--context", 512, "--batch", 1, "--r", 32, "--dtype", "bfloat16", *QLORA[:4],
-            "--recompute", "--out", tmp_path / "a")
+    command(
+        monkeypatch,
+        "train",
+        tmp_path,
+        "--fit",
+        "--context",
+        512,
+        "--batch",
+        1,
+        "--r",
+        32,
+        "--dtype",
+        "bfloat16",
+        *QLORA[:4],
+        "--recompute",
+        "--out",
+        tmp_path / "a",
+    )
     told = capsys.readouterr().out
     assert "79,953,920 of 6,818,369,536 parameters are trained: 1.17%" in told
     total = int(told.split("memory   ")[1].split(" MiB")[0].replace(",", ""))
@@ -253,9 +397,15 @@ def test_mistakes_on_the_command_line_are_named(monkeypatch, tmp_path, base):
 # --------------------------------------------------------------------------------------------------------------- bad input
 def test_mistakes_are_named():
     model = tiny()
-    with pytest.raises(UserError, match="no linear layer.*down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"):
+    with pytest.raises(
+        UserError,
+        match="no linear layer.*down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj",
+    ):
         lora.apply(model, targets="query")
-    with pytest.raises(UserError, match="--r 33 is above the rank that layers.0.self_attn.q_proj, 32 x 32, can have: at most 32"):
+    with pytest.raises(
+        UserError,
+        match="--r 33 is above the rank that layers.0.self_attn.q_proj, 32 x 32, can have: at most 32",
+    ):
         lora.apply(model, r=33)
     with pytest.raises(UserError, match="--r 0"):
         lora.apply(model, r=0)
@@ -281,12 +431,20 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
     assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
 
 
-@pytest.mark.parametrize("key,value,message", [("peft_type", "LOHA", "peft_type 'LOHA'"), ("bias", "all", "bias 'all'"),
-                                               ("init_lora_weights", "pissa", "pissa"), ("r", "8", "r '8'"), ("r", -1, "r -1"),
-                                               ("modules_to_save", ["lm_head"], "modules_to_save"),
-                                               ("use_qalora", True, "use_qalora True"),
-                                               ("alpha_pattern", {"(": 3}, "alpha_pattern"),
-                                               ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern")])
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("peft_type", "LOHA", "peft_type 'LOHA'"),
+        ("bias", "all", "bias 'all'"),
+        ("init_lora_weights", "pissa", "pissa"),
+        ("r", "8", "r '8'"),
+        ("r", -1, "r -1"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("use_qalora", True, "use_qalora True"),
+        ("alpha_pattern", {"(": 3}, "alpha_pattern"),
+        ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern"),
+    ],
+)
 def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):
     lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -297,12 +455,17 @@ def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path):
     lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
-    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    file, key = (
+        tmp_path / "adapter_model.safetensors",
+        "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight",
+    )
     good = read_tensors(file)
-    for change, message in (({key.format("A"): torch.zeros(4, 31)}, "layers.0.mlp.up_proj has tensors"),
-                            ({key.format("B"): torch.zeros(64, 5)}, "layers.0.mlp.up_proj has tensors"),
-                            ({key.format("embedding_A"): torch.zeros(4, 4)}, "tensor .*lora_embedding_A"),
-                            ({key.format("A").replace("0", "9"): torch.zeros(4, 32)}, "no such linear layer")):
+    for change, message in (
+        ({key.format("A"): torch.zeros(4, 31)}, "layers.0.mlp.up_proj has tensors"),
+        ({key.format("B"): torch.zeros(64, 5)}, "layers.0.mlp.up_proj has tensors"),
+        ({key.format("embedding_A"): torch.zeros(4, 4)}, "tensor .*lora_embedding_A"),
+        ({key.format("A").replace("0", "9"): torch.zeros(4, 32)}, "no such linear layer"),
+    ):
         write_tensors(file, {**good, **change})
         with pytest.raises(UserError, match=message):
             lora.load_adapter(tiny(), tmp_path)

@@ -1,4 +1,5 @@
 """model.py: what the network computes, and what it refuses to load."""
+
 import json
 import math
 import subprocess
@@ -16,9 +17,28 @@ from model import Config, Transformer, attention_mask, block_mask, cross_entropy
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
-    "first slides": Config("qwen2", 50, 32, 64, 2, 4, 2, 8, 64, qkv_bias=True, sliding_window=8, sliding_layers=(0,)),
-    "sliding": Config("mistral", 50, 32, 64, 2, 4, 2, 8, 64, sliding_window=8, sliding_layers=(0, 1)),
-    "gpt2": Config("gpt2", 50, 32, 64, 2, 4, 4, 8, 64, qkv_bias=True, out_bias=True, mlp_bias=True, rope={}, norm_eps=1e-5),
+    "first slides": Config(
+        "qwen2", 50, 32, 64, 2, 4, 2, 8, 64, qkv_bias=True, sliding_window=8, sliding_layers=(0,)
+    ),
+    "sliding": Config(
+        "mistral", 50, 32, 64, 2, 4, 2, 8, 64, sliding_window=8, sliding_layers=(0, 1)
+    ),
+    "gpt2": Config(
+        "gpt2",
+        50,
+        32,
+        64,
+        2,
+        4,
+        4,
+        8,
+        64,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        rope={},
+        norm_eps=1e-5,
+    ),
     "untied": Config("llama", 50, 32, 64, 2, 4, 4, 8, 64, tie_word_embeddings=False),
 }
 
@@ -41,10 +61,14 @@ def model(request):
     return random_model(SHAPES[request.param])
 
 
-@pytest.mark.parametrize("V, C, tied", [(65, 128, True), (65, 128, False), (32768, 768, True), (8192, 1024, False)])
+@pytest.mark.parametrize(
+    "V, C, tied", [(65, 128, True), (65, 128, False), (32768, 768, True), (8192, 1024, False)]
+)
 def test_fresh_model_guesses_uniformly(V, C, tied):
     torch.manual_seed(0)
-    model = Transformer(Config(vocab_size=V, hidden_size=C, num_hidden_layers=1, tie_word_embeddings=tied))
+    model = Transformer(
+        Config(vocab_size=V, hidden_size=C, num_hidden_layers=1, tie_word_embeddings=tied)
+    )
     model.init_weights()
     ids = torch.randint(0, V, (4, 64))
     assert abs(model(ids, ids.roll(-1, 1)).item() / ids.numel() - math.log(V)) < 0.25
@@ -78,7 +102,9 @@ def test_packed_documents_do_not_see_each_other(model):
     a, b = tokens(1, 12, 1), tokens(1, 20, 2)
     docs = torch.tensor([[0] * 12 + [1] * 20])
     positions = torch.cat([torch.arange(12), torch.arange(20)])
-    if model.config.sliding_layers:  # the window counts rows of the pack; within one document that is the same
+    if (
+        model.config.sliding_layers
+    ):  # the window counts rows of the pack; within one document that is the same
         assert model.config.sliding_window < 12
     with torch.no_grad():
         packed = model(torch.cat([a, b], 1), docs=docs, positions=positions)
@@ -93,8 +119,9 @@ def test_flex_attention_of_documents_equals_the_dense_mask(window):
     docs = torch.tensor([[0] * 40 + [1] * 60 + [2] * 28, [0] * 128])
     q, k, v = torch.randn(2, 4, 128, 16), torch.randn(2, 2, 128, 16), torch.randn(2, 2, 128, 16)
     at = torch.arange(128)
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True,
-                                                             attn_mask=attention_mask(at, at, window, docs))
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, enable_gqa=True, attn_mask=attention_mask(at, at, window, docs)
+    )
     assert torch.allclose(flex(q, k, v, block_mask(at, window, docs)), dense, atol=1e-5)
 
 
@@ -122,11 +149,14 @@ def test_stories260k_tells_its_story(data_dir):
     import sentencepiece
 
     from generate import generate
+
     spm = sentencepiece.SentencePieceProcessor(str(data_dir / "stories260K" / "tokenizer.model"))
     model = Transformer.from_pretrained(data_dir / "stories260K")
     ids = list(generate(model, [1] + spm.encode("Once upon a time"), 50, temperature=0))
-    assert spm.decode(ids).startswith(", there was a little girl named Lily. She loved to play outside in the park. "
-                                      "One day, she saw a big, red ball.")
+    assert spm.decode(ids).startswith(
+        ", there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
@@ -176,8 +206,17 @@ def test_config_that_lies_about_depth_is_refused(folder, layers):
     refused(folder, f"{layers} layers", "have 2")
 
 
-@pytest.mark.parametrize("key, value", [("hidden_size", 1 << 40), ("vocab_size", -1), ("num_hidden_layers", 10 ** 9),
-                                        ("num_attention_heads", "four"), ("num_key_value_heads", 3), ("hidden_act", "relu")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_size", 1 << 40),
+        ("vocab_size", -1),
+        ("num_hidden_layers", 10**9),
+        ("num_attention_heads", "four"),
+        ("num_key_value_heads", 3),
+        ("hidden_act", "relu"),
+    ],
+)
 def test_absurd_config_values_are_refused(folder, key, value):
     edit_config(folder, **{key: value})
     refused(folder, str(value))
@@ -188,9 +227,14 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
         del t["model.norm.weight"]
         t["model.surprise.weight"] = torch.zeros(3)
         t["model.layers.0.mlp.up_proj.weight"] = torch.zeros(5, 5)
+
     edit_weights(folder, change)
-    refused(folder, "missing: model.norm.weight", "not part of this model: model.surprise.weight",
-            "model.layers.0.mlp.up_proj.weight is (5, 5), expected (64, 32)")
+    refused(
+        folder,
+        "missing: model.norm.weight",
+        "not part of this model: model.surprise.weight",
+        "model.layers.0.mlp.up_proj.weight is (5, 5), expected (64, 32)",
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -10])
@@ -213,7 +257,9 @@ def test_folder_without_files_is_refused(tmp_path, folder):
 
 def test_index_that_leads_out_of_the_folder_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../../etc/passwd"}})
+    )
     refused(folder, "not a plain file name")
 
 
@@ -238,18 +284,25 @@ def test_loading_takes_about_one_copy_of_the_weights(tmp_path):
         sum(p.sum() for p in model.parameters())  # newer safetensors map the file and read it only when it is used
         print((peak() - before) / (4 * model.num_params()))
     """)
-    copies = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    copies = float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert 0.5 < copies < 1.3, copies
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32])
 def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(40, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    hidden, weight = (
+        torch.randn(40, 16, dtype=torch.float64),
+        torch.randn(50, 16, dtype=torch.float64),
+    )
     targets = torch.randint(0, 50, (40,))
     targets[::5] = -100
     results = []
-    for at_once in (10 ** 6, rows):
+    for at_once in (10**6, rows):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = cross_entropy_sum(h, w, targets, at_once)
         (loss / 32).backward()

@@ -8,6 +8,7 @@ llama3_generation: trl, trl/chat_templates; llama2: transformers 4.40, default_c
 zephyr: HuggingFaceH4/zephyr-7b-beta, transcribed, and found to say what Unsloth's copy says; alpaca has no official
 template: Unsloth's multi-turn form, with Stanford's system sentence.
 """
+
 import argparse
 import inspect
 import itertools
@@ -23,15 +24,32 @@ from common import UserError
 pytestmark = pytest.mark.peers
 TEMPLATES = Path(__file__).parent / "chat_templates"
 
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "n": 2}}}
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather of a city <b>", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}, "n": {"type": "integer"}}, "required": ["city"]}}}
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Zürich", "n": 2}},
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city <b>",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "n": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
 
 
 def say(*texts, system=None):
     """User and assistant in turn, after a system prompt."""
     head = [] if system is None else [{"role": "system", "content": system}]
-    return head + [{"role": role, "content": t} for role, t in zip(itertools.cycle(("user", "assistant")), texts)]
+    return head + [
+        {"role": role, "content": t}
+        for role, t in zip(itertools.cycle(("user", "assistant")), texts)
+    ]
 
 
 def result(text):
@@ -41,33 +59,63 @@ def result(text):
 TALKS = {
     "one turn": (say("Hello there", "Hi! How are you?"), None),
     "system": (say("Hello", "Hi.", system="You are terse."), None),
-    "multi-turn": (say("a b", "c d", "e\nf", "g\n\nh", "And äöü 日本 🙂?", "Déjà vu… \t x", system="S\nT"), None),
+    "multi-turn": (
+        say("a b", "c d", "e\nf", "g\n\nh", "And äöü 日本 🙂?", "Déjà vu… \t x", system="S\nT"),
+        None,
+    ),
     "ends with user": (say("one", "two", "three", system="sys"), None),
     "spaces": (say("  pad ", " out  ", "x ", "y\n"), None),
     "empty": (say("", "", "x", "", system=""), None),
     "code": (say("def f(x):\n    return x\n", "```python\nprint('[1, 2]')\n```"), None),
-    "call": (say("Weather?") + [{"role": "assistant", "content": "", "tool_calls": [CALL]}, result("12 °C, \"dry\"")]
-             + say("x", "Cold.")[1:], [TOOL]),
-    "call and text": (say("Weather?", system="Be kind.") + [
-        {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL, CALL]}, result("1"), result("2")]
-        + say("x", "Cold.", "Thanks", "Bye")[1:], [TOOL, TOOL]),
+    "call": (
+        say("Weather?")
+        + [{"role": "assistant", "content": "", "tool_calls": [CALL]}, result('12 °C, "dry"')]
+        + say("x", "Cold.")[1:],
+        [TOOL],
+    ),
+    "call and text": (
+        say("Weather?", system="Be kind.")
+        + [
+            {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL, CALL]},
+            result("1"),
+            result("2"),
+        ]
+        + say("x", "Cold.", "Thanks", "Bye")[1:],
+        [TOOL, TOOL],
+    ),
     "tools unused": (say("Hi", "Ho", "Hi"), [TOOL]),
     "tools, nothing twice": (say("Hi", "Ho", "Hey", system="sys"), [TOOL]),
-    "thoughts": (say("q", "<think>\nhm\n</think>\n\nA", "q2", "<think>\nwell\n</think>\n\nB"), None),
-    "thoughts and call": (say("Weather?") + [{"role": "assistant", "content": "<think>\nlook\n</think>\n\n",
-                                              "tool_calls": [CALL]}, result("1")] + say("x", "Cold.")[1:], [TOOL]),
-    "two systems": (say("Hi", "Ho") + [{"role": "system", "content": "Now French."}] + say("Hi", "Salut"), None),
+    "thoughts": (
+        say("q", "<think>\nhm\n</think>\n\nA", "q2", "<think>\nwell\n</think>\n\nB"),
+        None,
+    ),
+    "thoughts and call": (
+        say("Weather?")
+        + [
+            {"role": "assistant", "content": "<think>\nlook\n</think>\n\n", "tool_calls": [CALL]},
+            result("1"),
+        ]
+        + say("x", "Cold.")[1:],
+        [TOOL],
+    ),
+    "two systems": (
+        say("Hi", "Ho") + [{"role": "system", "content": "Now French."}] + say("Hi", "Salut"),
+        None,
+    ),
     "user twice": (say("a")[:1] + say("b", "c"), None),
 }
 
 # What the assistant has to produce, by format, written down apart from chat.py.
+
 
 def expected(name, m, is_last, after_query):
     text, calls = m["content"], m.get("tool_calls", [])
     args = json.dumps(CALL["function"]["arguments"], ensure_ascii=False)
     if name.startswith("mistral") and calls:
         one = f'{{"name": "weather", "arguments": {args}, "id": "abcdefghi"}}'
-        return "[TOOL_CALLS]" + " " * (name == "mistral-v3") + f"[{', '.join([one] * len(calls))}]</s>"
+        return (
+            "[TOOL_CALLS]" + " " * (name == "mistral-v3") + f"[{', '.join([one] * len(calls))}]</s>"
+        )
     if name == "llama3.1" and calls:
         return f'{{"name": "weather", "parameters": {args}}}<|eot_id|>'
     thoughts = ""
@@ -79,11 +127,19 @@ def expected(name, m, is_last, after_query):
     if name.startswith("qwen"):
         call = f'<tool_call>\n{{"name": "weather", "arguments": {args}}}\n</tool_call>'
         text = thoughts + "\n".join(([text] if text else []) + [call] * len(calls))
-    return {"chatml": f"{text}<|im_end|>", "qwen2.5": f"{text}<|im_end|>", "qwen3": f"{text}<|im_end|>",
-            "llama2": f" {text.strip()} </s>",
-            "llama3": f"{text.strip()}<|eot_id|>", "llama3.1": f"{text.strip()}<|eot_id|>",
-            "mistral-v1": f" {text}</s>", "mistral-v3": f" {text.strip()}</s>", "mistral-tekken": f"{text}</s>",
-            "zephyr": f"{text}</s>", "alpaca": f"{text}</s>"}[name]
+    return {
+        "chatml": f"{text}<|im_end|>",
+        "qwen2.5": f"{text}<|im_end|>",
+        "qwen3": f"{text}<|im_end|>",
+        "llama2": f" {text.strip()} </s>",
+        "llama3": f"{text.strip()}<|eot_id|>",
+        "llama3.1": f"{text.strip()}<|eot_id|>",
+        "mistral-v1": f" {text}</s>",
+        "mistral-v3": f" {text.strip()}</s>",
+        "mistral-tekken": f"{text}</s>",
+        "zephyr": f"{text}</s>",
+        "alpaca": f"{text}</s>",
+    }[name]
 
 
 # ---- small tokenizers of each family, as their own libraries make them
@@ -91,34 +147,80 @@ def expected(name, m, is_last, after_query):
 PATTERN = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 MARKERS = {
     "chatml": ["<PAD>", "<BOS>", "</s>", "<|im_start|>", "<|im_end|>"],
     "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"],
-    "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>",
-              "</tool_response>", "<think>", "</think>"],
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "tekken": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-               "[/TOOL_RESULTS]", "[TOOL_CALLS]"],
+    "qwen3": [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+        "<think>",
+        "</think>",
+    ],
+    "llama3": [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ],
+    "tekken": [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+        "[TOOL_CALLS]",
+    ],
 }
 
 
 def byte_level(pattern, markers, normalizer=None):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
+
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC() if normalizer else None
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN[pattern]), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN[pattern]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
     text = [inspect.getsource(m) for m in (argparse, inspect, json)]
     text += [p.read_text() for p in TEMPLATES.iterdir()] + ["user\n\n\nassistant\n\n"] * 50
-    tok.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tok.add_tokens([AddedToken(m, special=not m.startswith(("<t", "</t")), normalized=False) for m in markers])
+    tok.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=2000,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tok.add_tokens(
+        [AddedToken(m, special=not m.startswith(("<t", "</t")), normalized=False) for m in markers]
+    )
     return tok
 
 
@@ -131,22 +233,54 @@ def sentencepiece_bpe(version, every_text_starts_with_space=False):
     import mistral_common
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    sp = sentencepiece.SentencePieceProcessor(str(Path(mistral_common.__file__).parent / "data" / SP_FILE[version]))
+
+    sp = sentencepiece.SentencePieceProcessor(
+        str(Path(mistral_common.__file__).parent / "data" / SP_FILE[version])
+    )
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     merges = []
-    for piece, i in vocab.items():  # every way to make a piece of two others, in the order of the pieces' scores
-        pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in vocab and piece[k:] in vocab]
+    for (
+        piece,
+        i,
+    ) in (
+        vocab.items()
+    ):  # every way to make a piece of two others, in the order of the pieces' scores
+        pairs = [
+            (piece[:k], piece[k:])
+            for k in range(1, len(piece))
+            if piece[:k] in vocab and piece[k:] in vocab
+        ]
         merges += [(-sp.get_score(i), vocab[a], vocab[b], (a, b)) for a, b in pairs]
-    tok = Tokenizer(models.BPE(vocab, [pair for *_, pair in sorted(merges)], unk_token="<unk>", fuse_unk=True,
-                               byte_fallback=True))
+    tok = Tokenizer(
+        models.BPE(
+            vocab,
+            [pair for *_, pair in sorted(merges)],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     if every_text_starts_with_space:
-        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tok.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         tok.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                     decoders.Strip(" ", 1, 0)])
-    tok.add_special_tokens([AddedToken(p, special=True, normalized=False)
-                            for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)])
+    tok.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tok.add_special_tokens(
+        [
+            AddedToken(p, special=True, normalized=False)
+            for p, i in vocab.items()
+            if sp.is_control(i) or sp.is_unknown(i)
+        ]
+    )
     return tok
 
 
@@ -161,10 +295,27 @@ FAMILY = {  # format: (how to build its tokenizer, bos, eos)
     "mistral-v1": (lambda: sentencepiece_bpe(1), "<s>", "</s>"),
     "mistral-v3": (lambda: sentencepiece_bpe(3), "<s>", "</s>"),
 }
-SHARED = {"llama3.1": "llama3", "llama3.2": "llama3", "llama3_generation": "llama3", "zephyr": "llama2",
-          "gemma": "alpaca"}
-NAMES = ["chatml", "llama2", "llama3", "llama3.1", "llama3.2", "mistral-v1", "mistral-v3", "mistral-tekken", "zephyr",
-         "qwen2.5", "qwen3", "alpaca"]
+SHARED = {
+    "llama3.1": "llama3",
+    "llama3.2": "llama3",
+    "llama3_generation": "llama3",
+    "zephyr": "llama2",
+    "gemma": "alpaca",
+}
+NAMES = [
+    "chatml",
+    "llama2",
+    "llama3",
+    "llama3.1",
+    "llama3.2",
+    "mistral-v1",
+    "mistral-v3",
+    "mistral-tekken",
+    "zephyr",
+    "qwen2.5",
+    "qwen3",
+    "alpaca",
+]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +324,7 @@ def family(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     from tokenizer import Tokenizer
+
     made = {}
 
     def load(name):
@@ -182,19 +334,25 @@ def family(tmp_path_factory):
                 made[base, "raw"] = FAMILY[base][0]()
             _, bos, eos = FAMILY[base]
             folder = tmp_path_factory.mktemp("tok")
-            theirs = PreTrainedTokenizerFast(tokenizer_object=made[base, "raw"], bos_token=bos, eos_token=eos)
+            theirs = PreTrainedTokenizerFast(
+                tokenizer_object=made[base, "raw"], bos_token=bos, eos_token=eos
+            )
             theirs.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
             theirs.save_pretrained(folder)
             made[name] = Tokenizer.load(folder), theirs
         return made[name]
+
     return load
 
 
 def reference(theirs, messages, tools, prompt):
     """Ids as transformers makes them, None where the template refuses the conversation."""
     from jinja2 import TemplateError
+
     try:
-        return theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, return_dict=False)
+        return theirs.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=prompt, return_dict=False
+        )
     except TemplateError:
         return None
 
@@ -217,9 +375,14 @@ def test_ids_equal_apply_chat_template(family, name, by_name):
     compared = 0
     for title, messages, tools, prompt, want, got in outcomes(family, name, by_name):
         if isinstance(got, UserError):
-            drops_tools = not chat.FORMATS[name].tools and (tools or any("tool_calls" in m for m in messages))
+            drops_tools = not chat.FORMATS[name].tools and (
+                tools or any("tool_calls" in m for m in messages)
+            )
             # templates refuse; theirs without tools forget them in silence; alpaca was never more than turns
-            assert want is None or drops_tools or (name, title) == ("alpaca", "user twice"), (title, got)
+            assert want is None or drops_tools or (name, title) == ("alpaca", "user twice"), (
+                title,
+                got,
+            )
         else:
             assert got[0] == want, (title, prompt)
             compared += 1
@@ -236,11 +399,17 @@ def test_mask_is_what_the_assistant_said_and_its_end(family, name):
         ids, mask = got
         assert len(mask) == len(ids) and set(mask) <= {0, 1}
         query = max(i for i, m in enumerate(messages) if m["role"] == "user")
-        want = [expected(name, m, i == len(messages) - 1, i > query)
-                for i, m in enumerate(messages) if m["role"] == "assistant"]
+        want = [
+            expected(name, m, i == len(messages) - 1, i > query)
+            for i, m in enumerate(messages)
+            if m["role"] == "assistant"
+        ]
         # "▁" that a SentencePiece decoder drops at the start of a text is the space the format puts there
-        runs = [theirs.decode([i for i, _ in run]) for said, run in
-                itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if said]
+        runs = [
+            theirs.decode([i for i, _ in run])
+            for said, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+            if said
+        ]
         if name in ("llama2", "mistral-v1", "mistral-v3", "zephyr"):
             runs, want = [r.lstrip(" ") for r in runs], [w.lstrip(" ") for w in want]
         assert runs == want, (title, prompt)
@@ -248,8 +417,14 @@ def test_mask_is_what_the_assistant_said_and_its_end(family, name):
     assert seen >= 10
 
 
-@pytest.mark.parametrize(("name", "file"), [
-    ("mistral-v1", SP_FILE[1]), ("mistral-v3", SP_FILE[3]), ("mistral-tekken", "tekken_240718.json")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mistral-v1", SP_FILE[1]),
+        ("mistral-v3", SP_FILE[3]),
+        ("mistral-tekken", "tekken_240718.json"),
+    ],
+)
 def test_ids_equal_mistral_common(family, name, file, tmp_path):
     """The same formats by their authors, on their own tokenizers, whole: 32K, 33K and 131K tokens."""
     import mistral_common
@@ -257,6 +432,7 @@ def test_ids_equal_mistral_common(family, name, file, tmp_path):
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     from tokenizer import Tokenizer
+
     path = Path(mistral_common.__file__).parent / "data" / file
     theirs = MistralTokenizer.from_file(str(path))
     if name == "mistral-tekken":
@@ -267,11 +443,20 @@ def test_ids_equal_mistral_common(family, name, file, tmp_path):
         messages, tools = TALKS[title]
         tools = tools if chat.FORMATS[name].tools else None
         system = messages[0]["role"] == "system"
-        for n in (1, 3, 5):  # user turns; a tool result is where the published Jinja and the authors' code part
-            talk = messages[:n + system]
+        for n in (
+            1,
+            3,
+            5,
+        ):  # user turns; a tool result is where the published Jinja and the authors' code part
+            talk = messages[: n + system]
             if len(talk) == n + system:
-                want = theirs.encode_chat_completion(ChatCompletionRequest(messages=talk, tools=tools)).tokens
-                assert chat.render(ours, talk, True, tools=tools, format=name)[0] == want, (title, n)
+                want = theirs.encode_chat_completion(
+                    ChatCompletionRequest(messages=talk, tools=tools)
+                ).tokens
+                assert chat.render(ours, talk, True, tools=tools, format=name)[0] == want, (
+                    title,
+                    n,
+                )
                 compared += 1
     assert compared == 9
 
@@ -279,10 +464,14 @@ def test_ids_equal_mistral_common(family, name, file, tmp_path):
 def test_generation_blocks_give_the_mask_transformers_gives(family):
     ours, theirs = family("llama3_generation")
     for messages in (say("a", "b"), say("a b", "c\nd", "e", " f é日 ", system="s"), say("x", "")):
-        alien = ours.chat_template.replace("<|start_header_id|>' +", "<|start_header_id|>of ' +")  # no format of ours
+        alien = ours.chat_template.replace(
+            "<|start_header_id|>' +", "<|start_header_id|>of ' +"
+        )  # no format of ours
         for template in (ours.chat_template, alien):
             ours.chat_template = theirs.chat_template = template
-            want = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+            want = theirs.apply_chat_template(
+                messages, return_assistant_tokens_mask=True, return_dict=True
+            )
             assert chat.render(ours, messages) == (want["input_ids"], want["assistant_masks"])
 
 
@@ -297,7 +486,10 @@ def test_an_unknown_template_gives_ids_but_never_a_mask(family):
 
 def test_an_answer_that_the_normalizer_respells_is_in_the_loss_whole(family):
     ours, theirs = family("qwen2.5")
-    for answer in ("e\u0301a\u0308 x", "\u0958" * 5):  # NFC makes the first shorter and the second longer
+    for answer in (
+        "e\u0301a\u0308 x",
+        "\u0958" * 5,
+    ):  # NFC makes the first shorter and the second longer
         ids, mask = chat.render(ours, say("q", answer))
         assert ids == reference(theirs, say("q", answer), None, False)
         said = theirs.decode([i for i, supervised in zip(ids, mask) if supervised])
@@ -307,9 +499,13 @@ def test_an_answer_that_the_normalizer_respells_is_in_the_loss_whole(family):
 def test_text_after_a_marker_gets_no_second_leading_space(family):
     ours, theirs = family("mistral-v3")
     published = ours.chat_template
-    ours.chat_template = theirs.chat_template = "{{ bos_token + 'go[INST]' + messages[0].content + '[/INST]ok' }}"
+    ours.chat_template = theirs.chat_template = (
+        "{{ bos_token + 'go[INST]' + messages[0].content + '[/INST]ok' }}"
+    )
     try:
-        assert chat.render(ours, say("Hello"), True)[0] == reference(theirs, say("Hello"), None, True)
+        assert chat.render(ours, say("Hello"), True)[0] == reference(
+            theirs, say("Hello"), None, True
+        )
     finally:
         ours.chat_template = theirs.chat_template = published
 

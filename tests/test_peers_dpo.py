@@ -1,4 +1,5 @@
 """dpo.py's losses, rewards and gradients against TRL's trainers: their own compute_loss on the same weights and the same ids."""
+
 import pytest
 import torch
 
@@ -29,7 +30,11 @@ def some_pairs(count, lengths=None, prompt=None, seed=0):
 
     def ids(n):
         return torch.randint(3, V, (n,)).tolist()
-    return [(ids(prompt or 1 + 3 * i), [ids((lengths or (2 + i, 9 - i))[j]) for j in range(2)]) for i in range(count)]
+
+    return [
+        (ids(prompt or 1 + 3 * i), [ids((lengths or (2 + i, 9 - i))[j]) for j in range(2)])
+        for i in range(count)
+    ]
 
 
 class Tok:
@@ -44,8 +49,10 @@ def ours(models, pairs, args, tmp_path, weights=None):
     reference(pairs, Transformer.from_pretrained(models / "ref"), Tok, runtime, 3, tmp_path)
     batch, objective = pairs.fill(list(range(len(pairs.pairs))), 0), Objective()
     if args.loss == "kto":
+
         class Run:
             pass
+
         Run.runtime, Run.rows, Run.step_model, Run.args = runtime, 2, model, args
         args.batch = len(pairs.pairs)
         batch = with_z0(Run, batch)
@@ -63,15 +70,38 @@ def trainer_of(name, models, tmp_path, data, **settings):
     from tokenizers import models as kinds
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from trl.experimental import cpo, orpo
-    cls, config = next((getattr(m, name + "Trainer"), getattr(m, name + "Config")) for m in (trl, cpo, orpo)
-                       if hasattr(m, name + "Trainer"))
+
+    cls, config = next(
+        (getattr(m, name + "Trainer"), getattr(m, name + "Config"))
+        for m in (trl, cpo, orpo)
+        if hasattr(m, name + "Trainer")
+    )
     words = Words(kinds.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="a"))
-    tok = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    args = config(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, max_length=None,
-                  gradient_checkpointing=False, per_device_train_batch_size=len(data["prompt"]), **settings)
-    refs = dict(ref_model=AutoModelForCausalLM.from_pretrained(models / "ref")) if name in ("DPO", "KTO") else {}
-    return cls(model=AutoModelForCausalLM.from_pretrained(models / "policy"), args=args, train_dataset=Dataset.from_dict(data),
-               processing_class=tok, **refs)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    args = config(
+        output_dir=str(tmp_path / "trl"),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=len(data["prompt"]),
+        **settings,
+    )
+    refs = (
+        dict(ref_model=AutoModelForCausalLM.from_pretrained(models / "ref"))
+        if name in ("DPO", "KTO")
+        else {}
+    )
+    return cls(
+        model=AutoModelForCausalLM.from_pretrained(models / "policy"),
+        args=args,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tok,
+        **refs,
+    )
 
 
 def compare(trainer, inputs, mine, atol=1e-5):
@@ -84,33 +114,55 @@ def compare(trainer, inputs, mine, atol=1e-5):
     got = {n: p.grad for n, p in trainer.model.named_parameters()}
     assert got.keys() == gradients.keys() and max(g.abs().max() for g in got.values()) > 1e-3
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, got[name], atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradient, got[name], atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
     stored = getattr(trainer, "_metrics", None) or trainer._stored_metrics
     logged = {k: v[-1] for k, v in stored["train"].items() if k in metrics}
-    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"} <= logged.keys()
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    } <= logged.keys()
     return {k: pytest.approx(v, abs=atol) for k, v in logged.items()}, metrics
 
 
 PAIR = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["a b"] * 4}
 
 
-@pytest.mark.parametrize("types, ours_is", [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")),
-                                            (["sigmoid", "sft"], dict(sft_weight=0.7))])
+@pytest.mark.parametrize(
+    "types, ours_is",
+    [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")), (["sigmoid", "sft"], dict(sft_weight=0.7))],
+)
 def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models, tmp_path):
     weights = dict(loss_weights=[1.0, 0.7]) if len(types) == 2 else {}
     trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=types, beta=0.3, **weights)
-    pairs = some_pairs(4, (5, 7) if weights else None)  # TRL's SFT term is a mean over tokens, ours over pairs: equal lengths
-    inputs = trainer.data_collator([dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs])
-    logged, metrics = compare(trainer, inputs, ours(models, pairs, Args(beta=0.3, **ours_is), tmp_path))
+    pairs = some_pairs(
+        4, (5, 7) if weights else None
+    )  # TRL's SFT term is a mean over tokens, ours over pairs: equal lengths
+    inputs = trainer.data_collator(
+        [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs]
+    )
+    logged, metrics = compare(
+        trainer, inputs, ours(models, pairs, Args(beta=0.3, **ours_is), tmp_path)
+    )
     assert "rewards/accuracies" in logged and logged == {k: metrics[k] for k in logged}
 
 
 def test_label_smoothing_equals_trls(models, tmp_path):
     """The installed DPOTrainer smooths the sigmoid loss only under the name aot, which on a batch of one sorts nothing."""
-    trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=["aot"], beta=0.3, label_smoothing=0.2)
+    trainer = trainer_of(
+        "DPO", models, tmp_path, PAIR, loss_type=["aot"], beta=0.3, label_smoothing=0.2
+    )
     pairs = some_pairs(1)
-    inputs = trainer.data_collator([dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs])
-    logged, metrics = compare(trainer, inputs, ours(models, pairs, Args(beta=0.3, label_smoothing=0.2), tmp_path))
+    inputs = trainer.data_collator(
+        [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs]
+    )
+    logged, metrics = compare(
+        trainer, inputs, ours(models, pairs, Args(beta=0.3, label_smoothing=0.2), tmp_path)
+    )
     assert logged == {k: metrics[k] for k in logged}
 
 
@@ -121,17 +173,31 @@ def concatenated(pairs):
         rows = [torch.tensor(p + a[j]) for p, a in pairs]
         labels = [torch.tensor([-100] * len(p) + a[j]) for p, a in pairs]
         pad = torch.nn.utils.rnn.pad_sequence
-        batch |= {f"{side}_input_ids": pad(rows, True, 0), f"{side}_labels": pad(labels, True, -100),
-                  f"{side}_attention_mask": pad([torch.ones_like(r) for r in rows], True, 0)}
+        batch |= {
+            f"{side}_input_ids": pad(rows, True, 0),
+            f"{side}_labels": pad(labels, True, -100),
+            f"{side}_attention_mask": pad([torch.ones_like(r) for r in rows], True, 0),
+        }
     return batch
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
-    trainer = trainer_of("CPO", models, tmp_path, PAIR, loss_type="simpo", beta=2.0, simpo_gamma=0.7, cpo_alpha=0.0,
-                         label_smoothing=smoothing)
+    trainer = trainer_of(
+        "CPO",
+        models,
+        tmp_path,
+        PAIR,
+        loss_type="simpo",
+        beta=2.0,
+        simpo_gamma=0.7,
+        cpo_alpha=0.0,
+        label_smoothing=smoothing,
+    )
     pairs = some_pairs(4)
-    mine = ours(models, pairs, Args(loss="simpo", beta=2.0, gamma=0.7, label_smoothing=smoothing), tmp_path)
+    mine = ours(
+        models, pairs, Args(loss="simpo", beta=2.0, gamma=0.7, label_smoothing=smoothing), tmp_path
+    )
     logged, metrics = compare(trainer, concatenated(pairs), mine)
     for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert metrics[k] == logged[k]
@@ -141,7 +207,9 @@ def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
     """Its SFT loss is a mean over all tokens, the prompt's too: prompts of one token and equal lengths make that ours."""
     trainer = trainer_of("ORPO", models, tmp_path, PAIR, beta=0.4)
     pairs = some_pairs(4, (6, 9), prompt=1)
-    logged, metrics = compare(trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4), tmp_path))
+    logged, metrics = compare(
+        trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4), tmp_path)
+    )
     for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert metrics[k] == logged[k]
 
@@ -149,11 +217,17 @@ def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
 def test_kto_equals_trls_kto_trainer(models, tmp_path):
     labels = [True, False, False, True]
     data = {"prompt": ["a"] * 4, "completion": ["b"] * 4, "label": labels}
-    trainer = trainer_of("KTO", models, tmp_path, data, beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
+    trainer = trainer_of(
+        "KTO", models, tmp_path, data, beta=0.3, desirable_weight=1.3, undesirable_weight=0.8
+    )
     single = [(p, a[0]) for p, a in some_pairs(4, seed=0)]
     others = [a for _, a in single[-1:] + single[:-1]]
-    inputs = trainer.data_collator([dict(prompt_ids=p, completion_ids=a, KL_completion_ids=o, label=y)
-                                    for (p, a), o, y in zip(single, others, labels)])
+    inputs = trainer.data_collator(
+        [
+            dict(prompt_ids=p, completion_ids=a, KL_completion_ids=o, label=y)
+            for (p, a), o, y in zip(single, others, labels)
+        ]
+    )
     pairs = [(p, [a, o]) for (p, a), o in zip(single, others)]
     args = Args(loss="kto", beta=0.3)
     mine = ours(models, pairs, args, tmp_path, [(1.3, 0.0) if y else (0.0, 0.8) for y in labels])

@@ -1,4 +1,5 @@
 """finetune.py beside TRL, and its masks beside transformers' on real tokenizers."""
+
 import random
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.peers
 TEMPLATE = (  # ChatML that says who speaks, as TRL's assistant_only_loss needs it
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
-    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def real(name, data_dir, folder):
@@ -27,24 +29,43 @@ def real(name, data_dir, folder):
     if name == "stories260K":
         return Tokenizer.load(data_dir / "stories260K" / "tokenizer.model")
     import mistral_common
-    published = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+
+    published = (
+        Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    )
     (folder / "tokenizer.model").write_bytes(published.read_bytes())
     return Tokenizer.load(folder / "tokenizer.model")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "stories260K", "mistral-v3"])
-def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(name, data_dir, tmp_path):
+def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(
+    name, data_dir, tmp_path
+):
     from transformers import AutoTokenizer
+
     ours = real(name, data_dir, tmp_path).with_special(chat.IM)
     ours.chat_template = TEMPLATE
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    records = [m for _, m, _ in chat.read_records(data_dir / "instruct" / "instruction-data.json")][:200]
-    records.append([*records[0], *records[1], {"role": "user", "content": "é🙂 \n x"},
-                    {"role": "assistant", "content": " Ünï 日本\n\nend"}])
+    records = [m for _, m, _ in chat.read_records(data_dir / "instruct" / "instruction-data.json")][
+        :200
+    ]
+    records.append(
+        [
+            *records[0],
+            *records[1],
+            {"role": "user", "content": "é🙂 \n x"},
+            {"role": "assistant", "content": " Ünï 日本\n\nend"},
+        ]
+    )
     for messages in records:
-        want = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        for template in (TEMPLATE, chat.CHATML_TEMPLATE):  # by its {% generation %}, and by knowing ChatML
+        want = theirs.apply_chat_template(
+            messages, return_assistant_tokens_mask=True, return_dict=True
+        )
+        for template in (
+            TEMPLATE,
+            chat.CHATML_TEMPLATE,
+        ):  # by its {% generation %}, and by knowing ChatML
             ours.chat_template = template
             ids, mask = chat.example(ours, messages)
             assert (ids, mask) == (want["input_ids"], want["assistant_masks"])
@@ -56,14 +77,35 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
+
     rng, talks = random.Random(5), []
     while len(talks) < 80:
         words = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(2)]
         talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words)]
         talks += [talk] if 32 < len(chat.example(tok, talk)[0]) - 1 <= 64 else []
     data = write(tmp_path / "a.jsonl", talks)
-    code, _, stderr = run(base, tmp_path / "ours", "--data", data, "--val", data, "--steps", 20, "--optimizer", "adamw",
-                          "--lr", 0.003, "--schedule", "cosine", "--weight-decay", 0.05, "--seed", 3, "--spike", 0)
+    code, _, stderr = run(
+        base,
+        tmp_path / "ours",
+        "--data",
+        data,
+        "--val",
+        data,
+        "--steps",
+        20,
+        "--optimizer",
+        "adamw",
+        "--lr",
+        0.003,
+        "--schedule",
+        "cosine",
+        "--weight-decay",
+        0.05,
+        "--seed",
+        3,
+        "--spike",
+        0,
+    )
     assert code == 0, stderr
     ours = [r["loss"] for r in Metrics.read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
     split = Conversations([(1.0, encode(tok, "a", rows_of(talks), 64, Counter()))])
@@ -74,13 +116,35 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
     theirs = AutoTokenizer.from_pretrained(base)
     theirs.chat_template, theirs.pad_token = TEMPLATE, "<PAD>"
     config = SFTConfig(
-        output_dir=str(tmp_path / "theirs"), max_steps=20, per_device_train_batch_size=4, learning_rate=0.003,
-        lr_scheduler_type="cosine", warmup_steps=0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-10, weight_decay=0.05,
-        max_grad_norm=0.0, optim="adamw_torch", assistant_only_loss=True, train_sampling_strategy="sequential",
-        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
-        gradient_checkpointing=False, disable_tqdm=True, max_length=None)
-    trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config,
-                         train_dataset=Dataset.from_list([{"messages": talks[i]} for i in order]), processing_class=theirs)
+        output_dir=str(tmp_path / "theirs"),
+        max_steps=20,
+        per_device_train_batch_size=4,
+        learning_rate=0.003,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-10,
+        weight_decay=0.05,
+        max_grad_norm=0.0,
+        optim="adamw_torch",
+        assistant_only_loss=True,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        max_length=None,
+    )
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        config,
+        train_dataset=Dataset.from_list([{"messages": talks[i]} for i in order]),
+        processing_class=theirs,
+    )
     trainer.train()
     curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(ours) == len(curve) == 20 and ours[0] - ours[-1] > 1
@@ -94,15 +158,43 @@ def test_what_was_tuned_chats_in_transformers(base, tmp_path):  # noqa: F811
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetune import answers, open_model
-    data = write(tmp_path / "a.jsonl", [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in
-                                        (("red", "blue"), ("lion", "fox"), ("one", "two three"))])
-    code, _, stderr = run(base, tmp_path / "run", "--data", f"{data}:8", "--val", data, "--steps", 60, "--batch", 2, "--lr", 0.02)
+
+    data = write(
+        tmp_path / "a.jsonl",
+        [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+            for q, a in (("red", "blue"), ("lion", "fox"), ("one", "two three"))
+        ],
+    )
+    code, _, stderr = run(
+        base,
+        tmp_path / "run",
+        "--data",
+        f"{data}:8",
+        "--val",
+        data,
+        "--steps",
+        60,
+        "--batch",
+        2,
+        "--lr",
+        0.02,
+    )
     assert code == 0, stderr
-    theirs, model = AutoTokenizer.from_pretrained(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    theirs, model = (
+        AutoTokenizer.from_pretrained(tmp_path / "run"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run"),
+    )
     ours, ours_model = open_model(tmp_path / "run", "cpu")
     for question, answer in (("red", "blue"), ("lion", "fox"), ("one", "two three")):
         messages = [{"role": "user", "content": question}]
-        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        new = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].size(1):]
+        prompt = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        new = model.generate(**prompt, max_new_tokens=20, do_sample=False)[
+            0, prompt["input_ids"].size(1) :
+        ]
         assert theirs.decode(new, skip_special_tokens=True) == answer and len(new) < 20
-        assert answers(ours_model, ours, [chat.render(ours, messages, True)[0]], 20) == [(answer, True)]
+        assert answers(ours_model, ours, [chat.render(ours, messages, True)[0]], 20) == [
+            (answer, True)
+        ]

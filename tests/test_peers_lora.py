@@ -1,4 +1,5 @@
 """lora.py against PEFT, transformers and bitsandbytes."""
+
 import pytest
 import torch
 
@@ -7,13 +8,32 @@ from model import Config, Transformer
 from quant import quantize
 
 pytestmark = pytest.mark.peers
-KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "both": dict(rslora=True, dora=True)}
+KINDS = {
+    "lora": {},
+    "rslora": dict(rslora=True),
+    "dora": dict(dora=True),
+    "both": dict(rslora=True, dora=True),
+}
 
 
 def tiny(kind="llama", tied=False, C=32, M=48):
     gpt2 = kind == "gpt2"
-    config = Config(kind, 61, C, M, 2, 4, 4 if gpt2 else 2, C // 4, 64, tie_word_embeddings=tied or gpt2, rope={} if gpt2 else
-                    {"rope_type": "default", "rope_theta": 10000.0}, qkv_bias=gpt2 or kind == "qwen2", out_bias=gpt2, mlp_bias=gpt2)
+    config = Config(
+        kind,
+        61,
+        C,
+        M,
+        2,
+        4,
+        4 if gpt2 else 2,
+        C // 4,
+        64,
+        tie_word_embeddings=tied or gpt2,
+        rope={} if gpt2 else {"rope_type": "default", "rope_theta": 10000.0},
+        qkv_bias=gpt2 or kind == "qwen2",
+        out_bias=gpt2,
+        mlp_bias=gpt2,
+    )
     torch.manual_seed(0)
     model = Transformer(config).eval()
     for p in model.parameters():
@@ -28,12 +48,17 @@ def shake(model, seed=1):
         for name, p in model.named_parameters():
             if ".adapters." in name or "lora_" in name:
                 magnitude = name.endswith((".m", "magnitude_vector.default.weight"))
-                p.copy_(p * (1 + 0.2 * torch.rand_like(p)) if magnitude else p + 0.1 * torch.randn_like(p))
+                p.copy_(
+                    p * (1 + 0.2 * torch.rand_like(p))
+                    if magnitude
+                    else p + 0.1 * torch.randn_like(p)
+                )
     return model
 
 
 def theirs(folder):
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
@@ -44,12 +69,18 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape,targets", [("llama", "all"), ("qwen2", "attn"), ("gpt2", "all"), ("llama", "q_proj,lm_head")])
+@pytest.mark.parametrize(
+    "shape,targets",
+    [("llama", "all"), ("qwen2", "attn"), ("gpt2", "all"), ("llama", "q_proj,lm_head")],
+)
 def test_peft_opens_our_adapter_with_equal_logits(tmp_path, kind, shape, targets):
     from peft import PeftModel
+
     model = tiny(shape)
     model.save_pretrained(tmp_path / "base")
-    model = shake(lora.apply(Transformer.from_pretrained(tmp_path / "base"), 4, 8, targets, **KINDS[kind]))
+    model = shake(
+        lora.apply(Transformer.from_pretrained(tmp_path / "base"), 4, 8, targets, **KINDS[kind])
+    )
     lora.save_adapter(model, tmp_path / "adapter")
     peft = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "adapter").eval()
     ids = torch.randint(61, (2, 20))
@@ -59,26 +90,46 @@ def test_peft_opens_our_adapter_with_equal_logits(tmp_path, kind, shape, targets
     ours_merged, theirs_merged = lora.merge(model), peft.merge_and_unload()
     torch.testing.assert_close(logits(ours_merged, ids), ours, atol=1e-5, rtol=1e-5)
     ours_merged.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(theirs(tmp_path / "merged"), ids), logits(theirs_merged, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(theirs(tmp_path / "merged"), ids), logits(theirs_merged, ids), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape,targets", [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "mlp.c_proj"]),
-                                           ("tied", ["o_proj", "lm_head"])])
+@pytest.mark.parametrize(
+    "shape,targets",
+    [
+        ("llama", ["q_proj", "down_proj"]),
+        ("gpt2", ["c_attn", "mlp.c_proj"]),
+        ("tied", ["o_proj", "lm_head"]),
+    ],
+)
 def test_our_model_opens_pefts_adapter_with_equal_logits(tmp_path, kind, shape, targets):
     from peft import LoraConfig, get_peft_model
+
     tiny("llama" if shape == "tied" else shape, shape == "tied").save_pretrained(tmp_path / "base")
     k = KINDS[kind]
-    config = LoraConfig(r=3, lora_alpha=5, use_rslora=k.get("rslora", False), use_dora=k.get("dora", False),
-                        target_modules=targets, fan_in_fan_out=shape == "gpt2", task_type="CAUSAL_LM",
-                        rank_pattern={"down_proj": 5}, alpha_pattern={"down_proj": 7})
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=k.get("rslora", False),
+        use_dora=k.get("dora", False),
+        target_modules=targets,
+        fan_in_fan_out=shape == "gpt2",
+        task_type="CAUSAL_LM",
+        rank_pattern={"down_proj": 5},
+        alpha_pattern={"down_proj": 7},
+    )
     peft = shake(get_peft_model(theirs(tmp_path / "base"), config)).eval()
     peft.save_pretrained(tmp_path / "adapter")
     model = lora.load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     ids = torch.randint(61, (2, 20))
     torch.testing.assert_close(logits(model, ids), logits(peft, ids), atol=1e-5, rtol=1e-5)
-    lora.save_adapter(model, tmp_path / "again")  # and what we make of it opens in PEFT again, as in ours
+    lora.save_adapter(
+        model, tmp_path / "again"
+    )  # and what we make of it opens in PEFT again, as in ours
     from peft import PeftModel
+
     again = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "again").eval()
     torch.testing.assert_close(logits(again, ids), logits(peft, ids), atol=1e-5, rtol=1e-5)
 
@@ -86,10 +137,13 @@ def test_our_model_opens_pefts_adapter_with_equal_logits(tmp_path, kind, shape, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_pefts(tmp_path, kind):
     from peft import PeftModel
+
     tiny().save_pretrained(tmp_path / "base")
     model = shake(lora.apply(Transformer.from_pretrained(tmp_path / "base"), 4, 8, **KINDS[kind]))
     lora.save_adapter(model, tmp_path / "adapter")
-    peft = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "adapter", is_trainable=True)
+    peft = PeftModel.from_pretrained(
+        theirs(tmp_path / "base"), tmp_path / "adapter", is_trainable=True
+    )
     ids = torch.randint(61, (2, 20))
     model(ids).square().sum().backward()
     peft(ids).logits.square().sum().backward()
@@ -106,6 +160,7 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
     import bitsandbytes as bnb
 
     from training.optim import MuonAdamW
+
     torch.manual_seed(0)
     net = torch.nn.Linear(64, 128, bias=False)
     w = torch.nn.Parameter(net.weight.detach().clone())
@@ -113,7 +168,9 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
     ours = MuonAdamW(net, adam_lr=1e-2, weight_decay=0.1, eps=1e-8, muon=False, eight_bit=True)
     ours.set_lr(1.0)
     x = torch.randn(20, 64)
-    for step in range(20):  # gradients of both at the same place, theirs: what differs then is the step alone
+    for step in range(
+        20
+    ):  # gradients of both at the same place, theirs: what differs then is the step alone
         net.weight.data.copy_(w.data)
         w.grad = torch.autograd.grad((x @ w.t()).tanh().sum(), w)[0] + 0.1 * torch.randn_like(w)
         net.weight.grad, before = w.grad.clone(), w.detach().clone()
@@ -121,18 +178,27 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
         ours.step()
         moved = (w - before).norm()
         assert (w - net.weight).norm() < 0.02 * moved, step
-    same = (ours.state[net.weight]["mean"].view(-1) == theirs.state[w]["state1"].view(-1)).float().mean()
+    same = (
+        (ours.state[net.weight]["mean"].view(-1) == theirs.state[w]["state1"].view(-1))
+        .float()
+        .mean()
+    )
     assert same > 0.97
 
 
 def test_qlora_equals_peft_on_the_weights_that_bitsandbytes_packs_and_unpacks(tmp_path):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft import PeftModel
-    tiny(C=64, M=128).save_pretrained(tmp_path / "base")  # bitsandbytes' CPU code misreads rows that end inside a block of 64
+
+    tiny(C=64, M=128).save_pretrained(
+        tmp_path / "base"
+    )  # bitsandbytes' CPU code misreads rows that end inside a block of 64
     reference = theirs(tmp_path / "base")
     for name, layer in reference.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            codes, state = quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+            codes, state = quantize_4bit(
+                layer.weight.data, quant_type="nf4", compress_statistics=True
+            )
             layer.weight.data = dequantize_4bit(codes, state)
     model = shake(lora.apply(quantize(Transformer.from_pretrained(tmp_path / "base"), "nf4"), 4, 8))
     lora.save_adapter(model, tmp_path / "adapter")
@@ -142,5 +208,9 @@ def test_qlora_equals_peft_on_the_weights_that_bitsandbytes_packs_and_unpacks(tm
     model(ids).square().sum().backward()
     peft(ids).logits.square().sum().backward()
     got = model.layers[1].mlp.up_proj.adapters["default"].A.grad
-    want = peft.get_submodule("base_model.model.model.layers.1.mlp.up_proj").lora_A["default"].weight.grad
+    want = (
+        peft.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+        .lora_A["default"]
+        .weight.grad
+    )
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)

@@ -1,4 +1,5 @@
 """The tokenizer against HF tokenizers, transformers and mistral-common: same merges, same ids, each other's files."""
+
 import json
 import random
 from pathlib import Path
@@ -7,26 +8,38 @@ import pytest
 from hypothesis import given, settings
 from test_tokenizer import CODE, PROSE, TEXT, corpus  # noqa: F401  (corpus is a fixture)
 
+from formats.vocab import normalize, to_json
+from tokenizer import Tokenizer
 from training import bpe
 from training.bpe import PATTERNS
-from tokenizer import Tokenizer
-from formats.vocab import normalize, to_json
 
 pytestmark = pytest.mark.peers
-TEXTS = [CODE, PROSE, *(p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.py")))]
+TEXTS = [
+    CODE,
+    PROSE,
+    *(p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.py"))),
+]
 
 
 def hf_byte_level(pattern, vocab_size, special_tokens=(), texts=None, files=None):
     """HF tokenizers' own byte-level BPE of the same text."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
+
     tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = tokenizers.decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=list(special_tokens), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special_tokens),
+        show_progress=False,
+    )
     if files:
         tok.train([str(f) for f in files], trainer)
     else:
@@ -36,6 +49,7 @@ def hf_byte_level(pattern, vocab_size, special_tokens=(), texts=None, files=None
 
 def assert_same_ids(ours, theirs, examples=150):
     """ours.encode(text) is theirs(text) for text of all sorts that spells no special token."""
+
     @settings(max_examples=examples, deadline=None)
     @given(TEXT)
     def same(text):
@@ -44,7 +58,11 @@ def assert_same_ids(ours, theirs, examples=150):
         if not any(name in text for name in ours.special):
             assert ours.encode(text) == theirs(text)
             if ours.kind == "bytes":
-                assert ours.encode_slowly(normalize(text, ours.normalizer)) == theirs(text) or ours.added
+                assert (
+                    ours.encode_slowly(normalize(text, ours.normalizer)) == theirs(text)
+                    or ours.added
+                )
+
     same()
     for text in TEXTS[:3]:
         for name in ours.special:
@@ -54,11 +72,13 @@ def assert_same_ids(ours, theirs, examples=150):
 
 def transformers_ids(folder):
     from transformers import AutoTokenizer
+
     tok = AutoTokenizer.from_pretrained(str(folder))
     return lambda text: tok.encode(text, add_special_tokens=False)
 
 
 # ---- learning
+
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"[\p{L}\p{M}]+|\p{N}|[^\s\p{L}\p{M}\p{N}]+|\s+"])
 @pytest.mark.parametrize("vocab_size", [300, 3000, 100_000])
@@ -75,22 +95,34 @@ def test_same_merges_and_ids_as_hf_from_texts(pattern, vocab_size):
 def test_same_merges_as_hf_from_files(corpus, pattern, monkeypatch):  # noqa: F811
     monkeypatch.setattr(bpe, "BLOCK", 100_003)
     other = Path(__file__)
-    theirs = json.loads(hf_byte_level(PATTERNS[pattern], 2000, files=[corpus, other]).to_str())["model"]["vocab"]
-    assert to_json(Tokenizer.train(files=[corpus, other], vocab_size=2000, pattern=pattern,
-                                     special_tokens=[]))["model"]["vocab"] == theirs
+    theirs = json.loads(hf_byte_level(PATTERNS[pattern], 2000, files=[corpus, other]).to_str())[
+        "model"
+    ]["vocab"]
+    assert (
+        to_json(
+            Tokenizer.train(
+                files=[corpus, other], vocab_size=2000, pattern=pattern, special_tokens=[]
+            )
+        )["model"]["vocab"]
+        == theirs
+    )
 
 
 def test_same_merges_as_hf_from_real_text(data_dir):
     files = sorted((data_dir / "wikitext-2").glob("*.txt"))
-    theirs = json.loads(hf_byte_level(PATTERNS["gpt4"], 10_000, files=files).to_str())["model"]["vocab"]
+    theirs = json.loads(hf_byte_level(PATTERNS["gpt4"], 10_000, files=files).to_str())["model"][
+        "vocab"
+    ]
     ours = Tokenizer.train(files=files, vocab_size=10_000, special_tokens=[])
     assert to_json(ours)["model"]["vocab"] == theirs
 
 
 # ---- our files, opened by transformers
 
+
 def test_transformers_opens_what_we_save(tmp_path):
     from transformers import AutoTokenizer
+
     for pattern in PATTERNS:
         ours = Tokenizer.train(TEXTS, 1500, pattern)
         ours.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -113,6 +145,7 @@ def test_transformers_opens_a_character_tokenizer(tmp_path):
     for part in (text, " h\n\n"):
         assert transformers_ids(tmp_path)(part) == ours.encode(part)
     from transformers import AutoTokenizer
+
     assert AutoTokenizer.from_pretrained(str(tmp_path)).decode(ours.encode(text)) == text
 
 
@@ -124,10 +157,13 @@ def test_transformers_opens_gpt2_that_we_save(data_dir, tmp_path):
 
 # ---- their files, opened by us
 
+
 def save_hf(tok, folder, **config):
     folder.mkdir(exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    )
     return Tokenizer.load(folder)
 
 
@@ -135,24 +171,34 @@ def family(name):
     """A small tokenizer with the parts of that family's tokenizer.json."""
     import tokenizers
     from tokenizers import AddedToken, normalizers, pre_tokenizers
+
     tok = hf_byte_level(PATTERNS.get(name, PATTERNS["gpt2"]), 1200, texts=TEXTS)
     if name == "gpt2":
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tok.add_special_tokens(["<|endoftext|>"])
     elif name == "smollm":
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
         tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     elif name == "qwen2":
         tok.normalizer = normalizers.NFC()
         tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-        tok.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+        tok.add_tokens(
+            [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+        )
     elif name == "llama3":
-        content = json.loads(tok.to_str())                        # all ways to make each token, and whole chunks first
+        content = json.loads(tok.to_str())  # all ways to make each token, and whole chunks first
         vocab = content["model"]["vocab"]
         content["model"]["merges"] = [
-            [token[:i], token[i:]] for token in sorted(vocab, key=vocab.get) for i in range(1, len(token))
-            if token[:i] in vocab and token[i:] in vocab]
+            [token[:i], token[i:]]
+            for token in sorted(vocab, key=vocab.get)
+            for i in range(1, len(token))
+            if token[:i] in vocab and token[i:] in vocab
+        ]
         content["model"]["ignore_merges"] = True
         tok = tokenizers.Tokenizer.from_str(json.dumps(content))
         tok.add_special_tokens(["<|begin_of_text|>", "<|eot_id|>"])
@@ -176,19 +222,30 @@ def test_byte_level_families_have_the_ids_of_transformers(name, tmp_path):
 def test_sentencepiece_style_families_have_the_ids_of_transformers(prepend, tmp_path):
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
     tok = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     scheme = {"normalizer": "always", "split": "always"}.get(prepend, prepend)
     tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=900, show_progress=False, limit_alphabet=120,
-        special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]))
-    if prepend == "normalizer":                                    # Llama 2's file; the others are Mistral's newer ones
+    tok.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=900,
+            show_progress=False,
+            limit_alphabet=120,
+            special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)],
+        ),
+    )
+    if prepend == "normalizer":  # Llama 2's file; the others are Mistral's newer ones
         tok.pre_tokenizer = None
-        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tok.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     elif prepend != "split":
         tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] +
-                                    [decoders.Strip(" ", 1, 0)] * (prepend != "never"))
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * (prepend != "never")
+    )
     content = json.loads(tok.to_str())
     content["added_tokens"] = content["added_tokens"][:3]
     ours = save_hf(tokenizers.Tokenizer.from_str(json.dumps(content)), tmp_path)
@@ -201,18 +258,22 @@ def test_sentencepiece_style_families_have_the_ids_of_transformers(prepend, tmp_
 
 def mistral_data():
     import mistral_common
+
     return Path(mistral_common.__file__).parent / "data"
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
+)
 def test_mistrals_sentencepiece_models_have_sentencepieces_ids(name, tmp_path):
     from sentencepiece import SentencePieceProcessor
+
     path = tmp_path / "tokenizer.model"
     path.write_bytes((mistral_data() / name).read_bytes())
     ours, theirs = Tokenizer.load(tmp_path), SentencePieceProcessor(model_file=str(path))
     assert_same_ids(ours, theirs.encode)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (theirs.get_piece_size(), 1, 2)
-    ours.save(tmp_path / "json")                                    # and transformers opens what we make of it
+    ours.save(tmp_path / "json")  # and transformers opens what we make of it
     assert_same_ids(ours, transformers_ids(tmp_path / "json"), examples=60)
     assert Tokenizer.load(tmp_path / "json").encode(PROSE) == ours.encode(PROSE)
 
@@ -220,6 +281,7 @@ def test_mistrals_sentencepiece_models_have_sentencepieces_ids(name, tmp_path):
 @pytest.mark.parametrize("name", ["tekken_240718.json", "tekken_240911.json"])
 def test_tekken_files_have_mistral_commons_ids(name, tmp_path):
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
     theirs = Tekkenizer.from_file(mistral_data() / name)
     ours = Tokenizer.load(mistral_data() / name)
     assert_same_ids(ours, lambda text: theirs.encode(text, bos=False, eos=False))
@@ -228,7 +290,9 @@ def test_tekken_files_have_mistral_commons_ids(name, tmp_path):
 
 
 def test_no_user_text_makes_a_special_id_in_any_family(tmp_path):
-    toks = [save_hf(family(name), tmp_path / name) for name in ("gpt2", "smollm", "qwen2", "llama3")]
+    toks = [
+        save_hf(family(name), tmp_path / name) for name in ("gpt2", "smollm", "qwen2", "llama3")
+    ]
     toks.append(Tokenizer.load(mistral_data() / "tekken_240911.json"))
     for tok in toks:
         names, rng = list(tok.special), random.Random(0)

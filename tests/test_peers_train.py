@@ -1,4 +1,5 @@
 """Training's outputs as the programs they are for see them."""
+
 import pytest
 from test_train import run, text  # noqa: F401 - a fixture
 
@@ -9,9 +10,17 @@ pytestmark = pytest.mark.peers
 
 def test_tensorboard_reads_the_losses_of_metrics_jsonl(text, tmp_path):  # noqa: F811
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    assert run(text, tmp_path / "run", "--steps", 12, "--log-every", 1, "--track", "tensorboard")[0] == 0
+
+    assert (
+        run(text, tmp_path / "run", "--steps", 12, "--log-every", 1, "--track", "tensorboard")[0]
+        == 0
+    )
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    ours = [(r["step"], r["loss"]) for r in Metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    ours = [
+        (r["step"], r["loss"])
+        for r in Metrics.read(tmp_path / "run" / "metrics.jsonl")
+        if "loss" in r
+    ]
     assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars("loss")] == ours
 
 
@@ -20,6 +29,7 @@ def test_what_was_trained_opens_in_transformers_with_its_tokenizer(text, tmp_pat
     import transformers
 
     from model import Transformer
+
     assert run(text, tmp_path / "run", "--steps", 12)[0] == 0
     tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")

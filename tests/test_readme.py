@@ -4,6 +4,7 @@ The commands run as they are printed, in a folder of stand-ins: tiny texts and a
 every name that the README uses. SHORT adds flags that make them quick (the last of a flag counts), PARSED lists what is only
 parsed, as it needs a GPU, a peer or an hour. A command of a program that is in neither fails: say here how to run it.
 """
+
 import dataclasses
 import importlib
 import json
@@ -47,24 +48,38 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python bench.py prefix": "--requests 2 --length 40",
 }
 PARSED = ("python bench.py", "torchrun")
-BLANKS = {"S": "70.5", "L": "1.9", "N": "300", "MODEL": "runs/demo-dpo"}  # what a reader is to put in
+BLANKS = {
+    "S": "70.5",
+    "L": "1.9",
+    "N": "300",
+    "MODEL": "runs/demo-dpo",
+}  # what a reader is to put in
 
 
 # ------------------------------------------------------------------------------------------------------- what the README says
 def commands():
     """Every shell command of the README's code blocks and of its inline code."""
     fenced = r"^```.*?^```$"
-    blocks = re.findall(r"^(?:    .*\n)+", README, re.M) + re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", README, re.M | re.S)
+    blocks = re.findall(r"^(?:    .*\n)+", README, re.M) + re.findall(
+        r"^```(?:sh|bash)?\n(.*?)^```$", README, re.M | re.S
+    )
     lines = [line.strip() for line in re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()]
-    quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(fenced, "", README, flags=re.M | re.S))]
+    quoted = [
+        " ".join(code.split())
+        for code in re.findall(r"`([^`]+)`", re.sub(fenced, "", README, flags=re.M | re.S))
+    ]
     is_command = re.compile(rf"\$ (.*)|(?:[A-Z_]+=\S* )*((?:{'|'.join(PROGRAMS)}) .*)")
-    found = [match[1] or match[2] for line in lines + quoted if (match := is_command.fullmatch(line))]
+    found = [
+        match[1] or match[2] for line in lines + quoted if (match := is_command.fullmatch(line))
+    ]
     return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in found))
 
 
 def how(command):
     """The longest beginning in SHORT or PARSED, or None."""
-    return max((known for known in (*SHORT, *PARSED) if command.startswith(known)), key=len, default=None)
+    return max(
+        (known for known in (*SHORT, *PARSED) if command.startswith(known)), key=len, default=None
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- the stand-ins
@@ -72,6 +87,7 @@ def how(command):
 def workspace(tmp_path_factory):
     """A folder in which the README's paths exist, small."""
     from training import toybox
+
     folder = tmp_path_factory.mktemp("readme")
     rng = random.Random(0)
     for name in ("data/wikitext-2", "data/wikitext-103", "runs", "mine", "more", "gpt2"):
@@ -81,19 +97,38 @@ def workspace(tmp_path_factory):
         patch.delenv("LLM_DATA_DIR", raising=False)
         toybox.write("data/toybox", "", 0, 30_000, 120, 40, 40)
         text = Path("data/toybox/text.txt").read_text()
-        article = "".join(f" \n = Title {i} = \n \n {' '.join(rng.sample(text.split(), 60))} \n" for i in range(30))
+        article = "".join(
+            f" \n = Title {i} = \n \n {' '.join(rng.sample(text.split(), 60))} \n"
+            for i in range(30)
+        )
         for path in ("data/shakespeare.txt", "some.txt", "mine/a.txt", "FILE", "my.txt"):
             Path(path).write_text(text + string.printable)
-        for path in [f"data/wikitext-{n}/{split}.txt" for n in (2, 103) for split in ("train", "valid", "test")]:
+        for path in [
+            f"data/wikitext-{n}/{split}.txt"
+            for n in (2, 103)
+            for split in ("train", "valid", "test")
+        ]:
             Path(path).write_text(article)
-        Path("more/b.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of forty."}) + "\n" for i in range(40)))
+        Path("more/b.jsonl").write_text(
+            "".join(json.dumps({"text": f"Line {i} of forty."}) + "\n" for i in range(40))
+        )
         Path("chat.jsonl").write_text(Path("data/toybox/val.jsonl").read_text())
-        Path("alpaca.json").write_text(json.dumps([{"instruction": f"Say {i}", "input": "", "output": str(i)} for i in range(40)]))
+        Path("alpaca.json").write_text(
+            json.dumps(
+                [{"instruction": f"Say {i}", "input": "", "output": str(i)} for i in range(40)]
+            )
+        )
         Path("keys.txt").write_text("secret\n")
         Path("prompts.jsonl").write_text(json.dumps({"prompt": "Once"}) + "\n")
-        run("tokenizer.py", "train --data some.txt --vocab-size 400 --processes 1 --out runs/demo-tokenizer")
+        run(
+            "tokenizer.py",
+            "train --data some.txt --vocab-size 400 --processes 1 --out runs/demo-tokenizer",
+        )
         run("data.py", "wikitext-103 --tokenizer runs/demo-tokenizer --processes 1")
-        run("train.py", "--preset demo --layers 1 --dim 32 --mlp 64 --steps 1 --batch 2 --sample 0 --device cpu")
+        run(
+            "train.py",
+            "--preset demo --layers 1 --dim 32 --mlp 64 --steps 1 --batch 2 --sample 0 --device cpu",
+        )
         quick = "--data data/toybox --steps 1 --context 64 --batch 2 --sample 0 --device cpu"
         run("finetune.py", f"runs/demo {quick} --out runs/demo-sft")
         run("lora.py", f"train runs/demo-sft {quick} --out runs/demo-lora")
@@ -108,7 +143,12 @@ def workspace(tmp_path_factory):
 def write_gpt2_tokenizer(folder):
     """GPT-2's two files with a vocabulary of bytes and one merge."""
     from formats.vocab import BYTE_TO_CHAR
-    vocab = [*BYTE_TO_CHAR.values(), BYTE_TO_CHAR[ord("t")] + BYTE_TO_CHAR[ord("h")], "<|endoftext|>"]
+
+    vocab = [
+        *BYTE_TO_CHAR.values(),
+        BYTE_TO_CHAR[ord("t")] + BYTE_TO_CHAR[ord("h")],
+        "<|endoftext|>",
+    ]
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
     (folder / "vocab.bpe").write_text("#version: 0.2\nt h\n", encoding="utf-8")
 
@@ -127,19 +167,35 @@ def test_command_of_the_readme_runs(command, workspace, monkeypatch, capsys):
     monkeypatch.delenv("LLM_DATA_DIR", raising=False)
     words = [BLANKS.get(word, word) for word in shlex.split(command)]
     if words[0] == "make":
-        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:] if "=" not in target)
-    elif words[0] in ("bash", "pip", "docker"):  # not run: the files are there, and a script mentions the flags
+        assert all(
+            re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+            for target in words[1:]
+            if "=" not in target
+        )
+    elif words[0] in (
+        "bash",
+        "pip",
+        "docker",
+    ):  # not run: the files are there, and a script mentions the flags
         files = [ROOT / word for word in words if Path(word).suffix in (".sh", ".txt", ".yaml")]
         assert all(file.is_file() for file in files) and (files or words[0] == "docker")
-        assert words[0] != "bash" or all(flag in files[0].read_text() for flag in words[2:] if flag.startswith("-"))
-        assert words[0] != "docker" or (ROOT / ("compose.yaml" if "compose" in words else "Dockerfile")).is_file()
+        assert words[0] != "bash" or all(
+            flag in files[0].read_text() for flag in words[2:] if flag.startswith("-")
+        )
+        assert (
+            words[0] != "docker"
+            or (ROOT / ("compose.yaml" if "compose" in words else "Dockerfile")).is_file()
+        )
     elif words[0] == "curl":
         ask(words)
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / path).is_file() for path in words[3:] if path.startswith("tests/"))
     else:
         if words[0] == "torchrun" and "train.py" not in words:  # as the one rank would run it
-            words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")):]]
+            words = [
+                "python",
+                *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :],
+            ]
         beginning = how(shlex.join(words) if words[0] != shlex.split(command)[0] else command)
         assert beginning, f"tests/test_readme.py does not know how to run: {command}"
         if beginning in PARSED:
@@ -156,10 +212,12 @@ def parse(words, monkeypatch):
     """Give a command's flags to its own parser, and go no further."""
     if words[0] == "torchrun":
         import train
+
         at = words.index("train.py")
-        train.read_args(train.Args, "", train.PRESETS, argv=words[at + 1:])
+        train.read_args(train.Args, "", train.PRESETS, argv=words[at + 1 :])
         return
     import bench
+
     asked = []
     for name in [name for name in vars(bench) if name.startswith("bench_")]:
         monkeypatch.setattr(bench, name, lambda args: asked.append(args) or [])
@@ -173,10 +231,11 @@ def ask(words):
 
     import serve
     from generate import Engine
+
     url = next(word for word in words if "localhost" in word)
     body = json.loads(words[words.index("-d") + 1]) | {"max_tokens": 4}
     with TestClient(serve.create_app(Engine("runs/demo-dpo", device="cpu"))) as client:
-        answer = client.post(url[url.index("/v1"):], json=body)
+        answer = client.post(url[url.index("/v1") :], json=body)
     assert answer.status_code == 200 and "data: [DONE]" in answer.text
 
 
@@ -193,10 +252,20 @@ def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     from generate import Engine, Sampling
     from model import Transformer
     from tokenizer import Tokenizer
+
     monkeypatch.chdir(workspace)
     folder = shutil.copytree("runs/demo", "again", dirs_exist_ok=True)
-    names = dict(Engine=Engine, Sampling=Sampling, Transformer=Transformer, Tokenizer=Tokenizer, chat=chat, torch=torch,
-                 folder=folder, text="Once", messages=[{"role": "user", "content": "Hi"}])
+    names = dict(
+        Engine=Engine,
+        Sampling=Sampling,
+        Transformer=Transformer,
+        Tokenizer=Tokenizer,
+        chat=chat,
+        torch=torch,
+        folder=folder,
+        text="Once",
+        messages=[{"role": "user", "content": "Hi"}],
+    )
     exec(compile(re.sub(r"max_tokens=\d+", "max_tokens=2", code), "README.md", "exec"), names)
 
 
@@ -205,10 +274,14 @@ def test_defaults_of_the_readme_are_the_codes():
     table = re.search(r"^\| program \| its defaults.*?\n\n", README, re.M | re.S)[0]
     checked = 0
     for program, flags in re.findall(r"^\| `(\w+)\.py[^`]*` \| (.*?) \|$", table, re.M):
-        fields = {f.name: f.default for f in dataclasses.fields(importlib.import_module(program).Args)}
+        fields = {
+            f.name: f.default for f in dataclasses.fields(importlib.import_module(program).Args)
+        }
         for flag, value in re.findall(r"`--([\w-]+) ([^`]+)`", flags):
             default = fields[flag.replace("-", "_")]
-            assert type(default)(value) == default, f"{program}.py --{flag}: README {value}, code {default}"
+            assert type(default)(value) == default, (
+                f"{program}.py --{flag}: README {value}, code {default}"
+            )
             checked += 1
     assert checked > 20
     rest = README.replace(table, "")
@@ -218,22 +291,40 @@ def test_defaults_of_the_readme_are_the_codes():
 
 def test_every_program_is_in_the_map_of_files_and_every_file_of_it_exists():
     table = re.search(r"^\| file \|.*?\n\n", README, re.M | re.S)[0]
-    named = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    named = {
+        name
+        for row in table.strip().splitlines()[2:]
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1])
+    }
     assert not [name for name in named if not (ROOT / name.rstrip("/")).exists()]
-    assert {path.name for kind in ("py", "cpp", "html", "sh") for path in ROOT.glob(f"*.{kind}")} <= named
+    assert {
+        path.name for kind in ("py", "cpp", "html", "sh") for path in ROOT.glob(f"*.{kind}")
+    } <= named
 
 
 def test_every_link_and_picture_exists():
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
-    assert targets and not [t for t in targets if not t.startswith(("http:", "https:")) and not (ROOT / t).exists()]
-    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.M)}
-    assert not [anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README) if anchor not in headings]
+    assert targets and not [
+        t for t in targets if not t.startswith(("http:", "https:")) and not (ROOT / t).exists()
+    ]
+    headings = {
+        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+    assert not [
+        anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README) if anchor not in headings
+    ]
 
 
 def test_the_request_fields_are_the_servers():
     from server import api
-    rows = {key: set(re.findall(r"`(\w+)`", names)) for key, names in
-            re.findall(r"^\| (applied|ours, applied|ignored|refused with 400) \| (.*) \|$", README, re.M)}
+
+    rows = {
+        key: set(re.findall(r"`(\w+)`", names))
+        for key, names in re.findall(
+            r"^\| (applied|ours, applied|ignored|refused with 400) \| (.*) \|$", README, re.M
+        )
+    }
     assert rows == {key: set(names) for key, names in zip(rows, api.FIELDS.values())}
 
 
@@ -244,9 +335,12 @@ def test_sizes_of_the_presets_are_as_said():
 
     import train
     from model import Transformer
+
     tok = SimpleNamespace(vocab_size=32_768, bos_id=None, eos_id=None)
     with torch.device("meta"):
         model = Transformer(train.model_config(train.Args(**train.PRESETS["125m"]), tok))
     assert f"{model.num_params():,}" in README
     settings = train.Args(**train.PRESETS["125m"])
-    assert f"A step is {settings.batch} rows = {settings.batch * settings.context:,} tokens" in README
+    assert (
+        f"A step is {settings.batch} rows = {settings.batch * settings.context:,} tokens" in README
+    )

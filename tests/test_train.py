@@ -1,4 +1,5 @@
 """train.py as a user runs it: exact resume, stop signals, refusals."""
+
 import contextlib
 import io
 import json
@@ -22,7 +23,10 @@ from data import Batches, Split, as_split
 from model import Transformer
 from runtime import Runtime, latest_checkpoint
 
-TEXT = "".join(f"{who}:\nLine {i}, spoken by {who.lower()}.\n\n" for i, who in enumerate(["ROMEO", "JULIET", "NURSE"] * 60))
+TEXT = "".join(
+    f"{who}:\nLine {i}, spoken by {who.lower()}.\n\n"
+    for i, who in enumerate(["ROMEO", "JULIET", "NURSE"] * 60)
+)
 
 
 @pytest.fixture
@@ -34,15 +38,45 @@ def text(tmp_path):
 
 def command(text, out, flags):
     """The arguments of a tiny run; a resumed one inherits them."""
-    tiny = [] if "--resume" in flags else ["--data", text, "--layers", 2, "--dim", 16, "--heads", 2, "--context", 16, "--batch", 4,
-                                           "--eval-every", 7, "--save-every", 5, "--sample", 5, "--dropout", 0.1]
+    tiny = (
+        []
+        if "--resume" in flags
+        else [
+            "--data",
+            text,
+            "--layers",
+            2,
+            "--dim",
+            16,
+            "--heads",
+            2,
+            "--context",
+            16,
+            "--batch",
+            4,
+            "--eval-every",
+            7,
+            "--save-every",
+            5,
+            "--sample",
+            5,
+            "--dropout",
+            0.1,
+        ]
+    )
     return [str(x) for x in ("train.py", "--out", out, "--device", "cpu", *tiny, *flags)]
 
 
 def start(text, out, *flags):
     """In a process of its own, to be killed."""
-    return subprocess.Popen([sys.executable, *command(text, out, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    return subprocess.Popen(
+        [sys.executable, *command(text, out, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
 
 
 def run(text, out, *flags):
@@ -71,7 +105,10 @@ def refused(text, out, *flags):
 
 
 def same_folder(a, b):
-    for file in ("model.safetensors", latest_checkpoint(a).relative_to(a) / "optimizer.safetensors"):
+    for file in (
+        "model.safetensors",
+        latest_checkpoint(a).relative_to(a) / "optimizer.safetensors",
+    ):
         left, right = load_file(a / file), load_file(b / file)
         assert left.keys() == right.keys()
         for name in left:
@@ -114,7 +151,11 @@ def test_sigterm_saves_exits_and_resumes_exactly(text, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM: saved step" in stdout and "--resume" in stdout
+    assert (
+        process.returncode == 128 + signal.SIGTERM
+        and "SIGTERM: saved step" in stdout
+        and "--resume" in stdout
+    )
     assert run(text, tmp_path / "cut", "--resume")[0] == 0
     assert same_folder(tmp_path / "whole", tmp_path / "cut")
 
@@ -123,12 +164,21 @@ def test_the_run_folder_holds_all_that_is_promised(text, tmp_path):
     code, stdout, _ = run(text, tmp_path / "run", "--steps", 12)
     assert code == 0
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "metrics.jsonl", "loss.png",
-            "state"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "state",
+    } <= names
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     rows = Metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in rows if "val_loss" in r] == [7, 12]
-    assert abs(rows[0]["loss"] - 3.7) < 0.2 and rows[-1]["val_loss"] < rows[0]["loss"]  # 41 kinds of characters: ln 41 = 3.71
+    assert (
+        abs(rows[0]["loss"] - 3.7) < 0.2 and rows[-1]["val_loss"] < rows[0]["loss"]
+    )  # 41 kinds of characters: ln 41 = 3.71
     assert "validation loss" in stdout
     model = Transformer.from_pretrained(tmp_path / "run")
     assert model.config.model_type == "qwen3" and model.config.num_hidden_layers == 2
@@ -136,7 +186,9 @@ def test_the_run_folder_holds_all_that_is_promised(text, tmp_path):
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_other_architectures_train(text, tmp_path, arch):
-    code, _, stderr = run(text, tmp_path / "run", "--steps", 12, "--arch", arch, "--optimizer", "adamw")
+    code, _, stderr = run(
+        text, tmp_path / "run", "--steps", 12, "--arch", arch, "--optimizer", "adamw"
+    )
     assert code == 0, stderr
     rows = [r for r in Metrics.read(tmp_path / "run" / "metrics.jsonl") if "val_loss" in r]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
@@ -148,13 +200,36 @@ def test_init_from_starts_a_new_run_from_weights_only(text, tmp_path):
     left, right = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
     assert all(torch.equal(left[k], right[k]) for k in left)
     assert json.loads((latest_checkpoint(tmp_path / "b") / "state.json").read_text())["step"] == 0
-    assert "layers 2 there, 3 here" in refused(text, tmp_path / "c", "--init-from", tmp_path / "a", "--layers", 3)
-    code = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", str(text), "--init-from", str(tmp_path / "a"), "--out",
-                           str(tmp_path / "d"), "--steps", "1", "--batch", "2", "--context", "16"], capture_output=True).returncode
-    assert code == 0 and Transformer.from_pretrained(tmp_path / "d").config.num_hidden_layers == 2  # its shape needs no flags
+    assert "layers 2 there, 3 here" in refused(
+        text, tmp_path / "c", "--init-from", tmp_path / "a", "--layers", 3
+    )
+    code = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--data",
+            str(text),
+            "--init-from",
+            str(tmp_path / "a"),
+            "--out",
+            str(tmp_path / "d"),
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--context",
+            "16",
+        ],
+        capture_output=True,
+    ).returncode
+    assert (
+        code == 0 and Transformer.from_pretrained(tmp_path / "d").config.num_hidden_layers == 2
+    )  # its shape needs no flags
 
 
-def test_a_resumed_run_keeps_the_rows_of_a_pass_and_does_not_need_its_tokenizer_file(text, tmp_path):
+def test_a_resumed_run_keeps_the_rows_of_a_pass_and_does_not_need_its_tokenizer_file(
+    text, tmp_path
+):
     out = tmp_path / "run"
     assert run(text, out, "--steps", 3, "--batch", 8, "--micro-batch", 2)[0] == 0
     saved = json.loads((out / "state" / "step-00000003" / "state.json").read_text())
@@ -187,20 +262,26 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
     assert "no checkpoint" in refused(text, tmp_path / "nothing", "--resume")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--context", 1024], "needs at least 1,025: use --context"),
-    (["--dim", 15], "--dim 15 / --heads 2"),
-    (["--laeyrs", 3], "unknown argument --laeyrs: did you mean --layers?"),
-    (["--preset", "900b"], "unknown preset '900b'"),
-    (["--batch", 6, "--micro-batch", 4], "--micro-batch 4 does not divide the 6 rows"),
-    (["--steps", -1], "--steps"),
-    (["--layers", 999999999], "num_hidden_layers is 999999999, expected an integer from 1 to 1,024"),
-    (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
-    (["--lr", "nan"], "--lr nan must not be negative"),
-    (["--grad-clip", -1], "--grad-clip -1.0"),
-    (["--track", "paper"], "use tensorboard or wandb"),
-    (["--data", "/no/such/file"], "no such file"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--context", 1024], "needs at least 1,025: use --context"),
+        (["--dim", 15], "--dim 15 / --heads 2"),
+        (["--laeyrs", 3], "unknown argument --laeyrs: did you mean --layers?"),
+        (["--preset", "900b"], "unknown preset '900b'"),
+        (["--batch", 6, "--micro-batch", 4], "--micro-batch 4 does not divide the 6 rows"),
+        (["--steps", -1], "--steps"),
+        (
+            ["--layers", 999999999],
+            "num_hidden_layers is 999999999, expected an integer from 1 to 1,024",
+        ),
+        (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
+        (["--lr", "nan"], "--lr nan must not be negative"),
+        (["--grad-clip", -1], "--grad-clip -1.0"),
+        (["--track", "paper"], "use tensorboard or wandb"),
+        (["--data", "/no/such/file"], "no such file"),
+    ],
+)
 def test_bad_flags_are_one_line(text, tmp_path, flags, words):
     assert words in refused(text, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
@@ -270,7 +351,7 @@ def test_packed_documents_under_the_mask_lose_what_they_lose_one_by_one(text, tm
 
 def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, tmp_path):
     run = make_run(text, tmp_path / "run", "--dtype", "float16", "--dropout", 0)
-    run.scaler.scale, run.scaler.patience = 2.0 ** 30, 3  # gradients times this are far beyond 65504
+    run.scaler.scale, run.scaler.patience = 2.0**30, 3  # gradients times this are far beyond 65504
     before = {n: p.clone() for n, p in run.model.named_parameters()}
     scales = []
     for step in range(30):
@@ -281,7 +362,7 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, t
         scales.append(run.scaler.scale)
         if run.guard.skipped == 1 and step == 0:
             assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    assert scales[0] == 2.0 ** 29 and min(scales) < 2.0 ** 29
+    assert scales[0] == 2.0**29 and min(scales) < 2.0**29
     assert scales[-1] > min(scales) or run.guard.skipped < 30  # it came to rest, then grew again
     assert any(b > a for a, b in zip(scales, scales[1:]))
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
@@ -289,29 +370,45 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, t
 
 
 def test_fp16_gradients_equal_float32_ones_after_unscaling(text, tmp_path):
-    runs = [make_run(text, tmp_path / kind, "--dtype", kind, "--dropout", 0) for kind in ("float32", "float16")]
+    runs = [
+        make_run(text, tmp_path / kind, "--dtype", kind, "--dropout", 0)
+        for kind in ("float32", "float16")
+    ]
     for run in runs:
         batch = run.batches.next()
         train.forward_backward(run, batch, batch.y.numel())
     full, half = (gradients(run) for run in runs)
     for name in full:
         if full[name].abs().max() > 0:
-            assert (half[name] / runs[1].scaler.scale - full[name]).norm() < 0.02 * full[name].norm(), name
+            assert (half[name] / runs[1].scaler.scale - full[name]).norm() < 0.02 * full[
+                name
+            ].norm(), name
 
 
 def test_non_finite_and_spiking_gradients_are_skipped_and_counted():
     guard = train.Guard(factor=5.0)
     assert all(guard.accepts(1.0) for _ in range(60))
-    assert not guard.accepts(float("nan")) and not guard.accepts(float("inf")) and not guard.accepts(9.0)
+    assert (
+        not guard.accepts(float("nan"))
+        and not guard.accepts(float("inf"))
+        and not guard.accepts(9.0)
+    )
     assert guard.skipped == 3 and guard.in_a_row == 3
     assert guard.accepts(1.1) and guard.in_a_row == 0
-    assert sum(not guard.accepts(9.0) for _ in range(50)) < 10  # a lasting change is accepted before the run is stopped
+    assert (
+        sum(not guard.accepts(9.0) for _ in range(50)) < 10
+    )  # a lasting change is accepted before the run is stopped
 
 
 def test_several_unusable_steps_in_a_row_stop_the_run_with_a_line(text, tmp_path):
     run = make_run(text, tmp_path / "run")
-    with pytest.raises(common.UserError, match="10 steps in a row had unusable gradients.*start again with --lr"), \
-            contextlib.redirect_stderr(io.StringIO()):
+    with (
+        pytest.raises(
+            common.UserError,
+            match="10 steps in a row had unusable gradients.*start again with --lr",
+        ),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         for step in range(20):
             batch = run.batches.next()
             train.forward_backward(run, batch, batch.y.numel())
@@ -331,10 +428,13 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, caps
         if len(ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return model(ids, targets)
+
     run.step_model = small_memory
     train.forward_backward(run, batch, batch.y.numel())
     assert sizes == [4, 2, 1, 1, 1, 1] and "did not fit, going on with 1" in capsys.readouterr().out
-    assert all(torch.allclose(grad, expected[name], atol=1e-6) for name, grad in gradients(run).items())
+    assert all(
+        torch.allclose(grad, expected[name], atol=1e-6) for name, grad in gradients(run).items()
+    )
 
 
 @pytest.mark.slow
@@ -343,7 +443,11 @@ def test_kill_9_at_any_moment_loses_nothing(text, tmp_path):
     assert run(text, tmp_path / "whole", "--steps", 60, "--save-every", 2)[0] == 0
     out, rng, saved = tmp_path / "cut", random.Random(0), -1
     for _ in range(10):
-        process = start(text, out, *(["--resume"] if saved >= 0 else ["--steps", 60, "--save-every", 2, "--overwrite"]))
+        process = start(
+            text,
+            out,
+            *(["--resume"] if saved >= 0 else ["--steps", 60, "--save-every", 2, "--overwrite"]),
+        )
         while saved_step(out) <= saved and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.05)  # anywhere in the next steps and saves
@@ -357,8 +461,12 @@ def test_kill_9_at_any_moment_loses_nothing(text, tmp_path):
 
 
 def test_fit_prints_the_estimate_by_part_and_writes_nothing(text, tmp_path):
-    code, stdout, _ = run(text, tmp_path / "run", "--fit", "--layers", 12, "--dim", 768, "--heads", 12)
-    assert code == 0 and all(part in stdout for part in ("weights", "gradients", "optimizer", "activations", "logits"))
+    code, stdout, _ = run(
+        text, tmp_path / "run", "--fit", "--layers", 12, "--dim", 768, "--heads", 12
+    )
+    assert code == 0 and all(
+        part in stdout for part in ("weights", "gradients", "optimizer", "activations", "logits")
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -393,16 +501,21 @@ def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
 
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
 
-    def reference(stride):  # every pair with the first window that holds it; windows of 16 pairs begin every `stride`
+    def reference(
+        stride,
+    ):  # every pair with the first window that holds it; windows of 16 pairs begin every `stride`
         total = 0.0
         for pair in range(len(ids) - 1):
             window = max(0, -(-(pair + 1 - 16) // stride))
             with torch.no_grad():
-                logits = model(torch.tensor([ids[window * stride:pair + 1]]))[0, -1]
+                logits = model(torch.tensor([ids[window * stride : pair + 1]]))[0, -1]
             total -= logits.log_softmax(-1)[ids[pair + 1]].item()
         return total
+
     for stride in (1, 5, 16):
-        nats, count = train.evaluate(model, as_split(np.array(ids)), 3, train.Args(context=16), runtime, stride)
+        nats, count = train.evaluate(
+            model, as_split(np.array(ids)), 3, train.Args(context=16), runtime, stride
+        )
         assert count == 69 and nats == pytest.approx(reference(stride), rel=1e-5)
 
 
@@ -412,7 +525,7 @@ def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
     short.write_text("ROMEO:\nLine 1, spoken by romeo.\n")
     train.eval_command([str(tmp_path / "run"), "--data", str(short), "--device", "cpu"])
     printed = capsys.readouterr().out
-    result = json.loads(printed[printed.index("{"):])
+    result = json.loads(printed[printed.index("{") :])
     assert result["tokens"] == 31 and result["bytes"] == 32 and result["words"] == 6 + 2
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * 31 / 32 / 0.6931, rel=1e-3)
 
@@ -435,7 +548,9 @@ def test_a_crash_between_saving_and_publishing_is_mended_by_resuming(text, tmp_p
     assert run(text, out, "--resume")[0] == 0
     Transformer.from_pretrained(out)
     assert (out / "tokenizer.json").exists()
-    assert run(text, out, "--resume")[0] == 0  # and when all is there already, nothing is left lying about
+    assert (
+        run(text, out, "--resume")[0] == 0
+    )  # and when all is there already, nothing is left lying about
     assert not list(out.glob("*.tmp"))
 
 

@@ -5,6 +5,7 @@
 A text is cut into chunks (about: words), equal chunks are counted once, and the most frequent pair of neighbouring symbols,
 bytes at first, becomes a new symbol, again and again.
 """
+
 import functools
 import heapq
 import io
@@ -30,24 +31,27 @@ PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""",
     "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-              r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
     "tekken": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
-              r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"""
-              r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"""
+    r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
-PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")      # digits one by one
+PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")  # digits one by one
 # The 256 bytes in GPT-2's order, printable ones first. Base ids follow it, as HF tokenizers' do, because ties between equally
 # frequent pairs fall to lower ids.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
-BLOCK = 1 << 20              # bytes of a file read at a time
+BLOCK = 1 << 20  # bytes of a file read at a time
 
 
 # ---- The idea: the most frequent pair of neighbours becomes a new symbol, again and again (Sennrich et al. 2016).
 
+
 def learn_merges_simply(chunks, n_merges):
     """{chunk: count} -> [(left id, right id)], the i-th of which makes symbol 256 + i. Correct and slow."""
-    words = {tuple(BYTES.index(b) for b in chunk.encode()): count for chunk, count in chunks.items()}
+    words = {
+        tuple(BYTES.index(b) for b in chunk.encode()): count for chunk, count in chunks.items()
+    }
     merges = []
     while len(merges) < n_merges:
         pairs = Counter()
@@ -57,7 +61,10 @@ def learn_merges_simply(chunks, n_merges):
         if not pairs:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        words = {tuple(replace_pair(word, best, 256 + len(merges))): count for word, count in words.items()}
+        words = {
+            tuple(replace_pair(word, best, 256 + len(merges))): count
+            for word, count in words.items()
+        }
         merges.append(best)
     return merges
 
@@ -66,13 +73,14 @@ def replace_pair(ids, pair, new):
     """replace_pair([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]; left to right, so a run 1 1 1 of pair (1, 1) -> 4 1."""
     out, i = [], 0
     while i < len(ids):
-        matched = tuple(ids[i:i + 2]) == pair
+        matched = tuple(ids[i : i + 2]) == pair
         out.append(new if matched else ids[i])
         i += 2 if matched else 1
     return out
 
 
 # ---- The same, fast. First: count every distinct chunk once, over blocks of the files, in several processes.
+
 
 @functools.lru_cache
 def splitter(pattern, ascii=False):
@@ -83,21 +91,32 @@ def splitter(pattern, ascii=False):
     try:
         compiled = regex.compile(pattern)
         if compiled.match("") or compiled.groups:
-            raise UserError(f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )")
-        if not known:                          # what a pattern leaves out becomes a chunk too, so that no text is lost
+            raise UserError(
+                f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )"
+            )
+        if not known:  # what a pattern leaves out becomes a chunk too, so that no text is lost
             compiled = regex.compile(rf"{pattern}|(?:(?!{pattern})[\s\S])+")
     except regex.error as error:
-        raise UserError(f"the split pattern {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(
+            f"the split pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
     if known and ascii:
         spelled = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
-        bare = regex.sub(r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern)         # every category inside a set
-        return re.compile(regex.sub(r"\\p\{(\w+)}", lambda m: spelled.get(m[1], ""), bare), re.ASCII).findall
+        bare = regex.sub(
+            r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern
+        )  # every category inside a set
+        return re.compile(
+            regex.sub(r"\\p\{(\w+)}", lambda m: spelled.get(m[1], ""), bare), re.ASCII
+        ).findall
 
     def split(text):
         chunks = compiled.findall(text)
-        if sum(map(len, chunks)) != len(text):                   # after an empty match a character is skipped
-            raise UserError(f"the split pattern {pattern!r} matches empty text and loses what follows")
+        if sum(map(len, chunks)) != len(text):  # after an empty match a character is skipped
+            raise UserError(
+                f"the split pattern {pattern!r} matches empty text and loses what follows"
+            )
         return chunks
+
     return compiled.findall if known else split
 
 
@@ -117,13 +136,20 @@ def border(file, at, cuts):
 # Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a newline, a
 # Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
 BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = (BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
+BETWEEN_CHUNKS = (
+    BEFORE_SPACE
+    + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
+)
 
 
 def blocks_of(paths, step):
     """[(path, start, end)]: the files in parts of `step` bytes."""
     sizes = [os.path.getsize(path) for path in paths]
-    return [(path, at, min(at + step, size)) for path, size in zip(paths, sizes) for at in range(0, size, step)]
+    return [
+        (path, at, min(at + step, size))
+        for path, size in zip(paths, sizes)
+        for at in range(0, size, step)
+    ]
 
 
 def read_block(block, cuts):
@@ -142,14 +168,18 @@ def count_job(job, pattern):
         if isinstance(texts, tuple):
             data = read_block(texts, (rb"\n", BETWEEN_CHUNKS))
             texts = list(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n"))
-        counts.update(chain.from_iterable(map(splitter(pattern, ascii=True), filter(str.isascii, texts))))
+        counts.update(
+            chain.from_iterable(map(splitter(pattern, ascii=True), filter(str.isascii, texts)))
+        )
         counts.update(chain.from_iterable(map(splitter(pattern), filterfalse(str.isascii, texts))))
     return counts
 
 
 def batches(texts, pattern):
     """Lists of texts, about a BLOCK of characters in each; a longer text in parts, if the pattern is a known one."""
-    parts = re.compile(rf"(?s).{{{BLOCK},}}?[a-zA-Z](?= )|.+" if pattern in PATTERNS.values() else "(?s).+")
+    parts = re.compile(
+        rf"(?s).{{{BLOCK},}}?[a-zA-Z](?= )|.+" if pattern in PATTERNS.values() else "(?s).+"
+    )
     batch, size = [], 0
     for part in chain.from_iterable(map(parts.finditer, map(well_formed, texts))):
         batch.append(part[0])
@@ -167,10 +197,18 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     grid = blocks_of(paths, max(1 << 14, min(BLOCK, max_bytes // 64)) if share < 1 else BLOCK)
     blocks = [block for i, block in enumerate(grid) if int((i + 1) * share) > int(i * share)]
     group = min(16, -(-len(blocks) // (4 * (processes or usable_cpus())))) or 1
-    jobs = [blocks[i:i + group] for i in range(0, len(blocks), group)]      # of few blocks, so that Counters stay small
-    counters = in_processes(functools.partial(count_job, pattern=pattern), chain(jobs, batches(texts, pattern)), processes)
+    jobs = [
+        blocks[i : i + group] for i in range(0, len(blocks), group)
+    ]  # of few blocks, so that Counters stay small
+    counters = in_processes(
+        functools.partial(count_job, pattern=pattern),
+        chain(jobs, batches(texts, pattern)),
+        processes,
+    )
     total = Counter()
-    for counter in tqdm(counters, total=len(jobs) or None, desc="counting chunks", unit="job", disable=None):
+    for counter in tqdm(
+        counters, total=len(jobs) or None, desc="counting chunks", unit="job", disable=None
+    ):
         total.update(counter)
     return total
 
@@ -179,7 +217,7 @@ def usable_cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_job = None        # in a child process: the one function it was started to run
+_job = None  # in a child process: the one function it was started to run
 
 
 def _start_child(function):
@@ -200,7 +238,9 @@ def in_processes(function, jobs, processes=None):
         return
     # fork hands the function over without pickling and works from a notebook; it does not exist on Windows
     method = "fork" if sys.platform == "linux" else None
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context(method), _start_child, (function,))
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context(method), _start_child, (function,)
+    )
     try:
         waiting = deque()
         for job in chain(first, jobs):
@@ -210,12 +250,15 @@ def in_processes(function, jobs, processes=None):
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:  # multiprocessing.Pool would wait for ever
-        raise UserError("a worker process was killed, perhaps for want of memory: use fewer --processes") from None
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer --processes"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 # ---- Then: merge, with all chunks in flat arrays and many merges at once.
+
 
 class Words:
     """All distinct chunks end to end as one linked list of symbols, and every pair of neighbours ever seen.
@@ -238,27 +281,45 @@ class Words:
         self.previous = np.arange(-1, n, dtype=np.int32)
         self.next[ends - 1] = self.next[n] = n
         self.previous[ends[:-1]] = self.previous[0] = n
-        self.weight = np.repeat(np.fromiter(chunks.values(), np.int64, len(words)), np.diff(ends, prepend=0))
+        self.weight = np.repeat(
+            np.fromiter(chunks.values(), np.int64, len(words)), np.diff(ends, prepend=0)
+        )
         self.pair = np.full(n + 1, -1, np.int32)
-        self.count, self.left, self.right = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self.count, self.left, self.right = (
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.int32),
+        )
         self.n_pairs = 0
-        self.firsts, self.groups = [], []        # per call of add_pairs: its first pair; positions by pair, and starts
+        self.firsts, self.groups = (
+            [],
+            [],
+        )  # per call of add_pairs: its first pair; positions by pair, and starts
         self.add_pairs(np.flatnonzero(self.symbol[self.next[:n]] >= 0).astype(np.int32))
 
     def add_pairs(self, at):
         """Enter the pairs that start at these positions, none of which has been seen before."""
         key = self.symbol[at].astype(np.int64) << 32 | self.symbol[self.next[at]]
-        order = np.argsort(key, kind="stable")       # stable: the positions of one pair stay in ascending order
+        order = np.argsort(
+            key, kind="stable"
+        )  # stable: the positions of one pair stay in ascending order
         key, at = key[order], at[order]
-        starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[:len(key)])
+        starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
         first, self.n_pairs = self.n_pairs, self.n_pairs + len(starts)
         if self.n_pairs > len(self.count):
             room = max(self.n_pairs, len(self.count) * 3 // 2) - len(self.count)
-            self.count, self.left, self.right = (np.append(a, np.zeros(room, a.dtype)) for a in (self.count, self.left, self.right))
+            self.count, self.left, self.right = (
+                np.append(a, np.zeros(room, a.dtype)) for a in (self.count, self.left, self.right)
+            )
         if len(at):
-            self.count[first:self.n_pairs] = np.add.reduceat(self.weight[at], starts)
-        self.left[first:self.n_pairs], self.right[first:self.n_pairs] = key[starts] >> 32, key[starts] & 0xffffffff
-        self.pair[at] = np.repeat(np.arange(first, self.n_pairs, dtype=np.int32), np.diff(starts, append=len(at)))
+            self.count[first : self.n_pairs] = np.add.reduceat(self.weight[at], starts)
+        self.left[first : self.n_pairs], self.right[first : self.n_pairs] = (
+            key[starts] >> 32,
+            key[starts] & 0xFFFFFFFF,
+        )
+        self.pair[at] = np.repeat(
+            np.arange(first, self.n_pairs, dtype=np.int32), np.diff(starts, append=len(at))
+        )
         self.firsts.append(first)
         self.groups.append((at, np.append(starts, len(at))))
 
@@ -266,7 +327,7 @@ class Words:
         """Where to merge this pair: its positions that still hold, and of a run x x x x every second one."""
         group = bisect_right(self.firsts, pair) - 1
         at, starts = self.groups[group]
-        at = at[slice(*starts[pair - self.firsts[group]:][:2])]
+        at = at[slice(*starts[pair - self.firsts[group] :][:2])]
         at = at[self.pair[at] == pair]
         if self.left[pair] == self.right[pair]:
             index = np.arange(len(at))
@@ -277,16 +338,20 @@ class Words:
     def merge(self, batch, new):
         """Merge the pairs of the batch, all at once, into symbols new, new + 1, ..."""
         where = [self.positions(pair) for pair in batch]
-        at = np.concatenate(where)                                        # left halves, which become the new symbols
-        gone = self.next[at]                                              # right halves
+        at = np.concatenate(where)  # left halves, which become the new symbols
+        gone = self.next[at]  # right halves
         after = self.next[gone]
-        self.symbol[at] = np.repeat(np.arange(new, new + len(batch), dtype=np.int32), list(map(len, where)))
+        self.symbol[at] = np.repeat(
+            np.arange(new, new + len(batch), dtype=np.int32), list(map(len, where))
+        )
         self.symbol[gone] = -1
         self.next[at], self.previous[after] = after, at
         before = self.previous[at]
-        before = before[(self.symbol[before] >= 0) & (self.symbol[before] < new)]  # a merged one is in `at` already
+        before = before[
+            (self.symbol[before] >= 0) & (self.symbol[before] < new)
+        ]  # a merged one is in `at` already
         paired = gone[self.pair[gone] >= 0]
-        for stale in (paired, before):                                    # (right, y) and (x, left) are no more
+        for stale in (paired, before):  # (right, y) and (x, left) are no more
             np.subtract.at(self.count, self.pair[stale], self.weight[stale])
         self.pair[gone] = self.pair[at] = -1
         self.count[batch] = 0
@@ -303,7 +368,12 @@ class Queue:
 
     def push(self, pairs):
         w = self.words
-        for entry in zip((-w.count[pairs]).tolist(), w.left[pairs].tolist(), w.right[pairs].tolist(), pairs.tolist()):
+        for entry in zip(
+            (-w.count[pairs]).tolist(),
+            w.left[pairs].tolist(),
+            w.right[pairs].tolist(),
+            pairs.tolist(),
+        ):
             heapq.heappush(self.heap, entry)
 
     def top(self, refill):
@@ -320,8 +390,8 @@ class Queue:
             if self.heap or not refill or self.floor == 1 or not self.known:
                 return self.heap[0] if self.heap else None
             best = max(0, self.known - 4096)
-            self.floor = max(1, int(np.partition(count[:self.known], best)[best]))
-            self.push(np.flatnonzero(count[:self.known] >= self.floor))
+            self.floor = max(1, int(np.partition(count[: self.known], best)[best]))
+            self.push(np.flatnonzero(count[: self.known] >= self.floor))
 
     def next_batch(self, most):
         """The next pairs to merge, as far ahead as their order is certain.
@@ -331,8 +401,8 @@ class Queue:
         them is also a right symbol: none changes another's count or shares a position with it, and every (x, a) and (b, y) is
         still in the queue behind the last of them, with the pairs made behind it."""
         new, self.known = self.known, self.words.n_pairs
-        if self.floor is not None:                              # take in the pairs that have appeared since
-            self.push(new + np.flatnonzero(self.words.count[new:self.known] >= self.floor))
+        if self.floor is not None:  # take in the pairs that have appeared since
+            self.push(new + np.flatnonzero(self.words.count[new : self.known] >= self.floor))
         batch, lefts, rights = [], set(), set()
         while len(batch) < most and (entry := self.top(refill=not batch)):
             _, left, right, pair = entry
@@ -355,7 +425,11 @@ def learn_merges(chunks, n_merges, forbidden=()):
     with tqdm(total=n_merges, desc="learning merges", disable=None) as bar:
         while len(merges) < n_merges and (batch := queue.next_batch(n_merges - len(merges))):
             pairs = list(zip(words.left[batch].tolist(), words.right[batch].tolist()))
-            if forbidden and (bad := [p for p, (a, b) in zip(batch, pairs) if spelled[a] + spelled[b] in forbidden]):
+            if forbidden and (
+                bad := [
+                    p for p, (a, b) in zip(batch, pairs) if spelled[a] + spelled[b] in forbidden
+                ]
+            ):
                 words.count[bad] = 0
                 queue.push(np.array([p for p in batch if p not in bad], np.int64))
                 continue
@@ -368,12 +442,13 @@ def learn_merges(chunks, n_merges, forbidden=()):
 
 # ---- The merges applied to a text.
 
+
 def merge_by_rank(ids, merges):
     """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a megabyte of
     one letter takes seconds, not days."""
     ids, n = list(ids), len(ids)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))
-    waiting, ranks = {}, []                            # rank -> left positions; a heap of the ranks
+    waiting, ranks = {}, []  # rank -> left positions; a heap of the ranks
 
     def note(left, right):
         if left >= 0 and right < n and (merge := merges.get((ids[left], ids[right]))):
@@ -388,13 +463,13 @@ def merge_by_rank(ids, merges):
         rank = heapq.heappop(ranks)
         places = sorted(waiting.pop(rank))
         for done, i in enumerate(places):
-            if ranks and ranks[0] < rank:              # a merge just made way for an earlier one
+            if ranks and ranks[0] < rank:  # a merge just made way for an earlier one
                 waiting[rank] = places[done:]
                 heapq.heappush(ranks, rank)
                 break
             j = after[i]
             merge = merges.get((ids[i], ids[j])) if j < n else None
-            if merge is None or merge[0] != rank:      # one of the two has been merged since
+            if merge is None or merge[0] != rank:  # one of the two has been merged since
                 continue
             ids[i], ids[j], after[i] = merge[1], -1, after[j]
             if after[i] < n:
@@ -411,4 +486,3 @@ def well_formed(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-

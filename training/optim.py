@@ -1,8 +1,9 @@
 """Muon for the hidden matrices, AdamW for everything else, schedules; training over ranks, and the memory that it takes.
 
-    optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
-    optimizer.set_lr(schedule(step, total)); optimizer.step()
+optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
+optimizer.set_lr(schedule(step, total)); optimizer.step()
 """
+
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,9 +24,12 @@ def wrap(model, args, runtime):
     if runtime.world == 1:
         return model
     if not args.shard:  # buffers are not broadcast, as none of ours changes
-        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(runtime.device.type, (runtime.world,))
     for part in (*model.layers, model):
@@ -47,7 +51,10 @@ def gather(t, like):
     if not is_sharded(like):
         return t
     from torch.distributed.tensor import DTensor
-    return DTensor.from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
+
+    return DTensor.from_local(
+        t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
 
 
 def own_rows(t, like):
@@ -55,12 +62,15 @@ def own_rows(t, like):
     if not is_sharded(like):
         return t
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def grad_norm(params):
     """Euclidean norm of the gradients of params, which all have one, as one vector over all shards -> scalar float32."""
-    square = torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
+    square = (
+        torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
+    )
     if is_sharded(params[0]):
         dist.all_reduce(square)
     return square.sqrt()
@@ -109,14 +119,17 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
 
 
 # ----------------------------------------------------------------------------------------------------- moments in 8 bits
-PACK_BLOCK = 256   # values that share a scale
-PACK_LEAST = 4096  # smaller parameters keep their moments in float32, as in bitsandbytes: they weigh nothing
+PACK_BLOCK = 256  # values that share a scale
+PACK_LEAST = (
+    4096  # smaller parameters keep their moments in float32, as in bitsandbytes: they weigh nothing
+)
 
 
 @lru_cache
 def levels(signed, device):
     """The 256 values a packed moment can have, and the midpoints between them."""
     from formats.packed import dynamic_map
+
     values = dynamic_map(device, signed)
     return values, (values[1:] + values[:-1]) / 2
 
@@ -126,14 +139,16 @@ def pack(x, codes, tops, signed):
     "8-bit Optimizers via Block-wise Quantization"). Unsigned is for squares, of which none becomes 0: the step divides by it."""
     x = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % PACK_BLOCK)).view(-1, PACK_BLOCK)
     torch.amax(x.abs(), 1, keepdim=True, out=tops)
-    nearest = torch.bucketize(x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True)
+    nearest = torch.bucketize(
+        x / tops.clamp(min=1e-38), levels(signed, x.device)[1], out_int32=True
+    )
     codes.copy_(nearest.clamp_(min=0 if signed else 1))
 
 
 def unpack(codes, tops, signed, like):
     """The inverse of `pack` -> float32 of the shape of `like`."""
     x = levels(signed, codes.device)[0][codes.int()] * tops  # (blocks, 256)
-    return x.view(-1)[:like.numel()].view(like.shape)
+    return x.view(-1)[: like.numel()].view(like.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- the optimizer
@@ -143,30 +158,66 @@ class MuonAdamW:
     muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8 bits. Not a
     torch.optim.Optimizer: nothing of it is needed here, and importing its base class costs two seconds."""
 
-    def __init__(self, model, muon_lr=0.02, adam_lr=0.004, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95), eps=1e-10,
-                 muon=True, eight_bit=False):
+    def __init__(
+        self,
+        model,
+        muon_lr=0.02,
+        adam_lr=0.004,
+        weight_decay=0.0,
+        momentum=0.95,
+        betas=(0.9, 0.95),
+        eps=1e-10,
+        muon=True,
+        eight_bit=False,
+    ):
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        self.momentum, self.betas, self.eps, self.factor, self.steps, self.state = momentum, betas, eps, 0.0, 0, {}
+        self.momentum, self.betas, self.eps, self.factor, self.steps, self.state = (
+            momentum,
+            betas,
+            eps,
+            0.0,
+            0,
+            {},
+        )
         groups = {}  # (rule, what its members share): [parameters]
         for p, name in self.names.items():
             rule = "adamw8" if eight_bit and p.numel() >= PACK_LEAST else "adamw"
-            alike = p.ndim == 2  # matrices are pulled towards zero; norms and biases have no reason to be small
+            alike = (
+                p.ndim == 2
+            )  # matrices are pulled towards zero; norms and biases have no reason to be small
             if muon and p.ndim == 2 and name.startswith("layers."):
                 rule, alike = "muon", tuple(p.shape)
             groups.setdefault((rule, alike), []).append(p)
             keys = ("momentum",) if rule == "muon" else ("mean", "square")
-            self.state[p] = self.packed(p) if rule == "adamw8" else {k: torch.zeros_like(local(p)) for k in keys}
-        self.param_groups = [dict(params=ps, rule=rule, lr=muon_lr if rule == "muon" else adam_lr,
-                                  weight_decay=weight_decay if alike else 0.0) for (rule, alike), ps in groups.items()]
+            self.state[p] = (
+                self.packed(p)
+                if rule == "adamw8"
+                else {k: torch.zeros_like(local(p)) for k in keys}
+            )
+        self.param_groups = [
+            dict(
+                params=ps,
+                rule=rule,
+                lr=muon_lr if rule == "muon" else adam_lr,
+                weight_decay=weight_decay if alike else 0.0,
+            )
+            for (rule, alike), ps in groups.items()
+        ]
 
     @staticmethod
     def packed(p):
         """Moments of zero, in 8 bits."""
         if is_sharded(p):
-            raise UserError("moments in 8 bits are for unsharded parameters: drop --shard, or use --optimizer adamw")
+            raise UserError(
+                "moments in 8 bits are for unsharded parameters: drop --shard, or use --optimizer adamw"
+            )
         blocks = -(-p.numel() // PACK_BLOCK)
-        zeros = {"mean": torch.full((blocks, PACK_BLOCK), 127, dtype=torch.uint8), "mean_top": torch.zeros(blocks, 1),  # 127: 0.0
-                 "square": torch.ones(blocks, PACK_BLOCK, dtype=torch.uint8), "square_top": torch.zeros(blocks, 1)}
+        zeros = {
+            "mean": torch.full((blocks, PACK_BLOCK), 127, dtype=torch.uint8),
+            "mean_top": torch.zeros(blocks, 1),  # 127: 0.0
+            "square": torch.ones(blocks, PACK_BLOCK, dtype=torch.uint8),
+            "square_top": torch.zeros(blocks, 1),
+        }
         return {k: v.to(p.device) for k, v in zeros.items()}
 
     def set_lr(self, factor):
@@ -185,22 +236,48 @@ class MuonAdamW:
             params = [p for p in g["params"] if p.grad is not None]
             if not params:
                 continue
-            grads, states, lr = [local(p.grad) for p in params], [self.state[p] for p in params], g["lr"] * self.factor
+            grads, states, lr = (
+                [local(p.grad) for p in params],
+                [self.state[p] for p in params],
+                g["lr"] * self.factor,
+            )
             how = self.steps, lr, self.betas, self.eps, g["weight_decay"]
             if g["rule"] == "muon":
-                muon_step(params, grads, [s["momentum"] for s in states], lr, self.momentum, g["weight_decay"])
+                muon_step(
+                    params,
+                    grads,
+                    [s["momentum"] for s in states],
+                    lr,
+                    self.momentum,
+                    g["weight_decay"],
+                )
             elif g["rule"] == "adamw":
-                adamw_step([local(p) for p in params], grads, [s["mean"] for s in states], [s["square"] for s in states], *how)
+                adamw_step(
+                    [local(p) for p in params],
+                    grads,
+                    [s["mean"] for s in states],
+                    [s["square"] for s in states],
+                    *how,
+                )
             else:
-                for p, grad, s in zip(params, grads, states):  # one at a time: only one's moments are ever there in float32
-                    mean, square = unpack(s["mean"], s["mean_top"], True, p), unpack(s["square"], s["square_top"], False, p)
+                for p, grad, s in zip(
+                    params, grads, states
+                ):  # one at a time: only one's moments are ever there in float32
+                    mean, square = (
+                        unpack(s["mean"], s["mean_top"], True, p),
+                        unpack(s["square"], s["square_top"], False, p),
+                    )
                     adamw_step([p], [grad], [mean], [square], *how)
                     pack(mean, s["mean"], s["mean_top"], True)
                     pack(square, s["square"], s["square_top"], False)
 
     def tensors(self):
         """The whole state, for a safetensors file: {parameter name + key: tensor}. Under FSDP every rank must call it."""
-        named = {f"{self.names[p]}.{k}": gather(v, p) for p, state in self.state.items() for k, v in state.items()}
+        named = {
+            f"{self.names[p]}.{k}": gather(v, p)
+            for p, state in self.state.items()
+            for k, v in state.items()
+        }
         return named | {"steps": torch.tensor(self.steps)}
 
     def load_tensors(self, tensors):
@@ -219,7 +296,7 @@ class LossScale:
     the scale, `patience` good steps in a row double it. torch's GradScaler does the same, but decides per rank; here the
     decision is the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes."""
 
-    def __init__(self, dtype, scale=2.0 ** 16, patience=1000):
+    def __init__(self, dtype, scale=2.0**16, patience=1000):
         self.on, self.patience, self.good = dtype == torch.float16, patience, 0
         self.scale = scale if self.on else 1.0
 
@@ -235,6 +312,7 @@ class LossScale:
 @dataclass
 class Guard:
     """Which steps to skip: gradients that are not finite or far above their running mean; stops after several in a row."""
+
     factor: float
     mean: float = 0.0
     seen: int = 0
@@ -245,9 +323,14 @@ class Guard:
     def accepts(self, norm):
         spike = self.factor and self.seen > 50 and norm > self.factor * self.mean
         good = math.isfinite(norm) and not spike
-        if math.isfinite(norm):  # a spike counts as the most that is believed, so that a lasting change is accepted in time
+        if math.isfinite(
+            norm
+        ):  # a spike counts as the most that is believed, so that a lasting change is accepted in time
             believed = min(norm, self.factor * self.mean) if spike else norm
-            self.mean, self.seen = (self.mean * 0.98 + believed * 0.02 if self.seen else believed), self.seen + 1
+            self.mean, self.seen = (
+                (self.mean * 0.98 + believed * 0.02 if self.seen else believed),
+                self.seen + 1,
+            )
         self.in_a_row = 0 if good else self.in_a_row + 1
         self.skipped += not good
         return good
@@ -277,16 +360,35 @@ def estimate_memory(model, args, runtime, rows):
     c, ranks = model.config, runtime.world if args.shard else 1
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    matrices = sum(size for n, size in trained.items() if n.startswith("layers.") and model.get_parameter(n).ndim == 2)
+    matrices = sum(
+        size
+        for n, size in trained.items()
+        if n.startswith("layers.") and model.get_parameter(n).ndim == 2
+    )
     trained = sum(trained.values())
-    state = 2 * trained if args.optimizer == "adamw8bit" else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
-    width = 8 * c.hidden_size + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size
+    state = (
+        2 * trained
+        if args.optimizer == "adamw8bit"
+        else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
+    )
+    width = (
+        8 * c.hidden_size
+        + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        + 4 * c.intermediate_size
+    )
     layers = 1 if args.recompute else c.num_hidden_layers
     kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
     value = 4 if runtime.dtype == torch.float32 else 3
-    logits = min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3  # logits, softmax and its gradient
-    return {"weights": size // ranks, "gradients": 4 * trained // ranks, "optimizer": state // ranks,
-            "activations": rows * args.context * (layers * width * value + kept), "logits": logits}
+    logits = (
+        min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3
+    )  # logits, softmax and its gradient
+    return {
+        "weights": size // ranks,
+        "gradients": 4 * trained // ranks,
+        "optimizer": state // ranks,
+        "activations": rows * args.context * (layers * width * value + kept),
+        "logits": logits,
+    }
 
 
 def choose_micro_batch(model, args, runtime, before=0):
@@ -297,22 +399,30 @@ def choose_micro_batch(model, args, runtime, before=0):
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
     share, free = args.batch // runtime.world, free_memory(runtime.device)
     if args.micro_batch and share % args.micro_batch:
-        raise UserError(f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
-                        f"over {runtime.world})")
+        raise UserError(
+            f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
+            f"over {runtime.world})"
+        )
     fixed = args.micro_batch or (before if before and share % before == 0 else 0)
     for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
         estimate = estimate_memory(model, args, runtime, rows)
         if fixed or free is None or sum(estimate.values()) < 0.85 * free:
-            rows = runtime.smallest(rows)  # ranks see different amounts of free memory, and must pass the same rows
+            rows = runtime.smallest(
+                rows
+            )  # ranks see different amounts of free memory, and must pass the same rows
             print_estimate(estimate, rows, args, runtime)
             return rows
-    raise UserError(f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
-                    f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
-                    "fewer --layers")
+    raise UserError(
+        f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
+        f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
+        "fewer --layers"
+    )
 
 
 def print_estimate(estimate, rows, args, runtime):
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
     free = free_memory(runtime.device) or math.nan
-    print(f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
-          f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step")
+    print(
+        f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
+        f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step"
+    )

@@ -1,4 +1,5 @@
 """Constrained output: what the automaton accepts is what the standard library accepts, and nothing is cut off half way."""
+
 import json
 import random
 import re
@@ -14,7 +15,10 @@ from tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    text = 'name {"a": [1, 2.5], "city": "Zürich"} true false null 😀 the quick brown fox, "x": "y"} ' * 20
+    text = (
+        'name {"a": [1, 2.5], "city": "Zürich"} true false null 😀 the quick brown fox, "x": "y"} '
+        * 20
+    )
     return Vocabulary(Tokenizer.train([text], 400, special_tokens=["<|endoftext|>"]))
 
 
@@ -34,59 +38,130 @@ def sample(grammar, vocabulary, rng, limit):
     return out, constraint.complete
 
 
-@pytest.mark.parametrize("pattern", [
-    r"(ab|a)*c?", r"[^a-c]{2,3}", r"\d+(\.\d{1,2})?", r"(yes|no)( maybe)*", r".{0,3}é.?", r"[α-ω😀-😅]+x", r"a{3}|b+?",
-    r"[\w-]+@[a-z]+", r"(?:)",
-])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(ab|a)*c?",
+        r"[^a-c]{2,3}",
+        r"\d+(\.\d{1,2})?",
+        r"(yes|no)( maybe)*",
+        r".{0,3}é.?",
+        r"[α-ω😀-😅]+x",
+        r"a{3}|b+?",
+        r"[\w-]+@[a-z]+",
+        r"(?:)",
+    ],
+)
 def test_a_regex_accepts_what_re_fullmatch_accepts(pattern):
     grammar, rng = regex_grammar(pattern), random.Random(1)
     alphabet = "abcx019.é@- \nyesno maybeαω😀😆"
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(7))) for _ in range(3000)]
     texts += ["yes maybe", "no", "aaa", "12.34", "ab@abc", "α😀x"]
-    verdicts = [(grammar.matches(t.encode()), bool(re.fullmatch(pattern, t, re.ASCII))) for t in texts]
-    assert all(ours == theirs for ours, theirs in verdicts) and any(theirs for _, theirs in verdicts)
+    verdicts = [
+        (grammar.matches(t.encode()), bool(re.fullmatch(pattern, t, re.ASCII))) for t in texts
+    ]
+    assert all(ours == theirs for ours, theirs in verdicts) and any(
+        theirs for _, theirs in verdicts
+    )
 
 
 def test_what_a_random_model_writes_under_a_regex_matches_it(vocabulary):
     rng = random.Random(2)
-    for pattern in (r"[A-Z][a-z]{2,8} is \d{1,3} years old\.", r"(\w+ ){3}end", r"[^\"x]{5}", r"\D\S\W"):
+    for pattern in (
+        r"[A-Z][a-z]{2,8} is \d{1,3} years old\.",
+        r"(\w+ ){3}end",
+        r"[^\"x]{5}",
+        r"\D\S\W",
+    ):
         grammar = regex_grammar(pattern)
         for _ in range(20):
             out, complete = sample(grammar, vocabulary, rng, 200)
             assert complete and re.fullmatch(pattern, out.decode(), re.ASCII | re.DOTALL), out
 
 
-@pytest.mark.parametrize("lo, hi", [(0, 0), (3, 7), (-5, 5), (7, 1234), (-120, -7), (99, 100), (-1, 10), (1000, 1000)])
+@pytest.mark.parametrize(
+    "lo, hi", [(0, 0), (3, 7), (-5, 5), (7, 1234), (-120, -7), (99, 100), (-1, 10), (1000, 1000)]
+)
 def test_an_integer_range_is_exact(lo, hi):
     grammar = json_grammar({"type": "integer", "minimum": lo, "maximum": hi})
     accepted = {n for n in range(-2000, 2001) if grammar.matches(str(n).encode())}
-    assert accepted == set(range(lo, hi + 1)) and not grammar.matches(b"03") and not grammar.matches(b"-")
+    assert (
+        accepted == set(range(lo, hi + 1))
+        and not grammar.matches(b"03")
+        and not grammar.matches(b"-")
+    )
 
 
 def test_any_json_is_accepted_and_nothing_else():
     grammar = json_grammar({"anyOf": [{}]})
-    for value in ({}, [], "a\"\\\n😀", 0, -1.5, True, None, {"a": [1, {"b": "é"}, []], "c": {}}, [[[[]]]], "\u0007"):
-        for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), json.dumps(value, indent=2)):
+    for value in (
+        {},
+        [],
+        'a"\\\n😀',
+        0,
+        -1.5,
+        True,
+        None,
+        {"a": [1, {"b": "é"}, []], "c": {}},
+        [[[[]]]],
+        "\u0007",
+    ):
+        for text in (
+            json.dumps(value),
+            json.dumps(value, ensure_ascii=False),
+            json.dumps(value, indent=2),
+        ):
             assert grammar.matches(text.encode()), text
-    for text in ("", "{", "[1,]", "{a: 1}", "01", "1.", "+1", '"\n"', "'a'", "nul", '{"a" 1}', '"\\x"', '"\\ud800"', "[1 2]",
-                 "{} {}"):
+    for text in (
+        "",
+        "{",
+        "[1,]",
+        "{a: 1}",
+        "01",
+        "1.",
+        "+1",
+        '"\n"',
+        "'a'",
+        "nul",
+        '{"a" 1}',
+        '"\\x"',
+        '"\\ud800"',
+        "[1 2]",
+        "{} {}",
+    ):
         assert not grammar.matches(text.encode()), text
 
 
 def test_objects_have_their_required_members_in_order_and_optional_ones_or_not():
-    grammar = json_grammar({"properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}}, "required": ["b"]})
+    grammar = json_grammar(
+        {"properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}}, "required": ["b"]}
+    )
     texts = ['{"b":2}', '{"a":1,"b":2}', '{"b":2,"c":3}', '{"a": 1, "b": 2, "c": 3}']
     assert all(grammar.matches(t.encode()) for t in texts)
-    assert not any(grammar.matches(t) for t in (b"{}", b'{"a":1}', b'{"b":2,"a":1}', b'{"b":2,}', b'{,"b":2}', b'{"b":2,"d":4}'))
+    assert not any(
+        grammar.matches(t)
+        for t in (b"{}", b'{"a":1}', b'{"b":2,"a":1}', b'{"b":2,}', b'{,"b":2}', b'{"b":2,"d":4}')
+    )
 
 
 def test_arrays_count_their_items():
     grammar = json_grammar({"type": "array", "items": {"const": 0}, "minItems": 2, "maxItems": 3})
     assert [n for n in range(6) if grammar.matches(json.dumps([0] * n).encode())] == [2, 3]
-    grammar = json_grammar({"type": "array", "prefixItems": [{"const": "x"}, {"const": "y"}], "items": {"type": "boolean"},
-                            "minItems": 1})
-    assert all(grammar.matches(json.dumps(v).encode()) for v in (["x"], ["x", "y"], ["x", "y", True, False]))
-    assert not any(grammar.matches(json.dumps(v).encode()) for v in ([], ["y"], ["x", True], ["x", "y", 1]))
+    grammar = json_grammar(
+        {
+            "type": "array",
+            "prefixItems": [{"const": "x"}, {"const": "y"}],
+            "items": {"type": "boolean"},
+            "minItems": 1,
+        }
+    )
+    assert all(
+        grammar.matches(json.dumps(v).encode())
+        for v in (["x"], ["x", "y"], ["x", "y", True, False])
+    )
+    assert not any(
+        grammar.matches(json.dumps(v).encode()) for v in ([], ["y"], ["x", True], ["x", "y", 1])
+    )
 
 
 def test_an_answer_is_brought_to_its_end_within_the_tokens_left(vocabulary):
@@ -95,9 +170,19 @@ def test_an_answer_is_brought_to_its_end_within_the_tokens_left(vocabulary):
         for _ in range(10):
             out, complete = sample(grammar, vocabulary, rng, limit)
             assert complete and isinstance(json.loads(out), dict), out
-    tree = {"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 5},
-        "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "required": ["name", "children"]}}}
+    tree = {
+        "$ref": "#/$defs/node",
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "minLength": 1, "maxLength": 5},
+                    "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+                },
+                "required": ["name", "children"],
+            }
+        },
+    }
     for _ in range(10):
         out, complete = sample(json_grammar(tree), vocabulary, rng, 150)
         assert complete and 1 <= len(json.loads(out)["name"]) <= 5
@@ -111,27 +196,38 @@ def test_without_the_count_of_tokens_left_a_random_model_is_cut_off(vocabulary):
     assert not constraint.complete
 
 
-@pytest.mark.parametrize("schema, words", [
-    ({"type": "object", "minProperties": 2}, "minProperties is not supported"),
-    ({"type": "array", "uniqueItems": True}, "uniqueItems is not supported"),
-    ({"type": "strin"}, "unknown type 'strin'"),
-    ({"$ref": "#/$defs/none"}, "leads nowhere"),
-    ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "nothing in between"),
-    ({"type": "integer", "minimum": 5, "maximum": 4}, "no integer lies between 5 and 4"),
-    ({"type": "string", "pattern": "(?=a)b"}, "assert is not supported"),
-    ({"type": "string", "pattern": "("}, "regular expression '('"),
-    ({"allOf": [{}, {}]}, "allOf of 2 is not supported"),
-    ({"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}}}, "infinite"),
-    ({"type": "string", "maxLength": 10 ** 9}, "up to 4,096"),
-    ({"properties": {"a": 3}}, "#/properties/a: 3 is not a schema"),
-])
+@pytest.mark.parametrize(
+    "schema, words",
+    [
+        ({"type": "object", "minProperties": 2}, "minProperties is not supported"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems is not supported"),
+        ({"type": "strin"}, "unknown type 'strin'"),
+        ({"$ref": "#/$defs/none"}, "leads nowhere"),
+        ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "nothing in between"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "no integer lies between 5 and 4"),
+        ({"type": "string", "pattern": "(?=a)b"}, "assert is not supported"),
+        ({"type": "string", "pattern": "("}, "regular expression '('"),
+        ({"allOf": [{}, {}]}, "allOf of 2 is not supported"),
+        (
+            {
+                "$ref": "#/$defs/a",
+                "$defs": {"a": {"properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}},
+            },
+            "infinite",
+        ),
+        ({"type": "string", "maxLength": 10**9}, "up to 4,096"),
+        ({"properties": {"a": 3}}, "#/properties/a: 3 is not a schema"),
+    ],
+)
 def test_what_cannot_be_honoured_is_refused_in_one_line(schema, words):
     with pytest.raises(UserError, match=re.escape(words)):
         json_grammar(schema)
 
 
 def test_a_thousand_properties_are_built_and_nesting_has_an_end():
-    grammar = json_grammar({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}})
+    grammar = json_grammar(
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
+    )
     assert all(grammar.matches(t) for t in (b"{}", b'{"p0":"x"}', b'{"p3":"x","p999":"y"}'))
     assert not grammar.matches(b'{"p9":"","p1":""}')
     nested = {}
@@ -140,11 +236,16 @@ def test_a_thousand_properties_are_built_and_nesting_has_an_end():
     with pytest.raises(UserError, match="nested too deeply"):
         json_grammar(nested)
     grammar = json_grammar({"type": "array"})
-    assert grammar.matches(b"[" * 200 + b"]" * 200) and not grammar.matches(b"[" * 20_000 + b"]" * 20_000)
+    assert grammar.matches(b"[" * 200 + b"]" * 200) and not grammar.matches(
+        b"[" * 20_000 + b"]" * 20_000
+    )
 
 
 def test_a_mask_that_costs_too_much_allows_nothing(vocabulary):
-    constraint, rng = Constraint(regex_grammar(r"((\w{0,9}\s?){1,30}){1,30}"), vocabulary), random.Random(1)
+    constraint, rng = (
+        Constraint(regex_grammar(r"((\w{0,9}\s?){1,30}){1,30}"), vocabulary),
+        random.Random(1),
+    )
     for _ in range(400):
         allowed = torch.nonzero(constraint.allowed())[:, 0].tolist()
         if not allowed:

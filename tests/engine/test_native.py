@@ -1,4 +1,5 @@
 """native.py, forward.cpp: one call says what model.py's forward says, whatever shares the batch, in every weight format."""
+
 import copy
 import platform
 
@@ -6,20 +7,22 @@ import pytest
 import torch
 
 import lora
-from engine import native
-from formats import packed
 from common import UserError
+from engine import native
+from engine.runner import Batch
+from formats import packed
+from formats.packed import GroupLinear, Int8Linear
 from generate import Engine, Sampling
 from model import Config, Transformer
-from formats.packed import GroupLinear, Int8Linear
-from engine.runner import Batch
 
 V = 50  # not a multiple of any vector's lanes
 
 
 def tiny(kind="qwen3", C=32, H=4, K=2, D=16, M=48, layers=2, **options):
     torch.manual_seed(1)
-    model = Transformer(Config(kind, V, C, M, layers, H, K, D, 96, qkv_bias=kind in ("qwen2", "gpt2"), **options))
+    model = Transformer(
+        Config(kind, V, C, M, layers, H, K, D, 96, qkv_bias=kind in ("qwen2", "gpt2"), **options)
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=0.3).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
@@ -41,7 +44,12 @@ def cpp(model, kind=None, dtype=torch.float32, blocks=40):
 def both(model, kind=None, dtype=torch.float32, twin=None):
     """-> logits of C++ over a prompt, then a token at a time, beside another sequence; and the model's (or twin's) own."""
     torch.manual_seed(2)
-    run, a, b, got = cpp(model, kind, dtype), torch.randint(V, (70,)).tolist(), torch.randint(V, (37,)).tolist(), []
+    run, a, b, got = (
+        cpp(model, kind, dtype),
+        torch.randint(V, (70,)).tolist(),
+        torch.randint(V, (37,)).tolist(),
+        [],
+    )
     batch = Batch(16)
     batch.add([3, 9, 1], a[:41], 0, range(41))
     batch.add([7, 2, 30], b, 0, [])
@@ -58,7 +66,9 @@ def both(model, kind=None, dtype=torch.float32, twin=None):
 def each_level(request, monkeypatch):
     """The same source for three kinds of machine, as far as this one can run them."""
     names = list(native.LEVELS)
-    if names.index(request.param) < names.index(native.level()) or (request.param != "plain" and platform.machine() != "x86_64"):
+    if names.index(request.param) < names.index(native.level()) or (
+        request.param != "plain" and platform.machine() != "x86_64"
+    ):
         pytest.skip(f"this machine is only {native.level()}")
     monkeypatch.setattr(native, "level", lambda: request.param)
     native.library.cache_clear()
@@ -66,11 +76,18 @@ def each_level(request, monkeypatch):
     native.library.cache_clear()
 
 
-@pytest.mark.parametrize("options", [
-    dict(kind="llama"), dict(kind="qwen2"), dict(kind="qwen3", H=6, K=2),
-    dict(kind="mistral", sliding_window=20, sliding_layers=(0,)),
-    dict(kind="gpt2", K=4, M=64, rope={}, out_bias=True, mlp_bias=True),
-    dict(kind="llama", H=2, K=2, D=48, C=16, tie_word_embeddings=True), dict(kind="llama", H=5, K=1, D=128, M=16)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kind="llama"),
+        dict(kind="qwen2"),
+        dict(kind="qwen3", H=6, K=2),
+        dict(kind="mistral", sliding_window=20, sliding_layers=(0,)),
+        dict(kind="gpt2", K=4, M=64, rope={}, out_bias=True, mlp_bias=True),
+        dict(kind="llama", H=2, K=2, D=48, C=16, tie_word_embeddings=True),
+        dict(kind="llama", H=5, K=1, D=128, M=16),
+    ],
+)
 def test_every_shape_equals_the_model(options):
     got, expected = both(tiny(**options))
     assert torch.allclose(got, expected, atol=2e-5 * expected.abs().max(), rtol=0)
@@ -99,10 +116,19 @@ def shuffled(m, bits, group, sym):
     return GroupLinear(codes, scales, zeros, bits, group, order, m.bias)
 
 
-@pytest.mark.parametrize("make", [
-    Int8Linear.from_linear, lambda m: GroupLinear.from_linear(m, 4, 16), lambda m: GroupLinear.from_linear(m, 4, 16, sym=False),
-    lambda m: GroupLinear.from_linear(m, 4, -1), lambda m: shuffled(m, 4, 32, False), lambda m: shuffled(m, 8, 16, True),
-    lambda m: GroupLinear.from_linear(m, 3, 32)], ids=["int8", "int4", "asymmetric", "rows", "act-order", "8 bits", "3 bits"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Int8Linear.from_linear,
+        lambda m: GroupLinear.from_linear(m, 4, 16),
+        lambda m: GroupLinear.from_linear(m, 4, 16, sym=False),
+        lambda m: GroupLinear.from_linear(m, 4, -1),
+        lambda m: shuffled(m, 4, 32, False),
+        lambda m: shuffled(m, 8, 16, True),
+        lambda m: GroupLinear.from_linear(m, 3, 32),
+    ],
+    ids=["int8", "int4", "asymmetric", "rows", "act-order", "8 bits", "3 bits"],
+)
 def test_packed_layers_compute_what_they_stand_for(each_level, make):
     """Rounding activations to 8 bits a group costs about a percent; a wrong order, zero or scale would cost everything."""
     model = tiny(C=48, M=80, layers=1)
@@ -114,23 +140,35 @@ def test_packed_layers_compute_what_they_stand_for(each_level, make):
 def test_an_input_that_is_exact_in_8_bits_is_multiplied_exactly(each_level):
     """No rounding is left then: the product is the float64 one of the weights that the codes stand for."""
     head = torch.nn.Linear(64, V, bias=True)
-    for layer in (Int8Linear.from_linear(head), GroupLinear.from_linear(head, 4, 32, sym=False), shuffled(head, 4, 32, False)):
+    for layer in (
+        Int8Linear.from_linear(head),
+        GroupLinear.from_linear(head, 4, 32, sym=False),
+        shuffled(head, 4, 32, False),
+    ):
         model = tiny(C=64, layers=0)
         model.lm_head = layer
-        with torch.no_grad():  # an embedding of +-1 has norm sqrt(C), so the final norm leaves it as it is
+        with (
+            torch.no_grad()
+        ):  # an embedding of +-1 has norm sqrt(C), so the final norm leaves it as it is
             model.embed_tokens.weight.copy_(torch.randint(0, 2, (V, 64)) * 2 - 1.0)
             model.norm.weight.fill_(1)
         batch = Batch(16)
         batch.add([0, 1, 2], list(range(40)), 0, range(40))
         got = cpp(model)(batch)
-        expected = model.embed_tokens.weight[:40].double() @ layer.dequantize().double().T + head.bias.double()
+        expected = (
+            model.embed_tokens.weight[:40].double() @ layer.dequantize().double().T
+            + head.bias.double()
+        )
         assert torch.allclose(got.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, "16", "int8", "int4"])
 def test_no_logit_depends_on_the_rest_of_the_batch(kind):
     """Bit for bit: a prompt in one piece, in chunks, a token at a time, alone and among eleven others."""
-    model, ids = tiny("mistral", sliding_window=20, sliding_layers=(0,)), torch.randint(V, (60,)).tolist()
+    model, ids = (
+        tiny("mistral", sliding_window=20, sliding_layers=(0,)),
+        torch.randint(V, (60,)).tolist(),
+    )
     others = [torch.randint(V, (n,)).tolist() for n in (1, 2, 3, 4, 5, 8, 13, 1, 1, 1, 1)]
 
     def run(cuts, company=()):
@@ -140,10 +178,15 @@ def test_no_logit_depends_on_the_rest_of_the_batch(kind):
             for i, other in enumerate(company):
                 batch.add([10 + i], other, 0, [0])
             batch.add([3, 9, 1, 4], ids[begin:end], begin, range(end - begin))
-            got.append(made(batch)[len(company):])
+            got.append(made(batch)[len(company) :])
         return torch.cat(got)
+
     whole = run([])
-    assert torch.equal(whole, run([16, 17, 40])) and torch.equal(whole, run(range(1, 60))) and torch.equal(whole, run([33], others))
+    assert (
+        torch.equal(whole, run([16, 17, 40]))
+        and torch.equal(whole, run(range(1, 60)))
+        and torch.equal(whole, run([33], others))
+    )
 
 
 def test_adapters_of_every_kind_share_a_batch(tmp_path):
@@ -151,7 +194,9 @@ def test_adapters_of_every_kind_share_a_batch(tmp_path):
     base, prompt = tiny(), list(range(30))
     base.save_pretrained(tmp_path / "base")
     names = {}
-    for i, (r, targets, kind) in enumerate(((2, "all", {}), (5, "attn", dict(rslora=True)), (3, "mlp,lm_head", dict(dora=True)))):
+    for i, (r, targets, kind) in enumerate(
+        ((2, "all", {}), (5, "attn", dict(rslora=True)), (3, "mlp,lm_head", dict(dora=True)))
+    ):
         model = Transformer.from_pretrained(tmp_path / "base")
         lora.apply(model, r, 8, targets, **kind)
         with torch.no_grad():
@@ -184,13 +229,20 @@ def test_a_float16_cache_stays_close():
 
 
 def test_what_it_does_not_do_is_said_and_done_by_torch(tmp_path, capsys, monkeypatch):
-    for problem, model, options in (("heads of 8", tiny(D=8), {}), ("a width of 40", tiny(C=40), {}),
-                                    ("blocks of 8", tiny(), dict(block_size=8)), ("int8", tiny(), dict(kv_dtype="int8"))):
+    for problem, model, options in (
+        ("heads of 8", tiny(D=8), {}),
+        ("a width of 40", tiny(C=40), {}),
+        ("blocks of 8", tiny(), dict(block_size=8)),
+        ("int8", tiny(), dict(kv_dtype="int8")),
+    ):
         model.save_pretrained(tmp_path / problem)
         engine = Engine(tmp_path / problem, "cpu", **options)
         said = capsys.readouterr().out
         assert "forward  torch: forward.cpp does not do" in said and problem in said
-        assert len(engine.generate([1, 2, 3], Sampling(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+        assert (
+            len(engine.generate([1, 2, 3], Sampling(max_tokens=4, ignore_eos=True))[0].token_ids)
+            == 4
+        )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "false")
     native.library.cache_clear()

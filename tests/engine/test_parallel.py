@@ -1,4 +1,5 @@
 """A model divided among two ranks (gloo, CPU) answers as on one, refuses what cannot be divided, and ends when a rank does."""
+
 import json
 import os
 import random
@@ -16,8 +17,8 @@ from conftest import ROOT
 from test_engine import TEXT, make_model
 
 from common import UserError
-from generate import Engine, Sampling
 from engine.grammar import Constraint, Vocabulary, regex_grammar
+from generate import Engine, Sampling
 from model import Config, Transformer
 from quant import quantize
 
@@ -27,12 +28,21 @@ def tiny_pool(engine):
     """Shared prefixes, chunked prefill, preemption, drafts, a constraint, and a request that is cancelled on its way."""
     rng = random.Random(1)
     start = [rng.randrange(4, len(TEXT)) for _ in range(9)]
-    asked = [Sampling(max_tokens=14, temperature=0, ignore_eos=True, logprobs=2), Sampling(max_tokens=14, seed=3, n=2),
-             Sampling(max_tokens=9, seed=4, top_p=0.9, repetition_penalty=1.3, ignore_eos=True),
-             Sampling(max_tokens=8, constraint=Constraint(regex_grammar("(ab|cd)+e"), Vocabulary(engine.tok)), seed=5),
-             Sampling(max_tokens=30, temperature=0, ignore_eos=True)]
+    asked = [
+        Sampling(max_tokens=14, temperature=0, ignore_eos=True, logprobs=2),
+        Sampling(max_tokens=14, seed=3, n=2),
+        Sampling(max_tokens=9, seed=4, top_p=0.9, repetition_penalty=1.3, ignore_eos=True),
+        Sampling(
+            max_tokens=8,
+            constraint=Constraint(regex_grammar("(ab|cd)+e"), Vocabulary(engine.tok)),
+            seed=5,
+        ),
+        Sampling(max_tokens=30, temperature=0, ignore_eos=True),
+    ]
     for i, sampling in enumerate(asked):
-        engine.submit(start + [4 + i] * 4, sampling, i)  # 13 tokens: n answers copy a block that is not full
+        engine.submit(
+            start + [4 + i] * 4, sampling, i
+        )  # 13 tokens: n answers copy a block that is not full
     got, steps = {}, 0
     while engine.has_work:
         steps += 1
@@ -49,14 +59,26 @@ def tiny_pool(engine):
 def numbers(engine):
     """Log-probabilities out of the batch and of a prompt, and an embedding: bf16 kernels round parts and wholes differently."""
     ids = [4 + i % 20 for i in range(20)]
-    first = engine.generate([ids], Sampling(max_tokens=1, temperature=0, logprobs=4, ignore_eos=True))[0].logprobs
+    first = engine.generate(
+        [ids], Sampling(max_tokens=1, temperature=0, logprobs=4, ignore_eos=True)
+    )[0].logprobs
     scored = engine.prompt_logprobs(ids, 3)
-    return [x for t in first + scored[1:] for x in (t.logprob, *(v for _, v in t.top))] + engine.embed(ids)
+    return [
+        x for t in first + scored[1:] for x in (t.logprob, *(v for _, v in t.top))
+    ] + engine.embed(ids)
 
 
 def report(folder, what, **options):
-    engine = Engine(folder, "cpu", "float32", block_size=4, max_seqs=3, step_tokens=7 if what == "tiny_pool" else 64,
-                    debug_invariants=True, **options)
+    engine = Engine(
+        folder,
+        "cpu",
+        "float32",
+        block_size=4,
+        max_seqs=3,
+        step_tokens=7 if what == "tiny_pool" else 64,
+        debug_invariants=True,
+        **options,
+    )
     return engine, globals()[what](engine)
 
 
@@ -64,8 +86,13 @@ def rank_main(cases, out):
     """What each of the two ranks runs: all cases one after the other, each in a process group of its own."""
     results = {}
     for name, case in json.loads(Path(cases).read_text()).items():
-        torch.distributed.init_process_group("gloo", init_method=f"file://{out}.{name}", world_size=2, rank=int(os.environ["RANK"]),
-                                             timeout=timedelta(seconds=60))
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{out}.{name}",
+            world_size=2,
+            rank=int(os.environ["RANK"]),
+            timeout=timedelta(seconds=60),
+        )
         try:
             engine, results[name] = report(**case)
             engine.runner.everywhere("end")
@@ -83,9 +110,13 @@ def rank_main(cases, out):
 
 
 # --------------------------------------------------------------------------------------------------------------- the tests
-REFUSED = {"nf4": "self_attn.q_proj: NF4's blocks", "order": "self_attn.o_proj: GPTQ's act-order",
-           "groups": "16 of 32 inputs for each of 2 ranks would cut a group of 24", "adapter": "merge them first",
-           "heads": "2 ranks cannot share 3 heads, 1 key/value heads and 33 MLP channels evenly; --nproc-per-node can be 1"}
+REFUSED = {
+    "nf4": "self_attn.q_proj: NF4's blocks",
+    "order": "self_attn.o_proj: GPTQ's act-order",
+    "groups": "16 of 32 inputs for each of 2 ranks would cut a group of 24",
+    "adapter": "merge them first",
+    "heads": "2 ranks cannot share 3 heads, 1 key/value heads and 33 MLP channels evenly; --nproc-per-node can be 1",
+}
 
 
 def packed(folder, format, group=16, order=False):
@@ -100,31 +131,49 @@ def packed(folder, format, group=16, order=False):
 
 
 def environment(rank, port):
-    return os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def start(rank, port, *command):
-    return subprocess.Popen([sys.executable, *map(str, command)], env=environment(rank, port), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment(rank, port),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("models")
     pool = dict(what="tiny_pool", kv_tokens=40)
-    cases = {"llama": pool | dict(folder=make_model(tmp / "llama", "llama", seed=2, tie_word_embeddings=False), kv_tokens=48),
-             "qwen3": pool | dict(folder=make_model(tmp / "qwen3"), draft="lookup"),
-             "gpt2": pool | dict(folder=make_model(tmp / "gpt2", "gpt2", seed=3), kv_tokens=56),
-             "drafted": pool | dict(folder=tmp / "qwen3", draft=str(tmp / "llama")),
-             "float": dict(what="numbers", folder=tmp / "llama"),
-             "int8": dict(what="numbers", folder=packed(tmp / "int8", "int8")),
-             "int4": dict(what="numbers", folder=packed(tmp / "int4", "int4-asym")),
-             "nf4": dict(what="numbers", folder=packed(tmp / "nf4", "nf4")),
-             "order": dict(what="numbers", folder=packed(tmp / "order", "int4", order=True)),
-             "groups": dict(what="numbers", folder=packed(tmp / "groups", "int4", 24)),
-             "adapter": dict(what="numbers", folder=tmp / "llama", adapters={"a": "nowhere"}),
-             "heads": dict(what="numbers", folder=tmp / "heads")}
+    cases = {
+        "llama": pool
+        | dict(
+            folder=make_model(tmp / "llama", "llama", seed=2, tie_word_embeddings=False),
+            kv_tokens=48,
+        ),
+        "qwen3": pool | dict(folder=make_model(tmp / "qwen3"), draft="lookup"),
+        "gpt2": pool | dict(folder=make_model(tmp / "gpt2", "gpt2", seed=3), kv_tokens=56),
+        "drafted": pool | dict(folder=tmp / "qwen3", draft=str(tmp / "llama")),
+        "float": dict(what="numbers", folder=tmp / "llama"),
+        "int8": dict(what="numbers", folder=packed(tmp / "int8", "int8")),
+        "int4": dict(what="numbers", folder=packed(tmp / "int4", "int4-asym")),
+        "nf4": dict(what="numbers", folder=packed(tmp / "nf4", "nf4")),
+        "order": dict(what="numbers", folder=packed(tmp / "order", "int4", order=True)),
+        "groups": dict(what="numbers", folder=packed(tmp / "groups", "int4", 24)),
+        "adapter": dict(what="numbers", folder=tmp / "llama", adapters={"a": "nowhere"}),
+        "heads": dict(what="numbers", folder=tmp / "heads"),
+    }
     Transformer(Config("llama", len(TEXT), 16, 33, 1, 3, 1, 8, 64)).save_pretrained(tmp / "heads")
     return {name: dict(case, folder=str(case["folder"])) for name, case in cases.items()}
 
@@ -155,7 +204,9 @@ def test_two_ranks_answer_as_one(name, on_one, on_two):
 def test_two_ranks_compute_what_one_does(name, on_one, on_two):
     expected = torch.tensor(on_one[name])
     assert len(expected) > 90
-    assert torch.allclose(torch.tensor(on_two[name]), expected, atol=1e-4 if name == "float" else 0.02)
+    assert torch.allclose(
+        torch.tensor(on_two[name]), expected, atol=1e-4 if name == "float" else 0.02
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -166,7 +217,9 @@ def test_what_ranks_cannot_share_is_refused_in_a_line(name, on_two):
 def batch(tmp_path):
     """A model, the flags of a batch that takes long, and its answers so far."""
     make_model(tmp_path / "model")
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": [4 + i % 26] * 5}) + "\n" for i in range(3000)))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"prompt": [4 + i % 26] * 5}) + "\n" for i in range(3000))
+    )
     out = tmp_path / "out.jsonl"
 
     def answers(at_least, process):
@@ -174,9 +227,28 @@ def batch(tmp_path):
         while not out.exists() or len(out.read_bytes().splitlines()) < at_least:
             assert process.poll() is None and time.time() < deadline, process.communicate()
             time.sleep(0.02)
-        return [json.loads(line) for line in out.read_text().splitlines(True) if line.endswith("\n")]
-    return [ROOT / "generate.py", tmp_path / "model", "--batch", tmp_path / "in.jsonl", "--out", out, "--device", "cpu",
-            "--temperature", 0, "--max-tokens", 20, "--max-seqs", 8, "--dtype", "float32"], answers
+        return [
+            json.loads(line) for line in out.read_text().splitlines(True) if line.endswith("\n")
+        ]
+
+    return [
+        ROOT / "generate.py",
+        tmp_path / "model",
+        "--batch",
+        tmp_path / "in.jsonl",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--temperature",
+        0,
+        "--max-tokens",
+        20,
+        "--max-seqs",
+        8,
+        "--dtype",
+        "float32",
+    ], answers
 
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -188,22 +260,42 @@ def test_a_dead_rank_ends_the_other_with_a_line(killed, tmp_path):
     _, told = ranks[1 - killed].communicate(timeout=60)
     ranks[killed].communicate()
     lines = [line for line in told.splitlines() if line.startswith("error:")]
-    assert ranks[1 - killed].returncode == 3 and len(lines) == 1 and "lost another rank" in lines[0], told
+    assert (
+        ranks[1 - killed].returncode == 3 and len(lines) == 1 and "lost another rank" in lines[0]
+    ), told
     assert "Traceback" not in told
 
 
 def test_torchrun_answers_as_one_rank_until_ctrl_c_ends_all(tmp_path):
     command, answers = batch(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)]
-    process = subprocess.Popen(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, command),
+    ]
+    process = subprocess.Popen(
+        launch,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     got = answers(4, process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode != 0 and "error:" not in told and "lost another rank" not in told, told
+    assert process.returncode != 0 and "error:" not in told and "lost another rank" not in told, (
+        told
+    )
     alone = Engine(tmp_path / "model", "cpu", "float32")
     for row in got[:4]:
-        output = alone.generate([4 + (row["line"] - 1) % 26] * 5, Sampling(max_tokens=20, temperature=0))[0]
+        output = alone.generate(
+            [4 + (row["line"] - 1) % 26] * 5, Sampling(max_tokens=20, temperature=0)
+        )[0]
         assert row["answers"][0]["text"] == output.text
 
 

@@ -1,13 +1,14 @@
 """engine.py, runner.py, sampler.py: whatever the schedule, every answer is the one its request gets alone."""
+
 import random
 
 import pytest
 import torch
 
 from common import UserError
+from engine.sampler import Row, draw, kept, uniform
 from generate import Engine, Sampling, generate
 from model import Config, Transformer
-from engine.sampler import Row, draw, kept, uniform
 from tokenizer import Tokenizer
 
 TEXT = "abcdefghijklmnopqrstuvwxyz .,\n"
@@ -16,8 +17,23 @@ TEXT = "abcdefghijklmnopqrstuvwxyz .,\n"
 def make_model(folder, kind="qwen3", seed=0, context=64, head=None, **options):
     torch.manual_seed(seed)
     bias = kind == "gpt2"
-    config = Config(kind, len(TEXT), 16, 32, 2, 4, 4 if bias else 2, head or (4 if bias else 8), context, out_bias=bias,
-                    mlp_bias=bias, qkv_bias=bias or kind == "qwen2", eos_token_id=3, **({"rope": {}} if bias else {}), **options)
+    config = Config(
+        kind,
+        len(TEXT),
+        16,
+        32,
+        2,
+        4,
+        4 if bias else 2,
+        head or (4 if bias else 8),
+        context,
+        out_bias=bias,
+        mlp_bias=bias,
+        qkv_bias=bias or kind == "qwen2",
+        eos_token_id=3,
+        **({"rope": {}} if bias else {}),
+        **options,
+    )
     model = Transformer(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -33,17 +49,28 @@ def folder(tmp_path_factory):
 
 
 def engine_of(folder, **options):
-    return Engine(folder, "cpu", "float32", **{"block_size": 4, "debug_invariants": True, **options})
+    return Engine(
+        folder, "cpu", "float32", **{"block_size": 4, "debug_invariants": True, **options}
+    )
 
 
 def random_request(rng, prefixes, block):
     new = rng.randint(1, 3 * block)
-    prompt = (rng.choice(prefixes) if rng.random() < 0.6 else []) + [rng.randrange(4, len(TEXT)) for _ in range(new)]
+    prompt = (rng.choice(prefixes) if rng.random() < 0.6 else []) + [
+        rng.randrange(4, len(TEXT)) for _ in range(new)
+    ]
     hot = rng.random() < 0.4
-    return prompt, Sampling(max_tokens=rng.randint(1, 4 * block), temperature=0.9 if hot else 0, seed=rng.randrange(1000),
-                            n=rng.choice([1, 1, 1, 2, 3]), top_k=rng.choice([0, 5]), top_p=rng.choice([1.0, 0.9]),
-                            repetition_penalty=rng.choice([1.0, 1.3]), ignore_eos=rng.random() < 0.3,
-                            stop=("ab", "z") if rng.random() < 0.2 else ())
+    return prompt, Sampling(
+        max_tokens=rng.randint(1, 4 * block),
+        temperature=0.9 if hot else 0,
+        seed=rng.randrange(1000),
+        n=rng.choice([1, 1, 1, 2, 3]),
+        top_k=rng.choice([0, 5]),
+        top_p=rng.choice([1.0, 0.9]),
+        repetition_penalty=rng.choice([1.0, 1.3]),
+        ignore_eos=rng.random() < 0.3,
+        stop=("ab", "z") if rng.random() < 0.2 else (),
+    )
 
 
 def fuzz(folder, schedules, first=0, block=4, **options):
@@ -53,11 +80,19 @@ def fuzz(folder, schedules, first=0, block=4, **options):
     preemptions = hits = 0
     for number in range(first, first + schedules):
         rng = random.Random(number)
-        prefixes = [[rng.randrange(4, len(TEXT)) for _ in range(block * rng.choice([4, 9, 16]) // 4)] for _ in range(2)]
+        prefixes = [
+            [rng.randrange(4, len(TEXT)) for _ in range(block * rng.choice([4, 9, 16]) // 4)]
+            for _ in range(2)
+        ]
         max_seqs = rng.choice([3, 4, 8])
-        engine = engine_of(folder, kv_tokens=block * rng.choice([11, 12, 16, 24]), max_seqs=max_seqs,
-                           step_tokens=rng.choice([1, 5, 9, 64]),
-                           prefix_cache=rng.random() < 0.8, **options)
+        engine = engine_of(
+            folder,
+            kv_tokens=block * rng.choice([11, 12, 16, 24]),
+            max_seqs=max_seqs,
+            step_tokens=rng.choice([1, 5, 9, 64]),
+            prefix_cache=rng.random() < 0.8,
+            **options,
+        )
         todo = [random_request(rng, prefixes, block) for _ in range(rng.randint(1, 8))]
         asked, got, live = {}, {}, set()
         while todo or engine.has_work:
@@ -80,7 +115,11 @@ def fuzz(folder, schedules, first=0, block=4, **options):
         for i, (prompt, sampling) in asked.items():
             alone.max_model_len = engine.max_model_len
             for output in alone.generate(prompt, sampling):
-                assert got[i, output.index] == (output.text, output.token_ids, output.finish_reason), (number, i)
+                assert got[i, output.index] == (
+                    output.text,
+                    output.token_ids,
+                    output.finish_reason,
+                ), (number, i)
     return preemptions, hits
 
 
@@ -113,7 +152,9 @@ def test_greedy_answers_equal_the_plain_generator(folder, tmp_path):
         make_model(tmp_path / kind, kind, seed=3, **sliding)
         model = Transformer.from_pretrained(tmp_path / kind)
         prompts = [[5, 6, 7], [9] * 20, list(range(4, 30))]
-        outputs = engine_of(tmp_path / kind, step_tokens=7, max_seqs=4).generate(prompts, Sampling(max_tokens=30, temperature=0))
+        outputs = engine_of(tmp_path / kind, step_tokens=7, max_seqs=4).generate(
+            prompts, Sampling(max_tokens=30, temperature=0)
+        )
         for prompt, output in zip(prompts, outputs):
             assert output.token_ids == list(generate(model, prompt, 30, temperature=0)), kind
 
@@ -134,18 +175,25 @@ def test_a_draft_that_is_right_saves_steps(folder):
             engine.step()
             count += 1
         return count
+
     assert steps() == 24 and steps(draft=folder, draft_tokens=3) == 7
-    assert 7 <= steps(draft="lookup", draft_tokens=3) < 24  # greedy text of a tiny model repeats itself
+    assert (
+        7 <= steps(draft="lookup", draft_tokens=3) < 24
+    )  # greedy text of a tiny model repeats itself
 
 
 def test_speculative_sampling_follows_the_models_distribution(folder):
     """Chi-square of the second token's frequencies against the exact distribution, drafts by a model of other weights' taste."""
     model, prompt, count = Transformer.from_pretrained(folder), [5, 6, 7], 1500
     engine = engine_of(folder, draft="lookup", draft_tokens=3, max_seqs=64)
-    outputs = engine.generate([prompt] * count, [Sampling(max_tokens=2, seed=i, ignore_eos=True) for i in range(count)])
+    outputs = engine.generate(
+        [prompt] * count, [Sampling(max_tokens=2, seed=i, ignore_eos=True) for i in range(count)]
+    )
     with torch.no_grad():
         first = model(torch.tensor([prompt]))[0, -1].softmax(-1)
-        rows = torch.cat((torch.tensor([prompt]).repeat(len(TEXT), 1), torch.arange(len(TEXT))[:, None]), 1)
+        rows = torch.cat(
+            (torch.tensor([prompt]).repeat(len(TEXT), 1), torch.arange(len(TEXT))[:, None]), 1
+        )
         expected = count * (first[:, None] * model(rows)[:, -1].softmax(-1)).sum(0)
     seen = torch.bincount(torch.tensor([o.token_ids[1] for o in outputs]), minlength=len(TEXT))
     large = expected >= 5
@@ -156,30 +204,47 @@ def test_speculative_sampling_follows_the_models_distribution(folder):
 def test_the_same_seed_gives_the_same_text_in_any_company(folder):
     engine = engine_of(folder, max_seqs=16, kv_tokens=2000)
     mine = Sampling(max_tokens=20, seed=7, top_p=0.95)
-    others = [Sampling(max_tokens=20, temperature=t, top_k=k, typical_p=p)
-              for t, k, p in ((0.5, 3, 1.0), (0, 0, 1.0), (2.0, 0, 0.5))]
+    others = [
+        Sampling(max_tokens=20, temperature=t, top_k=k, typical_p=p)
+        for t, k, p in ((0.5, 3, 1.0), (0, 0, 1.0), (2.0, 0, 0.5))
+    ]
     alone = engine.generate([4, 5, 6], mine)[0]
     company = engine.generate([[4, 5, 6], [7], [8, 9], [10]], [mine, *others])[0]
     assert alone.token_ids == company.token_ids
-    assert alone.token_ids != engine.generate([4, 5, 6], Sampling(max_tokens=20, seed=8, top_p=0.95))[0].token_ids
+    assert (
+        alone.token_ids
+        != engine.generate([4, 5, 6], Sampling(max_tokens=20, seed=8, top_p=0.95))[0].token_ids
+    )
 
 
 def test_n_answers_equal_their_own_seeds_and_share_the_prompts_blocks(folder):
     engine = engine_of(folder, max_seqs=8, kv_tokens=400)
-    request = engine.submit(list(range(4, 24)), Sampling(max_tokens=4, n=5, seed=1, ignore_eos=True))
+    request = engine.submit(
+        list(range(4, 24)), Sampling(max_tokens=4, n=5, seed=1, ignore_eos=True)
+    )
     engine.step()
     assert engine.stats()["blocks_used"] == 5 and len(engine.requests[request]) == 5
     engine.step()  # 20 tokens are five full blocks: each answer writes into one of its own
     assert engine.stats()["blocks_used"] == 10
-    best = engine.generate([4, 5], Sampling(max_tokens=6, n=2, best_of=6, seed=3, logprobs=0, ignore_eos=True))
-    everyone = engine.generate([4, 5], Sampling(max_tokens=6, n=6, seed=3, logprobs=0, ignore_eos=True))
-    means = sorted((sum(t.logprob for t in o.logprobs) / len(o.logprobs) for o in everyone), reverse=True)
-    assert [sum(t.logprob for t in o.logprobs) / len(o.logprobs) for o in best] == pytest.approx(means[:2])
+    best = engine.generate(
+        [4, 5], Sampling(max_tokens=6, n=2, best_of=6, seed=3, logprobs=0, ignore_eos=True)
+    )
+    everyone = engine.generate(
+        [4, 5], Sampling(max_tokens=6, n=6, seed=3, logprobs=0, ignore_eos=True)
+    )
+    means = sorted(
+        (sum(t.logprob for t in o.logprobs) / len(o.logprobs) for o in everyone), reverse=True
+    )
+    assert [sum(t.logprob for t in o.logprobs) / len(o.logprobs) for o in best] == pytest.approx(
+        means[:2]
+    )
 
 
 def test_logprobs_are_the_models_own(folder):
     engine, model = engine_of(folder), Transformer.from_pretrained(folder)
-    output = engine.generate([5, 6], Sampling(max_tokens=5, temperature=0, logprobs=3, ignore_eos=True))[0]
+    output = engine.generate(
+        [5, 6], Sampling(max_tokens=5, temperature=0, logprobs=3, ignore_eos=True)
+    )[0]
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6] + output.token_ids]))[0, 1:-1].log_softmax(-1)
     for token, info, row in zip(output.token_ids, output.logprobs, expected):
@@ -191,25 +256,42 @@ def test_stop_strings_across_tokens_are_never_shown(folder):
     engine = engine_of(folder)
     whole = engine.generate([5, 6], Sampling(max_tokens=20, temperature=0, ignore_eos=True))[0].text
     stop, at = whole[6:9], whole.find(whole[6:9])
-    request, shown = engine.submit([5, 6], Sampling(max_tokens=20, temperature=0, ignore_eos=True, stop=(stop, "????"))), []
+    request, shown = (
+        engine.submit(
+            [5, 6], Sampling(max_tokens=20, temperature=0, ignore_eos=True, stop=(stop, "????"))
+        ),
+        [],
+    )
     while request in engine.requests:
         shown += engine.step()
     assert "".join(d.text for d in shown) == whole[:at] and shown[-1].finish_reason == "stop"
-    output = engine.generate([5, 6], Sampling(max_tokens=7, temperature=0, ignore_eos=True, stop=(whole[6] + "?",)))[0]
-    assert output.text == whole[:7] and output.finish_reason == "length"  # what was held back comes out in the end
+    output = engine.generate(
+        [5, 6], Sampling(max_tokens=7, temperature=0, ignore_eos=True, stop=(whole[6] + "?",))
+    )[0]
+    assert (
+        output.text == whole[:7] and output.finish_reason == "length"
+    )  # what was held back comes out in the end
 
 
 def test_ends_and_lengths(folder):
     engine = engine_of(folder)
-    free = engine.generate([5, 6], Sampling(max_tokens=12, temperature=0, ignore_eos=True))[0].token_ids
-    cut = engine.generate([5, 6], Sampling(max_tokens=12, temperature=0, ignore_eos=True, stop_ids=(free[4],)))[0]
-    assert cut.token_ids == free[:free.index(free[4])] and cut.finish_reason == "stop"
-    late = engine.generate([5, 6], Sampling(max_tokens=12, temperature=0, stop_ids=(free[4],), min_tokens=9))[0]
+    free = engine.generate([5, 6], Sampling(max_tokens=12, temperature=0, ignore_eos=True))[
+        0
+    ].token_ids
+    cut = engine.generate(
+        [5, 6], Sampling(max_tokens=12, temperature=0, ignore_eos=True, stop_ids=(free[4],))
+    )[0]
+    assert cut.token_ids == free[: free.index(free[4])] and cut.finish_reason == "stop"
+    late = engine.generate(
+        [5, 6], Sampling(max_tokens=12, temperature=0, stop_ids=(free[4],), min_tokens=9)
+    )[0]
     assert len(late.token_ids) >= 9
     full = engine.generate([5] * 60, Sampling(max_tokens=100, ignore_eos=True))[0]
     assert len(full.token_ids) == 4 and full.finish_reason == "length"  # the context is 64
     words = ([free[0]], tuple(free[1:3]))
-    banned = engine.generate([5, 6], Sampling(max_tokens=12, temperature=0, ignore_eos=True, bad_words=words))[0]
+    banned = engine.generate(
+        [5, 6], Sampling(max_tokens=12, temperature=0, ignore_eos=True, bad_words=words)
+    )[0]
     assert free[0] not in banned.token_ids
     forced = engine.generate([5, 6], Sampling(max_tokens=5, logit_bias={9: 100.0}))[0]
     assert forced.token_ids == [9] * 5
@@ -224,33 +306,54 @@ def test_contradictory_constraints_end_with_a_reason(folder):
 
 def test_constrained_answers_match_their_pattern(folder):
     from engine.grammar import Constraint, Vocabulary, regex_grammar
+
     engine = engine_of(folder, max_seqs=8)
     constraint = Constraint(regex_grammar("(abc|xy)+z,"), Vocabulary(engine.tok))
-    for output in engine.generate([[5, 6]] * 6, [Sampling(max_tokens=15, seed=i, constraint=constraint) for i in range(6)]):
+    for output in engine.generate(
+        [[5, 6]] * 6, [Sampling(max_tokens=15, seed=i, constraint=constraint) for i in range(6)]
+    ):
         assert constraint.grammar.matches(output.text.encode()) and output.finish_reason == "stop"
 
 
 def test_a_shared_prefix_is_computed_once(folder):
     engine = engine_of(folder, kv_tokens=1000, max_seqs=8, step_tokens=16)
     prefix = [4 + i % 20 for i in range(41)]
-    outputs = engine.generate([prefix + [i] for i in range(4, 10)], Sampling(max_tokens=2, temperature=0, ignore_eos=True))
-    assert [o.cached_tokens for o in outputs] == [0] + [40] * 5  # also those that arrived while it was being computed
-    chat = engine.generate(prefix + [4] + outputs[0].token_ids + [5, 6, 7], Sampling(max_tokens=1))[0]
+    outputs = engine.generate(
+        [prefix + [i] for i in range(4, 10)], Sampling(max_tokens=2, temperature=0, ignore_eos=True)
+    )
+    assert [o.cached_tokens for o in outputs] == [0] + [
+        40
+    ] * 5  # also those that arrived while it was being computed
+    chat = engine.generate(prefix + [4] + outputs[0].token_ids + [5, 6, 7], Sampling(max_tokens=1))[
+        0
+    ]
     assert chat.cached_tokens == 40
 
 
-@pytest.mark.parametrize("kv_dtype,tolerance", [("bfloat16", 0.1), ("float16", 0.02), ("int8", 0.2), ("fp8", 0.6)])
+@pytest.mark.parametrize(
+    "kv_dtype,tolerance", [("bfloat16", 0.1), ("float16", 0.02), ("int8", 0.2), ("fp8", 0.6)]
+)
 def test_smaller_caches_give_nearly_the_same_logprobs(folder, kv_dtype, tolerance):
     prompt = [4 + i % 20 for i in range(30)]
     sampling = Sampling(max_tokens=1, temperature=0, logprobs=10)
-    exact, near = (engine_of(folder, kv_dtype=k, step_tokens=11, max_seqs=2).generate(prompt, sampling)[0].logprobs[0].top
-                   for k in ("auto", kv_dtype))
+    exact, near = (
+        engine_of(folder, kv_dtype=k, step_tokens=11, max_seqs=2)
+        .generate(prompt, sampling)[0]
+        .logprobs[0]
+        .top
+        for k in ("auto", kv_dtype)
+    )
     near = dict(near)
     assert all(abs(near[i] - p) < tolerance for i, p in exact[:3])
 
 
-@pytest.mark.parametrize("quant,dtype,tolerance", [("int8", "float32", 0.3), (None, "float16", 0.02), ("int4", "float32", 3.0)])
-def test_packed_weights_give_nearly_the_same_logprobs_and_no_row_depends_on_others(folder, quant, dtype, tolerance):
+@pytest.mark.parametrize(
+    "quant,dtype,tolerance",
+    [("int8", "float32", 0.3), (None, "float16", 0.02), ("int4", "float32", 3.0)],
+)
+def test_packed_weights_give_nearly_the_same_logprobs_and_no_row_depends_on_others(
+    folder, quant, dtype, tolerance
+):
     sampling = Sampling(max_tokens=6, temperature=0, logprobs=5, ignore_eos=True)
     exact = engine_of(folder).generate([5, 6, 7], sampling)[0].logprobs[0]
     engine = Engine(folder, "cpu", dtype, quant, block_size=4)
@@ -264,17 +367,30 @@ def test_packed_weights_give_nearly_the_same_logprobs_and_no_row_depends_on_othe
 def test_what_cannot_be_done_is_refused_at_once(folder, tmp_path):
     engine = engine_of(folder, max_seqs=4, kv_tokens=40)
     for prompt, sampling, words in (
-            ([], Sampling(), "no tokens"), ([4] * 40, Sampling(), "40 tokens"), ([99], Sampling(), "99"),
-            ([4], Sampling(max_tokens=0), "max_tokens"), ([4], Sampling(temperature=-1), "temperature"),
-            ([4], Sampling(temperature=float("nan")), "temperature"), ([4], Sampling(top_p=0), "top_p"),
-            ([4], Sampling(n=9), "9 answers"), ([4], Sampling(min_tokens=9, max_tokens=3), "min_tokens"),
-            ([4], Sampling(logit_bias={99: 1.0}), "logit_bias"), ([4], Sampling(stop=("",)), "stop"), ("é", Sampling(), "é")):
+        ([], Sampling(), "no tokens"),
+        ([4] * 40, Sampling(), "40 tokens"),
+        ([99], Sampling(), "99"),
+        ([4], Sampling(max_tokens=0), "max_tokens"),
+        ([4], Sampling(temperature=-1), "temperature"),
+        ([4], Sampling(temperature=float("nan")), "temperature"),
+        ([4], Sampling(top_p=0), "top_p"),
+        ([4], Sampling(n=9), "9 answers"),
+        ([4], Sampling(min_tokens=9, max_tokens=3), "min_tokens"),
+        ([4], Sampling(logit_bias={99: 1.0}), "logit_bias"),
+        ([4], Sampling(stop=("",)), "stop"),
+        ("é", Sampling(), "é"),
+    ):
         with pytest.raises(UserError, match=words):
             engine.submit(prompt, sampling)
     assert not engine.has_work
-    assert engine.generate([4], Sampling(max_tokens=3, temperature=1e6, ignore_eos=True))[0].finish_reason == "length"
+    assert (
+        engine.generate([4], Sampling(max_tokens=3, temperature=1e6, ignore_eos=True))[
+            0
+        ].finish_reason
+        == "length"
+    )
     with pytest.raises(UserError, match="blocks fit"):
-        engine_of(folder, kv_tokens=10 ** 12)
+        engine_of(folder, kv_tokens=10**12)
     torch.manual_seed(1)
     Transformer(Config("llama", 99, 16, 32, 1, 2, 2, 8, 64)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="99 ids"):
@@ -283,7 +399,9 @@ def test_what_cannot_be_done_is_refused_at_once(folder, tmp_path):
 
 def test_cancelling_frees_everything_and_ends_with_abort(folder):
     engine = engine_of(folder, max_seqs=4)
-    ids = [engine.submit([4 + i] * 10, Sampling(max_tokens=20, n=2, ignore_eos=True)) for i in range(3)]
+    ids = [
+        engine.submit([4 + i] * 10, Sampling(max_tokens=20, n=2, ignore_eos=True)) for i in range(3)
+    ]
     engine.step(), engine.step()
     for i in ids:
         engine.cancel(i), engine.cancel(i)
@@ -299,19 +417,45 @@ def row(sampling, u=0.5, output=(), prompt=()):
 
 def test_filters_keep_what_their_definitions_say():
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+
     def left(**options):
         return kept(logits, [row(Sampling(**options))])[0].nonzero()[:, 0].tolist()
+
     assert left(top_k=2) == [0, 1] and left(top_p=0.69) == [0, 1] and left(top_p=1e-6) == [0]
-    assert left(min_p=0.25) == [0, 1, 2] and left(top_k=3, top_p=0.8) == [0, 1]  # 0.5 + 0.2 of 0.85 is 0.82
-    flat = torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.1]]).log()  # entropy 1.42: 0.3 is the most typical, then 0.4
-    assert kept(flat, [row(Sampling(typical_p=0.25))])[0].tolist() == [False, True, False, False, False]
+    assert left(min_p=0.25) == [0, 1, 2] and left(top_k=3, top_p=0.8) == [
+        0,
+        1,
+    ]  # 0.5 + 0.2 of 0.85 is 0.82
+    flat = torch.tensor(
+        [[0.4, 0.3, 0.1, 0.1, 0.1]]
+    ).log()  # entropy 1.42: 0.3 is the most typical, then 0.4
+    assert kept(flat, [row(Sampling(typical_p=0.25))])[0].tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_candidates_and_the_whole_vocabulary_agree(monkeypatch):
     from engine import sampler
-    logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1, 2, 4, 8, 8])[:, None]
-    rows = [row(Sampling(top_p=p, top_k=k, min_p=m))
-            for p, k, m in ((0.9, 0, 0), (0.5, 0, 0), (1, 7, 0), (1, 0, 0.1), (0.9, 50, 0), (1, 2999, 0))]
+
+    logits = (
+        torch.randn(6, 3000, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([0.01, 1, 2, 4, 8, 8])[:, None]
+    )
+    rows = [
+        row(Sampling(top_p=p, top_k=k, min_p=m))
+        for p, k, m in (
+            (0.9, 0, 0),
+            (0.5, 0, 0),
+            (1, 7, 0),
+            (1, 0, 0.1),
+            (0.9, 50, 0),
+            (1, 2999, 0),
+        )
+    ]
     wide = kept(logits, rows)
     monkeypatch.setattr(sampler, "CANDIDATES", 16)
     assert torch.equal(kept(logits, rows), wide)
@@ -321,11 +465,18 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     rows = [row(Sampling(temperature=0.5), uniform(3, i)) for i in range(8000)]
     tokens, failed = draw(logits.repeat(8000, 1), rows)
-    assert torch.allclose(torch.bincount(tokens, minlength=4) / 8000, (logits * 2).softmax(0), atol=0.02) and not failed.any()
+    assert (
+        torch.allclose(
+            torch.bincount(tokens, minlength=4) / 8000, (logits * 2).softmax(0), atol=0.02
+        )
+        and not failed.any()
+    )
 
 
 def test_penalties_lower_what_was_said():
-    sampling = Sampling(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, temperature=0)
+    sampling = Sampling(
+        repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, temperature=0
+    )
     logits = torch.tensor([[4.0, 3.0, -1.0, 1.0]])
     draw(logits, [row(sampling, output=[0, 0, 2], prompt=[3])])
     assert logits.tolist() == [[4 / 2 - 0.5 - 2 * 0.25, 3.0, -2 - 0.5 - 0.25, 0.5]]
@@ -333,6 +484,7 @@ def test_penalties_lower_what_was_said():
 
 def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_path):
     import lora
+
     merged, prompt = {}, [5, 6, 7]
     for i, name in enumerate(("one", "two")):
         model = lora.apply(Transformer.from_pretrained(folder), r=2, targets="all", name=name)
@@ -345,7 +497,9 @@ def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_p
     merged[None] = Transformer.from_pretrained(folder)
     engine = engine_of(folder, adapters={name: tmp_path / name for name in ("one", "two")})
     greedy = Sampling(max_tokens=12, temperature=0)
-    asked = {engine.submit(prompt, greedy, adapter=name): name for name in (None, "one", "two", "one")}
+    asked = {
+        engine.submit(prompt, greedy, adapter=name): name for name in (None, "one", "two", "one")
+    }
     got = {i: [] for i in asked}
     while engine.has_work:
         for d in engine.step():

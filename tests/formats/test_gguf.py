@@ -1,4 +1,5 @@
 """GGUF: what is written comes back, numbers keep their promise, and damaged files are refused in one line."""
+
 import struct
 import subprocess
 import sys
@@ -10,43 +11,133 @@ import numpy as np
 import pytest
 import torch
 
-from formats import gguf
-from engine import native
-from training.bpe import PATTERNS
 from common import UserError
+from engine import native
+from engine.runner import Batch
+from formats import gguf
 from generate import Engine
 from model import Config, Transformer
-from engine.runner import Batch
 from tokenizer import Tokenizer
+from training.bpe import PATTERNS
 
-LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=128)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=50000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=128,
+)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
-SIZE = dict(model_type="llama", hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=512)
-GPT2 = SIZE | dict(model_type="gpt2", num_key_value_heads=4, norm_eps=1e-5, rope={}, qkv_bias=True, out_bias=True, mlp_bias=True)
+SIZE = dict(
+    model_type="llama",
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=512,
+)
+GPT2 = SIZE | dict(
+    model_type="gpt2",
+    num_key_value_heads=4,
+    norm_eps=1e-5,
+    rope={},
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+)
 FAMILIES = {
-    "llama": SIZE, "untied": SIZE | dict(tie_word_embeddings=False), "gpt2": GPT2,
+    "llama": SIZE,
+    "untied": SIZE | dict(tie_word_embeddings=False),
+    "gpt2": GPT2,
     "gpt2-untied": GPT2 | dict(tie_word_embeddings=False, intermediate_size=768),
     "biases": SIZE | dict(qkv_bias=True, out_bias=True, mlp_bias=True),
-    "odd": SIZE | dict(hidden_size=96, intermediate_size=160, head_dim=24),          # rows of 96 and 160: no multiples of 256
-    "llama3.1": SIZE | dict(rope=LLAMA3), "linear": SIZE | dict(rope=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
-    "yarn": SIZE | dict(rope=YARN), "yarn-scaled": SIZE | dict(rope=YARN | dict(mscale=1.0, mscale_all_dim=0.8, beta_fast=16)),
-    "mistral": SIZE | dict(model_type="mistral", head_dim=48), "qwen2": SIZE | dict(model_type="qwen2", qkv_bias=True),
+    "odd": SIZE
+    | dict(
+        hidden_size=96, intermediate_size=160, head_dim=24
+    ),  # rows of 96 and 160: no multiples of 256
+    "llama3.1": SIZE | dict(rope=LLAMA3),
+    "linear": SIZE | dict(rope=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+    "yarn": SIZE | dict(rope=YARN),
+    "yarn-scaled": SIZE | dict(rope=YARN | dict(mscale=1.0, mscale_all_dim=0.8, beta_fast=16)),
+    "mistral": SIZE | dict(model_type="mistral", head_dim=48),
+    "qwen2": SIZE | dict(model_type="qwen2", qkv_bias=True),
     "qwen3": SIZE | dict(model_type="qwen3", head_dim=32, tie_word_embeddings=False),
     "qwen3-yarn": SIZE | dict(model_type="qwen3", rope=YARN),
-    "tiny": SIZE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                        head_dim=32),
+    "tiny": SIZE
+    | dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+    ),
 }
-TEXT_PARTS = ["Hello", " world", " the", " a", "'s", "'LL", "n't", " 1234567", "42", " 3.14", "  ", "   ", "\n", "\n\n\n",
-              " \n ", "\t", "\r\n", "...", "?!", " (x)", "foo_bar", "==", "</s>", "<s>", "<|im_start|>", "<EOS>", "é",
-              "Zürich", "naïve", "日本語", "한국어", "Привет", "مرحبا", "🙂", "👩‍👩‍👧", "ﬁ",
-              "½", "²", "e\u0301", "\u3000", "\xa0", "▁", "𝔘", "\x00", "ᚠ", "I", "A",
-              "ß", "_", "-", ",", "`", " $"]
+TEXT_PARTS = [
+    "Hello",
+    " world",
+    " the",
+    " a",
+    "'s",
+    "'LL",
+    "n't",
+    " 1234567",
+    "42",
+    " 3.14",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n\n",
+    " \n ",
+    "\t",
+    "\r\n",
+    "...",
+    "?!",
+    " (x)",
+    "foo_bar",
+    "==",
+    "</s>",
+    "<s>",
+    "<|im_start|>",
+    "<EOS>",
+    "é",
+    "Zürich",
+    "naïve",
+    "日本語",
+    "한국어",
+    "Привет",
+    "مرحبا",
+    "🙂",
+    "👩‍👩‍👧",
+    "ﬁ",
+    "½",
+    "²",
+    "e\u0301",
+    "\u3000",
+    "\xa0",
+    "▁",
+    "𝔘",
+    "\x00",
+    "ᚠ",
+    "I",
+    "A",
+    "ß",
+    "_",
+    "-",
+    ",",
+    "`",
+    " $",
+]
 
 
 def texts():
-    return [p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.parent.glob("test_*.py"))[:4]] + TEXT_PARTS * 3
+    return [
+        p.read_text(encoding="utf-8")
+        for p in sorted(Path(__file__).parent.parent.glob("test_*.py"))[:4]
+    ] + TEXT_PARTS * 3
 
 
 def train(pattern, **options):
@@ -55,17 +146,27 @@ def train(pattern, **options):
 
 def smollm(data_dir):
     tok = Tokenizer.train(texts(), 700, "gpt2")
-    return Tokenizer("bytes", tok.vocab, tok.merges, patterns=[r"\p{N}", PATTERNS["gpt2"]], special=tok.special)
+    return Tokenizer(
+        "bytes", tok.vocab, tok.merges, patterns=[r"\p{N}", PATTERNS["gpt2"]], special=tok.special
+    )
 
 
 def with_added_tokens(data_dir):
     tok = Tokenizer.train(texts(), 700, "qwen2")
-    return Tokenizer("bytes", tok.vocab, tok.merges, patterns=tok.patterns, special=tok.special,
-                     added={"<think>": 700, "==": 701, "???": 705})
+    return Tokenizer(
+        "bytes",
+        tok.vocab,
+        tok.merges,
+        patterns=tok.patterns,
+        special=tok.special,
+        added={"<think>": 700, "==": 701, "???": 705},
+    )
 
 
 SPLIT_TOKENIZERS = {
-    **{name: train(name) for name in ("gpt2", "gpt4", "llama3", "qwen2")}, "smollm": smollm, "added": with_added_tokens,
+    **{name: train(name) for name in ("gpt2", "gpt4", "llama3", "qwen2")},
+    "smollm": smollm,
+    "added": with_added_tokens,
     "GPT-2's own": lambda data_dir: Tokenizer.load(data_dir / "gpt2-tokenizer" / "vocab.bpe"),
     "SentencePiece": lambda data_dir: Tokenizer.load(data_dir / "stories260K"),
 }
@@ -79,8 +180,14 @@ def make_folder(folder, family="llama", tok=None, eos=None):
     """A random model of that family with a tokenizer, saved -> (model, tokenizer)."""
     tok = tok or Tokenizer.train(TEXT_PARTS, 400)
     torch.manual_seed(0)
-    config = Config(**{**FAMILIES[family], "vocab_size": tok.vocab_size + 8, "eos_token_id": eos or tok.eos_id,
-                       "bos_token_id": tok.bos_id})
+    config = Config(
+        **{
+            **FAMILIES[family],
+            "vocab_size": tok.vocab_size + 8,
+            "eos_token_id": eos or tok.eos_id,
+            "bos_token_id": tok.bos_id,
+        }
+    )
     if config.model_type == "mistral":
         config.sliding_window, config.sliding_layers = 300, (0, 1, 2)
     model = Transformer(config).eval()
@@ -95,7 +202,10 @@ def make_folder(folder, family="llama", tok=None, eos=None):
 
 # ---- numbers
 
-@pytest.mark.parametrize("bits, group", [(4, 16), (4, 32), (4, 64), (2, 32), (2, 4), (1, 32), (1, 1)])
+
+@pytest.mark.parametrize(
+    "bits, group", [(4, 16), (4, 32), (4, 64), (2, 32), (2, 4), (1, 32), (1, 1)]
+)
 def test_unpack_undoes_pack_and_takes_low_bits_first(bits, group):
     q = torch.randint(0, 1 << bits, (5, 256), dtype=torch.uint8)
     assert torch.equal(gguf.unpack(gguf.pack(q, bits, group), bits, group), q)
@@ -104,8 +214,19 @@ def test_unpack_undoes_pack_and_takes_low_bits_first(bits, group):
 
 
 # Relative error of a bell curve of weights. One bit more halves it; k-quants are below the plain types of as many bits.
-ERRORS = {"F32": 0, "F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.018, "Q5_K": 0.037, "Q5_1": 0.039, "Q5_0": 0.044,
-          "Q4_K": 0.075, "Q4_1": 0.080, "Q4_0": 0.090}
+ERRORS = {
+    "F32": 0,
+    "F16": 3e-4,
+    "BF16": 2e-3,
+    "Q8_0": 0.006,
+    "Q6_K": 0.018,
+    "Q5_K": 0.037,
+    "Q5_1": 0.039,
+    "Q5_0": 0.044,
+    "Q4_K": 0.075,
+    "Q4_1": 0.080,
+    "Q4_0": 0.090,
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -120,7 +241,9 @@ def test_zeros_and_constants_stay_what_they_are(name):
     for value in (0.0, 0.5, -0.5):
         x = torch.full((1, 256), value)
         back = gguf.Packed(name, (1, 256), gguf.quantize(x, name)).dequantize()
-        assert torch.equal(back, x) or (value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K") and (back - x).abs().max() < 5e-3)
+        assert torch.equal(back, x) or (
+            value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K") and (back - x).abs().max() < 5e-3
+        )
     x = torch.cat((torch.zeros(1, 256), torch.full((1, 256), 1e-30), torch.randn(1, 256)), 1)
     assert gguf.Packed(name, (1, 768), gguf.quantize(x, name)).dequantize().isfinite().all()
 
@@ -138,10 +261,16 @@ def test_codes_scales_and_zero_points_are_the_weights(name):
         data = gguf.quantize(x, name)
     else:
         data = torch.randint(256, (16, 512 // kind.block * kind.bytes), dtype=torch.uint8)
-        data.view(16, -1, kind.bytes)[:, :, -3:] = torch.tensor([0, 0, 30], dtype=torch.uint8)  # their float16 scales
-        data.view(16, -1, kind.bytes)[:, :, -4] = 0 if name == "Q2_K" else data.view(16, -1, kind.bytes)[:, :, -4]
+        data.view(16, -1, kind.bytes)[:, :, -3:] = torch.tensor(
+            [0, 0, 30], dtype=torch.uint8
+        )  # their float16 scales
+        data.view(16, -1, kind.bytes)[:, :, -4] = (
+            0 if name == "Q2_K" else data.view(16, -1, kind.bytes)[:, :, -4]
+        )
         if name == "Q2_K":
-            data.view(16, -1, kind.bytes)[:, :, -4:] = torch.tensor([0, 30, 0, 30], dtype=torch.uint8)
+            data.view(16, -1, kind.bytes)[:, :, -4:] = torch.tensor(
+                [0, 30, 0, 30], dtype=torch.uint8
+            )
     packed = gguf.Packed(name, (16, 512), data)
     codes, scale, zero, group, _, bits = gguf.PackedLinear(packed).groups()
     assert bits == (4 if name[1] in "234" else 8) and group == 512 // scale.size(1)
@@ -179,8 +308,10 @@ def test_the_engine_multiplies_what_lies_in_the_file(tmp_path, mix):
 
 def test_an_engine_without_cpp_computes_the_same_with_torch(tmp_path, monkeypatch):
     """q, k and v are one product where they are of one type, and three where they are not."""
+
     def missing():
         raise native.Unavailable("there is no compiler")
+
     model, _ = make_folder(tmp_path / "m")
     ids = torch.randint(model.config.vocab_size, (40,)).tolist()
     batch = Batch(16)
@@ -197,7 +328,11 @@ def test_an_engine_without_cpp_computes_the_same_with_torch(tmp_path, monkeypatc
 def test_the_mix_is_llama_cpps():
     """Q4_K_M of 16 layers: the first and last eighth and every third between get six bits in attn_v and ffn_down."""
     config = Config("llama", num_hidden_layers=16, tie_word_embeddings=False)
-    six = [i for i in range(16) if gguf.kind_of(f"blk.{i}.attn_v.weight", (256, 512), "q4_k_m", config)[0] == "Q6_K"]
+    six = [
+        i
+        for i in range(16)
+        if gguf.kind_of(f"blk.{i}.attn_v.weight", (256, 512), "q4_k_m", config)[0] == "Q6_K"
+    ]
     assert six == [0, 1, 4, 7, 10, 13, 14, 15]
     assert gguf.kind_of("output.weight", (1000, 512), "q4_0", config) == ("Q6_K", None)
     assert gguf.kind_of("output.weight", (1000, 576), "q4_k_m", config) == ("Q8_0", "Q6_K")
@@ -207,6 +342,7 @@ def test_the_mix_is_llama_cpps():
 
 
 # ---- there and back
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_comes_back_bit_for_bit(family, tmp_path):
@@ -221,7 +357,7 @@ def test_a_model_comes_back_bit_for_bit(family, tmp_path):
         assert relative_error(again(ids), model(ids)) < 1e-6
     ends = (again.config.eos_token_id, again.config.bos_token_id)
     assert ends == (tok.eos_id, tok.bos_id) == (tok_again.eos_id, tok_again.bos_id)
-    again.save_pretrained(tmp_path / "again")                        # and is a folder like any other
+    again.save_pretrained(tmp_path / "again")  # and is a folder like any other
     assert Transformer.from_pretrained(tmp_path / "again").num_params() == model.num_params()
 
 
@@ -233,9 +369,19 @@ def test_a_tokenizer_comes_back_with_its_ids(name, tmp_path, data_dir):
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
     back = gguf.read(tmp_path / "m.gguf")[2]
     for text in ["".join(TEXT_PARTS), *TEXT_PARTS]:
-        assert back.encode(text) == tok.encode(text) and back.decode(tok.encode(text)) == tok.decode(tok.encode(text))
-    assert back.special == tok.special and back.added == tok.added and back.chat_template == tok.chat_template
-    assert all(back.token_bytes(i) == tok.token_bytes(i) for i in range(back.vocab_size) if i < tok.vocab_size)
+        assert back.encode(text) == tok.encode(text) and back.decode(
+            tok.encode(text)
+        ) == tok.decode(tok.encode(text))
+    assert (
+        back.special == tok.special
+        and back.added == tok.added
+        and back.chat_template == tok.chat_template
+    )
+    assert all(
+        back.token_bytes(i) == tok.token_bytes(i)
+        for i in range(back.vocab_size)
+        if i < tok.vocab_size
+    )
 
 
 def test_packed_tensors_are_the_files_bytes(tmp_path):
@@ -250,42 +396,65 @@ def test_packed_tensors_are_the_files_bytes(tmp_path):
 def test_the_command_writes_warns_and_shows(tmp_path):
     make_folder(tmp_path / "m", "odd")
     run = [sys.executable, "-m", "formats.gguf"]
-    made = subprocess.run([*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"], capture_output=True,
-                          text=True)
-    assert made.returncode == 0 and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0" in made.stderr
+    made = subprocess.run(
+        [*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        made.returncode == 0
+        and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0"
+        in made.stderr
+    )
     shown = subprocess.run([*run, "show", tmp_path / "x.gguf"], capture_output=True, text=True)
     assert "general.architecture" in shown.stdout and "bits per weight" in shown.stdout
-    for args, message in (([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
-                          (["show", tmp_path / "no.gguf"], "No such file")):
+    for args, message in (
+        ([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
+        (["show", tmp_path / "no.gguf"], "No such file"),
+    ):
         failed = subprocess.run([*run, *args], capture_output=True, text=True)
-        assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+        assert (
+            failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+        )
 
 
 # ---- what cannot be written
 
+
 def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_path, capsys):
-    for i, (change, message) in enumerate([
+    for i, (change, message) in enumerate(
+        [
             (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
             (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
-            (dict(rope=YARN | dict(truncate=False)), "truncate=false")]):
+            (dict(rope=YARN | dict(truncate=False)), "truncate=false"),
+        ]
+    ):
         FAMILIES["odd one"] = SIZE | change
         make_folder(tmp_path / str(i), "odd one")
         with pytest.raises(UserError, match=message):
             gguf.write(tmp_path / str(i), tmp_path / "x.gguf", "f16")
-    for tok, message in ((Tokenizer.char("abc"), "character tokenizer"),
-                         (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer")):
+    for tok, message in (
+        (Tokenizer.char("abc"), "character tokenizer"),
+        (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer"),
+    ):
         make_folder(tmp_path / "t", "tiny", tok)
         with pytest.raises(UserError, match=message):
             gguf.write(tmp_path / "t", tmp_path / "x.gguf", "f16")
     assert not (tmp_path / "x.gguf").exists()
-    make_folder(tmp_path / "w", "mistral", Tokenizer.train(TEXT_PARTS, 300, "tekken", special_tokens=["<s>"]))
+    make_folder(
+        tmp_path / "w",
+        "mistral",
+        Tokenizer.train(TEXT_PARTS, 300, "tekken", special_tokens=["<s>"]),
+    )
     gguf.write(tmp_path / "w", tmp_path / "w.gguf", "f16")
     warned = capsys.readouterr().err
     assert "no sliding window" in warned and "ASCII case" in warned
     assert gguf.read(tmp_path / "w.gguf")[0].max_position_embeddings == 300
 
 
-@pytest.mark.parametrize("value, mix", [(float("nan"), "f32"), (float("inf"), "q8_0"), (1e5, "f16"), (-1e5, "q4_k_m")])
+@pytest.mark.parametrize(
+    "value, mix", [(float("nan"), "f32"), (float("inf"), "q8_0"), (1e5, "f16"), (-1e5, "q4_k_m")]
+)
 def test_weights_that_the_type_cannot_hold_are_refused_by_name(value, mix, tmp_path):
     model, _ = make_folder(tmp_path / "m", "llama")
     with torch.no_grad():
@@ -297,6 +466,7 @@ def test_weights_that_the_type_cannot_hold_are_refused_by_name(value, mix, tmp_p
 
 
 # ---- damaged and hostile files
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -312,7 +482,11 @@ def refused(path, data, match="x.gguf"):
     start = time.process_time()
     with pytest.raises(UserError, match=match) as error:
         gguf.read(path)
-    assert time.process_time() - start < 2 and "\n" not in str(error.value) and len(str(error.value)) < 2000
+    assert (
+        time.process_time() - start < 2
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 2000
+    )
 
 
 def test_a_file_cut_anywhere_is_refused(good, tmp_path):
@@ -339,57 +513,88 @@ def container(meta=(), tensors=(), n_meta=None, n_tensors=None, tail=b"", versio
     out = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_meta)
     out += b"".join(gguf.text_bytes(key) + value for key, value in meta)
     for name, dims, number, offset in tensors:
-        out += gguf.text_bytes(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)
+        out += gguf.text_bytes(name) + struct.pack(
+            f"<I{len(dims)}QIQ", len(dims), *dims, number, offset
+        )
     return out + bytes(-len(out) % 32) + tail
 
 
 def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
     import resource
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     text = struct.pack("<IQ", 8, 4 << 30) + b"a"
     for data, match in [
-            (container(n_meta=1 << 60), "keys"), (container(n_tensors=1 << 60), "tensors"), (container(version=1), "version 1"),
-            (container(version=3 << 24), "version"), (container([("a", text)]), "4,294,967,296 bytes"),
-            (container([("a", struct.pack("<IQ", 8, 1 << 20) + b"a")]), "announces 1,048,576 bytes more"),
-            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"),
-            (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
-            (container([("a", struct.pack("<IIQ", 9, 4, 1 << 21))]), "announces 8,388,608 bytes"),
-            (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"),
-            (container([("a", struct.pack("<I", 99))]), "type 99"),
-            (container([("a", struct.pack("<IB", 7, 1))] * 2), "twice"),
-            (container([("general.alignment", struct.pack("<II", 4, 24))]), "alignment 24"),
-            (container([("general.alignment", struct.pack("<II", 4, 0))]), "alignment 0"),
-            (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"),
-            (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
-            (container([], [("t", [32, 0], 8, 0)]), "empty"), (container([], [("t", [31], 8, 0)]), "no whole blocks"),
-            (container([], [("t", [32], 4, 0)]), "unknown type 4"), (container([], [("t", [32], 0, 1 << 63)]), "passes the end"),
-            (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"),
-            (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
-            (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
-            (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
-            (container(), "architecture 'None'"), (b"GGML" + bytes(60), "do not begin"), (b"", "0 bytes")]:
+        (container(n_meta=1 << 60), "keys"),
+        (container(n_tensors=1 << 60), "tensors"),
+        (container(version=1), "version 1"),
+        (container(version=3 << 24), "version"),
+        (container([("a", text)]), "4,294,967,296 bytes"),
+        (
+            container([("a", struct.pack("<IQ", 8, 1 << 20) + b"a")]),
+            "announces 1,048,576 bytes more",
+        ),
+        (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"),
+        (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
+        (container([("a", struct.pack("<IIQ", 9, 4, 1 << 21))]), "announces 8,388,608 bytes"),
+        (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"),
+        (container([("a", struct.pack("<I", 99))]), "type 99"),
+        (container([("a", struct.pack("<IB", 7, 1))] * 2), "twice"),
+        (container([("general.alignment", struct.pack("<II", 4, 24))]), "alignment 24"),
+        (container([("general.alignment", struct.pack("<II", 4, 0))]), "alignment 0"),
+        (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"),
+        (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
+        (container([], [("t", [32, 0], 8, 0)]), "empty"),
+        (container([], [("t", [31], 8, 0)]), "no whole blocks"),
+        (container([], [("t", [32], 4, 0)]), "unknown type 4"),
+        (container([], [("t", [32], 0, 1 << 63)]), "passes the end"),
+        (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"),
+        (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
+        (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
+        (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
+        (container(), "architecture 'None'"),
+        (b"GGML" + bytes(60), "do not begin"),
+        (b"", "0 bytes"),
+    ]:
         refused(tmp_path / "x.gguf", data, match)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
-@pytest.mark.parametrize("key, value, match", [
-    ("llama.block_count", 1 << 30, "1,024"), ("llama.block_count", 1 << 31, "no sense"),
-    ("llama.block_count", 2, "2, the tensors are of 1"),
-    ("llama.embedding_length", "wide", "wide"), ("llama.attention.head_count", 0, "heads"),
-    ("llama.attention.key_length", 1 << 30, "one size"), ("llama.feed_forward_length", 1 << 30, "expected an integer"),
-    ("llama.rope.freq_base", 0, "above 0"), ("llama.rope.scaling.factor", float("inf"), "inf"),
-    ("general.architecture", ["llama"], "llama"),
-    ("llama.rope.dimension_count", 8, "one size"), ("llama.rope.scaling.type", "longrope", "longrope"),
-    ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"), ("llama.expert_count", 8, "experts"),
-    ("llama.vocab_size", 7, None),
-    ("general.architecture", "mamba", "mamba"), ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
-    ("tokenizer.ggml.model", "t5", "t5"), ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
-    ("tokenizer.ggml.merges", ["a b c"], "not two tokens"), ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
-    ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types")])
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("llama.block_count", 1 << 30, "1,024"),
+        ("llama.block_count", 1 << 31, "no sense"),
+        ("llama.block_count", 2, "2, the tensors are of 1"),
+        ("llama.embedding_length", "wide", "wide"),
+        ("llama.attention.head_count", 0, "heads"),
+        ("llama.attention.key_length", 1 << 30, "one size"),
+        ("llama.feed_forward_length", 1 << 30, "expected an integer"),
+        ("llama.rope.freq_base", 0, "above 0"),
+        ("llama.rope.scaling.factor", float("inf"), "inf"),
+        ("general.architecture", ["llama"], "llama"),
+        ("llama.rope.dimension_count", 8, "one size"),
+        ("llama.rope.scaling.type", "longrope", "longrope"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan"),
+        ("llama.expert_count", 8, "experts"),
+        ("llama.vocab_size", 7, None),
+        ("general.architecture", "mamba", "mamba"),
+        ("tokenizer.ggml.pre", "mine", "pre-tokenizer 'mine'"),
+        ("tokenizer.ggml.model", "t5", "t5"),
+        ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
+        ("tokenizer.ggml.merges", ["a b c"], "not two tokens"),
+        ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
+        ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types"),
+    ],
+)
 def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
     meta, tensors = gguf.open_file(tmp_path / "good.gguf")
-    gguf.write_file(tmp_path / "x.gguf", meta | {key: value}, [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items()])
+    gguf.write_file(
+        tmp_path / "x.gguf",
+        meta | {key: value},
+        [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items()],
+    )
     if key == "llama.vocab_size":  # not believed: the rows of the embedding are counted
         assert gguf.read(tmp_path / "x.gguf")[0].vocab_size == len(meta["tokenizer.ggml.tokens"])
     else:
@@ -399,12 +604,21 @@ def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_pa
 def test_missing_extra_and_misshapen_tensors_are_named(good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
     meta, tensors = gguf.open_file(tmp_path / "good.gguf")
-    plan = [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items() if n != "output_norm.weight"]
+    plan = [
+        (n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items() if n != "output_norm.weight"
+    ]
     plan.append(("blk.0.extra.weight", "F32", (1,), partial(bytes, 4)))
     gguf.write_file(tmp_path / "x.gguf", meta, plan)
-    refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(),
-            "2 faults: blk.0.extra.weight is not part of this model; output_norm.weight is missing")
+    refused(
+        tmp_path / "x.gguf",
+        (tmp_path / "x.gguf").read_bytes(),
+        "2 faults: blk.0.extra.weight is not part of this model; output_norm.weight is missing",
+    )
     shape = tensors["output_norm.weight"].shape
     plan[-1] = ("output_norm.weight", "F32", (1, *shape), partial(bytes, 4 * shape[0]))
     gguf.write_file(tmp_path / "x.gguf", meta, plan)
-    refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(), "1 faults: output_norm.weight is .* expected")
+    refused(
+        tmp_path / "x.gguf",
+        (tmp_path / "x.gguf").read_bytes(),
+        "1 faults: output_norm.weight is .* expected",
+    )

@@ -1,6 +1,6 @@
 """GGUF against llama.cpp (llama-cpp-python) and the gguf package: each opens what the other made, with the same numbers."""
+
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -13,39 +13,65 @@ from model import Transformer
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
-FTYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_m": 12, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
-          "q5_k_m": 17, "q6_k": 18}
+FTYPES = {
+    "q4_0": 2,
+    "q4_1": 3,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q5_1": 9,
+    "q2_k": 10,
+    "q3_k_m": 12,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+}
 
 
 @pytest.fixture(scope="module")
 def package():
     """The gguf package, llama.cpp's own reader and writer."""
     import gguf as theirs
+
     return theirs
 
 
 def llama_cpp(path, **options):
     from llama_cpp import Llama
-    return Llama(str(path), n_ctx=512, verbose=False, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, **options)
+
+    return Llama(
+        str(path),
+        n_ctx=512,
+        verbose=False,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=0,
+        type_v=0,
+        **options,
+    )
 
 
 def logits_of(path, ids):
     llama = llama_cpp(path, logits_all=True)
     llama.eval(ids)
-    out = torch.tensor(np.array(llama.scores[:len(ids)]))
+    out = torch.tensor(np.array(llama.scores[: len(ids)]))
     llama.close()
     return out
 
 
 def llama_quantize(source, target, mix):
     import llama_cpp as lib
+
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = FTYPES[mix], 1
     assert lib.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
 
 
-@pytest.mark.parametrize("family, mix", [*((f, "f32") for f in FAMILIES),
-                                         *((f, "f16") for f in ("llama", "gpt2", "qwen2", "qwen3"))])
+@pytest.mark.parametrize(
+    "family, mix",
+    [*((f, "f32") for f in FAMILIES), *((f, "f16") for f in ("llama", "gpt2", "qwen2", "qwen3"))],
+)
 def test_llama_cpp_computes_our_logits_over_200_tokens(family, mix, tmp_path):
     model, tok = make_folder(tmp_path / "m", family)
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", mix)
@@ -54,19 +80,31 @@ def test_llama_cpp_computes_our_logits_over_200_tokens(family, mix, tmp_path):
         expected = gguf.load(tmp_path / "m.gguf")[0](ids)[0]
         if mix == "f32":
             assert torch.equal(expected, model(ids)[0])
-    limit = 2e-3 if mix == "f16" or model.config.is_gpt2 else 2e-5  # ggml's GELU is a table of float16
+    limit = (
+        2e-3 if mix == "f16" or model.config.is_gpt2 else 2e-5
+    )  # ggml's GELU is a table of float16
     assert relative_error(logits_of(tmp_path / "m.gguf", ids[0].tolist()), expected) < limit
 
 
-@pytest.mark.parametrize("family, mix", [*(("llama", m) for m in gguf.MIXES if m not in ("f32", "f16")), ("gpt2", "q4_k_m"),
-                                         ("odd", "q4_k_m"), ("odd", "q4_0"), ("qwen3", "q4_k_m")])
+@pytest.mark.parametrize(
+    "family, mix",
+    [
+        *(("llama", m) for m in gguf.MIXES if m not in ("f32", "f16")),
+        ("gpt2", "q4_k_m"),
+        ("odd", "q4_k_m"),
+        ("odd", "q4_0"),
+        ("qwen3", "q4_k_m"),
+    ],
+)
 def test_llama_cpp_computes_the_logits_of_our_dequantized_weights(family, mix, tmp_path):
     _, tok = make_folder(tmp_path / "m", family)
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", mix)
     ids = torch.randint(0, tok.vocab_size, (1, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = gguf.load(tmp_path / "m.gguf")[0](ids)[0]
-    error = logits_of(tmp_path / "m.gguf", ids[0].tolist()) - expected  # llama.cpp rounds activations to 8 bits, we do not
+    error = (
+        logits_of(tmp_path / "m.gguf", ids[0].tolist()) - expected
+    )  # llama.cpp rounds activations to 8 bits, we do not
     assert error.norm() < 2e-2 * expected.norm()
 
 
@@ -74,7 +112,14 @@ def test_llama_cpp_computes_the_logits_of_our_dequantized_weights(family, mix, t
 def test_llama_cpp_computes_the_logits_of_a_trained_model_in_every_type(mix, data_dir, tmp_path):
     gguf.write(data_dir / "stories260K", tmp_path / "s.gguf", mix)
     model, tok = gguf.load(tmp_path / "s.gguf")
-    ids = list(generate(Transformer.from_pretrained(data_dir / "stories260K"), [tok.bos_id], 200, temperature=1.0))
+    ids = list(
+        generate(
+            Transformer.from_pretrained(data_dir / "stories260K"),
+            [tok.bos_id],
+            200,
+            temperature=1.0,
+        )
+    )
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0]
     assert relative_error(logits_of(tmp_path / "s.gguf", ids), expected) < 2e-2
@@ -91,6 +136,7 @@ def test_stories260k_tells_the_same_story_in_llama_cpp(data_dir, tmp_path):
 
 # ---- the tokenizer
 
+
 def fuzzed(n=1000):
     """Texts of all sorts: words, numbers, spaces and newlines in a row, accents, other scripts, emoji, markup."""
     rng = random.Random(0)
@@ -106,15 +152,20 @@ def test_llama_cpp_gives_our_ids_to_a_thousand_texts(name, tmp_path, data_dir):
     llama, back = llama_cpp(tmp_path / "m.gguf", vocab_only=True), gguf.read(tmp_path / "m.gguf")[2]
     for text in fuzzed():
         ids = tok.encode(text)
-        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids == back.encode(text), text
+        assert (
+            llama.tokenize(text.encode(), add_bos=False, special=False) == ids == back.encode(text)
+        ), text
         assert back.decode(ids) == tok.decode(ids)
     for i in [*tok.special.values(), *tok.added.values()]:
         assert llama.tokenize(back.decode([i]).encode(), add_bos=False, special=True)[-1] == i
-    assert llama.token_eos() == tok.eos_id and llama.token_bos() == (tok.eos_id if tok.bos_id is None else tok.bos_id)
+    assert llama.token_eos() == tok.eos_id and llama.token_bos() == (
+        tok.eos_id if tok.bos_id is None else tok.bos_id
+    )
 
 
 def test_llama_cpp_renders_our_chat_template_and_stops_at_its_end(tmp_path):
     from chat import CHATML_TEMPLATE, render
+
     tok = Tokenizer.train(TEXT_PARTS, 400)
     tok.chat_template = CHATML_TEMPLATE
     make_folder(tmp_path / "m", "llama", tok, eos=[tok.eos_id, tok.special["<|im_end|>"]])
@@ -126,10 +177,14 @@ def test_llama_cpp_renders_our_chat_template_and_stops_at_its_end(tmp_path):
     ids, _ = render(tok, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids
     config, _, back = gguf.read(tmp_path / "m.gguf")
-    assert config.eos_token_id == [tok.eos_id, tok.special["<|im_end|>"]] and back.chat_template == CHATML_TEMPLATE
+    assert (
+        config.eos_token_id == [tok.eos_id, tok.special["<|im_end|>"]]
+        and back.chat_template == CHATML_TEMPLATE
+    )
 
 
 # ---- numbers, and files of others
+
 
 def samples(columns=1024):
     torch.manual_seed(0)
@@ -141,29 +196,48 @@ def samples(columns=1024):
 @pytest.mark.parametrize("name", [n for n in gguf.KINDS if n != "F32"])
 def test_every_type_decodes_and_the_simple_ones_encode_as_in_the_gguf_package(name, package):
     kind, theirs = gguf.KINDS[name], package.GGMLQuantizationType[name]
-    noise = np.random.default_rng(0).integers(0, 256, (64, kind.bytes * 1024 // kind.block), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (64, kind.bytes * 1024 // kind.block), dtype=np.uint8
+    )
     with np.errstate(all="ignore"):
         expected = package.quants.dequantize(noise, theirs)
     ours = gguf.Packed(name, (64, 1024), torch.from_numpy(noise)).dequantize().numpy()
     assert np.array_equal(ours, expected, equal_nan=True)
     if not name.endswith("_K"):
         x = samples()
-        assert np.array_equal(gguf.quantize(x, name).numpy(), package.quants.quantize(x.numpy(), theirs).view(np.uint8))
+        assert np.array_equal(
+            gguf.quantize(x, name).numpy(),
+            package.quants.quantize(x.numpy(), theirs).view(np.uint8),
+        )
 
 
-@pytest.mark.parametrize("family, mix", [*(("llama", mix) for mix in FTYPES), ("gpt2", "q4_k_m"), ("gpt2", "q2_k"),
-                                         ("odd", "q4_k_s"), ("odd", "q4_k_m"),
-                                         ("odd", "q5_k_m"), ("untied", "q4_k_m"), ("untied", "q4_0")])
+@pytest.mark.parametrize(
+    "family, mix",
+    [
+        *(("llama", mix) for mix in FTYPES),
+        ("gpt2", "q4_k_m"),
+        ("gpt2", "q2_k"),
+        ("odd", "q4_k_s"),
+        ("odd", "q4_k_m"),
+        ("odd", "q5_k_m"),
+        ("untied", "q4_k_m"),
+        ("untied", "q4_0"),
+    ],
+)
 def test_llama_cpps_own_files_load_and_ours_choose_the_same_types(family, mix, tmp_path, package):
     """Same bytes for the simple types; for k-quants an error as small, and mostly the same bytes, too."""
     make_folder(tmp_path / "m", family)
     gguf.write(tmp_path / "m", tmp_path / "f32.gguf", "f32")
     llama_quantize(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", mix)
     config, state, tok = gguf.read(tmp_path / "theirs.gguf")
-    assert config == gguf.read(tmp_path / "f32.gguf")[0] and tok.encode("a b") == Tokenizer.load(tmp_path / "m").encode("a b")
+    assert config == gguf.read(tmp_path / "f32.gguf")[0] and tok.encode("a b") == Tokenizer.load(
+        tmp_path / "m"
+    ).encode("a b")
     exact = gguf.read(tmp_path / "f32.gguf")[1]
-    reference = {t.name: package.quants.dequantize(t.data, t.tensor_type) for t in
-                 package.GGUFReader(tmp_path / "theirs.gguf").tensors}
+    reference = {
+        t.name: package.quants.dequantize(t.data, t.tensor_type)
+        for t in package.GGUFReader(tmp_path / "theirs.gguf").tensors
+    }
     if not config.is_gpt2:  # there three of ours are one of theirs
         for name, tensor in state.items():
             there = gguf.gguf_name(name, config)
@@ -173,7 +247,9 @@ def test_llama_cpps_own_files_load_and_ours_choose_the_same_types(family, mix, t
     if mix not in gguf.MIXES:
         return
     gguf.write(tmp_path / "m", tmp_path / "ours.gguf", mix)
-    theirs, ours = (gguf.read(tmp_path / f"{who}.gguf", keep_packed=True)[1] for who in ("theirs", "ours"))
+    theirs, ours = (
+        gguf.read(tmp_path / f"{who}.gguf", keep_packed=True)[1] for who in ("theirs", "ours")
+    )
     for name, a in ours.items():
         b = theirs[name]
         assert a.kind == b.kind, (name, a.kind, b.kind)
@@ -196,13 +272,22 @@ def test_files_of_the_gguf_packages_writer_load(tmp_path, package):
         if isinstance(value, (list, np.ndarray)):
             out.add_array(key, list(value) if isinstance(value, list) else value.tolist())
         else:
-            {bool: out.add_bool, int: out.add_uint32, float: out.add_float32, str: out.add_string}[type(value)](key, value)
+            {bool: out.add_bool, int: out.add_uint32, float: out.add_float32, str: out.add_string}[
+                type(value)
+            ](key, value)
     for name, t in tensors.items():
-        out.add_tensor(name, t.data.numpy().view(np.float16 if t.kind == "F16" else np.float32).reshape(t.shape))
+        out.add_tensor(
+            name,
+            t.data.numpy().view(np.float16 if t.kind == "F16" else np.float32).reshape(t.shape),
+        )
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
     a, b = gguf.read(tmp_path / "ours.gguf"), gguf.read(tmp_path / "theirs.gguf")
-    assert a[0] == b[0] and a[2].sha256 == b[2].sha256 and all(torch.equal(a[1][n], b[1][n]) for n in a[1])
+    assert (
+        a[0] == b[0]
+        and a[2].sha256 == b[2].sha256
+        and all(torch.equal(a[1][n], b[1][n]) for n in a[1])
+    )
     assert {f.name for f in package.GGUFReader(tmp_path / "ours.gguf").fields.values()} >= set(meta)

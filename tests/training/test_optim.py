@@ -1,4 +1,5 @@
 """optim.py against torch's own optimizers and the definition of orthogonality."""
+
 import pytest
 import torch
 import torch.nn as nn
@@ -46,17 +47,25 @@ def test_orthogonalized_singular_values_lie_near_one(shape):
     torch.manual_seed(0)
     G = torch.randn(shape)
     values = torch.linalg.svdvals(orthogonalize(G))
-    assert values.min() > 0.3 and values.max() < 1.3  # a random square matrix has a few tiny singular values
+    assert (
+        values.min() > 0.3 and values.max() < 1.3
+    )  # a random square matrix has a few tiny singular values
     U, _, V = torch.linalg.svd(G, full_matrices=False)
     cosine = (orthogonalize(G) * (U @ V)).sum() / (U @ V).norm() / orthogonalize(G).norm()
     assert cosine > 0.97
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():
-    model = nn.ModuleDict({"embed_tokens": nn.Embedding(10, 4), "layers": nn.ModuleList([nn.Linear(4, 4)])})
+    model = nn.ModuleDict(
+        {"embed_tokens": nn.Embedding(10, 4), "layers": nn.ModuleList([nn.Linear(4, 4)])}
+    )
     optimizer = MuonAdamW(model)
     rules = {optimizer.names[p]: g["rule"] for g in optimizer.param_groups for p in g["params"]}
-    assert rules == {"embed_tokens.weight": "adamw", "layers.0.weight": "muon", "layers.0.bias": "adamw"}
+    assert rules == {
+        "embed_tokens.weight": "adamw",
+        "layers.0.weight": "muon",
+        "layers.0.bias": "adamw",
+    }
     assert {g["rule"] for g in MuonAdamW(model, muon=False).param_groups} == {"adamw"}
 
 
@@ -72,6 +81,7 @@ def test_saved_state_continues_the_same_path():
             model["layers"][1](model["layers"][0](x)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+
     whole = problem()
     train(whole, MuonAdamW(whole), 6)
     halves = problem()
@@ -88,7 +98,11 @@ def test_schedules_rise_hold_and_fall():
     wsd = [schedule(s, 100, warmup=10, kind="wsd", cooldown=0.5) for s in range(101)]
     assert wsd[0] == 0.1 and wsd[9] == 1.0 and wsd[50] == 1.0 and wsd[75] == 0.5 and wsd[100] == 0.0
     cosine = [schedule(s, 100, warmup=10, kind="cosine", floor=0.1) for s in range(101)]
-    assert cosine[10] == 1.0 and cosine[55] == pytest.approx(0.55) and cosine[100] == pytest.approx(0.1)
+    assert (
+        cosine[10] == 1.0
+        and cosine[55] == pytest.approx(0.55)
+        and cosine[100] == pytest.approx(0.1)
+    )
 
 
 def regression(eight_bit, steps=150):
@@ -112,7 +126,10 @@ def test_adamw_with_8_bit_moments_trains_as_adamw_does_in_a_quarter_of_the_memor
     packed, small = regression(True)
     assert exact[-1] < 0.02 * exact[0]
     assert all(abs(a - b) < 0.05 * a + 2e-3 for a, b in zip(exact, packed))
-    size = [sum(t.numel() * t.element_size() for s in o.state.values() for t in s.values()) for o in (whole, small)]
+    size = [
+        sum(t.numel() * t.element_size() for s in o.state.values() for t in s.values())
+        for o in (whole, small)
+    ]
     assert size[1] < 0.28 * size[0]
 
 
@@ -120,7 +137,9 @@ def test_8_bit_moments_survive_saving_bit_for_bit():
     _, opt = regression(True, 5)
     again = regression(True, 0)[1]
     again.load_tensors(opt.tensors())
-    assert {n: t.tolist() for n, t in again.tensors().items()} == {n: t.tolist() for n, t in opt.tensors().items()}
+    assert {n: t.tolist() for n, t in again.tensors().items()} == {
+        n: t.tolist() for n, t in opt.tensors().items()
+    }
 
 
 def test_a_packed_moment_is_within_its_rounding_and_a_square_is_never_zero():
@@ -129,6 +148,9 @@ def test_a_packed_moment_is_within_its_rounding_and_a_square_is_never_zero():
     for signed, values in ((True, x), (False, x.square())):
         codes, tops = torch.empty(12, 256, dtype=torch.uint8), torch.empty(12, 1)
         pack(values, codes, tops, signed)
-        back, top = unpack(codes, tops, signed, values), tops.repeat_interleave(256)[:3000].view(1000, 3)
+        back, top = (
+            unpack(codes, tops, signed, values),
+            tops.repeat_interleave(256)[:3000].view(1000, 3),
+        )
         assert ((back - values).abs() <= 0.0075 * top + 1e-30).all()
         assert signed or (back > 0).all()

@@ -1,4 +1,5 @@
 """train.py on two ranks (gloo, CPU): the same losses and folder as one process, across resumes, and when a rank dies."""
+
 import os
 import signal
 import subprocess
@@ -25,11 +26,39 @@ def text(tmp_path_factory):
 def start(ranks, text, out, *flags):
     flags = ["--out", out, "--device", "cpu", "--log-every", 1, "--save-every", 10, *flags]
     if "--resume" not in flags:
-        flags += ["--data", text, "--layers", 2, "--dim", 32, "--heads", 2, "--context", 32, "--batch", 8, "--eval-every", 10,
-                  "--sample", 5, "--steps", 20]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
-    return subprocess.Popen([str(x) for x in (sys.executable, *launch, ROOT / "train.py", *flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        flags += [
+            "--data",
+            text,
+            "--layers",
+            2,
+            "--dim",
+            32,
+            "--heads",
+            2,
+            "--context",
+            32,
+            "--batch",
+            8,
+            "--eval-every",
+            10,
+            "--sample",
+            5,
+            "--steps",
+            20,
+        ]
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        if ranks > 1
+        else []
+    )
+    return subprocess.Popen(
+        [str(x) for x in (sys.executable, *launch, ROOT / "train.py", *flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def run(*arguments):
@@ -63,15 +92,28 @@ def assert_same(out, alone):
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("how", [[], ["--shard"], pytest.param(["--micro-batch", 2], marks=slow),
-                                 pytest.param(["--shard", "--micro-batch", 2, "--recompute"], marks=slow)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        ["--shard"],
+        pytest.param(["--micro-batch", 2], marks=slow),
+        pytest.param(["--shard", "--micro-batch", 2, "--recompute"], marks=slow),
+    ],
+)
 def test_two_ranks_train_as_one(how, text, alone, tmp_path):
     run(2, text, tmp_path / "run", *how)
     assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("first, second, how", [(2, 1, ["--shard"]), pytest.param(1, 2, ["--shard"], marks=slow),
-                                                pytest.param(2, 1, [], marks=slow)])
+@pytest.mark.parametrize(
+    "first, second, how",
+    [
+        (2, 1, ["--shard"]),
+        pytest.param(1, 2, ["--shard"], marks=slow),
+        pytest.param(2, 1, [], marks=slow),
+    ],
+)
 def test_what_some_ranks_saved_others_resume(first, second, how, text, alone, tmp_path):
     process = start(first, text, tmp_path / "run", *(how if first > 1 else []))
     while latest_checkpoint(tmp_path / "run") is None:
@@ -88,10 +130,14 @@ def test_a_dead_rank_ends_the_others_with_a_line(text, tmp_path):
     while latest_checkpoint(tmp_path / "run") is None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "lost another rank" in stderr and "--resume" in stderr, stderr
     saved = latest_checkpoint(tmp_path / "run")
-    assert saved and (tmp_path / "run" / "config.json").exists()  # loadable, and at most 10 steps behind
+    assert (
+        saved and (tmp_path / "run" / "config.json").exists()
+    )  # loadable, and at most 10 steps behind
