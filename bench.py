@@ -47,15 +47,16 @@ import torch.nn.functional as F
 import kernels
 import lora
 import train
-from common import Metrics, Parser, UserError, cli, from_preset, read_json
-from formats.packed import NF4Linear
-from generate import Engine, Sampling
+from common import Metrics, Parser, UserError, cli, from_preset, read_json, usable_cpus
+from engine.sampler import Sampling
+from generate import Engine
 from model import Config, Transformer
-from quant import pack
+from quant import NF4Linear, pack
 from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
-from training.bpe import usable_cpus
-from training.optim import MuonAdamW, print_estimate
+from training import loop
+from training.memory import print_estimate
+from training.optim import MuonAdamW
 
 
 def machine_facts():
@@ -124,7 +125,7 @@ def show(rows):
     return shown
 
 
-# --------------------------------------------------------------------------------------------------------------- stopwatches
+# -------------------------------------------------------------------------------------- stopwatches
 def timed(function, device, repeats, warm_up=3):
     """Mean seconds of a call, after some to warm up."""
     for _ in range(warm_up):
@@ -178,7 +179,7 @@ def quietly(function, *args, **options):
         return function(*args, **options)
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 def run_train(*flags):
     """train.py as a user runs it -> (seconds, Python's start included; the rows with a validation loss; what it printed)."""
     with tempfile.TemporaryDirectory() as out:
@@ -365,8 +366,8 @@ def bench_sft(args):
         per_step = round(args.rows * len(run.batches.split.pairs) / len(run.batches.plan(0).order))
         for step in range(args.steps + 2):  # the first two warm up
             batch = run.batches.next()
-            train.forward_backward(run, batch, (batch.y != -100).sum().item())
-            train.update(run, step)
+            loop.forward_backward(run, batch, (batch.y != -100).sum().item())
+            loop.update(run, step)
             marks.append(time.perf_counter())
         run.batches.close()
         yield dict(
@@ -578,7 +579,7 @@ def random_base(config, packed, runtime):
     return model.to(runtime.device)
 
 
-# ------------------------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 def graph_seconds(function, draw, size):
     """Seconds of function(*draw()), from a CUDA graph of calls on so many drawn inputs that no cache holds them."""
     inputs = [draw() for _ in range(min(max(2, 512_000_000 // size), 64))]
@@ -796,7 +797,7 @@ def bench_linear(args):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 # The trainings that `bench.py tokenizer` times, each by `python -c` in an interpreter of its own: FILE VOCAB_SIZE OUT.
 TRAININGS = {
     "ours": """
@@ -893,7 +894,7 @@ def time_training(code, *arguments):
     return time.perf_counter() - begin, peak
 
 
-# ---------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 def engine_rounds(args, model, quant=None, dtype="auto"):
     """-> (a function (texts, tokens of a prompt, new tokens) -> seconds, bytes of the weights that a decode step reads)"""
     engine = quietly(Engine, model, args.device, dtype, quant, kv_tokens=16 * 1024)
@@ -1306,7 +1307,7 @@ def bench_serve(args):
     return [{k: v for k, v in r.items() if k != "text"} for r in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------ two measurements
+# --------------------------------------------------------------------------------- two measurements
 def labelled(rows):
     """Rows of a --json file -> {their texts and how many of the same came before: {name: figure}}; rows without any text are
     many measurements of one thing, so their mean stands for them."""
@@ -1366,7 +1367,7 @@ def bench_compare(args):
             )
 
 
-# --------------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 WHAT = {
     "model": f"a model folder (sft: a base model's); decode, throughput and prefix: or a shape, {', '.join(SHAPES)}",
     "file": "a text file, best of 10 MB or more",

@@ -7,21 +7,28 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import types
 import typing
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
 
 
-# ---------------------------------------------------------------------------------------------------- errors and flags
+# --------------------------------------------------------------------------------- errors and flags
 class UserError(ValueError):
     """Something the user can mend: the message is one line that says what, with the numbers, and what to do."""
 
@@ -105,7 +112,7 @@ def from_preset(cls, presets, typed):
     return cls(**{**presets[name], **typed})
 
 
-# --------------------------------------------------------------------------------------------------- files, all or nothing
+# ---------------------------------------------------------------------------- files, all or nothing
 def sync_dir(path):
     """Make a rename inside `path` survive a power cut (directories are files too; Windows cannot open them)."""
     with contextlib.suppress(PermissionError):
@@ -216,7 +223,7 @@ def is_locked(folder):
     return "fcntl" not in sys.modules
 
 
-# ---------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 class Metrics:
     """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes. `track` sends
     the same numbers to "tensorboard" (files under OUT) or "wandb" as well."""
@@ -324,3 +331,102 @@ def plot_losses(out, title):
     ax.legend()
     fig.tight_layout()
     write_atomic(Path(out) / "loss.png", lambda p: fig.savefig(p, format="png"))
+
+
+def usable_cpus():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_job = None  # in a child process: the one function it was started to run
+
+
+def _start_child(function):
+    global _job
+    _job = function
+
+
+def _run_job(argument):
+    return _job(argument)
+
+
+def in_processes(function, jobs, processes=None):
+    """Yield function(job) for every job, in order, from this many processes, a bounded number of jobs ahead."""
+    jobs, processes = iter(jobs), processes or usable_cpus()
+    first = list(islice(jobs, 2))
+    if processes == 1 or len(first) < 2:
+        yield from map(function, chain(first, jobs))
+        return
+    # fork hands the function over without pickling and works from a notebook; it does not exist on Windows
+    method = "fork" if sys.platform == "linux" else None
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context(method), _start_child, (function,)
+    )
+    try:
+        waiting = deque()
+        for job in chain(first, jobs):
+            waiting.append(pool.submit(_run_job, job))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:  # multiprocessing.Pool would wait for ever
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer --processes"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def well_formed(text):
+    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, paired ones the character they mean, as in tiktoken."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@contextlib.contextmanager
+def full_disk_explained(path, advice):
+    """A full disk (or quota, or largest file) while writing `path` becomes one line with the numbers and the advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(Path(path).parent).free
+        raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
+
+
+BLOCK = 1 << 20  # bytes of a file read at a time
+
+
+def border(file, at, cuts):
+    """The first place at or after byte `at` where a block may end: it depends on the file alone, never on who asks.
+    `cuts` are tried in turn on the next BLOCK bytes; between two characters is always possible."""
+    if at == 0:
+        return 0
+    file.seek(at - 1)
+    window = file.read(BLOCK)
+    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
+        if found := re.search(cut, window):
+            return at - 1 + found.end()
+    return at - 1 + len(window)
+
+
+def blocks_of(paths, step):
+    """[(path, start, end)]: the files in parts of `step` bytes."""
+    sizes = [os.path.getsize(path) for path in paths]
+    return [
+        (path, at, min(at + step, size))
+        for path, size in zip(paths, sizes)
+        for at in range(0, size, step)
+    ]
+
+
+def read_block(block, cuts):
+    """The bytes of a file between the borders that belong to a block (path, start, end)."""
+    with open(block[0], "rb") as file:
+        start, end = (border(file, at, cuts) for at in block[1:])
+        file.seek(start)
+        return file.read(end - start)

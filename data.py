@@ -26,25 +26,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, cli, parse_flags, read_json, sha256, write_atomic, write_json
+from common import (
+    BLOCK,
+    UserError,
+    cli,
+    full_disk_explained,
+    in_processes,
+    parse_flags,
+    read_json,
+    sha256,
+    usable_cpus,
+    write_atomic,
+    write_json,
+)
 from tokenizer import Tokenizer
 from training import toybox
-from training.bpe import BLOCK, in_processes, usable_cpus
-from training.corpora import (
-    ARTICLE,
-    WIKITEXT,
-    documents,
-    expand,
-    full_disk_explained,
-    read_text,
-    shakespeare,
-    wikitext,
-)
+from training.corpora import ARTICLE, WIKITEXT, documents, expand, read_text, shakespeare, wikitext
 
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
 
 
-# ----------------------------------------------------------------------------------------------------- shards of tokens
+# --------------------------------------------------------------------------------- shards of tokens
 # A shard: header; token ids (uint16, or uint32 above 65,536 ids), padded to 8 bytes; where documents start (uint64).
 MAGIC, VERSION = b"TOKSHARD", 1
 HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
@@ -339,7 +341,7 @@ def open_shards(folder, tokenizer_sha256=None):
     return splits
 
 
-# -------------------------------------------------------------------------------------------------- tokens into batches
+# ------------------------------------------------------------------------------ tokens into batches
 def split_tokens(tokens, context, share=0.1):
     """(training tokens, validation tokens): the last `share` is held out, as in nanoGPT. Refuses what is too short."""
     cut = int(len(tokens) * (1 - share))

@@ -30,7 +30,7 @@ import train
 from common import UserError
 from model import Transformer
 from runtime import read_tensors, resolve, write_tensors
-from training import toybox
+from training import loop, toybox
 
 LOSSES, REFERENCE_FREE = ("sigmoid", "ipo", "simpo", "orpo", "kto"), ("simpo", "orpo")
 
@@ -74,7 +74,7 @@ class Args(train.LoopArgs):
     eval_every: int = 50  # steps between evaluations on the held-out pairs
 
 
-# ------------------------------------------------------------------------------------------------------------------ the loss
+# ----------------------------------------------------------------------------------------- the loss
 def preference_loss(
     policy_chosen,
     policy_rejected,
@@ -125,7 +125,7 @@ def preference_loss(
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
-# ------------------------------------------------------------------------------------------------ records into pairs of ids
+# ------------------------------------------------------------------------ records into pairs of ids
 LAYOUTS = (
     "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations or HH-RLHF's text; Alpaca "
     "{instruction, input, chosen, rejected}; ShareGPT {conversations, chosen, rejected}; {prompt, completion, label}"
@@ -354,7 +354,7 @@ class Pairs:
             yield batch
 
 
-# ----------------------------------------------------------------------------------------------- log-probs and the objective
+# ---------------------------------------------------------------------- log-probs and the objective
 def log_probs(model, batch):
     """-> nats of each target (R, T); and by answer (2, R): the policy's and the reference's summed log-probs, counts of tokens."""
     nats = model(batch.x, batch.y, per_token=True, docs=batch.docs, positions=batch.positions)
@@ -396,7 +396,7 @@ def reference(pairs, model, tok, runtime, rows, folder):
 
 
 class Objective:
-    """The summed loss of a PairBatch, as train.forward_backward calls it; in passing it adds up what is logged."""
+    """The summed loss of a PairBatch, as loop.forward_backward calls it; in passing it adds up what is logged."""
 
     MEANS = {
         "loss": "pairs",
@@ -487,7 +487,7 @@ def with_z0(run, batch):
     return batch._replace(kl=torch.full_like(batch.kl, max(0.0, run.runtime.sum(total) / count)))
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 def prepare(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are computed before it changes."""
     if args.loss not in LOSSES:
@@ -541,7 +541,7 @@ def prepare(args, checkpoint):
         validate=validate,
         write=(lambda run, folder, _: lora.save_adapter(run.model, folder))
         if args.lora
-        else train.write_model,
+        else loop.write_model,
     )
 
 
@@ -584,19 +584,19 @@ def learn(run):
     args = run.args
     if not run.start:
         check_start(run)
-    for step, batch in train.steps(run):
+    for step, batch in loop.steps(run):
         batch = with_z0(run, batch) if args.loss == "kto" else batch
-        total = train.forward_backward(run, batch, args.batch)
-        values = train.update(run, step)
+        total = loop.forward_backward(run, batch, args.batch)
+        values = loop.update(run, step)
         if (
             step % args.log_every == 0
         ):  # the row's loss is this step's, all else the mean since the last row
             values |= run.loss.means(args, run.runtime)
             del values["loss"]
-        train.log_step(run, step, total, args.batch, **values)
+        loop.log_step(run, step, total, args.batch, **values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- eval
+# --------------------------------------------------------------------------------------------- eval
 @dataclass
 class EvalArgs:
     model: str = "runs/dpo"  # what dpo.py wrote: a model folder, or an adapter

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
-from formats.packed import NF4, nf4_dequantize
 from model import attention_mask, rotate
 
 try:
@@ -38,7 +37,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton itself w
 INTERPRETED = tl.constexpr(INTERPRET)  # the same for use inside kernels
 
 
-# --------------------------------------------------------------------------------------------------- choosing and tuning
+# ------------------------------------------------------------------------------ choosing and tuning
 # Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would otherwise compile a kernel
 # again whenever one becomes or stops being a multiple of 16.
 @functools.cache
@@ -142,7 +141,7 @@ def bucket(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-# ---------------------------------------------------------------------------------------------- weight-only linear layers
+# ------------------------------------------------------------------------ weight-only linear layers
 # Decoding reads every weight once per token, so the layer takes (bytes of packed weights) / (memory bandwidth) at best. Rows
 # of x share that one reading up to about 64 rows; from DEQUANTIZE_ABOVE rows on the products take longer than writing the
 # weights out in 16 bits, and cuBLAS is the faster multiplier.
@@ -440,6 +439,8 @@ def dequantize_twin(w, dtype):
     if w.pack == 1:
         return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
     if w.format == "nf4":
+        from quant import nf4_dequantize
+
         return nf4_dequantize({"packed": w.weight, "absmax": w.scales}, (w.N, w.K), w.group, dtype)
     codes = (
         torch.stack((w.weight & 15, w.weight >> 4), -1).flatten(1)[:, : w.K].float()
@@ -583,7 +584,7 @@ def quantize_rows(x, dtype):
     return (torch.floor(x + 0.5) if dtype == torch.int8 else x).to(dtype), largest / top
 
 
-# ---------------------------------------------------------------------------------- one pass over rows: norm, RoPE, SwiGLU
+# ----------------------------------------------------------- one pass over rows: norm, RoPE, SwiGLU
 # Each reads its inputs once and writes its output once, 16 bytes a thread at a time; unfused, the same work moves 2-4 times
 # the bytes.
 @jit
@@ -721,7 +722,7 @@ def swiglu_twin(gate, up):
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------ cross-entropy
+# ------------------------------------------------------------------------------------ cross-entropy
 @jit
 def _cross_entropy(logits, targets, losses, lses, V, ignore, BLOCK: tl.constexpr):
     """One row: log sum exp by a running maximum, one pass over the logits."""
@@ -796,7 +797,7 @@ def cross_entropy_twin(logits, targets, ignore=-100):
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore, reduction="none")
 
 
-# --------------------------------------------------------------------------------------------------- the paged KV cache
+# ------------------------------------------------------------------------------- the paged KV cache
 # k_cache, v_cache (blocks, block_size, Kh, D): a slot is block * block_size + offset, so slots number the rows of the cache
 # seen as (blocks * block_size, Kh, D). A cache of int8 or float8_e4m3fn comes with k_scale, v_scale (blocks, block_size, Kh)
 # float32, one scale for each token and head: value = stored * scale.
@@ -1155,3 +1156,24 @@ def read_pages(cache, scales, blocks):
     """The tokens in some pages, float32: (len(blocks) * block_size, Kh, D)."""
     values = cache[blocks].float()  # (n, block_size, Kh, D)
     return (values if scales is None else values * scales[blocks][..., None]).flatten(0, 1)
+
+
+# NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of N(0, 1) over the code's 16 values, 0 exact, ends +-1
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from common import UserError, sync_dir, write_atomic, write_json
 
 
-# ------------------------------------------------------------------------------------------------- device, dtype, compile
+# --------------------------------------------------------------------------- device, dtype, compile
 @dataclass
 class Runtime:
     """Where and in which precision to compute. `compile` is False, or True for "try, and say so if it fails"."""
@@ -222,7 +222,7 @@ def compile_or_say_why(function, runtime, warm_up):
         set_rng_state(before)
 
 
-# -------------------------------------------------------------------------------------------------- tensor files
+# ------------------------------------------------------------------------------------- tensor files
 def write_tensors(path, tensors):
     """A safetensors file, all or nothing. {name: tensor}; a full disk is an OSError like any other."""
 
@@ -248,7 +248,7 @@ def read_tensors(path):
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def rng_state():
     """Every random number generator a script can touch -> {name: tensor}."""
     version, internal, gauss = random.getstate()

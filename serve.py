@@ -39,7 +39,8 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common import Metrics, UserError, cli, parse_flags
-from engine.scheduler import Engine, TokenLogprob
+from engine.scheduler import TokenLogprob
+from generate import Engine
 from runtime import lost_rank_explained
 from server import api
 from server.api import ENCODE, Answer, Refusal
@@ -73,7 +74,7 @@ class Args:
     runs: str = "runs"  # training runs that the page may draw
 
 
-# -------------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 class Measures:
     """What /metrics shows, named as vLLM names it."""
 
@@ -146,7 +147,7 @@ class Measures:
                 self.tpot.observe((now - job.first) / (job.tokens - 1))
 
 
-# ------------------------------------------------------------------------------------------------ one request's way through
+# ------------------------------------------------------------------------ one request's way through
 class JSON(Response):
     """A body that any client's decoder takes, whatever half characters a caller had put into what is repeated."""
 
@@ -341,7 +342,7 @@ async def aside(request, function, *args):
     return await asyncio.to_thread(function, *args)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the routes
+# --------------------------------------------------------------------------------------- the routes
 def create_app(engine, args=None, keys=None, sock=None):
     """engine: see engine.Engine; keys: {key: name of its owner}, empty lets everyone in; sock: to a Worker in another process,
     without which the engine gets a thread of this one -> FastAPI."""
@@ -620,7 +621,7 @@ def add_operation_routes(app, service):
         )
 
 
-# -------------------------------------------------------------------------------------------------------------------- the door
+# ----------------------------------------------------------------------------------------- the door
 class Door:
     """Around every request, as plain ASGI so that streams pass untouched: an id, keys, limits, CORS, one log line at the end."""
 
@@ -819,7 +820,7 @@ class Door:
         print(ENCODE(row), file=sys.stderr, flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------- the process
+# -------------------------------------------------------------------------------------- the process
 def read_keys(args):
     """--api-key-file and $LLM_API_KEYS -> {key: name}; a file that others can read is warned of."""
     lines = [k for k in os.environ.get("LLM_API_KEYS", "").split(",") if k.strip()]

@@ -11,26 +11,30 @@ import argparse
 import codecs
 import functools
 import hashlib
+import heapq
 import json
 import re
 import sys
 import time
-from itertools import chain, count, islice
+import unicodedata
+from collections import Counter
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import regex
 
-from common import UserError, cli, write_atomic, write_json
-from formats.vocab import (
-    added_tokens,
-    check_ids,
-    merges_by_score,
-    normalize,
-    read_tokenizer,
-    to_json,
+from common import (
+    BLOCK,
+    UserError,
+    blocks_of,
+    cli,
+    in_processes,
+    read_block,
+    well_formed,
+    write_atomic,
+    write_json,
 )
-from training import bpe
-from training.bpe import PATTERNS, splitter, well_formed
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
 # Which special tokens begin, end and pad a text, by the names they usually have.
@@ -140,6 +144,8 @@ class Tokenizer:
                 f"special tokens must have ids below the vocabulary size {vocab_size}: {special}"
             )
         splitter(pattern)
+        from training import bpe
+
         chunks = bpe.count_chunks(
             [texts] if isinstance(texts, str) else texts, files, pattern, max_bytes, processes
         )
@@ -157,7 +163,7 @@ class Tokenizer:
             )
         ids, spelled = (
             list(islice(free_ids(special), 256 + len(merges))),
-            [bytes([b]) for b in bpe.BYTES],
+            [bytes([b]) for b in BYTES],
         )
         for left, right in merges:
             spelled.append(spelled[left] + spelled[right])
@@ -206,9 +212,9 @@ class Tokenizer:
         """All ids of the files, file after file, each as encode_bytes would have it, as one array: uint16, or uint32 above 65,536
         ids. Blocks of them are encoded in parallel processes."""
         _ = self.fast  # built here once, not in every process
-        blocks = bpe.blocks_of(paths, bpe.BLOCK if self.cuts else sys.maxsize)
+        blocks = blocks_of(paths, BLOCK if self.cuts else sys.maxsize)
         return np.concatenate(
-            [np.zeros(0, self.dtype), *bpe.in_processes(self._encode_block, blocks, processes)]
+            [np.zeros(0, self.dtype), *in_processes(self._encode_block, blocks, processes)]
         )
 
     @property
@@ -216,13 +222,13 @@ class Tokenizer:
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _encode_block(self, block: tuple[str, int, int]):
-        data = bpe.read_block(block, self.cuts)
+        data = read_block(block, self.cuts)
         return np.array(self.encode_bytes(data, "inside" if block[1] else "first"), self.dtype)
 
     @functools.cached_property
     def cuts(self):
-        """Where a file may be cut without changing any id, for bpe.border; () if that is not certain."""
-        cuts = bpe.BEFORE_SPACE if self.kind == "pieces" else bpe.BETWEEN_CHUNKS
+        """Where a file may be cut without changing any id, for common.border; () if that is not certain."""
+        cuts = BEFORE_SPACE if self.kind == "pieces" else BETWEEN_CHUNKS
         crossed = any(re.search(cuts, name.encode()) for name in self.added)
         if crossed or (self.kind == "pieces" and not self._piece_splitter):
             return ()
@@ -304,7 +310,7 @@ class Tokenizer:
         if self.whole_chunks and token in self.vocab:
             return [self.vocab[token]]
         if self.kind == "bytes":
-            return bpe.merge_by_rank([self._byte_id(b) for b in token], self.merges)
+            return merge_by_rank([self._byte_id(b) for b in token], self.merges)
         ids = []
         for c in chunk:
             fallback = [self.vocab.get(f"<0x{b:02X}>") for b in c.encode()]
@@ -318,7 +324,7 @@ class Tokenizer:
                 )
             elif ids[-1:] != [self.unknown]:  # one unknown token for a run of unknown characters
                 ids.append(self.unknown)
-        return bpe.merge_by_rank(ids, self.merges)
+        return merge_by_rank(ids, self.merges)
 
     def _byte_id(self, byte):
         token = f"<0x{byte:02X}>" if self.kind == "pieces" else bytes([byte])
@@ -477,10 +483,14 @@ class Tokenizer:
     def load(cls, path: str | Path, pattern=None) -> "Tokenizer":
         """Read a folder, tokenizer.json, vocab.bpe (encoder.json beside it), .tiktoken, tekken.json or SentencePiece
         .model. A .tiktoken file does not say how text is split: known by its name, or `pattern`. UserError else."""
+        from formats.vocab import read_tokenizer
+
         return read_tokenizer(Path(path), pattern, cls)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with the same ids."""
+        from formats.vocab import to_json
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = self.source or json.dumps(to_json(self), ensure_ascii=False).encode()
@@ -676,6 +686,200 @@ def main():
     )
     args = parser.parse_args()
     args.run(args)
+
+
+# How text is cut into chunks before BPE: merges never cross a chunk's border, so no token spans two words. "gpt2" is Radford et
+# al. 2019, "gpt4" is cl100k, which stops numbers at three digits and lets a newline end punctuation.
+PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""",
+    "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "tekken": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"""
+    r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+}
+
+
+PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")  # digits one by one
+
+
+# The 256 bytes in GPT-2's order, printable ones first. Base ids follow it, as HF tokenizers' do, because ties between equally
+# frequent pairs fall to lower ids.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+
+
+BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
+
+
+def learn_merges_simply(chunks, n_merges):
+    """{chunk: count} -> [(left id, right id)], the i-th of which makes symbol 256 + i. Correct and slow."""
+    words = {
+        tuple(BYTES.index(b) for b in chunk.encode()): count for chunk, count in chunks.items()
+    }
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        words = {tuple(replace_pair(word, best, 256 + len(merges))): n for word, n in words.items()}
+        merges.append(best)
+    return merges
+
+
+def replace_pair(ids, pair, new):
+    """replace_pair([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]; left to right, so a run 1 1 1 of pair (1, 1) -> 4 1."""
+    out, i = [], 0
+    while i < len(ids):
+        matched = tuple(ids[i : i + 2]) == pair
+        out.append(new if matched else ids[i])
+        i += 2 if matched else 1
+    return out
+
+
+@functools.lru_cache
+def splitter(pattern, ascii=False):
+    """A function text -> list of chunks that add up to the text. UserError for a pattern that cannot do that.
+
+    ascii: for ASCII text, which the standard library's `re` splits in half the time of `regex`."""
+    known = pattern in PATTERNS.values()
+    try:
+        compiled = regex.compile(pattern)
+        if compiled.match("") or compiled.groups:
+            raise UserError(
+                f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )"
+            )
+        if not known:  # what a pattern leaves out becomes a chunk too, so that no text is lost
+            compiled = regex.compile(rf"{pattern}|(?:(?!{pattern})[\s\S])+")
+    except regex.error as error:
+        raise UserError(
+            f"the split pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
+    if known and ascii:
+        spelled = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
+        bare = regex.sub(
+            r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern
+        )  # every category inside a set
+        return re.compile(
+            regex.sub(r"\\p\{(\w+)}", lambda m: spelled.get(m[1], ""), bare), re.ASCII
+        ).findall
+
+    def split(text):
+        chunks = compiled.findall(text)
+        if sum(map(len, chunks)) != len(text):  # after an empty match a character is skipped
+            raise UserError(
+                f"the split pattern {pattern!r} matches empty text and loses what follows"
+            )
+        return chunks
+
+    return compiled.findall if known else split
+
+
+def merge_by_rank(ids, merges):
+    """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a megabyte of
+    one letter takes seconds, not days."""
+    ids, n = list(ids), len(ids)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    waiting, ranks = {}, []  # rank -> left positions; a heap of the ranks
+
+    def note(left, right):
+        if left >= 0 and right < n and (merge := merges.get((ids[left], ids[right]))):
+            if merge[0] not in waiting:
+                waiting[merge[0]] = []
+                heapq.heappush(ranks, merge[0])
+            waiting[merge[0]].append(left)
+
+    for i in range(n - 1):
+        note(i, i + 1)
+    while ranks:
+        rank = heapq.heappop(ranks)
+        places = sorted(waiting.pop(rank))
+        for done, i in enumerate(places):
+            if ranks and ranks[0] < rank:  # a merge just made way for an earlier one
+                waiting[rank] = places[done:]
+                heapq.heappush(ranks, rank)
+                break
+            j = after[i]
+            merge = merges.get((ids[i], ids[j])) if j < n else None
+            if merge is None or merge[0] != rank:  # one of the two has been merged since
+                continue
+            ids[i], ids[j], after[i] = merge[1], -1, after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            note(before[i], i)
+            note(i, after[i])
+    return [i for i in ids if i >= 0]
+
+
+def merges_by_score(vocab, scores):
+    """{token: id} and each id's score -> merges: every way to put a token together, ranked by the token's score."""
+    merges = {}
+    for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
+        if isinstance(token, str) and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            continue
+        for k in range(1, len(token)):
+            pair = vocab.get(token[:k]), vocab.get(token[k:])
+            if None not in pair:
+                merges[pair] = (len(merges), i)
+    return merges
+
+
+def normalize(text, operations, where="first"):
+    """Apply a normalizer to what stands first in a text, or later, after an added token, or inside a text that is encoded in
+    parts, where nothing is put in front."""
+    for name, *arguments in operations:
+        if name == "unicode":
+            text = unicodedata.normalize(arguments[0], text)
+        elif name == "replace":
+            text = text.replace(*arguments)
+        elif name == "prepend" and text and where != "inside":
+            prefix, when = arguments
+            if when == "every" or when in ("always", where) and not text.startswith(prefix):
+                text = prefix + text
+    return text
+
+
+def check_ids(ids, n):
+    """UserError unless these are n different ids of a sane size."""
+    ids = list(ids)
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < LARGEST_ID]:
+        raise UserError(f"token id {bad[0]!r} is not a whole number from 0 to {LARGEST_ID - 1}")
+    if len(set(ids)) < n:
+        raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
+
+
+def added_tokens(ids, special):
+    """{text: id} as a tokenizer.json lists added tokens."""
+    return [
+        {
+            "id": i,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": special,
+        }
+        for name, i in ids.items()
+    ]
+
+
+LARGEST_ID = 1 << 24
+
+
+# Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a newline, a
+# Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
+BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
+
+
+BETWEEN_CHUNKS = (
+    BEFORE_SPACE
+    + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
+)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LIMIT = 1_200_000_000  # bytes that the image may take on the disk
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 
 
-# --------------------------------------------------------------- what runs inside the image: its source is sent to a python there
+# --------------------------------- what runs inside the image: its source is sent to a python there
 def tiny_model(folder):
     """A model folder with random weights and a tokenizer of 270 tokens."""
     from chat import CHATML_TEMPLATE
@@ -155,7 +155,7 @@ def program(function, *arguments):
     return "python", "-c", f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})"
 
 
-# -------------------------------------------------------------------------------------------------------- commands and settings
+# ---------------------------------------------------------------------------- commands and settings
 def run(*command, show=False, **more):
     """-> what the command printed. A failure ends the program with the command and its last words."""
     out = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -206,7 +206,7 @@ def pip_settings(folder):
     )
 
 
-# ----------------------------------------------------------------------------------------------------- an engine, or without one
+# ------------------------------------------------------------------------ an engine, or without one
 class Docker:
     """With a Docker engine."""
 
@@ -400,7 +400,7 @@ class Buildah:
             run("buildah", "rm", self.container)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the test
+# ----------------------------------------------------------------------------------------- the test
 def check(what, holds, shown=""):
     print(f"{'ok  ' if holds else 'FAIL'} {what}{f': {shown}' if shown != '' else ''}", flush=True)
     return bool(holds)

@@ -47,7 +47,7 @@ def optional(part):
     return ("rep", part, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------- characters and regexes
+# --------------------------------------------------------------------------- characters and regexes
 def between(lo, hi, low, high):
     """Two byte strings of one length -> all of that length from one to the other, whose bytes after the first are from low to
     high: numbers, and the UTF-8 of characters."""
@@ -166,7 +166,7 @@ def regex_characters(op, value, in_json):
     return alt(characters(plain), *escaped)
 
 
-# ------------------------------------------------------------------------------------------------------------ JSON schemas
+# ------------------------------------------------------------------------------------- JSON schemas
 # one character of a string's content: as it is, or escaped (RFC 8259, section 7); no half surrogate pairs
 CHARACTER = (
     r'[^\x00-\x1f"\\\x7f]|\\["\\/bfnrt]|\\u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}|'
@@ -452,7 +452,7 @@ def regex_grammar(pattern):
     return Grammar(regex(pattern), {})
 
 
-# ------------------------------------------------------------------------------------------------------------- the automaton
+# ------------------------------------------------------------------------------------ the automaton
 @dataclass(eq=False, slots=True)
 class Part:
     """An expression in a grammar, where equal ones are one object; a literal is a sequence of sets."""
@@ -626,7 +626,7 @@ class Grammar:
         return self.accepts(at)
 
 
-# ------------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 class Vocabulary:
     """A tokenizer's tokens as a tree over their bytes, so that a dead beginning is walked once, not once per token."""
 

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, cli, write_atomic
-from formats.packed import in_kind
+from quant import in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
@@ -85,7 +85,7 @@ class Model(Structure):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- compiling
+# ---------------------------------------------------------------------------------------- compiling
 AVX2 = (
     "-mavx2 -mfma -mf16c -mbmi2"  # by name, since older compilers do not know the levels of x86-64
 )
@@ -168,7 +168,7 @@ def library():
     return lib
 
 
-# ------------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 def in_panels(t, lanes):
     """(N, K, ...) -> (N/lanes, K, lanes, ...), rows padded with zeros."""
     t = torch.cat((t, t.new_zeros(-t.size(0) % lanes, *t.shape[1:])))

@@ -9,9 +9,8 @@ import atexit
 import copy
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,45 +18,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+import quant
 from common import Interrupt, UserError
 from engine import native
+from engine.parallel import Parted
 from engine.sampler import top_logprobs
-from formats import gguf, packed
-from formats.packed import GroupLinear, NF4Linear, QuantLinear
-from model import Transformer
-from runtime import DTYPES, free_memory, resolve
-from tokenizer import Tokenizer
-
-
-def load_model(folder, device="auto", dtype="auto", split=True):
-    """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
-
-    On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of several ranks (torchrun) each gets
-    its part of the model, unless `split` is False: then this rank has it alone, and so says its Runtime."""
-    runtime, folder = resolve(device, dtype, "off"), Path(folder)
-    runtime = runtime if split else replace(runtime, rank=0, world=1)
-    # several ranks map a folder's files, and bring into memory only what they keep
-    on_cpu, place = (
-        runtime.device.type == "cpu",
-        runtime.device if runtime.world == 1 else torch.device("cpu"),
-    )
-    weights = torch.float32 if on_cpu else runtime.dtype
-    if folder.suffix == ".gguf":
-        model, tok = gguf.load(folder, place, weights, keep_packed=on_cpu and runtime.world == 1)
-    else:
-        model = Transformer.from_pretrained(folder, place, None if place.type == "cpu" else weights)
-        found = any(
-            (folder / name).is_file()
-            for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json")
-        )
-        tok = Tokenizer.load(folder) if found else None
-    if tok and tok.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tok.vocab_size:,} ids, the model only {model.config.vocab_size:,}"
-        )
-    if runtime.world > 1:
-        divide(model, runtime, weights)
-    return model, tok, runtime
+from quant import QuantLinear
+from runtime import DTYPES, free_memory
 
 
 @dataclass
@@ -84,118 +51,16 @@ class Batch:
         return [a for (_, n, _, _), a in zip(self.spans, self.adapters) for _ in range(n)]
 
 
-# ----------------------------------------------------------------------------------------------- a model over several ranks
-class Parted(nn.Module):
-    """A linear layer of which each rank has a part; every rank gets the whole result."""
-
-    def __init__(self, linear, ranks, outputs=None):
-        """outputs: how many in all, where each rank has some of them; None where each has some of the inputs."""
-        super().__init__()
-        self.linear, self.ranks, self.outputs = linear, ranks, outputs
-
-    def forward(self, x):
-        y = self.linear(x).contiguous()
-        if self.outputs is None:  # (..., N), partial sums
-            dist.all_reduce(y)
-            return y
-        y = F.pad(
-            y, (0, -(-self.outputs // self.ranks) - y.size(-1))
-        )  # (..., N / ranks); the last part may be smaller
-        parts = y.new_empty(self.ranks, *y.shape)
-        dist.all_gather(list(parts), y)
-        return parts.movedim(0, -2).flatten(-2)[
-            ..., : self.outputs
-        ]  # (ranks, ..., n) -> (..., ranks * n) -> (..., N)
+# ----------------------------------------------------------------------- a model over several ranks
 
 
-def part(linear, name, runtime, by_input=False):
-    """This rank's rows (outputs) of a linear layer, float or packed, or with by_input its columns -> a layer like it."""
-    rank, ranks, new = runtime.rank, runtime.world, copy.copy(linear)
-    columns = linear.in_features // ranks if by_input else linear.in_features
-    if isinstance(linear, NF4Linear):
-        raise UserError(
-            f"{name}: NF4's blocks run on from row to row, {ranks} ranks cannot share them; use int8, int4 or gptq"
-        )
-    if by_input and isinstance(linear, GroupLinear):
-        unit = linear.group if linear.scales.size(1) > 1 else 2  # two codes a byte
-        if linear.order is not None:
-            raise UserError(
-                f"{name}: GPTQ's act-order mixes its inputs, {ranks} ranks cannot share them; add --static-groups"
-            )
-        if columns % unit or columns % 2:
-            raise UserError(
-                f"{name}: {columns:,} of {linear.in_features:,} inputs for each of {ranks} ranks would cut a group of "
-                f"{unit}; use fewer ranks, or a --group-size of which {columns:,} is a multiple"
-            )
-        new.group = min(linear.group, columns)
-    new._parameters, new._buffers, new.cpp = dict(linear._parameters), dict(linear._buffers), None
-    for store in (new._parameters, new._buffers):
-        for key, tensor in store.items():
-            if (
-                tensor is None
-                or key == "order"
-                or by_input
-                and (tensor.ndim == 1 or tensor.size(1) == 1)
-            ):
-                continue  # nothing of it lies along what is cut: a bias, scales of whole rows
-            each = -(-tensor.shape[by_input] // ranks)
-            piece = tensor[
-                (slice(None),) * by_input + (slice(rank * each, (rank + 1) * each),)
-            ].contiguous()
-            store[key] = (
-                nn.Parameter(piece, requires_grad=False) if store is new._parameters else piece
-            )
-    if by_input and rank:
-        new._parameters["bias"] = None  # the sum over ranks has it once
-    new.in_features, new.out_features = columns, linear.out_features if by_input else len(piece)
-    return new
-
-
-def divide(model, runtime, dtype):
-    """Leave of a model what this rank computes, on its device (Megatron-LM: Shoeybi et al. 2019, section 3).
-
-    A rank has some key/value heads, their query heads and some channels of the MLP: the rows of q, k, v, gate and up that make them
-    and the columns of o and down that read them, so only the outputs of o and down are to be summed over ranks. Of the head it has
-    some of the vocabulary's rows, a view of the embedding where they are tied. Embeddings and norms are whole.
-    """
-    c, ranks = model.config, runtime.world
-    H, K, M = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
-    if K % ranks or M % ranks:
-        fits = ", ".join(str(n) for n in range(1, K + 1) if K % n == 0 and M % n == 0)
-        raise UserError(
-            f"{ranks} ranks cannot share {H} heads, {K} key/value heads and {M:,} MLP channels evenly; "
-            f"--nproc-per-node can be {fits}"
-        )
-    for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith("_proj")]:
-        by_input = name.endswith(("o_proj", "down_proj"))
-        own = part(linear, name, runtime, by_input)
-        model.set_submodule(name, Parted(own, ranks) if by_input else own)
-    model.embed_tokens.to(runtime.device, dtype)
-    model.lm_head = Parted(part(model.lm_head, "lm_head", runtime), ranks, c.vocab_size)
-    for p in model.parameters():
-        p.data = p.data.to(runtime.device, dtype)
-    model.to(runtime.device)  # packed weights keep their types
-    model.config = replace(
-        c,
-        num_attention_heads=H // ranks,
-        num_key_value_heads=K // ranks,
-        intermediate_size=M // ranks,
-    )
-    for block in model.layers:
-        block.self_attn.H, block.self_attn.K = H // ranks, K // ranks
-    print(
-        f"ranks    {ranks}, each with {H // ranks} of {H} heads, {K // ranks} of {K} key/value heads, {M // ranks:,} of {M:,} "
-        "MLP channels"
-    )
-
-
-# ------------------------------------------------------------------------------------------------- weights, fused and packed
+# ------------------------------------------------------------------------ weights, fused and packed
 def fuse(linears):
     """Several layers over the same input -> one. Of float ones the parts' weights become views of it: nothing is held twice."""
     if len(linears) == 1:
         return linears[0]
     if isinstance(linears[0], QuantLinear):
-        return packed.fuse(linears)
+        return quant.fuse(linears)
     fused = copy.copy(linears[0])
     fused._parameters = {
         name: p
@@ -223,7 +88,7 @@ def pack(linears, kind):
         return lambda x: torch.cat([part(x) for part in parts], -1)
     if adapted:
         return linears[0]
-    linear = packed.in_kind(fuse(linears), kind)
+    linear = quant.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
         return linear.product
     return lambda x: F.linear(x, linear.weight, linear.bias)

@@ -21,20 +21,19 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
+import tokenizer
 from common import UserError, cli, parse_flags, write_atomic
-from formats.packed import QuantLinear
-from formats.vocab import merges_by_score, naming, read_bpe, sequence, to_json
+from formats.vocab import naming, read_bpe, sequence, to_json
 from model import Config, Transformer, rope_frequencies
-from tokenizer import Tokenizer
-from training import bpe
-from training.bpe import PATTERNS
+from quant import QuantLinear
+from tokenizer import PATTERNS, Tokenizer, merges_by_score
 
 WEIGHTS_AT_ONCE = (
     1 << 18
 )  # packed or unpacked at a time: few enough that the work stays near the cache
 
 
-# ---------------------------------------------------------------------------------------------------------- block formats
+# ------------------------------------------------------------------------------------ block formats
 # A row is cut into blocks of 32 or 256 weights. The fields of a block lie in the order in which a Kind's layout names them:
 #   q  the codes' low bits     h  their high bits     s  scales, and minima, of the sub-blocks, as whole numbers of few bits
 #   d  what the scales are multiples of, float16      m  what the minima are multiples of, float16
@@ -382,7 +381,7 @@ class PackedLinear(QuantLinear):
         )
 
 
-# ------------------------------------------------------------------------------------------------- names, types and shape
+# --------------------------------------------------------------------------- names, types and shape
 NAMES = {
     "embed_tokens": "token_embd",
     "embed_positions": "position_embd",
@@ -717,7 +716,7 @@ def llama3_rope(config, freqs, path):
     return rope
 
 
-# -------------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 # How llama.cpp splits text, by the names it has for that, and whether it takes a chunk that is a token as it is. Ours
 # called gpt4 differs from llama3 in spelling alone: \s*[\r\n] ends at the last newline as \s*[\r\n]+ does.
@@ -802,7 +801,7 @@ def bytes_metadata(tok, content):
     if (
         found[pre] != tok.whole_chunks
         and any(  # no difference where every token is what merging its own bytes ends in
-            bpe.merge_by_rank([tok._byte_id(b) for b in token], tok.merges) != [i]
+            tokenizer.merge_by_rank([tok._byte_id(b) for b in token], tok.merges) != [i]
             for token, i in tok.vocab.items()
         )
     ):
@@ -943,7 +942,7 @@ def read_vocabulary(meta, path):
     return tok
 
 
-# ------------------------------------------------------------------------------------------------------------ the container
+# ------------------------------------------------------------------------------------ the container
 ALIGNMENT = 32
 CODES = {
     0: "B",
@@ -1111,7 +1110,7 @@ def write_file(path, meta, tensors):
     write_atomic(path, save)
 
 
-# ---------------------------------------------------------------------------------------------------------- write and read
+# ----------------------------------------------------------------------------------- write and read
 def write(folder, path, mix):
     """Model folder -> GGUF file, weights in a mix of MIXES ("f16", "q8_0", "q4_k_m", ...), one tensor at a time.
 
@@ -1250,7 +1249,7 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
     return model.to(device).eval(), tok
 
 
-# ------------------------------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------------------- the commands
 @dataclass
 class Args:
     model: str = ""  # the model folder, or "show"

@@ -9,14 +9,21 @@ import base64
 import contextlib
 import json
 import re
-import unicodedata
 from collections import Counter
 
 from common import UserError
-from training.bpe import BYTES, PATTERNS, PRINTABLE
+from tokenizer import (
+    BYTES,
+    LARGEST_ID,
+    PATTERNS,
+    PRINTABLE,
+    added_tokens,
+    check_ids,
+    merges_by_score,
+    normalize,
+)
 
 LARGEST_FILE = 64 << 20  # of a vocabulary file; the largest in use (Gemma 3, 262K tokens) has 33 MB
-LARGEST_ID = 1 << 24
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on (as in GPT-2's files).
 BYTE_TO_CHAR = {
     b: chr(b if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)
@@ -386,43 +393,6 @@ def from_sentencepiece(path, make):
     return tokenizer
 
 
-def merges_by_score(vocab, scores):
-    """{token: id} and each id's score -> merges: every way to put a token together, ranked by the token's score."""
-    merges = {}
-    for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
-        if isinstance(token, str) and re.fullmatch("<0x[0-9A-F]{2}>", token):
-            continue
-        for k in range(1, len(token)):
-            pair = vocab.get(token[:k]), vocab.get(token[k:])
-            if None not in pair:
-                merges[pair] = (len(merges), i)
-    return merges
-
-
-def normalize(text, operations, where="first"):
-    """Apply a normalizer to what stands first in a text, or later, after an added token, or inside a text that is encoded in
-    parts, where nothing is put in front."""
-    for name, *arguments in operations:
-        if name == "unicode":
-            text = unicodedata.normalize(arguments[0], text)
-        elif name == "replace":
-            text = text.replace(*arguments)
-        elif name == "prepend" and text and where != "inside":
-            prefix, when = arguments
-            if when == "every" or when in ("always", where) and not text.startswith(prefix):
-                text = prefix + text
-    return text
-
-
-def check_ids(ids, n):
-    """UserError unless these are n different ids of a sane size."""
-    ids = list(ids)
-    if bad := [i for i in ids if type(i) is not int or not 0 <= i < LARGEST_ID]:
-        raise UserError(f"token id {bad[0]!r} is not a whole number from 0 to {LARGEST_ID - 1}")
-    if len(set(ids)) < n:
-        raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
-
-
 def to_json(tokenizer):
     """The tokenizer as the contents of a tokenizer.json of HF tokenizers."""
     kind, spelled = tokenizer.kind, {}
@@ -491,19 +461,3 @@ def to_json(tokenizer):
             ],
         },
     }
-
-
-def added_tokens(ids, special):
-    """{text: id} as a tokenizer.json lists added tokens."""
-    return [
-        {
-            "id": i,
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": special,
-        }
-        for name, i in ids.items()
-    ]

@@ -43,7 +43,7 @@ class Refusal(HTTPException):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-# -------------------------------------------------------------------------------------------------- what a request asks for
+# -------------------------------------------------------------------------- what a request asks for
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -288,7 +288,7 @@ def sampling_of(body, prompt, tok, context, logprobs):
     return sampling
 
 
-# --------------------------------------------------------------------------------------------------------- what is sent back
+# -------------------------------------------------------------------------------- what is sent back
 class ToolCalls:
     """Splits an answer into text and tool calls as it streams: Qwen's <tool_call> tags, or an answer that is a JSON call."""
 

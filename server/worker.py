@@ -268,7 +268,7 @@ def machine():
     return {"memory": memory, "gpu": gpu}
 
 
-# ------------------------------------------------------------------------------------------------- the end that HTTP holds
+# -------------------------------------------------------------------------- the end that HTTP holds
 NUMBERS = itertools.count()
 
 

@@ -352,7 +352,7 @@ def shot(page, name):
         page.screenshot(path=f"{SHOTS}/ui-{name}.png")
 
 
-# ------------------------------------------------------------------------------------------------------------------- chat
+# --------------------------------------------------------------------------------------------- chat
 def test_an_answer_streams_in_and_says_how_it_ended(page):
     ask(page, "attention please", wait=False)
     until(page, "document.querySelector('article.assistant .body')?.textContent.length > 20")
@@ -463,7 +463,7 @@ def test_example_prompts_are_sent_with_a_click(page):
     assert page.locator("article").count() == 2
 
 
-# ---------------------------------------------------------------------------------------------------------- conversations
+# ------------------------------------------------------------------------------------ conversations
 def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(page):
     ask(page, "about apples")
     page.keyboard.press("Control+k")
@@ -548,7 +548,7 @@ def test_a_full_storage_is_said_and_does_not_stop_the_chat(page):
     assert "storage is full" in page.inner_text("#toast")
 
 
-# --------------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 def test_system_prompt_and_sampling_reach_the_engine(page, engine):
     page.click("#gear")
     page.fill("#system", "Be brief.")
@@ -609,7 +609,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(context):
         end()
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def test_an_error_is_told_in_words_and_retried(page, address):
     page.route(
         "**/v1/chat/completions",
@@ -659,7 +659,7 @@ def test_a_prompt_that_is_too_long_is_told_with_the_numbers(page):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- markdown
+# ----------------------------------------------------------------------------------------- markdown
 def test_model_output_never_becomes_code(page):
     ask(page, "evil")
     page.wait_for_timeout(200)
@@ -717,7 +717,7 @@ def test_markdown_of_any_text_ends_and_loses_no_letter(page):
       if (performance.now() - begin > 4000) throw new Error("slow"); }""")
 
 
-# ----------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 def test_token_view_shades_and_lists_the_alternatives(page):
     page.click("#tokens")
     ask(page, "story")
@@ -791,7 +791,7 @@ def test_the_tokens_can_be_walked_with_the_keyboard(page):
     ).startswith("tok")
 
 
-# ------------------------------------------------------------------------------------------------------ compare, training
+# -------------------------------------------------------------------------------- compare, training
 def test_compare_asks_two_models_the_same(page, engine):
     page.click("[data-view=compare]")
     page.get_by_label("Model of B").select_option("poet")
@@ -838,7 +838,7 @@ def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
     until(page, "document.querySelector('.tiles').textContent.includes('2.345')")
 
 
-# -------------------------------------------------------------------------------------------- keyboard, phone, screen readers
+# ------------------------------------------------------------------ keyboard, phone, screen readers
 def test_enter_sends_and_shift_enter_makes_a_line(page, engine):
     page.focus("#prompt")
     page.keyboard.type("one")
@@ -984,7 +984,7 @@ def test_axe_finds_no_serious_fault(page, theme):
     check("training")
 
 
-# ------------------------------------------------------------------------------------------------------------ a real model
+# ------------------------------------------------------------------------------------- a real model
 def greedy_page(context, address):
     """The page of a real model, whose answers are short and always the same."""
     page = context.new_page()
@@ -1002,7 +1002,7 @@ def greedy_page(context, address):
     reason="MODEL=FOLDER talks to a real chat model, ADAPTER=FOLDER also to its adapter",
 )
 def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
-    from engine.scheduler import Engine
+    from generate import Engine
 
     adapters = {"poet": os.environ["ADAPTER"]} if "ADAPTER" in os.environ else None
     address, end = serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters))
@@ -1041,13 +1041,13 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
         end()
 
 
-# ------------------------------------------------------------------------------------------------------------ screenshots
+# -------------------------------------------------------------------------------------- screenshots
 @pytest.mark.skipif(
     not (SHOTS and "ADAPTER" in os.environ),
     reason="SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora",
 )
 def test_screenshots(context):
-    from engine.scheduler import Engine
+    from generate import Engine
 
     model = Path(os.environ["MODEL"])
     address, end = serve(

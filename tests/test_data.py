@@ -109,7 +109,7 @@ def test_missing_file_is_named(tmp_path):
         read_text(str(tmp_path / "nope.txt"))
 
 
-# ------------------------------------------------------------------------------------------------------------- WikiText
+# ----------------------------------------------------------------------------------------- WikiText
 ARTICLES = [
     f" = Title {i} = \n \n Some words of article {i} , {'and more ' * (i % 5)}. \n \n = = Section = = \n"
     " \n The end . \n \n"
@@ -303,7 +303,7 @@ def full_disk():
     return limited
 
 
-# ------------------------------------------------------------------------------------------------- files into documents
+# ----------------------------------------------------------------------------- files into documents
 def texts_of(files, **options):
     """The documents' texts, put together again from their parts."""
     texts = []
@@ -384,7 +384,7 @@ def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch):
         texts_of([tmp_path / "x.txt"])
 
 
-# ----------------------------------------------------------------------------------------------------- shards of tokens
+# --------------------------------------------------------------------------------- shards of tokens
 TEXTS = [
     f"Document {i}: " + "the quick brown fox jumps over the lazy dog; " * (i % 7) + "\n"
     for i in range(90)
@@ -626,7 +626,7 @@ def test_the_command_makes_shards_from_a_named_corpus(host, tmp_path, monkeypatc
             data.main()
 
 
-# ----------------------------------------------------------------------------------------------- packing and the cursor
+# --------------------------------------------------------------------------- packing and the cursor
 
 
 def test_the_last_tenth_is_held_out():

@@ -38,7 +38,7 @@ def commands(*flags, **env):
     return [line[2:] for line in done.stdout.splitlines() if line.startswith("$ ")]
 
 
-# --------------------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------- the commands
 @pytest.mark.parametrize(
     "flags, env",
     [
@@ -116,7 +116,7 @@ def test_a_wrong_flag_is_one_line(flags, told):
     )
 
 
-# -------------------------------------------------------------------------------------------------- done, cut short, out of date
+# --------------------------------------------------------------------- done, cut short, out of date
 STUB = """#!/bin/sh
 echo "$@" >> log
 [ "$1" = "$FAIL" ] && exit 7
@@ -280,7 +280,7 @@ def figures(page):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 @pytest.fixture
 def run(tmp_path):
     """A road of five stages, whose answers are partly right and partly an attack -> the prefix of its folders."""

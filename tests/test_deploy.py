@@ -71,7 +71,7 @@ def process(*command, log, **more):
             raise
 
 
-# ------------------------------------------------------------------------------------------------------------------- the image
+# ---------------------------------------------------------------------------------------- the image
 def sent_to_the_build():
     """Files of the repository that .dockerignore lets through: the last pattern that matches decides."""
     rules = [
@@ -140,7 +140,7 @@ def test_secrets_of_pip_are_mounted_and_never_copied():
     assert not re.search(r"^(COPY|ADD) .*pip\.conf", DOCKERFILE, re.M)
 
 
-# ------------------------------------------------------------------------------------------------------- what compose starts
+# ------------------------------------------------------------------------------ what compose starts
 def test_our_services_are_confined():
     for name, service in compose().items():
         assert (
@@ -280,7 +280,7 @@ def test_sigterm_ends_a_server_within_its_grace_period():
     assert int(grace.removesuffix("s")) > serve.Args.drain
 
 
-# --------------------------------------------------------------------------------------------------------------- monitoring
+# --------------------------------------------------------------------------------------- monitoring
 def names_in(text):
     return set(re.findall(r"llm:\w+", text))
 
@@ -470,7 +470,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(served, tmp_path):
             ]
 
 
-# -------------------------------------------------------------------------------------------------------------- the balancer
+# ------------------------------------------------------------------------------------- the balancer
 @contextlib.contextmanager
 def balanced(folder, *servers):
     """deploy/nginx.conf before these servers in place of Docker's names -> its URL."""

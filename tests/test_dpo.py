@@ -29,7 +29,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32, False)
 PROMPT, ANSWERS = [{"role": "user", "content": "Who?"}], ["Me.", "You."]
 
 
-# ------------------------------------------------------------------------------------------------------------------ the loss
+# ----------------------------------------------------------------------------------------- the loss
 def by_the_papers(kind, pc, pr, rc, rr, beta, smooth, nc, nr, gamma, kl):
     """One pair, in plain arithmetic, as each paper writes it."""
 
@@ -99,7 +99,7 @@ def test_an_unknown_loss_and_smoothing_where_it_means_nothing_are_refused():
         preference_loss(*zeros, label_smoothing=0.1, loss_type="ipo")
 
 
-# ------------------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 HH = ["\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman: Who?\n\nAssistant: " + a for a in ANSWERS]
 TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}, *PROMPT]
 SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
@@ -196,7 +196,7 @@ def test_the_real_pairs_are_read(data_dir):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- ids
+# ---------------------------------------------------------------------------------------------- ids
 def test_answers_share_the_prompts_ids_and_end_in_one_end_token():
     tok = Tok()
     head, ends = encode(tok, PROMPT, ANSWERS, 100)
@@ -240,7 +240,7 @@ def test_what_cannot_be_used_is_skipped_and_counted(capsys):
         assert "skipped  " + line in told
 
 
-# ------------------------------------------------------------------------------------------------------------ shared prompts
+# ----------------------------------------------------------------------------------- shared prompts
 def tiny(kind="qwen3", window=None, seed=0):
     torch.manual_seed(seed)
     gpt2 = kind == "gpt2"
@@ -367,7 +367,7 @@ def test_for_kto_pairs_come_apart_and_no_answer_meets_its_own_prompt_twice():
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model folder that has learned nothing, and pairs in a file."""
@@ -561,7 +561,7 @@ def test_two_ranks_train_as_one(how, base, tuned, tmp_path):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
     out = tmp_path / "o"
     single = tmp_path / "kto.jsonl"

@@ -21,20 +21,11 @@ import chat
 import common
 import finetune
 from common import Metrics
-from finetune import (
-    Conversations,
-    Question,
-    answers,
-    best_fit,
-    encode,
-    open_model,
-    packed_loss,
-    wilson,
-)
-from generate import generate
+from finetune import Conversations, answers, best_fit, encode, open_model, packed_loss
 from model import Config, Transformer
 from tokenizer import Tokenizer
-from train import evaluate, forward_backward
+from training.exam import Question, wilson
+from training.loop import evaluate, forward_backward
 
 WORDS = "red blue green apple pear plum lion fox one two three four list copy reverse say again please".split()
 
@@ -147,7 +138,7 @@ def refused(base, out, *flags, argv=None):
     return lines[0]
 
 
-# --------------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 def check_targets(tok, split):
     """The targets of the packed rows, decoded, are exactly what the assistants said, each with its end."""
     said = Counter()
@@ -253,7 +244,7 @@ def test_a_batch_without_a_target_costs_nothing_and_divides_by_nothing(base, tmp
     assert all(p.grad is None or not p.grad.abs().sum() for p in state.model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 def test_rows_hold_every_piece_once_and_none_is_too_full():
     rng = random.Random(3)
     for _ in range(20):
@@ -333,7 +324,7 @@ def test_text_has_its_share_of_the_rows_and_is_learned_whole(tok, base, tmp_path
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 def test_a_base_model_without_chat_tokens_gets_them_as_the_mean_of_the_others(tmp_path, capsys):
     tok = Tokenizer.char("".join(WORDS) + " \nsystemuserassistant")
     for tied in (True, False):
@@ -378,7 +369,7 @@ def test_padded_embeddings_are_not_grown_and_not_averaged(tmp_path):
     assert torch.allclose(new, before.embed_tokens.weight[: tok.vocab_size].mean(0).expand(2, -1))
 
 
-# ------------------------------------------------------------------------------------------------------------ the program
+# -------------------------------------------------------------------------------------- the program
 def test_killed_in_an_epoch_and_resumed_equals_never_stopped_to_the_bit(base, tmp_path):
     data = [
         write(tmp_path / "a.jsonl", talks(60)),
@@ -552,20 +543,20 @@ def test_the_context_is_at_most_the_models_and_it_is_said(base, tmp_path):
     assert code == 0 and "context  192 tokens a row, not 1,000" in stdout
 
 
-# --------------------------------------------------------------------------------------------------------- the examination
+# ---------------------------------------------------------------------------------- the examination
 def test_batched_answers_are_those_of_one_prompt_at_a_time(base, tok):
     tok, model = open_model(base, "cpu")
     prompts = [chat.render(tok, messages[:1], True)[0] for messages in talks(30, words=3)]
     given = answers(model, tok, prompts, 12, rows=4)
     for prompt, (text, ended) in zip(prompts, given):
-        alone = list(generate(model, prompt, 12, temperature=0, vocab_size=tok.vocab_size))
+        alone = list(model.generate(prompt, 12, temperature=0, vocab_size=tok.vocab_size))
         assert text == tok.decode(alone, skip_special=True) and ended == (len(alone) < 12)
     model.config.eos_token_id = list(
         range(0, 300, 7)
     )  # so that rows leave their batch early and others stay
     given = answers(model, tok, prompts, 12, rows=4)
     alone = [
-        list(generate(model, prompt, 12, temperature=0, vocab_size=tok.vocab_size))
+        list(model.generate(prompt, 12, temperature=0, vocab_size=tok.vocab_size))
         for prompt in prompts
     ]
     assert given == [(tok.decode(new, skip_special=True), len(new) < 12) for new in alone]

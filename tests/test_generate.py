@@ -8,8 +8,7 @@ import torch
 from conftest import ROOT
 
 from common import UserError
-from generate import generate, sample
-from model import Config, Transformer
+from model import Config, Transformer, sample
 from tokenizer import Tokenizer
 
 
@@ -54,7 +53,7 @@ def test_top_k_and_top_p_cut_the_tail():
 
 def test_same_seed_same_text_and_other_seed_other_text(folder):
     model = Transformer.from_pretrained(folder)
-    a, b, c = (list(generate(model, [1, 2, 3], 40, seed=s)) for s in (1, 1, 2))
+    a, b, c = (list(model.generate([1, 2, 3], 40, seed=s)) for s in (1, 1, 2))
     assert a == b != c
 
 
@@ -62,7 +61,7 @@ def test_text_goes_on_past_the_context(folder):
     """The model remembers 16 tokens; 60 come out, and each is what the model says of the text it then holds."""
     model = Transformer.from_pretrained(folder)
     ids = list(range(10))
-    new = list(generate(model, ids, 60, temperature=0))
+    new = list(model.generate(ids, 60, temperature=0))
     assert len(new) == 60
     with torch.no_grad():
         assert new[5] == model(torch.tensor([ids + new[:5]]))[0, -1].argmax().item()
@@ -70,20 +69,20 @@ def test_text_goes_on_past_the_context(folder):
 
 def test_generation_stops_at_the_end_of_text(folder):
     model = Transformer.from_pretrained(folder)
-    new = list(generate(model, [1], 10, temperature=0))
+    new = list(model.generate([1], 10, temperature=0))
     model.config.eos_token_id = [99, new[4]]
-    assert list(generate(model, [1], 10, temperature=0)) == new[: new.index(new[4])]
+    assert list(model.generate([1], 10, temperature=0)) == new[: new.index(new[4])]
 
 
 def test_ids_that_the_tokenizer_does_not_have_never_come_out(folder):
     model = Transformer.from_pretrained(folder)
-    assert max(generate(model, [1], 200, temperature=5.0, vocab_size=6)) == 5
-    assert max(generate(model, [1], 200, temperature=5.0)) > 5
+    assert max(model.generate([1], 200, temperature=5.0, vocab_size=6)) == 5
+    assert max(model.generate([1], 200, temperature=5.0)) > 5
 
 
 def test_empty_prompt_is_refused(folder):
     with pytest.raises(UserError, match="no tokens"):
-        next(generate(Transformer.from_pretrained(folder), [], 5))
+        next(Transformer.from_pretrained(folder).generate([], 5))
 
 
 def command(*arguments):

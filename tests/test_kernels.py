@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
-from formats.packed import FrozenProduct
+from quant import FrozenProduct
 
 RUNS = torch.cuda.is_available() or K.INTERPRET
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def int4(N, C, group, symmetric):
     return K.Packed("int4", packed, random(N, groups).abs() / 8, N, C, group, zeros)
 
 
-# -------------------------------------------------------------------------------------------------------- linear layers
+# ------------------------------------------------------------------------------------ linear layers
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M,N,C", [(1, 7, 4097), (1, 64, 128), (3, 33, 100), (16, 40, 96)])
@@ -149,7 +149,7 @@ def test_a_group_of_odd_length_is_left_to_torch():
     assert K.linear(random(2, 30), int4(4, 30, 15, True)) is None
 
 
-# ------------------------------------------------------------------------------------------------------ one pass over rows
+# ------------------------------------------------------------------------------- one pass over rows
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 4097), (3, 2, 64), (5, 100)])
@@ -196,7 +196,7 @@ def test_cross_entropy_and_its_gradient_equal_torch(rows, V):
     )  # not read: it is outside the row
 
 
-# -------------------------------------------------------------------------------------------------------- the paged cache
+# ---------------------------------------------------------------------------------- the paged cache
 def pages(S, lengths, page, KH, D, dtype, cache_dtype=None):
     """A cache whose pages are dealt out in random order, filled through kv_store -> (caches and scales, block_tables)."""
     width = -(-max(lengths) // page) + 1
@@ -307,7 +307,7 @@ def test_an_empty_context_gives_zeros():
     assert not K.paged_attention(q, cache, cache, *ints, 1.0).any()
 
 
-# ------------------------------------------------------------------------------------------- what holds without a GPU too
+# --------------------------------------------------------------------- what holds without a GPU too
 def test_paged_attention_twin_equals_torch_attention():
     q, k, v = torch.randn(6, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
     caches = [torch.zeros(3, 4, 2, 8) for _ in range(2)]

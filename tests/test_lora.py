@@ -10,9 +10,8 @@ import torch
 import chat
 import lora
 from common import Metrics, UserError
-from formats.packed import NF4Linear
 from model import Config, Transformer
-from quant import quantize
+from quant import NF4Linear, quantize
 from runtime import read_tensors, write_tensors
 from tokenizer import Tokenizer
 from training import toybox
@@ -167,7 +166,7 @@ def test_recompute_passes_the_same_gradients_with_a_frozen_base():
     )
 
 
-# --------------------------------------------------------------------------------------------------------- a base in 4 bits
+# --------------------------------------------------------------------------------- a base in 4 bits
 def test_qlora_equals_lora_on_the_dequantized_base_forward_and_backward():
     packed = quantize(tiny(), "nf4")
     plain = tiny()
@@ -196,7 +195,7 @@ def test_backward_keeps_no_unpacked_weight_alive():
     assert (64, 32) not in kept and (32, 64) not in kept  # the MLP's matrices, either way round
 
 
-# --------------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model folder with a chat template, and conversations beside it."""
@@ -394,7 +393,7 @@ def test_mistakes_on_the_command_line_are_named(monkeypatch, tmp_path, base):
         command(monkeypatch, "fuse")
 
 
-# --------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def test_mistakes_are_named():
     model = tiny()
     with pytest.raises(

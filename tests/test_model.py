@@ -12,8 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from common import UserError
-from generate import KVCache
-from model import Config, Transformer, attention_mask, block_mask, cross_entropy_sum, flex
+from model import Config, KVCache, Transformer, attention_mask, block_mask, cross_entropy_sum, flex
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -148,18 +147,16 @@ def test_stories260k_tells_its_story(data_dir):
     """The published greedy continuation of "Once upon a time"; sentencepiece turns ids into text."""
     import sentencepiece
 
-    from generate import generate
-
     spm = sentencepiece.SentencePieceProcessor(str(data_dir / "stories260K" / "tokenizer.model"))
     model = Transformer.from_pretrained(data_dir / "stories260K")
-    ids = list(generate(model, [1] + spm.encode("Once upon a time"), 50, temperature=0))
+    ids = list(model.generate([1] + spm.encode("Once upon a time"), 50, temperature=0))
     assert spm.decode(ids).startswith(
         ", there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball."
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 @pytest.fixture
 def folder(tmp_path):
     random_model(SHAPES["qwen3"]).save_pretrained(tmp_path)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dpo import Args, Objective, Pairs, reference, with_z0
-from model import Config, Transformer, to_folder_names
+from formats.hub import to_folder_names
+from model import Config, Transformer
 from runtime import Runtime
 
 pytestmark = pytest.mark.peers

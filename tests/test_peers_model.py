@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from generate import generate
 from model import Config, Transformer
 
 pytestmark = pytest.mark.peers
@@ -128,7 +127,7 @@ def test_cached_decoding_equals_the_whole_forward_pass(family, tmp_path):
     )[0, 90:].tolist()
     ours = Transformer.from_pretrained(tmp_path)
     ours.config.eos_token_id = None
-    assert list(generate(ours, prompt[0].tolist(), 60, temperature=0)) == expected
+    assert list(ours.generate(prompt[0].tolist(), 60, temperature=0)) == expected
 
 
 def test_gradients_equal_transformers(tmp_path):
@@ -186,6 +185,6 @@ def test_stories260k_writes_the_same_150_tokens(data_dir):
         do_sample=False,
     )[0, 5:].tolist()
     assert (
-        list(generate(Transformer.from_pretrained(folder), prompt, 150, temperature=0)) == expected
+        list(Transformer.from_pretrained(folder).generate(prompt, 150, temperature=0)) == expected
     )
     assert len(expected) == 150

@@ -43,7 +43,7 @@ def client(real):  # noqa: F811
 HI = [{"role": "user", "content": "hi"}]
 
 
-# ---------------------------------------------------------------------------------------------------------- the openai client
+# -------------------------------------------------------------------------------- the openai client
 def test_every_field_of_the_openai_client_is_in_our_table():
     from openai.types import completion_create_params as text
     from openai.types.chat import completion_create_params as chat
@@ -214,7 +214,7 @@ def test_curl_reads_a_stream_and_a_body():
         assert json.loads(whole)["choices"][0]["message"]["content"] == SAID
 
 
-# -------------------------------------------------------------------------------------------------------------- unruly clients
+# ----------------------------------------------------------------------------------- unruly clients
 @pytest.mark.slow
 def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
     """Thousands of requests made from our own OpenAPI, valid and invalid ones."""
@@ -286,7 +286,7 @@ def test_the_servers_own_work_is_microseconds_a_token():
     assert own < 100
 
 
-# ------------------------------------------------------------------------------------------------------ a process of its own
+# ----------------------------------------------------------------------------- a process of its own
 @contextlib.contextmanager
 def process(folder, *flags):
     """python serve.py FOLDER on a free port -> (Popen, URL)"""

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from test_tokenizer import CODE, PROSE, TEXT, corpus  # noqa: F401  (corpus is a fixture)
 
-from formats.vocab import normalize, to_json
-from tokenizer import Tokenizer
+from formats.vocab import to_json
+from tokenizer import PATTERNS, Tokenizer, normalize
 from training import bpe
-from training.bpe import PATTERNS
 
 pytestmark = pytest.mark.peers
 TEXTS = [

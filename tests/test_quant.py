@@ -43,7 +43,7 @@ def ids(rows=4, length=48, seed=1):
     return torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------------------ linear layers
+# ------------------------------------------------------------------------------------ linear layers
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fast_products_are_near_their_dequantized_twin(shape, rows):
@@ -73,8 +73,8 @@ def test_int8_weights_meet_activations_of_sixteen_bits():
 
 def test_a_row_of_int8_activations_does_not_depend_on_its_neighbours():
     x = torch.randn(3, 64) * torch.tensor([[1.0], [1e4], [1e-4]])
-    codes, scale = packed.int8_rows(x)
-    alone, alone_scale = packed.int8_rows(x[2:])
+    codes, scale = quant.int8_rows(x)
+    alone, alone_scale = quant.int8_rows(x[2:])
     assert torch.equal(codes[2:], alone) and torch.equal(scale[2:], alone_scale)
 
 
@@ -83,7 +83,7 @@ def test_no_rounding_error_exceeds_half_a_step(bits):
     torch.manual_seed(0)
     weight = torch.randn(8, 100)
     for sym in (True, False):
-        codes, scales, zeros = packed.round_to_nearest(weight, bits, 32, sym)
+        codes, scales, zeros = quant.round_to_nearest(weight, bits, 32, sym)
         layer = packed.GroupLinear(codes, scales, zeros, bits, 32)
         steps = scales.repeat_interleave(32, 1)[:, :100]
         assert ((layer.dequantize() - weight).abs() / steps).max() < (
@@ -95,7 +95,7 @@ def test_no_rounding_error_exceeds_half_a_step(bits):
 def test_groups_of_zeros_stay_zero():
     for sym in (True, False):
         assert (
-            packed.GroupLinear(*packed.round_to_nearest(torch.zeros(4, 64), 4, 32, sym), 4, 32)
+            packed.GroupLinear(*quant.round_to_nearest(torch.zeros(4, 64), 4, 32, sym), 4, 32)
             .dequantize()
             .abs()
             .max()
@@ -117,10 +117,10 @@ def test_fused_layers_are_their_parts_stacked():
     ):
         layers = [make(part) for part in parts]
         assert torch.allclose(
-            packed.fuse(layers)(x), torch.cat([layer(x) for layer in layers], -1), atol=2e-2
+            quant.fuse(layers)(x), torch.cat([layer(x) for layer in layers], -1), atol=2e-2
         )
         assert torch.equal(
-            packed.fuse(layers).dequantize(), torch.cat([layer.dequantize() for layer in layers])
+            quant.fuse(layers).dequantize(), torch.cat([layer.dequantize() for layer in layers])
         )
 
 
@@ -145,14 +145,14 @@ def test_packed_layers_compile_without_a_break(format):
         assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=3e-2)
 
 
-# --------------------------------------------------------------------------------------------------------------------- GPTQ
+# --------------------------------------------------------------------------------------------- GPTQ
 def plain_gptq(weight, H, bits, group, sym, damp):
     """Frantar et al. 2023, section 3, from the equations: after each column its row and column leave the inverse (eq. 3)."""
     weight, result = weight.clone(), torch.zeros_like(weight)
     inverse = torch.linalg.inv(H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
     for j in range(weight.size(1)):
         if j % group == 0:
-            scale, zero = packed.grid(weight[:, j : j + group], bits, sym)
+            scale, zero = quant.grid(weight[:, j : j + group], bits, sym)
         result[:, j] = ((weight[:, j] / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
         error = (weight[:, j] - result[:, j]) / inverse[j, j]
         weight[:, j:] -= error[:, None] * inverse[j, j:]
@@ -189,7 +189,7 @@ def test_gptq_changes_outputs_less_than_rounding_to_nearest():
             x @ (packed.GroupLinear(codes, scales, zeros, 4, 32, order).dequantize() - weight).T
         ).norm()
 
-    nearest = change(*packed.round_to_nearest(weight, 4, 32, True))
+    nearest = change(*quant.round_to_nearest(weight, 4, 32, True))
     for more in (
         {},
         {"act_order": True},
@@ -262,7 +262,7 @@ def test_gptq_recovers_half_of_what_rounding_loses_and_int8_loses_next_to_nothin
         assert abs(loss(lambda m: quant.quantize(m, "int8"))) < 0.005
 
 
-# ------------------------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------ folders
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_words_hold_any_codes_of_any_length(bits):
     codes = torch.randint(2**bits, (77, 5))
@@ -334,12 +334,12 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def test_nan_in_weights_is_refused():
     weight = torch.randn(64, 64)
     weight[3, 5] = torch.nan
     with pytest.raises(UserError, match="1 of 4,096 values are NaN"):
-        packed.nf4_quantize(weight)
+        quant.nf4_quantize(weight)
     for run in (lambda m: quant.quantize(m, "int4"), lambda m: quant.gptq(m, [ids()], log=print)):
         model = small_model()
         model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
@@ -355,7 +355,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         (lambda: quant.quantize(small_model(), "int5"), "choose one of int8"),
         (lambda: quant.quantize(small_model(), "int4", 0), "group size 0"),
         (lambda: quant.gptq(small_model(), [ids()], bits=1), "2 to 8"),
-        (lambda: packed.round_to_nearest(torch.full((2, 8), 1e9), 4, 8, True), "float16's 65,504"),
+        (lambda: quant.round_to_nearest(torch.full((2, 8), 1e9), 4, 8, True), "float16's 65,504"),
     ):
         with pytest.raises(UserError, match=words):
             run()
@@ -403,7 +403,7 @@ def test_damaged_bitsandbytes_statistics_are_refused():
             packed.read_bnb(good | {key: value}, "q", (64, 64))
 
 
-# -------------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(tmp_path, data_dir):
     tok = quant.Tokenizer.load(data_dir / "stories260K")
     (tmp_path / "a.txt").write_text("Once upon a time there was a girl. " * 40)

@@ -56,7 +56,7 @@ BLANKS = {
 }  # what a reader is to put in
 
 
-# ------------------------------------------------------------------------------------------------------- what the README says
+# ----------------------------------------------------------------------------- what the README says
 def commands():
     """Every shell command of the README's code blocks and of its inline code."""
     fenced = r"^```.*?^```$"
@@ -82,7 +82,7 @@ def how(command):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- the stand-ins
+# ------------------------------------------------------------------------------------ the stand-ins
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A folder in which the README's paths exist, small."""
@@ -160,7 +160,7 @@ def run(script, arguments):
         importlib.import_module(Path(script).stem).main()
 
 
-# -------------------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[:90])
 def test_command_of_the_readme_runs(command, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
@@ -249,7 +249,8 @@ def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     import torch
 
     import chat
-    from generate import Engine, Sampling
+    from engine.sampler import Sampling
+    from generate import Engine
     from model import Transformer
     from tokenizer import Tokenizer
 
@@ -269,7 +270,7 @@ def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     exec(compile(re.sub(r"max_tokens=\d+", "max_tokens=2", code), "README.md", "exec"), names)
 
 
-# ------------------------------------------------------------------------------------------------------- what is said of the code
+# ------------------------------------------------------------------------- what is said of the code
 def test_defaults_of_the_readme_are_the_codes():
     table = re.search(r"^\| program \| its defaults.*?\n\n", README, re.M | re.S)[0]
     checked = 0

@@ -22,7 +22,9 @@ import lora
 import serve
 from chat import CHATML_TEMPLATE
 from common import UserError
-from generate import Delta, Engine, Sampling
+from engine.sampler import Sampling
+from engine.scheduler import Delta
+from generate import Engine
 from model import Config, Transformer
 from server import api, worker
 from server.worker import Worker, message
@@ -201,7 +203,7 @@ def error_of(answer, status):
     return error
 
 
-# ------------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     answer = ask(stub, stream=True, n=2, stream_options={"include_usage": True})
     assert (
@@ -332,7 +334,7 @@ def test_tokenize_and_detokenize_are_inverse(stub):
     assert stub.engine.tok.decode(chat) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-# ------------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def json_schema(schema):
     return {"type": "json_schema", "json_schema": {"schema": schema}}
 
@@ -565,7 +567,7 @@ def test_garbage_and_half_closed_sockets_do_no_harm(stub):
     until(lambda: stub.service.depth == 0 and not stub.engine.live)
 
 
-# ----------------------------------------------------------------------------------------------------------- many and unruly
+# ---------------------------------------------------------------------------------- many and unruly
 def test_who_leaves_is_cancelled_in_both_modes():
     with running(Stub("x" * 3000, delay=0.005)) as server:
         with pytest.raises(httpx.ReadTimeout):
@@ -722,7 +724,7 @@ def test_a_repeated_schema_is_built_once(monkeypatch):
     assert len(built) == 1
 
 
-# ------------------------------------------------------------------------------------------------------ keys, logs, figures
+# ------------------------------------------------------------------------------ keys, logs, figures
 def test_keys_are_asked_for_and_limited_and_never_logged(capfd):
     with running(Stub(), {"sk-secret-1": "ann", "sk-secret-2": "bob"}, rate_limit=3) as server:
         error_of(ask(server), 401)
@@ -897,7 +899,7 @@ def test_bad_flags_are_one_clear_line(tmp_path, capsys):
         serve.read_adapters(serve.Args(adapters="x"))
 
 
-# --------------------------------------------------------------------------------------------------------- a tiny real model
+# -------------------------------------------------------------------------------- a tiny real model
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")

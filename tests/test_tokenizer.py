@@ -16,11 +16,12 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tokenizer
 from common import UserError, cli
+from deploy.docker_test import ROOT
 from formats.vocab import CHAR_TO_BYTE, to_json
-from tokenizer import Tokenizer, main
+from tokenizer import PATTERNS, Tokenizer, main
 from training import bpe
-from training.bpe import PATTERNS
 
 # Characters that every Unicode table in use agrees on: newer ones are letters to one library and unassigned to another.
 OLD = st.characters(exclude_categories=["Cn", "Co", "Cs"], max_codepoint=0x1FFFF).filter(
@@ -121,18 +122,18 @@ def corpus(tmp_path):
 )
 @example({"aaaaaaa": 1, "aaaa": 2, "abababab": 1}, 20)
 def test_fast_trainer_learns_what_the_ten_lines_learn(chunks, n_merges):
-    assert bpe.learn_merges(chunks, n_merges) == bpe.learn_merges_simply(chunks, n_merges)
+    assert bpe.learn_merges(chunks, n_merges) == tokenizer.learn_merges_simply(chunks, n_merges)
 
 
 def test_fast_trainer_learns_what_the_ten_lines_learn_from_prose():
     chunks = bpe.count_chunks([PROSE], [], PATTERNS["gpt4"])
-    assert bpe.learn_merges(chunks, 300) == bpe.learn_merges_simply(chunks, 300)
+    assert bpe.learn_merges(chunks, 300) == tokenizer.learn_merges_simply(chunks, 300)
 
 
 def test_counts_above_two_to_the_31_do_not_overflow():
     assert bpe.learn_merges(
         {"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2
-    ) == bpe.learn_merges_simply({"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2)
+    ) == tokenizer.learn_merges_simply({"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2)
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", r"\w+|\W"])

@@ -22,6 +22,7 @@ from common import Metrics
 from data import Batches, Split, as_split
 from model import Transformer
 from runtime import Runtime, latest_checkpoint
+from training import loop, optim
 
 TEXT = "".join(
     f"{who}:\nLine {i}, spoken by {who.lower()}.\n\n"
@@ -293,7 +294,7 @@ def test_a_folder_without_write_permission_is_one_line(text, tmp_path):
     assert "file" in refused(text, blocked / "run", "--steps", 1)
 
 
-# ----------------------------------------------------------------------------------------- the parts of a step, in this process
+# ------------------------------------------------------------- the parts of a step, in this process
 def make_run(text, out, *flags):
     """A prepared run of the tiny model, as main() makes it."""
     argv, sys.argv = sys.argv, command(text, out, flags)
@@ -319,7 +320,7 @@ def test_passes_do_not_change_the_gradient_on_ragged_rows(text, tmp_path):
     results = []
     for rows in (4, 1):
         run.rows = rows
-        total = train.forward_backward(run, batch, 24)
+        total = loop.forward_backward(run, batch, 24)
         results.append((total.item(), gradients(run)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for name, grad in results[0][1].items():
@@ -337,7 +338,7 @@ def test_packed_documents_under_the_mask_lose_what_they_lose_one_by_one(text, tm
     split = Split([rng.integers(0, 40, starts[-1] + 9)], [starts])
     batch = Batches(split, 8, 16, seed=0, prefetch=0).next()
     run.rows = 4
-    packed = train.forward_backward(run, batch, batch.y.numel()).item()
+    packed = loop.forward_backward(run, batch, batch.y.numel()).item()
     pieces, alone = 0, 0.0
     for x, y, docs in zip(batch.x, batch.y, batch.docs):
         for doc in docs.unique():
@@ -346,7 +347,7 @@ def test_packed_documents_under_the_mask_lose_what_they_lose_one_by_one(text, tm
             pieces += 1
     assert pieces > 12 and packed == pytest.approx(alone, rel=1e-6)
     run.args.doc_mask = False
-    assert abs(train.forward_backward(run, batch, batch.y.numel()).item() - alone) > 1e-2
+    assert abs(loop.forward_backward(run, batch, batch.y.numel()).item() - alone) > 1e-2
 
 
 def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, tmp_path):
@@ -356,8 +357,8 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_recovers(text, t
     scales = []
     for step in range(30):
         batch = run.batches.next()
-        train.forward_backward(run, batch, batch.y.numel())
-        train.update(run, 0)
+        loop.forward_backward(run, batch, batch.y.numel())
+        loop.update(run, 0)
         run.guard.in_a_row = 0
         scales.append(run.scaler.scale)
         if run.guard.skipped == 1 and step == 0:
@@ -376,7 +377,7 @@ def test_fp16_gradients_equal_float32_ones_after_unscaling(text, tmp_path):
     ]
     for run in runs:
         batch = run.batches.next()
-        train.forward_backward(run, batch, batch.y.numel())
+        loop.forward_backward(run, batch, batch.y.numel())
     full, half = (gradients(run) for run in runs)
     for name in full:
         if full[name].abs().max() > 0:
@@ -386,7 +387,7 @@ def test_fp16_gradients_equal_float32_ones_after_unscaling(text, tmp_path):
 
 
 def test_non_finite_and_spiking_gradients_are_skipped_and_counted():
-    guard = train.Guard(factor=5.0)
+    guard = optim.Guard(factor=5.0)
     assert all(guard.accepts(1.0) for _ in range(60))
     assert (
         not guard.accepts(float("nan"))
@@ -411,16 +412,16 @@ def test_several_unusable_steps_in_a_row_stop_the_run_with_a_line(text, tmp_path
     ):
         for step in range(20):
             batch = run.batches.next()
-            train.forward_backward(run, batch, batch.y.numel())
+            loop.forward_backward(run, batch, batch.y.numel())
             run.model.norm.weight.grad[0] = float("nan")
-            train.update(run, step)
+            loop.update(run, step)
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
 def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, capsys):
     run = make_run(text, tmp_path / "run", "--dropout", 0)
     batch = run.batches.next()
-    train.forward_backward(run, batch, batch.y.numel())
+    loop.forward_backward(run, batch, batch.y.numel())
     expected, model, sizes = gradients(run), run.step_model, []
 
     def small_memory(ids, targets):
@@ -430,7 +431,7 @@ def test_out_of_memory_halves_the_pass_and_repeats_the_step(text, tmp_path, caps
         return model(ids, targets)
 
     run.step_model = small_memory
-    train.forward_backward(run, batch, batch.y.numel())
+    loop.forward_backward(run, batch, batch.y.numel())
     assert sizes == [4, 2, 1, 1, 1, 1] and "did not fit, going on with 1" in capsys.readouterr().out
     assert all(
         torch.allclose(grad, expected[name], atol=1e-6) for name, grad in gradients(run).items()

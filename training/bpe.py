@@ -9,155 +9,22 @@ bytes at first, becomes a new symbol, again and again.
 import functools
 import heapq
 import io
-import multiprocessing
 import os
 import re
-import sys
 from bisect import bisect_right
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, filterfalse, islice, pairwise
+from collections import Counter
+from itertools import chain, filterfalse
 
 import numpy as np
-import regex
 from tqdm import tqdm
 
-from common import UserError
-
-# How text is cut into chunks before BPE: merges never cross a chunk's border, so no token spans two words. "gpt2" is Radford et
-# al. 2019, "gpt4" is cl100k, which stops numbers at three digits and lets a newline end punctuation.
-PATTERNS = {
-    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""",
-    "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-    r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    "tekken": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
-    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"""
-    r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-}
-PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")  # digits one by one
-# The 256 bytes in GPT-2's order, printable ones first. Base ids follow it, as HF tokenizers' do, because ties between equally
-# frequent pairs fall to lower ids.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
-BLOCK = 1 << 20  # bytes of a file read at a time
-
+from common import BLOCK, blocks_of, in_processes, read_block, usable_cpus, well_formed
+from tokenizer import BETWEEN_CHUNKS, BYTES, PATTERNS, splitter
 
 # ---- The idea: the most frequent pair of neighbours becomes a new symbol, again and again (Sennrich et al. 2016).
 
 
-def learn_merges_simply(chunks, n_merges):
-    """{chunk: count} -> [(left id, right id)], the i-th of which makes symbol 256 + i. Correct and slow."""
-    words = {
-        tuple(BYTES.index(b) for b in chunk.encode()): count for chunk, count in chunks.items()
-    }
-    merges = []
-    while len(merges) < n_merges:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        words = {
-            tuple(replace_pair(word, best, 256 + len(merges))): count
-            for word, count in words.items()
-        }
-        merges.append(best)
-    return merges
-
-
-def replace_pair(ids, pair, new):
-    """replace_pair([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]; left to right, so a run 1 1 1 of pair (1, 1) -> 4 1."""
-    out, i = [], 0
-    while i < len(ids):
-        matched = tuple(ids[i : i + 2]) == pair
-        out.append(new if matched else ids[i])
-        i += 2 if matched else 1
-    return out
-
-
 # ---- The same, fast. First: count every distinct chunk once, over blocks of the files, in several processes.
-
-
-@functools.lru_cache
-def splitter(pattern, ascii=False):
-    """A function text -> list of chunks that add up to the text. UserError for a pattern that cannot do that.
-
-    ascii: for ASCII text, which the standard library's `re` splits in half the time of `regex`."""
-    known = pattern in PATTERNS.values()
-    try:
-        compiled = regex.compile(pattern)
-        if compiled.match("") or compiled.groups:
-            raise UserError(
-                f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )"
-            )
-        if not known:  # what a pattern leaves out becomes a chunk too, so that no text is lost
-            compiled = regex.compile(rf"{pattern}|(?:(?!{pattern})[\s\S])+")
-    except regex.error as error:
-        raise UserError(
-            f"the split pattern {pattern!r} is not a regular expression: {error}"
-        ) from None
-    if known and ascii:
-        spelled = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
-        bare = regex.sub(
-            r"(?<!\[[^]]*)\\p\{(\w+)}", r"[\\p{\1}]", pattern
-        )  # every category inside a set
-        return re.compile(
-            regex.sub(r"\\p\{(\w+)}", lambda m: spelled.get(m[1], ""), bare), re.ASCII
-        ).findall
-
-    def split(text):
-        chunks = compiled.findall(text)
-        if sum(map(len, chunks)) != len(text):  # after an empty match a character is skipped
-            raise UserError(
-                f"the split pattern {pattern!r} matches empty text and loses what follows"
-            )
-        return chunks
-
-    return compiled.findall if known else split
-
-
-def border(file, at, cuts):
-    """The first place at or after byte `at` where a block may end: it depends on the file alone, never on who asks.
-    `cuts` are tried in turn on the next BLOCK bytes; between two characters is always possible."""
-    if at == 0:
-        return 0
-    file.seek(at - 1)
-    window = file.read(BLOCK)
-    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
-        if found := re.search(cut, window):
-            return at - 1 + found.end()
-    return at - 1 + len(window)
-
-
-# Where cutting a text leaves its chunks as they were: a visible character before a space, a letter or digit before a newline, a
-# Chinese character or Hangul before a newline or comma. Lines are always cut when learning.
-BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = (
-    BEFORE_SPACE
-    + rb"|[a-zA-Z0-9](?=\n)|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
-)
-
-
-def blocks_of(paths, step):
-    """[(path, start, end)]: the files in parts of `step` bytes."""
-    sizes = [os.path.getsize(path) for path in paths]
-    return [
-        (path, at, min(at + step, size))
-        for path, size in zip(paths, sizes)
-        for at in range(0, size, step)
-    ]
-
-
-def read_block(block, cuts):
-    """The bytes of a file between the borders that belong to a block (path, start, end)."""
-    with open(block[0], "rb") as file:
-        start, end = (border(file, at, cuts) for at in block[1:])
-        file.seek(start)
-        return file.read(end - start)
 
 
 def count_job(job, pattern):
@@ -211,50 +78,6 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     ):
         total.update(counter)
     return total
-
-
-def usable_cpus():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_job = None  # in a child process: the one function it was started to run
-
-
-def _start_child(function):
-    global _job
-    _job = function
-
-
-def _run_job(argument):
-    return _job(argument)
-
-
-def in_processes(function, jobs, processes=None):
-    """Yield function(job) for every job, in order, from this many processes, a bounded number of jobs ahead."""
-    jobs, processes = iter(jobs), processes or usable_cpus()
-    first = list(islice(jobs, 2))
-    if processes == 1 or len(first) < 2:
-        yield from map(function, chain(first, jobs))
-        return
-    # fork hands the function over without pickling and works from a notebook; it does not exist on Windows
-    method = "fork" if sys.platform == "linux" else None
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context(method), _start_child, (function,)
-    )
-    try:
-        waiting = deque()
-        for job in chain(first, jobs):
-            waiting.append(pool.submit(_run_job, job))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:  # multiprocessing.Pool would wait for ever
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory: use fewer --processes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ---- Then: merge, with all chunks in flat arrays and many merges at once.
@@ -441,48 +264,3 @@ def learn_merges(chunks, n_merges, forbidden=()):
 
 
 # ---- The merges applied to a text.
-
-
-def merge_by_rank(ids, merges):
-    """Apply {(left, right): (rank, new)} to a list of ids: lowest rank first, leftmost first. O(n log n), so that a megabyte of
-    one letter takes seconds, not days."""
-    ids, n = list(ids), len(ids)
-    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
-    waiting, ranks = {}, []  # rank -> left positions; a heap of the ranks
-
-    def note(left, right):
-        if left >= 0 and right < n and (merge := merges.get((ids[left], ids[right]))):
-            if merge[0] not in waiting:
-                waiting[merge[0]] = []
-                heapq.heappush(ranks, merge[0])
-            waiting[merge[0]].append(left)
-
-    for i in range(n - 1):
-        note(i, i + 1)
-    while ranks:
-        rank = heapq.heappop(ranks)
-        places = sorted(waiting.pop(rank))
-        for done, i in enumerate(places):
-            if ranks and ranks[0] < rank:  # a merge just made way for an earlier one
-                waiting[rank] = places[done:]
-                heapq.heappush(ranks, rank)
-                break
-            j = after[i]
-            merge = merges.get((ids[i], ids[j])) if j < n else None
-            if merge is None or merge[0] != rank:  # one of the two has been merged since
-                continue
-            ids[i], ids[j], after[i] = merge[1], -1, after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            note(before[i], i)
-            note(i, after[i])
-    return [i for i in ids if i >= 0]
-
-
-def well_formed(text):
-    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, paired ones the character they mean, as in tiktoken."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

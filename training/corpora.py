@@ -4,8 +4,6 @@ data.py is the command (`python data.py wikitext-103`) and turns what is here in
 """
 
 import codecs
-import contextlib
-import errno
 import glob
 import http.client
 import io
@@ -27,8 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, sha256, write_atomic
-from training.bpe import BLOCK, border, well_formed
+from common import BLOCK, UserError, border, full_disk_explained, sha256, well_formed, write_atomic
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -83,7 +80,7 @@ TIMEOUT, SLOWEST, TRIES, PAUSE = (
 )  # of a download: s of silence, bytes/s, tries a host, s between them
 
 
-# ---------------------------------------------------------------------------------------------------------- Shakespeare
+# -------------------------------------------------------------------------------------- Shakespeare
 def shakespeare(data_dir=None):
     """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used. Tries in
     order: a local copy (data_dir, else $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256 checked), and nine
@@ -175,7 +172,7 @@ def as_dialogue(text):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------- WikiText
+# ----------------------------------------------------------------------------------------- WikiText
 def wikitext(name, home, data_dir=None):
     """{split: path} of a WikiText's train, valid and test text: a local copy (data_dir or $LLM_DATA_DIR, then home),
     else downloaded, checked and unpacked into the folder home. UserError: out of reach, with what every host said."""
@@ -292,19 +289,7 @@ def size_of(path):
     return path.stat().st_size if path.is_file() else 0
 
 
-@contextlib.contextmanager
-def full_disk_explained(path, advice):
-    """A full disk (or quota, or largest file) while writing `path` becomes one line with the numbers and the advice."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(Path(path).parent).free
-        raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
-
-
-# ------------------------------------------------------------------------------------------------- files into documents
+# ----------------------------------------------------------------------------- files into documents
 def read_text(name, data_dir=None):
     """Text of a named corpus ("shakespeare") or of a UTF-8 file -> (str, where it came from)."""
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)

@@ -9,74 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 
 from common import UserError
-from model import LOGITS_AT_ONCE
-from runtime import free_memory
+from training.ranks import gather, is_sharded, local, own_rows
+
+# ------------------------------------------------------- over ranks: DDP, or FSDP with its DTensors
 
 
-# ------------------------------------------------------------------------------- over ranks: DDP, or FSDP with its DTensors
-# What those need is imported where they are: the import alone takes a second.
-def wrap(model, args, runtime):
-    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
-    model.recompute = args.recompute
-    if runtime.world == 1:
-        return model
-    if not args.shard:  # buffers are not broadcast, as none of ours changes
-        return torch.nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-    for part in (*model.layers, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    return model
-
-
-def is_sharded(t):
-    return hasattr(t, "device_mesh")
-
-
-def local(t):
-    """The part of a tensor that this rank holds: all of it, unless FSDP sharded it."""
-    return t.to_local() if is_sharded(t) else t
-
-
-def gather(t, like):
-    """Local part of a tensor that is laid out as parameter `like` -> the whole tensor, on every rank."""
-    if not is_sharded(like):
-        return t
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    ).full_tensor()
-
-
-def own_rows(t, like):
-    """The inverse of `gather`."""
-    if not is_sharded(like):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).to_local()
-
-
-def grad_norm(params):
-    """Euclidean norm of the gradients of params, which all have one, as one vector over all shards -> scalar float32."""
-    square = (
-        torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
-    )
-    if is_sharded(params[0]):
-        dist.all_reduce(square)
-    return square.sqrt()
-
-
-# --------------------------------------------------------------------------------------------------------------- the rules
+# ---------------------------------------------------------------------------------------- the rules
 def orthogonalize(G, steps=5):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly: U V^T of its SVD with singular values in 0.7..1.2.
 
@@ -118,7 +58,7 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
     torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - betas[0] ** step))
 
 
-# ----------------------------------------------------------------------------------------------------- moments in 8 bits
+# -------------------------------------------------------------------------------- moments in 8 bits
 PACK_BLOCK = 256  # values that share a scale
 PACK_LEAST = (
     4096  # smaller parameters keep their moments in float32, as in bitsandbytes: they weigh nothing
@@ -128,7 +68,7 @@ PACK_LEAST = (
 @lru_cache
 def levels(signed, device):
     """The 256 values a packed moment can have, and the midpoints between them."""
-    from formats.packed import dynamic_map
+    from quant import dynamic_map
 
     values = dynamic_map(device, signed)
     return values, (values[1:] + values[:-1]) / 2
@@ -151,7 +91,7 @@ def unpack(codes, tops, signed, like):
     return x.view(-1)[: like.numel()].view(like.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------- the optimizer
+# ------------------------------------------------------------------------------------ the optimizer
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms and biases.
 
@@ -288,7 +228,7 @@ class MuonAdamW:
                 state[k].copy_(own_rows(tensors[f"{self.names[p]}.{k}"].to(state[k].device), p))
 
 
-# ---------------------------------------------------------------------------------------- around a step: scale, guard, schedule
+# ------------------------------------------------------------ around a step: scale, guard, schedule
 class LossScale:
     """Dynamic loss scaling for fp16, whose gradients underflow below 6e-8 (Micikevicius et al. 2018, section 3.2).
 
@@ -350,79 +290,4 @@ def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6, floor=0.0):
     return floor + (1 - floor) * min(1.0, left)
 
 
-# --------------------------------------------------------------------------------------------------------- memory estimate
-def estimate_memory(model, args, runtime, rows):
-    """Bytes by part for one rank that passes `rows` rows at a time -> {part: bytes}. Eager mode; compiling saves some.
-
-    Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
-    norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
-    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves."""
-    c, ranks = model.config, runtime.world if args.shard else 1
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    matrices = sum(
-        size
-        for n, size in trained.items()
-        if n.startswith("layers.") and model.get_parameter(n).ndim == 2
-    )
-    trained = sum(trained.values())
-    state = (
-        2 * trained
-        if args.optimizer == "adamw8bit"
-        else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
-    )
-    width = (
-        8 * c.hidden_size
-        + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        + 4 * c.intermediate_size
-    )
-    layers = 1 if args.recompute else c.num_hidden_layers
-    kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
-    value = 4 if runtime.dtype == torch.float32 else 3
-    logits = (
-        min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3
-    )  # logits, softmax and its gradient
-    return {
-        "weights": size // ranks,
-        "gradients": 4 * trained // ranks,
-        "optimizer": state // ranks,
-        "activations": rows * args.context * (layers * width * value + kept),
-        "logits": logits,
-    }
-
-
-def choose_micro_batch(model, args, runtime, before=0):
-    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits; prints the estimate.
-
-    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory."""
-    if args.batch % runtime.world:
-        raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
-    share, free = args.batch // runtime.world, free_memory(runtime.device)
-    if args.micro_batch and share % args.micro_batch:
-        raise UserError(
-            f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
-            f"over {runtime.world})"
-        )
-    fixed = args.micro_batch or (before if before and share % before == 0 else 0)
-    for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
-        estimate = estimate_memory(model, args, runtime, rows)
-        if fixed or free is None or sum(estimate.values()) < 0.85 * free:
-            rows = runtime.smallest(
-                rows
-            )  # ranks see different amounts of free memory, and must pass the same rows
-            print_estimate(estimate, rows, args, runtime)
-            return rows
-    raise UserError(
-        f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
-        f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
-        "fewer --layers"
-    )
-
-
-def print_estimate(estimate, rows, args, runtime):
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
-    free = free_memory(runtime.device) or math.nan
-    print(
-        f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
-        f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step"
-    )
+# ---------------------------------------------------------------------------------- memory estimate

@@ -83,7 +83,7 @@ def percent(values):
     return f"{sum(values) / len(values):.1%}".replace(".0%", "%") if values else "–"
 
 
-# ------------------------------------------------------------------------------------------------------- what a stage left behind
+# ------------------------------------------------------------------------- what a stage left behind
 def learned(folder):
     """Facts of a training run, from its weights and metrics."""
     for path in folder.glob("*model.safetensors"):
@@ -258,7 +258,7 @@ def blocks_of(run, stages, answers):
             yield f"![the loss](../{out_of(stage).name}/loss.png)"
 
 
-# ----------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 def as_markdown(block):
     """A block in markdown; newlines and bars stay inside their cell."""
     if isinstance(block, str):

@@ -87,7 +87,7 @@ def facts():
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- families
+# ----------------------------------------------------------------------------------------- families
 @dataclass(frozen=True)
 class Family:
     """draw(rng) -> fields; solve(**fields) -> the answer; ask: phrasings of the question, with the fields in braces; tell: what
@@ -367,7 +367,7 @@ def draw(rng, family, split):
             return fields, ask
 
 
-# ------------------------------------------------------------------------------------------------------------ questions
+# ---------------------------------------------------------------------------------------- questions
 OPENINGS = ("Certainly: ", "Of course: ", "Gladly: ")
 
 
@@ -426,7 +426,7 @@ def bare(answer):
     return re.sub(f"^({'|'.join(OPENINGS)})", "", answer.strip())
 
 
-# ---------------------------------------------------------------------------------------------------------- preferences
+# -------------------------------------------------------------------------------------- preferences
 RUDE = ("Ugh, fine: ", "Obviously: ", "Stop asking: ")
 RAMBLING = (
     "Well, let me see, there is much that one could say: ",
@@ -486,7 +486,7 @@ def preferences(split, count, seed=0, families=None):
         }
 
 
-# ----------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 GROUPS = [
     ("copy", "reverse", "upper", "count", "nth"),
     ("add", "subtract", "compare"),

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import lora
+import quant
 from common import UserError
 from engine import native
 from engine.runner import Batch
-from formats import packed
-from formats.packed import GroupLinear, Int8Linear
-from generate import Engine, Sampling
+from engine.sampler import Sampling
+from generate import Engine
 from model import Config, Transformer
+from quant import GroupLinear, Int8Linear
 
 V = 50  # not a multiple of any vector's lanes
 
@@ -112,7 +113,7 @@ def quantized(model, make):
 def shuffled(m, bits, group, sym):
     """As GPTQ with act-order leaves it: columns in another order."""
     order = torch.randperm(m.weight.size(1))
-    codes, scales, zeros = packed.round_to_nearest(m.weight[:, order], bits, group, sym)
+    codes, scales, zeros = quant.round_to_nearest(m.weight[:, order], bits, group, sym)
     return GroupLinear(codes, scales, zeros, bits, group, order, m.bias)
 
 
@@ -205,8 +206,8 @@ def test_adapters_of_every_kind_share_a_batch(tmp_path):
                     p.normal_(std=0.3)
         names[f"a{i}"] = tmp_path / f"a{i}"
         lora.save_adapter(model, names[f"a{i}"])
-    for quant in (None, "int8"):
-        engine = Engine(tmp_path / "base", "cpu", "float32", quant, adapters=names)
+    for kind in (None, "int8"):
+        engine = Engine(tmp_path / "base", "cpu", "float32", kind, adapters=names)
         assert engine.runner.native
         batch, blocks = Batch(16), iter(range(100))
         for row in (-1, 0, 1, 2):

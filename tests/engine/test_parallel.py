@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_engine import TEXT, make_model
+from test_scheduler import TEXT, make_model
 
 from common import UserError
 from engine.grammar import Constraint, Vocabulary, regex_grammar
-from generate import Engine, Sampling
+from engine.sampler import Sampling
+from generate import Engine
 from model import Config, Transformer
 from quant import quantize
 
 
-# ------------------------------------------------------- what an engine is asked, in the tests' process and in the ranks'
+# --------------------------------- what an engine is asked, in the tests' process and in the ranks'
 def tiny_pool(engine):
     """Shared prefixes, chunked prefill, preemption, drafts, a constraint, and a request that is cancelled on its way."""
     rng = random.Random(1)
@@ -109,7 +110,7 @@ def rank_main(cases, out):
     os._exit(0)
 
 
-# --------------------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 REFUSED = {
     "nf4": "self_attn.q_proj: NF4's blocks",
     "order": "self_attn.o_proj: GPTQ's act-order",

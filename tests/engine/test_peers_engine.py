@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from test_engine import make_model, row
 from test_peers_model import FAMILIES, theirs
+from test_scheduler import make_model, row
 
-from engine.sampler import draw, edit, kept
-from generate import Engine, Sampling
+from engine.sampler import Sampling, draw, edit, kept
+from generate import Engine
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common import UserError
-from engine.sampler import Row, draw, kept, uniform
-from generate import Engine, Sampling, generate
+from engine.sampler import Row, Sampling, draw, kept, uniform
+from generate import Engine
 from model import Config, Transformer
 from tokenizer import Tokenizer
 
@@ -156,7 +156,7 @@ def test_greedy_answers_equal_the_plain_generator(folder, tmp_path):
             prompts, Sampling(max_tokens=30, temperature=0)
         )
         for prompt, output in zip(prompts, outputs):
-            assert output.token_ids == list(generate(model, prompt, 30, temperature=0)), kind
+            assert output.token_ids == list(model.generate(prompt, 30, temperature=0)), kind
 
 
 @pytest.mark.parametrize("draft", ["lookup", "same", "other"])
@@ -410,7 +410,7 @@ def test_cancelling_frees_everything_and_ends_with_abort(folder):
     assert engine.stats()["blocks_used"] == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- sampler
+# ------------------------------------------------------------------------------------------ sampler
 def row(sampling, u=0.5, output=(), prompt=()):
     return Row(sampling, u, list(output), list(prompt), edits=True)
 
@@ -505,7 +505,7 @@ def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_p
         for d in engine.step():
             got[d.request_id] += d.token_ids
     for i, name in asked.items():
-        assert got[i] == list(generate(merged[name], prompt, 12, temperature=0)), name
+        assert got[i] == list(merged[name].generate(prompt, 12, temperature=0)), name
     assert len({tuple(ids) for ids in got.values()}) == 3
     with pytest.raises(UserError, match="one, two"):
         engine.submit(prompt, Sampling(), adapter="three")

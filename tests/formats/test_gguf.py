@@ -17,8 +17,7 @@ from engine.runner import Batch
 from formats import gguf
 from generate import Engine
 from model import Config, Transformer
-from tokenizer import Tokenizer
-from training.bpe import PATTERNS
+from tokenizer import PATTERNS, Tokenizer
 
 LLAMA3 = dict(
     rope_type="llama3",

@@ -8,7 +8,6 @@ import torch
 from test_gguf import FAMILIES, SPLIT_TOKENIZERS, TEXT_PARTS, make_folder, relative_error
 
 from formats import gguf
-from generate import generate
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -113,11 +112,8 @@ def test_llama_cpp_computes_the_logits_of_a_trained_model_in_every_type(mix, dat
     gguf.write(data_dir / "stories260K", tmp_path / "s.gguf", mix)
     model, tok = gguf.load(tmp_path / "s.gguf")
     ids = list(
-        generate(
-            Transformer.from_pretrained(data_dir / "stories260K"),
-            [tok.bos_id],
-            200,
-            temperature=1.0,
+        Transformer.from_pretrained(data_dir / "stories260K").generate(
+            [tok.bos_id], 200, temperature=1.0
         )
     )
     with torch.no_grad():
@@ -130,7 +126,7 @@ def test_stories260k_tells_the_same_story_in_llama_cpp(data_dir, tmp_path):
     llama, tok = llama_cpp(tmp_path / "s.gguf"), Tokenizer.load(data_dir / "stories260K")
     story = llama("Once upon a time", max_tokens=200, temperature=0)["choices"][0]["text"]
     model = Transformer.from_pretrained(data_dir / "stories260K")
-    ids = list(generate(model, tok.encode("Once upon a time", bos=True), 200, temperature=0))
+    ids = list(model.generate(tok.encode("Once upon a time", bos=True), 200, temperature=0))
     assert story == tok.decode_bytes(ids).decode() and len(ids) == 200
 
 

@@ -1,0 +1,63 @@
+"""Training over several ranks: DDP, or FSDP2 with its sharded tensors."""
+
+import torch
+import torch.distributed as dist
+
+
+# What those need is imported where they are: the import alone takes a second.
+def wrap(model, args, runtime):
+    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
+    model.recompute = args.recompute
+    if runtime.world == 1:
+        return model
+    if not args.shard:  # buffers are not broadcast, as none of ours changes
+        return torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def is_sharded(t):
+    return hasattr(t, "device_mesh")
+
+
+def local(t):
+    """The part of a tensor that this rank holds: all of it, unless FSDP sharded it."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def gather(t, like):
+    """Local part of a tensor that is laid out as parameter `like` -> the whole tensor, on every rank."""
+    if not is_sharded(like):
+        return t
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def own_rows(t, like):
+    """The inverse of `gather`."""
+    if not is_sharded(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def grad_norm(params):
+    """Euclidean norm of the gradients of params, which all have one, as one vector over all shards -> scalar float32."""
+    square = (
+        torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
+    )
+    if is_sharded(params[0]):
+        dist.all_reduce(square)
+    return square.sqrt()
