@@ -325,7 +325,54 @@ class Engine:
         adapters=None,
         debug_invariants=False,
     ):
-        self.model, self.tok, runtime = load_model(folder, device, dtype)
+        model, tok, runtime = load_model(folder, device, dtype)
+        self.start(
+            model,
+            tok,
+            runtime,
+            quant,
+            kv_tokens,
+            kv_dtype,
+            block_size,
+            max_seqs,
+            step_tokens,
+            max_model_len,
+            prefix_cache,
+            draft,
+            draft_tokens,
+            adapters,
+            debug_invariants,
+        )
+
+    @classmethod
+    def of(
+        cls, model, tok, *, dtype="auto", quant=None, kv_tokens=None, kv_dtype="auto", max_seqs=None
+    ):
+        """An engine over a model that is in memory already, on the device where it lies; the model stays as it is."""
+        engine = cls.__new__(cls)
+        runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
+        engine.start(model, tok, runtime, quant, kv_tokens, kv_dtype, 16, max_seqs)
+        return engine
+
+    def start(
+        self,
+        model,
+        tok,
+        runtime,
+        quant,
+        kv_tokens,
+        kv_dtype,
+        block_size,
+        max_seqs,
+        step_tokens=None,
+        max_model_len=None,
+        prefix_cache=True,
+        draft=None,
+        draft_tokens=4,
+        adapters=None,
+        debug_invariants=False,
+    ):
+        self.model, self.tok = model, tok
         self.config, on_gpu, self.debug = (
             self.model.config,
             runtime.device.type == "cuda",
@@ -342,12 +389,12 @@ class Engine:
         self.runner = Runner(self.model, runtime, quant, kv_dtype, block_size, adapters)
         self.runners, self.drafter = [self.runner], None
         if draft and draft != "lookup" and runtime.rank == 0:  # small, and so on one rank
-            small, small_tok, alone = load_model(draft, device, dtype, split=False)
+            small, small_tok, alone = load_model(draft, runtime.device, "auto", split=False)
             if small.config.vocab_size != self.config.vocab_size or (
                 self.tok and small_tok and small_tok.vocab != self.tok.vocab
             ):
                 raise UserError(
-                    f"--draft {draft}: its vocabulary ({small.config.vocab_size:,} ids) is not that of {folder} "
+                    f"--draft {draft}: its vocabulary ({small.config.vocab_size:,} ids) is not that of this model "
                     f"({self.config.vocab_size:,}); a draft model must share the tokenizer"
                 )
             self.max_model_len = min(self.max_model_len, small.config.max_position_embeddings)

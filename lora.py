@@ -18,15 +18,7 @@ import common
 import finetune
 import train
 from common import UserError
-from formats.peft import (
-    ATTENTION,
-    MLP,
-    base_sha256,
-    folder_module,
-    own_alpha,
-    read_adapter,
-    split_fused,
-)
+from formats.peft import ATTENTION, MLP, base_sha256, folder_module
 from model import Config, Transformer
 from quant import TOKENIZER_FILES, QuantLinear, quantize
 from runtime import DTYPES, resolve, write_tensors
@@ -363,42 +355,18 @@ def load_adapter(model, folder, name="default", trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers, and in effect -> the model.
 
     Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
-    config, parts = read_adapter(folder)
-    if (theirs := config.get("base_sha256")) and theirs != base_sha256(model):
-        raise UserError(
-            f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {base_sha256(model)}: "
-            f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})"
-        )
+    config, found = read_layers(folder, model)
     settings = Settings(
-        *(config[k] for k in ("r", "lora_alpha", "lora_dropout")),
-        *(bool(config.get(k)) for k in ("use_rslora", "use_dora")),
+        config["r"],
+        config["lora_alpha"],
+        config["lora_dropout"],
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
     )
-    ours, own, layers = {}, {}, {}
-    for n, layer in linears(model).items():
-        ours.setdefault(folder_module(n, model.config), {})[n] = getattr(layer, "base", layer)
-    for module, tensors in parts.items():  # all of it is checked before the model is touched
-        if module not in ours:
-            raise UserError(
-                f"{folder}: {module} is adapted there, but this model has no such linear layer"
-            )
-        sizes, r = [base.out_features for base in ours[module].values()], len(tensors.get("A", ()))
-        want: dict[str, tuple] = {
-            "A": (r, next(iter(ours[module].values())).in_features),
-            "B": (sum(sizes), r),
-        }
-        want |= {"m": (sum(sizes),)} if settings.dora else {}
-        if not r or want != (shapes := {k: tuple(t.shape) for k, t in tensors.items()}):
-            raise UserError(
-                f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}"
-            )
-        own |= zip(ours[module], split_fused(tensors, sizes))
-        layers |= {
-            n: (len(own[n]["A"]), settings.scale(r, own_alpha(config, module)))
-            for n in ours[module]
-        }
-    attach(model, name, settings, layers)
-    for n, tensors in own.items():
+    attach(model, name, settings, {n: (len(own.A), own.scale) for n, own in found.items()})
+    for n, own in found.items():
         adapter = model.get_submodule(n).adapters[name].requires_grad_(trainable)
+        tensors = {"A": own.A, "B": own.B} | ({} if own.magnitude is None else {"m": own.magnitude})
         adapter.load_state_dict(tensors)
     return model
 

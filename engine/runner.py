@@ -169,11 +169,7 @@ class Runner:
         self.kv_dtype = (
             torch.float16 if self.native and packs and kv_dtype == "auto" else kinds[kv_dtype]
         )
-        if self.native:
-            model.layers = model.lm_head = (
-                None  # packed; what is left of them would only fill memory
-            )
-        else:
+        if not self.native:
             if on_cpu:
                 model.float()
             self.products = [

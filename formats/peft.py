@@ -1,8 +1,10 @@
 """An adapter's folder as PEFT writes and reads it: adapter_config.json, adapter_model.safetensors."""
 
 import hashlib
+import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -123,3 +125,61 @@ def own_alpha(config, module):
 
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+class AdapterTensors(NamedTuple):
+    """What a folder's adapter has for one linear layer of ours: W' = W + scale B A."""
+
+    A: torch.Tensor  # (r, K) float32
+    B: torch.Tensor  # (N, r) float32
+    scale: float
+    magnitude: torch.Tensor | None  # DoRA's (N,) float32
+
+
+def linear_layers(model):
+    """{name: layer} of every linear layer of the blocks and the head, float or packed; of adapted ones the base."""
+    found = {}
+    for name, layer in model.named_modules():
+        if name.endswith("_proj") or name == "lm_head":
+            found[name] = getattr(layer, "base", layer)
+    return found
+
+
+def read_layers(folder, model):
+    """An adapter's folder, ours or PEFT's, checked against the model -> (its config, {layer: AdapterTensors}).
+
+    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
+    config, parts = read_adapter(folder)
+    theirs, ours = config.get("base_sha256"), base_sha256(model)
+    if theirs and theirs != ours:
+        raise UserError(
+            f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {ours}: "
+            f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})"
+        )
+    dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
+    modules = {}  # a folder's module: the layers of ours that it holds
+    for name, layer in linear_layers(model).items():
+        modules.setdefault(folder_module(name, model.config), {})[name] = layer
+    found = {}
+    for module, tensors in parts.items():
+        if module not in modules:
+            raise UserError(
+                f"{folder}: {module} is adapted there, but this model has no such linear layer"
+            )
+        layers = modules[module]
+        sizes = [layer.out_features for layer in layers.values()]
+        r = len(tensors.get("A", ()))
+        want = {"A": (r, next(iter(layers.values())).in_features), "B": (sum(sizes), r)}
+        if dora:
+            want["m"] = (sum(sizes),)
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if not r or want != shapes:
+            raise UserError(
+                f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}"
+            )
+        alpha = own_alpha(config, module) or config["lora_alpha"]
+        for name, own in zip(layers, split_fused(tensors, sizes)):
+            rank = len(own["A"])
+            scale = alpha / (math.sqrt(r) if rslora else r)
+            found[name] = AdapterTensors(own["A"], own["B"], scale, own.get("m"))
+    return config, found

@@ -199,24 +199,15 @@ def check_args(args):
 def forward_backward(run, batch, count):
     """Gradients of the mean loss over `count` targets (of all ranks), in passes of `run.rows` rows -> this rank's summed loss.
 
-    Losses are sums, divided once by the global count: then neither passes nor ranks nor ragged rows change the gradient.
-    Out of memory halves the rows of a pass and starts the step again."""
-    while True:
-        run.optimizer.zero_grad()
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return one_try(run, batch, count)
-        # here, not in an except block: an exception being handled keeps the failed pass's activations alive
-        if run.runtime.world > 1 or run.rows == 1:
-            raise UserError(
-                f"out of memory with {run.rows} rows of {run.args.context:,} tokens a pass: use a smaller "
-                "--micro-batch, --recompute or --shard"
-            )
-        rows, run.rows = (
-            run.rows,
-            next(r for r in range(run.rows // 2, 0, -1) if len(batch.x) % r == 0),
-        )
-        print(f"memory   {rows} rows a pass did not fit, going on with {run.rows}")
-        torch.cuda.empty_cache()
+    Losses are sums, divided once by the global count: then neither passes nor ranks nor ragged rows change the gradient."""
+    run.optimizer.zero_grad()
+    total = torch.zeros((), device=run.runtime.device)
+    for part in passes(run, batch):
+        with run.runtime.autocast():
+            loss = run.loss(run.step_model, part, run.args)
+        backward(run, loss, count)
+        total += loss.detach()
+    return total
 
 
 def next_token_loss(model, batch, args):
@@ -225,24 +216,23 @@ def next_token_loss(model, batch, args):
     return model(batch.x, targets=batch.y, **apart)
 
 
-def one_try(run, batch, count):
-    """`forward_backward` with the rows a pass as they are."""
-    runtime, model, rows, ranks = run.runtime, run.step_model, run.rows, run.runtime.world > 1
-    total = torch.zeros((), device=runtime.device)
-    for i in range(0, len(batch.x), rows):
-        part = batch._make(t[i : i + rows] for t in batch).to(runtime.device)
-        last = i + rows >= len(batch.x)  # ranks exchange gradients once, in the last pass
-        if ranks and run.args.shard:
+def passes(run, batch):
+    """The batch of a step in parts of `run.rows` rows, each on the device; ranks exchange gradients in the last one alone."""
+    model, ranks, sharded = run.step_model, run.runtime.world > 1, run.args.shard
+    for i in range(0, len(batch.x), run.rows):
+        part = batch._make(t[i : i + run.rows] for t in batch).to(run.runtime.device)
+        last = i + run.rows >= len(batch.x)
+        if ranks and sharded:
             model.set_requires_gradient_sync(last)
-        with (
-            model.no_sync() if ranks and not (last or run.args.shard) else contextlib.nullcontext()
-        ):
-            with runtime.autocast():
-                loss = run.loss(model, part, run.args)
-            # DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone
-            (loss * (run.scaler.scale * runtime.world / max(count, 1))).backward()
-        total += loss.detach()
-    return total
+        with model.no_sync() if ranks and not (last or sharded) else contextlib.nullcontext():
+            yield part
+
+
+def backward(run, loss, count):
+    """Add to the gradients those of a pass: its summed loss, divided by the step's `count` of targets over all ranks.
+
+    DDP and FSDP average over ranks; the count is of all ranks already, so that average is undone."""
+    (loss * (run.scaler.scale * run.runtime.world / max(count, 1))).backward()
 
 
 @torch.no_grad()
