@@ -18,7 +18,7 @@ import common
 import finetune
 import train
 from common import UserError
-from formats.peft import ATTENTION, MLP, base_sha256, folder_module
+from formats.peft import ATTENTION, MLP, base_sha256, folder_module, read_layers
 from model import Config, Transformer
 from quant import TOKENIZER_FILES, QuantLinear, quantize
 from runtime import DTYPES, resolve, write_tensors

@@ -179,7 +179,6 @@ def read_layers(folder, model):
             )
         alpha = own_alpha(config, module) or config["lora_alpha"]
         for name, own in zip(layers, split_fused(tensors, sizes)):
-            rank = len(own["A"])
             scale = alpha / (math.sqrt(r) if rslora else r)
             found[name] = AdapterTensors(own["A"], own["B"], scale, own.get("m"))
     return config, found

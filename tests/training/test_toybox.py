@@ -58,7 +58,7 @@ def test_a_longer_run_begins_with_the_shorter_one():
 
 def test_the_world_does_not_depend_on_the_hash_seed_of_python():
     """str hashes change from process to process; the world must not."""
-    code = "import toybox; print([r['messages'] for r in toybox.examples('test', 99)], toybox.world_text(3000), toybox.facts())"
+    code = "from training import toybox; print([r['messages'] for r in toybox.examples('test', 99)], toybox.world_text(3000), toybox.facts())"
     run = [
         subprocess.run(
             [sys.executable, "-c", code],
