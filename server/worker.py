@@ -1,26 +1,28 @@
-"""The engine behind a socket: Worker, the half of the server that computes, and EngineClient, through which serve.py, the half
-that speaks HTTP, reaches it.
+"""The engine in a process of its own, and the way to it.
 
     front, back = socket.socketpair()
-    Worker(engine, back, concurrency=64).run()      # in a thread, or in the process that forked the other half
-    await loop.create_unix_connection(lambda: client, sock=front)
+    Worker(engine, back, concurrency=64).run()      # in a thread, or in the process that forked
+    await loop.create_unix_connection(lambda: client, sock=front)    # an EngineClient
 
-Python runs one thread of a process at a time, so HTTP in the engine's process would take its time from every step. Orders
-come in and answers go out as messages: four bytes of length, then plain values in `marshal`, the interpreter's own format.
-
-    submit number, key, prompt ids, fields of Sampling, adapter, grammar      cancel number      call number, what, arguments
-    deltas stats, [(number, when it was admitted, then the fields of a Delta)]      result number, value, error      failed why
+Python runs one thread of a process at a time, so HTTP in the engine's process would take its time
+from every step. Worker is the half that computes; EngineClient is how serve.py, the half that
+speaks HTTP, reaches it. Each message between them calls one method of the other side, whose name
+comes first; submit, cancel, call go in; deltas, result, failed come out. A message is four bytes
+of length and then plain values in `marshal`, the interpreter's own format.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import marshal
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import warnings
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,86 +47,91 @@ def message(*values):
 
 
 def messages(buffer):
-    """The whole messages at the front of a bytearray, which they leave."""
-    while len(buffer) >= 4 and len(buffer) >= (end := 4 + int.from_bytes(buffer[:4], "little")):
+    """Yield the whole messages at the front of a bytearray, and remove them from it."""
+    while len(buffer) >= 4:
+        end = 4 + int.from_bytes(buffer[:4], "little")
+        if len(buffer) < end:
+            return
         values = marshal.loads(bytes(buffer[4:end]))
         del buffer[:end]
         yield values
 
 
-def plain(logprobs):
-    """[TokenLogprob] as tuples."""
-    return [(t.id, t.logprob, t.top) for t in logprobs]
+def plain_logprobs(logprobs):
+    """A list of TokenLogprob as tuples, which marshal takes."""
+    return [(token.id, token.logprob, token.top) for token in logprobs]
 
 
+def token_logprobs(tuples):
+    return [TokenLogprob(*values) for values in tuples]
+
+
+# ---------------------------------------------------------------------------- the engine's process
 class Grammars:
-    """Grammars by what they were made of, kept because their automata learn as they go, and the vocabulary they share."""
+    """Keeps grammars by what they were made of, because their automata learn as they are used."""
 
     def __init__(self, tok):
-        self.tok, self.vocabulary, self.kept = tok, None, OrderedDict()
+        self.tok = tok
+        self.vocabulary = None
+        self.kept = OrderedDict()
 
     def constraint(self, kind, *what):
-        """("regex", pattern), or ("json", schema or None, and perhaps the text before and after) -> Constraint."""
-        self.vocabulary = self.vocabulary or Vocabulary(self.tok)
+        """("regex", pattern), or ("json", schema or None, and perhaps the text before and after)
+        -> Constraint."""
+        if self.vocabulary is None:
+            self.vocabulary = Vocabulary(self.tok)
         name = json.dumps([kind, what], sort_keys=True)
         grammar = self.kept.get(name)
-        if (
-            grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7
-        ):  # what it learned is 200 MB: forget
-            grammar = (regex_grammar if kind == "regex" else json_grammar)(*what)
-            Constraint(
-                grammar, self.vocabulary
-            ).needs()  # the first mask here, not between two steps of the engine
+        # What it learned is forgotten when it is over 200 MB.
+        if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:
+            grammar = regex_grammar(*what) if kind == "regex" else json_grammar(*what)
+            # The first mask is made here, not between two steps of the engine.
+            Constraint(grammar, self.vocabulary).needs()
             self.kept[name] = grammar
-            while len(self.kept) > 64:
+            if len(self.kept) > 64:
                 self.kept.popitem(last=False)
         return Constraint(grammar, self.vocabulary)
 
 
 @dataclass
 class Active:
-    """A request in the engine."""
+    """A request that the engine works on."""
 
     unfinished: int  # answers still being made
-    admitted: float  # when it left the queue
     begun: bool = False  # its first token is out
 
 
 class Worker:
-    """Owns the engine: nobody else calls it. Each turn: orders, admission, one step, what there is to tell."""
+    """Owns the engine: nobody else calls it. Each turn takes orders, admits requests, computes one
+    step, and tells what there is to tell."""
 
     def __init__(self, engine, sock, concurrency):
-        self.engine, self.sock, self.concurrency, self.buffer = (
-            engine,
-            sock,
-            concurrency,
-            bytearray(),
-        )
-        self.waiting, self.active = (
-            OrderedDict(),
-            {},
-        )  # {key: its requests in order}, {number: Active}
-        self.outbox, self.sent = (
-            {},
-            0.0,
-        )  # {(number, answer): what it gets}, when all of it last went out
-        self.grammars, self.builder, self.lock = (
-            Grammars(engine.tok),
-            ThreadPoolExecutor(1, "grammar"),
-            threading.Lock(),
-        )
-        self.machine, self.looked = {}, 0.0
+        self.engine = engine
+        self.sock = sock
+        self.concurrency = concurrency
+        self.buffer = bytearray()  # of orders
+        self.waiting = OrderedDict()  # {key: deque of its requests}, the key whose turn it is first
+        self.active = {}  # {number: Active}
+        self.admitted = []  # (number, when), not told yet
+        self.outbox = {}  # {(number, answer): Delta}, not told yet
+        self.told = 0.0  # when all of it last was
+        self.grammars = Grammars(engine.tok)
+        self.builder = ThreadPoolExecutor(1, "grammar")
+        self.lock = threading.Lock()  # of the socket
+        self.memory = {}  # see memory_in_use
+        self.looked = 0.0
 
     def run(self):
-        """Until the other half is gone. If the engine fails it is unusable from then on, and everybody hears why."""
+        """Work until the other half is gone. An engine that fails is unusable from then on, and
+        everybody hears why."""
         try:
-            self.tell()
+            self.tell(list(self.outbox))
             while self.take_orders(wait=not (self.engine.has_work or self.waiting)):
                 self.admit()
                 if self.engine.has_work:
                     self.collect(self.engine.step())
                 else:
-                    self.tell()
+                    self.tell(list(self.outbox))
         except ConnectionError:
             pass
         except Exception as error:
@@ -153,8 +160,9 @@ class Worker:
         self.waiting.setdefault(key, deque()).append((number, *request))
 
     def cancel(self, number):
-        """Out of the queue, or out of the engine, whose blocks are free at once."""
-        self.outbox = {name: item for name, item in self.outbox.items() if name[0] != number}
+        """Take a request out of the queue, or out of the engine, whose blocks are free at once."""
+        for name in [name for name in self.outbox if name[0] == number]:
+            del self.outbox[name]
         if self.active.pop(number, None):
             self.engine.cancel(number)
         for key, line in list(self.waiting.items()):
@@ -163,7 +171,7 @@ class Worker:
                 del self.waiting[key]
 
     def call(self, number, what, *values):
-        """A grammar takes up to a second: it is built in a thread of its own, and all else goes on."""
+        """A grammar takes up to a second, so a thread builds it while all else goes on."""
         if what == "grammar":
             self.builder.submit(self.answer, number, what, values)
         else:
@@ -175,89 +183,86 @@ class Worker:
             if what == "embed":
                 result = self.engine.embed(*values)
             elif what == "prompt_logprobs":
-                result = plain(self.engine.prompt_logprobs(*values))
+                result = plain_logprobs(self.engine.prompt_logprobs(*values))
             else:
                 self.grammars.constraint(*values)  # it stays here, under what it was made of
-        except Exception as e:
-            error = isinstance(e, UserError), str(e) if isinstance(e, UserError) else repr(e)
+        except UserError as user_error:
+            error = True, str(user_error)
+        except Exception as other:
+            error = False, repr(other)
         self.send("result", number, result, error)
 
     def admit(self):
-        """From the queue to the engine, one key after the other, so that no key's thousand requests stand before another's one."""
+        """Move requests from the queue to the engine. Keys take turns, so that no key's thousand
+        requests stand before another one's first."""
         while self.waiting and len(self.active) < self.concurrency:
             key, line = self.waiting.popitem(last=False)
             number, prompt, fields, adapter, grammar = line.popleft()
             if line:
-                self.waiting[key] = line  # to the end of the line
+                self.waiting[key] = line  # as the last of all keys
             try:
-                sampling = Sampling(
-                    **{
-                        **fields,
-                        "constraint": self.grammars.constraint(*grammar) if grammar else None,
-                    }
-                )
+                sampling = Sampling(**fields)
+                if grammar:
+                    sampling.constraint = self.grammars.constraint(*grammar)
                 self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
-                self.active[number] = Active(sampling.n, time.monotonic())
+                self.active[number] = Active(sampling.n)
+                self.admitted.append((number, time.monotonic()))
             except UserError as error:
-                self.outbox[number, 0] = [number, 0.0, 0, "", [], None, "error", str(error)]
+                self.outbox[number, 0] = Delta(number, 0, "", [], None, "error", str(error))
                 self.tell([(number, 0)])
 
     # -- answers go out
     def collect(self, deltas):
-        """Several steps' tokens of an answer go out as one, more often than an eye can tell, the more streams the more: what
-        the other half does with them costs the machine time. A first token and an end never wait."""
-        now, urgent = time.monotonic(), set()
-        for d in deltas:
-            if (request := self.active.get(d.request_id)) is None:
-                continue  # cancelled
-            name = d.request_id, d.index
-            item = self.outbox.get(name)
-            if item is None:
-                item = self.outbox[name] = [
-                    d.request_id,
-                    request.admitted,
-                    d.index,
-                    "",
-                    [],
-                    None,
-                    None,
-                    None,
-                ]
-            item[3] += d.text
-            item[4] += d.token_ids
-            if d.logprobs is not None:
-                item[5] = (item[5] or []) + plain(d.logprobs)
-            if d.finish_reason:
-                item[6], item[7] = d.finish_reason, d.error
+        """Keep deltas until it is time to tell them.
+
+        Several steps' tokens of an answer go out as one, more often than an eye can tell; the more
+        streams there are, the more, as what the other half does with them costs the machine time.
+        A first token and an end never wait."""
+        urgent = set()
+        for delta in deltas:
+            request = self.active.get(delta.request_id)
+            if request is None:
+                continue  # it was cancelled
+            name = delta.request_id, delta.index
+            if name in self.outbox:
+                self.outbox[name].add(delta)
+            else:
+                self.outbox[name] = delta
+            if delta.finish_reason:
                 request.unfinished -= 1
                 if request.unfinished == 0:
-                    del self.active[d.request_id]
-            if d.finish_reason or not request.begun:
+                    del self.active[delta.request_id]
+            if delta.finish_reason or not request.begun:
                 request.begun = True
                 urgent.add(name)
-        if now - self.sent >= min(0.005 * len(self.active), 0.05):
-            self.tell()
+        now = time.monotonic()
+        if now - self.told >= min(0.005 * len(self.active), 0.05):
+            self.told = now
+            self.tell(list(self.outbox))
         elif urgent:
             self.tell(urgent)
 
-    def tell(self, names=None):
-        """Send what these answers have got, or all have, and the engine's state."""
+    def tell(self, names):
+        """Send what these answers have got, and how the engine is."""
+        items = []
+        for name in names:
+            d = self.outbox.pop(name)
+            logprobs = None if d.logprobs is None else plain_logprobs(d.logprobs)
+            items.append((*name, d.text, d.token_ids, logprobs, d.finish_reason, d.error))
         now = time.monotonic()
-        if names is None:
-            items, self.outbox, self.sent = list(self.outbox.values()), {}, now
-        else:
-            items = [self.outbox.pop(name) for name in names]
         if now - self.looked > 1:
-            self.machine, self.looked = machine(), now
-        self.send(
-            "deltas", {**self.engine.stats(), "active": len(self.active), **self.machine}, items
-        )
+            self.looked = now
+            self.memory = memory_in_use()
+        stats = {**self.engine.stats(), "active": len(self.active), **self.memory}
+        self.send("deltas", stats, self.admitted, items)
+        self.admitted = []
 
 
-def machine():
+def memory_in_use():
     """What the engine's process and its GPU use, in bytes."""
     memory = gpu = None
-    if (statm := Path("/proc/self/statm")).is_file():
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
         memory = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
         gpu = {
@@ -268,15 +273,41 @@ def machine():
     return {"memory": memory, "gpu": gpu}
 
 
-# -------------------------------------------------------------------------- the end that HTTP holds
-NUMBERS = itertools.count()
+def fork_front(engine, concurrency):
+    """Fork. This process goes on as the engine's, and ends here when the other one has. The new
+    one returns, to speak HTTP, with its end of the socket; it has the tokenizer and all else in
+    memory, and never computes."""
+    front, back = socket.socketpair()
+    with warnings.catch_warnings():
+        # Python warns of threads: they are the engine's, they wait, and the child needs none.
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        back.close()
+        os.setpgrp()  # Ctrl-C reaches the first process, which passes it on
+        with contextlib.suppress(OSError):
+            cores = os.sched_getaffinity(0)
+            if len(cores) > 1:  # one is left to the engine's own thread, for which all others wait
+                os.sched_setaffinity(0, cores - {min(cores)})
+            os.nice(10)  # a step comes first
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        return front
+    front.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    Worker(engine, back, concurrency).run()
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
+# ------------------------------------------------------------------------------ the side of HTTP
 class Inbox:
-    """What has come for a request, whose one task waits for it: a list and a future, for a Queue costs a task a token."""
+    """Holds what has come for a request until its one task takes it. It is a list and a future,
+    because asyncio.Queue with a time limit costs a task a token."""
 
     def __init__(self):
-        self.loop, self.items, self.waiter = asyncio.get_running_loop(), [], None
+        self.loop = asyncio.get_running_loop()
+        self.items = []
+        self.waiter = None
 
     def put(self, *items):
         self.items += items
@@ -286,16 +317,18 @@ class Inbox:
     async def get(self, seconds):
         """Everything that is there; [] if nothing comes in so many seconds."""
         if not self.items:
-            self.waiter, timer = self.loop.create_future(), self.loop.call_later(seconds, self.put)
+            self.waiter = self.loop.create_future()
+            timer = self.loop.call_later(seconds, self.put)
             await self.waiter
             timer.cancel()
-        items, self.items = self.items, []
+        items = self.items
+        self.items = []
         return items
 
 
 @dataclass(eq=False)
 class Job:
-    """One prompt on its way through the engine. Its answers arrive in `inbox`, which the jobs of a request share."""
+    """One prompt on its way through the engine. All jobs of a request share its `inbox`."""
 
     prompt: list
     sampling: Sampling
@@ -304,25 +337,32 @@ class Job:
     key: str  # whose it is: keys take turns
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
-    number: int = field(default_factory=NUMBERS.__next__)
+    number: int | None = None  # its name in the engine, once it is submitted
     created: float = field(default_factory=time.monotonic)
     admitted: float = 0.0  # when it left the queue
     first: float = 0.0  # when its first token came
     tokens: int = 0
-    unfinished: int = 1
+    unfinished: int = 0  # answers
     reason: str = "abort"  # why it ended
 
 
 class EngineClient(asyncio.Protocol):
-    """The way to the Worker: orders go out, answers come in, nothing waits for a step."""
+    """Sends orders to the Worker and takes its answers; nothing here waits for a step."""
 
     def __init__(self):
-        self.jobs, self.calls, self.buffer, self.transport = {}, {}, bytearray(), None
-        self.stats, self.made = {}, deque(maxlen=256)  # made: (time, tokens since the start)
-        self.broken, self.lost = "not serving", False
+        self.numbers = itertools.count()
+        self.jobs = {}  # {number: Job}
+        self.calls = {}  # {number: future of a result}
+        self.buffer = bytearray()
+        self.transport = None
+        self.stats = {}  # the engine's, as they last came
+        self.made = deque(maxlen=256)  # (time, tokens since the start)
+        self.broken = "not serving"  # why there is no engine, or None
+        self.lost = False  # the engine's process is gone
 
     def connection_made(self, transport):
-        self.transport, self.broken = transport, None
+        self.transport = transport
+        self.broken = None
 
     def connection_lost(self, error):
         self.lost = True
@@ -333,72 +373,78 @@ class EngineClient(asyncio.Protocol):
         for what, *values in messages(self.buffer):
             getattr(self, what)(*values)
 
+    # -- orders go out
     def submit(self, job):
+        job.number = next(self.numbers)
+        job.unfinished = job.sampling.n
         self.jobs[job.number] = job
-        self.transport.write(
-            message(
-                "submit",
-                job.number,
-                job.key,
-                job.prompt,
-                vars(job.sampling),
-                job.adapter,
-                job.grammar,
-            )
-        )
+        request = job.prompt, vars(job.sampling), job.adapter, job.grammar
+        self.transport.write(message("submit", job.number, job.key, *request))
 
     def close(self, job):
-        """It is over, in whatever way: what is left of it goes out of the engine."""
-        if self.jobs.pop(job.number, None) and job.unfinished and not self.broken:
+        """A job is over, in whatever way: what is left of it goes out of the engine."""
+        known = self.jobs.pop(job.number, None)
+        if known and job.unfinished and not self.broken:
             self.transport.write(message("cancel", job.number))
 
     async def call(self, what, *values):
-        """embed, prompt_logprobs or grammar, between two steps."""
+        """Ask for embed, prompt_logprobs or grammar, between two steps -> its result."""
         if self.broken:
             raise Refusal(503, self.broken)
-        number, future = next(NUMBERS), asyncio.get_running_loop().create_future()
+        number = next(self.numbers)
         order = message("call", number, what, *values)
-        self.calls[number] = future
+        self.calls[number] = asyncio.get_running_loop().create_future()
         self.transport.write(order)
-        return await future
+        return await self.calls[number]
 
-    # -- what comes from the engine
-    def deltas(self, stats, items):
-        now, self.stats = time.monotonic(), stats
+    # -- answers come in
+    def deltas(self, stats, admitted, items):
+        now = time.monotonic()
+        self.stats = stats
         self.made.append((now, stats["generated_tokens"]))
-        for number, admitted, index, text, ids, logprobs, reason, error in items:
-            if (job := self.jobs.get(number)) is None:
+        for number, when in admitted:
+            if number in self.jobs:
+                self.jobs[number].admitted = when
+        for number, index, text, ids, logprobs, reason, error in items:
+            job = self.jobs.get(number)
+            if job is None:
                 continue  # it was closed
-            job.admitted, job.first, job.tokens = (
-                admitted,
-                job.first or (now if ids else 0.0),
-                job.tokens + len(ids),
-            )
+            job.tokens += len(ids)
+            if ids and not job.first:
+                job.first = now
             if reason:
-                job.unfinished, job.reason = job.unfinished - 1, reason
-            logprobs = logprobs and [TokenLogprob(*t) for t in logprobs]
+                job.unfinished -= 1
+                job.reason = reason
+            if logprobs is not None:
+                logprobs = token_logprobs(logprobs)
             job.inbox.put((job.position, Delta(number, index, text, ids, logprobs, reason, error)))
 
     def result(self, number, value, error):
         future = self.calls.pop(number)
         if future.done():
             return  # nobody waits any more
-        if error:
-            future.set_exception(UserError(error[1]) if error[0] else RuntimeError(error[1]))
-        else:
+        if error is None:
             future.set_result(value)
+            return
+        by_user, why = error
+        future.set_exception(UserError(why) if by_user else RuntimeError(why))
 
     def failed(self, why):
         self.broken = self.broken or why
         for future in self.calls.values():
-            future.done() or future.set_exception(Refusal(503, self.broken))
+            if not future.done():
+                future.set_exception(Refusal(503, self.broken))
         for job in self.jobs.values():
             job.inbox.put(Refusal(500, self.broken))
 
+    def queue_length(self):
+        return max(0, len(self.jobs) - self.stats.get("active", 0))
+
     def tokens_per_second(self):
-        recent = [pair for pair in self.made if pair[0] > time.monotonic() - 10]
-        return (
-            (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
-            if len(recent) > 1
-            else 0.0
-        )
+        """Over the last ten seconds."""
+        now = time.monotonic()
+        recent = [(at, made) for at, made in self.made if at > now - 10]
+        if len(recent) < 2:
+            return 0.0
+        (begin, before), (end, after) = recent[0], recent[-1]
+        return (after - before) / (end - begin)

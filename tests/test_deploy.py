@@ -536,10 +536,11 @@ def test_requests_go_to_the_replica_that_works(folder):
             ask = lambda: httpx.post(url + "/v1/chat/completions", json=CHAT, timeout=20)  # noqa: E731
             one.service.draining = True
             assert [ask().status_code for _ in range(6)] == [200] * 6 and not one.engine.made
-            until(lambda: two.service.depth == 0)  # the last answer is out before its place is free
-            one.service.draining, one.service.depth, two.service.depth = False, 1, 1
+            until(lambda: two.service.client.jobs == {})  # an answer is out before its place is free
+            one.service.draining = False
+            one.service.args.concurrency = two.service.args.concurrency = 0  # both are full
             assert ask().status_code == 429 and int(ask().headers["retry-after"])
-            one.service.depth = two.service.depth = 0
+            one.service.args.concurrency = two.service.args.concurrency = 1
             until(lambda: ask().status_code == 200)
             stopped = SimpleNamespace(port=one.port)
     with balanced(folder, stopped, SimpleNamespace(port=two.port)) as url:

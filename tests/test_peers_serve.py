@@ -241,7 +241,7 @@ def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
     print(f"{cases:,} cases")
     assert cases > 3000, done.stdout[-3000:]
     assert HTTP.get(real.url + "/ready").status_code == 200
-    until(lambda: real.service.depth == 0 and real.engine.stats()["blocks_used"] == 0)
+    until(lambda: real.service.client.jobs == {} and real.engine.stats()["blocks_used"] == 0)
 
 
 @pytest.mark.slow

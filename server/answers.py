@@ -1,0 +1,429 @@
+"""What goes back to a client in OpenAI's shapes: deltas become the events of a stream, or one body.
+
+    answer = ChatAnswer(tok, body, request_id, model, [prompt])
+    async for events in answer.stream(batches): ...    # bytes of server-sent events
+    body = await answer.whole(batches)                 # or the same at once, as a dict
+
+batches is an async iterator of lists of (number of the prompt, Delta).
+"""
+
+import base64
+import json
+import re
+import secrets
+import struct
+import time
+from dataclasses import dataclass, field
+
+from server.api import Refusal, offered_functions
+
+DONE = b"data: [DONE]\n\n"  # where a stream ends
+compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def json_bytes(value):
+    """JSON that any decoder takes, whatever half characters a caller put into what is repeated."""
+    return compact_json(value).encode("utf-8", "replace")
+
+
+def server_sent_event(value):
+    return b"data: " + json_bytes(value) + b"\n\n"
+
+
+# ------------------------------------------------------------------------------------- tool calls
+TOOL_CALL = "<tool_call>"
+
+
+class ToolCalls:
+    """Splits an answer, as it streams, into text and tool calls: Qwen's <tool_call> tags, or an
+    answer that is nothing but a call in JSON."""
+
+    def __init__(self, names, most=None):
+        self.names = names  # of the functions that may be called; none: all is text
+        self.most = most  # so many calls at most
+        self.held = ""  # what may still become a call
+        self.begun = False  # something certainly was text
+        self.calling = False  # what is held looks like a call
+
+    def push(self, text):
+        """-> the part that is certainly text."""
+        if not self.names:
+            return text
+        self.held += text
+        begin = self.held.lstrip()
+        if self.calling or not begin:
+            return ""
+        if not self.begun and begin[0] in "{[":  # a call without tags, perhaps: the end will tell
+            self.calling = True
+            return ""
+        self.begun = True
+        at = self.held.find(TOOL_CALL)
+        self.calling = at >= 0
+        if not self.calling:
+            at = len(self.held) - self.tag_begun()
+        text = self.held[:at]
+        self.held = self.held[at:]
+        return text
+
+    def tag_begun(self):
+        """How many characters at the end may be the beginning of a tag."""
+        for n in range(len(TOOL_CALL) - 1, 0, -1):
+            if self.held.endswith(TOOL_CALL[:n]):
+                return n
+        return 0
+
+    def finish(self):
+        """-> (text left over, calls in OpenAI's shape)."""
+        if not self.calling:
+            return self.held, []
+        tagged = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", self.held, re.S)
+        calls = []
+        for text in tagged or [self.held]:
+            try:
+                parsed = json.loads(text)
+                for call in parsed if isinstance(parsed, list) else [parsed]:
+                    name = call["name"]
+                    arguments = call["arguments"] if "arguments" in call else call["parameters"]
+                    if tagged or name in self.names:
+                        calls.append(tool_call(len(calls), str(name), arguments))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # it only looked like a call
+        return ("", calls[: self.most]) if calls else (self.held, [])
+
+
+def tool_call(index, name, arguments):
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    call_id = "call_" + secrets.token_hex(6)
+    return {"index": index, "id": call_id, "type": "function", "function": function}
+
+
+# --------------------------------------------------------------------------------------- logprobs
+def spell(tok, i):
+    """A token as (text, bytes): whole characters, or its bytes spelled out, never U+FFFD."""
+    data = tok.token_bytes(i) or tok.decode([i]).encode()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    return text, list(data)
+
+
+def finite(logprob):
+    """JSON has no infinity."""
+    return max(logprob, -9999.0)
+
+
+def chat_logprobs(tok, logprobs):
+    """A list of TokenLogprob in the chat's shape."""
+
+    def entry(i, logprob):
+        text, data = spell(tok, i)
+        return {"token": text, "logprob": finite(logprob), "bytes": data, "id": i}
+
+    content = []
+    for token in logprobs:
+        top = [entry(i, logprob) for i, logprob in token.top]
+        content.append({**entry(token.id, token.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tok, logprobs, offsets, with_ids):
+    """A list of TokenLogprob in the completions' shape; offsets: where in the text each begins."""
+    shown = {"tokens": [], "text_offset": offsets, "top_logprobs": [], "token_logprobs": []}
+    ids = []
+    for token in logprobs:
+        top, top_ids = {}, {}
+        for i, logprob in token.top:
+            text, _ = spell(tok, i)
+            if text not in top:  # of two that read the same the likelier one stays
+                top[text] = finite(logprob)
+                top_ids[text] = i
+        first = token.logprob is None  # nothing comes before a prompt's first token
+        shown["tokens"].append(spell(tok, token.id)[0])
+        shown["token_logprobs"].append(None if first else finite(token.logprob))
+        shown["top_logprobs"].append(top or None)
+        ids.append(top_ids)
+    if with_ids:
+        shown["top_token_ids"] = ids
+    return shown
+
+
+# ------------------------------------------------------------------------------------- one choice
+@dataclass
+class Choice:
+    """One of the answers that a request gets, as far as it has come."""
+
+    index: int
+    decoder: object  # a tokenizer's Stream behind the prompt: says where in the text tokens begin
+    calls: ToolCalls
+    cut: bool = False  # the prompt ends within a character, and the text has not begun
+    awaited: bool = False  # that character is not whole yet
+    text: str = ""
+    token_ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    offsets: list = field(default_factory=list)  # where in the text each token begins
+    end: int = 0  # characters that the tokens up to here decode to
+    found: list = field(default_factory=list)  # tool calls, when all is said
+    reason: str | None = None  # why it ended
+    around: list | None = None  # bytes before and after the text of its events
+
+    def take(self, deltas):
+        """Deltas in their order -> (new visible text, new ids, their logprobs)."""
+        text, ids, logprobs = "", [], []
+        for delta in deltas:
+            text += delta.text
+            ids += delta.token_ids
+            logprobs += delta.logprobs or []
+        if self.cut or logprobs:
+            decoded = self.place(self.decoder, ids)
+            text = self.mend(text, decoded)
+        reason = deltas[-1].finish_reason
+        if reason:
+            text = text.removesuffix("\ufffd")  # who ends within a character ends before it
+        text = self.calls.push(text)
+        if reason:
+            rest, self.found = self.calls.finish()
+            text += rest
+            self.reason = "tool_calls" if self.found else {"abort": "stop"}.get(reason, reason)
+        self.text += text
+        self.token_ids += ids
+        self.logprobs += logprobs
+        return text, ids, logprobs
+
+    def place(self, decoder, ids):
+        """Note where each token begins -> the text they are; a part of a character begins where
+        the character does."""
+        text = ""
+        for i in ids:
+            self.offsets.append(self.end + len(text))
+            text += decoder.push(i)
+        self.end += len(text)
+        return text
+
+    def mend(self, text, decoded):
+        """Text of the engine -> the same, with the character whole within which the prompt ended.
+
+        The engine decodes only what it makes, and shows each byte that ends that character as
+        U+FFFD. The decoder, which has seen the prompt, has it whole."""
+        first = ""
+        if self.awaited and decoded:
+            self.awaited = False
+            first = decoded[0].replace("\ufffd", "")
+        if self.cut:
+            text = text.lstrip("\ufffd")
+            self.cut = not text
+        return first + text
+
+
+def decoder_behind(tok, prompt):
+    """A Stream for what follows a prompt, which may end within a character."""
+    before = tok.stream()
+    for i in prompt[-4:]:  # no character is longer
+        before.push(i)
+    stream = tok.stream(skip_special=True)
+    stream.decoder.setstate(before.decoder.getstate())
+    return stream
+
+
+# ------------------------------------------------------------------------------- all of an answer
+MARK = "the text's place"
+
+
+class Answer:
+    """All choices of one request: `stream` and `whole` gather their deltas and show them."""
+
+    # what a chat and a completion call themselves: the id's beginning, the body, an event
+    kind = body_object = event_object = ""
+
+    def __init__(self, tok, body, request_id, model, prompts):
+        self.tok = tok
+        self.body = body
+        self.n = body.n or 1  # choices of each prompt
+        self.prompt_tokens = sum(map(len, prompts))
+        self.head = {
+            "id": f"{self.kind}-{request_id}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": None,
+        }
+        self.choices = []
+        for prompt in prompts:
+            for _ in range(self.n):
+                decoder = decoder_behind(tok, prompt)
+                self.choices.append(Choice(len(self.choices), decoder, self.tool_calls()))
+
+    def tool_calls(self):
+        return ToolCalls({})
+
+    # What a chat and a completion show differently.
+    def opening(self):
+        """The events that a stream begins with, as bytes."""
+
+    def text_field(self, text):
+        """New text in an event's choice; "" in the one that ends it."""
+
+    def show_logprobs(self, choice, logprobs):
+        """TokenLogprobs in OpenAI's shape."""
+
+    def whole_field(self, choice):
+        """All of its text in a body's choice."""
+
+    def stream_events(self, batch):
+        """One batch -> bytes: the deltas of a choice may be many, one event shows them."""
+        by_choice = {}
+        for position, delta in batch:
+            by_choice.setdefault(position * self.n + delta.index, []).append(delta)
+        return b"".join([self.events(self.choices[i], by_choice[i]) for i in by_choice])
+
+    async def stream(self, batches):
+        """-> bytes of server-sent events: the opening, text as it comes, finish_reason once for
+        each choice, usage if asked for, and DONE, which ends the last piece and nothing else."""
+        out = self.opening()
+        try:
+            async for batch in batches:
+                out += self.stream_events(batch) if batch else b": keep-alive\n\n"
+                # The last events go out together with what ends the stream.
+                if out and not all(choice.reason for choice in self.choices):
+                    yield out
+                    out = b""
+            if self.body.stream_options and self.body.stream_options.include_usage:
+                out += self.event(choices=[], usage=self.usage())
+        except Refusal as refusal:  # the status line is long gone: the error is an event
+            out += server_sent_event(refusal.body)
+        yield out + DONE
+
+    async def whole(self, batches):
+        """-> the body of a request that is not streamed, as a dict."""
+        async for batch in batches:
+            for position, delta in batch:
+                self.choices[position * self.n + delta.index].take([delta])
+        choices = []
+        for choice in self.choices:
+            reason = choice.reason or "length"
+            what = self.whole_field(choice)
+            choices.append(self.shown(choice, what, choice.logprobs, reason, choice.token_ids))
+        return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
+
+    def usage(self):
+        made = sum(len(choice.token_ids) for choice in self.choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+        }
+
+    def event(self, **what):
+        return server_sent_event({**self.head, "object": self.event_object, **what})
+
+    def shown(self, choice, what, logprobs=(), reason=None, ids=()):
+        """A choice in OpenAI's shape; what: its field for the text."""
+        logprobs = self.show_logprobs(choice, logprobs) if logprobs else None
+        shown = {"index": choice.index, **what, "finish_reason": reason, "logprobs": logprobs}
+        if self.body.return_token_ids:
+            shown["token_ids"] = ids
+        return shown
+
+    def choice_event(self, *shown, **more):
+        return self.event(choices=[self.shown(*shown, **more)])
+
+    def events(self, choice, deltas):
+        """What a choice's new deltas are as events; finish_reason comes once."""
+        text, ids, logprobs = choice.take(deltas)
+        if logprobs or (ids and self.body.return_token_ids):
+            out = self.choice_event(choice, self.text_field(text), logprobs, ids=ids)
+        elif text:
+            out = self.text_event(choice, text)
+        else:
+            out = b""
+        if choice.found:
+            out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
+        if choice.reason:
+            out += self.choice_event(choice, self.text_field(""), reason=choice.reason)
+        return out
+
+    def text_event(self, choice, text):
+        """An event with nothing but text, as most are: what surrounds the text is made once."""
+        if choice.around is None:
+            event = self.choice_event(choice, self.text_field(MARK))
+            choice.around = event.split(json_bytes(MARK))
+        return json_bytes(text).join(choice.around)
+
+
+class ChatAnswer(Answer):
+    kind = "chatcmpl"
+    body_object = "chat.completion"
+    event_object = "chat.completion.chunk"
+
+    def tool_calls(self):
+        most = 1 if self.body.parallel_tool_calls is False else None
+        return ToolCalls(offered_functions(self.body), most)
+
+    def opening(self):
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return b"".join(self.choice_event(choice, role) for choice in self.choices)
+
+    def text_field(self, text):
+        return {"delta": {"content": text} if text else {}}
+
+    def show_logprobs(self, choice, logprobs):
+        return chat_logprobs(self.tok, logprobs)
+
+    def whole_field(self, choice):
+        content = choice.text or (None if choice.found else "")
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if choice.found:
+            for call in choice.found:
+                del call["index"]  # which only a stream needs
+            message["tool_calls"] = choice.found
+        return {"message": message}
+
+
+class TextAnswer(Answer):
+    kind = "cmpl"
+    body_object = event_object = "text_completion"
+
+    def __init__(self, tok, body, request_id, model, prompts, scored=None):
+        """scored: the TokenLogprobs of each prompt's tokens, if they are to be shown."""
+        super().__init__(tok, body, request_id, model, prompts)
+        for choice in self.choices:
+            choice.cut = choice.awaited = bool(choice.decoder.decoder.getstate()[0])
+            if body.echo:
+                position = choice.index // self.n
+                self.repeat(choice, prompts[position], scored[position] if scored else [])
+
+    def repeat(self, choice, prompt, scored):
+        """Begin a choice with its prompt, without the beginning-of-text that the caller did not
+        write and the character that its last bytes only begin."""
+        text = self.tok.decode(prompt)
+        if self.tok.bos_id is not None:
+            text = text.removeprefix(self.tok.decode([self.tok.bos_id]))
+            if scored and scored[0].id == self.tok.bos_id:
+                scored = scored[1:]
+        choice.text = text.removesuffix("\ufffd") if choice.cut else text
+        choice.logprobs = list(scored)
+        choice.place(self.tok.stream(), [token.id for token in scored])
+        choice.end = len(choice.text)
+
+    def opening(self):
+        out = b""
+        for choice in self.choices:
+            if choice.text:
+                out += self.choice_event(choice, self.text_field(choice.text), choice.logprobs)
+        return out
+
+    def text_field(self, text):
+        return {"text": text}
+
+    def show_logprobs(self, choice, logprobs):
+        offsets = choice.offsets[-len(logprobs) :]
+        return completion_logprobs(self.tok, logprobs, offsets, self.body.return_token_ids)
+
+    def whole_field(self, choice):
+        return {"text": choice.text}
+
+
+def encode_vector(vector, form):
+    """An embedding as a client asks for it: a list, or the base64 of its float32."""
+    if form != "base64":
+        return vector
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
