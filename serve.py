@@ -39,7 +39,16 @@ from runtime import lost_rank_explained
 from server import api
 from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector, spell
 from server.api import Refusal
-from server.door import JSON, SHOWN_ERRORS, Door, Measures, invalid, listen, read_keys, show_error
+from server.door import (
+    SHOWN_ERRORS,
+    Door,
+    Measures,
+    invalid,
+    json_response,
+    listen,
+    read_keys,
+    show_error,
+)
 from server.worker import EngineClient, Inbox, Job, Worker, fork_front, token_logprobs
 
 PAGE = Path(__file__).with_name("ui.html")
@@ -193,7 +202,7 @@ class Reply:
                 await self.write_stream(send)
             else:
                 body = await self.answer.whole(self.batches)
-                await JSON(body)(scope, receive, send)
+                await json_response(body)(scope, receive, send)
         except asyncio.CancelledError:
             # Cancelled by neither of the two: by the server, which is shutting down.
             if not gone.done() and loop.time() < timer.when():
@@ -348,7 +357,7 @@ async def embeddings(body: api.EmbeddingRequest, request: Request):
         data.append({"object": "embedding", "index": i, "embedding": shown})
     used = sum(map(len, prompts))
     usage = {"prompt_tokens": used, "total_tokens": used}
-    return JSON({"object": "list", "model": model, "usage": usage, "data": data})
+    return json_response({"object": "list", "model": model, "usage": usage, "data": data})
 
 
 @routes.get("/v1/models")
@@ -382,9 +391,8 @@ async def tokenize(body: api.TokenizeRequest, request: Request):
         chat = tok, body.messages, None, body.add_generation_prompt
         ids = await aside(request, api.chat_prompt, *chat)
     texts = [spell(tok, i)[0] for i in ids]
-    count = len(ids)
-    context = service.context
-    return JSON({"tokens": ids, "count": count, "max_model_len": context, "token_strs": texts})
+    shown = {"tokens": ids, "count": len(ids), "token_strs": texts}
+    return json_response({**shown, "max_model_len": service.context})
 
 
 @routes.post("/detokenize")
@@ -392,7 +400,7 @@ async def detokenize(body: api.DetokenizeRequest, request: Request):
     tok = request.app.state.service.tok
     if not all(0 <= i < tok.vocab_size for i in body.tokens):
         raise Refusal(400, f"ids go from 0 to {tok.vocab_size - 1}")
-    return JSON({"prompt": tok.decode(body.tokens)})
+    return json_response({"prompt": tok.decode(body.tokens)})
 
 
 @routes.get("/health")

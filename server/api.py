@@ -56,20 +56,22 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What both endpoints take. null means the default, as OpenAI has it."""
+    """What both endpoints take. null means the default, as OpenAI has it.
+
+    Most bounds are Sampling's (see Sampling.check); here are those that keep a request small."""
 
     model: str | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=10**6)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
-    max_tokens: int | None = Field(None, ge=0, le=10**9)
-    max_completion_tokens: int | None = Field(None, ge=1, le=10**9)
-    min_tokens: int | None = Field(None, ge=0, le=10**6)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | Annotated[list[str], Field(max_length=64)] | None = None
@@ -161,30 +163,29 @@ def chat_prompt(tok, messages, tools=None, answer=True):
 def offered_functions(body):
     """The functions that the model may call: {name: OpenAI's description of it}."""
     functions = {}
-    if body.tool_choice != "none":
-        for tool in body.tools or ():
-            function = tool.get("function")
-            if isinstance(function, dict) and isinstance(function.get("name"), str):
-                functions[function["name"]] = function
-    return functions
-
-
-def forced_call(body, tok):
-    """tool_choice "required", or one function -> the grammar of the only answers allowed:
-    ("json", schema, and perhaps the texts before and after). None: the model may choose."""
     for tool in body.tools or ():
         kind = tool.get("type", "function")
         if kind != "function":
             message = f"tools of type {kind!r} are not supported, only functions"
             raise Refusal(400, message, param="tools")
-    choice, functions = body.tool_choice, offered_functions(body)
+        function = tool.get("function")
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            functions[function["name"]] = function
+    return {} if body.tool_choice == "none" else functions
+
+
+def forced_call(body, tok):
+    """tool_choice "required", or one function -> the grammar of the only answers allowed:
+    ("json", schema, and perhaps the texts before and after). None: the model may choose."""
+    functions = offered_functions(body)
+    choice = body.tool_choice
     if choice in (None, "auto", "none"):
         return None
-    if isinstance(choice, dict):
-        named = choice.get("function")
-        name = named.get("name") if isinstance(named, dict) else None
-        functions = {name: functions[name]} if name in list(functions) else {}
-    if not functions or (isinstance(choice, str) and choice != "required"):
+    if choice != "required":
+        named = choice.get("function") if isinstance(choice, dict) else None
+        chosen = named.get("name") if isinstance(named, dict) else None
+        functions = {name: functions[name] for name in functions if name == chosen}
+    if not functions:
         message = f"tool_choice {choice!r} is not none, auto, required or one of the tools"
         raise Refusal(400, message, param="tool_choice")
     arguments = "parameters" if "<|start_header_id|>" in tok.special else "arguments"

@@ -117,15 +117,12 @@ class Measures:
 
 
 # ------------------------------------------------------------------------------------------ errors
-class JSON(Response):
-    media_type = "application/json"
-
-    def render(self, content):
-        return json_bytes(content)
+def json_response(content, status=200, headers=None):
+    return Response(json_bytes(content), status, headers, "application/json")
 
 
 def refused(refusal):
-    return JSON(refusal.body, refusal.status_code, refusal.headers)
+    return json_response(refusal.body, refusal.status_code, refusal.headers)
 
 
 def invalid(errors):

@@ -28,8 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from common import UserError
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
@@ -118,7 +116,7 @@ class Worker:
         self.grammars = Grammars(engine.tok)
         self.builder = ThreadPoolExecutor(1, "grammar")
         self.lock = threading.Lock()  # of the socket
-        self.memory = {}  # see memory_in_use
+        self.memory = None
         self.looked = 0.0
 
     def run(self):
@@ -246,31 +244,25 @@ class Worker:
         """Send what these answers have got, and how the engine is."""
         items = []
         for name in names:
-            d = self.outbox.pop(name)
-            logprobs = None if d.logprobs is None else plain_logprobs(d.logprobs)
-            items.append((*name, d.text, d.token_ids, logprobs, d.finish_reason, d.error))
+            delta = self.outbox.pop(name)
+            if delta.logprobs is not None:
+                delta.logprobs = plain_logprobs(delta.logprobs)
+            items.append(list(vars(delta).values()))
         now = time.monotonic()
         if now - self.looked > 1:
             self.looked = now
             self.memory = memory_in_use()
-        stats = {**self.engine.stats(), "active": len(self.active), **self.memory}
+        stats = self.engine.stats() | {"active": len(self.active), "memory": self.memory}
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
 
 
 def memory_in_use():
-    """What the engine's process and its GPU use, in bytes."""
-    memory = gpu = None
+    """Bytes that this process has in memory, where the system tells (Linux)."""
     statm = Path("/proc/self/statm")
-    if statm.is_file():
-        memory = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if torch.cuda.is_available():
-        gpu = {
-            "name": torch.cuda.get_device_name(),
-            "allocated": torch.cuda.memory_allocated(),
-            "free": torch.cuda.mem_get_info()[0],
-        }
-    return {"memory": memory, "gpu": gpu}
+    if not statm.is_file():
+        return None
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def fork_front(engine, concurrency):
@@ -405,19 +397,20 @@ class EngineClient(asyncio.Protocol):
         for number, when in admitted:
             if number in self.jobs:
                 self.jobs[number].admitted = when
-        for number, index, text, ids, logprobs, reason, error in items:
-            job = self.jobs.get(number)
+        for fields in items:
+            delta = Delta(*fields)
+            job = self.jobs.get(delta.request_id)
             if job is None:
                 continue  # it was closed
-            job.tokens += len(ids)
-            if ids and not job.first:
+            job.tokens += len(delta.token_ids)
+            if delta.token_ids and not job.first:
                 job.first = now
-            if reason:
+            if delta.finish_reason:
                 job.unfinished -= 1
-                job.reason = reason
-            if logprobs is not None:
-                logprobs = token_logprobs(logprobs)
-            job.inbox.put((job.position, Delta(number, index, text, ids, logprobs, reason, error)))
+                job.reason = delta.finish_reason
+            if delta.logprobs is not None:
+                delta.logprobs = token_logprobs(delta.logprobs)
+            job.inbox.put((job.position, delta))
 
     def result(self, number, value, error):
         future = self.calls.pop(number)
