@@ -356,7 +356,8 @@ def shot(page, name):
 def test_an_answer_streams_in_and_says_how_it_ended(page):
     ask(page, "attention please", wait=False)
     until(page, "document.querySelector('article.assistant .body')?.textContent.length > 20")
-    assert page.is_visible("#stop") and answer(page).get_attribute("aria-busy") == "true"
+    assert page.is_visible("#stop")
+    assert answer(page).get_attribute("aria-busy") == "true"
     idle(page)
     facts = answer(page).locator(".facts").inner_text()
     assert re.fullmatch(r"[\d.]+ tok/s · \d+ tokens · first after .+ · finished", facts)
@@ -389,11 +390,9 @@ def test_an_answer_that_was_cut_can_be_continued(page, engine):
     page.fill("#s-max_tokens", "9")
     ask(page, "story")
     begun = answer(page).locator(".text").inner_text()
-    assert (
-        "length limit" in answer(page).locator(".facts").inner_text()
-        and STORY.startswith(begun)
-        and begun != STORY
-    )
+    assert "length limit" in answer(page).locator(".facts").inner_text()
+    assert STORY.startswith(begun)
+    assert begun != STORY
     page.fill("#s-max_tokens", "")
     answer(page).get_by_label("Continue this answer").click()
     idle(page)
@@ -419,9 +418,8 @@ def test_editing_a_message_branches_and_the_old_branch_stays(page):
     page.click("text=Send as a new version")
     idle(page)
     texts = page.locator("article.user .body").all_inner_texts()
-    assert (
-        texts == ["changed question"] and "You said: changed question" in answer(page).inner_text()
-    )
+    assert texts == ["changed question"]
+    assert "You said: changed question" in answer(page).inner_text()
     page.locator("article.user").first.get_by_label("Previous version").click()
     assert page.locator("article.user .body").all_inner_texts() == [
         "first question",
@@ -440,9 +438,8 @@ def test_an_answer_can_be_edited_without_asking_again(page, engine):
     answer(page).get_by_label("Edit").click()
     page.fill("article textarea", "My own words")
     page.click("text=Save as a new version")
-    assert (
-        answer(page).locator(".text").inner_text() == "My own words" and len(engine.seen) == before
-    )
+    assert answer(page).locator(".text").inner_text() == "My own words"
+    assert len(engine.seen) == before
     ask(page, "go on")
     assert "My own words" in engine.tok.decode(engine.seen[-1][0])
 
@@ -488,7 +485,8 @@ def test_a_deleted_conversation_can_be_brought_back(page):
     page.get_by_label("Delete about plums").click()
     assert page.locator("#chats li").count() == 0
     page.click("text=Undo")
-    assert page.locator("#chats li").count() == 1 and page.locator("article").count() == 2
+    assert page.locator("#chats li").count() == 1
+    assert page.locator("article").count() == 2
 
 
 def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
@@ -511,7 +509,8 @@ def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
     assert page.locator("#chats li").count() == 0
     page.set_input_files("#file", tmp_path / "c.json")
     page.wait_for_selector("#chats li")
-    assert page.evaluate(keep) == before and page.locator("article").count() == 4
+    assert page.evaluate(keep) == before
+    assert page.locator("article").count() == 4
 
 
 @pytest.mark.parametrize(
@@ -576,7 +575,8 @@ def test_system_prompt_and_sampling_reach_the_engine(page, engine):
 def test_an_adapter_is_chosen_as_a_model(page, engine):
     page.select_option("#model", "poet")
     ask(page, "rain")
-    assert engine.seen[-1][2] == "poet" and "A poem on rain" in answer(page).inner_text()
+    assert engine.seen[-1][2] == "poet"
+    assert "A poem on rain" in answer(page).inner_text()
 
 
 def test_themes_change_colours_and_last(page):
@@ -626,10 +626,8 @@ def test_an_error_is_told_in_words_and_retried(page, address):
     page.unroute("**/v1/chat/completions")
     page.get_by_role("button", name="Try again").click()
     idle(page)
-    assert (
-        answer(page).locator(".text").inner_text() == STORY
-        and page.locator("[role=alert]").count() == 0
-    )
+    assert answer(page).locator(".text").inner_text() == STORY
+    assert page.locator("[role=alert]").count() == 0
 
 
 def test_a_server_that_is_gone_is_told_in_words(page):
@@ -645,10 +643,8 @@ def test_a_stream_that_breaks_off_keeps_what_came(page):
         lambda route: route.fulfill(status=200, content_type="text/event-stream", body=chunk),
     )
     ask(page, "story")
-    assert (
-        "half an ans" in answer(page).inner_text()
-        and "closed before" in page.locator("[role=alert]").inner_text()
-    )
+    assert "half an ans" in answer(page).inner_text()
+    assert "closed before" in page.locator("[role=alert]").inner_text()
 
 
 def test_a_prompt_that_is_too_long_is_told_with_the_numbers(page):
@@ -682,20 +678,16 @@ def test_markdown_is_drawn_and_names_stay_whole(page):
     text = answer(page).locator(".text")
     assert text.locator("h3").inner_text() == "Title"
     assert "snake_case_names and __init__ alone" in text.inner_text()
-    assert text.locator("em").all_inner_texts() == ["lean"] and text.locator(
-        "strong"
-    ).all_inner_texts() == ["bold"]
-    assert text.locator("li li").inner_text() == "nested" and text.locator(
-        "td"
-    ).all_inner_texts() == ["1", "2"]
+    assert text.locator("em").all_inner_texts() == ["lean"]
+    assert text.locator("strong").all_inner_texts() == ["bold"]
+    assert text.locator("li li").inner_text() == "nested"
+    assert text.locator("td").all_inner_texts() == ["1", "2"]
     links = text.locator("a").evaluate_all(
         "all => all.map(a => [a.href, a.rel.includes('noopener')])"
     )
     assert links == [["https://arxiv.org/abs/1706.03762", True], ["https://example.com/a_b", True]]
-    assert (
-        text.locator("pre code").inner_text() == 'let open = "fence";'
-        and text.locator("blockquote").inner_text() == "quoted"
-    )
+    assert text.locator("pre code").inner_text() == 'let open = "fence";'
+    assert text.locator("blockquote").inner_text() == "quoted"
 
 
 def test_markdown_of_any_text_ends_and_loses_no_letter(page):
@@ -729,7 +721,8 @@ def test_token_view_shades_and_lists_the_alternatives(page):
     )
     tokens.nth(3).hover()
     rows = page.locator("#alternatives button")
-    assert page.is_visible("#alternatives") and rows.count() >= 5
+    assert page.is_visible("#alternatives")
+    assert rows.count() >= 5
     assert page.locator("#alternatives button[aria-current]").count() == 1
     page.mouse.move(5, 5)
     page.wait_for_selector("#alternatives", state="hidden")
@@ -746,7 +739,8 @@ def test_choosing_an_alternative_continues_from_there(page, engine):
     idle(page)
     prompt, sampling, _ = engine.seen[-1]
     begun = engine.tok.decode(prompt).rpartition("assistant\n")[2]
-    assert begun == "".join(texts[:4]) + chosen and sampling.logprobs
+    assert begun == "".join(texts[:4]) + chosen
+    assert sampling.logprobs
     assert answer(page).locator(".pages").inner_text().split() == ["2", "/", "2"]
     shown = "".join(answer(page).locator(".tok").all_inner_texts()[:-1]).replace("↵", "")
     assert shown == begun + " and that is another way to say it."
@@ -767,10 +761,8 @@ def test_an_alternative_within_a_character_is_gone_on_from(page, engine):
     assert engine.tok.token_bytes(prompt[-1]) and "\ufffd" in engine.tok.decode(
         prompt
     )  # it ends within a character
-    assert (
-        answer(page).locator(".tok").count() > part + 3
-        and "\ufffd" not in page.locator("#log").inner_text()
-    )
+    assert answer(page).locator(".tok").count() > part + 3
+    assert "\ufffd" not in page.locator("#log").inner_text()
 
 
 def test_the_tokens_can_be_walked_with_the_keyboard(page):
@@ -786,9 +778,8 @@ def test_the_tokens_can_be_walked_with_the_keyboard(page):
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.closest('#alternatives') !== null")
     page.keyboard.press("Escape")
-    assert page.is_hidden("#alternatives") and page.evaluate(
-        "document.activeElement.className"
-    ).startswith("tok")
+    assert page.is_hidden("#alternatives")
+    assert page.evaluate("document.activeElement.className").startswith("tok")
 
 
 # -------------------------------------------------------------------------------- compare, training
@@ -804,22 +795,23 @@ def test_compare_asks_two_models_the_same(page, engine):
         "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))",
     )
     left, right = page.locator(".side .answer").all_inner_texts()
-    assert "You said: snow" in left and "A poem on snow" in right
+    assert "You said: snow" in left
+    assert "A poem on snow" in right
     last = {a: (engine.tok.decode(p), s.temperature) for p, s, a in engine.seen[-2:]}
-    assert (
-        "Be kind." in last[None][0]
-        and "Be kind." not in last["poet"][0]
-        and (last[None][1], last["poet"][1]) == (0.8, 0)
-    )
+    assert "Be kind." in last[None][0]
+    assert "Be kind." not in last["poet"][0]
+    assert (last[None][1], last["poet"][1]) == (0.8, 0)
 
 
 def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
     page.click("[data-view=training]")
     page.wait_for_selector("figure.first svg polyline")
     label = page.locator("figure.first svg").get_attribute("aria-label")
-    assert "pretrain-125m training from" in label and "validation" in label
+    assert "pretrain-125m training from" in label
+    assert "validation" in label
     titles = [t.split("\n")[0] for t in page.locator("figcaption").all_inner_texts()]
-    assert titles[0].startswith("Loss") and {"Tokens per second", "Gradient norm"} <= set(titles)
+    assert titles[0].startswith("Loss")
+    assert {"Tokens per second", "Gradient norm"} <= set(titles)
     assert page.locator("figure.first circle").count() == 10
     page.get_by_role("checkbox", name="wide-lr").check()
     until(page, "document.querySelectorAll('figure.first polyline').length == 6")
@@ -882,7 +874,8 @@ def test_the_focus_is_visible_and_everything_is_reached_with_tab(page):
 def test_a_screen_reader_hears_the_answer_once_it_is_whole(page):
     ask(page, "story")
     status = page.locator("#status")
-    assert status.get_attribute("aria-live") == "polite" and STORY in status.inner_text()
+    assert status.get_attribute("aria-live") == "polite"
+    assert STORY in status.inner_text()
 
 
 def test_scrolling_up_is_left_alone_while_an_answer_grows(page):
@@ -1010,7 +1003,9 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
         page = greedy_page(context, address)
         ask(page, "Reverse this list: fox, plum, iron")
         said = answer(page).locator(".text").inner_text()
-        assert said and "\ufffd" not in said and page.locator("[role=alert]").count() == 0
+        assert said
+        assert "\ufffd" not in said
+        assert page.locator("[role=alert]").count() == 0
         assert re.fullmatch(
             r"[\d.]+ tok/s · \d+ tokens · first after .+ · (finished|reached the length limit)",
             answer(page).locator(".facts").inner_text(),
@@ -1028,15 +1023,14 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
         assert page.locator("[role=alert]").count() == 0
         page.click("#tokens")
         ask(page, "And once more?")
-        assert page.locator("article").count() == 4 and answer(page).locator(".text").inner_text()
+        assert page.locator("article").count() == 4
+        assert answer(page).locator(".text").inner_text()
         shot(page, "real")
         if adapters:
             page.select_option("#model", "poet")
             ask(page, "Count the letters in plum")
-            assert (
-                answer(page).locator(".who").inner_text() == "poet"
-                and page.locator("[role=alert]").count() == 0
-            )
+            assert answer(page).locator(".who").inner_text() == "poet"
+            assert page.locator("[role=alert]").count() == 0
     finally:
         end()
 

@@ -64,13 +64,13 @@ def test_the_openai_client_chats_and_streams(client):
     whole = client.chat.completions.create(
         model="", messages=HI, max_completion_tokens=8, n=2, seed=1, logprobs=True, top_logprobs=3
     )
-    assert (
-        len(whole.choices) == 2
-        and whole.usage.completion_tokens <= 16
-        and whole.choices[0].finish_reason in ("stop", "length")
-    )
+    assert len(whole.choices) == 2
+    assert whole.usage.completion_tokens <= 16
+    assert whole.choices[0].finish_reason in ("stop", "length")
     token = whole.choices[0].logprobs.content[0]
-    assert len(token.top_logprobs) == 3 and bytes(token.bytes) and token.logprob <= 0
+    assert len(token.top_logprobs) == 3
+    assert bytes(token.bytes)
+    assert token.logprob <= 0
     for choice in whole.choices:
         said = b"".join(bytes(t.bytes) for t in choice.logprobs.content)
         assert said.decode("utf-8", "ignore") == choice.message.content.replace("\ufffd", "")
@@ -89,11 +89,9 @@ def test_the_openai_client_chats_and_streams(client):
         for c in chunk.choices:
             texts[c.index] += c.delta.content or ""
             reasons += [c.finish_reason] if c.finish_reason else []
-    assert (
-        texts == [c.message.content for c in whole.choices]
-        and len(reasons) == 2
-        and usage == whole.usage
-    )
+    assert texts == [c.message.content for c in whole.choices]
+    assert len(reasons) == 2
+    assert usage == whole.usage
 
 
 def test_the_openai_client_parses_a_schema_into_its_class(client):
@@ -108,16 +106,16 @@ def test_the_openai_client_parses_a_schema_into_its_class(client):
         .choices[0]
         .message.parsed
     )
-    assert isinstance(point.x, int) and isinstance(point.ok, bool)
+    assert isinstance(point.x, int)
+    assert isinstance(point.ok, bool)
 
 
 def test_the_openai_client_completes_embeds_and_lists(client, real):  # noqa: F811
     one = client.completions.create(
         model="", prompt=["the", "fox"], max_tokens=4, echo=True, logprobs=2, stop=["zzz"]
     )
-    assert [c.text[:3] for c in one.choices] == ["the", "fox"] and len(
-        one.choices[0].logprobs.tokens
-    ) >= 1
+    assert [c.text[:3] for c in one.choices] == ["the", "fox"]
+    assert len(one.choices[0].logprobs.tokens) >= 1
     assert set(dict(one.choices[0].logprobs)) == {
         "tokens",
         "token_logprobs",
@@ -146,13 +144,12 @@ def test_the_openai_client_calls_tools_in_both_modes():
             .choices[0]
             .message.tool_calls[0]
         )
-        assert call.function.name == "add" and json.loads(call.function.arguments) == {"x": 41}
+        assert call.function.name == "add"
+        assert json.loads(call.function.arguments) == {"x": 41}
         with c.chat.completions.stream(model="stub", messages=HI, tools=TOOLS) as stream:
             final = stream.get_final_completion().choices[0]
-        assert (
-            final.finish_reason == "tool_calls"
-            and final.message.tool_calls[0].function.arguments == '{"x": 41}'
-        )
+        assert final.finish_reason == "tool_calls"
+        assert final.message.tool_calls[0].function.arguments == '{"x": 41}'
         history = [
             *HI,
             {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
@@ -171,7 +168,8 @@ def test_a_forced_tool_call_of_an_untrained_model_is_valid(real):  # noqa: F811
             ]
             assert message["finish_reason"] == "tool_calls", message
             call = message["message"]["tool_calls"][0]["function"]
-            assert call["name"] == "add" and isinstance(json.loads(call["arguments"])["x"], int)
+            assert call["name"] == "add"
+            assert isinstance(json.loads(call["arguments"])["x"], int)
     finally:
         tok.chat_template = before
 
@@ -207,7 +205,8 @@ def test_curl_reads_a_stream_and_a_body():
             for line in lines
             if line.startswith("data: {")
         ]
-        assert "".join(d.get("content", "") for d in deltas) == SAID and lines[-2] == "data: [DONE]"
+        assert "".join(d.get("content", "") for d in deltas) == SAID
+        assert lines[-2] == "data: [DONE]"
         whole = subprocess.run(
             [*command, json.dumps({"messages": HI})], capture_output=True, timeout=30
         ).stdout
@@ -378,13 +377,13 @@ def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folde
         asyncio.run(some(url, 4000, rng, seen))
         after = state(child, url)
     print(seen, before, after)
-    assert (
-        sum(seen.values()) == 5000
-        and set(seen) <= {200, 429, "left"}
-        and seen["left"] > 500
-        and seen[200] > 2000
-    )
-    assert after[0] <= before[0] + 2 and after[1] < before[1] + 30 and after[2] == 0
+    assert sum(seen.values()) == 5000
+    assert set(seen) <= {200, 429, "left"}
+    assert seen["left"] > 500
+    assert seen[200] > 2000
+    assert after[0] <= before[0] + 2
+    assert after[1] < before[1] + 30
+    assert after[2] == 0
 
 
 LONG = {"prompt": "the", "max_tokens": 240, "ignore_eos": True, "stream": True}
@@ -402,18 +401,15 @@ def test_sigterm_lets_streams_finish_and_refuses_new_ones(folder):
         time.sleep(0.02)
         with httpx.Client() as other:  # over connections of its own, which the server still takes
             refused = other.post(url + "/v1/completions", json=LONG)
-            assert (
-                refused.status_code == 503
-                and int(refused.headers["retry-after"]) >= 1
-                and refused.json()["error"]["message"]
-            )
-            assert (
-                other.get(url + "/health").status_code == 200
-                and other.get(url + "/ready").status_code == 503
-            )
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["message"]
+            assert other.get(url + "/health").status_code == 200
+            assert other.get(url + "/ready").status_code == 503
             assert child.poll() is None
         text = [line for line in lines if line]
-        assert text[-1] == "data: [DONE]" and '"finish_reason":"length"' in text[-2]
+        assert text[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in text[-2]
         assert child.wait(20) == 0
 
 
@@ -453,10 +449,8 @@ def test_clients_of_a_killed_server_get_an_error_and_a_new_one_is_ready_soon(fol
         next(lines)
         child.kill()  # the engine's process: the one that speaks HTTP says so, and ends
         *_, error, done = [line for line in lines if line]
-        assert (
-            "the engine's process is gone" in json.loads(error[6:])["error"]["message"]
-            and done == "data: [DONE]"
-        )
+        assert "the engine's process is gone" in json.loads(error[6:])["error"]["message"]
+        assert done == "data: [DONE]"
         until(lambda: refuses(url))
     with process(folder) as (child, url):
         with HTTP.stream("POST", url + "/v1/completions", json=many, timeout=10) as stream:
@@ -500,7 +494,8 @@ def test_the_process_serves_tls_and_says_which_flag_is_wrong(folder, tmp_path):
             capture_output=True,
         )
     with process(folder, "--certificate", names[1], "--certificate-key", names[0]) as (child, url):
-        assert url.startswith("https://") and HTTP.get(url + "/ready").status_code == 200
+        assert url.startswith("https://")
+        assert HTTP.get(url + "/ready").status_code == 200
         command = [sys.executable, ROOT / "serve.py", folder]
         taken = subprocess.run(
             [*command, "--port", url.rsplit(":", 1)[1]], capture_output=True, text=True
@@ -511,4 +506,6 @@ def test_the_process_serves_tls_and_says_which_flag_is_wrong(folder, tmp_path):
         text=True,
     )
     for done, what in ((taken, "in use"), (wrong, "do not open as a pair")):
-        assert done.returncode and what in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode
+        assert what in done.stderr
+        assert "Traceback" not in done.stderr
