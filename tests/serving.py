@@ -45,7 +45,10 @@ TOOLS = [
 ]
 
 
-TEMPLATE_WITH_TOOLS = "{% if tools %}<tool_call>{{ tools|tojson }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATE_WITH_TOOLS = (
+    "{% if tools %}<tool_call>{{ tools|tojson }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
 
 
 def make_tokenizer():
@@ -59,7 +62,7 @@ def make_tokenizer():
 
 
 class Stub:
-    """An engine that says what it is told to: one token a step for every request, with n answers of equal text."""
+    """Says what it is told to: a token a step for each request, in n equal answers."""
 
     max_model_len = 4096
 
@@ -235,6 +238,14 @@ def error_of(answer, status):
 
 def json_schema(schema):
     return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
+def completion_head(length):
+    """The head of a POST of JSON to /v1/completions, as bytes."""
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % length
+    )
 
 
 def raw(server, data, half_close=False):

@@ -1,7 +1,9 @@
-"""The chat page in real Chromium, against serve.py over a stub engine whose answers are known. `make test-browser` runs it;
-SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora also writes the screenshots, with a real model. Needs playwright (PyPI),
-Chromium (apt-get install chromium, or $CHROMIUM), and for the accessibility check axe-core: `npm pack axe-core && tar xf
-axe-core-*.tgz package/axe.min.js`, its path in $AXE (default: package/axe.min.js).
+"""The chat page in real Chromium, against serve.py over a stub engine whose answers are known.
+
+`make test-browser` runs it; SHOTS=docs MODEL=runs/demo-sft ADAPTER=runs/demo-lora also writes the
+screenshots, with a real model. Needs playwright (PyPI), Chromium (apt-get install chromium, or
+$CHROMIUM), and for the accessibility check axe-core: `npm pack axe-core && tar xf axe-core-*.tgz
+package/axe.min.js`, its path in $AXE (default: package/axe.min.js).
 """
 
 import json
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = os.environ.get("SHOTS")
 
-ATTENTION = """**Attention** lets each token look back at the tokens before it, and take from them what it needs.
+ATTENTION = """**Attention** lets each token look back at the tokens before it, and take from them \
+what it needs.
 
 Three vectors are made from every token:
 
@@ -40,10 +43,12 @@ def attention(q, k, v):
     return weights @ v
 ```
 
-The division by the square root of the size keeps `softmax` from becoming too sharp (Vaswani et al. 2017)."""
+The division by the square root of the size keeps `softmax` from becoming too sharp \
+(Vaswani et al. 2017)."""
 STORY = (
-    "The lighthouse keeper counted the waves until the fog came in. She lit the lamp, poured two cups of tea and waited "
-    "for the boat that was never late. At nine the bell rang twice, and somewhere in the white a voice sang back."
+    "The lighthouse keeper counted the waves until the fog came in. She lit the lamp, poured two "
+    "cups of tea and waited for the boat that was never late. At nine the bell rang twice, and "
+    "somewhere in the white a voice sang back."
 )
 POEM = """Each word looks back along the line
 and asks of all the words before:
@@ -52,8 +57,10 @@ They answer, some less and some more.
 
 What matches most is carried on,
 the rest is left, but never gone."""
-EVIL = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"> [click](javascript:window.hacked=3)
-[data](data:text/html,<script>window.hacked=4</script>) ![i](https://example.com/x.png) <javascript:window.hacked=5>
+EVIL = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"> \
+[click](javascript:window.hacked=3)
+[data](data:text/html,<script>window.hacked=4</script>) ![i](https://example.com/x.png) \
+<javascript:window.hacked=5>
 
 ```html
 <img src=x onerror="window.hacked = 6">
@@ -90,7 +97,8 @@ ANSWERS = {
 
 
 class StubEngine:
-    """Answers by the key word in the last user message, a token a step; a poem by the adapter "poet", greedy or not the same."""
+    """Answers by the key word in the last user message, a token a step; the adapter "poet" answers
+    with a poem, greedy or not."""
 
     max_model_len = 4096
 
@@ -334,8 +342,20 @@ def idle(page):
     page.wait_for_timeout(50)
 
 
+BOTH_FINISHED = """(() => {
+    const finished = f => f.textContent.includes("finished");
+    return [...document.querySelectorAll(".side .facts")].every(finished);
+})()"""
+# How many pixels of the conversation lie below what is shown.
+BELOW = """() => {
+    const b = document.querySelector("#scroll");
+    return b.scrollHeight - b.scrollTop - b.clientHeight;
+}"""
+
+
 def until(page, expression):
-    """Wait until it is true in the page (Playwright's own wait needs eval, which the page's security policy forbids)."""
+    """Wait until it is true in the page (Playwright's own wait needs eval, which the page's
+    security policy forbids)."""
     deadline = time.monotonic() + 20
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, expression
@@ -495,9 +515,14 @@ def test_export_and_import_round_trip_with_every_branch(page, tmp_path):
     answer(page).get_by_label("Regenerate").click()
     idle(page)
     ask(page, "and then")
-    keep = """() => [...chats.values()].filter(c => path(c).length).map(function tree(c, _, __, id = "root") {
-        const n = c.nodes[id];
-        return [n.role, n.content, n.pick, n.finish || "", n.tokens ?? null, n.children.map(k => tree(c, 0, 0, k))]; })"""
+    keep = """() => {
+        function tree(chat, id) {
+            const n = chat.nodes[id];
+            const children = n.children.map(child => tree(chat, child));
+            return [n.role, n.content, n.pick, n.finish || "", n.tokens ?? null, children];
+        }
+        return [...chats.values()].filter(c => path(c).length).map(c => tree(c, "root"));
+    }"""
     before = page.evaluate(keep)
     with page.expect_download() as download:
         page.click("#export")
@@ -531,17 +556,19 @@ def test_a_file_that_is_no_export_is_refused_in_words(page, tmp_path, text):
 
 def test_an_import_with_a_cycle_or_foreign_keys_is_cut_to_a_tree(page):
     count = page.evaluate("""() => {
-        const c = clean({nodes: {root: {children: ["a", "__proto__", "zz"]}, a: {role: "user", content: "x", children: ["b"]},
-                                 b: {role: "assistant", content: "y", children: ["a", "root"], tokens: [1]},
-                                 lone: {role: "user"}}});
+        const a = {role: "user", content: "x", children: ["b"]};
+        const b = {role: "assistant", content: "y", children: ["a", "root"], tokens: [1]};
+        const root = {children: ["a", "__proto__", "zz"]};
+        const c = clean({nodes: {root, a, b, lone: {role: "user"}}});
         return [Object.keys(c.nodes).length, path(c).map(n => n.content)]; }""")
     assert count == [3, ["x", "y"]]
 
 
 def test_a_full_storage_is_said_and_does_not_stop_the_chat(page):
-    page.evaluate(
-        "() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }; }"
-    )
+    page.evaluate("""() => {
+        const full = () => { throw new DOMException("full", "QuotaExceededError"); };
+        Storage.prototype.setItem = full;
+    }""")
     ask(page, "story")
     assert answer(page).locator(".text").inner_text() == STORY
     assert "storage is full" in page.inner_text("#toast")
@@ -637,7 +664,8 @@ def test_a_server_that_is_gone_is_told_in_words(page):
 
 
 def test_a_stream_that_breaks_off_keeps_what_came(page):
-    chunk = 'data: {"choices": [{"index": 0, "delta": {"content": "half an ans"}, "token_ids": [9]}]}\n\n'
+    choice = {"index": 0, "delta": {"content": "half an ans"}, "token_ids": [9]}
+    chunk = f"data: {json.dumps({'choices': [choice]})}\n\n"
     page.route(
         "**/v1/chat/completions",
         lambda route: route.fulfill(status=200, content_type="text/event-stream", body=chunk),
@@ -691,22 +719,33 @@ def test_markdown_is_drawn_and_names_stay_whole(page):
 
 
 def test_markdown_of_any_text_ends_and_loses_no_letter(page):
-    """Fuzzed: no input hangs the renderer or throws, drawing in steps gives what drawing at once gives, and no word is lost."""
-    page.evaluate("""() => { let seed = 7; const r = n => (seed = (seed * 1103515245 + 12345) % 2147483648) % n;
-      const bits = ["**", "*", "_", "`", "```", "\\n", "\\n\\n", "- ", "1. ", "> ", "# ", "|", "|-|", "[", "](", ")", "http://a.b",
-        "word", " ", "  ", "\\\\", "~~", "<b>", "\\t", "é", "🙂", "---"];
+    """Fuzzed: no input hangs the renderer or throws, drawing in steps gives what drawing at once
+    gives, and no word is lost."""
+    page.evaluate("""() => {
+      let seed = 7;
+      const r = n => (seed = (seed * 1103515245 + 12345) % 2147483648) % n;
+      const bits = ["**", "*", "_", "`", "```", "\\n", "\\n\\n", "- ", "1. ", "> ", "# ", "|",
+        "|-|", "[", "](", ")", "http://a.b", "word", " ", "  ", "\\\\", "~~", "<b>", "\\t", "é", "🙂",
+        "---"];
+      const count = where => (where.match(/🙂/g) ?? []).length;
       for (let k = 0; k < 500; k++) {
-        const text = Array.from({length: r(40)}, () => bits[r(bits.length)]).join(""), grown = h("div"), once = h("div");
+        const text = Array.from({length: r(40)}, () => bits[r(bits.length)]).join("");
+        const grown = h("div");
         for (let i = 0; i <= text.length; i += 7) markdown(grown, text.slice(0, i));
-        markdown(grown, text); markdown(once, text);
-        if (grown.textContent !== once.textContent) throw new Error("steps differ: " + JSON.stringify(text));
-        const count = where => (where.match(/🙂/g) ?? []).length;
-        if (!["```", "|", "]("].some(m => text.includes(m)) && count(once.textContent) !== count(text))
+        markdown(grown, text);
+        const once = h("div");
+        markdown(once, text);
+        if (grown.textContent !== once.textContent)
+          throw new Error("steps differ: " + JSON.stringify(text));
+        const plain = !["```", "|", "]("].some(m => text.includes(m));
+        if (plain && count(once.textContent) !== count(text))
           throw new Error("lost: " + JSON.stringify(text));
       }
       const begin = performance.now();
-      for (const c of ["*", "_", "`", "[", "**a ", "~~", "> ", "- "]) markdown(h("div"), c.repeat(4000));
-      if (performance.now() - begin > 4000) throw new Error("slow"); }""")
+      for (const c of ["*", "_", "`", "[", "**a ", "~~", "> ", "- "])
+        markdown(h("div"), c.repeat(4000));
+      if (performance.now() - begin > 4000) throw new Error("slow");
+    }""")
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -790,10 +829,7 @@ def test_compare_asks_two_models_the_same(page, engine):
     page.get_by_label("System prompt of A").fill("Be kind.")
     page.fill("#question", "snow")
     page.press("#question", "Enter")
-    until(
-        page,
-        "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))",
-    )
+    until(page, BOTH_FINISHED)
     left, right = page.locator(".side .answer").all_inner_texts()
     assert "You said: snow" in left
     assert "A poem on snow" in right
@@ -852,9 +888,10 @@ def test_the_focus_is_visible_and_everything_is_reached_with_tab(page):
                 "document.activeElement.id || document.activeElement.getAttribute('aria-label')"
             )
         )
-        outline = page.evaluate(
-            "(e => e.matches('body, textarea') || getComputedStyle(e).outlineStyle)(document.activeElement)"
-        )
+        outline = page.evaluate("""() => {
+            const e = document.activeElement;
+            return e.matches("body, textarea") || getComputedStyle(e).outlineStyle;
+        }""")
         assert outline != "none"
     assert {
         "new",
@@ -880,12 +917,7 @@ def test_a_screen_reader_hears_the_answer_once_it_is_whole(page):
 
 def test_scrolling_up_is_left_alone_while_an_answer_grows(page):
     ask(page, "long")
-    assert (
-        page.evaluate(
-            "(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))"
-        )
-        < 45
-    )
+    assert page.evaluate(BELOW) < 45
     ask(page, "forever", wait=False)
     until(page, "document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
     page.evaluate("document.querySelector('#scroll').scrollTop = 100")
@@ -897,12 +929,7 @@ def test_scrolling_up_is_left_alone_while_an_answer_grows(page):
     idle(page)
     assert page.evaluate("document.querySelector('#scroll').scrollTop") == 100
     page.click("#latest")
-    assert (
-        page.evaluate(
-            "(b => b.scrollHeight - b.scrollTop - b.clientHeight)(document.querySelector('#scroll'))"
-        )
-        < 45
-    )
+    assert page.evaluate(BELOW) < 45
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(page):
@@ -912,9 +939,10 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page):
         page.click(f"[data-view={view}]")
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        assert page.evaluate(
-            "[...document.querySelectorAll('header *, form *')].every(e => e.getBoundingClientRect().right < 376)"
-        )
+        assert page.evaluate("""() => {
+            const inside = e => e.getBoundingClientRect().right < 376;
+            return [...document.querySelectorAll("header *, form *")].every(inside);
+        }""")
     shot(page, "phone")
     page.click("#menu")
     page.wait_for_timeout(250)
@@ -943,17 +971,15 @@ def test_a_model_without_chat_format_continues_text(context, runs):
 def test_axe_finds_no_serious_fault(page, theme):
     axe = Path(os.environ.get("AXE", ROOT / "package" / "axe.min.js"))
     if not axe.is_file():
-        pytest.fail(
-            "axe-core: npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js, or its path in $AXE"
-        )
+        pytest.fail("no axe-core: see the top of this file, or give its path in $AXE")
     page.select_option("#theme", theme)
 
     def check(where):
-        found = page.evaluate(
-            axe.read_text()
-            + """;axe.run().then(r => r.violations.map(v =>
-            [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200))]))"""
-        )
+        script = """;
+            const node = n => n.html.slice(0, 90) + n.failureSummary.slice(0, 200);
+            const fault = v => [v.impact, v.id, v.nodes.slice(0, 3).map(node)];
+            axe.run().then(r => r.violations.map(fault))"""
+        found = page.evaluate(axe.read_text() + script)
         assert not [v for v in found if v[0] in ("serious", "critical")], (where, found)
 
     check("empty")
@@ -1078,10 +1104,7 @@ def test_screenshots(context):
         page.get_by_label("Model of B").select_option("lora")
         page.fill("#question", "Which words stand at the ends of this list?\nzinc ladder cocoa")
         page.press("#question", "Enter")
-        until(
-            page,
-            "[...document.querySelectorAll('.side .facts')].every(f => f.textContent.includes('finished'))",
-        )
+        until(page, BOTH_FINISHED)
         shot(page, "compare")
         page.click("[data-view=training]")
         page.wait_for_selector("figure.first svg polyline")

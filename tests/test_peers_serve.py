@@ -1,4 +1,7 @@
-"""The server against the clients people have: openai's own, curl, schemathesis; and under load, killed, drained."""
+"""The server against the clients people have: openai's own, curl, schemathesis; and under load,
+killed, drained."""
+
+# ruff: noqa: F811 (a fixture's name is also the argument's)
 
 import asyncio
 import contextlib
@@ -15,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import ROOT
-from test_serve import (
+from serving import (  # noqa: F401  (a fixture)
     HTTP,
     SAID,
     TEMPLATE_WITH_TOOLS,
@@ -23,9 +26,10 @@ from test_serve import (
     Stub,
     ask,
     make_tokenizer,
+    real,
     running,
     until,
-)  # noqa: F401
+)
 
 from server import api
 
@@ -34,7 +38,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 41}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def client(real):  # noqa: F811
+def client(real):
     import openai
 
     return openai.OpenAI(base_url=real.url + "/v1", api_key="none", max_retries=0)
@@ -110,7 +114,7 @@ def test_the_openai_client_parses_a_schema_into_its_class(client):
     assert isinstance(point.ok, bool)
 
 
-def test_the_openai_client_completes_embeds_and_lists(client, real):  # noqa: F811
+def test_the_openai_client_completes_embeds_and_lists(client, real):
     one = client.completions.create(
         model="", prompt=["the", "fox"], max_tokens=4, echo=True, logprobs=2, stop=["zzz"]
     )
@@ -158,7 +162,7 @@ def test_the_openai_client_calls_tools_in_both_modes():
         assert c.chat.completions.create(model="", messages=history, tools=TOOLS)
 
 
-def test_a_forced_tool_call_of_an_untrained_model_is_valid(real):  # noqa: F811
+def test_a_forced_tool_call_of_an_untrained_model_is_valid(real):
     tok, before = real.engine.tok, real.engine.tok.chat_template
     tok.chat_template = TEMPLATE_WITH_TOOLS
     try:
@@ -174,7 +178,7 @@ def test_a_forced_tool_call_of_an_untrained_model_is_valid(real):  # noqa: F811
         tok.chat_template = before
 
 
-def test_the_openai_client_raises_its_own_errors(client, real):  # noqa: F811
+def test_the_openai_client_raises_its_own_errors(client, real):
     import openai
 
     with pytest.raises(openai.NotFoundError, match="no model"):
@@ -215,7 +219,7 @@ def test_curl_reads_a_stream_and_a_body():
 
 # ----------------------------------------------------------------------------------- unruly clients
 @pytest.mark.slow
-def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
+def test_schemathesis_finds_no_server_error_and_no_hang(real):
     """Thousands of requests made from our own OpenAPI, valid and invalid ones."""
     command = [
         sys.executable,
@@ -245,7 +249,8 @@ def test_schemathesis_finds_no_server_error_and_no_hang(real):  # noqa: F811
 
 @pytest.mark.slow
 def test_the_servers_own_work_is_microseconds_a_token():
-    """CPU time of the process without the stub's steps, whose 4 ms are slept as a step in C++ is: no Python runs in it."""
+    """CPU time of the process without the stub's steps, whose 4 ms are slept: no Python runs in
+    them, as in a step in C++."""
 
     class Timed(Stub):
         seconds = 0.0
@@ -304,7 +309,7 @@ def process(folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def folder(real):  # noqa: F811
+def folder(real):
     return real.folder
 
 
@@ -321,7 +326,7 @@ def refuses(url):
 
 @pytest.mark.slow
 def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folder):
-    """256 at once, 30 % of them leave at a random moment; every other one is answered or refused."""
+    """256 at once, 30 % leave at a random moment; every other one is answered or refused."""
 
     async def client(http, rng, seen):
         body = {
@@ -355,9 +360,7 @@ def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folde
 
     def state(child, url):
         until(lambda: (s := HTTP.get(url + "/stats").json())["running"] == s["queue"] == 0)
-        time.sleep(
-            32
-        )  # longer than an idle connection is kept: what a client has not closed by then, the server has
+        time.sleep(32)  # longer than the server keeps an idle connection
         both = [Path(f"/proc/{pid}") for pid in (child.pid, front_of(child))]
         memory = (
             sum(int((p / "statm").read_text().split()[1]) for p in both)

@@ -13,7 +13,19 @@ import httpx
 import pytest
 import torch
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
-from serving import HTTP, SAID, Stub, ask, error_of, events, post, real, running, stub, until  # noqa: F401
+from serving import (  # noqa: F401  (fixtures, and what test_deploy.py takes from here)
+    HTTP,
+    SAID,
+    Stub,
+    ask,
+    completion_head,
+    error_of,
+    events,
+    real,
+    running,
+    stub,
+    until,
+)
 
 import lora
 import serve
@@ -90,12 +102,7 @@ def test_one_slow_reader_slows_nobody_else():
         with socket.create_connection(("127.0.0.1", server.port)) as slow:  # asks, and never reads
             body = json.dumps({"prompt": "a", "stream": True, "n": 16}).encode()
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            slow.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: "
-                + str(len(body)).encode()
-                + b"\r\n\r\n"
-                + body
-            )
+            slow.sendall(completion_head(len(body)) + body)
             until(lambda: server.engine.made > 100)
             begin = time.monotonic()
             assert ask(server, stream=True).text.endswith("[DONE]\n\n")
@@ -161,7 +168,8 @@ def test_random_clients_that_leave_leave_no_block_behind(real):
 
 @pytest.fixture(scope="module")
 def tuned(real, tmp_path_factory):
-    """The tiny model with an adapter that changes much, and the two merged -> (adapter's folder, merged folder)"""
+    """The tiny model with an adapter that changes much -> the folders of the adapter, and of the
+    two merged."""
     folder, model = (
         tmp_path_factory.mktemp("tuned"),
         lora.apply(Transformer.from_pretrained(real.folder), r=4, alpha=16),

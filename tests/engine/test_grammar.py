@@ -1,4 +1,5 @@
-"""Constrained output: what the automaton accepts is what the standard library accepts, and nothing is cut off half way."""
+"""Constrained output: the automaton accepts what the standard library accepts, and no answer is cut
+off half way."""
 
 import json
 import random
@@ -23,7 +24,7 @@ def vocabulary():
 
 
 def sample(grammar, vocabulary, rng, limit):
-    """Any allowed token with equal chance: the worst of all models -> (bytes, whether it came to an end)."""
+    """Any allowed token with equal chance, the worst of models -> (bytes, whether whole)."""
     constraint, out, eos = Constraint(grammar, vocabulary), b"", min(vocabulary.ends)
     for left in range(limit, 0, -1):
         if constraint.done:

@@ -10,7 +10,20 @@ import time
 import httpx
 import pytest
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
-from serving import HTTP, SAID, Stub, ask, error_of, events, post, raw, running, stub, until  # noqa: F401
+from serving import (  # noqa: F401  (a fixture)
+    HTTP,
+    SAID,
+    Stub,
+    ask,
+    completion_head,
+    error_of,
+    events,
+    post,
+    raw,
+    running,
+    stub,
+    until,
+)
 
 import serve
 from common import UserError
@@ -18,7 +31,8 @@ from server import answers, door
 
 
 def test_no_answer_waits_for_an_acknowledgement(stub):
-    """Nagle's algorithm would hold an answer's second packet back until the client's delayed ACK, 40 ms later."""
+    """Nagle's algorithm would hold an answer's second packet back until the client's delayed ACK,
+    40 ms later."""
     seconds = []
     for _ in range(20):
         begin = time.monotonic()
@@ -56,11 +70,7 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(monkeypatch):
         error_of(ask(server, user="x" * 2000), 413)
         chunks = iter([b'{"user": "', *[b"x" * 100] * 20])
         error_of(post(server, "/v1/completions", chunks), 413)
-        assert b"408" in raw(
-            server,
-            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-            b"content-length: 10\r\n\r\n{",
-        )
+        assert b"408" in raw(server, completion_head(10) + b"{")
         assert raw(server, b"POST /v1/compl") == b""  # the head does not come: hung up on
         assert raw(server, b"") == b""
         assert ask(server).status_code == 200
@@ -69,16 +79,14 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(monkeypatch):
 def test_ten_megabytes_are_refused_before_they_are_read(stub):
     body = json.dumps({"prompt": "x" * 10**7}).encode()
     error_of(post(stub, "/v1/completions", body), 413)
-    error_of(
-        post(stub, "/v1/completions", (body[i : i + 65536] for i in range(0, len(body), 65536))),
-        413,
-    )
+    chunks = (body[i : i + 65536] for i in range(0, len(body), 65536))
+    error_of(post(stub, "/v1/completions", chunks), 413)
 
 
 def test_garbage_and_half_closed_sockets_do_no_harm(stub):
     rng = random.Random(0)
     body = b'{"prompt": "a"}'
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n"
+    head = completion_head(len(body))
     for _ in range(50):
         data = bytearray(head + body)
         for _ in range(rng.randint(1, 6)):
