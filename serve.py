@@ -51,7 +51,7 @@ from server.door import (
 )
 from server.worker import EngineClient, Inbox, Job, Worker, fork_front, token_logprobs
 
-PAGE = Path(__file__).with_name("ui.html")
+CHAT_PAGE = Path(__file__).with_name("ui.html")
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Args:
     runs: str = "runs"  # training runs that the page may draw
 
 
-def read_adapters(args):
+def adapter_folders(args):
     """--adapters name=folder,name=folder -> {name: folder}"""
     adapters = {}
     for pair in args.adapters.split(","):
@@ -101,7 +101,7 @@ class Service:
         self.tok = engine.tok
         self.context = engine.max_model_len  # tokens
         self.args = args
-        self.adapters = read_adapters(args)
+        self.adapters = adapter_folders(args)
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
         self.client = EngineClient()
         self.measures = Measures(self.client)
@@ -422,7 +422,6 @@ async def stats(request: Request):
     return {
         **service.client.stats,
         "queue": service.client.queue_length(),
-        "tokens_per_second": round(service.client.tokens_per_second(), 1),
         "uptime": round(time.time() - service.started, 1),
         "models": service.names,
         "max_model_len": service.context,
@@ -456,9 +455,9 @@ async def read_run(request: Request, name: str, after: int = -1):
 
 @routes.get("/", include_in_schema=False)
 async def page():
-    if not PAGE.is_file():
+    if not CHAT_PAGE.is_file():
         raise Refusal(404, "this server has no page; its API is at /v1, described at /docs")
-    html = PAGE.read_text()
+    html = CHAT_PAGE.read_text()
     hashes = []  # only the page's own scripts may run, whatever a model makes it show
     for script in re.findall(r"<script>(.*?)</script>", html, re.S):
         digest = hashlib.sha256(script.encode()).digest()
@@ -571,7 +570,7 @@ def main():
     if bool(args.certificate) != bool(args.certificate_key):
         raise UserError("TLS needs both --certificate and --certificate-key")
     keys = read_keys(args)
-    adapters = read_adapters(args)
+    adapters = adapter_folders(args)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         warning = "reachable from elsewhere and without keys (--api-key-file)"
         print(f"warning: {warning}", file=sys.stderr)

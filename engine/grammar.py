@@ -48,7 +48,7 @@ def one_of(values):
     return "set", frozenset(values)
 
 
-def sequence(*parts):
+def concat(*parts):
     return "seq", parts
 
 
@@ -60,7 +60,7 @@ def optional(part):
     return "rep", part, 0, 1
 
 
-def reference(name):
+def rule_reference(name):
     return "ref", name
 
 
@@ -72,18 +72,18 @@ def between(low, high, digits):
         return EMPTY
     rest = len(low) - 1
     if low[0] == high[0]:
-        return sequence(one_of(low[:1]), between(low[1:], high[1:], digits))
+        return concat(one_of(low[:1]), between(low[1:], high[1:], digits))
     smallest, largest = bytes([digits[0]]) * rest, bytes([digits[-1]]) * rest
     first, last = low[0], high[0]
     parts = []
     if low[1:] != smallest:  # the lowest first byte has not all of what may follow, so it is apart
-        parts.append(sequence(one_of(low[:1]), between(low[1:], largest, digits)))
+        parts.append(concat(one_of(low[:1]), between(low[1:], largest, digits)))
         first += 1
     if high[1:] != largest:
-        parts.append(sequence(one_of(high[:1]), between(smallest, high[1:], digits)))
+        parts.append(concat(one_of(high[:1]), between(smallest, high[1:], digits)))
         last -= 1
     middle = one_of(range(first, last + 1))
-    return either(*parts, sequence(middle, ("rep", one_of(digits), rest, rest)))
+    return either(*parts, concat(middle, ("rep", one_of(digits), rest, rest)))
 
 
 def overlap(ranges, others):
@@ -146,8 +146,8 @@ def regex_tree(pattern, in_json=False):
         raise UserError(f"regular expression {pattern!r}: {error}") from None
     if not in_json:
         return body
-    anywhere = ("rep", reference("character"), 0, None)
-    return sequence(EMPTY if begin else anywhere, body, EMPTY if end else anywhere)
+    anywhere = ("rep", rule_reference("character"), 0, None)
+    return concat(EMPTY if begin else anywhere, body, EMPTY if end else anywhere)
 
 
 def regex_sequence(items, in_json):
@@ -170,7 +170,7 @@ def regex_sequence(items, in_json):
             parts.append(("rep", regex_sequence(inner, in_json), least, most))
         else:
             raise UserError(f"{op.lower()} is not supported (only what describes the text itself)")
-    return sequence(*parts)
+    return concat(*parts)
 
 
 def code_points(op, value):
@@ -221,16 +221,16 @@ ANNOTATIONS = set(
     "readOnly writeOnly".split()
 )
 TYPES = ["object", "array", "string", "number", "boolean", "null"]
-SPACE = reference("space")
-COMMA = sequence(literal(","), SPACE)
-COLON = sequence(literal(":"), SPACE)
+WHITE_SPACE = rule_reference("space")
+COMMA = concat(literal(","), WHITE_SPACE)
+COLON = concat(literal(":"), WHITE_SPACE)
 
 
 def integers(low, high):
     """All integers from low to high, without leading zeros."""
     parts = []
     if low < 0:
-        parts.append(sequence(literal("-"), integers(max(1, -high), -low)))
+        parts.append(concat(literal("-"), integers(max(1, -high), -low)))
     for length in range(len(str(max(low, 0))), len(str(max(high, 0))) + 1):
         smallest = 10 ** (length - 1) if length > 1 else 0
         a, b = max(low, smallest), min(high, 10**length - 1)
@@ -258,7 +258,7 @@ class Schema:
         if name not in self.rules:
             self.rules[name] = EMPTY
             self.rules[name] = make(*args)
-        return reference(name)
+        return rule_reference(name)
 
     def value(self, schema, where="#", via=()):
         """What matches the schema -> expression. A keyword that cannot be honoured is refused, not
@@ -341,8 +341,8 @@ class Schema:
             longest = max(least, most or 0)
             if longest > 4096:
                 refuse_schema(where, f"string lengths up to 4,096, not {longest:,}")
-            content = ("rep", reference("character"), least, most)
-        return sequence(literal('"'), content, literal('"'))
+            content = ("rep", rule_reference("character"), least, most)
+        return concat(literal('"'), content, literal('"'))
 
     def number(self, schema, where, kind):
         """Integers of up to 15 digits, which every reader keeps exactly; numbers also with a
@@ -360,9 +360,9 @@ class Schema:
         if kind == "number":
             fraction = regex_tree(r"\.[0-9]{1,15}")
             if max(low, 0) <= high - 1:  # k.f is in [k, k + 1)
-                parts.append(sequence(integers(max(low, 0), high - 1), fraction))
+                parts.append(concat(integers(max(low, 0), high - 1), fraction))
             if low + 1 <= min(high, 0):  # -k.f is in (-k - 1, -k]
-                parts.append(sequence(literal("-"), integers(max(-high, 0), -low - 1), fraction))
+                parts.append(concat(literal("-"), integers(max(-high, 0), -low - 1), fraction))
         if not parts:
             why = f"no {kind} lies between {least} and {most} that can be written here"
             refuse_schema(where, why)
@@ -382,13 +382,13 @@ class Schema:
         if most is None or most > len(first):
             least_more = max(0, least - len(first))
             most_more = None if most is None else most - len(first)
-            body = ("rep", sequence(COMMA, item), least_more, most_more)
+            body = ("rep", concat(COMMA, item), least_more, most_more)
         # From the last item to the first, because who leaves one out leaves out all after it.
         for i in reversed(range(len(first))):
-            body = sequence(COMMA if i else EMPTY, first[i], body)
+            body = concat(COMMA if i else EMPTY, first[i], body)
             if i >= least:
                 body = optional(body)
-        return sequence(literal("["), SPACE, body, SPACE, literal("]"))
+        return concat(literal("["), WHITE_SPACE, body, WHITE_SPACE, literal("]"))
 
     def object(self, schema, where, _):
         """Declared properties come in their order, the optional ones or not; further ones only
@@ -403,11 +403,11 @@ class Schema:
             return literal("{}")
         else:
             more = schema.get("additionalProperties", True)
-            name = sequence(literal('"'), ("rep", reference("character"), 0, 64), literal('"'))
+            name = concat(literal('"'), ("rep", rule_reference("character"), 0, 64), literal('"'))
             value = self.value(more, f"{where}/additionalProperties")
-            pair = sequence(name, COLON, value)
-            content = optional(sequence(pair, ("rep", sequence(COMMA, pair), 0, None)))
-        return sequence(literal("{"), SPACE, content, SPACE, literal("}"))
+            pair = concat(name, COLON, value)
+            content = optional(concat(pair, ("rep", concat(COMMA, pair), 0, None)))
+        return concat(literal("{"), WHITE_SPACE, content, WHITE_SPACE, literal("}"))
 
     def members(self, members, required, where):
         """Two rules for each i: the members from the i-th on, after others (True: with a comma) or
@@ -417,14 +417,14 @@ class Schema:
             name_text = literal(json.dumps(name, ensure_ascii=False))
             for started in (False, True):
                 comma = COMMA if started else EMPTY
-                others = reference(f"{where} {i + 1} True")
-                choices = [sequence(comma, name_text, COLON, value, others)]
+                others = rule_reference(f"{where} {i + 1} True")
+                choices = [concat(comma, name_text, COLON, value, others)]
                 if name not in required:
-                    choices.append(reference(f"{where} {i + 1} {started}"))
+                    choices.append(rule_reference(f"{where} {i + 1} {started}"))
                 self.rules[f"{where} {i} {started}"] = either(*choices)
         for started in (False, True):
             self.rules[f"{where} {len(members)} {started}"] = EMPTY
-        return reference(f"{where} 0 False")
+        return rule_reference(f"{where} 0 False")
 
 
 def json_grammar(schema=None, before="", after=""):
@@ -433,7 +433,7 @@ def json_grammar(schema=None, before="", after=""):
     maker = Schema(schema or {})
     try:
         value = maker.value(schema or {"type": "object"})
-        return Grammar(sequence(literal(before), value, literal(after)), maker.rules)
+        return Grammar(concat(literal(before), value, literal(after)), maker.rules)
     except RecursionError:
         raise UserError("this JSON schema is nested too deeply") from None
 

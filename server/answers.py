@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 
 from server.api import Refusal, offered_functions
+from tokenizer import Stream
 
 DONE = b"data: [DONE]\n\n"  # where a stream ends
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -154,7 +155,7 @@ class Choice:
     """One of the answers that a request gets, as far as it has come."""
 
     index: int
-    decoder: object  # a tokenizer's Stream behind the prompt: says where in the text tokens begin
+    decoder: Stream  # behind the prompt: it tells where in the text each token begins
     calls: ToolCalls
     cut: bool = False  # the prompt ends within a character, and the text has not begun
     awaited: bool = False  # that character is not whole yet
@@ -226,10 +227,10 @@ def decoder_behind(tok, prompt):
 
 
 # ------------------------------------------------------------------------------- all of an answer
-MARK = "the text's place"
+TEXT_MARK = "the text's place"
 
 
-class Answer:
+class Generation:
     """All choices of one request: `stream` and `whole` gather their deltas and show them."""
 
     # what a chat and a completion call themselves: the id's beginning, the body, an event
@@ -344,12 +345,12 @@ class Answer:
     def text_event(self, choice, text):
         """An event with nothing but text, as most are: what surrounds the text is made once."""
         if choice.around is None:
-            event = self.choice_event(choice, self.text_field(MARK))
-            choice.around = event.split(json_bytes(MARK))
+            event = self.choice_event(choice, self.text_field(TEXT_MARK))
+            choice.around = event.split(json_bytes(TEXT_MARK))
         return json_bytes(text).join(choice.around)
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(Generation):
     kind = "chatcmpl"
     body_object = "chat.completion"
     event_object = "chat.completion.chunk"
@@ -378,7 +379,7 @@ class ChatAnswer(Answer):
         return {"message": message}
 
 
-class TextAnswer(Answer):
+class TextAnswer(Generation):
     kind = "cmpl"
     body_object = event_object = "text_completion"
 

@@ -26,7 +26,6 @@ import warnings
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from common import UserError
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
@@ -116,8 +115,6 @@ class Worker:
         self.grammars = Grammars(engine.tok)
         self.builder = ThreadPoolExecutor(1, "grammar")
         self.lock = threading.Lock()  # of the socket
-        self.memory = None
-        self.looked = 0.0
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on, and
@@ -248,21 +245,9 @@ class Worker:
             if delta.logprobs is not None:
                 delta.logprobs = plain_logprobs(delta.logprobs)
             items.append(list(vars(delta).values()))
-        now = time.monotonic()
-        if now - self.looked > 1:
-            self.looked = now
-            self.memory = memory_in_use()
-        stats = self.engine.stats() | {"active": len(self.active), "memory": self.memory}
+        stats = self.engine.stats() | {"active": len(self.active)}
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
-
-
-def memory_in_use():
-    """Bytes that this process has in memory, where the system tells (Linux)."""
-    statm = Path("/proc/self/statm")
-    if not statm.is_file():
-        return None
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def fork_front(engine, concurrency):
@@ -348,7 +333,6 @@ class EngineClient(asyncio.Protocol):
         self.buffer = bytearray()
         self.transport = None
         self.stats = {}  # the engine's, as they last came
-        self.made = deque(maxlen=256)  # (time, tokens since the start)
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
 
@@ -393,7 +377,6 @@ class EngineClient(asyncio.Protocol):
     def deltas(self, stats, admitted, items):
         now = time.monotonic()
         self.stats = stats
-        self.made.append((now, stats["generated_tokens"]))
         for number, when in admitted:
             if number in self.jobs:
                 self.jobs[number].admitted = when
@@ -432,12 +415,3 @@ class EngineClient(asyncio.Protocol):
 
     def queue_length(self):
         return max(0, len(self.jobs) - self.stats.get("active", 0))
-
-    def tokens_per_second(self):
-        """Over the last ten seconds."""
-        now = time.monotonic()
-        recent = [(at, made) for at, made in self.made if at > now - 10]
-        if len(recent) < 2:
-            return 0.0
-        (begin, before), (end, after) = recent[0], recent[-1]
-        return (after - before) / (end - begin)

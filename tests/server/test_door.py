@@ -53,7 +53,7 @@ def test_an_internal_error_has_openais_shape_and_the_connection_stays(
 
     with running(Stub()) as server:
         monkeypatch.setattr(serve, "encode_vector", fails)
-        monkeypatch.setattr(answers.Answer, "whole", fails)
+        monkeypatch.setattr(answers.Generation, "whole", fails)
         monkeypatch.setattr(server.engine, "embed", lambda ids: [0.6, 0.8])
         error = error_of(ask(server, path, {"content-type": kind}, input="a"), 500)
         assert error["type"] == "server_error"
@@ -211,7 +211,7 @@ def test_figures_are_in_prometheus_format(stub):
         assert families[f"llm:{name}"].type == "histogram"
     assert families["llm:generation_tokens"].type == "counter"
     assert families["llm:num_requests_running"].samples[0].value == 0
-    assert {"queue", "tokens_per_second", "memory", "models"} <= set(
+    assert {"queue", "generated_tokens", "uptime", "models"} <= set(
         HTTP.get(stub.url + "/stats").json()
     )
 
@@ -245,4 +245,4 @@ def test_bad_flags_are_one_clear_line(tmp_path, capsys):
     assert found["k2"].startswith("key-")
     assert "chmod 600" in capsys.readouterr().err
     with pytest.raises(UserError, match="name=folder"):
-        serve.read_adapters(serve.Args(adapters="x"))
+        serve.adapter_folders(serve.Args(adapters="x"))
