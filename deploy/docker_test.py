@@ -1,10 +1,12 @@
-"""Builds the CPU image, starts it as it should be run - no network, a root that is read-only, no privileges - and asks it.
+"""Builds the CPU image, starts it as it should be run - no network, a root that is read-only, no
+privileges - and asks it.
 
     make docker-test                         # a tiny model with random weights, made inside the image
     make docker-test MODEL=runs/demo-dpo     # one of yours
 
-Where a Docker engine answers it is `docker build` and `docker run`. Elsewhere, as root on Debian or Ubuntu, buildah builds the same
-Dockerfile on a base that debootstrap makes (apt-get install buildah debootstrap), and Linux namespaces run what it built.
+Where a Docker engine answers it is `docker build` and `docker run`. Elsewhere, as root on Debian
+or Ubuntu, buildah builds the same Dockerfile on a base that debootstrap makes (apt-get install
+buildah debootstrap), and Linux namespaces run what it built.
 """
 
 import argparse
@@ -141,7 +143,8 @@ def program(function, *arguments):
 
 # ---------------------------------------------------------------------------- commands and settings
 def run(*command, show=False, **more):
-    """-> what the command printed. A failure ends the program with the command and its last words."""
+    """-> what the command printed. A failure ends the program with the command and its last
+    words."""
     out = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, text=True, **out, **more)
     if done.returncode:
@@ -152,7 +155,8 @@ def run(*command, show=False, **more):
 
 
 def pip_settings(folder):
-    """Where this machine's pip looks, for the pip in the build -> (arguments of build, folders of this machine they speak of)."""
+    """Where this machine's pip looks, for the pip in the build -> (arguments of build, folders
+    of this machine they speak of)."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True
     )  # nothing without pip
@@ -245,25 +249,32 @@ class Docker:
 
 
 class Buildah:
-    """Without one: buildah's build; mount, network and process namespaces in place of `docker run`."""
+    """Without one: buildah's build; mount, network and process namespaces in place of `docker
+    run`."""
 
     name = "buildah"
-    # argv: root of the image's files, model, ro or rw, user, then the command. The last remount makes the root read-only.
+    # argv: root of the image's files, model, ro or rw, user, then the command. The last remount
+    # makes the root read-only.
     enter = """set -e; root=$1 model=$2 mode=$3 user=$4; shift 4
-        mount --make-rprivate / && mount --bind "$root" "$root" && mount --bind "$model" "$root/model"
-        mount -o "remount,bind,$mode" "$root/model" && mount -t proc proc "$root/proc" && mount -t sysfs -o ro sysfs "$root/sys"
-        mount --rbind /dev "$root/dev" && mount -t tmpfs tmpfs "$root/tmp" && mount -o remount,bind,ro "$root" && ip link set lo up
+        mount --make-rprivate /
+        mount --bind "$root" "$root"
+        mount --bind "$model" "$root/model"
+        mount -o "remount,bind,$mode" "$root/model"
+        mount -t proc proc "$root/proc"
+        mount -t sysfs -o ro sysfs "$root/sys"
+        mount --rbind /dev "$root/dev"
+        mount -t tmpfs tmpfs "$root/tmp"
+        mount -o remount,bind,ro "$root"
+        ip link set lo up
         exec chroot --userspec="$user" "$root" "$@" """
 
     def __init__(self):
-        if missing := [
-            tool
-            for tool in ("buildah", "debootstrap", "unshare", "nsenter", "ip")
-            if not shutil.which(tool)
-        ]:
+        tools = ("buildah", "debootstrap", "unshare", "nsenter", "ip")
+        missing = [tool for tool in tools if not shutil.which(tool)]
+        if missing:
             raise SystemExit(
-                f"no Docker engine answers, and there is no {', '.join(missing)}: apt-get install buildah debootstrap "
-                "iproute2"
+                f"no Docker engine answers, and there is no {', '.join(missing)}: "
+                "apt-get install buildah debootstrap iproute2"
             )
         if os.geteuid():
             raise SystemExit("without a Docker engine this needs root: sudo make docker-test")
@@ -272,7 +283,8 @@ class Buildah:
         self.container = None
 
     def base(self, folder):
-        """A Debian with Python like the host's -> the image's name. Made once: `buildah rmi` it to have it made anew."""
+        """A Debian with Python like the host's -> the image's name. Made once: `buildah rmi` it
+        to have it made anew."""
         system = platform.freedesktop_os_release()
         suite = (
             system.get("VERSION_CODENAME", "bookworm")

@@ -1,4 +1,5 @@
-"""demo.sh and report.py: every command's flags exist, what is done stays done, a killed stage goes on, the page is safe."""
+"""demo.sh and report.py: every command's flags exist, what is done stays done, a killed stage
+goes on, the page is safe."""
 
 import importlib
 import json
@@ -51,7 +52,8 @@ def commands(*flags, **env):
 def test_every_command_of_every_size_has_only_flags_that_exist(
     flags, env, monkeypatch, tmp_path, capsys
 ):
-    """Each is run in this process with one flag more that does not exist: that, and nothing before it, has to be refused."""
+    """Each is run in this process with one flag more that does not exist: that, and nothing
+    before it, has to be refused."""
     lines = commands(*flags, **env)
     assert (
         len(lines) >= 20
@@ -79,18 +81,12 @@ def test_the_sizes_share_their_stages_but_no_folder():
         "runs/fast" in line for line in full + large
     )
     assert {line.split()[1] for line in full} == {line.split()[1] for line in large}
-    assert (
-        sum(
-            line.startswith("torchrun --nproc-per-node 8 ")
-            for line in commands("--preset", "125m", GPUS="8")
-        )
-        == 4
-    )
+    torchrun = "torchrun --nproc-per-node 8 "
+    spread = commands("--preset", "125m", GPUS="8")
+    assert sum(line.startswith(torchrun) for line in spread) == 4
+    pretraining = next(line for line in large if "--preset 125m" in line)
     told = demo("--preset", "125m", "--dry-run").stdout
-    assert (
-        f"torchrun --nproc-per-node 8 {next(line for line in large if '--preset 125m' in line).removeprefix('python ')}"
-        in told
-    )
+    assert torchrun + pretraining.removeprefix("python ") in told
 
 
 def test_a_stage_can_be_the_last_and_the_server_left_out():
@@ -121,14 +117,18 @@ def test_a_wrong_flag_is_one_line(flags, told):
 STUB = """#!/bin/sh
 echo "$@" >> log
 [ "$1" = "$FAIL" ] && exit 7
-while [ $# -gt 0 ]; do [ "$1" = --out ] && { case $2 in *.*) echo x > "$2" ;; *) mkdir -p "$2/state/step-1" ;; esac; }; shift; done
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then case $2 in *.*) echo x > "$2" ;; *) mkdir -p "$2/state/step-1" ;; esac; fi
+    shift
+done
 exit 0
 """
 
 
 @pytest.fixture
 def stubbed(tmp_path):
-    """demo.sh in a folder where `python` only writes down what it was asked, and makes the folder it should -> run(flags)."""
+    """demo.sh in a folder where `python` only writes down what it was asked, and makes the
+    folder it should -> run(flags)."""
     shutil.copy(ROOT / "demo.sh", tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(STUB)
@@ -230,7 +230,8 @@ def test_times_count_what_was_saved_before_a_stage_was_cut_short(stubbed, tmp_pa
 
 @pytest.mark.slow
 def test_a_demo_killed_in_the_middle_ends_with_the_same_report(tmp_path):
-    """SIGKILL to all of it while the fine-tuning is under way, then the same command again: the same weights and figures."""
+    """SIGKILL to all of it while the fine-tuning is under way, then the same command again: the
+    same weights and figures."""
     (tmp_path / "tinyshakespeare.txt").write_text(
         "ROMEO:\nWhat light through yonder window breaks?\n\n" * 2000
     )
@@ -284,7 +285,8 @@ def figures(page):
 # --------------------------------------------------------------------------------------- the report
 @pytest.fixture
 def run(tmp_path):
-    """A road of five stages, whose answers are partly right and partly an attack -> the prefix of its folders."""
+    """A road of five stages, whose answers are partly right and partly an attack -> the prefix
+    of its folders."""
     prefix, evil = tmp_path / "x", "<script>alert(1)</script> | a"
     stages = tmp_path / "x-report" / "stages"
     stages.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""Dockerfile, compose.yaml and deploy/: what can be checked without an engine. `make docker-test` builds and runs the image."""
+"""Dockerfile, compose.yaml and deploy/: what can be checked without an engine. `make
+docker-test` builds and runs the image."""
 
 import contextlib
 import fnmatch
@@ -75,14 +76,16 @@ def process(*command, log, **more):
 
 # ---------------------------------------------------------------------------------------- the image
 def matches(path, pattern):
-    """Whether a .dockerignore pattern names this path or a folder that it lies in; * stops at a slash."""
+    """Whether a .dockerignore pattern names this path or a folder that it lies in; * stops at a
+    slash."""
     parts, wanted = path.split("/"), pattern.split("/")
     pairs = zip(parts, wanted)
     return len(parts) >= len(wanted) and all(fnmatch.fnmatch(part, want) for part, want in pairs)
 
 
 def sent_to_the_build():
-    """Files of the repository that .dockerignore lets through: the last pattern that matches decides."""
+    """Files of the repository that .dockerignore lets through: the last pattern that matches
+    decides."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
@@ -185,7 +188,8 @@ def test_what_is_mounted_exists_and_models_are_read_only():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A tiny model under compose's command for `serve`, as a process of this machine -> its port, and the process."""
+    """A tiny model under compose's command for `serve`, as a process of this machine -> its
+    port, and the process."""
     folder, port = tmp_path_factory.mktemp("model"), str(free_port())
     tiny_model(folder)
     here = {"/model": str(folder), "8000": port, "0.0.0.0": "127.0.0.1"}
@@ -393,7 +397,8 @@ def test_each_alert_fires_for_its_trouble_and_none_without(tmp_path):
     def case(series, minute, fires):
         asked = [
             {
-                "expr": f'count by (alertname) (ALERTS{{alertname="{alert}", alertstate="firing"}})',
+                "expr": "count by (alertname) "
+                f'(ALERTS{{alertname="{alert}", alertstate="firing"}})',
                 "eval_time": f"{minute}m",
                 "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1}]
                 if alert == fires
@@ -520,11 +525,15 @@ def test_tokens_pass_the_balancer_one_by_one(folder):
 
 @nginx
 def test_requests_go_to_the_replica_that_works(folder):
-    """One replica shuts down, then is gone: nobody notices. Two that are full say 429, and none at all is a 503 that is JSON."""
+    """One replica shuts down, then is gone: nobody notices. Two that are full say 429, and none
+    at all is a 503 that is JSON."""
     full = {"concurrency": 1, "queue": 0}
     with running(Stub("abcd", delay=0.01), **full) as two:
         with running(Stub("abcd"), **full) as one, balanced(folder, one, two) as url:
-            ask = lambda: httpx.post(url + "/v1/chat/completions", json=CHAT, timeout=20)  # noqa: E731
+
+            def ask():
+                return httpx.post(url + "/v1/chat/completions", json=CHAT, timeout=20)
+
             one.service.draining = True
             assert [ask().status_code for _ in range(6)] == [200] * 6 and not one.engine.made
             until(lambda: two.service.depth == 0)  # the last answer is out before its place is free

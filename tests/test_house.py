@@ -1,4 +1,5 @@
-"""The house: what lies at the root, who may import whom, one name for one thing, short functions."""
+"""The house: what lies at the root, who may import whom, one name for one thing, short
+functions."""
 
 import ast
 import subprocess
@@ -78,7 +79,8 @@ def allowed(path, module):
 
 
 def opens(path, inside, module):
-    """Whether a function may import what its file may not: a door, a noun's command, bench's peers."""
+    """Whether a function may import what its file may not: a door, a noun's command, bench's
+    peers."""
     function = inside.split(".")[-1]
     command = function == "main" or function.endswith("_command")
     target = module.split(".")[0]

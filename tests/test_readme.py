@@ -1,9 +1,10 @@
-"""README.md and docs/ do not lie: their commands run, defaults are the code's, what they name is there.
+"""README.md and docs/ do not lie: their commands run, defaults are the code's, what they name is
+there.
 
-The commands run as they are printed, in a folder of stand-ins: tiny texts and a hardly trained model of
-30,000 parameters under every name that the pages use. SHORT adds flags that make them quick (the last of
-a flag counts). PARSED lists what is only parsed, as it needs a GPU, a peer or an hour. A command of a
-program that is in neither fails: say here how to run it.
+The commands run as they are printed, in a folder of stand-ins: tiny texts and a hardly trained
+model of 30,000 parameters under every name that the pages use. SHORT adds flags that make them
+quick (the last of a flag counts). PARSED lists what is only parsed, as it needs a GPU, a peer or
+an hour. A command of a program that is in neither fails: say here how to run it.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ EVERYTHING = "\n\n".join(PAGES.values())
 PROGRAMS = ("python", "torchrun", "make", "curl", "docker", "bash", "pip", "git")
 CALIBRATE = "--samples 2 --length 16 --held-out-rows 2 --device cpu"
 SHORT = {  # the beginning of a command: flags added to it; the longest beginning counts
-    "python train.py": "--steps 1 --layers 1 --dim 32 --heads 2 --batch 2 --sample 2 --overwrite --device cpu",
+    "python train.py": "--steps 1 --layers 1 --dim 32 --heads 2 --batch 2 --sample 2 --overwrite"
+    " --device cpu",
     "python train.py --preset 125m": "--fit --device cpu --batch 2 --layers 1 --overwrite",
     "python train.py eval": "--device cpu --context 64",
     "python train.py watch": "--once",
@@ -134,7 +136,8 @@ def workspace(tmp_path_factory):
         run("data.py", "wikitext-103 --tokenizer runs/demo-tokenizer --processes 1")
         run(
             "train.py",
-            "--preset demo --layers 1 --dim 32 --mlp 64 --steps 1 --batch 2 --sample 0 --device cpu",
+            "--preset demo --layers 1 --dim 32 --mlp 64 --steps 1 --batch 2 --sample 0"
+            " --device cpu",
         )
         quick = "--data data/toybox --steps 1 --context 64 --batch 2 --sample 0 --device cpu"
         run("finetune.py", f"runs/demo {quick} --out runs/demo-sft")
@@ -324,7 +327,8 @@ def test_every_link_and_picture_exists(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs")])
 def test_what_a_page_explains_is_in_the_code(page):
-    """Names in code marks that look like a function's or a class's are defined in a file that the page links to."""
+    """Names in code marks that look like a function's or a class's are defined in a file that
+    the page links to."""
     text = re.sub(r"^```.*?^```$|^(?:    .*\n)+", "", PAGES[page], flags=re.M | re.S)
     named = set(re.findall(r"`([A-Z]\w+\.\w+|[a-z]+_\w+|[A-Z][a-z]\w+)`", text)) - NOT_OURS
     folder = (ROOT / page).parent
