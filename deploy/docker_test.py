@@ -1,8 +1,8 @@
 """Builds the CPU image, starts it as it should be run - no network, a root that is read-only, no
 privileges - and asks it.
 
-    make docker-test                         # a tiny model with random weights, made inside the image
-    make docker-test MODEL=runs/demo-dpo     # one of yours
+    make docker-test                       # a tiny model with random weights, made inside the image
+    make docker-test MODEL=runs/demo-dpo   # one of yours
 
 Where a Docker engine answers it is `docker build` and `docker run`. Elsewhere, as root on Debian
 or Ubuntu, buildah builds the same Dockerfile on a base that debootstrap makes (apt-get install
@@ -148,9 +148,8 @@ def run(*command, show=False, **more):
     out = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, text=True, **out, **more)
     if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)[:300]}: exit status {done.returncode}\n{(done.stdout or '')[-3000:]}"
-        )
+        said = (done.stdout or "")[-3000:]
+        raise SystemExit(f"{' '.join(command)[:300]}: exit status {done.returncode}\n{said}")
     return (done.stdout or "").strip()
 
 

@@ -118,7 +118,9 @@ STUB = """#!/bin/sh
 echo "$@" >> log
 [ "$1" = "$FAIL" ] && exit 7
 while [ $# -gt 0 ]; do
-    if [ "$1" = --out ]; then case $2 in *.*) echo x > "$2" ;; *) mkdir -p "$2/state/step-1" ;; esac; fi
+    if [ "$1" = --out ]; then
+        case $2 in *.*) echo x > "$2" ;; *) mkdir -p "$2/state/step-1" ;; esac
+    fi
     shift
 done
 exit 0
