@@ -179,8 +179,8 @@ class Service:
 
 # ----------------------------------------------------------------------------- a reply on its way
 class Reply:
-    """An answer on its way to the client, as a stream or as one body. It ends when the answer ends,
-    when the client leaves, or when a client that does not read has had its time."""
+    """Carries an answer to the client, as a stream or as one body. A stream ends here: when the
+    answer ends, when the client leaves, or when a client that does not read has had its time."""
 
     def __init__(self, service, answer, jobs):
         self.answer = answer

@@ -152,7 +152,7 @@ def completion_logprobs(tok, logprobs, offsets, with_ids):
 # ------------------------------------------------------------------------------------- one choice
 @dataclass
 class Choice:
-    """One of the answers that a request gets, as far as it has come."""
+    """Holds one of the answers that a request gets, as far as it has come."""
 
     index: int
     decoder: Stream  # behind the prompt: it tells where in the text each token begins
@@ -233,8 +233,9 @@ TEXT_MARK = "the text's place"
 class Generation:
     """All choices of one request: `stream` and `whole` gather their deltas and show them."""
 
-    # what a chat and a completion call themselves: the id's beginning, the body, an event
-    kind = body_object = event_object = ""
+    kind = ""  # what its id begins with
+    body_object = ""  # what OpenAI calls its body,
+    event_object = ""  # and its events
 
     def __init__(self, tok, body, request_id, model, prompts):
         self.tok = tok

@@ -41,7 +41,7 @@ SAME_IN_SAMPLING = set(
 
 
 class Refusal(HTTPException):
-    """An answer that is an error, in OpenAI's shape."""
+    """Is raised where a request gets an error, and holds it in OpenAI's shape."""
 
     def __init__(self, status, message, code=None, param=None, headers=None):
         super().__init__(status, message, headers)

@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -168,7 +169,7 @@ class Door:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begin = time.monotonic()
-        headers = {k.decode("latin1"): v.decode("latin1") for k, v in scope["headers"]}
+        headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         named = re.fullmatch(r"[\w.:-]{1,100}", given, re.ASCII)
         state = scope.setdefault("state", {})

@@ -92,7 +92,7 @@ class Grammars:
 
 @dataclass
 class Active:
-    """A request that the engine works on."""
+    """Says what is left to do of a request that the engine works on."""
 
     unfinished: int  # answers still being made
     begun: bool = False  # its first token is out
@@ -305,7 +305,7 @@ class Inbox:
 
 @dataclass(eq=False)
 class Job:
-    """One prompt on its way through the engine. All jobs of a request share its `inbox`."""
+    """Follows one prompt on its way through the engine. The jobs of a request share an inbox."""
 
     prompt: list
     sampling: Sampling
