@@ -12,7 +12,16 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from common import UserError
-from model import Config, KVCache, Transformer, attention_mask, block_mask, cross_entropy_sum, flex
+from model import (
+    Config,
+    KVCache,
+    Transformer,
+    attention_mask,
+    block_mask,
+    cross_entropy_sum,
+    draw,
+    flex,
+)
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -85,7 +94,7 @@ def test_future_tokens_change_nothing(model):
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [13, 1, 1, 20, 5]])
 def test_cached_logits_equal_uncached_in_any_pieces(model, pieces):
     ids = tokens(2, 40)
-    caches = [KVCache(model.config, 2, "cpu", torch.float32) for _ in model.layers]
+    caches = [KVCache(model.config, 2, "cpu", torch.float32, 40) for _ in model.layers]
     with torch.no_grad():
         out = [model(piece, caches=caches) for piece in ids.split(pieces, dim=1)]
         assert torch.allclose(torch.cat(out, 1), model(ids), atol=1e-4)
@@ -154,6 +163,69 @@ def test_stories260k_tells_its_story(data_dir):
         ", there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball."
     )
+
+
+# --------------------------------------------------------------------------------------- generation
+@pytest.fixture
+def short():
+    """A model with a context of 16 tokens whose ids go up to 27."""
+    torch.manual_seed(0)
+    model = Transformer(Config("qwen3", 28, 16, 32, 2, 2, 2, 8, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model
+
+
+def shares(logits, temperature=1.0, top_k=0):
+    """How often each token is drawn, of 4,000 times."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor(logits)
+    draws = [draw(logits, temperature, top_k, generator) for _ in range(4000)]
+    return torch.bincount(torch.tensor(draws), minlength=len(logits)) / 4000
+
+
+def test_sampling_follows_the_distribution():
+    logits = [2.0, 1.0, 0.0, -1.0]
+    assert torch.allclose(shares(logits), torch.tensor(logits).softmax(0), atol=0.03)
+    colder = (torch.tensor(logits) * 2).softmax(0)
+    assert torch.allclose(shares(logits, temperature=0.5), colder, atol=0.03)
+
+
+def test_top_k_cuts_the_tail_and_temperature_0_takes_the_likeliest():
+    found = shares([2.0, 1.0, 0.0, -1.0], top_k=2)
+    assert found[1] > 0 and found[2:].sum() == 0
+    assert shares([0.0, 3.0, 1.0], temperature=0)[1] == 1
+
+
+def test_same_seed_same_text_and_other_seed_other_text(short):
+    first, again, other = [list(short.generate([1, 2, 3], 40, seed=seed)) for seed in (1, 1, 2)]
+    assert first == again != other
+
+
+def test_text_goes_on_past_the_context(short):
+    """60 tokens come out of a context of 16, each what the model says of the text that it holds."""
+    ids = list(range(10))
+    new = list(short.generate(ids, 60, temperature=0))
+    assert len(new) == 60
+    with torch.no_grad():
+        assert new[5] == short(torch.tensor([ids + new[:5]]))[0, -1].argmax().item()
+
+
+def test_generation_stops_at_the_end_of_text(short):
+    new = list(short.generate([1], 10, temperature=0))
+    short.config.eos_token_id = [99, new[4]]
+    assert list(short.generate([1], 10, temperature=0)) == new[: new.index(new[4])]
+
+
+def test_ids_that_the_tokenizer_does_not_have_never_come_out(short):
+    assert max(short.generate([1], 200, temperature=5.0, vocab_size=6)) == 5
+    assert max(short.generate([1], 200, temperature=5.0)) > 5
+
+
+def test_a_prompt_without_tokens_is_refused(short):
+    with pytest.raises(UserError, match="no tokens"):
+        next(short.generate([], 5))
 
 
 # ---------------------------------------------------------------------------------------- bad input
