@@ -251,10 +251,9 @@ def from_folder_names(name, tensor, config):
         return {name.removeprefix("model."): tensor}
     number, inner, leaf = TENSOR_NAME.fullmatch(name.removeprefix("transformer.")).groups()
     ours = [name for name, theirs in GPT2_NAMES.items() if theirs == inner]
+    parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
     if leaf == "g_idx":
-        parts = [tensor.clone() for _ in ours]
-    else:
-        parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
+        parts = [tensor] * len(ours)
     layer = f"layers.{number}." if number else ""
     out = {}
     for module, part in zip(ours, parts):
