@@ -38,8 +38,6 @@ INTERPRETED = tl.constexpr(INTERPRET)  # the same for use inside kernels
 
 
 # ------------------------------------------------------------------------------ choosing and tuning
-# Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
-# otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @functools.cache
 def say_once(message):
     print(f"kernels  {message}", file=sys.stderr)
@@ -139,7 +137,10 @@ def tuned(key, configs, launch, device):
             say_once(f"the tuning cannot be kept ({error}); every run will tune again")
     if table[key] == "twin":
         shared = card(device).shared_memory_per_block_optin
-        say_once(f"{key}: no configuration compiles for {shared:,} bytes of shared memory; torch")
+        say_once(
+            f"{key}: no configuration compiles for this card and its {shared:,} bytes of shared "
+            "memory; plain torch computes"
+        )
         return None
     return launch(table[key])
 
@@ -383,6 +384,8 @@ def _four_bits(byte, scales, zeros, where, mask, table, FORMAT: tl.constexpr):
     return even, odd
 
 
+# Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
+# otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @jit(do_not_specialize=["M"])
 def _gemm(
     x,
@@ -490,9 +493,10 @@ def linear(x, w, bias=None):
     x = x.contiguous()
     x_scale = None
     if w.format == "int8x8":
-        x, floats = torch.empty_like(x, dtype=torch.int8), x
+        floats = x[:, None]  # (M, K) -> (M, 1, K): one scale a row
+        x = torch.empty_like(x, dtype=torch.int8)
         x_scale = torch.empty(M, device=x.device)
-        store_rows(floats[:, None], x, x_scale, None)
+        store_rows(floats, x, x_scale, None)
     elif M > DEQUANTIZE_ABOVE:
         return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
     if M == 1 and x_scale is None:
@@ -601,7 +605,7 @@ def dequantize(w, dtype):
 def dequantize_twin(w, dtype):
     if w.pack == 1:
         return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
-    nibbles = [w.weight & 15, w.weight >> 4]
+    nibbles = [w.weight & 15, w.weight >> 4]  # low, high
     if w.format == "nf4":
         codes = torch.stack(nibbles[::-1], -1).flatten()  # (N*K/2, 2) -> (N*K,)
         scales = w.scales.repeat_interleave(w.group)[: len(codes)]

@@ -385,7 +385,10 @@ class Transformer(nn.Module):
         return self.dropout(x), rope, self.masks(T, past, docs, positions)
 
     def masks(self, T, past, docs, positions):
-        """(mask of full layers, of sliding ones); None where plain causal attention is the same."""
+        """(mask of full layers, of sliding ones); None where plain causal attention is the same.
+
+        Dense ones are (T, past + T), or (B, 1, T, T) with docs; on a GPU docs make block masks.
+        """
         c = self.config
         slides = bool(c.sliding_layers) and past + T > c.sliding_window
         if docs is None and not slides and (past == 0 or T == 1):

@@ -65,6 +65,7 @@ def config_from_dict(d, where="config.json"):
 
 
 def gpt2_config(d, where):
+    """GPT-2 has its own words, a bias everywhere, and neither RoPE nor grouped heads."""
     activation = d.get("activation_function", "gelu_new")
     if activation != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx"):
         raise UserError(
@@ -165,16 +166,16 @@ def sliding_from_dict(d):
     if kind == "mistral":
         return window, tuple(layers)
     if d.get("layer_types"):
-        return window, tuple(i for i in layers if d["layer_types"][i] == "sliding_attention")
+        kinds = enumerate(d["layer_types"])
+        return window, tuple(i for i, name in kinds if name == "sliding_attention")
     return window, tuple(layers[d.get("max_window_layers", 28) :])
 
 
 def config_to_dict(config):
     """-> config.json's content, also for readers of before transformers 5 (rope_theta)."""
     keys = GPT2_KEYS if config.is_gpt2 else LLAMA_KEYS
-    d = {"architectures": [HF_CLASSES[config.model_type]]}
-    for field in FIELDS:
-        d[keys.get(field, field)] = getattr(config, field)
+    d = {keys.get(field, field): getattr(config, field) for field in FIELDS}
+    d["architectures"] = [HF_CLASSES[config.model_type]]
     if config.is_gpt2:
         return d | {"activation_function": "gelu_new"}
     scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
