@@ -400,7 +400,8 @@ def answers(model, tok, prompts, max_tokens=256, rows=64):
                 if len(stay) < len(live):
                     live = [live[j] for j in stay]
                     for cache in caches:
-                        cache.kv = cache.kv[:, stay]  # (2, B, K, room, D)
+                        cache.keys = cache.keys[stay]  # (B, K, room, D)
+                        cache.values = cache.values[stay]
                 ids = torch.tensor([[picked[j]] for j in stay], device=device)
     model.train(was_training)
     return [(tok.decode(ids, skip_special=True), end) for ids, end in zip(new, ended)]

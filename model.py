@@ -1,15 +1,15 @@
-"""One decoder-only Transformer for GPT-2, Llama 2/3, Mistral, Qwen2, Qwen3 and SmolLM shapes; loads and saves model folders.
+"""A decoder-only Transformer: GPT-2, Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM are its settings.
 
-    model = Transformer.from_pretrained("runs/shakespeare")      # or a folder from the Hugging Face hub
-    logits = model(ids)                                          # (B, T) int64 -> (B, T, V) float32
+    model = Transformer.from_pretrained("runs/shakespeare")   # or a folder from Hugging Face's hub
+    logits = model(ids)                                       # (B, T) int64 -> (B, T, V) float32
+    new = list(model.generate([1, 2, 3], max_tokens=100))
 
-Shapes: B batch, T time, C channels (hidden_size), H query heads, K key/value heads, D head dim, V vocabulary.
+Shapes: B batch, T time, C channels (hidden_size), M width of the MLP, H query heads, K key/value
+heads, D head dim, V vocabulary.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,10 @@ from common import UserError
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
 
 
-# ------------------------------------------------------------------------------------------- config
+def plain_rope():
+    return {"rope_type": "default", "rope_theta": 10000.0}
+
+
 @dataclass
 class Config:
     """The shape of a model, in the words of Hugging Face's config.json."""
@@ -29,16 +32,14 @@ class Config:
     model_type: str = "qwen3"  # gpt2 | llama (SmolLM too) | mistral | qwen2 | qwen3
     vocab_size: int = 256  # V
     hidden_size: int = 128  # C
-    intermediate_size: int = 384  # width of the MLP
+    intermediate_size: int = 384  # M
     num_hidden_layers: int = 4
     num_attention_heads: int = 4  # H
     num_key_value_heads: int = 4  # K: fewer than H is grouped-query attention
     head_dim: int = 32  # D: H*D need not equal C
     max_position_embeddings: int = 256  # the context length
-    rope: dict = dataclasses.field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
-    )
-    sliding_window: int | None = None  # keys a query of a sliding layer sees, itself included
+    rope: dict = field(default_factory=plain_rope)  # the rule for rotary angles; GPT-2 has none
+    sliding_window: int | None = None  # keys that a query of a sliding layer sees, itself included
     sliding_layers: tuple = ()  # which layers slide
     norm_eps: float = 1e-6
     tie_word_embeddings: bool = True  # the head is the embedding matrix
@@ -51,7 +52,7 @@ class Config:
 
     @property
     def is_gpt2(self):
-        """LayerNorm, learned positions and a GELU MLP, where the others have RMSNorm, RoPE and SwiGLU."""
+        """LayerNorm, learned positions and a GELU MLP; the others have RMSNorm, RoPE and SwiGLU."""
         return self.model_type == "gpt2"
 
     @staticmethod
@@ -69,256 +70,198 @@ class Config:
 
     def kv_bytes_per_token(self, bytes_per_value=2):
         """Bytes that one token adds to the key/value cache."""
-        return (
-            2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
-        )
+        values = self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return 2 * values * bytes_per_value  # a key and a value
 
 
-# --------------------------------------------------------------------------------- rotary embedding
+# -------------------------------------------------------------------------------- rotary positions
 def rope_frequencies(config):
-    """Rotation speed of each pair of channels, (D/2,) float32, and the factor on cos and sin.
+    """Radians that each pair of channels turns by a position, (D/2,), and a factor on cos and sin.
 
-    Su et al. 2021 (RoPE); "linear" is position interpolation (Chen et al. 2023); "yarn" is Peng et al. 2023, eq. 17-23;
-    "llama3" is Meta's rule from the Llama 3.1 release. All equal to transformers' modeling_rope_utils.
+    The plain rule is RoPE's (Su et al. 2021): pair i turns by theta^(-2i/D). The others stretch it
+    to a longer context: "linear" is position interpolation (Chen et al. 2023), "llama3" Meta's rule
+    from the Llama 3.1 release, "yarn" Peng et al. 2023. All are as in transformers'
+    modeling_rope_utils.
     """
-    rope, D = config.rope, config.head_dim
-    theta, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
-    # an explicit device, for models are built under torch.device("meta")
-    frequency = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float() / D)
-    if kind == "linear":
-        return frequency / factor, 1.0
-    if kind == "llama3":  # slow waves are stretched, fast ones kept, those between blended
-        turns = (
-            rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        )  # over the original context
-        low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * frequency + (1 - keep) * frequency / factor, 1.0
-    if kind == "yarn":
-
-        def channel(turns):  # the channel that makes so many turns over the original context
-            return (
-                D
-                * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
-                / (2 * math.log(theta))
-            )
-
-        low, high = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
-        if rope.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        ramp = ((torch.arange(D // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(
-            0, 1
-        )
-        grow = 0.1 * math.log(factor) if factor > 1 else 0.0
-        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        scale = (1 + m * grow) / (1 + m_all * grow) if m and m_all else 1 + grow
-        return frequency * (1 - ramp) + frequency / factor * ramp, rope.get(
-            "attention_factor"
-        ) or scale
+    rope = config.rope
+    D = config.head_dim
+    # The device is named because models are built under torch.device("meta").
+    channel = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float()
+    frequency = 1.0 / rope["rope_theta"] ** (channel / D)
+    if rope["rope_type"] == "linear":
+        return frequency / rope["factor"], 1.0
+    if rope["rope_type"] == "llama3":
+        return llama3_frequencies(rope, frequency), 1.0
+    if rope["rope_type"] == "yarn":
+        return yarn_frequencies(rope, frequency), yarn_scale(rope)
     return frequency, 1.0
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, H, D); cos, sin (T, D/2) or (B, T, D/2).
+def llama3_frequencies(rope, frequency):
+    """Slow waves are stretched by the factor, fast ones kept, those between blended."""
+    low = rope.get("low_freq_factor", 1.0)
+    high = rope.get("high_freq_factor", 4.0)
+    original = rope["original_max_position_embeddings"]
+    turns = original * frequency / (2 * math.pi)  # of each pair, over the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / rope["factor"]
 
-    The two halves, not neighbouring channels, form the pairs: the row order of Hugging Face's checkpoints.
+
+def yarn_frequencies(rope, frequency):
+    """YaRN's "NTK by parts" (eq. 17, 18): the blend goes along the channels, not the turns."""
+    pairs = len(frequency)  # D/2
+    original = rope["original_max_position_embeddings"]
+
+    def pair_that_turns(turns):  # so many times over the original context
+        return pairs * math.log(original / (turns * 2 * math.pi)) / math.log(rope["rope_theta"])
+
+    low = pair_that_turns(rope.get("beta_fast") or 32)
+    high = pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, 2 * pairs - 1)
+    ramp = (torch.arange(pairs, device="cpu").float() - low) / max(high - low, 1e-3)
+    slow = ramp.clamp(0, 1)
+    return frequency * (1 - slow) + frequency / rope["factor"] * slow
+
+
+def yarn_scale(rope):
+    """YaRN's factor on queries and keys: a longer context needs a sharper softmax (eq. 22)."""
+    if rope.get("attention_factor"):
+        return rope["attention_factor"]
+    growth = 0.1 * math.log(rope["factor"]) if rope["factor"] > 1 else 0.0
+    mscale = rope.get("mscale")
+    mscale_all = rope.get("mscale_all_dim")
+    if mscale and mscale_all:  # DeepSeek's variant
+        return (1 + mscale * growth) / (1 + mscale_all * growth)
+    return 1 + growth
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, H, D) -> the same shape.
+
+    cos, sin: (T, D/2) or (B, T, D/2). The two halves, not neighbouring channels, form the pairs:
+    that is the row order of Hugging Face's checkpoints.
     """
-    cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, D/2): the same for every head
-    a, b = x.chunk(2, dim=-1)
+    cos = cos[..., None, :]  # (T, D/2) -> (T, 1, D/2): the same for every head
+    sin = sin[..., None, :]
+    a, b = x.chunk(2, dim=-1)  # (B, T, H, D) -> two of (B, T, H, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-# ----------------------------------------------------------------------------------------- the loss
-def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
-    """Summed cross-entropy of the logits hidden @ weight.T against targets, -100 ignored -> scalar float32, nats.
+# ------------------------------------------------------------------------------------ who sees whom
+def visible(gap, window=None, query_doc=None, key_doc=None):
+    """Whether a query sees a key that is `gap` positions before it.
 
-    hidden (N, C), weight (V, C), targets (N,) int64. Above LOGITS_AT_ONCE the work is done in chunks of rows, so that N*V logits
-    never exist whole. Rows without a target, most of them in instruction tuning, are left out first where that costs nothing: on
-    a GPU it would have to wait for their number.
+    It sees the past, itself included, no further back than the window, in its own document only.
+    A document numbered below 0 is seen from all after it: a prompt that several answers share.
     """
-    if (
-        hidden.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not (kept := targets != -100).all()
-    ):
-        hidden, targets = hidden[kept], targets[kept]
-    rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
-    if hidden.size(0) > rows and torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
-    return sum(
-        F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=-100, reduction="sum")
-        for h, t in zip(hidden.split(rows), targets.split(rows))
-    )
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss and, in the same pass, its gradients: d loss / d logits = softmax - one_hot is at hand while a chunk's logits
-    are, so nothing is computed twice and backward only scales (the idea of Apple's and Liger's fused linear losses)."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        )
-        exact = (
-            torch.float32 if dtype == torch.float16 else dtype
-        )  # the loss is scaled only later: here fp16 would underflow
-        w, total, grad_hidden = (
-            weight.to(dtype),
-            hidden.new_zeros((), dtype=torch.float32),
-            torch.empty_like(hidden),
-        )
-        # a frozen head (LoRA) needs none, and V*C float32 would be half a gigabyte of a 7B model
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
-        for i in range(0, hidden.size(0), rows):
-            h, t = (
-                hidden[i : i + rows].to(dtype),
-                targets[i : i + rows, None],
-            )  # (rows, C), (rows, 1)
-            logits = (h @ w.t()).float()  # (rows, V)
-            lse, counts, t = logits.logsumexp(-1, keepdim=True), t != -100, t.clamp(min=0)
-            total += ((lse - logits.gather(1, t)) * counts).sum()
-            d = logits.sub_(lse).exp_()  # softmax
-            d = d.scatter_add_(1, t, torch.full_like(lse, -1.0)).mul_(counts).to(exact)
-            grad_hidden[i : i + rows] = d @ w.to(exact)
-            if grad_weight is not None:
-                grad_weight += d.t() @ h.to(exact)
-        ctx.save_for_backward(
-            grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
-        )
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad,
-            grad_weight if grad_weight is None else grad_weight * grad,
-            None,
-            None,
-        )
-
-
-@torch.compiler.disable  # how many targets there are differs from batch to batch, and so would the compiled shapes
-def token_losses(hidden, head, targets):
-    """hidden (B, T, C), head: C -> V, targets (B, T) -> cross-entropy of each target in nats (B, T) float32, 0 where -100.
-
-    Only positions with a target meet the head, in parts whose logits are computed again in backward and never exist whole.
-    """
-
-    def losses(h, t):  # (n, C), (n,) -> (n,)
-        return F.cross_entropy(head(h).float(), t, reduction="none")
-
-    at = targets != -100
-    wanted, rows = hidden[at], max(1, LOGITS_AT_ONCE // head.out_features)  # (B, T, C) -> (N, C)
-    parts = list(zip(wanted.split(rows), targets[at].split(rows)))
-    each = (
-        [losses(*parts[0])]
-        if len(parts) == 1
-        else [checkpoint(losses, h, t, use_reentrant=False) for h, t in parts]
-    )
-    return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(at, torch.cat(each))
-
-
-# -------------------------------------------------------------------------------------- the network
-def visible(gap, window=None, q_doc=None, k_doc=None):
-    """Whether a query sees a key that is `gap` positions before it: both in one document, or the key in one numbered below 0,
-    which all after it may look at (a prompt that several answers share); no further back than the window."""
     seen = gap >= 0
     if window is not None:
         seen = seen & (gap < window)
-    return seen if q_doc is None else seen & ((q_doc == k_doc) | (k_doc < 0))
+    if query_doc is not None:
+        seen = seen & ((query_doc == key_doc) | (key_doc < 0))
+    return seen
 
 
-def attention_mask(q_pos, k_pos, window=None, docs=None):
-    """Which keys each query may see: (Tq, Tk) bool, or with docs (B, T), where queries are keys, (B, 1, T, T).
+def attention_mask(query_at, key_at, window=None, docs=None):
+    """Which keys each query may see, True where it may: (Tq, Tk), or (B, 1, T, T) with docs (B, T).
 
-    q_pos (Tq,), k_pos (Tk,): positions, with docs also (B, T)."""
-    gap = q_pos[..., :, None] - k_pos[..., None, :]  # (Tq, Tk) or (B, Tq, Tk)
-    gap = gap if gap.ndim == 2 else gap[:, None]
-    return visible(
-        gap, window, *(() if docs is None else (docs[:, None, :, None], docs[:, None, None, :]))
-    )
+    query_at (Tq,), key_at (Tk,) are positions; with docs they may be (B, T), and queries are keys.
+    """
+    gap = query_at[..., :, None] - key_at[..., None, :]  # (Tq, Tk) or (B, T, T)
+    if docs is None:
+        return visible(gap, window)
+    gap = gap[..., None, :, :]  # (1, T, T) or (B, 1, T, T): one mask for all heads
+    return visible(gap, window, docs[:, None, :, None], docs[:, None, None, :])
 
 
 def block_mask(positions, window, docs):
-    """The same for FlexAttention on a GPU, where dense masks cost T*T and keep the fast kernels away: whole blocks that nothing
-    may see are never computed."""
+    """The same mask as a rule for FlexAttention: blocks that nothing may see are never computed.
+
+    On a GPU a dense mask costs T*T bytes and keeps the fast kernels away. positions (T,) or (B, T).
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    positions = positions.expand(docs.shape)  # (T,) or (B, T) -> (B, T)
+    B, T = docs.shape
+    positions = positions.expand(B, T)
 
-    def rule(b, h, q, k):
-        gap = (
-            q - k if window is None else positions[b, q] - positions[b, k]
-        )  # of causality rows say the same, in less memory
+    def rule(b, head, q, k):
+        gap = q - k  # rows of one document are as far apart as positions, and cost no memory
+        if window is not None:
+            gap = positions[b, q] - positions[b, k]
         return visible(gap, window, docs[b, q], docs[b, k])
 
-    return create_block_mask(
-        rule, docs.size(0), None, docs.size(1), docs.size(1), device=docs.device
-    )
+    return create_block_mask(rule, B, None, T, T, device=docs.device)
 
 
 def flex(q, k, v, mask):
-    """FlexAttention, which is only fast compiled."""
+    """Attention under a block mask. q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
-    return attend(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    if q.is_cuda:  # uncompiled it is as slow as a dense mask
+        flex_attention = torch.compile(flex_attention, dynamic=False)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
+# -------------------------------------------------------------------------------------- the network
 class Attention(nn.Module):
+    """Causal self-attention whose query heads share the key/value heads in groups of H/K."""
+
     def __init__(self, config):
         super().__init__()
-        C, H, K, D = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.H, self.K, self.D, self.dropout = H, K, D, config.dropout
-        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
-        if (
-            config.model_type == "qwen3"
-        ):  # QK-norm keeps the attention logits in range, so higher learning rates hold
-            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        C = config.hidden_size
+        self.H = config.num_attention_heads
+        self.K = config.num_key_value_heads
+        self.D = config.head_dim
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(C, self.H * self.D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, self.K * self.D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, self.K * self.D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.H * self.D, C, bias=config.out_bias)
+        self.q_norm = None
+        self.k_norm = None
+        if config.model_type == "qwen3":  # bounds the attention logits: higher learning rates hold
+            self.q_norm = nn.RMSNorm(self.D, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.D, eps=config.norm_eps)
 
     def forward(self, x, rope, mask, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin) or None; mask: None means causal; cache.append -> all keys, values."""
-        B, T, _ = x.shape
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) or None. mask: dense, a block mask, or None for plain causal attention.
+        cache: append(k, v) takes the new keys and values and gives all so far.
+        """
+        B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D)  # (B, T, H*D) -> (B, T, H, D)
-        k = self.k_proj(x).view(B, T, self.K, self.D)
+        k = self.k_proj(x).view(B, T, self.K, self.D)  # (B, T, K*D) -> (B, T, K, D)
         v = self.v_proj(x).view(B, T, self.K, self.D)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        q = q.transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v)
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            return self.o_proj(flex(q, k, v, mask).transpose(1, 2).reshape(B, T, self.H * self.D))
-        # one query row sees everything before it, so causality needs a mask only from two rows on
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.K != self.H,
-        )
-        return self.o_proj(
-            y.transpose(1, 2).reshape(B, T, self.H * self.D)
-        )  # (B, H, T, D) -> (B, T, H*D) -> (B, T, C)
+            k, v = cache.append(k, v)  # (B, K, T, D) -> (B, K, T so far, D)
+        if mask is None or isinstance(mask, torch.Tensor):
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and T > 1,  # a single query sees all keys there are
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=self.K != self.H,
+            )
+        else:
+            y = flex(q, k, v, mask)
+        y = y.transpose(1, 2).reshape(B, T, self.H * self.D)  # (B, H, T, D) -> (B, T, H*D)
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):
@@ -326,16 +269,18 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, M, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        C = config.hidden_size
+        M = config.intermediate_size
+        self.gate_proj = None
         if not config.is_gpt2:
-            self.gate_proj = nn.Linear(C, M, bias=bias)
-        self.up_proj = nn.Linear(C, M, bias=bias)
-        self.down_proj = nn.Linear(M, C, bias=bias)
+            self.gate_proj = nn.Linear(C, M, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, M, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(M, C, bias=config.mlp_bias)
 
     def forward(self, x):
-        if hasattr(self, "gate_proj"):
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def make_norm(config):
@@ -344,6 +289,8 @@ def make_norm(config):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP; each reads the normed residual stream and adds to it."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = make_norm(config)
@@ -353,10 +300,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def products(self):
-        """The linear layers in the order of their work, those over the same input together: q, k, v; o; gate and up; down."""
-        a, m = self.self_attn, self.mlp
-        up = [m.gate_proj, m.up_proj] if hasattr(m, "gate_proj") else [m.up_proj]
-        return [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], up, [m.down_proj]
+        """The linear layers in the order of their work, those that read the same input together."""
+        attn, mlp = self.self_attn, self.mlp
+        up = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
+        return [attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], up, [mlp.down_proj]
 
     def forward(self, x, rope, mask, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
@@ -364,19 +311,20 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Token ids -> logits, a loss, or more token ids."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.quantization = (
-            None  # the folder's quantization_config, where linear layers are packed (quant.py)
-        )
-        self.recompute = False  # activation checkpointing: keep only each layer's input, compute the rest again in backward
+        self.source = None  # the folder that the weights came from, if they did
+        self.quantization = None  # the folder's quantization_config, if layers are packed
+        self.recompute = False  # whether backward computes a layer again, from its input alone
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
             frequency, self.rope_scale = rope_frequencies(config)
-            self.register_buffer("rope_frequency", frequency, persistent=False)
+            self.register_buffer("rope_frequency", frequency, persistent=False)  # (D/2,)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
@@ -384,62 +332,88 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self):
-        """With tied embeddings the head's weight *is* the embedding's: one Parameter, two places."""
+        """Tied embeddings: the head's weight *is* the embedding's, one Parameter in two places."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self):
-        """Fresh weights. Matrices that write into the residual stream start at zero, so every block begins as the identity
-        and the gradients at step 0 are those of a shallow network; GPT-2 keeps its own published rule. An embedding that is
-        not also the head starts large, or the first blocks' outputs would drown it; one that is starts so small that a
-        token's logit for itself, C * std after the norm, does not outweigh a large vocabulary: the first loss is ln V."""
-        std, tied = 0.02, self.config.tie_word_embeddings
-        embedding_std = min(std, 5 / self.config.hidden_size) if tied else 0.5
+        """Fresh weights, such that the first loss is ln V.
+
+        Matrices that write into the residual stream start at zero: every block begins as the
+        identity, and the first gradients are those of a shallow network. GPT-2 keeps its published
+        rule. An embedding that is not also the head starts large, or the first blocks' outputs
+        would drown it; one that is starts small, or a token's logit for itself, C * std after the
+        norm, would outweigh a large vocabulary.
+        """
+        c = self.config
+        embedding_std = min(0.02, 5 / c.hidden_size) if c.tie_word_embeddings else 0.5
         for name, p in self.named_parameters():
-            if p.ndim < 2:
-                nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            elif self.config.is_gpt2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(
-                    p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std
-                )
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            into_the_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if p.ndim == 1:  # a norm's gain, or a bias
+                nn.init.constant_(p, 1.0 if name.endswith("norm.weight") else 0.0)
+            elif c.is_gpt2:
+                shrink = math.sqrt(2 * c.num_hidden_layers) if into_the_stream else 1.0
+                nn.init.normal_(p, std=0.02 / shrink)
+            elif into_the_stream:
                 nn.init.zeros_(p)
-            elif name.startswith(("embed_tokens", "lm_head")):
-                nn.init.normal_(p, std=embedding_std if name.startswith("embed") else std)
+            elif name == "embed_tokens.weight":
+                nn.init.normal_(p, std=embedding_std)
+            elif name == "lm_head.weight":
+                nn.init.normal_(p, std=0.02)
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
+    # -------------------------------------------------------------------------------------- forward
     def start(self, ids, positions=None, docs=None, past=0):
-        """What the first block reads: x (B, T, C), the rotations (cos, sin) or None, and the two masks of `masks`."""
+        """What the first block reads: x (B, T, C), (cos, sin) or None, and the masks of `masks`."""
+        c = self.config
         T = ids.size(1)
-        if positions is None and past + T > self.config.max_position_embeddings:
-            raise UserError(
-                f"{past + T:,} tokens, but this model's context is {self.config.max_position_embeddings:,}"
-            )
         if positions is None:
+            if past + T > c.max_position_embeddings:
+                context = f"this model's context is {c.max_position_embeddings:,}"
+                raise UserError(f"{past + T:,} tokens, but {context}")
             positions = torch.arange(past, past + T, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
         rope = None
-        if self.config.is_gpt2:
-            x = x + self.embed_positions(positions)
+        if c.is_gpt2:
+            x = x + self.embed_positions(positions)  # (T, C) or (B, T, C)
         else:
-            angle = positions[..., None].float() * self.rope_frequency  # (T, D/2)
-            rope = (
-                (angle.cos() * self.rope_scale).to(x.dtype),
-                (angle.sin() * self.rope_scale).to(x.dtype),
-            )
+            angle = positions[..., None].float() * self.rope_frequency  # (T, D/2) or (B, T, D/2)
+            cos = (angle.cos() * self.rope_scale).to(x.dtype)
+            sin = (angle.sin() * self.rope_scale).to(x.dtype)
+            rope = cos, sin
         return self.dropout(x), rope, self.masks(T, past, docs, positions)
+
+    def masks(self, T, past, docs, positions):
+        """(mask of full layers, of sliding ones); None where plain causal attention is the same.
+
+        Dense ones are (T, past + T), or (B, 1, T, T) with docs; on a GPU docs make block masks.
+        """
+        c = self.config
+        slides = bool(c.sliding_layers) and past + T > c.sliding_window
+        if docs is None and not slides and (past == 0 or T == 1):
+            return None, None
+        queries = keys = positions
+        if docs is None:
+            keys = torch.arange(past + T, device=positions.device)
+            queries = keys[past:]
+
+        def mask(window):
+            if docs is not None and docs.is_cuda:
+                return block_mask(positions, window, docs)
+            return attention_mask(queries, keys, window, docs)
+
+        full = mask(None)
+        return full, mask(c.sliding_window) if slides else full
 
     def hidden(self, ids, positions=None, docs=None, caches=None):
         """(B, T) token ids -> (B, T, C), what the head reads.
 
-        positions (T,) default to 0..T-1; docs (B, T) keeps packed documents apart; caches is a list, one per layer, of
-        objects with `.append(k, v) -> (all k, all v)` and `.length`, the tokens already in it.
+        positions (T,) or (B, T) default to 0..T-1; docs (B, T) keeps packed documents apart; caches
+        has a KVCache for each layer, and the ids then follow what is in there.
         """
-        x, rope, (full, sliding) = self.start(
-            ids, positions, docs, caches[0].length if caches else 0
-        )
+        past = caches[0].length if caches else 0
+        x, rope, (full, sliding) = self.start(ids, positions, docs, past)
         for i, layer in enumerate(self.layers):
             mask = sliding if i in self.config.sliding_layers else full
             if self.recompute and self.training:
@@ -448,146 +422,212 @@ class Transformer(nn.Module):
                 x = layer(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
-    def masks(self, T, past, docs, positions):
-        """(mask of full layers, mask of sliding layers); None wherever plain causal attention says the same."""
-        window = self.config.sliding_window if self.config.sliding_layers else None
-        slides = window is not None and past + T > window
-        if docs is None and not slides and (past == 0 or T == 1):
-            return None, None
-        if docs is not None and docs.is_cuda and past == 0:
-            full, sliding = (
-                block_mask(positions, None, docs),
-                block_mask(positions, window, docs) if slides else None,
-            )
-        else:
-            k_pos = torch.arange(past + T, device=positions.device) if docs is None else positions
-            full = attention_mask(k_pos[past:], k_pos, None, docs)
-            sliding = attention_mask(k_pos[past:], k_pos, window, docs) if slides else None
-        return full, sliding if slides else full
+    def forward(self, ids, targets=None, per_token=False, **where):
+        """(B, T) int64 token ids -> logits (B, T, V) float32; keywords as in `hidden`.
 
-    def forward(self, ids, targets=None, per_token=False, **kw):
-        """(B, T) int64 token ids -> (B, T, V) float32 logits; keywords as in `hidden`.
-
-        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that are not -100; or, with
-        per_token, each of them: (B, T) float32, 0 where the target is -100.
+        With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that
+        are not -100. With per_token -> each of them, (B, T) float32, 0 where the target is -100.
         """
-        hidden = self.hidden(ids, **kw)
+        hidden = self.hidden(ids, **where)  # (B, T, C)
         if targets is None:
             return self.lm_head(hidden).float()
         if per_token:
             return token_losses(hidden, self.lm_head, targets)
-        return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        hidden = hidden.flatten(0, 1)  # (B, T, C) -> (B*T, C)
+        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
 
     @torch.inference_mode()
-    def generate(
-        self, ids, max_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0, vocab_size=None
-    ):
-        """Continue one list of token ids -> iterator of new ids; ends at the model's end-of-text or after max_tokens.
+    def generate(self, ids, max_tokens, temperature=0.8, top_k=0, seed=0, vocab_size=None):
+        """Continue one list of token ids -> iterator of new ids, to the end of text or max_tokens.
 
-        vocab_size: the tokenizer's, where the model has rows for more ids (padding) that mean nothing. When the context is full, its
-        older half is forgotten and the rest read again.
+        This plain loop defines what the batched engine computes. temperature 0 takes the likeliest
+        token; top_k > 0 draws among the k likeliest only; vocab_size is the tokenizer's, where the
+        model has rows for more ids than mean something. When the context is full, its older half is
+        forgotten and the rest read again.
         """
-        model = self
-        config, weight = model.config, model.embed_tokens.weight
         if not ids:
             raise UserError("the prompt has no tokens; give at least one character")
-        generator = torch.Generator(weight.device).manual_seed(seed)
-        ends = (
-            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        )
-        ids, context, caches, new = list(ids), config.max_position_embeddings, None, []
+        c = self.config
+        context = c.max_position_embeddings
+        ends = c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id]
+        device = self.embed_tokens.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        ids = list(ids)
+        unread = ids[-context:]
+        room = min(context, len(ids) + max_tokens)
+        caches = self.empty_caches(room)
         for _ in range(max_tokens):
-            if caches is None or caches[0].length + len(new) > context:
-                new = ids[-context:] if caches is None else ids[-(context // 2) :]
-                room = min(context, len(ids) + max_tokens)
-                caches = [
-                    KVCache(config, 1, weight.device, weight.dtype, room) for _ in model.layers
-                ]
-            hidden = model.hidden(
-                torch.tensor([new], device=weight.device), caches=caches
-            )  # (1, T, C)
-            logits = model.lm_head(
-                hidden[:, -1]
-            ).float()  # (1, V): only the last position is asked for
-            token = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator).item()
+            if caches[0].length + len(unread) > context:
+                unread = ids[-(context // 2) :]
+                caches = self.empty_caches(room)
+            hidden = self.hidden(torch.tensor([unread], device=device), caches=caches)  # (1, T, C)
+            logits = self.lm_head(hidden[0, -1:]).float()  # (1, V): of the last position only
+            token = draw(logits[0, :vocab_size], temperature, top_k, generator)
             if token in ends:
                 return
             yield token
             ids.append(token)
-            new = [token]
+            unread = [token]
+
+    def empty_caches(self, room):
+        """A KVCache for each layer, for one text of up to `room` tokens."""
+        weight = self.embed_tokens.weight
+        return [KVCache(self.config, 1, weight.device, weight.dtype, room) for _ in self.layers]
 
     # ----------------------------------------------------------------------------------- accounting
-    def num_params(self) -> int:
+    def num_params(self):
         """Parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, T, training=True):
-        """Floating-point operations per token at context T: 2 per weight of every matrix product and 4*H*D*T for
-        attention's two products, three times that with the backward pass (PaLM, appendix B: causality not discounted)."""
+    def flops_per_token(self, T):
+        """Floating-point operations that training spends on a token at context T.
+
+        2 for each weight of a matrix product and 4*H*D*T for attention's two products, and twice
+        that again in the backward pass (PaLM, appendix B: causality is not discounted).
+        """
         c = self.config
-        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
-        return (3 if training else 1) * (2 * matmul + attention)
+        return 3 * (2 * weights + attention)
 
     # -------------------------------------------------------------------------------- model folders
-    def save_pretrained(self, folder: str | Path, state=None) -> None:
+    def save_pretrained(self, folder, state=None):
         """Write a model folder; state: the state dict, where it is not simply this module's."""
         from formats.hub import save_model
 
         save_model(self, folder, state)
 
     @staticmethod
-    def from_pretrained(
-        folder: str | Path, device="cpu", dtype=None, dropout: float = 0.0
-    ) -> "Transformer":
-        """Load a model folder: config.json and one or many safetensors files; dtype None keeps theirs."""
+    def from_pretrained(folder, device="cpu", dtype=None, dropout=0.0):
+        """Load a model folder -> Transformer in eval mode; dtype None keeps the file's."""
         from formats.hub import load_model
 
         return load_model(folder, device, dtype, dropout)
 
 
-# --------------------------------------------------------------------- names: ours <-> the folder's
-
-
 class KVCache:
     """The keys and values of one layer for all tokens so far, in room reserved at the start."""
 
-    def __init__(self, config, batch, device, dtype, room=None):
-        """room: tokens it can hold [the model's context]"""
-        shape = (
-            2,
-            batch,
-            config.num_key_value_heads,
-            room or config.max_position_embeddings,
-            config.head_dim,
-        )
-        self.kv, self.length = (
-            torch.empty(shape, device=device, dtype=dtype),
-            0,
-        )  # (2, B, K, room, D)
+    def __init__(self, config, batch, device, dtype, room):
+        """room: the most tokens it can hold"""
+        shape = batch, config.num_key_value_heads, room, config.head_dim
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (B, K, room, D)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
 
     def append(self, k, v):
         """k, v (B, K, T, D) of new tokens -> those of all tokens, (B, K, length, D)."""
         end = self.length + k.size(2)
-        self.kv[0, :, :, self.length : end], self.kv[1, :, :, self.length : end] = k, v
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
         self.length = end
-        return self.kv[0, :, :, :end], self.kv[1, :, :, :end]
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one token id per row of logits (B, V) float32 -> (B,) int64. Temperature 0 takes the likeliest."""
+def draw(logits, temperature, top_k, generator):
+    """One token id from logits (V,) float32; the plain twin of the engine's sampler."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax().item()
     logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1:  # nucleus sampling (Holtzman et al. 2020)
-        ranked, order = logits.softmax(-1).sort(descending=True)
-        before = (
-            ranked.cumsum(-1) - ranked
-        )  # probability of everything likelier; the first is always kept
-        logits = logits.masked_fill(
-            (before >= top_p).scatter(-1, order, before >= top_p), -torch.inf
-        )
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    if 0 < top_k < len(logits):
+        least = logits.topk(top_k).values[-1]  # of the k likeliest
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial(logits.softmax(0), 1, generator=generator).item()
+
+
+# ----------------------------------------------------------------------------------------- the loss
+def plain_cross_entropy(hidden, weight, targets):
+    """Summed cross-entropy of the logits hidden @ weight.T -> scalar float32, in nats; no -100.
+
+    hidden (N, C), weight (V, C), targets (N,) int64."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
+    """The same, in chunks of rows where N*V logits would be more than LOGITS_AT_ONCE.
+
+    In instruction tuning most rows have no target. On a CPU these are left out first; a GPU would
+    have to wait until their number is known.
+    """
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        wanted = targets != -100
+        if not wanted.all():
+            hidden = hidden[wanted]
+            targets = targets[wanted]
+    rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
+    if hidden.size(0) <= rows:
+        return plain_cross_entropy(hidden, weight, targets)
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
+    parts = zip(hidden.split(rows), targets.split(rows))
+    return sum(plain_cross_entropy(h, weight, t) for h, t in parts)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss and its gradients in one pass over chunks of rows; backward only scales them.
+
+    d loss / d logits = softmax - one_hot is at hand while a chunk's logits are, so nothing is
+    computed twice and only one chunk's logits ever exist (as in Apple's and Liger's fused losses).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rows):
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        # The loss is scaled only after this: in float16 its gradients would underflow here.
+        exact = torch.float32 if dtype == torch.float16 else dtype
+        w = weight.to(dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # LoRA's frozen head needs none: half a gigabyte of a 7B model
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, hidden.size(0), rows):
+            h = hidden[i : i + rows].to(dtype)  # (rows, C)
+            t = targets[i : i + rows, None]  # (rows, 1)
+            counts = t != -100
+            t = t.clamp(min=0)
+            logits = (h @ w.t()).float()  # (rows, V)
+            lse = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
+            total += ((lse - logits.gather(1, t)) * counts).sum()
+            d = logits.sub_(lse).exp_()  # softmax
+            d = d.scatter_add_(1, t, torch.full_like(lse, -1.0))  # - one_hot
+            d = d.mul_(counts).to(exact)
+            grad_hidden[i : i + rows] = d @ w.to(exact)
+            if grad_weight is not None:
+                grad_weight += d.t() @ h.to(exact)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad
+        return grad_hidden * grad, grad_weight, None, None
+
+
+@torch.compiler.disable  # the number of targets, and with it every shape, differs between batches
+def token_losses(hidden, head, targets):
+    """Cross-entropy of each target in nats: hidden (B, T, C), targets (B, T) -> (B, T) float32.
+
+    It is 0 where the target is -100. Only positions with a target meet the head (C -> V), and those
+    in parts whose logits are computed again in backward, so that they never exist whole.
+    """
+
+    def losses(h, t):  # (n, C), (n,) -> (n,)
+        return F.cross_entropy(head(h).float(), t, reduction="none")
+
+    at = targets != -100
+    wanted = hidden[at]  # (B, T, C) -> (N, C)
+    rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    if len(wanted) <= rows:
+        each = losses(wanted, targets[at])
+    else:
+        parts = zip(wanted.split(rows), targets[at].split(rows))
+        each = torch.cat([checkpoint(losses, h, t, use_reentrant=False) for h, t in parts])
+    zeros = hidden.new_zeros(targets.shape, dtype=torch.float32)
+    return zeros.masked_scatter(at, each)

@@ -303,7 +303,7 @@ def stages(block, calibration, sliding):
         first = [
             f"{path}.{n}"
             for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-            if hasattr(module, n)
+            if getattr(module, n, None) is not None
         ]
         yield first, calibration.each(lambda x, *_: norm(x))
         setattr(module, last, nn.Identity())
@@ -324,7 +324,7 @@ def scale_channels(block, calibration, sliding, recipe):
 
     The factors are rms(x)^share, share from 0 to 0.95 chosen by the change in the products' outputs (section 3.2).
     """
-    before, gated = calibration.states, hasattr(block.mlp, "gate_proj")
+    before, gated = calibration.states, block.mlp.gate_proj is not None
     sources = {
         "self_attn.q_proj": block.input_layernorm,
         "mlp.gate_proj" if gated else "mlp.up_proj": block.post_attention_layernorm,

@@ -181,7 +181,7 @@ class Runner:
                     [b.self_attn.q_norm.weight] * self.H + [b.self_attn.k_norm.weight] * self.K
                 )
                 for b in model.layers
-                if hasattr(b.self_attn, "q_norm")
+                if b.self_attn.q_norm is not None
             ]
             self.head = pack([model.lm_head], kind)
 

@@ -1,4 +1,10 @@
-"""Model folders: config.json and safetensors in Hugging Face's names <-> our Config and state dict."""
+"""Model folders: config.json and safetensors in Hugging Face's words <-> our Config and state dict.
+
+    model = load_model("runs/shakespeare")   # what Transformer.from_pretrained calls
+    save_model(model, "runs/copy")           # transformers, vLLM and llama.cpp's converter open it
+
+A GPTQ or bitsandbytes folder is read and written with the help of formats.packed.
+"""
 
 import re
 from pathlib import Path
@@ -10,67 +16,191 @@ from common import UserError, read_json, write_json
 from model import Config, Transformer
 from runtime import write_tensors
 
-ARCHITECTURES = {
+HF_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+ROPE_TYPES = "default", "linear", "llama3", "yarn"
 
-
+# ------------------------------------------------------------------------------------- config.json
+# Config's fields that every config.json has; for one that sets a size, the most that it may be, as
+# files from outside are checked before memory is taken.
+FIELDS = {
+    "model_type": None,
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "max_position_embeddings": 1 << 24,
+    "norm_eps": None,
+    "tie_word_embeddings": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# Their names in the file, where these differ.
+LLAMA_KEYS = {"norm_eps": "rms_norm_eps"}
 GPT2_KEYS = {
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
     "num_hidden_layers": "n_layer",
-    "rms_norm_eps": "layer_norm_epsilon",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
-}  # in its config.json
+    "norm_eps": "layer_norm_epsilon",
+}
 
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-def _read_rope(d, where):
-    """rope_parameters (transformers 5) or rope_theta + rope_scaling (before) -> one dict, its type checked."""
-    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", float(d.get("rope_theta", 10000.0)))
-    if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+def config_from_dict(d, where="config.json"):
+    """A parsed config.json -> Config. UserError for what this program would compute wrongly."""
+    kind = d.get("model_type")
+    if kind not in HF_CLASSES:
+        known = ", ".join(HF_CLASSES)
         raise UserError(
-            f"{where}: rope scaling {rope} is not supported; this program knows {', '.join(ROPE_TYPES)}"
+            f"{where}: model_type {kind!r} is not supported; this program knows {known}"
         )
-    if rope["rope_type"] != "default" and "factor" not in rope:
-        raise UserError(f"{where}: rope scaling {rope['rope_type']!r} without its factor")
-    if rope["rope_type"] in (
-        "llama3",
-        "yarn",
-    ):  # the length the model was trained at before it was stretched
-        rope.setdefault(
-            "original_max_position_embeddings",
-            d.get("original_max_position_embeddings") or d.get("max_position_embeddings"),
+    return gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
+
+
+def gpt2_config(d, where):
+    """GPT-2 has its own words, a bias everywhere, and neither RoPE nor grouped heads."""
+    activation = d.get("activation_function", "gelu_new")
+    if activation != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx"):
+        raise UserError(
+            f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported"
         )
+    C = read_size(d, "n_embd", where)
+    H = read_size(d, "n_head", where)
+    if C % H:
+        raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
+    defaults = {"intermediate_size": 4 * C, "norm_eps": 1e-5, "tie_word_embeddings": True}
+    return Config(
+        **read_fields(d, GPT2_KEYS, defaults, where),
+        num_key_value_heads=H,
+        head_dim=C // H,
+        rope={},
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def llama_config(d, where):
+    """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3."""
+    if d.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
+    kind = d["model_type"]
+    defaults = {"norm_eps": 1e-6, "tie_word_embeddings": False}
+    fields = read_fields(d, LLAMA_KEYS, defaults, where)
+    H = fields["num_attention_heads"]
+    K = read_size(d, "num_key_value_heads", where, 4096, default=H)
+    D = 128 if kind == "qwen3" else fields["hidden_size"] // H
+    D = read_size(d, "head_dim", where, 4096, default=D)
+    if H % K:
+        raise UserError(f"{where}: {H} attention heads cannot share {K} key/value heads")
+    if D % 2:
+        raise UserError(f"{where}: head_dim {D} is odd; rotary embeddings need an even one")
+    window, sliding_layers = sliding_from_dict(d)
+    attention_bias = bool(d.get("attention_bias"))
+    return Config(
+        **fields,
+        num_key_value_heads=K,
+        head_dim=D,
+        rope=rope_from_dict(d, where),
+        sliding_window=window,
+        sliding_layers=sliding_layers,
+        qkv_bias=attention_bias or kind == "qwen2",
+        out_bias=attention_bias and kind != "qwen2",
+        mlp_bias=bool(d.get("mlp_bias")),
+    )
+
+
+def read_fields(d, keys, defaults, where):
+    """-> {field of FIELDS: its value in the file, or the default}"""
+    fields = {}
+    for field, most in FIELDS.items():
+        key = keys.get(field, field)
+        default = defaults.get(field)
+        fields[field] = read_size(d, key, where, most, default) if most else d.get(key, default)
+    return fields
+
+
+def read_size(d, key, where, most=1 << 24, default=None):
+    value = d.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or not 1 <= value <= most:  # True is no int here
+        raise UserError(f"{where}: {key} is {value!r}, expected an integer from 1 to {most:,}")
+    return value
+
+
+def rope_from_dict(d, where):
+    """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> one dict."""
+    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope["rope_type"] = kind
+    rope.setdefault("rope_theta", float(d.get("rope_theta", 10000.0)))
+    if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        known = ", ".join(ROPE_TYPES)
+        raise UserError(
+            f"{where}: rope scaling {rope} is not supported; this program knows {known}"
+        )
+    if kind != "default" and "factor" not in rope:
+        raise UserError(f"{where}: rope scaling {kind!r} without its factor")
+    if kind in ("llama3", "yarn"):  # they need the length before it was stretched
+        key = "original_max_position_embeddings"
+        rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
     return rope
 
 
-def _read_sliding(d, kind, n_layers):
-    """The window and which layers have it: Mistral all, Qwen by layer_types or max_window_layers, the others none."""
+def sliding_from_dict(d):
+    """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
+    kind = d["model_type"]
+    layers = range(d["num_hidden_layers"])
     window = d.get("sliding_window", 4096 if kind == "mistral" else None)
-    kinds = ["sliding_attention"] * n_layers
-    if kind.startswith("qwen"):
-        window = window if d.get("use_sliding_window", False) else None
-        kinds = d.get("layer_types") or [
-            "full_attention" if i < d.get("max_window_layers", 28) else "sliding_attention"
-            for i in range(n_layers)
-        ]
-    if window is None or kind in ("llama", "gpt2"):
+    slides = kind == "mistral" or (kind != "llama" and d.get("use_sliding_window"))
+    if window is None or not slides:
         return None, ()
-    return window, tuple(i for i, k in enumerate(kinds) if k == "sliding_attention")
+    if kind == "mistral":
+        return window, tuple(layers)
+    if d.get("layer_types"):
+        kinds = enumerate(d["layer_types"])
+        return window, tuple(i for i, name in kinds if name == "sliding_attention")
+    return window, tuple(layers[d.get("max_window_layers", 28) :])
 
 
-# Ours are Llama's without the leading "model."; GPT-2's folder has its own names, its matrices transposed (Conv1D) and the
-# three attention inputs in one.
+def config_to_dict(config):
+    """-> config.json's content, also for readers of before transformers 5 (rope_theta)."""
+    keys = GPT2_KEYS if config.is_gpt2 else LLAMA_KEYS
+    d = {keys.get(field, field): getattr(config, field) for field in FIELDS}
+    d["architectures"] = [HF_CLASSES[config.model_type]]
+    if config.is_gpt2:
+        return d | {"activation_function": "gelu_new"}
+    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
+    d |= {
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": config.out_bias,  # Qwen2's biases of q, k and v go without saying
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "rope_parameters": config.rope,
+        "rope_theta": config.rope["rope_theta"],
+        "rope_scaling": None if config.rope["rope_type"] == "default" else scaling,
+    }
+    if config.model_type.startswith("qwen"):
+        kinds = ["full_attention"] * config.num_hidden_layers
+        for i in config.sliding_layers:
+            kinds[i] = "sliding_attention"
+        d |= {"use_sliding_window": bool(config.sliding_layers), "layer_types": kinds}
+    return d
+
+
+# ------------------------------------------------------------------------------------ tensor names
+# Ours are Llama's without the leading "model.". GPT-2's folder has its own names, its matrices
+# transposed (Conv1D) and the three attention inputs in one.
 GPT2_NAMES = {
     "embed_tokens": "wte",
     "embed_positions": "wpe",
@@ -84,42 +214,35 @@ GPT2_NAMES = {
     "mlp.up_proj": "mlp.c_fc",
     "mlp.down_proj": "mlp.c_proj",
 }
+# "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
+TENSOR_NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")
 
 
-NAME = re.compile(
-    r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)"
-)  # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
-
-
-PACKED = (
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-)  # of quantized layers, whose outputs are the last dimension already
+def is_conv1d(number, leaf, tensor):
+    """Whether GPT-2's folder has it transposed: matrices of its layers, not GPTQ's packed ones."""
+    return bool(number) and leaf == "weight" and tensor.ndim == 2
 
 
 def to_folder_names(state, config):
-    """Our state dict -> {name in the folder: tensor}; a tied head is left out (the reader ties it again)."""
+    """Our state dict -> {name in the folder: tensor}; a tied head is left to the reader to tie."""
     out = {}
     for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         if name.startswith("lm_head."):
-            if not config.tie_word_embeddings or name != "lm_head.weight":
-                out[name] = tensor
+            theirs = name
         elif not config.is_gpt2:
-            out["model." + name] = tensor
+            theirs = "model." + name
         else:
-            number, inner, leaf = NAME.fullmatch(name).groups()
-            theirs = (
-                "transformer." + (f"h.{number}." if number else "") + f"{GPT2_NAMES[inner]}.{leaf}"
-            )
-            tensor = (
-                tensor.t() if number and tensor.ndim == 2 and leaf not in PACKED else tensor
-            )  # (out, in) -> (in, out)
-            if theirs not in out:
-                out[theirs] = tensor
-            elif leaf != "g_idx":  # k and v, behind q
-                out[theirs] = torch.cat((out[theirs], tensor), -1)
+            number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
+            layer = f"h.{number}." if number else ""
+            theirs = f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
+            if is_conv1d(number, leaf, tensor):
+                tensor = tensor.t()  # (out, in) -> (in, out)
+            if theirs in out:  # k and v, behind q; GPTQ's g_idx is about the input that they share
+                before = out[theirs]
+                tensor = before if leaf == "g_idx" else torch.cat((before, tensor), -1)
+        out[theirs] = tensor
     return out
 
 
@@ -127,284 +250,174 @@ def from_folder_names(name, tensor, config):
     """One tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
     if not config.is_gpt2 or name.startswith("lm_head."):
         return {name.removeprefix("model."): tensor}
-    number, inner, leaf = NAME.fullmatch(name.removeprefix("transformer.")).groups()
+    number, inner, leaf = TENSOR_NAME.fullmatch(name.removeprefix("transformer.")).groups()
     ours = [name for name, theirs in GPT2_NAMES.items() if theirs == inner]
-    parts = [tensor.clone() for _ in ours] if leaf == "g_idx" else tensor.chunk(len(ours), -1)
-    if number and tensor.ndim == 2 and leaf not in PACKED:
-        parts = [part.t() for part in parts]  # (in, out) -> (out, in)
-    prefix = f"layers.{number}." if number else ""
-    return {f"{prefix}{name}.{leaf}": part.contiguous() for name, part in zip(ours, parts)}
+    parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
+    if leaf == "g_idx":
+        parts = [tensor] * len(ours)
+    layer = f"layers.{number}." if number else ""
+    out = {}
+    for module, part in zip(ours, parts):
+        if is_conv1d(number, leaf, tensor):
+            part = part.t()  # (in, out) -> (out, in)
+        out[f"{layer}{module}.{leaf}"] = part.contiguous()
+    return out
+
+
+# ---------------------------------------------------------------------------------------- loading
+def load_model(folder, device="cpu", dtype=None, dropout=0.0):
+    """Load a model folder: config.json and safetensors in bf16, fp16 or fp32 -> Transformer.
+
+    dtype None keeps the file's. Names and shapes are checked against the config from the files'
+    headers before any tensor is read; tensors then come one by one, so loading needs about one copy
+    of the weights. UserError names each missing, unexpected and misshapen tensor.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json, so not a model folder")
+    content = read_json(path)
+    config = config_from_dict(content, where=path)
+    config.dropout = dropout
+    files = open_weights(folder, device)
+    check_depth(config, files, folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = model.state_dict()
+    packed = {}
+    if content.get("quantization_config"):
+        from formats.packed import check_config, expect_packed, install_packed
+
+        quantization = check_config(content["quantization_config"], path)
+        expected, packed = expect_packed(model, quantization, files)
+    expected = to_folder_names(expected, config)
+    check_tensors(expected, files, folder)
+    state = {}
+    for name in expected:
+        tensor = read_weight(files, name)
+        plain = name.endswith((".weight", ".bias"))  # packed layers' scales keep their type
+        if dtype is not None and plain and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        state |= from_folder_names(name, tensor, config)
+    if packed:
+        install_packed(model, quantization, state, packed)
+    model.load_state_dict(state, strict=False, assign=True)  # complete, but for a tied head
+    model.tie()
+    model.source = folder
+    return model.to(device).eval()
 
 
 def open_weights(folder, device="cpu"):
-    """{tensor name: (open safetensors file, its name in there)}, from model.safetensors or the sharded index's files.
+    """{tensor name: (open safetensors file, its name in there)}, of one file or a sharded index's.
 
     The two names differ in OpenAI's own GPT-2 upload, which lacks the "transformer." prefix.
     """
-    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
     files = {}
-    for file in names:
-        if Path(file).name != file:  # an index from outside must not lead out of its folder
-            raise UserError(f"{index}: {file!r} is not a plain file name")
-        try:
-            handle = safe_open(folder / file, framework="pt", device=str(device))
-        except OSError as error:  # safetensors says "not found" of what may not be read, too
-            there, missing = (
-                (folder / file).exists(),
-                "not found (a model folder needs model.safetensors)",
-            )
-            raise UserError(
-                f"{folder / file}: {'may not be read by this user' if there else missing}"
-            ) from error
-        except SafetensorError as error:
-            size = (folder / file).stat().st_size
-            raise UserError(
-                f"{folder / file}: damaged or cut short at {size:,} bytes ({error}); fetch it again"
-            ) from None
-        for key in handle.keys():
+    for name in names:
+        if Path(name).name != name:  # an index from outside must not lead out of its folder
+            raise UserError(f"{index}: {name!r} is not a plain file name")
+        file = open_safetensors(folder / name, device)
+        for key in file.keys():
             bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
-            files["transformer." + key if bare else key] = (handle, key)
+            files["transformer." + key if bare else key] = (file, key)
     return files
 
 
-def check_layers(config, files, folder):
-    """The layer count against the files' names, before a module is built for each."""
-    found = len(
-        {n.split(".")[2] for n in files if n.startswith(("model.layers.", "transformer.h."))}
-    )
-    if found != config.num_hidden_layers:
+def open_safetensors(path, device):
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except OSError as error:  # safetensors says "not found" of what may not be read, too
+        fault = "not found (a model folder needs model.safetensors)"
+        if path.exists():
+            fault = "may not be read by this user"
+        raise UserError(f"{path}: {fault}") from error
+    except SafetensorError as error:
+        size = path.stat().st_size
         raise UserError(
-            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {found}"
-        )
+            f"{path}: damaged or cut short at {size:,} bytes ({error}); fetch it again"
+        ) from None
+
+
+def read_weight(files, name):
+    file, key = files[name]
+    return file.get_tensor(key)
+
+
+def check_depth(config, files, folder):
+    """The number of layers against the files' names, before a module is built for each."""
+    inside = [n for n in files if n.startswith(("model.layers.", "transformer.h."))]
+    found = len({n.split(".")[2] for n in inside})
+    stated = config.num_hidden_layers
+    if found != stated:
+        raise UserError(f"{folder}: config.json says {stated} layers, the weights have {found}")
+
+
+# Buffers that older writers saved; they hold no weights.
+OLD_BUFFERS = ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"
 
 
 def check_tensors(expected, files, folder):
-    """Names and shapes in the folder against the model's; one error that names every difference (the first 8 of each)."""
-    ignorable = (
-        ".rotary_emb.inv_freq",
-        ".attn.bias",
-        ".attn.masked_bias",
-    )  # buffers that older writers saved
-    shapes = {
-        n: tuple(file.get_slice(key).get_shape())
-        for n, (file, key) in files.items()
-        if n in expected
-    }
-    differences = {
-        "missing": [n for n in expected if n not in files],
-        "not part of this model": [
-            n
-            for n in files
-            if n not in expected and not n.endswith(ignorable) and n != "lm_head.weight"
-        ],
-        "of another shape": [
-            f"{n} is {shape}, expected {tuple(expected[n].shape)}"
-            for n, shape in shapes.items()
-            if shape != tuple(expected[n].shape)
-        ],
-    }
-    faults = [
-        f"{len(names)} tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-        for what, names in differences.items()
-        if names
-    ]
-    if (
-        "lm_head.weight" in files and "lm_head.weight" not in expected
-    ):  # tied, yet saved: fine only if it is the embedding
-        tied = next(n for n in files if n.endswith(("embed_tokens.weight", "wte.weight")))
-        head, embedding = (files[n][0].get_tensor(files[n][1]) for n in ("lm_head.weight", tied))
-        if not torch.equal(head, embedding):
-            faults.append(
-                "lm_head.weight differs from the embedding that config.json says it is tied to"
-            )
+    """Names and shapes in the folder against the model's; one error for all (8 of each kind)."""
+    missing = []
+    misshapen = []
+    for name, tensor in expected.items():
+        if name not in files:
+            missing.append(name)
+            continue
+        file, key = files[name]
+        shape = tuple(file.get_slice(key).get_shape())
+        if shape != tuple(tensor.shape):
+            misshapen.append(f"{name} is {shape}, expected {tuple(tensor.shape)}")
+    extra = [n for n in files if n not in expected and not n.endswith(OLD_BUFFERS)]
+    spare_head = "lm_head.weight" in extra  # tied, yet saved: fine if it is the embedding
+    if spare_head:
+        extra.remove("lm_head.weight")
+    faults = []
+    for names, what in (
+        (missing, "missing"),
+        (extra, "not part of this model"),
+        (misshapen, "of another shape"),
+    ):
+        if names:
+            more = ", ..." if len(names) > 8 else ""
+            faults.append(f"{len(names)} tensors {what}: {', '.join(names[:8])}{more}")
+    if spare_head and not missing and not same_head(files):
+        faults.append("lm_head.weight differs from the embedding it is tied to in config.json")
     if faults:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
 
 
-def config_from_dict(d: dict, where="config.json") -> Config:
-    """A parsed config.json -> Config. Unknown model types and rope scalings are refused, not guessed at."""
-    kind = d.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"{where}: model_type {kind!r} is not supported; this program knows {', '.join(ARCHITECTURES)}"
-        )
-    gpt2 = kind == "gpt2"
-    if gpt2 and (
-        d.get("activation_function", "gelu_new") != "gelu_new"
-        or d.get("scale_attn_by_inverse_layer_idx")
-    ):
-        raise UserError(
-            f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported"
-        )
-    if not gpt2 and d.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
-
-    def need(key, high=1 << 24, default=None):
-        key = GPT2_KEYS.get(key, key) if gpt2 else key
-        value = default if d.get(key) is None else d[key]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-            raise UserError(f"{where}: {key} is {value!r}, expected an integer from 1 to {high:,}")
-        return value
-
-    C, H, L = (
-        need("hidden_size"),
-        need("num_attention_heads", 4096),
-        need("num_hidden_layers", 1024),
-    )
-    if gpt2 and C % H:
-        raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
-    bias = gpt2 or bool(d.get("attention_bias", False))
-    window, sliding = _read_sliding(d, kind, L)
-    config = Config(
-        kind,
-        need("vocab_size"),
-        C,
-        need("intermediate_size", default=4 * C if gpt2 else None),
-        L,
-        H,
-        need("num_key_value_heads", 4096, H),
-        need("head_dim", 4096, 128 if kind == "qwen3" else C // H),
-        need("max_position_embeddings"),
-        {} if gpt2 else _read_rope(d, where),
-        window,
-        sliding,
-        d.get("layer_norm_epsilon", 1e-5) if gpt2 else d.get("rms_norm_eps", 1e-6),
-        d.get("tie_word_embeddings", gpt2),
-        qkv_bias=bias or kind == "qwen2",
-        out_bias=bias and kind != "qwen2",
-        mlp_bias=gpt2 or bool(d.get("mlp_bias", False)),
-        bos_token_id=d.get("bos_token_id"),
-        eos_token_id=d.get("eos_token_id"),
-    )
-    if H % config.num_key_value_heads:
-        raise UserError(
-            f"{where}: {H} attention heads cannot share {config.num_key_value_heads} key/value heads"
-        )
-    if config.head_dim % 2:
-        raise UserError(
-            f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need an even one"
-        )
-    return config
+def same_head(files):
+    name = next(n for n in files if n.endswith(("embed_tokens.weight", "wte.weight")))
+    return torch.equal(read_weight(files, "lm_head.weight"), read_weight(files, name))
 
 
-def config_to_dict(config):
-    """The config.json that transformers, vLLM and llama.cpp's converter read (also those before `rope_parameters`)."""
-    kind, d = (
-        config.model_type,
-        {"architectures": [ARCHITECTURES[config.model_type]], "rms_norm_eps": config.norm_eps},
-    )
-    d |= {
-        k: getattr(config, k)
-        for k in (
-            "model_type",
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "tie_word_embeddings",
-            "bos_token_id",
-            "eos_token_id",
-        )
-    }
-    if config.is_gpt2:
-        return {GPT2_KEYS.get(k, k): v for k, v in d.items()} | {"activation_function": "gelu_new"}
-    scaling = {k: v for k, v in config.rope.items() if k != "rope_theta"}
-    d |= {
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_parameters": config.rope,
-        "rope_theta": config.rope["rope_theta"],
-        "rope_scaling": scaling if scaling["rope_type"] != "default" else None,
-    }
-    own = {
-        "llama": ("attention_bias", "mlp_bias"),
-        "mistral": ("sliding_window",),
-        "qwen2": ("sliding_window",),
-        "qwen3": ("sliding_window", "attention_bias"),
-    }[kind]
-    d |= {k: config.qkv_bias if k == "attention_bias" else getattr(config, k) for k in own}
-    if kind.startswith("qwen"):
-        d |= {
-            "use_sliding_window": bool(config.sliding_layers),
-            "layer_types": [
-                "sliding_attention" if i in config.sliding_layers else "full_attention"
-                for i in range(config.num_hidden_layers)
-            ],
-        }
-    return d
-
-
-def save_model(model, folder: str | Path, state=None) -> None:
-    """Write config.json, generation_config.json and model.safetensors, each all or nothing; config.json last.
+# ----------------------------------------------------------------------------------------- saving
+def save_model(model, folder, state=None):
+    """Write model.safetensors, generation_config.json and, last, config.json: each all or nothing.
 
     state: the state dict, where it is not simply this module's (gathered from shards, say).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    extra = {}
+    config = model.config
+    content = config_to_dict(config)
+    content["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    content["torch_dtype"] = content["dtype"]  # its name before transformers 5
+    if state is None:
+        state = model.state_dict()
     if model.quantization:
         from formats.packed import packed_state
 
-        state, extra = packed_state(model), {"quantization_config": model.quantization}
-    write_tensors(
-        folder / "model.safetensors", to_folder_names(state or model.state_dict(), model.config)
-    )
-    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    write_json(
-        folder / "config.json",
-        config_to_dict(model.config) | {"dtype": dtype, "torch_dtype": dtype} | extra,
-    )
-
-
-def load_model(folder: str | Path, device="cpu", dtype=None, dropout: float = 0.0) -> Transformer:
-    """Load a model folder: config.json and one or many safetensors files in bf16, fp16 or fp32.
-
-    dtype None keeps the file's. Names and shapes are checked against the config from the files' headers before any
-    tensor is read; tensors then come one by one, so loading needs about one copy of the weights.
-    Raises UserError that names each missing, unexpected and misshapen tensor.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, so not a model folder")
-    raw, packed = read_json(folder / "config.json"), {}
-    config = config_from_dict(raw, where=folder / "config.json")
-    config.dropout = dropout
-    files = open_weights(folder, device)
-    check_layers(config, files, folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    state = model.state_dict()
-    if raw.get("quantization_config"):
-        from formats.packed import check_config, expect_packed, install_packed
-
-        quantization = check_config(raw["quantization_config"], folder / "config.json")
-        state, packed = expect_packed(model, quantization, files)
-    expected = to_folder_names(state, config)
-    check_tensors(expected, files, folder)
-    state = {}
-    for name in expected:
-        file, key = files[name]
-        tensor = file.get_tensor(key)
-        keep = (
-            dtype is None
-            or packed
-            and name.split(".")[-1] not in ("weight", "bias")
-            or not tensor.is_floating_point()
-        )
-        state.update(from_folder_names(name, tensor if keep else tensor.to(dtype), config))
-    if packed:
-        install_packed(model, quantization, state, packed)
-    model.load_state_dict(
-        state, strict=False, assign=True
-    )  # completeness was checked above; the tied head is absent
-    model.tie()
-    model.source = folder  # an adapter says by its hash which weights it was trained on
-    return model.to(device).eval()
+        state = packed_state(model)
+        content["quantization_config"] = model.quantization
+    write_tensors(folder / "model.safetensors", to_folder_names(state, config))
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", content)

@@ -1,4 +1,4 @@
-"""generate.py: sampling, and the command as a user runs it."""
+"""generate.py: the command as a user runs it."""
 
 import subprocess
 import sys
@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import UserError
-from model import Config, Transformer, sample
+from model import Config, Transformer
 from tokenizer import Tokenizer
 
 
@@ -24,65 +23,6 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder)
     Tokenizer.char(text).save(folder)
     return folder
-
-
-def counts(logits, **options):
-    generator = torch.Generator().manual_seed(0)
-    draws = sample(torch.tensor(logits).repeat(4000, 1), generator=generator, **options)
-    return torch.bincount(draws, minlength=len(logits)) / 4000
-
-
-def test_sampling_follows_the_distribution():
-    logits = [2.0, 1.0, 0.0, -1.0]
-    assert torch.allclose(counts(logits), torch.tensor(logits).softmax(0), atol=0.03)
-    assert torch.allclose(
-        counts(logits, temperature=0.5), (torch.tensor(logits) * 2).softmax(0), atol=0.03
-    )
-
-
-def test_top_k_and_top_p_cut_the_tail():
-    assert counts([2.0, 1.0, 0.0, -1.0], top_k=2)[2:].sum() == 0
-    shares = counts(
-        [2.0, 1.0, 0.0, -1.0], top_p=0.7
-    )  # 0.64 + 0.24: the second is needed to reach 0.7
-    assert shares[2:].sum() == 0 and shares[1] > 0
-    assert counts([2.0, 1.0, 0.0, -1.0], top_p=0.5)[0] == 1
-    assert counts([2.0, 1.0, 0.0], top_p=1e-9)[0] == 1
-    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0).tolist() == [1]
-
-
-def test_same_seed_same_text_and_other_seed_other_text(folder):
-    model = Transformer.from_pretrained(folder)
-    a, b, c = (list(model.generate([1, 2, 3], 40, seed=s)) for s in (1, 1, 2))
-    assert a == b != c
-
-
-def test_text_goes_on_past_the_context(folder):
-    """The model remembers 16 tokens; 60 come out, and each is what the model says of the text it then holds."""
-    model = Transformer.from_pretrained(folder)
-    ids = list(range(10))
-    new = list(model.generate(ids, 60, temperature=0))
-    assert len(new) == 60
-    with torch.no_grad():
-        assert new[5] == model(torch.tensor([ids + new[:5]]))[0, -1].argmax().item()
-
-
-def test_generation_stops_at_the_end_of_text(folder):
-    model = Transformer.from_pretrained(folder)
-    new = list(model.generate([1], 10, temperature=0))
-    model.config.eos_token_id = [99, new[4]]
-    assert list(model.generate([1], 10, temperature=0)) == new[: new.index(new[4])]
-
-
-def test_ids_that_the_tokenizer_does_not_have_never_come_out(folder):
-    model = Transformer.from_pretrained(folder)
-    assert max(model.generate([1], 200, temperature=5.0, vocab_size=6)) == 5
-    assert max(model.generate([1], 200, temperature=5.0)) > 5
-
-
-def test_empty_prompt_is_refused(folder):
-    with pytest.raises(UserError, match="no tokens"):
-        next(Transformer.from_pretrained(folder).generate([], 5))
 
 
 def command(*arguments):

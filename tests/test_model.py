@@ -8,11 +8,21 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from common import UserError
-from model import Config, KVCache, Transformer, attention_mask, block_mask, cross_entropy_sum, flex
+from model import (
+    Config,
+    KVCache,
+    Transformer,
+    attention_mask,
+    block_mask,
+    cross_entropy_sum,
+    draw,
+    flex,
+)
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -85,7 +95,7 @@ def test_future_tokens_change_nothing(model):
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [13, 1, 1, 20, 5]])
 def test_cached_logits_equal_uncached_in_any_pieces(model, pieces):
     ids = tokens(2, 40)
-    caches = [KVCache(model.config, 2, "cpu", torch.float32) for _ in model.layers]
+    caches = [KVCache(model.config, 2, "cpu", torch.float32, 40) for _ in model.layers]
     with torch.no_grad():
         out = [model(piece, caches=caches) for piece in ids.split(pieces, dim=1)]
         assert torch.allclose(torch.cat(out, 1), model(ids), atol=1e-4)
@@ -101,9 +111,7 @@ def test_packed_documents_do_not_see_each_other(model):
     a, b = tokens(1, 12, 1), tokens(1, 20, 2)
     docs = torch.tensor([[0] * 12 + [1] * 20])
     positions = torch.cat([torch.arange(12), torch.arange(20)])
-    if (
-        model.config.sliding_layers
-    ):  # the window counts rows of the pack; within one document that is the same
+    if model.config.sliding_layers:  # else this would say nothing about the window
         assert model.config.sliding_window < 12
     with torch.no_grad():
         packed = model(torch.cat([a, b], 1), docs=docs, positions=positions)
@@ -116,11 +124,12 @@ def test_packed_documents_do_not_see_each_other(model):
 def test_flex_attention_of_documents_equals_the_dense_mask(window):
     torch.manual_seed(0)
     docs = torch.tensor([[0] * 40 + [1] * 60 + [2] * 28, [0] * 128])
-    q, k, v = torch.randn(2, 4, 128, 16), torch.randn(2, 2, 128, 16), torch.randn(2, 2, 128, 16)
+    q = torch.randn(2, 4, 128, 16)
+    k = torch.randn(2, 2, 128, 16)
+    v = torch.randn(2, 2, 128, 16)
     at = torch.arange(128)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, enable_gqa=True, attn_mask=attention_mask(at, at, window, docs)
-    )
+    mask = attention_mask(at, at, window, docs)
+    dense = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, attn_mask=mask)
     assert torch.allclose(flex(q, k, v, block_mask(at, window, docs)), dense, atol=1e-5)
 
 
@@ -144,7 +153,7 @@ def test_counts_agree_with_arithmetic():
 
 
 def test_stories260k_tells_its_story(data_dir):
-    """The published greedy continuation of "Once upon a time"; sentencepiece turns ids into text."""
+    """The published greedy continuation of "Once upon a time"; sentencepiece makes it text."""
     import sentencepiece
 
     spm = sentencepiece.SentencePieceProcessor(str(data_dir / "stories260K" / "tokenizer.model"))
@@ -154,6 +163,69 @@ def test_stories260k_tells_its_story(data_dir):
         ", there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball."
     )
+
+
+# --------------------------------------------------------------------------------------- generation
+@pytest.fixture
+def short():
+    """A model with a context of 16 tokens whose ids go up to 27."""
+    torch.manual_seed(0)
+    model = Transformer(Config("qwen3", 28, 16, 32, 2, 2, 2, 8, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model
+
+
+def shares(logits, temperature=1.0, top_k=0):
+    """How often each token is drawn, of 4,000 times."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor(logits)
+    draws = [draw(logits, temperature, top_k, generator) for _ in range(4000)]
+    return torch.bincount(torch.tensor(draws), minlength=len(logits)) / 4000
+
+
+def test_sampling_follows_the_distribution():
+    logits = [2.0, 1.0, 0.0, -1.0]
+    assert torch.allclose(shares(logits), torch.tensor(logits).softmax(0), atol=0.03)
+    colder = (torch.tensor(logits) * 2).softmax(0)
+    assert torch.allclose(shares(logits, temperature=0.5), colder, atol=0.03)
+
+
+def test_top_k_cuts_the_tail_and_temperature_0_takes_the_likeliest():
+    found = shares([2.0, 1.0, 0.0, -1.0], top_k=2)
+    assert found[1] > 0 and found[2:].sum() == 0
+    assert shares([0.0, 3.0, 1.0], temperature=0)[1] == 1
+
+
+def test_same_seed_same_text_and_other_seed_other_text(short):
+    first, again, other = [list(short.generate([1, 2, 3], 40, seed=seed)) for seed in (1, 1, 2)]
+    assert first == again != other
+
+
+def test_text_goes_on_past_the_context(short):
+    """60 tokens come out of a context of 16, each what the model says of the text that it holds."""
+    ids = list(range(10))
+    new = list(short.generate(ids, 60, temperature=0))
+    assert len(new) == 60
+    with torch.no_grad():
+        assert new[5] == short(torch.tensor([ids + new[:5]]))[0, -1].argmax().item()
+
+
+def test_generation_stops_at_the_end_of_text(short):
+    new = list(short.generate([1], 10, temperature=0))
+    short.config.eos_token_id = [99, new[4]]
+    assert list(short.generate([1], 10, temperature=0)) == new[: new.index(new[4])]
+
+
+def test_ids_that_the_tokenizer_does_not_have_never_come_out(short):
+    assert max(short.generate([1], 200, temperature=5.0, vocab_size=6)) == 5
+    assert max(short.generate([1], 200, temperature=5.0)) > 5
+
+
+def test_a_prompt_without_tokens_is_refused(short):
+    with pytest.raises(UserError, match="no tokens"):
+        next(short.generate([], 5))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -190,6 +262,34 @@ def test_unknown_model_type_is_refused(folder):
 def test_unknown_rope_scaling_is_refused(folder):
     edit_config(folder, rope_parameters={"rope_type": "longrope", "factor": 2.0})
     refused(folder, "longrope", "yarn")
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA = {"model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64}
+LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (GPT2 | {"n_positions": 64, "n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
+        (GPT2 | {"activation_function": "relu"}, "gelu_new"),
+        (GPT2, "n_positions is None, expected an integer from 1 to 16,777,216"),
+        (LLAMA | {"head_dim": 9}, "head_dim 9 is odd"),
+        (LLAMA | {"num_key_value_heads": True}, "num_key_value_heads is True"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without its factor"),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "is not supported"),
+    ],
+)
+def test_config_that_cannot_be_is_refused_in_its_own_words(content, words):
+    with pytest.raises(UserError, match=words):
+        Config.from_dict(content)
+
+
+def test_gpt2s_own_defaults_are_read():
+    config = Config.from_dict(GPT2 | {"n_positions": 64, "n_inner": None})
+    assert config.intermediate_size == 128 and config.tie_word_embeddings
+    assert config.norm_eps == 1e-5 and config.qkv_bias and config.rope == {}
 
 
 def test_config_that_lies_about_shapes_is_refused_by_name(folder):
@@ -246,6 +346,14 @@ def test_tied_head_that_differs_is_refused(folder):
     refused(folder, "lm_head.weight differs")
 
 
+def test_spare_head_without_its_embedding_is_refused(folder):
+    def change(t):
+        t["lm_head.weight"] = t.pop("model.embed_tokens.weight")
+
+    edit_weights(folder, change)
+    refused(folder, "1 tensors missing: model.embed_tokens.weight")
+
+
 def test_folder_without_files_is_refused(tmp_path, folder):
     refused(tmp_path / "nowhere", "no config.json")
     (folder / "model.safetensors").unlink()
@@ -254,9 +362,8 @@ def test_folder_without_files_is_refused(tmp_path, folder):
 
 def test_index_that_leads_out_of_the_folder_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "../../etc/passwd"}})
-    )
+    index = {"weight_map": {"a": "../../etc/passwd"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, "not a plain file name")
 
 
@@ -267,7 +374,7 @@ def test_more_tokens_than_the_context_are_refused():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_loading_takes_about_one_copy_of_the_weights(tmp_path):
-    """40M parameters in float32 are 160 MB: the peak of the process grows by at most 1.3 times that."""
+    """40M parameters in float32 are 160 MB: the process's peak grows by at most 1.3 times that."""
     torch.manual_seed(0)
     config = Config("qwen3", 20000, 512, 1536, 6, 8, 8, 64, 64, tie_word_embeddings=False)
     Transformer(config).save_pretrained(tmp_path)
@@ -278,29 +385,25 @@ def test_loading_takes_about_one_copy_of_the_weights(tmp_path):
             return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
         before = peak()
         model = Transformer.from_pretrained({str(tmp_path)!r})
-        sum(p.sum() for p in model.parameters())  # newer safetensors map the file and read it only when it is used
+        sum(p.sum() for p in model.parameters())  # safetensors may read the file only on use
         print((peak() - before) / (4 * model.num_params()))
     """)
-    copies = float(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
-    assert 0.5 < copies < 1.3, copies
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 1.3, done.stdout
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32])
 def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows):
     torch.manual_seed(0)
-    hidden, weight = (
-        torch.randn(40, 16, dtype=torch.float64),
-        torch.randn(50, 16, dtype=torch.float64),
-    )
+    hidden = torch.randn(40, 16, dtype=torch.float64)
+    weight = torch.randn(50, 16, dtype=torch.float64)
     targets = torch.randint(0, 50, (40,))
     targets[::5] = -100
     results = []
     for at_once in (10**6, rows):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        h = hidden.clone().requires_grad_()
+        w = weight.clone().requires_grad_()
         loss = cross_entropy_sum(h, w, targets, at_once)
         (loss / 32).backward()
         results.append((loss.double(), h.grad, w.grad))
@@ -311,7 +414,8 @@ def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows):
 
 
 def test_a_batch_without_targets_costs_nothing():
-    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    hidden = torch.randn(8, 4, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
     for rows in (100, 3):
         loss = cross_entropy_sum(hidden, weight, torch.full((8,), -100), rows)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Our Transformer against transformers', in float32, for every family: same logits and gradients, folders in both directions."""
+"""Our Transformer against transformers', for every family: logits, gradients, folders both ways."""
 
 import pytest
 import torch
@@ -29,20 +29,10 @@ LLAMA3 = dict(
 )
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=128)
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+GPT2 = dict(vocab_size=160, n_embd=64, n_layer=3, n_head=4, n_positions=512)
 FAMILIES = {
-    "gpt2": ("GPT2Config", dict(vocab_size=160, n_embd=64, n_layer=3, n_head=4, n_positions=512)),
-    "gpt2-untied": (
-        "GPT2Config",
-        dict(
-            vocab_size=160,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            n_positions=512,
-            n_inner=96,
-            tie_word_embeddings=False,
-        ),
-    ),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2-untied": ("GPT2Config", GPT2 | dict(n_layer=2, n_inner=96, tie_word_embeddings=False)),
     "llama2": ("LlamaConfig", SIZE | dict(num_key_value_heads=4)),
     "llama-biases": (
         "LlamaConfig",
@@ -75,7 +65,9 @@ FAMILIES = {
 
 
 def theirs(family, folder, attention="eager"):
-    """A random transformers model of the family, saved to the folder; biases and norms are shaken off their trivial values."""
+    """A random transformers model of the family, saved to the folder.
+
+    Biases and norms are shaken off their trivial values."""
     import transformers
 
     torch.manual_seed(0)
@@ -150,9 +142,8 @@ def test_half_precision_and_sharded_folders_load(dtype, tmp_path):
     assert ours.embed_tokens.weight.dtype == dtype
     expected = reference.state_dict()
     for name, tensor in ours.state_dict().items():
-        assert torch.equal(
-            tensor, expected[name if name.startswith("lm_head") else "model." + name]
-        ), name
+        theirs_name = name if name.startswith("lm_head") else "model." + name
+        assert torch.equal(tensor, expected[theirs_name]), name
 
 
 def test_presets_open_in_transformers(tmp_path):
@@ -161,9 +152,8 @@ def test_presets_open_in_transformers(tmp_path):
     torch.manual_seed(0)
     for kind in ("qwen3", "llama", "gpt2"):
         bias = kind == "gpt2"
-        ours = Transformer(
-            Config(kind, 65, 48, 96, 2, 4, 4, 12, 64, qkv_bias=bias, out_bias=bias, mlp_bias=bias)
-        )
+        biases = dict(qkv_bias=bias, out_bias=bias, mlp_bias=bias)
+        ours = Transformer(Config(kind, 65, 48, 96, 2, 4, 4, 12, 64, **biases))
         ours.init_weights()
         ours.save_pretrained(tmp_path / kind)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind)
@@ -184,7 +174,6 @@ def test_stories260k_writes_the_same_150_tokens(data_dir):
         max_new_tokens=150,
         do_sample=False,
     )[0, 5:].tolist()
-    assert (
-        list(Transformer.from_pretrained(folder).generate(prompt, 150, temperature=0)) == expected
-    )
+    ours = Transformer.from_pretrained(folder)
+    assert list(ours.generate(prompt, 150, temperature=0)) == expected
     assert len(expected) == 150
