@@ -370,6 +370,7 @@ class Transformer(nn.Module):
         self.quantization = (
             None  # the folder's quantization_config, where linear layers are packed (quant.py)
         )
+        self.source = None  # the folder that the weights came from
         self.recompute = False  # activation checkpointing: keep only each layer's input, compute the rest again in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
