@@ -345,7 +345,7 @@ def try_out(run, count=20):
         end = len(mask) - int(np.argmax(mask[::-1]))  # of the last answer
         start = end - int(np.argmin(mask[:end][::-1]))
         asked.append((ids[:start].tolist(), ids[start:end].tolist()))
-    given = answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
+    given = greedy_answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
     for (prompt, expected), (text, _) in islice(zip(asked, given), 3):
         print(
             "\n"
@@ -371,7 +371,7 @@ def train_and_try(run):
 
 # ---------------------------------------------------------------------------- questions and answers
 @torch.inference_mode()
-def answers(model, tok, prompts, max_tokens=256, rows=64):
+def greedy_answers(model, tok, prompts, max_tokens=256, rows=64):
     """The likeliest continuation of each prompt, a list of token ids -> [(text, whether it ended by itself)] in their order.
 
     Prompts of one length share a batch, so that nothing is padded; a row leaves its batch when it ends."""
@@ -444,7 +444,7 @@ def is_right(question, text):
 def examine(folder, questions, args, runtime):
     """A model answers -> Marks."""
     tok, model = open_model(folder, runtime.device, runtime.dtype)
-    given = answers(
+    given = greedy_answers(
         model,
         tok,
         [chat.render(tok, q.messages, True)[0] for q in questions],

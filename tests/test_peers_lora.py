@@ -206,6 +206,8 @@ def test_qlora_equals_peft_on_the_weights_that_bitsandbytes_packs_and_unpacks(tm
     peft(ids).logits.square().sum().backward()
     got = model.layers[1].mlp.up_proj.A.grad
     want = (
-        peft.get_submodule("base_model.model.model.layers.1.mlp.up_proj").A["default"].weight.grad
+        peft.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+        .lora_A["default"]
+        .weight.grad
     )
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
