@@ -1,5 +1,5 @@
-"""dpo.py: the losses by their papers' formulas, layouts and ids, prompts that are shared, the cache,
-resuming, ranks, bad input."""
+"""dpo.py: the losses by their papers' formulas, layouts and ids, prompts that are shared, the
+cache, resuming, ranks, bad input."""
 
 import contextlib
 import io

@@ -59,47 +59,21 @@ def ours(models, pairs, args, tmp_path):
     return loss.item(), totals.means(args, runtime), gradients
 
 
-def trainer_of(name, models, tmp_path, data, **settings):
+def trainer_of(kind, models, tmp_path, **settings):
     """One of TRL's trainers around the policy, with the reference if it takes one, and a tokenizer
     that it never has to use."""
-    import trl
-    from datasets import Dataset
     from tokenizers import Tokenizer as Words
     from tokenizers import models as kinds
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    from trl.experimental import cpo, orpo
+    from transformers import PreTrainedTokenizerFast
 
-    cls, config = next(
-        (getattr(m, name + "Trainer"), getattr(m, name + "Config"))
-        for m in (trl, cpo, orpo)
-        if hasattr(m, name + "Trainer")
-    )
+    from peers.trl import preference_trainer
+
     words = Words(kinds.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="a"))
     tok = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    args = config(
-        output_dir=str(tmp_path / "trl"),
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        max_length=None,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=len(data["prompt"]),
-        **settings,
-    )
-    refs = (
-        dict(ref_model=AutoModelForCausalLM.from_pretrained(models / "ref"))
-        if name == "DPO"
-        else {}
-    )
-    return cls(
-        model=AutoModelForCausalLM.from_pretrained(models / "policy"),
-        args=args,
-        train_dataset=Dataset.from_dict(data),
-        processing_class=tok,
-        **refs,
-    )
+    ref = models / "ref" if kind == "DPO" else None
+    return preference_trainer(kind, models / "policy", tok, tmp_path / "trl", ref, **settings)
 
 
 def compare(trainer, inputs, mine, atol=1e-5):
@@ -127,16 +101,13 @@ def compare(trainer, inputs, mine, atol=1e-5):
     return {k: pytest.approx(v, abs=atol) for k, v in logged.items()}, metrics
 
 
-PAIR = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["a b"] * 4}
-
-
 @pytest.mark.parametrize(
     "types, ours_is",
     [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")), (["sigmoid", "sft"], dict(sft_weight=0.7))],
 )
 def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models, tmp_path):
     weights = dict(loss_weights=[1.0, 0.7]) if len(types) == 2 else {}
-    trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=types, beta=0.3, **weights)
+    trainer = trainer_of("DPO", models, tmp_path, loss_type=types, beta=0.3, **weights)
     pairs = some_pairs(
         4, (5, 7) if weights else None
     )  # TRL's SFT term is a mean over tokens, ours over pairs: equal lengths
@@ -152,9 +123,7 @@ def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, model
 def test_label_smoothing_equals_trls(models, tmp_path):
     """The installed DPOTrainer smooths the sigmoid loss only under the name aot, which on a batch
     of one sorts nothing."""
-    trainer = trainer_of(
-        "DPO", models, tmp_path, PAIR, loss_type=["aot"], beta=0.3, label_smoothing=0.2
-    )
+    trainer = trainer_of("DPO", models, tmp_path, loss_type=["aot"], beta=0.3, label_smoothing=0.2)
     pairs = some_pairs(1)
     inputs = trainer.data_collator(
         [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in pairs]
@@ -187,7 +156,6 @@ def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
         "CPO",
         models,
         tmp_path,
-        PAIR,
         loss_type="simpo",
         beta=2.0,
         simpo_gamma=0.7,
@@ -206,7 +174,7 @@ def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
 def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
     """Its SFT loss is a mean over all tokens, the prompt's too: prompts of one token and equal
     lengths make that ours."""
-    trainer = trainer_of("ORPO", models, tmp_path, PAIR, beta=0.4)
+    trainer = trainer_of("ORPO", models, tmp_path, beta=0.4)
     pairs = some_pairs(4, (6, 9), prompt=1)
     logged, metrics = compare(
         trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4), tmp_path)
