@@ -1290,7 +1290,7 @@ def bench_compare(args):
 
 
 # ----------------------------------------------------------------------------------------- commands
-def bench_commands():
+def measurements():
     """{command: (its flags, its measurement)}"""
     return {
         "train": (TrainBench, bench_train),
@@ -1312,7 +1312,7 @@ def bench_commands():
 
 def main():
     command, argv = "".join(sys.argv[1:2]), sys.argv[2:]
-    commands = bench_commands()
+    commands = measurements()
     if command not in commands:
         print(__doc__)
         if command in ("-h", "--help"):
