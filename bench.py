@@ -52,20 +52,11 @@ import finetune
 import kernels
 import lora
 import train
-from common import (
-    Metrics,
-    UserError,
-    cli,
-    from_preset,
-    json_records,
-    parse_flags,
-    read_json,
-    usable_cpus,
-)
+from common import Metrics, UserError, cli, from_preset, parse_flags, read_json, usable_cpus
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
-from quant import NF4Linear, pack
+from quant import NF4Linear, pack_linear
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.loop import backward, passes, update
@@ -465,7 +456,7 @@ def bench_sft(args):
             optimizer="adamw",
             steps=args.steps + 2,
         )
-        run = finetune.prepare(flags, None)
+        run = finetune.prepare_finetuning(flags, None)
         per_row = len(run.batches.split.pairs) / len(run.batches.plan(0).order)
         conversations = round(args.rows * per_row)
         finetune_step(run, 0)  # the first two warm up
@@ -608,26 +599,25 @@ def linear_cases(M, N, K):
         weight = torch.ops.aten._convert_weight_to_int4pack(codes(N, K // 2), 8)
         return bf16(M, K), weight, 128, bf16(K // 128, N, 2)
 
-    rest = 2 * M * (N + K)
-    half = N * K // 2
     linear = kernels.linear
-    cases = {
-        "cuBLAS bf16": KernelCase(4 * half + rest, F.linear, lambda: (bf16(M, K), bf16(N, K))),
-        "int8": KernelCase(2 * half + rest, linear, lambda: packed("int8")),
-        "int8 x int8": KernelCase(2 * half + rest, linear, lambda: packed("int8x8")),
-        "int4 g128": KernelCase(half + N * K // 64 + rest, linear, lambda: packed("int4")),
-        "nf4": KernelCase(half + N * K // 16 + rest, linear, lambda: packed("nf4")),
-        "int4 g128, torch tinygemm": KernelCase(
-            half + N * K // 32 + rest, torch._weight_int4pack_mm, tinygemm
-        ),
+    cases = {  # bytes a weight, scales included
+        "cuBLAS bf16": (2, F.linear, lambda: (bf16(M, K), bf16(N, K))),
+        "int8": (1, linear, lambda: packed("int8")),
+        "int8 x int8": (1, linear, lambda: packed("int8x8")),
+        "int4 g128": (1 / 2 + 1 / 64, linear, lambda: packed("int4")),
+        "nf4": (1 / 2 + 1 / 16, linear, lambda: packed("nf4")),
+        "int4 g128, torch tinygemm": (1 / 2 + 1 / 32, torch._weight_int4pack_mm, tinygemm),
     }
     if importlib.util.find_spec("bitsandbytes"):
         from peers.bitsandbytes import nf4_arguments, nf4_product
 
-        cases["nf4, bitsandbytes"] = KernelCase(
-            half + N * K // 16 + rest, nf4_product, lambda: nf4_arguments(bf16(M, K), N, K)
-        )
-    return cases
+        theirs = (1 / 2 + 1 / 16, nf4_product, lambda: nf4_arguments(bf16(M, K), N, K))
+        cases["nf4, bitsandbytes"] = theirs
+    rows = 2 * M * (N + K)
+    return {
+        name: KernelCase(int(N * K * width) + rows, function, draw)
+        for name, (width, function, draw) in cases.items()
+    }
 
 
 def attention_cases(S, length, rows, KH, cache_dtype=torch.bfloat16):
@@ -724,7 +714,7 @@ def linear_in(format, N, K):
     layer = torch.nn.Linear(K, N, bias=False)
     if format == "float32":
         return layer
-    return layer.bfloat16() if format == "bfloat16" else pack(layer, format, 64)
+    return layer.bfloat16() if format == "bfloat16" else pack_linear(layer, format, 64)
 
 
 @torch.inference_mode()
@@ -770,7 +760,7 @@ class TokenizerBench(BenchArgs):
 
 
 # Timed in an interpreter of their own: FILE VOCAB_SIZE OUT.
-TRAININGS = {
+TIMED_TRAININGS = {
     "ours": """
 import sys; from tokenizer import Tokenizer
 Tokenizer.train(
@@ -795,7 +785,7 @@ def bench_tokenizer(args):
     size = os.path.getsize(file) / 1e6
     made = {}
     with tempfile.TemporaryDirectory() as out:
-        for name, code in TRAININGS.items():
+        for name, code in TIMED_TRAININGS.items():
             folder = f"{out}/{name}"
             seconds, peak = time_training(code, file, str(args.vocab_size), folder)
             made[name] = Tokenizer.load(folder)
@@ -1028,8 +1018,6 @@ class ServeBench(BenchArgs):
     ttft: float = 1.0  # seconds to the first token that are good enough
     tpot: float = 0.1  # seconds a token that are good enough
     rounds: int = 3  # of which the best counts
-    batch: str = ""  # send this file's lines, each a request's body
-    out: str = ""  # write the answers here
     key: str = ""  # API key
 
 
@@ -1071,11 +1059,11 @@ async def post_completion(host, body, key, pool):
 
 
 def read_answer(status, came):
-    """What `post_completion` returned -> {status, ttft, tpot, e2e in seconds, tokens, text}; status
+    """What `post_completion` returned -> {status, ttft, tpot, e2e in seconds, tokens}; status
     0: no answer, or not to its end."""
-    row: dict = dict(status=status, ttft=None, tpot=None, e2e=None, tokens=0, text="")
+    row: dict = dict(status=status, ttft=None, tpot=None, e2e=None, tokens=0)
     if status != 200:
-        row["text"] = came[0][1].decode("utf-8", "replace")
+        row["error"] = came[0][1].decode("utf-8", "replace")
         return row
     data = b""
     for seconds, chunk in came:
@@ -1092,10 +1080,8 @@ def read_answer(status, came):
 def read_event(row, seconds, event):
     for choice in event.get("choices", ()):
         text = choice["delta"].get("content") if "delta" in choice else choice["text"]
-        if text:
-            row["text"] += text
-            if row["ttft"] is None:
-                row["ttft"] = seconds
+        if text and row["ttft"] is None:
+            row["ttft"] = seconds
     if event.get("usage"):
         row["tokens"] = event["usage"]["completion_tokens"]
     if "error" in event:
@@ -1132,9 +1118,7 @@ async def send_load(url, bodies, args):
 
 
 def load_bodies(args):
-    """The batch's lines, or prompts of random words."""
-    if args.batch:
-        return list(json_records(args.batch))
+    """Requests for completions of random words."""
     rng = random.Random(1)
     words = "the of and a to in is you that it he was for on are as with his they at".split()
     bodies = []
@@ -1170,21 +1154,16 @@ def bench_serve(args):
     local = not args.model.startswith("http://")
     alone = None
     with served(args.model, seqs) if local else contextlib.nullcontext(args.model) as url:
-        if local and not args.batch and not args.rate:
+        if local and not args.rate:
             engine = Engine(args.model, max_seqs=seqs)
             rows, seconds, alone = beside_engine(url, bodies, args, engine)
         else:
             rows, seconds = asyncio.run(send_load(url, bodies, args))
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as f:
-            for body, row in zip(bodies, rows):
-                line = {**body, "status": row["status"], "answer": row["text"]}
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
     made = print_load(rows, seconds, args)
     if alone:
         cost = 1 - alone / seconds
         print(f"engine  {made / alone:,.1f} tok/s by itself: the server costs {cost:.1%}")
-    return [{k: v for k, v in row.items() if k != "text"} for row in rows]
+    return rows
 
 
 def beside_engine(url, bodies, args, engine):

@@ -318,7 +318,7 @@ def packed_loss(model, batch, args):
     return model(batch.x, targets=batch.y, docs=batch.docs, positions=batch.positions)
 
 
-def prepare(args, checkpoint):
+def prepare_finetuning(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
     if not args.model or not args.data:
         raise UserError(
@@ -361,7 +361,7 @@ def try_out(run, count=20):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return eval_command(sys.argv[2:])
-    launch(*read_args(Args, __doc__, positional=("model",)), prepare, train_and_try)
+    launch(*read_args(Args, __doc__, positional=("model",)), prepare_finetuning, train_and_try)
 
 
 def train_and_try(run):

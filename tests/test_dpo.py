@@ -252,6 +252,19 @@ def some_pairs(count=4, seed=0):
     return [PairIds(ids(1 + 4 * i), ids(2 + i), ids(9 - 2 * i)) for i in range(count)]
 
 
+def test_a_row_has_the_prompt_once_and_each_answer_begins_with_its_last_token():
+    rows = Pairs([PairIds([7, 8], [1, 2], [3])])
+    batch = rows.fill([0], 0).trimmed()
+    for found, row in (
+        (batch.x, [7, 8, 1, 8]),
+        (batch.y, [-100, 1, 2, 3]),
+        (batch.docs, [-1, 0, 0, 1]),
+        (batch.positions, [0, 1, 2, 1]),
+    ):
+        assert found.tolist()[0][:4] == row
+    assert (batch.docs[0, 4:] == 2).all() and (batch.y[0, 4:] == -100).all()
+
+
 @pytest.mark.parametrize("kind, window", [("qwen3", None), ("gpt2", None), ("mistral", 6)])
 def test_answers_behind_one_prompt_have_the_log_probs_they_have_alone(kind, window):
     model, pairs = tiny(kind, window), some_pairs()
