@@ -53,6 +53,7 @@ import kernels
 import lora
 import train
 from common import Metrics, UserError, cli, from_preset, parse_flags, read_json, usable_cpus
+from engine.native import install_products
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
@@ -729,7 +730,8 @@ def bench_linear(args):
 
     weights = sum(N * K for N, K in LINEAR_SHAPES)
     for format in ("float32", "bfloat16", "int8", "int8-dynamic", "int4"):
-        layers = [linear_in(format, N, K) for N, K in LINEAR_SHAPES]
+        layers = torch.nn.ModuleList(linear_in(format, N, K) for N, K in LINEAR_SHAPES)
+        install_products(layers)
         dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
         for M in whole_numbers("--rows", args.rows):
             inputs = {K: torch.randn(M, K, dtype=dtype) for K in (576, 1536)}
@@ -870,7 +872,7 @@ def engine_writer(args, model, quant=None, dtype="auto"):
         engine.generate(prompts, Sampling(max_tokens=new, temperature=0, ignore_eos=True))
 
     # of the embedding one row is read, unless it is the head too
-    table = engine.model.embed_tokens.weight
+    table = engine.runner.forward.embedding
     if engine.runner.native:
         unread = 4 * table.numel()
     else:
