@@ -53,7 +53,6 @@ import kernels
 import lora
 import train
 from common import Metrics, UserError, cli, from_preset, parse_flags, read_json, usable_cpus
-from engine.native import install_products
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
@@ -723,6 +722,8 @@ def bench_linear(args):
     """Billions of weights a second through all linear layers of a 135M model, streamed from memory,
     by rows of activations; beside them llama.cpp's decode of the same shape (all 135M weights,
     attention included)."""
+
+    from engine.native import install_products
 
     def run(layers, inputs):
         for layer in layers:
