@@ -509,7 +509,8 @@ def prepare_preferences(args, checkpoint):
     dtype = runtime.dtype if args.lora else torch.float32
     tok, model = finetune.open_model(args.model, runtime.device, dtype)
     context = min(args.context, model.config.max_position_embeddings)
-    data, val = load_pairs(args, tok, context, base_sha256(model))
+    base_hash = base_sha256(model)
+    data, val = load_pairs(args, tok, context, base_hash)
     if not args.micro_batch and runtime.device.type == "cpu":
         # short passes of pairs alike in length waste little on padding
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
@@ -533,6 +534,10 @@ def prepare_preferences(args, checkpoint):
         f"model    {model.num_params():,} parameters, {trained:,} of them trained: {args.loss}, "
         f"beta {args.beta:g}"
     )
+
+    def write_adapter(run, folder, weights):
+        lora.save_adapter(run.model, folder, base_hash)
+
     return start_run(
         args,
         checkpoint,
@@ -560,10 +565,6 @@ def check_preference_args(args):
             f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
             f"first, with python lora.py merge BASE {args.model} --out D"
         )
-
-
-def write_adapter(run, folder, weights):
-    lora.save_adapter(run.model, folder)
 
 
 def validate_preferences(run):
