@@ -21,7 +21,8 @@ import chat
 import common
 import finetune
 from common import Metrics
-from finetune import Conversations, answers, best_fit, encode, open_model, packed_loss
+from finetune import Conversations, best_fit, encode, open_model, packed_loss
+from finetune import greedy_answers as answers
 from model import Config, Transformer
 from tokenizer import Tokenizer
 from training.exam import Question, wilson
