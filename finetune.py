@@ -318,7 +318,7 @@ def packed_loss(model, batch, args):
     return model(batch.x, targets=batch.y, docs=batch.docs, positions=batch.positions)
 
 
-def prepare(args, checkpoint):
+def prepare_finetuning(args, checkpoint):
     """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
     if not args.model or not args.data:
         raise UserError(
@@ -345,7 +345,7 @@ def try_out(run, count=20):
         end = len(mask) - int(np.argmax(mask[::-1]))  # of the last answer
         start = end - int(np.argmin(mask[:end][::-1]))
         asked.append((ids[:start].tolist(), ids[start:end].tolist()))
-    given = answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
+    given = greedy_answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
     for (prompt, expected), (text, _) in islice(zip(asked, given), 3):
         print(
             "\n"
@@ -361,7 +361,7 @@ def try_out(run, count=20):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return eval_command(sys.argv[2:])
-    launch(*read_args(Args, __doc__, positional=("model",)), prepare, train_and_try)
+    launch(*read_args(Args, __doc__, positional=("model",)), prepare_finetuning, train_and_try)
 
 
 def train_and_try(run):
@@ -371,7 +371,7 @@ def train_and_try(run):
 
 # ---------------------------------------------------------------------------- questions and answers
 @torch.inference_mode()
-def answers(model, tok, prompts, max_tokens=256, rows=64):
+def greedy_answers(model, tok, prompts, max_tokens=256, rows=64):
     """The likeliest continuation of each prompt, a list of token ids -> [(text, whether it ended by itself)] in their order.
 
     Prompts of one length share a batch, so that nothing is padded; a row leaves its batch when it ends."""
@@ -445,7 +445,7 @@ def is_right(question, text):
 def examine(folder, questions, args, runtime):
     """A model answers -> Marks."""
     tok, model = open_model(folder, runtime.device, runtime.dtype)
-    given = answers(
+    given = greedy_answers(
         model,
         tok,
         [chat.render(tok, q.messages, True)[0] for q in questions],

@@ -75,7 +75,7 @@ def quantize(model, format, group_size=128):
     check_group(group_size)
     for name, linear in linears(model).items():
         check_finite(linear.weight, name)
-        model.set_submodule(name, pack(linear, format, group_size))
+        model.set_submodule(name, pack_linear(linear, format, group_size))
     model.quantization = describe(model, format, group_size)
     return model
 
@@ -540,7 +540,7 @@ def toybox_accuracy(model, tok, count):
     import finetune
 
     questions = finetune.read_questions(finetune.EvalArgs(examples=count))
-    given = finetune.answers(
+    given = finetune.greedy_answers(
         model, tok, [render(tok, q.messages, True)[0] for q in questions], max_tokens=128
     )
     return sum(bool(finetune.is_right(q, text)) for q, (text, _) in zip(questions, given)) / len(
@@ -1263,7 +1263,7 @@ class NF4Linear(QuantLinear):
         return linear(rows, self.for_gpu(), self.bias)
 
 
-def pack(linear, format, group_size):
+def pack_linear(linear, format, group_size):
     """nn.Linear -> one of quant.FORMATS."""
     if format in ("int8", "int8-dynamic"):
         return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
@@ -1277,7 +1277,7 @@ def in_kind(linear, kind):
     if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
         return linear
     kind = "int8-dynamic" if kind == "int8" and linear.weight.device.type == "cpu" else kind
-    return pack(linear, kind, next((g for g in (64, 32) if linear.in_features % g == 0), 64))
+    return pack_linear(linear, kind, next((g for g in (64, 32) if linear.in_features % g == 0), 64))
 
 
 if __name__ == "__main__":

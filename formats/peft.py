@@ -1,4 +1,8 @@
-"""An adapter's folder as PEFT writes and reads it: adapter_config.json, adapter_model.safetensors."""
+"""An adapter's folder as PEFT reads and writes it: adapter_config.json, adapter_model.safetensors.
+
+A folder's module may hold several of our layers: GPT-2's q, k and v are one there, c_attn. Their
+adapters are joined and split here.
+"""
 
 import hashlib
 import math
@@ -11,124 +15,31 @@ import torch
 import common
 from common import UserError
 from formats.hub import GPT2_NAMES, open_weights, to_folder_names
-from runtime import read_tensors
+from runtime import read_tensors, write_tensors
 
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+QKV_LAYERS = ATTENTION_LAYERS[:3]
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 
-def folder_module(name, config):
-    """Our name of a linear layer -> the name in the folder; GPT-2's q, k and v are one there."""
-    if name == "lm_head" or not config.is_gpt2:
-        return name if name == "lm_head" else "model." + name
-    _, i, inner = name.split(".", 2)
-    return f"transformer.h.{i}." + (
-        "attn.c_attn" if inner[-6:] in ATTENTION[:3] else GPT2_NAMES[inner]
-    )
-
-
-def base_sha256(model):
-    """sha256 over the names, types, shapes and bytes of the base's weights: those in the folder it came from, whatever dtype or
-    4 bits they were loaded into, else those in memory. Read once."""
-    if not hasattr(model, "base_sha256"):
-        digest, source = hashlib.sha256(), getattr(model, "source", None)
-        if source is None:
-            state = {
-                k.replace(".base.", "."): v
-                for k, v in model.state_dict().items()
-                if ".adapters." not in k
-            }
-            tensors = to_folder_names(state, model.config)
-        else:
-            tensors = open_weights(source)
-        for name in sorted(tensors):
-            tensor = (
-                tensors[name] if source is None else tensors[name][0].get_tensor(tensors[name][1])
-            )
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        model.base_sha256 = digest.hexdigest()
-    return model.base_sha256
-
-
-def read_adapter(folder):
-    """adapter_config.json and the tensors -> (dict, {module of the folder: {"A", "B", "m"}}). What is not LoRA or DoRA on linear
-    layers, or was trained from weights that are not the base's (PiSSA and the like), is refused."""
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
-    config, parts = common.read_json(folder / "adapter_config.json"), {}
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/adapter_config.json: a {type(config).__name__}, not an object")
-    other = (
-        "alora_invocation_tokens",
-        "use_qalora",
-        "use_bdlora",
-        "layer_replication",
-        "arrow_config",
-        "kasa_config",
-    )
-    allowed: dict[str, list] = {
-        "peft_type": ["LORA"],
-        "bias": ["none", None],
-        "modules_to_save": [None, []],
-        "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
-        **dict.fromkeys(other, [None, False]),
-    }
-    wrong = [
-        f"{k} {config.get(k)!r}" for k, values in allowed.items() if config.get(k) not in values
-    ]
-    wrong += [
-        f"{k} {config.get(k)!r}"
-        for k in ("r", "lora_alpha", "lora_dropout")
-        if not isinstance(config.get(k), (int, float)[: 1 + (k != "r")]) or config[k] < 0
-    ]
-    for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
-        found = re.fullmatch(
-            r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)",
-            key,
-        )
-        if found and tensor.is_floating_point() and tensor.ndim:
-            parts.setdefault(found[1], {})[found[2] or found[3]] = tensor.float()
-        elif not key.endswith(
-            "lm_head.base_layer.weight"
-        ):  # a copy of the base's head, which PEFT adds and nobody needs
-            wrong.append(f"tensor {key}")
-    if wrong:
-        raise UserError(
-            f"{folder}: only LoRA and DoRA of linear layers are supported, not {', '.join(wrong[:4])}"
-        )
-    return config, parts
-
-
-def split_fused(parts, sizes):
-    """The tensors of a folder's module -> [those of each layer that it holds], of `sizes` outputs. GPT-2's q, k and v get A whole
-    and their rows of B; without the zeros where `save_adapter` stacked three."""
-    B, r = parts["B"].split(sizes), len(parts["A"]) // len(sizes)
-    A, diagonal = [parts["A"]] * len(B), [b[:, i * r : (i + 1) * r] for i, b in enumerate(B)]
-    if r * len(B) == len(parts["A"]) and torch.equal(torch.block_diag(*diagonal), parts["B"]):
-        A, B = parts["A"].split(r), diagonal
-    own = {"A": A, "B": B} | ({"m": parts["m"].split(sizes)} if "m" in parts else {})
-    return [dict(zip(own, tensors)) for tensors in zip(*own.values())]
-
-
-def own_alpha(config, module):
-    """alpha_pattern's value for a module, or None; PEFT matches the keys as regular expressions at the end of the name."""
-    try:
-        found = [
-            a
-            for key, a in (config.get("alpha_pattern") or {}).items()
-            if re.match(rf"(.*\.)?({key})$", module)
-        ]
-        return float(found[0]) if found else None
-    except (re.error, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"adapter_config.json: alpha_pattern {config['alpha_pattern']} cannot be read ({error})"
-        ) from None
-
-
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+# What LoraConfig can ask for besides LoRA and DoRA of linear layers: refused where it is set.
+PEFT_EXTRAS = (
+    "modules_to_save",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+# Initial weights that leave the base as it is; others (PiSSA and the like) change it.
+PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+ADAPTER_TENSOR = re.compile(
+    r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)"
+)
 
 
 class AdapterTensors(NamedTuple):
-    """What a folder's adapter has for one linear layer of ours: W' = W + scale B A."""
+    """What an adapter has for one linear layer of ours: W' = W + scale B A."""
 
     A: torch.Tensor  # (r, K) float32
     B: torch.Tensor  # (N, r) float32
@@ -136,49 +47,238 @@ class AdapterTensors(NamedTuple):
     magnitude: torch.Tensor | None  # DoRA's (N,) float32
 
 
+def alpha_divisor(r, rslora):
+    """scale = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r), with which high ranks
+    learn as fast as low ones (rsLoRA, Kalajdzievski 2023)."""
+    return math.sqrt(r) if rslora else r
+
+
+# ------------------------------------------------------------------------------ names and the base
 def linear_layers(model):
-    """{name: layer} of every linear layer of the blocks and the head, float or packed; of adapted ones the base."""
-    found = {}
-    for name, layer in model.named_modules():
-        if name.endswith("_proj") or name == "lm_head":
-            found[name] = getattr(layer, "base", layer)
-    return found
+    """{name: layer} of every linear layer of the blocks and the head: float, packed or adapted."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.endswith("_proj") or name == "lm_head"
+    }
 
 
-def read_layers(folder, model):
-    """An adapter's folder, ours or PEFT's, checked against the model -> (its config, {layer: AdapterTensors}).
+def folder_module(name, config):
+    """Our name of a linear layer -> the name of the folder's module that holds it."""
+    if name == "lm_head":
+        return name
+    if not config.is_gpt2:
+        return "model." + name
+    _, i, inner = name.split(".", 2)  # layers.3.self_attn.q_proj
+    theirs = "attn.c_attn" if inner.endswith(QKV_LAYERS) else GPT2_NAMES[inner]
+    return f"transformer.h.{i}.{theirs}"
 
-    Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
-    config, parts = read_adapter(folder)
-    theirs, ours = config.get("base_sha256"), base_sha256(model)
-    if theirs and theirs != ours:
-        raise UserError(
-            f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have {ours}: "
-            f"use the base it was made for ({config.get('base_model_name_or_path') or 'not recorded'})"
-        )
-    dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
-    modules = {}  # a folder's module: the layers of ours that it holds
+
+def folder_modules(model):
+    """{the folder's module: {our name: layer}}, in the model's order."""
+    modules: dict[str, dict] = {}
     for name, layer in linear_layers(model).items():
         modules.setdefault(folder_module(name, model.config), {})[name] = layer
+    return modules
+
+
+def base_sha256(model):
+    """sha256 over the names, types, shapes and bytes of the base's weights: of those in the folder
+    it came from, whatever dtype or 4 bits they were loaded into, else of those in memory.
+
+    It reads all of them, so whoever needs it more than once keeps it."""
+    digest = hashlib.sha256()
+
+    def add(name, tensor):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    if model.source is not None:
+        for name, (file, key) in sorted(open_weights(model.source).items()):
+            add(name, file.get_tensor(key))
+        return digest.hexdigest()
+    base = {
+        name.replace(".base.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.endswith((".A", ".B", ".m"))  # an adapter's own, lora.LoRALinear
+    }
+    for name, tensor in sorted(to_folder_names(base, model.config).items()):
+        add(name, tensor)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- reading
+def refuse_adapter(folder, wrong):
+    if wrong:
+        raise UserError(
+            f"{folder}: only LoRA and DoRA of linear layers are supported, "
+            f"not {', '.join(wrong[:4])}"
+        )
+
+
+def read_adapter_config(folder):
+    """-> adapter_config.json as a dict. What asks for more than LoRA or DoRA is refused by name."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
+    config = common.read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a {type(config).__name__}, not an object")
+    wrong = [key for key in PEFT_EXTRAS if config.get(key)]
+    if config.get("peft_type") != "LORA":
+        wrong.append("peft_type")
+    if config.get("bias") not in ("none", None):
+        wrong.append("bias")
+    if config.get("init_lora_weights") not in PEFT_INITS:
+        wrong.append("init_lora_weights")
+    for key, kind in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
+        if not isinstance(config.get(key), kind) or config[key] < 0:
+            wrong.append(key)
+    refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
+    return config
+
+
+def read_adapter_tensors(folder):
+    """-> {the folder's module: {"A", "B", and "m" of DoRA: float32}}."""
+    modules: dict[str, dict] = {}
+    wrong = []
+    for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
+        found = ADAPTER_TENSOR.fullmatch(key)
+        if found and tensor.is_floating_point() and tensor.ndim:
+            module, matrix, magnitude = found.groups()
+            modules.setdefault(module, {})[matrix or magnitude] = tensor.float()
+        # PEFT adds a copy of the base's head, which nobody needs
+        elif not key.endswith("lm_head.base_layer.weight"):
+            wrong.append(f"tensor {key}")
+    refuse_adapter(folder, wrong)
+    return modules
+
+
+def module_alpha(config, module):
+    """A module's alpha. PEFT matches alpha_pattern's keys as regular expressions at the end of the
+    module's name."""
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        for key, alpha in patterns.items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return float(alpha)
+    except (re.error, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"adapter_config.json: alpha_pattern {patterns} cannot be read ({error})"
+        ) from None
+    return config["lora_alpha"]
+
+
+def split_joined(A, B, sizes):
+    """A joined module's A (r, K) and B (N, r) -> [(A, B)] of its layers, of `sizes` outputs each.
+
+    Every layer has the whole A and its own rows of B; but where `write_layers` joined them, with
+    zeros beside the diagonal of B, each has its own ranks back."""
+    rows = B.split(sizes)
+    r = len(A) // len(sizes)
+    diagonal = [part[:, i * r : (i + 1) * r] for i, part in enumerate(rows)]
+    if r * len(sizes) == len(A) and torch.equal(torch.block_diag(*diagonal), B):
+        return list(zip(A.split(r), diagonal))
+    return [(A, part) for part in rows]
+
+
+def read_layers(folder, model, base_hash=None):
+    """An adapter's folder, ours or PEFT's -> (its config, {our name of a layer: AdapterTensors}).
+
+    base_hash: base_sha256(model) where the caller has it. Raises UserError where the adapter
+    belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    theirs = config.get("base_sha256")
+    ours = theirs and (base_hash or base_sha256(model))
+    if theirs != ours:
+        raise UserError(
+            f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have "
+            f"{ours}: use {config.get('base_model_name_or_path') or 'the base it was made for'}"
+        )
+    modules = folder_modules(model)
     found = {}
-    for module, tensors in parts.items():
+    for module, tensors in read_adapter_tensors(folder).items():
         if module not in modules:
-            raise UserError(
-                f"{folder}: {module} is adapted there, but this model has no such linear layer"
-            )
+            raise UserError(f"{folder}: {module}: the model has no such linear layer")
         layers = modules[module]
+        check_shapes(folder, module, tensors, layers.values(), bool(config.get("use_dora")))
+        r = len(tensors["A"])
+        scale = module_alpha(config, module) / alpha_divisor(r, bool(config.get("use_rslora")))
         sizes = [layer.out_features for layer in layers.values()]
-        r = len(tensors.get("A", ()))
-        want = {"A": (r, next(iter(layers.values())).in_features), "B": (sum(sizes), r)}
-        if dora:
-            want["m"] = (sum(sizes),)
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        if not r or want != shapes:
-            raise UserError(
-                f"{folder}: {module} has tensors of shapes {shapes if r else tensors.keys()}, should have {want}"
-            )
-        alpha = own_alpha(config, module) or config["lora_alpha"]
-        for name, own in zip(layers, split_fused(tensors, sizes)):
-            scale = alpha / (math.sqrt(r) if rslora else r)
-            found[name] = AdapterTensors(own["A"], own["B"], scale, own.get("m"))
+        magnitudes = tensors["m"].split(sizes) if "m" in tensors else [None] * len(sizes)
+        parts = split_joined(tensors["A"], tensors["B"], sizes)
+        for name, (A, B), magnitude in zip(layers, parts, magnitudes):
+            found[name] = AdapterTensors(A, B, scale, magnitude)
     return config, found
+
+
+def check_shapes(folder, module, tensors, layers, dora):
+    """UserError where a module's tensors are not those of an adapter of the layers it holds."""
+    r = len(tensors.get("A", ()))
+    N = sum(layer.out_features for layer in layers)
+    want = {"A": (r, next(iter(layers)).in_features), "B": (N, r)}
+    if dora:
+        want["m"] = (N,)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if r == 0 or shapes != want:
+        raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, should have {want}")
+
+
+# ----------------------------------------------------------------------------------------- writing
+def write_layers(folder, model, config, layers, base_hash=None):
+    """Write both files as PEFT does, and one key more: the base's hash.
+
+    config: r, lora_alpha, lora_dropout, use_rslora and use_dora as adapter_config.json has them;
+    layers: {our name: AdapterTensors}. Layers of other rank or scale go into the patterns."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = folder_modules(model)
+    adapted = []
+    tensors, ranks, alphas = {}, {}, {}
+    for module, members in modules.items():
+        parts = [layers[name] for name in members if name in layers]
+        if not parts:
+            continue
+        adapted.append(module)
+        # c_attn is q over k over v: their A stacked, their B along the diagonal, of rank 3r
+        A = torch.cat([part.A for part in parts])
+        B = torch.block_diag(*[part.B for part in parts])
+        key = f"base_model.model.{module}.lora_"
+        tensors[key + "A.weight"] = A
+        tensors[key + "B.weight"] = B
+        if config["use_dora"]:
+            tensors[key + "magnitude_vector"] = torch.cat([part.magnitude for part in parts])
+        alpha = parts[0].scale * alpha_divisor(len(A), config["use_rslora"])
+        if len(A) != config["r"] or not math.isclose(alpha, config["lora_alpha"]):
+            ranks[module] = len(A)
+            alphas[module] = alpha
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    common.write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(model.source or ""),
+            **config,
+            "target_modules": target_modules(adapted, modules),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "bias": "none",
+            "fan_in_fan_out": model.config.is_gpt2,
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "inference_mode": True,
+            "base_sha256": base_hash or base_sha256(model),
+        },
+    )
+
+
+def target_modules(adapted, modules):
+    """The shortest names for the adapted modules: "q_proj" where every q_proj is adapted."""
+
+    def last(module):
+        return module.rsplit(".", 1)[-1]
+
+    partly = {last(module) for module in modules if module not in adapted}
+    return sorted({module if last(module) in partly else last(module) for module in adapted})

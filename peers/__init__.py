@@ -1,1 +1,1 @@
-"""Everything that runs another program: comparisons for bench.py, reference implementations for tests."""
+"""Everything that runs another program: comparisons for bench.py, references for tests."""

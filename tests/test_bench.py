@@ -16,7 +16,7 @@ def compare(tmp_path, capsys, a, b):
             json.dumps({"machine": {"cpu": "an abacus", "gpu": "", "cores": 2}, "rows": rows})
         )
     args = SimpleNamespace(a=tmp_path / "a", b=tmp_path / "b")
-    return bench.show(bench.bench_compare(args)), capsys.readouterr().out
+    return bench.show_figures(bench.bench_compare(args)), capsys.readouterr().out
 
 
 def test_rows_are_matched_by_their_texts_and_not_by_their_place(tmp_path, capsys):

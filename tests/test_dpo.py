@@ -1,4 +1,5 @@
-"""dpo.py: the losses by their papers' formulas, layouts and ids, prompts that are shared, the cache, resuming, ranks, bad input."""
+"""dpo.py: the losses by their papers' formulas, layouts and ids, prompts that are shared, the
+cache, resuming, ranks, bad input."""
 
 import contextlib
 import io
@@ -19,7 +20,7 @@ from test_chat import Tok
 import common
 import dpo
 from common import UserError
-from dpo import Args, Objective, Pairs, as_preference, encode, preference_loss
+from dpo import Args, PairIds, Pairs, Preference, as_preference, preference_loss
 from model import Config, Transformer, token_losses
 from runtime import Runtime, latest_checkpoint
 from tokenizer import Tokenizer
@@ -30,68 +31,59 @@ PROMPT, ANSWERS = [{"role": "user", "content": "Who?"}], ["Me.", "You."]
 
 
 # ----------------------------------------------------------------------------------------- the loss
-def by_the_papers(kind, pc, pr, rc, rr, beta, smooth, nc, nr, gamma, kl):
+def sig(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def by_the_papers(kind, pc, pr, rc, rr, beta, smooth, nc, nr, gamma):
     """One pair, in plain arithmetic, as each paper writes it."""
-
-    def sig(x):
-        return 1 / (1 + math.exp(-x))
-
     if kind == "sigmoid":
-        p = sig(
-            beta * (math.log(math.exp(pc) / math.exp(rc)) - math.log(math.exp(pr) / math.exp(rr)))
-        )
+        chosen = math.log(math.exp(pc) / math.exp(rc))
+        rejected = math.log(math.exp(pr) / math.exp(rr))
+        p = sig(beta * (chosen - rejected))
         return -(1 - smooth) * math.log(p) - smooth * math.log(1 - p)
     if kind == "ipo":
         return ((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2
     if kind == "simpo":
         return -math.log(sig(beta / nc * pc - beta / nr * pr - gamma))
-    if kind == "orpo":
-        c, r = math.exp(pc / nc), math.exp(pr / nr)
-        return -math.log(c) - beta * math.log(sig(math.log((c / (1 - c)) / (r / (1 - r)))))
-    return 2 - sig(beta * (pc - rc - kl)) - sig(beta * (kl - (pr - rr)))
+    c, r = math.exp(pc / nc), math.exp(pr / nr)
+    return -math.log(c) - beta * math.log(sig(math.log((c / (1 - c)) / (r / (1 - r)))))
 
 
 @pytest.mark.parametrize(
-    "kind, smooth",
-    [("sigmoid", 0), ("sigmoid", 0.2), ("ipo", 0), ("simpo", 0), ("orpo", 0), ("kto", 0)],
+    "kind, smooth", [("sigmoid", 0), ("sigmoid", 0.2), ("ipo", 0), ("simpo", 0), ("orpo", 0)]
 )
 def test_losses_are_those_of_the_papers(kind, smooth):
     numbers = [[-5.0, -2.5, -9.0], [-6.0, -7.5, -2.0], [-5.5, -4.0, -8.0], [-5.0, -6.0, -3.0]]
     tensors = [torch.tensor(n, dtype=torch.float64) for n in numbers]
     lengths = torch.tensor([[3.0, 5, 2], [4, 4, 7]], dtype=torch.float64)
     losses, chosen, rejected = preference_loss(
-        *tensors, 0.3, smooth, kind, lengths=lengths, gamma=0.7, kl=0.4
+        *tensors, 0.3, smooth, kind, lengths=lengths, gamma=0.7
     )
+    pairs = zip(*numbers, *lengths.tolist())
     expected = [
-        by_the_papers(
-            kind, *(n[i] for n in numbers), 0.3, smooth, *lengths[:, i].tolist(), 0.7, 0.4
-        )
-        for i in range(3)
+        by_the_papers(kind, pc, pr, rc, rr, 0.3, smooth, nc, nr, 0.7)
+        for pc, pr, rc, rr, nc, nr in pairs
     ]
     assert losses.tolist() == pytest.approx(expected, rel=1e-9)
     free = kind in ("simpo", "orpo")
-    assert chosen.tolist() == pytest.approx(
-        [
-            0.3 * (numbers[0][i] / lengths[0, i].item() if free else numbers[0][i] - numbers[2][i])
-            for i in range(3)
-        ]
-    )
+    margin = tensors[0] / lengths[0] if free else tensors[0] - tensors[2]
+    assert chosen.tolist() == pytest.approx((0.3 * margin).tolist())
     assert rejected.shape == (3,) and not rejected.requires_grad
 
 
 def test_equal_policy_and_reference_cost_ln_2_and_large_margins_nothing():
     same = torch.tensor([-3.0, -30.0])
     losses, *rewards = preference_loss(same, same - 1, same, same - 1)
-    assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7) and all(
-        r.abs().max() == 0 for r in rewards
-    )
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert all(r.abs().max() == 0 for r in rewards)
     assert preference_loss(same + 1e4, same, same, same)[0].tolist() == [0, 0]
     assert torch.isfinite(preference_loss(same - 1e4, same, same, same)[0]).all()
 
 
 def test_an_unknown_loss_and_smoothing_where_it_means_nothing_are_refused():
     zeros = [torch.zeros(1)] * 4
-    with pytest.raises(UserError, match="unknown loss 'dpo': use sigmoid, ipo, simpo, orpo, kto"):
+    with pytest.raises(UserError, match="unknown loss 'dpo': use sigmoid, ipo, simpo, orpo"):
         preference_loss(*zeros, loss_type="dpo")
     with pytest.raises(
         UserError, match="label smoothing is defined for sigmoid and simpo, not for ipo"
@@ -131,15 +123,7 @@ SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
     ],
 )
 def test_every_layout_gives_the_same_prompt_and_answers(record, prompt):
-    assert as_preference(record) == (prompt, ANSWERS, None)
-
-
-def test_single_answers_carry_their_label():
-    assert as_preference(dict(prompt="Who?", completion="Me.", label=False)) == (
-        PROMPT,
-        ["Me."],
-        False,
-    )
+    assert as_preference(record) == (prompt, *ANSWERS)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +136,6 @@ def test_single_answers_carry_their_label():
         (dict(prompt="Who?", completion="Me."), "its keys are prompt, completion"),
         (["Who?"], "a list, not an object"),
         (dict(chosen="Me.", rejected="You."), "there must be a prompt"),
-        (dict(prompt="Who?", completion="Me.", label="good"), "label is 'good'"),
         (
             dict(chosen=TALK + SAID[0], rejected=PROMPT + SAID[1]),
             "differ before their last message",
@@ -170,11 +153,8 @@ def test_what_is_no_preference_is_named(record, message, tmp_path):
     )
     with pytest.raises(UserError) as error:
         list(dpo.read_preferences(path))
-    assert (
-        message in str(error.value)
-        and "record 2 " in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    said = str(error.value)
+    assert message in said and "record 2 " in said and "\n" not in said
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
@@ -187,50 +167,46 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
 
 def test_the_real_pairs_are_read(data_dir):
     rows = list(dpo.read_preferences(data_dir / "instruct" / "preference-data.json"))
-    assert len(rows) == 1100 and rows[1][1] == [
-        "He goes to the park every day.",
-        "He goes to the stupid park every single day.",
-    ]
-    assert rows[1][0][0]["content"].startswith(
-        "Edit the following sentence for grammar.\n\n### Input:\nHe go"
-    )
+    assert len(rows) == 1100
+    assert rows[1].chosen == "He goes to the park every day."
+    assert rows[1].rejected == "He goes to the stupid park every single day."
+    asked = "Edit the following sentence for grammar.\n\n### Input:\nHe go"
+    assert rows[1].prompt[0]["content"].startswith(asked)
 
 
 # ---------------------------------------------------------------------------------------------- ids
-def test_answers_share_the_prompts_ids_and_end_in_one_end_token():
+def ids_of(prompt=PROMPT, answers=ANSWERS, context=100):
+    """-> (tokenizer, the prompt's ids, [each answer's])"""
     tok = Tok()
-    head, ends = encode(tok, PROMPT, ANSWERS, 100)
+    head, *ends = dpo.pair_ids(tok, Preference(prompt, *answers), context)
+    return tok, head, ends
+
+
+def test_answers_share_the_prompts_ids_and_end_in_one_end_token():
+    tok, head, ends = ids_of()
     assert tok.decode(head) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert [tok.decode(e) for e in ends] == ["Me.<|im_end|>", "You.<|im_end|>"]
-    typed = encode(tok, PROMPT, ["Me.<|im_end|>", ""], 100)[1]  # in the text it is text
+    _, _, typed = ids_of(answers=["Me.<|im_end|>", ""])  # in the text it is text
     assert [e.count(tok.special["<|im_end|>"]) for e in typed] == [1, 1] and len(typed[1]) == 1
 
 
 def test_an_earlier_answer_belongs_to_the_prompt():
-    tok = Tok()
-    head, ends = encode(tok, TALK, ANSWERS, 100)
+    tok, head, ends = ids_of(TALK)
     assert tok.decode(head).count("Hi!") == 1 and tok.decode(ends[0]) == "Me.<|im_end|>"
 
 
 def test_a_long_prompt_loses_its_beginning_and_an_answer_nothing():
-    tok = Tok()
-    whole, ends = encode(tok, PROMPT, ANSWERS, 100)
+    _, whole, ends = ids_of()
     longest = max(map(len, ends))
-    assert encode(tok, PROMPT, ANSWERS, longest + 3) == (whole[-3:], ends)
+    assert ids_of(context=longest + 3)[1:] == (whole[-3:], ends)
     with pytest.raises(UserError, match=f"an answer alone fills the context of {longest} tokens"):
-        encode(tok, PROMPT, ANSWERS, longest)
+        ids_of(context=longest)
 
 
 def test_what_cannot_be_used_is_skipped_and_counted(capsys):
-    tok, fine = Tok(), (PROMPT, ANSWERS, None)
-    records = [
-        fine,
-        (PROMPT, ["Me."] * 2, None),
-        (PROMPT, ["x" * 200, "y"], None),
-        (PROMPT, ["\nMe.", "You."], None),
-        fine,
-    ]
-    assert len(dpo.usable(tok, records, 60)) == 2
+    answers = [ANSWERS, ["Me.", "Me."], ["x" * 200, "y"], ["\nMe.", "You."], ANSWERS]
+    records = [Preference(PROMPT, *pair) for pair in answers]
+    assert len(dpo.usable_pairs(Tok(), records, 60)) == 2
     told = capsys.readouterr().out
     for line in (
         "1: chosen and rejected are the same",
@@ -244,25 +220,24 @@ def test_what_cannot_be_used_is_skipped_and_counted(capsys):
 def tiny(kind="qwen3", window=None, seed=0):
     torch.manual_seed(seed)
     gpt2 = kind == "gpt2"
-    model = Transformer(
-        Config(
-            kind,
-            61,
-            32,
-            48,
-            2,
-            4,
-            4 if gpt2 else 2,
-            8,
-            32,
-            qkv_bias=gpt2,
-            out_bias=gpt2,
-            mlp_bias=gpt2,
-            rope={} if gpt2 else {"rope_type": "default", "rope_theta": 10000.0},
-            sliding_window=window,
-            sliding_layers=(0, 1) if window else (),
-        )
+    config = Config(
+        kind,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4 if gpt2 else 2,
+        head_dim=8,
+        max_position_embeddings=32,
+        qkv_bias=gpt2,
+        out_bias=gpt2,
+        mlp_bias=gpt2,
+        rope={} if gpt2 else {"rope_type": "default", "rope_theta": 10000.0},
+        sliding_window=window,
+        sliding_layers=(0, 1) if window else (),
     )
+    model = Transformer(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
     return model
@@ -274,25 +249,38 @@ def some_pairs(count=4, seed=0):
     def ids(n):
         return torch.randint(61, (n,)).tolist()
 
-    return [(ids(1 + 4 * i), [ids(2 + i), ids(9 - 2 * i)]) for i in range(count)]
+    return [PairIds(ids(1 + 4 * i), ids(2 + i), ids(9 - 2 * i)) for i in range(count)]
+
+
+def test_a_row_has_the_prompt_once_and_each_answer_begins_with_its_last_token():
+    rows = Pairs([PairIds([7, 8], [1, 2], [3])])
+    batch = rows.fill([0], 0).trimmed()
+    for found, row in (
+        (batch.x, [7, 8, 1, 8]),
+        (batch.y, [-100, 1, 2, 3]),
+        (batch.docs, [-1, 0, 0, 1]),
+        (batch.positions, [0, 1, 2, 1]),
+    ):
+        assert found.tolist()[0][:4] == row
+    assert (batch.docs[0, 4:] == 2).all() and (batch.y[0, 4:] == -100).all()
 
 
 @pytest.mark.parametrize("kind, window", [("qwen3", None), ("gpt2", None), ("mistral", 6)])
 def test_answers_behind_one_prompt_have_the_log_probs_they_have_alone(kind, window):
     model, pairs = tiny(kind, window), some_pairs()
-    rows = Pairs(pairs, [(1, 1)] * 4)
+    rows = Pairs(pairs)
     batch = rows.fill([2, 0, 3, 1], 0).trimmed()
     _, policy, _, lengths = dpo.log_probs(model, batch)
     policy.square().sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    order, total = sorted(range(4), key=lambda r: rows.ends[r, 1]), 0
+    order, total = sorted(range(4), key=lambda r: rows.ends[r]), 0
     for i, r in enumerate(order):
-        for side, answer in enumerate(pairs[r][1]):
-            ids = torch.tensor([pairs[r][0] + answer])
-            alone = (
-                model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer) :].sum()
-            )
+        prompt, *answers = pairs[r]
+        for side, answer in enumerate(answers):
+            ids = torch.tensor([prompt + answer])
+            each = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])  # (T - 1, 1)
+            alone = each[-len(answer) :].sum()
             assert lengths[side, i] == len(answer)
             torch.testing.assert_close(policy[side, i], alone, atol=2e-5, rtol=1e-6)
             total += alone.square()
@@ -311,60 +299,31 @@ def test_losses_per_token_add_up_and_parts_change_nothing(monkeypatch):
     grads = []
     for most in (1 << 26, 61 * 4):
         monkeypatch.setattr("model.LOGITS_AT_ONCE", most)
-        grads.append(
-            torch.autograd.grad((token_losses(hidden, model.lm_head, targets) ** 2).sum(), hidden)[
-                0
-            ]
-        )
+        squares = token_losses(hidden, model.lm_head, targets) ** 2
+        grads += torch.autograd.grad(squares.sum(), hidden)
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("loss", dpo.LOSSES)
+@pytest.mark.parametrize("loss", dpo.PREFERENCE_LOSSES)
 def test_neither_passes_nor_filling_rows_change_loss_and_gradient(loss):
     args, model = Args(loss=loss, beta=0.3, sft_weight=0.5), tiny()
-    rows = Pairs(
-        some_pairs(),
-        [(1.0, 0.0), (0.0, 0.7), (1.0, 0.0), (0.0, 0.7)] if loss == "kto" else [(1, 1)] * 4,
-    )
+    rows = Pairs(some_pairs())
     rows.ref = -torch.rand(len(rows.ref)).numpy() * 5
     seen = []
     for size in (4, 1, 3):
         model.zero_grad()
-        run, objective, total = (
-            type("Run", (), dict(rows=2, runtime=CPU, step_model=model)),
-            Objective(),
-            0,
-        )
+        totals, total = dpo.PairTotals(), 0
         for batch in rows.validation(size, 0):
-            if loss == "kto":
-                batch = batch._replace(
-                    kl=dpo.with_z0(run, rows.fill(range(4), 0)).kl[:1].expand(size)
-                )
-            part = objective(model, batch, args)
+            part, sums = dpo.pair_loss(model, batch, args)
             part.backward()
             total += part.item()
-        seen.append(
-            (total, model.layers[0].mlp.up_proj.weight.grad.clone(), objective.means(args, CPU))
-        )
+            totals.add(sums)
+        grad = model.layers[0].mlp.up_proj.weight.grad.clone()
+        seen.append((total, grad, totals.means(args, CPU)))
     for total, grad, means in seen[1:]:
-        assert total == pytest.approx(seen[0][0], rel=1e-5) and means == pytest.approx(
-            seen[0][2], rel=1e-4, abs=1e-6
-        )
+        assert total == pytest.approx(seen[0][0], rel=1e-5)
+        assert means == pytest.approx(seen[0][2], rel=1e-4, abs=1e-6)
         torch.testing.assert_close(grad, seen[0][1], atol=1e-4, rtol=1e-4)
-
-
-def test_for_kto_pairs_come_apart_and_no_answer_meets_its_own_prompt_twice():
-    found = [([i], [[10 + i, 1], [20 + i, 1]], None, 0.5) for i in range(3)]
-    rows = dpo.make_pairs(Args(loss="kto", undesirable=0.5), found, "")
-    assert rows.weights.tolist() == [[1, 0]] * 3 + [[0, 0.5]] * 3
-    assert [(p[0], a, o) for p, ((a, _), (o, _)) in rows.pairs] == [
-        (0, 10, 22),
-        (1, 11, 10),
-        (2, 12, 11),
-        (0, 20, 12),
-        (1, 21, 20),
-        (2, 22, 21),
-    ]
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -516,14 +475,7 @@ def assert_same(out, other):
     assert all(torch.equal(left[f][k], right[f][k]) for f in left for k in right[f])
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        [],
-        pytest.param(["--lora", 4], marks=pytest.mark.slow),
-        pytest.param(["--loss", "kto"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("how", [[], pytest.param(["--lora", 4], marks=pytest.mark.slow)])
 def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tuned, tmp_path):
     whole = tuned[0]
     if how:
@@ -544,12 +496,9 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tune
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [[], ["--loss", "kto"]])
-def test_two_ranks_train_as_one(how, base, tuned, tmp_path):
+def test_two_ranks_train_as_one(base, tuned, tmp_path):
     alone = tuned[0]
-    if how:
-        tune(*flags(base, alone := tmp_path / "alone", *how))
-    process = start(2, *flags(base, tmp_path / "run", *how))
+    process = start(2, *flags(base, tmp_path / "run"))
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
@@ -564,13 +513,6 @@ def test_two_ranks_train_as_one(how, base, tuned, tmp_path):
 # ---------------------------------------------------------------------------------------- bad input
 def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
     out = tmp_path / "o"
-    single = tmp_path / "kto.jsonl"
-    single.write_text(
-        "".join(
-            json.dumps(dict(prompt=f"Who {i}?", completion="Me.", label=True)) + "\n"
-            for i in range(30)
-        )
-    )
     (tmp_path / "same.jsonl").write_text(
         json.dumps(dict(prompt="Who?", chosen="Me.", rejected="Me.")) + "\n"
     )
@@ -579,7 +521,7 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
     for arguments, message in (
         (flags(base, out, "--loss", "dpo"), "--loss dpo: use sigmoid"),
         (flags(base, out, "--beta", 0), "--beta 0.0 must be above 0"),
-        (flags(base, out, "--data", single), "needs pairs: use --loss kto"),
+        (flags(base, out, "--loss", "kto"), "--loss kto: use sigmoid, ipo, simpo, orpo"),
         (flags(base, out, "--data", tmp_path / "same.jsonl"), "0 usable pairs for training"),
         (flags(base, out, "--context", 4), "usable pairs for training"),
         (

@@ -21,7 +21,8 @@ import chat
 import common
 import finetune
 from common import Metrics
-from finetune import Conversations, answers, best_fit, encode, open_model, packed_loss
+from finetune import Conversations, best_fit, encode, open_model, packed_loss
+from finetune import greedy_answers as answers
 from model import Config, Transformer
 from tokenizer import Tokenizer
 from training.exam import Question, wilson
@@ -237,7 +238,7 @@ def test_a_batch_without_a_target_costs_nothing_and_divides_by_nothing(base, tmp
         device="cpu",
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        state = finetune.prepare(args, None)
+        state = finetune.prepare_finetuning(args, None)
     batch = state.batches.next()
     total = forward_backward(state, batch._replace(y=torch.full_like(batch.y, -100)), 0)
     assert total.item() == 0.0

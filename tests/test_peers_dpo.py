@@ -1,9 +1,10 @@
-"""dpo.py's losses, rewards and gradients against TRL's trainers: their own compute_loss on the same weights and the same ids."""
+"""dpo.py's losses, rewards and gradients against TRL's trainers: their own compute_loss on the same
+weights and the same ids."""
 
 import pytest
 import torch
 
-from dpo import Args, Objective, Pairs, reference, with_z0
+from dpo import Args, PairIds, Pairs, PairTotals, fill_reference, pair_loss
 from formats.hub import to_folder_names
 from model import Config, Transformer
 from runtime import Runtime
@@ -25,84 +26,54 @@ def models(tmp_path_factory):
     return root
 
 
-def some_pairs(count, lengths=None, prompt=None, seed=0):
-    """[(prompt ids, [ids, ids])] of many lengths; ids from 3 on, as 0 pads."""
-    torch.manual_seed(seed)
+def some_pairs(count, lengths=None, prompt=None):
+    """PairIds of many lengths; ids from 3 on, as 0 pads."""
+    torch.manual_seed(0)
 
     def ids(n):
         return torch.randint(3, V, (n,)).tolist()
 
-    return [
-        (ids(prompt or 1 + 3 * i), [ids((lengths or (2 + i, 9 - i))[j]) for j in range(2)])
-        for i in range(count)
-    ]
+    pairs = []
+    for i in range(count):
+        chosen, rejected = lengths or (2 + i, 9 - i)
+        pairs.append(PairIds(ids(prompt or 1 + 3 * i), ids(chosen), ids(rejected)))
+    return pairs
 
 
 class Tok:
     sha256 = "t"
 
 
-def ours(models, pairs, args, tmp_path, weights=None):
+def ours(models, pairs, args, tmp_path):
     """-> (mean loss, {metric: mean}, {folder name: gradient})"""
     model = Transformer.from_pretrained(models / "policy")
-    pairs = Pairs(pairs, weights or [(1.0, 1.0)] * len(pairs))
+    pairs = Pairs(pairs)
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
-    reference(pairs, Transformer.from_pretrained(models / "ref"), Tok, runtime, 3, tmp_path)
-    batch, objective = pairs.fill(list(range(len(pairs.pairs))), 0), Objective()
-    if args.loss == "kto":
-
-        class Run:
-            pass
-
-        Run.runtime, Run.rows, Run.step_model, Run.args = runtime, 2, model, args
-        args.batch = len(pairs.pairs)
-        batch = with_z0(Run, batch)
-    loss = objective(model, batch, args) / len(pairs.pairs)
+    fill_reference(pairs, Transformer.from_pretrained(models / "ref"), Tok, runtime, 3, tmp_path)
+    loss, sums = pair_loss(model, pairs.fill(list(range(len(pairs.pairs))), 0), args)
+    loss = loss / len(pairs.pairs)
     loss.backward()
+    totals = PairTotals()
+    totals.add(sums)
     gradients = to_folder_names({n: p.grad for n, p in model.named_parameters()}, model.config)
-    return loss.item(), objective.means(args, runtime), gradients
+    return loss.item(), totals.means(args, runtime), gradients
 
 
-def trainer_of(name, models, tmp_path, data, **settings):
-    """One of TRL's trainers around the policy, with the reference if it takes one, and a tokenizer it never has to use."""
-    import trl
-    from datasets import Dataset
+def trainer_of(kind, models, tmp_path, **settings):
+    """One of TRL's trainers around the policy, with the reference if it takes one, and a tokenizer
+    that it never has to use."""
     from tokenizers import Tokenizer as Words
     from tokenizers import models as kinds
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    from trl.experimental import cpo, orpo
+    from transformers import PreTrainedTokenizerFast
 
-    cls, config = next(
-        (getattr(m, name + "Trainer"), getattr(m, name + "Config"))
-        for m in (trl, cpo, orpo)
-        if hasattr(m, name + "Trainer")
-    )
+    from peers.trl import preference_trainer
+
     words = Words(kinds.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="a"))
     tok = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    args = config(
-        output_dir=str(tmp_path / "trl"),
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        max_length=None,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=len(data["prompt"]),
-        **settings,
-    )
-    refs = (
-        dict(ref_model=AutoModelForCausalLM.from_pretrained(models / "ref"))
-        if name in ("DPO", "KTO")
-        else {}
-    )
-    return cls(
-        model=AutoModelForCausalLM.from_pretrained(models / "policy"),
-        args=args,
-        train_dataset=Dataset.from_dict(data),
-        processing_class=tok,
-        **refs,
-    )
+    ref = models / "ref" if kind == "DPO" else None
+    return preference_trainer(kind, models / "policy", tok, tmp_path / "trl", ref, **settings)
 
 
 def compare(trainer, inputs, mine, atol=1e-5):
@@ -130,21 +101,18 @@ def compare(trainer, inputs, mine, atol=1e-5):
     return {k: pytest.approx(v, abs=atol) for k, v in logged.items()}, metrics
 
 
-PAIR = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["a b"] * 4}
-
-
 @pytest.mark.parametrize(
     "types, ours_is",
     [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")), (["sigmoid", "sft"], dict(sft_weight=0.7))],
 )
 def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models, tmp_path):
     weights = dict(loss_weights=[1.0, 0.7]) if len(types) == 2 else {}
-    trainer = trainer_of("DPO", models, tmp_path, PAIR, loss_type=types, beta=0.3, **weights)
+    trainer = trainer_of("DPO", models, tmp_path, loss_type=types, beta=0.3, **weights)
     pairs = some_pairs(
         4, (5, 7) if weights else None
     )  # TRL's SFT term is a mean over tokens, ours over pairs: equal lengths
     inputs = trainer.data_collator(
-        [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs]
+        [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in pairs]
     )
     logged, metrics = compare(
         trainer, inputs, ours(models, pairs, Args(beta=0.3, **ours_is), tmp_path)
@@ -153,13 +121,12 @@ def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, model
 
 
 def test_label_smoothing_equals_trls(models, tmp_path):
-    """The installed DPOTrainer smooths the sigmoid loss only under the name aot, which on a batch of one sorts nothing."""
-    trainer = trainer_of(
-        "DPO", models, tmp_path, PAIR, loss_type=["aot"], beta=0.3, label_smoothing=0.2
-    )
+    """The installed DPOTrainer smooths the sigmoid loss only under the name aot, which on a batch
+    of one sorts nothing."""
+    trainer = trainer_of("DPO", models, tmp_path, loss_type=["aot"], beta=0.3, label_smoothing=0.2)
     pairs = some_pairs(1)
     inputs = trainer.data_collator(
-        [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, (c, r) in pairs]
+        [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in pairs]
     )
     logged, metrics = compare(
         trainer, inputs, ours(models, pairs, Args(beta=0.3, label_smoothing=0.2), tmp_path)
@@ -170,9 +137,10 @@ def test_label_smoothing_equals_trls(models, tmp_path):
 def concatenated(pairs):
     """A batch as TRL's CPO and ORPO trainers take it."""
     batch = {}
-    for j, side in enumerate(("chosen", "rejected")):
-        rows = [torch.tensor(p + a[j]) for p, a in pairs]
-        labels = [torch.tensor([-100] * len(p) + a[j]) for p, a in pairs]
+    for side in ("chosen", "rejected"):
+        answers = [(pair.prompt, getattr(pair, side)) for pair in pairs]
+        rows = [torch.tensor(prompt + answer) for prompt, answer in answers]
+        labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in answers]
         pad = torch.nn.utils.rnn.pad_sequence
         batch |= {
             f"{side}_input_ids": pad(rows, True, 0),
@@ -188,7 +156,6 @@ def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
         "CPO",
         models,
         tmp_path,
-        PAIR,
         loss_type="simpo",
         beta=2.0,
         simpo_gamma=0.7,
@@ -205,33 +172,12 @@ def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
 
 
 def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
-    """Its SFT loss is a mean over all tokens, the prompt's too: prompts of one token and equal lengths make that ours."""
-    trainer = trainer_of("ORPO", models, tmp_path, PAIR, beta=0.4)
+    """Its SFT loss is a mean over all tokens, the prompt's too: prompts of one token and equal
+    lengths make that ours."""
+    trainer = trainer_of("ORPO", models, tmp_path, beta=0.4)
     pairs = some_pairs(4, (6, 9), prompt=1)
     logged, metrics = compare(
         trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4), tmp_path)
     )
     for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert metrics[k] == logged[k]
-
-
-def test_kto_equals_trls_kto_trainer(models, tmp_path):
-    labels = [True, False, False, True]
-    data = {"prompt": ["a"] * 4, "completion": ["b"] * 4, "label": labels}
-    trainer = trainer_of(
-        "KTO", models, tmp_path, data, beta=0.3, desirable_weight=1.3, undesirable_weight=0.8
-    )
-    single = [(p, a[0]) for p, a in some_pairs(4, seed=0)]
-    others = [a for _, a in single[-1:] + single[:-1]]
-    inputs = trainer.data_collator(
-        [
-            dict(prompt_ids=p, completion_ids=a, KL_completion_ids=o, label=y)
-            for (p, a), o, y in zip(single, others, labels)
-        ]
-    )
-    pairs = [(p, [a, o]) for (p, a), o in zip(single, others)]
-    args = Args(loss="kto", beta=0.3)
-    mine = ours(models, pairs, args, tmp_path, [(1.3, 0.0) if y else (0.0, 0.8) for y in labels])
-    logged, metrics = compare(trainer, inputs, mine)
-    assert logged.pop("kl").expected > 0.1  # z0, without which this would compare less
-    assert logged == {k: metrics[k] for k in logged}

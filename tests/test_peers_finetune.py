@@ -157,7 +157,8 @@ def test_what_was_tuned_chats_in_transformers(base, tmp_path):  # noqa: F811
     """The saved folder: its template, its end of turn as an end of generation, the same answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune import answers, open_model
+    from finetune import greedy_answers as answers
+    from finetune import open_model
 
     data = write(
         tmp_path / "a.jsonl",

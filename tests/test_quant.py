@@ -140,7 +140,7 @@ def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
 @pytest.mark.parametrize("format", ["int8", "int8-dynamic", "int4"])
 def test_packed_layers_compile_without_a_break(format):
     torch.manual_seed(0)
-    layer, x = quant.pack(nn.Linear(128, 64), format, 64), torch.randn(2, 128)
+    layer, x = quant.pack_linear(nn.Linear(128, 64), format, 64), torch.randn(2, 128)
     with torch.inference_mode():
         assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=3e-2)
 

@@ -487,12 +487,12 @@ def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_p
 
     merged, prompt = {}, [5, 6, 7]
     for i, name in enumerate(("one", "two")):
-        model = lora.apply(Transformer.from_pretrained(folder), r=2, targets="all", name=name)
+        model = lora.apply(Transformer.from_pretrained(folder), r=2, targets="all")
         with torch.no_grad():
             for n, p in model.named_parameters():
                 if n.endswith(".B"):
                     p.normal_(std=0.5, generator=torch.Generator().manual_seed(i))
-        lora.save_adapter(model, tmp_path / name, name)
+        lora.save_adapter(model, tmp_path / name)
         merged[name] = lora.merge(model)
     merged[None] = Transformer.from_pretrained(folder)
     engine = engine_of(folder, adapters={name: tmp_path / name for name in ("one", "two")})

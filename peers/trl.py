@@ -1,0 +1,105 @@
+"""TRL (pip install trl): its trainers on our models and records."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental import cpo, orpo
+
+# ChatML that marks what the assistant says
+CHATML_GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def sft_trainer_speed(folder, talks, *, rows, context, steps, order, device, out):
+    """SFTTrainer's conversations a second, start-up not counted.
+
+    folder: a chat model of ours; talks: lists of messages; order: "random", or "group_by_length",
+    where the longest come first, so that only a whole epoch is fair."""
+    tok = AutoTokenizer.from_pretrained(folder)
+    tok.chat_template = CHATML_GENERATION
+    tok.pad_token = tok.pad_token or "<|im_end|>"
+    config = SFTConfig(
+        output_dir=out,
+        max_steps=steps,
+        per_device_train_batch_size=rows,
+        max_length=context,
+        assistant_only_loss=True,
+        train_sampling_strategy=order,
+        optim="adamw_torch",
+        report_to="none",
+        bf16=False,
+        save_strategy="no",
+        logging_steps=10**6,
+        gradient_checkpointing=False,
+        use_cpu=device == "cpu",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        config,
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in talks]),
+        processing_class=tok,
+    )
+    return trainer.train().metrics["train_samples_per_second"]
+
+
+def preference_trainer(kind, policy, tok, out, ref=None, **settings):
+    """TRL's trainer of one kind, DPO, CPO or ORPO, around model folders, with a data set that only
+    its constructor sees: its compute_loss is called with batches of ours."""
+    trainers = {
+        "DPO": (DPOTrainer, DPOConfig),
+        "CPO": (cpo.CPOTrainer, cpo.CPOConfig),
+        "ORPO": (orpo.ORPOTrainer, orpo.ORPOConfig),
+    }
+    trainer, config = trainers[kind]
+    args = config(
+        output_dir=str(out),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+        **settings,
+    )
+    data = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["a b"] * 4}
+    reference = {"ref_model": AutoModelForCausalLM.from_pretrained(ref)} if ref else {}
+    return trainer(
+        model=AutoModelForCausalLM.from_pretrained(policy),
+        args=args,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tok,
+        **reference,
+    )
+
+
+def dpo_trainer(folder):
+    """DPOTrainer around a chat model of ours, to which the reference's log-probs are given."""
+    tok = PreTrainedTokenizerFast.from_pretrained(folder)
+    tok.pad_token = "<|im_end|>"
+    tok.eos_token = "<|im_end|>"
+    trainer = preference_trainer("DPO", folder, tok, Path(folder) / "trl", ref=folder)
+    trainer.precompute_ref_logps = True
+    return trainer
+
+
+def dpo_trainer_loss(trainer, pairs):
+    """DPOTrainer's mean loss of dpo.PairIds."""
+    rows = [
+        dict(
+            prompt_ids=pair.prompt,
+            chosen_ids=pair.chosen,
+            rejected_ids=pair.rejected,
+            ref_chosen_logps=-50.0,
+            ref_rejected_logps=-50.0,
+        )
+        for pair in pairs
+    ]
+    return trainer.compute_loss(trainer.model, trainer.data_collator(rows))

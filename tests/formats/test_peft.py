@@ -1,0 +1,65 @@
+"""formats/peft.py: whose adapter it is, and what is no adapter of ours. tests/test_lora.py and
+tests/test_peers_lora.py write and read them."""
+
+import json
+
+import pytest
+import torch
+from test_lora import tiny
+
+import lora
+from common import UserError
+from formats.peft import base_sha256
+from runtime import read_tensors, write_tensors
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
+    model = lora.apply(tiny(), 4, 8)
+    lora.save_adapter(model, tmp_path)
+    other = tiny()
+    other.norm.weight.data[3] += 1e-3
+    with pytest.raises(UserError, match=base_sha256(model) + ".*" + base_sha256(other)):
+        lora.load_adapter(other, tmp_path)
+    assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("peft_type", "LOHA", "peft_type 'LOHA'"),
+        ("bias", "all", "bias 'all'"),
+        ("init_lora_weights", "pissa", "pissa"),
+        ("r", "8", "r '8'"),
+        ("r", -1, "r -1"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("use_qalora", True, "use_qalora True"),
+        ("alpha_pattern", {"(": 3}, "alpha_pattern"),
+        ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):
+    lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=message):
+        lora.load_adapter(tiny(), tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
+    file, key = (
+        tmp_path / "adapter_model.safetensors",
+        "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight",
+    )
+    good = read_tensors(file)
+    for change, message in (
+        ({key.format("A"): torch.zeros(4, 31)}, "layers.0.mlp.up_proj has tensors"),
+        ({key.format("B"): torch.zeros(64, 5)}, "layers.0.mlp.up_proj has tensors"),
+        ({key.format("embedding_A"): torch.zeros(4, 4)}, "tensor .*lora_embedding_A"),
+        ({key.format("A").replace("0", "9"): torch.zeros(4, 32)}, "no such linear layer"),
+    ):
+        write_tensors(file, {**good, **change})
+        with pytest.raises(UserError, match=message):
+            lora.load_adapter(tiny(), tmp_path)
+    with pytest.raises(UserError, match="no adapter_config.json"):
+        lora.load_adapter(tiny(), tmp_path / "nowhere")
