@@ -1,6 +1,6 @@
 """Pre-training: text in, a model folder out.
 
-python train.py                                       # a character GPT on Shakespeare, minutes on a laptop
+python train.py                                       # a character GPT on Shakespeare, in minutes
 python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
 python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
 torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
@@ -132,7 +132,7 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------------------------------ data and model
+# ----------------------------------------------------------------------------------- data and model
 def open_corpus(args, source):
     """-> (tokenizer, training Split, validation Split): of shards, or of a text as one document.
 
@@ -153,7 +153,7 @@ def open_corpus(args, source):
 
 
 def text_ids(text, tok):
-    """A text as one document: (tokens,) uint16 or uint32, with BOS in front where the tokenizer has one."""
+    """A text as one document: (tokens,) uint16 or uint32, behind BOS if the tokenizer has one."""
     return np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype)
 
 
@@ -231,7 +231,7 @@ def check_shape(args, config):
         )
 
 
-# -------------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------------------- the training
 def prepare_training(args, checkpoint):
     """Everything from the flags and the checkpoint's folder -> Run, or None after `--fit`."""
     runtime = resolve(args.device, args.dtype, args.compile)
@@ -257,7 +257,7 @@ def train(run):
         print(sample_text(run) + "\n")
 
 
-# ------------------------------------------------------------------------- looking at a run, a model
+# ------------------------------------------------------------------------ looking at a run, a model
 @dataclass
 class WatchArgs:
     run: str = ""  # the run's folder
@@ -265,7 +265,7 @@ class WatchArgs:
 
 
 def watch(argv):
-    """Draw a run's losses in the terminal, again every two seconds until it ends or its process is gone."""
+    """Draw a run's losses in the terminal, every two seconds until it ends or its process does."""
     args = WatchArgs(**common.parse_flags(WatchArgs, watch.__doc__, argv, ("run",)))
     path = Path(args.run) / "metrics.jsonl"
     if not path.is_file():
@@ -282,17 +282,14 @@ def watch(argv):
 
 
 def draw_run(rows, total):
-    """Print the curve, the speed and the time left of rows of metrics.jsonl -> the last step in them."""
-    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    print(common.draw_curve(training, validation))
+    """Print the curve, the speed and the time left; rows of metrics.jsonl -> the last step."""
+    print(common.draw_curve(rows))
     last = rows[-1] if rows else dict(step=0, seconds=0)
-    rates = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row] or [0]
-    minutes = (total - last["step"]) * last["seconds"] / max(last["step"], 1) / 60
-    print(
-        f"step {last['step']:,} of {total:,}   {rates[-1]:,} tokens/s   {minutes:.1f} minutes left"
-    )
-    return last["step"]
+    step = last["step"]
+    rates = common.curve(rows, "tokens_per_s") or [(0, 0)]
+    minutes = (total - step) * last["seconds"] / max(step, 1) / 60
+    print(f"step {step:,} of {total:,}   {rates[-1][1]:,} tokens/s   {minutes:.1f} minutes left")
+    return step
 
 
 @dataclass
@@ -324,7 +321,7 @@ def open_scored_text(args, tok):
 
 
 def eval_text(argv):
-    """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte."""
+    """Loss on a whole text: nats and perplexity per token, perplexity per word, bits per byte."""
     args = EvalArgs(**common.parse_flags(EvalArgs, eval_text.__doc__, argv, ("model",)))
     runtime = resolve(args.device, args.dtype, "off")
     tok = Tokenizer.load(args.model)

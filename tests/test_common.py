@@ -2,13 +2,11 @@
 
 import dataclasses
 import os
-import random
 import signal
 import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -82,22 +80,24 @@ def test_a_failing_compiler_is_named_and_eager_mode_stays(capsys):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_all_random_number_generators_come_back():
-    def draw():
-        return (
-            random.random(),
-            random.gauss(0, 1),
-            np.random.rand(),
-            np.random.randn(),
-            torch.rand(1).item(),
-        )
-
-    draw()
+def test_random_numbers_come_back():
+    torch.rand(1)
     state = runtime.rng_state()
-    expected = draw()
-    draw()
+    expected = torch.rand(3)
+    torch.rand(3)
     runtime.set_rng_state(state)
-    assert draw() == expected
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_numbers_of_an_older_checkpoint_come_back_and_a_new_rank_starts_from_the_seed():
+    states = runtime.all_rng_states() | {"0.python": torch.tensor([3])}
+    expected = torch.rand(3)
+    runtime.set_all_rng_states(states, rank=0, seed=5)
+    assert torch.equal(torch.rand(3), expected)
+    runtime.set_all_rng_states(states, rank=1, seed=5)
+    drawn = torch.rand(3)
+    torch.manual_seed(6)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

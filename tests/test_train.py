@@ -510,18 +510,6 @@ def test_watch_draws_the_run(text, tmp_path, capsys):
     assert "V" in drawn and "step 12 of 12" in drawn and "tokens/s" in drawn
 
 
-def test_background_run_outlives_its_starter(text, tmp_path):
-    out = tmp_path / "run"
-    process = start(text, out, "--steps", 5, "--background")
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "watch it" in stdout
-    for _ in range(600):
-        if saved_step(out) == 5:
-            break
-        time.sleep(0.1)
-    assert "validation loss" in (out / "log.txt").read_text()
-
-
 def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
     assert run(text, tmp_path / "run", "--steps", 3)[0] == 0
     model = Transformer.from_pretrained(tmp_path / "run")

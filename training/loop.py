@@ -1,17 +1,15 @@
-"""What every training shares, in the order a run lives: flags, start, steps, evaluation, checkpoints, log, launch.
+"""What every training shares, in the order a run lives: flags, start, steps, evaluation, launch.
 
-A stage (train.py, finetune.py, lora.py, dpo.py) shows its own loop: for each batch of `steps` it adds up gradients over
-`passes` with `backward`, then calls `update` and `log_step`. Around that loop it may bring three functions of its own,
-which are called from here: the loss, what an evaluation logs, and what a checkpoint writes (see Run).
-"""
+A stage (train.py, finetune.py, lora.py, dpo.py) shows its own loop: for each batch of `steps` it
+adds up gradients over `passes` with `backward`, then calls `update` and `log_step`. Around that
+loop it may bring three functions of its own, which are called from here: the loss, what an
+evaluation logs, and what a checkpoint writes (see Run)."""
 
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +42,7 @@ from training.optim import Guard, LossScale, MuonAdamW, schedule
 from training.ranks import gather, grad_norm, local, wrap
 
 
-# -------------------------------------------------------------------------------- flags and resuming
+# ------------------------------------------------------------------------------- flags and resuming
 @dataclass
 class LoopArgs:
     """The flags that every training shares; each stage's Args adds its own and changes defaults."""
@@ -57,9 +55,7 @@ class LoopArgs:
     steps: int = 550  # optimizer steps
     batch: int = 32  # rows per optimizer step, over all ranks and passes
     micro_batch: int = 0  # rows per pass and rank; 0 is as many as the memory estimate allows
-    optimizer: str = (
-        "muon"  # muon (hidden matrices; AdamW the rest), adamw, adamw8bit (8-bit moments)
-    )
+    optimizer: str = "muon"  # muon (hidden matrices; AdamW the rest), adamw, adamw8bit
     muon_lr: float = 0.02  # learning rate of the hidden matrices under Muon
     lr: float = 0.008  # learning rate of everything under AdamW
     momentum: float = 0.9  # Muon's; longer runs like 0.95
@@ -85,14 +81,11 @@ class LoopArgs:
     sample_every: int = 0  # steps between samples in OUT/samples.txt; 0 is only at the end
     sample: int = 400  # tokens a sample has
     track: str = ""  # also send metrics to tensorboard or wandb
-    background: bool = (
-        False  # outlive the terminal; output in OUT/log.txt, seen by `train.py watch`
-    )
 
 
 # Flags that may differ between a run and its resumption without making it another run.
 HOUSEKEEPING = set(
-    "resume overwrite out log_every eval_every save_every keep sample_every sample track background "
+    "resume overwrite out log_every eval_every save_every keep sample_every sample track "
     "fit shard micro_batch recompute device compile".split()
 )
 AT_LEAST_ONE = set("context batch log_every eval_every save_every keep heads".split())
@@ -127,7 +120,7 @@ def read_args(cls, doc, presets=None, positional=(), argv=None):
 def resumed_args(cls, typed, out, state):
     """The flags of a resumed run: those it had, and what was typed now.
 
-    A stage's own flags (its data, its model) and what the order of rows depends on may not change."""
+    A stage's own flags (its data, its model) and what the order of rows hangs on may not change."""
     flags = {f.name for f in dataclasses.fields(cls)}
     own = flags - {f.name for f in dataclasses.fields(LoopArgs)}
     fixed = (own | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
@@ -166,7 +159,7 @@ def check_args(args):
             raise UserError(f"{flag} must be above 0 and at most 1")
 
 
-# --------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 def next_token_loss(model, batch, args):
     """Summed cross-entropy (nats) of a Batch; --doc-mask keeps documents of one row apart."""
     if args.doc_mask:
@@ -210,7 +203,7 @@ def write_model(run, folder, weights):
 
 @dataclass
 class Run:
-    """A training under way. The last three functions before the clock are what a stage may bring."""
+    """A training under way. Three of its fields are functions that a stage may bring."""
 
     args: LoopArgs
     runtime: Runtime
@@ -239,14 +232,14 @@ class Run:
         return self.metrics is not None and not self.args.shard
 
 
-# ------------------------------------------------------------------------------------------ starting
+# ----------------------------------------------------------------------------------------- starting
 def describe(args, model, tok, tokens, val):
     """Print the model's and the data's sizes; tokens and val are counted by len."""
     config = model.config
     seen = args.steps * args.batch * args.context
     print(
-        f"model    {config.model_type} {config.num_hidden_layers} layers, {config.hidden_size} wide: "
-        f"{model.num_params():,} parameters, "
+        f"model    {config.model_type} {config.num_hidden_layers} layers, {config.hidden_size} wide"
+        f": {model.num_params():,} parameters, "
         f"{model.flops_per_token(args.context) / 1e6:.1f} MFLOP a token\n"
         f"data     {len(tokens):,} training and {len(val):,} validation tokens of "
         f"{tok.vocab_size:,} kinds; {args.steps:,} steps of {args.batch * args.context:,} = "
@@ -325,7 +318,7 @@ def make_batches(args, data, runtime):
 
 
 def trial_pass(run, model):
-    """One pass of full rows, forward and backward, as the loop makes it; its gradients are dropped."""
+    """One pass of full rows as the loop makes it, forward and backward; no gradients remain."""
     plan = run.batches.plan(0)
     batch = run.batches.split.fill([plan.row(r) for r in range(run.rows)], run.args.context)
     with run.runtime.autocast():
@@ -334,16 +327,16 @@ def trial_pass(run, model):
 
 
 def halve_until_a_pass_fits(run):
-    """Try a pass, since memory is only estimated, and halve its rows until it does not run out of memory.
+    """Memory is only estimated: try a pass, and halve its rows until it does fit.
 
-    Random numbers are as before. With several ranks there is no second try, since a rank that failed
-    alone would leave the others waiting for its gradients."""
+    Random numbers are as before. With several ranks there is no second try, since a rank that
+    failed alone would leave the others waiting for its gradients."""
     before = rng_state()
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
             trial_pass(run, run.step_model)
             break
-        # Not in an except block: a handled exception would keep the failed pass's activations alive.
+        # An except block would be too early: its exception keeps the pass's activations alive.
         run.optimizer.zero_grad()
         if run.runtime.world > 1 or run.rows == 1:
             raise UserError(
@@ -372,8 +365,8 @@ def restore_run(run, checkpoint, state):
 
 
 RUN_FILES = (
-    "args.json metrics.jsonl samples.txt loss.png config.json model.safetensors adapter_config.json "
-    "adapter_model.safetensors report.md report.html answers.jsonl".split()
+    "args.json metrics.jsonl samples.txt loss.png config.json model.safetensors "
+    "adapter_config.json adapter_model.safetensors report.md report.html answers.jsonl".split()
 )
 
 
@@ -384,11 +377,12 @@ def remove_old_run(out):
         (out / name).unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------ the loop's parts
+# --------------------------------------------------------------------------------- the loop's parts
 def steps(run):
     """Yield (step, batch) for each step that is left: what every stage's loop runs over.
 
-    Between steps it evaluates, saves and samples. Ctrl-C or SIGTERM on any rank saves and ends the program."""
+    Between steps it evaluates, saves and samples. A Ctrl-C or SIGTERM on any rank saves and ends
+    the program."""
     args = run.args
     runtime = run.runtime
     hidden = True if runtime.rank else None  # None is a bar in a terminal, and none elsewhere
@@ -444,15 +438,15 @@ def passes(run, batch):
 
 
 def backward(run, loss, count):
-    """Add to the gradients those of a pass: its summed loss / the step's `count` of targets over all ranks.
+    """Add the gradients of a pass: of its summed loss / `count`, the step's targets over all ranks.
 
-    So neither passes nor ranks nor ragged rows change the gradient. DDP and FSDP average over ranks;
-    `count` is of all ranks already, so that average is undone by `world`."""
+    So neither passes nor ranks nor ragged rows change the gradient. DDP and FSDP average over
+    ranks; since `count` is of all ranks already, `world` undoes that average."""
     (loss * (run.scaler.scale * run.runtime.world / max(count, 1))).backward()
 
 
 def update(run, step):
-    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> what is logged of it."""
+    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> what to log."""
     args = run.args
     params = [p for p in run.model.parameters() if p.grad is not None]
     scale = run.scaler.scale
@@ -491,8 +485,8 @@ def say_skipped(run, step, norm):
 def log_step(run, step, total, count, tokens=0, **values):
     """Every --log-every steps: a row of metrics.jsonl and of the bar.
 
-    total: this rank's summed loss, a tensor; count: of all ranks; tokens: in a row, where rows are not
-    full; values: what else to log."""
+    total: this rank's summed loss, a tensor; count: of all ranks; tokens: in a row, where rows are
+    not full; values: what else to log."""
     args = run.args
     if step % args.log_every:
         return
@@ -513,7 +507,7 @@ def log_step(run, step, total, count, tokens=0, **values):
     run.timed_since, run.timed_from = now, step + 1
 
 
-# -------------------------------------------------------------------- evaluations, samples, checkpoints
+# ---------------------------------------------------------------- evaluations, samples, checkpoints
 def log_validation(run, step):
     """Evaluate, print what came out, and add it to metrics.jsonl."""
     values = run.validate(run)
@@ -564,11 +558,9 @@ def save_run(run, step):
     save_checkpoint(run.args.out, step, write, moments, rng, info, keep=run.args.keep)
 
 
-# ----------------------------------------------------------------------------------------- launching
+# ---------------------------------------------------------------------------------------- launching
 def launch(args, checkpoint, prepare, loop):
-    """A whole training: run = prepare(args, checkpoint), which is None after --fit, then loop(run)."""
-    if args.background:
-        return start_in_background(args)
+    """A whole training: prepare(args, checkpoint) -> a Run, or None after --fit; then loop(run)."""
     with lost_rank_explained(f"Go on from the last checkpoint: --resume --out {args.out}"):
         run = prepare(args, checkpoint)
         if run is None:
@@ -577,34 +569,9 @@ def launch(args, checkpoint, prepare, loop):
         if run.metrics:
             size = run.model.num_params() / 1e6
             common.plot_losses(args.out, f"{Path(args.out).name}: {size:.2f}M parameters")
-            print(
-                f"wrote    {args.out}/ (model folder), {args.out}/loss.png, {args.out}/metrics.jsonl"
-            )
+            names = f"{args.out}/ (model folder), its loss.png and metrics.jsonl"
+            print(f"wrote    {names}")
         if torch.distributed.is_initialized():
             del run.step_model  # DDP must go before the process group it belongs to
             torch.distributed.barrier()  # no rank's group may go before the others are done
             torch.distributed.destroy_process_group()
-
-
-def start_in_background(args):
-    """Start this command again in a session of its own, which outlives the terminal."""
-    if "WORLD_SIZE" in os.environ:
-        raise UserError(
-            "--background is for one process; under torchrun start torchrun itself so: "
-            "nohup torchrun ... &"
-        )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    flags = [flag for flag in sys.argv[1:] if flag != "--background"]
-    with open(out / "log.txt", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, sys.argv[0], *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    print(
-        f"started  process {process.pid}; output in {out}/log.txt; "
-        f"watch it: python train.py watch {out}; stop it, saving: kill {process.pid}"
-    )
