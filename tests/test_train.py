@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import common
 import train
 from common import Metrics
-from data import Batches, Split, as_split
+from data import Batches, Split
 from model import Transformer
 from runtime import Runtime, latest_checkpoint
 from training import loop, optim
@@ -530,7 +530,7 @@ def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path):
 
     for stride in (1, 5, 16):
         nats, count = train.evaluate(
-            model, as_split(np.array(ids)), 3, train.Args(context=16), runtime, stride
+            model, Split([np.array(ids)]), 3, train.Args(context=16), runtime, stride
         )
         assert count == 69 and nats == pytest.approx(reference(stride), rel=1e-5)
 
