@@ -45,7 +45,7 @@ from tokenizer import Tokenizer
 # documents start (uint64).
 MAGIC = b"TOKSHARD"
 VERSION = 1
-HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
+SHARD_HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
 
 
@@ -89,7 +89,7 @@ def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=No
         files = {"val": files["train"], **files}
     job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, **how}
     job["val_share"] = val_share if shared else None
-    job["files"] = {name: list(map(identity, paths)) for name, paths in files.items()}
+    job["files"] = {name: list(map(file_identity, paths)) for name, paths in files.items()}
     meta = begin_or_continue(out, job)
     if meta["complete"]:
         print(f"{out}: all there already")
@@ -109,7 +109,7 @@ def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=No
     return meta
 
 
-def identity(path):
+def file_identity(path):
     """What shows that a file is still the same."""
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
@@ -209,7 +209,7 @@ class Encoded(NamedTuple):
     counts: np.ndarray  # (3,) bytes, words and lines of text
 
 
-SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # (256,) bool: is this byte white space?
+IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # (256,) bool: is this byte white space?
 
 
 def encode_job(job, tok, ends):
@@ -227,7 +227,7 @@ def encode_job(job, tok, ends):
         if done and last is not None:
             ids.append(last)
     texts = [text for text, _, _ in parts]
-    space = SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]
+    space = IS_SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]
     words = np.count_nonzero(space[:-1] & ~space[1:])  # a word begins after white space
     counts = sum(map(len, texts)), words, sum(text.count(b"\n") for text in texts)
     return Encoded(shard, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts))
@@ -249,7 +249,7 @@ def write_shard(path, pieces, tok):
                 file.write(data)
                 digest.update(data)
 
-            file.write(bytes(HEADER.size))  # its place, until its numbers are known
+            file.write(bytes(SHARD_HEADER.size))  # its place, until its numbers are known
             for piece in pieces:
                 put(piece.ids.astype(dtype))
                 starts.append(piece.starts + size)
@@ -261,7 +261,7 @@ def write_shard(path, pieces, tok):
             tokenizer = bytes.fromhex(tok.sha256)
             numbers = dtype.itemsize, size, len(starts), *counts.tolist()
             file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, *numbers, tokenizer, digest.digest()))
+            file.write(SHARD_HEADER.pack(MAGIC, VERSION, *numbers, tokenizer, digest.digest()))
 
     advice = "finished shards are kept: make room and run the same command again"
     with full_disk_explained(path, advice):
@@ -291,16 +291,18 @@ def summary_of(out, name, bad):
 def read_header(path, tokenizer_sha256=None):
     """The Header of a shard. UserError: no shard, another version, size, or tokenizer."""
     with open(path, "rb") as file:
-        raw = file.read(HEADER.size)
-    if not raw.startswith(MAGIC) or len(raw) < HEADER.size:
+        raw = file.read(SHARD_HEADER.size)
+    if not raw.startswith(MAGIC) or len(raw) < SHARD_HEADER.size:
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
-    header = Header(*HEADER.unpack(raw))
+    header = Header(*SHARD_HEADER.unpack(raw))
     if header.version != VERSION or header.itemsize not in (2, 4):
         raise UserError(
             f"{path}: format version {header.version} with {header.itemsize} bytes a token; this "
             f"program reads version {VERSION} with 2 or 4: make the shards again"
         )
-    expected = HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
+    expected = (
+        SHARD_HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
+    )
     size = os.path.getsize(path)
     if size != expected:
         raise UserError(
@@ -359,7 +361,7 @@ def map_split(paths, name, end_id, counts, tokenizer_sha256):
         hashes += header.tokenizer + header.content
         starts_at = path.stat().st_size - 8 * header.documents
         shape = (header.tokens,)
-        tokens.append(np.memmap(path, f"<u{header.itemsize}", "r", HEADER.size, shape))
+        tokens.append(np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, shape))
         starts.append(np.memmap(path, "<u8", "r", starts_at, (header.documents,)))
     return Split(tokens, starts, end_id, counts, sha256(hashes), paths)
 
@@ -372,11 +374,10 @@ def split_tokens(tokens, context, share=0.1):
     val = tokens[cut:]
     for part, have in (("training", len(train)), ("validation", len(val))):
         if have < context + 1:
-            fits = [2**k for k in range(3, 20) if 2**k < min(len(train), len(val))]
-            hint = f"use --context {fits[-1]}" if fits else "give a longer text"
+            most = min(len(train), len(val)) - 1
             raise UserError(
                 f"{have:,} {part} tokens, but a context of {context:,} needs at least "
-                f"{context + 1:,}: {hint}"
+                f"{context + 1:,}: use --context {most:,} or less, or a longer text"
             )
     return train, val
 

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the root on sys.path, real data where it is at hand (LLM_DATA_DIR)."""
+"""What all tests share: the root on sys.path, real data where it is at hand (LLM_DATA_DIR)."""
 
 import contextlib
 import os

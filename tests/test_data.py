@@ -1,4 +1,4 @@
-"""data.py: shards of tokens, rows packed from whole documents, and batches with an exact position."""
+"""data.py: shards of tokens, rows packed from whole documents, batches with an exact position."""
 
 import json
 import os
@@ -292,14 +292,20 @@ def test_the_last_tenth_is_held_out():
     assert train[-1] == 899 and val.tolist() == list(range(900, 1000))
 
 
-def test_too_short_text_says_how_short_and_what_fits():
-    with pytest.raises(
-        UserError,
-        match=r"2,310 training tokens, but a context of 4,096 needs at least 4,097: use --context 256",
-    ):
-        split_tokens(np.zeros(2567), 4096)
-    with pytest.raises(UserError, match=r"3 validation tokens.*longer text"):
-        split_tokens(np.zeros(30), 8)
+@pytest.mark.parametrize(
+    "tokens, context, words",
+    [
+        (
+            2567,
+            4096,
+            "2,310 training tokens, .* 4,096 needs at least 4,097: use --context 256 or less",
+        ),
+        (30, 8, "3 validation tokens.* use --context 2 or less, or a longer text"),
+    ],
+)
+def test_too_short_text_says_how_short_and_what_fits(tokens, context, words):
+    with pytest.raises(UserError, match=words):
+        split_tokens(np.zeros(tokens), context)
 
 
 def numbers(count, first=0):

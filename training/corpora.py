@@ -294,7 +294,7 @@ def read_text(name, data_dir=None):
     return text, path
 
 
-KINDS = (".txt", ".jsonl", ".parquet")
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
 
 def expand(names):
@@ -304,8 +304,8 @@ def expand(names):
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix in KINDS)
-            fault = f"no {', '.join(KINDS)} in this folder"
+            found = sorted(f for f in path.rglob("*") if f.suffix in TEXT_FILES)
+            fault = f"no {', '.join(TEXT_FILES)} in this folder"
         else:
             found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
             known = ", ".join(WIKITEXT)

@@ -89,7 +89,7 @@ HOUSEKEEPING = set(
     "fit shard micro_batch recompute device compile".split()
 )
 AT_LEAST_ONE = set("context batch log_every eval_every save_every keep heads".split())
-CHOICES = {
+FLAG_CHOICES = {
     "optimizer": ("muon", "adamw", "adamw8bit"),
     "schedule": ("wsd", "cosine"),
     "track": ("", "tensorboard", "wandb"),
@@ -151,8 +151,8 @@ def check_args(args):
             least = 1 if name in AT_LEAST_ONE else 0
             if not value >= least:  # true of NaN as well
                 raise UserError(f"{flag} must {'be at least 1' if least else 'not be negative'}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"{flag}: use {' or '.join(filter(None, CHOICES[name]))}")
+        if name in FLAG_CHOICES and value not in FLAG_CHOICES[name]:
+            raise UserError(f"{flag}: use {' or '.join(filter(None, FLAG_CHOICES[name]))}")
         if name in ("momentum", "dropout") and value >= 1:
             raise UserError(f"{flag} must be below 1")
         if name == "cooldown" and not 0 < value <= 1:
@@ -173,7 +173,8 @@ def evaluate(model, split, rows, args, runtime, stride=None, loss=next_token_los
 
     It draws no random numbers, so evaluating never changes a training."""
     model.eval()
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for batch in split.validation(rows, args.context, stride, runtime.rank, runtime.world):
         count += (batch.y != -100).sum().item()
         with runtime.autocast():
@@ -219,7 +220,7 @@ class Run:
     lock: object  # held while the run lives, so that no second process writes to --out
     start: int = 0  # the step it begins or goes on at
     metrics: common.Metrics | None = None  # rank 0 only
-    loss: Callable = next_token_loss  # (model, batch, args) -> summed loss
+    loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; start_run tries it too
     validate: Callable = validate  # (run) -> {name: value} to log
     write: Callable = write_model  # (run, folder, weights) writes the model's files
     timed_since: float = 0.0  # tokens/s are those since this time
@@ -313,8 +314,15 @@ def make_optimizer(args, model):
 
 
 def make_batches(args, data, runtime):
-    rows, rank, world = args.batch // runtime.world, runtime.rank, runtime.world
-    return Batches(data, rows, args.context, args.seed, rank, world, device=runtime.device)
+    return Batches(
+        data,
+        args.batch // runtime.world,
+        args.context,
+        args.seed,
+        runtime.rank,
+        runtime.world,
+        device=runtime.device,
+    )
 
 
 def trial_pass(run, model):
@@ -372,7 +380,8 @@ RUN_FILES = (
 
 def remove_old_run(out):
     """Remove what a run wrote, and nothing else that may lie in its folder."""
-    shutil.rmtree(out / "state", ignore_errors=True)
+    if (out / "state").exists():
+        shutil.rmtree(out / "state")
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
 

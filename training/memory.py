@@ -72,8 +72,8 @@ def choose_micro_batch(model, args, runtime, before=0):
             return rows
     raise UserError(
         f"this model needs about {total / 2**30:.1f} GiB even for one row of {args.context:,} "
-        f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter "
-        "--context or fewer --layers"
+        f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, "
+        "a shorter --context or fewer --layers"
     )
 
 
