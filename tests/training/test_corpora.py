@@ -70,14 +70,16 @@ def test_the_checksum_is_that_of_tiny_shakespeare(data_dir):
 
 
 def test_plays_become_dialogue():
-    play = (
-        "THE TITLE\n\nby Somebody\n\nPERSONS\n\nACT I.\n\nSCENE I. Rome. A street.\n\n[Enter two CITIZENS,\nwith clubs.]\n\n"
-        "FIRST CITIZEN.\nBefore we proceed,  hear me.  \n\nALL.\nSpeak, speak.\n\n[Exeunt.]\n\nACT II.\n\nALL.\nDone."
-    )
-    assert (
-        corpora.as_dialogue(play)
-        == "FIRST CITIZEN:\nBefore we proceed, hear me.\n\nALL:\nSpeak, speak.\n\nALL:\nDone.\n"
-    )
+    before = "THE TITLE\n\nby Somebody\n\nPERSONS\n\nACT I.\n\nSCENE I. Rome. A street.\n\n"
+    directions = "[Enter two CITIZENS,\nwith clubs.]\n\n"
+    first = "FIRST CITIZEN.\nBefore we proceed,  hear me.  \n\n"
+    rest = "ALL.\nSpeak, speak.\n\n[Exeunt.]\n\nACT II.\n\nALL.\nDone."
+    speeches = [
+        "FIRST CITIZEN:\nBefore we proceed, hear me.",
+        "ALL:\nSpeak, speak.",
+        "ALL:\nDone.\n",
+    ]
+    assert corpora.as_dialogue(before + directions + first + rest) == "\n\n".join(speeches)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +103,12 @@ def test_missing_file_is_named(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- WikiText
-ARTICLES = [
-    f" = Title {i} = \n \n Some words of article {i} , {'and more ' * (i % 5)}. \n \n = = Section = = \n"
-    " \n The end . \n \n"
-    for i in range(20)
-]
+def article(i):
+    words = f"Some words of article {i} , {'and more ' * (i % 5)}."
+    return f" = Title {i} = \n \n {words} \n \n = = Section = = \n \n The end . \n \n"
+
+
+ARTICLES = [article(i) for i in range(20)]
 
 
 class Host(BaseHTTPRequestHandler):
