@@ -232,9 +232,9 @@ def read_block(block, cuts):
 
 
 def well_formed(text):
-    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, paired ones the character they mean.
+    """Surrogates, which UTF-8 cannot hold, become the character that a pair means, or U+FFFD alone.
 
-    So does tiktoken."""
+    tiktoken does the same."""
     try:
         text.encode()
         return text

@@ -383,8 +383,7 @@ def split_tokens(tokens, context, share=0.1):
 
 
 class Batch(NamedTuple):
-    """x predicts y. For masking, docs and positions: in which piece of a row, and how far into
-    it."""
+    """x predicts y. For masking: docs, the piece of a row; positions, how far into that piece."""
 
     x: torch.Tensor  # (rows, context) int64
     y: torch.Tensor  # (rows, context) int64; -100 only in validation, where nothing is scored
@@ -564,8 +563,7 @@ class Split:
 
         Windows begin every `stride` pairs (default: context, no overlap); each scores only what the
         one before did not reach, with context - stride pairs to look back on. What is not scored,
-        and what fills the last batch, is target -100. Rank r gets every world-th batch; all get as
-        many."""
+        and what fills the last batch, is target -100. Ranks take turns, and all get as many batches."""
         stride = stride or context
         if not 0 < stride <= context:
             raise UserError(

@@ -61,27 +61,30 @@ def test_shards_hold_every_document_between_bos_and_eos(corpus, tmp_path):
     files, tok = corpus
     meta = make_shards(files, tok, tmp_path / "out", val_share=0.1, processes=1)
     splits = open_shards(tmp_path / "out", tok.sha256)
-    held = [i for i in range(90) if i % 10 == 0]
-    kept = [t for i, t in enumerate(TEXTS) if i not in held]
-    for name, texts in (("val", [TEXTS[i] for i in held]), ("train", kept)):
-        assert [d.tolist() for d in token_documents(splits[name])] == [
-            tok.encode(t, bos=True, eos=True) for t in texts
-        ]
+    expected = {"val": TEXTS[::10], "train": [t for i, t in enumerate(TEXTS) if i % 10]}
+    for name, texts in expected.items():
+        stored = [ids.tolist() for ids in token_documents(splits[name])]
+        assert stored == [tok.encode(t, bos=True, eos=True) for t in texts]
         counts = meta["splits"][name]
-        assert counts["bytes"] == len("".join(texts).encode()) and counts["documents"] == len(texts)
-        assert counts["words"] == len("".join(texts).split()) and counts["lines"] == len(texts)
-    assert meta["splits"]["train"]["shards"] > 3 and splits["train"].tokens[0].dtype == np.uint16
+        whole = "".join(texts)
+        assert counts["bytes"] == len(whole.encode())
+        assert counts["documents"] == len(texts)
+        assert counts["words"] == len(whole.split())
+        assert counts["lines"] == len(texts)
+    assert meta["splits"]["train"]["shards"] > 3
+    assert splits["train"].tokens[0].dtype == np.uint16
     assert Tokenizer.load(tmp_path / "out").sha256 == tok.sha256
 
 
 def test_a_single_special_id_stands_in_front_and_is_what_ends_predict(corpus, tmp_path):
+    files, _ = corpus
     tok = Tokenizer.train(TEXTS, 300, special_tokens=["<|endoftext|>"])
     assert tok.bos_id == tok.eos_id == 0
-    make_shards(corpus[0], tok, tmp_path / "out", processes=1)
+    make_shards(files, tok, tmp_path / "out", processes=1)
     split = open_shards(tmp_path / "out")["val"]
-    assert (
-        token_documents(split)[0].tolist() == tok.encode(TEXTS[0], bos=True) and split.end_id == 0
-    )
+    first, *_ = token_documents(split)
+    assert first.tolist() == tok.encode(TEXTS[0], bos=True)
+    assert split.end_id == 0
 
 
 def test_any_number_of_processes_writes_the_same_bytes(corpus, tmp_path):
@@ -315,12 +318,19 @@ def numbers(count, first=0):
 
 def test_every_training_token_is_a_target_once_an_epoch():
     batches = Batches(numbers(1000), 4, 16, seed=3)
+    rows = len(batches.plan(0).order)
     seen = []
-    while batches.epoch == 0 and batches.row + 4 <= len(batches.plan(0).order):
+    while batches.epoch == 0 and batches.row + 4 <= rows:
         x, y, *_ = batches.next()
-        assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
+        assert x.shape == y.shape == (4, 16)
+        assert torch.equal(x[:, 1:], y[:, :-1])
         seen += y.flatten().tolist()
-    assert len(seen) == len(set(seen)) > 1000 - 2 * 16 - 4 * 16
+    assert len(seen) == len(set(seen))
+    assert len(seen) > 1000 - 2 * 16 - 4 * 16
+
+
+def same_batch(a, b):
+    return all(map(torch.equal, a, b))
 
 
 def test_position_is_exact_across_epochs():
@@ -330,23 +340,21 @@ def test_position_is_exact_across_epochs():
     b = Batches(numbers(200), 5, 16, seed=3)
     b.load_state(a.state())
     for _ in range(20):
-        assert all(torch.equal(p, q) for p, q in zip(a.next(), b.next()))
+        assert same_batch(a.next(), b.next())
     assert a.epoch > 2
 
 
 def test_epochs_are_cut_and_ordered_differently():
-    batches = Batches(numbers(1000), 4, 16, seed=3)
-    first, second = batches.plan(0), batches.plan(1)
-    assert (
-        sorted(first.starts) != sorted(second.starts)
-        and first.order.tolist() != second.order.tolist()
-    )
-    split, _ = split_of(LENGTHS)  # and other remainders of documents meet in a row
-    first, second = (split.plan(32, 3, epoch) for epoch in (0, 1))
-    assert (
-        first.starts.tolist() != second.starts.tolist()
-        and first.order.tolist() != second.order.tolist()
-    )
+    text = numbers(1000)
+    first = text.plan(16, 3, 0)
+    second = text.plan(16, 3, 1)
+    assert sorted(first.starts) != sorted(second.starts)
+    assert first.order.tolist() != second.order.tolist()
+    split, _ = split_of(LENGTHS)  # here other remainders of documents meet in a row
+    first = split.plan(32, 3, 0)
+    second = split.plan(32, 3, 1)
+    assert first.starts.tolist() != second.starts.tolist()
+    assert first.order.tolist() != second.order.tolist()
     assert all(map(np.array_equal, first, split.plan(32, 3, 0)))
 
 
@@ -360,18 +368,28 @@ def test_validation_covers_the_whole_split():
 def split_of(lengths, first=1, last=2, shards=3):
     """Documents of random ids in several shards -> (Split, [document])."""
     rng = np.random.default_rng(0)
-    begin, end = [i for i in (first,) if i is not None], [i for i in (last,) if i is not None]
-    docs = [np.array(begin + rng.integers(3, 60_000, n).tolist() + end, np.uint16) for n in lengths]
-    parts = [docs[i * len(docs) // shards : (i + 1) * len(docs) // shards] for i in range(shards)]
-    starts = [np.cumsum([0, *map(len, part)])[:-1].astype(np.uint64) for part in parts]
-    return Split(
-        [np.concatenate(part) for part in parts], starts, first if last is None else None
-    ), docs
+    begin = [] if first is None else [first]
+    end = [] if last is None else [last]
+    docs = []
+    for n in lengths:
+        ids = rng.integers(3, 60_000, n).tolist()
+        docs.append(np.array(begin + ids + end, np.uint16))
+    tokens = []
+    starts = []
+    for i in range(shards):
+        part = docs[i * len(docs) // shards : (i + 1) * len(docs) // shards]
+        tokens.append(np.concatenate(part))
+        starts.append(np.cumsum([0, *map(len, part)])[:-1].astype(np.uint64))
+    return Split(tokens, starts, first if last is None else None), docs
 
 
 def pairs_of(docs, end_id=None):
-    pairs = Counter((int(a), int(b)) for d in docs for a, b in zip(d[:-1], d[1:]))
-    return pairs + Counter((int(d[-1]), end_id) for d in docs if end_id is not None)
+    """How often each (token, next token) is in the documents, with an end_id after each."""
+    pairs = Counter()
+    for doc in docs:
+        ids = doc.tolist() + ([] if end_id is None else [end_id])
+        pairs.update(zip(ids[:-1], ids[1:]))
+    return pairs
 
 
 def pairs_in(batch):
@@ -384,30 +402,30 @@ LENGTHS = [5 + (i * 37) % 60 + 400 * (i % 11 == 0) for i in range(200)]
 
 @pytest.mark.parametrize("first, last", [(1, 2), (1, None), (None, None)])
 def test_an_epoch_trains_on_every_pair_once_and_pads_nothing(first, last):
-    """Pairs (token, next token) inside documents; with one id for both ends, also (last token, that
-    id)."""
+    """Pairs (token, next token) inside documents; with one id for both ends also (last, that)."""
     split, docs = split_of(LENGTHS, first, last)
-    want, batches, seen = (
-        pairs_of(docs, split.end_id),
-        Batches(split, 1, 32, seed=5, prefetch=0),
-        Counter(),
-    )
+    want = pairs_of(docs, split.end_id)
+    batches = Batches(split, 1, 32, seed=5, prefetch=0)
+    seen = Counter()
     while batches.epoch == 0:
         batch = batches.next()
         assert (batch.y >= 0).all()
         seen += pairs_in(batch)
-    assert not seen - want and (want - seen).total() < 32
+    assert not seen - want
+    assert (want - seen).total() < 32
 
 
 def test_rows_begin_with_a_document_wherever_one_begins_in_them():
-    split, docs = split_of(LENGTHS)
-    batches, begun, rows = Batches(split, 1, 32, seed=5, prefetch=0), 0, 0
+    split, _ = split_of(LENGTHS)
+    batches = Batches(split, 1, 32, seed=5, prefetch=0)
+    begun = []
     while batches.epoch == 0:
         x, _, piece, position = batches.next()
         assert x[0, 0] == 1 or 1 not in x
-        assert (position == 0).tolist() == (piece.diff(prepend=torch.tensor([[-1]])) == 1).tolist()
-        begun, rows = begun + int(x[0, 0] == 1), rows + 1
-    assert begun > 0.4 * rows
+        new_piece = piece.diff(prepend=torch.tensor([[-1]])) == 1
+        assert torch.equal(position == 0, new_piece)
+        begun.append(x[0, 0].item() == 1)
+    assert np.mean(begun) > 0.4
 
 
 def test_the_global_order_does_not_depend_on_ranks_or_rows():
@@ -416,11 +434,12 @@ def test_the_global_order_does_not_depend_on_ranks_or_rows():
     ranks = [Batches(split, 3, 32, seed=5, rank=r, world=2) for r in range(2)]
 
     def step():
-        return torch.cat([r.next().x for r in ranks])
+        return torch.cat([rank.next().x for rank in ranks])
 
     for _ in range(90):
         assert torch.equal(one.next().x, step())
-    assert one.state() == ranks[0].state() == ranks[1].state() and one.epoch > 0
+    assert one.state() == ranks[0].state() == ranks[1].state()
+    assert one.epoch > 0
     fewer = Batches(split, 2, 32, seed=5)  # 2 ranks -> 1, in smaller batches
     fewer.load_state(ranks[1].state())
     assert torch.equal(one.next().x, torch.cat([fewer.next().x for _ in range(3)]))
@@ -433,19 +452,19 @@ def test_the_global_order_does_not_depend_on_ranks_or_rows():
 
 def test_the_state_is_that_of_batches_handed_out_not_made_ahead():
     split, _ = split_of(LENGTHS)
-    ahead, plain = (
-        Batches(split, 4, 32, seed=5, prefetch=8),
-        Batches(split, 4, 32, seed=5, prefetch=0),
-    )
+    ahead = Batches(split, 4, 32, seed=5, prefetch=8)
+    plain = Batches(split, 4, 32, seed=5, prefetch=0)
     for _ in range(5):
-        assert all(map(torch.equal, ahead.next(), plain.next())) and ahead.state() == plain.state()
-    ahead.load_state({"epoch": 0, "row": 4})
-    plain.load_state({"epoch": 0, "row": 4})
+        assert same_batch(ahead.next(), plain.next())
+        assert ahead.state() == plain.state()
+    for batches in (ahead, plain):
+        batches.load_state({"epoch": 0, "row": 4})
     assert torch.equal(ahead.next().x, plain.next().x)
     ahead.close()
     assert torch.equal(ahead.next().x, plain.next().x)  # closing loses nothing
     (thread,) = ahead.pool._threads
     del ahead  # nor does dropping it leave a thread behind
+    del batches
     thread.join(timeout=5)
     assert not thread.is_alive()
 
@@ -453,9 +472,11 @@ def test_the_state_is_that_of_batches_handed_out_not_made_ahead():
 def test_an_error_in_the_thread_is_raised_by_next(monkeypatch):
     split, _ = split_of(LENGTHS)
     batches = Batches(split, 4, 32, seed=5)
-    monkeypatch.setattr(
-        split, "read", lambda *_: (_ for _ in ()).throw(OSError("the disk went away"))
-    )
+
+    def no_disk(*_):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(split, "read", no_disk)
     for _ in range(2):
         with pytest.raises(OSError, match="went away"):
             batches.next()
@@ -470,12 +491,13 @@ def test_an_error_in_the_thread_is_raised_by_next(monkeypatch):
 def test_validation_scores_every_pair_once(rows, context, stride, world, last):
     split, docs = split_of(LENGTHS, last=last)
     ranks = [list(split.validation(rows, context, stride, rank, world)) for rank in range(world)]
-    assert (
-        all(b.x.shape == (rows, context) for r in ranks for b in r)
-        and len({len(r) for r in ranks}) == 1
-    )
-    x, y = (torch.cat([b[i] for r in ranks for b in r]) for i in range(2))
-    assert pairs_in(data.Batch(x, y, None, None)) == pairs_of(docs, split.end_id)
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = Counter()
+    for batches in ranks:
+        for batch in batches:
+            assert batch.x.shape == (rows, context)
+            seen += pairs_in(batch)
+    assert seen == pairs_of(docs, split.end_id)
 
 
 def test_a_split_smaller_than_a_batch_says_so():

@@ -298,8 +298,7 @@ TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
 
 def expand(names):
-    """Files, folders (their .txt, .jsonl, .parquet files, however deep), globs -> distinct
-    files."""
+    """Files, folders (their .txt, .jsonl, .parquet, however deep) and globs -> distinct files."""
     files = []
     for name in names:
         path = Path(name)

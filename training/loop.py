@@ -390,8 +390,7 @@ def remove_old_run(out):
 def steps(run):
     """Yield (step, batch) for each step that is left: what every stage's loop runs over.
 
-    Between steps it evaluates, saves and samples. A Ctrl-C or SIGTERM on any rank saves and ends
-    the program."""
+    Between steps it evaluates, saves and samples; Ctrl-C or SIGTERM on any rank saves and ends."""
     args = run.args
     runtime = run.runtime
     hidden = True if runtime.rank else None  # None is a bar in a terminal, and none elsewhere

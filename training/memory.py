@@ -50,8 +50,7 @@ def estimate_memory(model, args, runtime, rows):
 def choose_micro_batch(model, args, runtime, before=0):
     """Rows per pass: --micro-batch, else the most whose estimate fits; prints the estimate.
 
-    before: what a resumed run had, which stays: the random numbers that dropout draws depend on
-    it."""
+    before: what a resumed run had, and keeps: which random numbers dropout draws depends on it."""
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
     share = args.batch // runtime.world

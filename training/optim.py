@@ -19,8 +19,8 @@ def orthogonalize(G, steps=5):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly.
 
     U V^T of its singular value decomposition, with singular values in 0.7..1.2 in place of 1: a
-    quintic Newton-Schulz iteration, whose coefficients trade exactness for speed (Jordan et al.
-    2024, "Muon")."""
+    quintic Newton-Schulz iteration with coefficients that trade exactness for speed (Jordan et al.
+    2024, "Muon: An optimizer for hidden layers in neural networks")."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.size(-2) > G.size(-1)
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
@@ -83,8 +83,7 @@ LEAST_8_BIT = (
 
 @lru_cache
 def moment_values(signed, device):
-    """The 256 values that a moment of a block has (quant.dynamic_map), and the midpoints between
-    them."""
+    """The 256 values that a packed moment can have (quant.dynamic_map), and their midpoints."""
     from quant import dynamic_map
 
     values = dynamic_map(device, signed)
@@ -138,8 +137,7 @@ class MuonAdamW:
     biases.
 
     muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8
-    bits. Not a torch.optim.Optimizer: nothing of it is needed here, and importing it costs two
-    seconds."""
+    bits. Not a torch.optim.Optimizer: it has nothing that we need, and its import takes two seconds."""
 
     def __init__(
         self,
@@ -219,8 +217,7 @@ class MuonAdamW:
                     pack_moment(square, state["square"], state["square_top"], False)
 
     def tensors(self):
-        """The whole state, {parameter.name: tensor}, for a file. Under FSDP every rank must call
-        it."""
+        """The state for a file, {parameter.name: tensor}. Under FSDP all ranks must call it."""
         tensors = {"steps": torch.tensor(self.steps)}
         for p, state in self.state.items():
             for name, tensor in state.items():

@@ -7,8 +7,7 @@ import torch.distributed as dist
 
 
 def wrap(model, args, runtime):
-    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags
-    say."""
+    """The model as the loop calls it: recomputing, sharded or replicated, as the flags say."""
     model.recompute = args.recompute
     if runtime.world == 1:
         return model
@@ -37,8 +36,7 @@ def local(t):
 
 
 def gather(t, like):
-    """Local part of a tensor that is laid out as parameter `like` -> the whole tensor, on every
-    rank."""
+    """The local part of a tensor laid out as parameter `like` -> the whole, on every rank."""
     if not is_sharded(like):
         return t
     from torch.distributed.tensor import DTensor
