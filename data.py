@@ -563,7 +563,7 @@ class Split:
 
         Windows begin every `stride` pairs (default: context, no overlap); each scores only what the
         one before did not reach, with context - stride pairs to look back on. What is not scored,
-        and what fills the last batch, is target -100. Ranks take turns, and all get as many batches."""
+        and what fills the last batch, is target -100. Ranks take turns; all get as many."""
         stride = stride or context
         if not 0 < stride <= context:
             raise UserError(

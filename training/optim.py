@@ -128,16 +128,11 @@ def packed_zeros(p):
 
 
 # ------------------------------------------------------------------------------------ the optimizer
-BETAS = (0.9, 0.95)  # AdamW's
-EPS = 1e-10
-
-
 class MuonAdamW:
-    """One optimizer, two rules: Muon for the layers' matrices, AdamW for embeddings, head, norms,
-    biases.
+    """One optimizer, two rules: Muon for the layers' matrices, AdamW for all other parameters.
 
     muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8
-    bits. Not a torch.optim.Optimizer: it has nothing that we need, and its import takes two seconds."""
+    bits. Not a torch.optim.Optimizer: it has nothing that we need, and its import takes long."""
 
     def __init__(
         self,
@@ -146,10 +141,14 @@ class MuonAdamW:
         adam_lr=0.004,
         weight_decay=0.0,
         momentum=0.95,
+        betas=(0.9, 0.95),
+        eps=1e-10,
         muon=True,
         eight_bit=False,
     ):
         self.momentum = momentum
+        self.betas = betas
+        self.eps = eps
         self.factor = 0.0  # of the learning rates, as the schedule says
         self.steps = 0
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -198,9 +197,8 @@ class MuonAdamW:
             states = [self.state[p] for p in params]
             lr = group["lr"] * self.factor
             decay = group["weight_decay"]
-            adamw = partial(
-                adamw_step, step=self.steps, lr=lr, betas=BETAS, eps=EPS, weight_decay=decay
-            )
+            shared = dict(betas=self.betas, eps=self.eps, weight_decay=decay)
+            adamw = partial(adamw_step, step=self.steps, lr=lr, **shared)
             if group["rule"] == "muon":
                 momentums = [state["momentum"] for state in states]
                 muon_step(params, grads, momentums, lr, self.momentum, decay)
