@@ -1,4 +1,5 @@
-"""What every script shares: errors in one line, flags from a dataclass, files written all or nothing, metrics.
+"""What every script shares: errors in one line, flags from a dataclass, files written all or
+nothing, metrics.
 
 Nothing here imports torch (runtime.py does), so that commands that do not need it start at once.
 """
@@ -30,16 +31,20 @@ from pathlib import Path
 
 # --------------------------------------------------------------------------------- errors and flags
 class UserError(ValueError):
-    """Something the user can mend: the message is one line that says what, with the numbers, and what to do."""
+    """Something the user can mend. Its one line says what, with the numbers, and what to do."""
 
 
 def cli(main):
-    """Run a script's `main()`: what a user did wrong is one line on stderr and exit status 2, never a traceback."""
+    """Run a script's `main()`: a user's mistake is one line on stderr and exit status 2, no
+    traceback.
+
+    Under torchrun only rank 0 writes to stdout; errors go to stderr from every rank."""
+    silent = os.environ.get("RANK", "0") != "0"
     try:
-        main()
-    except (
-        BrokenPipeError
-    ):  # the reader of our output went away (`... | head`): nothing to say, nobody to say it to
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere if silent else sys.stdout):
+                main()
+    except BrokenPipeError:  # the reader of our output went away (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
@@ -50,16 +55,16 @@ def cli(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one line, with the nearest flag there is; no abbreviations, descriptions as written."""
+    """argparse whose errors are our one line, with the nearest flag there is; no abbreviations."""
 
-    def __init__(self, **kw):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw
-        )
+    def __init__(self, **options):
+        layout = argparse.RawDescriptionHelpFormatter  # a description stays as it was written
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            known = [s for action in self._actions for s in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[1].split("=")[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             message = f"unknown argument {unknown[1]}: {hint}"
@@ -67,73 +72,76 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag_comments(cls):
-    """{field: its trailing comment} read from the dataclass's own source, so that help is written once, as a comment."""
-    lines = [line for c in reversed(cls.__mro__[:-1]) for line in inspect.getsource(c).splitlines()]
-    return {m[1]: m[2] for line in lines if (m := re.match(r"    (\w+):[^#]*#\s*(.*)", line))}
+    """{field: the comment behind it}, from the source: help is written once, as a comment."""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            found = re.match(r"    (\w+):[^#]*#\s*(.*)", line)
+            if found:
+                comments[found[1]] = found[2]
+    return comments
 
 
 def parse_flags(cls, description, argv=None, positional=()):
-    """Command line -> {field: value} of only what was typed, for a dataclass whose fields are the flags.
+    """Command line -> {field: value} of what was typed, for a dataclass whose fields are the flags.
 
-    A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so the caller decides what it
-    inherits from (a preset, a resumed run, the defaults). Fields in `positional` are arguments without dashes."""
+    A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so
+    the caller decides where it comes from (a preset, a resumed run, the defaults). Fields in
+    `positional` are arguments without dashes."""
     parser = Parser(description=description)
-    comments, hints = flag_comments(cls), typing.get_type_hints(cls)
+    comments = flag_comments(cls)
+    kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
+        kind = kinds[field.name]
         if isinstance(kind, types.UnionType):  # `int | None` takes an int
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
-        how: dict = (
-            {"nargs": "+", "metavar": "str"}
-            if kind is tuple
-            else {"type": kind, "metavar": kind.__name__}
-        )
+            kind = typing.get_args(kind)[0]
+        help = comments.get(field.name, "")
+        options = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+            options = {"action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            options = {"nargs": "+", "metavar": "str"}
         if field.name not in positional:
-            parser.add_argument(
-                "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
-            )
+            name = "--" + field.name.replace("_", "-")
+            help = f"{help} [{field.default}]".replace("%", "%%")
+            parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
             continue
-        if field.default not in ("", ()):
-            how |= {"nargs": "?", "default": argparse.SUPPRESS}
-        parser.add_argument(
-            field.name, help=comments.get(field.name, ""), **how | {"metavar": None}
-        )
+        if field.default not in ("", ()):  # it may be left out
+            options |= {"nargs": "?", "default": argparse.SUPPRESS}
+        parser.add_argument(field.name, help=help, **options | {"metavar": None})
     return vars(parser.parse_args(argv))
 
 
 def from_preset(cls, presets, typed):
-    """The dataclass with, in rising order of authority: its defaults, the named preset, what was typed."""
+    """The dataclass with its defaults, over them the named preset, over that what was typed."""
     name = typed.get("preset", cls.preset)
     if name not in presets:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
-    return cls(**{**presets[name], **typed})
+    return cls(**presets[name] | typed)
 
 
 # ---------------------------------------------------------------------------- files, all or nothing
 def sync_dir(path):
-    """Make a rename inside `path` survive a power cut (directories are files too; Windows cannot open them)."""
+    """Make a rename inside `path` survive a power cut (Windows cannot open a folder for that)."""
     with contextlib.suppress(PermissionError):
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_atomic(path, write):
-    """Create or replace `path` all or nothing: `write(temporary_path)`, fsync, rename. On failure the old file stands."""
+    """Create or replace `path` all or nothing: `write(temporary_path)`, fsync, rename.
+
+    On failure the old file stands."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # as the umask has it: safetensors makes files that only their owner can read
+        mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -142,12 +150,8 @@ def write_atomic(path, write):
 
 
 def write_json(path, value):
-    write_atomic(
-        path,
-        lambda p: p.write_text(
-            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        ),
-    )
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path):
@@ -158,27 +162,142 @@ def read_json(path):
 
 
 def json_records(path):
-    """Yields the records of a JSON list or of JSONL; UserError names the one that is no JSON."""
-    n = 0
+    """Yield the records of a JSON list or of JSONL; UserError names the one that is no JSON."""
+    number = 0
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            whole = f.read(1) == "["
-            f.seek(0)
-            for n, record in enumerate(
-                json.load(f) if whole else (json.loads(line) for line in f if line.strip()), 1
-            ):
+        with open(path, encoding="utf-8-sig") as file:
+            is_list = file.read(1) == "["
+            file.seek(0)
+            records = json.load(file) if is_list else map(json.loads, filter(str.strip, file))
+            for record in records:
+                number += 1
                 yield record
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: record {n + 1} is not valid JSON ({error})") from None
+        raise UserError(f"{path}: record {number + 1} is not valid JSON ({error})") from None
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@contextlib.contextmanager
+def full_disk_explained(path, advice):
+    """Context: a full disk (or quota) while writing `path` is one line with numbers and advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(Path(path).parent).free
+        raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
+
+
+# -------------------------------------------------------------------------- text, a block at a time
+BLOCK = 1 << 20  # bytes of a file read at a time
+
+
+def border(file, at, cuts):
+    """The first place at or after byte `at` where a block may end. It depends on the file alone.
+
+    `cuts`, bytes patterns, are tried in turn on the next BLOCK bytes; if none is found, the block
+    ends between two characters, which is always possible."""
+    if at == 0:
+        return 0
+    file.seek(at - 1)
+    window = file.read(BLOCK)
+    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
+        found = re.search(cut, window)
+        if found:
+            return at - 1 + found.end()
+    return at - 1 + len(window)
+
+
+def blocks_of(paths, step):
+    """[(path, start, end)]: the files in parts of `step` bytes."""
+    blocks = []
+    for path in paths:
+        size = os.path.getsize(path)
+        blocks += [(path, start, min(start + step, size)) for start in range(0, size, step)]
+    return blocks
+
+
+def read_block(block, cuts):
+    """The bytes of a block (path, start, end): from the border after start to that after end."""
+    path, start, end = block
+    with open(path, "rb") as file:
+        first = border(file, start, cuts)
+        last = border(file, end, cuts)
+        file.seek(first)
+        return file.read(last - first)
+
+
+def well_formed(text):
+    """Surrogates, which UTF-8 cannot hold, become the character that a pair means, or U+FFFD alone.
+
+    tiktoken does the same."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# -------------------------------------------------------------------------------- several processes
+def usable_cpus():
+    """CPUs that this process may run on, which in a container are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_job = None  # in a child process, set once: the one function that it was started to run
+
+
+def _start_child(function):
+    global _job
+    _job = function
+
+
+def _run_job(argument):
+    return _job(argument)
+
+
+def in_processes(function, jobs, processes=None):
+    """Yield function(job) for each job, in order; processes work a bounded number ahead."""
+    jobs = iter(jobs)
+    processes = processes or usable_cpus()
+    first = list(islice(jobs, 2))
+    jobs = chain(first, jobs)
+    if processes == 1 or len(first) < 2:
+        yield from map(function, jobs)
+        return
+    # fork hands the function over without pickling it; Windows has none, and macOS's is not safe.
+    method = "fork" if sys.platform == "linux" else None
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(processes, context, _start_child, (function,))
+    try:
+        waiting = deque()
+        for job in jobs:
+            waiting.append(pool.submit(_run_job, job))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:  # multiprocessing.Pool would wait for ever
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer --processes"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------- a run and its folder
 class Interrupt:
-    """Context: the first SIGTERM or Ctrl-C only sets `.signal`, so the loop can save and leave; one that comes three seconds
-    later kills. Sooner is no wish of the user's: torchrun answers a Ctrl-C with a SIGTERM to those that had it already."""
+    """Context: the first SIGTERM or Ctrl-C only sets `.signal`, so that the loop can save and
+    leave.
+
+    One that comes three seconds later ends the program. One that comes sooner is ignored: after a
+    Ctrl-C torchrun sends a SIGTERM to the processes that have already had the Ctrl-C."""
 
     signal: int | None = None
 
@@ -188,7 +307,8 @@ class Interrupt:
 
     def catch(self, number, frame):
         if self.signal is None:
-            self.signal, self.at = signal.Signals(number), time.monotonic()
+            self.signal = signal.Signals(number)
+            self.at = time.monotonic()
         elif time.monotonic() - self.at > 3:
             signal.signal(number, self.old[number])
             signal.raise_signal(number)
@@ -199,7 +319,7 @@ class Interrupt:
 
 
 def lock_folder(folder):
-    """Take FOLDER/.lock until this process ends -> the open file to hold; UserError if another process has it."""
+    """Take FOLDER/.lock until this process ends -> the file to hold; UserError if it is taken."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / ".lock", "w")
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and runs go unguarded there
@@ -215,7 +335,7 @@ def lock_folder(folder):
 
 
 def is_locked(folder):
-    """Whether a process holds FOLDER's lock (where there are no locks, it may)."""
+    """Whether a process holds FOLDER's lock; where there are no locks, True: it may."""
     try:
         lock_folder(folder).close()
     except UserError:
@@ -223,56 +343,39 @@ def is_locked(folder):
     return "fcntl" not in sys.modules
 
 
-# ------------------------------------------------------------------------------------------ metrics
 class Metrics:
-    """OUT/metrics.jsonl: one JSON object a line, flushed as written; `seconds` is training time, also across resumes. `track` sends
-    the same numbers to "tensorboard" (files under OUT) or "wandb" as well."""
+    """OUT/metrics.jsonl: one JSON object a line, flushed as it is written.
+
+    `seconds` in it is training time, also across resumes. `track` sends the numbers to
+    "tensorboard" (files under OUT) or "wandb" as well."""
 
     def __init__(self, out, resume_step=None, track="", settings=None):
-        self.path, self.start, self.tracker = Path(out) / "metrics.jsonl", time.time(), None
-        rows = self.read(self.path) if resume_step is not None and self.path.exists() else []
-        # what the crash un-did is not history; of the step it resumes at only the evaluation was done before the checkpoint
-        rows = [
-            r
-            for r in rows
-            if r["step"] < resume_step or (r["step"] == resume_step and "val_loss" in r)
-        ]
-        self.start -= rows[-1]["seconds"] if rows else 0.0
-        write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
-        self.file = open(self.path, "a", buffering=1)
-        try:
-            if track == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        path = Path(out) / "metrics.jsonl"
+        rows = []
+        if resume_step is not None and path.exists():
+            rows = self.history(path, resume_step)
+        self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(path, lambda temporary: temporary.write_text(text))
+        self.file = open(path, "a", buffering=1)
+        self.tracker = start_tracker(track, out, settings) if track else None
 
-                writer = SummaryWriter(str(out))
-                self.tracker = lambda step, values: [
-                    writer.add_scalar(k, v, step) for k, v in values.items()
-                ]
-            elif track == "wandb":
-                import wandb
+    def history(self, path, step):
+        """The rows before a step, without what a crash undid.
 
-                run = wandb.init(
-                    project="llm", name=Path(out).name, config=settings, resume="allow"
-                )
-                self.tracker = lambda step, values: run.log(values, step=step)
-            elif track:
-                raise UserError(f"--track {track}: use tensorboard or wandb")
-        except ImportError as error:
-            raise UserError(
-                f"--track {track} needs its package ({error}): pip install {track}"
-            ) from None
+        Of the step itself only the evaluation was done before its checkpoint."""
+        rows = self.read(path)
+        return [r for r in rows if r["step"] < step or (r["step"] == step and "val_loss" in r)]
 
     def log(self, step, **values):
-        values = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }  # JSON has no NaN
-        self.file.write(
-            json.dumps({"step": step, "seconds": round(time.time() - self.start, 3), **values})
-            + "\n"
-        )
+        row = {"step": step, "seconds": round(time.time() - self.start, 3)}
+        for name, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            row[name] = value if finite else None  # JSON has no NaN
+        self.file.write(json.dumps(row) + "\n")
         if self.tracker:
-            self.tracker(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+            numbers = {k: row[k] for k in values if isinstance(row[k], (int, float))}
+            self.tracker(step, numbers)
 
     @staticmethod
     def read(path):
@@ -284,149 +387,76 @@ class Metrics:
         return rows
 
 
-def draw_curve(training, validation, width=72, height=16):
-    """Losses as text: dots for training, V for validation. Points are (step, loss) pairs."""
+def start_tracker(track, out, settings):
+    """-> a function (step, {name: number}) that sends numbers to tensorboard or wandb."""
+    try:
+        if track == "wandb":
+            import wandb
+
+            run = wandb.init(project="llm", name=Path(out).name, config=settings, resume="allow")
+            return lambda step, values: run.log(values, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            f"--track {track} needs its package ({error}): pip install {track}"
+        ) from None
+    writer = SummaryWriter(str(out))
+
+    def send(step, values):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return send
+
+
+def curve(rows, key):
+    """The (step, value) pairs of a key in rows of metrics.jsonl."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def draw_curve(rows, width=72, height=16):
+    """The losses in rows of metrics.jsonl as text: dots for training, V for validation."""
+    training = curve(rows, "loss")
+    validation = curve(rows, "val_loss")
     if not training:
         return "no losses yet"
     steps, losses = zip(*training, *validation)
-    low, high, end = min(losses), max(losses), max(max(steps), 1)
+    low = min(losses)
+    high = max(losses)
+    end = max(*steps, 1)
     grid = [[" "] * width for _ in range(height)]
     for points, mark in ((training, "."), (validation, "V")):
         for step, loss in points:
             y = round((high - loss) / max(high - low, 1e-9) * (height - 1))
-            grid[y][round(step / end * (width - 1))] = mark
-    lines = [
-        f"{high - (high - low) * i / (height - 1):8.3f} |{''.join(row)}"
-        for i, row in enumerate(grid)
-    ]
-    return "\n".join([*lines, " " * 9 + "+" + "-" * width, f"{'0':>11s}{end:>{width - 2},}"])
+            x = round(step / end * (width - 1))
+            grid[y][x] = mark
+    lines = []
+    for y, row in enumerate(grid):
+        loss = high - (high - low) * y / (height - 1)
+        lines.append(f"{loss:8.3f} |{''.join(row)}")
+    axis = " " * 9 + "+" + "-" * width
+    return "\n".join([*lines, axis, f"{'0':>11s}{end:>{width - 2},}"])
 
 
 def plot_losses(out, title):
     """OUT/loss.png from OUT/metrics.jsonl: training and validation loss over steps."""
     from matplotlib.figure import (
-        Figure,
-    )  # not pyplot: it needs no display and imports in half the time
+        Figure,  # pyplot would need a display, and twice the time to import
+    )
 
     rows = Metrics.read(Path(out) / "metrics.jsonl")
-    fig = Figure(figsize=(8, 4.5), dpi=120)
-    ax = fig.subplots()
-    for key, style in (
-        ("loss", dict(lw=0.8, alpha=0.6, label="training")),
-        ("val_loss", dict(marker="o", ms=4, lw=1.8, label="validation, whole split")),
-    ):
-        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-        if points:
-            ax.plot(*zip(*points), **style)
-            if key == "val_loss":
-                ax.annotate(
-                    f"{points[-1][1]:.4f}",
-                    points[-1],
-                    textcoords="offset points",
-                    xytext=(0, 8),
-                    ha="right",
-                )
-    ax.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.tight_layout()
-    write_atomic(Path(out) / "loss.png", lambda p: fig.savefig(p, format="png"))
-
-
-def usable_cpus():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_job = None  # in a child process: the one function it was started to run
-
-
-def _start_child(function):
-    global _job
-    _job = function
-
-
-def _run_job(argument):
-    return _job(argument)
-
-
-def in_processes(function, jobs, processes=None):
-    """Yield function(job) for every job, in order, from this many processes, a bounded number of jobs ahead."""
-    jobs, processes = iter(jobs), processes or usable_cpus()
-    first = list(islice(jobs, 2))
-    if processes == 1 or len(first) < 2:
-        yield from map(function, chain(first, jobs))
-        return
-    # fork hands the function over without pickling and works from a notebook; it does not exist on Windows
-    method = "fork" if sys.platform == "linux" else None
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context(method), _start_child, (function,)
-    )
-    try:
-        waiting = deque()
-        for job in chain(first, jobs):
-            waiting.append(pool.submit(_run_job, job))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:  # multiprocessing.Pool would wait for ever
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory: use fewer --processes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def well_formed(text):
-    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, paired ones the character they mean, as in tiktoken."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-@contextlib.contextmanager
-def full_disk_explained(path, advice):
-    """A full disk (or quota, or largest file) while writing `path` becomes one line with the numbers and the advice."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(Path(path).parent).free
-        raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
-
-
-BLOCK = 1 << 20  # bytes of a file read at a time
-
-
-def border(file, at, cuts):
-    """The first place at or after byte `at` where a block may end: it depends on the file alone, never on who asks.
-    `cuts` are tried in turn on the next BLOCK bytes; between two characters is always possible."""
-    if at == 0:
-        return 0
-    file.seek(at - 1)
-    window = file.read(BLOCK)
-    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
-        if found := re.search(cut, window):
-            return at - 1 + found.end()
-    return at - 1 + len(window)
-
-
-def blocks_of(paths, step):
-    """[(path, start, end)]: the files in parts of `step` bytes."""
-    sizes = [os.path.getsize(path) for path in paths]
-    return [
-        (path, at, min(at + step, size))
-        for path, size in zip(paths, sizes)
-        for at in range(0, size, step)
-    ]
-
-
-def read_block(block, cuts):
-    """The bytes of a file between the borders that belong to a block (path, start, end)."""
-    with open(block[0], "rb") as file:
-        start, end = (border(file, at, cuts) for at in block[1:])
-        file.seek(start)
-        return file.read(end - start)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
+    training = curve(rows, "loss")
+    validation = curve(rows, "val_loss")
+    if training:
+        axes.plot(*zip(*training), lw=0.8, alpha=0.6, label="training")
+    if validation:
+        axes.plot(*zip(*validation), marker="o", ms=4, lw=1.8, label="validation, whole split")
+        last = validation[-1]
+        axes.annotate(f"{last[1]:.4f}", last, (0, 8), textcoords="offset points", ha="right")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    write_atomic(Path(out) / "loss.png", lambda path: figure.savefig(path, format="png"))

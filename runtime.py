@@ -1,11 +1,11 @@
-"""Where and how to compute: device, precision, ranks, compiling; random number state, tensor files and checkpoints.
+"""Where and how to compute: device, precision, ranks, compiling. And what a run needs to come back:
 
-Every choice is made in one place, `resolve`, and printed with its reason.
+random number state, tensor files, checkpoints. `resolve` makes every choice and prints its reason.
 """
 
 import contextlib
+import functools
 import os
-import random
 import re
 import shutil
 import sys
@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,7 @@ from common import UserError, sync_dir, write_atomic, write_json
 # --------------------------------------------------------------------------- device, dtype, compile
 @dataclass
 class Runtime:
-    """Where and in which precision to compute. `compile` is False, or True for "try, and say so if it fails"."""
+    """Where and in which precision to compute; `compile` means to try, and to say why not."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,91 +50,121 @@ class Runtime:
         return int(self.sum(number, "MIN"))
 
 
+def resolve(device="auto", dtype="auto", compile="auto") -> Runtime:
+    """Choose device, dtype and compiling once, and print each choice with its reason -> Runtime.
+
+    Under torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK, it starts the process group too."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    chosen, why = choose_device(device)
+    if "WORLD_SIZE" in os.environ:
+        chosen = join_ranks(chosen)
+        why = f"{why}; rank {rank} of {world}"
+    print(f"device   {chosen}: {why}")
+    precision, why = choose_dtype(dtype, chosen.type)
+    print(f"dtype    {precision}: {why}")
+    compiled, why = choose_compile(compile, chosen.type)
+    print(f"compile  {'on' if compiled else 'off'}: {why}")
+    return Runtime(chosen, DTYPES[precision], compiled, rank, world)
+
+
+def choose_device(device):
+    """--device -> (torch.device, why)."""
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        if has_cuda:
+            return torch.device("cuda"), "a CUDA device is present"
+        if has_mps:
+            return torch.device("mps"), "an Apple GPU is present"
+        return torch.device("cpu"), "no GPU found"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(
+            f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    if not {"cuda": has_cuda, "mps": has_mps}.get(chosen.type, True):
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees no such device; use --device cpu"
+        )
+    return chosen, "asked for"
+
+
+def join_ranks(device):
+    """Start the process group of torchrun's ranks -> this rank's device."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def choose_dtype(dtype, device):
+    """--dtype on a kind of device -> (a name in DTYPES, why)."""
+    if dtype in DTYPES:
+        return dtype, "asked for"
+    if dtype != "auto":
+        raise UserError(f"--dtype {dtype}: use auto, {', '.join(DTYPES)}")
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "this GPU has it"
+        return "float16", "no bf16 units: fp16 and a scaled loss"
+    if device == "cpu" and cpu_has_bf16_units():
+        return "bfloat16", "this CPU has bf16 matrix units"
+    return "float32", "no bf16 matrix units" if device == "cpu" else "the safe choice on MPS"
+
+
 def cpu_has_bf16_units():
-    """Whether this CPU multiplies bf16 matrices natively (AMX); without, bf16 products are about 10x slower than f32."""
+    """Whether this CPU multiplies bf16 natively (AMX); else bf16 is 10x slower than float32."""
     with contextlib.suppress(OSError):
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     return False
 
 
-def resolve(device="auto", dtype="auto", compile="auto") -> "Runtime":
-    """Choose device, dtype and compilation once, and print each choice with its reason -> Runtime. Under torchrun (which sets
-    RANK, WORLD_SIZE and LOCAL_RANK) this also starts the process group."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank:
-        sys.stdout = open(
-            os.devnull, "w"
-        )  # one rank tells the story; errors go to stderr from every rank
-    why = "asked for"
-    if device == "auto":
-        device, why = (
-            ("cuda", "a CUDA device is present")
-            if torch.cuda.is_available()
-            else ("mps", "an Apple GPU is present")
-            if torch.backends.mps.is_available()
-            else ("cpu", "no GPU found")
-        )
-    try:
-        dev = torch.device(device)
-    except RuntimeError:
-        raise UserError(
-            f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps"
-        ) from None
-    if (dev.type == "cuda" and not torch.cuda.is_available()) or (
-        dev.type == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise UserError(
-            f"--device {device}: torch {torch.__version__} sees no such device; use --device cpu"
-        )
-    if "WORLD_SIZE" in os.environ:
-        if dev.type == "cuda":
-            dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(dev)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
-        why += f"; rank {rank} of {world}"
-    print(f"device   {dev}: {why}")
-
-    why = "asked for"
-    if dtype == "auto":
-        dtype, why = (
-            "float32",
-            "no bf16 matrix units" if dev.type == "cpu" else "the safe choice on MPS",
-        )
-        if dev.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype, why = (
-                ("bfloat16", "this GPU has it")
-                if bf16
-                else ("float16", "no bf16 units: fp16 + GradScaler")
-            )
-        elif dev.type == "cpu" and cpu_has_bf16_units():
-            dtype, why = "bfloat16", "this CPU has bf16 matrix units"
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: use auto, {', '.join(DTYPES)}")
-    print(f"dtype    {dtype}: {why}")
-
-    if compile not in ("auto", "on", "off"):
+def choose_compile(compile, device):
+    """--compile on a kind of device -> (whether, why). NOTES.md has the figures for a CPU."""
+    if compile in ("on", "off"):
+        return compile == "on", "asked for"
+    if compile != "auto":
         raise UserError(f"--compile {compile}: use auto, on or off")
-    use, why = compile == "on", "asked for"
-    if (
-        compile == "auto"
-    ):  # NOTES.md has the figures for a CPU: half a minute of compiling for a tenth of the time of a step
-        cpu = "on a CPU it costs half a minute and gains a tenth; --compile on for long runs"
-        use, why = (
-            dev.type == "cuda",
-            {"cuda": "fuses the small kernels", "cpu": cpu}.get(
-                dev.type, f"not reliable on {dev.type}"
-            ),
+    if device == "cuda":
+        return True, "fuses the small kernels"
+    if device == "cpu":
+        return (
+            False,
+            "on a CPU it costs half a minute and gains a tenth; --compile on for long runs",
         )
-    print(f"compile  {'on' if use else 'off'}: {why}")
-    return Runtime(dev, DTYPES[dtype], use, rank, world)
+    return False, f"not reliable on {device}"
 
 
-PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; MFU is only printed for these
+def compile_or_say_why(function, runtime, warm_up):
+    """torch.compile(function), tried by warm_up(compiled); if that fails, why is printed and it
+    stays eager.
+
+    The trial leaves the random number generators as they were."""
+    if not runtime.compile:
+        return function
+    before = rng_state()
+    start = time.time()
+    try:
+        compiled = torch.compile(function, dynamic=False)
+        warm_up(compiled)
+        print(f"compile  done in {time.time() - start:.0f} s")
+        return compiled
+    except Exception as error:  # whatever a compiler can trip over: the message names it
+        print(f"compile  failed, continuing without: {str(error).strip().splitlines()[0][:200]}")
+        return function
+    finally:
+        set_rng_state(before)
+
+
+# --------------------------------------------------------------------------- what the device can do
+PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; others have no MFU
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -154,11 +183,12 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets
 
 
 def peak_flops(device):
-    """Floating-point operations per second the device can do at best, or None where that is not known."""
+    """Floating-point operations a second that the device can do at best; None if not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next(
-        (t * 1e12 for key, t in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None
-    )
+    for key, tera in PEAK_TFLOPS.items():
+        if re.search(rf"\b{key}\b", name):
+            return tera * 1e12
+    return None
 
 
 def free_memory(device):
@@ -168,12 +198,9 @@ def free_memory(device):
     free = None
     with contextlib.suppress(OSError, IndexError):
         free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # in a container the limit is its own; "max" is none
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
-        )
+    with contextlib.suppress(OSError, ValueError):  # a container has a limit of its own, or "max"
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free or limit, limit - used)
     return free
 
@@ -181,58 +208,29 @@ def free_memory(device):
 @contextlib.contextmanager
 def lost_rank_explained(advice):
     """Context: that another rank died is one line and exit status 3, not a traceback and a hang."""
+    signs = "Connection closed by peer|Connection reset|NCCL|Broken pipe|gloo"
     try:
         yield
     except RuntimeError as error:
-        lost = any(
-            w in str(error)
-            for w in (
-                "Connection closed by peer",
-                "Connection reset",
-                "NCCL",
-                "Broken pipe",
-                "gloo",
-            )
-        )
-        if not (lost and "WORLD_SIZE" in os.environ):
+        if "WORLD_SIZE" not in os.environ or not re.search(signs, str(error)):
             raise
+        cause = str(error).splitlines()[0][:120]
         print(
-            f"error: rank {os.environ['RANK']} lost another rank ({str(error).splitlines()[0][:120]}); stopped. {advice}",
+            f"error: rank {os.environ['RANK']} lost another rank ({cause}); stopped. {advice}",
             file=sys.stderr,
+            flush=True,
         )
-        sys.stderr.flush()
         os._exit(3)  # the process group's own shutdown would wait for the rank that is gone
-
-
-def compile_or_say_why(function, runtime, warm_up):
-    """torch.compile(function), tried out by warm_up(compiled); if that fails the cause is printed and eager mode stays. The trial
-    leaves the random number generators as they were."""
-    if not runtime.compile:
-        return function
-    before, start = rng_state(), time.time()
-    try:
-        compiled = torch.compile(function, dynamic=False)
-        warm_up(compiled)
-        print(f"compile  done in {time.time() - start:.0f} s")
-        return compiled
-    except Exception as error:  # whatever a compiler can trip over: the message names it
-        print(f"compile  failed, continuing without: {str(error).strip().splitlines()[0][:200]}")
-        return function
-    finally:
-        set_rng_state(before)
 
 
 # ------------------------------------------------------------------------------------- tensor files
 def write_tensors(path, tensors):
-    """A safetensors file, all or nothing. {name: tensor}; a full disk is an OSError like any other."""
+    """{name: tensor} -> a safetensors file, all or nothing. A full disk is an OSError."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary):
         try:
-            save_file(
-                {k: v.detach().contiguous() for k, v in tensors.items()},
-                temporary,
-                metadata={"format": "pt"},
-            )
+            save_file(tensors, temporary, metadata={"format": "pt"})
         except Exception as error:  # safetensors reports I/O faults as its own SafetensorError
             raise OSError(f"{path}: cannot write ({error})") from None
 
@@ -240,6 +238,7 @@ def write_tensors(path, tensors):
 
 
 def read_tensors(path):
+    """-> {name: tensor} on the CPU; UserError if it is no safetensors file."""
     try:
         return load_file(path)
     except OSError:
@@ -248,43 +247,18 @@ def read_tensors(path):
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------- random number generators
 def rng_state():
-    """Every random number generator a script can touch -> {name: tensor}."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *internal]),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([position, has_gauss, *keys.tolist()]),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
+    """torch's generators, on the CPU and every GPU: nothing in a training draws from any other."""
+    state = {"torch": torch.get_rng_state()}
     for i in range(torch.cuda.device_count()):
         state[f"cuda{i}"] = torch.cuda.get_rng_state(i)
     return state
 
 
 def set_rng_state(state):
+    """The inverse of `rng_state`; a GPU that the state does not know goes on as it is."""
     torch.set_rng_state(state["torch"])
-    version, *internal = state["python"].tolist()
-    random.setstate(
-        (
-            version,
-            tuple(internal),
-            state["python_gauss"].item() if len(state["python_gauss"]) else None,
-        )
-    )
-    position, has_gauss, *keys = state["numpy"].tolist()
-    np.random.set_state(
-        (
-            "MT19937",
-            np.array(keys, dtype=np.uint32),
-            position,
-            has_gauss,
-            state["numpy_gauss"].item(),
-        )
-    )
     for i in range(torch.cuda.device_count()):
         if f"cuda{i}" in state:
             torch.cuda.set_rng_state(state[f"cuda{i}"], i)
@@ -296,35 +270,38 @@ def all_rng_states():
     if dist.is_initialized():
         states = [None] * dist.get_world_size()
         dist.all_gather_object(states, rng_state())
-    return {
-        f"{rank}.{name}": tensor
-        for rank, state in enumerate(states)
-        for name, tensor in state.items()
-    }
+    named = {}
+    for rank, state in enumerate(states):
+        named |= {f"{rank}.{name}": tensor for name, tensor in state.items()}
+    return named
 
 
 def set_all_rng_states(states, rank, seed):
-    """The inverse; a rank that the states do not know (there are more ranks now) starts from the seed."""
-    own = {
-        name.split(".", 1)[1]: tensor
-        for name, tensor in states.items()
-        if name.startswith(f"{rank}.")
-    }
+    """The inverse. A rank unknown to the states, when there are more now, starts from the seed."""
+    prefix = f"{rank}."
+    own = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
     if own:
         set_rng_state(own)
     else:
         torch.manual_seed(seed + rank)
 
 
-def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info, keep=1):
-    """Write everything that exact resume needs to OUT/state/step-N, then publish its model files in OUT.
+# -------------------------------------------------------------------------------------- checkpoints
+STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "state.json")  # the rest is the model's
 
-    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is JSON. The folder appears under its
-    final name only when it is complete on disk, and OUT's own files are replaced one rename at a time afterwards, so a crash or a
-    full disk at any moment leaves OUT loadable and the previous state untouched."""
+
+def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info, keep=1):
+    """Write everything that exact resume needs to OUT/state/step-N, then publish its model files in
+    OUT.
+
+    save_model(folder) writes the model folder's files; the tensors are {name: tensor}; info is
+    JSON. The folder gets its final name only when it is complete on disk, and OUT's own files are
+    replaced one rename at a time afterwards. So a crash or a full disk at any moment leaves OUT
+    loadable and the previous state untouched."""
     out = Path(out)
-    final, temporary = out / "state" / f"step-{step:08d}", out / "state" / f"writing-{step:08d}"
-    if final.is_dir():  # saved already: by a periodic save just now, or before a crash that came between saving and publishing
+    final = out / "state" / f"step-{step:08d}"
+    temporary = out / "state" / f"writing-{step:08d}"
+    if final.is_dir():  # saved by a periodic save just now, or by a run that then crashed
         return publish(final, out)
     for stale in (out / "state").glob("writing-*"):  # of a crash
         shutil.rmtree(stale)
@@ -346,25 +323,12 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
 
 
 def publish(checkpoint, out):
-    """Make OUT's own model files those of `checkpoint`: hard links, so it costs no space; config.json comes last."""
-
-    def link(source, target):
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, target)
-
-    files = [
-        f
-        for f in checkpoint.iterdir()
-        if f.name not in ("optimizer.safetensors", "rng.safetensors", "state.json")
-    ]
+    """Make OUT's own model files those of `checkpoint`; config.json comes last."""
     for stale in out.glob("*.tmp"):  # of a crash
         stale.unlink()
-    for file in sorted(files, key=lambda f: (f.name == "config.json", f.name)):
-        if (out / file.name).exists() and os.path.samefile(file, out / file.name):
-            continue  # published already; renaming one link of a file onto another would leave both
-        write_atomic(out / file.name, lambda p, file=file: link(file, p))
+    files = [file for file in checkpoint.iterdir() if file.name not in STATE_FILES]
+    for file in sorted(files, key=lambda file: file.name == "config.json"):
+        write_atomic(out / file.name, functools.partial(shutil.copyfile, file))
 
 
 def latest_checkpoint(out):

@@ -1,11 +1,11 @@
 """Pre-training: text in, a model folder out.
 
-python train.py                                       # a character GPT on Shakespeare, minutes on a laptop CPU
+python train.py                                       # a character GPT on Shakespeare, in minutes
 python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
 python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
 torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
 python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
-python train.py eval MODEL --data wikitext-2          # loss, perplexity per token and per word, bits per byte
+python train.py eval MODEL --data wikitext-2          # loss, perplexity, bits per byte
 """
 
 import json
@@ -20,47 +20,51 @@ import torch
 
 import common
 from common import UserError
-from data import Split, as_split, open_shards, split_tokens
+from data import Split, open_shards, split_tokens
 from model import Config, Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.corpora import read_text
 from training.loop import (
     LoopArgs,
+    backward,
     describe,
     evaluate,
     launch,
+    log_step,
+    next_token_loss,
+    passes,
     read_args,
     sample_text,
     start_run,
-    train,
+    steps,
+    update,
 )
 
 
 @dataclass
 class Args(LoopArgs):
-    preset: str = "shakespeare-char"  # a row of the table below; every other flag overrides it
+    preset: str = "shakespeare-char"  # a row of PRESETS; every other flag overrides it
     data: str = "shakespeare"  # a named corpus, a UTF-8 text file or a folder of shards (data.py)
     tokenizer: str = "char"  # char, or a folder or tokenizer.json
-    init_from: str = (
-        ""  # start a new run from the weights (only) and the shape of this model folder
-    )
+    init_from: str = ""  # start a new run from this model folder's shape and weights (only)
     # shape
-    arch: str = "qwen3"  # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, or gpt2 (LayerNorm, learned positions, GELU)
+    arch: str = "qwen3"  # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, gpt2 (LayerNorm, GELU)
     layers: int = 4  # Transformer blocks
     dim: int = 128  # width of the residual stream
     heads: int = 4  # attention heads
-    kv_heads: int = 0  # key/value heads, fewer is grouped-query attention; 0 is as many as heads
+    kv_heads: int = 0  # key/value heads; fewer is grouped-query attention, 0 is as many as heads
     mlp: int = 0  # width of the MLP; 0 is 2.5*dim with a gate, 4*dim for gpt2
-    tie: bool = (
-        False  # one matrix for embedding and head: saves memory when the vocabulary is large
-    )
+    tie: bool = False  # one matrix for embedding and head: saves memory with a large vocabulary
     dropout: float = 0.0  # for small texts and many epochs
     doc_mask: bool = False  # no attention across documents packed into one row
 
 
-PRESETS = {  # what each reaches, measured: README.md and `python bench.py train`
-    "shakespeare-char": dict(),  # 0.77M parameters, a minute on two CPU cores
+# What each reaches was measured: README.md and `python bench.py train`.
+PRESETS = {
+    # 0.77M parameters, a minute on two CPU cores
+    "shakespeare-char": dict(),
+    # 0.38M, seconds
     "shakespeare-char-fast": dict(
         out="runs/shakespeare-char-fast",
         dim=96,
@@ -69,7 +73,8 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
         steps=200,
         muon_lr=0.03,
         cooldown=0.5,
-    ),  # 0.38M, seconds
+    ),
+    # for a GPU: nanoGPT's size
     "shakespeare-char-10m": dict(
         out="runs/shakespeare-char-10m",
         layers=6,
@@ -82,7 +87,8 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
         dropout=0.2,
         muon_lr=0.02,
         weight_decay=0.05,
-    ),  # for a GPU: nanoGPT's size
+    ),
+    # 1.05M: the first stage of `make demo`
     "demo": dict(
         out="runs/demo",
         data="data/toybox/text.txt",
@@ -98,7 +104,8 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
         eval_every=250,
         save_every=250,
         sample=120,
-    ),  # 1.05M
+    ),
+    # 124.3M with a vocabulary of 32,768
     "125m": dict(
         out="runs/125m",
         data="data/wikitext-103",
@@ -121,8 +128,36 @@ PRESETS = {  # what each reaches, measured: README.md and `python bench.py train
         keep=2,
         sample_every=500,
         sample=150,
-    ),  # 124.3M with a 32,768 vocabulary
+    ),
 }
+
+
+# ----------------------------------------------------------------------------------- data and model
+def open_corpus(args, source):
+    """-> (tokenizer, training Split, validation Split): of shards, or of a text as one document.
+
+    source: the folder whose tokenizer it is, "char", or "" for that of the shards."""
+    if (Path(args.data) / "meta.json").is_file():
+        tok = Tokenizer.load(args.data if source in ("", "char") else source)
+        splits = open_shards(args.data, tok.sha256)
+        return tok, splits["train"], splits["val"]
+    text, _ = read_text(args.data)
+    tok = Tokenizer.char(text) if source in ("", "char") else Tokenizer.load(source)
+    if tok.bos_id is not None:
+        print(
+            f"data     {args.data} is one document to the model; "
+            f"`python data.py {args.data} --tokenizer T --out D` makes many"
+        )
+    train_ids, val_ids = split_tokens(text_ids(text, tok), args.context)
+    return tok, Split([train_ids], sha256=common.sha256(text.encode())), Split([val_ids])
+
+
+def text_ids(text, tok):
+    """A text as one document: (tokens,) uint16 or uint32, behind BOS if the tokenizer has one."""
+    return np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype)
+
+
+# The flags of shape, and the fields of Config that they set.
 SHAPE = {
     "arch": "model_type",
     "layers": "num_hidden_layers",
@@ -131,28 +166,28 @@ SHAPE = {
     "kv_heads": "num_key_value_heads",
     "mlp": "intermediate_size",
     "tie": "tie_word_embeddings",
-}  # flag: field of Config
+}
 
 
 def model_config(args, tok):
     """The flags of shape -> Config."""
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
-    bias = args.arch == "gpt2"
+    gpt2 = args.arch == "gpt2"
     config = Config(
-        args.arch,
-        tok.vocab_size,
-        args.dim,
-        args.mlp or int(args.dim * (4 if bias else 2.5)),
-        args.layers,
-        args.heads,
-        args.kv_heads or args.heads,
-        args.dim // args.heads,
-        args.context,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bias,
-        norm_eps=1e-5 if bias else 1e-6,
+        model_type=args.arch,
+        vocab_size=tok.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.mlp or int(args.dim * (4 if gpt2 else 2.5)),
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
+        head_dim=args.dim // args.heads,
+        max_position_embeddings=args.context,
+        qkv_bias=gpt2,
+        out_bias=gpt2,
+        mlp_bias=gpt2,
+        norm_eps=1e-5 if gpt2 else 1e-6,
         tie_word_embeddings=args.tie,
         bos_token_id=tok.bos_id,
         eos_token_id=tok.eos_id,
@@ -161,159 +196,142 @@ def model_config(args, tok):
     flags = " ".join(f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in SHAPE)
     Config.from_dict(
         config.to_dict(), where=flags
-    )  # the bounds that hold for a folder's config hold for ours
+    )  # checks the bounds that any folder's config has
     return config
 
 
-def load_data(args, checkpoint):
-    """-> (tokenizer, training Split, validation Split): shards, or a text that fits in memory as one document."""
-    source = checkpoint or args.init_from or args.tokenizer
-    if (Path(args.data) / "meta.json").is_file():
-        tok = Tokenizer.load(args.data if source in ("", "char") else source)
-        splits = open_shards(args.data, tok.sha256)
-        return tok, splits["train"], splits["val"]
-    text, _ = read_text(args.data)
-    tok = Tokenizer.load(source) if source not in ("", "char") else Tokenizer.char(text)
-    if tok.bos_id is not None:
-        print(
-            f"data     {args.data} is one document to the model; `python data.py {args.data} --tokenizer T --out D` makes many"
-        )
-    train, val = split_tokens(
-        np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype), args.context
-    )
-    return tok, Split([train], sha256=common.sha256(text.encode())), as_split(val)
-
-
 def build_model(args, checkpoint, tok, device):
-    """A fresh model, or the weights of the checkpoint or of --init-from, on the device in float32."""
+    """A fresh model, or the weights of the checkpoint or of --init-from; float32, on the device."""
     torch.manual_seed(args.seed)
-    if not (source := checkpoint or args.init_from):
+    source = checkpoint or args.init_from
+    if not source:
         model = Transformer(model_config(args, tok))
         model.init_weights()
         return model.to(device)
     model = Transformer.from_pretrained(source, device, torch.float32, dropout=args.dropout)
-    there = (
-        {} if checkpoint else {flag: getattr(model.config, field) for flag, field in SHAPE.items()}
-    )
-    differs = [
-        f"{flag.replace('_', '-')} {value} there, {here} here"
-        for flag, value in there.items()
-        if (here := getattr(args, flag)) not in (value, getattr(Args, flag))
-    ]
-    if args.context > (most := model.config.max_position_embeddings):
-        differs.append(f"context {most:,} there, {args.context:,} here")
-    if differs:
-        raise UserError(
-            f"--init-from {source} has another shape: {'; '.join(differs)}; its shape needs no flags"
-        )
+    if not checkpoint:
+        check_shape(args, model.config)
     return model
 
 
-# ----------------------------------------------------------------------------------------- training
+def check_shape(args, config):
+    """UserError if a flag of shape was given and is not the one that --init-from's model has."""
+    differs = []
+    for flag, field in SHAPE.items():
+        here = getattr(args, flag)
+        there = getattr(config, field)
+        if here not in (there, getattr(Args, flag)):
+            differs.append(f"{flag.replace('_', '-')} {there} there, {here} here")
+    if args.context > config.max_position_embeddings:
+        differs.append(f"context {config.max_position_embeddings:,} there, {args.context:,} here")
+    if differs:
+        raise UserError(
+            f"--init-from {args.init_from} has another shape: {'; '.join(differs)}; "
+            "its shape needs no flags"
+        )
 
 
-def prepare(args, checkpoint):
-    """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
+# ------------------------------------------------------------------------------------- the training
+def prepare_training(args, checkpoint):
+    """Everything from the flags and the checkpoint's folder -> Run, or None after `--fit`."""
     runtime = resolve(args.device, args.dtype, args.compile)
-    tok, data, val = load_data(args, checkpoint)
+    tok, data, val = open_corpus(args, checkpoint or args.init_from or args.tokenizer)
     model = build_model(args, checkpoint, tok, runtime.device)
     describe(args, model, tok, data, val)
     return start_run(args, checkpoint, runtime, tok, model, data, val)
 
 
-def main():
-    if sys.argv[1:2] in (["watch"], ["eval"]):
-        return {"watch": watch, "eval": eval_command}[sys.argv[1]](sys.argv[2:])
-    launch(*read_args(Args, __doc__, PRESETS), prepare, train_and_sample)
-
-
-def train_and_sample(run):
-    train(run)
-    if run.metrics and not run.args.shard and run.args.sample:
+def train(run):
+    """The loop of pre-training: next batch, loss, backward, optimizer, log."""
+    for step, batch in steps(run):  # which also evaluates, saves and stops
+        run.optimizer.zero_grad()
+        count = run.runtime.sum((batch.y != -100).sum().item())  # targets, over all ranks
+        total = 0.0
+        for part in passes(run, batch):  # as many rows at a time as fit into memory
+            with run.runtime.autocast():
+                loss = next_token_loss(run.step_model, part, run.args)  # summed, in nats
+            backward(run, loss, count)  # adds the gradients of loss / count
+            total += loss.detach()
+        log_step(run, step, total, count, **update(run, step))
+    if run.can_sample and run.args.sample:
         print(sample_text(run) + "\n")
 
 
-# ------------------------------------------------------------------------ looking at a model, a run
+# ------------------------------------------------------------------------ looking at a run, a model
+@dataclass
+class WatchArgs:
+    run: str = ""  # the run's folder
+    once: bool = False  # draw once and stop
 
 
 def watch(argv):
-    """Draw a run's losses in the terminal, again every two seconds until it ends or its process is gone."""
-    parser = common.Parser(prog="train.py watch", description=watch.__doc__)
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--once", action="store_true", help="draw once and stop")
-    args = parser.parse_args(argv)
-    if not (Path(args.run) / "metrics.jsonl").is_file():
+    """Draw a run's losses in the terminal, every two seconds until it ends or its process does."""
+    args = WatchArgs(**common.parse_flags(WatchArgs, watch.__doc__, argv, ("run",)))
+    path = Path(args.run) / "metrics.jsonl"
+    if not path.is_file():
         raise UserError(f"{args.run}: no metrics.jsonl, so no run there (yet)")
     while True:
         total = common.read_json(Path(args.run) / "args.json")["steps"]
-        rows = common.Metrics.read(Path(args.run) / "metrics.jsonl")
-        print("" if args.once else "\x1b[2J\x1b[H", end="")
-        print(
-            common.draw_curve(
-                [(r["step"], r["loss"]) for r in rows if "loss" in r],
-                [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r],
-            )
-        )
-        step, rate = (
-            rows[-1]["step"] if rows else 0,
-            next((r["tokens_per_s"] for r in reversed(rows) if "tokens_per_s" in r), 0),
-        )
-        pace = rows[-1]["seconds"] / step if step else 0
-        print(
-            f"step {step:,} of {total:,}   {rate:,} tokens/s   {(total - step) * pace / 60:.1f} minutes left"
-        )
+        rows = common.Metrics.read(path)
+        if not args.once:
+            print("\x1b[2J\x1b[H", end="")  # clear the screen
+        step = draw_run(rows, total)
         if args.once or step >= total or not common.is_locked(args.run):
             return
         time.sleep(2)
 
 
-def eval_command(argv):
-    """Loss on the whole of a text: nats and perplexity per token, perplexity per word, bits per byte.
+def draw_run(rows, total):
+    """Print the curve, the speed and the time left; rows of metrics.jsonl -> the last step."""
+    print(common.draw_curve(rows))
+    last = rows[-1] if rows else dict(step=0, seconds=0)
+    step = last["step"]
+    rates = common.curve(rows, "tokens_per_s") or [(0, 0)]
+    minutes = (total - step) * last["seconds"] / max(step, 1) / 60
+    print(f"step {step:,} of {total:,}   {rates[-1][1]:,} tokens/s   {minutes:.1f} minutes left")
+    return step
 
-    A line's end counts as a word, as in papers on WikiText: 217,646 in its validation split, 245,569 in its test split."""
-    parser = common.Parser(prog="train.py eval", description=eval_command.__doc__)
-    parser.add_argument("model", help="model folder")
-    parser.add_argument("--data", required=True, help="a UTF-8 text file, or a folder of shards")
-    parser.add_argument("--split", default="val", help="which split of the shards [val]")
-    parser.add_argument(
-        "--context", type=int, default=0, help="tokens in a window [the model's context]"
-    )
-    parser.add_argument(
-        "--doc-mask",
-        action="store_true",
-        help="no attention across documents, as in training with --doc-mask",
-    )
-    parser.add_argument(
-        "--stride",
-        type=int,
-        default=0,
-        help="tokens a window scores; the rest is context [half of it]",
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", help="write the result into this .json file too")
-    args = parser.parse_args(argv)
-    runtime = resolve(args.device, args.dtype, "off")
-    tok, model = (
-        Tokenizer.load(args.model),
-        Transformer.from_pretrained(args.model, runtime.device, runtime.dtype),
-    )
+
+@dataclass
+class EvalArgs:
+    model: str = ""  # model folder
+    data: str = ""  # a UTF-8 text file, or a folder of shards
+    split: str = "val"  # which split of the shards
+    context: int = 0  # tokens in a window; 0 is the model's context
+    doc_mask: bool = False  # no attention across documents, as in training with --doc-mask
+    stride: int = 0  # tokens a window scores, the rest is context; 0 is half of it
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    out: str = ""  # write the result into this .json file too
+
+
+def open_scored_text(args, tok):
+    """-> (Split, bytes, words) of --data. A line's end is a word, as in papers on WikiText:
+
+    217,646 words in its validation split, 245,569 in its test split."""
     if (Path(args.data) / "meta.json").is_file():
         splits = open_shards(args.data, tok.sha256)
         if args.split not in splits:
             raise UserError(f"{args.data}: no split {args.split!r}, only {', '.join(splits)}")
         split = splits[args.split]
-        size, words = split.counts["bytes"], split.counts["words"] + split.counts["lines"]
-    else:
-        text, _ = read_text(args.data)
-        split = as_split(np.array(tok.encode(text, bos=tok.bos_id is not None), tok.dtype))
-        size, words = len(text.encode()), len(text.split()) + text.count("\n")
+        return split, split.counts["bytes"], split.counts["words"] + split.counts["lines"]
+    text, _ = read_text(args.data)
+    words = len(text.split()) + text.count("\n")
+    return Split([text_ids(text, tok)]), len(text.encode()), words
+
+
+def eval_text(argv):
+    """Loss on a whole text: nats and perplexity per token, perplexity per word, bits per byte."""
+    args = EvalArgs(**common.parse_flags(EvalArgs, eval_text.__doc__, argv, ("model",)))
+    runtime = resolve(args.device, args.dtype, "off")
+    tok = Tokenizer.load(args.model)
+    model = Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
+    split, size, words = open_scored_text(args, tok)
     if len(split) < 2:
         raise UserError(f"{args.data}: {len(split)} tokens leave nothing to predict")
     args.context = args.context or model.config.max_position_embeddings
-    nats, scored = evaluate(
-        model, split, 8, args, runtime, args.stride or max(1, args.context // 2)
-    )
+    stride = args.stride or max(1, args.context // 2)
+    nats, scored = evaluate(model, split, 8, args, runtime, stride)
     result = dict(
         tokens=scored,
         words=words,
@@ -326,6 +344,16 @@ def eval_command(argv):
     print(json.dumps(result, indent=1))
     if args.out:
         common.write_json(args.out, result)
+
+
+def main():
+    command, argv = "".join(sys.argv[1:2]), sys.argv[2:]
+    if command == "watch":
+        watch(argv)
+    elif command == "eval":
+        eval_text(argv)
+    else:
+        launch(*read_args(Args, __doc__, PRESETS), prepare_training, train)
 
 
 if __name__ == "__main__":

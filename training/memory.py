@@ -10,70 +10,69 @@ from runtime import free_memory
 
 
 def estimate_memory(model, args, runtime, rows):
-    """Bytes by part for one rank that passes `rows` rows at a time -> {part: bytes}. Eager mode; compiling saves some.
+    """Bytes by part for one rank that passes `rows` rows at a time. Eager mode; compiling saves
+    some.
 
-    Activations: what backward needs, per token and layer, counted from the operations in model.py: of width C the two
-    norms' inputs and outputs, the residual sums and the attention's output (8), q, k, v before and after rotation (H*D each),
-    of width M gate, up, silu and the product (4); in 4 bytes, or half of it for what a 16-bit product saves."""
-    c, ranks = model.config, runtime.world if args.shard else 1
+    Activations are what backward needs, per token and layer, counted from the operations in
+    model.py. Of width C: the two norms' inputs and outputs, the residual sums, the attention's
+    output (8). q, k, v before and after rotation (H*D each). Of width M: gate, up, silu and the
+    product (4). Each takes 4 bytes, or about 3 where products save 16 bits."""
+    config = model.config
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    matrices = sum(
-        size
-        for n, size in trained.items()
-        if n.startswith("layers.") and model.get_parameter(n).ndim == 2
-    )
-    trained = sum(trained.values())
-    state = (
-        2 * trained
-        if args.optimizer == "adamw8bit"
-        else 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
-    )
-    width = (
-        8 * c.hidden_size
-        + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        + 4 * c.intermediate_size
-    )
-    layers = 1 if args.recompute else c.num_hidden_layers
-    kept = c.num_hidden_layers * c.hidden_size * 4 if args.recompute else 0  # each layer's input
-    value = 4 if runtime.dtype == torch.float32 else 3
-    logits = (
-        min(rows * args.context * c.vocab_size, LOGITS_AT_ONCE) * 4 * 3
-    )  # logits, softmax and its gradient
+    trained = 0
+    matrices = 0
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            trained += p.numel()
+            if p.ndim == 2 and name.startswith("layers."):
+                matrices += p.numel()
+    if args.optimizer == "adamw8bit":
+        state = 2 * trained
+    else:  # two float32 moments, of which Muon keeps one
+        state = 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    width = 8 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
+    per_token = config.num_hidden_layers * width * (4 if runtime.dtype == torch.float32 else 3)
+    if args.recompute:  # one layer's, and each layer's input
+        per_token = per_token // config.num_hidden_layers
+        per_token += config.num_hidden_layers * config.hidden_size * 4
+    logits = min(rows * args.context * config.vocab_size, LOGITS_AT_ONCE)
+    ranks = runtime.world if args.shard else 1
     return {
         "weights": size // ranks,
         "gradients": 4 * trained // ranks,
         "optimizer": state // ranks,
-        "activations": rows * args.context * (layers * width * value + kept),
-        "logits": logits,
+        "activations": rows * args.context * per_token,
+        "logits": logits * 4 * 3,  # logits, softmax and its gradient
     }
 
 
 def choose_micro_batch(model, args, runtime, before=0):
-    """Rows per pass: --micro-batch, else the largest equal share of the rank's rows whose estimate fits; prints the estimate.
+    """Rows per pass: --micro-batch, else the most whose estimate fits; prints the estimate.
 
-    before: what a resumed run had, which stays, as which random numbers dropout gets hangs on it, not on today's free memory."""
+    before: what a resumed run had, and keeps: which random numbers dropout draws depends on it."""
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
-    share, free = args.batch // runtime.world, free_memory(runtime.device)
+    share = args.batch // runtime.world
+    free = free_memory(runtime.device)
     if args.micro_batch and share % args.micro_batch:
         raise UserError(
-            f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank (--batch {args.batch} "
-            f"over {runtime.world})"
+            f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank "
+            f"(--batch {args.batch} over {runtime.world})"
         )
     fixed = args.micro_batch or (before if before and share % before == 0 else 0)
-    for rows in [fixed] if fixed else [r for r in range(share, 0, -1) if share % r == 0]:
+    choices = [fixed] if fixed else [rows for rows in range(share, 0, -1) if share % rows == 0]
+    for rows in choices:
         estimate = estimate_memory(model, args, runtime, rows)
-        if fixed or free is None or sum(estimate.values()) < 0.85 * free:
-            rows = runtime.smallest(
-                rows
-            )  # ranks see different amounts of free memory, and must pass the same rows
+        total = sum(estimate.values())
+        if fixed or free is None or total < 0.85 * free:
+            rows = runtime.smallest(rows)  # ranks may see different amounts of free memory
             print_estimate(estimate, rows, args, runtime)
             return rows
     raise UserError(
-        f"this model needs about {sum(estimate.values()) / 2**30:.1f} GiB even for one row of {args.context:,} "
-        f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, a shorter --context or "
-        "fewer --layers"
+        f"this model needs about {total / 2**30:.1f} GiB even for one row of {args.context:,} "
+        f"tokens, {free / 2**30:.1f} GiB are free: use --recompute, --shard over more ranks, "
+        "a shorter --context or fewer --layers"
     )
 
 
@@ -81,6 +80,7 @@ def print_estimate(estimate, rows, args, runtime):
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in estimate.items())
     free = free_memory(runtime.device) or math.nan
     print(
-        f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), {free / 2**20:,.0f} free; "
-        f"{rows} rows a pass, {args.batch // runtime.world // rows} passes a step"
+        f"memory   {sum(estimate.values()) / 2**20:,.0f} MiB estimated ({parts}), "
+        f"{free / 2**20:,.0f} free; {rows} rows a pass, "
+        f"{args.batch // runtime.world // rows} passes a step"
     )

@@ -1,16 +1,17 @@
-"""Training over several ranks: DDP, or FSDP2 with its sharded tensors."""
+"""Training over several ranks: DDP, or FSDP2 with its sharded tensors (DTensors).
+
+What those need is imported where it is used: the import alone takes a second."""
 
 import torch
 import torch.distributed as dist
 
 
-# What those need is imported where they are: the import alone takes a second.
 def wrap(model, args, runtime):
-    """The model as the loop calls it: recomputing, sharded or replicated over ranks, as the flags say."""
+    """The model as the loop calls it: recomputing, sharded or replicated, as the flags say."""
     model.recompute = args.recompute
     if runtime.world == 1:
         return model
-    if not args.shard:  # buffers are not broadcast, as none of ours changes
+    if not args.shard:  # buffers need no broadcast: none of ours changes
         return torch.nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -25,6 +26,7 @@ def wrap(model, args, runtime):
 
 
 def is_sharded(t):
+    """Whether t is a DTensor. Asked by attribute, since importing the class takes a second."""
     return hasattr(t, "device_mesh")
 
 
@@ -34,18 +36,17 @@ def local(t):
 
 
 def gather(t, like):
-    """Local part of a tensor that is laid out as parameter `like` -> the whole tensor, on every rank."""
+    """The local part of a tensor laid out as parameter `like` -> the whole, on every rank."""
     if not is_sharded(like):
         return t
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    ).full_tensor()
+    size = dict(shape=like.shape, stride=like.stride())
+    return DTensor.from_local(t, like.device_mesh, like.placements, **size).full_tensor()
 
 
 def own_rows(t, like):
-    """The inverse of `gather`."""
+    """The inverse of `gather`: whole tensor -> the part of this rank."""
     if not is_sharded(like):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -54,10 +55,9 @@ def own_rows(t, like):
 
 
 def grad_norm(params):
-    """Euclidean norm of the gradients of params, which all have one, as one vector over all shards -> scalar float32."""
-    square = (
-        torch.stack(torch._foreach_norm([local(p.grad).float() for p in params])).square().sum()
-    )
+    """Euclidean norm of all gradients as one vector, over all shards -> scalar float32."""
+    norms = torch._foreach_norm([local(p.grad).float() for p in params])
+    square = torch.stack(norms).square().sum()
     if is_sharded(params[0]):
         dist.all_reduce(square)
     return square.sqrt()
