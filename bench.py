@@ -362,7 +362,7 @@ def bench_sft(args):
             optimizer="adamw",
             steps=args.steps + 2,
         )
-        run, marks = finetune.prepare(flags, None), []
+        run, marks = finetune.prepare_finetuning(flags, None), []
         per_step = round(args.rows * len(run.batches.split.pairs) / len(run.batches.plan(0).order))
         for step in range(args.steps + 2):  # the first two warm up
             batch = run.batches.next()

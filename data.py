@@ -621,7 +621,7 @@ def main():
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
-        return toybox.write(out, read_text("shakespeare", args.data_dir)[0])
+        return toybox.write_toybox(out, read_text("shakespeare", args.data_dir)[0])
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     separator = (
         re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode()))

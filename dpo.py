@@ -647,7 +647,7 @@ def say(args, tok, model):
     """Greedy answers to toybox's questions -> the shares in the preferred style, right, and ended by themselves."""
     rows = list(toybox.preferences("test", args.pairs))
     prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
-    said = finetune.answers(model, tok, prompts, args.max_tokens)
+    said = finetune.greedy_answers(model, tok, prompts, args.max_tokens)
     marks = [
         (toybox.style(text), toybox.check(row["family"], row["prompt"], text), end)
         for row, (text, end) in zip(rows, said)

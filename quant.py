@@ -540,7 +540,7 @@ def toybox_accuracy(model, tok, count):
     import finetune
 
     questions = finetune.read_questions(finetune.EvalArgs(examples=count))
-    given = finetune.answers(
+    given = finetune.greedy_answers(
         model, tok, [render(tok, q.messages, True)[0] for q in questions], max_tokens=128
     )
     return sum(bool(finetune.is_right(q, text)) for q, (text, _) in zip(questions, given)) / len(

@@ -56,14 +56,15 @@ def test_every_command_of_every_size_has_only_flags_that_exist(
     assert (
         len(lines) >= 20
         and lines[-1].startswith("python serve.py")
-        and lines[-2].startswith("python report.py")
+        and lines[-2].startswith("python -m training.report")
     )
     monkeypatch.chdir(tmp_path)
     for line in lines:
-        words = shlex.split(line.replace("torchrun --nproc-per-node 8 ", "python "))
-        monkeypatch.setattr(sys, "argv", [*words[1:], "--no-such-flag"])
+        line = line.replace("torchrun --nproc-per-node 8 ", "python ").replace(" -m ", " ")
+        _, program, *flags = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [program, *flags, "--no-such-flag"])
         with pytest.raises((UserError, SystemExit)) as refused:
-            importlib.import_module(words[1].removesuffix(".py")).main()
+            importlib.import_module(program.removesuffix(".py")).main()
         told = f"{refused.value} {capsys.readouterr().err}"  # plain argparse prints it and exits
         assert re.search("(unknown argument|unrecognized arguments:) --no-such-flag", told), (
             f"{line}: {told}"
@@ -94,7 +95,7 @@ def test_the_sizes_share_their_stages_but_no_folder():
 
 def test_a_stage_can_be_the_last_and_the_server_left_out():
     assert commands("--no-serve") == commands(SERVE="0") == commands()[:-1]
-    assert commands("--to", "sft") == [*commands()[:5], "python report.py runs/demo"]
+    assert commands("--to", "sft") == [*commands()[:5], "python -m training.report runs/demo"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_a_stage_that_failed_is_resumed_and_the_rest_follows(stubbed, tmp_path):
     code, log = stubbed()
     assert code == 0 and log[0].startswith("dpo.py") and log[0].endswith("--resume")
     assert log[1].startswith("finetune.py eval runs/demo-dpo") and "--overwrite" not in log[1]
-    assert stubbed()[1] == ["report.py runs/demo"]  # the stub has not made it
+    assert stubbed()[1] == ["-m training.report runs/demo"]  # the stub has not made it
 
 
 def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(stubbed, tmp_path):
@@ -193,7 +194,7 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
     )
     assert (tmp_path / "runs" / "demo-answers.jsonl").read_text() == "x\n"
     shutil.rmtree(tmp_path / "runs" / "demo-report" / "base")
-    assert [line.split()[0] for line in stubbed()[1]] == ["finetune.py", "report.py"]
+    assert [line.split()[0] for line in stubbed()[1]] == ["finetune.py", "-m"]
     log = stubbed(LORA="--r 4")[1]  # other flags
     assert (
         log[0].startswith("lora.py train") and "--r 4" in log[0] and log[0].endswith("--overwrite")
@@ -306,8 +307,8 @@ def run(tmp_path):
     save_file({"a": np.zeros((2, 3), np.float32)}, prefix / "model.safetensors")
     (prefix / "loss.png").write_bytes(b"a picture")
     (prefix / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = list(toybox.examples("test", 28)) + list(
-        toybox.examples("test", 4, families=[toybox.WITHHELD])
+    asked = list(toybox.conversations("test", 28)) + list(
+        toybox.conversations("test", 4, families=[toybox.WITHHELD])
     )
     for name, right in (("base", lambda n: False), ("dpo", lambda n: n % 4 != 0)):
         (tmp_path / "x-report" / name).mkdir()
@@ -414,9 +415,9 @@ def test_the_page_needs_nothing_else_and_shows_answers_as_text(run, monkeypatch)
 
 
 def test_a_report_shows_whatever_stands_in_a_cell_as_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROWS", 2)
+    monkeypatch.setattr(report, "ROWS_IN_MD", 2)
     evil = "<b onclick=x>&| \n\n y"
-    report.write_report(
+    report.write_page(
         tmp_path, [f"# {evil}", f"    {evil}", report.Table(["a", "b"], [[evil, "✓ z"]] * 3)]
     )
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()

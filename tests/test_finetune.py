@@ -21,11 +21,18 @@ import chat
 import common
 import finetune
 from common import Metrics
-from finetune import Conversations, answers, best_fit, encode, open_model, packed_loss
+from finetune import (
+    Conversations,
+    best_fit,
+    encode_conversations,
+    greedy_answers,
+    open_model,
+    packed_loss,
+)
 from model import Config, Transformer
 from tokenizer import Tokenizer
-from training.exam import Question, wilson
-from training.loop import evaluate, forward_backward
+from training.exam import CHECKS, Question, is_right, wilson
+from training.loop import backward, evaluate, passes
 
 WORDS = "red blue green apple pear plum lion fox one two three four list copy reverse say again please".split()
 
@@ -90,7 +97,7 @@ def rows_of(messages):
 
 
 def conversations(tok, n=40, context=64, **kw):
-    return Conversations([(1.0, encode(tok, "x", rows_of(talks(n, **kw)), context, Counter()))])
+    return Conversations([(1.0, encode_conversations(tok, "x", rows_of(talks(n, **kw)), context, Counter()))])
 
 
 def command(base, out, flags):
@@ -237,10 +244,13 @@ def test_a_batch_without_a_target_costs_nothing_and_divides_by_nothing(base, tmp
         device="cpu",
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        state = finetune.prepare(args, None)
+        state = finetune.prepare_finetuning(args, None)
     batch = state.batches.next()
-    total = forward_backward(state, batch._replace(y=torch.full_like(batch.y, -100)), 0)
-    assert total.item() == 0.0
+    silent = batch._replace(y=torch.full_like(batch.y, -100))
+    (part,) = passes(state, silent)
+    loss = packed_loss(state.step_model, part, state.args)
+    backward(state, loss, 0)
+    assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.abs().sum() for p in state.model.parameters())
 
 
@@ -266,16 +276,18 @@ def test_rows_hold_every_piece_once_and_none_is_too_full():
 
 
 def test_weights_say_how_often_an_epoch_takes_a_source(tok):
-    parts = [encode(tok, "x", rows_of(talks(10, seed)), 64, Counter()) for seed in (1, 2)]
+    parts = [encode_conversations(tok, "x", rows_of(talks(10, seed)), 64, Counter()) for seed in (1, 2)]
     split = Conversations([(2.5, parts[0]), (0.5, parts[1])])
     plans = [split.plan(64, 1, epoch) for epoch in (0, 1, 1)]
-    taken = [Counter(np.searchsorted(split.begin, plan.starts).tolist()) for plan in plans]
+    starts = [np.concatenate([begins for begins, _ in plan.rows]) for plan in plans]
+    taken = [Counter(np.searchsorted(split.begin, begins).tolist()) for begins in starts]
     assert all(
         sorted(c[i] for i in range(10)) == [2] * 5 + [3] * 5
         and sorted(c[i] for i in range(10, 20)) == [0] * 5 + [1] * 5
         for c in taken
     )
-    assert taken[0] != taken[1] == taken[2] and all(map(np.array_equal, plans[1], plans[2]))
+    assert taken[0] != taken[1] == taken[2]
+    assert np.array_equal(starts[1], starts[2]) and np.array_equal(plans[1].order, plans[2].order)
     assert Conversations([(2.5, parts[0]), (1.0, parts[1])]).sha256 != split.sha256
 
 
@@ -291,7 +303,7 @@ def test_a_long_conversation_keeps_its_start_and_no_end_it_did_not_reach(tok):
     long = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue " * 100}]
     prompt = [{"role": "user", "content": "red " * 100}, {"role": "assistant", "content": "blue"}]
     counts = Counter()
-    ((ids, mask),) = encode(tok, "x", rows_of([long, prompt]), 32, counts)
+    ((ids, mask),) = encode_conversations(tok, "x", rows_of([long, prompt]), 32, counts)
     whole = chat.example(tok, long)
     assert (
         ids.tolist() == whole[0][:33]
@@ -307,7 +319,7 @@ def test_text_has_its_share_of_the_rows_and_is_learned_whole(tok, base, tmp_path
     args = finetune.Args(
         model=str(base), text=str(tmp_path / "text.txt"), text_share=0.25, context=64
     )
-    pairs = encode(tok, "x", rows_of(talks(100)), 64, Counter())
+    pairs = encode_conversations(tok, "x", rows_of(talks(100)), 64, Counter())
     split = Conversations([(1.0, pairs)], finetune.load_text(args, tok), 0.25)
     plan = split.plan(64, 1, 0)
     of_text = [plan.row(r)[0].min() >= len(split) for r in range(len(plan.order))]
@@ -547,21 +559,21 @@ def test_the_context_is_at_most_the_models_and_it_is_said(base, tmp_path):
 def test_batched_answers_are_those_of_one_prompt_at_a_time(base, tok):
     tok, model = open_model(base, "cpu")
     prompts = [chat.render(tok, messages[:1], True)[0] for messages in talks(30, words=3)]
-    given = answers(model, tok, prompts, 12, rows=4)
+    given = greedy_answers(model, tok, prompts, 12, dtype="float32")
     for prompt, (text, ended) in zip(prompts, given):
         alone = list(model.generate(prompt, 12, temperature=0, vocab_size=tok.vocab_size))
         assert text == tok.decode(alone, skip_special=True) and ended == (len(alone) < 12)
     model.config.eos_token_id = list(
         range(0, 300, 7)
     )  # so that rows leave their batch early and others stay
-    given = answers(model, tok, prompts, 12, rows=4)
+    given = greedy_answers(model, tok, prompts, 12, dtype="float32")
     alone = [
         list(model.generate(prompt, 12, temperature=0, vocab_size=tok.vocab_size))
         for prompt in prompts
     ]
     assert given == [(tok.decode(new, skip_special=True), len(new) < 12) for new in alone]
     assert 0 < sum(ended for _, ended in given) < 30
-    assert answers(model, tok, [[7] * 200], 5) == [("", False)]  # no room for it
+    assert greedy_answers(model, tok, [[7] * 200], 5) == [("", False)]  # no room for it
 
 
 def test_wilson_intervals_are_the_published_ones():
@@ -597,7 +609,7 @@ def test_wilson_intervals_are_the_published_ones():
     ],
 )
 def test_checks_verify_what_they_say(kind, value, good, bad):
-    of, rule = finetune.CHECKS[kind]
+    of, rule = CHECKS[kind]
     assert type(value) is of and rule(good, value) and not rule(bad, value)
 
 
@@ -654,7 +666,7 @@ def test_the_examination_marks_a_model_and_writes_it_down(base, tmp_path):
     assert row["check: all of an answer's"] == pytest.approx(1 / 12)
     assert {"exact match", "exact match: mine", "ended by itself", "perplexity"} <= row.keys()
     tok, model = open_model(base, "cpu")
-    split = Conversations([(1.0, encode(tok, "x", rows_of(asked), 192, Counter()))])
+    split = Conversations([(1.0, encode_conversations(tok, "x", rows_of(asked), 192, Counter()))])
     total = sum(packed_loss(model, batch, None).item() for batch in split.validation(1, 192))
     assert row["perplexity"] == pytest.approx(np.exp(total / split.supervised), rel=1e-4)
     page = Page((out / "report.html").read_text())
@@ -721,12 +733,12 @@ def test_unknown_checks_are_refused(record, message, base, tmp_path):
 def test_toybox_questions_are_marked_by_its_own_checker():
     from training import toybox
 
-    row = next(toybox.examples("test", 1))
+    row = next(toybox.conversations("test", 1))
     question = Question(row["messages"][:-1], row["answer"], row["family"], [])
-    assert finetune.is_right(question, row["answer"] + " ") and not finetune.is_right(
+    assert is_right(question, row["answer"] + " ") and not is_right(
         question, row["answer"] + "x"
     )
-    assert finetune.is_right(Question([], "Yes. ", "", []), "Yes.") and not finetune.is_right(
+    assert is_right(Question([], "Yes. ", "", []), "Yes.") and not is_right(
         Question([], "Yes", "", []), "yes"
     )
 
@@ -735,7 +747,7 @@ def test_evaluating_leaves_training_mode_and_random_numbers_alone(base, tok):
     tok, model = open_model(base, "cpu")
     model.train()
     state = torch.get_rng_state()
-    answers(model, tok, [[7, 8]], 3)
+    greedy_answers(model, tok, [[7, 8]], 3)
     evaluate(
         model,
         conversations(tok),

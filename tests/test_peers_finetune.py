@@ -11,7 +11,7 @@ from test_finetune import WORDS, base, conversations, rows_of, run, tok, write  
 
 import chat
 from common import Metrics
-from finetune import Conversations, encode
+from finetune import Conversations, encode_conversations
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
@@ -108,7 +108,7 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
     )
     assert code == 0, stderr
     ours = [r["loss"] for r in Metrics.read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
-    split = Conversations([(1.0, encode(tok, "a", rows_of(talks), 64, Counter()))])
+    split = Conversations([(1.0, encode_conversations(tok, "a", rows_of(talks), 64, Counter()))])
     plan = split.plan(64, 3, 0)
     order = [int(np.searchsorted(split.begin, plan.row(r)[0][0])) for r in range(len(plan.order))]
     assert sorted(order) == list(range(80)) != order
@@ -157,7 +157,7 @@ def test_what_was_tuned_chats_in_transformers(base, tmp_path):  # noqa: F811
     """The saved folder: its template, its end of turn as an end of generation, the same answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune import answers, open_model
+    from finetune import greedy_answers, open_model
 
     data = write(
         tmp_path / "a.jsonl",
@@ -195,6 +195,6 @@ def test_what_was_tuned_chats_in_transformers(base, tmp_path):  # noqa: F811
             0, prompt["input_ids"].size(1) :
         ]
         assert theirs.decode(new, skip_special_tokens=True) == answer and len(new) < 20
-        assert answers(ours_model, ours, [chat.render(ours, messages, True)[0]], 20) == [
+        assert greedy_answers(ours_model, ours, [chat.render(ours, messages, True)[0]], 20) == [
             (answer, True)
         ]

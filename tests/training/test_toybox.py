@@ -12,7 +12,8 @@ from conftest import ROOT
 from common import UserError, sha256
 from tokenizer import Tokenizer
 from training import toybox
-from training.toybox import FAMILIES, SPLITS, WITHHELD, check, examples, preferences, style
+from training.toybox import FAMILIES, WITHHELD, check, conversations, preferences, style
+from training.toybox import WORLD_SPLITS as SPLITS
 
 ALL = list(FAMILIES)
 
@@ -33,16 +34,16 @@ def content(row, question):
 
 
 def contents(split, count=6000):
-    rows = examples(split, count, families=ALL)
+    rows = conversations(split, count, families=ALL)
     return {content(r, r["messages"][0]["content"]) for r in rows}
 
 
 def test_same_seed_same_world_and_another_seed_another_one():
     for split in SPLITS:
         assert (
-            list(examples(split, 60, seed=3))
-            == list(examples(split, 60, seed=3))
-            != list(examples(split, 60, seed=4))
+            list(conversations(split, 60, seed=3))
+            == list(conversations(split, 60, seed=3))
+            != list(conversations(split, 60, seed=4))
         )
         assert (
             list(preferences(split, 60, 3))
@@ -53,12 +54,12 @@ def test_same_seed_same_world_and_another_seed_another_one():
 
 
 def test_a_longer_run_begins_with_the_shorter_one():
-    assert list(examples("train", 500))[:90] == list(examples("train", 90))
+    assert list(conversations("train", 500))[:90] == list(conversations("train", 90))
 
 
 def test_the_world_does_not_depend_on_the_hash_seed_of_python():
     """str hashes change from process to process; the world must not."""
-    code = "from training import toybox; print([r['messages'] for r in toybox.examples('test', 99)], toybox.world_text(3000), toybox.facts())"
+    code = "from training import toybox; print([r['messages'] for r in toybox.conversations('test', 99)], toybox.world_text(3000), toybox.facts())"
     run = [
         subprocess.run(
             [sys.executable, "-c", code],
@@ -99,9 +100,9 @@ def test_the_content_is_the_same_in_whatever_family_order_and_case():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_answer_passes_its_checker_and_a_perturbed_one_fails(family, split):
-    rng, rows = random.Random(0), list(examples(split, 150, families=[family]))
+    rng, rows = random.Random(0), list(conversations(split, 150, families=[family]))
     for _ in range(150):
-        fields, ask = toybox.draw(rng, family, split)
+        fields, ask = toybox.draw_question(rng, family, split)
         answer, asked = (
             toybox.FAMILIES_BY_NAME[family].solve(**fields),
             [{"role": "user", "content": ask.format(**fields)}],
@@ -154,24 +155,24 @@ def test_a_question_of_another_family_is_an_error():
     with pytest.raises(UserError, match="not a question"):
         check("add", [{"role": "user", "content": "Echo: fox apple"}], "3")
     with pytest.raises(UserError, match="splits"):
-        next(examples("dev", 1))
+        next(conversations("dev", 1))
     with pytest.raises(UserError, match="families"):
-        next(examples("test", 1, families=["juggle"]))
+        next(conversations("test", 1, families=["juggle"]))
 
 
 def test_every_family_in_every_split_and_the_withheld_one_only_if_asked_for():
     for split in SPLITS:
-        assert {r["family"] for r in examples(split, 300)} == set(FAMILIES) - {WITHHELD}
-        assert {r["family"] for r in examples(split, 300, families=ALL)} == set(FAMILIES)
-        assert all(r["family"] == WITHHELD for r in examples(split, 9, families=[WITHHELD]))
+        assert {r["family"] for r in conversations(split, 300)} == set(FAMILIES) - {WITHHELD}
+        assert {r["family"] for r in conversations(split, 300, families=ALL)} == set(FAMILIES)
+        assert all(r["family"] == WITHHELD for r in conversations(split, 9, families=[WITHHELD]))
 
 
 def test_some_training_answers_are_courteous_and_no_other_answers_are():
     assert (
-        0.2 < sum(style(r["messages"][1]["content"]) for r in examples("train", 3000)) / 3000 < 0.35
+        0.2 < sum(style(r["messages"][1]["content"]) for r in conversations("train", 3000)) / 3000 < 0.35
     )
-    assert not any(r["messages"][1]["content"] != r["answer"] for r in examples("test", 1000))
-    assert sum(style(r["answer"]) for r in examples("test", 1000)) < 60  # refusals
+    assert not any(r["messages"][1]["content"] != r["answer"] for r in conversations("test", 1000))
+    assert sum(style(r["answer"]) for r in conversations("test", 1000)) < 60  # refusals
 
 
 def test_in_a_pair_only_the_preference_differs():
@@ -231,7 +232,7 @@ def test_the_tokenizer_gives_back_what_it_was_given():
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         processes=1,
     )
-    for row in examples("test", 300, families=ALL):
+    for row in conversations("test", 300, families=ALL):
         for message in row["messages"]:
             assert tok.decode(tok.encode(message["content"])) == message["content"]
 
@@ -257,7 +258,7 @@ def test_the_command_writes_what_meta_says(tmp_path):
 
 
 def test_preferences_ask_for_the_new_skill_too_and_prompts_are_the_tests_questions(tmp_path):
-    counts = toybox.write(tmp_path, text_bytes=1000, train=20, test=14, pairs=40)["counts"]
+    counts = toybox.write_toybox(tmp_path, text_bytes=1000, train=20, test=14, pairs=40)["counts"]
 
     def rows(name):
         return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
