@@ -225,18 +225,22 @@ def answer_cell(question, model):
 
 
 def marks_table(run, answers):
-    """What is right, by family of questions and model; then manners, and the perplexity of what was
-    expected."""
-    models = answers.values()
-    asked = [*models][-1]
-    taught = sum(a.family != toybox.WITHHELD for a in asked)
-    rows = [["all that was taught", f"{taught:,}", *(percent(a.taught for a in m) for m in models)]]
-    for family in sorted({a.family for a in asked}, key=lambda f: (f == toybox.WITHHELD, f)):
-        count = sum(a.family == family for a in asked)
-        shares = [percent(a.right for a in model if a.family == family) for model in models]
+    """What is right, by family of questions and model; then manners, and perplexity."""
+
+    def row(what, mark):
+        marks = [[mark(a) for a in model] for model in answers.values()]
+        count = sum(m is not None for m in marks[-1])
+        return [what, f"{count:,}", *map(percent, marks)]
+
+    def row_of(family):
         what = f"{family}, by LoRA" if family == toybox.WITHHELD else family or "your own"
-        rows.append([what, f"{count:,}", *shares])
-    rows.append(["courteous", "", *(percent(a.courteous for a in model) for model in models)])
+        return row(what, lambda a: a.right if a.family == family else None)
+
+    families = {answer.family for model in answers.values() for answer in model}
+    last = sorted(families & {toybox.WITHHELD})
+    rows = [row("all that was taught", lambda a: a.taught)]
+    rows += map(row_of, sorted(families - {toybox.WITHHELD}) + last)
+    rows.append(row("courteous", lambda a: a.courteous))
     paths = [Path(f"{run}-report", name, "metrics.jsonl") for name in answers]
     scores = [Metrics.read(path)[-1]["eval"] for path in paths]
     rows.append(["ends by itself", "", *(percent([row["ended by itself"]]) for row in scores)])
