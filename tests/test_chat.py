@@ -1,4 +1,5 @@
-"""Conversations to ids and mask: the promises chat.py makes, on a tokenizer small enough to read."""
+"""Conversations to ids and mask: the promises chat.py makes, on a tokenizer small enough to
+read."""
 
 import itertools
 import json
@@ -35,7 +36,8 @@ MARKERS = [
 
 
 class Tok:
-    """Bytes, and a few merges that reach across the seams of a chat format: newlines, and a space before a word."""
+    """Bytes, and a few merges that reach across the seams of a chat format: newlines, and a space
+    before a word."""
 
     def __init__(self, template=None, markers=MARKERS, lossy=False):
         merges = [b"\n\n", b"\n\n\n", b" a", b" b", b"as", b"er", b"us", b"user"]
@@ -119,7 +121,8 @@ def test_every_assistant_turn_is_in_the_loss_with_its_end_and_nothing_else_is(na
 
 @pytest.mark.parametrize("name", chat.FORMATS)
 def test_the_loss_begins_where_the_generation_prompt_ends(name):
-    """What is supervised is what the engine will be asked for: prompt + supervised = the conversation so far."""
+    """What is supervised is what the engine will be asked for: prompt + supervised = the
+    conversation so far."""
     tok = Tok()
     prompt, _ = chat.render(
         tok, say("one", "two", "three"), add_generation_prompt=True, format=name

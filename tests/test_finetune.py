@@ -110,11 +110,11 @@ def conversations(tok, n=40, context=64, **kw):
     return Conversations([(1.0, encoded(tok, talks(n, **kw), context))])
 
 
-START = "--context 64 --batch 4 --eval-every 9 --save-every 5 --sample 8 --log-every 1 --lr 0.003".split()
+START = "--context 64 --batch 4 --eval-every 9 --save-every 5 --sample 8 --log-every 1".split()
 
 
 def command(base, out, flags):
-    start = [] if "--resume" in flags else [base, *START]
+    start = [] if "--resume" in flags else [base, *START, "--lr", 0.003]
     return [str(x) for x in ("finetune.py", *start, "--out", out, "--device", "cpu", *flags)]
 
 
