@@ -19,6 +19,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from test_chat import say
 
 import chat
 from common import UserError
@@ -43,15 +44,6 @@ TOOL = {
         },
     },
 }
-
-
-def say(*texts, system=None):
-    """User and assistant in turn, after a system prompt."""
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return head + [
-        {"role": role, "content": t}
-        for role, t in zip(itertools.cycle(("user", "assistant")), texts)
-    ]
 
 
 def result(text):
@@ -241,28 +233,14 @@ def sentencepiece_bpe(version, every_text_starts_with_space=False):
         str(Path(mistral_common.__file__).parent / "data" / SP_FILE[version])
     )
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-    merges = []
-    for (
-        piece,
-        i,
-    ) in (
-        vocab.items()
-    ):  # every way to make a piece of two others, in the order of the pieces' scores
-        pairs = [
-            (piece[:k], piece[k:])
-            for k in range(1, len(piece))
-            if piece[:k] in vocab and piece[k:] in vocab
-        ]
-        merges += [(-sp.get_score(i), vocab[a], vocab[b], (a, b)) for a, b in pairs]
-    tok = Tokenizer(
-        models.BPE(
-            vocab,
-            [pair for *_, pair in sorted(merges)],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    merges = []  # every way to make a piece of two others, in the order of the pieces' scores
+    for piece, i in vocab.items():
+        for k in range(1, len(piece)):
+            left, right = piece[:k], piece[k:]
+            if left in vocab and right in vocab:
+                merges.append((-sp.get_score(i), vocab[left], vocab[right], (left, right)))
+    pairs = [pair for *_, pair in sorted(merges)]
+    tok = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if every_text_starts_with_space:
         tok.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
