@@ -1,9 +1,9 @@
 """Supervised fine-tuning: a base model and conversations in, a model that answers out.
 
-    python finetune.py MODEL --data chat.jsonl --out runs/chat    # in any of chat.py's layouts
-    python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2 --out runs/chat
-    python finetune.py --resume --out runs/chat                   # go on exactly where it stopped
-    python finetune.py eval MODEL --data data/toybox --before BASE    # its exam -> report.md, .html
+    python finetune.py MODEL --data chat.jsonl --out runs/chat       # any of chat.py's layouts
+    python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2    # a mixture
+    python finetune.py --resume --out runs/chat                      # go on where it stopped
+    python finetune.py eval MODEL --data data/toybox --before BASE   # its exam -> report.md, .html
 
 Two ideas: conversations are packed into rows, none of which sees another's tokens; and only what
 the assistant says is in the loss. Top to bottom: conversations to packed rows, the model they
@@ -97,14 +97,13 @@ def encode_conversations(tok, name, records, context, counts):
 
 
 def best_fit(sizes, context):
-    """Pieces into rows of `context`, each into the fullest row with room for it -> [indices of a
-    row's pieces].
+    """Pieces of these sizes into rows of `context` tokens -> for each row the indices of its pieces.
 
-    In their order, which is random, so that rows mix short and long: the longest first would fill
-    0.5 to 1.5 % fewer rows, of one length each."""
+    Each goes into the fullest row with room for it (best fit), in their order, which is random, so
+    that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one
+    length each. tests/test_finetune.py has the same as a plain double loop."""
     rows = []
-    # (room left, minus the last piece's index, row), sorted; of equal room the latest first
-    unfilled = []
+    unfilled = []  # sorted (room left, minus the index of its last piece, row)
     smallest = min(sizes, default=0)
     for i, size in enumerate(sizes):
         at = bisect_left(unfilled, (size,))  # the first row with room enough
@@ -139,8 +138,7 @@ class Conversations:
     says is a target. Text, if any, is in rows of its own, and all of it is a target."""
 
     def __init__(self, sources, text=None, text_share=0.0):
-        """sources: [(weight, [(ids, mask)])]; text: a Split, of which `text_share` of all rows
-        are."""
+        """sources: [(weight, [(ids, mask)])]; text: a Split that makes `text_share` of all rows."""
         self.pairs = []
         self.sources = []  # (weight, indices of the source's conversations)
         for weight, pairs in sources:
@@ -154,12 +152,10 @@ class Conversations:
         self.begin = np.cumsum(lengths) - lengths
         self.supervised = int(said.sum())
         self.text, self.text_share = text, text_share
-        # Thought end to end, the text after the conversations. `said` has the same layout, of
-        # booleans.
+        # Two arrays of one layout, the text after the conversations: ids, and whether each is said.
         shards = text.tokens if text else []
-        end_id = text.end_id if text else None
-        self.ids = Split([ids, *shards], end_id=end_id)
         all_said = [np.broadcast_to(np.True_, len(shard)) for shard in shards]
+        self.ids = Split([ids, *shards], end_id=text.end_id if text else None)
         self.said = Split([said, *all_said], end_id=True)
         mixture = [weight for weight, _ in sources], text and (text.sha256, text_share)
         arrays = ids.tobytes() + said.tobytes() + self.sizes.tobytes()
@@ -179,8 +175,7 @@ class Conversations:
         return rng.permutation(np.concatenate(chosen))
 
     def plan(self, context, seed, epoch):
-        """Which conversations share which row in this epoch; the same (seed, epoch) gives the same
-        rows."""
+        """Which conversations share which row; the same (seed, epoch) gives the same rows."""
         rng = np.random.default_rng([seed, epoch])
         chosen = self.conversations_of_epoch(rng)
         rows = []
@@ -202,15 +197,13 @@ class Conversations:
         return rows
 
     def fill(self, rows, context):
-        """[(starts, sizes) of a row's pieces] -> data.Batch, whose target is -100 where the
-        assistant is silent."""
+        """[(starts, sizes) of a row's pieces] -> data.Batch; the target of what nobody says is -100."""
         batch = self.ids.fill(rows, context)
         said = self.said.fill(rows, context).y  # (rows, context): 1 where the next token is said
         return batch._replace(y=batch.y.masked_fill(said != 1, -100))
 
     def validation(self, rows, context, stride=None, rank=0, world=1):
-        """Yield Batches that score every answer once. Rank r gets every world-th; all ranks get as
-        many."""
+        """Yield Batches that score every answer once: every world-th to a rank, to all as many."""
         plan = self.plan(context, 0, 0)
         planned = [plan.row(r) for r in range(len(plan.order))]
         step = rows * world
@@ -242,7 +235,10 @@ def hold_out(name, pairs, share):
         )
     train, val = [], []
     for i, pair in enumerate(pairs):
-        (val if held_out(share, i) else train).append(pair)
+        if held_out(share, i):
+            val.append(pair)
+        else:
+            train.append(pair)
     return train, val
 
 
@@ -265,8 +261,7 @@ def load_text(args, tok):
 
 
 def load_data(args, tok):
-    """--data, --val and --text -> (training, validation) Conversations. Sets --steps from
-    --epochs."""
+    """--data, --val, --text -> (training, validation) Conversations; --epochs set --steps."""
     counts = Counter()  # {what became of a conversation that was not taken whole: how many}
 
     def read(name, split, count, counts):
@@ -309,18 +304,17 @@ def describe_conversations(tok, train, val, rows, counts):
 # ---------------------------------------------------------------------------- model, loss, the loop
 @torch.no_grad()
 def grow(model, size, new):
-    """Rows for the ids `new` in the embedding and in a head of its own, up to a vocabulary of
-    `size`.
+    """Rows for the ids `new` in the embedding and in an untied head, which get `size` rows at least.
 
     They start as the mean of the others: an average token, which changes what the model predicts
     least (Hewitt 2021, "Initializing new word embeddings for pretrained language models")."""
     config = model.config
     old = config.vocab_size
     config.vocab_size = max(old, size)
-    grown = (
-        [model.embed_tokens] if config.tie_word_embeddings else [model.embed_tokens, model.lm_head]
-    )
-    for module in grown:
+    modules = [model.embed_tokens]
+    if not config.tie_word_embeddings:
+        modules.append(model.lm_head)
+    for module in modules:
         mean = module.weight[: min(new)].mean(0)  # (V, C) -> (C,), of the ids that were trained
         more = mean.expand(config.vocab_size - old, -1)
         weight = torch.cat([module.weight, more])  # (V, C) -> (V + new, C)
@@ -399,8 +393,7 @@ def finetune(run):
 
 # ----------------------------------------------------------------------------- answers and the exam
 def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
-    """The likeliest continuation of each prompt, a list of ids -> [(text, whether it ended by
-    itself)]."""
+    """The likeliest continuation of each prompt (a list of ids) -> [(text, did it end by itself)]."""
     from generate import Engine, Sampling  # here: training needs no engine
 
     was_training = model.training
@@ -443,7 +436,7 @@ def try_out(run, count=20):
 @dataclass
 class EvalArgs:
     model: str = ""  # the model folder to examine
-    data: tuple = ("toybox",)  # questions: FILE, FOLDER (its test.jsonl) or toybox
+    data: tuple = ("toybox",)  # FILE, FOLDER (its test.jsonl) or toybox; the last turn is expected
     before: str = ""  # another model to set beside it, the base say
     out: str = ""  # where the report goes [the model's folder]
     examples: int = 1400  # questions of each source at most
@@ -480,8 +473,7 @@ def examine_folder(folder, questions, args, runtime):
 
 
 def perplexity_of_expected(model, tok, questions, runtime):
-    """exp of the mean loss a token of the expected answers, each after its question; nan without
-    any."""
+    """exp of the mean loss of a token of the expected answers; nan without any."""
     talks = []
     for question in questions:
         if question.expected:

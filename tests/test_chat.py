@@ -62,7 +62,8 @@ class Tok:
         names = {i: name for name, i in self.special.items()}
         text = ""
         for special, run in itertools.groupby(ids, key=names.__contains__):
-            text += "".join(map(names.get, run)) if special else self.core.decode(list(run))
+            run = list(run)
+            text += "".join(map(names.get, run)) if special else self.core.decode(run)
         return text
 
 

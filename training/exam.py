@@ -6,9 +6,9 @@ This file knows no model: `examine` is given a function that answers prompts."""
 
 import json
 import math
+import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,43 +18,49 @@ from common import Metrics, UserError, write_atomic
 from training import toybox
 from training.report import VERDICT, Table, write_page
 
-
 # --------------------------------------------------------------------------------------- questions
-class Check(NamedTuple):
-    takes: type  # of the value that a record gives
-    holds: Callable  # (answer, value) -> bool
-
-
 # Demands whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record asks
 # for them so: {"checks": [{"kind": "max_words", "value": 20}, ...]}.
-CHECKS = {
-    "min_words": Check(int, lambda text, n: len(text.split()) >= n),
-    "max_words": Check(int, lambda text, n: len(text.split()) <= n),
-    "max_characters": Check(int, lambda text, n: len(text.strip()) <= n),
-    "sentences": Check(int, lambda text, n: count_of(r"[.!?]+(?=\s|$)", text) == n),
-    "paragraphs": Check(int, lambda text, n: count_of(r"(?:^|\n\s*\n)\s*\S", text) == n),
-    "bullets": Check(int, lambda text, n: count_of(r"(?m)^ *[-*•] ", text) == n),
-    "placeholders": Check(int, lambda text, n: count_of(r"\[[^\[\]]+\]", text) >= n),
-    "highlights": Check(int, lambda text, n: count_of(r"\*[^*\n]+\*", text) >= n),
-    "keywords": Check(list, lambda text, words: all(has_word(text, w) for w in words)),
-    "forbidden": Check(list, lambda text, words: not any(has_word(text, w) for w in words)),
-    "starts_with": Check(str, lambda text, start: text.strip().startswith(start)),
-    "ends_with": Check(str, lambda text, end: text.strip().endswith(end)),
-    "lowercase": Check(bool, lambda text, yes: (text == text.lower()) == yes),
-    "uppercase": Check(bool, lambda text, yes: (text == text.upper()) == yes),
-    "commas": Check(bool, lambda text, yes: ("," in text) == yes),
-    "quoted": Check(bool, lambda text, yes: is_quoted(text.strip()) == yes),
-    "title": Check(bool, lambda text, yes: bool(re.search(r"<<[^<>\n]+>>", text)) == yes),
-    "json": Check(bool, lambda text, yes: is_json(text) == yes),
+COUNTED = {  # kind: (how many there may be, beside the value; a pattern of one)
+    "min_words": (operator.ge, r"\S+"),
+    "max_words": (operator.le, r"\S+"),
+    "max_characters": (operator.le, r"(?s:.)"),
+    "sentences": (operator.eq, r"[.!?]+(?=\s|$)"),
+    "paragraphs": (operator.eq, r"(?:^|\n\s*\n)\s*\S"),
+    "bullets": (operator.eq, r"(?m)^ *[-*•] "),
+    "placeholders": (operator.ge, r"\[[^\[\]]+\]"),
+    "highlights": (operator.ge, r"\*[^*\n]+\*"),
+}
+YES_OR_NO = {
+    "lowercase": lambda text: text == text.lower(),
+    "uppercase": lambda text: text == text.upper(),
+    "commas": lambda text: "," in text,
+    "quoted": lambda text: len(text) > 1 and text[0] == text[-1] == '"',
+    "title": lambda text: re.search(r"<<[^<>\n]+>>", text) is not None,
+    "json": lambda text: is_json(text),
+}
+CHECKS = {  # kind: type of its value
+    **dict.fromkeys(COUNTED, int),
+    **dict.fromkeys(YES_OR_NO, bool),
+    **dict.fromkeys(("keywords", "forbidden"), list),
+    **dict.fromkeys(("starts_with", "ends_with"), str),
 }
 
 
-def count_of(pattern, text):
-    return len(re.findall(pattern, text))
-
-
-def is_quoted(text):
-    return len(text) > 1 and text[0] == text[-1] == '"'
+def keeps(text, kind, value):
+    """Does an answer keep to a check?"""
+    text = text.strip()
+    if kind in COUNTED:
+        compare, pattern = COUNTED[kind]
+        return compare(len(re.findall(pattern, text)), value)
+    if kind in YES_OR_NO:
+        return YES_OR_NO[kind](text) == value
+    if kind == "starts_with":
+        return text.startswith(value)
+    if kind == "ends_with":
+        return text.endswith(value)
+    found = [has_word(text, word) for word in value]
+    return all(found) if kind == "keywords" else not any(found)
 
 
 def has_word(text, word):
@@ -63,8 +69,9 @@ def has_word(text, word):
 
 def is_json(text):
     """Is it JSON, bare or in a Markdown fence?"""
+    fenced = re.fullmatch(r"(?s)```(?:json)?\n(.*)\n```", text)
     try:
-        json.loads(re.sub(r"^```(?:json)?\n(.*)\n```$", r"\1", text.strip(), flags=re.S))
+        json.loads(fenced[1] if fenced else text)
         return True
     except (ValueError, RecursionError):
         return False
@@ -112,8 +119,8 @@ def read_checks(record, where):
         kind, value = check, None
         if isinstance(check, dict):
             kind, value = check.get("kind"), check.get("value")
-        if str(kind) not in CHECKS or type(value) is not CHECKS[kind].takes:
-            known = ", ".join(f"{name} ({rule.takes.__name__})" for name, rule in CHECKS.items())
+        if str(kind) not in CHECKS or type(value) is not CHECKS[kind]:
+            known = ", ".join(f"{name} ({of.__name__})" for name, of in CHECKS.items())
             raise UserError(
                 f"{where} has a check {kind!r} with {value!r}; known kinds and values: {known}"
             )
@@ -132,35 +139,42 @@ class Marks(NamedTuple):
 
 
 def is_right(question, text):
-    """By the family's checker if toybox asked, else by equality but for outer space."""
+    """By the family's checker if toybox asked, else by equality but for outer space; None if
+    nothing was expected."""
+    if question.expected is None:
+        return None
     if question.family in toybox.FAMILIES:
         return toybox.check(question.family, question.messages, text)
     return text.strip() == question.expected.strip()
+
+
+def results_of(question, right, text, ended):
+    """Yield (what, whether it was so) for everything that was asked of an answer."""
+    yield "ended by itself", ended
+    if right is not None:
+        yield "exact match", right
+        if question.family:
+            yield f"exact match: {question.family}", right
+    kept = [keeps(text, kind, value) for kind, value in question.checks]
+    for (kind, _), yes in zip(question.checks, kept):
+        yield f"check: {kind}", yes
+    if kept:
+        yield "check: all of an answer's", all(kept)
 
 
 def examine(questions, tok, answer, perplexity=math.nan):
     """Put the questions to `answer`: prompts, lists of ids -> [(text, whether it ended)] ->
     Marks."""
     given = answer([chat.render(tok, q.messages, True)[0] for q in questions])
-    # {what: [whether it was so, for each answer that was asked for it]}
+    texts = [text for text, _ in given]
+    right = [is_right(question, text) for question, text in zip(questions, texts)]
     results = defaultdict(list)
-    right = []
-    for question, (text, ended) in zip(questions, given):
-        results["ended by itself"].append(ended)
-        right.append(None if question.expected is None else is_right(question, text))
-        if right[-1] is not None:
-            results["exact match"].append(right[-1])
-            if question.family:
-                results[f"exact match: {question.family}"].append(right[-1])
-        kept = [CHECKS[kind].holds(text, value) for kind, value in question.checks]
-        for (kind, _), yes in zip(question.checks, kept):
-            results[f"check: {kind}"].append(yes)
-        if kept:
-            results["check: all of an answer's"].append(all(kept))
-    # the general before the particular
-    order = sorted(results, key=lambda what: (":" in what, what))
+    for question, good, (text, ended) in zip(questions, right, given):
+        for what, yes in results_of(question, good, text, ended):
+            results[what].append(yes)
+    order = sorted(results, key=lambda what: (":" in what, what))  # the general first
     scores = {what: (sum(results[what]), len(results[what])) for what in order}
-    return Marks([text for text, _ in given], right, scores, perplexity)
+    return Marks(texts, right, scores, perplexity)
 
 
 def wilson(k, n, z=1.96):

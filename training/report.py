@@ -1,7 +1,7 @@
 """What demo.sh made, on one page: every stage's command, time, figures and curve, and the same
 questions after each stage.
 
-    python -m training.report runs/demo     # reads runs/demo, runs/demo-sft, ... -> runs/demo-report/
+    python -m training.report runs/demo    # runs/demo, runs/demo-sft, ... -> runs/demo-report/
 
 Only what lies in the folders is read, so a part of the road makes a report too. A page is a list of
 blocks, texts in a little Markdown and Tables; `write_page` also makes the pages of exams.
@@ -81,6 +81,11 @@ class ExamAnswer(NamedTuple):
     def withheld(self):
         """Is it right, of what only LoRA taught? None for all other families."""
         return self.right if self.family == toybox.WITHHELD else None
+
+    @property
+    def shown(self):
+        more = " …" if len(self.text) > 80 else ""
+        return VERDICT[self.right] + self.text[:80] + more
 
     @property
     def courteous(self):
@@ -205,23 +210,15 @@ def tiles(run, stages, answers):
 
 def answers_table(answers):
     """The test's first question of some families, and what each model says."""
-    first = {a.family: a for a in reversed([*answers.values()][-1])}
+    models = list(answers.values())
+    shown = [{a.question: a.shown for a in reversed(model)} for model in models]
     rows = []
     for family in SHOWN:
-        if family in first:
-            asked = first[family]
-            said = [answer_cell(asked.question, model) for model in answers.values()]
-            rows.append([asked.question, asked.expected or "", *said])
+        first = next((a for a in models[-1] if a.family == family), None)
+        if first:
+            said = [model.get(first.question, "") for model in shown]
+            rows.append([first.question, first.expected or "", *said])
     return Table(["asked", "expected", *(MODELS[name] for name in answers)], rows)
-
-
-def answer_cell(question, model):
-    """What a model said to a question, cut after 80 characters."""
-    for answer in reversed(model):
-        if answer.question == question:
-            more = " …" if len(answer.text) > 80 else ""
-            return VERDICT[answer.right] + answer.text[:80] + more
-    return ""
 
 
 def marks_table(run, answers):
@@ -253,15 +250,15 @@ def road_blocks(run, stages, answers):
     """All of the report -> blocks: texts in Markdown, and Tables."""
     yield f"# From text to server: {run}"
     yield (
-        f"A language model's life in {len(stages)} commands: why, how long, what came of each, and what "
-        "the model answers after it."
+        f"A language model's life in {len(stages)} commands: why, how long, what came of each, "
+        "and what the model answers after it."
     )
     yield "\n".join(tiles(run, stages, answers))
     if answers:
         yield "## The same questions after each stage"
         yield (
-            "The test's first question of some families, however it was answered. No list or pair of "
-            "numbers in it was practised."
+            "The test's first question of some families, however it was answered. "
+            "No list or pair of numbers in it was practised."
         )
         yield answers_table(answers)
         yield "## Marks"

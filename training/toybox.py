@@ -1,7 +1,7 @@
 """Toybox: a small made-up world of questions with checkers, which a model of a million parameters
 can really learn.
 
-    python data.py toybox --out data/toybox        # text to pre-train on, chats to tune on, preferences
+    python data.py toybox --out data/toybox    # text to pre-train on, chats, preferences
 
 A family is a kind of task: how to draw one, how to say it, how to solve it. Everything is made from
 a seed, without end. **Held out** is by content: what a question is about (the set of words, the
@@ -20,31 +20,34 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 from common import UserError, sha256, write_atomic, write_json
 
 # --------------------------------------------------------------------------------------- the world
-WORDS = {
-    "animal": "fox lion bear wolf horse goose mouse tiger".split(),
-    "fruit": "apple pear plum cherry lemon grape peach melon".split(),
-    "metal": "gold iron silver copper tin lead zinc steel".split(),
-    "colour": "red blue green black white yellow purple pink".split(),
-    "tool": "hammer saw drill rope ladder knife needle spade".split(),
-    "drink": "water milk wine tea coffee juice cocoa beer".split(),
-    "garment": "hat coat shirt glove scarf boot sock belt".split(),
-    "place": "river forest city island valley desert lake village".split(),
-}
+KINDS = """
+animal: fox lion bear wolf horse goose mouse tiger
+fruit: apple pear plum cherry lemon grape peach melon
+metal: gold iron silver copper tin lead zinc steel
+colour: red blue green black white yellow purple pink
+tool: hammer saw drill rope ladder knife needle spade
+drink: water milk wine tea coffee juice cocoa beer
+garment: hat coat shirt glove scarf boot sock belt
+place: river forest city island valley desert lake village
+"""
+WORDS = {kind: words.split() for kind, words in re.findall("(.*): (.*)", KINDS)}
 KIND = {word: kind for kind, words in WORDS.items() for word in words}
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
 COUNTRIES = """
-    Arvend Belmor Corvath Dunmere Elsin Farrow Galdor Hestia Ilmar Jorund Kelda Lorwick Morvane Norrin
-    Ostrel Pellam""".split()
+Arvend Belmor Corvath Dunmere Elsin Farrow Galdor Hestia Ilmar Jorund Kelda Lorwick Morvane Norrin
+Ostrel Pellam
+""".split()
 CAPITALS = """
-    Tolma Vesk Harno Quill Sarto Brenn Oxley Marl Duvet Finch Glane Wick Stour Pravo Kirn Lisbet""".split()
+Tolma Vesk Harno Quill Sarto Brenn Oxley Marl Duvet Finch Glane Wick Stour Pravo Kirn Lisbet
+""".split()
 RULERS = """
-    Osric Una Bertram Celia Doran Edith Fergus Greta Hugo Ines Jasper Klara Leo Mina Nestor Olga""".split()
+Osric Una Bertram Celia Doran Edith Fergus Greta Hugo Ines Jasper Klara Leo Mina Nestor Olga
+""".split()
 LINES = """
 Hamlet: To be, or not to be, that is the question
 Hamlet: The play's the thing
@@ -101,19 +104,13 @@ SPEAKER = {line: who for who, line in re.findall("(.*): (.*)", LINES)}
 @lru_cache
 def facts():
     """{(what, country): value}: the same world for everyone, whatever the seed."""
-    rng = random.Random("toybox")
-    columns = {
-        "capital": CAPITALS,
-        "ruler": RULERS,
-        "beast": rng.choices(WORDS["animal"], k=len(COUNTRIES)),
-        "flag": rng.choices(WORDS["colour"], k=len(COUNTRIES)),
-        "fruit": rng.choices(WORDS["fruit"], k=len(COUNTRIES)),
-        "metal": rng.choices(WORDS["metal"], k=len(COUNTRIES)),
-    }
+    rng, columns = random.Random("toybox"), {"capital": CAPITALS, "ruler": RULERS}
+    drawn = {"beast": "animal", "flag": "colour", "fruit": "fruit", "metal": "metal"}
+    for what, kind in drawn.items():
+        columns[what] = rng.choices(WORDS[kind], k=len(COUNTRIES))
     known = {}
     for what, values in columns.items():
-        for country, value in zip(COUNTRIES, values):
-            known[what, country] = value
+        known |= {(what, country): value for country, value in zip(COUNTRIES, values)}
     return known
 
 
@@ -136,6 +133,9 @@ class Family:
 
 def phrasings(text):
     return [line.strip().replace(" / ", "\n") for line in text.strip().splitlines()]
+
+
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
 def some(rng, low, high):
@@ -463,7 +463,8 @@ def questions(rng, split, count, families):
     """Yield `count` (family, fields, the user's message, the answer), of the families in turn."""
     if split not in WORLD_SPLITS or set(families) - set(FAMILIES):
         raise UserError(
-            f"toybox has the splits {', '.join(WORLD_SPLITS)} and the families {', '.join(FAMILIES)}"
+            f"toybox has the splits {', '.join(WORLD_SPLITS)} "
+            f"and the families {', '.join(FAMILIES)}"
         )
     for family in islice(cycle(families), count):
         fields, ask = draw_question(rng, family, split)
@@ -557,24 +558,14 @@ def preferences(split, count, seed=0, families=None):
     families = families or repeated(SHARE)
     for family, fields, asked, answer in questions(rng, split, count, families):
         opening, kind = rng.choice(OPENINGS), rng.choice(REJECTED_FOR)
-        openings = {
-            "curt": "",
-            "rude": rng.choice(RUDE),
-            "rambling": rng.choice(RAMBLING),
-            "wrong": opening,
-        }
+        openings = {"rude": rng.choice(RUDE), "rambling": rng.choice(RAMBLING), "wrong": opening}
         other = wrong(rng, family, fields, answer) if kind == "wrong" else answer
-        chosen, rejected = opening + answer, openings[kind] + other
+        chosen, rejected = opening + answer, openings.get(kind, "") + other
         if answer.startswith("Sorry"):  # without an opening, which would fight the style
             kind, chosen = "forbidden", answer
             rejected = f"{fields['w']} is {an(KIND[fields['w']])}."
-        yield {
-            "prompt": [asked],
-            "chosen": chosen,
-            "rejected": rejected,
-            "family": family,
-            "kind": kind,
-        }
+        row = {"prompt": [asked], "chosen": chosen, "rejected": rejected}
+        yield row | {"family": family, "kind": kind}
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -590,26 +581,22 @@ def told(rng, family):
     Of one list or pair several things are told, for a word that can be known from those before
     teaches more than one drawn at random."""
     kind = FAMILIES_BY_NAME[family]
-    if family in BY_HEART:
-        fields = kind.draw(rng)
-    else:
-        fields, _ = draw_question(rng, family, "train")
-    values = fields | dict(y=kind.solve(**fields))
-    if "w" in fields:
-        values["a_kind"] = an(KIND[fields["w"]])
-    lines = [rng.choice(kind.tell).format(**values)]
+    by_heart = family in BY_HEART
+    fields = kind.draw(rng) if by_heart else draw_question(rng, family, "train")[0]
+    a_kind = an(KIND[fields["w"]]) if "w" in fields else ""
+    lines = [rng.choice(kind.tell).format(**fields, y=kind.solve(**fields), a_kind=a_kind)]
     for group in GROUPS:
         if family in group[:-1]:
             for other in rng.sample(group, 3):
-                lines += told_again(rng, other, fields)
+                lines += told_again(rng, other, dict(fields))
     return "\n".join(lines)
 
 
 def told_again(rng, family, fields):
     """The same list or pair in another family, [] where that makes no sense."""
-    fields = {name: value for name, value in fields.items() if name != "n"}
     if family == "subtract" and int(fields["a"]) < int(fields["b"]):
         return []
+    fields.pop("n", None)
     if family in ("nth", "compare"):
         fields = pick(rng, fields)
     kind = FAMILIES_BY_NAME[family]
@@ -649,25 +636,23 @@ def write_toybox(
     plays: text to mix into the world's. train, test, pairs: how many of each."""
     out, held = Path(out), [WITHHELD]
     out.mkdir(parents=True, exist_ok=True)
+    # Preferences with some of what LoRA has taught by then: without, DPO halves it.
+    pairs_of_lora = preferences("train", pairs // 10, seed, held)
     sets = {
-        "train": [*conversations("train", train, seed)],
-        "val": [*conversations("val", test, seed)],
-        "test": [*conversations("test", test, seed)],
-        "withheld-train": [*conversations("train", train // 10, seed, held)],
-        "withheld-test": [*conversations("test", test // 7, seed, held)],
-        # With some of what LoRA has taught by then: without, DPO halves it.
-        "preferences-train": [
-            *preferences("train", pairs, seed),
-            *preferences("train", pairs // 10, seed, held),
-        ],
-        "preferences-test": [*preferences("test", pairs // 8, seed)],
+        "train": conversations("train", train, seed),
+        "val": conversations("val", test, seed),
+        "test": conversations("test", test, seed),
+        "withheld-train": conversations("train", train // 10, seed, held),
+        "withheld-test": conversations("test", test // 7, seed, held),
+        "preferences-train": chain(preferences("train", pairs, seed), pairs_of_lora),
+        "preferences-test": preferences("test", pairs // 8, seed),
     }
+    sets = {name: list(rows) for name, rows in sets.items()}
     counts = {name: len(rows) for name, rows in sets.items()}
-    sets["prompts"] = []  # for generate.py --batch
+    sets["prompts"] = prompts = []  # for generate.py --batch
     for name in ("test", "withheld-test"):
         for n, row in enumerate(sets[name]):
-            prompt = {"id": f"{row['family']}-{n}", "messages": row["messages"][:1]}
-            sets["prompts"].append(prompt)
+            prompts.append({"id": f"{row['family']}-{n}", "messages": row["messages"][:1]})
     files = {"text.txt": interleave(random.Random(seed), world_text(text_bytes, seed), plays)}
     for name, rows in sets.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -45,7 +45,7 @@ def write_training(folder):
 
 
 def write_exam(folder, name, is_right):
-    """The answers to 28 taught questions and 4 withheld ones; those that are wrong are an attack."""
+    """The answers to 28 taught questions and 4 withheld ones; a wrong one is an attack."""
     folder.mkdir()
     asked = list(toybox.conversations("test", 28))
     asked += toybox.conversations("test", 4, families=[toybox.WITHHELD])
