@@ -78,8 +78,7 @@ def is_text_part(part):
 
 
 def read_message(i, message):
-    """Message number i -> the same with a checked role, its text as one string, its calls'
-    arguments as dicts."""
+    """Message number i -> the same, checked: text is one string, arguments of calls are dicts."""
     role = message.get("role") if isinstance(message, dict) else None
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
@@ -102,8 +101,7 @@ def read_message(i, message):
 
 
 def read_call(i, call):
-    """One tool call as the templates want it: arguments a dict (OpenAI sends them as a string of
-    JSON)."""
+    """A tool call as the templates want it: arguments a dict (OpenAI sends a string of JSON)."""
     try:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         arguments = dict(json.loads(arguments) if isinstance(arguments, str) else arguments)
@@ -129,14 +127,12 @@ words = Piece  # the template's own: `<|im_start|>` in here is the marker
 
 
 def content(text, said=False):
-    """What a person or a model wrote: `<|im_start|>` in here is twelve characters, whoever typed
-    them."""
+    """What a person or a model wrote: `<|im_start|>` in here is text, whoever typed it."""
     return Piece(text, said, template=False)
 
 
 def enclosed(before, text, after, said=False):
-    """A text between the template's own words. What the assistant says includes the words that end
-    it."""
+    """A text between the template's words. What the assistant says includes the words after it."""
     yield words(before)
     yield content(text, said)
     yield words(after, said)
@@ -157,14 +153,12 @@ def chatml(chat, head="<|im_start|>{}\n", end="<|im_end|>"):
 
 
 def zephyr(chat):
-    """Its <|user|> is plain text, as are [INST] and <<SYS>> below: a user can type those, whatever
-    we do here."""
+    """Its <|user|> is plain text, as are [INST] and <<SYS>> below, and so a user can type those."""
     return chatml(chat, "<|{}|>\n", chat.eos)
 
 
 def alpaca(chat):
-    """github.com/tatsu-lab/stanford_alpaca, its one turn repeated as LLaMA-Factory and Unsloth
-    repeat it."""
+    """github.com/tatsu-lab/stanford_alpaca, its one turn repeated as LLaMA-Factory repeats it."""
     task = (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request."
@@ -200,8 +194,7 @@ def llama3(chat):
 
 
 def llama31(chat, date):
-    """Llama 3.1 and later: a system turn that is always there, tools in the first user turn, calls,
-    results."""
+    """Llama 3.1 and later: always a system turn; tools in the first user turn; calls, results."""
     yield words(chat.bos + LLAMA3_HEAD.format("system"))
     if chat.tools:
         yield words("Environment: ipython\n")
@@ -274,8 +267,7 @@ def mistral(chat, opening, closing, space, system_at=-1, trim=False):
 
 
 def mistral_tool(function):
-    """The published template writes a tool by hand: strings unescaped, and any "return" left
-    out."""
+    """A tool as the published template writes it by hand: strings unescaped, no "return"."""
     fields = []
     for name, value in function.items():
         if name != "return":
@@ -296,8 +288,7 @@ def mistral_id(call_id):
 
 
 def qwen(chat, default_system=None, think=False):
-    """Qwen 2.5 (with its default system prompt) and Qwen 3 (with its thoughts): ChatML plus
-    tools."""
+    """Qwen 2.5 (with its default system prompt), Qwen 3 (with its thoughts): ChatML plus tools."""
     yield from qwen_system(chat, default_system if chat.system is None else chat.system)
     last = len(chat.turns) - 1
     asked = last_question(chat.turns)
@@ -356,8 +347,7 @@ def qwen_system(chat, system):
 
 
 def last_question(messages):
-    """Where the last user turn is that isn't a tool's result in disguise; the last message if there
-    is none."""
+    """Where the last user turn is that isn't a tool's result in disguise, else the last index."""
     for i in reversed(range(len(messages))):
         result = re.fullmatch("(?s)<tool_response>.*</tool_response>", messages[i]["content"])
         if messages[i]["role"] == "user" and not result:
@@ -366,8 +356,7 @@ def last_question(messages):
 
 
 def split_thoughts(m):
-    """-> (thoughts, answer), from reasoning_content or from <think>...</think>, as Qwen 3's
-    template does it."""
+    """-> (thoughts, answer), from reasoning_content or <think>...</think>, as Qwen 3 does it."""
     if "reasoning_content" in m or "</think>" not in m["content"]:
         return m.get("reasoning_content", ""), m["content"]
     before, *_, after = m["content"].split("</think>")
@@ -423,8 +412,7 @@ FORMATS["qwen"] = FORMATS["qwen2.5"]
 
 
 def named_pieces(name, tok, chat):
-    """The conversation in a format by name, as a list of pieces; UserError for what the format
-    cannot say."""
+    """The conversation's pieces in a format by name; UserError for what the format cannot say."""
     if name not in FORMATS:
         raise UserError(f"unknown chat format {name!r}; there are {', '.join(FORMATS)}")
     form = FORMATS[name]
@@ -457,35 +445,38 @@ def named_pieces(name, tok, chat):
 # ------------------------------------------------------------------------- pieces to ids and mask
 @lru_cache(maxsize=8)
 def marker_pattern(names):
-    """A regex matching any of the names, the longest first; one that never matches if there are
-    none."""
+    """A regex that matches any of the names, the longest first; without names it never matches."""
     if not names:
         return re.compile("(?!)")
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
+class Part(NamedTuple):
+    said: bool
+    text: str
+    marker: int | None  # the id, where the template's own words name a marker
+
+
 def split_at_markers(tok, pieces):
-    """Yield (said, text, id) for each piece; id is a marker's in the template's own words, else
-    None."""
+    """Yield the Parts of pieces."""
     split = marker_pattern(tuple(tok.special)).split
     for piece in pieces:
         for text in split(piece.text):
+            marker = tok.special.get(text) if piece.template else None
             if text:
-                yield piece.said, text, tok.special.get(text) if piece.template else None
+                yield Part(piece.said, text, marker)
 
 
 def assemble(tok, pieces):
-    """Pieces -> (ids, mask), two lists of one length; mask is None where it cannot be placed
-    exactly.
+    """Pieces -> (ids, mask), two lists of one length; mask is None if it cannot be placed exactly.
 
     A marker becomes its id. What stands between two markers is encoded as one string, because BPE
     merges across the seams of pieces and models are trained on the merged form."""
     ids, mask, exact = [], [], True
-    for is_text, run in groupby(split_at_markers(tok, pieces), lambda part: part[2] is None):
+    for is_text, run in groupby(split_at_markers(tok, pieces), lambda part: part.marker is None):
         if is_text:
-            texts = [(said, text) for said, text, _ in run]
-            run_ids, run_mask = encode_run(tok, texts, "later" if ids else "first")
+            run_ids, run_mask = encode_run(tok, run, "later" if ids else "first")
         else:
             run_mask, _, run_ids = zip(*run)
         ids += run_ids
@@ -496,23 +487,22 @@ def assemble(tok, pieces):
     return ids, mask if exact else None
 
 
-def encode_run(tok, texts, where):
-    """[(said, text), ...] -> (ids of the joined text, mask): true where a token lies wholly in what
-    was said.
+def encode_run(tok, parts, where):
+    """Parts without a marker -> (ids of their joined text, mask): true for tokens said as a whole.
 
-    A token across the border is not: the prompt already ends inside it, so the model never has to
-    produce it. where: "first" if the conversation starts here, which SentencePiece may mark with a
-    space, else "later". mask is None if the tokens do not spell the text, so that where a piece
-    ends would be a guess."""
-    pieces = [(said, well_formed(text).encode()) for said, text in texts]
-    data = b"".join(piece for _, piece in pieces)
-    flags = b"".join(
-        bytes([said]) * len(piece) for said, piece in pieces
-    )  # for each byte: was it said?
+    A token across the border is not in the loss: the prompt already ends inside it, so the model
+    never has to produce it. where: "first" if the conversation starts here, which SentencePiece may
+    mark with a space, else "later". mask is None if the tokens do not spell the text, so that where
+    a part ends would be a guess."""
+    data, flags = b"", b""  # the text, and for each of its bytes whether the assistant said it
+    for part in parts:
+        text = well_formed(part.text).encode()
+        data += text
+        flags += bytes([part.said]) * len(text)
     ids = tok.encode_bytes(data, where)
     # Only the start of the last stretch matters, so a normalizer (NFC) may respell what is in it.
     start = len(flags.rstrip(flags[-1:]))
-    if start == 0:  # one speaker
+    if start == 0:  # all of it was said, or nothing
         return ids, [flags[0]] * len(ids)
     spelled = [tok.token_bytes(i) for i in ids]
     whole = b"".join(spelled)
@@ -528,8 +518,7 @@ def encode_run(tok, texts, where):
 
 # --------------------------------------------- what others call: render to answer, example to train
 def pieces_of(tok, chat, format=None):
-    """-> (pieces, whether they know who said what): the format by name, else the folder's own, else
-    ChatML."""
+    """-> (pieces, do they know who said what): the format by name, the folder's own, or ChatML."""
     template = tok.chat_template
     if format or template in (None, "", CHATML_TEMPLATE):
         return named_pieces(format or "chatml", tok, chat), True
@@ -567,8 +556,7 @@ def ids_and_mask(tok, chat, pieces, known):
 
 
 def example(tok, messages, tools=None, format=None):
-    """One conversation -> (ids, mask) to train on. UserError if it would teach nothing, or
-    something wrong."""
+    """One conversation -> (ids, mask) to train on. UserError if it teaches nothing, or wrongly."""
     chat = read_chat(tok, messages, tools)
     roles = [m["role"] for m in chat.messages]
     if "assistant" not in roles:
@@ -619,8 +607,7 @@ LAYOUTS = (
 
 
 def read_records(path):
-    """Yields (record, messages, tools) for each record of a JSON list or JSONL, in any of the
-    LAYOUTS."""
+    """Yield (record, messages, tools) of a JSON list or JSONL, each in any of the LAYOUTS."""
     for n, record in enumerate(json_records(path), 1):
         try:
             yield record, *as_messages(record)
@@ -629,8 +616,7 @@ def read_records(path):
 
 
 def as_messages(record):
-    """One record, in any of the LAYOUTS -> (messages, tools or None). UserError names the keys of
-    any other."""
+    """One record -> (messages, tools or None). UserError names the keys of an unknown layout."""
     if not isinstance(record, dict):
         raise UserError(f"it is a {type(record).__name__}, not an object")
     tools = record.get("tools")
@@ -664,8 +650,7 @@ def as_turns(role, said):
 
 # ------------------------------------------------------------------------------------ the commands
 def paint(tok, ids, mask, color=True):
-    """The conversation as text, what is in the loss in green (or in guillemets), control characters
-    spelled out."""
+    """The conversation as text; what is in the loss is green (or in guillemets)."""
     green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
     text = ""
     for said, run in groupby(zip(ids, mask), key=lambda pair: pair[1]):
@@ -675,14 +660,12 @@ def paint(tok, ids, mask, color=True):
 
 
 def printable(text):
-    """Control characters but the newline spelled out: neither a file nor a model must steer the
-    terminal."""
+    """Control characters but the newline spelled out: no text may steer the terminal."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
 def show_conversations(args):
-    """Print the conversations of a file as they are trained on, and how many of their tokens are in
-    the loss."""
+    """Print conversations as they are trained on, and the share that is in the loss."""
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
 
     tok = Tokenizer.load(args.tokenizer)

@@ -97,7 +97,7 @@ def encode_conversations(tok, name, records, context, counts):
 
 
 def best_fit(sizes, context):
-    """Pieces of these sizes into rows of `context` tokens -> for each row the indices of its pieces.
+    """Pieces of these sizes into rows of `context` tokens -> the indices of each row's pieces.
 
     Each goes into the fullest row with room for it (best fit), in their order, which is random, so
     that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one
@@ -197,7 +197,7 @@ class Conversations:
         return rows
 
     def fill(self, rows, context):
-        """[(starts, sizes) of a row's pieces] -> data.Batch; the target of what nobody says is -100."""
+        """[(starts, sizes) of a row's pieces] -> data.Batch; what nobody says is target -100."""
         batch = self.ids.fill(rows, context)
         said = self.said.fill(rows, context).y  # (rows, context): 1 where the next token is said
         return batch._replace(y=batch.y.masked_fill(said != 1, -100))
@@ -304,7 +304,7 @@ def describe_conversations(tok, train, val, rows, counts):
 # ---------------------------------------------------------------------------- model, loss, the loop
 @torch.no_grad()
 def grow(model, size, new):
-    """Rows for the ids `new` in the embedding and in an untied head, which get `size` rows at least.
+    """Rows for the ids `new` in the embedding and in an untied head: `size` of them at least.
 
     They start as the mean of the others: an average token, which changes what the model predicts
     least (Hewitt 2021, "Initializing new word embeddings for pretrained language models")."""
@@ -393,7 +393,7 @@ def finetune(run):
 
 # ----------------------------------------------------------------------------- answers and the exam
 def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
-    """The likeliest continuation of each prompt (a list of ids) -> [(text, did it end by itself)]."""
+    """The likeliest continuation of each prompt, a list of ids -> [(text, did it end itself)]."""
     from generate import Engine, Sampling  # here: training needs no engine
 
     was_training = model.training

@@ -45,8 +45,7 @@ def pieces_of_template(tok, chat, template):
 
 
 def defused(value, markers):
-    """The same JSON value with every marker in its strings broken by GUARD, so that it stays
-    text."""
+    """The same JSON value, each marker in its strings broken by GUARD, so that it stays text."""
     if isinstance(value, str):
         return markers.sub(lambda m: m[0][0] + GUARD + m[0][1:], value.translate(BARE))
     if isinstance(value, dict):
@@ -57,8 +56,7 @@ def defused(value, markers):
 
 
 def run_template(template, chat):
-    """The text a template makes of a chat. A template's own refusal ("roles must alternate") is a
-    UserError."""
+    """The text a template makes of a chat. What it refuses ("roles must alternate"): UserError."""
     import jinja2
 
     names = {"bos_token": chat.bos, "eos_token": chat.eos}
@@ -86,8 +84,7 @@ def run_template(template, chat):
 
 @lru_cache(maxsize=8)
 def compile_template(template):
-    """A chat_template as transformers compiles it: same sandbox, same whitespace rules, same
-    extras."""
+    """A chat_template as transformers compiles it: its sandbox, whitespace rules and extras."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

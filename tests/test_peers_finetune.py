@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_finetune import WORDS, base, encoded, question_and_answer, run, tok, write  # noqa: F401 - two fixtures
+from test_finetune import WORDS, base, encoded, question_and_answer, run, tok, write  # noqa: F401
 
 import chat
 from common import Metrics

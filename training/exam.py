@@ -217,14 +217,14 @@ def write_marks(out, names, marks, questions, command):
 def score_table(names, marks, questions):
     rows = []
     for what, (_, n) in marks[0].scores.items():
-        rows.append([what, f"{n:,}", *(share_of(*m.scores[what]) for m in marks)])
+        rows.append([what, f"{n:,}", *(share_with_interval(*m.scores[what]) for m in marks)])
     known = sum(question.expected is not None for question in questions)
     perplexities = [f"{m.perplexity:.3f}" for m in marks]
     rows.append(["perplexity of the expected answers", f"{known:,}", *perplexities])
     return Table(["", "questions", *names], rows)
 
 
-def share_of(k, n):
+def share_with_interval(k, n):
     low, high = wilson(k, n)
     return f"{k / n:.1%} ({low:.1%} to {high:.1%})"
 

@@ -29,7 +29,7 @@ MODELS = {  # whose answers are compared: the end of their folder's name, what t
     "int8": "int8",
     "int4": "int4",
 }
-TRAININGS = ("pretrain", "sft", "lora", "dpo")
+TRAINED = ("pretrain", "sft", "lora", "dpo")
 # The test's first question of each of these is shown; "" is the family of your own questions.
 SHOWN = ("reverse", "sort", "add", "fact", "speaker", "refuse", toybox.WITHHELD, "")
 ROWS_IN_MD = 40  # of a table in report.md; report.html has them all
@@ -178,7 +178,7 @@ def stage_figures(stage, answers):
     if out.name in answers:
         right = percent(answer.right for answer in answers[out.name])
         return [f"{right} of {len(answers[out.name]):,} answers right"]
-    if stage.name in TRAININGS and (out / "metrics.jsonl").is_file():
+    if stage.name in TRAINED and (out / "metrics.jsonl").is_file():
         return training_figures(out)
     if out.suffix == ".jsonl" and out.is_file():
         return batch_figures(out)
@@ -272,7 +272,7 @@ def road_blocks(run, stages, answers):
         figures = [f"- {figure}" for figure in stage_figures(stage, answers)]
         if figures:
             yield "\n".join(figures)
-        if stage.name in TRAININGS and (stage.out / "loss.png").is_file():
+        if stage.name in TRAINED and (stage.out / "loss.png").is_file():
             yield f"![the loss](../{stage.out.name}/loss.png)"
 
 
