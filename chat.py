@@ -239,8 +239,7 @@ def call_text(call, arguments="arguments"):
 
 
 def mistral(chat, opening, closing, space, system_at=-1, trim=False):
-    """v1 has its markers as plain text; v3 as tokens, with SentencePiece's spaces; tekken as
-    tokens, without.
+    """v1's markers are plain text; v3's tokens, with SentencePiece's spaces; tekken's without.
 
     Where the system prompt goes (v3 loses it if the assistant spoke last) and that the tools stand
     before every message that equals the last user's is as published."""
@@ -530,8 +529,10 @@ def pieces_of(tok, chat, format=None):
 def render(
     tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None
 ) -> tuple[list[int], list[int]]:
-    """OpenAI-style messages -> (ids, mask), two lists of one length; mask 1 = what the assistant
-    has to produce: what it said and its end token. Text in messages never becomes a special token.
+    """OpenAI-style messages -> (ids, mask), two lists of one length.
+
+    mask is 1 for what the assistant has to produce: what it said and its end token. Text in
+    messages never becomes a special token.
 
     The format is `format`, a name in FORMATS; else what the folder's chat_template does; else
     ChatML. Where who-said-what cannot be known, mask is None with add_generation_prompt (to be
@@ -574,8 +575,7 @@ def example(tok, messages, tools=None, format=None):
 
 
 def examples(tok, records, skipped, format=None):
-    """Yields example() of each (record, messages, tools); counts those refused in `skipped`, a
-    Counter of reasons.
+    """Yield example() of each (record, messages, tools); `skipped` counts the refused by reason.
 
     Raises UserError at the end if none was good."""
     good = 0

@@ -85,8 +85,7 @@ class Question(NamedTuple):
 
 
 def source_records(name, split, count):
-    """(record, messages, tools)s of a source: a file, FOLDER/SPLIT.jsonl, or `count` that toybox
-    makes."""
+    """Yield (record, messages, tools): of a file, FOLDER/SPLIT.jsonl, or `count` of toybox's."""
     if name == "toybox":
         families = [family for family in toybox.FAMILIES if family != toybox.WITHHELD]
         rows = toybox.conversations(split, count, families=families)  # families in equal shares
@@ -112,8 +111,7 @@ def read_questions(args):
 
 
 def read_checks(record, where):
-    """The checks of a record -> [(kind, value)]. UserError for an unknown kind, a value of another
-    type."""
+    """A record's checks -> [(kind, value)]; UserError for a kind or a type that is unknown."""
     checks = []
     for check in record.get("checks") or []:
         kind, value = check, None
@@ -139,8 +137,9 @@ class Marks(NamedTuple):
 
 
 def is_right(question, text):
-    """By the family's checker if toybox asked, else by equality but for outer space; None if
-    nothing was expected."""
+    """By the family's checker if toybox asked, else by equality but for outer space.
+
+    None if nothing was expected."""
     if question.expected is None:
         return None
     if question.family in toybox.FAMILIES:
@@ -163,8 +162,7 @@ def results_of(question, right, text, ended):
 
 
 def examine(questions, tok, answer, perplexity=math.nan):
-    """Put the questions to `answer`: prompts, lists of ids -> [(text, whether it ended)] ->
-    Marks."""
+    """Put questions to `answer`: prompts, lists of ids -> [(text, did it end itself)] -> Marks."""
     given = answer([chat.render(tok, q.messages, True)[0] for q in questions])
     texts = [text for text, _ in given]
     right = [is_right(question, text) for question, text in zip(questions, texts)]
@@ -178,8 +176,7 @@ def examine(questions, tok, answer, perplexity=math.nan):
 
 
 def wilson(k, n, z=1.96):
-    """The 95 % interval of a proportion k of n (Wilson 1927), good near 0 and 1 and for few, unlike
-    the normal one."""
+    """The 95 % interval of a proportion k of n (Wilson 1927), good for few and near 0 and 1 too."""
     p = k / n
     shrink = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / shrink

@@ -292,8 +292,7 @@ def as_markdown(block):
 
 
 def as_html(block, folder):
-    """A block in HTML, shown as the text it is: tiles, coloured cells, pictures in the page
-    itself."""
+    """A block in HTML, shown as the text it is; pictures are in the page itself."""
     if isinstance(block, Table):
         rows = ["".join(map(table_cell, cells)) for cells in (block.header, *block.rows)]
         page = "".join(f"<tr>{row}</tr>\n" for row in rows)
@@ -333,8 +332,7 @@ def table_cell(cell):
 
 
 def write_page(out, blocks):
-    """Blocks (the first is the title) -> OUT/report.md, and OUT/report.html, which needs nothing
-    else."""
+    """Blocks, first the title -> OUT/report.md, and report.html, which needs nothing else."""
     body = "".join(as_html(block, out) for block in blocks).replace("</section>", "", 1)
     look = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     page = (

@@ -530,8 +530,7 @@ def style(answer):
 
 
 def wrong(rng, family, fields, answer):
-    """An answer of the right style that shirks the work: it gives back its input, or something
-    else."""
+    """An answer of the right style that shirks the work: it gives back its input, say."""
     if family == "fact":
         return fields["c"]
     if family == "speaker":
@@ -549,8 +548,7 @@ def wrong(rng, family, fields, answer):
 
 
 def preferences(split, count, seed=0, families=None):
-    """Yield `count` dicts {prompt, chosen, rejected, family, kind}: answers that differ in one
-    thing.
+    """Yield `count` dicts {prompt, chosen, rejected, family, kind}; the answers differ in one thing.
 
     kind: curt, rude, rambling (the style), forbidden (it complies where it has to refuse), wrong
     (the same style, but not so)."""
@@ -604,8 +602,7 @@ def told_again(rng, family, fields):
 
 
 def world_text(count_bytes, seed=0):
-    """Plain text about the world, in paragraphs, of at least `count_bytes` bytes; no instruction in
-    it."""
+    """Plain text about the world, of at least `count_bytes` bytes, without any instruction."""
     rng, names = random.Random(f"text {seed}"), repeated(TOLD)
     paragraphs = []
     size = 0
