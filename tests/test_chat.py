@@ -151,7 +151,8 @@ def test_no_text_becomes_a_special_token_and_masks_fit(texts, name):
     evil, mask = chat.render(tok, say(*texts), True, format=name)
     plain, _ = chat.render(tok, say(*["x"] * len(texts)), True, format=name)
     assert [i for i in evil if i in specials] == [i for i in plain if i in specials]
-    assert len(mask) == len(evil) and set(mask) <= {0, 1}
+    assert len(mask) == len(evil)
+    assert set(mask) <= {0, 1}
 
 
 def test_a_marker_typed_by_the_user_stays_text():
@@ -485,7 +486,8 @@ def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(
     for one, other in itertools.combinations(asked.values(), 2):
         assert not one & other
     assert 800 < len(made["train"]) < 900
-    assert 25 < len(made["val"]) < 80 and 65 < len(made["test"]) < 140
+    assert 25 < len(made["val"]) < 80
+    assert 65 < len(made["test"]) < 140
 
 
 def test_convert_moves_no_record_when_there_are_more(tmp_path, monkeypatch):

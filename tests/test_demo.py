@@ -96,8 +96,10 @@ def test_a_stage_can_be_the_last_and_the_server_left_out():
 )
 def test_a_wrong_flag_is_one_line(flags, told):
     done = demo(*flags)
-    assert done.returncode != 0 and told in done.stderr
-    assert done.stderr.count("\n") == 1 and not done.stdout
+    assert done.returncode != 0
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
 
 
 # --------------------------------------------------------------------- done, cut short, out of date
@@ -139,7 +141,8 @@ def programs(log):
 def test_what_is_done_is_skipped_and_a_second_run_serves_at_once(stubbed, tmp_path):
     code, log = stubbed()
     wanted = [line.removeprefix("python ").replace("'", "") for line in commands()[:-1]]
-    assert code == 0 and log == wanted
+    assert code == 0
+    assert log == wanted
     (tmp_path / "runs" / "demo-report" / "report.html").touch()
     assert stubbed() == (0, [])
     assert stubbed(SERVE="1") == (0, ["serve.py runs/demo-dpo --port 8000"])
@@ -147,11 +150,15 @@ def test_what_is_done_is_skipped_and_a_second_run_serves_at_once(stubbed, tmp_pa
 
 def test_a_stage_that_failed_is_resumed_and_the_rest_follows(stubbed, tmp_path):
     code, log = stubbed(FAIL="dpo.py")
-    assert code == 7 and log[-1].startswith("dpo.py")
+    assert code == 7
+    assert log[-1].startswith("dpo.py")
     (tmp_path / "runs" / "demo-dpo" / "state" / "step-5").mkdir(parents=True)  # it had saved
     code, log = stubbed()
-    assert code == 0 and log[0].startswith("dpo.py") and log[0].endswith("--resume")
-    assert log[1].startswith("finetune.py eval runs/demo-dpo") and "--overwrite" not in log[1]
+    assert code == 0
+    assert log[0].startswith("dpo.py")
+    assert log[0].endswith("--resume")
+    assert log[1].startswith("finetune.py eval runs/demo-dpo")
+    assert "--overwrite" not in log[1]
     assert stubbed()[1] == ["-m training.report runs/demo"]  # the stub has not made it
 
 
@@ -160,7 +167,8 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
     (tmp_path / "runs" / "demo-answers.jsonl").write_text("stale")
     shutil.rmtree(tmp_path / "runs" / "demo-merged")
     code, log = stubbed(FAIL="dpo.py")  # cut short when only a part of it is done
-    assert code == 7 and programs(log) == ["lora.py", "finetune.py", "dpo.py"]
+    assert code == 7
+    assert programs(log) == ["lora.py", "finetune.py", "dpo.py"]
     assert "merge" in log[0]
     code, log = stubbed()
     assert code == 0
@@ -172,7 +180,8 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
     shutil.rmtree(tmp_path / "runs" / "demo-report" / "base")
     assert programs(stubbed()[1]) == ["finetune.py", "-m"]
     log = stubbed(LORA="--r 4")[1]  # other flags
-    assert log[0].startswith("lora.py train") and "--r 4" in log[0]
+    assert log[0].startswith("lora.py train")
+    assert "--r 4" in log[0]
     assert log[0].endswith("--overwrite")
     assert any(line.startswith("dpo.py") and line.endswith("--overwrite") for line in log)
     assert not any(line.startswith(("train.py", "finetune.py runs")) for line in log)
@@ -181,7 +190,8 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
 def test_from_makes_a_stage_and_all_that_follow_anew(stubbed):
     whole = stubbed()[1]
     log = stubbed("--from", "dpo")[1]
-    assert log[0].startswith("dpo.py") and log[0].endswith(" --overwrite")
+    assert log[0].startswith("dpo.py")
+    assert log[0].endswith(" --overwrite")
     # the stub leaves its step-1 everywhere
     assert [line.removesuffix(" --overwrite") for line in log] == whole[-len(log) :]
 
@@ -199,7 +209,8 @@ def test_times_count_what_was_saved_before_a_stage_was_cut_short(stubbed, tmp_pa
     saved.mkdir(parents=True)
     os.utime(saved, (begun.stat().st_mtime + 40,) * 2)
     stubbed()
-    assert 40 <= int((begun.parent / "dpo").read_text().split("\t")[1]) <= 43 and not begun.exists()
+    assert 40 <= int((begun.parent / "dpo").read_text().split("\t")[1]) <= 43
+    assert not begun.exists()
 
 
 @pytest.mark.slow

@@ -229,7 +229,8 @@ def test_no_conversation_sees_another(tok):
         score = logits[0, where].square().sum()
         (gradient,) = torch.autograd.grad(score, embedded, retain_graph=True)
         assert gradient[0, where].abs().sum() > 0
-        assert gradient[0, ~where].abs().sum() == 0 and gradient[1].abs().sum() == 0
+        assert gradient[0, ~where].abs().sum() == 0
+        assert gradient[1].abs().sum() == 0
 
 
 def test_a_batch_without_a_target_costs_nothing_and_divides_by_nothing(base, tmp_path):
@@ -285,7 +286,8 @@ def test_weights_say_how_often_an_epoch_takes_a_source(tok):
         times = [taken[-1].count(i) for i in range(20)]
         assert sorted(times[:10]) == [2] * 5 + [3] * 5
         assert sorted(times[10:]) == [0] * 5 + [1] * 5
-    assert Counter(taken[0]) != Counter(taken[1]) and taken[1] == taken[2]
+    assert Counter(taken[0]) != Counter(taken[1])
+    assert taken[1] == taken[2]
     assert Conversations([(2.5, parts[0]), (1.0, parts[1])]).sha256 != split.sha256
 
 
@@ -305,7 +307,8 @@ def test_a_long_conversation_keeps_its_start_and_no_end_it_did_not_reach(tok):
     ((ids, mask),) = encoded(tok, [long, prompt], 32, counts)
     whole_ids, whole_mask = chat.example(tok, long)
     assert ids.tolist() == whole_ids[:33]
-    assert mask.tolist() == [bool(m) for m in whole_mask[:33]] and mask[-1]
+    assert mask.tolist() == [bool(m) for m in whole_mask[:33]]
+    assert mask[-1]
     assert tok.special["<|im_end|>"] not in ids[mask]
     left_out = "left out: the prompt alone fills the context"
     assert counts == {"cut to the context": 2, left_out: 1}
@@ -416,7 +419,8 @@ def test_killed_in_an_epoch_and_resumed_equals_never_stopped_to_the_bit(base, tm
     assert same_folder(tmp_path / "whole", tmp_path / "cut")
     whole, cut = (Metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
     assert [without_clock(r) for r in whole] == [without_clock(r) for r in cut]
-    assert whole[-1]["epoch"] > 1 and whole[-1]["val_loss"] < whole[0]["loss"] - 1
+    assert whole[-1]["epoch"] > 1
+    assert whole[-1]["val_loss"] < whole[0]["loss"] - 1
 
 
 def losses_of(folder):
@@ -475,7 +479,8 @@ UNREADABLE = [
 def test_a_file_of_nothing_usable_is_refused_by_reason(record, reason, base, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(record) + "\n")
     message = refused(base, tmp_path / "run", "--data", tmp_path / "bad.jsonl")
-    assert reason in message and "bad.jsonl" in message
+    assert reason in message
+    assert "bad.jsonl" in message
 
 
 def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_path):
@@ -513,13 +518,16 @@ def test_mistakes_are_one_line(flags, message, base, tmp_path):
 def test_the_context_is_at_most_the_models_and_it_is_said(base, tmp_path):
     data = write(tmp_path / "a.jsonl", talks(60))
     code, stdout, _ = run(base, tmp_path / "run", "--data", data, "--fit", "--context", 1000)
-    assert code == 0 and "context  192 tokens a row, not 1,000" in stdout
+    assert code == 0
+    assert "context  192 tokens a row, not 1,000" in stdout
 
 
 def test_the_help_shows_every_flag_with_its_comment():
     code, stdout, _ = call(["finetune.py", "--help"])
-    assert code == 0 and "--data str [str ...]" in stdout
-    assert "FOLDER (its train.jsonl" in stdout and "--muon-lr" in stdout
+    assert code == 0
+    assert "--data str [str ...]" in stdout
+    assert "FOLDER (its train.jsonl" in stdout
+    assert "--muon-lr" in stdout
 
 
 # ---------------------------------------------------------------------------------------- the exam
@@ -546,7 +554,8 @@ def test_answering_and_evaluating_leave_training_mode_and_random_numbers_alone(b
     greedy_answers(model, tok, [[7, 8]], 3)
     args, split = finetune.Args(context=64), conversations(tok)
     evaluate(model, split, 4, args, finetune.resolve("cpu"), loss=packed_loss)
-    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def exam(folder, data, *flags):
@@ -565,7 +574,8 @@ def test_the_exam_marks_a_model_and_writes_it_down(base, tmp_path):
     code, _, stderr = call(exam(base, data, "--before", base, "--out", out, "--max-tokens", 6))
     assert code == 0, stderr
     row = Metrics.read(out / "metrics.jsonl")[-1]["eval"]
-    assert row["check: max_words"] == 1 and row["check: keywords"] == 0
+    assert row["check: max_words"] == 1
+    assert row["check: keywords"] == 0
     assert row["check: all of an answer's"] == pytest.approx(1 / 12)
     assert {"exact match", "exact match: mine", "ended by itself", "perplexity"} <= row.keys()
     tok, model = open_model(base, "cpu")
@@ -574,7 +584,8 @@ def test_the_exam_marks_a_model_and_writes_it_down(base, tmp_path):
     assert row["perplexity"] == pytest.approx(np.exp(total / split.supervised), rel=1e-4)
     assert "| exact match: mine | 11 |" in (out / "report.md").read_text()
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 and lines[-1]["expected"] is None
+    assert len(lines) == 12
+    assert lines[-1]["expected"] is None
     assert lines[0]["expected"] == asked[0][1]["content"]
 
 
@@ -586,7 +597,8 @@ def test_a_memorised_set_scores_full_marks(base, tmp_path):
     assert code == 0, stderr
     assert call(exam(out, data))[0] == 0
     row = Metrics.read(out / "metrics.jsonl")[-1]
-    assert row["step"] == 60 and row["eval"]["exact match"] == row["eval"]["ended by itself"] == 1
+    assert row["step"] == 60
+    assert row["eval"]["exact match"] == row["eval"]["ended by itself"] == 1
     assert row["eval"]["perplexity"] < 1.2
 
 

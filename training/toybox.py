@@ -548,7 +548,7 @@ def wrong(rng, family, fields, answer):
 
 
 def preferences(split, count, seed=0, families=None):
-    """Yield `count` dicts {prompt, chosen, rejected, family, kind}; the answers differ in one thing.
+    """Yield `count` dicts {prompt, chosen, rejected, family, kind}: two answers, one difference.
 
     kind: curt, rude, rambling (the style), forbidden (it complies where it has to refuse), wrong
     (the same style, but not so)."""

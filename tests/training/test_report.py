@@ -101,10 +101,13 @@ def test_the_report_counts_what_the_folders_hold(made):
     assert "- **1:03:58** for all of it, on 2 cores" in md
     assert "| all that was taught | 28 | 0% | 75% |" in md
     assert f"| {toybox.WITHHELD}, by LoRA | 4 | 0% | 75% |" in md
-    assert "| courteous | 32 | 0% | 75% |" in md and "| perplexity |  | 3.25 | 3.25 |" in md
+    assert "| courteous | 32 | 0% | 75% |" in md
+    assert "| perplexity |  | 3.25 | 3.25 |" in md
     assert "| ends by itself |  | 50% | 50% |" in md
-    assert "- loss 8.000 → 2.000\n" in md and "- held-out loss 0.500 → 0.500\n" in md
-    assert "- 30 tokens/s\n" in md and "- 6 parameters\n" in md
+    assert "- loss 8.000 → 2.000\n" in md
+    assert "- held-out loss 0.500 → 0.500\n" in md
+    assert "- 30 tokens/s\n" in md
+    assert "- 6 parameters\n" in md
     assert "- 75% of 32 answers right\n" in md
     # the batch was started twice: 2.0 s and 3.0 s
     assert "- 4 answers, 20 tokens in 5.0 s: 4 tokens/s\n" in md
@@ -116,9 +119,11 @@ def test_the_report_counts_what_the_folders_hold(made):
 def test_the_page_needs_nothing_else_and_shows_answers_as_text(made):
     md, page = made
     parsed = Page(page)
-    assert EVIL in parsed.text and EVIL.replace("|", "\\|") in md
+    assert EVIL in parsed.text
+    assert EVIL.replace("|", "\\|") in md
     assert not {tag for tag, _ in parsed.tags} & {"script", "link", "iframe"}
-    assert "http" not in page and "url(" not in page
+    assert "http" not in page
+    assert "url(" not in page
     pictures = [attributes["src"][:22] for tag, attributes in parsed.tags if tag == "img"]
     assert pictures == ["data:image/png;base64,"]
     names = {name for _, attributes in parsed.tags for name in attributes}
@@ -129,7 +134,8 @@ def test_the_page_needs_nothing_else_and_shows_answers_as_text(made):
 def test_cells_are_coloured_by_what_they_say(made):
     cells = [attributes for tag, attributes in Page(made[1]).tags if tag == "td"]
     classes = [cell.get("class") for cell in cells]
-    assert classes.count("right") == 5 and classes.count("wrong") == 9
+    assert classes.count("right") == 5
+    assert classes.count("wrong") == 9
     shares = {cell["style"] for cell in cells if cell.get("class") == "share"}
     assert shares >= {"--share:0", "--share:75", "--share:50"}
 
@@ -143,7 +149,8 @@ def test_a_report_shows_whatever_stands_in_a_cell_as_text(tmp_path, monkeypatch)
     assert "<b" not in page.replace("<body", "")
     assert page.count("&lt;b onclick=x&gt;&amp;|") == 6
     assert page.count("class=right") == 3
-    assert text.count("| <b onclick=x>&\\| ⏎ y | ✓ z |\n") == 2 and "1 more in report.html" in text
+    assert text.count("| <b onclick=x>&\\| ⏎ y | ✓ z |\n") == 2
+    assert "1 more in report.html" in text
 
 
 def test_a_road_not_begun_is_one_line(tmp_path, monkeypatch):

@@ -88,7 +88,9 @@ def test_the_published_figures_world_is_still_the_same_to_the_byte():
 def test_splits_share_no_content():
     train, val, test = map(contents, WORLD_SPLITS)
     assert min(map(len, (train, val, test))) > 500
-    assert not train & val and not train & test and not val & test
+    assert not train & val
+    assert not train & test
+    assert not val & test
 
 
 def test_the_content_is_the_same_in_whatever_family_order_and_case():
@@ -116,7 +118,8 @@ def test_every_answer_passes_its_checker_and_a_perturbed_one_fails(family, split
     for row in conversations(split, 150, families=[family]):
         answer, said = row["answer"], row["messages"][1]["content"]
         assert row["family"] == family
-        assert check(family, prompt(row), answer) and check(family, prompt(row), said)
+        assert check(family, prompt(row), answer)
+        assert check(family, prompt(row), said)
         for other in (answer + ".", answer[:-1], "", f"{answer}, {answer}", answer.swapcase()):
             assert other == answer or not check(family, prompt(row), other), (row, other)
 
@@ -144,7 +147,8 @@ def test_every_answer_passes_its_checker_and_a_perturbed_one_fails(family, split
 )
 def test_the_checker_knows_answers_worked_out_by_hand(family, question, answer):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": question}]
-    assert check(family, messages, f" {answer}\n") and check(family, messages, "Gladly: " + answer)
+    assert check(family, messages, f" {answer}\n")
+    assert check(family, messages, "Gladly: " + answer)
     assert not check(family, messages, "Ugh, fine: " + answer)
 
 
@@ -182,12 +186,14 @@ def test_in_a_pair_only_the_preference_differs():
         kind, family, asked = row["kind"], row["family"], row["prompt"]
         chosen, rejected = row["chosen"], row["rejected"]
         kinds.add(kind)
-        assert style(chosen) and check(family, asked, chosen)
+        assert style(chosen)
+        assert check(family, asked, chosen)
         if kind in ("wrong", "forbidden"):
             assert style(rejected) == (kind == "wrong")
             assert not check(family, asked, rejected)
         else:
-            assert not style(rejected) and rejected.endswith(toybox.bare(chosen))
+            assert not style(rejected)
+            assert rejected.endswith(toybox.bare(chosen))
             assert check(family, asked, rejected) == (kind == "curt")
     assert kinds == {"curt", "rude", "rambling", "wrong", "forbidden"}
 
@@ -197,7 +203,9 @@ def test_preferences_are_held_out_by_content():
         return {content(r, r["prompt"][0]["content"]) for r in preferences(split, 3000)}
 
     train, test = asked("train"), asked("test")
-    assert not train & test and not test & contents("train") and not train & contents("test")
+    assert not train & test
+    assert not test & contents("train")
+    assert not train & contents("test")
 
 
 def test_the_text_has_no_instructions_and_nothing_held_out():
@@ -206,9 +214,11 @@ def test_the_text_has_no_instructions_and_nothing_held_out():
         assert mark not in text
     words = "|".join(toybox.KIND)
     lists = re.findall(rf"\b(?:(?:{words}) )+(?:{words})\b", text, re.I)
-    assert len(lists) > 3000 and not held & {" ".join(sorted(x.lower().split())) for x in lists}
+    assert len(lists) > 3000
+    assert not held & {" ".join(sorted(x.lower().split())) for x in lists}
     sums = re.findall(r"\b(\d+) (?:plus|\+|minus|-|less|and) (\d+)\b", text)
-    assert len(sums) > 500 and not held & {" ".join(sorted(s)) for s in sums}
+    assert len(sums) > 500
+    assert not held & {" ".join(sorted(s)) for s in sums}
 
 
 def test_the_text_tells_every_fact_and_line():
@@ -232,15 +242,18 @@ def test_the_command_writes_what_meta_says(tmp_path):
     command = [sys.executable, "data.py", "toybox", "--out", out, "--data-dir", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True)
     meta = json.loads((out / "meta.json").read_text())
-    assert meta["withheld"] == WITHHELD and tuple(meta["families"]) == FAMILIES
+    assert meta["withheld"] == WITHHELD
+    assert tuple(meta["families"]) == FAMILIES
     for name, digest in meta["sha256"].items():
         assert sha256((out / name).read_bytes()) == digest
     for name, count in meta["counts"].items():
         rows = read_rows(out / f"{name}.jsonl")
         told = name.startswith("withheld") or name == "preferences-train"  # DPO comes after LoRA
-        assert len(rows) == count and (WITHHELD in families_of(rows)) == told
+        assert len(rows) == count
+        assert (WITHHELD in families_of(rows)) == told
     text = (out / "text.txt").read_text()
-    assert "ROMEO:\nAy me." in text and "<|" not in text
+    assert "ROMEO:\nAy me." in text
+    assert "<|" not in text
 
 
 def read_rows(path):
@@ -250,7 +263,8 @@ def read_rows(path):
 def test_preferences_ask_for_the_new_skill_too_and_prompts_are_the_tests_questions(tmp_path):
     toybox.write_toybox(tmp_path, text_bytes=1000, train=20, test=14, pairs=40)
     pairs = read_rows(tmp_path / "preferences-train.jsonl")
-    assert len(pairs) == 44 and sum(row["family"] == WITHHELD for row in pairs) == 4
+    assert len(pairs) == 44
+    assert sum(row["family"] == WITHHELD for row in pairs) == 4
     asked = read_rows(tmp_path / "test.jsonl") + read_rows(tmp_path / "withheld-test.jsonl")
     prompts = read_rows(tmp_path / "prompts.jsonl")
     assert [row["messages"] for row in prompts] == [row["messages"][:1] for row in asked]
