@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -699,14 +700,14 @@ def convert_records(args):
 
     What comes before the last answer decides, by its hash, where a record goes: the same question
     is never in two splits, and more records move none."""
-    train, val, test = read_shares(args.split)
+    bounds = list(accumulate(read_shares(args.split)))
     lines = {"train": [], "val": [], "test": []}
     for path in args.files:
         for record, messages, tools in read_records(path):
             asked = json_text(messages[:-1]).encode("utf-8", "replace")
             hashed = int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
-            place = hashed * (train + val + test)
-            split = "train" if place < train else "val" if place < train + val else "test"
+            place = hashed * bounds[-1]  # 0 <= hashed < 1
+            split = list(lines)[bisect_right(bounds, place)]
             row = {"messages": messages}
             row |= {key: record[key] for key in ("family", "answer", "checks") if key in record}
             if tools:

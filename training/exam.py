@@ -21,7 +21,7 @@ from training.report import VERDICT, Table, write_page
 # --------------------------------------------------------------------------------------- questions
 # Demands whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record asks
 # for them so: {"checks": [{"kind": "max_words", "value": 20}, ...]}.
-COUNTED = {  # kind: (how many there may be, beside the value; a pattern of one)
+COUNTED = {  # kind: (how the count must compare with the value, a pattern of what is counted)
     "min_words": (operator.ge, r"\S+"),
     "max_words": (operator.le, r"\S+"),
     "max_characters": (operator.le, r"(?s:.)"),

@@ -96,8 +96,9 @@ def read_stages(folder):
     stages = []
     for path in folder.glob("*"):
         if path.suffix != ".begun":
-            number, seconds, *rest = path.read_text(encoding="utf-8").rstrip("\n").split("\t")
-            stages.append(Stage(int(number), int(seconds), *rest, path.name))
+            line = path.read_text(encoding="utf-8").rstrip("\n")
+            number, seconds, where, why, command = line.split("\t")
+            stages.append(Stage(int(number), int(seconds), where, why, command, path.name))
     if not stages:
         raise UserError(f"{folder} has no stage that is done: bash demo.sh makes them")
     return sorted(stages)
@@ -193,13 +194,13 @@ def tiles(run, stages, answers):
     """The run in a few numbers -> lines of Markdown."""
     seconds = sum(stage.seconds for stage in stages)
     yield f"- **{clock(seconds)}** for all of it, on {stages[-1].where}"
-    for before, after, what, told in [
-        ("base", "sft", "taught", "right of what fine-tuning taught"),
-        ("sft", "lora", "withheld", "right of what only LoRA taught"),
-        ("lora", "dpo", "courteous", "courteous, which DPO taught"),
+    for before, after, mark, told in [
+        ("base", "sft", lambda a: a.taught, "right of what fine-tuning taught"),
+        ("sft", "lora", lambda a: a.withheld, "right of what only LoRA taught"),
+        ("lora", "dpo", lambda a: a.courteous, "courteous, which DPO taught"),
     ]:
         if before in answers and after in answers:
-            was, now = (percent(getattr(a, what) for a in answers[m]) for m in (before, after))
+            was, now = (percent(map(mark, answers[name])) for name in (before, after))
             yield f"- **{was} → {now}** {told}"
     path = Path(f"{run}-int4/quantization.json")
     if path.is_file():
