@@ -726,7 +726,7 @@ def main():
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
         shakespeare, _ = corpora.read_text("shakespeare", args.data_dir)
-        return toybox.write(out, shakespeare)
+        return toybox.write_toybox(out, shakespeare)
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     separator = None
     if args.split_on:

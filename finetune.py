@@ -1,11 +1,13 @@
-"""Supervised fine-tuning: a base model and conversations in, a model that answers out; and its examination.
+"""Supervised fine-tuning: a base model and conversations in, a model that answers out.
 
-    python finetune.py MODEL --data chat.jsonl --out runs/chat             # JSONL or JSON in any of chat.py's layouts
-    python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2 --out runs/chat    # a mixture
-    python finetune.py --resume --out runs/chat                            # go on exactly where it stopped; torchrun as for train
-    python finetune.py eval MODEL --data data/toybox --before BASE         # answers, exact match, perplexity -> report.md, .html
+    python finetune.py MODEL --data chat.jsonl --out runs/chat       # any of chat.py's layouts
+    python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2    # a mixture
+    python finetune.py --resume --out runs/chat                      # go on where it stopped
+    python finetune.py eval MODEL --data data/toybox --before BASE   # its exam -> report.md, .html
 
-Top to bottom: sources into packed rows, the model they train, the run; then questions, answers, marks, report.
+Two ideas: conversations are packed into rows, none of which sees another's tokens; and only what
+the assistant says is in the loss. Top to bottom: conversations to packed rows, the model they
+train, the loop, the exam.
 """
 
 import math
@@ -13,11 +15,10 @@ import os
 import re
 import sys
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,25 +26,34 @@ from torch import nn
 
 import chat
 from common import UserError, cli, parse_flags, sha256
-from data import Plan, Split, held_out, open_shards
-from model import KVCache, Transformer
+from data import Split, held_out, open_shards
+from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
-from training import toybox
 from training.corpora import read_text
-from training.exam import CHECKS, Marks, Question, write_marks
-from training.loop import LoopArgs, describe, evaluate, launch, read_args, start_run, train
+from training.exam import examine, read_questions, source_records, write_marks
+from training.loop import (
+    LoopArgs,
+    backward,
+    describe,
+    evaluate,
+    launch,
+    log_step,
+    passes,
+    read_args,
+    start_run,
+    steps,
+    update,
+)
 
 
 @dataclass
 class Args(LoopArgs):
     model: str | None = None  # the model folder to start from
-    data: tuple = ()  # FILE, FOLDER (its train.jsonl and val.jsonl) or toybox; FILE:2 is taken twice an epoch
+    data: tuple = ()  # FILE, FOLDER (its train.jsonl and val.jsonl) or toybox; FILE:2 counts twice
     val: tuple = ()  # what to validate on [val.jsonl of a FOLDER, else a share of --data]
     val_share: float = 0.05  # that share
-    text: str = (
-        ""  # pre-training text mixed in against forgetting: a file, a named corpus or shards
-    )
+    text: str = ""  # text mixed in against forgetting: a file, a named corpus or shards
     text_share: float = 0.1  # share of the rows that are of --text
     examples: int = 40_000  # conversations that `--data toybox` makes
     epochs: float = 3.0  # passes over the data, where --steps is 0
@@ -56,7 +66,153 @@ class Args(LoopArgs):
     cooldown: float = 0.8  # share of the steps in which wsd falls to zero
 
 
-# ---------------------------------------------------------------------------------- sources to rows
+# --------------------------------------------------------------------- conversations to packed rows
+def encode_conversations(tok, name, records, context, counts):
+    """(record, messages, tools)s -> [(ids, mask)] arrays of at most context + 1 tokens.
+
+    What is cut or left out is counted in `counts` by reason. A conversation that is too long keeps
+    its start, and so loses the end of an answer that was not reached; one whose prompt alone is too
+    long teaches nothing. UserError if none is left."""
+    pairs = []
+    read = 0
+    for _, messages, tools in records:
+        read += 1
+        try:
+            ids, mask = chat.example(tok, messages, tools)
+        except UserError as reason:
+            counts[f"left out: {reason}"] += 1
+            continue
+        if len(ids) > context + 1:
+            counts["cut to the context"] += 1
+            ids, mask = ids[: context + 1], mask[: context + 1]
+        if any(mask[1:]):
+            pairs.append((np.array(ids, tok.dtype), np.array(mask, bool)))
+        else:
+            counts["left out: the prompt alone fills the context"] += 1
+    if not pairs:
+        reasons = [f"{times:,} x {reason}" for reason, times in counts.most_common(3)]
+        why = ": " + "; ".join(reasons) if reasons else ""
+        raise UserError(f"{name}: nothing to train on in {read:,} conversations{why}")
+    return pairs
+
+
+def best_fit(sizes, context):
+    """Pieces of these sizes into rows of `context` tokens -> the indices of each row's pieces.
+
+    Each goes into the fullest row with room for it (best fit), in their order, which is random, so
+    that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one
+    length each. tests/test_finetune.py has the same as a plain double loop."""
+    rows = []
+    unfilled = []  # sorted (room left, minus the index of its last piece, row)
+    smallest = min(sizes, default=0)
+    for i, size in enumerate(sizes):
+        at = bisect_left(unfilled, (size,))  # the first row with room enough
+        if at < len(unfilled):
+            room, _, row = unfilled.pop(at)
+        else:
+            room, row = context, []
+            rows.append(row)
+        row.append(i)
+        if room - size >= smallest:  # else the row is full: nothing fits any more
+            insort(unfilled, (room - size, -i, row))
+    return rows
+
+
+class PackedRows(NamedTuple):
+    """The rows of an epoch, each (starts, sizes) of its pieces; Batches takes them in `order`."""
+
+    rows: list
+    order: np.ndarray
+
+    def row(self, r):
+        return self.rows[self.order[r]]
+
+
+NO_PIECES = ((), ())  # a row without a target
+
+
+class Conversations:
+    """Conversations packed into rows, whole; a split as data.Batches wants it.
+
+    None sees another's tokens (docs), each counts its positions from 0, and only what the assistant
+    says is a target. Text, if any, is in rows of its own, and all of it is a target."""
+
+    def __init__(self, sources, text=None, text_share=0.0):
+        """sources: [(weight, [(ids, mask)])]; text: a Split that makes `text_share` of all rows."""
+        self.pairs = []
+        self.sources = []  # (weight, indices of the source's conversations)
+        for weight, pairs in sources:
+            first = len(self.pairs)
+            self.pairs += pairs
+            self.sources.append((weight, np.arange(first, len(self.pairs))))
+        ids = np.concatenate([ids for ids, _ in self.pairs])
+        said = np.concatenate([mask for _, mask in self.pairs])
+        lengths = np.array([len(ids) for ids, _ in self.pairs])
+        self.sizes = lengths - 1  # a conversation of n tokens has n - 1 (token, next token) pairs
+        self.begin = np.cumsum(lengths) - lengths
+        self.supervised = int(said.sum())
+        self.text, self.text_share = text, text_share
+        # Two arrays of one layout, the text after the conversations: ids, and whether each is said.
+        shards = text.tokens if text else []
+        all_said = [np.broadcast_to(np.True_, len(shard)) for shard in shards]
+        self.ids = Split([ids, *shards], end_id=text.end_id if text else None)
+        self.said = Split([said, *all_said], end_id=True)
+        mixture = [weight for weight, _ in sources], text and (text.sha256, text_share)
+        arrays = ids.tobytes() + said.tobytes() + self.sizes.tobytes()
+        self.sha256 = sha256(arrays + repr(mixture).encode())
+
+    def __len__(self):
+        """Tokens of the conversations."""
+        return len(self.ids.tokens[0])
+
+    def conversations_of_epoch(self, rng):
+        """Each source as often as its weight says: 2.5 takes it twice whole and a random half."""
+        chosen = []
+        for weight, members in self.sources:
+            times, fraction = int(weight), weight % 1
+            chosen += [members] * times
+            chosen.append(rng.permutation(members)[: round(fraction * len(members))])
+        return rng.permutation(np.concatenate(chosen))
+
+    def plan(self, context, seed, epoch):
+        """Which conversations share which row; the same (seed, epoch) gives the same rows."""
+        rng = np.random.default_rng([seed, epoch])
+        chosen = self.conversations_of_epoch(rng)
+        rows = []
+        for members in best_fit(self.sizes[chosen].tolist(), context):
+            conversations = chosen[members]
+            rows.append((self.begin[conversations], self.sizes[conversations]))
+        if self.text:
+            count = round(len(rows) * self.text_share / (1 - self.text_share))
+            rows += self.text_rows(context, seed, epoch, count)
+        return PackedRows(rows, order=rng.permutation(len(rows)))
+
+    def text_rows(self, context, seed, epoch, count):
+        """`count` rows of the text, from its start again where it has fewer."""
+        plan = self.text.plan(context, seed, epoch)
+        rows = []
+        for r in range(count):
+            starts, sizes = plan.row(r % len(plan.order))
+            rows.append((starts + len(self), sizes))  # the text lies after the conversations
+        return rows
+
+    def fill(self, rows, context):
+        """[(starts, sizes) of a row's pieces] -> data.Batch; what nobody says is target -100."""
+        batch = self.ids.fill(rows, context)
+        said = self.said.fill(rows, context).y  # (rows, context): 1 where the next token is said
+        return batch._replace(y=batch.y.masked_fill(said != 1, -100))
+
+    def validation(self, rows, context, stride=None, rank=0, world=1):
+        """Yield Batches that score every answer once: every world-th to a rank, to all as many."""
+        plan = self.plan(context, 0, 0)
+        planned = [plan.row(r) for r in range(len(plan.order))]
+        step = rows * world
+        planned += [NO_PIECES] * (-len(planned) % step)
+        for start in range(rank * rows, len(planned), step):
+            yield self.fill(planned[start : start + rows], context)
+
+
+# ------------------------------------------------------------------------------ flags to their data
 def parse_source(spec):
     """'name' or 'name:weight' -> (name, weight)."""
     name, colon, weight = spec.rpartition(":")
@@ -64,149 +220,26 @@ def parse_source(spec):
         return spec, 1.0
     if not re.fullmatch(r"\d*\.?\d+", weight) or not 0 < float(weight) <= 1000:
         raise UserError(
-            f"--data {spec}: after the colon stands how often an epoch takes it, a number above 0 and at most 1000"
+            f"--data {spec}: after the colon stands how often an epoch takes it, "
+            "a number above 0 and at most 1000"
         )
     return name, float(weight)
 
 
-def records(name, split, count):
-    """(record, messages, tools)s of a source: a file, FOLDER/SPLIT.jsonl, or `count` that toybox makes."""
-    if name == "toybox":  # its families in equal shares
-        rows = toybox.examples(
-            split, count, families=[f for f in toybox.FAMILIES if f != toybox.WITHHELD]
-        )
-        return ((row, row["messages"], None) for row in rows)
-    return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
-
-
-def encode(tok, name, rows, context, counts):
-    """(record, messages, tools)s -> [(ids, mask)] arrays of at most context + 1 tokens, each with something to learn.
-
-    What is cut or left out is counted by reason: of a conversation that is too long the start is kept, answers as far as they
-    fit, without the end that was not reached; one whose prompt alone is too long teaches nothing. UserError if none is left."""
-    pairs, n = [], 0
-    for n, (_, messages, tools) in enumerate(rows, 1):
-        try:
-            ids, mask = chat.example(tok, messages, tools)
-            counts["cut to the context"] += len(ids) > context + 1
-            if not any(mask[1 : context + 1]):
-                raise UserError("the prompt alone fills the context")
-            pairs.append(
-                (np.array(ids[: context + 1], tok.dtype), np.array(mask[: context + 1], bool))
-            )
-        except UserError as reason:
-            counts[f"left out: {reason}"] += 1
-    if not pairs:
-        why = "; ".join(f"{times:,} x {reason}" for reason, times in (+counts).most_common(3))
+def hold_out(name, pairs, share):
+    """[(ids, mask)] -> (those to train on, those to validate on)."""
+    if not 0 < share < 1 or len(pairs) < 2:
         raise UserError(
-            f"{name}: nothing to train on in {n:,} conversations{': ' if why else ''}{why}"
+            f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be held out: "
+            "give --val FILE"
         )
-    return pairs
-
-
-def best_fit(sizes, context):
-    """Pieces into rows of `context`: in their order, each into the fullest row with room for it -> [indices of a row's pieces].
-
-    In random order, so that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one length each."""
-    rows, unfilled, least = (
-        [],
-        [],
-        min(sizes, default=0),
-    )  # unfilled: (room left, minus when it was last filled, row), sorted
-    for i, size in enumerate(sizes):
-        if (at := bisect_left(unfilled, (size,))) < len(unfilled):
-            room, _, row = unfilled.pop(at)
+    train, val = [], []
+    for i, pair in enumerate(pairs):
+        if held_out(share, i):
+            val.append(pair)
         else:
-            room, row = context, len(rows)
-            rows.append([])
-        rows[row].append(i)
-        if room - size >= least:
-            insort(unfilled, (room - size, -i, row))
-    return rows
-
-
-class Conversations:
-    """Conversations packed into rows, whole; a split as data.Batches wants it. None sees another's tokens (docs), each counts
-    its positions from 0, and only what the assistant has to say is a target. Text, if any, is in rows of its own."""
-
-    def __init__(self, sources, text=None, text_share=0.0):
-        """sources: [(weight, [(ids, mask)])]; text: a Split, of which `text_share` of all rows are."""
-        pairs, ends = (
-            [pair for _, own in sources for pair in own],
-            np.cumsum([len(own) for _, own in sources]),
-        )
-        self.weights = [
-            (weight, np.arange(end - len(own), end)) for (weight, own), end in zip(sources, ends)
-        ]
-        ids, said = (np.concatenate(part) for part in zip(*pairs))
-        self.sizes = np.array(
-            [len(ids) - 1 for ids, _ in pairs]
-        )  # a conversation of n tokens has n - 1 pairs
-        self.begin = np.cumsum(self.sizes + 1) - self.sizes - 1
-        self.pairs, self.supervised, self.text, self.text_share = (
-            pairs,
-            int(said.sum()),
-            text,
-            text_share,
-        )
-        shards = text.tokens if text else []
-        self.ids = Split(
-            [ids, *shards], end_id=text and text.end_id
-        )  # thought end to end, the text after the conversations
-        self.said = Split(
-            [said, *(np.broadcast_to(np.True_, len(shard)) for shard in shards)], end_id=True
-        )
-        self.sha256 = sha256(
-            b"".join(part.tobytes() for part in (ids, said, self.sizes))
-            + repr(([w for w, _ in sources], text and (text.sha256, text_share))).encode()
-        )
-
-    def __len__(self):
-        return int(len(self.ids.tokens[0]))
-
-    def plan(self, context, seed, epoch):
-        """The rows of an epoch, by (seed, epoch): each source as often as its weight says, the fraction a draw -> data.Plan."""
-        rng = np.random.default_rng([seed, epoch])
-        chosen = [
-            part
-            for weight, own in self.weights
-            for part in (
-                np.tile(own, int(weight)),
-                rng.permutation(own)[: round(weight % 1 * len(own))],
-            )
-        ]
-        chosen = rng.permutation(np.concatenate(chosen))
-        rows = [chosen[row] for row in best_fit(self.sizes[chosen].tolist(), context)]
-        rows = [(self.begin[row], self.sizes[row]) for row in rows]
-        if self.text:
-            plan, offset = self.text.plan(context, seed, epoch), len(self)
-            for r in range(round(len(rows) * self.text_share / (1 - self.text_share))):
-                starts, sizes = plan.row(r % len(plan.order))
-                rows.append((starts + offset, sizes))
-        starts, sizes = (
-            np.concatenate([np.zeros(0, np.int64), *part])
-            for part in (zip(*rows) if rows else ((), ()))
-        )
-        return Plan(
-            starts,
-            sizes,
-            np.cumsum([0, *(len(starts) for starts, _ in rows)]),
-            rng.permutation(len(rows)),
-        )
-
-    def fill(self, rows, context):
-        """[(starts, sizes) of the conversations of a row] -> data.Batch; what nobody has to say is target -100."""
-        batch, said = (split.fill(rows, context) for split in (self.ids, self.said))
-        return batch._replace(y=batch.y.masked_fill(said.y != 1, -100))
-
-    def validation(self, rows, context, stride=None, rank=0, world=1):
-        """Yield Batches that score every answer once. Rank r gets every world-th; all ranks get as many."""
-        plan = self.plan(context, 0, 0)
-        have, step = len(plan.order), rows * world
-        for at in range(rank * rows, -(-have // step) * step, step):
-            yield self.fill(
-                [plan.row(r) if r < have else ((), ()) for r in range(at, at + rows)], context
-            )
+            train.append(pair)
+    return train, val
 
 
 def load_text(args, tok):
@@ -214,119 +247,128 @@ def load_text(args, tok):
     if not 0 < args.text_share < 1:
         raise UserError(f"--text-share {args.text_share} must be between 0 and 1")
     if (Path(args.text) / "meta.json").is_file():
-        text = open_shards(args.text, Tokenizer.load(args.model).sha256)[
-            "train"
-        ]  # ours may have got chat tokens since
+        # The shards are of the tokenizer that --model has; ours may have got chat tokens since.
+        text = open_shards(args.text, Tokenizer.load(args.model).sha256)["train"]
     else:
         ids = np.array(tok.encode(read_text(args.text)[0]), tok.dtype)
         text = Split([ids], sha256=sha256(ids.tobytes()))
     if not len(text.plan(args.context, 0, 0).order):
         raise UserError(
-            f"--text {args.text}: {len(text):,} tokens do not fill one row of {args.context:,}; use a longer text"
+            f"--text {args.text}: {len(text):,} tokens do not fill one row of {args.context:,}; "
+            "use a longer text"
         )
     return text
 
 
 def load_data(args, tok):
-    """--data, --val and --text -> (training, validation) Conversations; says what became of them."""
+    """--data, --val, --text -> (training, validation) Conversations; --epochs set --steps."""
+    counts = Counter()  # {what became of a conversation that was not taken whole: how many}
 
-    def read(name, split, counts):
-        return encode(
-            tok,
-            name,
-            records(name, split, args.examples if split == "train" else 500),
-            args.context,
-            counts,
-        )
+    def read(name, split, count, counts):
+        records = source_records(name, split, count)
+        return encode_conversations(tok, name, records, args.context, counts)
 
-    counts, train, val = (
-        Counter(),
-        [],
-        [read(name, "val", Counter()) for name, _ in map(parse_source, args.val)],
-    )
-    for name, weight in map(parse_source, args.data):
-        pairs = read(name, "train", counts)
+    train, val = [], []
+    for name in args.val:
+        val += read(name, "val", 500, Counter())
+    for spec in args.data:
+        name, weight = parse_source(spec)
+        pairs = read(name, "train", args.examples, counts)
         if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
-            val.append(read(name, "val", Counter()))
+            val += read(name, "val", 500, Counter())
         elif not args.val:
-            if not 0 < args.val_share < 1 or len(pairs) < 2:
-                raise UserError(
-                    f"{name}: a --val-share of {args.val_share} of {len(pairs):,} conversations cannot be held out: "
-                    "give --val FILE"
-                )
-            val.append([pair for i, pair in enumerate(pairs) if held_out(args.val_share, i)])
-            pairs = [pair for i, pair in enumerate(pairs) if not held_out(args.val_share, i)]
+            pairs, held = hold_out(name, pairs, args.val_share)
+            val += held
         train.append((weight, pairs))
-    train = Conversations(train, load_text(args, tok) if args.text else None, args.text_share)
-    val = Conversations([(1.0, pairs) for pairs in val])
+    text = load_text(args, tok) if args.text else None
+    train, val = Conversations(train, text, args.text_share), Conversations([(1.0, val)])
     rows = len(train.plan(args.context, args.seed, 0).order)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    ids, mask = (part[:400].tolist() for part in train.pairs[0])
-    print(
-        f"example  what is in the loss is {'green' if colour else 'in «»'}:\n{chat.paint(tok, ids, mask, colour)}"
-    )
-    print(
-        f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; {train.supervised / len(train):.1%} "
-        f"of the tokens are in the loss; {rows:,} rows of {args.context:,} an epoch"
-        + "".join(f"; {times:,} {reason}" for reason, times in (+counts).most_common(9))
-    )
+    describe_conversations(tok, train, val, f"{rows:,} rows of {args.context:,}", counts)
     return train, val
 
 
-# -------------------------------------------------------------------------------- model and the run
+def describe_conversations(tok, train, val, rows, counts):
+    """Print the first example with what is in the loss, and what became of all of them."""
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    ids, mask = (part[:400].tolist() for part in train.pairs[0])
+    print(f"example  what is in the loss is {'green' if color else 'in «»'}:")
+    print(chat.paint(tok, ids, mask, color))
+    print(
+        f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; "
+        f"{train.supervised / len(train):.1%} of the tokens are in the loss; {rows} an epoch"
+        + "".join(f"; {times:,} {reason}" for reason, times in counts.most_common(9))
+    )
+
+
+# ---------------------------------------------------------------------------- model, loss, the loop
 @torch.no_grad()
 def grow(model, size, new):
-    """Rows for the ids `new` in the embedding and in a head of its own, up to a vocabulary of `size`.
+    """Rows for the ids `new` in the embedding and in an untied head: `size` of them at least.
 
-    They start as the mean of the others: an average token, which changes what the model predicts least (Hewitt 2021)."""
+    They start as the mean of the others: an average token, which changes what the model predicts
+    least (Hewitt 2021, "Initializing new word embeddings for pretrained language models")."""
     config = model.config
-    old, config.vocab_size = config.vocab_size, max(config.vocab_size, size)
-    for module in (model.embed_tokens, model.lm_head)[: 1 if config.tie_word_embeddings else 2]:
-        mean = module.weight[: min(new)].mean(0)
-        weight = torch.cat(
-            [module.weight, mean.expand(config.vocab_size - old, -1)]
-        )  # (V, C) -> (V + new, C)
-        weight[new] = mean
+    old = config.vocab_size
+    config.vocab_size = max(old, size)
+    modules = [model.embed_tokens]
+    if not config.tie_word_embeddings:
+        modules.append(model.lm_head)
+    for module in modules:
+        mean = module.weight[: min(new)].mean(0)  # (V, C) -> (C,), of the ids that were trained
+        more = mean.expand(config.vocab_size - old, -1)
+        weight = torch.cat([module.weight, more])  # (V, C) -> (V + new, C)
+        weight[new] = mean  # a padded embedding had rows for them, which nothing trained
         module.weight = nn.Parameter(weight)
     model.embed_tokens.num_embeddings = model.lm_head.out_features = config.vocab_size
     model.tie()
 
 
 def open_model(folder, device, dtype=None):
-    """A model folder -> (tokenizer, model) that can hold a conversation: a base model is given ChatML, its tokens if they are
-    missing, and its end of a turn as an end of generation."""
+    """A model folder -> (tokenizer, model) that can hold a conversation.
+
+    A base model is given ChatML, its tokens if they are missing, and its end of a turn as an end of
+    generation."""
     tok, model = Tokenizer.load(folder), Transformer.from_pretrained(folder, device, dtype)
     if not tok.chat_template:
-        if missing := [name for name in chat.IM if name not in tok.special]:
+        missing = [name for name in chat.IM if name not in tok.special]
+        if missing:
             tok = tok.with_special(missing)
             grow(model, tok.vocab_size, [tok.special[name] for name in missing])
             print(
-                f"chat     {folder} has no {' and '.join(missing)}: added; the embedding has {model.config.vocab_size:,} rows "
-                "now, the new ones are the mean of the others"
+                f"chat     {folder} has no {' and '.join(missing)}: added; the embedding has "
+                f"{model.config.vocab_size:,} rows now, the new ones are the mean of the others"
             )
         tok.chat_template = chat.CHATML_TEMPLATE
     stop, ends = chat.stop_id(tok), model.config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if stop not in ends:
-        model.config.eos_token_id = [stop, *ends] if ends else stop
+    if ends is None:
+        model.config.eos_token_id = stop
+    else:
+        ends = ends if isinstance(ends, list) else [ends]
+        if stop not in ends:
+            model.config.eos_token_id = [stop, *ends]
     return tok, model
 
 
 def packed_loss(model, batch, args):
-    """Summed cross-entropy of what the assistant says; a conversation attends to itself alone, from position 0."""
+    """Summed cross-entropy, in nats, of what the assistant says (targets that are not -100).
+
+    A conversation attends to itself alone (docs) and counts from position 0, so this is the loss
+    that it would have in a row of its own."""
     return model(batch.x, targets=batch.y, docs=batch.docs, positions=batch.positions)
 
 
 def prepare_finetuning(args, checkpoint):
-    """Everything from the flags and the checkpoint -> Run, or None after `--fit`."""
+    """Everything from the flags and the checkpoint's folder -> Run, or None after `--fit`."""
     if not args.model or not args.data:
         raise UserError(
-            "give a model folder and conversations: python finetune.py MODEL --data chat.jsonl --out D"
+            "give a model folder and conversations: "
+            "python finetune.py MODEL --data chat.jsonl --out D"
         )
     runtime = resolve(args.device, args.dtype, args.compile)
     tok, model = open_model(checkpoint or args.model, runtime.device, torch.float32)
-    if args.context > (most := model.config.max_position_embeddings):
+    most = model.config.max_position_embeddings
+    if args.context > most:
         print(f"context  {most:,} tokens a row, not {args.context:,}: the model has no more")
         args.context = most
     data, val = load_data(args, tok)
@@ -334,205 +376,123 @@ def prepare_finetuning(args, checkpoint):
     return start_run(args, checkpoint, runtime, tok, model, data, val, loss=packed_loss)
 
 
-def try_out(run, count=20):
-    """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
-    if (
-        not run.metrics or run.args.shard or not run.args.sample
-    ):  # of one rank, which has the whole model
-        return
-    asked = []
-    for ids, mask in run.val.pairs[:count]:
-        end = len(mask) - int(np.argmax(mask[::-1]))  # of the last answer
-        start = end - int(np.argmin(mask[:end][::-1]))
-        asked.append((ids[:start].tolist(), ids[start:end].tolist()))
-    given = greedy_answers(run.model, run.tok, [prompt for prompt, _ in asked], run.args.sample)
-    for (prompt, expected), (text, _) in islice(zip(asked, given), 3):
-        print(
-            "\n"
-            + chat.printable(
-                f"{run.tok.decode(prompt)}{text}\n[expected: {run.tok.decode(expected, skip_special=True)}]"
-            )
-        )
-    print(
-        f"\n{sum(ended for _, ended in given)} of {len(given)} answers to held-out prompts ended by themselves"
-    )
-
-
-def main():
-    if sys.argv[1:2] == ["eval"]:
-        return eval_command(sys.argv[2:])
-    launch(*read_args(Args, __doc__, positional=("model",)), prepare_finetuning, train_and_try)
-
-
-def train_and_try(run):
-    train(run)
+def finetune(run):
+    """The loop of fine-tuning: next batch, loss, backward, optimizer, log."""
+    for step, batch in steps(run):  # which also evaluates, saves and stops
+        run.optimizer.zero_grad()
+        count = run.runtime.sum((batch.y != -100).sum().item())  # what is said, over all ranks
+        total = 0
+        for part in passes(run, batch):  # as many rows at a time as fit into memory
+            with run.runtime.autocast():
+                loss = packed_loss(run.step_model, part, run.args)  # summed over what is said
+            backward(run, loss, count)  # adds the gradients of loss / count
+            total += loss.detach()
+        log_step(run, step, total, count, **update(run, step))
     try_out(run)
 
 
-# ---------------------------------------------------------------------------- questions and answers
-@torch.inference_mode()
-def greedy_answers(model, tok, prompts, max_tokens=256, rows=64):
-    """The likeliest continuation of each prompt, a list of token ids -> [(text, whether it ended by itself)] in their order.
+# ----------------------------------------------------------------------------- answers and the exam
+def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
+    """The likeliest continuation of each prompt, a list of ids -> [(text, did it end itself)]."""
+    from generate import Engine, Sampling  # here: training needs no engine
 
-    Prompts of one length share a batch, so that nothing is padded; a row leaves its batch when it ends."""
-    config, device, was_training = model.config, model.embed_tokens.weight.device, model.training
-    model.eval()
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    new, ended, by_length = [[] for _ in prompts], [False] * len(prompts), defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(i)
-    for length, same in by_length.items():
-        room = min(length + max_tokens - 1, config.max_position_embeddings)
-        for at in range(0, len(same), rows):
-            live = same[at : at + rows]
-            ids = torch.tensor([prompts[i] for i in live], device=device)  # (B, T), then (B, 1)
-            caches = [
-                KVCache(config, len(live), device, model.embed_tokens.weight.dtype, room)
-                for _ in model.layers
-            ]
-            while live and caches[0].length + ids.size(1) <= room:
-                hidden = model.hidden(ids, caches=caches)[:, -1]  # (B, C)
-                picked = model.lm_head(hidden)[:, : tok.vocab_size].argmax(-1).tolist()
-                stay = [j for j, token in enumerate(picked) if token not in ends]
-                for i, token in zip(live, picked):
-                    ended[i] = token in ends
-                    new[i] += [] if ended[i] else [token]
-                if len(stay) < len(live):
-                    live = [live[j] for j in stay]
-                    for cache in caches:
-                        cache.keys = cache.keys[stay]  # (B, K, room, D)
-                        cache.values = cache.values[stay]
-                ids = torch.tensor([[picked[j]] for j in stay], device=device)
+    was_training = model.training
+    model.eval()  # an adapter in training drops out some of its input
+    engine = Engine.of(model, tok, dtype=dtype)
+    answers = [("", False)] * len(prompts)  # of a prompt that leaves no room for one
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.max_model_len]
+    sampling = Sampling(temperature=0, max_tokens=max_tokens)
+    outputs = engine.generate([prompts[i] for i in fitting], sampling)
+    for i, output in zip(fitting, outputs):
+        answers[i] = output.text, output.finish_reason == "stop"
     model.train(was_training)
-    return [(tok.decode(ids, skip_special=True), end) for ids, end in zip(new, ended)]
+    return answers
 
 
-def read_questions(args):
-    """--data -> [Question]: what is asked is all before the last answer; a record may end with the user and have only checks."""
-    questions = []
-    for name in args.data:
-        for n, (record, talk, _) in enumerate(
-            islice(records(name, "test", args.examples), args.examples), 1
-        ):
-            checks = [
-                (c.get("kind"), c.get("value")) if isinstance(c, dict) else (c, None)
-                for c in record.get("checks") or []
-            ]
-            for kind, value in checks:
-                if kind not in CHECKS or type(value) is not CHECKS[kind][0]:
-                    known = ", ".join(f"{name} ({of.__name__})" for name, (of, _) in CHECKS.items())
-                    raise UserError(
-                        f"{name}: record {n} has a check {kind!r} with {value!r}; known kinds and values: {known}"
-                    )
-            said = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else None
-            questions.append(
-                Question(
-                    talk if said is None else talk[:-1], said, str(record.get("family", "")), checks
-                )
-            )
-    if not questions:
-        raise UserError(f"{' '.join(args.data)}: no questions")
-    return questions
+def last_answer(ids, mask):
+    """One conversation's arrays -> (ids up to its last answer, ids of that answer)."""
+    said = np.flatnonzero(mask)
+    end = said[-1] + 1
+    start = end - 1
+    while start and mask[start - 1]:
+        start -= 1
+    return ids[:start].tolist(), ids[start:end].tolist()
 
 
-def is_right(question, text):
-    """By the family's checker if toybox asked, else by equality but for outer space."""
-    if question.family in toybox.FAMILIES:
-        return toybox.check(question.family, question.messages, text)
-    return text.strip() == question.expected.strip()
-
-
-def examine(folder, questions, args, runtime):
-    """A model answers -> Marks."""
-    tok, model = open_model(folder, runtime.device, runtime.dtype)
-    given = greedy_answers(
-        model,
-        tok,
-        [chat.render(tok, q.messages, True)[0] for q in questions],
-        args.max_tokens,
-        args.rows,
-    )
-    texts, results = [text for text, _ in given], defaultdict(list)
-    right = [None if q.expected is None else is_right(q, text) for q, text in zip(questions, texts)]
-    for q, (text, ended), good in zip(questions, given, right):
-        results["ended by itself"].append(ended)
-        if good is not None:
-            results["exact match"].append(good)
-        if good is not None and q.family:
-            results[f"exact match: {q.family}"].append(good)
-        kept = [(kind, CHECKS[kind][1](text, value)) for kind, value in q.checks]
-        for kind, yes in kept:
-            results[f"check: {kind}"].append(yes)
-        if kept:
-            results["check: all of an answer's"].append(all(yes for _, yes in kept))
-    scores = {
-        what: (sum(results[what]), len(results[what]))
-        for what in sorted(results, key=lambda what: (":" in what, what))
-    }
-    known = [
-        (None, [*q.messages, {"role": "assistant", "content": q.expected}], None)
-        for q in questions
-        if q.expected
-    ]
-    perplexity = math.nan
-    if known:
-        split = Conversations(
-            [
-                (
-                    1.0,
-                    encode(
-                        tok,
-                        "the expected answers",
-                        known,
-                        model.config.max_position_embeddings,
-                        Counter(),
-                    ),
-                )
-            ]
-        )
-        nats, count = evaluate(
-            model,
-            split,
-            8,
-            SimpleNamespace(context=int(split.sizes.max())),
-            runtime,
-            loss=packed_loss,
-        )
-        perplexity = math.exp(min(700.0, nats / count))
-    return Marks(texts, right, scores, perplexity)
-
-
-# ------------------------------------------------------------------------------------------- report
+def try_out(run, count=20):
+    """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
+    if not run.metrics or run.args.shard or not run.args.sample:
+        return  # it is for one rank, which must have the whole model
+    asked = [last_answer(ids, mask) for ids, mask in run.val.pairs[:count]]
+    prompts = [prompt for prompt, _ in asked]
+    given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
+    for (prompt, expected), (text, _) in list(zip(asked, given))[:3]:
+        expected = run.tok.decode(expected, skip_special=True)
+        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {expected}]"))
+    ended = sum(ended for _, ended in given)
+    print(f"\n{ended} of {len(given)} answers to held-out prompts ended by themselves")
 
 
 @dataclass
 class EvalArgs:
     model: str = ""  # the model folder to examine
-    data: tuple = (
-        "toybox",
-    )  # questions: FILE, FOLDER (its test.jsonl) or toybox; the last turn is the expected answer
+    data: tuple = ("toybox",)  # FILE, FOLDER (its test.jsonl) or toybox; the last turn is expected
     before: str = ""  # another model to set beside it, the base say
     out: str = ""  # where the report goes [the model's folder]
     examples: int = 1400  # questions of each source at most
     max_tokens: int = 128  # tokens an answer may have
-    rows: int = 64  # answers generated at once
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
 
 
-def eval_command(argv):
+def exam_command(argv):
     """Let a model answer held-out questions and mark it."""
-    args = EvalArgs(**parse_flags(EvalArgs, eval_command.__doc__, argv, positional=("model",)))
-    if not args.model or min(args.examples, args.max_tokens, args.rows) < 1:
+    args = EvalArgs(**parse_flags(EvalArgs, exam_command.__doc__, argv, positional=("model",)))
+    if not args.model or min(args.examples, args.max_tokens) < 1:
         raise UserError(
-            "give a model folder, and --examples, --max-tokens and --rows of at least 1: finetune.py eval MODEL"
+            "give a model folder, and --examples and --max-tokens of at least 1: "
+            "finetune.py eval MODEL"
         )
     questions, runtime = read_questions(args), resolve(args.device, args.dtype, "off")
-    folders = [args.model, *([args.before] if args.before else [])]
-    marks = [examine(folder, questions, args, runtime) for folder in folders]
+    folders = [args.model, args.before] if args.before else [args.model]
+    marks = [examine_folder(folder, questions, args, runtime) for folder in folders]
     out = Path(args.out or args.model)
     out.mkdir(parents=True, exist_ok=True)
     write_marks(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
+
+
+def examine_folder(folder, questions, args, runtime):
+    """A model folder takes the exam -> Marks."""
+    tok, model = open_model(folder, runtime.device, runtime.dtype)
+    perplexity = perplexity_of_expected(model, tok, questions, runtime)
+
+    def answer(prompts):
+        return greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
+
+    return examine(questions, tok, answer, perplexity)
+
+
+def perplexity_of_expected(model, tok, questions, runtime):
+    """exp of the mean loss of a token of the expected answers; nan without any."""
+    talks = []
+    for question in questions:
+        if question.expected:
+            answer = {"role": "assistant", "content": question.expected}
+            talks.append((None, [*question.messages, answer], None))
+    if not talks:
+        return math.nan
+    most = model.config.max_position_embeddings
+    pairs = encode_conversations(tok, "the expected answers", talks, most, Counter())
+    split = Conversations([(1.0, pairs)])
+    args = Args(context=int(split.sizes.max()))
+    nats, count = evaluate(model, split, 8, args, runtime, loss=packed_loss)
+    return math.exp(min(700.0, nats / count))
+
+
+def main():
+    if sys.argv[1:2] == ["eval"]:
+        return exam_command(sys.argv[2:])
+    launch(*read_args(Args, __doc__, positional=("model",)), prepare_finetuning, finetune)
 
 
 if __name__ == "__main__":

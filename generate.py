@@ -351,6 +351,7 @@ class Engine:
         """An engine over a model that is in memory already, on the device where it lies; the model stays as it is."""
         engine = cls.__new__(cls)
         runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
+        runtime = replace(runtime, rank=0, world=1)  # this rank has the model alone
         engine.start(model, tok, runtime, quant, kv_tokens, kv_dtype, 16, max_seqs)
         return engine
 

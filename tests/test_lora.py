@@ -172,7 +172,7 @@ def test_backward_keeps_no_unpacked_weight_alive():
 def base(tmp_path_factory):
     """A model folder with a chat template, and conversations beside it."""
     folder = tmp_path_factory.mktemp("base")
-    rows = list(toybox.examples("train", 60))
+    rows = list(toybox.conversations("train", 60))
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tok = Tokenizer.char(
         "".join(m["content"] for row in rows for m in row["messages"])

@@ -1,12 +1,14 @@
-"""Ids against transformers' apply_chat_template, with the published templates in tests/chat_templates.
+"""Ids against transformers' apply_chat_template, with the published templates in
+tests/chat_templates.
 
-Where those come from: llama3.1, llama3.2, qwen2.5, mistral-tekken: llama.cpp, models/templates (of the repositories
-meta-llama/Llama-3.1-8B-Instruct, meta-llama/Llama-3.2-3B-Instruct, Qwen/Qwen2.5-7B-Instruct,
-mistralai/Mistral-Nemo-Instruct-2407); mistral-v1, mistral-v3, chatml: llama.cpp, tests/test-chat-template.cpp (of
-Mistral-7B-Instruct-v0.2, Mistral-Large-Instruct-2407, OpenHermes-2.5-Mistral-7B); llama3, qwen3, gemma and
-llama3_generation: trl, trl/chat_templates; llama2: transformers 4.40, default_chat_template of the Llama tokenizer;
-zephyr: HuggingFaceH4/zephyr-7b-beta, transcribed, and found to say what Unsloth's copy says; alpaca has no official
-template: Unsloth's multi-turn form, with Stanford's system sentence.
+Where those come from: llama3.1, llama3.2, qwen2.5, mistral-tekken: llama.cpp, models/templates (of
+the repositories meta-llama/Llama-3.1-8B-Instruct, meta-llama/Llama-3.2-3B-Instruct,
+Qwen/Qwen2.5-7B-Instruct, mistralai/Mistral-Nemo-Instruct-2407); mistral-v1, mistral-v3, chatml:
+llama.cpp, tests/test-chat-template.cpp (of Mistral-7B-Instruct-v0.2, Mistral-Large-Instruct-2407,
+OpenHermes-2.5-Mistral-7B); llama3, qwen3, gemma and llama3_generation: trl, trl/chat_templates;
+llama2: transformers 4.40, default_chat_template of the Llama tokenizer; zephyr:
+HuggingFaceH4/zephyr-7b-beta, transcribed, and found to say what Unsloth's copy says; alpaca has no
+official template: Unsloth's multi-turn form, with Stanford's system sentence.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from test_chat import say
 
 import chat
 from common import UserError
@@ -41,15 +44,6 @@ TOOL = {
         },
     },
 }
-
-
-def say(*texts, system=None):
-    """User and assistant in turn, after a system prompt."""
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return head + [
-        {"role": role, "content": t}
-        for role, t in zip(itertools.cycle(("user", "assistant")), texts)
-    ]
 
 
 def result(text):
@@ -228,8 +222,9 @@ SP_FILE = {1: "tokenizer.model.v1", 3: "mistral_instruct_tokenizer_240323.model.
 
 
 def sentencepiece_bpe(version, every_text_starts_with_space=False):
-    """A real SentencePiece model of Mistral's, as transformers' conversion lays it out: the leading "▁" goes before
-    every text between two markers (Llama 2, "legacy") or only where the whole starts (Mistral)."""
+    """A real SentencePiece model of Mistral's, as transformers' conversion lays it out: the leading
+    "▁" goes before every text between two markers (Llama 2, "legacy") or only where the whole
+    starts (Mistral)."""
     import mistral_common
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -238,28 +233,14 @@ def sentencepiece_bpe(version, every_text_starts_with_space=False):
         str(Path(mistral_common.__file__).parent / "data" / SP_FILE[version])
     )
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-    merges = []
-    for (
-        piece,
-        i,
-    ) in (
-        vocab.items()
-    ):  # every way to make a piece of two others, in the order of the pieces' scores
-        pairs = [
-            (piece[:k], piece[k:])
-            for k in range(1, len(piece))
-            if piece[:k] in vocab and piece[k:] in vocab
-        ]
-        merges += [(-sp.get_score(i), vocab[a], vocab[b], (a, b)) for a, b in pairs]
-    tok = Tokenizer(
-        models.BPE(
-            vocab,
-            [pair for *_, pair in sorted(merges)],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    merges = []  # every way to make a piece of two others, in the order of the pieces' scores
+    for piece, i in vocab.items():
+        for k in range(1, len(piece)):
+            left, right = piece[:k], piece[k:]
+            if left in vocab and right in vocab:
+                merges.append((-sp.get_score(i), vocab[left], vocab[right], (left, right)))
+    pairs = [pair for *_, pair in sorted(merges)]
+    tok = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if every_text_starts_with_space:
         tok.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -320,7 +301,8 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """family(name) -> (our tokenizer, transformers' tokenizer) from one folder, with that format's template"""
+    """family(name) -> (our tokenizer, transformers' tokenizer) from one folder, with that format's
+    template"""
     from transformers import PreTrainedTokenizerFast
 
     from tokenizer import Tokenizer
@@ -358,7 +340,8 @@ def reference(theirs, messages, tools, prompt):
 
 
 def outcomes(family, name, by_name):
-    """Yields (title, messages, tools, prompt, transformers' ids or None, our (ids, mask) or the UserError)."""
+    """Yields (title, messages, tools, prompt, transformers' ids or None, our (ids, mask) or the
+    UserError)."""
     ours, theirs = family(name)
     for (title, (messages, tools)), prompt in itertools.product(TALKS.items(), (False, True)):
         want = reference(theirs, messages, tools, prompt)
@@ -378,7 +361,8 @@ def test_ids_equal_apply_chat_template(family, name, by_name):
             drops_tools = not chat.FORMATS[name].tools and (
                 tools or any("tool_calls" in m for m in messages)
             )
-            # templates refuse; theirs without tools forget them in silence; alpaca was never more than turns
+            # templates refuse; theirs without tools forget them in silence; alpaca was never more
+            # than turns
             assert want is None or drops_tools or (name, title) == ("alpaca", "user twice"), (
                 title,
                 got,
@@ -404,7 +388,8 @@ def test_mask_is_what_the_assistant_said_and_its_end(family, name):
             for i, m in enumerate(messages)
             if m["role"] == "assistant"
         ]
-        # "▁" that a SentencePiece decoder drops at the start of a text is the space the format puts there
+        # "▁" that a SentencePiece decoder drops at the start of a text is the space the format puts
+        # there
         runs = [
             theirs.decode([i for i, _ in run])
             for said, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
@@ -426,7 +411,8 @@ def test_mask_is_what_the_assistant_said_and_its_end(family, name):
     ],
 )
 def test_ids_equal_mistral_common(family, name, file, tmp_path):
-    """The same formats by their authors, on their own tokenizers, whole: 32K, 33K and 131K tokens."""
+    """The same formats by their authors, on their own tokenizers, whole: 32K, 33K and 131K
+    tokens."""
     import mistral_common
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer

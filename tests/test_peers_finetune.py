@@ -1,25 +1,26 @@
 """finetune.py beside TRL, and its masks beside transformers' on real tokenizers."""
 
 import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_finetune import WORDS, base, conversations, rows_of, run, tok, write  # noqa: F401 - two fixtures
+from test_finetune import WORDS, base, encoded, question_and_answer, run, tok, write  # noqa: F401
 
 import chat
 from common import Metrics
-from finetune import Conversations, encode
+from finetune import Conversations, greedy_answers, open_model
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
 
 TEMPLATE = (  # ChatML that says who speaks, as TRL's assistant_only_loss needs it
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
-    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -47,25 +48,16 @@ def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(
     ours.chat_template = TEMPLATE
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    records = [m for _, m, _ in chat.read_records(data_dir / "instruct" / "instruction-data.json")][
-        :200
-    ]
-    records.append(
-        [
-            *records[0],
-            *records[1],
-            {"role": "user", "content": "é🙂 \n x"},
-            {"role": "assistant", "content": " Ünï 日本\n\nend"},
-        ]
-    )
+    path = data_dir / "instruct" / "instruction-data.json"
+    records = [messages for _, messages, _ in chat.read_records(path)][:200]
+    odd = ("é🙂 \n x", " Ünï 日本\n\nend")
+    records.append([*records[0], *records[1], *question_and_answer(*odd)])
     for messages in records:
         want = theirs.apply_chat_template(
             messages, return_assistant_tokens_mask=True, return_dict=True
         )
-        for template in (
-            TEMPLATE,
-            chat.CHATML_TEMPLATE,
-        ):  # by its {% generation %}, and by knowing ChatML
+        # by its {% generation %}, and by knowing ChatML
+        for template in (TEMPLATE, chat.CHATML_TEMPLATE):
             ours.chat_template = template
             ids, mask = chat.example(ours, messages)
             assert (ids, mask) == (want["input_ids"], want["assistant_masks"])
@@ -73,7 +65,9 @@ def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(
 
 
 def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
-    """20 steps of SFTTrainer on the same weights, conversations and order: one conversation a row, so that neither packs."""
+    """20 steps of SFTTrainer on the same weights, conversations and order.
+
+    One conversation fills more than half a row, so that neither packs."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -81,34 +75,15 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
     rng, talks = random.Random(5), []
     while len(talks) < 80:
         words = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(2)]
-        talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words)]
-        talks += [talk] if 32 < len(chat.example(tok, talk)[0]) - 1 <= 64 else []
+        talk = question_and_answer(*words)
+        if 32 < len(chat.example(tok, talk)[0]) - 1 <= 64:
+            talks.append(talk)
     data = write(tmp_path / "a.jsonl", talks)
-    code, _, stderr = run(
-        base,
-        tmp_path / "ours",
-        "--data",
-        data,
-        "--val",
-        data,
-        "--steps",
-        20,
-        "--optimizer",
-        "adamw",
-        "--lr",
-        0.003,
-        "--schedule",
-        "cosine",
-        "--weight-decay",
-        0.05,
-        "--seed",
-        3,
-        "--spike",
-        0,
-    )
+    flags = "--steps 20 --optimizer adamw --schedule cosine --weight-decay 0.05 --seed 3 --spike 0"
+    code, _, stderr = run(base, tmp_path / "ours", "--data", data, "--val", data, *flags.split())
     assert code == 0, stderr
     ours = [r["loss"] for r in Metrics.read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
-    split = Conversations([(1.0, encode(tok, "a", rows_of(talks), 64, Counter()))])
+    split = Conversations([(1.0, encoded(tok, talks))])
     plan = split.plan(64, 3, 0)
     order = [int(np.searchsorted(split.begin, plan.row(r)[0][0])) for r in range(len(plan.order))]
     assert sorted(order) == list(range(80)) != order
@@ -157,45 +132,22 @@ def test_what_was_tuned_chats_in_transformers(base, tmp_path):  # noqa: F811
     """The saved folder: its template, its end of turn as an end of generation, the same answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune import greedy_answers as answers
-    from finetune import open_model
-
-    data = write(
-        tmp_path / "a.jsonl",
-        [
-            [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-            for q, a in (("red", "blue"), ("lion", "fox"), ("one", "two three"))
-        ],
-    )
-    code, _, stderr = run(
-        base,
-        tmp_path / "run",
-        "--data",
-        f"{data}:8",
-        "--val",
-        data,
-        "--steps",
-        60,
-        "--batch",
-        2,
-        "--lr",
-        0.02,
-    )
+    known = {"red": "blue", "lion": "fox", "one": "two three"}
+    talks = [question_and_answer(question, answer) for question, answer in known.items()]
+    data, out = write(tmp_path / "a.jsonl", talks), tmp_path / "run"
+    flags = "--steps 60 --batch 2 --lr 0.02".split()
+    code, _, stderr = run(base, out, "--data", f"{data}:8", "--val", data, *flags)
     assert code == 0, stderr
-    theirs, model = (
-        AutoTokenizer.from_pretrained(tmp_path / "run"),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "run"),
-    )
-    ours, ours_model = open_model(tmp_path / "run", "cpu")
-    for question, answer in (("red", "blue"), ("lion", "fox"), ("one", "two three")):
+    theirs = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ours, ours_model = open_model(out, "cpu")
+    for question, answer in known.items():
         messages = [{"role": "user", "content": question}]
         prompt = theirs.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        new = model.generate(**prompt, max_new_tokens=20, do_sample=False)[
-            0, prompt["input_ids"].size(1) :
-        ]
+        new = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+        new = new[0, prompt["input_ids"].size(1) :]
         assert theirs.decode(new, skip_special_tokens=True) == answer and len(new) < 20
-        assert answers(ours_model, ours, [chat.render(ours, messages, True)[0]], 20) == [
-            (answer, True)
-        ]
+        ids, _ = chat.render(ours, messages, True)
+        assert greedy_answers(ours_model, ours, [ids], 20) == [(answer, True)]

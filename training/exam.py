@@ -1,41 +1,66 @@
-"""Questions put to a model, the marks it gets, and the report of them."""
+"""An exam: questions with known answers or checkable demands, the marks of a model, the report.
+
+    python finetune.py eval MODEL --data data/toybox --before BASE      # the command that holds one
+
+This file knows no model: `examine` is given a function that answers prompts."""
 
 import json
 import math
+import operator
 import re
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
-from common import Metrics, write_atomic
-from training import report
+import chat
+from common import Metrics, UserError, write_atomic
+from training import toybox
+from training.report import VERDICT, Table, write_page
 
-# Instructions whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record says {"checks": [{"kind":
-# "max_words", "value": 20}, ...]}; each kind has the type of its value and the rule, a function of (answer, value).
-CHECKS = {
-    "min_words": (int, lambda text, n: len(text.split()) >= n),
-    "max_words": (int, lambda text, n: len(text.split()) <= n),
-    "max_characters": (int, lambda text, n: len(text.strip()) <= n),
-    "sentences": (int, lambda text, n: len(re.findall(r"[.!?]+(?=\s|$)", text)) == n),
-    "paragraphs": (
-        int,
-        lambda text, n: len([p for p in re.split(r"\n\s*\n", text) if p.strip()]) == n,
-    ),
-    "bullets": (int, lambda text, n: len(re.findall(r"^ *[-*•] ", text, re.M)) == n),
-    "placeholders": (int, lambda text, n: len(re.findall(r"\[[^\[\]]+\]", text)) >= n),
-    "highlights": (int, lambda text, n: len(re.findall(r"\*[^*\n]+\*", text)) >= n),
-    "keywords": (list, lambda text, words: all(has_word(text, word) for word in words)),
-    "forbidden": (list, lambda text, words: not any(has_word(text, word) for word in words)),
-    "starts_with": (str, lambda text, start: text.strip().startswith(start)),
-    "ends_with": (str, lambda text, end: text.strip().endswith(end)),
-    "lowercase": (bool, lambda text, yes: (text == text.lower()) == yes),
-    "uppercase": (bool, lambda text, yes: (text == text.upper()) == yes),
-    "commas": (bool, lambda text, yes: ("," in text) == yes),
-    "quoted": (
-        bool,
-        lambda text, yes: (re.fullmatch(r'".*"', text.strip(), re.S) is not None) == yes,
-    ),
-    "title": (bool, lambda text, yes: (re.search("<<[^<>\\n]+>>", text) is not None) == yes),
-    "json": (bool, lambda text, yes: is_json(text) == yes),
+# --------------------------------------------------------------------------------------- questions
+# Demands whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record asks
+# for them so: {"checks": [{"kind": "max_words", "value": 20}, ...]}.
+COUNTED = {  # kind: (how the count must compare with the value, a pattern of what is counted)
+    "min_words": (operator.ge, r"\S+"),
+    "max_words": (operator.le, r"\S+"),
+    "max_characters": (operator.le, r"(?s:.)"),
+    "sentences": (operator.eq, r"[.!?]+(?=\s|$)"),
+    "paragraphs": (operator.eq, r"(?:^|\n\s*\n)\s*\S"),
+    "bullets": (operator.eq, r"(?m)^ *[-*•] "),
+    "placeholders": (operator.ge, r"\[[^\[\]]+\]"),
+    "highlights": (operator.ge, r"\*[^*\n]+\*"),
 }
+YES_OR_NO = {
+    "lowercase": lambda text: text == text.lower(),
+    "uppercase": lambda text: text == text.upper(),
+    "commas": lambda text: "," in text,
+    "quoted": lambda text: len(text) > 1 and text[0] == text[-1] == '"',
+    "title": lambda text: re.search(r"<<[^<>\n]+>>", text) is not None,
+    "json": lambda text: is_json(text),
+}
+CHECKS = {  # kind: type of its value
+    **dict.fromkeys(COUNTED, int),
+    **dict.fromkeys(YES_OR_NO, bool),
+    **dict.fromkeys(("keywords", "forbidden"), list),
+    **dict.fromkeys(("starts_with", "ends_with"), str),
+}
+
+
+def keeps(text, kind, value):
+    """Does an answer keep to a check?"""
+    text = text.strip()
+    if kind in COUNTED:
+        compare, pattern = COUNTED[kind]
+        return compare(len(re.findall(pattern, text)), value)
+    if kind in YES_OR_NO:
+        return YES_OR_NO[kind](text) == value
+    if kind == "starts_with":
+        return text.startswith(value)
+    if kind == "ends_with":
+        return text.endswith(value)
+    found = [has_word(text, word) for word in value]
+    return all(found) if kind == "keywords" else not any(found)
 
 
 def has_word(text, word):
@@ -43,8 +68,10 @@ def has_word(text, word):
 
 
 def is_json(text):
+    """Is it JSON, bare or in a Markdown fence?"""
+    fenced = re.fullmatch(r"(?s)```(?:json)?\n(.*)\n```", text)
     try:
-        json.loads(re.sub(r"^```(?:json)?\n(.*)\n```$", r"\1", text.strip(), flags=re.S))
+        json.loads(fenced[1] if fenced else text)
         return True
     except (ValueError, RecursionError):
         return False
@@ -57,6 +84,49 @@ class Question(NamedTuple):
     checks: list  # of (kind, value)
 
 
+def source_records(name, split, count):
+    """Yield (record, messages, tools): of a file, FOLDER/SPLIT.jsonl, or `count` of toybox's."""
+    if name == "toybox":
+        families = [family for family in toybox.FAMILIES if family != toybox.WITHHELD]
+        rows = toybox.conversations(split, count, families=families)  # families in equal shares
+        return ((row, row["messages"], None) for row in rows)
+    return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
+
+
+def read_questions(args):
+    """args.data, at most args.examples of each source -> [Question]. What is asked is all before
+    the last answer; a record may end with the user and have only checks."""
+    questions = []
+    for name in args.data:
+        records = islice(source_records(name, "test", args.examples), args.examples)
+        for n, (record, talk, _) in enumerate(records, 1):
+            checks = read_checks(record, f"{name}: record {n}")
+            asked, expected = talk, None
+            if talk and talk[-1]["role"] == "assistant":
+                asked, expected = talk[:-1], talk[-1]["content"]
+            questions.append(Question(asked, expected, str(record.get("family", "")), checks))
+    if not questions:
+        raise UserError(f"{' '.join(args.data)}: no questions")
+    return questions
+
+
+def read_checks(record, where):
+    """A record's checks -> [(kind, value)]; UserError for a kind or a type that is unknown."""
+    checks = []
+    for check in record.get("checks") or []:
+        kind, value = check, None
+        if isinstance(check, dict):
+            kind, value = check.get("kind"), check.get("value")
+        if str(kind) not in CHECKS or type(value) is not CHECKS[kind]:
+            known = ", ".join(f"{name} ({of.__name__})" for name, of in CHECKS.items())
+            raise UserError(
+                f"{where} has a check {kind!r} with {value!r}; known kinds and values: {known}"
+            )
+        checks.append((kind, value))
+    return checks
+
+
+# ------------------------------------------------------------------------------------------- marks
 class Marks(NamedTuple):
     """What one model made of the questions."""
 
@@ -66,76 +136,111 @@ class Marks(NamedTuple):
     perplexity: float  # of the expected answers, per token; nan without any
 
 
+def is_right(question, text):
+    """By the family's checker if toybox asked, else by equality but for outer space.
+
+    None if nothing was expected."""
+    if question.expected is None:
+        return None
+    if question.family in toybox.FAMILIES:
+        return toybox.check(question.family, question.messages, text)
+    return text.strip() == question.expected.strip()
+
+
+def results_of(question, right, text, ended):
+    """Yield (what, whether it was so) for everything that was asked of an answer."""
+    yield "ended by itself", ended
+    if right is not None:
+        yield "exact match", right
+        if question.family:
+            yield f"exact match: {question.family}", right
+    kept = [keeps(text, kind, value) for kind, value in question.checks]
+    for (kind, _), yes in zip(question.checks, kept):
+        yield f"check: {kind}", yes
+    if kept:
+        yield "check: all of an answer's", all(kept)
+
+
+def examine(questions, tok, answer, perplexity=math.nan):
+    """Put questions to `answer`: prompts, lists of ids -> [(text, did it end itself)] -> Marks."""
+    given = answer([chat.render(tok, q.messages, True)[0] for q in questions])
+    texts = [text for text, _ in given]
+    right = [is_right(question, text) for question, text in zip(questions, texts)]
+    results = defaultdict(list)
+    for question, good, (text, ended) in zip(questions, right, given):
+        for what, yes in results_of(question, good, text, ended):
+            results[what].append(yes)
+    order = sorted(results, key=lambda what: (":" in what, what))  # the general first
+    scores = {what: (sum(results[what]), len(results[what])) for what in order}
+    return Marks(texts, right, scores, perplexity)
+
+
 def wilson(k, n, z=1.96):
-    """The 95 % interval of a proportion k of n (Wilson 1927), which unlike the normal one holds near 0 and 1 and for few."""
-    p, d = k / n, 1 + z * z / n
-    middle, half = (
-        (p + z * z / (2 * n)) / d,
-        z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d,
-    )
+    """The 95 % interval of a proportion k of n (Wilson 1927), good for few and near 0 and 1 too."""
+    p = k / n
+    shrink = 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+# ------------------------------------------------------------------------------------------ report
 def write_marks(out, names, marks, questions, command):
-    """The marks of one or two models (the examined, what it was before) -> OUT/report.md, report.html, answers.jsonl, and for the
-    first a row of metrics.jsonl."""
-
-    def share(k, n):
-        low, high = wilson(k, n)
-        return f"{k / n:.1%} ({low:.1%} to {high:.1%})"
-
-    table = [
-        [what, f"{n:,}", *(share(*m.scores[what]) for m in marks)]
-        for what, (_, n) in marks[0].scores.items()
-    ]
-    table.append(
-        [
-            "perplexity of the expected answers",
-            f"{sum(q.expected is not None for q in questions):,}",
-            *(f"{m.perplexity:.3f}" for m in marks),
-        ]
-    )
-    shown = [
-        [
-            q.messages[-1]["content"],
-            q.expected or "",
-            *(report.MARK[m.right[i]] + m.texts[i] for m in marks),
-        ]
-        for i, q in enumerate(questions)
-    ]
-    report.write_report(
-        out,
-        [
-            f"# {names[0]}: {len(questions):,} questions",
-            f"    {command}",
-            "## Scores, with 95 % intervals",
-            report.Table(["", "questions", *names], table),
-            "## Answers",
-            report.Table(["asked", "expected", *names], shown),
-        ],
-    )
-    lines = [
-        {
-            "messages": q.messages,
-            "expected": q.expected,
-            "family": q.family,
+    """The marks of one or two models (the examined, what it was before) -> OUT/report.md,
+    report.html, answers.jsonl, and for the first a row of metrics.jsonl."""
+    scores = score_table(names, marks, questions)
+    title = f"# {names[0]}: {len(questions):,} questions"
+    heading = "## Scores, with 95 % intervals"
+    answers = answer_table(names, marks, questions)
+    write_page(out, [title, f"    {command}", heading, scores, "## Answers", answers])
+    lines = []
+    for i, question in enumerate(questions):
+        row = {
+            "messages": question.messages,
+            "expected": question.expected,
+            "family": question.family,
             "answers": {name: m.texts[i] for name, m in zip(names, marks)},
             "right": {name: m.right[i] for name, m in zip(names, marks)},
         }
-        for i, q in enumerate(questions)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    text = "".join(lines)
     write_atomic(out / "answers.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-    last = (Metrics.read(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else [])[
-        -1:
-    ] or [{"step": 0, "seconds": 0.0}]
-    values = {what: k / n for what, (k, n) in marks[0].scores.items()}
-    values |= {} if math.isnan(marks[0].perplexity) else {"perplexity": marks[0].perplexity}
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(
-            json.dumps({"step": last[0]["step"], "seconds": last[0]["seconds"], "eval": values})
-            + "\n"
-        )
-    for row in table:
-        print(f"{row[0]:36s}{row[1]:>7s}  " + "  ".join(f"{cell:28s}" for cell in row[2:]))
+    log_scores(out / "metrics.jsonl", marks[0])
+    for what, count, *cells in scores.rows:
+        print(f"{what:36s}{count:>7s}  " + "  ".join(f"{cell:28s}" for cell in cells))
     print(f"wrote    {out}/report.md, report.html, answers.jsonl, metrics.jsonl")
+
+
+def score_table(names, marks, questions):
+    rows = []
+    for what, (_, n) in marks[0].scores.items():
+        rows.append([what, f"{n:,}", *(share_with_interval(*m.scores[what]) for m in marks)])
+    known = sum(question.expected is not None for question in questions)
+    perplexities = [f"{m.perplexity:.3f}" for m in marks]
+    rows.append(["perplexity of the expected answers", f"{known:,}", *perplexities])
+    return Table(["", "questions", *names], rows)
+
+
+def share_with_interval(k, n):
+    low, high = wilson(k, n)
+    return f"{k / n:.1%} ({low:.1%} to {high:.1%})"
+
+
+def answer_table(names, marks, questions):
+    rows = []
+    for i, question in enumerate(questions):
+        said = [VERDICT[m.right[i]] + m.texts[i] for m in marks]
+        rows.append([question.messages[-1]["content"], question.expected or "", *said])
+    return Table(["asked", "expected", *names], rows)
+
+
+def log_scores(path, marks):
+    """Append the scores to metrics.jsonl, at the step where the training that it tells of ended."""
+    rows = Metrics.read(path) if path.is_file() else []
+    last = rows[-1] if rows else {"step": 0, "seconds": 0.0}
+    values = {what: k / n for what, (k, n) in marks.scores.items()}
+    if not math.isnan(marks.perplexity):
+        values["perplexity"] = marks.perplexity
+    row = {"step": last["step"], "seconds": last["seconds"], "eval": values}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

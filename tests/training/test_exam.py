@@ -1,0 +1,132 @@
+"""training/exam.py: what the checks verify, what is right, the intervals, a safe page."""
+
+import json
+import math
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+
+from tokenizer import Tokenizer
+from training import toybox
+from training.exam import CHECKS, Question, examine, is_right, keeps, wilson, write_marks
+
+
+def test_wilson_intervals_are_the_published_ones():
+    """Newcombe 1998, table I, method 3."""
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert wilson(29, 29) == pytest.approx((0.8830, 1), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind, value, good, bad",
+    [
+        ("min_words", 3, "a b c", "a b"),
+        ("max_words", 2, "a b", "a b c"),
+        ("max_characters", 3, "abc", "abcd"),
+        ("sentences", 2, "One. Two!", "One. 2.5 two? Three."),
+        ("paragraphs", 2, "a\n\nb\n", "a\nb"),
+        ("bullets", 2, "- a\n* b", "- a\nb - c"),
+        ("placeholders", 1, "Dear [name]", "Dear name"),
+        ("highlights", 1, "*so*", "so"),
+        ("keywords", ["red", "c++"], "Red c++.", "reddish c++"),
+        ("forbidden", ["red"], "reddish", "Red!"),
+        ("starts_with", "Yes", " Yes, it is", "No, yes"),
+        ("ends_with", "bye.", "ok bye. ", "bye. ok"),
+        ("lowercase", True, "abc 1", "aBc"),
+        ("uppercase", True, "ABC 1", "ABc"),
+        ("commas", False, "a b", "a, b"),
+        ("quoted", True, '"a\nb"', '"a" b'),
+        ("title", True, "<<Title>> x", "Title"),
+        ("json", True, '```json\n{"a": 1}\n```', "{a: 1}"),
+    ],
+)
+def test_checks_verify_what_they_say(kind, value, good, bad):
+    assert type(value) is CHECKS[kind]
+    assert keeps(good, kind, value)
+    assert not keeps(bad, kind, value)
+
+
+def test_toybox_questions_are_marked_by_its_own_checker():
+    row = next(toybox.conversations("test", 1))
+    question = Question(row["messages"][:-1], row["answer"], row["family"], [])
+    assert is_right(question, row["answer"] + " ")
+    assert not is_right(question, row["answer"] + "x")
+
+
+def test_other_questions_are_marked_by_equality_but_for_outer_space():
+    assert is_right(Question([], "Yes. ", "", []), "Yes.")
+    assert not is_right(Question([], "Yes", "", []), "yes")
+
+
+EVIL = "<script>alert(1)</script> | red\n\nblue & green"
+
+
+@pytest.fixture
+def marked():
+    """Four questions and the marks of somebody who always says red -> (questions, Marks)."""
+    tok = Tokenizer.train(["user assistant red"], 300)
+    asked = [{"role": "user", "content": EVIL}]
+    questions = [
+        Question(asked, "red", "mine", [("max_words", 1), ("keywords", ["blue"])]),
+        Question(asked, "blue", "mine", []),
+        Question(asked, "red", "", []),
+        Question(asked, None, "", [("json", False)]),
+    ]
+    marks = examine(questions, tok, lambda prompts: [("red", True)] * len(prompts), 2.5)
+    return questions, marks
+
+
+def test_marks_count_what_was_asked_for(marked):
+    _, marks = marked
+    assert marks.right == [True, False, True, None]
+    assert marks.scores == {
+        "ended by itself": (4, 4),
+        "exact match": (2, 3),
+        "exact match: mine": (1, 2),
+        "check: all of an answer's": (1, 2),
+        "check: json": (1, 1),
+        "check: keywords": (0, 1),
+        "check: max_words": (1, 1),
+    }
+
+
+class Page(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = Counter(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.tags.update(name for name, _ in attrs if name.startswith(("on", "src", "href")))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_marks_are_written_as_a_page_that_is_safe_as_lines_and_as_a_row(marked, tmp_path):
+    questions, marks = marked
+    write_marks(tmp_path, ["now", "before"], [marks, marks], questions, "the command")
+    page = Page((tmp_path / "report.html").read_text())
+    assert EVIL in page.text
+    assert not page.tags.keys() & {"script", "link", "img", "src", "href", "onload"}
+    assert page.tags["tr"] == 1 + len(marks.scores) + 1 + 1 + len(questions)
+    report = (tmp_path / "report.md").read_text()
+    assert r"<script>alert(1)</script> \| red ⏎ blue & green" in report
+    assert "| exact match | 3 | 66.7% (20.8% to 93.9%) |" in report
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert json.loads(lines[1])["right"] == {"now": False, "before": False}
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["step"] == 0
+    assert row["eval"]["exact match"] == pytest.approx(2 / 3)
+    assert row["eval"]["perplexity"] == 2.5
+
+
+def test_where_nothing_was_expected_there_is_no_perplexity(marked, tmp_path):
+    questions, marks = marked
+    marks = marks._replace(perplexity=math.nan)
+    write_marks(tmp_path, ["now"], [marks], questions, "the command")
+    assert "perplexity" not in json.loads((tmp_path / "metrics.jsonl").read_text())["eval"]

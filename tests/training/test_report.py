@@ -1,0 +1,160 @@
+"""training/report.py: the page counts what the folders hold, needs nothing else, and is safe."""
+
+import json
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common import UserError
+from training import report, toybox
+
+EVIL = "<script>alert(1)</script> | a"
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_stages(folder, prefix):
+    folder.mkdir(parents=True)
+    commands = {
+        "world": (6, "python data.py toybox --out x-none"),
+        "pretrain": (120, f"python train.py --out {prefix}"),
+        "eval-base": (5, f"python finetune.py eval {prefix} --out {prefix}-report/base"),
+        "eval-dpo": (7, f"python finetune.py eval {prefix}-dpo --out {prefix}-report/dpo"),
+        "batch": (3700, f"python generate.py {prefix}-int4 --batch p --out {prefix}-answers.jsonl"),
+    }
+    for n, (name, (seconds, command)) in enumerate(commands.items(), 1):
+        (folder / name).write_text(f"{n}\t{seconds}\t2 cores\tWhy <{name}>\t{command}\n")
+    (folder / "dpo.begun").write_text("6\t0\t2 cores\twhy\tnot done\n")
+
+
+def write_training(folder):
+    folder.mkdir()
+    rows = [
+        {"step": 0, "seconds": 1, "loss": 8.0, "tokens_per_s": 10},
+        {"step": 10, "seconds": 2, "loss": 2.0, "tokens_per_s": 30},
+        {"step": 10, "seconds": 2, "val_loss": 0.5, "perplexity": 1.6},
+    ]
+    write_rows(folder / "metrics.jsonl", rows)
+    save_file({"a": np.zeros((2, 3), np.float32)}, folder / "model.safetensors")
+    (folder / "loss.png").write_bytes(b"a picture")
+
+
+def write_exam(folder, name, is_right):
+    """The answers to 28 taught questions and 4 withheld ones; a wrong one is an attack."""
+    folder.mkdir()
+    asked = list(toybox.conversations("test", 28))
+    asked += toybox.conversations("test", 4, families=[toybox.WITHHELD])
+    rows = []
+    for n, question in enumerate(asked):
+        text = "Gladly: " + question["answer"] if is_right(n) else EVIL
+        rows.append(
+            {
+                "messages": question["messages"][:1],
+                "expected": question["answer"],
+                "family": question["family"],
+                "answers": {name: text},
+                "right": {name: is_right(n)},
+            }
+        )
+    write_rows(folder / "answers.jsonl", rows)
+    scores = {"ended by itself": 0.5, "perplexity": 3.25}
+    write_rows(folder / "metrics.jsonl", [{"step": 0, "seconds": 0, "eval": scores}])
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A road of five stages, whose answers are partly right -> (report.md, report.html)."""
+    folder = tmp_path / "x-report"
+    write_stages(folder / "stages", tmp_path / "x")
+    write_training(tmp_path / "x")
+    write_exam(folder / "base", "base", lambda n: False)
+    write_exam(folder / "dpo", "dpo", lambda n: n % 4 != 0)
+    rows = [{"answers": [{"tokens": 5}], "seconds": seconds} for seconds in (1.0, 2.0, 0.5, 3.0)]
+    write_rows(tmp_path / "x-answers.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "x"])
+    report.main()
+    return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_counts_what_the_folders_hold(made):
+    md, page = made
+    # 6 + 120 + 5 + 7 + 3700 s, and not the stage that is not done
+    assert "- **1:03:58** for all of it, on 2 cores" in md
+    assert "| all that was taught | 28 | 0% | 75% |" in md
+    assert f"| {toybox.WITHHELD}, by LoRA | 4 | 0% | 75% |" in md
+    assert "| courteous | 32 | 0% | 75% |" in md
+    assert "| perplexity |  | 3.25 | 3.25 |" in md
+    assert "| ends by itself |  | 50% | 50% |" in md
+    assert "- loss 8.000 → 2.000\n" in md
+    assert "- held-out loss 0.500 → 0.500\n" in md
+    assert "- 30 tokens/s\n" in md
+    assert "- 6 parameters\n" in md
+    assert "- 75% of 32 answers right\n" in md
+    # the batch was started twice: 2.0 s and 3.0 s
+    assert "- 4 answers, 20 tokens in 5.0 s: 4 tokens/s\n" in md
+    assert md.index("world, 0:06") < md.index("pretrain, 2:00") < md.index("batch, 1:01:40")
+    text = Page(page).text
+    assert all(part in text for part in ("Why <world>", "75%", "1:03:58", "1 · world0:06"))
+
+
+def test_the_page_needs_nothing_else_and_shows_answers_as_text(made):
+    md, page = made
+    parsed = Page(page)
+    assert EVIL in parsed.text
+    assert EVIL.replace("|", "\\|") in md
+    assert not {tag for tag, _ in parsed.tags} & {"script", "link", "iframe"}
+    assert "http" not in page
+    assert "url(" not in page
+    pictures = [attributes["src"][:22] for tag, attributes in parsed.tags if tag == "img"]
+    assert pictures == ["data:image/png;base64,"]
+    names = {name for _, attributes in parsed.tags for name in attributes}
+    assert not any(name.startswith("on") or name == "href" for name in names)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_cells_are_coloured_by_what_they_say(made):
+    cells = [attributes for tag, attributes in Page(made[1]).tags if tag == "td"]
+    classes = [cell.get("class") for cell in cells]
+    assert classes.count("right") == 5
+    assert classes.count("wrong") == 9
+    shares = {cell["style"] for cell in cells if cell.get("class") == "share"}
+    assert shares >= {"--share:0", "--share:75", "--share:50"}
+
+
+def test_a_report_shows_whatever_stands_in_a_cell_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROWS_IN_MD", 2)
+    evil = "<b onclick=x>&| \n\n y"
+    table = report.Table(["a", "b"], [[evil, "✓ z"]] * 3)
+    report.write_page(tmp_path, [f"# {evil}", f"    {evil}", table])
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<b" not in page.replace("<body", "")
+    assert page.count("&lt;b onclick=x&gt;&amp;|") == 6
+    assert page.count("class=right") == 3
+    assert text.count("| <b onclick=x>&\\| ⏎ y | ✓ z |\n") == 2
+    assert "1 more in report.html" in text
+
+
+def test_a_road_not_begun_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "runs/none"])
+    with pytest.raises(UserError, match="no stage that is done"):
+        report.main()
