@@ -51,7 +51,7 @@ from common import Metrics, Parser, UserError, cli, from_preset, read_json, usab
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
-from quant import NF4Linear, pack
+from quant import NF4Linear, pack_linear
 from runtime import DTYPES, resolve
 from tokenizer import PATTERNS, Tokenizer
 from training import loop
@@ -769,7 +769,7 @@ def bench_linear(args):
                 if format == "float32"
                 else linear.bfloat16()
                 if format == "bfloat16"
-                else pack(linear, format, 64)
+                else pack_linear(linear, format, 64)
             )
 
     def run(model, inputs):

@@ -1,0 +1,45 @@
+"""What quant.py's report measures, and on which text."""
+
+import pytest
+import torch
+
+from common import UserError
+from tokenizer import Tokenizer
+from training import quality
+
+
+def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(tmp_path, data_dir):
+    tok = Tokenizer.load(data_dir / "stories260K")
+    text, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("Once upon a time there was a girl. " * 40)
+    with pytest.raises(UserError, match="less than one row of 5,000"):
+        quality.read_rows(text, tok, 4, 5000)
+    rows = quality.read_rows(text, tok, 100, 64)
+    assert rows.size(1) == 64
+    assert 2 < len(rows) <= (len(tok.encode(text.read_text())) + 2) // 64
+    records.write_text('{"text": "Lily ran to the big tree and saw a bird."}\n' * 30)
+    assert quality.read_rows(records, tok, 4, 32).shape == (4, 32)
+
+
+class Constant:
+    """A model with the same logits everywhere."""
+
+    def __init__(self, logits):
+        self.logits = torch.tensor(logits)
+        self.config = type("Config", (), {"vocab_size": len(logits)})
+        self.embed_tokens = torch.nn.Embedding(1, 1)
+
+    def __call__(self, ids):
+        return self.logits.expand(*ids.shape, -1)
+
+
+def test_score_is_perplexity_and_divergence_from_the_original():
+    even, skewed = (
+        Constant([0.0, 0.0]),
+        Constant([1.0986123, 0.0]),
+    )  # probabilities 1/2 and 3/4, 1/4
+    rows = torch.tensor([[0, 0, 1, 0, 1]])
+    assert quality.score(even, even, rows) == pytest.approx((2, 0))
+    perplexity, divergence = quality.score(skewed, even, rows)
+    assert perplexity == pytest.approx((4 / 3 * 4) ** 0.5)
+    assert divergence == pytest.approx(0.143841, abs=1e-6)  # ln(2/3) / 2 + ln(2) / 2
