@@ -395,9 +395,13 @@ class GroupLinear(QuantLinear):
 
     packed  uint8 (N, ceil(K/2)), two codes a byte, the earlier in the low half; 5 to 8 bits: (N, K)
     scales  float16 (N, G), G = ceil(K/group): the last group may be shorter
-    zeros   uint8 (N, G), or None where all are 8 (symmetric int4)
+    zeros   uint8 (N, G)
     order   int64 (K,) or None: packed column j is input order[j] (GPTQ's act-order)
+
+    `symmetric` tells the kernel that all zero points are 8, so that it need not read them.
     """
+
+    by_row = ("packed", "scales", "zeros")
 
     def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
         """codes uint8 (N, K) in the order of `order`; group -1: whole rows."""
@@ -405,13 +409,13 @@ class GroupLinear(QuantLinear):
         self.bits = bits
         self.group = group if group > 0 else self.in_features
         self.format = f"int{bits}"
+        self.symmetric = bits == 4 and bool((zeros == 8).all())
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
-        symmetric = bits == 4 and bool((zeros == 8).all())
         self.register_buffer("packed", codes)
         self.register_buffer("scales", scales.half())
-        self.register_buffer("zeros", None if symmetric else zeros.to(torch.uint8))
+        self.register_buffer("zeros", zeros.to(torch.uint8))
         self.register_buffer("order", order)
 
     @classmethod
@@ -426,21 +430,14 @@ class GroupLinear(QuantLinear):
         halves = torch.stack((self.packed & 15, self.packed >> 4), -1)  # (N, K/2, 2)
         return halves.flatten(1)[:, : self.in_features]  # (N, K)
 
-    def zero_points(self):
-        if self.zeros is not None:
-            return self.zeros
-        return torch.full_like(self.scales, 8, dtype=torch.uint8)
-
     def groups(self):
-        return Groups(
-            self.codes(), self.scales, self.zero_points(), self.group, self.order, self.bits
-        )
+        return Groups(self.codes(), self.scales, self.zeros, self.group, self.order, self.bits)
 
     def dequantize(self, dtype=torch.float32):
         N, K = self.out_features, self.in_features
         groups = F.pad(self.codes(), (0, -K % self.group)).view(N, -1, self.group)  # (N, G, group)
-        zero = 8 if self.zeros is None else self.zeros[:, :, None].float()
-        weight = groups.float().sub_(zero).mul_(self.scales[:, :, None]).view(N, -1)[:, :K]
+        weight = groups.float().sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None])
+        weight = weight.view(N, -1)[:, :K]
         if self.order is not None:
             weight = weight[:, self.order.argsort()]
         return weight.to(dtype)
@@ -453,23 +450,17 @@ class GroupLinear(QuantLinear):
         if self.order is not None:
             rows = rows[:, self.order]
         N, K = self.out_features, self.in_features
-        packed = Packed("int4", self.packed, self.scales, N, K, self.group, self.zeros)
+        zeros = None if self.symmetric else self.zeros
+        packed = Packed("int4", self.packed, self.scales, N, K, self.group, zeros)
         return linear(rows, packed, self.bias)
 
     def is_alike(self, other):
-        if (other.bits, other.group) != (self.bits, self.group):
+        mine = (self.bits, self.group, self.symmetric)
+        if mine != (other.bits, other.group, other.symmetric):
             return False
         if self.order is None or other.order is None:
             return self.order is other.order
         return torch.equal(self.order, other.order)
-
-    def stacked(self, layers):
-        packed = torch.cat([layer.packed for layer in layers])
-        scales = torch.cat([layer.scales for layer in layers])
-        zeros = None
-        if any(layer.zeros is not None for layer in layers):
-            zeros = torch.cat([layer.zero_points() for layer in layers])
-        return {"packed": packed, "scales": scales, "zeros": zeros, "order": self.order}
 
 
 class NF4Linear(QuantLinear):
@@ -515,7 +506,8 @@ class NF4Linear(QuantLinear):
     def stacked(self, layers):
         """Scales in float32, since 256 that share one need not end where a layer does."""
         absmax = torch.cat([nf4_absmax(layer.state()) for layer in layers])
-        return {"packed": torch.cat([layer.packed for layer in layers]), "absmax": absmax}
+        packed = torch.cat([layer.packed for layer in layers])
+        return {"packed": packed, "absmax": absmax, "nested_absmax": None, "offset": None}
 
 
 def pack_linear(linear, format, group_size):
@@ -556,7 +548,7 @@ def fuse(layers):
         fused.bias = nn.Parameter(torch.cat([m.bias.detach() for m in layers]), False)
     if isinstance(first, QuantLinear):
         fused.fast_product = None
-        fused._buffers = first.stacked(layers)
+        fused._buffers = first._buffers | first.stacked(layers)
         return fused
     fused.weight = nn.Parameter(torch.cat([m.weight.detach() for m in layers]), False)
     for layer, part in zip(layers, fused.weight.detach().split(rows)):
@@ -626,7 +618,7 @@ BITSANDBYTES_CONFIG = {
 def gptq_config(model, **settings):
     """The folder's quantization_config; integers have GPTQ's layout whoever rounded them."""
     layers = [layer for layer in model.modules() if isinstance(layer, GroupLinear)]
-    lowest = min((int(layer.zero_points().min()) for layer in layers), default=1)
+    lowest = min((int(layer.zeros.min()) for layer in layers), default=1)
     # version 1 stores zero points less one, so it has no place for a zero point of 0
     version = "gptq" if lowest > 0 else "gptq_v2"
     return {"quant_method": "gptq", "checkpoint_format": version, "lm_head": False, **settings}
@@ -881,8 +873,7 @@ class Args(Recipe):
     folder: str = "-"  # report: the model folder
     format: str = "gptq"  # int8, int8-dynamic, int4, int4-asym, nf4, gptq, gguf-q8_0, gguf-q4_k_m
     out: str = ""  # where to write; report: [MODEL/quantization.md and .png]
-    text: str = ""  # text, .jsonl or conversations to calibrate on [the model's own samples]
-    held_out: str = ""  # the same to score on [every other row of --text]
+    text: str = ""  # text, .jsonl or conversations: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context

@@ -82,14 +82,11 @@ def calibration_and_held_out(tok, args, writer):
         )
         rows = sample_rows(tok, writer, args.samples + args.held_out_rows, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
-    if args.held_out:
-        calibration = read_rows(args.text, tok, args.samples, length)
-        return calibration, read_rows(args.held_out, tok, args.held_out_rows, length)
     rows = read_rows(args.text, tok, args.samples + args.held_out_rows, length)
     if len(rows) < 2:
         raise UserError(
             f"{args.text}: one row of {length} tokens cannot both calibrate and be held out; "
-            "add --held-out FILE"
+            "give more text or a smaller --length"
         )
     return rows[::2][: args.samples], rows[1::2][: args.held_out_rows]
 
