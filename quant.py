@@ -279,6 +279,7 @@ class QuantLinear(nn.Module):
     # (M, K) float32 -> (M, N) float32 without the bias, activations rounded to 8 bits; the engine
     # sets it where it has one
     fast_product: Any = None
+    symmetric = False  # all zero points are the middle code: a kernel need not read them
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -397,8 +398,6 @@ class GroupLinear(QuantLinear):
     scales  float16 (N, G), G = ceil(K/group): the last group may be shorter
     zeros   uint8 (N, G)
     order   int64 (K,) or None: packed column j is input order[j] (GPTQ's act-order)
-
-    `symmetric` tells the kernel that all zero points are 8, so that it need not read them.
     """
 
     by_row = ("packed", "scales", "zeros")
@@ -455,8 +454,7 @@ class GroupLinear(QuantLinear):
         return linear(rows, packed, self.bias)
 
     def is_alike(self, other):
-        mine = (self.bits, self.group, self.symmetric)
-        if mine != (other.bits, other.group, other.symmetric):
+        if (self.bits, self.group) != (other.bits, other.group):
             return False
         if self.order is None or other.order is None:
             return self.order is other.order
@@ -548,6 +546,7 @@ def fuse(layers):
         fused.bias = nn.Parameter(torch.cat([m.bias.detach() for m in layers]), False)
     if isinstance(first, QuantLinear):
         fused.fast_product = None
+        fused.symmetric = all(layer.symmetric for layer in layers)
         fused._buffers = first._buffers | first.stacked(layers)
         return fused
     fused.weight = nn.Parameter(torch.cat([m.weight.detach() for m in layers]), False)
@@ -557,6 +556,17 @@ def fuse(layers):
 
 
 # ----------------------------------------------------------------------------- a model, in place
+BITSANDBYTES_CONFIG = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+}
+
+
 def float_layers(model):
     """{name: nn.Linear} of all blocks. UserError if they are packed already."""
     found = {}
@@ -602,17 +612,6 @@ def quantize(model, format, group_size=128):
         **activations,
     )
     return model
-
-
-BITSANDBYTES_CONFIG = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "load_in_8bit": False,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "float32",
-    "bnb_4bit_quant_storage": "uint8",
-}
 
 
 def gptq_config(model, **settings):
@@ -979,7 +978,7 @@ def quantize_command(args):
         write_quantized(args, format, calibration, out, log)
         return Transformer.from_pretrained(out, args.device, working)
 
-    calibration, held_out = quality.calibration_and_held_out(tok, args, writer(original))
+    calibration, held_out = quality.calibration_and_held_out(original, tok, args, writer)
     if args.model == "report":
         quality.compare_formats(args, original, held_out, make, writer)
     else:

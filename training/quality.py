@@ -69,18 +69,19 @@ def read_rows(path, tok, count, length):
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def calibration_and_held_out(tok, args, writer):
+def calibration_and_held_out(model, tok, args, writer):
     """-> two tensors of rows (R, length), from --text, or else of the model's own making.
 
-    One file serves both: its even rows calibrate, its odd rows are held out.
+    One file serves both: its even rows calibrate, its odd rows are held out. writer(model) makes a
+    Writer.
     """
-    length = min(args.length, writer.engine.max_model_len)
+    length = min(args.length, model.config.max_position_embeddings)
     if not args.text:
         print(
             f"text     the model's own (--text FILE for other): {args.samples} rows of {length} "
             f"tokens to calibrate, {args.held_out_rows} held out"
         )
-        rows = sample_rows(tok, writer, args.samples + args.held_out_rows, length, args.seed)
+        rows = sample_rows(tok, writer(model), args.samples + args.held_out_rows, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
     rows = read_rows(args.text, tok, args.samples + args.held_out_rows, length)
     if len(rows) < 2:
