@@ -1,11 +1,13 @@
 """What quant.py's report measures, and on which text."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from common import UserError
 from tokenizer import Tokenizer
-from training import quality
+from training import quality, toybox
 
 
 def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(tmp_path, data_dir):
@@ -43,3 +45,39 @@ def test_score_is_perplexity_and_divergence_from_the_original():
     perplexity, divergence = quality.score(skewed, even, rows)
     assert perplexity == pytest.approx((4 / 3 * 4) ** 0.5)
     assert divergence == pytest.approx(0.143841, abs=1e-6)  # ln(2/3) / 2 + ln(2) / 2
+
+
+class Parrot(quality.Writer):
+    """Says what it was told, whatever it is asked."""
+
+    def __init__(self, texts):
+        super().__init__(SimpleNamespace(tok=None), dict)
+        self.texts = texts
+
+    def __call__(self, prompts, seed=0, **how):
+        assert how == {"max_tokens": 128, "temperature": 0.0}
+        return [SimpleNamespace(text=text) for text in self.texts]
+
+
+def test_accuracy_is_the_share_of_questions_that_the_checkers_pass(monkeypatch):
+    asked = []
+    monkeypatch.setattr(quality, "render", lambda tok, messages, add: (asked.append(messages), 0))
+    answers = [example["answer"] for example in toybox.examples("test", 8)]
+    assert quality.toybox_accuracy(Parrot(answers), 8) == 1
+    assert quality.toybox_accuracy(Parrot(answers[:6] + ["?", "?"]), 8) == 0.75
+    assert all(messages[-1]["role"] == "user" for messages in asked)
+
+
+def test_the_models_own_text_is_whole_rows_with_a_seed_each(data_dir):
+    from generate import Engine, Sampling
+    from model import Transformer
+
+    folder = data_dir / "stories260K"
+    tok = Tokenizer.load(folder)
+    engine = Engine.of(Transformer.from_pretrained(folder), tok, kv_tokens=2048)
+    rows = quality.sample_rows(tok, quality.Writer(engine, Sampling), 3, 24, 0)
+    assert rows.shape == (3, 24)
+    assert set(rows[:, 0].tolist()) == {tok.bos_id}
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+    again = quality.sample_rows(tok, quality.Writer(engine, Sampling), 1, 24, 1)
+    assert torch.equal(again[0], rows[1])
