@@ -58,6 +58,12 @@ def check_finite(weight, name="a weight"):
         )
 
 
+def in_groups(values, size):
+    """(..., K) -> (..., G, size), G = ceil(K / size), the last group filled up with zeros."""
+    padded = F.pad(values, (0, -values.size(-1) % size))
+    return padded.unflatten(-1, (-1, size))
+
+
 def grid(groups, bits, sym):
     """(..., g) floats -> (scale, zero), each (...) float32, for codes 0 .. 2^bits - 1.
 
@@ -118,13 +124,13 @@ def round_to_nearest(weight, bits, group, sym):
     group: neighbouring inputs that share a scale, -1 for a whole row; the last may be shorter.
     """
     check_finite(weight)
-    N, K = weight.shape
+    K = weight.size(1)
     group = K if group < 0 else group
-    padded = F.pad(weight.detach().float(), (0, -K % group))
-    groups = padded.view(N, -1, group)  # (N, G * group) -> (N, G, group)
+    groups = in_groups(weight.detach().float(), group)  # (N, G, group)
     scale, zero = grid(groups, bits, sym)
-    codes = to_codes(groups, scale[..., None], zero[..., None], bits).to(torch.uint8)
-    return codes.view(N, -1)[:, :K], scale, zero
+    codes = to_codes(groups, scale[..., None], zero[..., None], bits)
+    codes = codes.to(torch.uint8).flatten(1)[:, :K]  # (N, G, group) -> (N, K)
+    return codes, scale, zero
 
 
 # -------------------------------------------------------- NF4: codes that are not evenly spaced
@@ -167,11 +173,12 @@ def dynamic_map(device="cpu", signed=True):
 
 def scaled_blocks(flat, block):
     """(n,) floats -> (each over its block's largest magnitude (n,), those magnitudes (blocks,))."""
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)  # (blocks, block)
+    blocks = in_groups(flat, block)  # (blocks, block)
     absmax = blocks.abs().amax(1)
     # times the reciprocal, as bitsandbytes does: a division would round otherwise
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
-    return scaled.clamp(-1, 1).view(-1)[: flat.numel()], absmax
+    flat_again = scaled.clamp(-1, 1).flatten()[: flat.numel()]
+    return flat_again, absmax
 
 
 def nearest_index(x, values):
@@ -230,9 +237,9 @@ def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
     packed = state["packed"]
     pairs = nf4_pairs(packed.device).index_select(0, packed.int())  # (N*K/2,)
     flat = pairs.view(torch.float32)  # (N*K,)
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)  # (blocks, block)
-    blocks = blocks.mul_(nf4_absmax(state)[:, None])
-    return blocks.view(-1)[: flat.numel()].view(shape).to(dtype)
+    blocks = in_groups(flat, block).mul_(nf4_absmax(state)[:, None])  # (blocks, block)
+    weights = blocks.view(-1)[: flat.numel()]
+    return weights.view(shape).to(dtype)
 
 
 # ------------------------------------------------------------------------------ the linear layers
@@ -264,6 +271,11 @@ class Groups(NamedTuple):
     size: int  # inputs that share a scale
     order: torch.Tensor | None  # int64 (K,): column j is input order[j]; None: it is input j
     bits: int
+
+
+def joined(layers, name):
+    """The layers' tensors of one name, one below the other."""
+    return torch.cat([getattr(layer, name).detach() for layer in layers])
 
 
 class QuantLinear(nn.Module):
@@ -325,7 +337,7 @@ class QuantLinear(nn.Module):
 
     def stacked(self, layers):
         """{buffer: tensor} of one layer whose rows are those of `layers`, in their order."""
-        return {name: torch.cat([getattr(m, name) for m in layers]) for name in self.by_row}
+        return {name: joined(layers, name) for name in self.by_row}
 
 
 def int8_rows(x):
@@ -433,10 +445,10 @@ class GroupLinear(QuantLinear):
         return Groups(self.codes(), self.scales, self.zeros, self.group, self.order, self.bits)
 
     def dequantize(self, dtype=torch.float32):
-        N, K = self.out_features, self.in_features
-        groups = F.pad(self.codes(), (0, -K % self.group)).view(N, -1, self.group)  # (N, G, group)
-        weight = groups.float().sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None])
-        weight = weight.view(N, -1)[:, :K]
+        weight = in_groups(self.codes(), self.group).float()  # (N, G, group)
+        weight.sub_(self.zeros[:, :, None])
+        weight.mul_(self.scales[:, :, None])
+        weight = weight.flatten(1)[:, : self.in_features]  # (N, K)
         if self.order is not None:
             weight = weight[:, self.order.argsort()]
         return weight.to(dtype)
@@ -504,7 +516,7 @@ class NF4Linear(QuantLinear):
     def stacked(self, layers):
         """Scales in float32, since 256 that share one need not end where a layer does."""
         absmax = torch.cat([nf4_absmax(layer.state()) for layer in layers])
-        packed = torch.cat([layer.packed for layer in layers])
+        packed = joined(layers, "packed")
         return {"packed": packed, "absmax": absmax, "nested_absmax": None, "offset": None}
 
 
@@ -535,21 +547,23 @@ def fuse(layers):
     """
     first = layers[0]
     for layer in layers:
-        alike = (type(layer), layer.bias is None) == (type(first), first.bias is None)
-        if not alike or (isinstance(first, QuantLinear) and not first.is_alike(layer)):
+        alike = type(layer) is type(first) and (layer.bias is None) == (first.bias is None)
+        if alike and isinstance(first, QuantLinear):
+            alike = first.is_alike(layer)
+        if not alike:
             raise UserError("layers of different formats or column orders cannot be one")
     rows = [layer.out_features for layer in layers]
     fused = copy.copy(first)
     fused.out_features = sum(rows)
     fused._parameters = {"bias": None}
     if first.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([m.bias.detach() for m in layers]), False)
+        fused.bias = nn.Parameter(joined(layers, "bias"), False)
     if isinstance(first, QuantLinear):
         fused.fast_product = None
         fused.symmetric = all(layer.symmetric for layer in layers)
         fused._buffers = first._buffers | first.stacked(layers)
         return fused
-    fused.weight = nn.Parameter(torch.cat([m.weight.detach() for m in layers]), False)
+    fused.weight = nn.Parameter(joined(layers, "weight"), False)
     for layer, part in zip(layers, fused.weight.detach().split(rows)):
         layer.weight = nn.Parameter(part, False)
     return fused
@@ -682,12 +696,13 @@ def gptq_round(weight, H, recipe, block=128):
     K = weight.size(1)
     bits = recipe.bits
     group = K if recipe.group_size < 0 else min(recipe.group_size, K)
-    dead = H.diagonal() == 0
-    H = H + torch.diag(dead.to(H.dtype) * H.diagonal().mean().clamp(min=1e-6))
+    dead = (H.diagonal() == 0).to(H.dtype)
+    H = H + torch.diag(dead * H.diagonal().mean().clamp(min=1e-6))
     order = None
     if recipe.act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
-        weight, H = weight[:, order], H[order][:, order]
+        weight = weight[:, order]
+        H = H[order][:, order]
     U, damp = inverse_factor(H, recipe.damp)
     if group < K:  # a block holds whole groups, so a group's weights are up to date when it begins
         block = group * max(1, block // group)
@@ -698,21 +713,24 @@ def gptq_round(weight, H, recipe, block=128):
     scales, zeros = [], []  # (N,) of each group
     for start in range(0, K, block):
         end = min(start + block, K)
-        now, factor = W[start:end], U[start:end, start:end].contiguous()
+        now = W[start:end]
+        factor = U[start:end, start:end].contiguous()
         errors = torch.empty_like(now)
         for i in range(end - start):
             column = start + i
             if column % group == 0:
-                columns = slice(column, column + group)
+                until = column + group
+                weights = W[column:until].t()  # (N, group)
                 if recipe.clip:
-                    scale, zero = clipped_grid(W[columns].t(), bits, recipe.sym, cost[columns])
+                    scale, zero = clipped_grid(weights, bits, recipe.sym, cost[column:until])
                 else:
-                    scale, zero = grid(W[columns].t(), bits, recipe.sym)
+                    scale, zero = grid(weights, bits, recipe.sym)
                 scales.append(scale)
                 zeros.append(zero)
             code = to_codes(now[i], scale, zero, bits)
             codes[column] = code
-            errors[i] = (now[i] - (code - zero) * scale) / pivots[column]
+            rounded = (code - zero) * scale
+            errors[i] = (now[i] - rounded) / pivots[column]
             now[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
     codes = codes.t().contiguous()  # (K, N) -> (N, K)
@@ -727,17 +745,17 @@ def round_together(linears, H, cross, recipe):
     they make the original outputs of the new inputs: the least squares solution of V @ X = W @ X0,
     which is V = W + W @ (cross - H) @ H^-1.
     """
-    weight = torch.cat([linear.weight.detach().float() for linear in linears.values()])
+    weight = joined(linears.values(), "weight").float()
     check_finite(weight, ", ".join(linears))
     factor, _ = inverse_factor(H, recipe.damp)
     moved = weight + weight @ (cross - H) @ factor.T @ factor
     rounded = gptq_round(moved, H, recipe)
     rows = [linear.out_features for linear in linears.values()]
-    parts = zip(rounded.codes.split(rows), rounded.scales.split(rows), rounded.zeros.split(rows))
+    parts = zip(*(part.split(rows) for part in (rounded.codes, rounded.scales, rounded.zeros)))
+    how = (recipe.bits, recipe.group_size, rounded.order)
     layers = {}
     for (name, linear), part in zip(linears.items(), parts):
-        bits, group = recipe.bits, recipe.group_size
-        layers[name] = GroupLinear(*part, bits, group, rounded.order, linear.bias)
+        layers[name] = GroupLinear(*part, *how, linear.bias)
     return layers
 
 
@@ -769,7 +787,8 @@ def second_moments(inputs, others):
     K = inputs[0].size(-1)
     H = torch.zeros(K, K, device=inputs[0].device)
     for x, y in zip(inputs, others):
-        x, y = x.reshape(-1, K).float(), y.reshape(-1, K).float()  # (B, T, K) -> (B*T, K)
+        x = x.reshape(-1, K).float()  # (B, T, K) -> (B*T, K)
+        y = y.reshape(-1, K).float()
         H.addmm_(y.t(), x)
     return H
 
@@ -828,9 +847,11 @@ def round_block(block, now, then, sliding, recipe):
 
 def relative_change(states, originals):
     """|states - originals|^2 / |originals|^2 over all batches."""
-    pairs = list(zip(states, originals))
-    change = sum((x - y).float().square().sum().item() for x, y in pairs)
-    return change / sum(y.float().square().sum().item() for _, y in pairs)
+    change = size = 0.0
+    for x, y in zip(states, originals):
+        change += F.mse_loss(x, y, reduction="sum").item()
+        size += y.square().sum().item()
+    return change / size
 
 
 @torch.no_grad()
