@@ -1,5 +1,7 @@
 """Grids, packed layers, GPTQ and the command: quant.py."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -9,8 +11,6 @@ import quant
 from common import UserError
 from engine import native
 from model import Config, Transformer
-
-SHAPES = [(64, 64), (172, 64), (64, 172), (48, 200)]
 
 
 def small_model(kind="llama", seed=0, width=64, inner=172):
@@ -29,21 +29,18 @@ def small_model(kind="llama", seed=0, width=64, inner=172):
         shape |= dict(intermediate_size=256, num_key_value_heads=4, rope={}, **biases)
     model = Transformer(Config(model_type=kind, **shape))
     for p in model.parameters():
-        p.data = torch.randn_like(p) * 0.1 + (p.ndim == 1)
+        around = 1 if p.ndim == 1 else 0  # norms start at 1
+        p.data = torch.randn_like(p) * 0.1 + around
     return model.eval()
 
 
 def ids(rows=4, length=48, seed=1):
-    return torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(96, (rows, length), generator=generator)
 
 
 def silent(line):
     pass
-
-
-def with_fast_product(layer):
-    native.install_products(layer)
-    return layer
 
 
 def relative(a, b):
@@ -60,7 +57,8 @@ def test_no_rounding_error_exceeds_half_a_step(bits, sym, bound):
     codes, scales, zeros = quant.round_to_nearest(weight, bits, 32, sym)
     layer = quant.GroupLinear(codes, scales, zeros, bits, 32)
     steps = scales.repeat_interleave(32, 1)[:, :100]
-    assert ((layer.dequantize() - weight).abs() / steps).max() < bound
+    errors = (layer.dequantize() - weight).abs()
+    assert (errors / steps).max() < bound
     assert codes.max() <= 2**bits - 1
 
 
@@ -71,52 +69,64 @@ def test_groups_of_zeros_stay_zero(sym):
 
 
 # ------------------------------------------------------------------------------------------ layers
-LAYERS = {  # how to make one, and how far its fast product may be from its twin
-    "int8": (quant.Int8Linear.from_linear, 1e-2),
-    "int8-dynamic": (lambda linear: quant.Int8Linear.from_linear(linear, True), 2e-2),
-    "nf4": (quant.NF4Linear.from_linear, 1e-5),
-    "int4": (lambda linear: quant.GroupLinear.from_linear(linear, 4, 64), 1e-2),
-    "int4-asym": (lambda linear: quant.GroupLinear.from_linear(linear, 4, 32, False), 1e-2),
-    "groups of 48": (lambda linear: quant.GroupLinear.from_linear(linear, 4, 48), 1e-2),
-    "int3 rows": (lambda linear: quant.GroupLinear.from_linear(linear, 3, -1), 1e-2),
-    "int6": (lambda linear: quant.GroupLinear.from_linear(linear, 6, 128), 1e-2),
+LAYERS = {  # class, arguments of from_linear, how far the fast product may be from its twin
+    "int8": (quant.Int8Linear, (), 1e-2),
+    "int8-dynamic": (quant.Int8Linear, (True,), 2e-2),
+    "nf4": (quant.NF4Linear, (), 1e-5),
+    "int4": (quant.GroupLinear, (4, 64), 1e-2),
+    "int4-asym": (quant.GroupLinear, (4, 32, False), 1e-2),
+    "groups of 48": (quant.GroupLinear, (4, 48), 1e-2),
+    "int3 rows": (quant.GroupLinear, (3, -1), 1e-2),
+    "int6": (quant.GroupLinear, (6, 128), 1e-2),
 }
 
 
+def packed_layer(name, linear):
+    kind, how, _ = LAYERS[name]
+    return kind.from_linear(linear, *how)
+
+
+def twin_of(layer, x):
+    return F.linear(x, layer.dequantize(), layer.bias)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("outputs,inputs", [(64, 64), (172, 64), (64, 172), (48, 200)])
 @pytest.mark.parametrize("fast", [False, True])
-def test_products_are_near_their_dequantized_twin(shape, rows, fast):
+def test_products_are_near_their_dequantized_twin(outputs, inputs, rows, fast):
     torch.manual_seed(0)
-    linear = nn.Linear(shape[1], shape[0])
-    x = torch.randn(2, rows, shape[1])
-    for make, bound in LAYERS.values():
-        layer = make(linear)
+    linear = nn.Linear(inputs, outputs)
+    x = torch.randn(2, rows, inputs)
+    for name, (_, _, bound) in LAYERS.items():
+        layer = packed_layer(name, linear)
         if fast:
             native.install_products(layer)
-        twin = F.linear(x, layer.dequantize(), layer.bias)
-        assert layer(x).shape == twin.shape
-        assert relative(layer(x), twin) < bound
+        y = layer(x)
+        assert y.shape == (2, rows, outputs)
+        assert relative(y, twin_of(layer, x)) < bound
         assert relative(layer.dequantize(), linear.weight) < 0.2
 
 
 def test_int8_weights_meet_activations_of_sixteen_bits():
     torch.manual_seed(0)
-    layer = with_fast_product(quant.Int8Linear.from_linear(nn.Linear(256, 64)))
+    layer = quant.Int8Linear.from_linear(nn.Linear(256, 64))
+    native.install_products(layer)
     x = torch.randn(5, 256)
-    assert relative(layer(x), F.linear(x, layer.dequantize(), layer.bias)) < 1e-4
+    assert relative(layer(x), twin_of(layer, x)) < 1e-4
 
 
 def test_many_rows_do_not_take_the_fast_product():
     layer = quant.GroupLinear.from_linear(nn.Linear(64, 32))
     layer.fast_product = lambda rows: rows.new_zeros(len(rows), 32)
-    few, many = torch.randn(quant.FEW_ROWS, 64), torch.randn(quant.FEW_ROWS + 1, 64)
+    many = torch.randn(quant.FEW_ROWS + 1, 64)
+    few = many[1:]
     assert torch.equal(layer(few), layer.bias.expand(len(few), -1))
     assert torch.equal(layer(many), layer.plain(many))
 
 
 def test_a_row_of_int8_activations_does_not_depend_on_its_neighbours():
-    x = torch.randn(3, 64) * torch.tensor([[1.0], [1e4], [1e-4]])
+    sizes = torch.tensor([[1.0], [1e4], [1e-4]])
+    x = torch.randn(3, 64) * sizes
     codes, scale = quant.int8_rows(x)
     alone, alone_scale = quant.int8_rows(x[2:])
     assert torch.equal(codes[2:], alone)
@@ -127,23 +137,35 @@ def test_a_row_of_int8_activations_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("bias", [True, False])
 def test_fused_layers_are_their_parts_stacked(name, bias):
     torch.manual_seed(0)
-    make, _ = LAYERS[name]
-    layers = [make(nn.Linear(64, n, bias)) for n in (32, 16, 16)]
+    layers = [packed_layer(name, nn.Linear(64, n, bias)) for n in (32, 16, 16)]
     x = torch.randn(3, 64)
+    weights = [layer.dequantize() for layer in layers]
+    outputs = [layer(x) for layer in layers]
     fused = quant.fuse(layers)
-    assert torch.equal(fused.dequantize(), torch.cat([part.dequantize() for part in layers]))
-    assert torch.allclose(fused(x), torch.cat([part(x) for part in layers], -1), atol=1e-5)
+    assert torch.equal(fused.dequantize(), torch.cat(weights))
+    assert torch.allclose(fused(x), torch.cat(outputs, -1), atol=1e-5)
 
 
 def test_fused_float_layers_hold_nothing_twice():
     layers = [nn.Linear(64, n) for n in (32, 16)]
     x = torch.randn(3, 64)
-    expected = torch.cat([layer(x) for layer in layers], -1)
+    outputs = [layer(x) for layer in layers]
     fused = quant.fuse(layers)
-    assert torch.allclose(fused(x), expected, atol=1e-6)
-    assert torch.allclose(layers[1](x), expected[:, 32:], atol=1e-6)
-    parts = {part.weight.untyped_storage().data_ptr() for part in (fused, *layers)}
-    assert len(parts) == 1
+    assert torch.allclose(fused(x), torch.cat(outputs, -1), atol=1e-6)
+    start = fused.weight.data_ptr()
+    for layer, y in zip(layers, outputs):
+        assert torch.allclose(layer(x), y, atol=1e-6)
+        assert layer.weight.data_ptr() == start
+        start += layer.weight.nbytes
+
+
+def test_a_fused_layer_is_symmetric_only_if_all_are():
+    torch.manual_seed(0)
+    symmetric = quant.GroupLinear.from_linear(nn.Linear(64, 8))
+    skewed = quant.GroupLinear.from_linear(nn.Linear(64, 8), sym=False)
+    assert symmetric.symmetric
+    assert quant.fuse([symmetric, symmetric]).symmetric
+    assert not quant.fuse([symmetric, skewed]).symmetric
 
 
 def test_what_cannot_be_one_layer_is_refused():
@@ -167,7 +189,7 @@ def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
     x = torch.randn(5, 64, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
     y = layer(x)
-    expected = F.linear(twin, layer.dequantize(), layer.bias)
+    expected = twin_of(layer, twin)
     (y**2).sum().backward()
     (expected**2).sum().backward()
     assert torch.equal(y, expected)
@@ -179,26 +201,31 @@ def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
 @pytest.mark.parametrize("format", ["int8", "int8-dynamic", "int4"])
 def test_packed_layers_compile_without_a_break(format):
     torch.manual_seed(0)
-    layer = with_fast_product(quant.pack_linear(nn.Linear(128, 64), format, 64))
+    layer = quant.pack_linear(nn.Linear(128, 64), format, 64)
+    native.install_products(layer)
+    compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(2, 128)
     with torch.inference_mode():
-        assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=3e-2)
+        assert torch.allclose(compiled(x), layer(x), atol=3e-2)
 
 
 # -------------------------------------------------------------------------------------------- GPTQ
 def plain_gptq(weight, H, bits, group, sym, damp):
     """Frantar et al. 2023, section 3: after each column its row and column leave the inverse."""
-    weight, result = weight.clone(), torch.zeros_like(weight)
-    inverse = torch.linalg.inv(H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
+    weight = weight.clone()
+    result = torch.zeros_like(weight)
+    ridge = torch.full_like(H.diagonal(), damp * H.diagonal().mean())
+    inverse = torch.linalg.inv(H + torch.diag(ridge))
     for j in range(weight.size(1)):
         if j % group == 0:
             scale, zero = quant.grid(weight[:, j : j + group], bits, sym)
-        codes = (weight[:, j] / scale + zero).round().clamp(0, 2**bits - 1)
+        column = weight[:, j]
+        codes = (column / scale + zero).round().clamp(0, 2**bits - 1)
         result[:, j] = (codes - zero) * scale
-        error = (weight[:, j] - result[:, j]) / inverse[j, j]
-        weight[:, j:] -= error[:, None] * inverse[j, j:]  # equation 2
-        row, column = inverse[j : j + 1], inverse[:, j : j + 1]
-        inverse = inverse - column @ row / inverse[j, j]  # equation 3
+        row, pivot = inverse[j], inverse[j, j]
+        error = (column - result[:, j]) / pivot
+        weight[:, j:] -= torch.outer(error, row[j:])  # equation 2
+        inverse = inverse - torch.outer(inverse[:, j], row) / pivot  # equation 3
     return result
 
 
@@ -210,44 +237,52 @@ def test_gptq_is_the_papers_algorithm(group, sym, act_order):
     torch.manual_seed(0)
     mixing = torch.randn(200, 200, dtype=torch.float64)
     x = torch.randn(500, 200, dtype=torch.float64) @ mixing
-    weight, H = torch.randn(24, 200, dtype=torch.float64), x.T @ x
+    weight = torch.randn(24, 200, dtype=torch.float64)
+    H = x.T @ x
     recipe = quant.Recipe(4, group, sym, act_order, clip=False)
     rounded = quant.gptq_round(weight, H, recipe)
     parts = (rounded.codes, rounded.scales, rounded.zeros)
     ours = quant.GroupLinear(*parts, 4, group, rounded.order).dequantize()
-    perm = H.diagonal().argsort(descending=True) if act_order else torch.arange(200)
+    order = torch.arange(200)
+    if act_order:
+        order = H.diagonal().argsort(descending=True)
+    sorted_H = H[order][:, order]
     whole = 200 if group < 0 else group
-    expected = plain_gptq(weight[:, perm], H[perm][:, perm], 4, whole, sym, 0.01)
+    expected = plain_gptq(weight[:, order], sorted_H, 4, whole, sym, 0.01)
     assert rounded.damp == 0.01
-    assert (ours[:, perm] - expected).abs().max() < 1e-5
+    assert (ours[:, order] - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("recipe", [{}, {"act_order": True}, {"clip": False}])
 def test_gptq_changes_outputs_less_than_rounding_to_nearest(recipe):
     torch.manual_seed(0)
-    x, weight = torch.randn(400, 96) @ torch.randn(96, 96), torch.randn(40, 96)
+    x = torch.randn(400, 96) @ torch.randn(96, 96)
+    weight = torch.randn(40, 96)
 
-    def change(codes, scales, zeros, order=None):
+    def change(codes, scales, zeros, order=None, damp=0.0):
         layer = quant.GroupLinear(codes, scales, zeros, 4, 32, order)
-        return (x @ (layer.dequantize() - weight).T).norm()
+        error = layer.dequantize() - weight
+        return (x @ error.T).norm()
 
-    nearest = change(*quant.round_to_nearest(weight, 4, 32, True))
-    codes, scales, zeros, order, _ = quant.gptq_round(
-        weight, x.T @ x, quant.Recipe(4, 32, **recipe)
-    )
-    assert change(codes, scales, zeros, order) < 0.8 * nearest
+    nearest = quant.round_to_nearest(weight, 4, 32, True)
+    recipe = quant.Recipe(4, 32, **recipe)
+    rounded = quant.gptq_round(weight, x.T @ x, recipe)
+    assert change(*rounded) < 0.8 * change(*nearest)
 
 
 def test_damping_rises_until_a_singular_hessian_factors_and_dead_inputs_are_rounded_as_they_are():
     torch.manual_seed(0)
-    x, weight = torch.randn(3, 64) * 1e3, torch.randn(8, 64)
+    x = torch.randn(3, 64) * 1e3
+    weight = torch.randn(8, 64)
     x[:, 10:20] = 0  # never fired
     recipe = quant.Recipe(4, -1, damp=1e-12)
     codes, scales, zeros, _, damp = quant.gptq_round(weight, x.T @ x, recipe)
     assert damp > 1e-12
     rounded = quant.GroupLinear(codes, scales, zeros, 4, -1).dequantize()
     assert torch.isfinite(rounded).all()
-    assert (rounded - weight)[:, 10:20].abs().max() <= scales.max() * 1.01 / 2
+    half_step = scales.max() / 2
+    errors = (rounded - weight).abs()
+    assert errors[:, 10:20].max() <= half_step * 1.01
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
@@ -268,21 +303,30 @@ def test_gptq_recovers_half_of_what_rounding_loses_and_int8_loses_next_to_nothin
     from training import quality
 
     folder = data_dir / "stories260K"
-    original, tok = Transformer.from_pretrained(folder), quant.Tokenizer.load(folder)
+    original = Transformer.from_pretrained(folder)
+    tok = quant.Tokenizer.load(folder)
     writer = quality.Writer(Engine.of(original, tok), Sampling)
     rows = quality.sample_rows(tok, writer, 128, 128, 0)
 
     def loss(change):
         model = change(Transformer.from_pretrained(folder))
-        return quality.score(model, original, rows[64:])[0] / base - 1
+        perplexity, _ = quality.score(model, original, rows[64:])
+        return perplexity / base - 1
 
     def rounded(model):
-        return quant.gptq(model, rows[:64].split(8), 4, 64, act_order=True, log=silent)
+        batches = rows[:64].split(8)
+        return quant.gptq(model, batches, 4, 64, act_order=True, log=silent)
+
+    def nearest(model):
+        return quant.quantize(model, "int4", 64)
+
+    def eight_bits(model):
+        return quant.quantize(model, "int8")
 
     with torch.inference_mode():
         base, _ = quality.score(original, original, rows[64:])
-        assert loss(rounded) < loss(lambda model: quant.quantize(model, "int4", 64)) / 2
-        assert abs(loss(lambda model: quant.quantize(model, "int8"))) < 0.005
+        assert loss(rounded) < loss(nearest) / 2
+        assert abs(loss(eight_bits)) < 0.005
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -291,11 +335,12 @@ def test_nan_in_weights_is_refused():
     weight[3, 5] = torch.nan
     with pytest.raises(UserError, match="1 of 4,096 values are NaN"):
         quant.nf4_quantize(weight)
-    for run in (lambda m: quant.quantize(m, "int4"), lambda m: quant.gptq(m, [ids()], log=silent)):
-        model = small_model()
-        model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
-        with pytest.raises(UserError, match="mlp.down_proj.*NaN or infinite"):
-            run(model)
+    model = small_model()
+    model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(UserError, match="mlp.down_proj.*NaN or infinite"):
+        quant.gptq(copy.deepcopy(model), [ids()], log=silent)
+    with pytest.raises(UserError, match="mlp.down_proj.*NaN or infinite"):
+        quant.quantize(model, "int4")
 
 
 def test_what_cannot_be_quantized_is_refused_in_one_line():
@@ -332,7 +377,8 @@ def test_flags_that_cannot_be_meant_are_refused(flags, words):
 
 # ------------------------------------------------------------------------------------- the command
 def run_command(monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["quant.py", *map(str, flags), "--device", "cpu"])
+    argv = ["quant.py", *map(str, flags), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", argv)
     quant.main()
 
 
@@ -356,6 +402,10 @@ def test_the_report_compares_formats_and_fails_where_gptq_is_worse(tmp_path, dat
     table = (tmp_path / "quantization.md").read_text()
     assert (tmp_path / "quantization.png").exists()
     assert "| gptq |" in table and table.count("\n|") == 6
-    monkeypatch.setattr(quant, "gptq", lambda model, *a, **k: quant.quantize(model, "int4", 256))
+
+    def coarse(model, *arguments, **recipe):
+        return quant.quantize(model, "int4", 256)
+
+    monkeypatch.setattr(quant, "gptq", coarse)
     with pytest.raises(UserError, match="worse than round-to-nearest"):
         run_command(monkeypatch, *flags)
