@@ -750,12 +750,13 @@ def round_together(linears, H, cross, recipe):
     factor, _ = inverse_factor(H, recipe.damp)
     moved = weight + weight @ (cross - H) @ factor.T @ factor
     rounded = gptq_round(moved, H, recipe)
-    rows = [linear.out_features for linear in linears.values()]
-    parts = zip(*(part.split(rows) for part in (rounded.codes, rounded.scales, rounded.zeros)))
     how = (recipe.bits, recipe.group_size, rounded.order)
-    layers = {}
-    for (name, linear), part in zip(linears.items(), parts):
-        layers[name] = GroupLinear(*part, *how, linear.bias)
+    layers, row = {}, 0
+    for name, linear in linears.items():
+        own = slice(row, row + linear.out_features)
+        parts = (rounded.codes[own], rounded.scales[own], rounded.zeros[own])
+        layers[name] = GroupLinear(*parts, *how, linear.bias)
+        row = own.stop
     return layers
 
 

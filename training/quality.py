@@ -35,7 +35,10 @@ class Writer:
 
 # --------------------------------------------------------------------------------- text to work on
 def sample_rows(tok, writer, count, length, seed):
-    """Text of the model's own making, (count, length) int64, where no other is at hand."""
+    """Text of the model's own making, (count, length) int64, where no other is at hand.
+
+    Each row begins as a document does, or with token 0 where nothing marks a document's beginning.
+    """
     first, _ = ends_of(tok)
     prompt = [0 if first is None else first]
     outputs = writer([prompt] * count, seed, max_tokens=length - 1, ignore_eos=True)
