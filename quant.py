@@ -431,8 +431,8 @@ class GroupLinear(QuantLinear):
 
     @classmethod
     def from_linear(cls, linear, bits=4, group=128, sym=True):
-        rounded = round_to_nearest(linear.weight, bits, group, sym)
-        return cls(*rounded, bits, group, None, linear.bias)
+        codes, scales, zeros = round_to_nearest(linear.weight, bits, group, sym)
+        return cls(codes, scales, zeros, bits, group, None, linear.bias)
 
     def codes(self):
         """-> uint8 (N, K), columns still in `order`."""
@@ -907,9 +907,10 @@ class Args(Recipe):
 def read_quant_args(argv=None):
     args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
     if args.model == "report":
-        chosen, known = args.formats or ",".join(COMPARED), COMPARED
+        args.formats = args.formats or ",".join(COMPARED)
+        chosen, known = args.formats.split(","), COMPARED
     else:
-        chosen, known = args.format, COMPARED[1:]
+        chosen, known = [args.format], COMPARED[1:]
         args.folder = args.model
         if not args.out:
             raise UserError("--out: say where to write the quantized model")
@@ -917,8 +918,7 @@ def read_quant_args(argv=None):
             raise UserError(f"--out {args.out} is the model itself; choose another folder")
     if args.folder == "-":
         raise UserError("report: say which model folder")
-    args.formats = chosen.split(",")
-    for name in args.formats:
+    for name in chosen:
         if name not in known and not name.startswith("gguf-"):
             raise UserError(f"format {name}: choose from {', '.join(known)}, ...")
     if args.samples < 1 or args.held_out_rows < 1 or args.length < 2:

@@ -203,7 +203,7 @@ def compare_formats(args, original, held_out, make, writer):
     UserError: GPTQ is worse than rounding to nearest.
     """
     rows = []
-    for format in args.formats:
+    for format in args.formats.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             path, model = Path(args.folder), original
             if format != "original":
