@@ -46,7 +46,7 @@ def part(linear, name, runtime, by_input=False):
         unit = linear.group if linear.scales.size(1) > 1 else 2  # two codes a byte
         if linear.order is not None:
             raise UserError(
-                f"{name}: GPTQ's act-order mixes its inputs, {ranks} ranks cannot share them; add --static-groups"
+                f"{name}: GPTQ's act-order mixes its inputs, {ranks} ranks cannot share them; quantize without --act-order"
             )
         if columns % unit or columns % 2:
             raise UserError(
@@ -54,7 +54,7 @@ def part(linear, name, runtime, by_input=False):
                 f"{unit}; use fewer ranks, or a --group-size of which {columns:,} is a multiple"
             )
         new.group = min(linear.group, columns)
-    new._parameters, new._buffers, new.cpp = dict(linear._parameters), dict(linear._buffers), None
+    new._parameters, new._buffers, new.fast_product = dict(linear._parameters), dict(linear._buffers), None
     for store in (new._parameters, new._buffers):
         for key, tensor in store.items():
             if (

@@ -1,6 +1,7 @@
-"""Packed weights: NF4, int8 and groups of 2 to 8 bits as linear layers with a fast product on each device; their folders.
+"""Quantized model folders: GPTQ's layout for integers and bitsandbytes' for NF4, both ways.
 
-quant.py makes them; GPTQ's layout on disk, and bitsandbytes' for NF4, are what other programs open.
+hub.save_model writes what `packed_state` gives it; hub.load_model asks `check_config` and
+`expect_packed` what should be there, and `install_packed` puts the layers into the model.
 """
 
 import json
@@ -13,266 +14,277 @@ from common import UserError
 from kernels import NF4
 from quant import NESTED_BLOCK, GroupLinear, Int8Linear, NF4Linear, QuantLinear, dynamic_map
 
-# ---------------------------------------------------------------------------------------------- NF4
+NF4_MARK = "quant_state.bitsandbytes__nf4"
 
 
-# ----------------------------------------------------------------------------------------- integers
-
-
-# ------------------------------------------------------------------------------------ linear layers
-
-
-# ------------------------------------------------------------------------------------------ folders
-# GPTQ's layout, which transformers, GPTQModel, AutoGPTQ and vLLM read. Codes are a stream of `bits` bits each, the lowest
-# first, in int32 words; qweight's streams run down the inputs, qzeros' along the outputs:
-#   qweight int32 (K*bits/32, N)   qzeros int32 (G, N*bits/32)   scales float16 (G, N)   g_idx int32 (K): each input's group
-# Version 1 stores zero points less one, "gptq_v2" as they are. K and N are filled up to multiples of 32.
+# ------------------------------------------------------------------------------------------- GPTQ
+# The layout that transformers, GPTQModel, AutoGPTQ and vLLM read. Codes are a stream of `bits` bits
+# each, the lowest first, in int32 words; qweight's streams run down the inputs, qzeros' along the
+# outputs:
+#   qweight int32 (K*bits/32, N)    qzeros int32 (G, N*bits/32)
+#   scales float16 (G, N)           g_idx int32 (K): each input's group
+# Version 1 ("gptq") stores zero points less one, "gptq_v2" as they are. K and N are filled up to
+# multiples of 32.
 def to_words(codes, bits):
     """(K, N) integers below 2^bits -> int32 (ceil(K/32) * bits, N): 32 codes fill `bits` words."""
-    codes = F.pad(codes.long(), (0, 0, 0, -codes.size(0) % 32)).view(
-        -1, 32, codes.size(1)
-    )  # (K/32, 32, N)
-    words = codes.new_zeros(codes.size(0), bits + 1, codes.size(2))
+    K, N = codes.shape
+    runs = F.pad(codes.long(), (0, 0, 0, -K % 32)).view(-1, 32, N)  # (K/32, 32, N)
+    words = runs.new_zeros(len(runs), bits + 1, N)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        words[:, word] |= codes[:, i] << shift & 0xFFFFFFFF
-        words[:, word + 1] |= codes[:, i] << shift >> 32  # what runs over into the next word
+        code = runs[:, i] << shift
+        words[:, word] |= code & 0xFFFFFFFF
+        words[:, word + 1] |= code >> 32  # what runs over into the next word
     return words[:, :bits].flatten(0, 1).int()
 
 
 def from_words(words, bits, count):
     """The inverse -> uint8 (count, N)."""
-    words, codes = (words.long() & 0xFFFFFFFF).view(-1, bits, words.size(1)), []
+    runs = (words.long() & 0xFFFFFFFF).view(-1, bits, words.size(1))  # (K/32, bits, N)
+    codes = []
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        code = words[:, word] >> shift
+        code = runs[:, word] >> shift
         if shift + bits > 32:
-            code |= words[:, word + 1] << 32 - shift
+            code |= runs[:, word + 1] << 32 - shift
         codes.append((code & 2**bits - 1).to(torch.uint8))
     return torch.stack(codes, 1).flatten(0, 1)[:count]  # (K/32, 32, N) -> (count, N)
 
 
 def write_gptq(layer, name, version):
     """Int8Linear or GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
-    codes, scales, zeros, group, order, bits = layer.groups()
-    groups = torch.arange(layer.in_features, device=codes.device) // group
+    codes, scales, zeros, size, order, bits = layer.groups()
+    groups = torch.arange(layer.in_features, device=codes.device) // size
     if order is not None:
-        codes, groups = codes[:, order.argsort()], groups[order.argsort()]
-    out = {
-        "qweight": to_words(codes.t(), bits),
-        "qzeros": to_words(zeros - int(version == "gptq"), bits).t(),
-        "scales": scales.half().t(),
-        "g_idx": groups.int(),
+        back = order.argsort()
+        codes, groups = codes[:, back], groups[back]
+    if version == "gptq":
+        zeros = zeros - 1
+    return {
+        f"{name}.qweight": to_words(codes.t(), bits),
+        f"{name}.qzeros": to_words(zeros, bits).t(),
+        f"{name}.scales": scales.half().t(),
+        f"{name}.g_idx": groups.int(),
     }
-    return {f"{name}.{key}": tensor for key, tensor in out.items()}
 
 
 def read_gptq(tensors, name, shape, config, bias=None):
-    """The inverse -> Int8Linear or GroupLinear. UserError where g_idx is not groups of the size that the config states."""
-    qweight, qzeros, scales, g_idx = (
-        tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")
-    )
-    (N, K), bits = shape, config["bits"]
+    """The inverse -> Int8Linear or GroupLinear.
+
+    UserError where g_idx is not groups of the size that the config states.
+    """
+    N, K = shape
+    bits = config["bits"]
     group = K if config["group_size"] == -1 else config["group_size"]
-    order = g_idx.argsort(stable=True)
-    if not torch.equal(g_idx[order].long(), torch.arange(K, device=g_idx.device) // group):
+    groups = tensors[f"{name}.g_idx"]
+    order = groups.argsort(stable=True)
+    straight = torch.arange(K, device=order.device)
+    if not torch.equal(groups[order].long(), straight // group):
         raise UserError(
-            f"{name}.g_idx: not {-(-K // group)} groups of {group} inputs, as quantization_config says"
+            f"{name}.g_idx: not {-(-K // group)} groups of {group} inputs, "
+            "as quantization_config says"
         )
-    codes = from_words(qweight, bits, K)[order].t().contiguous()  # (N, K)
-    zeros = from_words(qzeros.t().contiguous(), bits, N)
+    codes = from_words(tensors[f"{name}.qweight"], bits, K)[order].t().contiguous()  # (N, K)
+    zeros = from_words(tensors[f"{name}.qzeros"].t().contiguous(), bits, N)  # (N, G)
     if config["checkpoint_format"] == "gptq":
-        zeros = (zeros + 1) & 2**bits - 1  # a writer that had 0 to store less one left all bits set
-    scales = scales.t().contiguous()
+        # a writer that had 0 to store less one left all bits set
+        zeros = (zeros + 1) & 2**bits - 1
+    scales = tensors[f"{name}.scales"].t().contiguous()
     if bits == 8 and group == K and (zeros == 128).all() and not config.get("desc_act"):
         return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
-    straight = torch.equal(order, torch.arange(K, device=order.device))
-    return GroupLinear(codes, scales, zeros, bits, group, None if straight else order, bias)
+    if torch.equal(order, straight):
+        order = None
+    return GroupLinear(codes, scales, zeros, bits, group, order, bias)
 
 
-def write_bnb(layer, name, dtype=torch.float32):
-    """NF4Linear -> {tensor name: tensor} of a folder, as bitsandbytes and transformers write and read them."""
+# ----------------------------------------------------------------------------------- bitsandbytes
+def write_bnb(layer, name):
+    """NF4Linear -> {tensor name: tensor}, as bitsandbytes and transformers write and read them."""
     info = {
         "quant_type": "nf4",
         "blocksize": layer.block,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "float32",
         "shape": [layer.out_features, layer.in_features],
     }
-    out = {"": layer.packed[:, None], ".absmax": layer.absmax, ".quant_map": torch.tensor(NF4)}
-    if "nested_absmax" in layer._buffers:
-        out |= {".nested_absmax": layer.nested_absmax, ".nested_quant_map": dynamic_map().clone()}
-        info |= {
-            "nested_blocksize": NESTED_BLOCK,
-            "nested_dtype": "float32",
-            "nested_offset": layer.offset.item(),
-        }
-    out[".quant_state.bitsandbytes__nf4"] = torch.tensor(
-        list(json.dumps(info).encode()), dtype=torch.uint8
-    )
-    return {f"{name}.weight{key}": tensor for key, tensor in out.items()}
+    state = layer.state()
+    weight = f"{name}.weight"
+    out = {
+        weight: layer.packed[:, None],
+        f"{weight}.absmax": layer.absmax,
+        f"{weight}.quant_map": torch.tensor(NF4),
+    }
+    if "nested_absmax" in state:
+        out[f"{weight}.nested_absmax"] = layer.nested_absmax
+        out[f"{weight}.nested_quant_map"] = dynamic_map().clone()
+        info["nested_blocksize"] = NESTED_BLOCK
+        info["nested_dtype"] = "float32"
+        info["nested_offset"] = layer.offset.item()
+    text = json.dumps(info).encode()
+    out[f"{weight}.{NF4_MARK}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return out
 
 
 def read_bnb(tensors, name, shape, bias=None):
-    """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear. Other codes than NF4 are refused."""
-    own = {
-        key.removeprefix(name + ".weight").lstrip("."): t
-        for key, t in tensors.items()
-        if key.startswith(name + ".weight")
-    }
+    """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear.
+
+    UserError where they do not fit the shape, or have other codes than NF4's.
+    """
+    weight = f"{name}.weight"
     try:
-        info = json.loads(bytes(own["quant_state.bitsandbytes__nf4"].tolist()))
-        block, weights, state = (
-            info["blocksize"],
-            shape[0] * shape[1],
-            {"packed": own[""].reshape(-1), "absmax": own["absmax"]},
-        )
-        fits = [
-            block in (32, 64, 128, 256, 512, 1024, 2048, 4096),
-            tuple(info["shape"]) == tuple(shape),
-            own[""].dtype == torch.uint8 and own[""].numel() * 2 == weights,
-            own["absmax"].numel() == -(-weights // block),
-            torch.equal(own["quant_map"].float(), torch.tensor(NF4)),
-        ]
-        if "nested_absmax" in own:
-            fits += [
-                info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK,
-                own["nested_absmax"].numel() == -(-own["absmax"].numel() // NESTED_BLOCK),
-                torch.equal(own["nested_quant_map"], dynamic_map()),
-            ]
-            state |= {
-                "nested_absmax": own["nested_absmax"],
-                "offset": torch.tensor(float(info["nested_offset"])),
-            }
+        state, block, fits = bnb_state(tensors, weight, shape)
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(
-            f"{name}.weight: damaged bitsandbytes statistics ({type(error).__name__}: {error})"
+            f"{weight}: damaged bitsandbytes statistics ({type(error).__name__}: {error})"
         ) from None
-    if not all(fits):
+    if not fits:
         raise UserError(
-            f"{name}.weight: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}"
+            f"{weight}: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}"
         )
     return NF4Linear(state, shape, bias, block)
 
 
+def bnb_state(tensors, weight, shape):
+    """-> (what NF4Linear holds, its block size, whether it all fits)"""
+    info = json.loads(bytes(tensors[f"{weight}.{NF4_MARK}"].tolist()))
+    block = info["blocksize"]
+    packed, absmax = tensors[weight], tensors[f"{weight}.absmax"]
+    state = {"packed": packed.reshape(-1), "absmax": absmax}
+    fits = (
+        block in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+        and info["shape"] == list(shape)
+        and packed.dtype == torch.uint8
+        and packed.numel() * 2 == shape[0] * shape[1]
+        and absmax.numel() == -(-packed.numel() * 2 // block)
+        and torch.equal(tensors[f"{weight}.quant_map"].float(), torch.tensor(NF4))
+    )
+    if f"{weight}.nested_absmax" in tensors:
+        nested = tensors[f"{weight}.nested_absmax"]
+        state["nested_absmax"] = nested
+        state["offset"] = torch.tensor(float(info["nested_offset"]))
+        fits = (
+            fits
+            and info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK
+            and nested.numel() == -(-absmax.numel() // NESTED_BLOCK)
+            and torch.equal(tensors[f"{weight}.nested_quant_map"], dynamic_map())
+        )
+    return state, block, fits
+
+
+# ---------------------------------------------------------------------------------------- folders
 def packed_state(model):
-    """A quantized model's state dict as its folder has it: packed layers by the layout's tensor names, the rest as is."""
-    layers = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, QuantLinear) and name != "lm_head"
-    }
-    inside = tuple(name + "." for name in layers)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith((*inside, "lm_head."))}
-    if not model.config.tie_word_embeddings:
-        if isinstance(model.lm_head, QuantLinear):
-            raise UserError(
-                "a folder keeps the output head as it was: save before quantizing the head"
-            )
-        state["lm_head.weight"] = model.lm_head.weight
+    """A quantized model's state dict as its folder has it.
+
+    Packed layers have the layout's tensor names; the rest is as it is. UserError: a model that this
+    layout has no place for.
+    """
+    config = model.config
     nf4 = model.quantization["quant_method"] == "bitsandbytes"
-    if nf4 and model.config.is_gpt2:
+    if isinstance(model.lm_head, QuantLinear) and not config.tie_word_embeddings:
+        raise UserError("a folder keeps the output head as it was: save before quantizing the head")
+    if nf4 and config.is_gpt2:
         raise UserError(
-            "GPT-2 folders join q, k and v in one transposed matrix, which NF4 blocks cannot follow; use int4 or gptq"
+            "GPT-2 folders join q, k and v in one transposed matrix, which NF4 blocks cannot "
+            "follow; use int4 or gptq"
         )
-    if model.config.is_gpt2 and model.config.hidden_size % 32:
+    if config.is_gpt2 and config.hidden_size % 32:
         raise UserError(
-            f"a GPT-2 folder joins q, k and v; their width {model.config.hidden_size} is not a multiple of 32"
+            f"a GPT-2 folder joins q, k and v; their width {config.hidden_size} is not a multiple "
+            "of 32"
         )
-    for name, layer in layers.items():
-        state |= (
-            write_bnb(layer, name)
-            if nf4
-            else write_gptq(layer, name, model.quantization["checkpoint_format"])
-        )
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias
+    state = model.state_dict()
+    if config.tie_word_embeddings:  # the head is the embedding, whatever it was packed into
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
+    for name, layer in model.layers.named_modules(prefix="layers"):
+        if isinstance(layer, QuantLinear):
+            for key, _ in layer.named_buffers():
+                del state[f"{name}.{key}"]
+            version = model.quantization.get("checkpoint_format")
+            state |= write_bnb(layer, name) if nf4 else write_gptq(layer, name, version)
     return state
 
 
 def check_config(config, where):
-    """quantization_config of a folder from anywhere -> the same, its fields checked; UserError names what is not supported."""
+    """quantization_config of a folder from anywhere -> the same, its fields checked.
+
+    UserError names what is not supported.
+    """
     config = dict(config) if isinstance(config, dict) else {}
     method = config.get("quant_method")
-    if (
-        method == "bitsandbytes"
-        and config.get("load_in_4bit")
-        and config.get("bnb_4bit_quant_type") == "nf4"
-    ):
+    nf4 = config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4"
+    if method == "bitsandbytes" and nf4:
         return config
-    config.setdefault("checkpoint_format", "gptq")
-    bits, group = config.get("bits"), config.get("group_size", 128)
-    if method != "gptq" or config["checkpoint_format"] not in ("gptq", "gptq_v2"):
+    config = {"checkpoint_format": "gptq", "group_size": 128} | config
+    version, bits, group = config["checkpoint_format"], config.get("bits"), config["group_size"]
+    if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
-            f"{where}: weights quantized as {method!r} ({config.get('checkpoint_format')}) are not supported; "
+            f"{where}: weights quantized as {method!r} ({version}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
-    if not (
-        isinstance(bits, int)
-        and 2 <= bits <= 8
-        and isinstance(group, int)
-        and (group == -1 or group > 0)
-    ):
+    whole = isinstance(bits, int) and isinstance(group, int)
+    if not whole or not 2 <= bits <= 8 or (group < 1 and group != -1):
         raise UserError(
-            f"{where}: bits {bits!r} and group_size {group!r}: expected 2 to 8 and a positive number or -1"
+            f"{where}: bits {bits!r} and group_size {group!r}: "
+            "expected 2 to 8 and a positive number or -1"
         )
-    return config | {"group_size": group}
+    return config
 
 
 def expect_packed(model, config, files):
-    """What a quantized folder should hold -> ({our tensor name: meta tensor}, {packed layer: (N, K)}).
+    """What a quantized folder should hold -> ({our tensor name: meta tensor}, {layer: (N, K)}).
 
-    files: as `model.open_weights` gives them. A layer is packed where its folder says so; others may be left as they were.
+    model: a Transformer on "meta"; files: as hub.open_weights gives them. A layer is packed where
+    its folder says so; others may be left as they were.
     """
-
-    def there(name):
-        return name if name.startswith("lm_head") else "model." + name
-
-    gptq_layout = config["quant_method"] == "gptq"
-    mark = ".qweight" if gptq_layout else ".weight.quant_state.bitsandbytes__nf4"
+    gptq = config["quant_method"] == "gptq"
+    mark = "qweight" if gptq else f"weight.{NF4_MARK}"
     state, packed = model.state_dict(), {}
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
-        fused = (
-            model.config.is_gpt2 and gptq_layout and name.startswith("layers.")
-        )  # GPT-2's folders have their own names
-        if not fused and there(name + mark) not in files:
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear):
             continue
-        (N, K), packed[name] = linear.weight.shape, tuple(linear.weight.shape)
+        there = name if name == "lm_head" else f"model.{name}"
+        # GPT-2's folders have names of their own, and all of its layers are packed
+        all_packed = gptq and model.config.is_gpt2 and name != "lm_head"
+        if not all_packed and f"{there}.{mark}" not in files:
+            continue
+        packed[name] = tuple(linear.weight.shape)
         del state[f"{name}.weight"]
-        if (
-            there(f"{name}.bias") in files
-        ):  # some writers store one of zeros where the architecture has none
-            state[f"{name}.bias"] = torch.empty(N, device="meta")
-        if gptq_layout:
-            bits, G = (
-                config["bits"],
-                1 if config["group_size"] == -1 else -(-K // config["group_size"]),
-            )
-            shapes = {
-                "qweight": (-(-K // 32) * bits, N),
-                "qzeros": (G, -(-N // 32) * bits),
-                "scales": (G, N),
-                "g_idx": (K,),
-            }
-        else:
-            own = [
-                key for key in files if key.startswith(there(f"{name}.weight"))
-            ]  # `read_bnb` checks what there is
-            shapes = {
-                key.removeprefix(there(f"{name}.")): files[key][0]
-                .get_slice(files[key][1])
-                .get_shape()
-                for key in own
-            }
-        state |= {
-            f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()
-        }
+        if gptq:
+            shapes = gptq_shapes(config, *packed[name])
+        else:  # whatever there is: read_bnb checks it
+            own = [key for key in files if key.startswith(f"{there}.weight")]
+            shapes = {key.removeprefix(f"{there}."): stored_shape(files[key]) for key in own}
+        if f"{there}.bias" in files:
+            # some writers store one of zeros where the architecture has none
+            shapes["bias"] = (linear.out_features,)
+        for key, shape in shapes.items():
+            state[f"{name}.{key}"] = torch.empty(shape, device="meta")
     return state, packed
 
 
+def gptq_shapes(config, N, K):
+    bits, group = config["bits"], config["group_size"]
+    G = 1 if group == -1 else -(-K // group)
+    return {
+        "qweight": (-(-K // 32) * bits, N),
+        "qzeros": (G, -(-N // 32) * bits),
+        "scales": (G, N),
+        "g_idx": (K,),
+    }
+
+
+def stored_shape(place):
+    file, key = place
+    return file.get_slice(key).get_shape()
+
+
 def install_packed(model, config, state, packed):
-    """Put packed layers, made of the folder's tensors in `state`, in place of the model's; the rest is left in `state`."""
+    """Put packed layers, made of the folder's tensors in `state`, in place of the model's.
+
+    The rest is left in `state`.
+    """
     for name, shape in packed.items():
-        own = {key: state.pop(key) for key in [k for k in state if k.startswith(name + ".")]}
+        names = [key for key in state if key.startswith(f"{name}.")]
+        own = {key: state.pop(key) for key in names}
         bias = own.pop(f"{name}.bias", None)
         if config["quant_method"] == "bitsandbytes":
             layer = read_bnb(own, name, shape, bias)

@@ -1,0 +1,132 @@
+"""Quantized folders: what is written comes back, and what is damaged is refused."""
+
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+from test_quant import ids, silent, small_model
+
+import quant
+from common import UserError
+from formats import packed
+from model import Transformer
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_hold_any_codes_of_any_length(bits):
+    codes = torch.randint(2**bits, (77, 5))
+    words = packed.to_words(codes, bits)
+    assert words.shape == (3 * bits, 5)
+    assert words.dtype == torch.int32
+    assert torch.equal(packed.from_words(words, bits, 77), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "zero,version,stored",
+    [
+        (8, "gptq", 0x77777777),
+        (8, "gptq_v2", 0x88888888 - (1 << 32)),
+        (0, "gptq_v2", 0),
+        (15, "gptq", 0xEEEEEEEE - (1 << 32)),
+        (1, "gptq", 0),
+    ],
+)
+def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zero, version, stored):
+    codes, scales = torch.randint(16, (32, 32), dtype=torch.uint8), torch.ones(32, 1)
+    layer = quant.GroupLinear(codes, scales, torch.full((32, 1), zero), 4, 32)
+    tensors = packed.write_gptq(layer, "q", version)
+    assert (tensors["q.qzeros"] == stored).all()
+    config = {"bits": 4, "group_size": 32, "checkpoint_format": version}
+    back = packed.read_gptq(tensors, "q", (32, 32), config)
+    assert torch.equal(back.dequantize(), layer.dequantize())
+
+
+def test_a_zero_point_of_zero_is_never_written_as_version_1():
+    model = small_model()
+    model.layers[0].self_attn.q_proj.weight.data.abs_()  # all positive: the zero point is code 0
+    quant.quantize(model, "int4-asym", 32)
+    assert model.quantization["checkpoint_format"] == "gptq_v2"
+    assert quant.quantize(small_model(), "int4", 32).quantization["checkpoint_format"] == "gptq"
+
+
+def quantized(kind, format, recipe):
+    model = small_model(kind)
+    if format != "gptq":
+        return quant.quantize(model, format, 48)
+    return quant.gptq(model, ids().split(2), group_size=48, log=silent, **recipe)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "format,recipe",
+    [
+        ("int8", {}),
+        ("int8-dynamic", {}),
+        ("int4", {}),
+        ("int4-asym", {}),
+        ("nf4", {}),
+        ("gptq", dict(bits=4, act_order=True)),
+        ("gptq", dict(bits=3)),
+        ("gptq", dict(bits=8, sym=False)),
+        ("gptq", dict(bits=5, clip=False)),
+    ],
+)
+def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path):
+    model = quantized(kind, format, recipe)
+    if kind == "gpt2" and format == "nf4":
+        with pytest.raises(UserError, match="GPT-2"):
+            model.save_pretrained(tmp_path)
+        return
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    expected = model(ids())
+    assert torch.equal(again(ids()), expected)
+    assert again.quantization == model.quantization
+    assert isinstance(again.layers[0].mlp.up_proj, quant.QuantLinear)
+    half = Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.allclose(half(ids()), expected, rtol=0.3, atol=0.3)
+
+
+# --------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"bits": 3}, "of another shape"),
+        ({"group_size": 64}, "of another shape"),
+        ({"bits": 99}, "bits 99"),
+        ({"quant_method": "fp8"}, "'fp8'"),
+        ({"checkpoint_format": "marlin"}, "marlin"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, change, words):
+    quant.quantize(small_model(), "int4", 32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_groups_that_are_not_of_the_stated_size_are_refused():
+    layer = quant.GroupLinear.from_linear(nn.Linear(64, 32), 4, 32)
+    tensors = packed.write_gptq(layer, "q", "gptq")
+    tensors["q.g_idx"] = torch.zeros(64, dtype=torch.int32)
+    config = {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+    with pytest.raises(UserError, match="2 groups of 32"):
+        packed.read_gptq(tensors, "q", (32, 64), config)
+
+
+def test_damaged_bitsandbytes_statistics_are_refused():
+    layer = quant.NF4Linear.from_linear(nn.Linear(64, 64))
+    good = packed.write_bnb(layer, "q")
+    statistics = f"q.weight.{packed.NF4_MARK}"
+    for key, value in (
+        ("q.weight", good["q.weight"][:-1]),
+        ("q.weight.absmax", good["q.weight.absmax"][:-1]),
+        ("q.weight.quant_map", torch.arange(16.0)),
+        (statistics, torch.tensor(list(b'{"blocksize": 1e99'), dtype=torch.uint8)),
+        (statistics, torch.tensor(list(b"[]"), dtype=torch.uint8)),
+    ):
+        with pytest.raises(UserError, match="q.weight"):
+            packed.read_bnb(good | {key: value}, "q", (64, 64))

@@ -1,0 +1,83 @@
+"""What quant.py's report measures, and on which text."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import UserError
+from tokenizer import Tokenizer
+from training import quality, toybox
+
+
+def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(tmp_path, data_dir):
+    tok = Tokenizer.load(data_dir / "stories260K")
+    text, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("Once upon a time there was a girl. " * 40)
+    with pytest.raises(UserError, match="less than one row of 5,000"):
+        quality.read_rows(text, tok, 4, 5000)
+    rows = quality.read_rows(text, tok, 100, 64)
+    assert rows.size(1) == 64
+    assert 2 < len(rows) <= (len(tok.encode(text.read_text())) + 2) // 64
+    records.write_text('{"text": "Lily ran to the big tree and saw a bird."}\n' * 30)
+    assert quality.read_rows(records, tok, 4, 32).shape == (4, 32)
+
+
+class Constant:
+    """A model with the same logits everywhere."""
+
+    def __init__(self, logits):
+        self.logits = torch.tensor(logits)
+        self.config = type("Config", (), {"vocab_size": len(logits)})
+        self.embed_tokens = torch.nn.Embedding(1, 1)
+
+    def __call__(self, ids):
+        return self.logits.expand(*ids.shape, -1)
+
+
+def test_score_is_perplexity_and_divergence_from_the_original():
+    even, skewed = (
+        Constant([0.0, 0.0]),
+        Constant([1.0986123, 0.0]),
+    )  # probabilities 1/2 and 3/4, 1/4
+    rows = torch.tensor([[0, 0, 1, 0, 1]])
+    assert quality.score(even, even, rows) == pytest.approx((2, 0))
+    perplexity, divergence = quality.score(skewed, even, rows)
+    assert perplexity == pytest.approx((4 / 3 * 4) ** 0.5)
+    assert divergence == pytest.approx(0.143841, abs=1e-6)  # ln(2/3) / 2 + ln(2) / 2
+
+
+class Parrot(quality.Writer):
+    """Says what it was told, whatever it is asked."""
+
+    def __init__(self, texts):
+        super().__init__(SimpleNamespace(tok=None), dict)
+        self.texts = texts
+
+    def __call__(self, prompts, seed=0, **how):
+        assert how == {"max_tokens": 128, "temperature": 0.0}
+        return [SimpleNamespace(text=text) for text in self.texts]
+
+
+def test_accuracy_is_the_share_of_questions_that_the_checkers_pass(monkeypatch):
+    asked = []
+    monkeypatch.setattr(quality, "render", lambda tok, messages, add: (asked.append(messages), 0))
+    answers = [example["answer"] for example in toybox.examples("test", 8)]
+    assert quality.toybox_accuracy(Parrot(answers), 8) == 1
+    assert quality.toybox_accuracy(Parrot(answers[:6] + ["?", "?"]), 8) == 0.75
+    assert all(messages[-1]["role"] == "user" for messages in asked)
+
+
+def test_the_models_own_text_is_whole_rows_with_a_seed_each(data_dir):
+    from generate import Engine, Sampling
+    from model import Transformer
+
+    folder = data_dir / "stories260K"
+    tok = Tokenizer.load(folder)
+    engine = Engine.of(Transformer.from_pretrained(folder), tok, kv_tokens=2048)
+    rows = quality.sample_rows(tok, quality.Writer(engine, Sampling), 3, 24, 0)
+    assert rows.shape == (3, 24)
+    assert set(rows[:, 0].tolist()) == {tok.bos_id}
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+    again = quality.sample_rows(tok, quality.Writer(engine, Sampling), 1, 24, 1)
+    assert torch.equal(again[0], rows[1])
