@@ -417,7 +417,7 @@ class Tokenizer:
             ) from None
 
     def _split(self, text, patterns):
-        if self.kind == "pieces" and not patterns and self._spaces_lead:
+        if self.kind == "pieces" and not patterns and self.spaces_lead:
             return re.findall("▁*[^▁]+|▁+", text)
         chunks = [text]
         for pattern in patterns:
@@ -539,7 +539,7 @@ class Tokenizer:
         () if that is not certain: an added token is cut, or a sample splits otherwise when cut."""
         cuts = BEFORE_SPACE if self.kind == "pieces" else BETWEEN_CHUNKS
         crossed = any(re.search(cuts, name.encode()) for name in self.added)
-        if crossed or (self.kind == "pieces" and not self._spaces_lead):
+        if crossed or (self.kind == "pieces" and not self.spaces_lead):
             return ()
         for split in map(splitter, self.patterns):
             for left in ("a", "Zb", "1", ".a", "\na", "'s", " a", "ü", "中"):
@@ -549,7 +549,7 @@ class Tokenizer:
         return (cuts,)
 
     @functools.cached_property
-    def _spaces_lead(self):
+    def spaces_lead(self):
         """Whether no token has a ▁ after another character: then text can be split before each."""
         return not any("▁" in token.lstrip("▁") for token in self.vocab)
 
