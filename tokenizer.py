@@ -19,6 +19,8 @@ import sys
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -203,6 +205,7 @@ BETWEEN_CHUNKS = (
 )
 
 
+@dataclass(eq=False, repr=False)
 class Tokenizer:
     """Text <-> ids. Made by load, train or char.
 
@@ -210,55 +213,36 @@ class Tokenizer:
                     "pieces": tokens are text with ▁ for a space, and bytes as <0x0A> where no
                     token fits (Llama 2, Mistral)
                     "chars": one token per character
-    vocab           {token: id}, keys bytes or str by kind, without special and added tokens
-    special         {text: id} of tokens that no text ever becomes; a program puts their ids in
-    added           {text: id} of tokens matched in text before anything else (<think> in Qwen)
-    merges          {(left id, right id): (rank, new id)}
-    whole_chunks    a chunk that is a token becomes it, whatever the merges say (Llama 3, tiktoken)
-    normalizer      [(operation, arguments...)], see normalize
-    config          what tokenizer_config.json holds: bos_token, eos_token, chat_template, ...
     """
 
-    def __init__(
-        self,
-        kind,
-        vocab,
-        merges=None,
-        *,
-        patterns=(),
-        special=(),
-        added=(),
-        whole_chunks=False,
-        normalizer=(),
-        strip_space=False,
-        unknown=None,
-    ):
-        self.kind = kind
-        self.vocab = vocab
-        self.listed_merges = merges  # None: ids are ranks, and the merges are worked out if needed
-        self.patterns = tuple(patterns)
-        self.special = dict(special)
-        self.added = dict(added)
-        self.whole_chunks = whole_chunks
-        self.normalizer = list(normalizer)
-        self.strip_space = strip_space
-        self.unknown = unknown
-        self.source = None  # the tokenizer.json this was read from, as it was
-        self.config = {}
-        for role, names in ROLES.items():
-            known = [name for name in names if name in self.special]
-            if known:
-                self.config[role] = known[0]
+    kind: str
+    vocab: dict  # {token: id}, keys bytes or str by kind, without special and added tokens
+    listed_merges: dict | None = None  # None: ids are ranks, and `merges` are worked out if needed
+    patterns: Sequence = ()
+    special: dict = field(default_factory=dict)  # {text: id}: no text ever becomes one of these
+    added: dict = field(default_factory=dict)  # {text: id}, matched in text first (Qwen's <think>)
+    whole_chunks: bool = False  # a chunk that is a token becomes it, whatever merges say (Llama 3)
+    normalizer: Sequence = ()  # (operation, arguments...), see normalize
+    strip_space: bool = False  # the first space is not text but was put there
+    unknown: int | None = None  # the id of what has no token
+    config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
+    source: bytes | None = None  # the tokenizer.json this was read from, as it was
+
+    def __post_init__(self):
+        if not self.config:
+            for role, names in ROLES.items():
+                known = [name for name in names if name in self.special]
+                if known:
+                    self.config[role] = known[0]
         for pattern in self.patterns:
             splitter(pattern)  # an unusable one is refused now
-
         names = self.added | self.special
-        ids = [*vocab.values(), *names.values()]
-        check_ids(ids, len(vocab) + len(names))
+        ids = [*self.vocab.values(), *names.values()]
+        check_ids(ids, len(self.vocab) + len(names))
         self.vocab_size = max(ids, default=-1) + 1
         self._bytes = [b""] * self.vocab_size  # what each id adds to a text
         self._shown = [b""] * self.vocab_size  # the same with special tokens' names
-        for token, i in vocab.items():
+        for token, i in self.vocab.items():
             self._bytes[i] = self._shown[i] = self.spell(token)
         for name, i in names.items():
             self._shown[i] = name.encode()
@@ -465,6 +449,7 @@ class Tokenizer:
 
     @functools.cached_property
     def merges(self):
+        """{(left id, right id): (rank, new id)}"""
         if self.listed_merges is None:
             return merges_from_ranks(self.vocab)
         return self.listed_merges
@@ -602,21 +587,7 @@ class Tokenizer:
     def with_special(self, names):
         """The same tokenizer with these special tokens besides, which get the next free ids."""
         more = {name: self.vocab_size + i for i, name in enumerate(names)}
-        made = Tokenizer(
-            self.kind,
-            self.vocab,
-            self.listed_merges,
-            patterns=self.patterns,
-            special=self.special | more,
-            added=self.added,
-            whole_chunks=self.whole_chunks,
-            normalizer=self.normalizer,
-            strip_space=self.strip_space,
-            unknown=self.unknown,
-        )
-        made.config = dict(self.config)
-        made.source = self.source
-        return made
+        return replace(self, special=self.special | more, config=dict(self.config))
 
     @property
     def chat_template(self):
