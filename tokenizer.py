@@ -139,8 +139,8 @@ def merge_by_rank(ids, merges):
     O(n log n), so that a megabyte of one letter takes seconds and not days."""
     ids = list(ids)
     end = len(ids)
-    after = list(range(1, end + 1))
-    before = list(range(-1, end - 1))
+    after = list(range(1, end + 1))  # the position of the next id that is left; `end` for none
+    before = list(range(-1, end - 1))  # and of the previous one; -1 for none
     heap = [(merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
     heapq.heapify(heap)
 
@@ -156,7 +156,7 @@ def merge_by_rank(ids, merges):
         if pair not in merges or merges[pair][0] != rank:
             continue  # one of the two has been merged since
         ids[left] = merges[pair][1]
-        ids[right] = -1
+        ids[right] = -1  # merged away
         after[left] = after[right]
         if after[left] < end:
             before[after[left]] = left
@@ -365,16 +365,16 @@ class Tokenizer:
     def _encode(self, text, where="first"):
         text = well_formed(text)
         if not self.added:
-            return self._encode_plain(text, where)
+            return self._encode_part(text, where)
         ids = []
         for i, part in enumerate(self._split_added(text)):  # every second part is an added token
             if i % 2:
                 ids.append(self.added[part])
             else:
-                ids += self._encode_plain(part, "later" if i else where)
+                ids += self._encode_part(part, "later" if i else where)
         return ids
 
-    def _encode_plain(self, text, where):
+    def _encode_part(self, text, where):
         text = normalize(text, self.normalizer, where)
         if self.kind == "chars":
             return self._encode_chars(text)

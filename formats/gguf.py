@@ -148,18 +148,17 @@ def six_bit_pairs(s):
     """Q4_K, Q5_K: (n, 12) -> 8 scales and 8 minima.
 
     Of the last four of each, the top two bits are on top of the first four."""
-    high = s[:, :8] >> 6 << 4
-    scales = torch.cat((s[:, :4] & 63, s[:, 8:] & 15 | high[:, :4]), 1)
-    minima = torch.cat((s[:, 4:8] & 63, s[:, 8:] >> 4 | high[:, 4:]), 1)
-    return scales, minima
+    first = s[:, :8].unflatten(1, (2, 4))  # (n, scales or minima, 4)
+    nibbles = torch.stack((s[:, 8:] & 15, s[:, 8:] >> 4), 1)  # (n, 2, 4)
+    pairs = torch.cat((first & 63, first >> 6 << 4 | nibbles), 2)  # (n, 2, 8)
+    return pairs.unbind(1)
 
 
-def pack_six_bit_pairs(scales, minima):
-    """The inverse of six_bit_pairs."""
-    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
-    second = minima[:, :4] | minima[:, 4:] >> 4 << 6
-    third = scales[:, 4:] & 15 | minima[:, 4:] << 4
-    return torch.cat((first, second, third), 1)
+def pack_six_bit_pairs(pairs):
+    """(n, 2, 8) scales and minima -> (n, 12), the inverse of six_bit_pairs."""
+    first, last = pairs.split(4, 2)  # each (n, 2, 4)
+    nibbles = last[:, 0] & 15 | last[:, 1] << 4
+    return torch.cat(((first | last >> 4 << 6).flatten(1), nibbles), 1)
 
 
 def eight_bits(s):
@@ -199,7 +198,7 @@ def encode_k45(x, top, start, steps):
     head = (most / 63).half()
     scale, low = (multiples * head.float()).view(2, -1, 1)  # each (n * 8, 1)
     codes = ((x + low) / scale).round().nan_to_num(0).clamp(0, top).view(-1, 256)
-    s = pack_six_bit_pairs(*multiples.to(torch.uint8))
+    s = pack_six_bit_pairs(multiples.to(torch.uint8).transpose(0, 1))
     return {"d": head[0], "m": head[1], "s": s, "codes": codes}
 
 
@@ -829,8 +828,7 @@ def special_metadata(tok, config):
     if bos is None and ends:
         bos = ends[0]
     if not ends:
-        taken = 11 if tok.kind == "bytes" else 2
-        warn(f"the tokenizer has no end token; llama.cpp takes id {taken} for one and stops there")
+        warn("the tokenizer has no end token; llama.cpp takes some other id for one")
     meta = dict(zip(("eos_token_id", "eot_token_id"), ends))
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
     meta = {key: value for key, value in meta.items() if value is not None}
@@ -867,7 +865,16 @@ def read_vocabulary(meta, path):
     with naming(path):
         groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
         read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
-        tok = read(get, groups, len(tokens))
+        tok = read(
+            get,
+            groups[NORMAL] | groups[BYTE],
+            len(tokens),
+            {
+                "special": groups[CONTROL] | groups[UNKNOWN],
+                "added": groups[USER_DEFINED],
+                "unknown": next(iter(groups[UNKNOWN].values()), None),
+            },
+        )
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = get(f"ggml.{key}_token_id", len(tokens), int)
         if i < len(tokens):
@@ -896,7 +903,7 @@ def read_token_types(get, tokens, longest):
     return groups
 
 
-def read_bytes_tokenizer(get, groups, n):
+def read_bytes_tokenizer(get, vocab, n, options):
     pre = get("ggml.pre", "", str)
     split = SPLITS.get(SPLIT_ALIASES.get(pre, pre))
     if split is None:
@@ -907,36 +914,19 @@ def read_bytes_tokenizer(get, groups, n):
     for merge in merges:
         if not isinstance(merge, str) or merge.count(" ") != 1:
             raise UserError(f"merge {str(merge)[:40]!r} is not two tokens")
-    special = groups[CONTROL] | groups[UNKNOWN]
-    vocab, merges = read_bpe(groups[NORMAL] | groups[BYTE], merges, special, byte_level=True)
-    return Tokenizer(
-        "bytes",
-        vocab,
-        merges,
-        patterns=[PATTERNS.get(pattern, pattern) for pattern in split.patterns],
-        special=special,
-        added=groups[USER_DEFINED],
-        whole_chunks=split.whole_chunks,
-        unknown=next(iter(groups[UNKNOWN].values()), None),
-    )
+    vocab, merges = read_bpe(vocab, merges, options["special"], byte_level=True)
+    patterns = [PATTERNS.get(pattern, pattern) for pattern in split.patterns]
+    whole = split.whole_chunks
+    return Tokenizer("bytes", vocab, merges, patterns, whole_chunks=whole, **options)
 
 
-def read_pieces_tokenizer(get, groups, n):
+def read_pieces_tokenizer(get, vocab, n, options):
     scores = get("ggml.scores", [0.0] * n, list)
     if len(scores) != n or not all(map(math.isfinite, scores)):
         raise UserError(f"{len(scores):,} scores for {n:,} tokens, or some of them no numbers")
     prefix = get("ggml.add_space_prefix", True, bool)
-    vocab = groups[NORMAL] | groups[BYTE]
-    return Tokenizer(
-        "pieces",
-        vocab,
-        merges_by_score(vocab, scores),
-        special=groups[CONTROL] | groups[UNKNOWN],
-        added=groups[USER_DEFINED],
-        normalizer=space_steps(prefix),
-        strip_space=prefix,
-        unknown=next(iter(groups[UNKNOWN].values()), None),
-    )
+    merges, steps = merges_by_score(vocab, scores), space_steps(prefix)
+    return Tokenizer("pieces", vocab, merges, normalizer=steps, strip_space=prefix, **options)
 
 
 # ---- The container.

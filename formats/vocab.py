@@ -409,13 +409,12 @@ def from_vocab_bpe(path, data):
             merges.append(line.split(" "))
             if len(merges[-1]) != 2:
                 raise UserError(f"this is not a list of merges: {line[:80]!r}")
-    made = [*BYTE_TO_CHAR.values(), *map("".join, merges)]
+    made = [*CHAR_TO_BYTE, *map("".join, merges)]
     beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
-    if beside.is_file():
-        with naming(beside):
-            vocab = parse_json(read_limited(beside))
-    else:  # GPT-2's own ids are in the order of making
-        vocab = {token: i for i, token in enumerate(dict.fromkeys([*made, "<|endoftext|>"]))}
+    if not beside.is_file():
+        raise UserError(f"there is no {beside.name} beside it, with the ids")
+    with naming(beside):
+        vocab = parse_json(read_limited(beside))
     special = {token: vocab[token] for token in vocab.keys() - set(made)}
     vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
     return Tokenizer("bytes", vocab, merges, patterns=[PATTERNS["gpt2"]], special=special)

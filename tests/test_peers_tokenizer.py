@@ -1,4 +1,4 @@
-"""The tokenizer against HF tokenizers, transformers and mistral-common: same merges, same ids, each other's files."""
+"""The tokenizer against HF tokenizers, transformers and mistral-common: merges, ids, files."""
 
 import json
 import random

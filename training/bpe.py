@@ -161,8 +161,7 @@ class Words:
         self.next[ends - 1] = n
         self.next[n] = n
         self.previous = np.arange(-1, n, dtype=np.int32)
-        self.previous[ends[:-1]] = n
-        self.previous[0] = n
+        self.previous[ends - lengths] = n
         self.weight = np.repeat(times, lengths)
         self.pair = np.full(n + 1, -1, np.int32)
         self.n_pairs = 0
@@ -182,7 +181,10 @@ class Words:
         starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
         first = self.n_pairs
         end = self.n_pairs = first + len(starts)
-        self.make_room(end)
+        if end > len(self.count):
+            self.count = grown(self.count, end)
+            self.left = grown(self.left, end)
+            self.right = grown(self.right, end)
         if len(at):
             self.count[first:end] = np.add.reduceat(self.weight[at], starts)
         self.left[first:end] = key[starts] >> 32
@@ -191,14 +193,6 @@ class Words:
         self.pair[at] = np.repeat(np.arange(first, end, dtype=np.int32), copies)
         self.firsts.append(first)
         self.groups.append((at, np.append(starts, len(at))))
-
-    def make_room(self, n_pairs):
-        """Lengthen the arrays by pair, by half at least, so that they are seldom copied."""
-        if n_pairs > len(self.count):
-            more = max(n_pairs, len(self.count) * 3 // 2) - len(self.count)
-            self.count = np.append(self.count, np.zeros(more, np.int64))
-            self.left = np.append(self.left, np.zeros(more, np.int32))
-            self.right = np.append(self.right, np.zeros(more, np.int32))
 
     def positions(self, pair):
         """Where to merge this pair: its positions that still hold, every second one of a run."""
@@ -235,6 +229,12 @@ class Words:
         self.pair[at] = -1
         self.count[batch] = 0
         self.add_pairs(np.concatenate([at[self.symbol[after] >= 0], before]))
+
+
+def grown(array, n):
+    """The array with zeros behind it: n long at least, and by half longer, to be copied seldom."""
+    more = max(n, len(array) * 3 // 2) - len(array)
+    return np.append(array, np.zeros(more, array.dtype))
 
 
 class MergeQueue:
