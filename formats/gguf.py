@@ -1171,7 +1171,7 @@ def read_gguf(path):
     tok = read_vocabulary(meta, path)
     state = by_our_names(tensors, config, path)
     get = Metadata(meta, "tokenizer", path).get
-    ends = [get(f"ggml.{key}_token_id", config.vocab_size) for key in ("eos", "eot")]
+    ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None

@@ -176,24 +176,27 @@ def relative_error(a, b):
 
 
 def make_folder(folder, family="llama", tok=None, eos=None):
-    """A random model of that family with a tokenizer, saved -> (model, tokenizer)."""
+    """A random model of that family (or fields of Config), saved with a tokenizer -> both."""
     tok = tok or Tokenizer.train(TEXT_PARTS, 400)
     torch.manual_seed(0)
     config = Config(
-        **{
-            **FAMILIES[family],
-            "vocab_size": tok.vocab_size + 8,
-            "eos_token_id": eos or tok.eos_id,
-            "bos_token_id": tok.bos_id,
-        }
+        **(FAMILIES[family] if isinstance(family, str) else family),
+        vocab_size=tok.vocab_size + 8,
+        eos_token_id=eos or tok.eos_id,
+        bos_token_id=tok.bos_id,
     )
     if config.model_type == "mistral":
-        config.sliding_window, config.sliding_layers = 300, (0, 1, 2)
+        config.sliding_window = 300
+        config.sliding_layers = (0, 1, 2)
     model = Transformer(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            std = 0.1 if p.ndim == 1 else 0.3 if "embed_tokens" in name else 0.03
-            p.normal_(std=std).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            if p.ndim == 1:
+                p.normal_(std=0.1)
+            else:
+                p.normal_(std=0.3 if "embed_tokens" in name else 0.03)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1.0)
     model.save_pretrained(folder)
     tok.save(folder)
     return model, tok
@@ -225,23 +228,26 @@ ERRORS = {
 }
 
 
+def there_and_back(x, name):
+    return gguf.GGUFTensor(name, x.shape, gguf.encode_rows(x, name)).dequantize()
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_quantized_weights_keep_their_error(name):
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    back = gguf.GGUFTensor(name, (64, 512), gguf.encode_rows(x, name)).dequantize()
-    assert (back - x).norm() <= ERRORS[name] * x.norm()
+    error = there_and_back(x, name) - x
+    assert error.norm() <= ERRORS[name] * x.norm()
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_zeros_and_constants_stay_what_they_are(name):
     for value in (0.0, 0.5, -0.5):
         x = torch.full((1, 256), value)
-        back = gguf.GGUFTensor(name, (1, 256), gguf.encode_rows(x, name)).dequantize()
-        assert torch.equal(back, x) or (
-            value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K") and (back - x).abs().max() < 5e-3
-        )
+        error = (there_and_back(x, name) - x).abs().max()
+        rounded = value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K")
+        assert error < 5e-3 if rounded else error == 0
     x = torch.cat((torch.zeros(1, 256), torch.full((1, 256), 1e-30), torch.randn(1, 256)), 1)
-    assert gguf.GGUFTensor(name, (1, 768), gguf.encode_rows(x, name)).dequantize().isfinite().all()
+    assert there_and_back(x, name).isfinite().all()
 
 
 CODED = [name for name, kind in gguf.BLOCK_TYPES.items() if kind.block > 1]
@@ -368,19 +374,14 @@ def test_a_tokenizer_comes_back_with_its_ids(name, tmp_path, data_dir):
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
     back = gguf.read_gguf(tmp_path / "m.gguf")[2]
     for text in ["".join(TEXT_PARTS), *TEXT_PARTS]:
-        assert back.encode(text) == tok.encode(text) and back.decode(
-            tok.encode(text)
-        ) == tok.decode(tok.encode(text))
-    assert (
-        back.special == tok.special
-        and back.added == tok.added
-        and back.chat_template == tok.chat_template
-    )
-    assert all(
-        back.token_bytes(i) == tok.token_bytes(i)
-        for i in range(back.vocab_size)
-        if i < tok.vocab_size
-    )
+        ids = tok.encode(text)
+        assert back.encode(text) == ids
+        assert back.decode(ids) == tok.decode(ids)
+    assert back.special == tok.special
+    assert back.added == tok.added
+    assert back.chat_template == tok.chat_template
+    for i in range(min(back.vocab_size, tok.vocab_size)):
+        assert back.token_bytes(i) == tok.token_bytes(i)
 
 
 def test_packed_tensors_are_the_files_bytes(tmp_path):
@@ -392,46 +393,42 @@ def test_packed_tensors_are_the_files_bytes(tmp_path):
     assert {p.type for p in state.values()} == {"F32", "Q4_K", "Q6_K"}
 
 
+def gguf_command(*args):
+    command = [sys.executable, "-m", "formats.gguf", *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_the_command_writes_warns_and_shows(tmp_path):
     make_folder(tmp_path / "m", "odd")
-    run = [sys.executable, "-m", "formats.gguf"]
-    made = subprocess.run(
-        [*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        made.returncode == 0
-        and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0"
-        in made.stderr
-    )
-    shown = subprocess.run([*run, "show", tmp_path / "x.gguf"], capture_output=True, text=True)
-    assert "general.architecture" in shown.stdout and "bits a weight" in shown.stdout
+    made = gguf_command(tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf")
+    assert made.returncode == 0
+    warning = "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0"
+    assert warning in made.stderr
+    shown = gguf_command("show", tmp_path / "x.gguf")
+    assert "general.architecture" in shown.stdout
+    assert "bits a weight" in shown.stdout
     for args, message in (
         ([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
         (["show", tmp_path / "no.gguf"], "No such file"),
     ):
-        failed = subprocess.run([*run, *args], capture_output=True, text=True)
-        assert (
-            failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
-        )
+        failed = gguf_command(*args)
+        assert failed.returncode == 2
+        assert message in failed.stderr
+        assert failed.stderr.count("\n") == 1
 
 
 # ---- what cannot be written
 
 
 def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_path, capsys):
-    for i, (change, message) in enumerate(
-        [
-            (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
-            (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
-            (dict(rope=YARN | dict(truncate=False)), "truncate=false"),
-        ]
+    for change, message in (
+        (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
+        (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
+        (dict(rope=YARN | dict(truncate=False)), "truncate=false"),
     ):
-        FAMILIES["odd one"] = SIZE | change
-        make_folder(tmp_path / str(i), "odd one")
+        make_folder(tmp_path / "m", SIZE | change)
         with pytest.raises(UserError, match=message):
-            gguf.write(tmp_path / str(i), tmp_path / "x.gguf", "f16")
+            gguf.write(tmp_path / "m", tmp_path / "x.gguf", "f16")
     for tok, message in (
         (Tokenizer.char("abc"), "character tokenizer"),
         (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer"),
@@ -522,39 +519,53 @@ def container(meta=(), tensors=(), n_meta=None, n_tensors=None, tail=b"", versio
     return out + bytes(-len(out) % 32) + tail
 
 
+def one_value(code, *values, tail=b""):
+    """A file with one key, whose typed value is as struct packs it."""
+    return container([("a", struct.pack("<" + code, *values) + tail)])
+
+
+def one_tensor(dims, number=0, offset=0):
+    return container([], [("t", dims, number, offset)])
+
+
+def two_tensors(name, offset):
+    tensors = [("t", [32], 0, 0), (name, [32], 0, offset)]
+    return container([], tensors, tail=bytes(256))
+
+
+def aligned_to(n):
+    return container([("general.alignment", struct.pack("<II", 4, n))])
+
+
 def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = struct.pack("<IQ", 8, 4 << 30) + b"a"
     for data, match in [
         (container(n_meta=1 << 60), "keys"),
         (container(n_tensors=1 << 60), "tensors"),
         (container(version=1), "version 1"),
         (container(version=3 << 24), "version"),
-        (container([("a", text)]), "4,294,967,296 bytes"),
-        (
-            container([("a", struct.pack("<IQ", 8, 1 << 20) + b"a")]),
-            "announces 1,048,576 bytes more",
-        ),
-        (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"),
-        (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
-        (container([("a", struct.pack("<IIQ", 9, 4, 1 << 21))]), "announces 8,388,608 bytes"),
-        (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"),
-        (container([("a", struct.pack("<I", 99))]), "type 99"),
+        (one_value("IQ", 8, 4 << 30, tail=b"a"), "4,294,967,296 bytes"),
+        (one_value("IQ", 8, 1 << 20, tail=b"a"), "announces 1,048,576 bytes more"),
+        (one_value("IIQ", 9, 8, 1 << 60), "list of"),
+        (one_value("IIQ", 9, 8, 1 << 21), "announces"),
+        (one_value("IIQ", 9, 4, 1 << 21), "announces 8,388,608 bytes"),
+        (one_value("IIQIQ", 9, 9, 1, 9, 1), "9 is a list"),
+        (one_value("I", 99), "type 99"),
         (container([("a", struct.pack("<IB", 7, 1))] * 2), "twice"),
-        (container([("general.alignment", struct.pack("<II", 4, 24))]), "alignment 24"),
-        (container([("general.alignment", struct.pack("<II", 4, 0))]), "alignment 0"),
-        (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"),
-        (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
-        (container([], [("t", [32, 0], 8, 0)]), "empty"),
-        (container([], [("t", [31], 8, 0)]), "no whole blocks"),
-        (container([], [("t", [32], 4, 0)]), "unknown type 4"),
-        (container([], [("t", [32], 0, 1 << 63)]), "passes the end"),
-        (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"),
-        (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
-        (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
-        (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
+        (aligned_to(24), "alignment 24"),
+        (aligned_to(0), "alignment 0"),
+        (one_tensor([32, 1 << 55], 8), "passes the end"),
+        (one_tensor([1 << 63, 1 << 63, 1 << 63]), "passes the end"),
+        (one_tensor([32, 0], 8), "empty"),
+        (one_tensor([31], 8), "no whole blocks"),
+        (one_tensor([32], 4), "unknown type 4"),
+        (one_tensor([32], offset=1 << 63), "passes the end"),
+        (one_tensor([32], offset=5) + bytes(256), "overlaps"),
+        (one_tensor([1] * 5), "5 dimensions"),
+        (two_tensors("u", offset=0), "overlaps"),
+        (two_tensors("t", offset=128), "twice"),
         (container(), "architecture 'None'"),
         (b"GGML" + bytes(60), "do not begin"),
         (b"", "0 bytes"),
