@@ -491,9 +491,10 @@ class Tokenizer:
 
     def unreached_tokens(self):
         """The byte-level tokens that merging their own bytes does not end in."""
+        byte_ids = [self.vocab.get(bytes([b])) for b in range(256)]
         unreached = []
         for token, i in self.vocab.items():
-            if merge_by_rank(map(self.byte_id, token), self.merges) != [i]:
+            if merge_by_rank([byte_ids[b] for b in token], self.merges) != [i]:
                 unreached.append(token)
         return unreached
 

@@ -704,7 +704,7 @@ def llama3_rope(config, freqs, original, path):
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
-class Split(NamedTuple):
+class SplitRule(NamedTuple):
     """How llama.cpp splits text under one of its names."""
 
     patterns: tuple  # names in PATTERNS, or regular expressions
@@ -713,12 +713,12 @@ class Split(NamedTuple):
 
 # Our gpt4 differs from llama3 in spelling alone: \s*[\r\n] ends at the last newline as \s*[\r\n]+.
 SPLITS = {
-    "gpt-2": Split(("gpt2",)),
-    "llama-bpe": Split(("llama3",), whole_chunks=True),
-    "dbrx": Split(("llama3",)),
-    "qwen2": Split(("qwen2",)),
-    "smollm": Split((r"\p{N}", "gpt2")),
-    "tekken": Split(("tekken",), whole_chunks=True),
+    "gpt-2": SplitRule(("gpt2",)),
+    "llama-bpe": SplitRule(("llama3",), whole_chunks=True),
+    "dbrx": SplitRule(("llama3",)),
+    "qwen2": SplitRule(("qwen2",)),
+    "smollm": SplitRule((r"\p{N}", "gpt2")),
+    "tekken": SplitRule(("tekken",), whole_chunks=True),
 }
 SPLIT_ALIASES = {
     "llama3": "llama-bpe",

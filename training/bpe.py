@@ -211,17 +211,17 @@ class Words:
     def merge(self, batch, new):
         """Merge the pairs of the batch, all at once, into symbols new, new + 1, ..."""
         where = [self.positions(pair) for pair in batch]
-        symbols = np.arange(new, new + len(batch), dtype=np.int32)
+        made = np.arange(new, new + len(batch), dtype=np.int32)
         at = np.concatenate(where)  # left halves, which become the new symbols
         gone = self.next[at]  # right halves
         after = self.next[gone]
-        self.symbol[at] = np.repeat(symbols, list(map(len, where)))
+        self.symbol[at] = np.repeat(made, list(map(len, where)))
         self.symbol[gone] = -1
         self.next[at] = after
         self.previous[after] = at
         before = self.previous[at]
-        left_of = self.symbol[before]
-        before = before[(left_of >= 0) & (left_of < new)]  # a symbol just made is in `at` already
+        lefts = self.symbol[before]
+        before = before[(lefts >= 0) & (lefts < new)]  # a symbol just made is in `at` already
         paired = gone[self.pair[gone] >= 0]
         for stale in (paired, before):  # (right, y) and (x, left) are no more
             np.subtract.at(self.count, self.pair[stale], self.weight[stale])
