@@ -37,7 +37,7 @@ WEIGHTS_AT_ONCE = 1 << 18  # packed or unpacked at a time: so few that the work 
 #   q  the codes' low bits                      h  the codes' high bits
 #   s  scales, and minima, of the sub-blocks, as whole numbers of a few bits
 #   d  what the scales are multiples of         m  what the minima are multiples of (both float16)
-# A weight is (code - zero) * scale - low. What is written has the bytes of ggml-quants.c.
+# A weight is (code - zero) * scale - low. Rounding follows ggml-quants.c's reference functions.
 
 
 class BlockType(NamedTuple):
@@ -1185,9 +1185,7 @@ def by_our_names(tensors, config, path):
     faults = [f"{name} is not part of this model" for name in tensors if name not in expected]
     state = {}
     for name, parts in expected.items():
-        sizes = [len(part) for part in parts.values()]
-        rest = next(iter(parts.values())).shape[1:]
-        shape = (sum(sizes), *rest)
+        shape = tuple(torch.cat(list(parts.values())).shape)
         tensor = tensors.get(name)
         if tensor is None:
             faults.append(f"{name} is missing")
@@ -1197,8 +1195,8 @@ def by_our_names(tensors, config, path):
             continue
         order = row_order(name, shape[0], config, back=True)
         data = tensor.data if order is None else tensor.data[order]
-        for ours, rows in zip(parts, data.split(sizes)):
-            state[ours] = GGUFTensor(tensor.type, (len(rows), *rest), rows)
+        for ours, rows in zip(parts, data.split([len(part) for part in parts.values()])):
+            state[ours] = GGUFTensor(tensor.type, tuple(parts[ours].shape), rows)
     if faults:
         more = "; ..." if len(faults) > 8 else ""
         raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{more}")

@@ -206,7 +206,7 @@ def from_json(content):
         normalizer=normalizer + split.normalizer,
         strip_space="Strip" in decoders or scheme != "never",
         whole_chunks=bool(model.get("ignore_merges")),
-        unknown=(model["vocab"] | special).get(unknown),
+        unknown=special.get(unknown, model["vocab"].get(unknown)),
     )
 
 
