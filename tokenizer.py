@@ -384,6 +384,8 @@ class Tokenizer:
         if any(text[i : i + 50_000].isspace() for i in range(0, len(text) - 50_000, 50_000)):
             # On 100,000 spaces in a row tiktoken's regular expressions can panic: split with ours.
             encode, patterns = self.fast._encode_single_piece, self.patterns
+        if not patterns:
+            return encode(text)
         ids = []
         for chunk in self._split(text, patterns):
             ids += encode(chunk)
