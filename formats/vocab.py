@@ -1,15 +1,16 @@
-"""The vocabulary files others use: tokenizer.json, vocab.bpe, .tiktoken, tekken.json and SentencePiece .model.
+"""The vocabulary files of others: tokenizer.json, vocab.bpe, .tiktoken, tekken.json, .model.
 
     python tokenizer.py show "Hello, world" --tokenizer FILE        # reads any of them
 
-They are untrusted: sizes, types and references are checked, and what is not understood is refused by name.
+They are untrusted: sizes, types and references are checked, and what is not understood is refused
+by name.
 """
 
 import base64
 import contextlib
 import json
 import re
-from collections import Counter
+from dataclasses import dataclass
 
 from common import UserError
 from tokenizer import (
@@ -17,45 +18,37 @@ from tokenizer import (
     LARGEST_ID,
     PATTERNS,
     PRINTABLE,
-    added_tokens,
+    Tokenizer,
     check_ids,
-    merges_by_score,
+    halves,
     normalize,
 )
 
-LARGEST_FILE = 64 << 20  # of a vocabulary file; the largest in use (Gemma 3, 262K tokens) has 33 MB
-# A byte is written as one visible character: itself if it is printable, else one from U+0100 on (as in GPT-2's files).
-BYTE_TO_CHAR = {
-    b: chr(b if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)
-}
+LARGEST_FILE = 64 << 20  # bytes; the largest in use (Gemma 3, 262K tokens) has 33 MB
+# A byte is written as one visible character: itself if it is printable, else one from U+0100 on
+# (as in GPT-2's files).
+BYTE_TO_CHAR = dict(zip(BYTES, map(chr, PRINTABLE + list(range(256, 512 - len(PRINTABLE))))))
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
-# of Mistral's tekken.json files that do not list theirs
-TEKKEN_SPECIAL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "[/INST]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]",
-    "[IMG]",
-    "<pad>",
-    "[IMG_BREAK]",
-    "[IMG_END]",
-    "[PREFIX]",
-    "[MIDDLE]",
-    "[SUFFIX]",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
-    "[TOOL_CONTENT]",
-]
+# Those of tekken.json files that do not list theirs.
+TEKKEN_SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]
+    [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE]
+    [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]""".split()
+# How the text of tiktoken's own files is split, by the name of the file.
+RANK_FILES = {
+    "r50k_base": "gpt2",
+    "p50k_base": "gpt2",
+    "gpt2": "gpt2",
+    "cl100k_base": "gpt4",
+    "tokenizer": "llama3",
+}
+DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
-def read_tokenizer(path, pattern, make):
-    """The tokenizer in a file or folder, built by `make`: the Tokenizer class, which imports this file. UserError."""
+# ---- What every reader needs.
+
+
+def read_tokenizer(path, pattern):
+    """The Tokenizer in a file or folder; `pattern` is for tiktoken's files alone. UserError."""
     if path.is_dir():
         names = ("tokenizer.json", "tekken.json", "tokenizer.model", "vocab.bpe", "merges.txt")
         found = [path / name for name in names if (path / name).is_file()]
@@ -64,37 +57,42 @@ def read_tokenizer(path, pattern, make):
         path = found[0]
     if not path.is_file():
         raise UserError(f"there is no tokenizer at {path}")
-    data = read_limited(path)
     with naming(path):
-        if path.suffix == ".json":
-            content = parse_json(data)
-            if "config" in content and "model" not in content:
-                tokenizer = from_tekken(content, make)
-            else:
-                tokenizer = from_json(content, make)
-                tokenizer.source = data
-        elif path.suffix in (".bpe", ".txt"):
-            tokenizer = from_vocab_bpe(path, data, make)
-        elif re.match(
-            rb"[A-Za-z0-9+/]+=* \d+\s", data
-        ):  # Llama 3's tokenizer.model is one of these
-            tokenizer = from_ranks(path, data, pattern, make)
-        elif path.suffix == ".model":
-            tokenizer = from_sentencepiece(path, make)
-        else:
-            raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
-    if (config := path.with_name("tokenizer_config.json")).is_file():
+        tokenizer = read_vocabulary_file(path, pattern)
+    config = path.with_name("tokenizer_config.json")
+    if config.is_file():
         with naming(config):
             tokenizer.config |= parse_json(read_limited(config))
-    if (template := path.with_name("chat_template.jinja")).is_file():  # where newer folders keep it
+    template = path.with_name("chat_template.jinja")  # where newer folders keep it
+    if template.is_file():
         tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
     return tokenizer
 
 
+def read_vocabulary_file(path, pattern):
+    data = read_limited(path)
+    if path.suffix == ".json":
+        content = parse_json(data)
+        if "config" in content and "model" not in content:
+            return from_tekken(content)
+        tokenizer = from_json(content)
+        tokenizer.source = data
+        return tokenizer
+    if path.suffix in (".bpe", ".txt"):
+        return from_vocab_bpe(path, data)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
+        return from_ranks(path, data, pattern)
+    if path.suffix == ".model":
+        return from_sentencepiece(path)
+    raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
+
+
 def read_limited(path):
-    if (size := path.stat().st_size) > LARGEST_FILE:
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
         raise UserError(
-            f"{path} has {size >> 20} MB; no vocabulary in use is larger than {LARGEST_FILE >> 20} MB"
+            f"{path} has {size >> 20} MB; no vocabulary in use is larger than "
+            f"{LARGEST_FILE >> 20} MB"
         )
     return path.read_bytes()
 
@@ -110,209 +108,328 @@ def naming(path):
         raise UserError(f"{path} is not a {path.name}: {type(error).__name__} {error}") from None
 
 
-def refuse(what):
-    raise UserError(f"{what} is not supported")
+def unsupported(what):
+    return UserError(f"{what} is not supported")
 
 
 def parse_json(data):
-    """bytes -> dict, of which no key may be there twice."""
-
-    def no_twins(pairs):
-        if len(made := dict(pairs)) < len(pairs):
-            raise UserError(
-                f"the key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} is there twice"
-            )
-        return made
-
-    content = json.loads(data, object_pairs_hook=no_twins)
+    """bytes -> dict."""
+    content = json.loads(data)
     if not isinstance(content, dict):
         raise UserError("this is not a JSON object")
     return content
 
 
-def from_json(content, make):
-    """A tokenizer.json of HF tokenizers: byte-level BPE, SentencePiece-style BPE, or our character tokenizers."""
+def read_bpe(vocab, merges, names, byte_level):
+    """Tokens by text and merges by text -> (vocab, merges) as Tokenizer wants them.
+
+    vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
+    added tokens, which may be in `vocab` and are not in what is returned."""
+    check_ids(vocab.values(), len(vocab))
+    ids = dict(vocab)
+    for text, i in names.items():
+        if ids.pop(text, i) != i:
+            raise UserError(f"{text!r} has two ids: {i} and {vocab[text]}")
+    by_ids = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = ids.get(left), ids.get(right)
+        new = ids.get(left + right)
+        if None in pair or new is None or new in pair or pair in by_ids:
+            raise UserError(
+                f"merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or "
+                "makes what is no ordinary token"
+            )
+        by_ids[pair] = (rank, new)
+    if not byte_level:
+        return ids, by_ids
+    wrong = set("".join(ids)) - CHAR_TO_BYTE.keys()
+    if wrong:
+        raise UserError(f"a byte-level token has {wrong.pop()!r}, which stands for no byte")
+    spelled = {bytes([CHAR_TO_BYTE[c] for c in token]): i for token, i in ids.items()}
+    return spelled, by_ids
+
+
+def merges_by_score(vocab, scores):
+    """SentencePiece's rule as merges: every way to put a token together, the best score first.
+
+    vocab {token: id}, scores by id."""
+    merges = {}
+    for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
+        if not re.fullmatch("<0x[0-9A-F]{2}>", token):
+            for pair in halves(token, vocab):
+                merges[pair] = (len(merges), i)
+    return merges
+
+
+def space_steps(prefix):
+    """SentencePiece's normalizer: ▁ for a space, and one before every text if `prefix`."""
+    begin = [("prepend", "▁", "every")] if prefix else []
+    return [*begin, ("replace", " ", "▁")]
+
+
+# ---- tokenizer.json, HF tokenizers' file.
+
+
+def from_json(content):
+    """A byte-level BPE, a SentencePiece-style BPE, or one of our character tokenizers."""
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
-        refuse(f"model type {model['type']!r} (only BPE)")
+        raise unsupported(f"model type {model['type']!r} (only BPE)")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            refuse(f"model option {option} = {model[option]!r}")
+            raise unsupported(f"model option {option} = {model[option]!r}")
     normalizer = [
-        read_normalizer(part) for part in sequence(content.get("normalizer"), "normalizers")
+        read_normalizer(step) for step in flat_steps(content.get("normalizer"), "normalizers")
     ]
-    patterns, prefix, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
-    decoders = {d["type"]: d for d in sequence(content.get("decoder"), "decoders")}
-    for name in decoders.keys() - {
-        "ByteLevel",
-        "Replace",
-        "ByteFallback",
-        "Fuse",
-        "Strip",
-        "Metaspace",
-    }:
-        refuse(f"decoder {name!r}")
-    kind = (
-        "bytes"
-        if byte_level
-        else "pieces"
-        if model["merges"] or decoders.keys() - {"Fuse"}
-        else "chars"
-    )
+    split = read_pre_tokenizer(content.get("pre_tokenizer"))
+    decoders = {step["type"]: step for step in flat_steps(content.get("decoder"), "decoders")}
+    for name in decoders.keys() - DECODERS:
+        raise unsupported(f"decoder {name!r}")
+    if split.byte_level:
+        kind = "bytes"
+    elif model["merges"] or decoders.keys() - {"Fuse"}:
+        kind = "pieces"
+    else:
+        kind = "chars"
     special, added = read_added(content.get("added_tokens") or [], normalizer)
-    vocab, merges = read_bpe(model, kind, special | added)
-    unknown = special.get(model.get("unk_token"), model["vocab"].get(model.get("unk_token")))
-    strips = (
-        "Strip" in decoders
-        or decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
-    )
-    return make(
+    vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, split.byte_level)
+    unknown = model.get("unk_token")
+    scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
+    return Tokenizer(
         kind,
         vocab,
         merges,
-        patterns=patterns,
+        patterns=split.patterns,
         special=special,
         added=added,
-        normalizer=normalizer + prefix,
-        strip_space=strips,
+        normalizer=normalizer + split.normalizer,
+        strip_space="Strip" in decoders or scheme != "never",
         whole_chunks=bool(model.get("ignore_merges")),
-        unknown=unknown,
+        unknown=special.get(unknown, model["vocab"].get(unknown)),
     )
 
 
-def sequence(part, key):
-    """A component of a tokenizer.json as a flat list: null, one thing, or a Sequence of things."""
+def flat_steps(part, key):
+    """A component of a tokenizer.json as a list: null, one step, or a Sequence of steps."""
     if part is None:
         return []
-    return (
-        [p for inner in part[key] for p in sequence(inner, key)]
-        if part["type"] == "Sequence"
-        else [part]
-    )
+    if part["type"] != "Sequence":
+        return [part]
+    steps = []
+    for inner in part[key]:
+        steps += flat_steps(inner, key)
+    return steps
 
 
-def read_normalizer(part):
-    kind = part["type"]
+def read_normalizer(step):
+    kind = step["type"]
     if kind in ("NFC", "NFD", "NFKC", "NFKD"):
         return ("unicode", kind)
     if kind == "Prepend":
-        return ("prepend", part["prepend"], "every")
-    if kind == "Replace" and "String" in part["pattern"]:
-        return ("replace", part["pattern"]["String"], part["content"])
-    return refuse(
-        f"normalizer {kind!r}" + (" with a regular expression" if kind == "Replace" else "")
-    )
+        return ("prepend", step["prepend"], "every")
+    if kind == "Replace" and "String" in step["pattern"]:
+        return ("replace", step["pattern"]["String"], step["content"])
+    raise unsupported(f"normalizer {kind!r}, or its regular expression,")
+
+
+@dataclass
+class PreTokenizer:
+    """What a tokenizer.json's pre-tokenizer asks for."""
+
+    patterns: list  # to split by, in turn
+    normalizer: list  # what Metaspace does to the text first
+    byte_level: bool = False
 
 
 def read_pre_tokenizer(part):
-    """-> (split patterns, what Metaspace does to the text first, whether it is byte-level)"""
-    patterns, prefix, byte_level = [], [], False
-    for step in sequence(part, "pretokenizers"):
+    split = PreTokenizer([], [])
+    for step in flat_steps(part, "pretokenizers"):
         kind = step["type"]
-        if byte_level:
-            refuse(f"a pre-tokenizer ({kind!r}) after ByteLevel")
+        if split.byte_level:
+            raise unsupported(f"a pre-tokenizer ({kind!r}) after ByteLevel")
         if kind == "ByteLevel" and not step.get("add_prefix_space"):
-            byte_level = True
-            patterns += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []
+            split.byte_level = True
+            if step.get("use_regex", True):
+                split.patterns.append(PATTERNS["gpt2"])
         elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
             ((how, text),) = step["pattern"].items()
-            patterns.append(text if how == "Regex" else re.escape(text))
+            split.patterns.append(text if how == "Regex" else re.escape(text))
         elif kind == "Digits":
-            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+            split.patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Metaspace":
-            space, always = step["replacement"], step.get("add_prefix_space", True)
-            scheme = step.get("prepend_scheme", "always" if always else "never")
-            prefix = [("replace", " ", space), ("prepend", space, scheme)]
-            patterns += [f"{space}[^{space}]*"] if step.get("split", True) else []
+            space = step["replacement"]
+            default = "always" if step.get("add_prefix_space", True) else "never"
+            scheme = step.get("prepend_scheme", default)
+            split.normalizer = [("replace", " ", space), ("prepend", space, scheme)]
+            if step.get("split", True):
+                split.patterns.append(f"{space}[^{space}]*")
         else:
-            refuse(
-                f"pre-tokenizer {kind!r} with {', '.join(f'{k}={v!r}' for k, v in step.items() if k != 'type') or 'no options'}"
-            )
-    return patterns, prefix, byte_level
+            raise unsupported(f"pre-tokenizer {kind!r} with {step}")
+    return split
 
 
 def read_added(tokens, normalizer):
-    """-> (special {text: id}, other added tokens {text: id}). How special ones would be matched does not matter: they never are."""
+    """-> (special {text: id}, other added tokens {text: id}).
+
+    How a special token would be matched does not matter, since it is never matched in text."""
     special, added = {}, {}
     for token in tokens:
-        text, options = (
-            token["content"],
-            [o for o in ("single_word", "lstrip", "rstrip") if token.get(o)],
-        )
+        text = token["content"]
         if not isinstance(text, str) or not text or text in special or text in added:
-            refuse(f"added token {text!r} (empty or twice)")
-        if not token.get("special") and options:
-            refuse(f"added token {text!r} with {options[0]}")
-        if (
-            not token.get("special")
-            and token.get("normalized")
-            and normalize(text, normalizer) != text
-        ):
-            refuse(f"added token {text!r}, which the normalizer changes")
-        (special if token.get("special") else added)[text] = token["id"]
+            raise unsupported(f"added token {text!r} (empty or twice)")
+        if token.get("special"):
+            special[text] = token["id"]
+            continue
+        for option in ("single_word", "lstrip", "rstrip"):
+            if token.get(option):
+                raise unsupported(f"added token {text!r} with {option}")
+        if token.get("normalized") and normalize(text, normalizer) != text:
+            raise unsupported(f"added token {text!r}, which the normalizer changes,")
+        added[text] = token["id"]
     return special, added
 
 
-def read_bpe(model, kind, special):
-    """-> (vocab, merges) of a tokenizer.json's model, by ids and without special and added tokens."""
-    check_ids(model["vocab"].values(), len(model["vocab"]))
-    ids = dict(model["vocab"])
-    for text, i in special.items():
-        if ids.pop(text, i) != i:
-            raise UserError(f"{text!r} has two ids: {i} and {model['vocab'][text]}")
-    merges = {}
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        pair, new = (ids.get(left), ids.get(right)), ids.get(left + right)
-        if None in pair or new is None or new in pair or pair in merges:
-            raise UserError(
-                f"merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or makes what is no "
-                "ordinary token"
-            )
-        merges[pair] = (rank, new)
-    if kind != "bytes":
-        return ids, merges
-    if wrong := set("".join(ids)) - CHAR_TO_BYTE.keys():
-        raise UserError(f"a byte-level token has {wrong.pop()!r}, which stands for no byte")
-    return {bytes([CHAR_TO_BYTE[c] for c in token]): i for token, i in ids.items()}, merges
+def tokenizer_file(tokenizer):
+    """The bytes of its tokenizer.json: as it was read, with the special tokens added since."""
+    if tokenizer.source is None:
+        content = to_json(tokenizer)
+    else:
+        content = json.loads(tokenizer.source)
+        listed = content.get("added_tokens") or []
+        known = {token["content"] for token in listed}
+        more = {name: i for name, i in tokenizer.special.items() if name not in known}
+        if not more:
+            return tokenizer.source
+        content["model"]["vocab"] |= more  # HF takes ids from there
+        content["added_tokens"] = listed + list_added(more, special=True)
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
-def from_vocab_bpe(path, data, make):
-    """GPT-2's vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
-    lines = [
-        line.split(" ")
-        for line in data.decode("utf-8", "replace").split("\n")
-        if line and not line.startswith("#version")
-    ]
-    if bad := [line for line in lines if len(line) != 2]:
-        raise UserError(f"this is not a list of merges: {' '.join(bad[0])[:80]!r}")
-    beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
-    made = dict.fromkeys([*BYTE_TO_CHAR.values(), *map("".join, lines)])
-    vocab = {
-        token: i for i, token in enumerate([*made, "<|endoftext|>"])
-    }  # GPT-2's own ids, in order of making
-    if beside.is_file():
-        with naming(beside):
-            vocab = parse_json(read_limited(beside))
-    special = {token: i for token, i in vocab.items() if token not in made}
-    vocab, merges = read_bpe({"vocab": vocab, "merges": lines}, "bytes", special)
-    return make("bytes", vocab, merges, patterns=[PATTERNS["gpt2"]], special=special)
+def list_added(ids, special):
+    """{text: id} as a tokenizer.json lists added tokens."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": i, "content": name, **plain, "special": special} for name, i in ids.items()]
 
 
-def from_ranks(path, data, pattern, make):
-    """A tiktoken file: lines of a token in base64 and its rank, which is its id."""
-    known = {
-        "r50k_base": "gpt2",
-        "p50k_base": "gpt2",
-        "gpt2": "gpt2",
-        "cl100k_base": "gpt4",
-        "tokenizer": "llama3",
+def to_json(tokenizer):
+    """The tokenizer as the contents of a tokenizer.json."""
+    spelled = spelled_tokens(tokenizer)
+    names = {i: name for name, i in (tokenizer.special | tokenizer.added).items()}
+    clash = set(names.values()) & set(spelled.values())
+    if clash:
+        raise UserError(f"the file would have two tokens spelled {clash.pop()!r}, one special")
+    added = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
+    pieces = tokenizer.kind == "pieces"
+    pairs = sorted(tokenizer.merges, key=tokenizer.merges.get)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "normalizer": normalizer_json(tokenizer),
+        "pre_tokenizer": pre_tokenizer_json(tokenizer),
+        "post_processor": None,
+        "decoder": decoder_json(tokenizer),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "unk_token": names.get(tokenizer.unknown),
+            "fuse_unk": pieces,
+            "byte_fallback": pieces,
+            "ignore_merges": tokenizer.whole_chunks,
+            # special tokens too: HF takes the ids of added tokens from here
+            "vocab": {text: i for i, text in sorted((spelled | names).items())},
+            "merges": [f"{spelled[left]} {spelled[right]}" for left, right in pairs],
+        },
     }
-    pattern = pattern or known.get(path.stem)
+
+
+def spelled_tokens(tokenizer):
+    """{id: text} as a tokenizer.json spells tokens, a byte as one visible character."""
+    if tokenizer.kind != "bytes":
+        return {i: token for token, i in tokenizer.vocab.items()}
+    return {i: "".join(map(BYTE_TO_CHAR.get, token)) for token, i in tokenizer.vocab.items()}
+
+
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+
+
+def normalizer_json(tokenizer):
+    steps = []
+    for kind, *arguments in tokenizer.normalizer:
+        if kind == "prepend":
+            steps.append({"type": "Prepend", "prepend": arguments[0]})
+        else:
+            old, new = arguments
+            steps.append({"type": "Replace", "pattern": {"String": old}, "content": new})
+    return {"type": "Sequence", "normalizers": steps} if steps else None
+
+
+def pre_tokenizer_json(tokenizer):
+    if tokenizer.kind != "bytes":
+        return None
+    steps = []
+    for pattern in tokenizer.patterns:
+        how = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        steps.append({"type": "Split", **how})
+    return {"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]}
+
+
+def decoder_json(tokenizer):
+    if tokenizer.kind == "bytes":
+        return BYTE_LEVEL
+    if tokenizer.kind == "chars":
+        return {"type": "Fuse"}
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if tokenizer.strip_space:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+# ---- GPT-2's two files.
+
+
+def from_vocab_bpe(path, data):
+    """vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
+    merges = []
+    for line in data.decode("utf-8", "replace").split("\n"):
+        if line and not line.startswith("#version"):
+            merges.append(line.split(" "))
+            if len(merges[-1]) != 2:
+                raise UserError(f"this is not a list of merges: {line[:80]!r}")
+    made = [*CHAR_TO_BYTE, *map("".join, merges)]
+    beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
+    if not beside.is_file():
+        raise UserError(f"there is no {beside.name} beside it, with the ids")
+    with naming(beside):
+        vocab = parse_json(read_limited(beside))
+    special = {token: vocab[token] for token in vocab.keys() - set(made)}
+    vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
+    return Tokenizer("bytes", vocab, merges, patterns=[PATTERNS["gpt2"]], special=special)
+
+
+# ---- tiktoken's files, and Mistral's: tokens and their ranks.
+
+
+def from_ranks(path, data, pattern):
+    """A tiktoken file: lines of a token in base64 and its rank, which is its id."""
+    pattern = pattern or RANK_FILES.get(path.stem)
     if pattern is None:
         raise UserError(
-            f"the file does not say how text is split: load(path, pattern=...) with one of {', '.join(PATTERNS)} or "
-            "your own"
+            "the file does not say how text is split: load(path, pattern=...) with one of "
+            f"{', '.join(PATTERNS)} or your own"
         )
     vocab = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -326,138 +443,71 @@ def from_ranks(path, data, pattern, make):
             raise UserError(
                 f"line {number} is not a token in base64 and its rank: {error}"
             ) from None
-    return rank_tokenizer(vocab, PATTERNS.get(pattern, pattern), {}, make)
+    return rank_tokenizer(vocab, PATTERNS.get(pattern, pattern), {})
 
 
-def from_tekken(content, make):
-    """Mistral's tekken.json: ranks, which are ids after the special tokens. Only the first of the ranks are used."""
-    config, names = content["config"], TEKKEN_SPECIAL
-    n = config["default_num_special_tokens"]
+def from_tekken(content):
+    """tekken.json: ids are ranks after the special tokens; only the first of the ranks are used."""
+    config = content["config"]
+    n_special = config["default_num_special_tokens"]
+    n_used = config["default_vocab_size"] - n_special
+    names = TEKKEN_SPECIAL
     if content.get("special_tokens"):
-        names = [
-            token["token_str"]
-            for token in sorted(content["special_tokens"], key=lambda token: token["rank"])
-        ]
-    names = [*names, *(f"<SPECIAL_{i}>" for i in range(len(names), min(n, LARGEST_ID)))]
-    used = sorted(content["vocab"], key=lambda token: token["rank"])[
-        : config["default_vocab_size"] - n
-    ]
-    vocab = {base64.b64decode(token["token_bytes"]): token["rank"] + n for token in used}
+        listed = sorted(content["special_tokens"], key=lambda token: token["rank"])
+        names = [token["token_str"] for token in listed]
+    unnamed = range(len(names), min(n_special, LARGEST_ID))
+    names = [*names, *(f"<SPECIAL_{i}>" for i in unnamed)]
     special = {name: i for i, name in enumerate(names)}
-    if len(vocab) < len(used) or len(special) != n:
+    used = sorted(content["vocab"], key=lambda token: token["rank"])[:n_used]
+    vocab = {base64.b64decode(token["token_bytes"]): token["rank"] + n_special for token in used}
+    if len(vocab) < len(used) or len(special) != n_special:
         raise UserError("a token is there twice")
-    return rank_tokenizer(vocab, config["pattern"], special, make)
+    return rank_tokenizer(vocab, config["pattern"], special)
 
 
-def rank_tokenizer(vocab, pattern, special, make):
-    if missing := [b for b in range(256) if bytes([b]) not in vocab]:
+def rank_tokenizer(vocab, pattern, special):
+    missing = [b for b in range(256) if bytes([b]) not in vocab]
+    if missing:
         raise UserError(
             f"there is no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}"
         )
-    return make("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True)
+    return Tokenizer("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True)
 
 
-def from_sentencepiece(path, make):
-    """A SentencePiece .model of the BPE kind with an identity normalizer (Llama 2, Mistral), read by sentencepiece."""
+# ---- SentencePiece's file.
+
+
+def from_sentencepiece(path):
+    """A .model of the BPE kind with an identity normalizer (Llama 2, Mistral)."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"this is not a SentencePiece model: {str(error)[:100]}") from None
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    special = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
-    vocab = {p: i for i, p in enumerate(pieces) if p not in special and not sp.is_unused(i)}
-    merges = merges_by_score(vocab, [sp.get_score(i) for i in range(len(pieces))])
+    size = sp.get_piece_size()
+    special, vocab = {}, {}
+    for i in range(size):
+        if sp.is_control(i) or sp.is_unknown(i):
+            special[sp.id_to_piece(i)] = i
+        elif not sp.is_unused(i):
+            vocab[sp.id_to_piece(i)] = i
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
-    normalizer = [("prepend", "▁", "every")] * prefix + [("replace", " ", "▁")]
-    tokenizer = make(
+    tokenizer = Tokenizer(
         "pieces",
         vocab,
-        merges,
+        merges_by_score(vocab, [sp.get_score(i) for i in range(size)]),
         special=special,
-        normalizer=normalizer,
+        normalizer=space_steps(prefix),
         strip_space=prefix,
         unknown=sp.unk_id(),
     )
-    for probe in (
-        "Hello  world ",
-        " \tﬁ ½ Ａ\n日本 🙂",
-        *(p.replace("▁", " ") for p in list(vocab)[300::50]),
-    ):
+    probes = ["Hello  world ", " \tﬁ ½ Ａ\n日本 🙂"]
+    probes += [piece.replace("▁", " ") for piece in list(vocab)[300::50]]
+    for probe in probes:
         if tokenizer.encode(probe) != sp.encode(probe):
             raise UserError(
-                f"it encodes {probe!r} otherwise than plain BPE: unigram models and normalizers that change the text "
-                "are not supported"
+                f"it encodes {probe!r} otherwise than plain BPE: unigram models and normalizers "
+                "that change the text are not supported"
             )
     return tokenizer
-
-
-def to_json(tokenizer):
-    """The tokenizer as the contents of a tokenizer.json of HF tokenizers."""
-    kind, spelled = tokenizer.kind, {}
-    for token, i in tokenizer.vocab.items():
-        spelled[i] = "".join(BYTE_TO_CHAR[b] for b in token) if kind == "bytes" else token
-    names = {i: name for name, i in (tokenizer.special | tokenizer.added).items()}
-    if clash := set(names.values()) & set(spelled.values()):
-        raise UserError(
-            f"the file would have two tokens spelled {clash.pop()!r}, one of them special"
-        )
-    normalizers = [
-        {"type": "Prepend", "prepend": step[1]}
-        if step[0] == "prepend"
-        else {"type": "Replace", "pattern": {"String": step[1]}, "content": step[2]}
-        for step in tokenizer.normalizer
-    ]
-    splits = [
-        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-        for p in tokenizer.patterns
-    ]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    pieces = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    decoder = {
-        "bytes": byte_level,
-        "chars": {"type": "Fuse"},
-        "pieces": {"type": "Sequence", "decoders": pieces + [strip] * tokenizer.strip_space},
-    }[kind]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": sorted(
-            added_tokens(tokenizer.special, True) + added_tokens(tokenizer.added, False),
-            key=lambda t: t["id"],
-        ),
-        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]}
-        if kind == "bytes"
-        else None,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "unk_token": names.get(tokenizer.unknown),
-            "fuse_unk": kind == "pieces",
-            "byte_fallback": kind == "pieces",
-            "ignore_merges": tokenizer.whole_chunks,
-            # special tokens too: HF takes the ids of added tokens from here
-            "vocab": {token: i for i, token in sorted((spelled | names).items())},
-            "merges": [
-                f"{spelled[a]} {spelled[b]}"
-                for a, b in sorted(tokenizer.merges, key=tokenizer.merges.get)
-            ],
-        },
-    }

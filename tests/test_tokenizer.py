@@ -1,4 +1,4 @@
-"""The tokenizer against its own plain forms, against tiktoken and sentencepiece, and against bad input."""
+"""The tokenizer against its plain forms, tiktoken and sentencepiece, and bad input."""
 
 import json
 import os
@@ -23,7 +23,8 @@ from formats.vocab import CHAR_TO_BYTE, to_json
 from tokenizer import PATTERNS, Tokenizer, main
 from training import bpe
 
-# Characters that every Unicode table in use agrees on: newer ones are letters to one library and unassigned to another.
+# Characters that every Unicode table in use agrees on: newer ones are letters to one library and
+# unassigned to another.
 OLD = st.characters(exclude_categories=["Cn", "Co", "Cs"], max_codepoint=0x1FFFF).filter(
     lambda c: unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c) or ord(c) >= 0x1F300
 )
@@ -75,7 +76,7 @@ LONE = st.lists(
     max_size=6,
 ).map("".join)
 PROSE = (
-    "The tokenizer's job is to turn text into numbers, and back; it's done 1,000,000 times a second. "
+    "The tokenizer's job is to turn text into numbers, and back; it's done 1,000,000 times a day. "
     "Zürich, naïve, 日本語のテキスト, привет мир!\n\n    def f(x):\n        return x + 1\n"
 ) * 20
 SCRIPT = ROOT / "tokenizer.py"
@@ -158,7 +159,7 @@ def test_long_texts_are_counted_in_parts_without_changing_the_chunks(monkeypatch
         whole = bpe.count_chunks([PROSE], [], pattern)
         with monkeypatch.context() as m:
             m.setattr(bpe, "BLOCK", 100)
-            parts = list(bpe.batches([PROSE], pattern))
+            parts = list(bpe.text_batches([PROSE], pattern))
             assert (
                 len(parts) > 10
                 and sum((bpe.count_job(p, pattern) for p in parts), Counter()) == whole
@@ -170,7 +171,7 @@ def test_long_texts_are_counted_in_parts_without_changing_the_chunks(monkeypatch
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_ascii_split_is_the_unicode_split(text):
     for pattern in PATTERNS.values():
-        assert bpe.splitter(pattern, ascii=True)(text) == regex.findall(pattern, text)
+        assert bpe.ascii_splitter(pattern)(text) == regex.findall(pattern, text)
 
 
 def test_max_bytes_samples_the_whole_file(tmp_path):
@@ -189,16 +190,11 @@ def test_training_stops_early_and_says_how_far_the_text_goes(capsys):
     )
 
 
-def test_special_tokens_sit_where_they_are_put():
-    assert list(
-        Tokenizer.train([PROSE, CODE], 300, special_tokens=["<A>", "<B>"]).special.values()
-    ) == [0, 1]
-    tok = Tokenizer.train([PROSE, CODE], 300, special_tokens={"<A>": 299, "<B>": 7})
-    assert tok.special == {"<A>": 299, "<B>": 7} and tok.decode([7, 299]) == "<B><A>"
-    assert (
-        tok.decode(tok.encode(PROSE)) == PROSE
-        and len({*tok.vocab.values(), 299, 7}) == 300 == tok.vocab_size
-    )
+def test_special_tokens_have_the_first_ids():
+    tok = Tokenizer.train([PROSE, CODE], 300, special_tokens=["<A>", "<B>"])
+    assert tok.special == {"<A>": 0, "<B>": 1} and tok.decode([1, 0]) == "<B><A>"
+    assert tok.decode(tok.encode(PROSE)) == PROSE and tok.vocab_size == 300
+    assert sorted(tok.vocab.values()) == list(range(2, 300))
 
 
 def test_no_merge_spells_a_special_token():
@@ -584,8 +580,6 @@ def test_a_bad_tokenizer_json_is_refused_in_one_line(name, tmp_path):
 def test_files_that_are_no_tokenizer_are_refused(content, tmp_path):
     for name in ("tokenizer.json", "tekken.json", "tokenizer.model", "x.tiktoken", "vocab.bpe"):
         (tmp_path / name).write_text(content)
-        if name == "vocab.bpe" and not content:
-            continue  # no merges: bytes alone are a tokenizer
         with pytest.raises(UserError):
             Tokenizer.load(tmp_path / name)
 
@@ -631,17 +625,12 @@ def run(*arguments):
         ({"texts": ["abc"], "vocab_size": 300, "pattern": "(["}, "not a regular expression"),
         ({"texts": ["abc"], "vocab_size": 300, "pattern": "a*"}, "must match no empty text"),
         (
-            {"texts": ["abc"], "vocab_size": 300, "special_tokens": {"<A>": 300}},
-            "below the vocabulary size 300",
-        ),
-        ({"texts": ["abc"], "vocab_size": 300, "special_tokens": {"<A>": 3, "<B>": 3}}, "same id"),
-        (
             {"texts": ["abc"], "vocab_size": 300, "special_tokens": ["<A>", "<A>"]},
             "'<A>' is listed twice",
         ),
         (
             {"texts": ["abc"], "vocab_size": 300, "special_tokens": ["a"]},
-            "'a' is .* shorter than two",
+            "'a' is .* shorter than 2",
         ),
     ],
 )

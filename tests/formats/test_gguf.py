@@ -1,4 +1,4 @@
-"""GGUF: what is written comes back, numbers keep their promise, and damaged files are refused in one line."""
+"""GGUF: what is written comes back, and damaged files are refused in one line."""
 
 import struct
 import subprocess
@@ -176,24 +176,27 @@ def relative_error(a, b):
 
 
 def make_folder(folder, family="llama", tok=None, eos=None):
-    """A random model of that family with a tokenizer, saved -> (model, tokenizer)."""
+    """A random model of that family (or fields of Config), saved with a tokenizer -> both."""
     tok = tok or Tokenizer.train(TEXT_PARTS, 400)
     torch.manual_seed(0)
     config = Config(
-        **{
-            **FAMILIES[family],
-            "vocab_size": tok.vocab_size + 8,
-            "eos_token_id": eos or tok.eos_id,
-            "bos_token_id": tok.bos_id,
-        }
+        **(FAMILIES[family] if isinstance(family, str) else family),
+        vocab_size=tok.vocab_size + 8,
+        eos_token_id=eos or tok.eos_id,
+        bos_token_id=tok.bos_id,
     )
     if config.model_type == "mistral":
-        config.sliding_window, config.sliding_layers = 300, (0, 1, 2)
+        config.sliding_window = 300
+        config.sliding_layers = (0, 1, 2)
     model = Transformer(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            std = 0.1 if p.ndim == 1 else 0.3 if "embed_tokens" in name else 0.03
-            p.normal_(std=std).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            if p.ndim == 1:
+                p.normal_(std=0.1)
+            else:
+                p.normal_(std=0.3 if "embed_tokens" in name else 0.03)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1.0)
     model.save_pretrained(folder)
     tok.save(folder)
     return model, tok
@@ -207,12 +210,12 @@ def make_folder(folder, family="llama", tok=None, eos=None):
 )
 def test_unpack_undoes_pack_and_takes_low_bits_first(bits, group):
     q = torch.randint(0, 1 << bits, (5, 256), dtype=torch.uint8)
-    assert torch.equal(gguf.unpack(gguf.pack(q, bits, group), bits, group), q)
-    first = gguf.pack(torch.arange(256).remainder(1 << bits)[None], bits, group)[0, 0]
+    assert torch.equal(gguf.unpack_bits(gguf.pack_bits(q, bits, group), bits, group), q)
+    first = gguf.pack_bits(torch.arange(256).remainder(1 << bits)[None], bits, group)[0, 0]
     assert first & (1 << bits) - 1 == 0 and first >> bits & (1 << bits) - 1 == group % (1 << bits)
 
 
-# Relative error of a bell curve of weights. One bit more halves it; k-quants are below the plain types of as many bits.
+# Relative error of a bell curve of weights. One bit more halves it.
 ERRORS = {
     "F32": 0,
     "F16": 3e-4,
@@ -220,57 +223,59 @@ ERRORS = {
     "Q8_0": 0.006,
     "Q6_K": 0.018,
     "Q5_K": 0.037,
-    "Q5_1": 0.039,
-    "Q5_0": 0.044,
     "Q4_K": 0.075,
-    "Q4_1": 0.080,
     "Q4_0": 0.090,
 }
+
+
+def there_and_back(x, name):
+    return gguf.GGUFTensor(name, x.shape, gguf.encode_rows(x, name)).dequantize()
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_quantized_weights_keep_their_error(name):
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    back = gguf.Packed(name, (64, 512), gguf.quantize(x, name)).dequantize()
-    assert (back - x).norm() <= ERRORS[name] * x.norm()
+    error = there_and_back(x, name) - x
+    assert error.norm() <= ERRORS[name] * x.norm()
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_zeros_and_constants_stay_what_they_are(name):
     for value in (0.0, 0.5, -0.5):
         x = torch.full((1, 256), value)
-        back = gguf.Packed(name, (1, 256), gguf.quantize(x, name)).dequantize()
-        assert torch.equal(back, x) or (
-            value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K") and (back - x).abs().max() < 5e-3
-        )
+        error = (there_and_back(x, name) - x).abs().max()
+        rounded = value and name in ("Q8_0", "Q6_K", "Q4_K", "Q5_K")
+        assert error < 5e-3 if rounded else error == 0
     x = torch.cat((torch.zeros(1, 256), torch.full((1, 256), 1e-30), torch.randn(1, 256)), 1)
-    assert gguf.Packed(name, (1, 768), gguf.quantize(x, name)).dequantize().isfinite().all()
+    assert there_and_back(x, name).isfinite().all()
 
 
-CODED = [name for name, kind in gguf.KINDS.items() if kind.block > 1]
+CODED = [name for name, kind in gguf.BLOCK_TYPES.items() if kind.block > 1]
+
+
+def any_blocks(kind, rows, blocks):
+    """Random bytes, but finite float16 scales."""
+    data = torch.randint(256, (rows, blocks, kind.bytes), dtype=torch.uint8)
+    at = 0
+    for field, width in kind.layout.items():
+        if field in "dm":
+            data[:, :, at : at + 2] = torch.tensor([0, 30], dtype=torch.uint8)
+        at += width
+    return data.view(rows, -1)
 
 
 @pytest.mark.parametrize("name", CODED)
 def test_codes_scales_and_zero_points_are_the_weights(name):
-    """Of any bytes at all, as long as the scales in them are finite; groups of one value included."""
-    kind = gguf.KINDS[name]
+    """Of any bytes with finite scales, groups of one value included."""
+    kind = gguf.BLOCK_TYPES[name]
     if kind.encode:
         x = torch.randn(16, 512) * torch.tensor([1.0, 1e-3]).repeat(8)[:, None]
-        x[3, :64], x[4, 100:300] = 0.25, 0
-        data = gguf.quantize(x, name)
+        x[3, :64] = 0.25
+        x[4, 100:300] = 0
+        data = gguf.encode_rows(x, name)
     else:
-        data = torch.randint(256, (16, 512 // kind.block * kind.bytes), dtype=torch.uint8)
-        data.view(16, -1, kind.bytes)[:, :, -3:] = torch.tensor(
-            [0, 0, 30], dtype=torch.uint8
-        )  # their float16 scales
-        data.view(16, -1, kind.bytes)[:, :, -4] = (
-            0 if name == "Q2_K" else data.view(16, -1, kind.bytes)[:, :, -4]
-        )
-        if name == "Q2_K":
-            data.view(16, -1, kind.bytes)[:, :, -4:] = torch.tensor(
-                [0, 30, 0, 30], dtype=torch.uint8
-            )
-    packed = gguf.Packed(name, (16, 512), data)
+        data = any_blocks(kind, 16, 512 // kind.block)
+    packed = gguf.GGUFTensor(name, (16, 512), data)
     codes, scale, zero, group, _, bits = gguf.PackedLinear(packed).groups()
     assert bits == (4 if name[1] in "234" else 8) and group == 512 // scale.size(1)
     assert codes.dtype == torch.uint8 and int(codes.max()) < 1 << bits
@@ -278,26 +283,33 @@ def test_codes_scales_and_zero_points_are_the_weights(name):
     assert torch.allclose(weights.view(16, 512), packed.dequantize(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("mix", ["f32", "f16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k"])
+@pytest.mark.parametrize("mix", ["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q6_k"])
 def test_the_engine_multiplies_what_lies_in_the_file(tmp_path, mix):
-    """Nothing is quantized again: only activations are rounded (8 bits), and no matrix is in floats."""
+    """Nothing is quantized again; activations are rounded to 8 bits, and no matrix is in floats."""
     torch.manual_seed(0)
     model = Transformer(Config("llama", 320, 256, 512, 2, 4, 2, 64, 64)).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(std=0.05) if p.ndim > 1 else p.fill_(1)
+            if p.ndim > 1:
+                p.normal_(std=0.05)
+            else:
+                p.fill_(1)
     model.save_pretrained(tmp_path)
     Tokenizer.train(["some text"], 260, special_tokens=["<|endoftext|>"]).save(tmp_path)
     gguf.write(tmp_path, tmp_path / "x.gguf", mix)
-    engine, (twin, _) = Engine(tmp_path / "x.gguf", "cpu"), gguf.load(tmp_path / "x.gguf")
+    engine = Engine(tmp_path / "x.gguf", "cpu")
+    twin, _ = gguf.load(tmp_path / "x.gguf")
     ids = torch.randint(256, (40,)).tolist()
     batch = Batch(16)
     batch.add([0, 1, 2], ids, 0, range(40))
     with torch.inference_mode():
         engine.runner.allocate(4)
-        got, expected = engine.runner(batch), twin(torch.tensor([ids]))[0]
-    assert (got - expected).norm() < (1e-3 if mix in ("f32", "f16") else 0.02) * expected.norm()
-    weights = sum(p.numel() for n, p in twin.named_parameters() if p.ndim > 1 and "embed" not in n)
+        got = engine.runner(batch)
+        expected = twin(torch.tensor([ids]))[0]
+    limit = 1e-3 if mix in ("f32", "f16") else 0.02
+    assert (got - expected).norm() < limit * expected.norm()
+    matrices = [p for n, p in twin.named_parameters() if p.ndim > 1 and "embed" not in n]
+    weights = sum(p.numel() for p in matrices)
     most = {"f32": 4, "f16": 2, "q4_0": 0.7, "q4_k_m": 1.1}.get(mix, 1.3)
     assert engine.runner.weight_bytes < most * weights + 9e5  # and the embedding
     if mix.startswith("q"):
@@ -318,26 +330,29 @@ def test_an_engine_without_cpp_computes_the_same_with_torch(tmp_path, monkeypatc
     monkeypatch.setattr(native, "library", missing)
     for mix in ("q4_0", "q4_k_m"):
         gguf.write(tmp_path / "m", tmp_path / "x.gguf", mix)
-        engine, (twin, _) = Engine(tmp_path / "x.gguf", "cpu"), gguf.load(tmp_path / "x.gguf")
+        engine = Engine(tmp_path / "x.gguf", "cpu")
+        twin, _ = gguf.load(tmp_path / "x.gguf")
         with torch.inference_mode():
             engine.runner.allocate(4)
             assert relative_error(engine.runner(batch), twin(torch.tensor([ids]))[0]) < 1e-5
 
 
 def test_the_mix_is_llama_cpps():
-    """Q4_K_M of 16 layers: the first and last eighth and every third between get six bits in attn_v and ffn_down."""
+    """Of Q4_K_M the first and last eighth and every third layer between get six bits."""
     config = Config("llama", num_hidden_layers=16, tie_word_embeddings=False)
-    six = [
-        i
-        for i in range(16)
-        if gguf.kind_of(f"blk.{i}.attn_v.weight", (256, 512), "q4_k_m", config)[0] == "Q6_K"
-    ]
+    six = []
+    for i in range(16):
+        if gguf.type_in_mix(f"blk.{i}.attn_v.weight", (256, 512), "q4_k_m", config) == "Q6_K":
+            six.append(i)
     assert six == [0, 1, 4, 7, 10, 13, 14, 15]
-    assert gguf.kind_of("output.weight", (1000, 512), "q4_0", config) == ("Q6_K", None)
-    assert gguf.kind_of("output.weight", (1000, 576), "q4_k_m", config) == ("Q8_0", "Q6_K")
-    assert gguf.kind_of("blk.3.attn_q.weight", (576, 576), "q4_k_m", config) == ("Q5_0", "Q4_K")
-    assert gguf.kind_of("blk.3.attn_q.weight", (65, 65), "q4_k_m", config) == ("F16", "Q4_K")
-    assert gguf.kind_of("blk.3.attn_norm.weight", (512,), "q4_k_m", config) == ("F32", None)
+    assert gguf.type_in_mix("output.weight", (1000, 512), "q4_0", config) == "Q6_K"
+    assert gguf.type_in_mix("blk.3.attn_norm.weight", (512,), "q4_k_m", config) == "F32"
+
+
+def test_rows_that_a_type_does_not_divide_get_one_that_does():
+    assert gguf.type_that_fits("Q4_K", 512) == "Q4_K" and gguf.type_that_fits("Q4_K", 576) == "Q8_0"
+    assert gguf.type_that_fits("Q4_0", 96) == "Q4_0" and gguf.type_that_fits("Q4_0", 65) == "F16"
+    assert gguf.type_that_fits("Q6_K", 65) == "F16" and gguf.type_that_fits("F32", 65) == "F32"
 
 
 # ---- there and back
@@ -366,72 +381,63 @@ def test_a_tokenizer_comes_back_with_its_ids(name, tmp_path, data_dir):
     tok.chat_template = "{{ messages }}"
     make_folder(tmp_path / "m", "tiny", tok)
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
-    back = gguf.read(tmp_path / "m.gguf")[2]
+    back = gguf.read_gguf(tmp_path / "m.gguf")[2]
     for text in ["".join(TEXT_PARTS), *TEXT_PARTS]:
-        assert back.encode(text) == tok.encode(text) and back.decode(
-            tok.encode(text)
-        ) == tok.decode(tok.encode(text))
-    assert (
-        back.special == tok.special
-        and back.added == tok.added
-        and back.chat_template == tok.chat_template
-    )
-    assert all(
-        back.token_bytes(i) == tok.token_bytes(i)
-        for i in range(back.vocab_size)
-        if i < tok.vocab_size
-    )
+        ids = tok.encode(text)
+        assert back.encode(text) == ids
+        assert back.decode(ids) == tok.decode(ids)
+    assert back.special == tok.special
+    assert back.added == tok.added
+    assert back.chat_template == tok.chat_template
+    for i in range(min(back.vocab_size, tok.vocab_size)):
+        assert back.token_bytes(i) == tok.token_bytes(i)
 
 
 def test_packed_tensors_are_the_files_bytes(tmp_path):
     make_folder(tmp_path / "m", "llama")
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q4_k_m")
-    config, state, _ = gguf.read(tmp_path / "m.gguf", keep_packed=True)
-    plain = gguf.read(tmp_path / "m.gguf", torch.bfloat16)[1]
+    _, state, _ = gguf.read_gguf(tmp_path / "m.gguf")
+    plain = gguf.load(tmp_path / "m.gguf", dtype=torch.bfloat16)[0].state_dict()
     assert all(torch.equal(p.dequantize(torch.bfloat16), plain[name]) for name, p in state.items())
-    assert {p.kind for p in state.values()} == {"F32", "Q4_K", "Q6_K"}
+    assert {p.type for p in state.values()} == {"F32", "Q4_K", "Q6_K"}
+
+
+def gguf_command(*args):
+    command = [sys.executable, "-m", "formats.gguf", *args]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_command_writes_warns_and_shows(tmp_path):
     make_folder(tmp_path / "m", "odd")
-    run = [sys.executable, "-m", "formats.gguf"]
-    made = subprocess.run(
-        [*run, tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        made.returncode == 0
-        and "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0"
-        in made.stderr
-    )
-    shown = subprocess.run([*run, "show", tmp_path / "x.gguf"], capture_output=True, text=True)
-    assert "general.architecture" in shown.stdout and "bits per weight" in shown.stdout
+    made = gguf_command(tmp_path / "m", "--type", "q4_k_m", "--out", tmp_path / "x.gguf")
+    assert made.returncode == 0
+    warning = "blk.2.ffn_down.weight: rows of 160 do not divide by 256, so Q6_K becomes Q8_0"
+    assert warning in made.stderr
+    shown = gguf_command("show", tmp_path / "x.gguf")
+    assert "general.architecture" in shown.stdout
+    assert "bits a weight" in shown.stdout
     for args, message in (
         ([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
         (["show", tmp_path / "no.gguf"], "No such file"),
     ):
-        failed = subprocess.run([*run, *args], capture_output=True, text=True)
-        assert (
-            failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
-        )
+        failed = gguf_command(*args)
+        assert failed.returncode == 2
+        assert message in failed.stderr
+        assert failed.stderr.count("\n") == 1
 
 
 # ---- what cannot be written
 
 
 def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_path, capsys):
-    for i, (change, message) in enumerate(
-        [
-            (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
-            (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
-            (dict(rope=YARN | dict(truncate=False)), "truncate=false"),
-        ]
+    for change, message in (
+        (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
+        (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
+        (dict(rope=YARN | dict(truncate=False)), "truncate=false"),
     ):
-        FAMILIES["odd one"] = SIZE | change
-        make_folder(tmp_path / str(i), "odd one")
+        make_folder(tmp_path / "m", SIZE | change)
         with pytest.raises(UserError, match=message):
-            gguf.write(tmp_path / str(i), tmp_path / "x.gguf", "f16")
+            gguf.write(tmp_path / "m", tmp_path / "x.gguf", "f16")
     for tok, message in (
         (Tokenizer.char("abc"), "character tokenizer"),
         (Tokenizer.train(TEXT_PARTS, 300, r"\p{L}+|\s+|\S"), "no pre-tokenizer"),
@@ -448,7 +454,7 @@ def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_
     gguf.write(tmp_path / "w", tmp_path / "w.gguf", "f16")
     warned = capsys.readouterr().err
     assert "no sliding window" in warned and "ASCII case" in warned
-    assert gguf.read(tmp_path / "w.gguf")[0].max_position_embeddings == 300
+    assert gguf.read_gguf(tmp_path / "w.gguf")[0].max_position_embeddings == 300
 
 
 @pytest.mark.parametrize(
@@ -475,12 +481,16 @@ def good(tmp_path_factory):
     return (folder / "m.gguf").read_bytes()
 
 
+def planned(tensors):
+    return [gguf.PlannedTensor(n, t.type, t.shape, t.data.numpy) for n, t in tensors.items()]
+
+
 def refused(path, data, match="x.gguf"):
     """Reading it is one UserError of one line, soon."""
     path.write_bytes(data)
     start = time.process_time()
     with pytest.raises(UserError, match=match) as error:
-        gguf.read(path)
+        gguf.read_gguf(path)
     assert (
         time.process_time() - start < 2
         and "\n" not in str(error.value)
@@ -501,13 +511,13 @@ def test_a_file_with_any_byte_changed_loads_or_is_refused(good, tmp_path):
             data[at] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
         (tmp_path / "x.gguf").write_bytes(data)
         try:
-            gguf.read(tmp_path / "x.gguf")
+            gguf.read_gguf(tmp_path / "x.gguf")
         except UserError as error:
             assert "\n" not in str(error)
 
 
 def container(meta=(), tensors=(), n_meta=None, n_tensors=None, tail=b"", version=3):
-    """A file made by hand: meta [(key, bytes of the typed value)], tensors [(name, dims, type, offset)]."""
+    """A file made by hand: meta [(key, typed bytes)], tensors [(name, dims, type, offset)]."""
     n_meta, n_tensors = n_meta or len(meta), n_tensors or len(tensors)
     out = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_meta)
     out += b"".join(gguf.text_bytes(key) + value for key, value in meta)
@@ -518,39 +528,53 @@ def container(meta=(), tensors=(), n_meta=None, n_tensors=None, tail=b"", versio
     return out + bytes(-len(out) % 32) + tail
 
 
+def one_value(code, *values, tail=b""):
+    """A file with one key, whose typed value is as struct packs it."""
+    return container([("a", struct.pack("<" + code, *values) + tail)])
+
+
+def one_tensor(dims, number=0, offset=0):
+    return container([], [("t", dims, number, offset)])
+
+
+def two_tensors(name, offset):
+    tensors = [("t", [32], 0, 0), (name, [32], 0, offset)]
+    return container([], tensors, tail=bytes(256))
+
+
+def aligned_to(n):
+    return container([("general.alignment", struct.pack("<II", 4, n))])
+
+
 def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = struct.pack("<IQ", 8, 4 << 30) + b"a"
     for data, match in [
         (container(n_meta=1 << 60), "keys"),
         (container(n_tensors=1 << 60), "tensors"),
         (container(version=1), "version 1"),
         (container(version=3 << 24), "version"),
-        (container([("a", text)]), "4,294,967,296 bytes"),
-        (
-            container([("a", struct.pack("<IQ", 8, 1 << 20) + b"a")]),
-            "announces 1,048,576 bytes more",
-        ),
-        (container([("a", struct.pack("<IIQ", 9, 8, 1 << 60))]), "list of"),
-        (container([("a", struct.pack("<IIQ", 9, 8, 1 << 21))]), "announces"),
-        (container([("a", struct.pack("<IIQ", 9, 4, 1 << 21))]), "announces 8,388,608 bytes"),
-        (container([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "9 is a list"),
-        (container([("a", struct.pack("<I", 99))]), "type 99"),
+        (one_value("IQ", 8, 4 << 30, tail=b"a"), "4,294,967,296 bytes"),
+        (one_value("IQ", 8, 1 << 20, tail=b"a"), "announces 1,048,576 bytes more"),
+        (one_value("IIQ", 9, 8, 1 << 60), "list of"),
+        (one_value("IIQ", 9, 8, 1 << 21), "announces"),
+        (one_value("IIQ", 9, 4, 1 << 21), "announces 8,388,608 bytes"),
+        (one_value("IIQIQ", 9, 9, 1, 9, 1), "9 is a list"),
+        (one_value("I", 99), "type 99"),
         (container([("a", struct.pack("<IB", 7, 1))] * 2), "twice"),
-        (container([("general.alignment", struct.pack("<II", 4, 24))]), "alignment 24"),
-        (container([("general.alignment", struct.pack("<II", 4, 0))]), "alignment 0"),
-        (container([], [("t", [32, 1 << 55], 8, 0)]), "passes the end"),
-        (container([], [("t", [1 << 63, 1 << 63, 1 << 63], 0, 0)]), "passes the end"),
-        (container([], [("t", [32, 0], 8, 0)]), "empty"),
-        (container([], [("t", [31], 8, 0)]), "no whole blocks"),
-        (container([], [("t", [32], 4, 0)]), "unknown type 4"),
-        (container([], [("t", [32], 0, 1 << 63)]), "passes the end"),
-        (container([], [("t", [32], 0, 5)], tail=bytes(256)), "overlaps"),
-        (container([], [("t", [1] * 5, 0, 0)]), "5 dimensions"),
-        (container([], [("t", [32], 0, 0), ("u", [32], 0, 0)], tail=bytes(256)), "overlaps"),
-        (container([], [("t", [32], 0, 0), ("t", [32], 0, 128)], tail=bytes(256)), "twice"),
+        (aligned_to(24), "alignment 24"),
+        (aligned_to(0), "alignment 0"),
+        (one_tensor([32, 1 << 55], 8), "passes the end"),
+        (one_tensor([1 << 63, 1 << 63, 1 << 63]), "passes the end"),
+        (one_tensor([32, 0], 8), "empty"),
+        (one_tensor([31], 8), "no whole blocks"),
+        (one_tensor([32], 4), "unknown type 4"),
+        (one_tensor([32], offset=1 << 63), "passes the end"),
+        (one_tensor([32], offset=5) + bytes(256), "overlaps"),
+        (one_tensor([1] * 5), "5 dimensions"),
+        (two_tensors("u", offset=0), "overlaps"),
+        (two_tensors("t", offset=128), "twice"),
         (container(), "architecture 'None'"),
         (b"GGML" + bytes(60), "do not begin"),
         (b"", "0 bytes"),
@@ -564,7 +588,7 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
     [
         ("llama.block_count", 1 << 30, "1,024"),
         ("llama.block_count", 1 << 31, "no sense"),
-        ("llama.block_count", 2, "2, the tensors are of 1"),
+        ("llama.block_count", 2, "blk.1.attn_norm.weight is missing"),
         ("llama.embedding_length", "wide", "wide"),
         ("llama.attention.head_count", 0, "heads"),
         ("llama.attention.key_length", 1 << 30, "one size"),
@@ -583,39 +607,36 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
         ("tokenizer.ggml.tokens", ["a"] * 408, "twice"),
         ("tokenizer.ggml.merges", ["a b c"], "not two tokens"),
         ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
-        ("tokenizer.ggml.token_type", np.zeros(3, np.int32), "3 types"),
+        ("tokenizer.ggml.token_type", [1, 1, 1], "3 types"),
     ],
 )
 def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
-    meta, tensors = gguf.open_file(tmp_path / "good.gguf")
-    gguf.write_file(
-        tmp_path / "x.gguf",
-        meta | {key: value},
-        [(n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items()],
-    )
+    meta, tensors = gguf.open_gguf(tmp_path / "good.gguf")
+    gguf.write_container(tmp_path / "x.gguf", meta | {key: value}, planned(tensors))
     if key == "llama.vocab_size":  # not believed: the rows of the embedding are counted
-        assert gguf.read(tmp_path / "x.gguf")[0].vocab_size == len(meta["tokenizer.ggml.tokens"])
+        config, _, _ = gguf.read_gguf(tmp_path / "x.gguf")
+        assert config.vocab_size == len(meta["tokenizer.ggml.tokens"])
     else:
         refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(), match)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
-    meta, tensors = gguf.open_file(tmp_path / "good.gguf")
-    plan = [
-        (n, t.kind, t.shape, t.data.numpy) for n, t in tensors.items() if n != "output_norm.weight"
-    ]
-    plan.append(("blk.0.extra.weight", "F32", (1,), partial(bytes, 4)))
-    gguf.write_file(tmp_path / "x.gguf", meta, plan)
+    meta, tensors = gguf.open_gguf(tmp_path / "good.gguf")
+    plan = [tensor for tensor in planned(tensors) if tensor.name != "output_norm.weight"]
+    plan.append(gguf.PlannedTensor("blk.0.extra.weight", "F32", (1,), partial(bytes, 4)))
+    gguf.write_container(tmp_path / "x.gguf", meta, plan)
     refused(
         tmp_path / "x.gguf",
         (tmp_path / "x.gguf").read_bytes(),
         "2 faults: blk.0.extra.weight is not part of this model; output_norm.weight is missing",
     )
     shape = tensors["output_norm.weight"].shape
-    plan[-1] = ("output_norm.weight", "F32", (1, *shape), partial(bytes, 4 * shape[0]))
-    gguf.write_file(tmp_path / "x.gguf", meta, plan)
+    plan[-1] = gguf.PlannedTensor(
+        "output_norm.weight", "F32", (1, *shape), partial(bytes, 4 * shape[0])
+    )
+    gguf.write_container(tmp_path / "x.gguf", meta, plan)
     refused(
         tmp_path / "x.gguf",
         (tmp_path / "x.gguf").read_bytes(),
