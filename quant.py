@@ -645,9 +645,12 @@ def report(args):
         raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
     (original, _), tok = load(args.folder, args.device), Tokenizer.load(args.folder)
     calibration, held_out = calibration_and_held_out(original, tok, args)
+    from engine import native
+
     table = []
     for format in formats:
         model, size = make(args.folder, format, calibration, args, log=lambda line: None)
+        native.install_products(model)
         perplexity, divergence = score(model, original, held_out)
         rates = (
             speed(model) if not format.startswith("gguf-") else (math.nan, math.nan)
@@ -974,7 +977,8 @@ class QuantLinear(nn.Module):
     that the device has to nearly the same numbers. Buffers named in `by_row` have the output rows first, so layers can be fused."""
 
     by_row: tuple = ()
-    cpp: Any = None  # native.Product, made by the first product that wants it; False where there cannot be one
+    # (M, K) float32 -> (M, N) float32 without the bias, where engine.native.install_products set it
+    fast_product: Any = None
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -1017,15 +1021,8 @@ class QuantLinear(nn.Module):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
 
     def in_cpp(self, rows):
-        """(M, K) float32, each group rounded to 8 bits -> (M, N), or None where forward.cpp cannot."""
-        if self.cpp is None:
-            from engine import native  # only here: it knows these layers
-
-            try:
-                self.cpp = native.Product(self)
-            except native.Unavailable:
-                self.cpp = False
-        return self.cpp(rows) if self.cpp else None
+        """(M, K) float32, each group rounded to 8 bits -> (M, N), or None without a fast product."""
+        return self.fast_product(rows) if self.fast_product else None
 
 
 def fuse(layers):
@@ -1062,7 +1059,7 @@ def fuse(layers):
         dict(first._buffers),
         {"bias": None if bias is None else nn.Parameter(bias, False)},
     )
-    fused.out_features, fused.cpp = N, None
+    fused.out_features, fused.fast_product = N, None
     for name in first.by_row:
         parts = [getattr(layer, name) for layer in layers]
         if name == "zeros" and any(part is not None for part in parts):

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, cli, write_atomic
-from quant import in_kind
+from quant import QuantLinear, in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
@@ -271,6 +271,16 @@ class Product(Panels):
 
     def __deepcopy__(self, memo):
         return self  # nothing in it changes
+
+
+def install_products(module):
+    """Give every packed layer of a module the product of forward.cpp, as its `fast_product`, where it knows one."""
+    for layer in module.modules():
+        if isinstance(layer, QuantLinear) and next(layer.buffers()).device.type == "cpu":
+            try:
+                layer.fast_product = Product(layer)
+            except Unavailable:
+                layer.fast_product = None
 
 
 class Native(Panels):

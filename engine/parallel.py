@@ -54,7 +54,7 @@ def part(linear, name, runtime, by_input=False):
                 f"{unit}; use fewer ranks, or a --group-size of which {columns:,} is a multiple"
             )
         new.group = min(linear.group, columns)
-    new._parameters, new._buffers, new.cpp = dict(linear._parameters), dict(linear._buffers), None
+    new._parameters, new._buffers, new.fast_product = dict(linear._parameters), dict(linear._buffers), None
     for store in (new._parameters, new._buffers):
         for key, tensor in store.items():
             if (

@@ -90,6 +90,9 @@ def pack(linears, kind):
         return linears[0]
     linear = quant.in_kind(fuse(linears), kind)
     if isinstance(linear, QuantLinear):
+        if linear is linears[0]:
+            linear = copy.copy(linear)  # the caller's own layer stays as it is
+        native.install_products(linear)
         return linear.product
     return lambda x: F.linear(x, linear.weight, linear.bias)
 
