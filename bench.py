@@ -906,7 +906,7 @@ def engine_rounds(args, model, quant=None, dtype="auto"):
         )
 
     table, runner = (
-        engine.model.embed_tokens.weight,
+        engine.runner.forward.embedding,
         engine.runner,
     )  # of the table one row is read, unless it is the head too
     unread = (

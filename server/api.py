@@ -260,7 +260,6 @@ def sampling_of(body, prompt, tok, context, logprobs):
             "temperature",
             "top_p",
             "min_p",
-            "typical_p",
             "repetition_penalty",
             "presence_penalty",
             "frequency_penalty",
@@ -281,7 +280,6 @@ def sampling_of(body, prompt, tok, context, logprobs):
         stop_ids=tuple(body.stop_token_ids or ()),
         logit_bias=bias or None,
         logprobs=logprobs,
-        best_of=getattr(body, "best_of", None),
     )
     sampling.min_tokens = min(sampling.min_tokens, most)
     sampling.check(tok.vocab_size)
