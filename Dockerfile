@@ -60,7 +60,7 @@ WORKDIR /app
 # The C++ forward pass is compiled here, for every level of x86-64: the images get the libraries and no C++ compiler.
 RUN apt-get update && apt-get install -y --no-install-recommends g++
 COPY . /app/
-RUN /venv/bin/python -m engine.native --out build && /venv/bin/python -m compileall -q .
+RUN /venv/bin/python -m engine.native --out engine/build && /venv/bin/python -m compileall -q .
 
 # ---------------------------------------------------------------------------------------------------------------- the images
 FROM image AS cuda

