@@ -205,8 +205,8 @@ struct Linear {              // (T, K) -> (T, N); native.py's class of the same 
     const int32_t *order;    // (inputs,) packed column j is input order[j]; null: as they come
     const float *bias;       // (N,) or null
     int32_t inputs;          // K before padding
-    int32_t rank;            // of all LoRA adapters together, 0: none. Row a of keep and gain is adapter a's, the last is no adapter's:
-    const float *a, *b, *keep, *gain;  // (rank, inputs), panels (N/W, rank, W), (adapters + 1, rank), (adapters + 1, N)
+    int32_t rank;            // of all LoRA adapters together, 0: none. Row a of keep is adapter a's, the last is no adapter's:
+    const float *a, *b, *keep;  // (rank, inputs), panels (N/W, rank, W), (adapters + 1, rank)
 };
 
 struct Norm { const float *gain, *bias; };         // with a bias LayerNorm, without RMSNorm
@@ -236,7 +236,7 @@ struct Rounded {  // tokens (T, K) as a quantized layer reads them: x = scale * 
     std::vector<int8_t> q;
     std::vector<float> scale, sum;   // (T, K/group): the step, and the sum of the group's q
     std::vector<float> low;          // (T, rank): what LoRA's first matrix makes of each token, for the ranks of its own adapter
-    const int32_t *adapters;         // (T,) row of keep and gain
+    const int32_t *adapters;         // (T,) row of keep
 };
 
 // --------------------------------------------------------------------------------------------------------------- products
@@ -280,12 +280,11 @@ static void adapt_row(const Linear &w, const float *x, int t, Rounded &to) {
     }
 }
 
-// What LoRA adds to W outputs of a token: y = (y + B (scale A x)) * gain; gain is 1, or DoRA's magnitude over the new norm
+// What LoRA adds to W outputs of a token: y + B (scale A x)
 static inline Floats adapted(const Linear &w, int panel, int t, const Rounded &x, Floats y) {
-    const float *keep = w.keep + size_t(x.adapters[t]) * w.rank, *gain = w.gain + size_t(x.adapters[t]) * w.N + panel * W;
+    const float *keep = w.keep + size_t(x.adapters[t]) * w.rank;
     for (int r = 0; r < w.rank; r++)
         if (keep[r] != 0) y += x.low[size_t(t) * w.rank + r] * load<Floats>(w.b + (size_t(panel) * w.rank + r) * W);
-    for (int i = 0; i < std::min(W, w.N - panel * W); i++) y[i] *= gain[i];
     return y;
 }
 

@@ -1,9 +1,10 @@
-"""The forward pass in C++ (forward.cpp): compiled on first use, fed with a model's weights in the order it reads them.
+"""The forward pass in C++ (forward.cpp): compiled on first use, fed with a model's packed weights.
 
-    python native.py --out DIR           # compile for machines of this architecture, as an image does: the result needs no compiler
+    python -m engine.native --out DIR    # compile for this architecture, as an image does it
 
-Runner (runner.py) asks for it on a CPU. Where there is no compiler, or a model has something that forward.cpp does not know,
-`Native` raises Unavailable with the reason, and the Runner computes the same with torch.
+The Runner asks for it on a CPU. Where there is no compiler, or a model has something that forward.cpp
+does not know, `Native` raises Unavailable with the reason, and forward.py does the same with torch.
+tests/engine/test_native.py holds both equal to model.py.
 """
 
 import contextlib
@@ -15,35 +16,37 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from array import array
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli, write_atomic
-from quant import QuantLinear, in_kind
+from common import UserError, cli, parse_flags, write_atomic
+from engine.weights import rope_tables, stack_adapters
+from quant import NF4Linear, QuantLinear, in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
-FLOAT32, FLOAT16, INT8, INT4 = range(4)
-CACHED = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values that it knows
+FLOAT32, FLOAT16, INT8, INT4 = range(4)  # forward.cpp's Kind
+KV_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values it knows
 
 
 class Unavailable(UserError):
     """Why torch has to do it."""
 
 
+# ------------------------------------------------------------------- forward.cpp's structs, as they lie
 class Linear(Structure):
-    _fields_ = (
-        [(name, c_int32) for name in ("kind", "N", "K", "group")]
-        + [(name, c_void_p) for name in ("weight", "scale", "zero", "order", "bias")]
-        + [("inputs", c_int32), ("rank", c_int32)]
-        + [(name, c_void_p) for name in ("a", "b", "keep", "gain")]
-    )
+    _fields_ = [
+        *((name, c_int32) for name in ("kind", "N", "K", "group")),
+        *((name, c_void_p) for name in ("weight", "scale", "zero", "order", "bias")),
+        *((name, c_int32) for name in ("inputs", "rank")),
+        *((name, c_void_p) for name in ("a", "b", "keep")),
+    ]
 
 
 Norm = c_void_p * 2  # gain, bias
@@ -51,10 +54,7 @@ Norm = c_void_p * 2  # gain, bias
 
 class Layer(Structure):
     _fields_ = [
-        ("norm1", Norm),
-        ("norm2", Norm),
-        ("q_norm", Norm),
-        ("k_norm", Norm),
+        *((name, Norm) for name in ("norm1", "norm2", "q_norm", "k_norm")),
         ("qkv", Linear * 3),
         ("out", Linear),
         ("up", Linear * 2),
@@ -67,18 +67,10 @@ class Layer(Structure):
 
 class Model(Structure):
     _fields_ = [
-        ("L", c_int32),
-        ("C", c_int32),
-        ("H", c_int32),
-        ("KV", c_int32),
-        ("D", c_int32),
-        ("M", c_int32),
+        *((name, c_int32) for name in ("L", "C", "H", "KV", "D", "M")),
         ("eps", c_float),
         ("cached", c_int32),
-        ("embed", c_void_p),
-        ("places", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
+        *((name, c_void_p) for name in ("embed", "places", "cos", "sin")),
         ("norm", Norm),
         ("layers", POINTER(Layer)),
         ("head", Linear),
@@ -86,14 +78,10 @@ class Model(Structure):
 
 
 # ---------------------------------------------------------------------------------------- compiling
-AVX2 = (
-    "-mavx2 -mfma -mf16c -mbmi2"  # by name, since older compilers do not know the levels of x86-64
-)
-LEVELS = {
-    "avx512-vnni": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
-    "avx2": AVX2,
-    "plain": "",
-}
+# The instructions by name, since older compilers do not know the levels of x86-64.
+AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
+LEVELS = {"avx512-vnni": AVX512, "avx2": AVX2, "plain": ""}
 
 
 def level():
@@ -111,24 +99,20 @@ def compile_to(path, name):
     if not compiler:
         raise Unavailable("there is no C++ compiler (g++) on this machine")
     path.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split()]
+    command = [*compiler.split(), *flags, str(SOURCE), "-o"]
 
     def make(temporary):
-        flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split()]
-        got = subprocess.run(
-            [*compiler.split(), *flags, str(SOURCE), "-o", str(temporary)],
-            capture_output=True,
-            text=True,
-        )
-        if got.returncode:
-            raise Unavailable(
-                f"{compiler} could not compile forward.cpp: {got.stderr.strip().splitlines()[:1]}"
-            )
+        done = subprocess.run([*command, str(temporary)], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[:1]
+            raise Unavailable(f"{compiler} could not compile forward.cpp: {said}")
 
     write_atomic(path, make)
 
 
 def library_path(name, folder=None):
-    """Its name says what it was made of: another source or another machine never finds an old one."""
+    """Where a level's library lies. A hash of source and flags keeps old ones from being found."""
     key = hashlib.sha256(SOURCE.read_bytes() + LEVELS[name].encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-forward"
     return Path(folder or cache) / f"forward-{name}-{key}.so"
@@ -136,10 +120,11 @@ def library_path(name, folder=None):
 
 @functools.lru_cache
 def library():
-    """The compiled forward.cpp: one made beforehand beside this file, else one in the user's cache, compiled now if need be."""
+    """forward.cpp compiled: made beforehand beside this file, or in the user's cache, or made now."""
     name = level()
     path = library_path(name, SOURCE.parent / "build")
-    path = path if path.is_file() else library_path(name)
+    if not path.is_file():
+        path = library_path(name)
     if not path.is_file():
         try:
             compile_to(path, name)
@@ -149,23 +134,25 @@ def library():
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path} does not load ({error}): delete it") from None
+    i, p = c_int32, c_void_p
+    lib.linear.argtypes = [POINTER(Linear), i, p, p, i]
+    lib.forward.argtypes = [POINTER(Model), i, p, p, i, p, p, i, p, p, p, i]
     lib.linear.restype = lib.forward.restype = None
-    lib.linear.argtypes = [POINTER(Linear), c_int32, c_void_p, c_void_p, c_int32]
-    lib.forward.argtypes = [
-        POINTER(Model),
-        c_int32,
-        c_void_p,
-        c_void_p,
-        c_int32,
-        c_void_p,
-        c_void_p,
-        c_int32,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        c_int32,
-    ]
     return lib
+
+
+@contextlib.contextmanager
+def quiet_torch():
+    """Inside, torch computes with one thread.
+
+    Its other threads would spin for milliseconds on cores that forward.cpp's threads need.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -175,251 +162,252 @@ def in_panels(t, lanes):
     return t.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
 
 
-@contextlib.contextmanager
-def quiet_torch():
-    """Inside, torch computes with one thread: its others would spin for milliseconds on cores that forward.cpp's threads need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class Panels:
     """Linear layers in the order in which forward.cpp reads them."""
 
-    adapters = ()
-
     def __init__(self):
-        self.lib, self.kept = library(), []  # kept: tensors whose memory C++ reads
+        self.lib = library()
+        self.lanes = self.lib.lanes()
+        self.kept = []  # tensors whose memory C++ reads
 
     def keep(self, tensor):
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def multiply(self, layer, x):
-        """x (M, K) float32 by a Linear -> (M, N)."""
-        x, y = x.contiguous(), x.new_empty(len(x), layer.N)
-        self.lib.linear(layer, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
-
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
 
-    def linear(self, m, kind=None):
-        """One layer in panels, in the format it has or, if it is still in floats, in that of `kind`."""
-        if hasattr(
-            m, "adapters"
-        ):  # lora.LoRALinear: its base, and all adapters stacked along the rank
-            if not set(m.adapters) & set(self.adapters):
-                return self.linear(m.base, kind)
-            m.make_stack(self.adapters)
-            (A, B, keep, gain), made = m.stack, self.linear(m.base, kind)
-            made.rank, made.a, made.b = (
-                len(A),
-                self.floats(A),
-                self.floats(in_panels(B.detach().float(), self.lib.lanes())),
-            )
-            made.keep, made.gain = self.floats(keep), self.floats(gain)
-            return made
-        lanes, bias = self.lib.lanes(), getattr(m, "bias", None)
-        m = in_kind(m, kind)
-        if type(m) is nn.Linear:
-            (N, K), weight = m.weight.shape, m.weight.detach().float()
-            half = (kind == "16" or m.weight.dtype != torch.float32) and weight.abs().max() < 65504
-            weight = self.keep(in_panels(weight.half() if half else weight, lanes))
-            return Linear(
-                FLOAT16 if half else FLOAT32, N, K, K, weight, bias=self.floats(bias), inputs=K
-            )
-        if not hasattr(m, "groups"):
-            raise Unavailable(f"forward.cpp does not do {type(m).__name__}")
-        codes, scale, zero, group, order, bits = m.groups()
-        (N, K), size = codes.shape, min(group, codes.size(1))
+    def linear(self, layer, kind=None, stack=None):
+        """A layer in panels, in the format it has or, if it is in floats, in that of `kind`.
+
+        stack: the AdapterStack of this layer, or None.
+        """
+        layer = in_kind(layer, kind)
+        if type(layer) is nn.Linear:
+            made = self.float_linear(layer, kind)
+        elif isinstance(layer, QuantLinear) and not isinstance(layer, NF4Linear):
+            made = self.packed_linear(layer)
+        else:
+            raise Unavailable(f"forward.cpp does not do {type(layer).__name__}")
+        made.inputs = layer.in_features
+        made.bias = self.floats(layer.bias)
+        if stack is not None:
+            made.rank = len(stack.A)
+            made.a = self.floats(stack.A)
+            made.b = self.floats(in_panels(stack.B, self.lanes))
+            made.keep = self.floats(stack.keep)
+        return made
+
+    def float_linear(self, layer, kind):
+        """kind "16": float16, if all weights fit it."""
+        weight = layer.weight.detach().float()  # (N, K)
+        N, K = weight.shape
+        small = kind == "16" or layer.weight.dtype != torch.float32
+        if small and weight.abs().max() < 65504:
+            return Linear(FLOAT16, N, K, K, self.keep(in_panels(weight.half(), self.lanes)))
+        return Linear(FLOAT32, N, K, K, self.keep(in_panels(weight, self.lanes)))
+
+    def packed_linear(self, layer):
+        codes, scale, zero, group, order, bits = layer.groups()  # codes (N, K)
+        N, K = codes.shape
+        size = min(group, K)
         if size % 8 and size < K:
             raise Unavailable(f"forward.cpp does not do groups of {group}")
         size = -(-size // 8) * 8
         if size * 255 * 127 >= 1 << 31:
             raise Unavailable(
-                f"forward.cpp does not do {size:,} inputs with one scale: their sum of products may not fit 32 bits"
+                f"forward.cpp does not do {size:,} inputs with one scale: "
+                "their sum of products may not fit 32 bits"
             )
         codes = F.pad(codes, (0, -K % size))
         if bits > 4:
-            weight = in_panels(codes.unflatten(1, (-1, 4)), lanes)  # (N/W, K/4, W, 4)
+            kind = INT8
+            codes = codes.unflatten(1, (-1, 4))  # (N, K/4, 4)
         else:
+            kind = INT4
             low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4) each
-            weight = in_panels(low | high << 4, lanes)
-        packed = map(
-            self.keep, (weight, in_panels(scale.half(), lanes), in_panels(zero.half(), lanes))
-        )
-        order = None if order is None else self.keep(order.int())
-        return Linear(
-            INT8 if bits > 4 else INT4, N, codes.size(1), size, *packed, order, self.floats(bias), K
-        )
+            codes = low | high << 4
+        tensors = codes, scale.half(), zero.half()
+        pointers = [self.keep(in_panels(tensor, self.lanes)) for tensor in tensors]
+        if order is not None:
+            order = self.keep(order.int())
+        return Linear(kind, N, -(-K // size) * size, size, *pointers, order)
+
+    def multiply(self, linear, x):
+        """x (M, K) float32 by a Linear -> (M, N)."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), linear.N)
+        self.lib.linear(linear, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
 
 
-class Product(Panels):
+class PackedProduct(Panels):
     """One packed layer: (M, K) float32 -> (M, N) float32, without the bias."""
 
     def __init__(self, layer):
         super().__init__()
-        self.layer = self.linear(layer)
-        self.layer.bias = None
+        self.packed = self.linear(layer)
+        self.packed.bias = None
 
     def __call__(self, x):
-        return self.multiply(self.layer, x)
+        return self.multiply(self.packed, x)
 
     def __deepcopy__(self, memo):
         return self  # nothing in it changes
 
 
-def install_products(model):
-    """Set `fast_product` of every packed layer that forward.cpp knows."""
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear):
-            try:
-                layer.fast_product = Product(layer)
-            except Unavailable:
-                layer.fast_product = None
+def install_products(module):
+    """Set the `fast_product` of all packed layers in a module that lie on the CPU, where it can be."""
+    for layer in module.modules():
+        if isinstance(layer, QuantLinear) and next(layer.buffers()).device.type == "cpu":
+            with contextlib.suppress(Unavailable):
+                layer.fast_product = PackedProduct(layer)
 
 
+# ----------------------------------------------------------------------------------- the whole model
 class Native(Panels):
-    """A model as forward.cpp reads it, with its cache. kind: as in runner.pack."""
+    """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""
 
-    def __init__(
-        self, model, kind, cos=None, sin=None, adapters=(), kv_dtype=torch.float32, block_size=PAGE
-    ):
-        """cos, sin (positions, D), the sine's first half negated; adapters: names of LoRA adapters, counted in this order."""
-        c, self.adapters = model.config, adapters
+    def __init__(self, model, kind=None, adapters=None, kv_dtype=torch.float32, block_size=PAGE):
+        """kind: None, "16", "int8", "int4"; adapters as in weights.stack_adapters."""
+        c = self.config = model.config
         for problem, found in (
             (f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
             (f"a width of {c.hidden_size}", c.hidden_size % 16),
             (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16),
-            (f"a cache of {kv_dtype}", kv_dtype not in CACHED),
+            (f"a cache of {kv_dtype}", kv_dtype not in KV_KINDS),
             (f"blocks of {block_size}", block_size != PAGE),
         ):
             if found:
                 raise Unavailable(f"forward.cpp does not do {problem}")
         super().__init__()
-        self.config, self.threads = c, torch.get_num_threads()
-        self.layers = (Layer * len(model.layers))(
-            *(self.layer(i, block, kind) for i, block in enumerate(model.layers))
-        )
-        tensors = map(
-            self.floats,
-            (
-                model.embed_tokens.weight,
-                model.embed_positions.weight if c.is_gpt2 else None,
-                cos,
-                sin,
-            ),
-        )
+        self.adapter_count = len(adapters or {})
+        self.threads = torch.get_num_threads()
+        stacks = stack_adapters(model, adapters or {})
+        layers = [self.layer(i, block, kind, stacks) for i, block in enumerate(model.layers)]
+        self.layers = (Layer * len(layers))(*layers)
+        self.embedding = model.embed_tokens.weight.detach().float()
+        places = model.embed_positions.weight if c.is_gpt2 else None
+        head = model.lm_head
         self.model = Model(
-            len(model.layers),
-            c.hidden_size,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            c.intermediate_size,
-            c.norm_eps,
-            FLOAT32,
-            *tensors,
-            self.norm(model.norm),
-            self.layers,
-            self.linear(model.lm_head, kind),
+            L=len(layers),
+            C=c.hidden_size,
+            H=c.num_attention_heads,
+            KV=c.num_key_value_heads,
+            D=c.head_dim,
+            M=c.intermediate_size,
+            eps=c.norm_eps,
+            norm=self.norm(model.norm),
+            layers=self.layers,
+            head=self.linear(head, kind, stacks.get(head)),
         )
+        for name, table in zip(
+            ("embed", "places", "cos", "sin"), (self.embedding, places, *rope_tables(model))
+        ):
+            setattr(self.model, name, self.floats(table))
 
-    def norm(self, m):
-        return Norm(self.floats(getattr(m, "weight", None)), self.floats(getattr(m, "bias", None)))
+    def norm(self, norm):
+        if norm is None:
+            return Norm()
+        return Norm(self.floats(norm.weight), self.floats(getattr(norm, "bias", None)))
 
-    def layer(self, i, block, kind):
-        a, c = block.self_attn, self.config
-        norms = (
-            block.input_layernorm,
-            block.post_attention_layernorm,
-            getattr(a, "q_norm", None),
-            getattr(a, "k_norm", None),
-        )
-        qkv, out, up, down = (
-            [self.linear(p, kind) for p in together] for together in block.products()
-        )
-        return Layer(
-            *map(self.norm, norms),
-            (Linear * 3)(*qkv),
-            *out,
-            (Linear * 2)(*up),
-            *down,
-            None,
-            None,
-            c.sliding_window if i in c.sliding_layers else 0,
-        )
+    def layer(self, i, block, kind, stacks):
+        made = Layer()
+        made.norm1 = self.norm(block.input_layernorm)
+        made.norm2 = self.norm(block.post_attention_layernorm)
+        made.q_norm = self.norm(getattr(block.self_attn, "q_norm", None))
+        made.k_norm = self.norm(getattr(block.self_attn, "k_norm", None))
+        products = []
+        for layers in block.products():
+            products.append([self.linear(layer, kind, stacks.get(layer)) for layer in layers])
+        qkv, (made.out,), up, (made.down,) = products
+        made.qkv = (Linear * 3)(*qkv)
+        made.up = (Linear * 2)(*up)
+        if i in self.config.sliding_layers:
+            made.window = self.config.sliding_window
+        return made
 
-    # -- the cache and a step
     @property
     def weight_bytes(self):
-        return sum(t.nbytes for t in self.kept)
+        return sum(tensor.nbytes for tensor in self.kept)
 
+    # -- the cache and a step
     def allocate(self, blocks, dtype):
-        """-> keys (layers, blocks, KV, D, PAGE) and values (layers, blocks, KV, PAGE, D) of dtype, float32 or float16."""
-        self.model.cached = CACHED[dtype]
+        """Make keys (layers, blocks, KV, D, PAGE) and values (layers, blocks, KV, PAGE, D)."""
+        self.model.cached = KV_KINDS[dtype]
         c = self.config
         shape = len(self.layers), blocks, c.num_key_value_heads
-        keys, values = (
-            torch.zeros(*shape, *page, dtype=dtype)
-            for page in ((c.head_dim, PAGE), (PAGE, c.head_dim))
-        )
+        self.keys = torch.zeros(*shape, c.head_dim, PAGE, dtype=dtype)
+        self.values = torch.zeros(*shape, PAGE, c.head_dim, dtype=dtype)
         for i, layer in enumerate(self.layers):
-            layer.keys, layer.values = keys[i].data_ptr(), values[i].data_ptr()
-        return keys, values
+            layer.keys = self.keys[i].data_ptr()
+            layer.values = self.values[i].data_ptr()
 
-    def __call__(self, batch, hidden=False):
-        """A runner.Batch -> logits (R, V), None where no row is wanted; or what the head would read, (R, C)."""
-        spans, blocks = array("i"), array("i")
-        for start, n, past, own in batch.spans:
-            spans.extend((start, n, past, len(blocks)))
-            blocks.extend(own[: (past + n - 1) // PAGE + 1])
-        ids, rows, adapters = (
-            array("q", batch.ids),
-            array("q", batch.rows),
-            array("i", bytes(4 * len(batch.ids))),
-        )
-        if self.adapters:
-            adapters = array(
-                "i", [len(self.adapters) if a < 0 else a for a in batch.token_adapters()]
-            )
-        out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
-        at = [a.buffer_info()[0] for a in (ids, adapters, spans, blocks, rows)]
-        self.lib.forward(
-            self.model,
-            len(ids),
-            *at[:2],
-            len(batch.spans),
-            *at[2:4],
-            len(rows),
-            at[4],
-            *((None, out.data_ptr()) if hidden else (out.data_ptr(), None)),
-            self.threads,
-        )
-        return out if len(rows) else None
-
-    def alone(self):
-        """The same weights for another cache."""
+    def with_cache(self, blocks, dtype):
+        """The same weights with another cache."""
         twin = copy.copy(self)
         twin.layers = type(self.layers).from_buffer_copy(self.layers)
         twin.model = Model.from_buffer_copy(self.model)
         twin.model.layers = twin.layers
+        twin.allocate(blocks, dtype)
         return twin
 
-    def head(self, x):
-        """(R, C) -> logits (R, V)."""
+    def copy_blocks(self, source, target):
+        """Copy whole blocks; source, target (n,) int64."""
+        for cache in (self.keys, self.values):
+            cache[:, target] = cache[:, source]
+
+    def __call__(self, batch, hidden=False):
+        """A runner.StepBatch -> logits (R, V), None without rows; or what the head reads, (R, C)."""
+        spans, blocks = array("i"), array("i")
+        for span in batch.spans:
+            spans.extend((span.start, span.count, span.past, len(blocks)))
+            blocks.extend(span.blocks[: (span.past + span.count - 1) // PAGE + 1])
+        ids = array("q", batch.ids)
+        rows = array("q", batch.rows)
+        adapters = array("i", bytes(4 * len(ids)))  # all 0: without adapters nothing reads them
+        if self.adapter_count:
+            nobody = self.adapter_count  # the last row of a stack's `keep`
+            adapters = array("i", [nobody if a < 0 else a for a in batch.token_adapters()])
+        out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
+        logits_at, hidden_at = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
+
+        def at(numbers):
+            return numbers.buffer_info()[0]
+
+        self.lib.forward(
+            self.model,
+            len(ids),
+            at(ids),
+            at(adapters),
+            len(batch.spans),
+            at(spans),
+            at(blocks),
+            len(rows),
+            at(rows),
+            logits_at,
+            hidden_at,
+            self.threads,
+        )
+        return out if len(rows) else None
+
+    def logits_of(self, x):
+        """What the head reads (R, C) -> logits (R, V), without adapters."""
         return self.multiply(self.model.head, x)
 
 
+# ------------------------------------------------------------------------------------------ command
+@dataclass
+class Args:
+    out: str = ""  # folder for the libraries, engine/build for an image
+
+
 def main():
-    if len(sys.argv) != 3 or sys.argv[1] != "--out":
-        raise UserError("usage: python native.py --out DIR")
+    args = Args(**parse_flags(Args, __doc__))
+    if not args.out:
+        raise UserError("--out: name a folder for the libraries")
     for name in LEVELS if platform.machine() == "x86_64" else ["plain"]:
-        path = library_path(name, sys.argv[2])
+        path = library_path(name, args.out)
         compile_to(path, name)
         print(path)
 

@@ -1,38 +1,37 @@
-"""The engine: many requests at once over one paged key/value cache, each answered as if it were alone.
+"""Which tokens are computed in a step, and where in the cache their keys and values lie.
 
-    engine = Engine("runs/demo"); outputs = engine.generate(["Once upon", "Hello"], Sampling(max_tokens=50))
-
-Each step: the Scheduler picks tokens to compute (prefill chunks and decodes under one budget) and gives them blocks of the
-pool; the Runner (runner.py) computes them; sampler.py draws; accepted tokens become text. One thread calls it.
+Nouns: a request and its answers (Request, Sequence), what a step adds to an answer (Delta), the
+cache's blocks (BlockPool). Verbs: Scheduler.schedule picks the tokens of a step; generate.Engine
+computes them. A block becomes free in BlockPool.release and nowhere else.
 """
 
 import bisect
 import hashlib
-import itertools
 from array import array
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.sampler import Sampling
 
 
-# -------------------------------------------------------------------------------------------- nouns
+# ------------------------------------------------------------------------- requests and answers
 @dataclass
 class TokenLogprob:
     id: int
-    logprob: float
+    logprob: float | None  # None: the first token of a text, of which the model says nothing
     top: list  # [(id, logprob)], likeliest first
 
 
 @dataclass
 class Delta:
-    """What one step added to one answer. Text that may still become a stop string is held back, so it can lag its tokens."""
+    """What one step added to one answer. Text lags its tokens while it may become a stop string."""
 
-    request_id: object
-    index: int
+    request_id: Any
+    index: int  # which of the request's n answers
     text: str
     token_ids: list
-    logprobs: list | None = None  # of TokenLogprob
+    logprobs: list | None = None  # of TokenLogprob, where the request asked for them
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     error: str | None = None  # why, where it is "error"
 
@@ -41,7 +40,8 @@ class Delta:
         self.token_ids += later.token_ids
         if later.logprobs:
             self.logprobs += later.logprobs
-        self.finish_reason, self.error = later.finish_reason, later.error
+        self.finish_reason = later.finish_reason
+        self.error = later.error
 
 
 @dataclass
@@ -49,45 +49,48 @@ class Output(Delta):
     """One whole answer."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # tokens of the prompt that were in the cache already
 
 
 @dataclass
 class Request:
     """What was asked, and what its answers share."""
 
-    id: object
+    id: Any
     prompt: list
     sampling: Sampling
-    adapter: int = -1  # row of the LoRA adapters, -1 is none
+    adapter: int = -1  # which LoRA adapter, -1 is none
     ends: frozenset = frozenset()  # token ids that end an answer
-    bad_words: tuple = ()
+    bad_words: tuple = ()  # of tuples of ids
     edits: bool = False  # logits are changed before a token is drawn
     cached_tokens: int = 0
-    unfinished: int = 1  # answers still being made
-    kept: dict = field(default_factory=dict)  # with best_of: {index: (sequence, its delta so far)}
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer being made. `computed` says how many of `ids` have their keys and values in the cache; nothing is inferred."""
+    """One answer being made. `computed` counts the ids whose keys and values are in the cache."""
 
     request: Request
-    order: tuple  # (arrival, index): who comes first
+    arrival: int
+    index: int
     ids: list  # prompt and output
     seed: int
-    stream: object  # ids -> text, or None without a tokenizer
-    constraint: object = None
-    width: int = 1  # answers that fork off when the prompt has been computed
+    stream: Any  # ids -> text, or None without a tokenizer
+    constraint: Any = None
+    width: int = 1  # answers that fork off once the prompt has been computed
     computed: int = 0
-    drafted: int = 0  # the same for the draft model's cache
-    blocks: list = field(default_factory=list)
-    hashes: list = field(default_factory=list)  # of the full blocks, as far as they were needed
+    drafted: int = 0  # the same as `computed` for the draft model's cache
+    blocks: list = field(default_factory=list)  # the block table
+    hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # how many of its blocks other requests may share
-    held: str = ""  # text held back
+    held: str = ""  # text held back, because a stop string may begin in it
+    cut: bool = False  # a stop string was found: nothing after it is shown
     finish_reason: str | None = None
     error: str | None = None
-    logprob_sum: float = 0.0
+
+    @property
+    def order(self):
+        return self.arrival, self.index
 
     @property
     def made(self):
@@ -98,25 +101,30 @@ class Sequence:
         return len(self.ids) - self.computed
 
 
+# ----------------------------------------------------------------------------- blocks of the cache
 class BlockPool:
-    """Reference counts and prefix hashes of the cache's blocks. A free block keeps its hash, and can be revived, until it is
-    taken; those without a hash are taken first, then the one that was freed longest ago."""
+    """Reference counts and prefix hashes of the cache's blocks.
+
+    A free block keeps its hash and can be shared again until it is taken. Blocks without a hash are
+    taken first, then the one that was freed longest ago.
+    """
 
     def __init__(self, count):
-        self.refs, self.hash_of, self.by_hash = [0] * count, [None] * count, {}
-        bits = (
-            max(count - 1, 1).bit_length()
-        )  # neighbours are handed out far apart, so that each sequence can grow in one run
+        self.refs = [0] * count
+        self.hash_of = [None] * count
+        self.by_hash = {}
+        # Neighbours are handed out far apart (bits reversed): each sequence can grow in one run.
+        bits = max(count - 1, 1).bit_length()
         scattered = (int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits))
         self.free = OrderedDict.fromkeys(b for b in scattered if b < count)
 
     def take(self, after=None):
-        """A block of one's own; the next one in memory where that is free (a contiguous run is read without copying)."""
-        block = after + 1 if after is not None else None
+        """A block of one's own: the one behind `after` if that is free (runs are read faster)."""
+        block = None if after is None else after + 1
         if block in self.free and self.hash_of[block] is None:
             del self.free[block]
         else:
-            block = self.free.popitem(last=False)[0]
+            block, _ = self.free.popitem(last=False)
         if self.hash_of[block] is not None:
             del self.by_hash[self.hash_of[block]]
             self.hash_of[block] = None
@@ -128,7 +136,7 @@ class BlockPool:
         self.refs[block] += 1
 
     def release(self, blocks):
-        """Drop one reference each; from the end, so that the end of a prefix is evicted before its beginning."""
+        """Drop one reference to each. Going backwards, the end of a prefix is evicted first."""
         for block in reversed(blocks):
             self.refs[block] -= 1
             if self.refs[block] == 0:
@@ -137,118 +145,149 @@ class BlockPool:
                     self.free.move_to_end(block, last=False)
 
     def publish(self, block, key):
-        """Let others share a full block; if another one holds the same text already, that one stays."""
+        """Let others share a full block, unless they share one that holds the same text already."""
         if key not in self.by_hash:
-            self.by_hash[key], self.hash_of[block] = block, key
+            self.by_hash[key] = block
+            self.hash_of[block] = key
+
+    def find(self, keys):
+        """The blocks that hold these prefixes, as far as the first one that is not there."""
+        found = []
+        for key in keys:
+            if key not in self.by_hash:
+                break
+            found.append(self.by_hash[key])
+        return found
 
 
-# ---------------------------------------------------------------------------------------- scheduler
+# --------------------------------------------------------------------------------------- scheduler
 class Scheduler:
-    """Who computes how many tokens in a step. The oldest request always comes first, so it always ends; when blocks run out
-    the youngest gives all of its own back and computes again later (its text so far then counts as prompt)."""
+    """Who computes how many tokens in a step.
+
+    The oldest request always comes first, so it always ends. When blocks run out, the youngest
+    gives all of its own back and computes again later; its text so far then counts as prompt.
+    """
 
     def __init__(self, blocks, block_size, max_seqs, step_tokens, max_draft=0, prefix_cache=True):
-        self.pool, self.block_size, self.prefix_cache = BlockPool(blocks), block_size, prefix_cache
-        self.max_seqs, self.step_tokens, self.max_draft = (
-            max_seqs,
-            max(step_tokens, max_seqs),
-            max_draft,
-        )
+        self.pool = BlockPool(blocks)
+        self.block_size = block_size
+        self.max_seqs = max_seqs
+        self.step_tokens = max(step_tokens, max_seqs)
+        self.max_draft = max_draft
+        self.prefix_cache = prefix_cache
         self.waiting, self.running = [], []  # both in the order of arrival
-        self.copies = []  # (from block, to block) that the runner has to do before the step
-        self.counts = Counter(
-            cache_hit_tokens=0,
-            cache_query_tokens=0,
-            preemptions=0,
-            generated_tokens=0,
-            prompt_tokens=0,
-        )
+        self.copies = []  # (from block, to block) that have to be copied before the step
+        self.budget = 0  # tokens that this step may still take
+        names = "cache_hit_tokens cache_query_tokens preemptions generated_tokens prompt_tokens"
+        self.counts = Counter(dict.fromkeys(names.split(), 0))
 
     def add(self, seq):
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
 
     def schedule(self):
-        """-> {sequence: tokens to compute now, drafts included}. Decodes go first, then prefill chunks, then new requests."""
-        plan, budget, self.copies = {}, self.step_tokens, []
+        """-> {sequence: tokens to compute now, drafts included}.
+
+        Decodes go first, then chunks of prompts, then new requests.
+        """
+        plan = {}
+        self.copies = []
+        self.budget = self.step_tokens
+        preemptions = self.counts["preemptions"]
         decodes = [s for s in self.running if s.remaining == 1]
-        spare, preempted = budget - len(decodes), False
-        for seq in decodes + [s for s in self.running if s.remaining > 1]:
+        prefills = [s for s in self.running if s.remaining > 1]
+        spare = self.budget - len(decodes)  # what drafts may take
+        for seq in decodes + prefills:
             if seq not in self.running:
                 continue  # preempted for an older one
-            n = min(seq.remaining, budget)
+            n = min(seq.remaining, self.budget)
             if n == 0:
                 break
-            while not self.reserve(seq, seq.computed + n):
-                victim, preempted = self.running[-1], True
-                budget += plan.pop(victim, 0)
-                self.preempt(victim)
-                if victim is seq:
-                    break
-            else:
-                draft = min(self.max_draft, spare) if seq.remaining == seq.width == 1 else 0
-                if draft and self.reserve(seq, seq.computed + n + draft):
-                    n, spare = n + draft, spare - draft
-                plan[seq] = n
-                budget -= n
-        if not preempted:
-            self.admit(plan, budget)
+            if not self.make_room(seq, seq.computed + n, plan):
+                continue
+            draft = min(self.max_draft, spare) if seq.remaining == seq.width == 1 else 0
+            if draft and self.reserve(seq, seq.computed + n + draft):
+                n += draft
+                spare -= draft
+            plan[seq] = n
+            self.budget -= n
+        if self.counts["preemptions"] == preemptions:
+            self.admit(plan)
         return plan
 
-    def admit(self, plan, budget):
+    def make_room(self, seq, tokens, plan):
+        """Reserve blocks, preempting the youngest while it takes that; False if seq itself was it."""
+        while not self.reserve(seq, tokens):
+            victim = self.running[-1]
+            self.budget += plan.pop(victim, 0)
+            self.preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def admit(self, plan):
         """Start waiting requests, oldest first, while their whole prompt finds room."""
-        promised = (
-            {key for s in self.running for key in s.hashes[s.published :]}
-            if self.waiting
-            else set()
-        )
+        if not self.waiting:
+            return
+        width = sum(s.width for s in self.running)
+        promised = set()  # prefixes that running requests are computing
+        for seq in self.running:
+            promised.update(seq.hashes[seq.published :])
         for seq in list(self.waiting):
-            width = sum(s.width for s in self.running) + seq.width
-            if budget <= 0 or width > self.max_seqs:
+            if self.budget <= 0 or width + seq.width > self.max_seqs:
                 break
-            self.hash_blocks(
-                seq, len(seq.ids) - 1
-            )  # at least one token must be computed: its logits are wanted
-            cached = list(
-                itertools.takewhile(lambda b: b is not None, map(self.pool.by_hash.get, seq.hashes))
-            )
+            self.hash_blocks(seq, len(seq.ids) - 1)  # not the last token: its logits are wanted
+            cached = self.pool.find(seq.hashes)
             if len(cached) < len(seq.hashes) and seq.hashes[len(cached)] in promised:
-                continue  # a running request is computing the same prefix right now: wait and share it
-            new = -(-len(seq.ids) // self.block_size) - len(cached)
-            if new > len(self.pool.free) - sum(self.pool.refs[b] == 0 for b in cached):
+                continue  # wait until that block has been computed, and share it
+            unused = sum(self.pool.refs[b] == 0 for b in cached)  # these are in the free list, too
+            if self.blocks_for(len(seq.ids)) - len(cached) > len(self.pool.free) - unused:
                 break
-            for block in cached:
-                self.pool.share(block)
-            seq.blocks, seq.published = cached, len(cached)
-            seq.computed = seq.drafted = len(cached) * self.block_size
-            if len(seq.ids) == len(
-                seq.request.prompt
-            ):  # not after a preemption: those would be hits on its own blocks
-                seq.request.cached_tokens = seq.computed
-                self.counts["cache_hit_tokens"] += seq.computed
-                self.counts["cache_query_tokens"] += len(seq.ids)
-            self.reserve(seq, len(seq.ids))
-            self.waiting.remove(seq)
-            bisect.insort(self.running, seq, key=lambda s: s.order)
-            plan[seq] = min(seq.remaining, budget)
-            budget -= plan[seq]
+            self.start(seq, cached)
+            plan[seq] = min(seq.remaining, self.budget)
+            self.budget -= plan[seq]
+            width += seq.width
             promised.update(seq.hashes[seq.published :])
 
+    def start(self, seq, cached):
+        """Let a waiting sequence run; the blocks `cached` hold its beginning."""
+        for block in cached:
+            self.pool.share(block)
+        seq.blocks = cached
+        seq.published = len(cached)
+        seq.computed = seq.drafted = len(cached) * self.block_size
+        if seq.made == 0:  # after a preemption it would only meet its own blocks again
+            seq.request.cached_tokens = seq.computed
+            self.counts["cache_hit_tokens"] += seq.computed
+            self.counts["cache_query_tokens"] += len(seq.ids)
+        self.reserve(seq, len(seq.ids))
+        self.waiting.remove(seq)
+        self.run(seq)
+
+    def run(self, seq):
+        bisect.insort(self.running, seq, key=lambda s: s.order)
+
+    # -- blocks of a sequence
+    def blocks_for(self, tokens):
+        return -(-tokens // self.block_size)
+
     def hash_blocks(self, seq, tokens):
-        """Extend seq.hashes to all full blocks among its first `tokens`: each key covers the whole prefix and the adapter."""
+        """Hash the full blocks among seq's first tokens; a key covers the whole prefix and adapter."""
+        if not self.prefix_cache:
+            return
         size = self.block_size
-        for i in range(len(seq.hashes), tokens // size if self.prefix_cache else 0):
+        for i in range(len(seq.hashes), tokens // size):
             parent = seq.hashes[-1] if seq.hashes else b"%d" % seq.request.adapter
-            seq.hashes.append(
-                hashlib.sha256(
-                    parent + array("i", seq.ids[i * size : (i + 1) * size]).tobytes()
-                ).digest()
-            )
+            own = array("i", seq.ids[i * size : (i + 1) * size]).tobytes()
+            seq.hashes.append(hashlib.sha256(parent + own).digest())
 
     def reserve(self, seq, tokens):
-        """Give seq blocks for its first `tokens` tokens, all of its own from `computed` on; False if there are too few."""
+        """Give seq the blocks of its first `tokens` tokens, none shared from `computed` on.
+
+        -> False, and nothing changes, if too few blocks are free.
+        """
         first = seq.computed // self.block_size  # the block that is written next; forks share it
         shared = first < len(seq.blocks) and self.pool.refs[seq.blocks[first]] > 1
-        new = -(-tokens // self.block_size) - len(seq.blocks)
+        new = self.blocks_for(tokens) - len(seq.blocks)
         if new + shared > len(self.pool.free):
             return False
         if shared:  # copy on write
@@ -261,7 +300,7 @@ class Scheduler:
         return True
 
     def publish(self, seq):
-        """Offer the blocks that the step has filled, those of the output too: the next turn of a chat begins with them."""
+        """Offer the blocks that the step has filled; the next turn of a chat begins with them."""
         full = min(seq.computed, seq.drafted) if self.max_draft else seq.computed
         self.hash_blocks(seq, full)
         full = min(full // self.block_size, len(seq.hashes))
@@ -271,10 +310,11 @@ class Scheduler:
 
     def release(self, seq):
         self.pool.release(seq.blocks)
-        seq.blocks, seq.computed, seq.drafted, seq.published = [], 0, 0, 0
+        seq.blocks = []
+        seq.computed = seq.drafted = seq.published = 0
 
     def preempt(self, seq):
-        self.copies = [(a, b) for a, b in self.copies if b not in seq.blocks]
+        self.copies = [(source, to) for source, to in self.copies if to not in seq.blocks]
         self.release(seq)
         self.running.remove(seq)
         self.add(seq)
@@ -282,37 +322,24 @@ class Scheduler:
 
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""
-        (self.running if seq in self.running else self.waiting).remove(seq)
+        queue = self.running if seq in self.running else self.waiting
+        queue.remove(seq)
         self.release(seq)
 
     def check_invariants(self):
-        """Every block is free or referenced exactly as often as tables name it; nothing is computed that has no block."""
-        pool, used = self.pool, Counter(b for s in self.running for b in s.blocks)
-        assert all(
-            pool.refs[b] == used[b] and (used[b] == 0) == (b in pool.free)
-            for b in range(len(pool.refs))
-        )
-        assert all(pool.hash_of[b] == key for key, b in pool.by_hash.items())
+        """Blocks have as many references as tables name them, or are free; all is in order."""
+        pool = self.pool
+        used = Counter()
+        for seq in self.running:
+            used.update(seq.blocks)
+            assert seq.computed < len(seq.ids)
+            assert seq.published <= seq.computed // self.block_size
+            assert seq.computed <= len(seq.blocks) * self.block_size
+            assert len(set(seq.blocks)) == len(seq.blocks)
+        for block, count in enumerate(pool.refs):
+            assert count == used[block]
+            assert (count == 0) == (block in pool.free)
+        assert all(pool.hash_of[block] == key for key, block in pool.by_hash.items())
         assert sum(key is not None for key in pool.hash_of) == len(pool.by_hash)
-        for s in self.running:
-            assert (
-                s.computed < len(s.ids)
-                and s.computed <= len(s.blocks) * self.block_size
-                and len(set(s.blocks)) == len(s.blocks)
-            )
-            assert s.published <= s.computed // self.block_size <= len(s.blocks)
-        assert not any(s.blocks or s.computed for s in self.waiting)
+        assert not any(seq.blocks or seq.computed for seq in self.waiting)
         assert [s.order for s in self.running] == sorted(s.order for s in self.running)
-
-
-# ------------------------------------------------------------------------------------------- engine
-def find_draft(ids, most):
-    """Prompt lookup (Saxena 2023): what followed the last earlier occurrence of the last 3 (then 2) tokens."""
-    for n in (3, 2):
-        tail, data = array("i", ids[-n:]).tobytes(), array("i", ids[:-1]).tobytes()
-        at = data.rfind(tail)
-        while at >= 0 and at % 4:  # not on a token's border
-            at = data.rfind(tail, 0, at + len(tail) - 1)
-        if at >= 0:
-            return ids[at // 4 + n : at // 4 + n + most]
-    return []

@@ -7,7 +7,7 @@ import torch
 from test_peers_model import FAMILIES, theirs
 from test_scheduler import make_model, row
 
-from engine.sampler import Sampling, draw, edit, kept
+from engine.sampler import Sampling, draw_tokens, edit_logits, kept_tokens
 from generate import Engine
 from tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def test_filters_and_penalties_equal_transformers():
         dict(top_k=100, top_p=0.7, min_p=0.02),
         dict(typical_p=0.6),
     ]
-    mine = kept(logits, [row(Sampling(**o)) for o in options])
+    mine = kept_tokens(logits, [row(Sampling(**o)) for o in options])
     for scores, o, keep in zip(logits, options, mine):
         chain = LogitsProcessorList()
         for name, kind in (
@@ -89,7 +89,7 @@ def test_filters_and_penalties_equal_transformers():
         ), o
     ids = torch.tensor([[3, 5, 5, 7]])
     expected = RepetitionPenaltyLogitsProcessor(1.4)(ids, logits[:1].clone())
-    edit(logits[:1], [row(Sampling(repetition_penalty=1.4), prompt=[3, 5], output=[5, 7])])
+    edit_logits(logits[:1], [row(Sampling(repetition_penalty=1.4), prompt=[3, 5], output=[5, 7])])
     assert torch.allclose(logits[:1], expected)
 
 
@@ -101,7 +101,7 @@ def test_sampled_frequencies_equal_transformers_probabilities():
     p = chain(torch.zeros(1, 1).long(), logits.clone()).softmax(-1)
     count = 20_000
     rows = [row(Sampling(temperature=0.8, top_p=0.9), (i + 0.5) / count) for i in range(count)]
-    seen = torch.bincount(draw(logits.repeat(count, 1), rows)[0], minlength=50) / count
+    seen = torch.bincount(draw_tokens(logits.repeat(count, 1), rows)[0], minlength=50) / count
     assert torch.allclose(
         seen, p[0], atol=2e-4
     )  # evenly spread uniforms: the frequencies are the probabilities

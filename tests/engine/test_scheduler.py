@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from common import UserError
-from engine.sampler import Row, Sampling, draw, kept, uniform
-from generate import Engine
+from engine.sampler import Sampling, SamplingRow, draw_tokens, kept_tokens, uniform
+from engine.scheduler import Sequence
+from generate import Engine, child_seed
 from model import Config, Transformer
 from tokenizer import Tokenizer
 
@@ -205,8 +206,8 @@ def test_the_same_seed_gives_the_same_text_in_any_company(folder):
     engine = engine_of(folder, max_seqs=16, kv_tokens=2000)
     mine = Sampling(max_tokens=20, seed=7, top_p=0.95)
     others = [
-        Sampling(max_tokens=20, temperature=t, top_k=k, typical_p=p)
-        for t, k, p in ((0.5, 3, 1.0), (0, 0, 1.0), (2.0, 0, 0.5))
+        Sampling(max_tokens=20, temperature=t, top_k=k, min_p=p)
+        for t, k, p in ((0.5, 3, 0.0), (0, 0, 0.0), (2.0, 0, 0.3))
     ]
     alone = engine.generate([4, 5, 6], mine)[0]
     company = engine.generate([[4, 5, 6], [7], [8, 9], [10]], [mine, *others])[0]
@@ -226,18 +227,11 @@ def test_n_answers_equal_their_own_seeds_and_share_the_prompts_blocks(folder):
     assert engine.stats()["blocks_used"] == 5 and len(engine.requests[request]) == 5
     engine.step()  # 20 tokens are five full blocks: each answer writes into one of its own
     assert engine.stats()["blocks_used"] == 10
-    best = engine.generate(
-        [4, 5], Sampling(max_tokens=6, n=2, best_of=6, seed=3, logprobs=0, ignore_eos=True)
-    )
-    everyone = engine.generate(
-        [4, 5], Sampling(max_tokens=6, n=6, seed=3, logprobs=0, ignore_eos=True)
-    )
-    means = sorted(
-        (sum(t.logprob for t in o.logprobs) / len(o.logprobs) for o in everyone), reverse=True
-    )
-    assert [sum(t.logprob for t in o.logprobs) / len(o.logprobs) for o in best] == pytest.approx(
-        means[:2]
-    )
+    together = engine.generate([4, 5], Sampling(max_tokens=6, n=3, seed=3, ignore_eos=True))
+    for index, output in enumerate(together):
+        parent = Sequence(None, 0, 0, [], seed=3, stream=None)
+        own = Sampling(max_tokens=6, seed=child_seed(parent, index), ignore_eos=True)
+        assert engine.generate([4, 5], own)[0].token_ids == output.token_ids
 
 
 def test_logprobs_are_the_models_own(folder):
@@ -412,30 +406,20 @@ def test_cancelling_frees_everything_and_ends_with_abort(folder):
 
 # ------------------------------------------------------------------------------------------ sampler
 def row(sampling, u=0.5, output=(), prompt=()):
-    return Row(sampling, u, list(output), list(prompt), edits=True)
+    return SamplingRow(sampling, u, list(output), list(prompt), edits=True)
 
 
 def test_filters_keep_what_their_definitions_say():
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
 
     def left(**options):
-        return kept(logits, [row(Sampling(**options))])[0].nonzero()[:, 0].tolist()
+        return kept_tokens(logits, [row(Sampling(**options))])[0].nonzero()[:, 0].tolist()
 
     assert left(top_k=2) == [0, 1] and left(top_p=0.69) == [0, 1] and left(top_p=1e-6) == [0]
     assert left(min_p=0.25) == [0, 1, 2] and left(top_k=3, top_p=0.8) == [
         0,
         1,
     ]  # 0.5 + 0.2 of 0.85 is 0.82
-    flat = torch.tensor(
-        [[0.4, 0.3, 0.1, 0.1, 0.1]]
-    ).log()  # entropy 1.42: 0.3 is the most typical, then 0.4
-    assert kept(flat, [row(Sampling(typical_p=0.25))])[0].tolist() == [
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
 
 
 def test_candidates_and_the_whole_vocabulary_agree(monkeypatch):
@@ -456,15 +440,15 @@ def test_candidates_and_the_whole_vocabulary_agree(monkeypatch):
             (1, 2999, 0),
         )
     ]
-    wide = kept(logits, rows)
+    wide = kept_tokens(logits, rows)
     monkeypatch.setattr(sampler, "CANDIDATES", 16)
-    assert torch.equal(kept(logits, rows), wide)
+    assert torch.equal(kept_tokens(logits, rows), wide)
 
 
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     rows = [row(Sampling(temperature=0.5), uniform(3, i)) for i in range(8000)]
-    tokens, failed = draw(logits.repeat(8000, 1), rows)
+    tokens, failed = draw_tokens(logits.repeat(8000, 1), rows)
     assert (
         torch.allclose(
             torch.bincount(tokens, minlength=4) / 8000, (logits * 2).softmax(0), atol=0.02
@@ -478,7 +462,7 @@ def test_penalties_lower_what_was_said():
         repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, temperature=0
     )
     logits = torch.tensor([[4.0, 3.0, -1.0, 1.0]])
-    draw(logits, [row(sampling, output=[0, 0, 2], prompt=[3])])
+    draw_tokens(logits, [row(sampling, output=[0, 0, 2], prompt=[3])])
     assert logits.tolist() == [[4 / 2 - 0.5 - 2 * 0.25, 3.0, -2 - 0.5 - 0.25, 0.5]]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from common import UserError
 from engine import native
-from engine.runner import Batch
+from engine.runner import StepBatch
 from formats import gguf
 from generate import Engine
 from model import Config, Transformer
@@ -300,7 +300,7 @@ def test_the_engine_multiplies_what_lies_in_the_file(tmp_path, mix):
     engine = Engine(tmp_path / "x.gguf", "cpu")
     twin, _ = gguf.load(tmp_path / "x.gguf")
     ids = torch.randint(256, (40,)).tolist()
-    batch = Batch(16)
+    batch = StepBatch()
     batch.add([0, 1, 2], ids, 0, range(40))
     with torch.inference_mode():
         engine.runner.allocate(4)
@@ -325,7 +325,7 @@ def test_an_engine_without_cpp_computes_the_same_with_torch(tmp_path, monkeypatc
 
     model, _ = make_folder(tmp_path / "m")
     ids = torch.randint(model.config.vocab_size, (40,)).tolist()
-    batch = Batch(16)
+    batch = StepBatch()
     batch.add([0, 1, 2], ids, 0, range(40))
     monkeypatch.setattr(native, "library", missing)
     for mix in ("q4_0", "q4_k_m"):

@@ -1,0 +1,303 @@
+"""The forward pass of a step in torch: forward.cpp's twin, for any device and any linear layer.
+
+Tokens of all sequences lie in one flat row, so no product sees padding. Projections over one input
+are fused (q, k, v in one product, gate and up in another) and attention is a kernel over block
+tables. model.py's forward, which has none of this, defines the result: tests/engine/test_native.py
+and test_scheduler.py hold the three equal.
+"""
+
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+import quant
+from engine.native import install_products
+from engine.parallel import ShardedLinear
+from engine.weights import rope_tables, stack_adapters
+from quant import QuantLinear
+
+
+# ------------------------------------------------------------------------ weights, fused and packed
+def in_dtype(model, dtype):
+    """The model itself where all parameters have that type, else a copy of which they do."""
+    if all(p.dtype == dtype for p in model.parameters()):
+        return model
+    model = copy.deepcopy(model)
+    for p in model.parameters():  # buffers are packed weights and keep their types
+        p.data = p.data.to(dtype)
+    return model
+
+
+def fuse_floats(layers):
+    """nn.Linear layers over one input -> one layer. Their weights become views of its weight."""
+    weight = torch.cat([layer.weight.data for layer in layers])  # N x (n, K) -> (sum of n, K)
+    fused = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+    fused.weight = nn.Parameter(weight, requires_grad=False)
+    if layers[0].bias is not None:
+        bias = torch.cat([layer.bias.data for layer in layers])
+        fused.bias = nn.Parameter(bias, requires_grad=False)
+    for layer, rows in zip(layers, weight.split([layer.out_features for layer in layers])):
+        layer.weight.data = rows
+    return fused
+
+
+def fused_layers(layers, kind):
+    """Layers over one input -> [one layer], or as many as there are where they differ in kind.
+
+    kind: None, or "int8" or "int4" for those that are still in floats. A layer of another class
+    (a LoRALinear) stays as it is and is simply called.
+    """
+    first = layers[0]
+    if isinstance(first, ShardedLinear):
+        (own,) = fused_layers([first.linear], kind)
+        return [ShardedLinear(own, first.ranks, first.outputs)]
+    formats = {(type(m), getattr(m, "format", None), getattr(m, "group", None)) for m in layers}
+    if len(formats) > 1:
+        return [fused_layers([layer], kind)[0] for layer in layers]
+    packed = isinstance(first, QuantLinear)
+    if not packed and type(first) is not nn.Linear:
+        return list(layers)
+    if len(layers) > 1:
+        fused = quant.fuse(layers) if packed else fuse_floats(layers)
+    else:
+        fused = copy.copy(first) if packed else first  # the model's own gets no product set on it
+    fused = quant.in_kind(fused, kind)
+    install_products(fused)
+    return [fused]
+
+
+class FusedProduct(nn.Module):
+    """Layers over the same input as one product, with the LoRA adapter of each row."""
+
+    def __init__(self, layers, kind, stacks):
+        super().__init__()
+        self.layers = nn.ModuleList(fused_layers(layers, kind))
+        self.changes = []  # (columns of the output, AdapterStack)
+        start = 0
+        for layer in layers if stacks else ():
+            end = start + layer.out_features
+            if layer in stacks:
+                self.changes.append((slice(start, end), stacks[layer]))
+            start = end
+
+    def forward(self, x, adapters):
+        """x (T, K), adapters (T,) -> (T, N)."""
+        outputs = [layer(x) for layer in self.layers]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        for columns, stack in self.changes:
+            y[:, columns] += stack.change(x, adapters)
+        return y
+
+
+class ForwardLayer(nn.Module):
+    """One block of the Transformer as the pass reads it."""
+
+    def __init__(self, block, config, kind, stacks, window):
+        super().__init__()
+        self.window = window
+        self.attention_norm = block.input_layernorm
+        self.mlp_norm = block.post_attention_layernorm
+        products = [FusedProduct(layers, kind, stacks) for layers in block.products()]
+        self.qkv, self.out, self.up, self.down = products
+        self.qk_gain = None
+        q_norm = getattr(block.self_attn, "q_norm", None)
+        if q_norm is not None:  # (H + K, D): queries and keys are normalized alike
+            gains = [q_norm.weight] * config.num_attention_heads
+            gains += [block.self_attn.k_norm.weight] * config.num_key_value_heads
+            self.qk_gain = torch.stack(gains).detach()
+
+
+# ----------------------------------------------------------------------------------------- the pass
+class TorchForward(nn.Module):
+    """A model as torch runs it for the engine, with its cache; the twin of native.Native."""
+
+    def __init__(self, model, device, dtype, kind=None, adapters=None, block_size=16):
+        super().__init__()
+        model = in_dtype(model, dtype)
+        config = self.config = model.config
+        self.device = device
+        self.block_size = block_size
+        self.embed_tokens = model.embed_tokens
+        self.embed_positions = model.embed_positions if config.is_gpt2 else None
+        self.cos, self.sin = rope_tables(model, dtype)
+        stacks = stack_adapters(model, adapters or {}, dtype)
+        self.layers = nn.ModuleList()
+        for i, block in enumerate(model.layers):
+            window = config.sliding_window if i in config.sliding_layers else None
+            self.layers.append(ForwardLayer(block, config, kind, stacks, window))
+        self.norm = model.norm
+        self.head = FusedProduct([model.lm_head], kind, stacks)
+
+    @property
+    def embedding(self):
+        return self.embed_tokens.weight
+
+    @property
+    def weight_bytes(self):
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+
+    def allocate(self, blocks, dtype):
+        """Room for keys and values: (layers, blocks, block_size, K, D) each.
+
+        int8 and fp8 ones have a scale for each token and head: (2, layers, blocks, block_size, K).
+        """
+        c = self.config
+        shape = c.num_hidden_layers, blocks, self.block_size, c.num_key_value_heads
+        self.keys = torch.zeros(*shape, c.head_dim, dtype=dtype, device=self.device)
+        self.values = torch.zeros_like(self.keys)
+        self.scales = torch.zeros(2, *shape, device=self.device) if dtype.itemsize == 1 else None
+        self.graphs = {}  # {sequences of a decode step: (graph, its inputs, its logits)}
+
+    def with_cache(self, blocks, dtype):
+        """The same weights with another cache."""
+        twin = copy.copy(self)
+        twin.allocate(blocks, dtype)
+        return twin
+
+    def copy_blocks(self, source, target):
+        """Copy whole blocks; source, target (n,) int64."""
+        caches = [self.keys, self.values]  # each (layers, blocks, ...)
+        if self.scales is not None:
+            caches += self.scales
+        source, target = source.to(self.device), target.to(self.device)
+        for cache in caches:
+            cache[:, target] = cache[:, source]
+
+    def forward(self, batch, hidden=False):
+        """A runner.StepBatch -> logits (R, V) float32, or None; with hidden what the head reads."""
+        return self.step(*self.inputs(batch), hidden)
+
+    def logits_of(self, x):
+        """What the head reads (R, C) -> logits (R, V) float32, without adapters."""
+        nobody = torch.full((len(x),), -1, device=x.device)
+        return self.head(x.to(self.embedding.dtype), nobody).float()
+
+    def inputs(self, batch):
+        """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
+
+        int64: S, T, R; of each token its id, position, slot and adapter; the rows that are wanted.
+        int32: of each sequence its length, where its tokens start, and its block table.
+        On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is not
+        stored (slot -1) and attends to nothing (length 0).
+        """
+        S, T, R = len(batch.spans), len(batch.ids), len(batch.rows)
+        page = self.block_size
+        pad = graph_size(S) - S if self.device.type == "cuda" and S == T == R else 0
+        width = -(-self.config.max_position_embeddings // page)
+        tables = torch.zeros(S + pad, width, dtype=torch.int32)
+        positions, slots, starts, lengths = [], [], [], []
+        for s, span in enumerate(batch.spans):
+            end = span.past + span.count
+            blocks = span.blocks
+            tables[s, : len(blocks)] = torch.tensor(blocks[:width], dtype=torch.int32)
+            positions += range(span.past, end)
+            slots += [blocks[p // page] * page + p % page for p in range(span.past, end)]
+            starts.append(span.start)
+            lengths.append(end)
+        longs = [S + pad, T + pad, R + pad]
+        longs += batch.ids + [0] * pad
+        longs += positions + [0] * pad
+        longs += slots + [-1] * pad
+        longs += batch.token_adapters() + [-1] * pad
+        longs += batch.rows + [0] * pad
+        ints = lengths + [0] * pad + starts + list(range(T, T + pad + 1))
+        ints = torch.tensor(ints, dtype=torch.int32)
+        return torch.tensor(longs), torch.cat((ints, tables.view(-1)))
+
+    def step(self, longs, ints, hidden=False):
+        """What `inputs` made -> logits (R, V), or None.
+
+        On a GPU a step of decodes alone replays a CUDA graph, with NCCL's part in it. Nothing waits
+        for the device: the inputs go over in one pinned copy, and the logits stay there.
+        """
+        S, T, R = longs[:3].tolist()
+        longs = longs[3:]
+        if self.device.type != "cuda":
+            return self.compute(longs, ints, S, T, R, hidden)
+        longs = longs.pin_memory().to(self.device, non_blocking=True)
+        ints = ints.pin_memory().to(self.device, non_blocking=True)
+        if hidden or not S == T == R:
+            return self.compute(longs, ints, S, T, R, hidden)
+        if S not in self.graphs:
+            self.graphs[S] = self.capture(longs.clone(), ints.clone(), S)
+        graph, static_longs, static_ints, logits = self.graphs[S]
+        static_longs.copy_(longs)
+        static_ints.copy_(ints)
+        graph.replay()
+        return logits
+
+    def capture(self, longs, ints, S):
+        """Record a decode step of S sequences -> (graph, its inputs, its logits)."""
+        stream = torch.cuda.Stream()  # the kernels are tuned and warmed up outside the capture
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.compute(longs, ints, S, S, S)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.compute(longs, ints, S, S, S)
+        return graph, longs, ints, logits
+
+    def compute(self, longs, ints, S, T, R, hidden=False):
+        """S sequences, T tokens, R rows wanted; the parts of longs and ints as `inputs` says."""
+        c = self.config
+        ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
+        lengths = ints[:S]
+        starts = ints[S : 2 * S + 1]
+        tables = ints[2 * S + 1 :].view(S, -1)  # (S, blocks)
+        x = F.embedding(ids, self.embedding)  # (T, C)
+        rope = None
+        if c.is_gpt2:
+            x = x + F.embedding(positions, self.embed_positions.weight)
+        else:
+            rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.attention_norm(x), adapters)
+            y = self.attend(i, layer, qkv, rope, slots, tables, lengths, starts)
+            x += layer.out(y, adapters)
+            h = layer.up(layer.mlp_norm(x), adapters)
+            if c.is_gpt2:
+                h = F.gelu(h, approximate="tanh")
+            else:
+                gate, up = h.chunk(2, -1)  # (T, 2M) -> (T, M), (T, M)
+                h = F.silu(gate).mul_(up)
+            x += layer.down(h, adapters)
+        if hidden:
+            return self.norm(x).float()
+        if R == 0:
+            return None
+        if R != T:
+            x, adapters = x[rows], adapters[rows]
+        return self.head(self.norm(x), adapters).float()
+
+    def attend(self, i, layer, qkv, rope, slots, tables, lengths, starts):
+        """Layer i's queries, keys and values (T, (H + 2K) D) -> (T, H D), over the paged cache."""
+        c = self.config
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        qkv = qkv.view(-1, H + 2 * K, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
+        qk = qkv[:, : H + K]  # queries and keys are treated alike
+        if layer.qk_gain is not None:
+            qk = F.rms_norm(qk, (D,), eps=c.norm_eps) * layer.qk_gain
+        if rope is not None:
+            cos, sin = rope
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+        cache = self.keys[i], self.values[i]
+        scales = (None, None) if self.scales is None else self.scales[:, i]
+        kernels.kv_store(qk[:, H:], qkv[:, H + K :], *cache, slots, *scales)
+        q = qk[:, :H]
+        y = kernels.paged_attention(
+            q, *cache, tables, lengths, starts, D**-0.5, layer.window, *scales
+        )
+        return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
+
+
+def graph_size(sequences):
+    """Decode steps share a CUDA graph with the next of 1, 2, 4, 8, 16, 24, 32, ... sequences."""
+    for size in (1, 2, 4):
+        if sequences <= size:
+            return size
+    return -(-sequences // 8) * 8

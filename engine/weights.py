@@ -1,0 +1,65 @@
+"""What forward.py and forward.cpp both make of a model: rope tables and stacks of adapters."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def rope_tables(model, dtype=torch.float32):
+    """-> cos, sin (P, D) for all P positions, or (None, None) for a model without rotations.
+
+    The first half of the sine is negated, so that a head x (D,) is turned by
+    x * cos + roll(x, D / 2) * sin: the same as model.rotate.
+    """
+    config = model.config
+    if config.is_gpt2:
+        return None, None
+    device = model.rope_frequency.device
+    positions = torch.arange(config.max_position_embeddings, device=device)
+    angle = positions[:, None].float() * model.rope_frequency  # (P, D/2)
+    cos = angle.cos() * model.rope_scale
+    sin = angle.sin() * model.rope_scale
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+@dataclass
+class AdapterStack:
+    """All LoRA adapters of one layer, stacked along the rank, so that rows of a batch may differ.
+
+    A token of adapter a gets B (keep[a] * (A x)) added to the layer's output: row a of `keep` has
+    the adapter's scale at its own ranks and zeros elsewhere; the last row is that of no adapter.
+    """
+
+    A: torch.Tensor  # (R, K), R the sum of all ranks
+    B: torch.Tensor  # (N, R)
+    keep: torch.Tensor  # (adapters + 1, R)
+
+    def change(self, x, adapters):
+        """x (T, K), adapters (T,) int64, -1 is none -> (T, N), what is added to the output."""
+        low = F.linear(x, self.A) * self.keep[adapters]  # (T, R)
+        return F.linear(low, self.B)
+
+
+def stack_adapters(model, adapters, dtype=torch.float32):
+    """adapters {name: {layer's name: peft.AdapterTensors}} -> {layer: AdapterStack}, of dtype."""
+    stacks = {}
+    for layer_name, layer in model.named_modules():
+        A, B, owners = [], [], []  # owners: (adapter, rank, scale)
+        for adapter, tensors_of in enumerate(adapters.values()):
+            if layer_name in tensors_of:
+                tensors = tensors_of[layer_name]
+                A.append(tensors.A)
+                B.append(tensors.B)
+                owners.append((adapter, len(tensors.A), tensors.scale))
+        if not owners:
+            continue
+        keep = torch.zeros(len(adapters) + 1, sum(rank for _, rank, _ in owners))
+        start = 0
+        for adapter, rank, scale in owners:
+            keep[adapter, start : start + rank] = scale
+            start += rank
+        device = model.embed_tokens.weight.device
+        parts = torch.cat(A), torch.cat(B, 1), keep
+        stacks[layer] = AdapterStack(*(part.to(device, dtype) for part in parts))
+    return stacks
