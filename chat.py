@@ -1,5 +1,4 @@
-"""Conversations to token ids and a loss mask, built together: the mask says what a model learns to
-say.
+"""Conversations to token ids and a loss mask: who said what decides what a model learns to say.
 
     python chat.py show chat.jsonl --tokenizer FOLDER             # what is in the loss, coloured
     python chat.py convert alpaca.json --out DIR --split 85/5/10  # any layout -> DIR/train.jsonl

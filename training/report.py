@@ -1,5 +1,4 @@
-"""What demo.sh made, on one page: every stage's command, time, figures and curve, and the same
-questions after each stage.
+"""What demo.sh made, on one page: each stage with its figures, the same questions after each.
 
     python -m training.report runs/demo    # runs/demo, runs/demo-sft, ... -> runs/demo-report/
 

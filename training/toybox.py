@@ -1,5 +1,4 @@
-"""Toybox: a small made-up world of questions with checkers, which a model of a million parameters
-can really learn.
+"""Toybox: a made-up world of questions with checkers, which a million parameters can learn.
 
     python data.py toybox --out data/toybox    # text to pre-train on, chats, preferences
 
