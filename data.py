@@ -74,8 +74,7 @@ def ends_of(tok):
 
 
 def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=None):
-    """Tokenize {split: [path]} into OUT/SPLIT-NNNNN.bin, meta.json and the tokenizer -> meta.json's
-    content.
+    """Tokenize {split: [path]}: shards, meta.json and the tokenizer in OUT -> what is in meta.json.
 
     documents(paths, bad) yields the text in parts (bytes, begins, ends), as
     training.corpora.documents does, and counts in `bad` what it left out; how: {"field",
@@ -635,11 +634,9 @@ class Batches:
 
     def locate(self, epoch, row):
         """The same place, with a row that lies in the epoch."""
-        rows = len(self.plan(epoch).order)
-        while row >= rows:
-            row -= rows
+        while row >= len(self.plan(epoch).order):
+            row -= len(self.plan(epoch).order)
             epoch += 1
-            rows = len(self.plan(epoch).order)
         return epoch, row
 
     def make(self):
