@@ -645,12 +645,12 @@ def report(args):
         raise UserError(f"--formats {','.join(unknown)}: choose from {', '.join(REPORT)}")
     (original, _), tok = load(args.folder, args.device), Tokenizer.load(args.folder)
     calibration, held_out = calibration_and_held_out(original, tok, args)
-    from engine import native
+    from engine.native import install_products
 
     table = []
     for format in formats:
         model, size = make(args.folder, format, calibration, args, log=lambda line: None)
-        native.install_products(model)
+        install_products(model)
         perplexity, divergence = score(model, original, held_out)
         rates = (
             speed(model) if not format.startswith("gguf-") else (math.nan, math.nan)

@@ -178,7 +178,7 @@ class TorchForward(nn.Module):
     def inputs(self, batch):
         """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
 
-        int64: S, T, R; of each token its id, position, slot and adapter; the rows that are wanted.
+        int64: S, T, R; each token's id, position, slot and adapter; the rows wanted.
         int32: of each sequence its length, where its tokens start, and its block table.
         On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is not
         stored (slot -1) and attends to nothing (length 0).
