@@ -180,8 +180,8 @@ class TorchForward(nn.Module):
 
         int64: S, T, R; each token's id, position, slot and adapter; the rows wanted.
         int32: of each sequence its length, where its tokens start, and its block table.
-        On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is not
-        stored (slot -1) and attends to nothing (length 0).
+        On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is
+        not stored (slot -1) and attends to nothing (length 0).
         """
         S, T, R = len(batch.spans), len(batch.ids), len(batch.rows)
         page = self.block_size
