@@ -198,13 +198,10 @@ class Engine:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
             return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
         for i in prompt:
-            if not self.is_id(i):
+            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1
                 raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
         return list(prompt)
-
-    def is_id(self, i):
-        return isinstance(i, int) and 0 <= i < self.vocab_size
 
     def encode_bad_words(self, words):
         """Strings, each as it stands and after a space, and lists of ids -> tuples of ids."""
@@ -213,13 +210,9 @@ class Engine:
             if isinstance(word, str):
                 found += [self.tok.encode(word), self.tok.encode(" " + word)]
             else:
-                found.append(word)
-        for ids in found:
-            if not ids or not all(map(self.is_id, ids)):
-                last = self.vocab_size - 1
-                raise UserError(
-                    f"bad_words must be non-empty strings or lists of ids from 0 to {last}"
-                )
+                found.append(self.encode(word))
+        if not all(found):
+            raise UserError("bad_words has an empty one; give strings or lists of ids")
         return tuple(map(tuple, found))
 
     def check_room(self, prompt, sampling):
@@ -580,7 +573,7 @@ def child_seed(seq, index):
 
 def draw_with_logprobs(logits, rows):
     """-> lists of tokens, of whether nothing was allowed, of TokenLogprobs or None."""
-    found = [None] * len(rows)
+    found: list = [None] * len(rows)
     asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None]
     own = logits[asked].clone() if asked else None  # the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows)

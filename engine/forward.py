@@ -168,7 +168,8 @@ class TorchForward(nn.Module):
 
     def forward(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) float32, or None; with hidden what the head reads."""
-        return self.step(*self.inputs(batch), hidden)
+        longs, ints = self.inputs(batch)
+        return self.step(longs, ints, hidden)
 
     def logits_of(self, x):
         """What the head reads (R, C) -> logits (R, V) float32, without adapters."""

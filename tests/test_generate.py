@@ -60,7 +60,8 @@ def test_same_seed_same_text_and_other_seed_other_text(folder):
 
 
 def test_text_goes_on_past_the_context(folder):
-    """The model remembers 16 tokens; 60 come out, and each is what the model says of the text it then holds."""
+    """The model remembers 16 tokens; 60 come out, and each is what the model says of the text it
+    then holds."""
     model = Transformer.from_pretrained(folder)
     ids = list(range(10))
     new = list(model.generate(ids, 60, temperature=0))

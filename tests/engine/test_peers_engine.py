@@ -1,4 +1,5 @@
-"""The engine beside transformers: the same greedy text for every family, the same sampling filters, valid JSON."""
+"""The engine beside transformers: the same greedy text for every family, the same sampling
+filters, valid JSON."""
 
 import json
 
@@ -29,7 +30,8 @@ def greedy(reference, prompt, new):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_transformers(family, tmp_path):
-    """Three prompts at once, read in chunks: past the sliding windows and the original rope lengths."""
+    """Three prompts at once, read in chunks: past the sliding windows and the original rope
+    lengths."""
     reference = theirs(family, tmp_path)
     prompts = [
         torch.randint(3, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist()

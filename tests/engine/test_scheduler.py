@@ -1,4 +1,5 @@
-"""Scheduler, runner and sampler: whatever the schedule, an answer is the one its request gets alone."""
+"""Scheduler, runner and sampler: whatever the schedule, an answer is the one its request gets
+alone."""
 
 import gc
 import random
@@ -79,7 +80,8 @@ def random_request(rng, prefixes, block):
 
 
 def fuzz(folder, schedules, first=0, block=4, **options):
-    """Random arrivals, a tiny pool, preemption, shared prefixes, aborts, chunked prefill; afterwards no block is in use."""
+    """Random arrivals, a tiny pool, preemption, shared prefixes, aborts, chunked prefill;
+    afterwards no block is in use."""
     options["block_size"] = block
     alone = engine_of(folder, prefix_cache=False, max_seqs=8, block_size=block)
     preemptions = hits = 0
@@ -166,7 +168,8 @@ def test_greedy_answers_equal_the_plain_generator(folder, tmp_path):
 
 @pytest.mark.parametrize("draft", ["lookup", "same", "other"])
 def test_speculation_changes_no_answer(folder, tmp_path, draft):
-    """A draft by prompt lookup, by the model itself (always right) and by a stranger, greedy and sampled, in a tiny pool."""
+    """A draft by prompt lookup, by the model itself (always right) and by a stranger, greedy and
+    sampled, in a tiny pool."""
     if draft != "lookup":
         draft = folder if draft == "same" else make_model(tmp_path / "other", seed=9)
     fuzz(folder, 12, first=5000, draft=draft, draft_tokens=3)
@@ -188,7 +191,8 @@ def test_a_draft_that_is_right_saves_steps(folder):
 
 
 def test_speculative_sampling_follows_the_models_distribution(folder):
-    """Chi-square of the second token's frequencies against the exact distribution, drafts by a model of other weights' taste."""
+    """Chi-square of the second token's frequencies against the exact distribution, drafts by a
+    model of other weights' taste."""
     model, prompt, count = Transformer.from_pretrained(folder), [5, 6, 7], 1500
     engine = engine_of(folder, draft="lookup", draft_tokens=3, max_seqs=64)
     outputs = engine.generate(
