@@ -107,7 +107,6 @@ class EngineOptions:
     block_size: int = 16
     max_seqs: int | None = None  # answers made at once; None: 64 on a CPU, 256 on a GPU
     step_tokens: int | None = None  # computed in a step at most; None: 512 on a CPU, 8192 on a GPU
-    max_model_len: int | None = None  # None: the model's context
     prefix_cache: bool = True
     draft: str | None = None  # speculate: "lookup", or a folder with a smaller model
     draft_tokens: int = 4  # tokens guessed ahead
@@ -151,8 +150,7 @@ class Engine:
         on_gpu = runner.device.type == "cuda"
         max_seqs = options.max_seqs or (256 if on_gpu else 64)
         step_tokens = options.step_tokens or (8192 if on_gpu else 512)
-        context = self.config.max_position_embeddings
-        self.max_model_len = min(options.max_model_len or context, context)
+        self.max_model_len = self.config.max_position_embeddings
         self.drafter = None  # the Runner of a draft model
         if options.draft not in (None, "lookup") and runner.runtime.rank == 0:
             self.drafter = self.load_drafter(options)
