@@ -5,15 +5,15 @@
     python generate.py runs/demo --batch prompts.jsonl --out answers.jsonl --quant int8
     torchrun --nproc-per-node 2 generate.py MODEL "prompt"     # a model larger than one card
 
-A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field of
-Sampling as it likes. From Python:
+A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field
+of Sampling as it likes. From Python:
 
     engine = Engine("runs/demo")
     outputs = engine.generate(["Once upon", "Hello"], Sampling(max_tokens=50))
 
-The Engine answers many requests at once over one paged key/value cache (Kwon et al. 2023), each as
-if it were alone; `Engine.step` shows how. Transformer.generate in model.py is the plain way to do it,
-one token of one text at a time, and tests/engine/test_scheduler.py holds the two equal.
+The Engine answers many requests at once over one paged key/value cache (Kwon et al. 2023), each
+as if it were alone; `Engine.step` shows how. Transformer.generate in model.py is the plain way, one
+token of one text at a time, and tests/engine/test_scheduler.py holds the two equal.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ from tokenizer import Tokenizer
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load_model(folder, device="auto", dtype="auto", split=True):
+def load_engine_model(folder, device="auto", dtype="auto", split=True):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
-    On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of several
-    ranks (torchrun) each gets its shard of the model; with split=False this rank has all of it.
+    On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of
+    several ranks (torchrun) each gets its shard; with split=False this rank has all of the model.
     """
     folder = Path(folder)
     runtime = resolve(device, dtype, "off")
@@ -80,7 +80,7 @@ def load_model(folder, device="auto", dtype="auto", split=True):
     return model, tok, runtime
 
 
-def read_adapters(folders, model, runtime):
+def read_adapter_tensors(folders, model, runtime):
     """{name: LoRA folder} -> {name: {layer's name: peft.AdapterTensors}}"""
     if folders and runtime.world > 1:
         raise UserError(
@@ -107,7 +107,6 @@ class EngineOptions:
     block_size: int = 16
     max_seqs: int | None = None  # answers made at once; None: 64 on a CPU, 256 on a GPU
     step_tokens: int | None = None  # computed in a step at most; None: 512 on a CPU, 8192 on a GPU
-    max_model_len: int | None = None  # None: the model's context
     prefix_cache: bool = True
     draft: str | None = None  # speculate: "lookup", or a folder with a smaller model
     draft_tokens: int = 4  # tokens guessed ahead
@@ -125,8 +124,8 @@ class Engine:
     def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, **options):
         """options: further fields of EngineOptions"""
         options = EngineOptions(quant, kv_tokens, **options)
-        model, tok, runtime = load_model(folder, device, dtype)
-        adapters = read_adapters(options.adapters, model, runtime)
+        model, tok, runtime = load_engine_model(folder, device, dtype)
+        adapters = read_adapter_tensors(options.adapters, model, runtime)
         runner = Runner(model, runtime, quant, options.kv_dtype, options.block_size, adapters)
         del model  # its weights are packed, and the cache may take their room
         self.start(runner, tok, options)
@@ -135,7 +134,7 @@ class Engine:
     def of(cls, model, tok, *, dtype="auto", quant=None, kv_tokens=None, **options):
         """An engine over a model in memory, where it lies; the model stays usable.
 
-        options: further fields of EngineOptions. When the model's weights change, make a new engine.
+        options: further fields of EngineOptions. If the weights change, make a new engine.
         """
         options = EngineOptions(quant, kv_tokens, **options)
         runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
@@ -151,8 +150,7 @@ class Engine:
         on_gpu = runner.device.type == "cuda"
         max_seqs = options.max_seqs or (256 if on_gpu else 64)
         step_tokens = options.step_tokens or (8192 if on_gpu else 512)
-        context = self.config.max_position_embeddings
-        self.max_model_len = min(options.max_model_len or context, context)
+        self.max_model_len = self.config.max_position_embeddings
         self.drafter = None  # the Runner of a draft model
         if options.draft not in (None, "lookup") and runner.runtime.rank == 0:
             self.drafter = self.load_drafter(options)
@@ -180,7 +178,7 @@ class Engine:
 
     def load_drafter(self, options):
         """A small model that proposes tokens, as it is small on one rank."""
-        model, tok, runtime = load_model(options.draft, self.runner.device, split=False)
+        model, tok, runtime = load_engine_model(options.draft, self.runner.device, split=False)
         size, own = model.config.vocab_size, self.config.vocab_size
         if size != own or (self.tok and tok and tok.vocab != self.tok.vocab):
             raise UserError(
@@ -198,13 +196,10 @@ class Engine:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
             return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
         for i in prompt:
-            if not self.is_id(i):
+            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1
                 raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
         return list(prompt)
-
-    def is_id(self, i):
-        return isinstance(i, int) and 0 <= i < self.vocab_size
 
     def encode_bad_words(self, words):
         """Strings, each as it stands and after a space, and lists of ids -> tuples of ids."""
@@ -213,13 +208,9 @@ class Engine:
             if isinstance(word, str):
                 found += [self.tok.encode(word), self.tok.encode(" " + word)]
             else:
-                found.append(word)
-        for ids in found:
-            if not ids or not all(map(self.is_id, ids)):
-                last = self.vocab_size - 1
-                raise UserError(
-                    f"bad_words must be non-empty strings or lists of ids from 0 to {last}"
-                )
+                found.append(self.encode(word))
+        if not all(found):
+            raise UserError("bad_words has an empty one; give strings or lists of ids")
         return tuple(map(tuple, found))
 
     def check_room(self, prompt, sampling):
@@ -239,7 +230,7 @@ class Engine:
             )
 
     def submit(self, prompt, sampling, request_id=None, adapter=None):
-        """Queue one request -> its id. UserError, at once and with the numbers, if it cannot be done.
+        """Queue one request -> its id. UserError, with the numbers, for what cannot be done.
 
         prompt: str or ids; adapter: name of one of the engine's LoRA adapters
         """
@@ -482,7 +473,7 @@ class Engine:
 
     def advance(self, seq, token):
         """Take a token that was appended: its text, and whether the answer ends with it -> text."""
-        text = show(seq, seq.stream.push(token)) if seq.stream else ""
+        text = shown_text(seq, seq.stream.push(token)) if seq.stream else ""
         if seq.constraint is not None:
             seq.constraint.advance(token)
             if seq.constraint.done:
@@ -496,7 +487,7 @@ class Engine:
         """Free what an ended answer holds -> the text that was held back."""
         text = ""
         if seq.stream and not seq.cut:
-            text = show(seq, seq.stream.flush())
+            text = shown_text(seq, seq.stream.flush())
             if not seq.cut:
                 text += seq.held
         self.scheduler.remove(seq)
@@ -541,7 +532,7 @@ class Engine:
 
     @torch.inference_mode()
     def embed(self, ids):
-        """The mean over a text of the hidden states after the last norm, at length 1 -> C floats."""
+        """The mean over a text of the hidden states after the last norm, at length 1: C floats."""
         hidden = self.runner.everywhere("hidden", torch.tensor(ids)).mean(0)  # (T, C) -> (C,)
         return (hidden / hidden.norm()).tolist()
 
@@ -579,8 +570,8 @@ def child_seed(seq, index):
 
 
 def draw_with_logprobs(logits, rows):
-    """-> lists of tokens, whether nothing was allowed, and TokenLogprobs (None if not asked for)."""
-    found = [None] * len(rows)
+    """-> lists of tokens, of whether nothing was allowed, of TokenLogprobs or None."""
+    found: list = [None] * len(rows)
     asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None]
     own = logits[asked].clone() if asked else None  # the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows)
@@ -595,7 +586,7 @@ def draw_with_logprobs(logits, rows):
 
 
 def lookup_draft(ids, most):
-    """Prompt lookup (Saxena 2023): what followed the last 3 (then 2) tokens when they came before."""
+    """Prompt lookup (Saxena 2023): what followed the last 3, or 2, tokens earlier on."""
     data = array("i", ids[:-1]).tobytes()
     for n in (3, 2):
         tail = array("i", ids[-n:]).tobytes()
@@ -608,7 +599,7 @@ def lookup_draft(ids, most):
     return []
 
 
-def show(seq, text):
+def shown_text(seq, text):
     """New text of an answer -> what can be shown; a stop string ends the answer before itself.
 
     The end of the text is held back while a stop string may begin in it.
@@ -746,7 +737,7 @@ def talk(engine, sampling, adapter, question):
 
 # -- a file of prompts
 def read_request(line, number, sampling, tok):
-    """A line of a batch file -> (id, prompt, Sampling); its fields of Sampling go before the flags."""
+    """A line of a batch file -> (id, prompt, Sampling); its own fields go before the flags."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -766,7 +757,7 @@ def read_request(line, number, sampling, tok):
 
 
 def answered_lines(path):
-    """The numbers of lines that an earlier run answered; a last answer cut by a crash is cut off."""
+    """The numbers of lines that an earlier run answered; half a last line is cut off."""
     done = set()
     if not Path(path).exists():
         return done
@@ -795,7 +786,7 @@ def answer_row(answer):
 
 
 def run_batch(engine, args, sampling, adapter):
-    """Answer the lines of args.batch into args.out as they are finished, or say why it cannot be."""
+    """Answer the lines of args.batch into args.out as they are finished, or say what is wrong."""
     from tqdm import tqdm
 
     if not args.out:

@@ -565,7 +565,7 @@ def fuse(layers):
         return fused
     fused.weight = nn.Parameter(joined(layers, "weight"), False)
     for layer, part in zip(layers, fused.weight.detach().split(rows)):
-        layer.weight = nn.Parameter(part, False)
+        layer.weight.data = part
     return fused
 
 

@@ -1,1 +1,1 @@
-"""How is a batch computed? Scheduler and block pool, runner, sampler, grammar, several ranks, C++."""
+"""How is a batch computed? Scheduler, block pool, runner, sampler, grammar, ranks and C++."""

@@ -168,7 +168,8 @@ class TorchForward(nn.Module):
 
     def forward(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) float32, or None; with hidden what the head reads."""
-        return self.step(*self.inputs(batch), hidden)
+        longs, ints = self.inputs(batch)
+        return self.step(longs, ints, hidden)
 
     def logits_of(self, x):
         """What the head reads (R, C) -> logits (R, V) float32, without adapters."""
@@ -178,10 +179,10 @@ class TorchForward(nn.Module):
     def inputs(self, batch):
         """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
 
-        int64: S, T, R; of each token its id, position, slot and adapter; the rows that are wanted.
+        int64: S, T, R; each token's id, position, slot and adapter; the rows wanted.
         int32: of each sequence its length, where its tokens start, and its block table.
-        On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is not
-        stored (slot -1) and attends to nothing (length 0).
+        On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is
+        not stored (slot -1) and attends to nothing (length 0).
         """
         S, T, R = len(batch.spans), len(batch.ids), len(batch.rows)
         page = self.block_size

@@ -2,8 +2,9 @@
 
     python -m engine.native --out DIR    # compile for this architecture, as an image does it
 
-The Runner asks for it on a CPU. Where there is no compiler, or a model has something that forward.cpp
-does not know, `Native` raises Unavailable with the reason, and forward.py does the same with torch.
+The Runner asks for it on a CPU. Where there is no compiler, or a model has something that
+forward.cpp does not know, `Native` raises Unavailable with the reason, and forward.py computes the
+same with torch.
 tests/engine/test_native.py holds both equal to model.py.
 """
 
@@ -39,7 +40,7 @@ class Unavailable(UserError):
     """Why torch has to do it."""
 
 
-# ------------------------------------------------------------------- forward.cpp's structs, as they lie
+# ---------------------------------------------------------------------- forward.cpp's structs
 class Linear(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("kind", "N", "K", "group")),
@@ -120,7 +121,7 @@ def library_path(name, folder=None):
 
 @functools.lru_cache
 def library():
-    """forward.cpp compiled: made beforehand beside this file, or in the user's cache, or made now."""
+    """forward.cpp compiled: beforehand beside this file, or in the user's cache, or now."""
     name = level()
     path = library_path(name, SOURCE.parent / "build")
     if not path.is_file():
@@ -257,14 +258,14 @@ class PackedProduct(Panels):
 
 
 def install_products(module):
-    """Set the `fast_product` of all packed layers in a module that lie on the CPU, where it can be."""
+    """Set the `fast_product` of a module's packed layers on the CPU, as far as C++ knows them."""
     for layer in module.modules():
         if isinstance(layer, QuantLinear) and next(layer.buffers()).device.type == "cpu":
             with contextlib.suppress(Unavailable):
                 layer.fast_product = PackedProduct(layer)
 
 
-# ----------------------------------------------------------------------------------- the whole model
+# --------------------------------------------------------------------------------- the whole model
 class Native(Panels):
     """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""
 
@@ -358,7 +359,7 @@ class Native(Panels):
             cache[:, target] = cache[:, source]
 
     def __call__(self, batch, hidden=False):
-        """A runner.StepBatch -> logits (R, V), None without rows; or what the head reads, (R, C)."""
+        """A runner.StepBatch -> logits (R, V) or None; with hidden what the head reads, (R, C)."""
         spans, blocks = array("i"), array("i")
         for span in batch.spans:
             spans.extend((span.start, span.count, span.past, len(blocks)))

@@ -1,6 +1,6 @@
 """A model over several ranks: each computes some heads and some channels.
 
-Shoeybi et al. 2019, "Megatron-LM", section 3. tests/engine/test_parallel.py: two ranks answer as one.
+Shoeybi et al. 2019, "Megatron-LM", section 3. tests/engine/test_parallel.py: two answer as one.
 """
 
 import copy
@@ -77,10 +77,10 @@ def shard_of(linear, name, runtime, by_input=False):
     shard = copy.copy(linear)
     shard.fast_product = None
     shard._parameters = {}
-    for name, p in linear._parameters.items():
-        shard._parameters[name] = p if p is None else nn.Parameter(own(p), requires_grad=False)
+    for key, p in linear._parameters.items():
+        shard._parameters[key] = p if p is None else nn.Parameter(own(p), requires_grad=False)
     shard._buffers = {
-        name: buffer if name == "order" else own(buffer) for name, buffer in linear._buffers.items()
+        key: buffer if key == "order" else own(buffer) for key, buffer in linear._buffers.items()
     }
     if not by_input:
         rows = linear.out_features
@@ -98,10 +98,10 @@ def shard_of(linear, name, runtime, by_input=False):
 def shard_model(model, runtime, dtype):
     """Leave of a model, in place, what this rank computes, on its device.
 
-    A rank has some key/value heads, their query heads and some channels of the MLP: the rows of q, k,
-    v, gate and up that make them and the columns of o and down that read them. So only the outputs
-    of o and down are summed over ranks. Of the head it has some of the vocabulary's rows, a view of
-    the embedding where they are tied. Embeddings and norms are whole.
+    A rank has some key/value heads, their query heads and some channels of the MLP: the rows of q,
+    k, v, gate and up that make them and the columns of o and down that read them. So only the
+    outputs of o and down are summed over ranks. Of the head it has some of the vocabulary's rows, a
+    view of the embedding where they are tied. Embeddings and norms are whole.
     """
     c = model.config
     ranks = runtime.world

@@ -42,7 +42,7 @@ class StepBatch:
     spans: list = field(default_factory=list)
 
     def add(self, blocks, ids, past, rows, adapter=-1):
-        """ids are the tokens at positions past, past + 1, ...; rows count from the first of them."""
+        """ids: the tokens at positions past, past + 1, ...; rows count from the first of them."""
         start = len(self.ids)
         self.spans.append(Span(start, len(ids), past, blocks, adapter))
         self.rows += [start + row for row in rows]
@@ -59,8 +59,8 @@ class StepBatch:
 class Runner:
     """A model with its cache. Call it with a StepBatch -> logits (rows, V) float32, or None.
 
-    The model stays its caller's and usable: on a CPU its weights are packed into copies, and in torch
-    only float weights that are fused become views of the fused ones, with the same values.
+    The model stays its caller's and usable: on a CPU its weights are packed into copies; in torch
+    float weights that are fused become views of the fused ones, with the same values.
     """
 
     def __init__(self, model, runtime, kind=None, kv_dtype="auto", block_size=16, adapters=None):
@@ -187,7 +187,7 @@ class Runner:
         self.idle = False
         if self.runtime.world == 1:
             return
-        # Orders are small and on the CPU; a rank that waits for one sleeps, for as long as it takes.
+        # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.
         self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         if self.runtime.rank == 0:  # a rank that dies says it by its closed connection
             atexit.register(lambda: self.idle and self.everywhere("end"))

@@ -171,11 +171,11 @@ def barred_by_constraint(row, logits):
 
 # --------------------------------------------------------------------------------------- the draw
 def kept_tokens(logits, rows):
-    """Top-k, top-p and min-p over tempered logits (R, V) -> (R, V) bool, what may still be drawn.
+    """Top-k, top-p and min-p over tempered logits (R, V) -> (R, V) bool, what may be drawn.
 
-    Each filter sees what the one before it left, renormalised, and keeps a beginning of the ranking.
-    So a row whose last candidate is dropped needs no others: on a CPU, where sorting a vocabulary is
-    slow, a few candidates are tried first (test_candidates_and_the_whole_vocabulary_agree).
+    Each filter sees what the one before it left, renormalised, and keeps a beginning of the
+    ranking. So a row whose last candidate is dropped needs no others: on a CPU, where sorting a
+    vocabulary is slow, a few are tried first (test_candidates_and_the_whole_vocabulary_agree).
     """
     V = logits.size(1)
     device = logits.device

@@ -215,7 +215,7 @@ class Scheduler:
         return plan
 
     def make_room(self, seq, tokens, plan):
-        """Reserve blocks, preempting the youngest while it takes that; False if seq itself was it."""
+        """Reserve blocks, preempting the youngest if need be; False if that was seq itself."""
         while not self.reserve(seq, tokens):
             victim = self.running[-1]
             self.budget += plan.pop(victim, 0)
@@ -271,7 +271,7 @@ class Scheduler:
         return -(-tokens // self.block_size)
 
     def hash_blocks(self, seq, tokens):
-        """Hash the full blocks among seq's first tokens; a key covers the whole prefix and adapter."""
+        """Hash the full blocks among seq's first tokens; a key covers all before it, too."""
         if not self.prefix_cache:
             return
         size = self.block_size

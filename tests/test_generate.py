@@ -7,6 +7,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from common import UserError
+from engine.sampler import Sampling
+from generate import Engine
 from model import Config, Transformer
 from tokenizer import Tokenizer
 
@@ -23,6 +26,33 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder)
     Tokenizer.char(text).save(folder)
     return folder
+
+
+def test_empty_prompt_is_refused(folder):
+    with pytest.raises(UserError, match="no tokens"):
+        next(Transformer.from_pretrained(folder).generate([], 5))
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_engine_draws_from_the_same_distribution_as_the_plain_generator(folder, top_k):
+    """Both against the exact probabilities of one token: temperature, then top-k."""
+    model, count, prompt = Transformer.from_pretrained(folder), 1500, [1, 2, 3]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]))[0, -1] / 0.7
+    if top_k:
+        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+    expected = logits.softmax(0)
+    samplings = [
+        Sampling(max_tokens=1, temperature=0.7, top_k=top_k, seed=i, ignore_eos=True)
+        for i in range(count)
+    ]
+    engine = Engine.of(model, None, kv_tokens=4096)
+    ours = [output.token_ids[0] for output in engine.generate([prompt] * count, samplings)]
+    plain = [next(model.generate(prompt, 1, 0.7, top_k, seed=i)) for i in range(count)]
+    for tokens in (ours, plain):
+        shares = torch.bincount(torch.tensor(tokens), minlength=len(expected)) / count
+        assert (shares - expected).abs().max() < 4 * (0.25 / count) ** 0.5
+        assert not shares[expected == 0].any()
 
 
 def command(*arguments):

@@ -1,4 +1,5 @@
-"""native.py, forward.cpp: one call says what model.py's forward says, whatever shares the batch, in every weight format."""
+"""native.py, forward.cpp: one call says what model.py's forward says, whatever shares the batch,
+in every weight format."""
 
 import copy
 import platform
@@ -38,7 +39,8 @@ def cpp(model, kind=None, dtype=torch.float32, blocks=40):
 
 @torch.inference_mode()
 def both(model, kind=None, dtype=torch.float32, twin=None):
-    """-> logits of C++ over a prompt, then a token at a time, beside another sequence; and the model's (or twin's) own."""
+    """-> logits of C++ over a prompt, then a token at a time, beside another sequence; and the
+    model's (or twin's) own."""
     torch.manual_seed(2)
     run, a, b, got = (
         cpp(model, kind, dtype),
@@ -95,7 +97,8 @@ def test_every_kind_of_machine_gives_the_models_numbers(each_level):
 
 
 def quantized(model, make):
-    """The model with each linear layer replaced, and the one in floats that those layers stand for."""
+    """The model with each linear layer replaced, and the one in floats that those layers stand
+    for."""
     small, twin = copy.deepcopy(model), copy.deepcopy(model)
     for name, m in list(model.named_modules()):
         if isinstance(m, torch.nn.Linear):
@@ -126,7 +129,8 @@ def shuffled(m, bits, group, sym):
     ids=["int8", "int4", "asymmetric", "rows", "act-order", "8 bits", "3 bits"],
 )
 def test_packed_layers_compute_what_they_stand_for(each_level, make):
-    """Rounding activations to 8 bits a group costs about a percent; a wrong order, zero or scale would cost everything."""
+    """Rounding activations to 8 bits a group costs about a percent; a wrong order, zero or scale
+    would cost everything."""
     model = tiny(C=48, M=80, layers=1)
     small, twin = quantized(model, make)
     got, expected = both(small, twin=twin)
@@ -134,7 +138,8 @@ def test_packed_layers_compute_what_they_stand_for(each_level, make):
 
 
 def test_an_input_that_is_exact_in_8_bits_is_multiplied_exactly(each_level):
-    """No rounding is left then: the product is the float64 one of the weights that the codes stand for."""
+    """No rounding is left then: the product is the float64 one of the weights that the codes
+    stand for."""
     head = torch.nn.Linear(64, V, bias=True)
     for layer in (
         Int8Linear.from_linear(head),
@@ -160,7 +165,8 @@ def test_an_input_that_is_exact_in_8_bits_is_multiplied_exactly(each_level):
 
 @pytest.mark.parametrize("kind", [None, "16", "int8", "int4"])
 def test_no_logit_depends_on_the_rest_of_the_batch(kind):
-    """Bit for bit: a prompt in one piece, in chunks, a token at a time, alone and among eleven others."""
+    """Bit for bit: a prompt in one piece, in chunks, a token at a time, alone and among eleven
+    others."""
     model, ids = (
         tiny("mistral", sliding_window=20, sliding_layers=(0,)),
         torch.randint(V, (60,)).tolist(),
@@ -276,7 +282,8 @@ def test_compiling_for_an_image_needs_a_folder(monkeypatch, tmp_path, capsys):
 
 
 def test_teams_of_different_sizes_take_turns():
-    """Threads that sat out a round do not run it later, and results do not depend on how many there are."""
+    """Threads that sat out a round do not run it later, and results do not depend on how many
+    there are."""
     runs = []
     before = torch.get_num_threads()
     try:

@@ -1,4 +1,5 @@
-"""A model divided among two ranks (gloo, CPU) answers as on one, refuses what cannot be divided, and ends when a rank does."""
+"""A model divided among two ranks (gloo, CPU) answers as on one, refuses what cannot be divided,
+and ends when a rank does."""
 
 import json
 import os
@@ -26,7 +27,8 @@ from quant import quantize
 
 # --------------------------------- what an engine is asked, in the tests' process and in the ranks'
 def tiny_pool(engine):
-    """Shared prefixes, chunked prefill, preemption, drafts, a constraint, and a request that is cancelled on its way."""
+    """Shared prefixes, chunked prefill, preemption, drafts, a constraint, and a request that is
+    cancelled on its way."""
     rng = random.Random(1)
     start = [rng.randrange(4, len(TEXT)) for _ in range(9)]
     asked = [
@@ -58,7 +60,8 @@ def tiny_pool(engine):
 
 
 def numbers(engine):
-    """Log-probabilities out of the batch and of a prompt, and an embedding: bf16 kernels round parts and wholes differently."""
+    """Log-probabilities out of the batch and of a prompt, and an embedding: bf16 kernels round
+    parts and wholes differently."""
     ids = [4 + i % 20 for i in range(20)]
     first = engine.generate(
         [ids], Sampling(max_tokens=1, temperature=0, logprobs=4, ignore_eos=True)
@@ -84,7 +87,8 @@ def report(folder, what, **options):
 
 
 def rank_main(cases, out):
-    """What each of the two ranks runs: all cases one after the other, each in a process group of its own."""
+    """What each of the two ranks runs: all cases one after the other, each in a process group of
+    its own."""
     results = {}
     for name, case in json.loads(Path(cases).read_text()).items():
         torch.distributed.init_process_group(
@@ -116,7 +120,8 @@ REFUSED = {
     "order": "self_attn.o_proj: GPTQ's act-order",
     "groups": "16 of 32 inputs for each of 2 ranks would cut a group of 24",
     "adapter": "merge them first",
-    "heads": "2 ranks cannot share 3 heads, 1 key/value heads and 33 MLP channels evenly; --nproc-per-node can be 1",
+    "heads": "2 ranks cannot share 3 heads, 1 key/value heads and 33 MLP channels evenly; "
+    "--nproc-per-node can be 1",
 }
 
 
@@ -196,7 +201,8 @@ def on_two(cases, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "drafted"])
 def test_two_ranks_answer_as_one(name, on_one, on_two):
-    """Through prefix hits, preemption, sampling, n answers, a constraint, drafts and a cancelled request."""
+    """Through prefix hits, preemption, sampling, n answers, a constraint, drafts and a cancelled
+    request."""
     assert on_two[name] == on_one[name]
     assert all(map(sum, zip(*(case["counts"] for case in on_one.values() if "counts" in case))))
 

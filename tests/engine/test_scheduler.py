@@ -1,14 +1,19 @@
-"""engine.py, runner.py, sampler.py: whatever the schedule, every answer is the one its request gets alone."""
+"""Scheduler, runner and sampler: whatever the schedule, an answer is the one its request gets
+alone."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
 
+import generate
+import lora
 from common import UserError
 from engine.sampler import Sampling, SamplingRow, draw_tokens, kept_tokens, uniform
 from engine.scheduler import Sequence
-from generate import Engine, child_seed
+from generate import Engine, child_seed, load_engine_model
 from model import Config, Transformer
 from tokenizer import Tokenizer
 
@@ -75,7 +80,8 @@ def random_request(rng, prefixes, block):
 
 
 def fuzz(folder, schedules, first=0, block=4, **options):
-    """Random arrivals, a tiny pool, preemption, shared prefixes, aborts, chunked prefill; afterwards no block is in use."""
+    """Random arrivals, a tiny pool, preemption, shared prefixes, aborts, chunked prefill;
+    afterwards no block is in use."""
     options["block_size"] = block
     alone = engine_of(folder, prefix_cache=False, max_seqs=8, block_size=block)
     preemptions = hits = 0
@@ -162,7 +168,8 @@ def test_greedy_answers_equal_the_plain_generator(folder, tmp_path):
 
 @pytest.mark.parametrize("draft", ["lookup", "same", "other"])
 def test_speculation_changes_no_answer(folder, tmp_path, draft):
-    """A draft by prompt lookup, by the model itself (always right) and by a stranger, greedy and sampled, in a tiny pool."""
+    """A draft by prompt lookup, by the model itself (always right) and by a stranger, greedy and
+    sampled, in a tiny pool."""
     if draft != "lookup":
         draft = folder if draft == "same" else make_model(tmp_path / "other", seed=9)
     fuzz(folder, 12, first=5000, draft=draft, draft_tokens=3)
@@ -184,7 +191,8 @@ def test_a_draft_that_is_right_saves_steps(folder):
 
 
 def test_speculative_sampling_follows_the_models_distribution(folder):
-    """Chi-square of the second token's frequencies against the exact distribution, drafts by a model of other weights' taste."""
+    """Chi-square of the second token's frequencies against the exact distribution, drafts by a
+    model of other weights' taste."""
     model, prompt, count = Transformer.from_pretrained(folder), [5, 6, 7], 1500
     engine = engine_of(folder, draft="lookup", draft_tokens=3, max_seqs=64)
     outputs = engine.generate(
@@ -467,8 +475,6 @@ def test_penalties_lower_what_was_said():
 
 
 def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_path):
-    import lora
-
     merged, prompt = {}, [5, 6, 7]
     for i, name in enumerate(("one", "two")):
         model = lora.apply(Transformer.from_pretrained(folder), r=2, targets="all")
@@ -493,3 +499,56 @@ def test_adapters_share_a_batch_and_change_only_their_own_requests(folder, tmp_p
     assert len({tuple(ids) for ids in got.values()}) == 3
     with pytest.raises(UserError, match="one, two"):
         engine.submit(prompt, Sampling(), adapter="three")
+
+
+def test_an_engine_over_a_model_in_memory_leaves_it_as_it_was(folder):
+    """Its parameters stay the same objects with the same values, and an optimizer can go on."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Transformer.from_pretrained(folder, dtype=dtype)
+        parameters = list(model.parameters())
+        values = [p.clone() for p in parameters]
+        engine = Engine.of(model, Tokenizer.load(folder), dtype="float32", kv_tokens=512)
+        output = engine.generate([5, 6, 7], Sampling(max_tokens=12, temperature=0))[0]
+        assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+        assert all(p.dtype == dtype for p in parameters)
+        assert all(map(torch.equal, parameters, values))
+        twin = model.float()
+        assert output.token_ids == list(twin.generate([5, 6, 7], 12, temperature=0))
+        model(torch.tensor([[5, 6]])).sum().backward()
+        assert all(p.grad is not None for p in parameters)
+
+
+def test_an_engine_calls_layers_that_it_does_not_know(folder):
+    model = lora.apply(Transformer.from_pretrained(folder), r=2, targets="attn")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".B"):
+                p.normal_(std=0.5)
+    output = Engine.of(model, None, kv_tokens=512).generate(
+        [5, 6, 7], Sampling(max_tokens=12, temperature=0)
+    )[0]
+    assert output.token_ids == list(model.generate([5, 6, 7], 12, temperature=0))
+    plain = Transformer.from_pretrained(folder)
+    assert output.token_ids != list(plain.generate([5, 6, 7], 12, temperature=0))
+
+
+def test_an_engine_made_from_a_folder_holds_the_weights_once(folder, wide, monkeypatch):
+    loaded = []
+
+    def load(*arguments, **options):
+        found = load_engine_model(*arguments, **options)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(generate, "load_engine_model", load)
+    for path in (folder, wide):
+        engine = Engine(path, "cpu", "float32", kv_tokens=512)
+        gc.collect()
+        assert loaded[-1]() is None and engine.runner.weight_bytes > 0
+
+
+def test_dora_is_refused_in_a_line(folder, tmp_path):
+    model = lora.apply(Transformer.from_pretrained(folder), r=2, dora=True)
+    lora.save_adapter(model, tmp_path)
+    with pytest.raises(UserError, match="merge it first: python lora.py merge"):
+        engine_of(folder, adapters={"d": tmp_path})
