@@ -1,1 +1,1 @@
-"""What do other programs write and read? Model folders, vocabularies, templates, packed layouts, GGUF."""
+"""What do other programs write and read? Folders, vocabularies, templates, packed weights, GGUF."""
