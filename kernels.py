@@ -258,7 +258,7 @@ def _vector_sums(x, SUB):
 
 
 @jit
-def _int4_sums(byte, x0, x1, zeros, where, here, SUB):
+def _int4_sums(byte, x0, x1, zeros, where, inside, SUB):
     """Sums over SUB bytes of (low - zero) x0 + (high - zero) x1, divided by 256.
 
     low x0 + high x1 = low (x0 - x1/16) + byte x1/16: no shift, and low comes by clearing bits. What
@@ -271,7 +271,7 @@ def _int4_sums(byte, x0, x1, zeros, where, here, SUB):
     if zeros is None:  # the ones and the eights
         part -= _vector_sums(x0 * (1 + 8 / 256) + x1 / 2, SUB)
     else:
-        zero = _read(zeros + where, here) / 256
+        zero = _read(zeros + where, inside[:, None]) / 256
         part -= _vector_sums(x0, SUB)
         part -= zero * _vector_sums(x0 + 16 * x1, SUB)
     return part
@@ -307,11 +307,11 @@ def _gemv(
     """
     PACK: constexpr = 1 if FORMAT == "int8" else 2
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    here = (rows < N)[:, None]
+    inside = rows < N
     acc = tl.zeros((BLOCK_N, BLOCK_B // SUB), tl.float32)
     for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
-        byte = _tile(weight, rows, cols, width, rows < N)  # (BLOCK_N, BLOCK_B)
+        byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = _read(x + k, k < K)
         if FORMAT == "int8":
@@ -325,14 +325,14 @@ def _gemv(
                 even, odd = _nf4(byte, table)
                 part = _sums(even * x0[None, :] + odd * x1[None, :], SUB)
             else:
-                part = _int4_sums(byte, x0, x1, zeros, where, here, SUB)
-            acc += part * _read(scales + where, here)
+                part = _int4_sums(byte, x0, x1, zeros, where, inside, SUB)
+            acc += part * _read(scales + where, inside[:, None])
     y = tl.sum(acc, 1) * (1 if FORMAT == "nf4" else 256)
     if FORMAT == "int8":
-        y *= _read(scales + rows, rows < N)
+        y *= _read(scales + rows, inside)
     if bias is not None:
-        y += _read(bias + rows, rows < N)
-    tl.store(out + tl.program_id(2) * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
+        y += _read(bias + rows, inside)
+    tl.store(out + tl.program_id(2) * N + rows, y.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -386,11 +386,12 @@ def _gemm(
     """
     PACK: constexpr = 1 if FORMAT == "int8" or FORMAT == "int8x8" else 2
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
     ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if FORMAT == "int8x8" else tl.float32)
     for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
-        byte = _tile(weight, rows, cols, width, rows < N)  # (BLOCK_N, BLOCK_B)
+        byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = _tile(x, ms, k, K, ms < M)  # (BLOCK_M, BLOCK_B * PACK)
         if FORMAT == "int8x8":
@@ -399,17 +400,17 @@ def _gemm(
             acc = _dot(_values(byte, xs), tl.trans(xs), acc)
         else:
             where = rows * groups + begin * 2 // GROUP
-            even, odd = _four_bits(byte, scales, zeros, where, rows < N, table, FORMAT)
+            even, odd = _four_bits(byte, scales, zeros, where, inside, table, FORMAT)
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_M, BLOCK_B, 2)))  # even and odd columns of x
             acc = _dot(even.to(xs.dtype), tl.trans(x0), acc)
             acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
     acc = acc.to(tl.float32)
     if PACK == 1:
-        acc *= _read(scales + rows, rows < N)[:, None]
+        acc *= _read(scales + rows, inside)[:, None]
     if FORMAT == "int8x8":
         acc *= _read(x_scale + ms, ms < M)[None, :]
     if bias is not None:
-        acc += _read(bias + rows, rows < N)[:, None]
+        acc += _read(bias + rows, inside)[:, None]
     _put(out, tl.trans(acc), tl.program_id(2) * M + ms, rows, N, ms < M)
 
 
@@ -427,11 +428,10 @@ def gemm_configs(M, group, pack):
     most = min(group & -group, 256) // pack  # a 4-bit tile lies in one group
     tiles = (64, m, 128, 4, 4), (64, m, 256, 4, 3), (128, m, 128, 4, 4), (128, m, 64, 8, 4)
     tiles += (32, m, 128, 2, 4), (32, m, 64, 4, 3), (32, m, 32, 2, 2), (32, 16, 32, 2, 2)
-    configs = []
-    for n, m, k, warps, stages in tiles:
-        b = max(16, min(k // pack, most))
-        configs.append(dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=b, num_warps=warps, num_stages=stages))
-    return configs
+    return [
+        dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=max(16, min(k // pack, most)), num_warps=w, num_stages=s)
+        for n, m, k, w, s in tiles
+    ]
 
 
 def has_kernel(w):
@@ -488,13 +488,12 @@ def linear(x, w, bias=None):
 
 
 def linear_twin(x, w, bias=None):
+    rows = x.double()  # float64 holds the int32 sums
     if w.format == "int8x8":
-        x8, x_scale = quantize_rows(x)
-        y = (x8.double() @ w.weight.double().T).float()  # float64 holds the int32 sums
-        y = y * x_scale[:, None] * w.scales.float()
-    else:
-        y = x.float() @ dequantize_twin(w, torch.float32).T
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+        codes, scales = quantize_rows(x)
+        rows = codes.double() * scales[:, None]
+    y = rows @ dequantize_twin(w, torch.float64).T
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @jit
@@ -516,19 +515,20 @@ def _dequantize(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     begin = tl.program_id(0) % blocks * BLOCK_B
     cols = begin + tl.arange(0, BLOCK_B)
-    byte = tl.load(weight + row * width + cols, mask=cols < width, other=0)
+    there = cols < width
+    byte = tl.load(weight + row * width + cols, mask=there, other=0)
     if FORMAT == "int8":
         value = byte.to(tl.float32) * tl.load(scales + row).to(tl.float32)
         k = cols
     else:
         where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
-        scale = _read(scales + where, cols < width)
+        scale = _read(scales + where, there)
         if FORMAT == "nf4":
             even, odd = _nf4(byte, table)
         else:
             zero = 8.0
             if zeros is not None:
-                zero = _read(zeros + where, cols < width)
+                zero = _read(zeros + where, there)
             even = (byte & 15).to(tl.float32) - zero
             odd = (byte >> 4).to(tl.float32) - zero
         value = tl.interleave(even * scale, odd * scale)
@@ -584,15 +584,16 @@ def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D
         if slot < 0:
             return
     heads = tl.arange(0, BLOCK_H)
+    there = heads < H
     d = tl.arange(0, BLOCK_D)
-    value = _tile(x + token * stride, heads, d, D, heads < H)
+    value = _tile(x + token * stride, heads, d, D, there)
     if scales is not None:
         value = value.to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
-        tl.store(scales + slot * H + heads, largest / 127, mask=heads < H)
+        tl.store(scales + slot * H + heads, largest / 127, mask=there)
         value *= (127 / tl.maximum(largest, 1e-30))[:, None]
         value = tl.floor(value + 0.5)
-    _put(out + slot * H * D, value, heads, d, D, heads < H)
+    _put(out + slot * H * D, value, heads, d, D, there)
 
 
 def store_rows(x, out, scales, slots):
@@ -742,16 +743,17 @@ def _attend(
     begin, stop = _key_range(past + first, length, window, ROWS, BLOCK_N, SPLIT)
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
+        there = j < stop
         # Key j of the sequence lies in the page that its block table names j // PAGE-th.
-        page = tl.load(tables + seq * table_stride + j // PAGE, mask=j < stop, other=0)
+        page = tl.load(tables + seq * table_stride + j // PAGE, mask=there, other=0)
         slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
-        k = _values(_tile(k_cache, slot, d, D, j < stop), query)
+        k = _values(_tile(k_cache, slot, d, D, there), query)
         gap = (past + row)[:, None] - j[None, :]
-        scores = _scores(query, k, k_scale, slot, j < stop, gap, window, scale)
+        scores = _scores(query, k, k_scale, slot, there, gap, window, scale)
         p, fade, most, total = _weigh(scores, most, total)
-        v = _values(_tile(v_cache, slot, d, D, j < stop), query)
+        v = _values(_tile(v_cache, slot, d, D, there), query)
         if v_scale is not None:
-            p *= _read(v_scale + slot, j < stop)[None, :]
+            p *= _read(v_scale + slot, there)[None, :]
         acc = _dot(p.to(query.dtype), v, acc * fade[:, None])
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     at += tl.program_id(2) * T * H
@@ -853,20 +855,20 @@ def paged_attention_twin(
         if window is not None:
             mask &= gap < window
         y = F.scaled_dot_product_attention(
-            q[begin:end].float().transpose(0, 1)[None],  # (rows, H, D) -> (1, H, rows, D)
-            read_pages(k_cache, k_scale, blocks)[:, :, :length],
-            read_pages(v_cache, v_scale, blocks)[:, :, :length],
+            q[begin:end].float().transpose(0, 1),  # (rows, H, D) -> (H, rows, D)
+            read_pages(k_cache, k_scale, blocks)[:, :length],
+            read_pages(v_cache, v_scale, blocks)[:, :length],
             mask,
             scale=scale,
             enable_gqa=True,
         )
-        out[begin:end] = y[0].transpose(0, 1).to(q.dtype)
+        out[begin:end] = y.transpose(0, 1).to(q.dtype)
     return out
 
 
 def read_pages(cache, scales, blocks):
-    """The tokens in some pages -> (1, Kh, len(blocks) * block_size, D) float32."""
+    """The tokens in some pages -> (Kh, len(blocks) * block_size, D) float32."""
     values = cache[blocks].float()  # (n, block_size, Kh, D)
     if scales is not None:
         values = values * scales[blocks][..., None]
-    return values.flatten(0, 1).transpose(0, 1)[None]
+    return values.flatten(0, 1).transpose(0, 1)
