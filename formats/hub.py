@@ -264,7 +264,12 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     config = config_from_dict(content, where=path)
     config.dropout = dropout
     files = open_weights(folder, device)
-    check_depth(config.num_hidden_layers, files, folder)
+    # The number of layers is checked before a module is built for each.
+    layers = config.num_hidden_layers
+    inside = [n for n in files if n.startswith(("model.layers.", "transformer.h."))]
+    found = len({n.split(".")[2] for n in inside})
+    if found != layers:
+        raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
     with torch.device("meta"):
         model = Transformer(config)
     expected = model.state_dict()
@@ -296,7 +301,6 @@ def open_weights(folder, device="cpu"):
 
     The two names differ in OpenAI's own GPT-2 upload, which lacks the "transformer." prefix.
     """
-    folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -305,33 +309,22 @@ def open_weights(folder, device="cpu"):
     for name in names:
         if Path(name).name != name:  # an index from outside must not lead out of its folder
             raise UserError(f"{index}: {name!r} is not a plain file name")
-        file = open_safetensors(folder / name, device)
+        path = folder / name
+        try:
+            file = safe_open(path, framework="pt", device=str(device))
+        except OSError:  # safetensors says "not found" of what may not be read, too
+            raise UserError(f"{path}: not found (a model needs it), or not readable") from None
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
         for key in file.keys():
             bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
             files["transformer." + key if bare else key] = (file, key)
     return files
 
 
-def open_safetensors(path, device):
-    try:
-        return safe_open(path, framework="pt", device=str(device))
-    except OSError:  # of what may not be read safetensors says that it is not found
-        raise UserError(f"{path}: not found (a model needs it), or not readable") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
-
-
 def read_weight(files, name):
     file, key = files[name]
     return file.get_tensor(key)
-
-
-def check_depth(layers, files, folder):
-    """The number of layers against the files' names, before a module is built for each."""
-    inside = [n for n in files if n.startswith(("model.layers.", "transformer.h."))]
-    found = len({n.split(".")[2] for n in inside})
-    if found != layers:
-        raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
 
 
 # Buffers that older writers saved; they hold no weights.
