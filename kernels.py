@@ -670,6 +670,16 @@ def _key_range(position, length, window, ROWS, BLOCK_N, SPLIT):
 
 
 @jit
+def _slots(table, j, there, KH, PAGE):
+    """Keys j of a sequence -> their rows of the cache, for this program's key head.
+
+    Key j is number j % PAGE of the page that the sequence's block table has at j // PAGE.
+    """
+    page = tl.load(table + j // PAGE, mask=there, other=0)
+    return (page * PAGE + j % PAGE) * KH + tl.program_id(1)
+
+
+@jit
 def _scores(query, k, k_scale, slot, there, gap, window, scale):
     """q.k * scale * log2 e, for exp2 below; -inf where the key, `gap` positions back, is hidden."""
     scores = _dot(query, tl.trans(k), tl.zeros((query.shape[0], k.shape[0]), tl.float32))
@@ -744,9 +754,7 @@ def _attend(
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
         there = j < stop
-        # Key j of the sequence lies in the page that its block table names j // PAGE-th.
-        page = tl.load(tables + seq * table_stride + j // PAGE, mask=there, other=0)
-        slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
+        slot = _slots(tables + seq * table_stride, j, there, KH, PAGE)
         k = _values(_tile(k_cache, slot, d, D, there), query)
         gap = (past + row)[:, None] - j[None, :]
         scores = _scores(query, k, k_scale, slot, there, gap, window, scale)
@@ -755,9 +763,8 @@ def _attend(
         if v_scale is not None:
             p *= _read(v_scale + slot, there)[None, :]
         acc = _dot(p.to(query.dtype), v, acc * fade[:, None])
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
     at += tl.program_id(2) * T * H
-    _put(out, acc, at, d, D, mine)
+    _put(out, acc / tl.where(total > 0, total, 1.0)[:, None], at, d, D, mine)
     if SPLIT > 1:
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
