@@ -646,7 +646,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16: of the weights
     quant: str = ""  # int8 or int4: pack the weights so when they are loaded
-    kv_dtype: str = "auto"  # of keys and values: auto, float32, bfloat16, float16, int8, fp8
+    kv_dtype: str = "auto"  # of keys and values: auto, float32, bfloat16, float16, int8
     kv_tokens: int = 0  # how many tokens' keys and values to keep; 0 is what memory allows
     max_seqs: int = 0  # texts made at once; 0 is 64 on a CPU, 256 on a GPU
     draft: str = ""  # speculate: "lookup", or the folder of a smaller model of the same vocabulary

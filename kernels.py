@@ -7,9 +7,9 @@ A twin has the kernel's signature. A public function runs the kernel for CUDA te
 tensor if TRITON_INTERPRET=1) and its `_twin` otherwise; `linear` leaves that to its caller.
 """
 
+import contextlib
 import functools
 import os
-import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,57 +23,35 @@ from common import UserError, read_json, write_json
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
+    from triton import jit, next_power_of_2
+    from triton.language import constexpr
 except ImportError:  # Windows, macOS: the twins serve
     triton = None
-    tl = SimpleNamespace(constexpr=int)
+    constexpr = int
 
     def jit(kernel=None, **options):
         return kernel or jit
 
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
-INTERPRETED = tl.constexpr(INTERPRET)  # the same for use inside kernels
+# Triton reads the variable when it is imported; a constexpr may be used inside kernels, too.
+INTERPRET = constexpr(triton is not None and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 # ------------------------------------------------------------------------------ choosing and tuning
-@functools.cache
-def say_once(message):
-    print(f"kernels  {message}", file=sys.stderr)
-
-
-def use_kernel(x, cache=None):
-    """Whether a kernel computes x here, with a cache of that type; x's device becomes current."""
-    if triton is None:
-        if x.is_cuda:
-            say_once("triton is missing, so slow plain torch computes: pip install triton")
-        return False
-    if not x.is_cuda:
+def use_kernel(x):
+    """Whether a kernel computes x here. If so on a GPU, Triton launches on x's device."""
+    if triton is None or not x.is_cuda:
         return INTERPRET
-    torch.cuda.set_device(x.device)  # Triton launches on the current device
-    float8 = cache is not None and cache.dtype == torch.float8_e4m3fn
-    if float8 and torch.cuda.get_device_capability() < (8, 9):
-        say_once("float8 needs compute capability 8.9: slow plain torch serves it; use int8")
-        return False
+    torch.cuda.set_device(x.device)
     return True
 
 
 @functools.cache
 def card(device):
-    """What block sizes depend on: the multiprocessors, and the bytes of shared memory of a block.
-
-    T4 64 KB, RTX 99, A100 163, H100 227."""
+    """Its name, and the number of its multiprocessors, which must all be kept busy."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device)
-    return SimpleNamespace(
-        name=platform.machine(), multi_processor_count=4, shared_memory_per_block_optin=99 << 10
-    )
-
-
-def power_of_two_above(n):
-    """The least power of two from n on. Shapes with the same share a tuned configuration."""
-    return 1 << max(n - 1, 0).bit_length()
+    return SimpleNamespace(name="cpu", multi_processor_count=4)
 
 
 def parts_of_work(programs, wanted, most):
@@ -90,10 +68,9 @@ def tuning_table(device):
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-kernels"
     path = folder / f"{card(device).name.replace(' ', '-')}-triton-{triton.__version__}.json"
     try:
-        table = read_json(path)
+        return path, read_json(path)
     except (OSError, UserError):  # no file yet, or a broken one: tune again
-        table = {}
-    return path, table if isinstance(table, dict) else {}
+        return path, {}
 
 
 def milliseconds(launch, config):
@@ -102,20 +79,19 @@ def milliseconds(launch, config):
         return triton.testing.do_bench(
             lambda: launch(config), warmup=5, rep=30, return_mode="median"
         )
-    except (triton.OutOfResources, triton.runtime.errors.PTXASError):
-        return float("inf")
-    except RuntimeError as error:
-        if "PassManager" in str(error):  # no int8 products before compute capability 8.0
-            return float("inf")
-        raise
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about the card
+    except (triton.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError):
+        return float("inf")  # a RuntimeError: no int8 products before compute capability 8.0
 
 
 def tuned(key, configs, launch, device):
     """launch(config) with the fastest of `configs` (the last is the smallest) -> its result.
 
     None if the card has room for none of them. The first call with a new key times them all, which
-    takes seconds; the choice is kept on disk. While a CUDA graph is captured nothing can be timed,
-    and an unknown key runs the smallest: call once before capturing.
+    takes seconds; the choice is kept on disk. Shapes whose sizes share the next power of two share
+    a key. While a CUDA graph is captured, or without the 256 MB that timing takes, an unknown key
+    runs the smallest: call once before capturing.
     """
     if INTERPRET:
         return launch(configs[0])
@@ -125,24 +101,17 @@ def tuned(key, configs, launch, device):
             return launch(configs[-1])
         try:
             times = [milliseconds(launch, config) for config in configs]
-        except torch.OutOfMemoryError:  # timing clears the L2 with a buffer of 256 MB
-            say_once("no memory is left to tune in: the kernels run as they are")
-            return launch(configs[0])
-        best = min(times)
-        table[key] = configs[times.index(best)] if best < float("inf") else "twin"
-        try:
+        except torch.OutOfMemoryError:
+            return launch(configs[-1])
+        table[key] = configs[times.index(min(times))]
+        if min(times) == float("inf"):
+            table[key] = "twin"
+            message = f"{key}: no configuration compiles for this card; plain torch computes"
+            print(f"kernels  {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a folder that is read-only: every run tunes again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, table)
-        except OSError as error:
-            say_once(f"the tuning cannot be kept ({error}); every run will tune again")
-    if table[key] == "twin":
-        shared = card(device).shared_memory_per_block_optin
-        say_once(
-            f"{key}: no configuration compiles for this card and its {shared:,} bytes of shared "
-            "memory; plain torch computes"
-        )
-        return None
-    return launch(table[key])
+    return None if table[key] == "twin" else launch(table[key])
 
 
 # ----------------------------------------------------------------------------- tiles of a matrix
@@ -153,24 +122,27 @@ def _read(at, mask):
 
 
 @jit
-def _tile(matrix, rows, cols, width, row_mask, col_mask):
-    """The elements at rows x cols of a matrix with `width` columns, 0 where a mask is False."""
-    mask = row_mask[:, None] & col_mask[None, :]
-    return tl.load(matrix + rows[:, None] * width + cols[None, :], mask=mask, other=0.0)
+def _tile(matrix, rows, cols, width, mask):
+    """The elements at rows x cols of a matrix with `width` columns.
+
+    0 beyond these, and in rows whose mask is False."""
+    mask = mask[:, None] & (cols < width)[None, :]
+    at = rows.to(tl.int64)[:, None] * width + cols[None, :]
+    return tl.load(matrix + at, mask=mask, other=0.0)
 
 
 @jit
-def _put(matrix, value, rows, cols, width, row_mask, col_mask):
+def _put(matrix, value, rows, cols, width, mask):
     """The reverse of `_tile`, in the matrix's type."""
-    mask = row_mask[:, None] & col_mask[None, :]
-    value = value.to(matrix.dtype.element_ty)
-    tl.store(matrix + rows[:, None] * width + cols[None, :], value, mask=mask)
+    mask = mask[:, None] & (cols < width)[None, :]
+    at = rows.to(tl.int64)[:, None] * width + cols[None, :]
+    tl.store(matrix + at, value.to(matrix.dtype.element_ty), mask=mask)
 
 
 @jit
 def _dot(a, b, acc):
     """acc + a @ b on the tensor cores, summed in float32; float32 operands stay float32."""
-    if INTERPRETED:  # which multiplies bf16 as bare bits
+    if INTERPRET:  # which multiplies bf16 as bare bits
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -179,8 +151,8 @@ def _dot(a, b, acc):
 # A byte becomes a float by placing its bits under the exponent of 1: one shift and one logical
 # operation. The conversion instruction for bytes runs at an eighth of an addition's rate, slower
 # than memory delivers bytes. These masks keep the low or the high nibble of such a float.
-LOW_NIBBLE = tl.constexpr(0x3F878000)
-HIGH_NIBBLE = tl.constexpr(0x3FF80000)
+LOW_NIBBLE = constexpr(0x3F878000)
+HIGH_NIBBLE = constexpr(0x3FF80000)
 
 
 @jit
@@ -193,7 +165,7 @@ def _one_and(byte):
 
 
 @jit
-def _keep(value, BITS: tl.constexpr):
+def _keep(value, BITS):
     """1 + byte / 256 -> 1 + low / 256 or 1 + high / 16."""
     return (value.to(tl.int32, bitcast=True) & BITS).to(tl.float32, bitcast=True)
 
@@ -209,15 +181,11 @@ def _values(tile, like):
 
 
 @jit
-def _nibbles(byte, table, FORMAT: tl.constexpr):
-    """Bytes -> (even columns, odd columns), float32. A table's 16 values are one line of the L1."""
-    if FORMAT == "nf4":
-        even = tl.load(table + (byte >> 4))
-        odd = tl.load(table + (byte & 15))
-    else:
-        even = (byte & 15).to(tl.float32)
-        odd = (byte >> 4).to(tl.float32)
-    return even, odd
+def _nf4(byte, table):
+    """Bytes -> (even columns, odd columns), float32. The table's 16 values are one line of the L1.
+
+    bitsandbytes has the even column in the high nibble; int4 has it in the low one."""
+    return tl.load(table + (byte >> 4)), tl.load(table + (byte & 15))
 
 
 # ------------------------------------------------------------------------ weight-only linear layers
@@ -278,19 +246,19 @@ class Packed(NamedTuple):
 
 
 @jit
-def _sums(tile, SUB: tl.constexpr):
+def _sums(tile, SUB):
     """(R, B) -> (R, B / SUB): sums of SUB neighbours, which lie in the registers of one thread."""
     return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // SUB, SUB)), 2)
 
 
 @jit
-def _vector_sums(x, SUB: tl.constexpr):
-    """The same of a vector: (B,) -> (1, B / SUB)."""
+def _vector_sums(x, SUB):
+    """The same of a vector: (B,) -> (1, B / SUB); as a tile it would make a loop longer."""
     return tl.sum(tl.reshape(x, (x.shape[0] // SUB, SUB)), 1)[None, :]
 
 
 @jit
-def _int4_sums(byte, x0, x1, zeros, where, here, SUB: tl.constexpr):
+def _int4_sums(byte, x0, x1, zeros, where, inside, SUB):
     """Sums over SUB bytes of (low - zero) x0 + (high - zero) x1, divided by 256.
 
     low x0 + high x1 = low (x0 - x1/16) + byte x1/16: no shift, and low comes by clearing bits. What
@@ -303,7 +271,7 @@ def _int4_sums(byte, x0, x1, zeros, where, here, SUB: tl.constexpr):
     if zeros is None:  # the ones and the eights
         part -= _vector_sums(x0 * (1 + 8 / 256) + x1 / 2, SUB)
     else:
-        zero = _read(zeros + where, here) / 256
+        zero = _read(zeros + where, inside[:, None]) / 256
         part -= _vector_sums(x0, SUB)
         part -= zero * _vector_sums(x0 + 16 * x1, SUB)
     return part
@@ -318,31 +286,32 @@ def _gemv(
     bias,
     table,
     out,
+    x_scale,
+    M,
     N,
     K,
     width,
     groups,
-    FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    SUB: tl.constexpr,
-    SPLIT: tl.constexpr,
+    FORMAT: constexpr,
+    GROUP: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_B: constexpr,
+    SUB: constexpr,
+    SPLIT: constexpr,
 ):
     """One row of x: out[split, n] = sum over this split's columns of W[n, k] x[k], on plain cores.
 
     A thread loads SUB = 16 neighbouring bytes at once, multiplies and adds them up in its
     registers, and then applies their one scale: some 3 instructions a weight, which a Hopper SM
-    issues faster than memory delivers weights.
+    issues faster than memory delivers weights. x_scale and M are only there for `_gemm`'s sake.
     """
-    PACK: tl.constexpr = 1 if FORMAT == "int8" else 2
+    PACK: constexpr = 1 if FORMAT == "int8" else 2
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = rows.to(tl.int64)
-    here = (rows < N)[:, None]
+    inside = rows < N
     acc = tl.zeros((BLOCK_N, BLOCK_B // SUB), tl.float32)
-    for begin in range(tl.program_id(1) * BLOCK_B, width, SPLIT * BLOCK_B):
+    for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
-        byte = _tile(weight, line, cols, width, rows < N, cols < width)  # (BLOCK_N, BLOCK_B)
+        byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = _read(x + k, k < K)
         if FORMAT == "int8":
@@ -351,27 +320,27 @@ def _gemv(
         else:
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_B, 2)))  # even and odd columns of x
             sub = begin + tl.arange(0, BLOCK_B // SUB) * SUB
-            where = line[:, None] * groups + tl.minimum(sub * 2 // GROUP, groups - 1)[None, :]
+            where = rows[:, None] * groups + tl.minimum(sub * 2 // GROUP, groups - 1)[None, :]
             if FORMAT == "nf4":
-                even, odd = _nibbles(byte, table, FORMAT)
+                even, odd = _nf4(byte, table)
                 part = _sums(even * x0[None, :] + odd * x1[None, :], SUB)
             else:
-                part = _int4_sums(byte, x0, x1, zeros, where, here, SUB)
-            acc += part * _read(scales + where, here)
+                part = _int4_sums(byte, x0, x1, zeros, where, inside, SUB)
+            acc += part * _read(scales + where, inside[:, None])
     y = tl.sum(acc, 1) * (1 if FORMAT == "nf4" else 256)
     if FORMAT == "int8":
-        y *= _read(scales + rows, rows < N)
+        y *= _read(scales + rows, inside)
     if bias is not None:
-        y += _read(bias + rows, rows < N)
-    tl.store(out + tl.program_id(1) * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
+        y += _read(bias + rows, inside)
+    tl.store(out + tl.program_id(2) * N + rows, y.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
-def _four_bits(byte, scales, zeros, where, mask, table, FORMAT: tl.constexpr):
+def _four_bits(byte, scales, zeros, where, mask, table, FORMAT):
     """A tile of bytes whose rows have one scale each -> (even columns, odd columns) of W."""
     scale = _read(scales + where, mask)[:, None]
     if FORMAT == "nf4":
-        even, odd = _nibbles(byte, table, FORMAT)
+        even, odd = _nf4(byte, table)
         even *= scale
         odd *= scale
     else:  # (n - zero) * scale as one multiply-add each of 1 + low/256 and 1 + high/16
@@ -401,12 +370,12 @@ def _gemm(
     K,
     width,
     groups,
-    FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    SPLIT: tl.constexpr,
+    FORMAT: constexpr,
+    GROUP: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_B: constexpr,
+    SPLIT: constexpr,
 ):
     """Several rows of x: the transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores.
 
@@ -415,35 +384,34 @@ def _gemm(
     never interleaved. A 4-bit tile lies in one group. int8x8: x is int8 too, the sums are exact in
     int32, and x_scale (M,) comes at the end.
     """
-    PACK: tl.constexpr = 1 if FORMAT == "int8" or FORMAT == "int8x8" else 2
+    PACK: constexpr = 1 if FORMAT == "int8" or FORMAT == "int8x8" else 2
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = rows.to(tl.int64)
+    inside = rows < N
     ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if FORMAT == "int8x8" else tl.float32)
     for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
-        byte = _tile(weight, line, cols, width, rows < N, cols < width)  # (BLOCK_N, BLOCK_B)
+        byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = _tile(x, ms.to(tl.int64), k, K, ms < M, k < K)  # (BLOCK_M, BLOCK_B * PACK)
+        xs = _tile(x, ms, k, K, ms < M)  # (BLOCK_M, BLOCK_B * PACK)
         if FORMAT == "int8x8":
             acc = tl.dot(byte, tl.trans(xs), acc, out_dtype=tl.int32)
         elif FORMAT == "int8":
             acc = _dot(_values(byte, xs), tl.trans(xs), acc)
         else:
-            where = line * groups + begin * 2 // GROUP
-            even, odd = _four_bits(byte, scales, zeros, where, rows < N, table, FORMAT)
+            where = rows * groups + begin * 2 // GROUP
+            even, odd = _four_bits(byte, scales, zeros, where, inside, table, FORMAT)
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_M, BLOCK_B, 2)))  # even and odd columns of x
             acc = _dot(even.to(xs.dtype), tl.trans(x0), acc)
             acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
     acc = acc.to(tl.float32)
     if PACK == 1:
-        acc *= _read(scales + rows, rows < N)[:, None]
+        acc *= _read(scales + rows, inside)[:, None]
     if FORMAT == "int8x8":
         acc *= _read(x_scale + ms, ms < M)[None, :]
     if bias is not None:
-        acc += _read(bias + rows, rows < N)[:, None]
-    at = (tl.program_id(2) * M + ms).to(tl.int64)
-    _put(out, tl.trans(acc), at, rows, N, ms < M, rows < N)
+        acc += _read(bias + rows, inside)[:, None]
+    _put(out, tl.trans(acc), tl.program_id(2) * M + ms, rows, N, ms < M)
 
 
 def gemv_configs(group):
@@ -454,30 +422,21 @@ def gemv_configs(group):
     return [dict(BLOCK_N=n, BLOCK_B=b, SUB=sub, num_warps=warps) for n, b, warps in tiles]
 
 
-def gemm_configs(M, group, pack, x_bytes, shared):
-    """Tiles of weight rows, rows of x and columns whose pipeline fits the shared memory.
-
-    A pipeline holds `stages` packed tiles and tiles of x, whose numbers have x_bytes each.
-    """
-    m = min(max(16, power_of_two_above(M)), 128)
+def gemm_configs(M, group, pack):
+    """Tiles of weight rows, rows of x and columns, warps, and stages of the pipeline."""
+    m = min(max(16, next_power_of_2(M)), 128)
     most = min(group & -group, 256) // pack  # a 4-bit tile lies in one group
     tiles = (64, m, 128, 4, 4), (64, m, 256, 4, 3), (128, m, 128, 4, 4), (128, m, 64, 8, 4)
     tiles += (32, m, 128, 2, 4), (32, m, 64, 4, 3), (32, m, 32, 2, 2), (32, 16, 32, 2, 2)
-    configs = []
-    for n, m, k, warps, stages in tiles:
-        b = max(16, min(k // pack, most))
-        config = dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=b, num_warps=warps, num_stages=stages)
-        fits = stages * (n * b + m * b * pack * x_bytes) <= shared
-        if fits and config not in configs:
-            configs.append(config)
-    return configs
+    return [
+        dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=max(16, min(k // pack, most)), num_warps=w, num_stages=s)
+        for n, m, k, w, s in tiles
+    ]
 
 
 def has_kernel(w):
     """Whether the 16 bytes that a thread reads, and the rows of a tile, have one scale."""
-    if w.pack == 1:
-        return True
-    return w.group & -w.group >= 32 and (w.format == "int4" or w.K % w.group == 0)
+    return w.group & -w.group >= 32 and (w.format != "nf4" or w.K % w.group == 0)
 
 
 def linear(x, w, bias=None):
@@ -499,54 +458,42 @@ def linear(x, w, bias=None):
         store_rows(floats, x, x_scale, None)
     elif M > DEQUANTIZE_ABOVE:
         return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
+    width = w.weight.numel() // w.N
+    groups = w.scales.numel() // w.N
+
+    def launch(config):
+        row_tiles = triton.cdiv(w.N, config["BLOCK_N"])
+        x_tiles = triton.cdiv(M, config.get("BLOCK_M", 1))
+        # Parts of K, so that few rows of weights still keep every multiprocessor busy; their
+        # float32 sums are added up in a fixed order.
+        most = min(16, width // config["BLOCK_B"])
+        split = parts_of_work(row_tiles * x_tiles, card(x.device).multi_processor_count, most)
+        whole = split == 1
+        out = torch.empty(split, M, w.N, dtype=dtype if whole else torch.float32, device=x.device)
+        tensors = w.scales, w.zeros, bias if whole else None, nf4_table(x.device), out, x_scale
+        shape = M, w.N, K, width, groups, w.format, w.group
+        kernel = _gemm if "BLOCK_M" in config else _gemv
+        kernel[row_tiles, x_tiles, split](x, w.weight, *tensors, *shape, SPLIT=split, **config)
+        if whole:
+            return out[0]
+        y = out.sum(0)  # (split, M, N) -> (M, N)
+        return (y if bias is None else y + bias).to(dtype)
+
     if M == 1 and x_scale is None:
         configs = gemv_configs(w.group)
     else:
-        shared = card(x.device).shared_memory_per_block_optin
-        configs = gemm_configs(M, w.group, w.pack, x.element_size(), shared)
-    shape = f"M{power_of_two_above(M)} N{w.N} K{K} group{w.group}"
-    return tuned(
-        f"{w.format} {dtype} {shape} {w.zeros is None}",
-        configs,
-        lambda config: launch_linear(x, x_scale, w, bias, dtype, config),
-        x.device,
-    )
-
-
-def launch_linear(x, x_scale, w, bias, dtype, config):
-    """_gemv or, where the configuration has a BLOCK_M, _gemm -> (M, N) in dtype."""
-    M, K = x.shape
-    row_tiles = triton.cdiv(w.N, config["BLOCK_N"])
-    tiles = row_tiles * triton.cdiv(M, config.get("BLOCK_M", 1))
-    # Parts of K, so that few rows of weights still keep every multiprocessor busy; their float32
-    # sums are added up in a fixed order.
-    width = w.weight.numel() // w.N
-    most = min(16, width // config["BLOCK_B"])
-    split = parts_of_work(tiles, card(x.device).multi_processor_count, most)
-    whole = split == 1
-    out = torch.empty(split, M, w.N, dtype=dtype if whole else torch.float32, device=x.device)
-    kernel_bias = bias if whole else None
-    tensors = x, w.weight, w.scales, w.zeros, kernel_bias, nf4_table(x.device), out
-    shape = w.N, K, width, w.scales.numel() // w.N, w.format, w.group
-    if "BLOCK_M" in config:
-        grid = row_tiles, tiles // row_tiles, split
-        _gemm[grid](*tensors, x_scale, M, *shape, SPLIT=split, **config)
-    else:
-        _gemv[row_tiles, split](*tensors, *shape, SPLIT=split, **config)
-    if whole:
-        return out[0]
-    y = out.sum(0)
-    return (y if bias is None else y + bias).to(dtype)
+        configs = gemm_configs(M, w.group, w.pack)
+    shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} {w.zeros is None}"
+    return tuned(f"{w.format} {dtype} {shape}", configs, launch, x.device)
 
 
 def linear_twin(x, w, bias=None):
+    rows = x.double()  # float64 holds the int32 sums
     if w.format == "int8x8":
-        x8, x_scale = quantize_rows(x, torch.int8)
-        y = (x8.double() @ w.weight.double().T).float()  # float64 holds the int32 sums
-        y = y * x_scale[:, None] * w.scales.float()
-    else:
-        y = x.float() @ dequantize_twin(w, torch.float32).T
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+        codes, scales = quantize_rows(x)
+        rows = codes.double() * scales[:, None]
+    y = rows @ dequantize_twin(w, torch.float64).T
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @jit
@@ -561,27 +508,29 @@ def _dequantize(
     group,
     groups,
     blocks,
-    FORMAT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    FORMAT: constexpr,
+    BLOCK_B: constexpr,
 ):
     """Packed weights written out; one program per BLOCK_B bytes of a row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     begin = tl.program_id(0) % blocks * BLOCK_B
     cols = begin + tl.arange(0, BLOCK_B)
-    byte = tl.load(weight + row * width + cols, mask=cols < width, other=0)
+    there = cols < width
+    byte = tl.load(weight + row * width + cols, mask=there, other=0)
     if FORMAT == "int8":
         value = byte.to(tl.float32) * tl.load(scales + row).to(tl.float32)
         k = cols
     else:
         where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
-        scale = _read(scales + where, cols < width)
-        even, odd = _nibbles(byte, table, FORMAT)
-        if FORMAT == "int4":
+        scale = _read(scales + where, there)
+        if FORMAT == "nf4":
+            even, odd = _nf4(byte, table)
+        else:
             zero = 8.0
             if zeros is not None:
-                zero = _read(zeros + where, cols < width)
-            even -= zero
-            odd -= zero
+                zero = _read(zeros + where, there)
+            even = (byte & 15).to(tl.float32) - zero
+            odd = (byte >> 4).to(tl.float32) - zero
         value = tl.interleave(even * scale, odd * scale)
         k = begin * 2 + tl.arange(0, BLOCK_B * 2)
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
@@ -605,41 +554,28 @@ def dequantize(w, dtype):
 def dequantize_twin(w, dtype):
     if w.pack == 1:
         return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
-    nibbles = [w.weight & 15, w.weight >> 4]  # low, high
+    rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
+    group = torch.arange(w.N * w.K // rows, device=w.weight.device) // w.group  # of each column
+    scales = w.scales.view(rows, -1)[:, group].float()  # (rows, G) -> (rows, columns)
+    low = w.weight & 15
+    high = w.weight >> 4
+    zeros = 0
     if w.format == "nf4":
-        codes = torch.stack(nibbles[::-1], -1).flatten()  # (N*K/2, 2) -> (N*K,)
-        scales = w.scales.repeat_interleave(w.group)[: len(codes)]
-        weight = nf4_table(codes.device)[codes.long()] * scales
+        values = nf4_table(low.device)[torch.stack((high, low), -1).long()]
     else:
-        codes = torch.stack(nibbles, -1).flatten(1)[:, : w.K]  # (N, K/2, 2) -> (N, K)
-        scales = w.scales.float().repeat_interleave(w.group, 1)[:, : w.K]  # (N, G) -> (N, K)
-        zeros = torch.full_like(w.scales, 8) if w.zeros is None else w.zeros
-        zeros = zeros.float().repeat_interleave(w.group, 1)[:, : w.K]
-        weight = (codes.float() - zeros) * scales
-    return weight.view(w.N, w.K).to(dtype)
+        values = torch.stack((low, high), -1)
+        zeros = 8.0 if w.zeros is None else w.zeros[:, group].float()
+    values = values.view(rows, -1)[:, : len(group)]  # (bytes, 2) -> (rows, columns), even first
+    return ((values - zeros) * scales).view(w.N, w.K).to(dtype)
 
 
 # ------------------------------------------------------------------------------- the paged KV cache
 # k_cache, v_cache (blocks, block_size, Kh, D): a slot is block * block_size + offset, so slots
-# number the rows of the cache seen as (blocks * block_size, Kh, D). A cache of int8 or of
-# float8_e4m3fn comes with k_scale, v_scale (blocks, block_size, Kh) float32, one scale for each
-# token and head: value = stored * scale.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
+# number the rows of the cache seen as (blocks * block_size, Kh, D). An int8 cache comes with
+# k_scale, v_scale (blocks, block_size, Kh) float32, one scale for each token and head:
+# value = stored * scale.
 @jit
-def _store_rows(
-    x,
-    out,
-    scales,
-    slots,
-    H,
-    D,
-    stride,
-    TOP: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D: constexpr):
     """One token's H rows of D values to its slot, quantized where there are scales."""
     token = tl.program_id(0).to(tl.int64)
     slot = token
@@ -648,16 +584,16 @@ def _store_rows(
         if slot < 0:
             return
     heads = tl.arange(0, BLOCK_H)
+    there = heads < H
     d = tl.arange(0, BLOCK_D)
-    value = _tile(x + token * stride, heads, d, D, heads < H, d < D)
+    value = _tile(x + token * stride, heads, d, D, there)
     if scales is not None:
         value = value.to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
-        tl.store(scales + slot * H + heads, largest / TOP, mask=heads < H)
-        value *= (TOP / tl.maximum(largest, 1e-30))[:, None]
-        if TOP == 127:
-            value = tl.floor(value + 0.5)
-    _put(out + slot * H * D, value, heads, d, D, heads < H, d < D)
+        tl.store(scales + slot * H + heads, largest / 127, mask=there)
+        value *= (127 / tl.maximum(largest, 1e-30))[:, None]
+        value = tl.floor(value + 0.5)
+    _put(out + slot * H * D, value, heads, d, D, there)
 
 
 def store_rows(x, out, scales, slots):
@@ -665,20 +601,18 @@ def store_rows(x, out, scales, slots):
     T, H, D = x.shape
     if x.stride(2) != 1 or x.stride(1) != D:
         x = x.contiguous()
-    blocks = LARGEST.get(out.dtype), power_of_two_above(H), power_of_two_above(D)
+    blocks = next_power_of_2(H), next_power_of_2(D)
     _store_rows[(T,)](x, out, scales, slots, H, D, x.stride(0), *blocks)
 
 
-def quantize_rows(x, dtype):
-    """x (..., C) -> values (..., C) in int8 or float8_e4m3fn, scales (...) float32.
+def quantize_rows(x):
+    """x (..., C) -> values (..., C) int8, scales (...) float32: value * scale is about x.
 
-    value * scale is about x; halves round up."""
+    Halves round up."""
     x = x.float()
     largest = x.abs().amax(-1)
-    x = x * (LARGEST[dtype] / largest.clamp(min=1e-30))[..., None]
-    if dtype == torch.int8:
-        x = torch.floor(x + 0.5)
-    return x.to(dtype), largest / LARGEST[dtype]
+    x = x * (127 / largest.clamp(min=1e-30))[..., None]
+    return torch.floor(x + 0.5).to(torch.int8), largest / 127
 
 
 def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
@@ -686,25 +620,23 @@ def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
 
     k, v (T, Kh, D), also strided views of a fused q, k, v; slots (T,) int64, -1 = skip this token.
     """
-    if not use_kernel(k, k_cache):
-        return kv_store_twin(k, v, k_cache, v_cache, slots, k_scale, v_scale)
-    store_rows(k, k_cache, k_scale, slots)
-    store_rows(v, v_cache, v_scale, slots)
+    store = store_rows if use_kernel(k) else store_rows_twin
+    store(k, k_cache, k_scale, slots)
+    store(v, v_cache, v_scale, slots)
 
 
-def kv_store_twin(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
+def store_rows_twin(x, cache, scales, slots):
     keep = slots >= 0
     slots = slots[keep]
-    for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        x = x[keep]  # (T, Kh, D)
-        if scales is not None:
-            x, scale = quantize_rows(x, cache.dtype)
-            scales.flatten(0, 1)[slots] = scale  # (blocks * block_size, Kh) is a view
-        cache.flatten(0, 1)[slots] = x.to(cache.dtype)
+    x = x[keep]  # (T, Kh, D)
+    if scales is not None:
+        x, scale = quantize_rows(x)
+        scales.flatten(0, 1)[slots] = scale  # (blocks * block_size, Kh) is a view
+    cache.flatten(0, 1)[slots] = x.to(cache.dtype)
 
 
 @jit
-def _locate(starts, S, ROWS: tl.constexpr):
+def _locate(starts, S, ROWS):
     """This program's tile of ROWS query rows -> (its sequence, where that starts in q, how many
     rows it has there, which of these comes first in the tile).
 
@@ -726,7 +658,7 @@ def _locate(starts, S, ROWS: tl.constexpr):
 
 
 @jit
-def _key_range(position, length, window, ROWS: tl.constexpr, BLOCK_N, SPLIT: tl.constexpr):
+def _key_range(position, length, window, ROWS, BLOCK_N, SPLIT):
     """This program's part of the keys that ROWS rows from `position` on see -> (begin, stop)."""
     begin = 0
     if window is not None:
@@ -735,6 +667,16 @@ def _key_range(position, length, window, ROWS: tl.constexpr, BLOCK_N, SPLIT: tl.
     part = tl.cdiv(tl.cdiv(stop - begin, SPLIT), BLOCK_N) * BLOCK_N
     begin += tl.program_id(2) * part
     return begin, tl.minimum(stop, begin + part)
+
+
+@jit
+def _slots(table, j, there, KH, PAGE):
+    """Keys j of a sequence -> their rows of the cache, for this program's key head.
+
+    Key j is number j % PAGE of the page that the sequence's block table has at j // PAGE.
+    """
+    page = tl.load(table + j // PAGE, mask=there, other=0)
+    return (page * PAGE + j % PAGE) * KH + tl.program_id(1)
 
 
 @jit
@@ -782,18 +724,18 @@ def _attend(
     S,
     T,
     table_stride,
-    H: tl.constexpr,
-    KH: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
+    H: constexpr,
+    KH: constexpr,
+    D: constexpr,
+    PAGE: constexpr,
+    BLOCK_D: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    SPLIT: constexpr,
 ):
     """One tile of queries against one part of its context (see above) -> out, and lses if SPLIT."""
-    GROUP: tl.constexpr = H // KH
-    ROWS: tl.constexpr = BLOCK_M // GROUP
+    GROUP: constexpr = H // KH
+    ROWS: constexpr = BLOCK_M // GROUP
     seq, start, rows, first = _locate(starts, S, ROWS)
     if first >= rows:
         return
@@ -803,159 +745,114 @@ def _attend(
     row = first + pair // GROUP
     mine = (row < rows) & (pair < ROWS * GROUP)
     past = length - rows  # the new tokens are the last ones of the context
-    at = (start + row).to(tl.int64) * H + tl.program_id(1) * GROUP + pair % GROUP
-    query = _tile(q, at, d, D, mine, d < D)
+    at = (start + row) * H + tl.program_id(1) * GROUP + pair % GROUP
+    query = _tile(q, at, d, D, mine)
     most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, stop = _key_range(past + first, length, window, ROWS, BLOCK_N, SPLIT)
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
-        page = tl.load(tables + seq * table_stride + j // PAGE, mask=j < stop, other=0).to(tl.int64)
-        slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)
-        k = _values(_tile(k_cache, slot, d, D, j < stop, d < D), query)
+        there = j < stop
+        slot = _slots(tables + seq * table_stride, j, there, KH, PAGE)
+        k = _values(_tile(k_cache, slot, d, D, there), query)
         gap = (past + row)[:, None] - j[None, :]
-        scores = _scores(query, k, k_scale, slot, j < stop, gap, window, scale)
+        scores = _scores(query, k, k_scale, slot, there, gap, window, scale)
         p, fade, most, total = _weigh(scores, most, total)
-        v = _values(_tile(v_cache, slot, d, D, j < stop, d < D), query)
+        v = _values(_tile(v_cache, slot, d, D, there), query)
         if v_scale is not None:
-            p *= _read(v_scale + slot, j < stop)[None, :]
+            p *= _read(v_scale + slot, there)[None, :]
         acc = _dot(p.to(query.dtype), v, acc * fade[:, None])
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
-    at += tl.program_id(2).to(tl.int64) * T * H
-    _put(out, acc, at, d, D, mine, d < D)
+    at += tl.program_id(2) * T * H
+    _put(out, acc / tl.where(total > 0, total, 1.0)[:, None], at, d, D, mine)
     if SPLIT > 1:
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
 
 @jit(do_not_specialize=["rows"])
-def _combine(parts, lses, out, rows, D, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+def _combine(parts, lses, out, rows, D, SPLIT: constexpr, BLOCK_D: constexpr):
     """Join the parts of one row's context: each weighs 2^lse, its share of the denominator."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SPLIT).to(tl.int64) * rows + row
+    row = tl.program_id(0)
+    at = tl.arange(0, SPLIT) * rows + row
     d = tl.arange(0, BLOCK_D)
     lse = tl.load(lses + at)
     most = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(most == -float("inf"), 0.0, most))
-    part = tl.load(parts + at[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    part = _tile(parts, at, d, D, at >= 0)  # (SPLIT, BLOCK_D)
     total = tl.sum(weight, 0)
     value = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * D + d, value.to(out.dtype.element_ty), mask=d < D)
 
 
-def attention_configs(pairs, D, group, q_bytes, kv_bytes, shared):
-    """BLOCK_M (query row, head) pairs by BLOCK_N keys whose pipeline fits the shared memory.
+def attention_configs(pairs, group):
+    """BLOCK_M (query row, head) pairs by BLOCK_N keys, warps, and stages of the pipeline.
 
-    Decoding moves Kh * D * 2 * kv_bytes a key and hardly computes: 16 pairs and a deep pipeline of
+    Decoding moves Kh * D * 2 values a key and hardly computes: 16 pairs and a deep pipeline of
     pages. Prefill computes: 64 or 128 pairs.
     """
-    least = power_of_two_above(max(group, 16))
-    m = max(least, min(power_of_two_above(pairs), 128))
+    least = next_power_of_2(max(group, 16))
+    m = max(least, min(next_power_of_2(pairs), 128))
     w = 4 if m < 128 else 8
     tiles = (m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2)
     tiles += (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3), (least, 16, 2, 2)
-    configs = []
-    for m, n, warps, stages in tiles:
-        config = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
-        fits = stages * 2 * n * D * kv_bytes + m * D * q_bytes <= shared
-        if fits and config not in configs:
-            configs.append(config)
-    return configs or [config]  # the smallest, which may just fail to compile
+    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in tiles]
 
 
 def paged_attention(
-    q,
-    k_cache,
-    v_cache,
-    block_tables,
-    lengths,
-    query_starts,
-    scale,
-    window=None,
-    k_scale=None,
-    v_scale=None,
+    q, k_cache, v_cache, tables, lengths, starts, scale, window=None, k_scale=None, v_scale=None
 ):
     """Causal attention of new tokens to their sequences' pages -> (T, H, D).
 
     One call serves decoding, prefill and both mixed. q (T, H, D): the new tokens of all sequences,
-    one after the other; sequence s has rows query_starts[s]:query_starts[s+1], the last ones of its
-    context of lengths[s] tokens, whose keys and values are stored already. block_tables (S,
-    max_blocks), lengths (S,) and query_starts (S+1,) are int32. Query heads are grouped over Kh key
-    heads; keys further back than the window are hidden; the caches are contiguous. Rows that see
-    nothing give 0. On a GPU nothing is read back, so the call can be captured in a CUDA graph.
+    one after the other; sequence s has rows starts[s]:starts[s+1], the last ones of its context of
+    lengths[s] tokens, whose keys and values are stored already. tables (S, max_blocks), the block
+    table of each sequence, lengths (S,) and starts (S+1,) are int32. Query heads are grouped over
+    Kh key heads; keys further back than the window are hidden; the caches are contiguous. Rows that
+    see nothing give 0. On a GPU nothing is read back, so a CUDA graph can capture the call.
     """
-    inputs = q, k_cache, v_cache, block_tables, lengths, query_starts
-    inputs += scale, window, k_scale, v_scale
-    if not use_kernel(q, k_cache):
-        return paged_attention_twin(*inputs)
-    T, H, D = q.shape
-    S = len(lengths)
-    page, KH = k_cache.shape[1:3]
-    group = H // KH
-    rows = 1 if T == S else T // S + 1  # of a sequence, about
-    configs = attention_configs(
-        rows * group,
-        power_of_two_above(D),
-        group,
-        q.element_size(),
-        k_cache.element_size(),
-        card(q.device).shared_memory_per_block_optin,
-    )
-    shape = f"H{H} KH{KH} D{D} page{page} S{power_of_two_above(S)}"
-    y = tuned(
-        f"attention {q.dtype} {k_cache.dtype} {shape} rows{power_of_two_above(rows * group)} "
-        f"{window is None}",
-        configs,
-        lambda config: launch_attention(inputs, config),
-        q.device,
-    )
-    return paged_attention_twin(*inputs) if y is None else y
-
-
-def launch_attention(inputs, config):
-    """_attend, and `_combine` where the context is cut into parts -> (T, H, D)."""
-    q, k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale = inputs
+    inputs = k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale
+    if not use_kernel(q):
+        return paged_attention_twin(q, *inputs)
     q = q.contiguous()
     T, H, D = q.shape
     S, width = tables.shape
     page, KH = k_cache.shape[1:3]
-    longest = width * page
-    if window is not None:
-        longest = min(longest, window + T)
+    group = H // KH
     # Parts of the context, so that few sequences still keep every multiprocessor busy; only in
     # decoding, and only while a part has more than 64 keys.
+    longest = width * page if window is None else min(width * page, window + T)
     most = min(64, (longest - 1) // 64) if T <= 4 * S else 1
     split = parts_of_work(S * KH, 3 * card(q.device).multi_processor_count, most)
-    out = torch.empty_like(q)
-    parts, lses = out, None
-    if split > 1:
-        parts = torch.empty(split, T, H, D, dtype=torch.float32, device=q.device)
-        lses = torch.empty(split, T, H, dtype=torch.float32, device=q.device)
-    grid = T // (config["BLOCK_M"] * KH // H) + S, KH, split
-    shape = S, T, tables.stride(0), H, KH, D, page, max(16, power_of_two_above(D))
-    _attend[grid](q, *inputs[1:], parts, lses, *shape, SPLIT=split, **config)
-    if split > 1:
-        block = power_of_two_above(D)
-        _combine[(T * H,)](parts, lses, out, T * H, D, split, block, num_warps=2)
-    return out
+    block = next_power_of_2(D)
+
+    def launch(config):
+        out = torch.empty_like(q)
+        parts, lses = out, None
+        if split > 1:
+            parts = torch.empty(split, T, H, D, device=q.device)
+            lses = torch.empty(split, T, H, device=q.device)
+        grid = T // (config["BLOCK_M"] // group) + S, KH, split
+        shape = S, T, tables.stride(0), H, KH, D, page, max(16, block)
+        _attend[grid](q, *inputs, parts, lses, *shape, SPLIT=split, **config)
+        if split > 1:
+            _combine[(T * H,)](parts, lses, out, T * H, D, split, block, num_warps=2)
+        return out
+
+    rows = 1 if T == S else T // S + 1  # of a sequence, about
+    pairs = next_power_of_2(rows * group)
+    shape = f"H{H} KH{KH} D{D} page{page} S{next_power_of_2(S)} rows{pairs} {window is None}"
+    key = f"attention {q.dtype} {k_cache.dtype} {shape}"
+    y = tuned(key, attention_configs(pairs, group), launch, q.device)
+    return paged_attention_twin(q, *inputs) if y is None else y
 
 
 def paged_attention_twin(
-    q,
-    k_cache,
-    v_cache,
-    block_tables,
-    lengths,
-    query_starts,
-    scale,
-    window=None,
-    k_scale=None,
-    v_scale=None,
+    q, k_cache, v_cache, tables, lengths, starts, scale, window=None, k_scale=None, v_scale=None
 ):
     out = torch.zeros_like(q)
     page = k_cache.size(1)
-    starts = query_starts.tolist()
-    for table, length, begin, end in zip(block_tables, lengths.tolist(), starts, starts[1:]):
+    starts = starts.tolist()
+    for table, length, begin, end in zip(tables, lengths.tolist(), starts, starts[1:]):
         if begin == end or length == 0:
             continue
         blocks = table[: -(-length // page)].long()
@@ -965,20 +862,20 @@ def paged_attention_twin(
         if window is not None:
             mask &= gap < window
         y = F.scaled_dot_product_attention(
-            q[begin:end].float().transpose(0, 1)[None],  # (rows, H, D) -> (1, H, rows, D)
-            read_pages(k_cache, k_scale, blocks)[:, :, :length],
-            read_pages(v_cache, v_scale, blocks)[:, :, :length],
-            attn_mask=mask,
+            q[begin:end].float().transpose(0, 1),  # (rows, H, D) -> (H, rows, D)
+            read_pages(k_cache, k_scale, blocks)[:, :length],
+            read_pages(v_cache, v_scale, blocks)[:, :length],
+            mask,
             scale=scale,
             enable_gqa=True,
         )
-        out[begin:end] = y[0].transpose(0, 1).to(q.dtype)
+        out[begin:end] = y.transpose(0, 1).to(q.dtype)
     return out
 
 
 def read_pages(cache, scales, blocks):
-    """The tokens in some pages -> (1, Kh, len(blocks) * block_size, D) float32."""
+    """The tokens in some pages -> (Kh, len(blocks) * block_size, D) float32."""
     values = cache[blocks].float()  # (n, block_size, Kh, D)
     if scales is not None:
         values = values * scales[blocks][..., None]
-    return values.flatten(0, 1).transpose(0, 1)[None]
+    return values.flatten(0, 1).transpose(0, 1)

@@ -21,10 +21,6 @@ from common import UserError
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
 
 
-def plain_rope():
-    return {"rope_type": "default", "rope_theta": 10000.0}
-
-
 @dataclass
 class Config:
     """The shape of a model, in the words of Hugging Face's config.json."""
@@ -38,7 +34,8 @@ class Config:
     num_key_value_heads: int = 4  # K: fewer than H is grouped-query attention
     head_dim: int = 32  # D: H*D need not equal C
     max_position_embeddings: int = 256  # the context length
-    rope: dict = field(default_factory=plain_rope)  # the rule for rotary angles; GPT-2 has none
+    # the rule for rotary angles; GPT-2 has none
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     sliding_window: int | None = None  # keys that a query of a sliding layer sees, itself included
     sliding_layers: tuple = ()  # which layers slide
     norm_eps: float = 1e-6
@@ -56,7 +53,7 @@ class Config:
         return self.model_type == "gpt2"
 
     @staticmethod
-    def from_dict(d: dict, where="config.json") -> "Config":
+    def from_dict(d, where="config.json"):
         """A parsed config.json -> Config; see formats.hub."""
         from formats.hub import config_from_dict
 
@@ -68,7 +65,7 @@ class Config:
 
         return config_to_dict(self)
 
-    def kv_bytes_per_token(self, bytes_per_value=2):
+    def kv_bytes_per_token(self, bytes_per_value):
         """Bytes that one token adds to the key/value cache."""
         values = self.num_hidden_layers * self.num_key_value_heads * self.head_dim
         return 2 * values * bytes_per_value  # a key and a value
@@ -78,38 +75,39 @@ class Config:
 def rope_frequencies(config):
     """Radians that each pair of channels turns by a position, (D/2,), and a factor on cos and sin.
 
-    The plain rule is RoPE's (Su et al. 2021): pair i turns by theta^(-2i/D). The others stretch it
-    to a longer context: "linear" is position interpolation (Chen et al. 2023), "llama3" Meta's rule
-    from the Llama 3.1 release, "yarn" Peng et al. 2023. All are as in transformers'
-    modeling_rope_utils.
+    The plain rule is RoPE's (Su et al. 2021): pair i turns by theta^(-2i/D). The others divide the
+    frequencies, or a share of each, by a factor to reach a longer context: "linear" is position
+    interpolation (Chen et al. 2023), "llama3" Meta's rule from the Llama 3.1 release, "yarn" Peng
+    et al. 2023. All are as in transformers' modeling_rope_utils.
     """
     rope = config.rope
-    D = config.head_dim
+    kind = rope["rope_type"]
     # The device is named because models are built under torch.device("meta").
-    channel = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float()
-    frequency = 1.0 / rope["rope_theta"] ** (channel / D)
-    if rope["rope_type"] == "linear":
-        return frequency / rope["factor"], 1.0
-    if rope["rope_type"] == "llama3":
-        return llama3_frequencies(rope, frequency), 1.0
-    if rope["rope_type"] == "yarn":
-        return yarn_frequencies(rope, frequency), yarn_scale(rope)
-    return frequency, 1.0
+    channel = torch.arange(0, config.head_dim, 2, device="cpu").float()
+    frequency = 1.0 / rope["rope_theta"] ** (channel / config.head_dim)
+    if kind == "default":
+        return frequency, 1.0
+    share = 1.0
+    scale = 1.0
+    if kind == "llama3":
+        share = llama3_share(rope, frequency)
+    if kind == "yarn":
+        share = yarn_share(rope, len(frequency))
+        scale = yarn_scale(rope)
+    return frequency * (1 - share) + frequency / rope["factor"] * share, scale
 
 
-def llama3_frequencies(rope, frequency):
+def llama3_share(rope, frequency):
     """Slow waves are stretched by the factor, fast ones kept, those between blended."""
     low = rope.get("low_freq_factor", 1.0)
     high = rope.get("high_freq_factor", 4.0)
     original = rope["original_max_position_embeddings"]
     turns = original * frequency / (2 * math.pi)  # of each pair, over the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    return ((high - turns) / (high - low)).clamp(0, 1)
 
 
-def yarn_frequencies(rope, frequency):
-    """YaRN's "NTK by parts" (eq. 17, 18): the blend goes along the channels, not the turns."""
-    pairs = len(frequency)  # D/2
+def yarn_share(rope, pairs):
+    """YaRN's "NTK by parts" (eq. 17, 18): the blend goes along the pairs, not their turns."""
     original = rope["original_max_position_embeddings"]
 
     def pair_that_turns(turns):  # so many times over the original context
@@ -122,33 +120,27 @@ def yarn_frequencies(rope, frequency):
         high = math.ceil(high)
     low = max(low, 0)
     high = min(high, 2 * pairs - 1)
-    ramp = (torch.arange(pairs, device="cpu").float() - low) / max(high - low, 1e-3)
-    slow = ramp.clamp(0, 1)
-    return frequency * (1 - slow) + frequency / rope["factor"] * slow
+    pair = torch.arange(pairs, device="cpu")
+    return ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
 
 
 def yarn_scale(rope):
-    """YaRN's factor on queries and keys: a longer context needs a sharper softmax (eq. 22)."""
-    if rope.get("attention_factor"):
-        return rope["attention_factor"]
-    growth = 0.1 * math.log(rope["factor"]) if rope["factor"] > 1 else 0.0
-    mscale = rope.get("mscale")
-    mscale_all = rope.get("mscale_all_dim")
-    if mscale and mscale_all:  # DeepSeek's variant
-        return (1 + mscale * growth) / (1 + mscale_all * growth)
-    return 1 + growth
+    """YaRN's factor on queries and keys: a longer context needs a sharper softmax (eq. 22).
+
+    mscale and mscale_all_dim are DeepSeek's variant of it."""
+    growth = 0.1 * math.log(max(rope["factor"], 1))
+    scale = (1 + rope.get("mscale", 1) * growth) / (1 + rope.get("mscale_all_dim", 0) * growth)
+    return rope.get("attention_factor") or scale
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, H, D) -> the same shape.
 
-    cos, sin: (T, D/2) or (B, T, D/2). The two halves, not neighbouring channels, form the pairs:
-    that is the row order of Hugging Face's checkpoints.
+    cos, sin: (T, 1, D/2) or (B, T, 1, D/2), the same for every head. The two halves, not
+    neighbouring channels, form the pairs: that is the row order of Hugging Face's checkpoints.
     """
-    cos = cos[..., None, :]  # (T, D/2) -> (T, 1, D/2): the same for every head
-    sin = sin[..., None, :]
-    a, b = x.chunk(2, dim=-1)  # (B, T, H, D) -> two of (B, T, H, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    a, b = x.chunk(2, -1)  # (B, T, H, D) -> two of (B, T, H, D/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 # ------------------------------------------------------------------------------------ who sees whom
@@ -171,10 +163,10 @@ def attention_mask(query_at, key_at, window=None, docs=None):
 
     query_at (Tq,), key_at (Tk,) are positions; with docs they may be (B, T), and queries are keys.
     """
-    gap = query_at[..., :, None] - key_at[..., None, :]  # (Tq, Tk) or (B, T, T)
+    gap = query_at[..., None] - key_at[..., None, :]  # (Tq, Tk) or (B, T, T)
     if docs is None:
         return visible(gap, window)
-    gap = gap[..., None, :, :]  # (1, T, T) or (B, 1, T, T): one mask for all heads
+    gap = gap.unsqueeze(-3)  # (1, T, T) or (B, 1, T, T): one mask for all heads
     return visible(gap, window, docs[:, None, :, None], docs[:, None, None, :])
 
 
@@ -213,30 +205,29 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.hidden_size
-        self.H = config.num_attention_heads
-        self.K = config.num_key_value_heads
-        self.D = config.head_dim
+        D = config.head_dim
+        queries = config.num_attention_heads * D
+        keys = config.num_key_value_heads * D
+        self.heads = -1, D  # what a row of H*D or K*D channels is cut into
         self.dropout = config.dropout
-        self.q_proj = nn.Linear(C, self.H * self.D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, self.K * self.D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, self.K * self.D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.H * self.D, C, bias=config.out_bias)
+        self.q_proj = nn.Linear(C, queries, config.qkv_bias)
+        self.k_proj = nn.Linear(C, keys, config.qkv_bias)
+        self.v_proj = nn.Linear(C, keys, config.qkv_bias)
+        self.o_proj = nn.Linear(queries, C, config.out_bias)
         self.q_norm = None
-        self.k_norm = None
         if config.model_type == "qwen3":  # bounds the attention logits: higher learning rates hold
-            self.q_norm = nn.RMSNorm(self.D, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.D, eps=config.norm_eps)
+            self.q_norm = nn.RMSNorm(D, config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, config.norm_eps)
 
     def forward(self, x, rope, mask, cache=None):
         """x (B, T, C) -> (B, T, C).
 
         rope: (cos, sin) or None. mask: dense, a block mask, or None for plain causal attention.
-        cache: append(k, v) takes the new keys and values and gives all so far.
+        cache: this layer's KVCache, if x only continues what is in there.
         """
-        B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.D)  # (B, T, H*D) -> (B, T, H, D)
-        k = self.k_proj(x).view(B, T, self.K, self.D)  # (B, T, K*D) -> (B, T, K, D)
-        v = self.v_proj(x).view(B, T, self.K, self.D)
+        q = self.q_proj(x).unflatten(2, self.heads)  # (B, T, H*D) -> (B, T, H, D)
+        k = self.k_proj(x).unflatten(2, self.heads)  # (B, T, K*D) -> (B, T, K, D)
+        v = self.v_proj(x).unflatten(2, self.heads)
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -253,15 +244,29 @@ class Attention(nn.Module):
                 q,
                 k,
                 v,
-                attn_mask=mask,
-                is_causal=mask is None and T > 1,  # a single query sees all keys there are
-                dropout_p=self.dropout if self.training else 0.0,
-                enable_gqa=self.K != self.H,
+                mask,
+                self.dropout if self.training else 0.0,
+                is_causal=mask is None and q.size(2) > 1,  # a single query sees all keys there are
+                enable_gqa=q.size(1) != k.size(1),
             )
         else:
             y = flex(q, k, v, mask)
-        y = y.transpose(1, 2).reshape(B, T, self.H * self.D)  # (B, H, T, D) -> (B, T, H*D)
-        return self.o_proj(y)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H*D)
+
+
+@dataclass
+class KVCache:
+    """The keys and values of one layer for all tokens so far, in room reserved at the start."""
+
+    room: torch.Tensor  # (2, B, K, most tokens, D): keys, values
+    length: int = 0  # the tokens that are in there
+
+    def append(self, k, v):
+        """k, v (B, K, T, D) of new tokens -> the keys and the values of all, (B, K, length, D)."""
+        end = self.length + k.size(2)
+        self.room[..., self.length : end, :] = torch.stack((k, v))
+        self.length = end
+        return self.room[..., :end, :]
 
 
 class MLP(nn.Module):
@@ -271,11 +276,10 @@ class MLP(nn.Module):
         super().__init__()
         C = config.hidden_size
         M = config.intermediate_size
-        self.gate_proj = None
-        if not config.is_gpt2:
-            self.gate_proj = nn.Linear(C, M, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, M, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(M, C, bias=config.mlp_bias)
+        bias = config.mlp_bias
+        self.gate_proj = None if config.is_gpt2 else nn.Linear(C, M, bias)
+        self.up_proj = nn.Linear(C, M, bias)
+        self.down_proj = nn.Linear(M, C, bias)
 
     def forward(self, x):
         if self.gate_proj is None:
@@ -285,7 +289,7 @@ class MLP(nn.Module):
 
 def make_norm(config):
     norm = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
+    return norm(config.hidden_size, config.norm_eps)
 
 
 class Block(nn.Module):
@@ -301,7 +305,8 @@ class Block(nn.Module):
 
     def products(self):
         """The linear layers in the order of their work, those that read the same input together."""
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
+        mlp = self.mlp
         up = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
         return [attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], up, [mlp.down_proj]
 
@@ -319,16 +324,17 @@ class Transformer(nn.Module):
         self.source = None  # the folder that the weights came from, if they did
         self.quantization = None  # the folder's quantization_config, if layers are packed
         self.recompute = False  # whether backward computes a layer again, from its input alone
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        C = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, C)
         if config.is_gpt2:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, C)
         else:
             frequency, self.rope_scale = rope_frequencies(config)
             self.register_buffer("rope_frequency", frequency, persistent=False)  # (D/2,)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self):
@@ -347,38 +353,35 @@ class Transformer(nn.Module):
         """
         c = self.config
         embedding_std = min(0.02, 5 / c.hidden_size) if c.tie_word_embeddings else 0.5
+        stds = {"embed_tokens.weight": embedding_std, "lm_head.weight": 0.02}
         for name, p in self.named_parameters():
             into_the_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = stds.get(name, p.size(-1) ** -0.5)
+            if c.is_gpt2:
+                std = 0.02 / math.sqrt(2 * c.num_hidden_layers) if into_the_stream else 0.02
             if p.ndim == 1:  # a norm's gain, or a bias
                 nn.init.constant_(p, 1.0 if name.endswith("norm.weight") else 0.0)
-            elif c.is_gpt2:
-                shrink = math.sqrt(2 * c.num_hidden_layers) if into_the_stream else 1.0
-                nn.init.normal_(p, std=0.02 / shrink)
-            elif into_the_stream:
+            elif into_the_stream and not c.is_gpt2:
                 nn.init.zeros_(p)
-            elif name == "embed_tokens.weight":
-                nn.init.normal_(p, std=embedding_std)
-            elif name == "lm_head.weight":
-                nn.init.normal_(p, std=0.02)
             else:
-                nn.init.normal_(p, std=p.size(1) ** -0.5)
+                nn.init.normal_(p, std=std)
 
     # -------------------------------------------------------------------------------------- forward
     def start(self, ids, positions=None, docs=None, past=0):
         """What the first block reads: x (B, T, C), (cos, sin) or None, and the masks of `masks`."""
         c = self.config
         T = ids.size(1)
+        context = c.max_position_embeddings
         if positions is None:
-            if past + T > c.max_position_embeddings:
-                context = f"this model's context is {c.max_position_embeddings:,}"
-                raise UserError(f"{past + T:,} tokens, but {context}")
+            if past + T > context:
+                raise UserError(f"{past + T:,} tokens, but this model's context is {context:,}")
             positions = torch.arange(past, past + T, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
         rope = None
         if c.is_gpt2:
             x = x + self.embed_positions(positions)  # (T, C) or (B, T, C)
-        else:
-            angle = positions[..., None].float() * self.rope_frequency  # (T, D/2) or (B, T, D/2)
+        else:  # (T,) -> (T, 1, D/2) or (B, T) -> (B, T, 1, D/2)
+            angle = positions[..., None, None].float() * self.rope_frequency
             cos = (angle.cos() * self.rope_scale).to(x.dtype)
             sin = (angle.sin() * self.rope_scale).to(x.dtype)
             rope = cos, sin
@@ -390,18 +393,17 @@ class Transformer(nn.Module):
         Dense ones are (T, past + T), or (B, 1, T, T) with docs; on a GPU docs make block masks.
         """
         c = self.config
-        slides = bool(c.sliding_layers) and past + T > c.sliding_window
+        slides = c.sliding_layers and past + T > c.sliding_window
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
-        queries = keys = positions
-        if docs is None:
-            keys = torch.arange(past + T, device=positions.device)
-            queries = keys[past:]
 
         def mask(window):
-            if docs is not None and docs.is_cuda:
+            if docs is None:
+                at = torch.arange(past + T, device=positions.device)
+                return attention_mask(at[past:], at, window)
+            if docs.is_cuda:
                 return block_mask(positions, window, docs)
-            return attention_mask(queries, keys, window, docs)
+            return attention_mask(positions, positions, window, docs)
 
         full = mask(None)
         return full, mask(c.sliding_window) if slides else full
@@ -426,7 +428,8 @@ class Transformer(nn.Module):
         """(B, T) int64 token ids -> logits (B, T, V) float32; keywords as in `hidden`.
 
         With targets (B, T) -> the sum of the cross-entropy in nats, float32, over all targets that
-        are not -100. With per_token -> each of them, (B, T) float32, 0 where the target is -100.
+        are not -100; whoever wants a mean divides it by their number (training.loop.backward does).
+        With per_token -> each of them, (B, T) float32, 0 where the target is -100.
         """
         hidden = self.hidden(ids, **where)  # (B, T, C)
         if targets is None:
@@ -454,25 +457,26 @@ class Transformer(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         ids = list(ids)
         unread = ids[-context:]
-        room = min(context, len(ids) + max_tokens)
-        caches = self.empty_caches(room)
+        most = min(context, len(ids) + max_tokens)
+        caches = self.empty_caches(most)
         for _ in range(max_tokens):
             if caches[0].length + len(unread) > context:
                 unread = ids[-(context // 2) :]
-                caches = self.empty_caches(room)
+                caches = self.empty_caches(most)
             hidden = self.hidden(torch.tensor([unread], device=device), caches=caches)  # (1, T, C)
-            logits = self.lm_head(hidden[0, -1:]).float()  # (1, V): of the last position only
-            token = draw(logits[0, :vocab_size], temperature, top_k, generator)
+            logits = self.lm_head(hidden[0, -1]).float()  # (V,): of the last position only
+            token = draw(logits[:vocab_size], temperature, top_k, generator)
             if token in ends:
                 return
             yield token
             ids.append(token)
             unread = [token]
 
-    def empty_caches(self, room):
-        """A KVCache for each layer, for one text of up to `room` tokens."""
-        weight = self.embed_tokens.weight
-        return [KVCache(self.config, 1, weight.device, weight.dtype, room) for _ in self.layers]
+    def empty_caches(self, most, B=1):
+        """A KVCache for each layer, for B texts of up to `most` tokens."""
+        c = self.config
+        shape = 2, B, c.num_key_value_heads, most, c.head_dim
+        return [KVCache(self.embed_tokens.weight.new_empty(shape)) for _ in self.layers]
 
     # ----------------------------------------------------------------------------------- accounting
     def num_params(self):
@@ -505,25 +509,6 @@ class Transformer(nn.Module):
         return load_model(folder, device, dtype, dropout)
 
 
-class KVCache:
-    """The keys and values of one layer for all tokens so far, in room reserved at the start."""
-
-    def __init__(self, config, batch, device, dtype, room):
-        """room: the most tokens it can hold"""
-        shape = batch, config.num_key_value_heads, room, config.head_dim
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (B, K, room, D)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-
-    def append(self, k, v):
-        """k, v (B, K, T, D) of new tokens -> those of all tokens, (B, K, length, D)."""
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 def draw(logits, temperature, top_k, generator):
     """One token id from logits (V,) float32; the plain twin of the engine's sampler."""
     if temperature == 0:
@@ -536,31 +521,22 @@ def draw(logits, temperature, top_k, generator):
 
 
 # ----------------------------------------------------------------------------------------- the loss
-def plain_cross_entropy(hidden, weight, targets):
-    """Summed cross-entropy of the logits hidden @ weight.T -> scalar float32, in nats; no -100.
+def cross_entropy_sum(hidden, weight, targets):
+    """Summed cross-entropy of the logits hidden @ weight.T -> scalar float32, in nats.
 
-    hidden (N, C), weight (V, C), targets (N,) int64."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
-
-
-def cross_entropy_sum(hidden, weight, targets, rows_at_once=None):
-    """The same, in chunks of rows where N*V logits would be more than LOGITS_AT_ONCE.
-
-    In instruction tuning most rows have no target. On a CPU these are left out first; a GPU would
-    have to wait until their number is known.
+    hidden (N, C), weight (V, C), targets (N,) int64. It goes in chunks of rows where N*V logits
+    would be more than LOGITS_AT_ONCE. In instruction tuning most rows have no target (-100). On a
+    CPU these are left out first; a GPU would have to wait until their number is known.
     """
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         wanted = targets != -100
         if not wanted.all():
             hidden = hidden[wanted]
             targets = targets[wanted]
-    rows = rows_at_once or max(1, LOGITS_AT_ONCE // weight.size(0))
-    if hidden.size(0) <= rows:
-        return plain_cross_entropy(hidden, weight, targets)
-    if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
-    parts = zip(hidden.split(rows), targets.split(rows))
-    return sum(plain_cross_entropy(h, weight, t) for h, t in parts)
+    rows = max(1, LOGITS_AT_ONCE // len(weight))
+    if len(hidden) <= rows:
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -571,19 +547,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
+    def forward(ctx, hidden, weight, targets, rows, learning):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         # The loss is scaled only after this: in float16 its gradients would underflow here.
         exact = torch.float32 if dtype == torch.float16 else dtype
         w = weight.to(dtype)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = 0.0
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
-        if ctx.needs_input_grad[1]:  # LoRA's frozen head needs none: half a gigabyte of a 7B model
+        if learning and ctx.needs_input_grad[1]:  # a frozen head's would be half a GB of a 7B model
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for i in range(0, hidden.size(0), rows):
+        for i in range(0, len(hidden), rows):
             h = hidden[i : i + rows].to(dtype)  # (rows, C)
             t = targets[i : i + rows, None]  # (rows, 1)
             counts = t != -100
@@ -591,14 +567,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits = (h @ w.t()).float()  # (rows, V)
             lse = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
             total += ((lse - logits.gather(1, t)) * counts).sum()
+            if not learning:
+                continue
             d = logits.sub_(lse).exp_()  # softmax
             d = d.scatter_add_(1, t, torch.full_like(lse, -1.0))  # - one_hot
             d = d.mul_(counts).to(exact)
             grad_hidden[i : i + rows] = d @ w.to(exact)
             if grad_weight is not None:
                 grad_weight += d.t() @ h.to(exact)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -607,7 +583,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = grad_weight * grad
-        return grad_hidden * grad, grad_weight, None, None
+        return grad_hidden * grad, grad_weight, None, None, None
 
 
 @torch.compiler.disable  # the number of targets, and with it every shape, differs between batches
@@ -624,10 +600,10 @@ def token_losses(hidden, head, targets):
     at = targets != -100
     wanted = hidden[at]  # (B, T, C) -> (N, C)
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    parts = zip(wanted.split(rows), targets[at].split(rows))
     if len(wanted) <= rows:
-        each = losses(wanted, targets[at])
+        each = [losses(h, t) for h, t in parts]
     else:
-        parts = zip(wanted.split(rows), targets[at].split(rows))
-        each = torch.cat([checkpoint(losses, h, t, use_reentrant=False) for h, t in parts])
-    zeros = hidden.new_zeros(targets.shape, dtype=torch.float32)
-    return zeros.masked_scatter(at, each)
+        each = [checkpoint(losses, h, t, use_reentrant=False) for h, t in parts]
+    zeros = torch.zeros_like(targets, dtype=torch.float32)
+    return zeros.masked_scatter(at, torch.cat(each))

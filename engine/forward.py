@@ -142,7 +142,7 @@ class TorchForward(nn.Module):
     def allocate(self, blocks, dtype):
         """Room for keys and values: (layers, blocks, block_size, K, D) each.
 
-        int8 and fp8 ones have a scale for each token and head: (2, layers, blocks, block_size, K).
+        int8 ones have a scale for each token and head: (2, layers, blocks, block_size, K).
         """
         c = self.config
         shape = c.num_hidden_layers, blocks, self.block_size, c.num_key_value_heads

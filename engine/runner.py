@@ -82,7 +82,7 @@ class Runner:
         self.join_ranks()
         on_cpu = self.device.type == "cpu"
         self.exact_kv_dtype = torch.float32 if on_cpu else runtime.dtype
-        kinds = {"auto": self.exact_kv_dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+        kinds = {"auto": self.exact_kv_dtype, "int8": torch.int8}
         kinds |= DTYPES
         if kv_dtype not in kinds:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")

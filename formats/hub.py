@@ -23,12 +23,12 @@ HF_CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-ROPE_TYPES = "default", "linear", "llama3", "yarn"
+ROPE_TYPES = "default linear llama3 yarn".split()
 
 # ------------------------------------------------------------------------------------- config.json
 # Config's fields that every config.json has; for one that sets a size, the most that it may be, as
 # files from outside are checked before memory is taken.
-FIELDS = {
+CONFIG_FIELDS = {
     "model_type": None,
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 24,
@@ -58,9 +58,7 @@ def config_from_dict(d, where="config.json"):
     kind = d.get("model_type")
     if kind not in HF_CLASSES:
         known = ", ".join(HF_CLASSES)
-        raise UserError(
-            f"{where}: model_type {kind!r} is not supported; this program knows {known}"
-        )
+        raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
     return gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
 
 
@@ -68,23 +66,15 @@ def gpt2_config(d, where):
     """GPT-2 has its own words, a bias everywhere, and neither RoPE nor grouped heads."""
     activation = d.get("activation_function", "gelu_new")
     if activation != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx"):
-        raise UserError(
-            f"{where}: only GPT-2's own activation (gelu_new) and attention scaling are supported"
-        )
+        raise UserError(f"{where}: only GPT-2's own gelu_new and attention scaling are supported")
     C = read_size(d, "n_embd", where)
     H = read_size(d, "n_head", where)
     if C % H:
         raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
     defaults = {"intermediate_size": 4 * C, "norm_eps": 1e-5, "tie_word_embeddings": True}
-    return Config(
-        **read_fields(d, GPT2_KEYS, defaults, where),
-        num_key_value_heads=H,
-        head_dim=C // H,
-        rope={},
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-    )
+    fields = read_fields(d, GPT2_KEYS, defaults, where)
+    fields |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+    return Config(**fields, num_key_value_heads=H, head_dim=C // H, rope={})
 
 
 def llama_config(d, where):
@@ -95,15 +85,15 @@ def llama_config(d, where):
     defaults = {"norm_eps": 1e-6, "tie_word_embeddings": False}
     fields = read_fields(d, LLAMA_KEYS, defaults, where)
     H = fields["num_attention_heads"]
-    K = read_size(d, "num_key_value_heads", where, 4096, default=H)
+    K = read_size(d, "num_key_value_heads", where, 4096, H)
     D = 128 if kind == "qwen3" else fields["hidden_size"] // H
-    D = read_size(d, "head_dim", where, 4096, default=D)
+    D = read_size(d, "head_dim", where, 4096, D)
     if H % K:
         raise UserError(f"{where}: {H} attention heads cannot share {K} key/value heads")
     if D % 2:
         raise UserError(f"{where}: head_dim {D} is odd; rotary embeddings need an even one")
     window, sliding_layers = sliding_from_dict(d)
-    attention_bias = bool(d.get("attention_bias"))
+    bias = bool(d.get("attention_bias"))
     return Config(
         **fields,
         num_key_value_heads=K,
@@ -111,16 +101,16 @@ def llama_config(d, where):
         rope=rope_from_dict(d, where),
         sliding_window=window,
         sliding_layers=sliding_layers,
-        qkv_bias=attention_bias or kind == "qwen2",
-        out_bias=attention_bias and kind != "qwen2",
+        qkv_bias=bias or kind == "qwen2",
+        out_bias=bias and kind != "qwen2",
         mlp_bias=bool(d.get("mlp_bias")),
     )
 
 
 def read_fields(d, keys, defaults, where):
-    """-> {field of FIELDS: its value in the file, or the default}"""
+    """-> {field of CONFIG_FIELDS: its value in the file, or the default}"""
     fields = {}
-    for field, most in FIELDS.items():
+    for field, most in CONFIG_FIELDS.items():
         key = keys.get(field, field)
         default = defaults.get(field)
         fields[field] = read_size(d, key, where, most, default) if most else d.get(key, default)
@@ -138,15 +128,13 @@ def read_size(d, key, where, most=1 << 24, default=None):
 
 def rope_from_dict(d, where):
     """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> one dict."""
-    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
-    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope["rope_type"] = kind
-    rope.setdefault("rope_theta", float(d.get("rope_theta", 10000.0)))
-    if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    given = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    kind = given.pop("type", "default")  # its name long ago
+    rope = {"rope_type": kind, "rope_theta": d.get("rope_theta", 10000.0)} | given
+    kind = rope["rope_type"]
+    if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         known = ", ".join(ROPE_TYPES)
-        raise UserError(
-            f"{where}: rope scaling {rope} is not supported; this program knows {known}"
-        )
+        raise UserError(f"{where}: rope scaling {rope} is not supported, only {known}")
     if kind != "default" and "factor" not in rope:
         raise UserError(f"{where}: rope scaling {kind!r} without its factor")
     if kind in ("llama3", "yarn"):  # they need the length before it was stretched
@@ -158,27 +146,27 @@ def rope_from_dict(d, where):
 def sliding_from_dict(d):
     """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
     kind = d["model_type"]
-    layers = range(d["num_hidden_layers"])
-    window = d.get("sliding_window", 4096 if kind == "mistral" else None)
-    slides = kind == "mistral" or (kind != "llama" and d.get("use_sliding_window"))
-    if window is None or not slides:
-        return None, ()
+    layers = tuple(range(d["num_hidden_layers"]))
+    window = d.get("sliding_window", 4096)
     if kind == "mistral":
-        return window, tuple(layers)
-    if d.get("layer_types"):
+        sliding = layers
+    elif kind == "llama" or not d.get("use_sliding_window"):
+        sliding = ()
+    elif d.get("layer_types"):
         kinds = enumerate(d["layer_types"])
-        return window, tuple(i for i, name in kinds if name == "sliding_attention")
-    return window, tuple(layers[d.get("max_window_layers", 28) :])
+        sliding = tuple(i for i, name in kinds if name == "sliding_attention")
+    else:
+        sliding = layers[d.get("max_window_layers", 28) :]
+    return (window, sliding) if window and sliding else (None, ())
 
 
 def config_to_dict(config):
     """-> config.json's content, also for readers of before transformers 5 (rope_theta)."""
     keys = GPT2_KEYS if config.is_gpt2 else LLAMA_KEYS
-    d = {keys.get(field, field): getattr(config, field) for field in FIELDS}
+    d = {keys.get(field, field): getattr(config, field) for field in CONFIG_FIELDS}
     d["architectures"] = [HF_CLASSES[config.model_type]]
     if config.is_gpt2:
         return d | {"activation_function": "gelu_new"}
-    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     d |= {
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -188,7 +176,7 @@ def config_to_dict(config):
         "sliding_window": config.sliding_window,
         "rope_parameters": config.rope,
         "rope_theta": config.rope["rope_theta"],
-        "rope_scaling": None if config.rope["rope_type"] == "default" else scaling,
+        "rope_scaling": None if config.rope["rope_type"] == "default" else config.rope,
     }
     if config.model_type.startswith("qwen"):
         kinds = ["full_attention"] * config.num_hidden_layers
@@ -220,7 +208,7 @@ TENSOR_NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")
 
 def is_conv1d(number, leaf, tensor):
     """Whether GPT-2's folder has it transposed: matrices of its layers, not GPTQ's packed ones."""
-    return bool(number) and leaf == "weight" and tensor.ndim == 2
+    return number and leaf == "weight" and tensor.ndim == 2
 
 
 def to_folder_names(state, config):
@@ -229,19 +217,15 @@ def to_folder_names(state, config):
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if name.startswith("lm_head."):
-            theirs = name
-        elif not config.is_gpt2:
-            theirs = "model." + name
-        else:
+        theirs = name if name.startswith("lm_head.") else "model." + name
+        if config.is_gpt2 and theirs != name:
             number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
             layer = f"h.{number}." if number else ""
             theirs = f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
             if is_conv1d(number, leaf, tensor):
                 tensor = tensor.t()  # (out, in) -> (in, out)
-            if theirs in out:  # k and v, behind q; GPTQ's g_idx is about the input that they share
-                before = out[theirs]
-                tensor = before if leaf == "g_idx" else torch.cat((before, tensor), -1)
+            if theirs in out and leaf != "g_idx":  # k and v go behind q; they share GPTQ's g_idx
+                tensor = torch.cat((out[theirs], tensor), -1)
         out[theirs] = tensor
     return out
 
@@ -252,9 +236,9 @@ def from_folder_names(name, tensor, config):
         return {name.removeprefix("model."): tensor}
     number, inner, leaf = TENSOR_NAME.fullmatch(name.removeprefix("transformer.")).groups()
     ours = [name for name, theirs in GPT2_NAMES.items() if theirs == inner]
-    parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
-    if leaf == "g_idx":
-        parts = [tensor] * len(ours)
+    parts = [tensor] * len(ours)  # GPTQ's g_idx is about the input that they share
+    if leaf != "g_idx":
+        parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
     layer = f"layers.{number}." if number else ""
     out = {}
     for module, part in zip(ours, parts):
@@ -280,7 +264,12 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     config = config_from_dict(content, where=path)
     config.dropout = dropout
     files = open_weights(folder, device)
-    check_depth(config, files, folder)
+    # The number of layers is checked before a module is built for each.
+    layers = config.num_hidden_layers
+    inside = [n for n in files if n.startswith(("model.layers.", "transformer.h."))]
+    found = len({n.split(".")[2] for n in inside})
+    if found != layers:
+        raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
     with torch.device("meta"):
         model = Transformer(config)
     expected = model.state_dict()
@@ -312,49 +301,30 @@ def open_weights(folder, device="cpu"):
 
     The two names differ in OpenAI's own GPT-2 upload, which lacks the "transformer." prefix.
     """
-    folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = set(read_json(index).get("weight_map", {}).values())
     files = {}
     for name in names:
         if Path(name).name != name:  # an index from outside must not lead out of its folder
             raise UserError(f"{index}: {name!r} is not a plain file name")
-        file = open_safetensors(folder / name, device)
+        path = folder / name
+        try:
+            file = safe_open(path, framework="pt", device=str(device))
+        except OSError:  # safetensors says "not found" of what may not be read, too
+            raise UserError(f"{path}: not found (a model needs it), or not readable") from None
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
         for key in file.keys():
             bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
             files["transformer." + key if bare else key] = (file, key)
     return files
 
 
-def open_safetensors(path, device):
-    try:
-        return safe_open(path, framework="pt", device=str(device))
-    except OSError as error:  # safetensors says "not found" of what may not be read, too
-        fault = "not found (a model folder needs model.safetensors)"
-        if path.exists():
-            fault = "may not be read by this user"
-        raise UserError(f"{path}: {fault}") from error
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise UserError(
-            f"{path}: damaged or cut short at {size:,} bytes ({error}); fetch it again"
-        ) from None
-
-
 def read_weight(files, name):
     file, key = files[name]
     return file.get_tensor(key)
-
-
-def check_depth(config, files, folder):
-    """The number of layers against the files' names, before a module is built for each."""
-    inside = [n for n in files if n.startswith(("model.layers.", "transformer.h."))]
-    found = len({n.split(".")[2] for n in inside})
-    stated = config.num_hidden_layers
-    if found != stated:
-        raise UserError(f"{folder}: config.json says {stated} layers, the weights have {found}")
 
 
 # Buffers that older writers saved; they hold no weights.
@@ -364,37 +334,33 @@ OLD_BUFFERS = ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"
 def check_tensors(expected, files, folder):
     """Names and shapes in the folder against the model's; one error for all (8 of each kind)."""
     missing = []
-    misshapen = []
+    wrong = []
     for name, tensor in expected.items():
         if name not in files:
             missing.append(name)
             continue
         file, key = files[name]
-        shape = tuple(file.get_slice(key).get_shape())
-        if shape != tuple(tensor.shape):
-            misshapen.append(f"{name} is {shape}, expected {tuple(tensor.shape)}")
+        shape = file.get_slice(key).get_shape()
+        if shape != list(tensor.shape):
+            wrong.append(f"{name} is {tuple(shape)}, expected {tuple(tensor.shape)}")
     extra = [n for n in files if n not in expected and not n.endswith(OLD_BUFFERS)]
-    spare_head = "lm_head.weight" in extra  # tied, yet saved: fine if it is the embedding
-    if spare_head:
-        extra.remove("lm_head.weight")
+    head = "lm_head.weight"
+    if head in extra:  # tied, yet saved: fine if it is the embedding, which comes first
+        extra.remove(head)
+        embedding = next(iter(expected))
+        if not missing and not torch.equal(read_weight(files, head), read_weight(files, embedding)):
+            wrong.append(f"{head} differs from the embedding it is tied to in config.json")
     faults = []
-    for names, what in (
-        (missing, "missing"),
-        (extra, "not part of this model"),
-        (misshapen, "of another shape"),
-    ):
+    kinds = {
+        "missing": missing,
+        "not part of this model": extra,
+        "of another shape or value": wrong,
+    }
+    for kind, names in kinds.items():
         if names:
-            more = ", ..." if len(names) > 8 else ""
-            faults.append(f"{len(names)} tensors {what}: {', '.join(names[:8])}{more}")
-    if spare_head and not missing and not same_head(files):
-        faults.append("lm_head.weight differs from the embedding it is tied to in config.json")
+            faults.append(f"{len(names)} tensors {kind}: {', '.join(names[:8])}")
     if faults:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
-
-
-def same_head(files):
-    name = next(n for n in files if n.endswith(("embed_tokens.weight", "wte.weight")))
-    return torch.equal(read_weight(files, "lm_head.weight"), read_weight(files, name))
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -417,7 +383,6 @@ def save_model(model, folder, state=None):
         state = packed_state(model)
         content["quantization_config"] = model.quantization
     write_tensors(folder / "model.safetensors", to_folder_names(state, config))
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    ids = {name: value for name, value in ids.items() if value is not None}
+    ids = {name: content[name] for name in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", content)

@@ -179,22 +179,19 @@ def attend(rows, lengths, H, KH, D, page=16, window=None, dtype=torch.float32, c
 
 
 @kernel
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 def test_kv_store_equals_its_twin_and_skips_slot_minus_one(cache_dtype):
     qkv = random(5, 3, 3, 24)
     slots = torch.tensor([3, -1, 17, 0, 9], device=DEVICE)
     results = []
-    for store in (K.kv_store, K.kv_store_twin):
-        tensors = [zeros(5, 4, 3, 24).to(cache_dtype or torch.float32) for _ in range(2)]
-        if cache_dtype:
-            tensors += [zeros(5, 4, 3) for _ in range(2)]
-        store(qkv[:, 0], qkv[:, 1], *tensors[:2], slots, *tensors[2:])
-        results.append([t.float() for t in tensors])
+    for store in (K.store_rows, K.store_rows_twin):
+        tensors = [zeros(5, 4, 3, 24, dtype=cache_dtype or torch.float32)]
+        tensors.append(zeros(5, 4, 3) if cache_dtype else None)
+        store(qkv[:, 1], *tensors, slots)
+        results.append([t.float() for t in tensors if t is not None])
     for ours, twin in zip(*results):
         assert (ours.flatten(0, 1)[slots[slots >= 0]] != 0).any()
-        assert cache_dtype == torch.float8_e4m3fn or (ours - twin).abs().max() < 1e-6
-        # The interpreter drops the carry when a float8 rounds up to a power of two.
-        assert (ours != twin).float().mean() < 0.02
+        assert (ours - twin).abs().max() < 1e-6
 
 
 @kernel
@@ -212,9 +209,8 @@ def test_prefill_attention_equals_its_twin():
 
 
 @kernel
-@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])
-def test_attention_over_a_quantized_cache_equals_its_twin(cache_dtype):
-    attend([1, 6], [200, 12], H=4, KH=2, D=32, cache_dtype=cache_dtype)
+def test_attention_over_an_int8_cache_equals_its_twin():
+    attend([1, 6], [200, 12], H=4, KH=2, D=32, cache_dtype=torch.int8)
 
 
 @kernel
@@ -238,7 +234,7 @@ def test_paged_attention_twin_equals_torch_attention():
     caches = [torch.zeros(3, 4, 2, 8) for _ in range(2)]
     tables = torch.tensor([[2, 0, 1]], dtype=torch.int32)
     at = torch.arange(11)
-    K.kv_store_twin(k, v, *caches, tables[0, at // 4].long() * 4 + at % 4)
+    K.kv_store(k, v, *caches, tables[0, at // 4].long() * 4 + at % 4)
     starts = torch.tensor([0, 6])
     ours = K.paged_attention_twin(q, *caches, tables, torch.tensor([11]), starts, 8**-0.5)
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (T, H, D) -> (1, H, T, D)

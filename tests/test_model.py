@@ -13,16 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from common import UserError
-from model import (
-    Config,
-    KVCache,
-    Transformer,
-    attention_mask,
-    block_mask,
-    cross_entropy_sum,
-    draw,
-    flex,
-)
+from model import Config, Transformer, attention_mask, block_mask, cross_entropy_sum, draw, flex
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -95,7 +86,7 @@ def test_future_tokens_change_nothing(model):
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [13, 1, 1, 20, 5]])
 def test_cached_logits_equal_uncached_in_any_pieces(model, pieces):
     ids = tokens(2, 40)
-    caches = [KVCache(model.config, 2, "cpu", torch.float32, 40) for _ in model.layers]
+    caches = model.empty_caches(40, 2)
     with torch.no_grad():
         out = [model(piece, caches=caches) for piece in ids.split(pieces, dim=1)]
         assert torch.allclose(torch.cat(out, 1), model(ids), atol=1e-4)
@@ -394,7 +385,7 @@ def test_loading_takes_about_one_copy_of_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32])
-def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows):
+def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows, monkeypatch):
     torch.manual_seed(0)
     hidden = torch.randn(40, 16, dtype=torch.float64)
     weight = torch.randn(50, 16, dtype=torch.float64)
@@ -402,22 +393,24 @@ def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows):
     targets[::5] = -100
     results = []
     for at_once in (10**6, rows):
+        monkeypatch.setattr("model.LOGITS_AT_ONCE", 50 * at_once)
         h = hidden.clone().requires_grad_()
         w = weight.clone().requires_grad_()
-        loss = cross_entropy_sum(h, w, targets, at_once)
+        loss = cross_entropy_sum(h, w, targets)
         (loss / 32).backward()
         results.append((loss.double(), h.grad, w.grad))
     for plain, chunked in zip(*results):
         assert torch.allclose(plain, chunked, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert abs(cross_entropy_sum(hidden, weight, targets, rows) - results[0][0]) < 1e-3
+        assert abs(cross_entropy_sum(hidden, weight, targets) - results[0][0]) < 1e-3
 
 
-def test_a_batch_without_targets_costs_nothing():
+def test_a_batch_without_targets_costs_nothing(monkeypatch):
     hidden = torch.randn(8, 4, requires_grad=True)
     weight = torch.randn(5, 4, requires_grad=True)
     for rows in (100, 3):
-        loss = cross_entropy_sum(hidden, weight, torch.full((8,), -100), rows)
+        monkeypatch.setattr("model.LOGITS_AT_ONCE", 5 * rows)
+        loss = cross_entropy_sum(hidden, weight, torch.full((8,), -100))
         loss.backward()
         assert loss == 0 and hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
 
