@@ -55,7 +55,7 @@ def read_rows(path, tok, count, length):
         head = file.readline()
     ids = []
     if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
-        for conversation, _ in examples(tok, read_records(path), Counter()):
+        for conversation, _ in examples(tok, path, read_records(path), Counter()):
             ids += conversation
     else:
         first, last = ends_of(tok)
