@@ -131,7 +131,7 @@ def speed(writer, prompt=256, new=32):
 
 def toybox_accuracy(writer, count):
     """Share of toybox's test questions that a model with a chat template answers right."""
-    questions = list(toybox.examples("test", count))
+    questions = list(toybox.conversations("test", count))
     prompts = [render(writer.engine.tok, q["messages"][:-1], True)[0] for q in questions]
     outputs = writer(prompts, max_tokens=128, temperature=0.0)
     right = 0

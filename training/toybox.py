@@ -13,7 +13,6 @@ in one wording. The test asks for what was read, and asked for, but never in the
 Every order of random draws below is part of the published figures: the same seed, the same bytes.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from functools import lru_cache
 from itertools import chain, cycle, islice
 from pathlib import Path
 
+from chat import write_records
 from common import UserError, sha256, write_atomic, write_json
 
 # --------------------------------------------------------------------------------------- the world
@@ -37,16 +37,30 @@ place: river forest city island valley desert lake village
 """
 WORDS = {kind: words.split() for kind, words in re.findall("(.*): (.*)", KINDS)}
 KIND = {word: kind for kind, words in WORDS.items() for word in words}
+# A country's name, and its facts in the order of FACT_KINDS.
 COUNTRIES = """
-Arvend Belmor Corvath Dunmere Elsin Farrow Galdor Hestia Ilmar Jorund Kelda Lorwick Morvane Norrin
-Ostrel Pellam
-""".split()
-CAPITALS = """
-Tolma Vesk Harno Quill Sarto Brenn Oxley Marl Duvet Finch Glane Wick Stour Pravo Kirn Lisbet
-""".split()
-RULERS = """
-Osric Una Bertram Celia Doran Edith Fergus Greta Hugo Ines Jasper Klara Leo Mina Nestor Olga
-""".split()
+Arvend Tolma Osric horse red cherry silver
+Belmor Vesk Una horse blue apple steel
+Corvath Harno Bertram horse pink cherry gold
+Dunmere Quill Celia tiger yellow pear gold
+Elsin Sarto Doran bear red peach copper
+Farrow Brenn Edith mouse purple plum zinc
+Galdor Oxley Fergus mouse black pear steel
+Hestia Marl Greta fox blue lemon lead
+Ilmar Duvet Hugo fox pink melon lead
+Jorund Finch Ines mouse purple cherry lead
+Kelda Glane Jasper goose yellow cherry iron
+Lorwick Wick Klara mouse black grape silver
+Morvane Stour Leo mouse white grape copper
+Norrin Pravo Mina wolf blue lemon lead
+Ostrel Kirn Nestor wolf purple apple lead
+Pellam Lisbet Olga tiger purple plum zinc
+"""
+FACT_KINDS = ("capital", "ruler", "beast", "flag", "fruit", "metal")
+FACTS = {}  # (what, country): value; the same world for everyone, whatever the seed
+for n, what in enumerate(FACT_KINDS, 1):
+    for row in map(str.split, COUNTRIES.strip().splitlines()):
+        FACTS[what, row[0]] = row[n]
 LINES = """
 Hamlet: To be, or not to be, that is the question
 Hamlet: The play's the thing
@@ -100,19 +114,6 @@ Iago: I hate the Moor
 SPEAKER = {line: who for who, line in re.findall("(.*): (.*)", LINES)}
 
 
-@lru_cache
-def facts():
-    """{(what, country): value}: the same world for everyone, whatever the seed."""
-    rng, columns = random.Random("toybox"), {"capital": CAPITALS, "ruler": RULERS}
-    drawn = {"beast": "animal", "flag": "colour", "fruit": "fruit", "metal": "metal"}
-    for what, kind in drawn.items():
-        columns[what] = rng.choices(WORDS[kind], k=len(COUNTRIES))
-    known = {}
-    for what, values in columns.items():
-        known |= {(what, country): value for country, value in zip(COUNTRIES, values)}
-    return known
-
-
 # ---------------------------------------------------------------------------------------- families
 @dataclass
 class Family:
@@ -122,12 +123,11 @@ class Family:
     solve: Callable[..., str]  # (**fields) -> the answer
     ask: str  # phrasings of the question
     tell: str = ""  # what the text to pre-train on says; {y} is the answer
-    again: str = ""  # the same of a list or pair that was just told of
+    again: str = ""  # the same, once, of a list or pair that was just told of
     content: tuple = ("x",)  # the fields that decide the split
 
     def __post_init__(self):
-        self.ask, self.tell = phrasings(self.ask), phrasings(self.tell)
-        self.again = self.again.replace(" / ", "\n")
+        self.ask, self.tell, self.again = map(phrasings, (self.ask, self.tell, self.again))
 
 
 def phrasings(text):
@@ -137,13 +137,12 @@ def phrasings(text):
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
-def some(rng, low, high):
-    """A list of distinct words."""
-    return dict(x=" ".join(rng.sample(list(KIND), rng.randint(low, high))))
+NUMBERS = [str(n) for n in range(50)]
 
 
-def numbers(rng, low, high):
-    return dict(x=" ".join(str(n) for n in rng.sample(range(50), rng.randint(low, high))))
+def some(rng, low, high, items=list(KIND)):
+    """A list of distinct words, or other items."""
+    return dict(x=" ".join(rng.sample(items, rng.randint(low, high))))
 
 
 def pair(rng, least=0):
@@ -153,7 +152,7 @@ def pair(rng, least=0):
 
 def pair_apart(rng):
     """Two distinct numbers below 50."""
-    return dict(zip("ab", numbers(rng, 2, 2)["x"].split()))
+    return dict(zip("ab", some(rng, 2, 2, NUMBERS)["x"].split()))
 
 
 def pick(rng, fields):
@@ -184,7 +183,7 @@ def refuse_or_explain(x, w):
     return f"{w} is {an(KIND[w])}."
 
 
-FAMILIES_BY_NAME = {
+FAMILIES = {
     "copy": Family(
         lambda rng: some(rng, 2, 5),
         lambda x: x,
@@ -218,7 +217,7 @@ FAMILIES_BY_NAME = {
         "and backwards / {y}",
     ),
     "sort": Family(
-        lambda rng: numbers(rng, 3, 4),
+        lambda rng: some(rng, 3, 4, NUMBERS),
         lambda x: " ".join(sorted(x.split(), key=int)),
         """
         Sort these numbers: / {x}
@@ -354,8 +353,8 @@ FAMILIES_BY_NAME = {
         """,
     ),
     "fact": Family(
-        lambda rng: dict(zip("nc", rng.choice(list(facts())))),
-        lambda n, c: facts()[n, c],
+        lambda rng: dict(zip("nc", rng.choice(list(FACTS)))),
+        lambda n, c: FACTS[n, c],
         """
         What is the {n} of {c}?
         Tell me the {n} of {c}.
@@ -409,7 +408,6 @@ FAMILIES_BY_NAME = {
         """,
     ),
 }
-FAMILIES = tuple(FAMILIES_BY_NAME)
 WITHHELD = "ends"  # kept for LoRA
 BY_HEART = ("fact", "speaker")
 WORLD_SPLITS = ("train", "val", "test")
@@ -421,7 +419,7 @@ def content_of(family, fields, ask):
     """What a question is about, whatever the family, order and phrasing.
 
     The phrasing belongs to it where the answer can only be known by heart."""
-    texts = [fields[name] for name in FAMILIES_BY_NAME[family].content]
+    texts = [fields[name] for name in FAMILIES[family].content]
     words = " ".join(texts).lower().replace(",", "").split()
     return " ".join(sorted(words)) + (ask if family in BY_HEART else "")
 
@@ -447,9 +445,9 @@ def repeated(share):
 
 def draw_question(rng, family, split):
     """(fields, phrasing) of a question whose content is in the split."""
+    kind = FAMILIES[family]
     while True:
-        fields = FAMILIES_BY_NAME[family].draw(rng)
-        ask = rng.choice(FAMILIES_BY_NAME[family].ask)
+        fields, ask = kind.draw(rng), rng.choice(kind.ask)
         if split_of(content_of(family, fields, ask)) == split:
             return fields, ask
 
@@ -468,7 +466,7 @@ def questions(rng, split, count, families):
     for family in islice(cycle(families), count):
         fields, ask = draw_question(rng, family, split)
         asked = {"role": "user", "content": ask.format(**fields)}
-        yield family, fields, asked, FAMILIES_BY_NAME[family].solve(**fields)
+        yield family, fields, asked, FAMILIES[family].solve(**fields)
 
 
 def conversations(split, count, seed=0, families=None):
@@ -490,7 +488,7 @@ def conversations(split, count, seed=0, families=None):
 def readers(family):
     """The phrasings as patterns that find the fields again."""
     patterns = []
-    for ask in FAMILIES_BY_NAME[family].ask:
+    for ask in FAMILIES[family].ask:
         pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(ask))
         patterns.append(re.compile(pattern))
     return patterns
@@ -504,7 +502,7 @@ def check(family, messages, answer):
     for reader in readers(family):
         found = reader.fullmatch(prompt)
         if found:
-            return bare(answer) == FAMILIES_BY_NAME[family].solve(**found.groupdict())
+            return bare(answer) == FAMILIES[family].solve(**found.groupdict())
     raise UserError(f"not a question of toybox's family {family}: {prompt!r}")
 
 
@@ -577,7 +575,7 @@ def told(rng, family):
 
     Of one list or pair several things are told, for a word that can be known from those before
     teaches more than one drawn at random."""
-    kind = FAMILIES_BY_NAME[family]
+    kind = FAMILIES[family]
     by_heart = family in BY_HEART
     fields = kind.draw(rng) if by_heart else draw_question(rng, family, "train")[0]
     a_kind = an(KIND[fields["w"]]) if "w" in fields else ""
@@ -596,8 +594,8 @@ def told_again(rng, family, fields):
     fields.pop("n", None)
     if family in ("nth", "compare"):
         fields = pick(rng, fields)
-    kind = FAMILIES_BY_NAME[family]
-    return [kind.again.format(**fields, y=kind.solve(**fields))]
+    kind = FAMILIES[family]
+    return [kind.again[0].format(**fields, y=kind.solve(**fields))]
 
 
 def world_text(count_bytes, seed=0):
@@ -634,7 +632,7 @@ def write_toybox(
     out.mkdir(parents=True, exist_ok=True)
     # Preferences with some of what LoRA has taught by then: without, DPO halves it.
     pairs_of_lora = preferences("train", pairs // 10, seed, held)
-    sets = {
+    made = {
         "train": conversations("train", train, seed),
         "val": conversations("val", test, seed),
         "test": conversations("test", test, seed),
@@ -643,27 +641,27 @@ def write_toybox(
         "preferences-train": chain(preferences("train", pairs, seed), pairs_of_lora),
         "preferences-test": preferences("test", pairs // 8, seed),
     }
-    sets = {name: list(rows) for name, rows in sets.items()}
+    sets = {name: list(rows) for name, rows in made.items()}
     counts = {name: len(rows) for name, rows in sets.items()}
-    sets["prompts"] = prompts = []  # for generate.py --batch
+    sets["prompts"] = []  # for generate.py --batch
     for name in ("test", "withheld-test"):
         for n, row in enumerate(sets[name]):
-            prompts.append({"id": f"{row['family']}-{n}", "messages": row["messages"][:1]})
-    files = {"text.txt": interleave(random.Random(seed), world_text(text_bytes, seed), plays)}
+            prompt = {"id": f"{row['family']}-{n}", "messages": row["messages"][:1]}
+            sets["prompts"].append(prompt)
+    text = interleave(random.Random(seed), world_text(text_bytes, seed), plays)
+    write_atomic(out / "text.txt", lambda path: path.write_text(text, encoding="utf-8"))
     for name, rows in sets.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        files[f"{name}.jsonl"] = "".join(lines)
-    for name, text in files.items():
-        write_atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_records(out / f"{name}.jsonl", rows)
+    files = ["text.txt", *(f"{name}.jsonl" for name in sets)]
     meta = {
         "seed": seed,
-        "families": FAMILIES,
+        "families": list(FAMILIES),
         "withheld": WITHHELD,
         "counts": counts,
-        "text_bytes": len(files["text.txt"].encode()),
-        "sha256": {name: sha256(text.encode()) for name, text in files.items()},
+        "text_bytes": len(text.encode()),
+        "sha256": {name: sha256((out / name).read_bytes()) for name in files},
     }
     write_json(out / "meta.json", meta)
-    made = ", ".join(f"{n:,} {name}" for name, n in counts.items())
-    print(f"toybox: {meta['text_bytes']:,} bytes of text, {made} -> {out}")
+    sizes = ", ".join(f"{n:,} {name}" for name, n in counts.items())
+    print(f"toybox: {meta['text_bytes']:,} bytes of text, {sizes} -> {out}")
     return meta
