@@ -55,7 +55,7 @@ def read_chat(tok, messages, tools=None, prompt=False):
     """OpenAI-style messages -> Chat. Raises UserError naming the message at fault."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UserError("a conversation is a non-empty list of {role, content} messages")
-    if tools and not (isinstance(tools, list) and all(map(is_tool, tools))):
+    if tools and not (isinstance(tools, list) and all(map(has_function, tools))):
         raise UserError(
             "tools must be a list of {type: function, function: {name, description, parameters}}"
         )
@@ -67,7 +67,7 @@ def read_chat(tok, messages, tools=None, prompt=False):
     return Chat(checked, system, turns, tools or None, prompt, bos, eos)
 
 
-def is_tool(tool):
+def has_function(tool):
     return isinstance(tool, dict) and isinstance(tool.get("function"), dict)
 
 
@@ -230,8 +230,9 @@ def call_text(call, arguments="arguments"):
     return f'{{"name": "{function["name"]}", "{arguments}": {json_text(function["arguments"])}}}'
 
 
-def mistral(chat, opening, closing, space, system_at=-1, trim=False):
-    """v1's markers are plain text; v3's tokens, with SentencePiece's spaces; tekken's without.
+def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
+    """v1's markers are plain text, led by a space; v3's tokens, with SentencePiece's spaces;
+    tekken's without.
 
     Where the system prompt goes (v3 loses it if the assistant spoke last) and that the tools stand
     before every message that equals the last user's is as published."""
@@ -245,7 +246,7 @@ def mistral(chat, opening, closing, space, system_at=-1, trim=False):
                 yield from enclosed("[AVAILABLE_TOOLS]" + space, f"[{tools}]", "[/AVAILABLE_TOOLS]")
             if chat.system is not None and m is chat.turns[system_at]:
                 text = f"{chat.system}\n\n{text}"
-            yield from enclosed(opening, text, closing)
+            yield from enclosed(f"{lead}[INST]{space}", text, f"{lead}[/INST]")
         elif m["role"] == "tool":
             result = f'{{"content": {text}, "call_id": "{mistral_id(m.get("tool_call_id"))}"}}'
             yield from enclosed("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
@@ -282,8 +283,11 @@ def qwen(chat, default_system=None, think=False):
     """Qwen 2.5 (with its default system prompt), Qwen 3 (with its thoughts): ChatML plus tools."""
     yield from qwen_system(chat, default_system if chat.system is None else chat.system)
     last = len(chat.turns) - 1
-    questions = [i for i, m in enumerate(chat.turns) if is_question(m)]
-    asked = max(questions, default=last)
+    disguised = re.compile("(?s)<tool_response>.*</tool_response>").fullmatch  # a tool's result
+    asked = last
+    for i, m in enumerate(chat.turns):
+        if m["role"] == "user" and not disguised(m["content"]):
+            asked = i
     for role, run in groupby(enumerate(chat.turns), lambda turn: turn[1]["role"]):
         if role == "tool":  # results that follow one another share one user turn
             yield words("<|im_start|>user")
@@ -302,12 +306,6 @@ def qwen(chat, default_system=None, think=False):
                 yield from turn(f"<|im_start|>{role}\n", m, "<|im_end|>", "\n")
     if chat.prompt:
         yield words("<|im_start|>assistant\n")
-
-
-def is_question(m):
-    """A user turn that isn't a tool's result in disguise."""
-    disguised = re.fullmatch("(?s)<tool_response>.*</tool_response>", m["content"])
-    return m["role"] == "user" and not disguised
 
 
 def qwen_answer(m, thoughts, text):
@@ -372,19 +370,15 @@ INST = ("[INST]", "[/INST]")
 LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
-mistral_v1 = partial(mistral, opening=" [INST] ", closing=" [/INST]", space=" ", system_at=0)
-mistral_v3 = partial(mistral, opening="[INST] ", closing="[/INST]", space=" ", trim=True)
-tekken = partial(mistral, opening="[INST]", closing="[/INST]", space="")
-
 CHAT_FORMATS = {
     "chatml": Format(chatml, IM),
     "llama2": Format(llama2, alternates=True),
     "llama3": Format(llama3, LLAMA3_MARKERS),
     "llama3.1": Format(partial(llama3, date="26 Jul 2024"), LLAMA3_MARKERS, tools=True),
     "llama3.2": Format(partial(llama3, date="%d %b %Y"), LLAMA3_MARKERS, tools=True),
-    "mistral-v1": Format(mistral_v1, alternates=True),
-    "mistral-v3": Format(mistral_v3, INST, tools=True, alternates=True),
-    "mistral-tekken": Format(tekken, INST, tools=True, alternates=True),
+    "mistral-v1": Format(partial(mistral, lead=" ", system_at=0), alternates=True),
+    "mistral-v3": Format(partial(mistral, trim=True), INST, tools=True, alternates=True),
+    "mistral-tekken": Format(partial(mistral, space=""), INST, tools=True, alternates=True),
     "zephyr": Format(zephyr),
     "qwen2.5": Format(partial(qwen, default_system=QWEN_SYSTEM), IM, tools=True),
     "qwen3": Format(partial(qwen, think=True), IM, tools=True),
@@ -594,24 +588,24 @@ def as_messages(record):
             return talk, record.get("tools")
         case {"conversations": said}:
             names = {"human": "user", "gpt": "assistant"}
-            turns = ((names.get(m["from"], m["from"]), m["value"]) for m in said)
+            talk = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in said]
         case {"instruction": task, "output": answer}:
-            more = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
-            turns = ("user", task + more), ("assistant", answer)
+            if record.get("input"):
+                task += f"\n\n### Input:\n{record['input']}"
+            talk = as_turns("user", task) + as_turns("assistant", answer)
         case {"prompt": task, "completion": answer} | {"prompt": task, "response": answer}:
-            turns = ("user", task), ("assistant", answer)
+            talk = as_turns("user", task) + as_turns("assistant", answer)
         case dict():
             keys = ", ".join(repr(key)[:40] for key in list(record)[:12])
             raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
         case _:
             raise UserError(f"it is a {type(record).__name__}, not an object")
-    talk = []
-    for role, text in (("system", record.get("system")), *turns):
-        if isinstance(text, list):  # messages already
-            talk += text
-        elif text or role != "system":
-            talk.append({"role": role, "content": text})
-    return talk, record.get("tools")
+    return as_turns("system", record.get("system") or []) + talk, record.get("tools")
+
+
+def as_turns(role, said):
+    """A text as one message of the role; a list is messages already."""
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
 def write_records(path, rows):

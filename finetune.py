@@ -354,22 +354,18 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
     return answers
 
 
-def last_answer(ids, mask):
-    """One conversation's arrays -> (ids up to its last answer, ids of that answer)."""
-    end = np.flatnonzero(mask)[-1] + 1
-    start = max(np.flatnonzero(~mask[:end]), default=-1) + 1
-    return ids[:start].tolist(), ids[start:end].tolist()
-
-
 def try_out(run, count=20):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
         return  # it is for one rank, which must have the whole model
-    prompts, answers = zip(*(last_answer(ids, mask) for ids, mask in run.val.pairs[:count]))
+    prompts, expected = [], []
+    for ids, mask in run.val.pairs[:count]:
+        start = mask.argmax()  # where the assistant begins to speak
+        prompts.append(ids[:start].tolist())
+        expected.append(run.tok.decode(ids[start:].tolist(), skip_special=True).strip())
     given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
-    for prompt, answer, (text, _) in islice(zip(prompts, answers, given), 3):
-        expected = run.tok.decode(answer, skip_special=True)
-        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {expected}]"))
+    for prompt, wanted, (text, _) in islice(zip(prompts, expected, given), 3):
+        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {wanted}]"))
     ended = sum(ended for _, ended in given)
     print(f"\n{ended} of {len(given)} answers to held-out prompts ended by themselves")
 

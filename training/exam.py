@@ -86,8 +86,7 @@ class Question(NamedTuple):
 def source_records(name, split, count):
     """Yield (record, messages, tools): of a file, FOLDER/SPLIT.jsonl, or `count` of toybox's."""
     if name == "toybox":
-        families = [family for family in toybox.FAMILIES if family != toybox.WITHHELD]
-        rows = toybox.conversations(split, count, families=families)  # families in equal shares
+        rows = toybox.conversations(split, count)
         return ((row, row["messages"], None) for row in rows)
     return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
 

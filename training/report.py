@@ -21,15 +21,8 @@ from safetensors import safe_open
 from common import Metrics, UserError, cli, json_records, parse_flags, read_json, write_atomic
 from training import toybox
 
-MODELS = {  # whose answers are compared: the end of their folder's name, what they are called
-    "base": "only read",
-    "sft": "fine-tuned",
-    "lora": "LoRA",
-    "dpo": "DPO",
-    "int8": "int8",
-    "int4": "int4",
-}
-TRAINED = ("pretrain", "sft", "lora", "dpo")
+# Whose answers are compared: the end of their folder's name.
+MODELS = ("base", "sft", "lora", "dpo", "int8", "int4")
 # The test's first question of each of these is shown; "" is the family of your own questions.
 SHOWN = ("reverse", "sort", "add", "fact", "speaker", "refuse", toybox.WITHHELD, "")
 ROWS_IN_MD = 40  # of a table; answers.jsonl has them all
@@ -84,8 +77,8 @@ def read_answers(folder):
     answers = []
     for row in json_records(folder / "answers.jsonl"):
         (text,), (right,) = row["answers"].values(), row["right"].values()
-        question = row["messages"][-1]["content"]
-        answers.append(ExamAnswer(question, row["expected"], row["family"], text, right))
+        asked = row["messages"][-1]["content"]
+        answers.append(ExamAnswer(asked, row["expected"], row["family"], text, right))
     return answers
 
 
@@ -168,7 +161,7 @@ def stage_figures(stage, answers):
     if out.name in answers:
         right = percent(answer.right for answer in answers[out.name])
         return [f"{right} of {len(answers[out.name]):,} answers right"]
-    if stage.name in TRAINED and (out / "metrics.jsonl").is_file():
+    if (out / "metrics.jsonl").is_file():
         return training_figures(out)
     if out.suffix == ".jsonl" and out.is_file():
         return batch_figures(out)
@@ -179,25 +172,6 @@ def stage_figures(stage, answers):
 
 
 # ---------------------------------------------------------------------------- the parts of the page
-def summary(run, stages, marks):
-    """The run in a few numbers -> lines of Markdown."""
-    seconds = sum(stage.seconds for stage in stages)
-    yield f"- **{clock(seconds)}** for all of it, on {stages[-1].where}"
-    for before, after, what, told in [
-        ("base", "sft", TAUGHT, "right of what fine-tuning taught"),
-        ("sft", "lora", BY_LORA, "right of what only LoRA taught"),
-        ("lora", "dpo", COURTEOUS, "courteous, which DPO taught"),
-    ]:
-        if before in marks and after in marks:
-            was, now = percent(marks[before][what]), percent(marks[after][what])
-            yield f"- **{was} → {now}** {told}"
-    path = Path(f"{run}-int4/quantization.json")
-    if path.is_file():
-        size = read_json(path)
-        before, after = size["original_bytes"] / 1e6, size["bytes"] / 1e6
-        yield f"- **{before:,.1f} → {after:,.1f} MB** in 4 bits"
-
-
 def shown_answers(answers):
     """The test's first question of some families, and what each model says -> rows of a table."""
     *_, last = answers.values()
@@ -232,23 +206,23 @@ def marks_rows(run, marks):
 def road_blocks(run, stages, answers):
     """All of the report -> blocks of Markdown."""
     marks = {name: marks_of(model) for name, model in answers.items()}
-    names = [MODELS[name] for name in answers]
     yield f"# From text to server: {run}"
     yield (
         f"A language model's life in {len(stages)} commands: why, how long, what came of each, "
         "and what the model answers after it."
     )
-    yield "\n".join(summary(run, stages, marks))
+    seconds = sum(stage.seconds for stage in stages)
+    yield f"**{clock(seconds)}** for all of it, on {stages[-1].where}"
     if answers:
         yield "## The same questions after each stage"
         yield (
             "The test's first question of some families, however it was answered. "
             "No list or pair of numbers in it was practised."
         )
-        yield markdown_table(["asked", "expected", *names], shown_answers(answers))
+        yield markdown_table(["asked", "expected", *answers], shown_answers(answers))
         yield "## Marks"
         yield "Held-out questions answered right; a checker solves each anew."
-        yield markdown_table(["", "questions", *names], marks_rows(run, marks))
+        yield markdown_table(["", "questions", *answers], marks_rows(run, marks))
     yield "## The stages"
     for n, stage in enumerate(stages, 1):
         yield f"### {n} · {stage.name}, {clock(stage.seconds)}"
@@ -257,7 +231,7 @@ def road_blocks(run, stages, answers):
         figures = [f"- {figure}" for figure in stage_figures(stage, answers)]
         if figures:
             yield "\n".join(figures)
-        if stage.name in TRAINED and (stage.out / "loss.png").is_file():
+        if (stage.out / "loss.png").is_file():
             yield f"![the loss](../{stage.out.name}/loss.png)"
 
 

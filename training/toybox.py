@@ -137,12 +137,13 @@ def phrasings(text):
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
+ALL_WORDS = list(KIND)
 NUMBERS = [str(n) for n in range(50)]
 
 
-def some(rng, low, high, items=list(KIND)):
-    """A list of distinct words, or other items."""
-    return dict(x=" ".join(rng.sample(items, rng.randint(low, high))))
+def some(low, high, items=ALL_WORDS):
+    """Draws a list of distinct words, or other items."""
+    return lambda rng: dict(x=" ".join(rng.sample(items, rng.randint(low, high))))
 
 
 def pair(rng, least=0):
@@ -152,7 +153,7 @@ def pair(rng, least=0):
 
 def pair_apart(rng):
     """Two distinct numbers below 50."""
-    return dict(zip("ab", some(rng, 2, 2, NUMBERS)["x"].split()))
+    return dict(zip("ab", some(2, 2, NUMBERS)(rng)["x"].split()))
 
 
 def pick(rng, fields):
@@ -169,7 +170,7 @@ def one_of_a_kind(rng):
 
 
 def forbidden(rng):
-    *shown, other = rng.sample(list(KIND), rng.randint(2, 4))
+    *shown, other = rng.sample(ALL_WORDS, rng.randint(2, 4))
     return dict(x=", ".join(shown), w=rng.choice(shown) if rng.random() < 0.5 else other)
 
 
@@ -185,7 +186,7 @@ def refuse_or_explain(x, w):
 
 FAMILIES = {
     "copy": Family(
-        lambda rng: some(rng, 2, 5),
+        some(2, 5),
         lambda x: x,
         """
         Repeat: / {x}
@@ -201,7 +202,7 @@ FAMILIES = {
         "and once more / {y}",
     ),
     "reverse": Family(
-        lambda rng: some(rng, 2, 5),
+        some(2, 5),
         lambda x: " ".join(x.split()[::-1]),
         """
         Reverse this list: / {x}
@@ -217,7 +218,7 @@ FAMILIES = {
         "and backwards / {y}",
     ),
     "sort": Family(
-        lambda rng: some(rng, 3, 4, NUMBERS),
+        some(3, 4, NUMBERS),
         lambda x: " ".join(sorted(x.split(), key=int)),
         """
         Sort these numbers: / {x}
@@ -231,7 +232,7 @@ FAMILIES = {
         """,
     ),
     "upper": Family(
-        lambda rng: some(rng, 2, 4),
+        some(2, 4),
         lambda x: x.upper(),
         """
         Write in capitals: / {x}
@@ -246,7 +247,7 @@ FAMILIES = {
         "and in capitals / {y}",
     ),
     "lower": Family(
-        lambda rng: dict(x=some(rng, 2, 4)["x"].upper()),
+        lambda rng: dict(x=some(2, 4)(rng)["x"].upper()),
         lambda x: x.lower(),
         """
         Write in small letters: / {x}
@@ -260,7 +261,7 @@ FAMILIES = {
         """,
     ),
     "count": Family(
-        lambda rng: some(rng, 2, 8),
+        some(2, 8),
         lambda x: str(len(x.split())),
         """
         How many words are there: / {x}
@@ -275,7 +276,7 @@ FAMILIES = {
         "and they are {y}",
     ),
     "nth": Family(
-        lambda rng: pick(rng, some(rng, 3, 5)),
+        lambda rng: pick(rng, some(3, 5)(rng)),
         lambda x, n: x.split()[ORDINALS.index(n)],
         """
         What is the {n} word of this list? / {x}
@@ -398,7 +399,7 @@ FAMILIES = {
         content=("x", "w"),
     ),
     "ends": Family(
-        lambda rng: some(rng, 3, 5),
+        some(3, 5),
         lambda x: " ".join(x.split()[:: len(x.split()) - 1]),
         """
         Give the first and the last of these: / {x}

@@ -84,7 +84,7 @@ def made(tmp_path, monkeypatch):
 def test_the_report_counts_what_the_folders_hold(made):
     md = made
     # 6 + 120 + 5 + 7 + 3700 s, and not the stage that is not done
-    assert "- **1:03:58** for all of it, on 2 cores" in md
+    assert "**1:03:58** for all of it, on 2 cores" in md
     assert "| all that was taught | 28 | 0% | 75% |" in md
     assert f"| {toybox.WITHHELD}, by LoRA | 4 | 0% | 75% |" in md
     assert "| courteous | 32 | 0% | 75% |" in md
