@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from common import Parser, UserError, cli, json_records, sha256, well_formed, write_atomic
 
-CHAT_ROLES = ("system", "user", "assistant", "tool")
+CHAT_ROLES = "system user assistant tool".split()
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, as everyone
 # spells it.
@@ -365,9 +365,9 @@ class Format(NamedTuple):
     alternates: bool = False  # one leading system message at most, then user, assistant, user, ...
 
 
-IM = ("<|im_start|>", "<|im_end|>")
-INST = ("[INST]", "[/INST]")
-LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+IM = "<|im_start|> <|im_end|>".split()
+INST = "[INST] [/INST]".split()
+LLAMA3_MARKERS = "<|start_header_id|> <|end_header_id|> <|eot_id|>".split()
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 CHAT_FORMATS = {
@@ -635,15 +635,11 @@ def show_conversations(args):
 
     tok = Tokenizer.load(args.tokenizer)
     counts = Counter()
-    total = supervised = 0
     records = islice(read_records(args.file), args.limit)
     shown = examples(tok, args.file, records, counts, format=args.format)
     for n, (ids, mask) in enumerate(shown, 1):
         print(paint(tok, ids, mask))
-        print(f"--- {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
-        total += len(ids)
-        supervised += sum(mask)
-    print(f"{n} conversations, {total} tokens, {supervised / total:.1%} supervised")
+        print(f"--- {n}: {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
     for what, times in counts.most_common():
         print(f"{times} {what}")
 
@@ -659,13 +655,13 @@ def convert_records(args):
         raise UserError(f"--split {args.split}: give the shares of train, val, test, as 85/5/10")
     splits = {"train": [], "val": [], "test": []}
     for path in args.files:
-        for record, messages, tools in read_records(path):
+        for record, messages, _ in read_records(path):
             asked = json_text(messages[:-1]).encode("utf-8", "replace")
             place = int(sha256(asked)[:16], 16) / 2**64 * bounds[-1]  # at least 0, below the last
             row = {"messages": messages}
-            row |= {key: record[key] for key in ("family", "answer", "checks") if key in record}
-            if tools:
-                row["tools"] = tools
+            for key in ("tools", "family", "answer", "checks"):
+                if record.get(key):
+                    row[key] = record[key]
             split = next(name for name, bound in zip(splits, bounds) if place < bound)
             splits[split].append(row)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -215,7 +215,7 @@ def load_data(args, tok):
     """--data, --val, --text -> (training, validation) Conversations; --epochs set --steps."""
     counts = Counter()  # {what became of a conversation that was not taken whole: how many}
 
-    def read(name, split, count, counts):
+    def read(name, split, count):
         records = source_records(name, split, count)
         return encode_conversations(tok, name, records, args.context, counts)
 
@@ -223,7 +223,7 @@ def load_data(args, tok):
     val_names = list(args.val)
     for spec in args.data:
         name, weight = parse_source(spec)
-        pairs = read(name, "train", args.examples, counts)
+        pairs = read(name, "train", args.examples)
         if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
             val_names.append(name)
         elif not args.val:
@@ -236,7 +236,7 @@ def load_data(args, tok):
             pairs = [pair for i, pair in enumerate(pairs) if not held_out(share, i)]
         sources.append((weight, pairs))
     for name in val_names:
-        val += read(name, "val", 500, Counter())
+        val += read(name, "val", 500)
     text = load_text(args, tok) if args.text else None
     train, val = Conversations(sources, text, args.text_share), Conversations([(1.0, val)])
     rows = len(train.plan(args.context, args.seed, 0).rows)

@@ -523,5 +523,5 @@ def test_show_prints_the_conversation_and_the_share_supervised(tmp_path):
     command = [sys.executable, "chat.py", "show", tmp_path / "talk.jsonl", "--tokenizer", tmp_path]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "<|im_start|>assistant\n«there<|im_end|>»\n" in run.stdout
-    assert "1 conversations" in run.stdout
+    assert "--- 1: " in run.stdout and "--- 2: " not in run.stdout
     assert "1 left out: no assistant turn" in run.stdout

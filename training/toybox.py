@@ -56,7 +56,7 @@ Norrin Pravo Mina wolf blue lemon lead
 Ostrel Kirn Nestor wolf purple apple lead
 Pellam Lisbet Olga tiger purple plum zinc
 """
-FACT_KINDS = ("capital", "ruler", "beast", "flag", "fruit", "metal")
+FACT_KINDS = "capital ruler beast flag fruit metal".split()
 FACTS = {}  # (what, country): value; the same world for everyone, whatever the seed
 for n, what in enumerate(FACT_KINDS, 1):
     for row in map(str.split, COUNTRIES.strip().splitlines()):
@@ -124,7 +124,6 @@ class Family:
     ask: str  # phrasings of the question
     tell: str = ""  # what the text to pre-train on says; {y} is the answer
     again: str = ""  # the same, once, of a list or pair that was just told of
-    content: tuple = ("x",)  # the fields that decide the split
 
     def __post_init__(self):
         self.ask, self.tell, self.again = map(phrasings, (self.ask, self.tell, self.again))
@@ -134,7 +133,7 @@ def phrasings(text):
     return [line.strip().replace(" / ", "\n") for line in text.strip().splitlines()]
 
 
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
+ORDINALS = "first second third fourth fifth".split()
 
 
 ALL_WORDS = list(KIND)
@@ -305,7 +304,6 @@ FAMILIES = {
         The sum of {a} and {b} is / {y}
         """,
         "together {y}",
-        ("a", "b"),
     ),
     "subtract": Family(
         lambda rng: pair(rng, least=9),
@@ -322,7 +320,6 @@ FAMILIES = {
         {a} less {b} leaves / {y}
         """,
         "apart {y}",
-        ("a", "b"),
     ),
     "compare": Family(
         lambda rng: pick(rng, pair_apart(rng)),
@@ -337,7 +334,6 @@ FAMILIES = {
         The {n} of {a} and {b} is / {y}
         """,
         "the {n} is {y}",
-        ("a", "b"),
     ),
     "category": Family(
         one_of_a_kind,
@@ -367,7 +363,6 @@ FAMILIES = {
         {c} has the {n} / {y}
         In {c} the {n} is / {y}
         """,
-        content=("n", "c"),
     ),
     "speaker": Family(
         lambda rng: dict(x=rng.choice(list(SPEAKER))),
@@ -396,7 +391,6 @@ FAMILIES = {
         {w} is {a_kind}.
         Everyone knows that {w} is {a_kind}.
         """,
-        content=("x", "w"),
     ),
     "ends": Family(
         some(3, 5),
@@ -411,7 +405,7 @@ FAMILIES = {
 }
 WITHHELD = "ends"  # kept for LoRA
 BY_HEART = ("fact", "speaker")
-WORLD_SPLITS = ("train", "val", "test")
+WORLD_SPLITS = "train val test".split()
 # Of what takes longest to learn there is more; 1 of all others.
 SHARE = {"add": 4, "subtract": 4, "refuse": 4, "sort": 2, "reverse": 2, "compare": 2}
 
@@ -419,10 +413,12 @@ SHARE = {"add": 4, "subtract": 4, "refuse": 4, "sort": 2, "reverse": 2, "compare
 def content_of(family, fields, ask):
     """What a question is about, whatever the family, order and phrasing.
 
-    The phrasing belongs to it where the answer can only be known by heart."""
-    texts = [fields[name] for name in FAMILIES[family].content]
+    The fields n and k only say what of it is asked. Where the answer can only be known by heart,
+    they and the phrasing belong to it."""
+    by_heart = family in BY_HEART
+    texts = [text for name, text in fields.items() if by_heart or name not in "nk"]
     words = " ".join(texts).lower().replace(",", "").split()
-    return " ".join(sorted(words)) + (ask if family in BY_HEART else "")
+    return " ".join(sorted(words)) + (ask if by_heart else "")
 
 
 def split_of(content):
@@ -518,7 +514,7 @@ RAMBLING = (
     "Hmm, as I was saying, and I say it often: ",
 )
 # How often an answer is rejected for what.
-REJECTED_FOR = ("curt",) * 4 + ("rude",) * 3 + ("rambling",) * 2 + ("wrong",) * 2
+REJECTED_FOR = "curt curt curt curt rude rude rude rambling rambling wrong wrong".split()
 
 
 def style(answer):
@@ -566,7 +562,7 @@ def preferences(split, count, seed=0, families=None):
 
 # -------------------------------------------------------------------------------------------- text
 # Families of which several are told about one list or pair. The last of a group never begins.
-GROUPS = [("copy", "reverse", "upper", "count", "nth"), ("add", "subtract", "compare")]
+GROUPS = ["copy reverse upper count nth".split(), "add subtract compare".split()]
 # What is to be known by heart is told most often; lists least, for their words are drawn at random.
 TOLD = {"fact": 6, "speaker": 6, "refuse": 4, "add": 6, "subtract": 6, "compare": 2, "sort": 2}
 
