@@ -365,9 +365,9 @@ class Format(NamedTuple):
     alternates: bool = False  # one leading system message at most, then user, assistant, user, ...
 
 
-IM = "<|im_start|> <|im_end|>".split()
-INST = "[INST] [/INST]".split()
-LLAMA3_MARKERS = "<|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+IM = ("<|im_start|>", "<|im_end|>")
+INST = ("[INST]", "[/INST]")
+LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 CHAT_FORMATS = {

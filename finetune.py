@@ -134,8 +134,7 @@ class Conversations:
         shards, end_id = (text.tokens, text.end_id) if text else ([], None)
         self.signed = Split([signed, *shards], end_id=end_id)
         mixture = [weight for weight, _ in sources], text and (text.sha256, text_share)
-        arrays = ids.tobytes() + said.tobytes() + self.sizes.tobytes()
-        self.sha256 = sha256(arrays + repr(mixture).encode())
+        self.sha256 = sha256(signed.tobytes() + self.sizes.tobytes() + repr(mixture).encode())
 
     def __len__(self):
         """Tokens of the conversations."""
@@ -358,14 +357,13 @@ def try_out(run, count=20):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
         return  # it is for one rank, which must have the whole model
-    prompts, expected = [], []
-    for ids, mask in run.val.pairs[:count]:
-        start = mask.argmax()  # where the assistant begins to speak
-        prompts.append(ids[:start].tolist())
-        expected.append(run.tok.decode(ids[start:].tolist(), skip_special=True).strip())
+    pairs = run.val.pairs[:count]
+    # A prompt ends where the assistant begins to speak.
+    prompts = [ids[: mask.argmax()].tolist() for ids, mask in pairs]
     given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
-    for prompt, wanted, (text, _) in islice(zip(prompts, expected, given), 3):
-        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {wanted}]"))
+    for (ids, mask), (text, _) in islice(zip(pairs, given), 3):
+        expected = chat.paint(run.tok, ids.tolist(), mask)
+        print(f"\n{expected}answered: {chat.printable(text)}")
     ended = sum(ended for _, ended in given)
     print(f"\n{ended} of {len(given)} answers to held-out prompts ended by themselves")
 

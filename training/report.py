@@ -18,7 +18,16 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
-from common import Metrics, UserError, cli, json_records, parse_flags, read_json, write_atomic
+from common import (
+    Metrics,
+    UserError,
+    cli,
+    curve,
+    json_records,
+    parse_flags,
+    read_json,
+    write_atomic,
+)
 from training import toybox
 
 # Whose answers are compared: the end of their folder's name.
@@ -113,11 +122,7 @@ def training_figures(folder):
         with safe_open(path, "np") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]
         yield f"{sum(map(math.prod, shapes)):,} parameters"
-    logged = defaultdict(list)
-    for row in Metrics.read(folder / "metrics.jsonl"):
-        for name, value in row.items():
-            if value is not None:
-                logged[name].append(value)
+    rows = Metrics.read(folder / "metrics.jsonl")
     for name, what in {
         "loss": "loss",
         "val_loss": "held-out loss",
@@ -125,10 +130,12 @@ def training_figures(folder):
         "val_rewards/accuracies": "preferred answer wins",
         "val_rewards/margins": "margin",
     }.items():
-        if name in logged:
-            yield f"{what} {logged[name][0]:.3f} → {logged[name][-1]:.3f}"
-    if "tokens_per_s" in logged:
-        yield f"{median_high(logged['tokens_per_s']):,} tokens/s"
+        values = [value for _, value in curve(rows, name)]
+        if values:
+            yield f"{what} {values[0]:.3f} → {values[-1]:.3f}"
+    speeds = [speed for _, speed in curve(rows, "tokens_per_s")]
+    if speeds:
+        yield f"{median_high(speeds):,} tokens/s"
 
 
 def batch_figures(path):
