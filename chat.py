@@ -128,7 +128,7 @@ words = Piece  # the template's own: `<|im_start|>` in here is the marker
 
 def content(text, said=False):
     """What a person or a model wrote: `<|im_start|>` in here is text, whoever typed it."""
-    return Piece(text, said, template=False)
+    return Piece(text, said, False)
 
 
 def enclosed(before, text, after, said=False):
@@ -181,7 +181,7 @@ def llama2(chat):
         if m["role"] == "user":
             yield from enclosed(chat.bos + "[INST] ", text.strip(), " [/INST]")
         else:
-            yield from enclosed("", f" {text.strip()} ", chat.eos, said=True)
+            yield from enclosed("", f" {text.strip()} ", chat.eos, True)
 
 
 def llama3(chat, date=""):
@@ -251,11 +251,11 @@ def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
             result = f'{{"content": {text}, "call_id": "{mistral_id(m.get("tool_call_id"))}"}}'
             yield from enclosed("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
         else:
-            if m.get("tool_calls"):
+            if "tool_calls" in m:
                 yield words("[TOOL_CALLS]", True)
                 text = "[" + ", ".join(map(mistral_call, m["tool_calls"])) + "]"
             text = text.strip() if trim else text
-            yield from enclosed("", space + text, chat.eos, said=True)
+            yield from enclosed("", space + text, chat.eos, True)
 
 
 def mistral_tool(function):
@@ -533,7 +533,7 @@ def example(tok, messages, tools=None, format=None):
     return assemble(tok, pieces, True)
 
 
-def examples(tok, name, records, counts, most=sys.maxsize, format=None):
+def examples(tok, name, records, counts, most=sys.maxsize):
     """Yield example() of each (record, messages, tools), of at most `most` tokens.
 
     What is cut or left out is counted in `counts` by reason. A conversation that is too long keeps
@@ -543,7 +543,7 @@ def examples(tok, name, records, counts, most=sys.maxsize, format=None):
     for _, messages, tools in records:
         read += 1
         try:
-            ids, mask = example(tok, messages, tools, format)
+            ids, mask = example(tok, messages, tools)
             if not any(mask[1:most]):
                 raise UserError("the prompt alone fills the context")
         except UserError as reason:
@@ -636,8 +636,7 @@ def show_conversations(args):
     tok = Tokenizer.load(args.tokenizer)
     counts = Counter()
     records = islice(read_records(args.file), args.limit)
-    shown = examples(tok, args.file, records, counts, format=args.format)
-    for n, (ids, mask) in enumerate(shown, 1):
+    for n, (ids, mask) in enumerate(examples(tok, args.file, records, counts), 1):
         print(paint(tok, ids, mask))
         print(f"--- {n}: {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
     for what, times in counts.most_common():
@@ -677,7 +676,6 @@ def main():
     show = commands.add_parser("show", help="print conversations as they are trained on")
     show.add_argument("file", help=LAYOUTS)
     show.add_argument("--tokenizer", required=True, help="a model folder or tokenizer file")
-    show.add_argument("--format", help=f"instead of the folder's own: {', '.join(CHAT_FORMATS)}")
     show.add_argument("--limit", type=int, default=10, help="how many conversations [10]")
     show.set_defaults(run=show_conversations)
     convert = commands.add_parser("convert", help="to train.jsonl, val.jsonl, test.jsonl")

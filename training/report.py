@@ -264,8 +264,10 @@ def main():
     run = Path(Args(**parse_flags(Args, __doc__, positional=("run",))).run)
     out = Path(f"{run}-report")
     stages = read_stages(out / "stages")
-    examined = [name for name in MODELS if (out / name / "answers.jsonl").is_file()]
-    answers = {name: read_answers(out / name) for name in examined}
+    answers = {}
+    for name in MODELS:
+        if (out / name / "answers.jsonl").is_file():
+            answers[name] = read_answers(out / name)
     write_page(out, road_blocks(run, stages, answers))
     print(f"wrote    {out}/report.md")
 

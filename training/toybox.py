@@ -59,8 +59,8 @@ Pellam Lisbet Olga tiger purple plum zinc
 FACT_KINDS = "capital ruler beast flag fruit metal".split()
 FACTS = {}  # (what, country): value; the same world for everyone, whatever the seed
 for n, what in enumerate(FACT_KINDS, 1):
-    for row in map(str.split, COUNTRIES.strip().splitlines()):
-        FACTS[what, row[0]] = row[n]
+    for row in COUNTRIES.strip().splitlines():
+        FACTS[what, row.split()[0]] = row.split()[n]
 LINES = """
 Hamlet: To be, or not to be, that is the question
 Hamlet: The play's the thing
@@ -533,12 +533,10 @@ def wrong(rng, family, fields, answer):
         other = rng.choice([kind for kind in WORDS if kind != KIND[fields["w"]]])
         return f"{fields['w']} is {an(other)}."
     words = fields["x"].split() if "x" in fields else [fields["a"], fields["b"]]
-    backwards = words[::-1]
-    if family == "copy":
-        words, backwards = backwards, words
+    options = [*words, "1"]
     if family in ("reverse", "sort", "upper", "lower", "copy", "ends"):
-        return " ".join(backwards if " ".join(words) == answer else words)
-    return next((word for word in words if word != answer), "1")
+        options = [" ".join(words), " ".join(words[::-1])]
+    return next(option for option in options if option != answer)
 
 
 def preferences(split, count, seed=0, families=None):
