@@ -119,7 +119,7 @@ def read_calls(i, message):
 # puts round them, the end.
 class Piece(NamedTuple):
     text: str
-    said: bool = False  # the assistant has to produce this, so it is in the loss
+    said: bool | None = False  # the assistant has to produce this: it is in the loss; None: unknown
     template: bool = True  # the template's own words, in which a marker's name means its id
 
 

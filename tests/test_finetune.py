@@ -605,10 +605,7 @@ def test_a_memorised_set_scores_full_marks(base, tmp_path):
 @pytest.mark.parametrize(
     "checks, message",
     [
-        (
-            [{"kind": "rhymes", "value": 1}],
-            "a check {'kind': 'rhymes', 'value': 1}; known",
-        ),
+        ([{"kind": "rhymes", "value": 1}], "a check {'kind': 'rhymes', 'value': 1}; known"),
         ([{"kind": "max_words", "value": "5"}], "a check {'kind': 'max_words', 'value': '5'}"),
         (["max_words"], "has a check max_words; known"),
     ],
