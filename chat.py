@@ -1,6 +1,6 @@
 """Conversations to token ids and a loss mask: who said what decides what a model learns to say.
 
-    python chat.py show chat.jsonl --tokenizer FOLDER             # what is in the loss, coloured
+    python chat.py show chat.jsonl --tokenizer FOLDER             # what is in the loss, in «»
     python chat.py convert alpaca.json --out DIR --split 85/5/10  # any layout -> DIR/train.jsonl
 
 Top to bottom: a conversation is checked; a format by name makes pieces of it, each of which knows
@@ -8,24 +8,22 @@ whether the assistant says it; `assemble` makes ids and mask of the pieces; `ren
 in one call; then records of files, and the two commands.
 """
 
-import argparse
-import hashlib
 import json
-import os
 import re
-from bisect import bisect_right
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, compress, cycle, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, cli, json_records, well_formed, write_atomic
+from common import Parser, UserError, cli, json_records, sha256, well_formed, write_atomic
 
-CHAT_ROLES = ("system", "user", "assistant", "tool")
+CHAT_ROLES = "system user assistant tool".split()
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, as everyone
 # spells it.
@@ -57,7 +55,7 @@ def read_chat(tok, messages, tools=None, prompt=False):
     """OpenAI-style messages -> Chat. Raises UserError naming the message at fault."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UserError("a conversation is a non-empty list of {role, content} messages")
-    if tools and not (isinstance(tools, list) and all(map(is_tool, tools))):
+    if tools and not (isinstance(tools, list) and all(map(has_function, tools))):
         raise UserError(
             "tools must be a list of {type: function, function: {name, description, parameters}}"
         )
@@ -69,12 +67,8 @@ def read_chat(tok, messages, tools=None, prompt=False):
     return Chat(checked, system, turns, tools or None, prompt, bos, eos)
 
 
-def is_tool(tool):
+def has_function(tool):
     return isinstance(tool, dict) and isinstance(tool.get("function"), dict)
-
-
-def is_text_part(part):
-    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def read_message(i, message):
@@ -82,13 +76,13 @@ def read_message(i, message):
     role = message.get("role") if isinstance(message, dict) else None
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
-    calls = message.get("tool_calls") or []
-    calls = [read_call(i, call) for call in (calls if isinstance(calls, list) else [calls])]
+    calls = read_calls(i, message)
     text = message.get("content")
     if text is None and calls:
         text = ""
-    if isinstance(text, list) and all(map(is_text_part, text)):
-        text = "".join(part["text"] for part in text)
+    if isinstance(text, list):
+        with suppress(KeyError, TypeError):  # of a part that is no text: refused below
+            text = "".join(part["text"] for part in text)
     if not isinstance(text, str):
         raise UserError(f"message {i} ({role}): content must be a string or a list of text parts")
     checked = {"role": role, "content": text}
@@ -100,17 +94,23 @@ def read_message(i, message):
     return checked
 
 
-def read_call(i, call):
-    """A tool call as the templates want it: arguments a dict (OpenAI sends a string of JSON)."""
+def read_calls(i, message):
+    """A message's tool calls as the templates want them: arguments are a dict (OpenAI sends a
+    string of JSON)."""
+    calls = []
     try:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        arguments = dict(json.loads(arguments) if isinstance(arguments, str) else arguments)
-        return {**call, "function": {"name": str(name), "arguments": arguments}}
+        for call in message.get("tool_calls") or []:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            function = {"name": str(name), "arguments": dict(arguments)}
+            calls.append({**call, "function": function})
     except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
             f"message {i}: a tool call is {{function: {{name, arguments}}}}, "
             "arguments a JSON object"
         ) from None
+    return calls
 
 
 # ------------------------------------------------------------ the formats: a conversation to pieces
@@ -119,7 +119,7 @@ def read_call(i, call):
 # puts round them, the end.
 class Piece(NamedTuple):
     text: str
-    said: bool = False  # the assistant has to produce this, so it is in the loss
+    said: bool | None = False  # the assistant has to produce this: it is in the loss; None: unknown
     template: bool = True  # the template's own words, in which a marker's name means its id
 
 
@@ -128,7 +128,7 @@ words = Piece  # the template's own: `<|im_start|>` in here is the marker
 
 def content(text, said=False):
     """What a person or a model wrote: `<|im_start|>` in here is text, whoever typed it."""
-    return Piece(text, said, template=False)
+    return Piece(text, said, False)
 
 
 def enclosed(before, text, after, said=False):
@@ -181,26 +181,22 @@ def llama2(chat):
         if m["role"] == "user":
             yield from enclosed(chat.bos + "[INST] ", text.strip(), " [/INST]")
         else:
-            yield from enclosed("", f" {text.strip()} ", chat.eos, said=True)
+            yield from enclosed("", f" {text.strip()} ", chat.eos, True)
 
 
-LLAMA3_HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
-LLAMA3_END = "<|eot_id|>"
-
-
-def llama3(chat):
+def llama3(chat, date=""):
+    """Llama 3. With a date, as strftime takes it, 3.1 and later: these always have a system turn,
+    put the tools into the first user turn, and know calls and results."""
+    head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
+    messages = chat.messages
     yield words(chat.bos)
-    yield from llama3_turns(chat, chat.messages)
-
-
-def llama31(chat, date):
-    """Llama 3.1 and later: always a system turn; tools in the first user turn; calls, results."""
-    yield words(chat.bos + LLAMA3_HEAD.format("system"))
-    if chat.tools:
-        yield words("Environment: ipython\n")
-    dates = f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-    yield from enclosed(dates, (chat.system or "").strip(), LLAMA3_END)
-    messages = chat.turns
+    if date:
+        messages = chat.turns
+        today = datetime.now().strftime(date)
+        environment = "Environment: ipython\n" if chat.tools else ""
+        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
+        before = head.format("system") + environment + dates
+        yield from enclosed(before, (chat.system or "").strip(), end)
     if chat.tools:
         if not messages:
             raise UserError("llama3.1 puts the tools in the first user message, and there is none")
@@ -213,11 +209,7 @@ def llama31(chat, date):
         )
         tools = "".join(json_text(tool, indent=4) + "\n\n" for tool in chat.tools)
         text = tools + asked["content"].strip()
-        yield from enclosed(LLAMA3_HEAD.format("user") + task, text, LLAMA3_END)
-    yield from llama3_turns(chat, messages)
-
-
-def llama3_turns(chat, messages):
+        yield from enclosed(head.format("user") + task, text, end)
     for m in messages:
         role, text = m["role"], m["content"].strip()
         calls = m.get("tool_calls", [])
@@ -227,9 +219,9 @@ def llama3_turns(chat, messages):
             role, text = "ipython", json_text(m["content"])
         elif calls:
             text = call_text(calls[0], "parameters")
-        yield from turn(LLAMA3_HEAD.format(role), {"role": role, "content": text}, LLAMA3_END)
+        yield from enclosed(head.format(role), text, end, role == "assistant")
     if chat.prompt:
-        yield words(LLAMA3_HEAD.format("assistant"))
+        yield words(head.format("assistant"))
 
 
 def call_text(call, arguments="arguments"):
@@ -238,31 +230,32 @@ def call_text(call, arguments="arguments"):
     return f'{{"name": "{function["name"]}", "{arguments}": {json_text(function["arguments"])}}}'
 
 
-def mistral(chat, opening, closing, space, system_at=-1, trim=False):
-    """v1's markers are plain text; v3's tokens, with SentencePiece's spaces; tekken's without.
+def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
+    """v1's markers are plain text, led by a space; v3's tokens, with SentencePiece's spaces;
+    tekken's without.
 
     Where the system prompt goes (v3 loses it if the assistant spoke last) and that the tools stand
     before every message that equals the last user's is as published."""
     yield words(chat.bos)
     users = [m for m in chat.turns if m["role"] == "user"]
-    for i, m in enumerate(chat.turns):
+    for m in chat.turns:
         text = m["content"]
         if m["role"] == "user":
             if chat.tools and m == users[-1]:
                 tools = ", ".join(mistral_tool(tool["function"]) for tool in chat.tools)
                 yield from enclosed("[AVAILABLE_TOOLS]" + space, f"[{tools}]", "[/AVAILABLE_TOOLS]")
-            if chat.system is not None and i == system_at % len(chat.turns):
+            if chat.system is not None and m is chat.turns[system_at]:
                 text = f"{chat.system}\n\n{text}"
-            yield from enclosed(opening, text, closing)
+            yield from enclosed(f"{lead}[INST]{space}", text, f"{lead}[/INST]")
         elif m["role"] == "tool":
             result = f'{{"content": {text}, "call_id": "{mistral_id(m.get("tool_call_id"))}"}}'
             yield from enclosed("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
         else:
-            if m.get("tool_calls"):
+            if "tool_calls" in m:
                 yield words("[TOOL_CALLS]", True)
                 text = "[" + ", ".join(map(mistral_call, m["tool_calls"])) + "]"
             text = text.strip() if trim else text
-            yield from enclosed("", space + text, chat.eos, said=True)
+            yield from enclosed("", space + text, chat.eos, True)
 
 
 def mistral_tool(function):
@@ -290,39 +283,46 @@ def qwen(chat, default_system=None, think=False):
     """Qwen 2.5 (with its default system prompt), Qwen 3 (with its thoughts): ChatML plus tools."""
     yield from qwen_system(chat, default_system if chat.system is None else chat.system)
     last = len(chat.turns) - 1
-    asked = last_question(chat.turns)
-    roles = [
-        None,
-        *(m["role"] for m in chat.turns),
-        None,
-    ]  # of the message before, this one, the next
+    disguised = re.compile("(?s)<tool_response>.*</tool_response>").fullmatch  # a tool's result
+    asked = last
     for i, m in enumerate(chat.turns):
-        if m["role"] == "tool":  # results that follow one another share one user turn
-            head = "" if roles[i] == "tool" else "<|im_start|>user"
-            end = "" if roles[i + 2] == "tool" else "<|im_end|>\n"
-            result = m["content"]
-            yield from enclosed(head + "\n<tool_response>\n", result, "\n</tool_response>" + end)
-        elif m["role"] == "assistant":
-            thoughts, text = split_thoughts(m) if think else ("", m["content"])
-            yield words("<|im_start|>assistant\n")
-            # Qwen 3 drops the thoughts of turns before the last question, and shows a last turn
-            # that it has none.
-            if think and i > asked and (thoughts or i == last):
-                yield words("<think>", True)
-                yield content("\n" + thoughts.strip("\n") + "\n", True)
-                yield words("</think>\n\n", True)
-                text = text.lstrip("\n")
-            yield content(text, True)
-            for n, call in enumerate(m.get("tool_calls", [])):
-                yield words("\n<tool_call>" if n or text else "<tool_call>", True)
-                yield content(f"\n{call_text(call)}\n", True)
-                yield words("</tool_call>", True)
-            yield words("<|im_end|>", True)
-            yield words("\n")
-        else:
-            yield from turn(f"<|im_start|>{m['role']}\n", m, "<|im_end|>", "\n")
+        if m["role"] == "user" and not disguised(m["content"]):
+            asked = i
+    for role, run in groupby(enumerate(chat.turns), lambda turn: turn[1]["role"]):
+        if role == "tool":  # results that follow one another share one user turn
+            yield words("<|im_start|>user")
+            for _, m in run:
+                yield from enclosed("\n<tool_response>\n", m["content"], "\n</tool_response>")
+            yield words("<|im_end|>\n")
+            continue
+        for i, m in run:
+            if role == "assistant":
+                # Qwen 3 drops the thoughts of turns before the last question, and shows a last
+                # turn that it has none.
+                thoughts, text = split_thoughts(m) if think else ("", m["content"])
+                shown = think and i > asked and (thoughts or i == last)
+                yield from qwen_answer(m, thoughts if shown else None, text)
+            else:
+                yield from turn(f"<|im_start|>{role}\n", m, "<|im_end|>", "\n")
     if chat.prompt:
         yield words("<|im_start|>assistant\n")
+
+
+def qwen_answer(m, thoughts, text):
+    """An assistant's turn: its thoughts unless they are None, its text, its tool calls."""
+    yield words("<|im_start|>assistant\n")
+    if thoughts is not None:
+        yield words("<think>", True)
+        yield content("\n" + thoughts.strip("\n") + "\n", True)
+        yield words("</think>\n\n", True)
+        text = text.lstrip("\n")
+    yield content(text, True)
+    for n, call in enumerate(m.get("tool_calls", [])):
+        yield words("\n<tool_call>" if n or text else "<tool_call>", True)
+        yield content(f"\n{call_text(call)}\n", True)
+        yield words("</tool_call>", True)
+    yield words("<|im_end|>", True)
+    yield words("\n")
 
 
 def qwen_system(chat, system):
@@ -345,76 +345,55 @@ def qwen_system(chat, system):
     yield words("<|im_end|>\n")
 
 
-def last_question(messages):
-    """Where the last user turn is that isn't a tool's result in disguise, else the last index."""
-    for i in reversed(range(len(messages))):
-        result = re.fullmatch("(?s)<tool_response>.*</tool_response>", messages[i]["content"])
-        if messages[i]["role"] == "user" and not result:
-            return i
-    return len(messages) - 1
-
-
 def split_thoughts(m):
     """-> (thoughts, answer), from reasoning_content or <think>...</think>, as Qwen 3 does it."""
-    if "reasoning_content" in m or "</think>" not in m["content"]:
-        return m.get("reasoning_content", ""), m["content"]
-    before, *_, after = m["content"].split("</think>")
-    thoughts = before.rstrip("\n").split("<think>")[-1]
-    return thoughts.lstrip("\n"), after.lstrip("\n")
+    thoughts, text = m.get("reasoning_content", ""), m["content"]
+    if "reasoning_content" not in m and "</think>" in text:
+        before, *_, after = text.split("</think>")
+        thoughts, text = before.split("<think>")[-1].strip("\n"), after.lstrip("\n")
+    return thoughts, text
 
 
 def json_text(value, ensure_ascii=False, **options):
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     pieces: Callable  # Chat -> Iterator[Piece]
     markers: tuple = ()  # must be single tokens, or the format would be spelled out as text
-    tools: bool = False
+    tools: bool = False  # knows tools, calls and results
     alternates: bool = False  # one leading system message at most, then user, assistant, user, ...
-    roles: tuple = CHAT_ROLES
 
 
 IM = ("<|im_start|>", "<|im_end|>")
 INST = ("[INST]", "[/INST]")
 LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-NO_TOOL = CHAT_ROLES[:3]
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
-mistral_v1 = partial(mistral, opening=" [INST] ", closing=" [/INST]", space=" ", system_at=0)
-mistral_v3 = partial(mistral, opening="[INST] ", closing="[/INST]", space=" ", trim=True)
-tekken = partial(mistral, opening="[INST]", closing="[/INST]", space="")
-
-
-def llama32(chat):
-    return llama31(chat, date=datetime.now().strftime("%d %b %Y"))
-
-
-FORMATS = {
+CHAT_FORMATS = {
     "chatml": Format(chatml, IM),
-    "llama2": Format(llama2, alternates=True, roles=NO_TOOL),
-    "llama3": Format(llama3, LLAMA3_MARKERS, roles=NO_TOOL),
-    "llama3.1": Format(partial(llama31, date="26 Jul 2024"), LLAMA3_MARKERS, tools=True),
-    "llama3.2": Format(llama32, LLAMA3_MARKERS, tools=True),
-    "mistral-v1": Format(mistral_v1, alternates=True, roles=NO_TOOL),
-    "mistral-v3": Format(mistral_v3, INST, tools=True, alternates=True),
-    "mistral-tekken": Format(tekken, INST, tools=True, alternates=True),
-    "zephyr": Format(zephyr, roles=NO_TOOL),
+    "llama2": Format(llama2, alternates=True),
+    "llama3": Format(llama3, LLAMA3_MARKERS),
+    "llama3.1": Format(partial(llama3, date="26 Jul 2024"), LLAMA3_MARKERS, tools=True),
+    "llama3.2": Format(partial(llama3, date="%d %b %Y"), LLAMA3_MARKERS, tools=True),
+    "mistral-v1": Format(partial(mistral, lead=" ", system_at=0), alternates=True),
+    "mistral-v3": Format(partial(mistral, trim=True), INST, tools=True, alternates=True),
+    "mistral-tekken": Format(partial(mistral, space=""), INST, tools=True, alternates=True),
+    "zephyr": Format(zephyr),
     "qwen2.5": Format(partial(qwen, default_system=QWEN_SYSTEM), IM, tools=True),
     "qwen3": Format(partial(qwen, think=True), IM, tools=True),
-    "alpaca": Format(alpaca, alternates=True, roles=NO_TOOL),
+    "alpaca": Format(alpaca, alternates=True),
 }
 # The name people say means this variant here.
-FORMATS["mistral"] = FORMATS["mistral-v3"]
-FORMATS["qwen"] = FORMATS["qwen2.5"]
+CHAT_FORMATS["mistral"] = CHAT_FORMATS["mistral-v3"]
+CHAT_FORMATS["qwen"] = CHAT_FORMATS["qwen2.5"]
 
 
 def named_pieces(name, tok, chat):
     """The conversation's pieces in a format by name; UserError for what the format cannot say."""
-    if name not in FORMATS:
-        raise UserError(f"unknown chat format {name!r}; there are {', '.join(FORMATS)}")
-    form = FORMATS[name]
+    if name not in CHAT_FORMATS:
+        raise UserError(f"unknown chat format {name!r}; there are {', '.join(CHAT_FORMATS)}")
+    form = CHAT_FORMATS[name]
     missing = [marker for marker in form.markers if marker not in tok.special]
     if not chat.eos and not form.markers:
         missing = ["EOS"]
@@ -423,17 +402,12 @@ def named_pieces(name, tok, chat):
             f"chat format {name} needs the special token {', '.join(missing)}, "
             "which this tokenizer does not have"
         )
-    for i, m in enumerate(chat.messages):
-        if m["role"] not in form.roles:
-            raise UserError(f"message {i}: chat format {name} has no {m['role']} role")
-        if m.get("tool_calls") and not form.tools:
-            raise UserError(f"message {i}: chat format {name} has no tool calls")
-    if chat.tools and not form.tools:
-        raise UserError(f"chat format {name} has no tools")
+    calls = [m for m in chat.messages if m["role"] == "tool" or "tool_calls" in m]
+    if (chat.tools or calls) and not form.tools:
+        raise UserError(f"chat format {name} has no tools, nor their calls and results")
     if form.alternates:
-        talk = [m for m in chat.turns if m["role"] != "tool" and not m.get("tool_calls")]
-        roles = [m["role"] for m in talk]
-        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        roles = [m["role"] for m in chat.turns if m["role"] != "tool" and "tool_calls" not in m]
+        if any(role != wanted for role, wanted in zip(roles, cycle(("user", "assistant")))):
             raise UserError(
                 f"chat format {name}: after a system prompt user and assistant take turns, "
                 f"not {roles}"
@@ -445,70 +419,70 @@ def named_pieces(name, tok, chat):
 @lru_cache(maxsize=8)
 def marker_pattern(names):
     """A regex that matches any of the names, the longest first; without names it never matches."""
-    if not names:
-        return re.compile("(?!)")
     longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-
-
-class Part(NamedTuple):
-    said: bool
-    text: str
-    marker: int | None  # the id, where the template's own words name a marker
+    return re.compile("(" + "|".join([*map(re.escape, longest_first), "(?!)"]) + ")")
 
 
 def split_at_markers(tok, pieces):
-    """Yield the Parts of pieces."""
+    """Yield (said, text, id of the marker or None): only the template's own words name a marker.
+
+    Here a user's text becomes safe: what it spells stays text."""
     split = marker_pattern(tuple(tok.special)).split
     for piece in pieces:
-        for text in split(piece.text):
-            marker = tok.special.get(text) if piece.template else None
-            if text:
-                yield Part(piece.said, text, marker)
+        for text in filter(None, split(piece.text)):
+            yield piece.said, text, tok.special.get(text) if piece.template else None
 
 
-def assemble(tok, pieces):
-    """Pieces -> (ids, mask), two lists of one length; mask is None if it cannot be placed exactly.
+def assemble(tok, pieces, must_know):
+    """Pieces -> (ids, mask), two lists of one length.
 
     A marker becomes its id. What stands between two markers is encoded as one string, because BPE
-    merges across the seams of pieces and models are trained on the merged form."""
-    ids, mask, exact = [], [], True
-    for is_text, run in groupby(split_at_markers(tok, pieces), lambda part: part.marker is None):
+    merges across the seams of pieces and models are trained on the merged form. Where the mask
+    would be a guess it is None, or UserError if one must know it."""
+    ids, mask = [], []
+    for is_text, run in groupby(split_at_markers(tok, pieces), lambda part: part[2] is None):
+        said, texts, run_ids = zip(*run)
         if is_text:
-            run_ids, run_mask = encode_run(tok, run, "later" if ids else "first")
-        else:
-            run_mask, _, run_ids = zip(*run)
+            run_ids, said = encode_run(tok, texts, said, "later" if ids else "first")
         ids += run_ids
-        if run_mask is None:
-            exact = False
-        else:
-            mask += map(int, run_mask)
-    return ids, mask if exact else None
+        mask += said
+    if None not in mask:
+        return ids, mask
+    if must_know:
+        raise UserError(
+            "cannot tell which tokens the assistant said, and a guessed mask would train the wrong "
+            "thing: the chat_template is none we know and has no {% generation %}, or this "
+            "tokenizer does not spell the text it was given; name a format, or render with "
+            "add_generation_prompt for the ids alone"
+        )
+    return ids, None
 
 
-def encode_run(tok, parts, where):
-    """Parts without a marker -> (ids of their joined text, mask): true for tokens said as a whole.
+def encode_run(tok, texts, said, where):
+    """Texts without a marker, and whether each is said -> (ids of all of it as one text, mask).
 
     A token across the border is not in the loss: the prompt already ends inside it, so the model
     never has to produce it. where: "first" if the conversation starts here, which SentencePiece may
-    mark with a space, else "later". mask is None if the tokens do not spell the text, so that where
-    a part ends would be a guess."""
-    data, flags = b"", b""  # the text, and for each of its bytes whether the assistant said it
-    for part in parts:
-        text = well_formed(part.text).encode()
-        data += text
-        flags += bytes([part.said]) * len(text)
+    mark with a space, else "later". The mask is of Nones if nobody knows what is said, or if the
+    tokens do not spell the text, so that where a part ends would be a guess."""
+    texts = [well_formed(text).encode() for text in texts]
+    data = b"".join(texts)
     ids = tok.encode_bytes(data, where)
+    unknown = [None] * len(ids)
+    if None in said:
+        return ids, unknown
+    # For each byte of the text whether the assistant said it.
+    flags = b"".join(bytes([own]) * len(text) for own, text in zip(said, texts))
     # Only the start of the last stretch matters, so a normalizer (NFC) may respell what is in it.
-    start = len(flags.rstrip(flags[-1:]))
-    if start == 0:  # all of it was said, or nothing
+    head = data[: len(flags.rstrip(flags[-1:]))]
+    if not head:  # all of it was said, or nothing
         return ids, [flags[0]] * len(ids)
     spelled = [tok.token_bytes(i) for i in ids]
     whole = b"".join(spelled)
-    if not whole.startswith(data[:start]):
-        data, flags, start = b" " + data, flags[:1] + flags, start + 1  # SentencePiece's space
-        if not whole.startswith(data[:start]):
-            return ids, None
+    if not whole.startswith(head):
+        if not whole.startswith(b" " + head):
+            return ids, unknown
+        flags = flags[:1] + flags  # SentencePiece's space
     flags = flags.ljust(len(whole), flags[-1:])
     ends = accumulate(map(len, spelled), initial=0)
     # The mask ends here: a token is in the loss if the assistant said all of its bytes.
@@ -517,10 +491,10 @@ def encode_run(tok, parts, where):
 
 # --------------------------------------------- what others call: render to answer, example to train
 def pieces_of(tok, chat, format=None):
-    """-> (pieces, do they know who said what): the format by name, the folder's own, or ChatML."""
+    """The conversation's pieces in the format by name, the folder's own, or ChatML."""
     template = tok.chat_template
     if format or template in (None, "", CHATML_TEMPLATE):
-        return named_pieces(format or "chatml", tok, chat), True
+        return named_pieces(format or "chatml", tok, chat)
     from formats.templates import pieces_of_template
 
     return pieces_of_template(tok, chat, template)
@@ -534,26 +508,11 @@ def render(
     mask is 1 for what the assistant has to produce: what it said and its end token. Text in
     messages never becomes a special token.
 
-    The format is `format`, a name in FORMATS; else what the folder's chat_template does; else
+    The format is `format`, a name in CHAT_FORMATS; else what the folder's chat_template does; else
     ChatML. Where who-said-what cannot be known, mask is None with add_generation_prompt (to be
     answered, not trained on) and UserError without it."""
     chat = read_chat(tok, messages, tools, add_generation_prompt)
-    return ids_and_mask(tok, chat, *pieces_of(tok, chat, format))
-
-
-def ids_and_mask(tok, chat, pieces, known):
-    ids, mask = assemble(tok, pieces)
-    if known and mask is not None:
-        return ids, mask
-    if chat.prompt:
-        return ids, None
-    why = "the chat_template is none we know and has no {% generation %}: name a format"
-    if known:
-        why = "this tokenizer does not spell the text it was given"
-    raise UserError(
-        "cannot tell which tokens the assistant said, and a guessed mask would train the wrong "
-        f"thing; {why}, or render with add_generation_prompt for the ids alone"
-    )
+    return assemble(tok, pieces_of(tok, chat, format), not add_generation_prompt)
 
 
 def example(tok, messages, tools=None, format=None):
@@ -565,38 +524,45 @@ def example(tok, messages, tools=None, format=None):
     if roles[-1] != "assistant":
         raise UserError(f"ends with a {roles[-1]} turn")
     for m in chat.messages:
-        empty = not m["content"].strip() and not m.get("tool_calls")
+        empty = not m["content"].strip() and "tool_calls" not in m
         if empty and m["role"] in ("user", "assistant"):
             raise UserError(f"empty {m['role']} turn")
-    pieces, known = pieces_of(tok, chat, format)
+    pieces = pieces_of(tok, chat, format)
     if chat.system and chat.system.strip() not in "".join(piece.text for piece in pieces):
         raise UserError("the format loses the system prompt here: put it into the first user turn")
-    return ids_and_mask(tok, chat, pieces, known)
+    return assemble(tok, pieces, True)
 
 
-def examples(tok, records, skipped, format=None):
-    """Yield example() of each (record, messages, tools); `skipped` counts the refused by reason.
+def examples(tok, name, records, counts, most=sys.maxsize):
+    """Yield example() of each (record, messages, tools), of at most `most` tokens.
 
-    Raises UserError at the end if none was good."""
-    good = 0
+    What is cut or left out is counted in `counts` by reason. A conversation that is too long keeps
+    its start, and so loses the end of an answer that was not reached; one whose prompt alone is too
+    long teaches nothing. UserError, with the source's name, at the end if none was good."""
+    read = good = 0
     for _, messages, tools in records:
+        read += 1
         try:
-            pair = example(tok, messages, tools, format)
+            ids, mask = example(tok, messages, tools)
+            if not any(mask[1:most]):
+                raise UserError("the prompt alone fills the context")
         except UserError as reason:
-            skipped[str(reason)] += 1
+            counts[f"left out: {reason}"] += 1
             continue
+        if len(ids) > most:
+            counts["cut to the context"] += 1
         good += 1
-        yield pair
+        yield ids[:most], mask[:most]
     if not good:
-        reasons = "; ".join(f"{count} x {why}" for why, count in skipped.most_common(3))
-        raise UserError(f"none of {skipped.total()} conversations can be trained on: {reasons}")
+        reasons = "; ".join(f"{times:,} x {why}" for why, times in counts.most_common(3))
+        raise UserError(f"{name}: nothing to train on in {read:,} conversations: {reasons}")
 
 
 def stop_id(tok, format=None):
     """The id that ends an assistant's turn: what the engine stops at."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, mask = render(tok, talk, format=format)
-    return [i for i, said in zip(ids, mask) if said][-1]
+    *_, end = compress(*render(tok, talk, format=format))
+    return end
 
 
 # -------------------------------------------------------------------------------- records of files
@@ -611,36 +577,30 @@ def read_records(path):
     for n, record in enumerate(json_records(path), 1):
         try:
             yield record, *as_messages(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path}: record {n} cannot be read as a conversation: {e}") from None
 
 
 def as_messages(record):
     """One record -> (messages, tools or None). UserError names the keys of an unknown layout."""
-    if not isinstance(record, dict):
-        raise UserError(f"it is a {type(record).__name__}, not an object")
-    tools = record.get("tools")
-    if "messages" in record:
-        return record["messages"], tools
-    talk = []
-    if record.get("system"):
-        talk.append({"role": "system", "content": record["system"]})
-    answer = "completion" if "completion" in record else "response"
-    if "conversations" in record:
-        names = {"human": "user", "gpt": "assistant"}
-        for m in record["conversations"]:
-            talk.append({"role": names.get(m["from"], m["from"]), "content": m["value"]})
-    elif "instruction" in record and "output" in record:
-        task = record["instruction"]
-        if record.get("input"):
-            task += f"\n\n### Input:\n{record['input']}"
-        talk += as_turns("user", task) + as_turns("assistant", record["output"])
-    elif "prompt" in record and answer in record:
-        talk += as_turns("user", record["prompt"]) + as_turns("assistant", record[answer])
-    else:
-        keys = ", ".join(repr(key)[:40] for key in list(record)[:12])
-        raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
-    return talk, tools
+    match record:
+        case {"messages": talk}:
+            return talk, record.get("tools")
+        case {"conversations": said}:
+            names = {"human": "user", "gpt": "assistant"}
+            talk = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in said]
+        case {"instruction": task, "output": answer}:
+            if record.get("input"):
+                task += f"\n\n### Input:\n{record['input']}"
+            talk = as_turns("user", task) + as_turns("assistant", answer)
+        case {"prompt": task, "completion": answer} | {"prompt": task, "response": answer}:
+            talk = as_turns("user", task) + as_turns("assistant", answer)
+        case dict():
+            keys = ", ".join(repr(key)[:40] for key in list(record)[:12])
+            raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
+        case _:
+            raise UserError(f"it is a {type(record).__name__}, not an object")
+    return as_turns("system", record.get("system") or []) + talk, record.get("tools")
 
 
 def as_turns(role, said):
@@ -648,14 +608,19 @@ def as_turns(role, said):
     return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
+def write_records(path, rows):
+    """Rows -> JSONL, all or nothing."""
+    text = "".join(json_text(row) + "\n" for row in rows)
+    write_atomic(path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 # ------------------------------------------------------------------------------------ the commands
-def paint(tok, ids, mask, color=True):
-    """The conversation as text; what is in the loss is green (or in guillemets)."""
-    green, plain = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
+def paint(tok, ids, mask):
+    """The conversation as text; what is in the loss stands in «»."""
     text = ""
-    for said, run in groupby(zip(ids, mask), key=lambda pair: pair[1]):
+    for said, run in groupby(zip(ids, mask), lambda pair: pair[1]):
         part = printable(tok.decode([i for i, _ in run]))
-        text += green + part + plain if said else part
+        text += f"«{part}»" if said else part
     return text
 
 
@@ -669,29 +634,13 @@ def show_conversations(args):
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
 
     tok = Tokenizer.load(args.tokenizer)
-    skipped = Counter()
-    count = total = supervised = 0
+    counts = Counter()
     records = islice(read_records(args.file), args.limit)
-    for ids, mask in examples(tok, records, skipped, args.format):
-        print(paint(tok, ids, mask, color="NO_COLOR" not in os.environ))
-        print(f"--- {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
-        count += 1
-        total += len(ids)
-        supervised += sum(mask)
-    print(f"{count} conversations, {total} tokens, {supervised / total:.1%} supervised")
-    for why, times in skipped.most_common():
-        print(f"skipped {times}: {why}")
-
-
-def read_shares(text):
-    """'85/5/10' -> the three shares, as numbers with any sum."""
-    try:
-        shares = [float(share) for share in text.split("/")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or min(shares) < 0 or not sum(shares):
-        raise UserError(f"--split {text}: give the three shares of train, val and test, as 85/5/10")
-    return shares
+    for n, (ids, mask) in enumerate(examples(tok, args.file, records, counts), 1):
+        print(paint(tok, ids, mask))
+        print(f"--- {n}: {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
+    for what, times in counts.most_common():
+        print(f"{times} {what}")
 
 
 def convert_records(args):
@@ -699,41 +648,38 @@ def convert_records(args):
 
     What comes before the last answer decides, by its hash, where a record goes: the same question
     is never in two splits, and more records move none."""
-    bounds = list(accumulate(read_shares(args.split)))
-    lines = {"train": [], "val": [], "test": []}
+    shares = re.fullmatch(r"(\d+)/(\d+)/(\d+)", args.split)
+    bounds = list(accumulate(map(int, shares.groups()))) if shares else [0]
+    if not bounds[-1]:
+        raise UserError(f"--split {args.split}: give the shares of train, val, test, as 85/5/10")
+    splits = {"train": [], "val": [], "test": []}
     for path in args.files:
-        for record, messages, tools in read_records(path):
+        for record, messages, _ in read_records(path):
             asked = json_text(messages[:-1]).encode("utf-8", "replace")
-            hashed = int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
-            place = hashed * bounds[-1]  # 0 <= hashed < 1
-            split = list(lines)[bisect_right(bounds, place)]
+            place = int(sha256(asked)[:16], 16) / 2**64 * bounds[-1]  # at least 0, below the last
             row = {"messages": messages}
-            row |= {key: record[key] for key in ("family", "answer", "checks") if key in record}
-            if tools:
-                row["tools"] = tools
-            lines[split].append(json_text(row) + "\n")
+            for key in ("tools", "family", "answer", "checks"):
+                if record.get(key):
+                    row[key] = record[key]
+            split = next(name for name, bound in zip(splits, bounds) if place < bound)
+            splits[split].append(row)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for split, rows in lines.items():
-        text = "".join(rows)
-        path = Path(args.out, f"{split}.jsonl")
-        write_atomic(path, lambda path: path.write_text(text, encoding="utf-8"))
-    counts = ", ".join(f"{len(rows):,} {split}" for split, rows in lines.items())
+    for name, rows in splits.items():
+        write_records(Path(args.out, f"{name}.jsonl"), rows)
+    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
     print(f"{args.out}: {counts} conversations")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="show|convert")
     show = commands.add_parser("show", help="print conversations as they are trained on")
-    show.add_argument("file", help=f"JSON or JSONL: {LAYOUTS}")
+    show.add_argument("file", help=LAYOUTS)
     show.add_argument("--tokenizer", required=True, help="a model folder or tokenizer file")
-    show.add_argument("--format", help=f"instead of the folder's own: {', '.join(FORMATS)}")
     show.add_argument("--limit", type=int, default=10, help="how many conversations [10]")
     show.set_defaults(run=show_conversations)
-    convert = commands.add_parser(
-        "convert", help="any layout to train.jsonl, val.jsonl, test.jsonl"
-    )
-    convert.add_argument("files", nargs="+", help=f"JSON or JSONL: {LAYOUTS}")
+    convert = commands.add_parser("convert", help="to train.jsonl, val.jsonl, test.jsonl")
+    convert.add_argument("files", nargs="+", help=LAYOUTS)
     convert.add_argument("--out", required=True, help="the folder to write")
     convert.add_argument("--split", default="85/5/10", help="shares of train, val, test [85/5/10]")
     convert.set_defaults(run=convert_records)

@@ -9,7 +9,7 @@
 #   --from dpo, --to sft            that stage and all that follow anew; no further than that one
 #
 # It goes on where it stopped: what is done is skipped, a training run that was cut short is resumed. What each stage took and
-# reached stands in runs/demo-report/report.html (runs/fast-..., runs/125m-...). Your own chats (any of chat.py's layouts) and
+# reached stands in runs/demo-report/report.md (runs/fast-..., runs/125m-...). Your own chats (any of chat.py's layouts) and
 # preferences (any of dpo.py's) join in with INSTRUCT=FILE and PREFS=FILE.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -185,11 +185,11 @@ stage ask "Ask it" \
     python generate.py $P-int4 'Reverse this list: fox plum iron' --chat --temperature 0
 
 report=(python -m training.report "$P") server=(python serve.py "$P-dpo" --port "${PORT:-8000}")
-if [ -n "$dry" ] || [ -n "$ran" ] || [ ! -e "$P-report/report.html" ]; then
+if [ -n "$dry" ] || [ -n "$ran" ] || [ ! -e "$P-report/report.md" ]; then
     say "All of it on one page: times, curves, marks, and the same questions after each stage" "${report[@]}"
     if [ -z "$dry" ]; then "${report[@]}"; fi
 else
-    echo "All of it is done: $P-report/report.html; --from STAGE does it anew ($names)"
+    echo "All of it is done: $P-report/report.md; --from STAGE does it anew ($names)"
 fi
 if [ "$serve" != 0 ] && [ -z "$past" ]; then
     say "The chat page at http://127.0.0.1:${PORT:-8000}, the API at /v1; Ctrl-C ends it" "${server[@]}"

@@ -3,7 +3,7 @@
     python finetune.py MODEL --data chat.jsonl --out runs/chat       # any of chat.py's layouts
     python finetune.py MODEL --data data/toybox more.jsonl:0.5 --text data/wikitext-2    # a mixture
     python finetune.py --resume --out runs/chat                      # go on where it stopped
-    python finetune.py eval MODEL --data data/toybox --before BASE   # its exam -> report.md, .html
+    python finetune.py eval MODEL --data data/toybox --before BASE   # its exam -> report.md
 
 Two ideas: conversations are packed into rows, none of which sees another's tokens; and only what
 the assistant says is in the loss. Top to bottom: conversations to packed rows, the model they
@@ -11,12 +11,12 @@ train, the loop, the exam.
 """
 
 import math
-import os
 import re
 import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.corpora import read_text
-from training.exam import examine, read_questions, source_records, write_marks
+from training.exam import mark_answers, read_questions, source_records, write_marks
 from training.loop import (
     LoopArgs,
     backward,
@@ -70,30 +70,9 @@ class Args(LoopArgs):
 def encode_conversations(tok, name, records, context, counts):
     """(record, messages, tools)s -> [(ids, mask)] arrays of at most context + 1 tokens.
 
-    What is cut or left out is counted in `counts` by reason. A conversation that is too long keeps
-    its start, and so loses the end of an answer that was not reached; one whose prompt alone is too
-    long teaches nothing. UserError if none is left."""
-    pairs = []
-    read = 0
-    for _, messages, tools in records:
-        read += 1
-        try:
-            ids, mask = chat.example(tok, messages, tools)
-        except UserError as reason:
-            counts[f"left out: {reason}"] += 1
-            continue
-        if len(ids) > context + 1:
-            counts["cut to the context"] += 1
-            ids, mask = ids[: context + 1], mask[: context + 1]
-        if any(mask[1:]):
-            pairs.append((np.array(ids, tok.dtype), np.array(mask, bool)))
-        else:
-            counts["left out: the prompt alone fills the context"] += 1
-    if not pairs:
-        reasons = [f"{times:,} x {reason}" for reason, times in counts.most_common(3)]
-        why = ": " + "; ".join(reasons) if reasons else ""
-        raise UserError(f"{name}: nothing to train on in {read:,} conversations{why}")
-    return pairs
+    What is cut or left out is counted in `counts` by reason. UserError if none is left."""
+    pairs = chat.examples(tok, name, records, counts, context + 1)
+    return [(np.array(ids, tok.dtype), np.array(mask, bool)) for ids, mask in pairs]
 
 
 def best_fit(sizes, context):
@@ -128,9 +107,6 @@ class PackedRows(NamedTuple):
         return self.rows[self.order[r]]
 
 
-NO_PIECES = ((), ())  # a row without a target
-
-
 class Conversations:
     """Conversations packed into rows, whole; a split as data.Batches wants it.
 
@@ -144,26 +120,25 @@ class Conversations:
         for weight, pairs in sources:
             first = len(self.pairs)
             self.pairs += pairs
-            self.sources.append((weight, np.arange(first, len(self.pairs))))
-        ids = np.concatenate([ids for ids, _ in self.pairs])
-        said = np.concatenate([mask for _, mask in self.pairs])
+            self.sources.append((weight, range(first, len(self.pairs))))
+        ids, said = (np.concatenate(arrays) for arrays in zip(*self.pairs))
         lengths = np.array([len(ids) for ids, _ in self.pairs])
         self.sizes = lengths - 1  # a conversation of n tokens has n - 1 (token, next token) pairs
         self.begin = np.cumsum(lengths) - lengths
+        self.length = len(ids)
         self.supervised = int(said.sum())
         self.text, self.text_share = text, text_share
-        # Two arrays of one layout, the text after the conversations: ids, and whether each is said.
-        shards = text.tokens if text else []
-        all_said = [np.broadcast_to(np.True_, len(shard)) for shard in shards]
-        self.ids = Split([ids, *shards], end_id=text.end_id if text else None)
-        self.said = Split([said, *all_said], end_id=True)
+        # One array of ids, the text after the conversations. An id that the assistant does not say
+        # is stored as -1 - id: `fill` takes the mask from the sign.
+        signed = np.where(said, ids, -1 - ids.astype(np.int64))
+        shards, end_id = (text.tokens, text.end_id) if text else ([], None)
+        self.signed = Split([signed, *shards], end_id=end_id)
         mixture = [weight for weight, _ in sources], text and (text.sha256, text_share)
-        arrays = ids.tobytes() + said.tobytes() + self.sizes.tobytes()
-        self.sha256 = sha256(arrays + repr(mixture).encode())
+        self.sha256 = sha256(signed.tobytes() + self.sizes.tobytes() + repr(mixture).encode())
 
     def __len__(self):
         """Tokens of the conversations."""
-        return len(self.ids.tokens[0])
+        return self.length
 
     def conversations_of_epoch(self, rng):
         """Each source as often as its weight says: 2.5 takes it twice whole and a random half."""
@@ -183,31 +158,23 @@ class Conversations:
             conversations = chosen[members]
             rows.append((self.begin[conversations], self.sizes[conversations]))
         if self.text:
-            count = round(len(rows) * self.text_share / (1 - self.text_share))
-            rows += self.text_rows(context, seed, epoch, count)
-        return PackedRows(rows, order=rng.permutation(len(rows)))
-
-    def text_rows(self, context, seed, epoch, count):
-        """`count` rows of the text, from its start again where it has fewer."""
-        plan = self.text.plan(context, seed, epoch)
-        rows = []
-        for r in range(count):
-            starts, sizes = plan.row(r % len(plan.order))
-            rows.append((starts + len(self), sizes))  # the text lies after the conversations
-        return rows
+            text = self.text.plan(context, seed, epoch)
+            for r in range(round(len(rows) * self.text_share / (1 - self.text_share))):
+                starts, sizes = text.row(r % len(text.order))  # from its start again if it is short
+                rows.append((starts + len(self), sizes))  # it lies after the conversations
+        return PackedRows(rows, rng.permutation(len(rows)))
 
     def fill(self, rows, context):
         """[(starts, sizes) of a row's pieces] -> data.Batch; what nobody says is target -100."""
-        batch = self.ids.fill(rows, context)
-        said = self.said.fill(rows, context).y  # (rows, context): 1 where the next token is said
-        return batch._replace(y=batch.y.masked_fill(said != 1, -100))
+        batch = self.signed.fill(rows, context)
+        x = torch.where(batch.x < 0, -1 - batch.x, batch.x)  # (rows, context)
+        return batch._replace(x=x, y=batch.y.masked_fill(batch.y < 0, -100))
 
     def validation(self, rows, context, stride=None, rank=0, world=1):
         """Yield Batches that score every answer once: every world-th to a rank, to all as many."""
-        plan = self.plan(context, 0, 0)
-        planned = [plan.row(r) for r in range(len(plan.order))]
+        planned = self.plan(context, 0, 0).rows
         step = rows * world
-        planned += [NO_PIECES] * (-len(planned) % step)
+        planned += [((), ())] * (-len(planned) % step)  # rows without a piece
         for start in range(rank * rows, len(planned), step):
             yield self.fill(planned[start : start + rows], context)
 
@@ -218,28 +185,11 @@ def parse_source(spec):
     name, colon, weight = spec.rpartition(":")
     if not colon or Path(spec).exists():
         return spec, 1.0
-    if not re.fullmatch(r"\d*\.?\d+", weight) or not 0 < float(weight) <= 1000:
+    if not re.fullmatch(r"\d*\.?\d+", weight) or not float(weight):
         raise UserError(
-            f"--data {spec}: after the colon stands how often an epoch takes it, "
-            "a number above 0 and at most 1000"
+            f"--data {spec}: after the colon stands how often an epoch takes it, a number above 0"
         )
     return name, float(weight)
-
-
-def hold_out(name, pairs, share):
-    """[(ids, mask)] -> (those to train on, those to validate on)."""
-    if not 0 < share < 1 or len(pairs) < 2:
-        raise UserError(
-            f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be held out: "
-            "give --val FILE"
-        )
-    train, val = [], []
-    for i, pair in enumerate(pairs):
-        if held_out(share, i):
-            val.append(pair)
-        else:
-            train.append(pair)
-    return train, val
 
 
 def load_text(args, tok):
@@ -264,41 +214,41 @@ def load_data(args, tok):
     """--data, --val, --text -> (training, validation) Conversations; --epochs set --steps."""
     counts = Counter()  # {what became of a conversation that was not taken whole: how many}
 
-    def read(name, split, count, counts):
+    def read(name, split, count):
         records = source_records(name, split, count)
         return encode_conversations(tok, name, records, args.context, counts)
 
-    train, val = [], []
-    for name in args.val:
-        val += read(name, "val", 500, Counter())
+    sources, val, share = [], [], args.val_share
+    val_names = list(args.val)
     for spec in args.data:
         name, weight = parse_source(spec)
-        pairs = read(name, "train", args.examples, counts)
+        pairs = read(name, "train", args.examples)
         if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
-            val += read(name, "val", 500, Counter())
+            val_names.append(name)
         elif not args.val:
-            pairs, held = hold_out(name, pairs, args.val_share)
-            val += held
-        train.append((weight, pairs))
+            if not 0 < share < 1 or len(pairs) < 2:
+                raise UserError(
+                    f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be "
+                    "held out: give --val FILE"
+                )
+            val += [pair for i, pair in enumerate(pairs) if held_out(share, i)]
+            pairs = [pair for i, pair in enumerate(pairs) if not held_out(share, i)]
+        sources.append((weight, pairs))
+    for name in val_names:
+        val += read(name, "val", 500)
     text = load_text(args, tok) if args.text else None
-    train, val = Conversations(train, text, args.text_share), Conversations([(1.0, val)])
-    rows = len(train.plan(args.context, args.seed, 0).order)
+    train, val = Conversations(sources, text, args.text_share), Conversations([(1.0, val)])
+    rows = len(train.plan(args.context, args.seed, 0).rows)
     args.steps = args.steps or max(1, round(args.epochs * rows / args.batch))
-    describe_conversations(tok, train, val, f"{rows:,} rows of {args.context:,}", counts)
-    return train, val
-
-
-def describe_conversations(tok, train, val, rows, counts):
-    """Print the first example with what is in the loss, and what became of all of them."""
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids, mask = (part[:400].tolist() for part in train.pairs[0])
-    print(f"example  what is in the loss is {'green' if color else 'in «»'}:")
-    print(chat.paint(tok, ids, mask, color))
+    print(f"example  what is in the loss is in «»:\n{chat.paint(tok, ids, mask)}")
     print(
         f"chats    {len(train.pairs):,} to train on and {len(val.pairs):,} to validate on; "
-        f"{train.supervised / len(train):.1%} of the tokens are in the loss; {rows} an epoch"
+        f"{train.supervised / len(train):.1%} of the tokens are in the loss; "
+        f"{rows:,} rows of {args.context:,} an epoch"
         + "".join(f"; {times:,} {reason}" for reason, times in counts.most_common(9))
     )
+    return train, val
 
 
 # ---------------------------------------------------------------------------- model, loss, the loop
@@ -311,10 +261,7 @@ def grow(model, size, new):
     config = model.config
     old = config.vocab_size
     config.vocab_size = max(old, size)
-    modules = [model.embed_tokens]
-    if not config.tie_word_embeddings:
-        modules.append(model.lm_head)
-    for module in modules:
+    for module in (model.embed_tokens, model.lm_head):  # one matrix again, by tie, if they were
         mean = module.weight[: min(new)].mean(0)  # (V, C) -> (C,), of the ids that were trained
         more = mean.expand(config.vocab_size - old, -1)
         weight = torch.cat([module.weight, more])  # (V, C) -> (V + new, C)
@@ -341,12 +288,9 @@ def open_model(folder, device, dtype=None):
             )
         tok.chat_template = chat.CHATML_TEMPLATE
     stop, ends = chat.stop_id(tok), model.config.eos_token_id
-    if ends is None:
-        model.config.eos_token_id = stop
-    else:
-        ends = ends if isinstance(ends, list) else [ends]
-        if stop not in ends:
-            model.config.eos_token_id = [stop, *ends]
+    known = ends if isinstance(ends, list) else [ends]
+    if stop not in known:
+        model.config.eos_token_id = stop if ends is None else [stop, *known]
     return tok, model
 
 
@@ -409,26 +353,17 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
     return answers
 
 
-def last_answer(ids, mask):
-    """One conversation's arrays -> (ids up to its last answer, ids of that answer)."""
-    said = np.flatnonzero(mask)
-    end = said[-1] + 1
-    start = end - 1
-    while start and mask[start - 1]:
-        start -= 1
-    return ids[:start].tolist(), ids[start:end].tolist()
-
-
 def try_out(run, count=20):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
         return  # it is for one rank, which must have the whole model
-    asked = [last_answer(ids, mask) for ids, mask in run.val.pairs[:count]]
-    prompts = [prompt for prompt, _ in asked]
+    pairs = run.val.pairs[:count]
+    # A prompt ends where the assistant begins to speak.
+    prompts = [ids[: mask.argmax()].tolist() for ids, mask in pairs]
     given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
-    for (prompt, expected), (text, _) in list(zip(asked, given))[:3]:
-        expected = run.tok.decode(expected, skip_special=True)
-        print("\n" + chat.printable(f"{run.tok.decode(prompt)}{text}\n[expected: {expected}]"))
+    for (ids, mask), (text, _) in islice(zip(pairs, given), 3):
+        expected = chat.paint(run.tok, ids.tolist(), mask)
+        print(f"\n{expected}answered: {chat.printable(text)}")
     ended = sum(ended for _, ended in given)
     print(f"\n{ended} of {len(given)} answers to held-out prompts ended by themselves")
 
@@ -448,37 +383,29 @@ class EvalArgs:
 def exam_command(argv):
     """Let a model answer held-out questions and mark it."""
     args = EvalArgs(**parse_flags(EvalArgs, exam_command.__doc__, argv, positional=("model",)))
-    if not args.model or min(args.examples, args.max_tokens) < 1:
-        raise UserError(
-            "give a model folder, and --examples and --max-tokens of at least 1: "
-            "finetune.py eval MODEL"
-        )
+    if min(args.examples, args.max_tokens) < 1:
+        raise UserError("--examples and --max-tokens of at least 1 make an exam")
     questions, runtime = read_questions(args), resolve(args.device, args.dtype, "off")
     folders = [args.model, args.before] if args.before else [args.model]
-    marks = [examine_folder(folder, questions, args, runtime) for folder in folders]
+    marks = []
+    for folder in folders:
+        tok, model = open_model(folder, runtime.device, runtime.dtype)
+        prompts = [chat.render(tok, q.messages, True)[0] for q in questions]
+        answers = greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
+        perplexity = perplexity_of_expected(model, tok, questions, runtime)
+        marks.append(mark_answers(questions, answers, perplexity))
     out = Path(args.out or args.model)
     out.mkdir(parents=True, exist_ok=True)
     write_marks(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
 
 
-def examine_folder(folder, questions, args, runtime):
-    """A model folder takes the exam -> Marks."""
-    tok, model = open_model(folder, runtime.device, runtime.dtype)
-    perplexity = perplexity_of_expected(model, tok, questions, runtime)
-
-    def answer(prompts):
-        return greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
-
-    return examine(questions, tok, answer, perplexity)
-
-
 def perplexity_of_expected(model, tok, questions, runtime):
     """exp of the mean loss of a token of the expected answers; nan without any."""
     talks = []
-    for question in questions:
-        if question.expected:
-            answer = {"role": "assistant", "content": question.expected}
-            talks.append((None, [*question.messages, answer], None))
+    for q in questions:
+        if q.expected:
+            answer = {"role": "assistant", "content": q.expected}
+            talks.append((None, [*q.messages, answer], None))
     if not talks:
         return math.nan
     most = model.config.max_position_embeddings

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
 
-from chat import FORMATS, Piece, json_text, marker_pattern, named_pieces
+from chat import CHAT_FORMATS, Piece, json_text, marker_pattern, named_pieces
 from common import UserError
 
 # Unicode noncharacters, which no text contains: the first two stand around what {% generation %}
@@ -19,29 +19,29 @@ BARE = {ord(c): None for c in (OPEN, CLOSE, GUARD)}
 
 
 def pieces_of_template(tok, chat, template):
-    """A chat through its folder's template -> (pieces, whether they know who said what).
+    """A chat through its folder's template -> pieces; said is None where nobody knows it.
 
     The template renders this very conversation, and so does each format of chat.py. The one that
     gives the same text knows who said which part of it: nothing is guessed, and a template that
     merely resembles a known one is never taken for it. Failing that, a template's own {% generation
     %} says who spoke. Failing that there are ids but no mask."""
     text = run_template(template, chat).translate(BARE)
-    for name in FORMATS:
+    for name in CHAT_FORMATS:
         with contextlib.suppress(UserError):
             pieces = named_pieces(name, tok, chat)
             if "".join(piece.text for piece in pieces) == text:
-                return pieces, True
+                return pieces
     markers = marker_pattern(tuple(tok.special))
     messages, tools = defused(chat.messages, markers), defused(chat.tools, markers)
     rendered = run_template(template, replace(chat, messages=messages, tools=tools))
-    pieces, said = [], False
+    pieces, said = [], False if OPEN in rendered else None
     for part in re.split(f"([{OPEN}{CLOSE}])", rendered):
         if part in (OPEN, CLOSE):
             said = part == OPEN
             continue
         for text in markers.split(part):
-            pieces.append(Piece(text.replace(GUARD, ""), said, template=text in tok.special))
-    return pieces, any(piece.said for piece in pieces)
+            pieces.append(Piece(text.replace(GUARD, ""), said, text in tok.special))
+    return pieces
 
 
 def defused(value, markers):
@@ -57,28 +57,16 @@ def defused(value, markers):
 
 def run_template(template, chat):
     """The text a template makes of a chat. What it refuses ("roles must alternate"): UserError."""
-    import jinja2
-
-    names = {"bos_token": chat.bos, "eos_token": chat.eos}
     try:
         return compile_template(template).render(
             messages=chat.messages,
             tools=chat.tools,
             documents=None,
             add_generation_prompt=chat.prompt,
-            **{key: name for key, name in names.items() if name},
+            bos_token=chat.bos,
+            eos_token=chat.eos,
         )
-    # It is a program from outside: whatever it stumbles over is about this conversation.
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as e:
+    except Exception as e:  # a program from outside: what it stumbles over is this conversation
         raise UserError(f"the folder's chat_template refuses this conversation: {e}") from None
 
 
@@ -86,28 +74,18 @@ def run_template(template, chat):
 def compile_template(template):
     """A chat_template as transformers compiles it: its sandbox, whitespace rules and extras."""
     import jinja2
-    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}...{% endgeneration %}: what the assistant says."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            block = jinja2.nodes.CallBlock(self.call_method("enclose"), [], [], body)
-            return block.set_lineno(line)
-
-        def enclose(self, caller):
-            return OPEN + caller() + CLOSE
 
     def refuse(message):
         raise jinja2.TemplateError(message)
 
+    # {% generation %}...{% endgeneration %} is what the assistant says. Two blocks in place of a
+    # tag keep what its - and + say about white space on either side.
+    for name, tag, mark in (("generation", "if 1", OPEN), ("endgeneration", "endif", CLOSE)):
+        pattern = rf"{{%([-+]?)\s*{name}\s*([-+]?)%}}"
+        template = re.sub(pattern, rf"{{%\1 {tag} %}}{mark}{{% {tag} \2%}}", template)
     env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     env.filters["tojson"] = json_text
     env.globals["raise_exception"] = refuse

@@ -3,7 +3,6 @@ read."""
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -104,7 +103,7 @@ def test_our_template_as_jinja_says_what_our_code_says():
         )
 
 
-@pytest.mark.parametrize("name", chat.FORMATS)
+@pytest.mark.parametrize("name", chat.CHAT_FORMATS)
 def test_every_assistant_turn_is_in_the_loss_with_its_end_and_nothing_else_is(name):
     tok = Tok()
     talk = say("q1 </s>", "a1", "q2", "a2 a\n\nb", system="sys")
@@ -121,7 +120,7 @@ def test_every_assistant_turn_is_in_the_loss_with_its_end_and_nothing_else_is(na
     assert said == ["a1", "a2 a\n\nb"]
 
 
-@pytest.mark.parametrize("name", chat.FORMATS)
+@pytest.mark.parametrize("name", chat.CHAT_FORMATS)
 def test_the_loss_begins_where_the_generation_prompt_ends(name):
     """What is supervised is what the engine will be asked for: prompt + supervised = the
     conversation so far."""
@@ -142,7 +141,7 @@ def test_the_loss_begins_where_the_generation_prompt_ends(name):
         min_size=1,
         max_size=5,
     ),
-    st.sampled_from(sorted(chat.FORMATS)),
+    st.sampled_from(sorted(chat.CHAT_FORMATS)),
 )
 def test_no_text_becomes_a_special_token_and_masks_fit(texts, name):
     tok = Tok()
@@ -210,7 +209,7 @@ def test_formats_that_agree_on_the_text_agree_on_the_mask():
     thoughts = say("q", "<think>\nx\n</think>\n\na")
     for messages in (say("q", "a", system="s"), say(" q\n", "a b "), say("", ""), thoughts):
         seen = {}
-        for name in chat.FORMATS:
+        for name in chat.CHAT_FORMATS:
             ids, mask = chat.render(tok, messages, format=name)
             assert seen.setdefault(tuple(ids), mask) == mask
 
@@ -303,13 +302,17 @@ CALL = {"id": "123456789", "function": {"name": "f", "arguments": '{"x": "é"}'}
             {},
             "tool call is",
         ),
-        ([{"role": "assistant", "tool_calls": [CALL]}], {}, "chatml has no tool calls"),
+        ([{"role": "assistant", "tool_calls": [CALL]}], {}, "chatml has no tools"),
         (say("a"), {"tools": [{"function": {}}]}, "chatml has no tools"),
         (say("a"), {"tools": [{}]}, "tools must be"),
         (say("a"), {"format": "vicuna"}, "unknown chat format 'vicuna'; there are chatml"),
         (say("a", "b")[1:], {"format": "llama2"}, "take turns"),
         (say("a") * 2, {"format": "mistral"}, "take turns"),
-        (say("a") + [{"role": "tool", "content": "1"}], {"format": "zephyr"}, "no tool role"),
+        (
+            say("a") + [{"role": "tool", "content": "1"}],
+            {"format": "zephyr"},
+            "zephyr has no tools",
+        ),
         (
             say("a") + [{"role": "assistant", "tool_calls": [CALL, CALL]}],
             {"format": "llama3.1"},
@@ -354,7 +357,7 @@ JSON = st.recursive(
         )
     ),
     JSON,
-    st.sampled_from(sorted(chat.FORMATS)),
+    st.sampled_from(sorted(chat.CHAT_FORMATS)),
 )
 def test_any_json_is_rendered_or_refused_never_a_crash(messages, tools, name):
     for template in (None, "{{ messages[0].content }}"):
@@ -392,18 +395,18 @@ def test_training_counts_what_it_cannot_use():
         say("", "a"),
         [{"role": "system", "content": "s"}],
     ]
-    pairs = list(chat.examples(tok, (({}, talk, None) for talk in talks), skipped))
+    pairs = list(chat.examples(tok, "f", (({}, talk, None) for talk in talks), skipped))
     assert pairs == [chat.render(tok, talks[0]), chat.render(tok, talks[4])]
-    assert skipped["ends with a user turn"] == 2
+    assert skipped["left out: ends with a user turn"] == 2
     for reason in ("empty assistant turn", "empty user turn", "no assistant turn"):
-        assert skipped[reason] == 1
+        assert skipped[f"left out: {reason}"] == 1
     assert skipped.total() == 6
 
 
 def test_a_file_of_which_nothing_can_be_trained_on_is_refused_by_reason():
-    refusal = "none of 2 conversations can be trained on: 2 x no assistant turn"
+    refusal = "f: nothing to train on in 2 conversations: 2 x left out: no assistant turn"
     with pytest.raises(UserError, match=refusal):
-        list(chat.examples(Tok(), [({}, say("q"), None)] * 2, Counter()))
+        list(chat.examples(Tok(), "f", [({}, say("q"), None)] * 2, Counter()))
 
 
 def test_training_refuses_a_format_that_loses_the_system_prompt():
@@ -505,7 +508,7 @@ def test_shares_that_are_none_are_refused(split, tmp_path, monkeypatch):
 
 def test_painted_text_marks_the_loss_and_cannot_steer_the_terminal():
     tok = Tok()
-    assert chat.paint(tok, *chat.render(tok, say("q\x1b[2J", "a\nb")), color=False) == (
+    assert chat.paint(tok, *chat.render(tok, say("q\x1b[2J", "a\nb"))) == (
         "<|im_start|>user\nq\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«a\nb<|im_end|>»\n"
     )
 
@@ -518,8 +521,7 @@ def test_show_prints_the_conversation_and_the_share_supervised(tmp_path):
     lines = [json.dumps({"messages": talk}) + "\n" for talk in talks]
     (tmp_path / "talk.jsonl").write_text("".join(lines))
     command = [sys.executable, "chat.py", "show", tmp_path / "talk.jsonl", "--tokenizer", tmp_path]
-    plain = {**os.environ, "NO_COLOR": "1"}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=plain, check=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "<|im_start|>assistant\n«there<|im_end|>»\n" in run.stdout
-    assert "1 conversations" in run.stdout
-    assert "skipped 1: no assistant turn" in run.stdout
+    assert "--- 1: " in run.stdout and "--- 2: " not in run.stdout
+    assert "1 left out: no assistant turn" in run.stdout

@@ -143,7 +143,7 @@ def test_what_is_done_is_skipped_and_a_second_run_serves_at_once(stubbed, tmp_pa
     wanted = [line.removeprefix("python ").replace("'", "") for line in commands()[:-1]]
     assert code == 0
     assert log == wanted
-    (tmp_path / "runs" / "demo-report" / "report.html").touch()
+    (tmp_path / "runs" / "demo-report" / "report.md").touch()
     assert stubbed() == (0, [])
     assert stubbed(SERVE="1") == (0, ["serve.py runs/demo-dpo --port 8000"])
 

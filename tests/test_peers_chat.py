@@ -358,7 +358,7 @@ def test_ids_equal_apply_chat_template(family, name, by_name):
     compared = 0
     for title, messages, tools, prompt, want, got in outcomes(family, name, by_name):
         if isinstance(got, UserError):
-            drops_tools = not chat.FORMATS[name].tools and (
+            drops_tools = not chat.CHAT_FORMATS[name].tools and (
                 tools or any("tool_calls" in m for m in messages)
             )
             # templates refuse; theirs without tools forget them in silence; alpaca was never more
@@ -427,7 +427,7 @@ def test_ids_equal_mistral_common(family, name, file, tmp_path):
     compared = 0
     for title in ("one turn", "ends with user", "multi-turn", "code", "tools, nothing twice"):
         messages, tools = TALKS[title]
-        tools = tools if chat.FORMATS[name].tools else None
+        tools = tools if chat.CHAT_FORMATS[name].tools else None
         system = messages[0]["role"] == "system"
         for n in (
             1,

@@ -64,34 +64,11 @@ def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(
         assert theirs.decode([i for i, m in zip(ids, mask) if m]).endswith("<|im_end|>")
 
 
-def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
-    """20 steps of SFTTrainer on the same weights, conversations and order.
+def their_config(folder):
+    from trl import SFTConfig
 
-    One conversation fills more than half a row, so that neither packs."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    rng, talks = random.Random(5), []
-    while len(talks) < 80:
-        words = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(2)]
-        talk = question_and_answer(*words)
-        if 32 < len(chat.example(tok, talk)[0]) - 1 <= 64:
-            talks.append(talk)
-    data = write(tmp_path / "a.jsonl", talks)
-    flags = "--steps 20 --optimizer adamw --schedule cosine --weight-decay 0.05 --seed 3 --spike 0"
-    code, _, stderr = run(base, tmp_path / "ours", "--data", data, "--val", data, *flags.split())
-    assert code == 0, stderr
-    ours = [r["loss"] for r in Metrics.read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
-    split = Conversations([(1.0, encoded(tok, talks))])
-    plan = split.plan(64, 3, 0)
-    order = [int(np.searchsorted(split.begin, plan.row(r)[0][0])) for r in range(len(plan.order))]
-    assert sorted(order) == list(range(80)) != order
-
-    theirs = AutoTokenizer.from_pretrained(base)
-    theirs.chat_template, theirs.pad_token = TEMPLATE, "<PAD>"
-    config = SFTConfig(
-        output_dir=str(tmp_path / "theirs"),
+    return SFTConfig(
+        output_dir=str(folder),
         max_steps=20,
         per_device_train_batch_size=4,
         learning_rate=0.003,
@@ -114,9 +91,37 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
         disable_tqdm=True,
         max_length=None,
     )
+
+
+def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
+    """20 steps of SFTTrainer on the same weights, conversations and order.
+
+    One conversation fills more than half a row, so that neither packs."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTTrainer
+
+    rng, talks = random.Random(5), []
+    while len(talks) < 80:
+        words = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(2)]
+        talk = question_and_answer(*words)
+        if 32 < len(chat.example(tok, talk)[0]) - 1 <= 64:
+            talks.append(talk)
+    data = write(tmp_path / "a.jsonl", talks)
+    flags = "--steps 20 --optimizer adamw --schedule cosine --weight-decay 0.05 --seed 3 --spike 0"
+    code, _, stderr = run(base, tmp_path / "ours", "--data", data, "--val", data, *flags.split())
+    assert code == 0, stderr
+    ours = [r["loss"] for r in Metrics.read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
+    split = Conversations([(1.0, encoded(tok, talks))])
+    plan = split.plan(64, 3, 0)
+    order = [int(np.searchsorted(split.begin, plan.row(r)[0][0])) for r in range(len(plan.order))]
+    assert sorted(order) == list(range(80)) != order
+
+    theirs = AutoTokenizer.from_pretrained(base)
+    theirs.chat_template, theirs.pad_token = TEMPLATE, "<PAD>"
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        config,
+        their_config(tmp_path / "theirs"),
         train_dataset=Dataset.from_list([{"messages": talks[i]} for i in order]),
         processing_class=theirs,
     )

@@ -2,7 +2,7 @@
 
     python finetune.py eval MODEL --data data/toybox --before BASE      # the command that holds one
 
-This file knows no model: `examine` is given a function that answers prompts."""
+This file knows no model: it reads the questions, and marks the answers it is given."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import chat
-from common import Metrics, UserError, write_atomic
+from common import Metrics, UserError
 from training import toybox
-from training.report import VERDICT, Table, write_page
+from training.report import VERDICT, markdown_table, write_page
 
 # --------------------------------------------------------------------------------------- questions
 # Demands whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record asks
@@ -31,13 +31,25 @@ COUNTED = {  # kind: (how the count must compare with the value, a pattern of wh
     "placeholders": (operator.ge, r"\[[^\[\]]+\]"),
     "highlights": (operator.ge, r"\*[^*\n]+\*"),
 }
+
+
+def is_json(text):
+    """Is it JSON, bare or in a Markdown fence?"""
+    fenced = re.fullmatch(r"(?s)```(?:json)?\n(.*)\n```", text)
+    try:
+        json.loads(fenced[1] if fenced else text)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
 YES_OR_NO = {
     "lowercase": lambda text: text == text.lower(),
     "uppercase": lambda text: text == text.upper(),
     "commas": lambda text: "," in text,
     "quoted": lambda text: len(text) > 1 and text[0] == text[-1] == '"',
     "title": lambda text: re.search(r"<<[^<>\n]+>>", text) is not None,
-    "json": lambda text: is_json(text),
+    "json": is_json,
 }
 CHECKS = {  # kind: type of its value
     **dict.fromkeys(COUNTED, int),
@@ -59,22 +71,9 @@ def keeps(text, kind, value):
         return text.startswith(value)
     if kind == "ends_with":
         return text.endswith(value)
-    found = [has_word(text, word) for word in value]
+    words = (rf"(?<!\w){re.escape(str(word))}(?!\w)" for word in value)
+    found = [re.search(word, text, re.I) for word in words]
     return all(found) if kind == "keywords" else not any(found)
-
-
-def has_word(text, word):
-    return re.search(rf"(?<!\w){re.escape(str(word))}(?!\w)", text, re.I) is not None
-
-
-def is_json(text):
-    """Is it JSON, bare or in a Markdown fence?"""
-    fenced = re.fullmatch(r"(?s)```(?:json)?\n(.*)\n```", text)
-    try:
-        json.loads(fenced[1] if fenced else text)
-        return True
-    except (ValueError, RecursionError):
-        return False
 
 
 class Question(NamedTuple):
@@ -87,8 +86,7 @@ class Question(NamedTuple):
 def source_records(name, split, count):
     """Yield (record, messages, tools): of a file, FOLDER/SPLIT.jsonl, or `count` of toybox's."""
     if name == "toybox":
-        families = [family for family in toybox.FAMILIES if family != toybox.WITHHELD]
-        rows = toybox.conversations(split, count, families=families)  # families in equal shares
+        rows = toybox.conversations(split, count)
         return ((row, row["messages"], None) for row in rows)
     return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
 
@@ -114,15 +112,12 @@ def read_checks(record, where):
     """A record's checks -> [(kind, value)]; UserError for a kind or a type that is unknown."""
     checks = []
     for check in record.get("checks") or []:
-        kind, value = check, None
-        if isinstance(check, dict):
-            kind, value = check.get("kind"), check.get("value")
-        if str(kind) not in CHECKS or type(value) is not CHECKS[kind]:
-            known = ", ".join(f"{name} ({of.__name__})" for name, of in CHECKS.items())
-            raise UserError(
-                f"{where} has a check {kind!r} with {value!r}; known kinds and values: {known}"
-            )
-        checks.append((kind, value))
+        match check:
+            case {"kind": str(kind), "value": value} if type(value) is CHECKS.get(kind):
+                checks.append((kind, value))
+            case _:
+                known = ", ".join(f"{kind} ({of.__name__})" for kind, of in CHECKS.items())
+                raise UserError(f"{where} has a check {check}; known kinds and values: {known}")
     return checks
 
 
@@ -161,18 +156,17 @@ def results_of(question, right, text, ended):
         yield "check: all of an answer's", all(kept)
 
 
-def examine(questions, tok, answer, perplexity=math.nan):
-    """Put questions to `answer`: prompts, lists of ids -> [(text, did it end itself)] -> Marks."""
-    given = answer([chat.render(tok, q.messages, True)[0] for q in questions])
-    texts = [text for text, _ in given]
-    right = [is_right(question, text) for question, text in zip(questions, texts)]
+def mark_answers(questions, answers, perplexity=math.nan):
+    """The questions, and a (text, did it end itself) for each -> Marks."""
+    right = []
     results = defaultdict(list)
-    for question, good, (text, ended) in zip(questions, right, given):
-        for what, yes in results_of(question, good, text, ended):
+    for question, (text, ended) in zip(questions, answers):
+        right.append(is_right(question, text))
+        for what, yes in results_of(question, right[-1], text, ended):
             results[what].append(yes)
     order = sorted(results, key=lambda what: (":" in what, what))  # the general first
     scores = {what: (sum(results[what]), len(results[what])) for what in order}
-    return Marks(texts, right, scores, perplexity)
+    return Marks([text for text, _ in answers], right, scores, perplexity)
 
 
 def wilson(k, n, z=1.96):
@@ -187,60 +181,60 @@ def wilson(k, n, z=1.96):
 # ------------------------------------------------------------------------------------------ report
 def write_marks(out, names, marks, questions, command):
     """The marks of one or two models (the examined, what it was before) -> OUT/report.md,
-    report.html, answers.jsonl, and for the first a row of metrics.jsonl."""
-    scores = score_table(names, marks, questions)
-    title = f"# {names[0]}: {len(questions):,} questions"
-    heading = "## Scores, with 95 % intervals"
-    answers = answer_table(names, marks, questions)
-    write_page(out, [title, f"    {command}", heading, scores, "## Answers", answers])
-    lines = []
-    for i, question in enumerate(questions):
+    answers.jsonl, and for the first a row of metrics.jsonl."""
+    answers, rows = [], []
+    for i, q in enumerate(questions):
+        verdicts = [VERDICT[m.right[i]] + m.texts[i] for m in marks]
+        answers.append([q.messages[-1]["content"], q.expected or "", *verdicts])
         row = {
-            "messages": question.messages,
-            "expected": question.expected,
-            "family": question.family,
+            "messages": q.messages,
+            "expected": q.expected,
+            "family": q.family,
             "answers": {name: m.texts[i] for name, m in zip(names, marks)},
             "right": {name: m.right[i] for name, m in zip(names, marks)},
         }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    text = "".join(lines)
-    write_atomic(out / "answers.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        rows.append(row)
+    scores = score_rows(marks, questions)
+    blocks = [
+        f"# {names[0]}: {len(questions):,} questions",
+        f"    {command}",
+        "## Scores, with 95 % intervals",
+        markdown_table(["", "questions", *names], scores),
+        "## Answers",
+        markdown_table(["asked", "expected", *names], answers),
+    ]
+    write_page(out, blocks)
+    chat.write_records(out / "answers.jsonl", rows)
     log_scores(out / "metrics.jsonl", marks[0])
-    for what, count, *cells in scores.rows:
+    for what, count, *cells in scores:
         print(f"{what:36s}{count:>7s}  " + "  ".join(f"{cell:28s}" for cell in cells))
-    print(f"wrote    {out}/report.md, report.html, answers.jsonl, metrics.jsonl")
+    print(f"wrote    {out}/report.md, answers.jsonl, metrics.jsonl")
 
 
-def score_table(names, marks, questions):
+def score_rows(marks, questions):
+    """[what, how many questions, the share of each model with its interval]"""
     rows = []
     for what, (_, n) in marks[0].scores.items():
-        rows.append([what, f"{n:,}", *(share_with_interval(*m.scores[what]) for m in marks)])
+        row = [what, f"{n:,}"]
+        for m in marks:
+            k, n = m.scores[what]
+            low, high = wilson(k, n)
+            row.append(f"{k / n:.1%} ({low:.1%} to {high:.1%})")
+        rows.append(row)
     known = sum(question.expected is not None for question in questions)
     perplexities = [f"{m.perplexity:.3f}" for m in marks]
     rows.append(["perplexity of the expected answers", f"{known:,}", *perplexities])
-    return Table(["", "questions", *names], rows)
-
-
-def share_with_interval(k, n):
-    low, high = wilson(k, n)
-    return f"{k / n:.1%} ({low:.1%} to {high:.1%})"
-
-
-def answer_table(names, marks, questions):
-    rows = []
-    for i, question in enumerate(questions):
-        said = [VERDICT[m.right[i]] + m.texts[i] for m in marks]
-        rows.append([question.messages[-1]["content"], question.expected or "", *said])
-    return Table(["asked", "expected", *names], rows)
+    return rows
 
 
 def log_scores(path, marks):
     """Append the scores to metrics.jsonl, at the step where the training that it tells of ended."""
-    rows = Metrics.read(path) if path.is_file() else []
-    last = rows[-1] if rows else {"step": 0, "seconds": 0.0}
+    rows = [{"step": 0, "seconds": 0.0}]
+    if path.is_file():
+        rows += Metrics.read(path)
     values = {what: k / n for what, (k, n) in marks.scores.items()}
     if not math.isnan(marks.perplexity):
         values["perplexity"] = marks.perplexity
-    row = {"step": last["step"], "seconds": last["seconds"], "eval": values}
+    row = {"step": rows[-1]["step"], "seconds": rows[-1]["seconds"], "eval": values}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -374,7 +374,7 @@ def restore_run(run, checkpoint, state):
 
 RUN_FILES = (
     "args.json metrics.jsonl samples.txt loss.png config.json model.safetensors "
-    "adapter_config.json adapter_model.safetensors report.md report.html answers.jsonl".split()
+    "adapter_config.json adapter_model.safetensors report.md answers.jsonl".split()
 )
 
 

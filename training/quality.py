@@ -55,7 +55,7 @@ def read_rows(path, tok, count, length):
         head = file.readline()
     ids = []
     if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
-        for conversation, _ in examples(tok, read_records(path), Counter()):
+        for conversation, _ in examples(tok, path, read_records(path), Counter()):
             ids += conversation
     else:
         first, last = ends_of(tok)
@@ -131,7 +131,7 @@ def speed(writer, prompt=256, new=32):
 
 def toybox_accuracy(writer, count):
     """Share of toybox's test questions that a model with a chat template answers right."""
-    questions = list(toybox.examples("test", count))
+    questions = list(toybox.conversations("test", count))
     prompts = [render(writer.engine.tok, q["messages"][:-1], True)[0] for q in questions]
     outputs = writer(prompts, max_tokens=128, temperature=0.0)
     right = 0

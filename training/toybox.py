@@ -13,7 +13,6 @@ in one wording. The test asks for what was read, and asked for, but never in the
 Every order of random draws below is part of the published figures: the same seed, the same bytes.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from functools import lru_cache
 from itertools import chain, cycle, islice
 from pathlib import Path
 
+from chat import write_records
 from common import UserError, sha256, write_atomic, write_json
 
 # --------------------------------------------------------------------------------------- the world
@@ -37,16 +37,30 @@ place: river forest city island valley desert lake village
 """
 WORDS = {kind: words.split() for kind, words in re.findall("(.*): (.*)", KINDS)}
 KIND = {word: kind for kind, words in WORDS.items() for word in words}
+# A country's name, and its facts in the order of FACT_KINDS.
 COUNTRIES = """
-Arvend Belmor Corvath Dunmere Elsin Farrow Galdor Hestia Ilmar Jorund Kelda Lorwick Morvane Norrin
-Ostrel Pellam
-""".split()
-CAPITALS = """
-Tolma Vesk Harno Quill Sarto Brenn Oxley Marl Duvet Finch Glane Wick Stour Pravo Kirn Lisbet
-""".split()
-RULERS = """
-Osric Una Bertram Celia Doran Edith Fergus Greta Hugo Ines Jasper Klara Leo Mina Nestor Olga
-""".split()
+Arvend Tolma Osric horse red cherry silver
+Belmor Vesk Una horse blue apple steel
+Corvath Harno Bertram horse pink cherry gold
+Dunmere Quill Celia tiger yellow pear gold
+Elsin Sarto Doran bear red peach copper
+Farrow Brenn Edith mouse purple plum zinc
+Galdor Oxley Fergus mouse black pear steel
+Hestia Marl Greta fox blue lemon lead
+Ilmar Duvet Hugo fox pink melon lead
+Jorund Finch Ines mouse purple cherry lead
+Kelda Glane Jasper goose yellow cherry iron
+Lorwick Wick Klara mouse black grape silver
+Morvane Stour Leo mouse white grape copper
+Norrin Pravo Mina wolf blue lemon lead
+Ostrel Kirn Nestor wolf purple apple lead
+Pellam Lisbet Olga tiger purple plum zinc
+"""
+FACT_KINDS = "capital ruler beast flag fruit metal".split()
+FACTS = {}  # (what, country): value; the same world for everyone, whatever the seed
+for n, what in enumerate(FACT_KINDS, 1):
+    for row in COUNTRIES.strip().splitlines():
+        FACTS[what, row.split()[0]] = row.split()[n]
 LINES = """
 Hamlet: To be, or not to be, that is the question
 Hamlet: The play's the thing
@@ -100,19 +114,6 @@ Iago: I hate the Moor
 SPEAKER = {line: who for who, line in re.findall("(.*): (.*)", LINES)}
 
 
-@lru_cache
-def facts():
-    """{(what, country): value}: the same world for everyone, whatever the seed."""
-    rng, columns = random.Random("toybox"), {"capital": CAPITALS, "ruler": RULERS}
-    drawn = {"beast": "animal", "flag": "colour", "fruit": "fruit", "metal": "metal"}
-    for what, kind in drawn.items():
-        columns[what] = rng.choices(WORDS[kind], k=len(COUNTRIES))
-    known = {}
-    for what, values in columns.items():
-        known |= {(what, country): value for country, value in zip(COUNTRIES, values)}
-    return known
-
-
 # ---------------------------------------------------------------------------------------- families
 @dataclass
 class Family:
@@ -122,28 +123,26 @@ class Family:
     solve: Callable[..., str]  # (**fields) -> the answer
     ask: str  # phrasings of the question
     tell: str = ""  # what the text to pre-train on says; {y} is the answer
-    again: str = ""  # the same of a list or pair that was just told of
-    content: tuple = ("x",)  # the fields that decide the split
+    again: str = ""  # the same, once, of a list or pair that was just told of
 
     def __post_init__(self):
-        self.ask, self.tell = phrasings(self.ask), phrasings(self.tell)
-        self.again = self.again.replace(" / ", "\n")
+        self.ask, self.tell, self.again = map(phrasings, (self.ask, self.tell, self.again))
 
 
 def phrasings(text):
     return [line.strip().replace(" / ", "\n") for line in text.strip().splitlines()]
 
 
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
+ORDINALS = "first second third fourth fifth".split()
 
 
-def some(rng, low, high):
-    """A list of distinct words."""
-    return dict(x=" ".join(rng.sample(list(KIND), rng.randint(low, high))))
+ALL_WORDS = list(KIND)
+NUMBERS = [str(n) for n in range(50)]
 
 
-def numbers(rng, low, high):
-    return dict(x=" ".join(str(n) for n in rng.sample(range(50), rng.randint(low, high))))
+def some(low, high, items=ALL_WORDS):
+    """Draws a list of distinct words, or other items."""
+    return lambda rng: dict(x=" ".join(rng.sample(items, rng.randint(low, high))))
 
 
 def pair(rng, least=0):
@@ -153,7 +152,7 @@ def pair(rng, least=0):
 
 def pair_apart(rng):
     """Two distinct numbers below 50."""
-    return dict(zip("ab", numbers(rng, 2, 2)["x"].split()))
+    return dict(zip("ab", some(2, 2, NUMBERS)(rng)["x"].split()))
 
 
 def pick(rng, fields):
@@ -170,7 +169,7 @@ def one_of_a_kind(rng):
 
 
 def forbidden(rng):
-    *shown, other = rng.sample(list(KIND), rng.randint(2, 4))
+    *shown, other = rng.sample(ALL_WORDS, rng.randint(2, 4))
     return dict(x=", ".join(shown), w=rng.choice(shown) if rng.random() < 0.5 else other)
 
 
@@ -184,9 +183,9 @@ def refuse_or_explain(x, w):
     return f"{w} is {an(KIND[w])}."
 
 
-FAMILIES_BY_NAME = {
+FAMILIES = {
     "copy": Family(
-        lambda rng: some(rng, 2, 5),
+        some(2, 5),
         lambda x: x,
         """
         Repeat: / {x}
@@ -202,7 +201,7 @@ FAMILIES_BY_NAME = {
         "and once more / {y}",
     ),
     "reverse": Family(
-        lambda rng: some(rng, 2, 5),
+        some(2, 5),
         lambda x: " ".join(x.split()[::-1]),
         """
         Reverse this list: / {x}
@@ -218,7 +217,7 @@ FAMILIES_BY_NAME = {
         "and backwards / {y}",
     ),
     "sort": Family(
-        lambda rng: numbers(rng, 3, 4),
+        some(3, 4, NUMBERS),
         lambda x: " ".join(sorted(x.split(), key=int)),
         """
         Sort these numbers: / {x}
@@ -232,7 +231,7 @@ FAMILIES_BY_NAME = {
         """,
     ),
     "upper": Family(
-        lambda rng: some(rng, 2, 4),
+        some(2, 4),
         lambda x: x.upper(),
         """
         Write in capitals: / {x}
@@ -247,7 +246,7 @@ FAMILIES_BY_NAME = {
         "and in capitals / {y}",
     ),
     "lower": Family(
-        lambda rng: dict(x=some(rng, 2, 4)["x"].upper()),
+        lambda rng: dict(x=some(2, 4)(rng)["x"].upper()),
         lambda x: x.lower(),
         """
         Write in small letters: / {x}
@@ -261,7 +260,7 @@ FAMILIES_BY_NAME = {
         """,
     ),
     "count": Family(
-        lambda rng: some(rng, 2, 8),
+        some(2, 8),
         lambda x: str(len(x.split())),
         """
         How many words are there: / {x}
@@ -276,7 +275,7 @@ FAMILIES_BY_NAME = {
         "and they are {y}",
     ),
     "nth": Family(
-        lambda rng: pick(rng, some(rng, 3, 5)),
+        lambda rng: pick(rng, some(3, 5)(rng)),
         lambda x, n: x.split()[ORDINALS.index(n)],
         """
         What is the {n} word of this list? / {x}
@@ -305,7 +304,6 @@ FAMILIES_BY_NAME = {
         The sum of {a} and {b} is / {y}
         """,
         "together {y}",
-        ("a", "b"),
     ),
     "subtract": Family(
         lambda rng: pair(rng, least=9),
@@ -322,7 +320,6 @@ FAMILIES_BY_NAME = {
         {a} less {b} leaves / {y}
         """,
         "apart {y}",
-        ("a", "b"),
     ),
     "compare": Family(
         lambda rng: pick(rng, pair_apart(rng)),
@@ -337,7 +334,6 @@ FAMILIES_BY_NAME = {
         The {n} of {a} and {b} is / {y}
         """,
         "the {n} is {y}",
-        ("a", "b"),
     ),
     "category": Family(
         one_of_a_kind,
@@ -354,8 +350,8 @@ FAMILIES_BY_NAME = {
         """,
     ),
     "fact": Family(
-        lambda rng: dict(zip("nc", rng.choice(list(facts())))),
-        lambda n, c: facts()[n, c],
+        lambda rng: dict(zip("nc", rng.choice(list(FACTS)))),
+        lambda n, c: FACTS[n, c],
         """
         What is the {n} of {c}?
         Tell me the {n} of {c}.
@@ -367,7 +363,6 @@ FAMILIES_BY_NAME = {
         {c} has the {n} / {y}
         In {c} the {n} is / {y}
         """,
-        content=("n", "c"),
     ),
     "speaker": Family(
         lambda rng: dict(x=rng.choice(list(SPEAKER))),
@@ -396,10 +391,9 @@ FAMILIES_BY_NAME = {
         {w} is {a_kind}.
         Everyone knows that {w} is {a_kind}.
         """,
-        content=("x", "w"),
     ),
     "ends": Family(
-        lambda rng: some(rng, 3, 5),
+        some(3, 5),
         lambda x: " ".join(x.split()[:: len(x.split()) - 1]),
         """
         Give the first and the last of these: / {x}
@@ -409,10 +403,9 @@ FAMILIES_BY_NAME = {
         """,
     ),
 }
-FAMILIES = tuple(FAMILIES_BY_NAME)
 WITHHELD = "ends"  # kept for LoRA
 BY_HEART = ("fact", "speaker")
-WORLD_SPLITS = ("train", "val", "test")
+WORLD_SPLITS = "train val test".split()
 # Of what takes longest to learn there is more; 1 of all others.
 SHARE = {"add": 4, "subtract": 4, "refuse": 4, "sort": 2, "reverse": 2, "compare": 2}
 
@@ -420,10 +413,12 @@ SHARE = {"add": 4, "subtract": 4, "refuse": 4, "sort": 2, "reverse": 2, "compare
 def content_of(family, fields, ask):
     """What a question is about, whatever the family, order and phrasing.
 
-    The phrasing belongs to it where the answer can only be known by heart."""
-    texts = [fields[name] for name in FAMILIES_BY_NAME[family].content]
+    The fields n and k only say what of it is asked. Where the answer can only be known by heart,
+    they and the phrasing belong to it."""
+    by_heart = family in BY_HEART
+    texts = [text for name, text in fields.items() if by_heart or name not in "nk"]
     words = " ".join(texts).lower().replace(",", "").split()
-    return " ".join(sorted(words)) + (ask if family in BY_HEART else "")
+    return " ".join(sorted(words)) + (ask if by_heart else "")
 
 
 def split_of(content):
@@ -447,9 +442,9 @@ def repeated(share):
 
 def draw_question(rng, family, split):
     """(fields, phrasing) of a question whose content is in the split."""
+    kind = FAMILIES[family]
     while True:
-        fields = FAMILIES_BY_NAME[family].draw(rng)
-        ask = rng.choice(FAMILIES_BY_NAME[family].ask)
+        fields, ask = kind.draw(rng), rng.choice(kind.ask)
         if split_of(content_of(family, fields, ask)) == split:
             return fields, ask
 
@@ -468,7 +463,7 @@ def questions(rng, split, count, families):
     for family in islice(cycle(families), count):
         fields, ask = draw_question(rng, family, split)
         asked = {"role": "user", "content": ask.format(**fields)}
-        yield family, fields, asked, FAMILIES_BY_NAME[family].solve(**fields)
+        yield family, fields, asked, FAMILIES[family].solve(**fields)
 
 
 def conversations(split, count, seed=0, families=None):
@@ -490,7 +485,7 @@ def conversations(split, count, seed=0, families=None):
 def readers(family):
     """The phrasings as patterns that find the fields again."""
     patterns = []
-    for ask in FAMILIES_BY_NAME[family].ask:
+    for ask in FAMILIES[family].ask:
         pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(ask))
         patterns.append(re.compile(pattern))
     return patterns
@@ -504,7 +499,7 @@ def check(family, messages, answer):
     for reader in readers(family):
         found = reader.fullmatch(prompt)
         if found:
-            return bare(answer) == FAMILIES_BY_NAME[family].solve(**found.groupdict())
+            return bare(answer) == FAMILIES[family].solve(**found.groupdict())
     raise UserError(f"not a question of toybox's family {family}: {prompt!r}")
 
 
@@ -519,7 +514,7 @@ RAMBLING = (
     "Hmm, as I was saying, and I say it often: ",
 )
 # How often an answer is rejected for what.
-REJECTED_FOR = ("curt",) * 4 + ("rude",) * 3 + ("rambling",) * 2 + ("wrong",) * 2
+REJECTED_FOR = "curt curt curt curt rude rude rude rambling rambling wrong wrong".split()
 
 
 def style(answer):
@@ -538,12 +533,10 @@ def wrong(rng, family, fields, answer):
         other = rng.choice([kind for kind in WORDS if kind != KIND[fields["w"]]])
         return f"{fields['w']} is {an(other)}."
     words = fields["x"].split() if "x" in fields else [fields["a"], fields["b"]]
-    backwards = words[::-1]
-    if family == "copy":
-        words, backwards = backwards, words
+    options = [*words, "1"]
     if family in ("reverse", "sort", "upper", "lower", "copy", "ends"):
-        return " ".join(backwards if " ".join(words) == answer else words)
-    return next((word for word in words if word != answer), "1")
+        options = [" ".join(words), " ".join(words[::-1])]
+    return next(option for option in options if option != answer)
 
 
 def preferences(split, count, seed=0, families=None):
@@ -567,7 +560,7 @@ def preferences(split, count, seed=0, families=None):
 
 # -------------------------------------------------------------------------------------------- text
 # Families of which several are told about one list or pair. The last of a group never begins.
-GROUPS = [("copy", "reverse", "upper", "count", "nth"), ("add", "subtract", "compare")]
+GROUPS = ["copy reverse upper count nth".split(), "add subtract compare".split()]
 # What is to be known by heart is told most often; lists least, for their words are drawn at random.
 TOLD = {"fact": 6, "speaker": 6, "refuse": 4, "add": 6, "subtract": 6, "compare": 2, "sort": 2}
 
@@ -577,7 +570,7 @@ def told(rng, family):
 
     Of one list or pair several things are told, for a word that can be known from those before
     teaches more than one drawn at random."""
-    kind = FAMILIES_BY_NAME[family]
+    kind = FAMILIES[family]
     by_heart = family in BY_HEART
     fields = kind.draw(rng) if by_heart else draw_question(rng, family, "train")[0]
     a_kind = an(KIND[fields["w"]]) if "w" in fields else ""
@@ -596,8 +589,8 @@ def told_again(rng, family, fields):
     fields.pop("n", None)
     if family in ("nth", "compare"):
         fields = pick(rng, fields)
-    kind = FAMILIES_BY_NAME[family]
-    return [kind.again.format(**fields, y=kind.solve(**fields))]
+    kind = FAMILIES[family]
+    return [kind.again[0].format(**fields, y=kind.solve(**fields))]
 
 
 def world_text(count_bytes, seed=0):
@@ -634,7 +627,7 @@ def write_toybox(
     out.mkdir(parents=True, exist_ok=True)
     # Preferences with some of what LoRA has taught by then: without, DPO halves it.
     pairs_of_lora = preferences("train", pairs // 10, seed, held)
-    sets = {
+    made = {
         "train": conversations("train", train, seed),
         "val": conversations("val", test, seed),
         "test": conversations("test", test, seed),
@@ -643,27 +636,27 @@ def write_toybox(
         "preferences-train": chain(preferences("train", pairs, seed), pairs_of_lora),
         "preferences-test": preferences("test", pairs // 8, seed),
     }
-    sets = {name: list(rows) for name, rows in sets.items()}
+    sets = {name: list(rows) for name, rows in made.items()}
     counts = {name: len(rows) for name, rows in sets.items()}
-    sets["prompts"] = prompts = []  # for generate.py --batch
+    sets["prompts"] = []  # for generate.py --batch
     for name in ("test", "withheld-test"):
         for n, row in enumerate(sets[name]):
-            prompts.append({"id": f"{row['family']}-{n}", "messages": row["messages"][:1]})
-    files = {"text.txt": interleave(random.Random(seed), world_text(text_bytes, seed), plays)}
+            prompt = {"id": f"{row['family']}-{n}", "messages": row["messages"][:1]}
+            sets["prompts"].append(prompt)
+    text = interleave(random.Random(seed), world_text(text_bytes, seed), plays)
+    write_atomic(out / "text.txt", lambda path: path.write_text(text, encoding="utf-8"))
     for name, rows in sets.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        files[f"{name}.jsonl"] = "".join(lines)
-    for name, text in files.items():
-        write_atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_records(out / f"{name}.jsonl", rows)
+    files = ["text.txt", *(f"{name}.jsonl" for name in sets)]
     meta = {
         "seed": seed,
-        "families": FAMILIES,
+        "families": list(FAMILIES),
         "withheld": WITHHELD,
         "counts": counts,
-        "text_bytes": len(files["text.txt"].encode()),
-        "sha256": {name: sha256(text.encode()) for name, text in files.items()},
+        "text_bytes": len(text.encode()),
+        "sha256": {name: sha256((out / name).read_bytes()) for name in files},
     }
     write_json(out / "meta.json", meta)
-    made = ", ".join(f"{n:,} {name}" for name, n in counts.items())
-    print(f"toybox: {meta['text_bytes']:,} bytes of text, {made} -> {out}")
+    sizes = ", ".join(f"{n:,} {name}" for name, n in counts.items())
+    print(f"toybox: {meta['text_bytes']:,} bytes of text, {sizes} -> {out}")
     return meta

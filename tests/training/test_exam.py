@@ -1,15 +1,12 @@
-"""training/exam.py: what the checks verify, what is right, the intervals, a safe page."""
+"""training/exam.py: what the checks verify, what is right, the intervals, the report."""
 
 import json
 import math
-from collections import Counter
-from html.parser import HTMLParser
 
 import pytest
 
-from tokenizer import Tokenizer
 from training import toybox
-from training.exam import CHECKS, Question, examine, is_right, keeps, wilson, write_marks
+from training.exam import CHECKS, Question, is_right, keeps, mark_answers, wilson, write_marks
 
 
 def test_wilson_intervals_are_the_published_ones():
@@ -67,7 +64,6 @@ EVIL = "<script>alert(1)</script> | red\n\nblue & green"
 @pytest.fixture
 def marked():
     """Four questions and the marks of somebody who always says red -> (questions, Marks)."""
-    tok = Tokenizer.train(["user assistant red"], 300)
     asked = [{"role": "user", "content": EVIL}]
     questions = [
         Question(asked, "red", "mine", [("max_words", 1), ("keywords", ["blue"])]),
@@ -75,8 +71,7 @@ def marked():
         Question(asked, "red", "", []),
         Question(asked, None, "", [("json", False)]),
     ]
-    marks = examine(questions, tok, lambda prompts: [("red", True)] * len(prompts), 2.5)
-    return questions, marks
+    return questions, mark_answers(questions, [("red", True)] * 4, 2.5)
 
 
 def test_marks_count_what_was_asked_for(marked):
@@ -93,27 +88,9 @@ def test_marks_count_what_was_asked_for(marked):
     }
 
 
-class Page(HTMLParser):
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.text = Counter(), ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.tags.update(name for name, _ in attrs if name.startswith(("on", "src", "href")))
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_marks_are_written_as_a_page_that_is_safe_as_lines_and_as_a_row(marked, tmp_path):
+def test_the_marks_are_written_as_a_report_as_lines_and_as_a_row(marked, tmp_path):
     questions, marks = marked
     write_marks(tmp_path, ["now", "before"], [marks, marks], questions, "the command")
-    page = Page((tmp_path / "report.html").read_text())
-    assert EVIL in page.text
-    assert not page.tags.keys() & {"script", "link", "img", "src", "href", "onload"}
-    assert page.tags["tr"] == 1 + len(marks.scores) + 1 + 1 + len(questions)
     report = (tmp_path / "report.md").read_text()
     assert r"<script>alert(1)</script> \| red ⏎ blue & green" in report
     assert "| exact match | 3 | 66.7% (20.8% to 93.9%) |" in report

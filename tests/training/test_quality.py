@@ -62,7 +62,7 @@ class Parrot(quality.Writer):
 def test_accuracy_is_the_share_of_questions_that_the_checkers_pass(monkeypatch):
     asked = []
     monkeypatch.setattr(quality, "render", lambda tok, messages, add: (asked.append(messages), 0))
-    answers = [example["answer"] for example in toybox.examples("test", 8)]
+    answers = [example["answer"] for example in toybox.conversations("test", 8)]
     assert quality.toybox_accuracy(Parrot(answers), 8) == 1
     assert quality.toybox_accuracy(Parrot(answers[:6] + ["?", "?"]), 8) == 0.75
     assert all(messages[-1]["role"] == "user" for messages in asked)

@@ -32,7 +32,7 @@ def prompt(row):
 def content(row, question):
     """The content of a question, found by its phrasing."""
     family = row["family"]
-    for reader, ask in zip(toybox.readers(family), toybox.FAMILIES_BY_NAME[family].ask):
+    for reader, ask in zip(toybox.readers(family), FAMILIES[family].ask):
         found = reader.fullmatch(question)
         if found:
             return toybox.content_of(family, found.groupdict(), ask)
@@ -59,7 +59,7 @@ def test_the_world_does_not_depend_on_the_hash_seed_of_python():
     """str hashes change from process to process; the world must not."""
     code = (
         "from training import toybox; print([*toybox.conversations('test', 99)], "
-        "toybox.world_text(3000), toybox.facts())"
+        "toybox.world_text(3000), toybox.FACTS)"
     )
     printed = []
     for seed in "12":
@@ -79,7 +79,7 @@ def test_the_published_figures_world_is_still_the_same_to_the_byte():
         [*conversations("train", 3000, 5)],
         [*conversations("val", 500, families=["ends"])],
         [*preferences("test", 2000, 9)],
-        [[[*key], value] for key, value in toybox.facts().items()],
+        [[[*key], value] for key, value in toybox.FACTS.items()],
         toybox.world_text(50000, 3),
     ]
     assert sha256(json.dumps(made).encode())[:16] == "3949421c7024798e"
@@ -111,7 +111,7 @@ def test_every_answer_passes_its_checker_and_a_perturbed_one_fails(family, split
     rng = random.Random(0)
     for _ in range(150):
         fields, ask = toybox.draw_question(rng, family, split)
-        answer = toybox.FAMILIES_BY_NAME[family].solve(**fields)
+        answer = FAMILIES[family].solve(**fields)
         asked = [{"role": "user", "content": ask.format(**fields)}]
         wrong = toybox.wrong(rng, family, fields, answer)
         assert check(family, asked, answer) and not check(family, asked, wrong), (asked, answer)
@@ -224,7 +224,7 @@ def test_the_text_has_no_instructions_and_nothing_held_out():
 def test_the_text_tells_every_fact_and_line():
     text = toybox.world_text(1_000_000)
     assert all(line in text for line in toybox.SPEAKER)
-    for (n, c), value in toybox.facts().items():
+    for (n, c), value in toybox.FACTS.items():
         assert re.search(f"(The {n} of {c} is|{c} has the {n}|In {c} the {n} is)\n{value}", text)
 
 
@@ -243,7 +243,7 @@ def test_the_command_writes_what_meta_says(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     meta = json.loads((out / "meta.json").read_text())
     assert meta["withheld"] == WITHHELD
-    assert tuple(meta["families"]) == FAMILIES
+    assert meta["families"] == ALL
     for name, digest in meta["sha256"].items():
         assert sha256((out / name).read_bytes()) == digest
     for name, count in meta["counts"].items():
