@@ -295,7 +295,8 @@ def bench_qlora(shape="7b"):
         args = lora.Args(
             r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1
         )
-        parts, trained, total = lora.estimate_adapter_memory(config, args, runtime, 1)
+        planned, parts = lora.estimate_adapter_memory(config, args, runtime, 1)
+        lora.print_adapter(planned, args)
         print_estimate(parts, 1, args, runtime)
         model = random_base(config, bool(quant), runtime)
         loaded, _ = memory_held(reset=True)
@@ -307,7 +308,6 @@ def bench_qlora(shape="7b"):
         _, peak = memory_held()
         yield dict(
             base=quant or str(runtime.dtype),
-            trained=trained / total,
             estimated_gib=sum(parts.values()) / 2**30,
             base_gib=loaded / 2**30,
             peak_gib=peak / 2**30,
