@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -163,16 +164,8 @@ def as_preference(record):
     if not {"chosen", "rejected"} <= record.keys():
         keys = ", ".join(str(key)[:40] for key in list(record)[:12])
         raise UserError(f"its keys are {keys or 'none'}; known layouts: {PREFERENCE_LAYOUTS}")
-    if "instruction" in record:
-        start = chat.as_messages({**record, "output": ""})[0][:-1]
-    else:
-        start = as_talk(record.get("prompt") or record.get("conversations") or [], "user")
-        if record.get("system"):
-            start = [{"role": "system", "content": record["system"]}, *start]
-    chosen = as_talk(record["chosen"], "assistant")
-    rejected = as_talk(record["rejected"], "assistant")
-    # a single message answers the prompt, more are a whole conversation
-    chosen, rejected = (talk if len(talk) > 1 else start + talk for talk in (chosen, rejected))
+    chosen = as_talk(record, "chosen")
+    rejected = as_talk(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
@@ -182,24 +175,37 @@ def as_preference(record):
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def as_talk(value, role):
+def as_talk(record, side):
+    """-> the messages of a record's prompt and of its "chosen" or "rejected" answer."""
+    answer = as_preference_messages(record[side], "assistant")
+    if len(answer) > 1:  # it is a whole conversation; a single message answers the prompt
+        return answer
+    if "instruction" in record:
+        return chat.as_messages({**record, "output": answer})[0]
+    asked = record.get("prompt") or record.get("conversations") or []
+    prompt = as_preference_messages(asked, "user")
+    record = {"system": record.get("system"), "prompt": prompt, "completion": answer}
+    return chat.as_messages(record)[0]
+
+
+def as_preference_messages(value, role):
     """A text, HH-RLHF's "\\n\\nHuman: ... \\n\\nAssistant: ...", a message or a list of them
     -> list of messages."""
     if isinstance(value, str):
         start, *said = re.split(r"\n\n(Human|Assistant):", value)
         if not said or start.strip():
-            return [{"role": role, "content": value}]
-        talk = []
-        for who, text in zip(said[::2], said[1::2]):
-            speaker = "user" if who == "Human" else "assistant"
-            talk.append({"role": speaker, "content": text.strip()})
-        if role == "user" and not talk[-1]["content"]:  # a prompt may end in "Assistant:"
-            talk.pop()
-        return talk
-    talk = [value] if isinstance(value, dict) else value
-    if talk and "from" in talk[0]:
-        talk = chat.as_messages({"conversations": talk})[0]
-    return [{"role": m["role"], "content": m["content"]} for m in talk]
+            return chat.as_turns(role, value)
+        value = [
+            {"from": "human" if who == "Human" else "gpt", "value": text.strip()}
+            for who, text in zip(said[::2], said[1::2])
+        ]
+        if role == "user" and not value[-1]["value"]:  # a prompt may end in "Assistant:"
+            value.pop()
+    elif isinstance(value, dict):
+        value = [value]
+    if value and "from" in value[0]:
+        value, _ = chat.as_messages({"conversations": value})
+    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def read_preferences(path, split="train", count=0, seed=0):
@@ -294,7 +300,7 @@ class PairBatch(NamedTuple):
 
     x: torch.Tensor  # (R, T) int64
     y: torch.Tensor  # (R, T) int64: the answers' tokens, else -100
-    docs: torch.Tensor  # (R, T) int32: -1 prompt, 0 chosen answer, 1 rejected, 2 padding
+    docs: torch.Tensor  # (R, T) int64: -1 prompt, 0 chosen answer, 1 rejected, 2 padding
     positions: torch.Tensor  # (R, T) int64
     ref: torch.Tensor  # (R, T) float32: the reference's log-prob of y, else 0
     ends: torch.Tensor  # (R,) int64: where the rejected answer ends, and with it the row
@@ -315,22 +321,12 @@ def power_of_two(size):
     return max(128, 1 << (size - 1).bit_length())
 
 
-def padded_rows(rows, width, value, dtype):
+def padded_rows(rows, width, value):
     """Lists -> (R, width), filled up with the value."""
-    padded = torch.full((len(rows), width), value, dtype=dtype)
+    padded = torch.full((len(rows), width), value)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row)
     return padded
-
-
-@dataclass
-class PairOrder:
-    """An epoch's order, as data.Batches wants it: a row is the number of a pair."""
-
-    order: np.ndarray
-
-    def row(self, r):
-        return self.order[r]
 
 
 class Pairs:
@@ -351,22 +347,17 @@ class Pairs:
         return int(self.ends.sum())
 
     def plan(self, context, seed, epoch):
-        return PairOrder(np.random.default_rng([seed, epoch]).permutation(len(self.pairs)))
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
+        return finetune.PackedRows(range(len(order)), order)
 
     def fill(self, rows, context):
         """Numbers of pairs -> PairBatch."""
         rows = sorted(rows, key=lambda r: self.ends[r])
         width = power_of_two(int(self.ends[rows[-1]]))
-        x, y, docs, positions, ref = zip(*map(self.pair_row, rows))
-        return PairBatch(
-            padded_rows(x, width, 0, torch.int64),
-            padded_rows(y, width, -100, torch.int64),
-            padded_rows(docs, width, 2, torch.int32),
-            padded_rows(positions, width, 0, torch.int64),
-            padded_rows(ref, width, 0, torch.float32),
-            torch.from_numpy(self.ends[rows]),
-            torch.ones(len(rows)),
-        )
+        columns = zip(*map(self.pair_row, rows))
+        padding = (0, -100, 2, 0, 0.0)  # of x, y, docs, positions and ref
+        padded = [padded_rows(column, width, pad) for column, pad in zip(columns, padding)]
+        return PairBatch(*padded, torch.from_numpy(self.ends[rows]), torch.ones(len(rows)))
 
     def pair_row(self, r):
         """The pair of number r -> its row of x, y, docs, positions and ref, as in PairBatch."""
@@ -464,46 +455,48 @@ def pair_loss(model, batch, args):
     return losses.sum(), sums
 
 
-class PairTotals:
-    """The sums of many batches, and their means over all ranks."""
-
-    def __init__(self):
-        self.sums = {}
-
-    def add(self, sums):
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self, args, runtime):
-        """-> {name: mean over pairs, of the KL over tokens}"""
-        total = {name: runtime.sum(value.item()) for name, value in self.sums.items()}
-        kl = total.pop("kl") / max(total.pop("targets"), 1)
-        pairs = max(total.pop("pairs"), 1)
-        means = {name: value / pairs for name, value in total.items()}
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        if args.loss not in REFERENCE_FREE:
-            means["kl"] = kl
-        return means
+def pair_means(totals, args, runtime):
+    """The sums of many batches -> {name: mean over the pairs of all ranks, of the KL over
+    tokens}."""
+    total = {name: runtime.sum(value.item()) for name, value in totals.items()}
+    kl = total.pop("kl") / max(total.pop("targets"), 1)
+    pairs = max(total.pop("pairs"), 1)
+    means = {name: value / pairs for name, value in total.items()}
+    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    if args.loss not in REFERENCE_FREE:
+        means["kl"] = kl
+    return means
 
 
 def measure_pairs(model, pairs, rows, args, runtime):
     """The loss over all pairs and what goes with it -> {name: mean}."""
-    totals = PairTotals()
+    totals: Counter = Counter()
 
     def loss_of(model, batch, args):
         loss, sums = pair_loss(model, batch, args)
-        totals.add(sums)
+        totals.update(sums)
         return loss
 
     evaluate(model, pairs, rows, args, runtime, loss=loss_of)
-    return totals.means(args, runtime)
+    return pair_means(totals, args, runtime)
 
 
 # ---------------------------------------------------------------------------------------- training
 def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
     computed before the model changes."""
-    check_preference_args(args)
+    # a mistake in these flags is said now, before the reference is computed
+    preference_loss(*torch.zeros(4, 1), args.beta, args.label_smoothing, args.loss)
+    if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
+        raise UserError(
+            f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
+            f"0.5, --val-share {args.val_share} between 0 and 1"
+        )
+    if (Path(args.model) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
+            f"first, with python lora.py merge BASE {args.model} --out D"
+        )
     runtime = resolve(args.device, args.dtype, args.compile)
     # frozen weights need no more bits than products do
     dtype = runtime.dtype if args.lora else torch.float32
@@ -516,8 +509,7 @@ def prepare_preferences(args, checkpoint):
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
-            rows = args.micro_batch or 8
-            fill_reference(pairs, model, tok, runtime, rows, Path(args.out).parent)
+            fill_reference(pairs, model, tok, runtime, args.micro_batch or 8, Path(args.out).parent)
     if args.lora and checkpoint:
         lora.load_adapter(model, checkpoint, trainable=True)
     elif args.lora:
@@ -525,13 +517,11 @@ def prepare_preferences(args, checkpoint):
         lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
     elif checkpoint:
         model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
-    trained, _ = lora.count_params(model)
-    epochs = args.steps * args.batch / len(data.pairs)
+    trained, total = lora.count_params(model)
     print(
         f"data     {len(data.pairs):,} pairs to train on, {len(val.pairs):,} held out; "
-        f"{len(data):,} tokens, prompts once; {args.steps:,} steps of {args.batch} = "
-        f"{epochs:.1f} epochs\n"
-        f"model    {model.num_params():,} parameters, {trained:,} of them trained: {args.loss}, "
+        f"{len(data):,} tokens, prompts once\n"
+        f"model    {trained:,} of {total:,} parameters are trained: {args.loss}, "
         f"beta {args.beta:g}"
     )
 
@@ -550,21 +540,6 @@ def prepare_preferences(args, checkpoint):
         validate=validate_preferences,
         write=write_adapter if args.lora else write_model,
     )
-
-
-def check_preference_args(args):
-    if args.loss not in PREFERENCE_LOSSES:
-        raise UserError(f"--loss {args.loss}: use {', '.join(PREFERENCE_LOSSES)}")
-    if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
-        raise UserError(
-            f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
-            f"0.5, --val-share {args.val_share} between 0 and 1"
-        )
-    if (Path(args.model) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
-            f"first, with python lora.py merge BASE {args.model} --out D"
-        )
 
 
 def validate_preferences(run):
@@ -601,7 +576,7 @@ def train_preferences(run):
     args = run.args
     if run.start == 0:
         check_start(run)
-    totals = PairTotals()
+    totals = Counter()
     for step, batch in steps(run):
         run.optimizer.zero_grad()
         total = 0
@@ -610,12 +585,12 @@ def train_preferences(run):
                 loss, sums = pair_loss(run.step_model, part, args)
             backward(run, loss, args.batch)
             total += loss.detach()
-            totals.add(sums)
+            totals.update(sums)
         values = update(run, step)
         if step % args.log_every == 0:
-            values |= totals.means(args, run.runtime)
+            values |= pair_means(totals, args, run.runtime)
             del values["loss"]
-            totals = PairTotals()
+            totals.clear()
         log_step(run, step, total, args.batch, **values)
 
 
@@ -671,12 +646,11 @@ def toybox_shares(args, tok, model):
     rows = list(toybox.preferences("test", args.pairs))
     prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
     answers = finetune.greedy_answers(model, tok, prompts, args.max_tokens)
-    counts = {"style": 0, "right": 0, "ended": 0}
-    for row, (text, ended) in zip(rows, answers):
-        counts["style"] += toybox.style(text)
-        counts["right"] += toybox.check(row["family"], row["prompt"], text)
-        counts["ended"] += ended
-    return {name: count / len(rows) for name, count in counts.items()}
+    seen = [
+        (toybox.style(text), toybox.check(row["family"], row["prompt"], text), ended)
+        for row, (text, ended) in zip(rows, answers)
+    ]
+    return dict(zip(("style", "right", "ended"), map(fmean, zip(*seen))))
 
 
 def main():
