@@ -36,7 +36,6 @@ from training import toybox
 from training.loop import (
     LoopArgs,
     backward,
-    evaluate,
     launch,
     log_step,
     passes,
@@ -162,8 +161,8 @@ def as_preference(record):
     if not isinstance(record, dict):
         raise UserError(f"it is a {type(record).__name__}, not an object")
     if not {"chosen", "rejected"} <= record.keys():
-        keys = ", ".join(str(key)[:40] for key in list(record)[:12])
-        raise UserError(f"its keys are {keys or 'none'}; known layouts: {PREFERENCE_LAYOUTS}")
+        keys = ", ".join(record)[:200]
+        raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
     chosen = as_talk(record, "chosen")
     rejected = as_talk(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
@@ -260,7 +259,7 @@ def usable_pairs(tok, preferences, context):
     return found
 
 
-def load_pairs(args, tok, context, model_sha):
+def load_pairs(args, tok, model_sha):
     """-> (training Pairs, validation Pairs). A share is held out by prompt, so that no prompt is
     on both sides."""
     train = list(read_preferences(args.data, "train", args.pairs, args.seed))
@@ -271,12 +270,9 @@ def load_pairs(args, tok, context, model_sha):
         train = [p for p in train if prompt_number(p) >= args.val_share]
     splits = []
     for name, preferences in (("training", train), ("validation", val)):
-        found = usable_pairs(tok, preferences, context)
+        found = usable_pairs(tok, preferences, args.context)
         if len(found) < 2:
-            raise UserError(
-                f"{args.data}: {len(found)} usable pairs for {name}: give more data, --val FILE, "
-                "or another --val-share"
-            )
+            raise UserError(f"{args.data}: {len(found)} usable pairs for {name}; see --val-share")
         splits.append(Pairs(found, model_sha))
     return splits
 
@@ -402,9 +398,8 @@ def fill_reference(pairs, model, tok, runtime, rows, folder):
     dtype = model.embed_tokens.weight.dtype
     key = common.sha256(f"{pairs.sha256} {tok.sha256} {dtype} {runtime.dtype}".encode())
     path = Path(folder) / f"reference-{key[:16]}.safetensors"
-    stored = read_tensors(path).get("log_probs", ()) if path.is_file() else ()
-    if len(stored) == len(pairs.ref):
-        pairs.ref = stored.numpy()
+    if path.is_file():
+        pairs.ref = read_tensors(path)["log_probs"].numpy()
         print(f"refer    log-probs of {len(pairs.pairs):,} pairs read from {path}")
         return
     model.eval()
@@ -468,16 +463,15 @@ def pair_means(totals, args, runtime):
     return means
 
 
+@torch.no_grad()
 def measure_pairs(model, pairs, rows, args, runtime):
     """The loss over all pairs and what goes with it -> {name: mean}."""
     totals: Counter = Counter()
-
-    def loss_of(model, batch, args):
-        loss, sums = pair_loss(model, batch, args)
-        totals.update(sums)
-        return loss
-
-    evaluate(model, pairs, rows, args, runtime, loss=loss_of)
+    model.eval()
+    for batch in pairs.validation(rows, args.context, None, runtime.rank, runtime.world):
+        with runtime.autocast():
+            totals.update(pair_loss(model, batch.to(runtime.device), args)[1])
+    model.train()
     return pair_means(totals, args, runtime)
 
 
@@ -501,9 +495,9 @@ def prepare_preferences(args, checkpoint):
     # frozen weights need no more bits than products do
     dtype = runtime.dtype if args.lora else torch.float32
     tok, model = finetune.open_model(args.model, runtime.device, dtype)
-    context = min(args.context, model.config.max_position_embeddings)
+    args.context = min(args.context, model.config.max_position_embeddings)
     base_hash = base_sha256(model)
-    data, val = load_pairs(args, tok, context, base_hash)
+    data, val = load_pairs(args, tok, base_hash)
     if not args.micro_batch and runtime.device.type == "cpu":
         # short passes of pairs alike in length waste little on padding
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
@@ -551,21 +545,15 @@ def check_start(run):
     """At step 0 the policy is the reference, so DPO's loss is ln 2 and the margin 0, up to
     rounding; all else is a mistake."""
     values = validate_preferences(run)
-    loss = values["val_loss"]
-    off = abs(loss - math.log(2))
-    margin = abs(values["val_rewards/margins"])
+    off = max(abs(values["val_loss"] - math.log(2)), abs(values["val_rewards/margins"]))
     if run.args.loss == "sigmoid" and not run.args.sft_weight:
         bound = 1e-6 if run.runtime.dtype == torch.float32 else 2e-2
-        if not max(off, margin) <= bound:
+        if not off <= bound:
             raise UserError(
-                f"step 0: loss {loss:.7f}, not ln 2 = 0.6931472, margin {margin:.2g}: the policy "
-                "is not the reference; delete reference-*.safetensors in "
-                f"{Path(run.args.out).parent}"
+                f"step 0: loss and margin are {off:.2g} off ln 2 and 0: the policy is not the "
+                f"reference; delete reference-*.safetensors in {Path(run.args.out).parent}"
             )
-        print(
-            f"start    loss {loss:.7f} = ln 2 to {off:.0e}, margin {margin:.0e}: "
-            "the policy is the reference"
-        )
+        print(f"start    loss = ln 2 to {off:.0e}, margin 0: the policy is the reference")
     if run.metrics:
         run.metrics.log(0, **values)
 
@@ -614,13 +602,12 @@ def eval_preferences(argv):
     doc = eval_preferences.__doc__
     args = EvalArgs(**common.parse_flags(EvalArgs, doc, argv, positional=("model",)))
     folder = Path(args.model)
-    start = args.reference
-    if not start and (folder / "args.json").is_file():
-        start = common.read_json(folder / "args.json").get("model", "")
-    if not start:
+    recorded = folder / "args.json"
+    if not args.reference and not recorded.is_file():
         raise UserError(
             f"{folder} does not say what it started from: name that model folder with --reference"
         )
+    start = args.reference or common.read_json(recorded)["model"]
     runtime = resolve(args.device, args.dtype, "off")
     tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
     context = min(args.context, model.config.max_position_embeddings)
