@@ -299,8 +299,6 @@ class PairBatch(NamedTuple):
     docs: torch.Tensor  # (R, T) int64: -1 prompt, 0 chosen answer, 1 rejected, 2 padding
     positions: torch.Tensor  # (R, T) int64
     ref: torch.Tensor  # (R, T) float32: the reference's log-prob of y, else 0
-    ends: torch.Tensor  # (R,) int64: where the rejected answer ends, and with it the row
-    real: torch.Tensor  # (R,) float32: 1, or 0 for a row that only fills the batch
 
     def to(self, device):
         return PairBatch(*(t.to(device, non_blocking=True) for t in self))
@@ -308,9 +306,9 @@ class PairBatch(NamedTuple):
     def trimmed(self):
         """Without the columns after the longest row; on a GPU to a power of two, so that there are
         few shapes to compile for."""
-        longest = int(self.ends.max())
+        longest = int((self.docs < 2).sum(1).max())
         width = power_of_two(longest) if self.x.is_cuda else -(-longest // 8) * 8
-        return PairBatch(*(t[:, :width] if t.ndim == 2 else t for t in self))
+        return PairBatch(*(t[:, :width] for t in self))
 
 
 def power_of_two(size):
@@ -352,8 +350,7 @@ class Pairs:
         width = power_of_two(int(self.ends[rows[-1]]))
         columns = zip(*map(self.pair_row, rows))
         padding = (0, -100, 2, 0, 0.0)  # of x, y, docs, positions and ref
-        padded = [padded_rows(column, width, pad) for column, pad in zip(columns, padding)]
-        return PairBatch(*padded, torch.from_numpy(self.ends[rows]), torch.ones(len(rows)))
+        return PairBatch(*(padded_rows(c, width, value) for c, value in zip(columns, padding)))
 
     def pair_row(self, r):
         """The pair of number r -> its row of x, y, docs, positions and ref, as in PairBatch."""
@@ -369,13 +366,13 @@ class Pairs:
 
     def validation(self, rows, context, stride=None, rank=0, world=1):
         """Yield PairBatches that have every pair once, alike in length. Rank r gets every world-th
-        batch; all ranks get as many."""
+        batch; all ranks get as many, of as many rows: one without targets only fills the batch."""
         batches = -(-len(self.pairs) // (rows * world))
         for i in range(rank, batches * world, world):
             these = self.by_size[i * rows : (i + 1) * rows]
-            missing = rows - len(these)
-            batch = self.fill([*these, *[self.by_size[-1]] * missing], context)
-            batch.real[len(these) :] = 0
+            filling = [self.by_size[-1]] * (rows - len(these))
+            batch = self.fill([*these, *filling], context)
+            batch.y[len(these) :] = -100
             yield batch
 
 
@@ -387,7 +384,7 @@ def log_probs(model, batch):
     sides = torch.stack([batch.docs == 0, batch.docs == 1])  # (2, R, T)
     policy = -(nats * sides).sum(-1)
     ref = (batch.ref * sides).sum(-1)
-    lengths = ((batch.y != -100) & sides).sum(-1)
+    lengths = ((batch.y != -100) & sides).sum(-1).clamp(min=1)
     return nats, policy, ref, lengths
 
 
@@ -428,11 +425,12 @@ def pair_loss(model, batch, args):
     losses, chosen, rejected = preference_loss(
         *policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths, gamma=args.gamma
     )
-    losses = (losses - args.sft_weight * policy[0] / lengths[0]) * batch.real
+    answered = batch.y != -100  # (R, T)
+    real = answered.any(1)  # not a row that only fills the batch
+    losses = (losses - args.sft_weight * policy[0] / lengths[0]) * real
     # KL(p_ref, p) by token, in Schulman's form (r - 1) - log r with r = p / p_ref: never negative,
     # 0 where p has not moved, and unbiased where the answers are the reference's own samples, as
     # DPO supposes (Rafailov et al. 2023, section 4)
-    answered = (batch.y != -100) * batch.real[:, None]  # (R, T)
     log_ratio = (-nats.detach() - batch.ref) * answered  # (R, T)
     by_row = {
         "loss": losses,
@@ -442,11 +440,11 @@ def pair_loss(model, batch, args):
         "logps/chosen": policy[0],
         "logps/rejected": policy[1],
         "tokens": (batch.docs < 2).sum(1),
-        "pairs": batch.real,
+        "pairs": real,
         "kl": (torch.expm1(log_ratio) - log_ratio).sum(1),
         "targets": answered.sum(1),
     }
-    sums = {name: (row.detach() * batch.real).double().sum() for name, row in by_row.items()}
+    sums = {name: (row.detach() * real).double().sum() for name, row in by_row.items()}
     return losses.sum(), sums
 
 
