@@ -100,17 +100,15 @@ def show_figures(rows):
     for row in rows:
         # texts are on the left of a wide column, numbers on the right of one as wide as their name
         widths = ["<34" if isinstance(v, str) else f">{max(10, len(k))}" for k, v in row.items()]
+        lines = [map(figure_text, row.values())]
         if names != list(row):
             names = list(row)
-            print_cells(names, widths)
-        print_cells(map(figure_text, row.values()), widths)
+            lines.insert(0, names)
+        for line in lines:
+            cells = [f"{text:{width}}" for text, width in zip(line, widths)]
+            print(" ".join(cells).rstrip(), flush=True)
         shown.append(row)
     return shown
-
-
-def print_cells(texts, widths):
-    cells = [f"{text:{width}}" for text, width in zip(texts, widths)]
-    print(" ".join(cells).rstrip(), flush=True)
 
 
 # ----------------------------------------------------------------------- what is measured, and with
