@@ -100,7 +100,7 @@ def show_figures(rows):
     for row in rows:
         # texts are on the left of a wide column, numbers on the right of one as wide as their name
         widths = ["<34" if isinstance(v, str) else f">{max(10, len(k))}" for k, v in row.items()]
-        lines = [map(figure_text, row.values())]
+        lines = [[figure_text(value) for value in row.values()]]
         if names != list(row):
             names = list(row)
             lines.insert(0, names)
@@ -467,7 +467,7 @@ def attention_cases(S, rows, length=4096):
         return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, enable_gqa=True)
 
     values = 2 * S * length * KH * D
-    cases = {"torch bf16, unpaged": (2 * values, torch_attention, unpaged)}
+    cases: dict = {"torch bf16, unpaged": (2 * values, torch_attention, unpaged)}
     for dtype in (torch.bfloat16, torch.int8):
         size = values * dtype.itemsize
         cases[f"paged, {dtype}"] = (size, kernels.paged_attention, partial(paged, dtype))

@@ -126,7 +126,7 @@ def read_adapter_config(folder):
     return config
 
 
-def read_adapter_tensors(folder):
+def read_module_tensors(folder):
     """-> {the folder's module: {"A", "B", and "m" of DoRA: float32}}."""
     modules: dict[str, dict] = {}
     wrong = []
@@ -175,7 +175,7 @@ def read_layers(folder, model):
         )
     modules = folder_modules(model)
     found = {}
-    for module, tensors in read_adapter_tensors(folder).items():
+    for module, tensors in read_module_tensors(folder).items():
         layers = modules.get(module)
         if layers is None:
             raise UserError(f"{folder}: {module}: the model has no such linear layer")
