@@ -111,7 +111,7 @@ def preference_loss(
         raise UserError(f"unknown loss {loss_type!r}: use {', '.join(PREFERENCE_LOSSES)}")
     if label_smoothing and loss_type not in ("sigmoid", "simpo"):
         raise UserError(f"label smoothing is defined for sigmoid and simpo, not for {loss_type}")
-    if loss_type in REFERENCE_FREE:
+    if loss_type in REFERENCE_FREE:  # all others measure the policy against the reference
         chosen = policy_chosen / lengths[0]
         rejected = policy_rejected / lengths[1]
     else:
@@ -342,7 +342,7 @@ class Pairs:
 
     def plan(self, context, seed, epoch):
         order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
-        return finetune.PackedRows(range(len(order)), order)
+        return finetune.PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
         """Numbers of pairs -> PairBatch."""
@@ -355,7 +355,7 @@ class Pairs:
     def pair_row(self, r):
         """The pair of number r -> its row of x, y, docs, positions and ref, as in PairBatch."""
         prompt, chosen, rejected = self.pairs[r]
-        *head, last = prompt
+        *head, last = prompt  # the head is there once, its last token before each answer
         start = len(head)
         x = [*head, last, *chosen[:-1], last, *rejected[:-1]]
         y = [-100] * start + chosen + rejected

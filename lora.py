@@ -80,10 +80,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x (..., K) -> W' x + bias (..., N)."""
+        # W x. Of a base in 4 bits only the packed bytes are kept for the gradient of x, which
+        # unpacks them again (quant.FrozenProduct).
         y = self.base(x)
         x = F.dropout(x, self.settings["lora_dropout"], self.training)
         low = F.linear(x, self.A.to(x.dtype))  # (..., K) -> (..., r)
-        change = F.linear(low, (self.B * self.scale).to(x.dtype))  # (..., r) -> (..., N)
+        change = F.linear(low, (self.B * self.scale).to(x.dtype))  # s B A x: (..., r) -> (..., N)
         if self.m is None:
             return y + change
         bias = self.base_bias(y.dtype)

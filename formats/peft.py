@@ -25,7 +25,7 @@ EXTRAS = (
     "modules_to_save layer_replication alora_invocation_tokens arrow_config kasa_config "
     "use_bdlora use_qalora"
 )
-PLAIN = {
+PLAIN: dict = {
     "peft_type": ["LORA"],
     "bias": ["none", None],
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
@@ -182,7 +182,7 @@ def read_layers(folder, model):
         sizes = [layer.out_features for layer in layers.values()]
         N, K = sum(sizes), next(iter(layers.values())).in_features
         r = len(tensors.get("A", ()))
-        want = {"A": (r, K), "B": (N, r)}
+        want: dict = {"A": (r, K), "B": (N, r)}
         if settings["use_dora"]:
             want["m"] = (N,)
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
