@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,6 @@ from training import toybox
 from training.loop import (
     LoopArgs,
     backward,
-    evaluate,
     launch,
     log_step,
     passes,
@@ -111,7 +111,7 @@ def preference_loss(
         raise UserError(f"unknown loss {loss_type!r}: use {', '.join(PREFERENCE_LOSSES)}")
     if label_smoothing and loss_type not in ("sigmoid", "simpo"):
         raise UserError(f"label smoothing is defined for sigmoid and simpo, not for {loss_type}")
-    if loss_type in REFERENCE_FREE:
+    if loss_type in REFERENCE_FREE:  # all others measure the policy against the reference
         chosen = policy_chosen / lengths[0]
         rejected = policy_rejected / lengths[1]
     else:
@@ -161,18 +161,10 @@ def as_preference(record):
     if not isinstance(record, dict):
         raise UserError(f"it is a {type(record).__name__}, not an object")
     if not {"chosen", "rejected"} <= record.keys():
-        keys = ", ".join(str(key)[:40] for key in list(record)[:12])
-        raise UserError(f"its keys are {keys or 'none'}; known layouts: {PREFERENCE_LAYOUTS}")
-    if "instruction" in record:
-        start = chat.as_messages({**record, "output": ""})[0][:-1]
-    else:
-        start = as_talk(record.get("prompt") or record.get("conversations") or [], "user")
-        if record.get("system"):
-            start = [{"role": "system", "content": record["system"]}, *start]
-    chosen = as_talk(record["chosen"], "assistant")
-    rejected = as_talk(record["rejected"], "assistant")
-    # a single message answers the prompt, more are a whole conversation
-    chosen, rejected = (talk if len(talk) > 1 else start + talk for talk in (chosen, rejected))
+        keys = ", ".join(record)[:200]
+        raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
+    chosen = as_talk(record, "chosen")
+    rejected = as_talk(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
@@ -182,24 +174,37 @@ def as_preference(record):
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def as_talk(value, role):
+def as_talk(record, side):
+    """-> the messages of a record's prompt and of its "chosen" or "rejected" answer."""
+    answer = as_preference_messages(record[side], "assistant")
+    if len(answer) > 1:  # it is a whole conversation; a single message answers the prompt
+        return answer
+    if "instruction" in record:
+        return chat.as_messages({**record, "output": answer})[0]
+    asked = record.get("prompt") or record.get("conversations") or []
+    prompt = as_preference_messages(asked, "user")
+    record = {"system": record.get("system"), "prompt": prompt, "completion": answer}
+    return chat.as_messages(record)[0]
+
+
+def as_preference_messages(value, role):
     """A text, HH-RLHF's "\\n\\nHuman: ... \\n\\nAssistant: ...", a message or a list of them
     -> list of messages."""
     if isinstance(value, str):
         start, *said = re.split(r"\n\n(Human|Assistant):", value)
         if not said or start.strip():
-            return [{"role": role, "content": value}]
-        talk = []
-        for who, text in zip(said[::2], said[1::2]):
-            speaker = "user" if who == "Human" else "assistant"
-            talk.append({"role": speaker, "content": text.strip()})
-        if role == "user" and not talk[-1]["content"]:  # a prompt may end in "Assistant:"
-            talk.pop()
-        return talk
-    talk = [value] if isinstance(value, dict) else value
-    if talk and "from" in talk[0]:
-        talk = chat.as_messages({"conversations": talk})[0]
-    return [{"role": m["role"], "content": m["content"]} for m in talk]
+            return chat.as_turns(role, value)
+        value = [
+            {"from": "human" if who == "Human" else "gpt", "value": text.strip()}
+            for who, text in zip(said[::2], said[1::2])
+        ]
+        if role == "user" and not value[-1]["value"]:  # a prompt may end in "Assistant:"
+            value.pop()
+    elif isinstance(value, dict):
+        value = [value]
+    if value and "from" in value[0]:
+        value, _ = chat.as_messages({"conversations": value})
+    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def read_preferences(path, split="train", count=0, seed=0):
@@ -254,7 +259,7 @@ def usable_pairs(tok, preferences, context):
     return found
 
 
-def load_pairs(args, tok, context, model_sha):
+def load_pairs(args, tok, model_sha):
     """-> (training Pairs, validation Pairs). A share is held out by prompt, so that no prompt is
     on both sides."""
     train = list(read_preferences(args.data, "train", args.pairs, args.seed))
@@ -265,12 +270,9 @@ def load_pairs(args, tok, context, model_sha):
         train = [p for p in train if prompt_number(p) >= args.val_share]
     splits = []
     for name, preferences in (("training", train), ("validation", val)):
-        found = usable_pairs(tok, preferences, context)
+        found = usable_pairs(tok, preferences, args.context)
         if len(found) < 2:
-            raise UserError(
-                f"{args.data}: {len(found)} usable pairs for {name}: give more data, --val FILE, "
-                "or another --val-share"
-            )
+            raise UserError(f"{args.data}: {len(found)} usable pairs for {name}; see --val-share")
         splits.append(Pairs(found, model_sha))
     return splits
 
@@ -294,11 +296,9 @@ class PairBatch(NamedTuple):
 
     x: torch.Tensor  # (R, T) int64
     y: torch.Tensor  # (R, T) int64: the answers' tokens, else -100
-    docs: torch.Tensor  # (R, T) int32: -1 prompt, 0 chosen answer, 1 rejected, 2 padding
+    docs: torch.Tensor  # (R, T) int64: -1 prompt, 0 chosen answer, 1 rejected, 2 padding
     positions: torch.Tensor  # (R, T) int64
     ref: torch.Tensor  # (R, T) float32: the reference's log-prob of y, else 0
-    ends: torch.Tensor  # (R,) int64: where the rejected answer ends, and with it the row
-    real: torch.Tensor  # (R,) float32: 1, or 0 for a row that only fills the batch
 
     def to(self, device):
         return PairBatch(*(t.to(device, non_blocking=True) for t in self))
@@ -306,31 +306,21 @@ class PairBatch(NamedTuple):
     def trimmed(self):
         """Without the columns after the longest row; on a GPU to a power of two, so that there are
         few shapes to compile for."""
-        longest = int(self.ends.max())
+        longest = int((self.docs < 2).sum(1).max())
         width = power_of_two(longest) if self.x.is_cuda else -(-longest // 8) * 8
-        return PairBatch(*(t[:, :width] if t.ndim == 2 else t for t in self))
+        return PairBatch(*(t[:, :width] for t in self))
 
 
 def power_of_two(size):
     return max(128, 1 << (size - 1).bit_length())
 
 
-def padded_rows(rows, width, value, dtype):
+def padded_rows(rows, width, value):
     """Lists -> (R, width), filled up with the value."""
-    padded = torch.full((len(rows), width), value, dtype=dtype)
+    padded = torch.full((len(rows), width), value)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row)
     return padded
-
-
-@dataclass
-class PairOrder:
-    """An epoch's order, as data.Batches wants it: a row is the number of a pair."""
-
-    order: np.ndarray
-
-    def row(self, r):
-        return self.order[r]
 
 
 class Pairs:
@@ -351,27 +341,21 @@ class Pairs:
         return int(self.ends.sum())
 
     def plan(self, context, seed, epoch):
-        return PairOrder(np.random.default_rng([seed, epoch]).permutation(len(self.pairs)))
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
+        return finetune.PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
         """Numbers of pairs -> PairBatch."""
         rows = sorted(rows, key=lambda r: self.ends[r])
         width = power_of_two(int(self.ends[rows[-1]]))
-        x, y, docs, positions, ref = zip(*map(self.pair_row, rows))
-        return PairBatch(
-            padded_rows(x, width, 0, torch.int64),
-            padded_rows(y, width, -100, torch.int64),
-            padded_rows(docs, width, 2, torch.int32),
-            padded_rows(positions, width, 0, torch.int64),
-            padded_rows(ref, width, 0, torch.float32),
-            torch.from_numpy(self.ends[rows]),
-            torch.ones(len(rows)),
-        )
+        columns = zip(*map(self.pair_row, rows))
+        padding = (0, -100, 2, 0, 0.0)  # of x, y, docs, positions and ref
+        return PairBatch(*(padded_rows(c, width, value) for c, value in zip(columns, padding)))
 
     def pair_row(self, r):
         """The pair of number r -> its row of x, y, docs, positions and ref, as in PairBatch."""
         prompt, chosen, rejected = self.pairs[r]
-        *head, last = prompt
+        *head, last = prompt  # the head is there once, its last token before each answer
         start = len(head)
         x = [*head, last, *chosen[:-1], last, *rejected[:-1]]
         y = [-100] * start + chosen + rejected
@@ -382,13 +366,13 @@ class Pairs:
 
     def validation(self, rows, context, stride=None, rank=0, world=1):
         """Yield PairBatches that have every pair once, alike in length. Rank r gets every world-th
-        batch; all ranks get as many."""
+        batch; all ranks get as many, of as many rows: one without targets only fills the batch."""
         batches = -(-len(self.pairs) // (rows * world))
         for i in range(rank, batches * world, world):
             these = self.by_size[i * rows : (i + 1) * rows]
-            missing = rows - len(these)
-            batch = self.fill([*these, *[self.by_size[-1]] * missing], context)
-            batch.real[len(these) :] = 0
+            filling = [self.by_size[-1]] * (rows - len(these))
+            batch = self.fill([*these, *filling], context)
+            batch.y[len(these) :] = -100
             yield batch
 
 
@@ -400,7 +384,7 @@ def log_probs(model, batch):
     sides = torch.stack([batch.docs == 0, batch.docs == 1])  # (2, R, T)
     policy = -(nats * sides).sum(-1)
     ref = (batch.ref * sides).sum(-1)
-    lengths = ((batch.y != -100) & sides).sum(-1)
+    lengths = ((batch.y != -100) & sides).sum(-1).clamp(min=1)
     return nats, policy, ref, lengths
 
 
@@ -411,9 +395,8 @@ def fill_reference(pairs, model, tok, runtime, rows, folder):
     dtype = model.embed_tokens.weight.dtype
     key = common.sha256(f"{pairs.sha256} {tok.sha256} {dtype} {runtime.dtype}".encode())
     path = Path(folder) / f"reference-{key[:16]}.safetensors"
-    stored = read_tensors(path).get("log_probs", ()) if path.is_file() else ()
-    if len(stored) == len(pairs.ref):
-        pairs.ref = stored.numpy()
+    if path.is_file():
+        pairs.ref = read_tensors(path)["log_probs"].numpy()
         print(f"refer    log-probs of {len(pairs.pairs):,} pairs read from {path}")
         return
     model.eval()
@@ -442,11 +425,12 @@ def pair_loss(model, batch, args):
     losses, chosen, rejected = preference_loss(
         *policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths, gamma=args.gamma
     )
-    losses = (losses - args.sft_weight * policy[0] / lengths[0]) * batch.real
+    answered = batch.y != -100  # (R, T)
+    real = answered.any(1)  # not a row that only fills the batch
+    losses = (losses - args.sft_weight * policy[0] / lengths[0]) * real
     # KL(p_ref, p) by token, in Schulman's form (r - 1) - log r with r = p / p_ref: never negative,
     # 0 where p has not moved, and unbiased where the answers are the reference's own samples, as
     # DPO supposes (Rafailov et al. 2023, section 4)
-    answered = (batch.y != -100) * batch.real[:, None]  # (R, T)
     log_ratio = (-nats.detach() - batch.ref) * answered  # (R, T)
     by_row = {
         "loss": losses,
@@ -456,68 +440,68 @@ def pair_loss(model, batch, args):
         "logps/chosen": policy[0],
         "logps/rejected": policy[1],
         "tokens": (batch.docs < 2).sum(1),
-        "pairs": batch.real,
+        "pairs": real,
         "kl": (torch.expm1(log_ratio) - log_ratio).sum(1),
         "targets": answered.sum(1),
     }
-    sums = {name: (row.detach() * batch.real).double().sum() for name, row in by_row.items()}
+    sums = {name: (row.detach() * real).double().sum() for name, row in by_row.items()}
     return losses.sum(), sums
 
 
-class PairTotals:
-    """The sums of many batches, and their means over all ranks."""
-
-    def __init__(self):
-        self.sums = {}
-
-    def add(self, sums):
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self, args, runtime):
-        """-> {name: mean over pairs, of the KL over tokens}"""
-        total = {name: runtime.sum(value.item()) for name, value in self.sums.items()}
-        kl = total.pop("kl") / max(total.pop("targets"), 1)
-        pairs = max(total.pop("pairs"), 1)
-        means = {name: value / pairs for name, value in total.items()}
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        if args.loss not in REFERENCE_FREE:
-            means["kl"] = kl
-        return means
+def pair_means(totals, args, runtime):
+    """The sums of many batches -> {name: mean over the pairs of all ranks, of the KL over
+    tokens}."""
+    total = {name: runtime.sum(value.item()) for name, value in totals.items()}
+    kl = total.pop("kl") / max(total.pop("targets"), 1)
+    pairs = max(total.pop("pairs"), 1)
+    means = {name: value / pairs for name, value in total.items()}
+    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    if args.loss not in REFERENCE_FREE:
+        means["kl"] = kl
+    return means
 
 
+@torch.no_grad()
 def measure_pairs(model, pairs, rows, args, runtime):
     """The loss over all pairs and what goes with it -> {name: mean}."""
-    totals = PairTotals()
-
-    def loss_of(model, batch, args):
-        loss, sums = pair_loss(model, batch, args)
-        totals.add(sums)
-        return loss
-
-    evaluate(model, pairs, rows, args, runtime, loss=loss_of)
-    return totals.means(args, runtime)
+    totals: Counter = Counter()
+    model.eval()
+    for batch in pairs.validation(rows, args.context, None, runtime.rank, runtime.world):
+        with runtime.autocast():
+            totals.update(pair_loss(model, batch.to(runtime.device), args)[1])
+    model.train()
+    return pair_means(totals, args, runtime)
 
 
 # ---------------------------------------------------------------------------------------- training
 def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
     computed before the model changes."""
-    check_preference_args(args)
+    # a mistake in these flags is said now, before the reference is computed
+    preference_loss(*torch.zeros(4, 1), args.beta, args.label_smoothing, args.loss)
+    if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
+        raise UserError(
+            f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
+            f"0.5, --val-share {args.val_share} between 0 and 1"
+        )
+    if (Path(args.model) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
+            f"first, with python lora.py merge BASE {args.model} --out D"
+        )
     runtime = resolve(args.device, args.dtype, args.compile)
     # frozen weights need no more bits than products do
     dtype = runtime.dtype if args.lora else torch.float32
     tok, model = finetune.open_model(args.model, runtime.device, dtype)
-    context = min(args.context, model.config.max_position_embeddings)
+    args.context = min(args.context, model.config.max_position_embeddings)
     base_hash = base_sha256(model)
-    data, val = load_pairs(args, tok, context, base_hash)
+    data, val = load_pairs(args, tok, base_hash)
     if not args.micro_batch and runtime.device.type == "cpu":
         # short passes of pairs alike in length waste little on padding
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
-            rows = args.micro_batch or 8
-            fill_reference(pairs, model, tok, runtime, rows, Path(args.out).parent)
+            fill_reference(pairs, model, tok, runtime, args.micro_batch or 8, Path(args.out).parent)
     if args.lora and checkpoint:
         lora.load_adapter(model, checkpoint, trainable=True)
     elif args.lora:
@@ -525,13 +509,11 @@ def prepare_preferences(args, checkpoint):
         lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
     elif checkpoint:
         model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
-    trained, _ = lora.count_params(model)
-    epochs = args.steps * args.batch / len(data.pairs)
+    trained, total = lora.count_params(model)
     print(
         f"data     {len(data.pairs):,} pairs to train on, {len(val.pairs):,} held out; "
-        f"{len(data):,} tokens, prompts once; {args.steps:,} steps of {args.batch} = "
-        f"{epochs:.1f} epochs\n"
-        f"model    {model.num_params():,} parameters, {trained:,} of them trained: {args.loss}, "
+        f"{len(data):,} tokens, prompts once\n"
+        f"model    {trained:,} of {total:,} parameters are trained: {args.loss}, "
         f"beta {args.beta:g}"
     )
 
@@ -552,21 +534,6 @@ def prepare_preferences(args, checkpoint):
     )
 
 
-def check_preference_args(args):
-    if args.loss not in PREFERENCE_LOSSES:
-        raise UserError(f"--loss {args.loss}: use {', '.join(PREFERENCE_LOSSES)}")
-    if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
-        raise UserError(
-            f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
-            f"0.5, --val-share {args.val_share} between 0 and 1"
-        )
-    if (Path(args.model) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
-            f"first, with python lora.py merge BASE {args.model} --out D"
-        )
-
-
 def validate_preferences(run):
     means = measure_pairs(run.step_model, run.val, run.rows, run.args, run.runtime)
     return {f"val_{name}": value for name, value in means.items()}
@@ -576,21 +543,15 @@ def check_start(run):
     """At step 0 the policy is the reference, so DPO's loss is ln 2 and the margin 0, up to
     rounding; all else is a mistake."""
     values = validate_preferences(run)
-    loss = values["val_loss"]
-    off = abs(loss - math.log(2))
-    margin = abs(values["val_rewards/margins"])
+    off = max(abs(values["val_loss"] - math.log(2)), abs(values["val_rewards/margins"]))
     if run.args.loss == "sigmoid" and not run.args.sft_weight:
         bound = 1e-6 if run.runtime.dtype == torch.float32 else 2e-2
-        if not max(off, margin) <= bound:
+        if not off <= bound:
             raise UserError(
-                f"step 0: loss {loss:.7f}, not ln 2 = 0.6931472, margin {margin:.2g}: the policy "
-                "is not the reference; delete reference-*.safetensors in "
-                f"{Path(run.args.out).parent}"
+                f"step 0: loss and margin are {off:.2g} off ln 2 and 0: the policy is not the "
+                f"reference; delete reference-*.safetensors in {Path(run.args.out).parent}"
             )
-        print(
-            f"start    loss {loss:.7f} = ln 2 to {off:.0e}, margin {margin:.0e}: "
-            "the policy is the reference"
-        )
+        print(f"start    loss = ln 2 to {off:.0e}, margin 0: the policy is the reference")
     if run.metrics:
         run.metrics.log(0, **values)
 
@@ -601,7 +562,7 @@ def train_preferences(run):
     args = run.args
     if run.start == 0:
         check_start(run)
-    totals = PairTotals()
+    totals = Counter()
     for step, batch in steps(run):
         run.optimizer.zero_grad()
         total = 0
@@ -610,12 +571,12 @@ def train_preferences(run):
                 loss, sums = pair_loss(run.step_model, part, args)
             backward(run, loss, args.batch)
             total += loss.detach()
-            totals.add(sums)
+            totals.update(sums)
         values = update(run, step)
         if step % args.log_every == 0:
-            values |= totals.means(args, run.runtime)
+            values |= pair_means(totals, args, run.runtime)
             del values["loss"]
-            totals = PairTotals()
+            totals.clear()
         log_step(run, step, total, args.batch, **values)
 
 
@@ -639,13 +600,12 @@ def eval_preferences(argv):
     doc = eval_preferences.__doc__
     args = EvalArgs(**common.parse_flags(EvalArgs, doc, argv, positional=("model",)))
     folder = Path(args.model)
-    start = args.reference
-    if not start and (folder / "args.json").is_file():
-        start = common.read_json(folder / "args.json").get("model", "")
-    if not start:
+    recorded = folder / "args.json"
+    if not args.reference and not recorded.is_file():
         raise UserError(
             f"{folder} does not say what it started from: name that model folder with --reference"
         )
+    start = args.reference or common.read_json(recorded)["model"]
     runtime = resolve(args.device, args.dtype, "off")
     tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
     context = min(args.context, model.config.max_position_embeddings)
@@ -671,12 +631,11 @@ def toybox_shares(args, tok, model):
     rows = list(toybox.preferences("test", args.pairs))
     prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
     answers = finetune.greedy_answers(model, tok, prompts, args.max_tokens)
-    counts = {"style": 0, "right": 0, "ended": 0}
-    for row, (text, ended) in zip(rows, answers):
-        counts["style"] += toybox.style(text)
-        counts["right"] += toybox.check(row["family"], row["prompt"], text)
-        counts["ended"] += ended
-    return {name: count / len(rows) for name, count in counts.items()}
+    seen = [
+        (toybox.style(text), toybox.check(row["family"], row["prompt"], text), ended)
+        for row, (text, ended) in zip(rows, answers)
+    ]
+    return dict(zip(("style", "right", "ended"), map(fmean, zip(*seen))))
 
 
 def main():

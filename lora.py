@@ -10,7 +10,7 @@ Top to bottom: the adapted layer, adapters on and off a model, training, merging
 import math
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +21,7 @@ import common
 import finetune
 from common import UserError
 from formats.peft import (
-    ATTENTION_LAYERS,
-    MLP_LAYERS,
+    SETTINGS,
     AdapterTensors,
     alpha_divisor,
     base_sha256,
@@ -51,17 +50,6 @@ from training.memory import estimate_memory, print_estimate
 
 
 # --------------------------------------------------------------------------------------- the layer
-@dataclass
-class AdapterSettings:
-    """What an adapter is besides its tensors, in the words of PEFT's adapter_config.json."""
-
-    r: int  # rank: the adapter's size grows with it
-    lora_alpha: float  # strength: the change is scaled by alpha / r
-    lora_dropout: float = 0.0  # of what the adapter reads
-    use_rslora: bool = False  # the scale is alpha / sqrt(r) instead
-    use_dora: bool = False  # each output's magnitude is learned apart from its direction
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer of weights W (N, K), float or packed, and a trained change of low rank.
 
@@ -72,7 +60,8 @@ class LoRALinear(nn.Module):
     whatever the base is."""
 
     def __init__(self, base, settings, r, scale):
-        """settings: the whole adapter's; r and scale: this layer's own, which PEFT's may have."""
+        """settings: {formats.peft.SETTINGS} of the adapter; r and scale: this layer's own, which
+        PEFT's may have."""
         super().__init__()
         N, K = base.out_features, base.in_features
         device = next(iter(base.state_dict().values())).device
@@ -84,17 +73,19 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(r, K, device=device).uniform_(-1, 1) / math.sqrt(K))
         self.B = nn.Parameter(torch.zeros(N, r, device=device))
         self.m = None
-        if settings.use_dora:
+        if settings["use_dora"]:
             square = dense_weight(base).square().sum(1)  # (N, K) -> (N,)
             self.register_buffer("row_square", square, persistent=False)  # |w|^2 of each row of W
             self.m = nn.Parameter(square.sqrt())
 
     def forward(self, x):
         """x (..., K) -> W' x + bias (..., N)."""
+        # W x. Of a base in 4 bits only the packed bytes are kept for the gradient of x, which
+        # unpacks them again (quant.FrozenProduct).
         y = self.base(x)
-        x = F.dropout(x, self.settings.lora_dropout, self.training)
+        x = F.dropout(x, self.settings["lora_dropout"], self.training)
         low = F.linear(x, self.A.to(x.dtype))  # (..., K) -> (..., r)
-        change = F.linear(low, (self.B * self.scale).to(x.dtype))  # (..., r) -> (..., N)
+        change = F.linear(low, (self.B * self.scale).to(x.dtype))  # s B A x: (..., r) -> (..., N)
         if self.m is None:
             return y + change
         bias = self.base_bias(y.dtype)
@@ -106,7 +97,8 @@ class LoRALinear(nn.Module):
         """DoRA's 1 / |W + s B A| (N,), a constant to the gradient (section 4.3 of the paper).
 
         Row by row |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. All A w are one product
-        of the base, so W, which may be in 4 bits, is never there whole."""
+        of the base, so W, which may be in 4 bits, is never there whole; forming W + s B A instead
+        made a step on a CPU a third slower."""
         A, B, s = self.A, self.B, self.scale
         AW = self.base(A.to(dtype)) - self.base_bias(dtype)  # (r, K) -> (r, N)
         inner = 2 * s * AW.t().float() + s**2 * B @ (A @ A.t())  # (N, r)
@@ -143,42 +135,41 @@ def adapted_layers(model):
 
 
 # ------------------------------------------------------------------------- on a model, off a model
+TARGETS = {
+    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+TARGETS["all"] = TARGETS["attn"] + TARGETS["mlp"]
+
+
 def choose_layers(model, targets):
     """--targets -> [names of layers], in the model's order; UserError lists the names there are.
 
     targets: all (layers of the blocks), attn, mlp, or names apart by commas, each of which matches
     the end of a layer's name, ours or the folder's."""
-    layers = list(linear_layers(model))
-    blocks = [name for name in layers if name != "lm_head"]
-    groups = {
-        "all": blocks,
-        "attn": [name for name in blocks if name.endswith(ATTENTION_LAYERS)],
-        "mlp": [name for name in blocks if name.endswith(MLP_LAYERS)],
-    }
+    modules = {name: folder_module(name, model.config) for name in linear_layers(model)}
     chosen = set()
     for target in targets.split(","):
-        found = groups.get(target)
-        if found is None:
-            found = [name for name in layers if is_called(name, target, model.config)]
+        ends = tuple("." + end for end in TARGETS.get(target, [target]))
+        found = [
+            name
+            for name, theirs in modules.items()
+            if f".{name}".endswith(ends) or f".{theirs}".endswith(ends)
+        ]
         if not found:
-            there = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
             raise UserError(
-                f"--targets {target}: no linear layer is called so; there are {', '.join(there)}, "
-                "and all, attn, mlp"
+                f"--targets {target}: no linear layer is called so; there are {there}, and "
+                f"{', '.join(TARGETS)}"
             )
         chosen.update(found)
-    for members in folder_modules(model).values():
-        if 0 < len(chosen & members.keys()) < len(members):
-            raise UserError(
-                "--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its "
-                "folder: name all three"
-            )
-    return [name for name in layers if name in chosen]
-
-
-def is_called(name, target, config):
-    theirs = folder_module(name, config)
-    return f".{name}".endswith(f".{target}") or f".{theirs}".endswith(f".{target}")
+    left = {modules[name] for name in modules if name not in chosen}
+    if left & {modules[name] for name in chosen}:
+        raise UserError(
+            "--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its folder: "
+            "name all three"
+        )
+    return [name for name in modules if name in chosen]
 
 
 def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False):
@@ -191,17 +182,16 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
             f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)"
         )
     chosen = choose_layers(model, targets)
+    freeze_base(model)
+    settings = dict(zip(SETTINGS, (r, alpha, dropout, rslora, dora)))
     for name in chosen:
-        layer = model.get_submodule(name)
+        layer = adapt_layer(model, name, settings, r, alpha / alpha_divisor(r, rslora))
         N, K = layer.out_features, layer.in_features
         if r > min(N, K):
             raise UserError(
                 f"--r {r} is above the rank that {name}, {N} x {K}, can have: at most {min(N, K)}"
             )
-    freeze_base(model)
-    settings = AdapterSettings(r, alpha, dropout, rslora, dora)
-    for name in chosen:
-        adapt_layer(model, name, settings, r, alpha / alpha_divisor(r, rslora))
+    share_A(model)
     return model
 
 
@@ -218,20 +208,22 @@ def adapt_layer(model, name, settings, r, scale):
     return layer
 
 
+def share_A(model):
+    """Layers that are one module in a folder, GPT-2's q, k and v, read one A, as in PEFT."""
+    for members in folder_modules(model).values():
+        first, *others = members.values()
+        for layer in others:
+            if isinstance(layer, LoRALinear):
+                layer.A = first.A
+
+
 @torch.no_grad()
 def load_adapter(model, folder, trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers -> the model.
 
     Raises UserError where it belongs to other base weights (by hash, which PEFT's own do not have)
     or does not fit."""
-    config, found = read_layers(folder, model)
-    settings = AdapterSettings(
-        config["r"],
-        config["lora_alpha"],
-        config["lora_dropout"],
-        bool(config.get("use_rslora")),
-        bool(config.get("use_dora")),
-    )
+    settings, found = read_layers(folder, model)
     freeze_base(model)
     for name, own in found.items():
         layer = adapt_layer(model, name, settings, len(own.A), own.scale)
@@ -239,6 +231,7 @@ def load_adapter(model, folder, trainable=False):
         layer.B.copy_(own.B)
         if own.magnitude is not None:
             layer.m.copy_(own.magnitude)
+    share_A(model)
     if not trainable:
         model.requires_grad_(False)
     return model
@@ -253,7 +246,7 @@ def save_adapter(model, folder, base_hash=None):
         for name, layer in layers.items()
     }
     settings = next(iter(layers.values())).settings
-    write_layers(folder, model, asdict(settings), tensors, base_hash)
+    write_layers(folder, model, settings, tensors, base_hash)
 
 
 @torch.no_grad()
@@ -263,14 +256,14 @@ def merge(model):
     They are put in place and have the base's dtype, float32 where it was quantized. A head that was
     the embedding becomes a matrix of its own."""
     for name, layer in linear_layers(model).items():
+        if isinstance(layer, nn.Linear):
+            continue
         adapted = isinstance(layer, LoRALinear)
         base = layer.base if adapted else layer
-        packed = isinstance(base, QuantLinear)
-        if not adapted and not packed:
-            continue
-        weight = layer.merged_weight() if adapted else dense_weight(base)
+        weight = layer.merged_weight() if adapted else dense_weight(layer)
+        dtype = torch.float32 if isinstance(base, QuantLinear) else base.weight.dtype
         merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(weight if packed else weight.to(base.weight.dtype))
+        merged.weight = nn.Parameter(weight.to(dtype))
         merged.bias = base.bias
         model.set_submodule(name, merged)
         if name == "lm_head" and model.config.tie_word_embeddings:
@@ -303,28 +296,30 @@ def count_params(model):
     return trained, model.num_params() + sum(m.in_features * m.out_features for m in packed)
 
 
+def print_adapter(model, args):
+    trained, total = count_params(model)
+    print(
+        f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: "
+        f"{trained:,} of {total:,} parameters are trained: {trained / total:.2%}; "
+        f"the base is frozen{' in 4 bits' if args.quant else ''}"
+    )
+
+
 def estimate_adapter_memory(config, args, runtime, rows):
-    """Bytes by part of training with `rows` rows a pass, without building the model
-    -> ({part: bytes}, trained parameters, all parameters)."""
+    """Bytes by part of training with `rows` rows a pass -> (the model without its weights,
+    {part: bytes})."""
     with torch.device("meta"):
         model = Transformer(config).to(runtime.dtype)
         apply(model, args.r, args.alpha, args.targets, dora=args.dora)
-    trained, total = count_params(model)
     parts = estimate_memory(model, args, runtime, rows)
-    left = parts.pop("weights") - 4 * trained
-    if not args.quant:
-        return {"weights": left, "adapters": 4 * trained, **parts}, trained, total
-    layers = linear_layers(model).items()
-    sizes = [m.in_features * m.out_features for name, m in layers if name != "lm_head"]
-    blocks = sum(sizes) // 64  # NF4: a byte of scale each, and four bytes for 256 of those
-    packed = {
-        "embedding, head, norms": left - sum(sizes) * runtime.dtype.itemsize,
-        "adapters": 4 * trained,
-        "NF4": sum(sizes) // 2,
-        "scales": blocks + blocks // 64,
-        "one matrix unpacked": 12 * max(sizes),
-    }
-    return packed | parts, trained, total
+    if args.quant:
+        layers = linear_layers(model).items()
+        sizes = [m.in_features * m.out_features for name, m in layers if name != "lm_head"]
+        # NF4 has half a byte a weight, a byte of scale for 64, and four bytes for 256 of those
+        saved = runtime.dtype.itemsize - (1 / 2 + 1 / 64 + 1 / 64 / 64)
+        parts["weights"] -= saved * sum(sizes)
+        parts["one matrix unpacked"] = 12 * max(sizes)
+    return model, parts
 
 
 def prepare_adapter(args, checkpoint):
@@ -336,8 +331,8 @@ def prepare_adapter(args, checkpoint):
     args.context = min(args.context, config.max_position_embeddings)
     if args.fit:
         rows = args.micro_batch or args.batch // runtime.world
-        parts, trained, total = estimate_adapter_memory(config, args, runtime, rows)
-        print(f"adapter  {trained:,} of {total:,} parameters are trained: {trained / total:.2%}")
+        model, parts = estimate_adapter_memory(config, args, runtime, rows)
+        print_adapter(model, args)
         print_estimate(parts, rows, args, runtime)
         return None
     tok = Tokenizer.load(args.model)
@@ -347,7 +342,11 @@ def prepare_adapter(args, checkpoint):
             "first run finetune.py on it"
         )
     data, val = finetune.load_data(args, tok)
-    model = load_frozen_base(args, runtime)
+    # QLoRA packs on the CPU (Dettmers et al. 2023): the device never holds the model in 16 bits
+    place = "cpu" if args.quant else runtime.device
+    model = Transformer.from_pretrained(args.model, place, runtime.dtype)
+    if args.quant:
+        model = quantize(model, args.quant).to(runtime.device)
     torch.manual_seed(args.seed)
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)
@@ -355,12 +354,7 @@ def prepare_adapter(args, checkpoint):
         apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
     base_hash = base_sha256(model)
     describe(args, model, tok, data, val)
-    trained, total = count_params(model)
-    print(
-        f"adapter  {'DoRA' if args.dora else 'LoRA'} of rank {args.r} on {args.targets}: "
-        f"{trained:,} of {total:,} parameters are trained: {trained / total:.2%}; the base, "
-        f"{base_hash[:12]}, is frozen{' in 4 bits' if args.quant else ''}"
-    )
+    print_adapter(model, args)
 
     def write(run, folder, weights):
         save_adapter(run.model, folder, base_hash)
@@ -382,15 +376,6 @@ def check_adapter_args(args):
             "--shard is for whole models; here each rank holds the frozen base "
             "(--quant nf4 makes it small)"
         )
-
-
-def load_frozen_base(args, runtime):
-    """The base on the device. For QLoRA it is packed on the CPU first (Dettmers et al. 2023): the
-    device never holds the model in 16 bits."""
-    if not args.quant:
-        return Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
-    model = Transformer.from_pretrained(args.model, "cpu", runtime.dtype)
-    return quantize(model, args.quant).to(runtime.device)
 
 
 def check_moved(run):

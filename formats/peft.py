@@ -1,7 +1,7 @@
 """An adapter's folder as PEFT reads and writes it: adapter_config.json, adapter_model.safetensors.
 
-A folder's module may hold several of our layers: GPT-2's q, k and v are one there, c_attn. Their
-adapters are joined and split here.
+A folder's module may hold several of our layers: GPT-2's q, k and v are one there, c_attn. They
+read one A, and each has its rows of the module's B.
 """
 
 import hashlib
@@ -17,22 +17,20 @@ from common import UserError
 from formats.hub import GPT2_NAMES, open_weights, to_folder_names
 from runtime import read_tensors, write_tensors
 
-ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
-QKV_LAYERS = ATTENTION_LAYERS[:3]
-MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
-
-# What LoraConfig can ask for besides LoRA and DoRA of linear layers: refused where it is set.
-PEFT_EXTRAS = (
-    "modules_to_save",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "use_bdlora",
-    "use_qalora",
+# What an adapter is besides its tensors.
+SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+# What else LoraConfig can ask for, and the values with which it is LoRA or DoRA of linear layers:
+# initial weights other than these change the base (PiSSA and the like).
+EXTRAS = (
+    "modules_to_save layer_replication alora_invocation_tokens arrow_config kasa_config "
+    "use_bdlora use_qalora"
 )
-# Initial weights that leave the base as it is; others (PiSSA and the like) change it.
-PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+PLAIN: dict = {
+    "peft_type": ["LORA"],
+    "bias": ["none", None],
+    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
+    **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
+}
 ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)"
 )
@@ -70,8 +68,7 @@ def folder_module(name, config):
     if not config.is_gpt2:
         return "model." + name
     _, i, inner = name.split(".", 2)  # layers.3.self_attn.q_proj
-    theirs = "attn.c_attn" if inner.endswith(QKV_LAYERS) else GPT2_NAMES[inner]
-    return f"transformer.h.{i}.{theirs}"
+    return f"transformer.h.{i}.{GPT2_NAMES[inner]}"
 
 
 def folder_modules(model):
@@ -87,23 +84,20 @@ def base_sha256(model):
     it came from, whatever dtype or 4 bits they were loaded into, else of those in memory.
 
     It reads all of them, so whoever needs it more than once keeps it."""
+    if model.source is not None:
+        files = sorted(open_weights(model.source).items())
+        tensors = ((name, file.get_tensor(key)) for name, (file, key) in files)
+    else:
+        base = {
+            name.replace(".base.", "."): tensor
+            for name, tensor in model.state_dict().items()
+            if not name.endswith((".A", ".B", ".m"))  # an adapter's own, lora.LoRALinear
+        }
+        tensors = sorted(to_folder_names(base, model.config).items())
     digest = hashlib.sha256()
-
-    def add(name, tensor):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-    if model.source is not None:
-        for name, (file, key) in sorted(open_weights(model.source).items()):
-            add(name, file.get_tensor(key))
-        return digest.hexdigest()
-    base = {
-        name.replace(".base.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if not name.endswith((".A", ".B", ".m"))  # an adapter's own, lora.LoRALinear
-    }
-    for name, tensor in sorted(to_folder_names(base, model.config).items()):
-        add(name, tensor)
     return digest.hexdigest()
 
 
@@ -124,21 +118,15 @@ def read_adapter_config(folder):
     config = common.read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: a {type(config).__name__}, not an object")
-    wrong = [key for key in PEFT_EXTRAS if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        wrong.append("peft_type")
-    if config.get("bias") not in ("none", None):
-        wrong.append("bias")
-    if config.get("init_lora_weights") not in PEFT_INITS:
-        wrong.append("init_lora_weights")
-    for key, kind in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
-        if not isinstance(config.get(key), kind) or config[key] < 0:
+    wrong = [key for key, plain in PLAIN.items() if config.get(key) not in plain]
+    for key in SETTINGS[:3]:
+        if not isinstance(config.get(key), int | float) or config[key] < 0:
             wrong.append(key)
     refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
     return config
 
 
-def read_adapter_tensors(folder):
+def read_module_tensors(folder):
     """-> {the folder's module: {"A", "B", and "m" of DoRA: float32}}."""
     modules: dict[str, dict] = {}
     wrong = []
@@ -169,28 +157,17 @@ def module_alpha(config, module):
     return config["lora_alpha"]
 
 
-def split_joined(A, B, sizes):
-    """A joined module's A (r, K) and B (N, r) -> [(A, B)] of its layers, of `sizes` outputs each.
+def read_layers(folder, model):
+    """An adapter's folder, ours or PEFT's -> ({its SETTINGS}, {our name of a layer:
+    AdapterTensors}).
 
-    Every layer has the whole A and its own rows of B; but where `write_layers` joined them, with
-    zeros beside the diagonal of B, each has its own ranks back."""
-    rows = B.split(sizes)
-    r = len(A) // len(sizes)
-    diagonal = [part[:, i * r : (i + 1) * r] for i, part in enumerate(rows)]
-    if r * len(sizes) == len(A) and torch.equal(torch.block_diag(*diagonal), B):
-        return list(zip(A.split(r), diagonal))
-    return [(A, part) for part in rows]
-
-
-def read_layers(folder, model, base_hash=None):
-    """An adapter's folder, ours or PEFT's -> (its config, {our name of a layer: AdapterTensors}).
-
-    base_hash: base_sha256(model) where the caller has it. Raises UserError where the adapter
-    belongs to other base weights (by hash, which PEFT's own do not have) or does not fit."""
+    Raises UserError where the adapter belongs to other base weights (by hash, which PEFT's own do
+    not have) or does not fit."""
     folder = Path(folder)
     config = read_adapter_config(folder)
+    settings = {key: config.get(key, False) for key in SETTINGS}
     theirs = config.get("base_sha256")
-    ours = theirs and (base_hash or base_sha256(model))
+    ours = theirs and base_sha256(model)
     if theirs != ours:
         raise UserError(
             f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have "
@@ -198,59 +175,49 @@ def read_layers(folder, model, base_hash=None):
         )
     modules = folder_modules(model)
     found = {}
-    for module, tensors in read_adapter_tensors(folder).items():
-        if module not in modules:
+    for module, tensors in read_module_tensors(folder).items():
+        layers = modules.get(module)
+        if layers is None:
             raise UserError(f"{folder}: {module}: the model has no such linear layer")
-        layers = modules[module]
-        check_shapes(folder, module, tensors, layers.values(), bool(config.get("use_dora")))
-        r = len(tensors["A"])
-        scale = module_alpha(config, module) / alpha_divisor(r, bool(config.get("use_rslora")))
         sizes = [layer.out_features for layer in layers.values()]
-        magnitudes = tensors["m"].split(sizes) if "m" in tensors else [None] * len(sizes)
-        parts = split_joined(tensors["A"], tensors["B"], sizes)
-        for name, (A, B), magnitude in zip(layers, parts, magnitudes):
-            found[name] = AdapterTensors(A, B, scale, magnitude)
-    return config, found
-
-
-def check_shapes(folder, module, tensors, layers, dora):
-    """UserError where a module's tensors are not those of an adapter of the layers it holds."""
-    r = len(tensors.get("A", ()))
-    N = sum(layer.out_features for layer in layers)
-    want = {"A": (r, next(iter(layers)).in_features), "B": (N, r)}
-    if dora:
-        want["m"] = (N,)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if r == 0 or shapes != want:
-        raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, should have {want}")
+        N, K = sum(sizes), next(iter(layers.values())).in_features
+        r = len(tensors.get("A", ()))
+        want: dict = {"A": (r, K), "B": (N, r)}
+        if settings["use_dora"]:
+            want["m"] = (N,)
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if r == 0 or shapes != want:
+            raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, not {want}")
+        scale = module_alpha(config, module) / alpha_divisor(r, settings["use_rslora"])
+        magnitudes = tensors["m"].split(sizes) if "m" in want else [None] * len(sizes)
+        for name, B, magnitude in zip(layers, tensors["B"].split(sizes), magnitudes):
+            found[name] = AdapterTensors(tensors["A"], B, scale, magnitude)
+    return settings, found
 
 
 # ----------------------------------------------------------------------------------------- writing
-def write_layers(folder, model, config, layers, base_hash=None):
+def write_layers(folder, model, settings, layers, base_hash=None):
     """Write both files as PEFT does, and one key more: the base's hash.
 
-    config: r, lora_alpha, lora_dropout, use_rslora and use_dora as adapter_config.json has them;
-    layers: {our name: AdapterTensors}. Layers of other rank or scale go into the patterns."""
+    settings: SETTINGS as adapter_config.json has them; layers: {our name: AdapterTensors}. Layers
+    of other rank or scale go into the patterns."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    modules = folder_modules(model)
     adapted = []
     tensors, ranks, alphas = {}, {}, {}
-    for module, members in modules.items():
+    for module, members in folder_modules(model).items():
         parts = [layers[name] for name in members if name in layers]
         if not parts:
             continue
         adapted.append(module)
-        # c_attn is q over k over v: their A stacked, their B along the diagonal, of rank 3r
-        A = torch.cat([part.A for part in parts])
-        B = torch.block_diag(*[part.B for part in parts])
+        A, _, scale, _ = parts[0]
         key = f"base_model.model.{module}.lora_"
         tensors[key + "A.weight"] = A
-        tensors[key + "B.weight"] = B
-        if config["use_dora"]:
+        tensors[key + "B.weight"] = torch.cat([part.B for part in parts])
+        if settings["use_dora"]:
             tensors[key + "magnitude_vector"] = torch.cat([part.magnitude for part in parts])
-        alpha = parts[0].scale * alpha_divisor(len(A), config["use_rslora"])
-        if len(A) != config["r"] or not math.isclose(alpha, config["lora_alpha"]):
+        alpha = scale * alpha_divisor(len(A), settings["use_rslora"])
+        if len(A) != settings["r"] or not math.isclose(alpha, settings["lora_alpha"]):
             ranks[module] = len(A)
             alphas[module] = alpha
     write_tensors(folder / "adapter_model.safetensors", tensors)
@@ -260,25 +227,12 @@ def write_layers(folder, model, config, layers, base_hash=None):
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(model.source or ""),
-            **config,
-            "target_modules": target_modules(adapted, modules),
+            **settings,
+            "target_modules": adapted,
             "rank_pattern": ranks,
             "alpha_pattern": alphas,
             "bias": "none",
             "fan_in_fan_out": model.config.is_gpt2,
-            "modules_to_save": None,
-            "init_lora_weights": True,
-            "inference_mode": True,
             "base_sha256": base_hash or base_sha256(model),
         },
     )
-
-
-def target_modules(adapted, modules):
-    """The shortest names for the adapted modules: "q_proj" where every q_proj is adapted."""
-
-    def last(module):
-        return module.rsplit(".", 1)[-1]
-
-    partly = {last(module) for module in modules if module not in adapted}
-    return sorted({module if last(module) in partly else last(module) for module in adapted})

@@ -8,8 +8,8 @@ from common import UserError
 
 
 def llama_writer(path):
-    """A GGUF file -> (a function (texts, tokens of a prompt, new tokens) that writes so much, on
-    torch's number of threads; how many weights the model has)."""
+    """A GGUF file -> a function (texts, tokens of a prompt, new tokens) that writes so much, on
+    torch's number of threads."""
     set_verbose(False)
     model = C.llama_load_model_from_file(str(path).encode(), C.llama_model_default_params())
     contexts = {texts: new_context(model, texts) for texts in (1, 8)}
@@ -35,7 +35,7 @@ def llama_writer(path):
         for i in range(new - 1):
             step(texts, prompt + i, 1)
 
-    return write, C.llama_model_n_params(model)
+    return write
 
 
 def new_context(model, texts):

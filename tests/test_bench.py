@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,8 +14,8 @@ def compare(tmp_path, capsys, a, b):
         (tmp_path / name).write_text(
             json.dumps({"machine": {"cpu": "an abacus", "gpu": "", "cores": 2}, "rows": rows})
         )
-    args = SimpleNamespace(a=tmp_path / "a", b=tmp_path / "b")
-    return bench.show_figures(bench.bench_compare(args)), capsys.readouterr().out
+    compared = bench.bench_compare(tmp_path / "a", tmp_path / "b")
+    return bench.show_figures(compared), capsys.readouterr().out
 
 
 def test_rows_are_matched_by_their_texts_and_not_by_their_place(tmp_path, capsys):
@@ -46,26 +45,30 @@ def test_rows_of_the_same_name_are_matched_in_their_order_and_a_lonely_one_is_na
     assert "only in A" in said and "an abacus" in said
 
 
-def test_rows_without_a_name_are_compared_by_their_mean(tmp_path, capsys):
-    found, _ = compare(
-        tmp_path, capsys, [{"ttft": 1.0}, {"ttft": 3.0}], [{"ttft": 1.0}, {"ttft": 0.0}]
-    )
-    assert [(row["row"], row["figure"], row["ratio"]) for row in found] == [
-        ("mean of 2", "ttft", 0.25)
-    ]
+def test_a_parameter_of_a_measurement_is_a_flag():
+    flags = bench.parse_command("decode M --formats int8 int4 --rounds 2".split())
+    assert (flags["model"], flags["formats"], flags["rounds"]) == ("M", ["int8", "int4"], 2)
+    assert flags["gguf"] == () and flags["json"] is None
+    with pytest.raises(UserError, match="invalid choice: 'decod'"):
+        bench.parse_command(["decod"])
+    with pytest.raises(UserError, match="unknown argument --rows"):
+        bench.parse_command(["linear", "--rows", "2"])
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "a").write_text("[1]")
     with pytest.raises(UserError, match="--json"):
-        list(bench.bench_compare(SimpleNamespace(a=tmp_path / "a", b=tmp_path / "a")))
+        list(bench.bench_compare(tmp_path / "a", tmp_path / "a"))
 
 
 def test_the_json_says_what_it_was_measured_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "bench_linear", lambda args: [{"format": "int8", "speed": 1.0}])
+    rows = [{"format": "int8", "speed": 1.0}]
+    monkeypatch.setitem(bench.MEASUREMENTS, "linear", lambda: rows)
     monkeypatch.setattr(sys, "argv", ["bench.py", "linear", "--json", str(tmp_path / "x.json")])
     bench.main()
-    machine = json.loads((tmp_path / "x.json").read_text())["machine"]
+    written = json.loads((tmp_path / "x.json").read_text())
+    machine = written["machine"]
+    assert written["rows"] == rows
     assert (
         machine["cores"] >= 1
         and machine["cpu"]

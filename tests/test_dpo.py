@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -312,14 +313,14 @@ def test_neither_passes_nor_filling_rows_change_loss_and_gradient(loss):
     seen = []
     for size in (4, 1, 3):
         model.zero_grad()
-        totals, total = dpo.PairTotals(), 0
+        totals, total = Counter(), 0
         for batch in rows.validation(size, 0):
             part, sums = dpo.pair_loss(model, batch, args)
             part.backward()
             total += part.item()
-            totals.add(sums)
+            totals.update(sums)
         grad = model.layers[0].mlp.up_proj.weight.grad.clone()
-        seen.append((total, grad, totals.means(args, CPU)))
+        seen.append((total, grad, dpo.pair_means(totals, args, CPU)))
     for total, grad, means in seen[1:]:
         assert total == pytest.approx(seen[0][0], rel=1e-5)
         assert means == pytest.approx(seen[0][2], rel=1e-4, abs=1e-6)
@@ -519,9 +520,9 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for arguments, message in (
-        (flags(base, out, "--loss", "dpo"), "--loss dpo: use sigmoid"),
+        (flags(base, out, "--loss", "dpo"), "unknown loss 'dpo': use sigmoid"),
         (flags(base, out, "--beta", 0), "--beta 0.0 must be above 0"),
-        (flags(base, out, "--loss", "kto"), "--loss kto: use sigmoid, ipo, simpo, orpo"),
+        (flags(base, out, "--loss", "kto"), "unknown loss 'kto': use sigmoid, ipo, simpo, orpo"),
         (flags(base, out, "--data", tmp_path / "same.jsonl"), "0 usable pairs for training"),
         (flags(base, out, "--context", 4), "usable pairs for training"),
         (

@@ -4,7 +4,7 @@ weights and the same ids."""
 import pytest
 import torch
 
-from dpo import Args, PairIds, Pairs, PairTotals, fill_reference, pair_loss
+from dpo import Args, PairIds, Pairs, fill_reference, pair_loss, pair_means
 from formats.hub import to_folder_names
 from model import Config, Transformer
 from runtime import Runtime
@@ -53,10 +53,8 @@ def ours(models, pairs, args, tmp_path):
     loss, sums = pair_loss(model, pairs.fill(list(range(len(pairs.pairs))), 0), args)
     loss = loss / len(pairs.pairs)
     loss.backward()
-    totals = PairTotals()
-    totals.add(sums)
     gradients = to_folder_names({n: p.grad for n, p in model.named_parameters()}, model.config)
-    return loss.item(), totals.means(args, runtime), gradients
+    return loss.item(), pair_means(sums, args, runtime), gradients
 
 
 def trainer_of(kind, models, tmp_path, **settings):

@@ -277,6 +277,8 @@ def test_the_servers_own_work_is_microseconds_a_token():
                     str(streams),
                     "--new",
                     "400",
+                    "--rounds",
+                    "1",
                 ],
                 check=True,
                 capture_output=True,

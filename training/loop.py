@@ -361,7 +361,10 @@ def halve_until_a_pass_fits(run):
 def restore_run(run, checkpoint, state):
     """Put the run where the checkpoint left it."""
     run.start = state["step"]
-    run.optimizer.load_tensors(read_tensors(checkpoint / "optimizer.safetensors"))
+    moments = read_tensors(checkpoint / "optimizer.safetensors")
+    # an adapter's A was called adapters.default.A once
+    moments = {name.replace(".adapters.default", ""): t for name, t in moments.items()}
+    run.optimizer.load_tensors(moments)
     run.batches.load_state(state["batches"])
     run.guard = Guard(**state["guard"] | {"factor": run.args.spike})
     scale, good = state["loss_scale"]
