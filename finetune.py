@@ -134,7 +134,8 @@ class Conversations:
         shards, end_id = (text.tokens, text.end_id) if text else ([], None)
         self.signed = Split([signed, *shards], end_id=end_id)
         mixture = [weight for weight, _ in sources], text and (text.sha256, text_share)
-        self.sha256 = sha256(signed.tobytes() + self.sizes.tobytes() + repr(mixture).encode())
+        content = ids.tobytes() + said.tobytes() + self.sizes.tobytes()
+        self.sha256 = sha256(content + repr(mixture).encode())
 
     def __len__(self):
         """Tokens of the conversations."""
