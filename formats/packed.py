@@ -106,14 +106,13 @@ def write_bnb(layer, name):
         "dtype": "float32",
         "shape": [layer.out_features, layer.in_features],
     }
-    state = layer.state()
     weight = f"{name}.weight"
     out = {
         weight: layer.packed[:, None],
         f"{weight}.absmax": layer.absmax,
         f"{weight}.quant_map": torch.tensor(NF4),
     }
-    if "nested_absmax" in state:
+    if layer.nested_absmax is not None:
         out[f"{weight}.nested_absmax"] = layer.nested_absmax
         out[f"{weight}.nested_quant_map"] = dynamic_map().clone()
         info["nested_blocksize"] = NESTED_BLOCK
