@@ -70,22 +70,20 @@ def grid(groups, bits, sym):
     if sym:
         # 8 bits use codes -127 .. 127 around the middle, so that the largest magnitude has a code;
         # fewer bits cannot spare one, and the positive end is cut by half a step
-        high = torch.maximum(-low, high)
-        scale = high / (127 if bits == 8 else top / 2)
+        scale = torch.maximum(-low, high) / (127 if bits == 8 else top / 2)
     else:
         scale = (high - low) / top
     scale = scale.half().float()
-    if torch.isinf(scale).any():
+    if scale.isinf().any():
         raise UserError(
             f"weights up to {groups.abs().max():.3g} need a scale beyond float16's 65,504: "
             "rescale the model first"
         )
     scale = torch.where(scale == 0, 1, scale)  # a group of zeros
-    middle = torch.full_like(scale, 2 ** (bits - 1))
-    if sym:
-        return scale, middle
-    zero = (-low / scale).round().clamp(0, top)
-    return scale, torch.where(low == high, middle, zero)
+    zero = torch.full_like(scale, 2 ** (bits - 1))  # the middle
+    if not sym:
+        zero = torch.where(low < high, (-low / scale).round().clamp(0, top), zero)
+    return scale, zero
 
 
 def to_codes(weight, scale, zero, bits):
@@ -415,8 +413,7 @@ class GroupLinear(QuantLinear):
 
     def dequantize(self, dtype=torch.float32):
         weight = in_groups(self.codes(), self.group).float()  # (N, G, group)
-        weight.sub_(self.zeros[:, :, None])
-        weight.mul_(self.scales[:, :, None])
+        weight.sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None])
         weight = weight.flatten(1)[:, : self.in_features]  # (N, K)
         if self.order is not None:
             weight = weight[:, self.order.argsort()]
@@ -555,11 +552,9 @@ def quantize(model, format, group_size=128):
         model.quantization = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
-            "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": "float32",
-            "bnb_4bit_quant_storage": "uint8",
         }
     elif format.startswith("int8"):
         activations = {"activations": "int8"} if format == "int8-dynamic" else {}
@@ -713,19 +708,20 @@ def stages(block, states, rope, mask):
     that every product runs once, on the outputs of those rounded before it ("true sequential").
     """
     names = {module: name for name, module in block.named_modules()}
-    qkv, o, up, down = [[names[layer] for layer in product] for product in block.products()]
-    attention = (block.input_layernorm, block.self_attn, (rope, mask), qkv, o)
-    mlp = (block.post_attention_layernorm, block.mlp, (), up, down)
-    for norm, part, more, first, last in (attention, mlp):
+    qkv, o, up, down = block.products()
+    halves = (
+        (block.input_layernorm, block.self_attn, (rope, mask), qkv, *o),
+        (block.post_attention_layernorm, block.mlp, (), up, *down),
+    )
+    for norm, part, more, first, last in halves:
         inputs = [norm(x) for x in states]
-        yield first, inputs
+        yield [names[layer] for layer in first], inputs
         # what the last projection reads comes out of the part where an identity stands in for it
-        projection = block.get_submodule(*last)
-        block.set_submodule(*last, nn.Identity())
+        block.set_submodule(names[last], nn.Identity())
         inputs = [part(x, *more) for x in inputs]
-        block.set_submodule(*last, projection)
-        yield last, inputs
-        projection = block.get_submodule(*last)
+        block.set_submodule(names[last], last)
+        yield [names[last]], inputs
+        projection = block.get_submodule(names[last])
         states[:] = [x + projection(y) for x, y in zip(states, inputs)]
 
 
@@ -835,9 +831,8 @@ def gguf_command(args):
     from formats import gguf
 
     out = Path(args.out).with_suffix(".gguf")
-    kinds = gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
-    sizes = ", ".join(f"{kind} {size:,} bytes" for kind, size in kinds.items())
-    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB, {sizes}")
+    gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
+    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
 def quantize_command(args):
@@ -871,12 +866,14 @@ def quantize_command(args):
         cast_parameters(model, stored)
         model.save_pretrained(out)
         for name in TOKENIZER_FILES:
-            if (Path(args.folder) / name).is_file():
-                shutil.copyfile(Path(args.folder) / name, Path(out) / name)
+            file = Path(args.folder) / name
+            if file.is_file():
+                shutil.copyfile(file, Path(out) / name)
         return Transformer.from_pretrained(out, args.device, working)
 
-    rows = quality.calibration_and_held_out(args, original, tok, engine_of, Sampling)
-    calibration, held_out = rows
+    calibration, held_out = quality.calibration_and_held_out(
+        args, original, tok, engine_of, Sampling
+    )
     if args.model == "report":
         quality.compare_formats(args, original, held_out, make, engine_of, Sampling)
     else:

@@ -54,9 +54,9 @@ def read_rows(path, tok, count, length):
         for document, _, _ in documents([path], ()):
             whole = [first, *tok.encode(document.decode()), last]
             ids += [i for i in whole if i is not None]
-    if len(ids) < length:
+    if len(ids) < 2 * length:  # one to calibrate, one held out
         raise UserError(
-            f"{path}: {len(ids):,} tokens are less than one row of {length:,}; "
+            f"{path}: {len(ids):,} tokens are less than two rows of {length:,}; "
             "give more text or a smaller --length"
         )
     count = min(count, len(ids) // length)
@@ -79,11 +79,6 @@ def calibration_and_held_out(args, model, tok, engine_of, sampling):
         rows = sample_rows(engine_of(model), sampling, total, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
     rows = read_rows(args.text, tok, total, length)
-    if len(rows) < 2:
-        raise UserError(
-            f"{args.text}: one row of {length} tokens cannot both calibrate and be held out; "
-            "give more text or a smaller --length"
-        )
     return rows[::2][: args.samples], rows[1::2][: args.held_out_rows]
 
 
@@ -180,47 +175,42 @@ def compare_formats(args, original, held_out, make, engine_of, sampling):
     make(format, path, log) writes a format and opens what it wrote; engine_of(model) -> Engine.
     UserError: GPTQ is worse than rounding to nearest.
     """
-    rows = {}
+    lines = [
+        f"# Quantized: {args.folder}: {original.num_params():,} weights, "
+        f"groups of {args.group_size}, {held_out.numel():,} held-out tokens",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|---{'|---:' * (len(COLUMNS) - 1)}|",
+    ]
+    print(*lines, sep="\n")
+    divergences = {}
     for format in args.formats.split(","):
-        row = rows[format] = {"format": format}
         with tempfile.TemporaryDirectory() as temporary:
             path, model = Path(args.folder), original
             if format != "original":
                 path = Path(temporary) / "model"
                 model = make(format, path, log=lambda line: None)
-            row["bytes"] = stored_bytes(path)
-            row["bits/weight"] = 8 * row["bytes"] / original.num_params()
+            size = stored_bytes(path)
+            row = {"format": format, "bytes": size, "bits/weight": 8 * size / original.num_params()}
             row["perplexity"], row["KL to original"] = score(model, original, held_out)
             engine = engine_of(model)
             if engine.tok.chat_template and args.questions:
                 row["toybox right"] = toybox_accuracy(engine, sampling, args.questions)
             if not format.startswith("gguf-"):  # GGUF files are llama.cpp's to run
                 row["prefill tok/s"], row["decode tok/s"] = speed(engine, sampling)
-        print("  ".join(f"{name} {COLUMNS[name].format(row[name])}" for name in row), flush=True)
-    title = (
-        f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
-        f"{held_out.numel():,} held-out tokens"
-    )
+        divergences[format] = row["KL to original"]
+        cells = [COLUMNS[name].format(row[name]) if name in row else "–" for name in COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
     out = Path(args.out or args.folder) / "quantization.md"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_table(out, rows.values(), title)
-    print(f"wrote    {out}")
-    nearest = "int4" if args.sym else "int4-asym"
-    if args.bits == 4 and {"gptq", nearest} <= rows.keys():
-        ours, theirs = rows["gptq"]["KL to original"], rows[nearest]["KL to original"]
-        if ours > theirs:
-            raise UserError(
-                f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {theirs:.5f}: "
-                "calibrate on more text (--samples, --text) or raise --damp"
-            )
-
-
-def write_table(path, rows, title):
-    """A Markdown table with COLUMNS; a dash where a row has no figure."""
-    rule = "|---" + "|---:" * (len(COLUMNS) - 1)
-    lines = [f"# Quantized: {title}", "", f"| {' | '.join(COLUMNS)} |", f"{rule}|"]
-    for row in rows:
-        cells = [form.format(row[name]) if name in row else "–" for name, form in COLUMNS.items()]
-        lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomic(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"wrote    {out}")
+    ours = divergences.get("gptq", 0)
+    nearest = divergences.get("int4" if args.sym else "int4-asym", math.inf)
+    if args.bits == 4 and ours > nearest:
+        raise UserError(
+            f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: "
+            "calibrate on more text (--samples, --text) or raise --damp"
+        )

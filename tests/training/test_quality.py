@@ -14,7 +14,7 @@ def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(
     tok = Tokenizer.load(data_dir / "stories260K")
     text, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("Once upon a time there was a girl. " * 40)
-    with pytest.raises(UserError, match="less than one row of 5,000"):
+    with pytest.raises(UserError, match="less than two rows of 5,000"):
         quality.read_rows(text, tok, 4, 5000)
     rows = quality.read_rows(text, tok, 100, 64)
     assert rows.size(1) == 64
