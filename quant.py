@@ -309,7 +309,7 @@ class QuantLinear(nn.Module):
 
     def stacked(self, layers):
         """{buffer: tensor} of one layer whose rows are those of `layers`, in their order."""
-        names = dict(self.named_buffers()).keys() - {"order"}
+        names = [name for name, _ in self.named_buffers() if name != "order"]  # that is kind's
         return {name: joined(layers, name) for name in names}
 
 
@@ -557,14 +557,15 @@ def quantize(model, format, group_size=128):
             "bnb_4bit_compute_dtype": "float32",
         }
     elif format.startswith("int8"):
-        activations = {"activations": "int8"} if format == "int8-dynamic" else {}
-        model.quantization = gptq_config(model, 8, -1, True, **activations)
+        model.quantization = gptq_config(model, 8, -1, True)
+        if format == "int8-dynamic":
+            model.quantization["activations"] = "int8"
     else:
         model.quantization = gptq_config(model, 4, group_size, format == "int4")
     return model
 
 
-def gptq_config(model, bits, group_size, sym, act_order=False, **more):
+def gptq_config(model, bits, group_size, sym, act_order=False):
     """The folder's quantization_config; integers have GPTQ's layout whoever rounded them."""
     zeros = [layer.zeros for layer in model.modules() if isinstance(layer, GroupLinear)]
     # version 1 stores zero points less one, so it has no place for a zero point of 0
@@ -577,7 +578,6 @@ def gptq_config(model, bits, group_size, sym, act_order=False, **more):
         "group_size": group_size,
         "sym": sym,
         "desc_act": act_order,
-        **more,
     }
 
 
@@ -681,9 +681,8 @@ def round_together(linears, H, cross, recipe):
     *matrices, order = gptq_round(moved, H, recipe)
     sizes = [linear.out_features for linear in linears]
     layers = []
-    for linear, *parts in zip(linears, *[matrix.split(sizes) for matrix in matrices]):
-        how = (recipe.bits, recipe.group_size, order, linear.bias)
-        layers.append(GroupLinear(*parts, *how))
+    for linear, *rows in zip(linears, *[matrix.split(sizes) for matrix in matrices]):
+        layers.append(GroupLinear(*rows, recipe.bits, recipe.group_size, order, linear.bias))
     return layers
 
 
@@ -695,8 +694,8 @@ def second_moments(inputs, others):
     K = inputs[0].size(-1)
     H = torch.zeros(K, K, device=inputs[0].device)
     for x, y in zip(inputs, others):
-        # (B, T, K) -> (B*T, K)
-        H.addmm_(y.flatten(0, 1).float().t(), x.flatten(0, 1).float())
+        x, y = x.flatten(0, 1), y.flatten(0, 1)  # (B, T, K) -> (B*T, K)
+        H.addmm_(y.float().t(), x.float())
     return H
 
 
@@ -773,8 +772,7 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
         round_block(block, now, then, (rope, mask), recipe)
         change = relative_change(now, then)
         log(f"block {i:2d}: its output changes by {change:.2e}, {time.time() - begin:.1f} s")
-    how = (bits, group_size, recipe.sym, act_order)
-    model.quantization = gptq_config(model, *how, damp_percent=recipe.damp)
+    model.quantization = gptq_config(model, bits, group_size, recipe.sym, act_order)
     return model
 
 
@@ -783,7 +781,7 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
 class Args(Recipe):
     model: str = ""  # the model folder, or "report" to compare formats
     folder: str = "-"  # report: the model folder
-    format: str = "gptq"  # int8, int8-dynamic, int4, int4-asym, nf4, gptq, gguf-q8_0, gguf-q4_k_m
+    format: str = "gptq"  # or int8, int8-dynamic, int4, int4-asym, nf4, gguf-q8_0, -q4_0, -q4_k_m
     out: str = ""  # where to write; report: a folder for quantization.md [MODEL]
     text: str = ""  # text, .jsonl or conversations: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on
@@ -809,8 +807,8 @@ def read_quant_args(argv=None):
     if args.folder == "-":
         raise UserError("report: say which model folder")
     for name in chosen:
-        if name not in known and not name.startswith("gguf-"):
-            raise UserError(f"format {name}: choose from {', '.join(known)}, ...")
+        if name not in known:
+            raise UserError(f"format {name}: choose from {', '.join(known)}")
     if min(args.samples, args.held_out_rows, args.length - 1) < 1:
         raise UserError(
             f"samples {args.samples} and held-out-rows {args.held_out_rows} must be >= 1, "

@@ -5,6 +5,7 @@ hub.save_model writes what `packed_state` gives it; hub.load_model asks `check_c
 """
 
 import json
+import math
 
 import torch
 import torch.nn as nn
@@ -33,9 +34,9 @@ def to_words(codes, bits):
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         code = runs[:, i] << shift
-        words[:, word] |= code & 0xFFFFFFFF
+        words[:, word] |= code
         words[:, word + 1] |= code >> 32  # what runs over into the next word
-    return words[:, :bits].flatten(0, 1).int()
+    return words[:, :bits].flatten(0, 1).int()  # their lower 32 bits
 
 
 def from_words(words, bits, count):
@@ -123,7 +124,7 @@ def write_bnb(layer, name):
     return out
 
 
-def read_bnb(tensors, name, shape, bias=None):
+def read_bnb(tensors, name, shape, config=None, bias=None):
     """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear.
 
     UserError where they do not fit the shape, or have other codes than NF4's.
@@ -136,10 +137,10 @@ def read_bnb(tensors, name, shape, bias=None):
         packed, absmax = tensors[weight], tensors[f"{weight}.absmax"]
         count = 2 * packed.numel()
         facts = [
-            block in (32, 64, 128, 256, 512, 1024, 2048, 4096),
+            block in [32 << i for i in range(8)],
             info["shape"] == list(shape),
             packed.dtype == torch.uint8,
-            count == shape[0] * shape[1],
+            count == math.prod(shape),
             absmax.numel() == -(-count // block),
             torch.equal(tensors[f"{weight}.quant_map"].float(), torch.tensor(NF4)),
         ]
@@ -258,9 +259,6 @@ def install_packed(model, config, state, packed):
         names = [key for key in state if key.startswith(f"{name}.")]
         own = {key: state.pop(key) for key in names}
         bias = own.pop(f"{name}.bias", None)
-        if config["quant_method"] == "bitsandbytes":
-            layer = read_bnb(own, name, shape, bias)
-        else:
-            layer = read_gptq(own, name, shape, config, bias)
-        model.set_submodule(name, layer)
+        read = read_bnb if config["quant_method"] == "bitsandbytes" else read_gptq
+        model.set_submodule(name, read(own, name, shape, config, bias))
     model.quantization = config
