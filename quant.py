@@ -219,9 +219,9 @@ FEW_ROWS = 16  # on a CPU more rows are quicker unpacked and multiplied in float
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x @ W.T with a gradient for x alone, which is all that QLoRA needs.
+    """x @ W.T with a gradient for x alone, as QLoRA needs it: adapters before it learn.
 
-    Only the packed weight stays alive for backward, which unpacks it again.
+    Only the packed weight stays alive for backward, which unpacks it again: dL/dx = dL/dy @ W.
     """
 
     @staticmethod
@@ -678,12 +678,11 @@ def round_together(linears, H, cross, recipe):
     weight = joined(linears, "weight").float()
     factor = inverse_factor(H, recipe.damp)
     moved = weight + weight @ (cross - H) @ factor.T @ factor
-    *matrices, order = gptq_round(moved, H, recipe)
+    codes, scales, zeros, order = gptq_round(moved, H, recipe)
     sizes = [linear.out_features for linear in linears]
-    layers = []
-    for linear, *rows in zip(linears, *[matrix.split(sizes) for matrix in matrices]):
-        layers.append(GroupLinear(*rows, recipe.bits, recipe.group_size, order, linear.bias))
-    return layers
+    how = (recipe.bits, recipe.group_size, order)
+    rows = zip(linears, codes.split(sizes), scales.split(sizes), zeros.split(sizes))
+    return [GroupLinear(*parts, *how, bias=linear.bias) for linear, *parts in rows]
 
 
 def second_moments(inputs, others):
