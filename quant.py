@@ -681,8 +681,8 @@ def round_together(linears, H, cross, recipe):
     codes, scales, zeros, order = gptq_round(moved, H, recipe)
     sizes = [linear.out_features for linear in linears]
     how = (recipe.bits, recipe.group_size, order)
-    rows = zip(linears, codes.split(sizes), scales.split(sizes), zeros.split(sizes))
-    return [GroupLinear(*parts, *how, bias=linear.bias) for linear, *parts in rows]
+    rows = zip(codes.split(sizes), scales.split(sizes), zeros.split(sizes))
+    return [GroupLinear(*own, *how, linear.bias) for linear, own in zip(linears, rows)]
 
 
 def second_moments(inputs, others):
