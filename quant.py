@@ -1,7 +1,10 @@
 """Models in fewer bits: int8, int4, NF4 and GPTQ in place of the linear layers' weights.
 
 python quant.py runs/demo --format gptq --group-size 64 --out runs/demo-gptq
-python quant.py report runs/demo                       # every format in one table and a plot
+python quant.py report runs/demo                       # every format in one table
+
+First come the codes that weights are rounded to, then the layers that hold them, then the ways to
+round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`gptq`).
 """
 
 import copy
@@ -11,46 +14,37 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from common import UserError, cli, parse_flags
-from kernels import NF4
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 
-FORMATS = {
-    "int8": "8 bits, one scale a row",
-    "int8-dynamic": "int8 weights and activations",
-    "int4": "4 bits, symmetric groups",
-    "int4-asym": "4 bits, groups with a zero point",
-    "nf4": "4-bit NormalFloat, as bitsandbytes",
-}
+# 8 bits with one scale a row; the same with activations of 8 bits; 4 bits in symmetric groups;
+# 4 bits in groups with a zero point; 4-bit NormalFloat as bitsandbytes has it
+FORMATS = "int8", "int8-dynamic", "int4", "int4-asym", "nf4"
 COMPARED = ("original", *FORMATS, "gptq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
+    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
+    "chat_template.jinja vocab.json merges.txt generation_config.json"
+).split()
 
 
 # ---------------------------------------------------------------- a grid: scale, zero point, codes
-# A group of weights is stored as small integers, its codes: w = scale * (code - zero).
+# A group of weights is stored as small integers, its codes: w = scale * (code - zero). The scale is
+# the step from one code's weight to the next, and zero is the code that stands for 0.
 CLIPPED_RANGES = [1 - i / 20 for i in range(11)]  # shares of a group's range that GPTQ tries
 
 
 def check_finite(weight, name="a weight"):
     """UserError where there is NaN or infinity: the whole group would become that too."""
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    bad = int((~weight.isfinite()).sum())
     if bad:
         raise UserError(
             f"{name}: {bad:,} of {weight.numel():,} values are NaN or infinite; "
@@ -76,22 +70,20 @@ def grid(groups, bits, sym):
     if sym:
         # 8 bits use codes -127 .. 127 around the middle, so that the largest magnitude has a code;
         # fewer bits cannot spare one, and the positive end is cut by half a step
-        high = torch.maximum(-low, high)
-        scale = high / (127 if bits == 8 else top / 2)
+        scale = torch.maximum(-low, high) / (127 if bits == 8 else top / 2)
     else:
         scale = (high - low) / top
     scale = scale.half().float()
-    if torch.isinf(scale).any():
+    if scale.isinf().any():
         raise UserError(
             f"weights up to {groups.abs().max():.3g} need a scale beyond float16's 65,504: "
             "rescale the model first"
         )
     scale = torch.where(scale == 0, 1, scale)  # a group of zeros
-    middle = torch.full_like(scale, 2 ** (bits - 1))
-    if sym:
-        return scale, middle
-    zero = (-low / scale).round().clamp(0, top)
-    return scale, torch.where(low == high, middle, zero)
+    zero = torch.full_like(scale, 2 ** (bits - 1))  # the middle
+    if not sym:
+        zero = torch.where(low < high, (-low / scale).round().clamp(0, top), zero)
+    return scale, zero
 
 
 def to_codes(weight, scale, zero, bits):
@@ -99,23 +91,22 @@ def to_codes(weight, scale, zero, bits):
     return (weight / scale + zero).round_().clamp_(0, 2**bits - 1)
 
 
-def clipped_grid(groups, bits, sym, cost):
-    """As `grid`, of the narrower ranges too: that whose rounding errors cost least.
+def clipped_grid(groups, bits, sym, cost, shares):
+    """As `grid`, for that share of each group's range whose rounding errors cost least.
 
-    cost (g,): what a squared error in each column costs. A range that cuts the group's extremes
-    serves the many weights in its middle better.
+    (..., g) floats -> (2, ...): scale and zero. cost (g,): what a squared error in each column
+    costs. A narrower range cuts the group's extremes, and serves the many weights in its middle
+    better.
     """
-    best_scale = best_zero = torch.ones_like(groups[..., 0])
-    least = torch.inf
-    for share in CLIPPED_RANGES:
-        scale, zero = grid(groups * share, bits, sym)
-        codes = to_codes(groups, scale[..., None], zero[..., None], bits)
-        rounded = (codes - zero[..., None]) * scale[..., None]
+    best = least = torch.inf
+    for share in shares:
+        tried = torch.stack(grid(groups * share, bits, sym))  # (2, ...)
+        scale, zero = tried[..., None]
+        rounded = (to_codes(groups, scale, zero, bits) - zero) * scale
         error = (rounded - groups) ** 2 @ cost  # (..., g) @ (g,) -> (...)
-        best_scale = torch.where(error < least, scale, best_scale)
-        best_zero = torch.where(error < least, zero, best_zero)
+        best = torch.where(error < least, tried, best)
         least = error.clamp(max=least)
-    return best_scale, best_zero
+    return best
 
 
 def round_to_nearest(weight, bits, group, sym):
@@ -143,11 +134,11 @@ NESTED_BLOCK = 256
 @functools.lru_cache
 @torch.inference_mode(False)  # made once, and then of use in training too
 def nf4_pairs(device):
-    """(256,) float64: the two float32 values of every byte, the high half's first.
+    """(256,) float64, each really the two float32 values of a byte, that of the high half first.
 
-    Two values that are taken for one number are found by one look-up.
+    One look-up in this table so unpacks two weights.
     """
-    value = torch.tensor(NF4, device=device)
+    value = torch.tensor(kernels.NF4, device=device)
     pairs = torch.stack((value.repeat_interleave(16), value.repeat(16)), 1)  # (256, 2)
     return pairs.view(torch.float64)[:, 0].contiguous()
 
@@ -187,33 +178,33 @@ def nearest_index(x, values):
     return torch.bucketize(x, midpoints, out_int32=True).to(torch.uint8)
 
 
-def dynamic_quantize(flat, block=NESTED_BLOCK):
+def dynamic_quantize(flat):
     """(n,) float32 -> (uint8 indices into `dynamic_map` (n,), float32 scale of each block).
 
     bitsandbytes' CPU code looks values up in a table of 65,536 steps over [-1, 1], and gives a
     block of zeros the code 0; so do we, to have its bits.
     """
-    scaled, absmax = scaled_blocks(flat, block)
+    scaled, absmax = scaled_blocks(flat, NESTED_BLOCK)
     # in float64 and rounded once, as a fused multiply-add does
     step = ((scaled + 1).double() * 0.5 * 65535 + 0.5).float().int()
     codes = nearest_index(-1 + 2.0 * step / 65535, dynamic_map(flat.device))
-    in_use = (absmax > 0).repeat_interleave(block)[: flat.numel()]
+    in_use = (absmax > 0).repeat_interleave(NESTED_BLOCK)[: flat.numel()]
     return codes * in_use, absmax
 
 
-def nf4_quantize(weight, block=64, double=True):
+def nf4_quantize(weight, double=True):
     """(N, K) floats -> dict of tensors as bitsandbytes makes them on the CPU, bit for bit.
 
     "packed" uint8 (N*K/2,), two codes a byte, the earlier one in the high half; "absmax" float32
-    (blocks,), each block's largest magnitude. With `double` absmax is uint8, beside
+    (blocks,), the largest magnitude of each block of 64. With `double` absmax is uint8, beside
     "nested_absmax" float32 (blocks/256,) and "offset" float32 ().
     """
     check_finite(weight)
     if weight.numel() % 2:
         raise UserError(f"NF4 holds two weights a byte; {tuple(weight.shape)} is an odd number")
     flat = weight.detach().reshape(-1).float()
-    scaled, absmax = scaled_blocks(flat, block)
-    codes = nearest_index(scaled, torch.tensor(NF4, device=flat.device))
+    scaled, absmax = scaled_blocks(flat, 64)
+    codes = nearest_index(scaled, torch.tensor(kernels.NF4, device=flat.device))
     packed = codes[::2] << 4 | codes[1::2]
     if not double:
         return {"packed": packed, "absmax": absmax}
@@ -223,33 +214,14 @@ def nf4_quantize(weight, block=64, double=True):
     return {"packed": packed, "absmax": codes, "nested_absmax": nested, "offset": offset}
 
 
-def nf4_absmax(state):
-    """The blocks' scales in float32 (blocks,), double quantization undone."""
-    if "nested_absmax" not in state:
-        return state["absmax"]
-    values = dynamic_map(state["absmax"].device)[state["absmax"].int()]
-    scale = state["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: values.numel()]
-    return values * scale + state["offset"]
-
-
-def nf4_dequantize(state, shape, block=64, dtype=torch.float32):
-    """The inverse of `nf4_quantize` -> (N, K) of dtype."""
-    packed = state["packed"]
-    pairs = nf4_pairs(packed.device).index_select(0, packed.int())  # (N*K/2,)
-    flat = pairs.view(torch.float32)  # (N*K,)
-    blocks = in_groups(flat, block).mul_(nf4_absmax(state)[:, None])  # (blocks, block)
-    weights = blocks.view(-1)[: flat.numel()]
-    return weights.view(shape).to(dtype)
-
-
 # ------------------------------------------------------------------------------ the linear layers
 FEW_ROWS = 16  # on a CPU more rows are quicker unpacked and multiplied in float32 (NOTES.md)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x @ W.T with a gradient for x alone, which is all that QLoRA needs.
+    """x @ W.T with a gradient for x alone, as QLoRA needs it: adapters before it learn.
 
-    Only the packed weight stays alive for backward, which unpacks it again.
+    Only the packed weight stays alive for backward, which unpacks it again: dL/dx = dL/dy @ W.
     """
 
     @staticmethod
@@ -260,17 +232,6 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad @ ctx.layer.dequantize(grad.dtype), None
-
-
-class Groups(NamedTuple):
-    """Any integer layer's weights, unpacked: w = scales * (codes - zeros)."""
-
-    codes: torch.Tensor  # uint8 (N, K)
-    scales: torch.Tensor  # (N, G)
-    zeros: torch.Tensor  # (N, G)
-    size: int  # inputs that share a scale
-    order: torch.Tensor | None  # int64 (K,): column j is input order[j]; None: it is input j
-    bits: int
 
 
 def joined(layers, name):
@@ -286,7 +247,6 @@ class QuantLinear(nn.Module):
     """
 
     format = ""
-    by_row: tuple = ()  # buffers whose first dimension is the outputs, so that layers can be fused
     few_rows: float = FEW_ROWS  # at most so many rows take the fast product on a CPU
     # (M, K) float32 -> (M, N) float32 without the bias, activations rounded to 8 bits; the engine
     # sets it where it has one
@@ -296,34 +256,46 @@ class QuantLinear(nn.Module):
     def __init__(self, shape, bias=None):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), False)
 
     def dequantize(self, dtype=torch.float32):
         """-> (N, K) of dtype, the weights that this layer stands for."""
         raise NotImplementedError
 
+    def groups(self):
+        """Integer layers unpacked -> codes uint8 (N, K), scales and zeros (N, G), and:
+
+        how many inputs share a scale; order, None or int64 (K,): column j is input order[j]; bits.
+        """
+        raise NotImplementedError
+
     def plain(self, rows):
-        """The twin: unpack, then multiply. (M, K) -> (M, N)."""
+        """What a product is: unpack, then multiply. (M, K) -> (M, N)."""
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         return F.linear(rows, self.dequantize(rows.dtype), bias)
 
+    def for_gpu(self):
+        """-> kernels.Packed, or None where there is no kernel."""
+
     def on_gpu(self, rows):
-        """The same by a kernel, or None where there is none."""
+        """`plain` by a kernel, or None where there is none."""
+        packed = self.for_gpu()
+        return None if packed is None else kernels.linear(rows, packed, self.bias)
 
     def by_fast_product(self, rows):
+        """`plain` without the bias, on a CPU."""
         return self.fast_product(rows)
 
-    def on_cpu(self, rows):
-        """The same by the fast product, or None where there is none or `plain` is quicker."""
-        if torch.compiler.is_compiling() or self.fast_product is None or len(rows) > self.few_rows:
-            return None
-        y = self.by_fast_product(rows.float())
-        return y if self.bias is None else y.add_(self.bias)
-
     def product(self, x):
-        """x (..., K) -> (..., N) with the bias, in x's dtype."""
+        """x (..., K) -> (..., N) with the bias, in x's dtype, the quickest way there is."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = self.on_gpu(rows) if x.is_cuda else self.on_cpu(rows)
+        y = None
+        if x.is_cuda:
+            y = self.on_gpu(rows)
+        elif not torch.compiler.is_compiling() and self.fast_product and len(rows) <= self.few_rows:
+            y = self.by_fast_product(rows.float())
+            if self.bias is not None:
+                y += self.bias
         if y is None:
             y = self.plain(rows)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
@@ -331,13 +303,14 @@ class QuantLinear(nn.Module):
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
 
-    def is_alike(self, other):
-        """Whether a layer of the same class can be fused with this one."""
-        return other.format == self.format
+    def kind(self):
+        """What layers must have in common to be fused."""
+        return type(self), self.format, self.bias is None
 
     def stacked(self, layers):
         """{buffer: tensor} of one layer whose rows are those of `layers`, in their order."""
-        return {name: joined(layers, name) for name in self.by_row}
+        names = [name for name, _ in self.named_buffers() if name != "order"]  # that is kind's
+        return {name: joined(layers, name) for name in names}
 
 
 def int8_rows(x):
@@ -356,8 +329,6 @@ class Int8Linear(QuantLinear):
     With `dynamic` the activations are rounded to int8 too, each row by its own scale
     ["int8-dynamic"].
     """
-
-    by_row = ("codes", "scale")
 
     def __init__(self, codes, scales, bias=None, dynamic=False):
         """codes uint8 (N, K) whose zero point is 128, scales (N, 1)"""
@@ -379,7 +350,7 @@ class Int8Linear(QuantLinear):
     def groups(self):
         scale = self.scale[:, None]
         codes = self.codes.view(torch.uint8) ^ 128
-        return Groups(codes, scale, torch.full_like(scale, 128), self.in_features, None, 8)
+        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
 
     def plain(self, rows):
         if self.dynamic:
@@ -387,11 +358,9 @@ class Int8Linear(QuantLinear):
             rows = (codes * scale).to(rows.dtype)
         return super().plain(rows)
 
-    def on_gpu(self, rows):
-        from kernels import Packed, linear
-
+    def for_gpu(self):
         kind = "int8x8" if self.dynamic else "int8"
-        return linear(rows, Packed(kind, self.codes, self.scale, *self.codes.shape), self.bias)
+        return kernels.Packed(kind, self.codes, self.scale, *self.codes.shape)
 
     def by_fast_product(self, rows):
         """Activations of 8 bits, or of 16: what 8 bits lose of a row makes a second row."""
@@ -411,8 +380,6 @@ class GroupLinear(QuantLinear):
     zeros   uint8 (N, G)
     order   int64 (K,) or None: packed column j is input order[j] (GPTQ's act-order)
     """
-
-    by_row = ("packed", "scales", "zeros")
 
     def __init__(self, codes, scales, zeros, bits, group, order=None, bias=None):
         """codes uint8 (N, K) in the order of `order`; group -1: whole rows."""
@@ -442,35 +409,29 @@ class GroupLinear(QuantLinear):
         return halves.flatten(1)[:, : self.in_features]  # (N, K)
 
     def groups(self):
-        return Groups(self.codes(), self.scales, self.zeros, self.group, self.order, self.bits)
+        return self.codes(), self.scales, self.zeros, self.group, self.order, self.bits
 
     def dequantize(self, dtype=torch.float32):
         weight = in_groups(self.codes(), self.group).float()  # (N, G, group)
-        weight.sub_(self.zeros[:, :, None])
-        weight.mul_(self.scales[:, :, None])
+        weight.sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None])
         weight = weight.flatten(1)[:, : self.in_features]  # (N, K)
         if self.order is not None:
             weight = weight[:, self.order.argsort()]
         return weight.to(dtype)
 
-    def on_gpu(self, rows):
+    def for_gpu(self):
         if self.bits > 4:
             return None
-        from kernels import Packed, linear
-
-        if self.order is not None:
-            rows = rows[:, self.order]
         N, K = self.out_features, self.in_features
         zeros = None if self.symmetric else self.zeros
-        packed = Packed("int4", self.packed, self.scales, N, K, self.group, zeros)
-        return linear(rows, packed, self.bias)
+        return kernels.Packed("int4", self.packed, self.scales, N, K, self.group, zeros)
 
-    def is_alike(self, other):
-        if (self.bits, self.group) != (other.bits, other.group):
-            return False
-        if self.order is None or other.order is None:
-            return self.order is other.order
-        return torch.equal(self.order, other.order)
+    def on_gpu(self, rows):
+        return super().on_gpu(rows if self.order is None else rows[:, self.order])
+
+    def kind(self):
+        order = None if self.order is None else self.order.tolist()
+        return *super().kind(), self.group, order
 
 
 class NF4Linear(QuantLinear):
@@ -482,40 +443,39 @@ class NF4Linear(QuantLinear):
         """state: what `nf4_quantize` makes of weights of that shape"""
         super().__init__(shape, bias)
         self.block = block
-        for name, tensor in state.items():
-            self.register_buffer(name, tensor)
+        for name in ("packed", "absmax", "nested_absmax", "offset"):
+            self.register_buffer(name, state.get(name))
 
     @classmethod
-    def from_linear(cls, linear, block=64, double=True):
-        state = nf4_quantize(linear.weight, block, double)
-        return cls(state, linear.weight.shape, linear.bias, block)
+    def from_linear(cls, linear, double=True):
+        state = nf4_quantize(linear.weight, double)
+        return cls(state, linear.weight.shape, linear.bias)
 
-    def state(self):
-        """As `nf4_quantize` made it."""
-        return dict(self.named_buffers())
+    def block_scales(self):
+        """-> float32 (blocks,), double quantization undone."""
+        if self.nested_absmax is None:
+            return self.absmax
+        values = dynamic_map(self.absmax.device)[self.absmax.int()]
+        scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
+        return values * scale + self.offset
 
     def for_gpu(self):
-        from kernels import Packed
-
-        absmax = nf4_absmax(self.state())
-        return Packed("nf4", self.packed, absmax, self.out_features, self.in_features, self.block)
+        shape = self.out_features, self.in_features
+        return kernels.Packed("nf4", self.packed, self.block_scales(), *shape, self.block)
 
     def dequantize(self, dtype=torch.float32):
         if self.packed.is_cuda:
-            import kernels
-
             return kernels.dequantize(self.for_gpu(), dtype)
-        shape = (self.out_features, self.in_features)
-        return nf4_dequantize(self.state(), shape, self.block, dtype)
-
-    def on_gpu(self, rows):
-        from kernels import linear
-
-        return linear(rows, self.for_gpu(), self.bias)
+        table = nf4_pairs(self.packed.device)
+        pairs = table.index_select(0, self.packed.int())  # (N*K/2,)
+        flat = pairs.view(torch.float32)  # (N*K,)
+        blocks = in_groups(flat, self.block).mul_(self.block_scales()[:, None])  # (blocks, block)
+        weights = blocks.view(-1)[: flat.numel()]
+        return weights.view(self.out_features, -1).to(dtype)
 
     def stacked(self, layers):
         """Scales in float32, since 256 that share one need not end where a layer does."""
-        absmax = torch.cat([nf4_absmax(layer.state()) for layer in layers])
+        absmax = torch.cat([layer.block_scales() for layer in layers])
         packed = joined(layers, "packed")
         return {"packed": packed, "absmax": absmax, "nested_absmax": None, "offset": None}
 
@@ -535,68 +495,46 @@ def in_kind(linear, kind):
         return linear
     if kind == "int8" and linear.weight.device.type == "cpu":
         kind = "int8-dynamic"
-    group = 32 if linear.in_features % 64 and linear.in_features % 32 == 0 else 64
+    group = 32 if linear.in_features % 64 == 32 else 64  # whole groups where they can be
     return pack_linear(linear, kind, group)
 
 
 def fuse(layers):
-    """Layers of one kind over the same input (q, k, v; gate and up) -> one with all their rows.
+    """Packed layers over the same input (q, k, v; gate and up) -> one with the rows of all.
 
-    Float layers' weights become views of the fused one, so that nothing is held twice. UserError:
-    layers of different formats or column orders, or of which only some have a bias.
+    The engine fuses layers that are still in floats itself. UserError: layers of different formats
+    or column orders, or of which only some have a bias.
     """
     first = layers[0]
-    for layer in layers:
-        alike = type(layer) is type(first) and (layer.bias is None) == (first.bias is None)
-        if alike and isinstance(first, QuantLinear):
-            alike = first.is_alike(layer)
-        if not alike:
-            raise UserError("layers of different formats or column orders cannot be one")
-    rows = [layer.out_features for layer in layers]
+    kinds = [layer.kind() for layer in layers]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError("layers of different formats or column orders cannot be one")
     fused = copy.copy(first)
-    fused.out_features = sum(rows)
-    fused._parameters = {"bias": None}
-    if first.bias is not None:
-        fused.bias = nn.Parameter(joined(layers, "bias"), False)
-    if isinstance(first, QuantLinear):
-        fused.fast_product = None
-        fused.symmetric = all(layer.symmetric for layer in layers)
-        fused._buffers = first._buffers | first.stacked(layers)
-        return fused
-    fused.weight = nn.Parameter(joined(layers, "weight"), False)
-    for layer, part in zip(layers, fused.weight.detach().split(rows)):
-        layer.weight.data = part
+    fused.fast_product = None
+    fused.out_features = sum(layer.out_features for layer in layers)
+    fused.symmetric = all(layer.symmetric for layer in layers)
+    fused._buffers = first._buffers | first.stacked(layers)
+    bias = None if first.bias is None else nn.Parameter(joined(layers, "bias"), False)
+    fused._parameters = {"bias": bias}
     return fused
 
 
 # ----------------------------------------------------------------------------- a model, in place
-BITSANDBYTES_CONFIG = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "load_in_8bit": False,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "float32",
-    "bnb_4bit_quant_storage": "uint8",
-}
+def float_layers(model, group_size):
+    """{name: nn.Linear} of all blocks, in their order.
 
-
-def float_layers(model):
-    """{name: nn.Linear} of all blocks. UserError if they are packed already."""
-    found = {}
-    for name, layer in model.layers.named_modules(prefix="layers"):
-        if isinstance(layer, QuantLinear):
-            raise UserError(
-                f"{name} is quantized already ({layer.format}); start from the original model"
-            )
-        if isinstance(layer, nn.Linear):
-            found[name] = layer
-    return found
-
-
-def check_group(group_size):
+    UserError: they are packed already, NaN in a weight, a group size that cannot be.
+    """
+    if model.quantization:
+        method = model.quantization["quant_method"]
+        raise UserError(f"the model is quantized already ({method}); start from the original model")
     if group_size != -1 and group_size < 1:
         raise UserError(f"group size {group_size}: use a positive number, or -1 for whole rows")
+    modules = model.layers.named_modules(prefix="layers")
+    found = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
+    for name, layer in found.items():
+        check_finite(layer.weight, name)
+    return found
 
 
 def quantize(model, format, group_size=128):
@@ -608,33 +546,39 @@ def quantize(model, format, group_size=128):
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
-    check_group(group_size)
-    for name, linear in float_layers(model).items():
-        check_finite(linear.weight, name)
+    for name, linear in float_layers(model, group_size).items():
         model.set_submodule(name, pack_linear(linear, format, group_size))
     if format == "nf4":
-        model.quantization = dict(BITSANDBYTES_CONFIG)
-        return model
-    eight = format.startswith("int8")
-    activations = {"activations": "int8"} if format == "int8-dynamic" else {}
-    model.quantization = gptq_config(
-        model,
-        bits=8 if eight else 4,
-        group_size=-1 if eight else group_size,
-        sym=format != "int4-asym",
-        desc_act=False,
-        **activations,
-    )
+        model.quantization = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "float32",
+        }
+    elif format.startswith("int8"):
+        model.quantization = gptq_config(model, 8, -1, True)
+        if format == "int8-dynamic":
+            model.quantization["activations"] = "int8"
+    else:
+        model.quantization = gptq_config(model, 4, group_size, format == "int4")
     return model
 
 
-def gptq_config(model, **settings):
+def gptq_config(model, bits, group_size, sym, act_order=False):
     """The folder's quantization_config; integers have GPTQ's layout whoever rounded them."""
-    layers = [layer for layer in model.modules() if isinstance(layer, GroupLinear)]
-    lowest = min((int(layer.zeros.min()) for layer in layers), default=1)
+    zeros = [layer.zeros for layer in model.modules() if isinstance(layer, GroupLinear)]
     # version 1 stores zero points less one, so it has no place for a zero point of 0
-    version = "gptq" if lowest > 0 else "gptq_v2"
-    return {"quant_method": "gptq", "checkpoint_format": version, "lm_head": False, **settings}
+    version = "gptq_v2" if any((zero == 0).any() for zero in zeros) else "gptq"
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": version,
+        "lm_head": False,
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": act_order,
+    }
 
 
 # -------------------------------------------------------------------------------------------- GPTQ
@@ -650,42 +594,31 @@ class Recipe:
     damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
 
 
-class Rounded(NamedTuple):
-    """A matrix as GPTQ left it; `order` as in GroupLinear, `damp` the damping that it took."""
-
-    codes: torch.Tensor  # uint8 (N, K)
-    scales: torch.Tensor  # (N, G)
-    zeros: torch.Tensor  # (N, G)
-    order: torch.Tensor | None = None
-    damp: float = 0.0
-
-
 def inverse_factor(H, damp):
-    """Upper Cholesky factor U of (H + damp * mean(diag) * I)^-1 = U.T @ U, and the damping.
+    """Upper Cholesky factor U of (H + damp * mean(diag) * I)^-1 = U.T @ U.
 
     A Hessian of too few or too similar rows is not positive definite in float32: the damping grows
     tenfold until it is.
     """
     # inputs that are all zero have nothing to say, but must not stop the rest
     mean = H.diagonal().mean().clamp(min=1e-6)
-    while True:
+    while damp < 1e6:
         damped = H + torch.eye(len(H), device=H.device) * (damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and torch.isfinite(factor).all():
-                return factor, damp
+            if not failed and factor.isfinite().all():
+                return factor
         damp = max(damp * 10, 1e-6)
-        if damp > 1e6 or not torch.isfinite(mean):
-            raise UserError(
-                "GPTQ: the activations' second moments hold NaN or infinity; "
-                "the model or its calibration is broken"
-            )
+    raise UserError(
+        "GPTQ: the activations' second moments hold NaN or infinity; "
+        "the model or its calibration is broken"
+    )
 
 
 def gptq_round(weight, H, recipe, block=128):
-    """Round a matrix so that weight @ X changes least -> Rounded.
+    """Round a matrix so that weight @ X changes least -> codes, scales, zeros, order.
 
     weight (N, K) float32; H (K, K) = X @ X.T over calibration inputs. Column by column, each
     column's rounding error is made good by those not yet rounded (algorithm 1):
@@ -696,21 +629,22 @@ def gptq_round(weight, H, recipe, block=128):
     K = weight.size(1)
     bits = recipe.bits
     group = K if recipe.group_size < 0 else min(recipe.group_size, K)
-    dead = (H.diagonal() == 0).to(H.dtype)
-    H = H + torch.diag(dead * H.diagonal().mean().clamp(min=1e-6))
+    shares = CLIPPED_RANGES if recipe.clip else [1]
+    diagonal = H.diagonal()
+    H = H + torch.diag((diagonal == 0) * diagonal.mean())  # those that never fired
     order = None
     if recipe.act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
         weight = weight[:, order]
         H = H[order][:, order]
-    U, damp = inverse_factor(H, recipe.damp)
+    U = inverse_factor(H, recipe.damp)
     if group < K:  # a block holds whole groups, so a group's weights are up to date when it begins
         block = group * max(1, block // group)
     W = weight.t().contiguous()  # (K, N): a column's weights lie together
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    codes = torch.empty_like(W, dtype=torch.uint8)
     pivots = U.diagonal().tolist()
     cost = U.diagonal() ** -2  # of a squared error in each column
-    scales, zeros = [], []  # (N,) of each group
+    grids = []  # (2, N) of each group
     for start in range(0, K, block):
         end = min(start + block, K)
         now = W[start:end]
@@ -721,63 +655,34 @@ def gptq_round(weight, H, recipe, block=128):
             if column % group == 0:
                 until = column + group
                 weights = W[column:until].t()  # (N, group)
-                if recipe.clip:
-                    scale, zero = clipped_grid(weights, bits, recipe.sym, cost[column:until])
-                else:
-                    scale, zero = grid(weights, bits, recipe.sym)
-                scales.append(scale)
-                zeros.append(zero)
+                grids.append(clipped_grid(weights, bits, recipe.sym, cost[column:until], shares))
+                scale, zero = grids[-1]  # (N,) each
             code = to_codes(now[i], scale, zero, bits)
             codes[column] = code
-            rounded = (code - zero) * scale
-            errors[i] = (now[i] - rounded) / pivots[column]
+            errors[i] = (now[i] - (code - zero) * scale) / pivots[column]
+            # pass the error on: to the block's later columns now, to later blocks at its end
             now[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
-    codes = codes.t().contiguous()  # (K, N) -> (N, K)
-    return Rounded(codes, torch.stack(scales, 1), torch.stack(zeros, 1), order, damp)
+    scales, zeros = torch.stack(grids, 2)  # (2, N, G)
+    return codes.t().contiguous(), scales, zeros, order  # (K, N) -> (N, K)
 
 
 def round_together(linears, H, cross, recipe):
-    """Round layers that read the same input as one matrix -> {name: GroupLinear}.
+    """Round layers that read the same input as one matrix -> a GroupLinear for each.
 
-    linears: {name: nn.Linear}. H = X @ X.T of the inputs X that they get now that the layers before
-    are rounded; cross = X0 @ X.T with the original model's X0. First the weights are moved to where
-    they make the original outputs of the new inputs: the least squares solution of V @ X = W @ X0,
-    which is V = W + W @ (cross - H) @ H^-1.
+    H = X @ X.T of the inputs X that they get now that the layers before are rounded;
+    cross = X0 @ X.T with the original model's X0. First the weights are moved to where they make
+    the original outputs of the new inputs: the least squares solution of V @ X = W @ X0, which is
+    V = W + W @ (cross - H) @ H^-1.
     """
-    weight = joined(linears.values(), "weight").float()
-    check_finite(weight, ", ".join(linears))
-    factor, _ = inverse_factor(H, recipe.damp)
+    weight = joined(linears, "weight").float()
+    factor = inverse_factor(H, recipe.damp)
     moved = weight + weight @ (cross - H) @ factor.T @ factor
-    rounded = gptq_round(moved, H, recipe)
-    how = (recipe.bits, recipe.group_size, rounded.order)
-    layers, row = {}, 0
-    for name, linear in linears.items():
-        own = slice(row, row + linear.out_features)
-        parts = (rounded.codes[own], rounded.scales[own], rounded.zeros[own])
-        layers[name] = GroupLinear(*parts, *how, linear.bias)
-        row = own.stop
-    return layers
-
-
-class Calibration:
-    """All calibration batches' hidden states in front of a block, and what attention needs beside.
-
-    batches: (B, T) int64 each.
-    """
-
-    def __init__(self, model, batches):
-        device = model.embed_tokens.weight.device
-        self.states, self.ropes, self.masks = [], [], []
-        for ids in batches:
-            x, rope, masks = model.start(ids.to(device))
-            self.states.append(x)
-            self.ropes.append(rope)
-            self.masks.append(masks)
-
-    def attention_inputs(self, normed, sliding):
-        for x, rope, (full, near) in zip(normed, self.ropes, self.masks):
-            yield x, rope, near if sliding else full
+    codes, scales, zeros, order = gptq_round(moved, H, recipe)
+    sizes = [linear.out_features for linear in linears]
+    how = (recipe.bits, recipe.group_size, order)
+    rows = zip(codes.split(sizes), scales.split(sizes), zeros.split(sizes))
+    return [GroupLinear(*own, *how, linear.bias) for linear, own in zip(linears, rows)]
 
 
 def second_moments(inputs, others):
@@ -788,102 +693,85 @@ def second_moments(inputs, others):
     K = inputs[0].size(-1)
     H = torch.zeros(K, K, device=inputs[0].device)
     for x, y in zip(inputs, others):
-        x = x.reshape(-1, K).float()  # (B, T, K) -> (B*T, K)
-        y = y.reshape(-1, K).float()
-        H.addmm_(y.t(), x)
+        x, y = x.flatten(0, 1), y.flatten(0, 1)  # (B, T, K) -> (B*T, K)
+        H.addmm_(y.float().t(), x.float())
     return H
 
 
-def read_by_last(module, last, inputs):
-    """What a module's last projection reads of each input: an identity stands in for it."""
-    projection = module.get_submodule(last)
-    module.set_submodule(last, nn.Identity())
-    outputs = [module(*arguments) for arguments in inputs]
-    module.set_submodule(last, projection)
-    return outputs
-
-
-def stages(block, calibration, sliding):
+def stages(block, states, rope, mask):
     """Walk a block's four products in order, yielding (layers' names, their input of all batches).
 
-    The caller may replace these layers before it asks for the next, so that every product runs
-    once, on the outputs of those rounded before it ("true sequential"). At the end the calibration
-    stands in front of the next block.
+    states: a list with the hidden states (B, T, C) of each batch in front of the block; at the end
+    it has those behind. The caller may replace the named layers before it asks for the next, so
+    that every product runs once, on the outputs of those rounded before it ("true sequential").
     """
     names = {module: name for name, module in block.named_modules()}
-    qkv, o, up, down = [[names[layer] for layer in product] for product in block.products()]
-    attention, mlp = block.self_attn, block.mlp
-
-    normed = [block.input_layernorm(x) for x in calibration.states]
-    yield qkv, normed
-    inputs = calibration.attention_inputs(normed, sliding)
-    attended = read_by_last(attention, "o_proj", inputs)
-    yield o, attended
-    pairs = zip(calibration.states, attended)
-    calibration.states = [x + attention.o_proj(y) for x, y in pairs]
-
-    normed = [block.post_attention_layernorm(x) for x in calibration.states]
-    yield up, normed
-    activated = read_by_last(mlp, "down_proj", [(x,) for x in normed])
-    yield down, activated
-    pairs = zip(calibration.states, activated)
-    calibration.states = [x + mlp.down_proj(y) for x, y in pairs]
+    qkv, o, up, down = block.products()
+    halves = (
+        (block.input_layernorm, block.self_attn, (rope, mask), qkv, *o),
+        (block.post_attention_layernorm, block.mlp, (), up, *down),
+    )
+    for norm, part, more, first, last in halves:
+        inputs = [norm(x) for x in states]
+        yield [names[layer] for layer in first], inputs
+        # what the last projection reads comes out of the part where an identity stands in for it
+        block.set_submodule(names[last], nn.Identity())
+        inputs = [part(x, *more) for x in inputs]
+        block.set_submodule(names[last], last)
+        yield [names[last]], inputs
+        projection = block.get_submodule(names[last])
+        states[:] = [x + projection(y) for x, y in zip(states, inputs)]
 
 
-def round_block(block, now, then, sliding, recipe):
+def round_block(block, now, then, where, recipe):
     """Replace a block's linear layers by rounded ones.
 
-    now, then: Calibration behind the blocks rounded so far, and behind the original ones.
+    now, then: the states behind the blocks rounded so far, and behind the original ones, as in
+    `stages`; where: (rope, mask).
     """
     original = copy.deepcopy(block)
     # strict: the shorter of two generators would stop the other before its last step
-    walks = zip(stages(block, now, sliding), stages(original, then, sliding), strict=True)
+    walks = zip(stages(block, now, *where), stages(original, then, *where), strict=True)
     for (names, inputs), (_, originals) in walks:
-        linears = {name: block.get_submodule(name) for name in names}
+        linears = [block.get_submodule(name) for name in names]
         H = second_moments(inputs, inputs)
         cross = second_moments(inputs, originals)
-        for name, layer in round_together(linears, H, cross, recipe).items():
+        for name, layer in zip(names, round_together(linears, H, cross, recipe)):
             block.set_submodule(name, layer)
 
 
 def relative_change(states, originals):
     """|states - originals|^2 / |originals|^2 over all batches."""
-    change = size = 0.0
-    for x, y in zip(states, originals):
-        change += F.mse_loss(x, y, reduction="sum").item()
-        size += y.square().sum().item()
-    return change / size
+    pairs = zip(states, originals)
+    change = sum(F.mse_loss(x, y, reduction="sum").item() for x, y in pairs)
+    return change / sum(y.square().sum().item() for y in originals)
 
 
 @torch.no_grad()
 def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **recipe):
     """Quantize a model's linear layers by GPTQ, in place -> the model.
 
-    batches: a list of (B, T) int64 token ids. Block after block: beside the model only one block's
-    Hessians and the hidden states in front of it, with and without the rounding so far, are alive.
-    Further keywords: fields of Recipe. `log` gets a line a block. UserError: NaN, a model that is
-    quantized already.
+    batches: a list of (B, T) int64 token ids, all of one T. Block after block: beside the model
+    only one block's Hessians and the hidden states in front of it, with and without the rounding so
+    far, are alive. Further keywords: fields of Recipe. `log` gets a line a block. UserError: NaN, a
+    model that is quantized already.
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
-    check_group(group_size)
     if not 2 <= bits <= 8:
         raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
-    float_layers(model)  # refuses what is packed already
-    now, then = Calibration(model, batches), Calibration(model, batches)
+    float_layers(model, group_size)  # for its checks
+    now = []
+    for ids in batches:
+        x, rope, (full, sliding) = model.start(ids.to(model.embed_tokens.weight.device))
+        now.append(x)
+    then = now.copy()
     for i, block in enumerate(model.layers):
         begin = time.time()
-        round_block(block, now, then, i in model.config.sliding_layers, recipe)
-        change = relative_change(now.states, then.states)
+        mask = sliding if i in model.config.sliding_layers else full
+        round_block(block, now, then, (rope, mask), recipe)
+        change = relative_change(now, then)
         log(f"block {i:2d}: its output changes by {change:.2e}, {time.time() - begin:.1f} s")
-    model.quantization = gptq_config(
-        model,
-        bits=bits,
-        group_size=group_size,
-        sym=recipe.sym,
-        desc_act=act_order,
-        true_sequential=True,
-        damp_percent=recipe.damp,
-    )
+    model.quantization = gptq_config(model, bits, group_size, recipe.sym, act_order)
     return model
 
 
@@ -892,22 +780,21 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
 class Args(Recipe):
     model: str = ""  # the model folder, or "report" to compare formats
     folder: str = "-"  # report: the model folder
-    format: str = "gptq"  # int8, int8-dynamic, int4, int4-asym, nf4, gptq, gguf-q8_0, gguf-q4_k_m
-    out: str = ""  # where to write; report: [MODEL/quantization.md and .png]
+    format: str = "gptq"  # or int8, int8-dynamic, int4, int4-asym, nf4, gguf-q8_0, -q4_0, -q4_k_m
+    out: str = ""  # where to write; report: a folder for quantization.md [MODEL]
     text: str = ""  # text, .jsonl or conversations: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context
     seed: int = 0  # of the samples
     questions: int = 280  # report: toybox questions put to a model that has a chat template
-    formats: str = ""  # report: a comma-separated choice [all]
+    formats: str = ",".join(COMPARED)  # report: a choice of these
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
 def read_quant_args(argv=None):
     args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
     if args.model == "report":
-        args.formats = args.formats or ",".join(COMPARED)
         chosen, known = args.formats.split(","), COMPARED
     else:
         chosen, known = [args.format], COMPARED[1:]
@@ -919,9 +806,9 @@ def read_quant_args(argv=None):
     if args.folder == "-":
         raise UserError("report: say which model folder")
     for name in chosen:
-        if name not in known and not name.startswith("gguf-"):
-            raise UserError(f"format {name}: choose from {', '.join(known)}, ...")
-    if args.samples < 1 or args.held_out_rows < 1 or args.length < 2:
+        if name not in known:
+            raise UserError(f"format {name}: choose from {', '.join(known)}")
+    if min(args.samples, args.held_out_rows, args.length - 1) < 1:
         raise UserError(
             f"samples {args.samples} and held-out-rows {args.held_out_rows} must be >= 1, "
             f"length {args.length} >= 2"
@@ -936,46 +823,13 @@ def cast_parameters(model, dtype):
         parameter.data = parameter.data.to(dtype)
 
 
-def load_original(folder, device):
-    """-> (the folder's model, the dtype that its weights have in the folder).
-
-    On a CPU it computes in float32, for 16-bit products are slow there.
-    """
-    model = Transformer.from_pretrained(folder, device)
-    if model.quantization:
-        method = model.quantization["quant_method"]
-        raise UserError(f"{folder} is quantized already ({method}); start from the original model")
-    dtype = model.embed_tokens.weight.dtype
-    if device.type == "cpu":
-        cast_parameters(model, torch.float32)
-    return model, dtype
-
-
-def write_quantized(args, format, calibration, out, log):
-    """The model in --folder -> OUT, a model folder in a format. calibration: (R, T) token ids."""
-    model, dtype = load_original(args.folder, args.device)
-    if format == "gptq":
-        recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-        gptq(model, calibration.split(8), log=log, **recipe)
-    else:
-        quantize(model, format, args.group_size)
-    cast_parameters(model, dtype)
-    model.save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (Path(args.folder) / name).is_file():
-            shutil.copyfile(Path(args.folder) / name, Path(out) / name)
-
-
 def gguf_command(args):
     """Write a GGUF file, for llama.cpp."""
     from formats import gguf
 
-    out = Path(args.out)
-    if out.suffix != ".gguf":
-        out = out.with_suffix(".gguf")
-    kinds = gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
-    sizes = ", ".join(f"{kind} {size:,} bytes" for kind, size in kinds.items())
-    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB, {sizes}")
+    out = Path(args.out).with_suffix(".gguf")
+    gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
+    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
 def quantize_command(args):
@@ -984,25 +838,41 @@ def quantize_command(args):
     from generate import Engine, Sampling
     from training import quality
 
-    original, _ = load_original(args.folder, args.device)
-    working = original.embed_tokens.weight.dtype
+    original = Transformer.from_pretrained(args.folder, args.device)
+    float_layers(original, args.group_size)  # for its checks
+    stored = working = original.embed_tokens.weight.dtype
+    if args.device.type == "cpu":  # 16-bit products are slow there
+        working = torch.float32
+        cast_parameters(original, working)
     tok = Tokenizer.load(args.folder)
 
-    def writer(model):
-        engine = Engine.of(model, tok, kv_tokens=max(8192, args.length))
-        return quality.Writer(engine, Sampling)
+    def engine_of(model):
+        return Engine.of(model, tok, kv_tokens=max(8192, args.length))
 
     def make(format, out, log=print):
-        """-> the model as it is read back from OUT."""
+        """Write a format to OUT -> the model as it is read back from there."""
         if format.startswith("gguf-"):
             gguf.write(args.folder, out, format.removeprefix("gguf-"))
             return gguf.load(out, args.device)[0]
-        write_quantized(args, format, calibration, out, log)
+        model = copy.deepcopy(original)
+        if format == "gptq":
+            recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+            gptq(model, calibration.split(8), log=log, **recipe)
+        else:
+            quantize(model, format, args.group_size)
+        cast_parameters(model, stored)
+        model.save_pretrained(out)
+        for name in TOKENIZER_FILES:
+            file = Path(args.folder) / name
+            if file.is_file():
+                shutil.copyfile(file, Path(out) / name)
         return Transformer.from_pretrained(out, args.device, working)
 
-    calibration, held_out = quality.calibration_and_held_out(original, tok, args, writer)
+    calibration, held_out = quality.calibration_and_held_out(
+        args, original, tok, engine_of, Sampling
+    )
     if args.model == "report":
-        quality.compare_formats(args, original, held_out, make, writer)
+        quality.compare_formats(args, original, held_out, make, engine_of, Sampling)
     else:
         model = make(args.format, args.out)
         quality.compare_with_original(args, model, original, held_out)

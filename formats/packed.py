@@ -5,6 +5,7 @@ hub.save_model writes what `packed_state` gives it; hub.load_model asks `check_c
 """
 
 import json
+import math
 
 import torch
 import torch.nn as nn
@@ -33,9 +34,9 @@ def to_words(codes, bits):
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         code = runs[:, i] << shift
-        words[:, word] |= code & 0xFFFFFFFF
+        words[:, word] |= code
         words[:, word + 1] |= code >> 32  # what runs over into the next word
-    return words[:, :bits].flatten(0, 1).int()
+    return words[:, :bits].flatten(0, 1).int()  # their lower 32 bits
 
 
 def from_words(words, bits, count):
@@ -90,7 +91,7 @@ def read_gptq(tensors, name, shape, config, bias=None):
         # a writer that had 0 to store less one left all bits set
         zeros = (zeros + 1) & 2**bits - 1
     scales = tensors[f"{name}.scales"].t().contiguous()
-    if bits == 8 and group == K and (zeros == 128).all() and not config.get("desc_act"):
+    if bits == 8 and group == K and (zeros == 128).all():
         return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
     if torch.equal(order, straight):
         order = None
@@ -106,14 +107,13 @@ def write_bnb(layer, name):
         "dtype": "float32",
         "shape": [layer.out_features, layer.in_features],
     }
-    state = layer.state()
     weight = f"{name}.weight"
     out = {
         weight: layer.packed[:, None],
         f"{weight}.absmax": layer.absmax,
         f"{weight}.quant_map": torch.tensor(NF4),
     }
-    if "nested_absmax" in state:
+    if layer.nested_absmax is not None:
         out[f"{weight}.nested_absmax"] = layer.nested_absmax
         out[f"{weight}.nested_quant_map"] = dynamic_map().clone()
         info["nested_blocksize"] = NESTED_BLOCK
@@ -124,50 +124,41 @@ def write_bnb(layer, name):
     return out
 
 
-def read_bnb(tensors, name, shape, bias=None):
+def read_bnb(tensors, name, shape, config=None, bias=None):
     """The inverse: {tensor name: tensor} with NAME.weight and its statistics -> NF4Linear.
 
     UserError where they do not fit the shape, or have other codes than NF4's.
     """
     weight = f"{name}.weight"
+    state = {}
     try:
-        state, block, fits = bnb_state(tensors, weight, shape)
+        info = json.loads(bytes(tensors[f"{weight}.{NF4_MARK}"].tolist()))
+        block = info["blocksize"]
+        packed, absmax = tensors[weight], tensors[f"{weight}.absmax"]
+        count = 2 * packed.numel()
+        facts = [
+            block in [32 << i for i in range(8)],
+            info["shape"] == list(shape),
+            packed.dtype == torch.uint8,
+            count == math.prod(shape),
+            absmax.numel() == -(-count // block),
+            torch.equal(tensors[f"{weight}.quant_map"].float(), torch.tensor(NF4)),
+        ]
+        if f"{weight}.nested_absmax" in tensors:
+            nested = tensors[f"{weight}.nested_absmax"]
+            state = {"nested_absmax": nested, "offset": torch.tensor(float(info["nested_offset"]))}
+            facts += [
+                info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK,
+                nested.numel() == -(-absmax.numel() // NESTED_BLOCK),
+                torch.equal(tensors[f"{weight}.nested_quant_map"], dynamic_map()),
+            ]
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{weight}: damaged bitsandbytes statistics ({type(error).__name__}: {error})"
-        ) from None
-    if not fits:
+        raise UserError(f"{weight}: damaged bitsandbytes statistics ({error!r})") from None
+    if not all(facts):
         raise UserError(
             f"{weight}: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}"
         )
-    return NF4Linear(state, shape, bias, block)
-
-
-def bnb_state(tensors, weight, shape):
-    """-> (what NF4Linear holds, its block size, whether it all fits)"""
-    info = json.loads(bytes(tensors[f"{weight}.{NF4_MARK}"].tolist()))
-    block = info["blocksize"]
-    packed, absmax = tensors[weight], tensors[f"{weight}.absmax"]
-    state = {"packed": packed.reshape(-1), "absmax": absmax}
-    fits = (
-        block in (32, 64, 128, 256, 512, 1024, 2048, 4096)
-        and info["shape"] == list(shape)
-        and packed.dtype == torch.uint8
-        and packed.numel() * 2 == shape[0] * shape[1]
-        and absmax.numel() == -(-packed.numel() * 2 // block)
-        and torch.equal(tensors[f"{weight}.quant_map"].float(), torch.tensor(NF4))
-    )
-    if f"{weight}.nested_absmax" in tensors:
-        nested = tensors[f"{weight}.nested_absmax"]
-        state["nested_absmax"] = nested
-        state["offset"] = torch.tensor(float(info["nested_offset"]))
-        fits = (
-            fits
-            and info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK
-            and nested.numel() == -(-absmax.numel() // NESTED_BLOCK)
-            and torch.equal(tensors[f"{weight}.nested_quant_map"], dynamic_map())
-        )
-    return state, block, fits
+    return NF4Linear(state | {"packed": packed.flatten(), "absmax": absmax}, shape, bias, block)
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -179,21 +170,12 @@ def packed_state(model):
     """
     config = model.config
     nf4 = model.quantization["quant_method"] == "bitsandbytes"
-    if isinstance(model.lm_head, QuantLinear) and not config.tie_word_embeddings:
-        raise UserError("a folder keeps the output head as it was: save before quantizing the head")
-    if nf4 and config.is_gpt2:
+    if config.is_gpt2 and (nf4 or config.hidden_size % 32):
         raise UserError(
-            "GPT-2 folders join q, k and v in one transposed matrix, which NF4 blocks cannot "
-            "follow; use int4 or gptq"
-        )
-    if config.is_gpt2 and config.hidden_size % 32:
-        raise UserError(
-            f"a GPT-2 folder joins q, k and v; their width {config.hidden_size} is not a multiple "
-            "of 32"
+            "GPT-2 folders join q, k and v in one matrix: that needs int4 or gptq, and a width "
+            f"({config.hidden_size}) in multiples of 32"
         )
     state = model.state_dict()
-    if config.tie_word_embeddings:  # the head is the embedding, whatever it was packed into
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
     for name, layer in model.layers.named_modules(prefix="layers"):
         if isinstance(layer, QuantLinear):
             for key, _ in layer.named_buffers():
@@ -208,20 +190,18 @@ def check_config(config, where):
 
     UserError names what is not supported.
     """
-    config = dict(config) if isinstance(config, dict) else {}
-    method = config.get("quant_method")
-    nf4 = config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4"
-    if method == "bitsandbytes" and nf4:
-        return config
-    config = {"checkpoint_format": "gptq", "group_size": 128} | config
-    version, bits, group = config["checkpoint_format"], config.get("bits"), config["group_size"]
+    own = config if isinstance(config, dict) else {}
+    config = {"checkpoint_format": "gptq", "group_size": 128} | own
+    method, version = config.get("quant_method"), config["checkpoint_format"]
+    if method == "bitsandbytes" and config.get("bnb_4bit_quant_type") == "nf4":
+        return own
+    bits, group = config.get("bits"), config["group_size"]
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
             f"{where}: weights quantized as {method!r} ({version}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
-    whole = isinstance(bits, int) and isinstance(group, int)
-    if not whole or not 2 <= bits <= 8 or (group < 1 and group != -1):
+    if bits not in range(2, 9) or not isinstance(group, int) or (group < 1 and group != -1):
         raise UserError(
             f"{where}: bits {bits!r} and group_size {group!r}: "
             "expected 2 to 8 and a positive number or -1"
@@ -246,35 +226,28 @@ def expect_packed(model, config, files):
         all_packed = gptq and model.config.is_gpt2 and name != "lm_head"
         if not all_packed and f"{there}.{mark}" not in files:
             continue
-        packed[name] = tuple(linear.weight.shape)
+        N, K = packed[name] = tuple(linear.weight.shape)
         del state[f"{name}.weight"]
         if gptq:
-            shapes = gptq_shapes(config, *packed[name])
+            bits, group = config["bits"], config["group_size"]
+            G = 1 if group == -1 else -(-K // group)
+            shapes = {
+                "qweight": (-(-K // 32) * bits, N),
+                "qzeros": (G, -(-N // 32) * bits),
+                "scales": (G, N),
+                "g_idx": (K,),
+            }
         else:  # whatever there is: read_bnb checks it
-            own = [key for key in files if key.startswith(f"{there}.weight")]
-            shapes = {key.removeprefix(f"{there}."): stored_shape(files[key]) for key in own}
+            shapes = {}
+            for key, (file, stored) in files.items():
+                if key.startswith(f"{there}.weight"):
+                    shapes[key.removeprefix(f"{there}.")] = file.get_slice(stored).get_shape()
         if f"{there}.bias" in files:
             # some writers store one of zeros where the architecture has none
-            shapes["bias"] = (linear.out_features,)
+            shapes["bias"] = (N,)
         for key, shape in shapes.items():
             state[f"{name}.{key}"] = torch.empty(shape, device="meta")
     return state, packed
-
-
-def gptq_shapes(config, N, K):
-    bits, group = config["bits"], config["group_size"]
-    G = 1 if group == -1 else -(-K // group)
-    return {
-        "qweight": (-(-K // 32) * bits, N),
-        "qzeros": (G, -(-N // 32) * bits),
-        "scales": (G, N),
-        "g_idx": (K,),
-    }
-
-
-def stored_shape(place):
-    file, key = place
-    return file.get_slice(key).get_shape()
 
 
 def install_packed(model, config, state, packed):
@@ -286,9 +259,6 @@ def install_packed(model, config, state, packed):
         names = [key for key in state if key.startswith(f"{name}.")]
         own = {key: state.pop(key) for key in names}
         bias = own.pop(f"{name}.bias", None)
-        if config["quant_method"] == "bitsandbytes":
-            layer = read_bnb(own, name, shape, bias)
-        else:
-            layer = read_gptq(own, name, shape, config, bias)
-        model.set_submodule(name, layer)
+        read = read_bnb if config["quant_method"] == "bitsandbytes" else read_gptq
+        model.set_submodule(name, read(own, name, shape, config, bias))
     model.quantization = config

@@ -28,14 +28,14 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype, double, bnb):
     weight[0] = 0  # whole blocks of zeros
     weight.view(-1)[-1] = 3.0  # an outlier
     theirs, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    ours = quant.nf4_quantize(weight, 64, double)
+    ours = quant.nf4_quantize(weight, double)
     assert torch.equal(ours["packed"], theirs.view(-1))
     assert torch.equal(ours["absmax"], state.absmax)
     if double:
         assert torch.equal(ours["nested_absmax"], state.state2.absmax)
         assert torch.equal(ours["offset"], state.offset)
     expected = bnb.dequantize_4bit(theirs, state)
-    assert torch.equal(quant.nf4_dequantize(ours, shape, 64, dtype), expected)
+    assert torch.equal(quant.NF4Linear(ours, shape).dequantize(dtype), expected)
 
 
 def test_eight_bit_scales_are_bitsandbytes_for_a_million_values(bnb):

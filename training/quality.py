@@ -1,6 +1,9 @@
-"""What a format costs and buys, for quant.py: text, perplexity, speed, a table and a plot.
+"""What a format costs and buys, for quant.py: text to measure on, perplexity, speed, a table.
 
 python quant.py report runs/demo
+
+`engine` and `sampling` are generate.Engine over a model and the class Sampling: this file lies
+below generate.py and gets them as arguments.
 """
 
 import math
@@ -20,28 +23,17 @@ from training import toybox
 from training.corpora import documents
 
 
-class Writer:
-    """Text from a model: an Engine over it and the class Sampling, both of generate.py."""
-
-    def __init__(self, engine, sampling):
-        self.engine = engine
-        self.sampling = sampling
-
-    def __call__(self, prompts, seed=0, **how):
-        """prompts: lists of token ids; how: fields of Sampling -> list of Output in their order."""
-        samplings = [self.sampling(seed=seed + i, **how) for i in range(len(prompts))]
-        return self.engine.generate(prompts, samplings)
-
-
 # --------------------------------------------------------------------------------- text to work on
-def sample_rows(tok, writer, count, length, seed):
+def sample_rows(engine, sampling, count, length, seed):
     """Text of the model's own making, (count, length) int64, where no other is at hand.
 
     Each row begins as a document does, or with token 0 where nothing marks a document's beginning.
     """
-    first, _ = ends_of(tok)
-    prompt = [0 if first is None else first]
-    outputs = writer([prompt] * count, seed, max_tokens=length - 1, ignore_eos=True)
+    first, _ = ends_of(engine.tok)
+    prompt = [first or 0]
+    how = {"max_tokens": length - 1, "ignore_eos": True}
+    samplings = [sampling(seed=seed + i, **how) for i in range(count)]
+    outputs = engine.generate([prompt] * count, samplings)
     return torch.tensor([prompt + output.token_ids for output in outputs])
 
 
@@ -62,9 +54,9 @@ def read_rows(path, tok, count, length):
         for document, _, _ in documents([path], ()):
             whole = [first, *tok.encode(document.decode()), last]
             ids += [i for i in whole if i is not None]
-    if len(ids) < length:
+    if len(ids) < 2 * length:  # one to calibrate, one held out
         raise UserError(
-            f"{path}: {len(ids):,} tokens are less than one row of {length:,}; "
+            f"{path}: {len(ids):,} tokens are less than two rows of {length:,}; "
             "give more text or a smaller --length"
         )
     count = min(count, len(ids) // length)
@@ -72,26 +64,21 @@ def read_rows(path, tok, count, length):
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def calibration_and_held_out(model, tok, args, writer):
+def calibration_and_held_out(args, model, tok, engine_of, sampling):
     """-> two tensors of rows (R, length), from --text, or else of the model's own making.
 
-    One file serves both: its even rows calibrate, its odd rows are held out. writer(model) makes a
-    Writer.
+    One file serves both: its even rows calibrate, its odd rows are held out.
     """
     length = min(args.length, model.config.max_position_embeddings)
+    total = args.samples + args.held_out_rows
     if not args.text:
         print(
             f"text     the model's own (--text FILE for other): {args.samples} rows of {length} "
             f"tokens to calibrate, {args.held_out_rows} held out"
         )
-        rows = sample_rows(tok, writer(model), args.samples + args.held_out_rows, length, args.seed)
+        rows = sample_rows(engine_of(model), sampling, total, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
-    rows = read_rows(args.text, tok, args.samples + args.held_out_rows, length)
-    if len(rows) < 2:
-        raise UserError(
-            f"{args.text}: one row of {length} tokens cannot both calibrate and be held out; "
-            "give more text or a smaller --length"
-        )
+    rows = read_rows(args.text, tok, total, length)
     return rows[::2][: args.samples], rows[1::2][: args.held_out_rows]
 
 
@@ -102,22 +89,22 @@ def score(model, original, rows):
     # so many rows that their log-probs take 32 MiB, a few times over
     at_once = max(1, (1 << 23) // (rows.size(1) * model.config.vocab_size))
     for batch in rows.to(model.embed_tokens.weight.device).split(at_once):
-        ours = model(batch[:, :-1]).log_softmax(-1)  # (B, T-1, V)
-        theirs = ours if original is model else original(batch[:, :-1]).log_softmax(-1)
-        loss -= ours.gather(2, batch[:, 1:, None]).double().sum().item()
+        ids, targets = batch[:, :-1], batch[:, 1:]
+        ours = model(ids).log_softmax(-1)  # (B, T-1, V)
+        theirs = original(ids).log_softmax(-1)
+        loss -= ours.gather(2, targets[:, :, None]).double().sum().item()
         divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
-    targets = rows[:, 1:].numel()
-    return math.exp(loss / targets), divergence / targets
+    count = rows[:, 1:].numel()
+    return math.exp(loss / count), divergence / count
 
 
-def speed(writer, prompt=256, new=32):
+def speed(engine, sampling, new=32):
     """-> (prefill, decode) tokens per second of one sequence in the engine."""
-    engine = writer.engine
-    prompt = min(prompt, engine.max_model_len - new - 1)
+    prompt = min(256, engine.max_model_len - new - 1)
 
     def seconds(ids, count):
         begin = time.perf_counter()
-        writer([ids], max_tokens=count, temperature=0.0, ignore_eos=True)
+        engine.generate([ids], sampling(max_tokens=count, temperature=0, ignore_eos=True))
         return time.perf_counter() - begin
 
     warm_up, ids = torch.randint(engine.vocab_size, (2, prompt)).tolist()
@@ -129,11 +116,11 @@ def speed(writer, prompt=256, new=32):
     return prompt / prefill, new / decode
 
 
-def toybox_accuracy(writer, count):
+def toybox_accuracy(engine, sampling, count):
     """Share of toybox's test questions that a model with a chat template answers right."""
     questions = list(toybox.conversations("test", count))
-    prompts = [render(writer.engine.tok, q["messages"][:-1], True)[0] for q in questions]
-    outputs = writer(prompts, max_tokens=128, temperature=0.0)
+    prompts = [render(engine.tok, q["messages"][:-1], True)[0] for q in questions]
+    outputs = engine.generate(prompts, sampling(max_tokens=128, temperature=0))
     right = 0
     for question, output in zip(questions, outputs):
         right += toybox.check(question["family"], question["messages"], output.text)
@@ -144,11 +131,8 @@ def stored_bytes(path):
     """Of a .gguf file, or of the tensors in a model folder."""
     if path.is_file():
         return path.stat().st_size
-    total = 0
-    for file in path.glob("*.safetensors"):
-        tensors = read_tensors(file).values()
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
+    files = [read_tensors(file) for file in path.glob("*.safetensors")]
+    return sum(tensor.nbytes for tensors in files for tensor in tensors.values())
 
 
 # ---------------------------------------------------------------------------------------- reports
@@ -185,24 +169,21 @@ COLUMNS = {
 }
 
 
-def measure_format(format, size, model, original, held_out, writer, questions):
-    """-> {column: value}, without those that the format has no figure for."""
-    row = {"format": format, "bytes": size, "bits/weight": 8 * size / original.num_params()}
-    row["perplexity"], row["KL to original"] = score(model, original, held_out)
-    if writer.engine.tok.chat_template and questions:
-        row["toybox right"] = toybox_accuracy(writer, questions)
-    if not format.startswith("gguf-"):  # GGUF files are llama.cpp's to run
-        row["prefill tok/s"], row["decode tok/s"] = speed(writer)
-    return row
+def compare_formats(args, original, held_out, make, engine_of, sampling):
+    """Every format on the same held-out text, in a table beside the model or in --out.
 
-
-def compare_formats(args, original, held_out, make, writer):
-    """Every format on the same held-out text, written beside the model or to --out.
-
-    make(format, path, log) writes a format and opens what it wrote; writer(model) -> Writer.
+    make(format, path, log) writes a format and opens what it wrote; engine_of(model) -> Engine.
     UserError: GPTQ is worse than rounding to nearest.
     """
-    rows = []
+    lines = [
+        f"# Quantized: {args.folder}: {original.num_params():,} weights, "
+        f"groups of {args.group_size}, {held_out.numel():,} held-out tokens",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|---{'|---:' * (len(COLUMNS) - 1)}|",
+    ]
+    print(*lines, sep="\n")
+    divergences = {}
     for format in args.formats.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             path, model = Path(args.folder), original
@@ -210,20 +191,22 @@ def compare_formats(args, original, held_out, make, writer):
                 path = Path(temporary) / "model"
                 model = make(format, path, log=lambda line: None)
             size = stored_bytes(path)
-            text = writer(model)
-            row = measure_format(format, size, model, original, held_out, text, args.questions)
-        print("  ".join(f"{name} {COLUMNS[name].format(row[name])}" for name in row), flush=True)
-        rows.append(row)
-    title = (
-        f"{args.folder}: {original.num_params():,} weights, groups of {args.group_size}, "
-        f"{held_out.numel():,} held-out tokens"
-    )
-    out = Path(args.out or args.folder)
-    out.mkdir(parents=True, exist_ok=True)
-    write_table(out / "quantization.md", rows, title)
-    plot_divergence(out / "quantization.png", rows, title)
-    print(f"wrote    {out / 'quantization.md'} and .png")
-    divergences = {row["format"]: row["KL to original"] for row in rows}
+            row = {"format": format, "bytes": size, "bits/weight": 8 * size / original.num_params()}
+            row["perplexity"], row["KL to original"] = score(model, original, held_out)
+            engine = engine_of(model)
+            if engine.tok.chat_template and args.questions:
+                row["toybox right"] = toybox_accuracy(engine, sampling, args.questions)
+            if not format.startswith("gguf-"):  # GGUF files are llama.cpp's to run
+                row["prefill tok/s"], row["decode tok/s"] = speed(engine, sampling)
+        divergences[format] = row["KL to original"]
+        cells = [COLUMNS[name].format(row[name]) if name in row else "–" for name in COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    out = Path(args.out or args.folder) / "quantization.md"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    write_atomic(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"wrote    {out}")
     ours = divergences.get("gptq", 0)
     nearest = divergences.get("int4" if args.sym else "int4-asym", math.inf)
     if args.bits == 4 and ours > nearest:
@@ -231,30 +214,3 @@ def compare_formats(args, original, held_out, make, writer):
             f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: "
             "calibrate on more text (--samples, --text) or raise --damp"
         )
-
-
-def write_table(path, rows, title):
-    table = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)]]
-    for row in rows:
-        pairs = COLUMNS.items()
-        table.append([form.format(row[name]) if name in row else "–" for name, form in pairs])
-    lines = [f"# Quantized: {title}", "", *[f"| {' | '.join(cells)} |" for cells in table]]
-    text = "\n".join(lines) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def plot_divergence(path, rows, title):
-    """Divergence over size, both ways the smaller the better."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120)
-    ax = figure.subplots()
-    for row in rows:
-        if row["KL to original"] > 0:
-            at = (row["bytes"] / 1e6, row["KL to original"])
-            ax.scatter(*at)
-            ax.annotate(row["format"], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="size, MB", ylabel="KL to the original, nats a token", yscale="log", title=title)
-    ax.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -14,7 +14,7 @@ def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(
     tok = Tokenizer.load(data_dir / "stories260K")
     text, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("Once upon a time there was a girl. " * 40)
-    with pytest.raises(UserError, match="less than one row of 5,000"):
+    with pytest.raises(UserError, match="less than two rows of 5,000"):
         quality.read_rows(text, tok, 4, 5000)
     rows = quality.read_rows(text, tok, 100, 64)
     assert rows.size(1) == 64
@@ -36,10 +36,8 @@ class Constant:
 
 
 def test_score_is_perplexity_and_divergence_from_the_original():
-    even, skewed = (
-        Constant([0.0, 0.0]),
-        Constant([1.0986123, 0.0]),
-    )  # probabilities 1/2 and 3/4, 1/4
+    even = Constant([0.0, 0.0])
+    skewed = Constant([1.0986123, 0.0])  # probabilities 3/4 and 1/4
     rows = torch.tensor([[0, 0, 1, 0, 1]])
     assert quality.score(even, even, rows) == pytest.approx((2, 0))
     perplexity, divergence = quality.score(skewed, even, rows)
@@ -47,15 +45,16 @@ def test_score_is_perplexity_and_divergence_from_the_original():
     assert divergence == pytest.approx(0.143841, abs=1e-6)  # ln(2/3) / 2 + ln(2) / 2
 
 
-class Parrot(quality.Writer):
-    """Says what it was told, whatever it is asked."""
+class Parrot:
+    """An engine that says what it was told, whatever it is asked."""
+
+    tok = None
 
     def __init__(self, texts):
-        super().__init__(SimpleNamespace(tok=None), dict)
         self.texts = texts
 
-    def __call__(self, prompts, seed=0, **how):
-        assert how == {"max_tokens": 128, "temperature": 0.0}
+    def generate(self, prompts, sampling):
+        assert sampling == {"max_tokens": 128, "temperature": 0}
         return [SimpleNamespace(text=text) for text in self.texts]
 
 
@@ -63,8 +62,8 @@ def test_accuracy_is_the_share_of_questions_that_the_checkers_pass(monkeypatch):
     asked = []
     monkeypatch.setattr(quality, "render", lambda tok, messages, add: (asked.append(messages), 0))
     answers = [example["answer"] for example in toybox.conversations("test", 8)]
-    assert quality.toybox_accuracy(Parrot(answers), 8) == 1
-    assert quality.toybox_accuracy(Parrot(answers[:6] + ["?", "?"]), 8) == 0.75
+    assert quality.toybox_accuracy(Parrot(answers), dict, 8) == 1
+    assert quality.toybox_accuracy(Parrot(answers[:6] + ["?", "?"]), dict, 8) == 0.75
     assert all(messages[-1]["role"] == "user" for messages in asked)
 
 
@@ -75,9 +74,9 @@ def test_the_models_own_text_is_whole_rows_with_a_seed_each(data_dir):
     folder = data_dir / "stories260K"
     tok = Tokenizer.load(folder)
     engine = Engine.of(Transformer.from_pretrained(folder), tok, kv_tokens=2048)
-    rows = quality.sample_rows(tok, quality.Writer(engine, Sampling), 3, 24, 0)
+    rows = quality.sample_rows(engine, Sampling, 3, 24, 0)
     assert rows.shape == (3, 24)
     assert set(rows[:, 0].tolist()) == {tok.bos_id}
     assert len({tuple(row) for row in rows.tolist()}) == 3
-    again = quality.sample_rows(tok, quality.Writer(engine, Sampling), 1, 24, 1)
+    again = quality.sample_rows(engine, Sampling, 1, 24, 1)
     assert torch.equal(again[0], rows[1])
