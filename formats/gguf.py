@@ -791,8 +791,8 @@ def bytes_metadata(tok, merges):
         )
     same = [name for name in found if SPLITS[name].whole_chunks == tok.whole_chunks]
     pre = (same or found)[0]
-    if not same and tok.unreached_tokens():  # no difference where merging reaches every token
-        warn(f"llama.cpp's {pre} takes chunks that are tokens otherwise: some ids will differ")
+    if not same:  # no difference where merging reaches every token
+        warn(f"llama.cpp's {pre} takes chunks that are tokens otherwise: some ids may differ")
     if patterns == ("tekken",):
         warn(
             "llama.cpp's tekken splits words by ASCII case alone: text with other capitals gets "

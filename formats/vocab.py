@@ -125,7 +125,7 @@ def read_bpe(vocab, merges, names, byte_level):
 
     vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
     added tokens, which may be in `vocab` and are not in what is returned."""
-    check_ids(vocab.values(), len(vocab))
+    check_ids(vocab.values())
     ids = dict(vocab)
     for text, i in names.items():
         if ids.pop(text, i) != i:
