@@ -19,7 +19,6 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -126,29 +125,27 @@ def merge_by_rank(ids, merges):
 
     The ids form a linked list, and a heap holds (rank, position) of every pair that has a merge:
     O(n log n), so that a megabyte of one letter takes seconds and not days."""
-    ids = list(ids)
-    end = len(ids)
-    after = list(range(1, end + 1))  # the position of the next id that is left; `end` for none
-    before = list(range(-1, end - 1))  # and of the previous one; -1 for none
+    ids = [*ids, -1]  # -1 stands at the end, and wherever an id has been merged away
+    after = list(range(1, len(ids) + 1))  # the position of the next id that is left
+    before = list(range(-1, len(ids) - 1))  # and of the previous one; before the first: the end's
     heap = [(merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
     heapq.heapify(heap)
 
     def offer(left, right):
-        if left >= 0 and right < end and (ids[left], ids[right]) in merges:
-            rank, _ = merges[ids[left], ids[right]]
-            heapq.heappush(heap, (rank, left))
+        pair = ids[left], ids[right]
+        if pair in merges:
+            heapq.heappush(heap, (merges[pair][0], left))
 
     while heap:
         rank, left = heapq.heappop(heap)  # here the next merge is chosen
         right = after[left]
-        pair = (ids[left], ids[right]) if right < end else None
+        pair = ids[left], ids[right]
         if pair not in merges or merges[pair][0] != rank:
             continue  # one of the two has been merged since
         ids[left] = merges[pair][1]
-        ids[right] = -1  # merged away
+        ids[right] = -1
         after[left] = after[right]
-        if after[left] < end:
-            before[after[left]] = left
+        before[after[left]] = left
         offer(before[left], left)
         offer(left, after[left])
     return [i for i in ids if i >= 0]
@@ -228,11 +225,11 @@ class Tokenizer:
     kind: str
     vocab: dict  # {token: id}, keys bytes or str by kind, without special and added tokens
     listed_merges: dict | None = None  # None: ids are ranks, and `merges` are worked out if needed
-    patterns: Sequence = ()
+    patterns: tuple = ()
     special: dict = field(default_factory=dict)  # {text: id}: no text ever becomes one of these
     added: dict = field(default_factory=dict)  # {text: id}, matched in text first (Qwen's <think>)
     whole_chunks: bool = False  # a chunk that is a token becomes it, whatever merges say (Llama 3)
-    normalizer: Sequence = ()  # (operation, arguments...), see normalize
+    normalizer: tuple = ()  # (operation, arguments...), see normalize
     strip_space: bool = False  # the first space is not text but was put there
     unknown: int | None = None  # the id of what has no token
     config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
@@ -257,6 +254,7 @@ class Tokenizer:
         self._shown = self._bytes.copy()  # the same with special tokens' names
         for name, i in self.special.items():
             self._shown[i] = name.encode()
+        # Special tokens are not among these, so no text becomes one.
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self._split_added = re.compile(f"({'|'.join(longest_first)})").split
         self._cache = {}  # chunk -> ids, of the plain encoder
@@ -482,14 +480,17 @@ class Tokenizer:
         if self.listed_merges is None:  # the file has ids alone, for tiktoken to follow
             return True
         merges = self.merges
-        bytes_ids = [self.vocab.get(bytes([b]), LARGEST_ID) for b in range(256)]
-        ids = [max(bytes_ids), *(new for _, new in sorted(merges.values())), LARGEST_ID - 1]
-        if ids != sorted(ids):
+        byte_ids = [self.vocab.get(bytes([b])) for b in range(256)]
+        if None in byte_ids:
             return False
-        last = dict.fromkeys(bytes_ids)  # id: the pair that merging its bytes joins last
+        newest = max(byte_ids)
+        last = dict.fromkeys(byte_ids)  # id: the pair that merging its bytes joins last
         for pair in sorted(merges, key=merges.get):
             _, new = merges[pair]
-            if new not in last and last.keys() >= set(pair) and stays_apart(*pair, last, merges):
+            if new < newest:
+                return False
+            newest = new
+            if new not in last and last.keys() >= {*pair} and stays_apart(*pair, last, merges):
                 last[new] = pair
         unreached = [token for token, i in self.vocab.items() if i not in last]
         if unreached and not self.whole_chunks:
@@ -522,13 +523,11 @@ class Tokenizer:
         """Regular expressions for common.border: where a file may be cut without changing any id.
 
         () if that is not certain: for unknown patterns, or if an added token is cut."""
+        cuts = BETWEEN_CHUNKS
+        certain = self.kind == "chars" or (self.patterns and {*self.patterns} <= CUT_THERE)
         if self.kind == "pieces":
-            cuts, certain = BEFORE_SPACE, self.spaces_lead
-        else:
-            cuts = BETWEEN_CHUNKS
-            certain = self.kind == "chars" or (
-                self.patterns and CUT_THERE.issuperset(self.patterns)
-            )
+            cuts = BEFORE_SPACE
+            certain = self.spaces_lead
         crossed = any(re.search(cuts, name.encode()) for name in self.added)
         return (cuts,) if certain and not crossed else ()
 
