@@ -8,7 +8,6 @@ Version 3 (ggml/docs/gguf.md): magic, counts, metadata, tensor infos, padding, t
 little-endian. Every tensor type in use is read; those that people make today are written.
 """
 
-import json
 import math
 import mmap
 import re
@@ -23,7 +22,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import UserError, cli, parse_flags, write_atomic
-from formats.vocab import flat_steps, merges_by_score, naming, read_bpe, space_steps, to_json
+from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
 from quant import QuantLinear
 from tokenizer import PATTERNS, Tokenizer
@@ -49,6 +48,7 @@ class BlockType(NamedTuple):
     dtype: torch.dtype | None = None  # of plain floats, whose block is one number
     zero: int = 0  # the code of 0
     run: int = 16  # bytes of q that hold the low bits of as many codes, then the next higher ones
+    high_run: int = 1  # the same of h
     scales: Callable | None = None  # s (n, bytes) -> (n, G) multiples of d, and of m or None
     encode: Callable | None = None  # (n, block) float32 -> {"codes": ..., field: ...}, if written
 
@@ -59,12 +59,7 @@ class BlockType(NamedTuple):
     @property
     def bits(self):
         """How many of a code's bits are in q, and how many in h."""
-        return tuple(8 * self.layout.get(field, 0) // self.block for field in "qh")
-
-    @property
-    def high_run(self):
-        """As `run`, of h."""
-        return 32 if self.block == 256 else 1
+        return [8 * self.layout.get(field, 0) // self.block for field in "qh"]
 
     def size(self, shape):
         return math.prod(shape) // self.block * self.bytes
@@ -89,6 +84,10 @@ def as_bytes(x, dtype=torch.float16):
     return x.to(dtype).contiguous().view(torch.uint8)
 
 
+def from_half(data):
+    return data.contiguous().view(torch.float16).float()
+
+
 def split_blocks(blocks, kind):
     """(n, bytes) uint8 -> codes uint8 (n, G, block / G), scale (n, G), low (n, G) or None."""
     field = dict(zip(kind.layout, blocks.split(list(kind.layout.values()), 1)))
@@ -98,28 +97,26 @@ def split_blocks(blocks, kind):
         codes = codes | unpack_bits(field["h"], high_bits, kind.high_run) << bits
     if bits == 8:
         codes = codes ^ 128  # -128..127 -> 0..255
-    scale = field["d"].contiguous().view(torch.float16).float()  # (n, 1)
-    low = None
-    if "m" in field:
-        low = field["m"].contiguous().view(torch.float16).float()
+    scale = from_half(field["d"])  # (n, 1)
+    low = from_half(field["m"]) if "m" in field else None
     if kind.scales:
         multiples, low_multiples = kind.scales(field["s"])
         scale = multiples * scale
-        low = None if low is None else low_multiples * low
+        if low is not None:
+            low = low_multiples * low
     elif low is not None:
         low = -low  # Q4_1 and Q5_1 add their minimum
     return codes.view(len(blocks), scale.size(1), -1), scale, low
 
 
-def join_blocks(kind, codes, **field):
-    """Codes (n, block), d and m (n, 1) in floats and s in bytes -> (n, bytes) uint8."""
+def join_blocks(kind, codes, d, **field):
+    """Codes (n, block) and d (n, 1) in floats, s and m in bytes -> (n, bytes) uint8."""
     codes = codes.to(torch.uint8)
     bits, high_bits = kind.bits
     field["q"] = pack_bits(codes ^ 128 if bits == 8 else codes & (1 << bits) - 1, bits, kind.run)
     if high_bits:
         field["h"] = pack_bits(codes >> bits, high_bits, kind.high_run)
-    for name in field.keys() & {"d", "m"}:
-        field[name] = as_bytes(field[name])
+    field["d"] = as_bytes(d)
     return torch.cat([field[name] for name in kind.layout], 1)
 
 
@@ -199,7 +196,7 @@ def encode_k45(x, top, start, steps):
     scale, low = (multiples * head.float()).view(2, -1, 1)  # each (n * 8, 1)
     codes = ((x + low) / scale).round().nan_to_num(0).clamp(0, top).view(-1, 256)
     s = pack_six_bit_pairs(multiples.to(torch.uint8).transpose(0, 1))
-    return {"d": head[0], "m": head[1], "s": s, "codes": codes}
+    return {"d": head[0], "m": as_bytes(head[1]), "s": s, "codes": codes}
 
 
 def fit_range(x, top, start, steps):
@@ -267,7 +264,7 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-K_QUANT = partial(BlockType, block=256, run=32)
+K_QUANT = partial(BlockType, block=256, run=32, high_run=32)
 K45_QUANT = partial(K_QUANT, scales=six_bit_pairs)
 BLOCK_TYPES = {
     "F32": BlockType(0, 1, {"q": 4}, torch.float32),
@@ -290,10 +287,9 @@ BLOCK_TYPES = {
         layout={"d": 2, "m": 2, "s": 12, "h": 32, "q": 128},
         encode=partial(encode_k45, top=31, start=-0.5, steps=16),
     ),
-    "Q6_K": BlockType(
+    "Q6_K": K_QUANT(
         14,
-        256,
-        {"q": 128, "h": 64, "s": 16, "d": 2},
+        layout={"q": 128, "h": 64, "s": 16, "d": 2},
         zero=32,
         run=64,
         scales=eight_bits,
@@ -367,10 +363,8 @@ class PackedLinear(QuantLinear):
             codes = codes.masked_fill(flat[:, :, None], 0)
             scale = torch.where(flat, low, scale)
             zero = torch.where(scale == 0, 0.0, low / scale)
-        group = codes.size(2)
-        bits = 4 if sum(kind.bits) <= 4 else 8
         by_row = (part.reshape(rows, -1) for part in (codes, scale, zero))
-        return (*by_row, group, None, bits)
+        return (*by_row, codes.size(2), None, 4 if sum(kind.bits) <= 4 else 8)
 
 
 # ---- Names, types and order of the tensors.
@@ -490,6 +484,7 @@ GPT2_WORDS = {
     "num_hidden_layers": "n_layer",
     "intermediate_size": "n_inner",
     "num_attention_heads": "n_head",
+    "norm_eps": "layer_norm_epsilon",
 }
 
 
@@ -501,11 +496,9 @@ def shape_metadata(config, where):
     """Config -> ({key: value}, rope_freqs or None). UserError for what llama.cpp cannot run."""
     arch = GGUF_ARCHITECTURES[config.model_type]
     heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
-    other_width = arch == "qwen2" and heads * head_dim != channels
-    if other_width or (arch == "qwen3" and config.out_bias):
+    if arch == "qwen2" and heads * head_dim != channels:
         raise UserError(
-            f"{where}: llama.cpp's {arch} needs {heads} heads x {head_dim} = {channels} channels, "
-            "and no bias on attention's output"
+            f"{where}: llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels"
         )
     meta = {key: getattr(config, field) for key, field in SHAPE_KEYS.items()}
     meta["vocab_size"] = config.vocab_size
@@ -518,181 +511,109 @@ def shape_metadata(config, where):
         )
     freqs = None
     if not config.is_gpt2:
-        rope, freqs = rope_metadata(config, where)
-        meta |= rope
-    named = {f"{arch}.{key}": value for key, value in meta.items()}
-    return {"general.architecture": arch, **named}, freqs
-
-
-def rope_metadata(config, where):
-    """-> (rope.* keys, (D/2,) by what Llama 3's rule slows down each pair, or None)"""
-    rope = config.rope
-    frequency, scale = rope_frequencies(config)
-    kind, factor = rope["rope_type"], float(rope.get("factor", 1.0))
-    meta = {"rope.dimension_count": config.head_dim, "rope.freq_base": float(rope["rope_theta"])}
-    if kind == "default":
-        return meta, None
-    if "original_max_position_embeddings" in rope:
-        original = int(rope["original_max_position_embeddings"])
-        meta["rope.scaling.original_context_length"] = original
-    if kind == "llama3":
-        if GGUF_ARCHITECTURES[config.model_type] != "llama":
+        kind = config.rope["rope_type"]
+        meta["rope.dimension_count"] = head_dim
+        meta["rope.freq_base"] = float(config.rope["rope_theta"])
+        if kind == "llama3" and arch == "llama":
+            original = config.rope["original_max_position_embeddings"]
+            meta["rope.scaling.original_context_length"] = int(original)
+            freqs = slowed_down(head_dim, config.rope)
+        elif kind != "default":
             raise UserError(
-                f"{where}: llama.cpp knows Llama 3's rope scaling only in Llama models, not in "
-                f"{config.model_type}"
+                f"{where}: {arch} with rope scaling {kind!r} cannot be written; Llama 3's can, and "
+                "only in Llama models"
             )
-        plain = Config(head_dim=config.head_dim, rope=rope | {"rope_type": "default"})
-        return meta, rope_frequencies(plain)[0] / frequency
-    meta |= {"rope.scaling.type": kind, "rope.scaling.factor": factor}
-    if kind == "yarn":
-        if not rope.get("truncate", True):
-            raise UserError(
-                f"{where}: yarn with truncate=false is not in llama.cpp, which rounds the borders "
-                "of the ramp"
-            )
-        meta |= {
-            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-            "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
-            "rope.scaling.attn_factor": scale / yarn_attention_factor(factor),
-        }
-    return meta, None
+    return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}, freqs
 
 
-def yarn_attention_factor(factor):
-    """The YaRN paper's (arXiv:2309.00071, eq. 22), which rope.scaling.attn_factor multiplies."""
-    return 0.1 * math.log(factor) + 1
+def slowed_down(head_dim, rope):
+    """(D/2,): by what Llama 3's rule slows down each rotary pair."""
+    stretched, _ = rope_frequencies(Config(head_dim=head_dim, rope=rope))
+    plain, _ = rope_frequencies(Config(head_dim=head_dim, rope=rope | {"rope_type": "default"}))
+    return plain / stretched
 
 
-@dataclass
-class Metadata:
-    """Untrusted values under one prefix; numbers are finite and from 0 to 2^31."""
+def metadata_reader(values, prefix, path):
+    """get(key, default, types) of untrusted values; numbers are finite and from 0 to 2^31."""
 
-    values: dict
-    prefix: str
-    path: str
-
-    def get(self, key, default=None, types=(int, float)):
-        value = self.values.get(f"{self.prefix}.{key}")
+    def get(key, default=None, types=(int, float)):
+        value = values.get(f"{prefix}.{key}")
         if value is None:
             return default
         sane = isinstance(value, types)
         if isinstance(value, (int, float)):
             sane = sane and 0 <= value < 1 << 31  # not true of nan
         if not sane:
-            raise UserError(
-                f"{self.path}: {self.prefix}.{key} is {str(value)[:40]}, which makes no sense there"
-            )
+            raise UserError(f"{path}: {prefix}.{key} is {str(value)[:40]}, which makes no sense")
         if isinstance(value, float):
             return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
         return value
+
+    return get
 
 
 def read_config(meta, tensors, path):
     """Metadata and tensors -> Config."""
     arch = meta.get("general.architecture")
-    known = sorted(set(GGUF_ARCHITECTURES.values()))
-    if arch not in known:
+    if arch not in GGUF_ARCHITECTURES.values() or "token_embd.weight" not in tensors:
         raise UserError(
-            f"{path}: architecture {str(arch)[:40]!r} is not supported; this program knows "
-            f"{', '.join(known)}"
+            f"{path}: architecture {str(arch)[:40]!r} is not supported, or token_embd.weight is "
+            f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
-    get = Metadata(meta, arch, path).get
-    if get("expert_count", 0) or "token_embd.weight" not in tensors:
-        raise UserError(
-            f"{path}: a mixture of experts or a file without token_embd.weight, which this program "
-            "cannot run"
-        )
+    get = metadata_reader(meta, arch, path)
     channels, heads = get("embedding_length", 0), get("attention.head_count", 0, int)
-    if not 0 < heads <= channels:
-        raise UserError(f"{path}: {heads} heads in {channels} channels cannot be")
-    head_dim = get("attention.key_length", channels // heads)
-    sizes = [get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")]
-    if sizes != [head_dim, head_dim] or not 2 <= head_dim <= 1024:
+    head_dim = get("attention.key_length", channels // max(1, heads))
+    sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
+    if get("expert_count", 0) or sizes != {head_dim} or not 2 <= head_dim <= 1024:
         raise UserError(
-            f"{path}: keys, values and their rotary part must have one size ({head_dim}), of 2 to "
-            "1,024, to be supported"
+            f"{path}: experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
+            "are not of one size from 2 to 1,024, are not supported"
+        )
+    theta = float(get("rope.freq_base", 10000.0))
+    kind = get("rope.scaling.type", "none", str)
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1))
+    if theta <= 0 or kind not in ("none", "linear") or factor != 1:
+        raise UserError(
+            f"{path}: rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
+            "must be above 0, the scaling Llama 3's"
         )
     words = GPT2_WORDS if arch == "gpt2" else {}
     shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
-    epsilon = get(norm_key(arch), 1e-5)
-    config = Config.from_dict(
-        shape
-        | {
-            "model_type": arch,
-            "vocab_size": tensors["token_embd.weight"].shape[0],
-            "tie_word_embeddings": "output.weight" not in tensors,
-            "head_dim": head_dim,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
-            "layer_norm_epsilon" if arch == "gpt2" else "rms_norm_eps": epsilon,
-            "rope_parameters": read_rope(get, path),
-        },
-        where=path,
-    )
+    shape |= {
+        "model_type": arch,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "head_dim": head_dim,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        words.get("norm_eps", "rms_norm_eps"): get(norm_key(arch), 1e-5),
+        "rope_theta": theta,
+    }
+    config = Config.from_dict(shape, path)
     if arch != "gpt2":
         config.qkv_bias = "blk.0.attn_q.bias" in tensors
         config.out_bias = "blk.0.attn_output.bias" in tensors
         config.mlp_bias = "blk.0.ffn_up.bias" in tensors
-    freqs = tensors.pop("rope_freqs.weight", None)
-    if freqs is not None:
-        original = get("rope.scaling.original_context_length", 8192)
-        config.rope = llama3_rope(config, freqs, original, path)
+        if "rope_freqs.weight" in tensors:
+            slowed = tensors.pop("rope_freqs.weight").dequantize()
+            original = get("rope.scaling.original_context_length", 8192)
+            config.rope = llama3_rope(config, slowed, original, path)
     return config
 
 
-def read_rope(get, path):
-    """rope.* metadata -> Config.rope"""
-
-    def number(key, default):
-        value = float(get(f"rope.{key}", default))
-        if value <= 0:
-            raise UserError(f"{path}: rope.{key} is {value}, it must be above 0")
-        return value
-
-    factor = number("scaling.factor", get("rope.scale_linear", 1.0))
-    theta = number("freq_base", 10000.0)
-    kind = get("rope.scaling.type", "linear", str)
-    multiplied = get("rope.scaling.yarn_log_multiplier", 0)
-    if kind not in ("none", "linear", "yarn") or multiplied or theta <= 1:
-        raise UserError(
-            f"{path}: rope scaling {kind!r} of base {theta} is not supported; known are linear, "
-            "yarn, Llama 3's"
-        )
-    if kind == "none" or factor == 1:
-        return {"rope_type": "default", "rope_theta": theta}
-    rope = {"rope_type": kind, "rope_theta": theta, "factor": factor}
-    if kind == "yarn":
-        original = number("scaling.original_context_length", get("context_length", 0))
-        attention = number("scaling.attn_factor", 1) * yarn_attention_factor(factor)
-        rope |= {
-            "original_max_position_embeddings": int(original),
-            "beta_fast": number("scaling.yarn_beta_fast", 32),
-            "beta_slow": number("scaling.yarn_beta_slow", 1),
-            "attention_factor": attention,
-        }
-    return rope
-
-
-def llama3_rope(config, freqs, original, path):
+def llama3_rope(config, slowed, original, path):
     """rope_freqs.weight (D/2,), by what each pair is slowed down -> Config.rope by Llama 3's rule.
 
     The slowest pairs tell the factor. Other programs' files do not tell the rest: 1, 4 and an
     original context of 8,192, the default of `original`, are those of all published models."""
-    half = config.head_dim // 2
-    if freqs.shape != (half,) or freqs.type != "F32":
-        raise UserError(
-            f"{path}: rope_freqs.weight is {freqs.shape} {freqs.type}, expected ({half},) F32"
-        )
-    slowed = freqs.dequantize()
-    rope = {
+    rope = config.rope | {
         "rope_type": "llama3",
-        "rope_theta": config.rope["rope_theta"],
         "factor": round(slowed.max().item(), 4),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": original,
     }
-    made = rope_frequencies(Config(head_dim=config.head_dim, rope=rope))[0]
-    if not torch.allclose(made * slowed, rope_frequencies(config)[0], rtol=1e-3):
+    expected = slowed_down(config.head_dim, rope)
+    if slowed.shape != expected.shape or not torch.allclose(slowed, expected, rtol=1e-3):
         raise UserError(
             f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows"
         )
@@ -719,14 +640,9 @@ SPLITS = {
     "qwen2": SplitRule(("qwen2",)),
     "smollm": SplitRule((r"\p{N}", "gpt2")),
     "tekken": SplitRule(("tekken",), whole_chunks=True),
-}
-SPLIT_ALIASES = {
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "falcon3": "llama-bpe",
-    "smaug-bpe": "dbrx",
-    "deepseek-r1-qwen": "qwen2",
-    "megrez": "qwen2",
+    # Of models whose text is split like another's; they are read, and not written.
+    "falcon3": SplitRule(("llama3",), whole_chunks=True),
+    "deepseek-r1-qwen": SplitRule(("qwen2",)),
 }
 
 
@@ -758,12 +674,8 @@ def tokenizer_metadata(tok, rows, config, where):
     else:
         meta = pieces_metadata(tok, rows)
     meta |= {"tokens": tokens, "token_type": types, **special_metadata(tok, config)}
-    for kind, *arguments in tok.normalizer:
-        if kind == "unicode":
-            warn(
-                f"llama.cpp does not normalize text to {arguments[0]}: text that is not will get "
-                "other ids there"
-            )
+    if any(kind == "unicode" for kind, *_ in tok.normalizer):
+        warn("llama.cpp does not normalize Unicode: text that is not normal gets other ids there")
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
     if tok.chat_template:
         meta["tokenizer.chat_template"] = tok.chat_template
@@ -808,11 +720,10 @@ def pieces_metadata(tok, rows):
     for rank, i in enumerate(reversed(order)):
         scores[i] = float(rank - len(order))
     back = merges_by_score(tok.vocab, scores)
+    same = back.keys() == tok.merges.keys() and order == [i for _, i in sorted(back.values())]
     prefix = any(kind == "prepend" for kind, *_ in tok.normalizer)
-    same_merges = back.keys() == tok.merges.keys()
-    same_order = [i for _, i in sorted(back.values())] == order
-    same_split = not tok.patterns or tok.spaces_lead
-    if not (same_merges and same_order and same_split and tok.normalizer == space_steps(prefix)):
+    splits = tok.patterns and not tok.spaces_lead
+    if not same or splits or tok.normalizer != space_steps(prefix):
         warn(
             "this tokenizer merges or puts spaces first otherwise than SentencePiece does: some "
             "ids will differ in llama.cpp"
@@ -824,30 +735,16 @@ def special_metadata(tok, config):
     """Which ids begin and end a text, and whether a beginning is put before every prompt."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [i for i in dict.fromkeys([tok.eos_id, *ends]) if i is not None]
-    bos = tok.bos_id
-    if bos is None and ends:
-        bos = ends[0]
-    if not ends:
-        warn("the tokenizer has no end token; llama.cpp takes some other id for one")
     meta = dict(zip(("eos_token_id", "eot_token_id"), ends))
+    # A tokenizer without a beginning has its end do that work, as GPT-2 does.
+    bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
     meta = {key: value for key, value in meta.items() if value is not None}
-    meta["add_bos_token"] = bos is not None and begins_with_bos(tok, ends)
-    return meta
-
-
-def begins_with_bos(tok, ends):
-    """Whether llama.cpp shall put the beginning before a prompt: as the tokenizer's files say."""
-    add = tok.config.get("add_bos_token")
-    if isinstance(add, bool):
-        return add
-    post = json.loads(tok.source).get("post_processor") if tok.source else None
-    for step in flat_steps(post, "processors"):
-        if step.get("type") == "TemplateProcessing":
-            return "SpecialToken" in step["single"][0]
-    # A chat template writes it itself; else as generate.py does if the token has no other job.
-    own = tok.bos_id is not None and tok.bos_id not in ends
-    return tok.kind == "pieces" or (own and not tok.chat_template)
+    # A chat template writes the beginning itself; else it is put there, as generate.py does, if
+    # the token has no other job.
+    add_bos = tok.kind == "pieces" or (bos not in [None, *ends] and not tok.chat_template)
+    wanted = tok.config.get("add_bos_token", add_bos)
+    return meta | {"add_bos_token": bos is not None and bool(wanted)}
 
 
 # ---- The tokenizer, from metadata.
@@ -855,7 +752,7 @@ def begins_with_bos(tok, ends):
 
 def read_vocabulary(meta, path):
     """tokenizer.* metadata -> Tokenizer, or None for a file without one."""
-    get = Metadata(meta, "tokenizer", path).get
+    get = metadata_reader(meta, "tokenizer", path)
     model = get("ggml.model", None, str)
     if model in (None, "no_vocab", "none"):
         return None
@@ -868,44 +765,34 @@ def read_vocabulary(meta, path):
         tok = read(
             get,
             groups[NORMAL] | groups[BYTE],
-            len(tokens),
-            {
-                "special": groups[CONTROL] | groups[UNKNOWN],
-                "added": groups[USER_DEFINED],
-                "unknown": next(iter(groups[UNKNOWN].values()), None),
-            },
+            special=groups[CONTROL] | groups[UNKNOWN],
+            added=groups[USER_DEFINED],
+            unknown=next(iter(groups[UNKNOWN].values()), None),
         )
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = get(f"ggml.{key}_token_id", len(tokens), int)
         if i < len(tokens):
             tok.config[f"{role}_token"] = tokens[i]
-    add_bos, template = get("ggml.add_bos_token", None, bool), get("chat_template", None, str)
-    if add_bos is not None:
-        tok.config["add_bos_token"] = add_bos
-    if template is not None:
-        tok.chat_template = template
+    tok.chat_template = get("chat_template", None, str)
     return tok
 
 
 def read_token_types(get, tokens, longest):
     """-> {token type: {token: id}}. Long tokens are refused: every way to halve one is tried."""
-    n = len(tokens)
-    types = get("ggml.token_type", [NORMAL] * n, list)
-    if not all(isinstance(token, str) for token in tokens):
-        raise UserError("a token is no text")
-    if len(set(tokens)) < n or max(map(len, tokens), default=0) > longest:
+    types = get("ggml.token_type", [NORMAL] * len(tokens), list)
+    if len(set(tokens)) < len(tokens) or max(map(len, tokens), default=0) > longest:
         raise UserError(f"a token is there twice, or has more than {longest:,} characters")
-    if len(types) != n:
-        raise UserError(f"{n:,} tokens with {len(types):,} types")
+    if len(types) != len(tokens):
+        raise UserError(f"{len(tokens):,} tokens with {len(types):,} types")
     groups = {kind: {} for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)}
     for i, (token, kind) in enumerate(zip(tokens, types)):
         groups[kind][token] = i
     return groups
 
 
-def read_bytes_tokenizer(get, vocab, n, options):
+def read_bytes_tokenizer(get, vocab, **options):
     pre = get("ggml.pre", "", str)
-    split = SPLITS.get(SPLIT_ALIASES.get(pre, pre))
+    split = SPLITS.get(pre)
     if split is None:
         raise UserError(
             f"pre-tokenizer {pre!r} is not supported; this program knows {', '.join(SPLITS)}"
@@ -916,14 +803,13 @@ def read_bytes_tokenizer(get, vocab, n, options):
             raise UserError(f"merge {str(merge)[:40]!r} is not two tokens")
     vocab, merges = read_bpe(vocab, merges, options["special"], byte_level=True)
     patterns = [PATTERNS.get(pattern, pattern) for pattern in split.patterns]
-    whole = split.whole_chunks
-    return Tokenizer("bytes", vocab, merges, patterns, whole_chunks=whole, **options)
+    return Tokenizer("bytes", vocab, merges, patterns, whole_chunks=split.whole_chunks, **options)
 
 
-def read_pieces_tokenizer(get, vocab, n, options):
-    scores = get("ggml.scores", [0.0] * n, list)
-    if len(scores) != n or not all(map(math.isfinite, scores)):
-        raise UserError(f"{len(scores):,} scores for {n:,} tokens, or some of them no numbers")
+def read_pieces_tokenizer(get, vocab, **options):
+    scores = get("ggml.scores", [], list)
+    if len(scores) <= max(vocab.values(), default=0) or not all(map(math.isfinite, scores)):
+        raise UserError(f"{len(scores):,} scores, too few for the tokens, or some are no numbers")
     prefix = get("ggml.add_space_prefix", True, bool)
     merges, steps = merges_by_score(vocab, scores), space_steps(prefix)
     return Tokenizer("pieces", vocab, merges, normalizer=steps, strip_space=prefix, **options)
@@ -1170,7 +1056,7 @@ def read_gguf(path):
     config = read_config(meta, tensors, path)
     tok = read_vocabulary(meta, path)
     state = by_our_names(tensors, config, path)
-    get = Metadata(meta, "tokenizer", path).get
+    get = metadata_reader(meta, "tokenizer", path)
     ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
@@ -1248,22 +1134,13 @@ class Args:
 
 
 def show_gguf(path):
-    """Print metadata and tensors, long lists cut short."""
+    """Print metadata and tensors, cut short."""
     meta, tensors = open_gguf(path)
     for key, value in meta.items():
-        shown = repr(value)[:80]
-        if isinstance(value, list):
-            shown = f"{len(value):,} x {repr(value[:4])[:80]}"
-        print(f"{key:44s} {shown}")
-    weights = size = 0
+        print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
     for name, tensor in tensors.items():
-        nbytes = tensor.data.numel()
-        shape = " x ".join(map(str, tensor.shape))
-        print(f"{name:32s} {tensor.type:5s} {shape:>16s} {nbytes:>14,} bytes")
-        weights += math.prod(tensor.shape)
-        size += nbytes
-    bits = 8 * size / max(1, weights)
-    print(f"{len(tensors)} tensors, {weights:,} weights, {size:,} bytes, {bits:.2f} bits a weight")
+        weights, size = math.prod(tensor.shape), tensor.data.numel()
+        print(f"{name} {tensor.type} {tensor.shape} {8 * size / weights:.2f} bits a weight")
 
 
 def main():
