@@ -418,16 +418,16 @@ def by_gguf_name(state, config):
     return names
 
 
-def row_order(name, rows, config, back=False):
-    """The order in which the rows of `name` are stored, or back; None for as they are.
+def reorder_rows(rows, name, config, back=False):
+    """Our rows of the tensor `name` in the order in which a GGUF stores them, or back.
 
     Rotary pairs of the llama architecture are neighbours, as in Meta's own checkpoints; ours, like
     Hugging Face's, are the two halves of a head: (heads, 2, D/2) -> (heads, D/2, 2)."""
-    if config.model_type not in ("llama", "mistral") or not re.search(r"\.attn_[qk]\.", name):
-        return None
+    if GGUF_ARCHITECTURES[config.model_type] != "llama" or not re.search(r"\.attn_[qk]\.", name):
+        return rows
     half = config.head_dim // 2
     pairs = (half, 2) if back else (2, half)
-    return torch.arange(rows).view(-1, *pairs).transpose(1, 2).flatten()
+    return rows.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 def type_in_mix(name, shape, mix, config):
@@ -442,9 +442,9 @@ def type_in_mix(name, shape, mix, config):
         return "Q8_0" if kind == "Q8_0" else "Q6_K"
     if mix in ("q4_k_m", "q5_k_m") and part in ("attn_v", "attn_qkv", "ffn_down"):
         # the first and last eighth of the layers, and every third between, get more bits
-        layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
-        ends = layer < eighth or layer >= 7 * config.num_hidden_layers // 8
-        if ends or (layer - eighth) % 3 == 2:
+        layer, layers = int(name.split(".")[1]), config.num_hidden_layers
+        between = range(layers // 8, 7 * layers // 8)
+        if layer not in between or between.index(layer) % 3 == 2:
             return "Q6_K"
     return kind
 
@@ -533,7 +533,7 @@ def slowed_down(head_dim, rope):
     return plain / stretched
 
 
-def metadata_reader(values, prefix, path):
+def metadata_reader(values, prefix):
     """get(key, default, types) of untrusted values; numbers are finite and from 0 to 2^31."""
 
     def get(key, default=None, types=(int, float)):
@@ -544,7 +544,7 @@ def metadata_reader(values, prefix, path):
         if isinstance(value, (int, float)):
             sane = sane and 0 <= value < 1 << 31  # not true of nan
         if not sane:
-            raise UserError(f"{path}: {prefix}.{key} is {str(value)[:40]}, which makes no sense")
+            raise UserError(f"{prefix}.{key} is {str(value)[:40]}, which makes no sense")
         if isinstance(value, float):
             return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
         return value
@@ -552,21 +552,21 @@ def metadata_reader(values, prefix, path):
     return get
 
 
-def read_config(meta, tensors, path):
+def read_config(meta, tensors):
     """Metadata and tensors -> Config."""
     arch = meta.get("general.architecture")
     if arch not in GGUF_ARCHITECTURES.values() or "token_embd.weight" not in tensors:
         raise UserError(
-            f"{path}: architecture {str(arch)[:40]!r} is not supported, or token_embd.weight is "
+            f"architecture {str(arch)[:40]!r} is not supported, or token_embd.weight is "
             f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
-    get = metadata_reader(meta, arch, path)
+    get = metadata_reader(meta, arch)
     channels, heads = get("embedding_length", 0), get("attention.head_count", 0, int)
     head_dim = get("attention.key_length", channels // max(1, heads))
     sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
     if get("expert_count", 0) or sizes != {head_dim} or not 2 <= head_dim <= 1024:
         raise UserError(
-            f"{path}: experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
+            f"experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
             "are not of one size from 2 to 1,024, are not supported"
         )
     theta = float(get("rope.freq_base", 10000.0))
@@ -574,7 +574,7 @@ def read_config(meta, tensors, path):
     factor = get("rope.scaling.factor", get("rope.scale_linear", 1))
     if theta <= 0 or kind not in ("none", "linear") or factor != 1:
         raise UserError(
-            f"{path}: rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
+            f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
             "must be above 0, the scaling Llama 3's"
         )
     words = GPT2_WORDS if arch == "gpt2" else {}
@@ -588,7 +588,7 @@ def read_config(meta, tensors, path):
         words.get("norm_eps", "rms_norm_eps"): get(norm_key(arch), 1e-5),
         "rope_theta": theta,
     }
-    config = Config.from_dict(shape, path)
+    config = Config.from_dict(shape, arch)
     if arch != "gpt2":
         config.qkv_bias = "blk.0.attn_q.bias" in tensors
         config.out_bias = "blk.0.attn_output.bias" in tensors
@@ -596,11 +596,11 @@ def read_config(meta, tensors, path):
         if "rope_freqs.weight" in tensors:
             slowed = tensors.pop("rope_freqs.weight").dequantize()
             original = get("rope.scaling.original_context_length", 8192)
-            config.rope = llama3_rope(config, slowed, original, path)
+            config.rope = llama3_rope(config, slowed, original)
     return config
 
 
-def llama3_rope(config, slowed, original, path):
+def llama3_rope(config, slowed, original):
     """rope_freqs.weight (D/2,), by what each pair is slowed down -> Config.rope by Llama 3's rule.
 
     The slowest pairs tell the factor. Other programs' files do not tell the rest: 1, 4 and an
@@ -614,9 +614,7 @@ def llama3_rope(config, slowed, original, path):
     }
     expected = slowed_down(config.head_dim, rope)
     if slowed.shape != expected.shape or not torch.allclose(slowed, expected, rtol=1e-3):
-        raise UserError(
-            f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows"
-        )
+        raise UserError("rope_freqs.weight is not Llama 3's rule, the only one this program knows")
     return rope
 
 
@@ -750,25 +748,23 @@ def special_metadata(tok, config):
 # ---- The tokenizer, from metadata.
 
 
-def read_vocabulary(meta, path):
+def read_vocabulary(get):
     """tokenizer.* metadata -> Tokenizer, or None for a file without one."""
-    get = metadata_reader(meta, "tokenizer", path)
-    model = get("ggml.model", None, str)
-    if model in (None, "no_vocab", "none"):
+    model = get("ggml.model", "none", str)
+    if model in ("no_vocab", "none"):
         return None
     if model not in ("gpt2", "llama"):
-        raise UserError(f"{path}: tokenizer model {model!r} is not supported, only gpt2 and llama")
+        raise UserError(f"tokenizer model {model!r} is not supported, only gpt2 and llama")
     tokens = get("ggml.tokens", [], list)
-    with naming(path):
-        groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
-        read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
-        tok = read(
-            get,
-            groups[NORMAL] | groups[BYTE],
-            special=groups[CONTROL] | groups[UNKNOWN],
-            added=groups[USER_DEFINED],
-            unknown=next(iter(groups[UNKNOWN].values()), None),
-        )
+    groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
+    read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
+    tok = read(
+        get,
+        groups[NORMAL] | groups[BYTE],
+        special=groups[CONTROL] | groups[UNKNOWN],
+        added=groups[USER_DEFINED],
+        unknown=next(iter(groups[UNKNOWN].values()), None),
+    )
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = get(f"ggml.{key}_token_id", len(tokens), int)
         if i < len(tokens):
@@ -827,7 +823,6 @@ MOST_METADATA = 1 << 29  # bytes
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
 MOST_ITEMS = 1 << 22  # of a list
-LONGEST_TEXT = 1 << 24
 
 
 def text_bytes(text):
@@ -853,42 +848,35 @@ class HeaderReader:
     """Reads the header of an untrusted file: no length is believed before it is held against what
     is left."""
 
-    def __init__(self, path, data):
-        self.path = path
+    def __init__(self, data):
         self.data = data
         self.at = 0
-        self.end = min(len(data), MOST_METADATA)
-
-    def refuse(self, what):
-        raise UserError(
-            f"{self.path}: {what}; the file is damaged, or no GGUF that this program reads"
-        )
 
     def take(self, code):
         """The next values, in struct's spelling."""
-        n, left = struct.calcsize("<" + code), self.end - self.at
+        n = struct.calcsize("<" + code)
+        left = min(len(self.data), MOST_METADATA) - self.at
         if n > left:
-            self.refuse(f"byte {self.at:,} announces {n:,} bytes more, of which {left:,} are there")
+            refuse(f"byte {self.at:,} announces {n:,} bytes more, of which {left:,} are there")
         self.at += n
         return struct.unpack_from("<" + code, self.data, self.at - n)
 
     def text(self):
         (n,) = self.take("Q")
-        if n > LONGEST_TEXT:
-            self.refuse(f"a text of {n:,} bytes before byte {self.at:,}")
+        if n > MOST_METADATA:
+            refuse(f"a text of {n:,} bytes before byte {self.at:,}")
         return self.take(f"{n}s")[0].decode("utf-8", "replace")
 
     def value(self):
         (kind,) = self.take("I")
-        if kind == TEXT:
-            return self.text()
-        if kind in NUMBER_CODES:
-            return self.take(NUMBER_CODES[kind])[0]
         if kind != LIST:
-            self.refuse(f"a value of unknown type {kind} before byte {self.at:,}")
+            return self.items(kind, 1)[0]
         kind, n = self.take("IQ")
+        return self.items(kind, n)
+
+    def items(self, kind, n):
         if n > MOST_ITEMS or kind not in {TEXT, *NUMBER_CODES}:
-            self.refuse(f"a list of {n:,} values of type {kind} (9 is a list) at {self.at:,}")
+            refuse(f"a list of {n:,} values of type {kind} (9 is a list) at {self.at:,}")
         if kind == TEXT:
             return [self.text() for _ in range(n)]
         return list(self.take(f"{n}{NUMBER_CODES[kind]}"))
@@ -898,7 +886,7 @@ class HeaderReader:
         for _ in range(n_keys):
             key = self.text()
             if key in meta:
-                self.refuse(f"key {key[:80]!r} is there twice")
+                refuse(f"key {key[:80]!r} is there twice")
             meta[key] = self.value()
         return meta
 
@@ -907,9 +895,13 @@ class HeaderReader:
         name = self.text()
         (n_dims,) = self.take("I")
         if not 1 <= n_dims <= 4:
-            self.refuse(f"tensor {name[:80]!r} has {n_dims:,} dimensions")
+            refuse(f"tensor {name[:80]!r} has {n_dims:,} dimensions")
         *dims, number, offset = self.take(f"{n_dims}QIQ")
         return offset, name, tuple(dims[::-1]), number
+
+
+def refuse(what):
+    raise UserError(f"{what}; the file is damaged, or no GGUF that this program reads")
 
 
 def open_gguf(path):
@@ -919,30 +911,30 @@ def open_gguf(path):
     with open(path, "rb") as f:
         size = Path(path).stat().st_size
         if size < 24 or f.read(4) != b"GGUF":
-            raise UserError(f"{path}: {size:,} bytes that do not begin as a GGUF does")
+            refuse(f"{size:,} bytes that do not begin as a GGUF does")
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    header = HeaderReader(path, data)
+    header = HeaderReader(data)
     _, version, n_tensors, n_keys = header.take("4sIQQ")
     if version not in (2, 3) or n_tensors > MOST_TENSORS or n_keys > MOST_KEYS:
-        header.refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
+        refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
     meta = header.metadata(n_keys)
     infos = [header.tensor_info() for _ in range(n_tensors)]
     alignment = meta.get("general.alignment", ALIGNMENT)
     if alignment not in [1 << exponent for exponent in range(3, 17)]:
-        header.refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
+        refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
     start = -(-header.at // alignment) * alignment
     end = start
     tensors = {}
     for offset, name, shape, number in sorted(infos):
         kind = BLOCK_TYPES.get(TYPE_NAMES.get(number))
         if kind is None or name in tensors or not math.prod(shape) or shape[-1] % kind.block:
-            header.refuse(
+            refuse(
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
                 f"unknown type {number}"
             )
         begin, nbytes = start + offset, kind.size(shape)
         if offset % alignment or begin < end or begin + nbytes > size:
-            header.refuse(
+            refuse(
                 f"tensor {name[:80]!r} with {nbytes:,} bytes at {begin:,} overlaps another or "
                 f"passes the end {size:,}"
             )
@@ -1040,10 +1032,8 @@ def plan_tensor(name, parts, mix, config, folder):
         limit = math.inf if kind in ("F32", "BF16") else 65504
         if not most < limit:  # nan is not
             raise UserError(f"{folder}: {name} has values up to {most}, which {kind} cannot hold")
-        order = row_order(name, len(tensor), config)
-        if order is not None:
-            tensor = tensor[order]
-        return encode_rows(tensor.view(len(tensor), -1), kind).numpy()
+        rows = reorder_rows(tensor.view(len(tensor), -1), name, config)
+        return encode_rows(rows, kind).numpy()
 
     return PlannedTensor(name, kind, shape, make)
 
@@ -1052,19 +1042,20 @@ def read_gguf(path):
     """GGUF file -> (Config, {our name: GGUFTensor}, Tokenizer or None), completeness checked.
 
     UserError, in bounded time and memory, for whatever is wrong with the file."""
-    meta, tensors = open_gguf(path)
-    config = read_config(meta, tensors, path)
-    tok = read_vocabulary(meta, path)
-    state = by_our_names(tensors, config, path)
-    get = metadata_reader(meta, "tokenizer", path)
-    ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
+    with naming(path):
+        meta, tensors = open_gguf(path)
+        config = read_config(meta, tensors)
+        get = metadata_reader(meta, "tokenizer")
+        tok = read_vocabulary(get)
+        state = by_our_names(tensors, config)
+        ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
     return config, state, tok
 
 
-def by_our_names(tensors, config, path):
+def by_our_names(tensors, config):
     """{GGUF name: tensor} -> {our name: tensor}, rows in our order. UserError for what is amiss."""
     with torch.device("meta"):
         expected = by_gguf_name(Transformer(config).state_dict(), config)
@@ -1075,17 +1066,14 @@ def by_our_names(tensors, config, path):
         tensor = tensors.get(name)
         if tensor is None:
             faults.append(f"{name} is missing")
-            continue
-        if tensor.shape != shape or len(tensor.data) != shape[0]:  # a packed vector is one row
+        elif tensor.shape != shape or len(tensor.data) != shape[0]:  # a packed vector is one row
             faults.append(f"{name} is {tensor.shape} {tensor.type}, expected {shape}")
-            continue
-        order = row_order(name, shape[0], config, back=True)
-        data = tensor.data if order is None else tensor.data[order]
-        for ours, rows in zip(parts, data.split([len(part) for part in parts.values()])):
-            state[ours] = GGUFTensor(tensor.type, tuple(parts[ours].shape), rows)
+        else:
+            data = reorder_rows(tensor.data, name, config, back=True)
+            for ours, rows in zip(parts, data.split(list(map(len, parts.values())))):
+                state[ours] = GGUFTensor(tensor.type, tuple(parts[ours].shape), rows)
     if faults:
-        more = "; ..." if len(faults) > 8 else ""
-        raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{more}")
+        raise UserError(f"{len(faults)} faults: {'; '.join(faults[:8])}")
     return state
 
 
@@ -1135,7 +1123,8 @@ class Args:
 
 def show_gguf(path):
     """Print metadata and tensors, cut short."""
-    meta, tensors = open_gguf(path)
+    with naming(path):
+        meta, tensors = open_gguf(path)
     for key, value in meta.items():
         print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
     for name, tensor in tensors.items():
