@@ -31,14 +31,10 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     n_jobs = 4 * (processes or usable_cpus())
     group = min(16, len(blocks) // n_jobs + 1)  # blocks a job: few, so that Counters stay small
     jobs = [blocks[i : i + group] for i in range(0, len(blocks), group)]
-    counters = in_processes(
-        functools.partial(count_job, pattern=pattern),
-        chain(jobs, text_batches(texts, pattern)),
-        processes,
-    )
+    count = functools.partial(count_job, pattern=pattern)
+    counters = in_processes(count, chain(jobs, text_batches(texts, pattern)), processes)
     total = Counter()
-    bar = {"desc": "counting chunks", "unit": "job", "disable": None}
-    for counter in tqdm(counters, total=len(jobs) or None, **bar):
+    for counter in tqdm(counters, "counting chunks", len(jobs) or None, unit="job", disable=None):
         total.update(counter)
     return total
 
@@ -72,22 +68,21 @@ def text_batches(texts, pattern):
 
 def count_job(job, pattern):
     """Counter of the chunks of a job: a list of texts, or of blocks (path, start, end)."""
-    counts = Counter()
     if isinstance(job[0], str):
-        count_texts(job, pattern, counts)
+        parts = [job]
     else:
-        for block in job:
-            data = read_block(block, (rb"\n", BETWEEN_CHUNKS))
-            text = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n")
-            count_texts(list(text), pattern, counts)  # line by line, as HF tokenizers does
+        parts = map(lines_of_block, job)  # line by line, as HF tokenizers does
+    counts = Counter()
+    for texts in parts:
+        in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))
+        others = map(splitter(pattern), filterfalse(str.isascii, texts))
+        counts.update(chain.from_iterable(chain(in_ascii, others)))
     return counts
 
 
-def count_texts(texts, pattern, counts):
-    in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))
-    others = map(splitter(pattern), filterfalse(str.isascii, texts))
-    counts.update(chain.from_iterable(in_ascii))
-    counts.update(chain.from_iterable(others))
+def lines_of_block(block):
+    data = read_block(block, (rb"\n", BETWEEN_CHUNKS))
+    return list(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n"))
 
 
 @functools.lru_cache
