@@ -369,33 +369,40 @@ class PackedLinear(QuantLinear):
 
 # ---- Names, types and order of the tensors.
 
-GGUF_NAMES = {
-    "embed_tokens": "token_embd",
-    "embed_positions": "position_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-# What --type says: the type of most matrices, and llama.cpp's number for the mix.
+
+def two_columns(text):
+    """A table of words -> {first: second}"""
+    return dict(line.split() for line in text.strip().splitlines())
+
+
+GGUF_NAMES = two_columns("""
+    embed_tokens              token_embd
+    embed_positions           position_embd
+    norm                      output_norm
+    lm_head                   output
+    input_layernorm           attn_norm
+    post_attention_layernorm  ffn_norm
+    self_attn.q_proj          attn_q
+    self_attn.k_proj          attn_k
+    self_attn.v_proj          attn_v
+    self_attn.o_proj          attn_output
+    self_attn.q_norm          attn_q_norm
+    self_attn.k_norm          attn_k_norm
+    mlp.gate_proj             ffn_gate
+    mlp.up_proj               ffn_up
+    mlp.down_proj             ffn_down
+""")
+# What --type says, and llama.cpp's number for the mix. Most matrices are of the type that the name
+# says: Q4_K in q4_k_m.
 MIXES = {
-    "f32": ("F32", 0),
-    "f16": ("F16", 1),
-    "bf16": ("BF16", 32),
-    "q8_0": ("Q8_0", 7),
-    "q4_0": ("Q4_0", 2),
-    "q4_k_m": ("Q4_K", 15),
-    "q5_k_m": ("Q5_K", 17),
-    "q6_k": ("Q6_K", 18),
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q4_0": 2,
+    "q4_k_m": 15,
+    "q5_k_m": 17,
+    "q6_k": 18,
 }
 
 
@@ -423,7 +430,7 @@ def reorder_rows(rows, name, config, back=False):
 
     Rotary pairs of the llama architecture are neighbours, as in Meta's own checkpoints; ours, like
     Hugging Face's, are the two halves of a head: (heads, 2, D/2) -> (heads, D/2, 2)."""
-    if GGUF_ARCHITECTURES[config.model_type] != "llama" or not re.search(r"\.attn_[qk]\.", name):
+    if gguf_architecture(config) != "llama" or not re.search(r"\.attn_[qk]\.", name):
         return rows
     half = config.head_dim // 2
     pairs = (half, 2) if back else (2, half)
@@ -432,7 +439,7 @@ def reorder_rows(rows, name, config, back=False):
 
 def type_in_mix(name, shape, mix, config):
     """The type that llama.cpp's quantizer gives this tensor (llama-quant.cpp), rows permitting."""
-    kind, _ = MIXES[mix]
+    kind = mix.removesuffix("_m").upper()
     if len(shape) < 2 or name == "position_embd.weight":
         return "F32"
     if BLOCK_TYPES[kind].dtype:
@@ -459,33 +466,33 @@ def type_that_fits(kind, columns):
 
 # ---- The shape of the model, as metadata and back.
 
-GGUF_ARCHITECTURES = {
-    "gpt2": "gpt2",
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}
+GGUF_ARCHITECTURES = "gpt2 llama qwen2 qwen3".split()
+
+
+def gguf_architecture(config):
+    return "llama" if config.model_type == "mistral" else config.model_type
+
+
 # After the architecture's name -> the field of Config.
-SHAPE_KEYS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-}
+SHAPE_KEYS = two_columns("""
+    context_length           max_position_embeddings
+    embedding_length         hidden_size
+    block_count              num_hidden_layers
+    feed_forward_length      intermediate_size
+    attention.head_count     num_attention_heads
+    attention.head_count_kv  num_key_value_heads
+    attention.key_length     head_dim
+    attention.value_length   head_dim
+""")
 # The fields that GPT-2's config.json calls otherwise.
-GPT2_WORDS = {
-    "max_position_embeddings": "n_positions",
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-    "norm_eps": "layer_norm_epsilon",
-}
+GPT2_WORDS = two_columns("""
+    max_position_embeddings  n_positions
+    hidden_size              n_embd
+    num_hidden_layers        n_layer
+    intermediate_size        n_inner
+    num_attention_heads      n_head
+    norm_eps                 layer_norm_epsilon
+""")
 
 
 def norm_key(arch):
@@ -494,7 +501,7 @@ def norm_key(arch):
 
 def shape_metadata(config, where):
     """Config -> ({key: value}, rope_freqs or None). UserError for what llama.cpp cannot run."""
-    arch = GGUF_ARCHITECTURES[config.model_type]
+    arch = gguf_architecture(config)
     heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
     if arch == "qwen2" and heads * head_dim != channels:
         raise UserError(
@@ -555,7 +562,7 @@ def metadata_reader(values, prefix):
 def read_config(meta, tensors):
     """Metadata and tensors -> Config."""
     arch = meta.get("general.architecture")
-    if arch not in GGUF_ARCHITECTURES.values() or "token_embd.weight" not in tensors:
+    if arch not in GGUF_ARCHITECTURES or "token_embd.weight" not in tensors:
         raise UserError(
             f"architecture {str(arch)[:40]!r} is not supported, or token_embd.weight is "
             f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
@@ -1000,7 +1007,7 @@ def write(folder, path, mix):
     meta, freqs = shape_metadata(config, folder)
     meta |= {
         "general.name": folder.resolve().name,
-        "general.file_type": MIXES[mix][1],
+        "general.file_type": MIXES[mix],
         "general.quantization_version": 2,
         **tokenizer_metadata(Tokenizer.load(folder), config.vocab_size, config, folder),
     }
