@@ -427,11 +427,10 @@ class Tokenizer:
             return merge_by_rank(map(self.byte_id, token), self.merges)
         ids = []
         for c in chunk:
-            fallback = [self.vocab.get(f"<0x{b:02X}>") for b in c.encode()]
             if c in self.vocab:
                 ids.append(self.vocab[c])
-            elif None not in fallback:
-                ids += fallback
+            elif "<0x00>" in self.vocab:
+                ids += map(self.byte_id, c.encode())
             elif self.unknown is None:
                 raise UserError(f"{c!r} is not in this vocabulary, nor an unknown token or bytes")
             elif ids[-1:] != [self.unknown]:  # one unknown token for a run of unknown characters

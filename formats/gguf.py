@@ -499,14 +499,12 @@ def norm_key(arch):
     return f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"
 
 
-def shape_metadata(config, where):
+def shape_metadata(config):
     """Config -> ({key: value}, rope_freqs or None). UserError for what llama.cpp cannot run."""
     arch = gguf_architecture(config)
     heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
     if arch == "qwen2" and heads * head_dim != channels:
-        raise UserError(
-            f"{where}: llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels"
-        )
+        raise UserError(f"llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels")
     meta = {key: getattr(config, field) for key, field in SHAPE_KEYS.items()}
     meta["vocab_size"] = config.vocab_size
     meta[norm_key(arch)] = config.norm_eps
@@ -527,7 +525,7 @@ def shape_metadata(config, where):
             freqs = slowed_down(head_dim, config.rope)
         elif kind != "default":
             raise UserError(
-                f"{where}: {arch} with rope scaling {kind!r} cannot be written; Llama 3's can, and "
+                f"{arch} with rope scaling {kind!r} cannot be written; Llama 3's can, and "
                 "only in Llama models"
             )
     return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}, freqs
@@ -655,25 +653,25 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
-def tokenizer_metadata(tok, rows, config, where):
-    """Tokenizer -> tokenizer.* metadata; ids up to `rows` that it lacks are unused.
+def tokenizer_metadata(tok, config):
+    """Tokenizer -> tokenizer.* metadata; ids up to the model's that it lacks are unused.
 
     UserError, or a warning on stderr, where llama.cpp would give other ids."""
+    rows = config.vocab_size
     if tok.vocab_size > rows:
-        raise UserError(
-            f"{where}: the tokenizer has {tok.vocab_size:,} ids, the model only {rows:,} rows"
-        )
+        raise UserError(f"the tokenizer has {tok.vocab_size:,} ids, the model only {rows:,} rows")
     if tok.kind == "chars":
-        raise UserError(
-            f"{where}: a character tokenizer cannot be written, for llama.cpp aborts on characters "
-            "that it lacks"
-        )
+        raise UserError("llama.cpp aborts on characters that a character tokenizer lacks")
     content = to_json(tok)["model"]
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [UNUSED] * rows
+    named = dict.fromkeys(tok.special, CONTROL) | dict.fromkeys(tok.added, USER_DEFINED)
     for text, i in content["vocab"].items():
         tokens[i] = text
-        types[i] = token_type(tok, text)
+        is_byte = tok.kind == "pieces" and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        types[i] = named.get(text, BYTE if is_byte else NORMAL)
+    if tok.unknown is not None:
+        types[tok.unknown] = UNKNOWN
     if tok.kind == "bytes":
         meta = bytes_metadata(tok, content["merges"])
     else:
@@ -685,15 +683,6 @@ def tokenizer_metadata(tok, rows, config, where):
     if tok.chat_template:
         meta["tokenizer.chat_template"] = tok.chat_template
     return meta
-
-
-def token_type(tok, text):
-    if text in tok.special:
-        return UNKNOWN if tok.special[text] == tok.unknown else CONTROL
-    if text in tok.added:
-        return USER_DEFINED
-    is_byte = tok.kind == "pieces" and re.fullmatch("<0x[0-9A-F]{2}>", text)
-    return BYTE if is_byte else NORMAL
 
 
 def bytes_metadata(tok, merges):
@@ -1004,16 +993,15 @@ def write(folder, path, mix):
     if model.quantization:
         method = model.quantization["quant_method"]
         raise UserError(f"{folder} is quantized already ({method}); start from the original model")
-    meta, freqs = shape_metadata(config, folder)
-    meta |= {
-        "general.name": folder.resolve().name,
-        "general.file_type": MIXES[mix],
-        "general.quantization_version": 2,
-        **tokenizer_metadata(Tokenizer.load(folder), config.vocab_size, config, folder),
-    }
+    with naming(folder):
+        meta, freqs = shape_metadata(config)
+        meta |= tokenizer_metadata(Tokenizer.load(folder), config)
+    meta["general.name"] = folder.resolve().name
+    meta["general.file_type"] = MIXES[mix]
+    meta["general.quantization_version"] = 2
     plan = []
     for name, parts in by_gguf_name(model.state_dict(), config).items():
-        plan.append(plan_tensor(name, list(parts.values()), mix, config, folder))
+        plan.append(plan_tensor(name, list(parts.values()), mix, config))
     if freqs is not None:
         make = as_bytes(freqs, torch.float32).numpy
         plan.append(PlannedTensor("rope_freqs.weight", "F32", tuple(freqs.shape), make))
@@ -1024,7 +1012,7 @@ def write(folder, path, mix):
     return sizes
 
 
-def plan_tensor(name, parts, mix, config, folder):
+def plan_tensor(name, parts, mix, config):
     """Tensors that lie end to end in the file -> PlannedTensor; they are read when it is made."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     wanted = type_in_mix(name, shape, mix, config)
@@ -1038,7 +1026,7 @@ def plan_tensor(name, parts, mix, config, folder):
         most = torch.linalg.vector_norm(tensor, ord=math.inf).item()
         limit = math.inf if kind in ("F32", "BF16") else 65504
         if not most < limit:  # nan is not
-            raise UserError(f"{folder}: {name} has values up to {most}, which {kind} cannot hold")
+            raise UserError(f"{name} has values up to {most}, which {kind} cannot hold")
         rows = reorder_rows(tensor.view(len(tensor), -1), name, config)
         return encode_rows(rows, kind).numpy()
 
