@@ -569,10 +569,10 @@ def read_config(meta, tensors):
     channels, heads = get("embedding_length", 0), get("attention.head_count", 0, int)
     head_dim = get("attention.key_length", channels // max(1, heads))
     sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
-    if get("expert_count", 0) or sizes != {head_dim} or not 2 <= head_dim <= 1024:
+    if get("expert_count", 0) or sizes != {head_dim}:
         raise UserError(
             f"experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
-            "are not of one size from 2 to 1,024, are not supported"
+            "are not of one size, are not supported"
         )
     theta = float(get("rope.freq_base", 10000.0))
     kind = get("rope.scaling.type", "none", str)

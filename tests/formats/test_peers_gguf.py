@@ -255,7 +255,7 @@ def assert_the_package_reads_the_same(state, config, path, package):
         reference[tensor.name] = package.quants.dequantize(tensor.data, tensor.tensor_type)
     for name, tensor in state.items():
         there = gguf.gguf_name(name, config)
-        expected = torch.from_numpy(reference[there])
+        expected = torch.tensor(reference[there])
         expected = gguf.reorder_rows(expected, there, config, back=True)
         assert torch.equal(tensor.dequantize(), expected), name
 
