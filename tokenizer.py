@@ -54,6 +54,16 @@ PATTERNS = {
     r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
 PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")  # digits one by one
+# Where a large file may be cut without changing any chunk, so that its parts can be split in
+# parallel: between a visible character and a space; a letter or digit and a newline; a Chinese
+# character or Hangul and a space, newline or comma.
+BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
+BETWEEN_CHUNKS = (
+    BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)"
+    rb"|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
+)
+# No chunk of these patterns reaches across such a place.
+CUT_THERE = {*PATTERNS.values(), r"\p{N}", r"\p{N}+"}
 
 
 @functools.lru_cache
@@ -201,15 +211,6 @@ ROLES = {
     "pad_token": "<pad> <PAD>",
 }
 LARGEST_ID = 1 << 24  # tables are as long as the largest id, which an untrusted file may name
-# Where a file may be cut without changing any chunk: between a visible character and a space; a
-# letter or digit and a newline; a Chinese character or Hangul and a space, newline or comma.
-BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = (
-    BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)"
-    rb"|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
-)
-# These patterns never join what BETWEEN_CHUNKS parts.
-CUT_THERE = {*PATTERNS.values(), r"\p{N}", r"\p{N}+"}
 
 
 @dataclass(eq=False, repr=False)
@@ -339,8 +340,8 @@ class Tokenizer:
 
         UserError for a character that a character tokenizer does not know, or a bos or eos that
         this tokenizer does not have."""
-        ids = self._encode(text)
-        if bos:
+        ids = self._encode(text)  # in which `special` is never looked up
+        if bos:  # only here, and where chat.render builds a turn, a special token becomes an id
             ids.insert(0, self._required("bos"))
         if eos:
             ids.append(self._required("eos"))
@@ -380,7 +381,7 @@ class Tokenizer:
             return self._encode_characters(text)
         if self.fast is None:
             return self.encode_slowly(text)
-        encode = self.fast.encode_ordinary  # splits by the last pattern, then merges
+        encode = self.fast.encode_ordinary  # splits by the last pattern itself, then merges
         patterns = self.patterns[:-1]
         if any(text[i : i + 50_000].isspace() for i in range(0, len(text) - 50_000, 50_000)):
             # On 100,000 spaces in a row tiktoken's regular expressions can panic: split with ours.
@@ -660,7 +661,7 @@ class Stream:
         return self._decode(b"", final=True)
 
     def _decode(self, data, final=False):
-        text = self.decoder.decode(data, final)
+        text = self.decoder.decode(data, final)  # it holds back the bytes of half a character
         if self.strip_space and text:
             self.strip_space = False
             return text.removeprefix(" ")

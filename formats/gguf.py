@@ -109,19 +109,24 @@ def split_blocks(blocks, kind):
     return codes.view(len(blocks), scale.size(1), -1), scale, low
 
 
-def join_blocks(kind, codes, d, **field):
-    """Codes (n, block) and d (n, 1) in floats, s and m in bytes -> (n, bytes) uint8."""
-    codes = codes.to(torch.uint8)
+def encode_blocks(kind, rows):
+    """Floats -> (n, bytes) uint8, the n blocks that they fill."""
+    blocks = rows.float().reshape(-1, kind.block)
+    if kind.dtype:
+        return as_bytes(blocks, kind.dtype)
+    field = kind.encode(blocks)
+    codes = field["codes"].to(torch.uint8)
     bits, high_bits = kind.bits
     field["q"] = pack_bits(codes ^ 128 if bits == 8 else codes & (1 << bits) - 1, bits, kind.run)
     if high_bits:
         field["h"] = pack_bits(codes >> bits, high_bits, kind.high_run)
-    field["d"] = as_bytes(d)
+    field["d"] = as_bytes(field["d"])
     return torch.cat([field[name] for name in kind.layout], 1)
 
 
-def decode_blocks(blocks, kind):
-    """(n, bytes) uint8 -> (n, block) float32."""
+def decode_blocks(kind, rows):
+    """(..., bytes of whole blocks) uint8 -> (n, block) float32."""
+    blocks = rows.reshape(-1, kind.bytes)
     if kind.dtype:
         return blocks.contiguous().view(kind.dtype).float()
     codes, scale, low = split_blocks(blocks, kind)
@@ -310,14 +315,8 @@ def by_rows(function, rows, out):
 def encode_rows(x, name):
     """(N, K) -> (N, bytes a row) uint8, of a type in BLOCK_TYPES whose block divides K."""
     kind = BLOCK_TYPES[name]
-
-    def encode(rows):
-        blocks = rows.float().reshape(-1, kind.block)
-        if kind.dtype:
-            return as_bytes(blocks, kind.dtype)
-        return join_blocks(kind, **kind.encode(blocks))
-
-    return by_rows(encode, x, torch.empty(len(x), kind.size(x.shape[1:]), dtype=torch.uint8))
+    data = torch.empty(len(x), kind.size(x.shape[1:]), dtype=torch.uint8)
+    return by_rows(partial(encode_blocks, kind), x, data)
 
 
 @dataclass
@@ -330,11 +329,7 @@ class GGUFTensor:
 
     def dequantize(self, dtype=torch.float32):
         """-> tensor of `shape`"""
-        kind = BLOCK_TYPES[self.type]
-
-        def decode(rows):
-            return decode_blocks(rows.reshape(-1, kind.bytes), kind)
-
+        decode = partial(decode_blocks, BLOCK_TYPES[self.type])
         return by_rows(decode, self.data, torch.empty(self.shape, dtype=dtype))
 
 
@@ -993,9 +988,10 @@ def write(folder, path, mix):
     if model.quantization:
         method = model.quantization["quant_method"]
         raise UserError(f"{folder} is quantized already ({method}); start from the original model")
+    tok = Tokenizer.load(folder)
     with naming(folder):
         meta, freqs = shape_metadata(config)
-        meta |= tokenizer_metadata(Tokenizer.load(folder), config)
+        meta |= tokenizer_metadata(tok, config)
     meta["general.name"] = folder.resolve().name
     meta["general.file_type"] = MIXES[mix]
     meta["general.quantization_version"] = 2
@@ -1037,7 +1033,7 @@ def read_gguf(path):
     """GGUF file -> (Config, {our name: GGUFTensor}, Tokenizer or None), completeness checked.
 
     UserError, in bounded time and memory, for whatever is wrong with the file."""
-    with naming(path):
+    with naming(Path(path)):
         meta, tensors = open_gguf(path)
         config = read_config(meta, tensors)
         get = metadata_reader(meta, "tokenizer")
@@ -1094,14 +1090,13 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
 def install_packed_linears(model, state):
     """Linear layers of a block type become PackedLinear, and leave `state`."""
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, torch.nn.Linear):
-            continue
-        if BLOCK_TYPES[state[f"{name}.weight"].type].dtype:
+        key = f"{name}.weight"
+        if not isinstance(layer, torch.nn.Linear) or BLOCK_TYPES[state[key].type].dtype:
             continue
         bias = state.pop(f"{name}.bias", None)
         if bias is not None:
             bias = bias.dequantize()
-        model.set_submodule(name, PackedLinear(state.pop(f"{name}.weight"), bias))
+        model.set_submodule(name, PackedLinear(state.pop(key), bias))
         model.quantization = {"quant_method": "gguf"}
 
 
@@ -1118,7 +1113,7 @@ class Args:
 
 def show_gguf(path):
     """Print metadata and tensors, cut short."""
-    with naming(path):
+    with naming(Path(path)):
         meta, tensors = open_gguf(path)
     for key, value in meta.items():
         print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
