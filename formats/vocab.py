@@ -329,11 +329,12 @@ def text_steps(tokenizer):
     """What a tokenizer.json does to a text before its model, and to the tokens after it."""
     changes = []
     for kind, *arguments in tokenizer.normalizer:
-        if kind == "prepend":
+        if kind == "replace":
+            changes.append(replace_json(*arguments))
+        elif kind == "prepend":
             changes.append({"type": "Prepend", "prepend": arguments[0]})
         else:
-            old, new = arguments
-            changes.append(replace_json(old, new))
+            changes.append({"type": arguments[0]})  # NFC and its like
     steps = {"normalizer": None, "pre_tokenizer": None, "decoder": {"type": "Fuse"}}
     if changes:
         steps["normalizer"] = {"type": "Sequence", "normalizers": changes}

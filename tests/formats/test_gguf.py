@@ -452,6 +452,17 @@ def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_
     assert gguf.read_gguf(tmp_path / "w.gguf")[0].max_position_embeddings == 300
 
 
+def test_a_tokenizer_that_normalizes_is_written_with_a_warning(tmp_path, capsys):
+    """As Qwen's does."""
+    tok = Tokenizer.train(TEXT_PARTS, 300, "qwen2")
+    tok.normalizer = [("unicode", "NFC")]
+    make_folder(tmp_path / "m", "tiny", tok)
+    assert Tokenizer.load(tmp_path / "m").normalizer == tok.normalizer
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "f16")
+    assert "does not normalize" in capsys.readouterr().err
+    assert gguf.read_gguf(tmp_path / "m.gguf")[2].encode("Hello") == tok.encode("Hello")
+
+
 @pytest.mark.parametrize(
     "value, mix", [(float("nan"), "f32"), (float("inf"), "q8_0"), (1e5, "f16"), (-1e5, "q4_k_m")]
 )
