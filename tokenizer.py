@@ -19,7 +19,6 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -55,6 +54,16 @@ PATTERNS = {
     r"""| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
 PATTERNS["qwen2"] = PATTERNS["llama3"].replace("{1,3}", "")  # digits one by one
+# Where a large file may be cut without changing any chunk, so that its parts can be split in
+# parallel: between a visible character and a space; a letter or digit and a newline; a Chinese
+# character or Hangul and a space, newline or comma.
+BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
+BETWEEN_CHUNKS = (
+    BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)"
+    rb"|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
+)
+# No chunk of these patterns reaches across such a place.
+CUT_THERE = {*PATTERNS.values(), r"\p{N}", r"\p{N}+"}
 
 
 @functools.lru_cache
@@ -62,28 +71,17 @@ def splitter(pattern):
     """A function text -> list of chunks that add up to it. UserError for an unusable pattern."""
     try:
         compiled = regex.compile(pattern)
-        # What the pattern leaves out becomes a chunk too, so that no text is lost.
-        with_rest = regex.compile(rf"{pattern}|(?:(?!{pattern})[\s\S])+")
+        if compiled.match("") or compiled.groups:
+            raise regex.error("it must match no empty text and have no groups but (?: )")
     except regex.error as error:
         raise UserError(
-            f"the split pattern {pattern!r} is not a regular expression: {error}"
+            f"the split pattern {pattern!r} is not a regular expression that splits text: {error}"
         ) from None
-    if compiled.match("") or compiled.groups:
-        raise UserError(
-            f"the split pattern {pattern!r} must match no empty text and have no groups but (?: )"
-        )
     if pattern in PATTERNS.values():  # these leave nothing out
         return compiled.findall
-
-    def split_with_rest(text):
-        chunks = with_rest.findall(text)
-        if sum(map(len, chunks)) != len(text):  # after an empty match a character is skipped
-            raise UserError(
-                f"the split pattern {pattern!r} matches empty text and loses what follows"
-            )
-        return chunks
-
-    return split_with_rest
+    # What another pattern leaves out becomes a chunk too, so that no text is lost.
+    split = regex.compile(f"({pattern})").split
+    return lambda text: list(filter(None, split(text)))
 
 
 # ---- Learn: the most frequent pair of neighbours becomes a new symbol, again and again
@@ -137,29 +135,27 @@ def merge_by_rank(ids, merges):
 
     The ids form a linked list, and a heap holds (rank, position) of every pair that has a merge:
     O(n log n), so that a megabyte of one letter takes seconds and not days."""
-    ids = list(ids)
-    end = len(ids)
-    after = list(range(1, end + 1))  # the position of the next id that is left; `end` for none
-    before = list(range(-1, end - 1))  # and of the previous one; -1 for none
+    ids = [*ids, -1]  # -1 stands at the end, and wherever an id has been merged away
+    after = list(range(1, len(ids) + 1))  # the position of the next id that is left
+    before = list(range(-1, len(ids) - 1))  # and of the previous one; before the first: the end's
     heap = [(merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
     heapq.heapify(heap)
 
     def offer(left, right):
-        if left >= 0 and right < end and (ids[left], ids[right]) in merges:
-            rank, _ = merges[ids[left], ids[right]]
-            heapq.heappush(heap, (rank, left))
+        pair = ids[left], ids[right]
+        if pair in merges:
+            heapq.heappush(heap, (merges[pair][0], left))
 
     while heap:
         rank, left = heapq.heappop(heap)  # here the next merge is chosen
         right = after[left]
-        pair = (ids[left], ids[right]) if right < end else None
+        pair = ids[left], ids[right]
         if pair not in merges or merges[pair][0] != rank:
             continue  # one of the two has been merged since
         ids[left] = merges[pair][1]
-        ids[right] = -1  # merged away
+        ids[right] = -1
         after[left] = after[right]
-        if after[left] < end:
-            before[after[left]] = left
+        before[after[left]] = left
         offer(before[left], left)
         offer(left, after[left])
     return [i for i in ids if i >= 0]
@@ -185,24 +181,36 @@ def halves(token, vocab):
             yield pair
 
 
+def stays_apart(left, right, last, merges):
+    """Whether two tokens side by side are what merging their bytes comes to before they are joined:
+    no merge crosses their border until both are whole.
+
+    Takes back the later of their last merges until none is left, and looks across the border each
+    time. last {id: pair, None for a byte}; ids ascend with ranks."""
+    while last[max(left, right)]:
+        if left > right:
+            before = left
+            left = last[left][1]
+        else:
+            before = right + 1  # of equal pairs the leftmost goes first
+            right = last[right][0]
+        if (left, right) in merges and merges[left, right][1] < before:
+            return False
+    return True
+
+
 # ---- The Tokenizer.
 
-SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>")
-# Which special tokens begin, end and pad a text, by the names they usually have.
+SPECIAL_TOKENS = "<PAD> <UNK> <BOS> <EOS> <|im_start|> <|im_end|>".split()
+# Which special tokens begin, end and pad a text, where no file says it: the last of these names
+# that the tokenizer has.
 ROLES = {
-    "bos_token": ("<BOS>", "<s>", "<|endoftext|>"),
-    "eos_token": ("<EOS>", "</s>", "<|endoftext|>"),
-    "unk_token": ("<UNK>", "<unk>"),
-    "pad_token": ("<PAD>", "<pad>"),
+    "bos_token": "<|endoftext|> <s> <BOS>",
+    "eos_token": "<|endoftext|> </s> <EOS>",
+    "unk_token": "<unk> <UNK>",
+    "pad_token": "<pad> <PAD>",
 }
 LARGEST_ID = 1 << 24  # tables are as long as the largest id, which an untrusted file may name
-# Where cutting a text leaves its chunks as they were: a visible character before a space; a letter
-# or digit before a newline; a Chinese character or Hangul before a space, newline or comma.
-BEFORE_SPACE = rb"[!-~](?= )|[\xc3-\xdf][\x80-\xbf](?= )"
-BETWEEN_CHUNKS = (
-    BEFORE_SPACE + rb"|[a-zA-Z0-9](?=\n)"
-    rb"|[\xe5-\xe9\xeb\xec][\x80-\xbf]{2}(?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8c)"
-)
 
 
 @dataclass(eq=False, repr=False)
@@ -218,11 +226,11 @@ class Tokenizer:
     kind: str
     vocab: dict  # {token: id}, keys bytes or str by kind, without special and added tokens
     listed_merges: dict | None = None  # None: ids are ranks, and `merges` are worked out if needed
-    patterns: Sequence = ()
+    patterns: tuple = ()
     special: dict = field(default_factory=dict)  # {text: id}: no text ever becomes one of these
     added: dict = field(default_factory=dict)  # {text: id}, matched in text first (Qwen's <think>)
     whole_chunks: bool = False  # a chunk that is a token becomes it, whatever merges say (Llama 3)
-    normalizer: Sequence = ()  # (operation, arguments...), see normalize
+    normalizer: tuple = ()  # (operation, arguments...), see normalize
     strip_space: bool = False  # the first space is not text but was put there
     unknown: int | None = None  # the id of what has no token
     config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
@@ -231,25 +239,25 @@ class Tokenizer:
     def __post_init__(self):
         if not self.config:
             for role, names in ROLES.items():
-                known = [name for name in names if name in self.special]
-                if known:
-                    self.config[role] = known[0]
+                for name in names.split():
+                    if name in self.special:
+                        self.config[role] = name
         for pattern in self.patterns:
             splitter(pattern)  # an unusable one is refused now
-        names = self.added | self.special
-        ids = [*self.vocab.values(), *names.values()]
-        check_ids(ids, len(self.vocab) + len(names))
+        ids = [*self.vocab.values(), *self.added.values(), *self.special.values()]
+        check_ids(ids)
         self.vocab_size = max(ids, default=-1) + 1
         self._bytes = [b""] * self.vocab_size  # what each id adds to a text
-        self._shown = [b""] * self.vocab_size  # the same with special tokens' names
         for token, i in self.vocab.items():
-            self._bytes[i] = self._shown[i] = self.spell(token)
-        for name, i in names.items():
+            self._bytes[i] = self.spell(token)
+        for name, i in self.added.items():
+            self._bytes[i] = name.encode()
+        self._shown = self._bytes.copy()  # the same with special tokens' names
+        for name, i in self.special.items():
             self._shown[i] = name.encode()
-            if name in self.added:
-                self._bytes[i] = name.encode()
-        by_length = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self._split_added = re.compile(f"({'|'.join(by_length)})").split
+        # Special tokens are not among these, so no text becomes one.
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self._split_added = re.compile(f"({'|'.join(longest_first)})").split
         self._cache = {}  # chunk -> ids, of the plain encoder
 
     def spell(self, token):
@@ -290,37 +298,30 @@ class Tokenizer:
                 f"a vocabulary of {vocab_size} is too small: "
                 f"256 bytes and {len(special)} special tokens need {least}"
             )
-        splitter(pattern)  # an unusable one is refused before any text is read
         from training import bpe
 
         if isinstance(texts, str):
             texts = [texts]
         chunks = bpe.count_chunks(texts, files, pattern, max_bytes, processes)
         if not chunks:
-            given = ", ".join(map(str, files)) or "no texts given"
-            raise UserError(f"there is no text to learn from: {given}")
+            raise UserError(f"there is no text to learn from in {len(files)} files")
         merges = bpe.learn_merges(chunks, vocab_size - least, {name.encode() for name in special})
         fits = least + len(merges)
         if fits < vocab_size:
             print(
-                f"asked for {vocab_size - least:,} merges, the text supports {len(merges):,}: "
-                f"stopped early with a vocabulary of {fits:,} (--vocab-size {fits} asks for that)",
+                f"the text supports {len(merges):,} merges: stopped early with a vocabulary of "
+                f"{fits:,} (--vocab-size {fits} asks for that)",
                 file=sys.stderr,
             )
-        return cls.of_merges(merges, pattern, special)
-
-    @classmethod
-    def of_merges(cls, merges, pattern, special):
-        """[(left, right)], numbered as learn_merges_simply does -> Tokenizer."""
-        symbols = [bytes([b]) for b in BYTES]
+        tokens = [bytes([b]) for b in BYTES]
         for left, right in merges:
-            symbols.append(symbols[left] + symbols[right])
-        first = len(special)  # ids of special tokens come first
-        vocab = {token: first + i for i, token in enumerate(symbols)}
+            tokens.append(tokens[left] + tokens[right])
+        first = len(special)  # special tokens come first, then the bytes, then what merges make
+        vocab = {token: first + i for i, token in enumerate(tokens)}
         ranked = {}
         for rank, (left, right) in enumerate(merges):
-            ranked[first + left, first + right] = (rank, first + 256 + rank)
-        return cls("bytes", vocab, ranked, patterns=[pattern], special=special)
+            ranked[first + left, first + right] = (rank, least + rank)
+        return cls("bytes", vocab, ranked, [pattern], special)
 
     @classmethod
     def char(cls, text: str, special_tokens=()) -> "Tokenizer":
@@ -339,8 +340,8 @@ class Tokenizer:
 
         UserError for a character that a character tokenizer does not know, or a bos or eos that
         this tokenizer does not have."""
-        ids = self._encode(text)
-        if bos:
+        ids = self._encode(text)  # in which `special` is never looked up
+        if bos:  # only here, and where chat.render builds a turn, a special token becomes an id
             ids.insert(0, self._required("bos"))
         if eos:
             ids.append(self._required("eos"))
@@ -377,29 +378,26 @@ class Tokenizer:
     def _encode_part(self, text, where):
         text = normalize(text, self.normalizer, where)
         if self.kind == "chars":
-            return self._encode_chars(text)
+            return self._encode_characters(text)
         if self.fast is None:
             return self.encode_slowly(text)
-        encode, patterns = self.fast.encode_ordinary, self.patterns[:-1]  # the last is in `fast`
+        encode = self.fast.encode_ordinary  # splits by the last pattern itself, then merges
+        patterns = self.patterns[:-1]
         if any(text[i : i + 50_000].isspace() for i in range(0, len(text) - 50_000, 50_000)):
             # On 100,000 spaces in a row tiktoken's regular expressions can panic: split with ours.
-            encode, patterns = self.fast._encode_single_piece, self.patterns
-        if not patterns:
-            return encode(text)
-        ids = []
-        for chunk in self._split(text, patterns):
-            ids += encode(chunk)
-        return ids
+            encode = self.fast._encode_single_piece
+            patterns = self.patterns
+        return list(chain.from_iterable(map(encode, self._split(text, patterns))))
 
-    def _encode_chars(self, text):
+    def _encode_characters(self, text):
         try:
             return [self.vocab[c] for c in text]
         except KeyError:
             unknown = sorted(set(text) - self.vocab.keys())
-            shown = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise UserError(
                 f"{len(unknown)} of the text's characters not in this tokenizer's "
-                f"{len(self.vocab)}: {shown}; make the tokenizer from text that has them"
+                f"{len(self.vocab)}: {', '.join(map(repr, unknown[:10]))}; make the tokenizer from "
+                "text that has them"
             ) from None
 
     def _split(self, text, patterns):
@@ -430,11 +428,10 @@ class Tokenizer:
             return merge_by_rank(map(self.byte_id, token), self.merges)
         ids = []
         for c in chunk:
-            fallback = [self.vocab.get(f"<0x{b:02X}>") for b in c.encode()]
             if c in self.vocab:
                 ids.append(self.vocab[c])
-            elif None not in fallback:
-                ids += fallback
+            elif "<0x00>" in self.vocab:
+                ids += map(self.byte_id, c.encode())
             elif self.unknown is None:
                 raise UserError(f"{c!r} is not in this vocabulary, nor an unknown token or bytes")
             elif ids[-1:] != [self.unknown]:  # one unknown token for a run of unknown characters
@@ -482,23 +479,24 @@ class Tokenizer:
         halves must be listed, as in Llama 3's file."""
         if self.listed_merges is None:  # the file has ids alone, for tiktoken to follow
             return True
-        made = [new for _, new in sorted(self.merges.values())]
-        if made != sorted(made) or not all(bytes([b]) in self.vocab for b in range(256)):
+        merges = self.merges
+        byte_ids = [self.vocab.get(bytes([b])) for b in range(256)]
+        if None in byte_ids:
             return False
-        unreached = self.unreached_tokens()
+        newest = max(byte_ids)
+        last = dict.fromkeys(byte_ids)  # id: the pair that merging its bytes joins last
+        for pair in sorted(merges, key=merges.get):
+            _, new = merges[pair]
+            if new < newest:
+                return False
+            newest = new
+            if new not in last and last.keys() >= {*pair} and stays_apart(*pair, last, merges):
+                last[new] = pair
+        unreached = [token for token, i in self.vocab.items() if i not in last]
         if unreached and not self.whole_chunks:
             return False
         pairs = chain.from_iterable(halves(token, self.vocab) for token in unreached)
-        return all(pair in self.merges for pair in pairs)
-
-    def unreached_tokens(self):
-        """The byte-level tokens that merging their own bytes does not end in."""
-        byte_ids = [self.vocab.get(bytes([b])) for b in range(256)]
-        unreached = []
-        for token, i in self.vocab.items():
-            if merge_by_rank([byte_ids[b] for b in token], self.merges) != [i]:
-                unreached.append(token)
-        return unreached
+        return all(pair in merges for pair in pairs)
 
     # -- encoding of files in parts
 
@@ -524,17 +522,14 @@ class Tokenizer:
     def cuts(self):
         """Regular expressions for common.border: where a file may be cut without changing any id.
 
-        () if that is not certain: an added token is cut, or a sample splits otherwise when cut."""
-        cuts = BEFORE_SPACE if self.kind == "pieces" else BETWEEN_CHUNKS
+        () if that is not certain: for unknown patterns, or if an added token is cut."""
+        cuts = BETWEEN_CHUNKS
+        certain = self.kind == "chars" or (self.patterns and {*self.patterns} <= CUT_THERE)
+        if self.kind == "pieces":
+            cuts = BEFORE_SPACE
+            certain = self.spaces_lead
         crossed = any(re.search(cuts, name.encode()) for name in self.added)
-        if crossed or (self.kind == "pieces" and not self.spaces_lead):
-            return ()
-        for split in map(splitter, self.patterns):
-            for left in ("a", "Zb", "1", ".a", "\na", "'s", " a", "ü", "中"):
-                for right in (" a", " 1", " .", " \n", "  ", "   a", "\n", "\na", "\n\na", "、a"):
-                    if split(left) + split(right) != split(left + right):
-                        return ()
-        return (cuts,)
+        return (cuts,) if certain and not crossed else ()
 
     @functools.cached_property
     def spaces_lead(self):
@@ -666,7 +661,7 @@ class Stream:
         return self._decode(b"", final=True)
 
     def _decode(self, data, final=False):
-        text = self.decoder.decode(data, final)
+        text = self.decoder.decode(data, final)  # it holds back the bytes of half a character
         if self.strip_space and text:
             self.strip_space = False
             return text.removeprefix(" ")
@@ -701,13 +696,12 @@ def number_special(names):
     return {name: i for i, name in enumerate(names)}
 
 
-def check_ids(ids, n):
-    """UserError unless these are n different ids of a sane size."""
-    ids = list(ids)
+def check_ids(ids):
+    """UserError unless these are different ids of a sane size."""
     for i in ids:
         if type(i) is not int or not 0 <= i < LARGEST_ID:
             raise UserError(f"token id {i!r} is not a whole number from 0 to {LARGEST_ID - 1}")
-    if len(set(ids)) < n:
+    if len(set(ids)) < len(ids):
         raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
 
 
@@ -715,12 +709,10 @@ def check_ids(ids, n):
 
 
 def text_files(paths):
-    """Files, and the .txt files of folders. UserError if there are none, or one is binary."""
+    """Files, and the .txt files of folders. UserError if one is binary."""
     found = []
     for path in map(Path, paths):
         found += sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not found:
-        raise UserError(f"no .txt files in {', '.join(map(str, paths))}")
     for file in found:
         with open(file, "rb") as f:
             if b"\0" in f.read(1 << 20):

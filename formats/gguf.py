@@ -8,7 +8,6 @@ Version 3 (ggml/docs/gguf.md): magic, counts, metadata, tensor infos, padding, t
 little-endian. Every tensor type in use is read; those that people make today are written.
 """
 
-import json
 import math
 import mmap
 import re
@@ -23,7 +22,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import UserError, cli, parse_flags, write_atomic
-from formats.vocab import flat_steps, merges_by_score, naming, read_bpe, space_steps, to_json
+from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
 from quant import QuantLinear
 from tokenizer import PATTERNS, Tokenizer
@@ -49,6 +48,7 @@ class BlockType(NamedTuple):
     dtype: torch.dtype | None = None  # of plain floats, whose block is one number
     zero: int = 0  # the code of 0
     run: int = 16  # bytes of q that hold the low bits of as many codes, then the next higher ones
+    high_run: int = 1  # the same of h
     scales: Callable | None = None  # s (n, bytes) -> (n, G) multiples of d, and of m or None
     encode: Callable | None = None  # (n, block) float32 -> {"codes": ..., field: ...}, if written
 
@@ -59,12 +59,7 @@ class BlockType(NamedTuple):
     @property
     def bits(self):
         """How many of a code's bits are in q, and how many in h."""
-        return tuple(8 * self.layout.get(field, 0) // self.block for field in "qh")
-
-    @property
-    def high_run(self):
-        """As `run`, of h."""
-        return 32 if self.block == 256 else 1
+        return [8 * self.layout.get(field, 0) // self.block for field in "qh"]
 
     def size(self, shape):
         return math.prod(shape) // self.block * self.bytes
@@ -89,6 +84,10 @@ def as_bytes(x, dtype=torch.float16):
     return x.to(dtype).contiguous().view(torch.uint8)
 
 
+def from_half(data):
+    return data.contiguous().view(torch.float16).float()
+
+
 def split_blocks(blocks, kind):
     """(n, bytes) uint8 -> codes uint8 (n, G, block / G), scale (n, G), low (n, G) or None."""
     field = dict(zip(kind.layout, blocks.split(list(kind.layout.values()), 1)))
@@ -98,33 +97,36 @@ def split_blocks(blocks, kind):
         codes = codes | unpack_bits(field["h"], high_bits, kind.high_run) << bits
     if bits == 8:
         codes = codes ^ 128  # -128..127 -> 0..255
-    scale = field["d"].contiguous().view(torch.float16).float()  # (n, 1)
-    low = None
-    if "m" in field:
-        low = field["m"].contiguous().view(torch.float16).float()
+    scale = from_half(field["d"])  # (n, 1)
+    low = from_half(field["m"]) if "m" in field else None
     if kind.scales:
         multiples, low_multiples = kind.scales(field["s"])
         scale = multiples * scale
-        low = None if low is None else low_multiples * low
+        if low is not None:
+            low = low_multiples * low
     elif low is not None:
         low = -low  # Q4_1 and Q5_1 add their minimum
     return codes.view(len(blocks), scale.size(1), -1), scale, low
 
 
-def join_blocks(kind, codes, **field):
-    """Codes (n, block), d and m (n, 1) in floats and s in bytes -> (n, bytes) uint8."""
-    codes = codes.to(torch.uint8)
+def encode_blocks(kind, rows):
+    """Floats -> (n, bytes) uint8, the n blocks that they fill."""
+    blocks = rows.float().reshape(-1, kind.block)
+    if kind.dtype:
+        return as_bytes(blocks, kind.dtype)
+    field = kind.encode(blocks)
+    codes = field["codes"].to(torch.uint8)
     bits, high_bits = kind.bits
     field["q"] = pack_bits(codes ^ 128 if bits == 8 else codes & (1 << bits) - 1, bits, kind.run)
     if high_bits:
         field["h"] = pack_bits(codes >> bits, high_bits, kind.high_run)
-    for name in field.keys() & {"d", "m"}:
-        field[name] = as_bytes(field[name])
+    field["d"] = as_bytes(field["d"])
     return torch.cat([field[name] for name in kind.layout], 1)
 
 
-def decode_blocks(blocks, kind):
-    """(n, bytes) uint8 -> (n, block) float32."""
+def decode_blocks(kind, rows):
+    """(..., bytes of whole blocks) uint8 -> (n, block) float32."""
+    blocks = rows.reshape(-1, kind.bytes)
     if kind.dtype:
         return blocks.contiguous().view(kind.dtype).float()
     codes, scale, low = split_blocks(blocks, kind)
@@ -199,7 +201,7 @@ def encode_k45(x, top, start, steps):
     scale, low = (multiples * head.float()).view(2, -1, 1)  # each (n * 8, 1)
     codes = ((x + low) / scale).round().nan_to_num(0).clamp(0, top).view(-1, 256)
     s = pack_six_bit_pairs(multiples.to(torch.uint8).transpose(0, 1))
-    return {"d": head[0], "m": head[1], "s": s, "codes": codes}
+    return {"d": head[0], "m": as_bytes(head[1]), "s": s, "codes": codes}
 
 
 def fit_range(x, top, start, steps):
@@ -267,7 +269,7 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-K_QUANT = partial(BlockType, block=256, run=32)
+K_QUANT = partial(BlockType, block=256, run=32, high_run=32)
 K45_QUANT = partial(K_QUANT, scales=six_bit_pairs)
 BLOCK_TYPES = {
     "F32": BlockType(0, 1, {"q": 4}, torch.float32),
@@ -290,10 +292,9 @@ BLOCK_TYPES = {
         layout={"d": 2, "m": 2, "s": 12, "h": 32, "q": 128},
         encode=partial(encode_k45, top=31, start=-0.5, steps=16),
     ),
-    "Q6_K": BlockType(
+    "Q6_K": K_QUANT(
         14,
-        256,
-        {"q": 128, "h": 64, "s": 16, "d": 2},
+        layout={"q": 128, "h": 64, "s": 16, "d": 2},
         zero=32,
         run=64,
         scales=eight_bits,
@@ -314,14 +315,8 @@ def by_rows(function, rows, out):
 def encode_rows(x, name):
     """(N, K) -> (N, bytes a row) uint8, of a type in BLOCK_TYPES whose block divides K."""
     kind = BLOCK_TYPES[name]
-
-    def encode(rows):
-        blocks = rows.float().reshape(-1, kind.block)
-        if kind.dtype:
-            return as_bytes(blocks, kind.dtype)
-        return join_blocks(kind, **kind.encode(blocks))
-
-    return by_rows(encode, x, torch.empty(len(x), kind.size(x.shape[1:]), dtype=torch.uint8))
+    data = torch.empty(len(x), kind.size(x.shape[1:]), dtype=torch.uint8)
+    return by_rows(partial(encode_blocks, kind), x, data)
 
 
 @dataclass
@@ -334,11 +329,7 @@ class GGUFTensor:
 
     def dequantize(self, dtype=torch.float32):
         """-> tensor of `shape`"""
-        kind = BLOCK_TYPES[self.type]
-
-        def decode(rows):
-            return decode_blocks(rows.reshape(-1, kind.bytes), kind)
-
+        decode = partial(decode_blocks, BLOCK_TYPES[self.type])
         return by_rows(decode, self.data, torch.empty(self.shape, dtype=dtype))
 
 
@@ -367,41 +358,46 @@ class PackedLinear(QuantLinear):
             codes = codes.masked_fill(flat[:, :, None], 0)
             scale = torch.where(flat, low, scale)
             zero = torch.where(scale == 0, 0.0, low / scale)
-        group = codes.size(2)
-        bits = 4 if sum(kind.bits) <= 4 else 8
         by_row = (part.reshape(rows, -1) for part in (codes, scale, zero))
-        return (*by_row, group, None, bits)
+        return (*by_row, codes.size(2), None, 4 if sum(kind.bits) <= 4 else 8)
 
 
 # ---- Names, types and order of the tensors.
 
-GGUF_NAMES = {
-    "embed_tokens": "token_embd",
-    "embed_positions": "position_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-# What --type says: the type of most matrices, and llama.cpp's number for the mix.
+
+def two_columns(text):
+    """A table of words -> {first: second}"""
+    return dict(line.split() for line in text.strip().splitlines())
+
+
+GGUF_NAMES = two_columns("""
+    embed_tokens              token_embd
+    embed_positions           position_embd
+    norm                      output_norm
+    lm_head                   output
+    input_layernorm           attn_norm
+    post_attention_layernorm  ffn_norm
+    self_attn.q_proj          attn_q
+    self_attn.k_proj          attn_k
+    self_attn.v_proj          attn_v
+    self_attn.o_proj          attn_output
+    self_attn.q_norm          attn_q_norm
+    self_attn.k_norm          attn_k_norm
+    mlp.gate_proj             ffn_gate
+    mlp.up_proj               ffn_up
+    mlp.down_proj             ffn_down
+""")
+# What --type says, and llama.cpp's number for the mix. Most matrices are of the type that the name
+# says: Q4_K in q4_k_m.
 MIXES = {
-    "f32": ("F32", 0),
-    "f16": ("F16", 1),
-    "bf16": ("BF16", 32),
-    "q8_0": ("Q8_0", 7),
-    "q4_0": ("Q4_0", 2),
-    "q4_k_m": ("Q4_K", 15),
-    "q5_k_m": ("Q5_K", 17),
-    "q6_k": ("Q6_K", 18),
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q4_0": 2,
+    "q4_k_m": 15,
+    "q5_k_m": 17,
+    "q6_k": 18,
 }
 
 
@@ -424,21 +420,21 @@ def by_gguf_name(state, config):
     return names
 
 
-def row_order(name, rows, config, back=False):
-    """The order in which the rows of `name` are stored, or back; None for as they are.
+def reorder_rows(rows, name, config, back=False):
+    """Our rows of the tensor `name` in the order in which a GGUF stores them, or back.
 
     Rotary pairs of the llama architecture are neighbours, as in Meta's own checkpoints; ours, like
     Hugging Face's, are the two halves of a head: (heads, 2, D/2) -> (heads, D/2, 2)."""
-    if config.model_type not in ("llama", "mistral") or not re.search(r"\.attn_[qk]\.", name):
-        return None
+    if gguf_architecture(config) != "llama" or not re.search(r"\.attn_[qk]\.", name):
+        return rows
     half = config.head_dim // 2
     pairs = (half, 2) if back else (2, half)
-    return torch.arange(rows).view(-1, *pairs).transpose(1, 2).flatten()
+    return rows.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 def type_in_mix(name, shape, mix, config):
     """The type that llama.cpp's quantizer gives this tensor (llama-quant.cpp), rows permitting."""
-    kind, _ = MIXES[mix]
+    kind = mix.removesuffix("_m").upper()
     if len(shape) < 2 or name == "position_embd.weight":
         return "F32"
     if BLOCK_TYPES[kind].dtype:
@@ -448,9 +444,9 @@ def type_in_mix(name, shape, mix, config):
         return "Q8_0" if kind == "Q8_0" else "Q6_K"
     if mix in ("q4_k_m", "q5_k_m") and part in ("attn_v", "attn_qkv", "ffn_down"):
         # the first and last eighth of the layers, and every third between, get more bits
-        layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
-        ends = layer < eighth or layer >= 7 * config.num_hidden_layers // 8
-        if ends or (layer - eighth) % 3 == 2:
+        layer, layers = int(name.split(".")[1]), config.num_hidden_layers
+        between = range(layers // 8, 7 * layers // 8)
+        if layer not in between or between.index(layer) % 3 == 2:
             return "Q6_K"
     return kind
 
@@ -465,48 +461,45 @@ def type_that_fits(kind, columns):
 
 # ---- The shape of the model, as metadata and back.
 
-GGUF_ARCHITECTURES = {
-    "gpt2": "gpt2",
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}
+GGUF_ARCHITECTURES = "gpt2 llama qwen2 qwen3".split()
+
+
+def gguf_architecture(config):
+    return "llama" if config.model_type == "mistral" else config.model_type
+
+
 # After the architecture's name -> the field of Config.
-SHAPE_KEYS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-}
+SHAPE_KEYS = two_columns("""
+    context_length           max_position_embeddings
+    embedding_length         hidden_size
+    block_count              num_hidden_layers
+    feed_forward_length      intermediate_size
+    attention.head_count     num_attention_heads
+    attention.head_count_kv  num_key_value_heads
+    attention.key_length     head_dim
+    attention.value_length   head_dim
+""")
 # The fields that GPT-2's config.json calls otherwise.
-GPT2_WORDS = {
-    "max_position_embeddings": "n_positions",
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-}
+GPT2_WORDS = two_columns("""
+    max_position_embeddings  n_positions
+    hidden_size              n_embd
+    num_hidden_layers        n_layer
+    intermediate_size        n_inner
+    num_attention_heads      n_head
+    norm_eps                 layer_norm_epsilon
+""")
 
 
 def norm_key(arch):
     return f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"
 
 
-def shape_metadata(config, where):
+def shape_metadata(config):
     """Config -> ({key: value}, rope_freqs or None). UserError for what llama.cpp cannot run."""
-    arch = GGUF_ARCHITECTURES[config.model_type]
+    arch = gguf_architecture(config)
     heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
-    other_width = arch == "qwen2" and heads * head_dim != channels
-    if other_width or (arch == "qwen3" and config.out_bias):
-        raise UserError(
-            f"{where}: llama.cpp's {arch} needs {heads} heads x {head_dim} = {channels} channels, "
-            "and no bias on attention's output"
-        )
+    if arch == "qwen2" and heads * head_dim != channels:
+        raise UserError(f"llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels")
     meta = {key: getattr(config, field) for key, field in SHAPE_KEYS.items()}
     meta["vocab_size"] = config.vocab_size
     meta[norm_key(arch)] = config.norm_eps
@@ -518,184 +511,110 @@ def shape_metadata(config, where):
         )
     freqs = None
     if not config.is_gpt2:
-        rope, freqs = rope_metadata(config, where)
-        meta |= rope
-    named = {f"{arch}.{key}": value for key, value in meta.items()}
-    return {"general.architecture": arch, **named}, freqs
-
-
-def rope_metadata(config, where):
-    """-> (rope.* keys, (D/2,) by what Llama 3's rule slows down each pair, or None)"""
-    rope = config.rope
-    frequency, scale = rope_frequencies(config)
-    kind, factor = rope["rope_type"], float(rope.get("factor", 1.0))
-    meta = {"rope.dimension_count": config.head_dim, "rope.freq_base": float(rope["rope_theta"])}
-    if kind == "default":
-        return meta, None
-    if "original_max_position_embeddings" in rope:
-        original = int(rope["original_max_position_embeddings"])
-        meta["rope.scaling.original_context_length"] = original
-    if kind == "llama3":
-        if GGUF_ARCHITECTURES[config.model_type] != "llama":
+        kind = config.rope["rope_type"]
+        meta["rope.dimension_count"] = head_dim
+        meta["rope.freq_base"] = float(config.rope["rope_theta"])
+        if kind == "llama3" and arch == "llama":
+            original = config.rope["original_max_position_embeddings"]
+            meta["rope.scaling.original_context_length"] = int(original)
+            freqs = slowed_down(head_dim, config.rope)
+        elif kind != "default":
             raise UserError(
-                f"{where}: llama.cpp knows Llama 3's rope scaling only in Llama models, not in "
-                f"{config.model_type}"
+                f"{arch} with rope scaling {kind!r} cannot be written; Llama 3's can, and "
+                "only in Llama models"
             )
-        plain = Config(head_dim=config.head_dim, rope=rope | {"rope_type": "default"})
-        return meta, rope_frequencies(plain)[0] / frequency
-    meta |= {"rope.scaling.type": kind, "rope.scaling.factor": factor}
-    if kind == "yarn":
-        if not rope.get("truncate", True):
-            raise UserError(
-                f"{where}: yarn with truncate=false is not in llama.cpp, which rounds the borders "
-                "of the ramp"
-            )
-        meta |= {
-            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-            "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
-            "rope.scaling.attn_factor": scale / yarn_attention_factor(factor),
-        }
-    return meta, None
+    return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}, freqs
 
 
-def yarn_attention_factor(factor):
-    """The YaRN paper's (arXiv:2309.00071, eq. 22), which rope.scaling.attn_factor multiplies."""
-    return 0.1 * math.log(factor) + 1
+def slowed_down(head_dim, rope):
+    """(D/2,): by what Llama 3's rule slows down each rotary pair."""
+    stretched, _ = rope_frequencies(Config(head_dim=head_dim, rope=rope))
+    plain, _ = rope_frequencies(Config(head_dim=head_dim, rope=rope | {"rope_type": "default"}))
+    return plain / stretched
 
 
-@dataclass
-class Metadata:
-    """Untrusted values under one prefix; numbers are finite and from 0 to 2^31."""
+def metadata_reader(values, prefix):
+    """get(key, default, types) of untrusted values; numbers are finite and from 0 to 2^31."""
 
-    values: dict
-    prefix: str
-    path: str
-
-    def get(self, key, default=None, types=(int, float)):
-        value = self.values.get(f"{self.prefix}.{key}")
+    def get(key, default=None, types=(int, float)):
+        value = values.get(f"{prefix}.{key}")
         if value is None:
             return default
         sane = isinstance(value, types)
         if isinstance(value, (int, float)):
             sane = sane and 0 <= value < 1 << 31  # not true of nan
         if not sane:
-            raise UserError(
-                f"{self.path}: {self.prefix}.{key} is {str(value)[:40]}, which makes no sense there"
-            )
+            raise UserError(f"{prefix}.{key} is {str(value)[:40]}, which makes no sense")
         if isinstance(value, float):
             return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
         return value
 
+    return get
 
-def read_config(meta, tensors, path):
+
+def read_config(meta, tensors):
     """Metadata and tensors -> Config."""
     arch = meta.get("general.architecture")
-    known = sorted(set(GGUF_ARCHITECTURES.values()))
-    if arch not in known:
+    if arch not in GGUF_ARCHITECTURES or "token_embd.weight" not in tensors:
         raise UserError(
-            f"{path}: architecture {str(arch)[:40]!r} is not supported; this program knows "
-            f"{', '.join(known)}"
+            f"architecture {str(arch)[:40]!r} is not supported, or token_embd.weight is "
+            f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
-    get = Metadata(meta, arch, path).get
-    if get("expert_count", 0) or "token_embd.weight" not in tensors:
-        raise UserError(
-            f"{path}: a mixture of experts or a file without token_embd.weight, which this program "
-            "cannot run"
-        )
+    get = metadata_reader(meta, arch)
     channels, heads = get("embedding_length", 0), get("attention.head_count", 0, int)
-    if not 0 < heads <= channels:
-        raise UserError(f"{path}: {heads} heads in {channels} channels cannot be")
-    head_dim = get("attention.key_length", channels // heads)
-    sizes = [get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")]
-    if sizes != [head_dim, head_dim] or not 2 <= head_dim <= 1024:
+    head_dim = get("attention.key_length", channels // max(1, heads))
+    sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
+    if get("expert_count", 0) or sizes != {head_dim}:
         raise UserError(
-            f"{path}: keys, values and their rotary part must have one size ({head_dim}), of 2 to "
-            "1,024, to be supported"
+            f"experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
+            "are not of one size, are not supported"
+        )
+    theta = float(get("rope.freq_base", 10000.0))
+    kind = get("rope.scaling.type", "none", str)
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1))
+    if theta <= 0 or kind not in ("none", "linear") or factor != 1:
+        raise UserError(
+            f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
+            "must be above 0, the scaling Llama 3's"
         )
     words = GPT2_WORDS if arch == "gpt2" else {}
     shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
-    epsilon = get(norm_key(arch), 1e-5)
-    config = Config.from_dict(
-        shape
-        | {
-            "model_type": arch,
-            "vocab_size": tensors["token_embd.weight"].shape[0],
-            "tie_word_embeddings": "output.weight" not in tensors,
-            "head_dim": head_dim,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
-            "layer_norm_epsilon" if arch == "gpt2" else "rms_norm_eps": epsilon,
-            "rope_parameters": read_rope(get, path),
-        },
-        where=path,
-    )
+    shape |= {
+        "model_type": arch,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "head_dim": head_dim,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        words.get("norm_eps", "rms_norm_eps"): get(norm_key(arch), 1e-5),
+        "rope_theta": theta,
+    }
+    config = Config.from_dict(shape, arch)
     if arch != "gpt2":
         config.qkv_bias = "blk.0.attn_q.bias" in tensors
         config.out_bias = "blk.0.attn_output.bias" in tensors
         config.mlp_bias = "blk.0.ffn_up.bias" in tensors
-    freqs = tensors.pop("rope_freqs.weight", None)
-    if freqs is not None:
-        original = get("rope.scaling.original_context_length", 8192)
-        config.rope = llama3_rope(config, freqs, original, path)
+        if "rope_freqs.weight" in tensors:
+            slowed = tensors.pop("rope_freqs.weight").dequantize()
+            original = get("rope.scaling.original_context_length", 8192)
+            config.rope = llama3_rope(config, slowed, original)
     return config
 
 
-def read_rope(get, path):
-    """rope.* metadata -> Config.rope"""
-
-    def number(key, default):
-        value = float(get(f"rope.{key}", default))
-        if value <= 0:
-            raise UserError(f"{path}: rope.{key} is {value}, it must be above 0")
-        return value
-
-    factor = number("scaling.factor", get("rope.scale_linear", 1.0))
-    theta = number("freq_base", 10000.0)
-    kind = get("rope.scaling.type", "linear", str)
-    multiplied = get("rope.scaling.yarn_log_multiplier", 0)
-    if kind not in ("none", "linear", "yarn") or multiplied or theta <= 1:
-        raise UserError(
-            f"{path}: rope scaling {kind!r} of base {theta} is not supported; known are linear, "
-            "yarn, Llama 3's"
-        )
-    if kind == "none" or factor == 1:
-        return {"rope_type": "default", "rope_theta": theta}
-    rope = {"rope_type": kind, "rope_theta": theta, "factor": factor}
-    if kind == "yarn":
-        original = number("scaling.original_context_length", get("context_length", 0))
-        attention = number("scaling.attn_factor", 1) * yarn_attention_factor(factor)
-        rope |= {
-            "original_max_position_embeddings": int(original),
-            "beta_fast": number("scaling.yarn_beta_fast", 32),
-            "beta_slow": number("scaling.yarn_beta_slow", 1),
-            "attention_factor": attention,
-        }
-    return rope
-
-
-def llama3_rope(config, freqs, original, path):
+def llama3_rope(config, slowed, original):
     """rope_freqs.weight (D/2,), by what each pair is slowed down -> Config.rope by Llama 3's rule.
 
     The slowest pairs tell the factor. Other programs' files do not tell the rest: 1, 4 and an
     original context of 8,192, the default of `original`, are those of all published models."""
-    half = config.head_dim // 2
-    if freqs.shape != (half,) or freqs.type != "F32":
-        raise UserError(
-            f"{path}: rope_freqs.weight is {freqs.shape} {freqs.type}, expected ({half},) F32"
-        )
-    slowed = freqs.dequantize()
-    rope = {
+    rope = config.rope | {
         "rope_type": "llama3",
-        "rope_theta": config.rope["rope_theta"],
         "factor": round(slowed.max().item(), 4),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": original,
     }
-    made = rope_frequencies(Config(head_dim=config.head_dim, rope=rope))[0]
-    if not torch.allclose(made * slowed, rope_frequencies(config)[0], rtol=1e-3):
-        raise UserError(
-            f"{path}: rope_freqs.weight is not Llama 3's rule, the only one this program knows"
-        )
+    expected = slowed_down(config.head_dim, rope)
+    if slowed.shape != expected.shape or not torch.allclose(slowed, expected, rtol=1e-3):
+        raise UserError("rope_freqs.weight is not Llama 3's rule, the only one this program knows")
     return rope
 
 
@@ -719,14 +638,9 @@ SPLITS = {
     "qwen2": SplitRule(("qwen2",)),
     "smollm": SplitRule((r"\p{N}", "gpt2")),
     "tekken": SplitRule(("tekken",), whole_chunks=True),
-}
-SPLIT_ALIASES = {
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "falcon3": "llama-bpe",
-    "smaug-bpe": "dbrx",
-    "deepseek-r1-qwen": "qwen2",
-    "megrez": "qwen2",
+    # Of models whose text is split like another's; they are read, and not written.
+    "falcon3": SplitRule(("llama3",), whole_chunks=True),
+    "deepseek-r1-qwen": SplitRule(("qwen2",)),
 }
 
 
@@ -734,49 +648,36 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
-def tokenizer_metadata(tok, rows, config, where):
-    """Tokenizer -> tokenizer.* metadata; ids up to `rows` that it lacks are unused.
+def tokenizer_metadata(tok, config):
+    """Tokenizer -> tokenizer.* metadata; ids up to the model's that it lacks are unused.
 
     UserError, or a warning on stderr, where llama.cpp would give other ids."""
+    rows = config.vocab_size
     if tok.vocab_size > rows:
-        raise UserError(
-            f"{where}: the tokenizer has {tok.vocab_size:,} ids, the model only {rows:,} rows"
-        )
+        raise UserError(f"the tokenizer has {tok.vocab_size:,} ids, the model only {rows:,} rows")
     if tok.kind == "chars":
-        raise UserError(
-            f"{where}: a character tokenizer cannot be written, for llama.cpp aborts on characters "
-            "that it lacks"
-        )
+        raise UserError("llama.cpp aborts on characters that a character tokenizer lacks")
     content = to_json(tok)["model"]
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [UNUSED] * rows
+    named = dict.fromkeys(tok.special, CONTROL) | dict.fromkeys(tok.added, USER_DEFINED)
     for text, i in content["vocab"].items():
         tokens[i] = text
-        types[i] = token_type(tok, text)
+        is_byte = tok.kind == "pieces" and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        types[i] = named.get(text, BYTE if is_byte else NORMAL)
+    if tok.unknown is not None:
+        types[tok.unknown] = UNKNOWN
     if tok.kind == "bytes":
         meta = bytes_metadata(tok, content["merges"])
     else:
         meta = pieces_metadata(tok, rows)
     meta |= {"tokens": tokens, "token_type": types, **special_metadata(tok, config)}
-    for kind, *arguments in tok.normalizer:
-        if kind == "unicode":
-            warn(
-                f"llama.cpp does not normalize text to {arguments[0]}: text that is not will get "
-                "other ids there"
-            )
+    if any(kind == "unicode" for kind, *_ in tok.normalizer):
+        warn("llama.cpp does not normalize Unicode: text that is not normal gets other ids there")
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
     if tok.chat_template:
         meta["tokenizer.chat_template"] = tok.chat_template
     return meta
-
-
-def token_type(tok, text):
-    if text in tok.special:
-        return UNKNOWN if tok.special[text] == tok.unknown else CONTROL
-    if text in tok.added:
-        return USER_DEFINED
-    is_byte = tok.kind == "pieces" and re.fullmatch("<0x[0-9A-F]{2}>", text)
-    return BYTE if is_byte else NORMAL
 
 
 def bytes_metadata(tok, merges):
@@ -791,8 +692,8 @@ def bytes_metadata(tok, merges):
         )
     same = [name for name in found if SPLITS[name].whole_chunks == tok.whole_chunks]
     pre = (same or found)[0]
-    if not same and tok.unreached_tokens():  # no difference where merging reaches every token
-        warn(f"llama.cpp's {pre} takes chunks that are tokens otherwise: some ids will differ")
+    if not same:  # no difference where merging reaches every token
+        warn(f"llama.cpp's {pre} takes chunks that are tokens otherwise: some ids may differ")
     if patterns == ("tekken",):
         warn(
             "llama.cpp's tekken splits words by ASCII case alone: text with other capitals gets "
@@ -808,11 +709,10 @@ def pieces_metadata(tok, rows):
     for rank, i in enumerate(reversed(order)):
         scores[i] = float(rank - len(order))
     back = merges_by_score(tok.vocab, scores)
+    same = back.keys() == tok.merges.keys() and order == [i for _, i in sorted(back.values())]
     prefix = any(kind == "prepend" for kind, *_ in tok.normalizer)
-    same_merges = back.keys() == tok.merges.keys()
-    same_order = [i for _, i in sorted(back.values())] == order
-    same_split = not tok.patterns or tok.spaces_lead
-    if not (same_merges and same_order and same_split and tok.normalizer == space_steps(prefix)):
+    splits = tok.patterns and not tok.spaces_lead
+    if not same or splits or tok.normalizer != space_steps(prefix):
         warn(
             "this tokenizer merges or puts spaces first otherwise than SentencePiece does: some "
             "ids will differ in llama.cpp"
@@ -824,88 +724,62 @@ def special_metadata(tok, config):
     """Which ids begin and end a text, and whether a beginning is put before every prompt."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [i for i in dict.fromkeys([tok.eos_id, *ends]) if i is not None]
-    bos = tok.bos_id
-    if bos is None and ends:
-        bos = ends[0]
-    if not ends:
-        warn("the tokenizer has no end token; llama.cpp takes some other id for one")
     meta = dict(zip(("eos_token_id", "eot_token_id"), ends))
+    # A tokenizer without a beginning has its end do that work, as GPT-2 does.
+    bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
     meta = {key: value for key, value in meta.items() if value is not None}
-    meta["add_bos_token"] = bos is not None and begins_with_bos(tok, ends)
-    return meta
-
-
-def begins_with_bos(tok, ends):
-    """Whether llama.cpp shall put the beginning before a prompt: as the tokenizer's files say."""
-    add = tok.config.get("add_bos_token")
-    if isinstance(add, bool):
-        return add
-    post = json.loads(tok.source).get("post_processor") if tok.source else None
-    for step in flat_steps(post, "processors"):
-        if step.get("type") == "TemplateProcessing":
-            return "SpecialToken" in step["single"][0]
-    # A chat template writes it itself; else as generate.py does if the token has no other job.
-    own = tok.bos_id is not None and tok.bos_id not in ends
-    return tok.kind == "pieces" or (own and not tok.chat_template)
+    # A chat template writes the beginning itself; else it is put there, as generate.py does, if
+    # the token has no other job.
+    add_bos = tok.kind == "pieces" or (bos not in [None, *ends] and not tok.chat_template)
+    wanted = tok.config.get("add_bos_token", add_bos)
+    return meta | {"add_bos_token": bos is not None and bool(wanted)}
 
 
 # ---- The tokenizer, from metadata.
 
 
-def read_vocabulary(meta, path):
+def read_vocabulary(get):
     """tokenizer.* metadata -> Tokenizer, or None for a file without one."""
-    get = Metadata(meta, "tokenizer", path).get
-    model = get("ggml.model", None, str)
-    if model in (None, "no_vocab", "none"):
+    model = get("ggml.model", "none", str)
+    if model in ("no_vocab", "none"):
         return None
     if model not in ("gpt2", "llama"):
-        raise UserError(f"{path}: tokenizer model {model!r} is not supported, only gpt2 and llama")
+        raise UserError(f"tokenizer model {model!r} is not supported, only gpt2 and llama")
     tokens = get("ggml.tokens", [], list)
-    with naming(path):
-        groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
-        read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
-        tok = read(
-            get,
-            groups[NORMAL] | groups[BYTE],
-            len(tokens),
-            {
-                "special": groups[CONTROL] | groups[UNKNOWN],
-                "added": groups[USER_DEFINED],
-                "unknown": next(iter(groups[UNKNOWN].values()), None),
-            },
-        )
+    groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
+    read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
+    tok = read(
+        get,
+        groups[NORMAL] | groups[BYTE],
+        special=groups[CONTROL] | groups[UNKNOWN],
+        added=groups[USER_DEFINED],
+        unknown=next(iter(groups[UNKNOWN].values()), None),
+    )
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = get(f"ggml.{key}_token_id", len(tokens), int)
         if i < len(tokens):
             tok.config[f"{role}_token"] = tokens[i]
-    add_bos, template = get("ggml.add_bos_token", None, bool), get("chat_template", None, str)
-    if add_bos is not None:
-        tok.config["add_bos_token"] = add_bos
-    if template is not None:
-        tok.chat_template = template
+    tok.chat_template = get("chat_template", None, str)
     return tok
 
 
 def read_token_types(get, tokens, longest):
     """-> {token type: {token: id}}. Long tokens are refused: every way to halve one is tried."""
-    n = len(tokens)
-    types = get("ggml.token_type", [NORMAL] * n, list)
-    if not all(isinstance(token, str) for token in tokens):
-        raise UserError("a token is no text")
-    if len(set(tokens)) < n or max(map(len, tokens), default=0) > longest:
+    types = get("ggml.token_type", [NORMAL] * len(tokens), list)
+    if len(set(tokens)) < len(tokens) or max(map(len, tokens), default=0) > longest:
         raise UserError(f"a token is there twice, or has more than {longest:,} characters")
-    if len(types) != n:
-        raise UserError(f"{n:,} tokens with {len(types):,} types")
+    if len(types) != len(tokens):
+        raise UserError(f"{len(tokens):,} tokens with {len(types):,} types")
     groups = {kind: {} for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)}
     for i, (token, kind) in enumerate(zip(tokens, types)):
         groups[kind][token] = i
     return groups
 
 
-def read_bytes_tokenizer(get, vocab, n, options):
+def read_bytes_tokenizer(get, vocab, **options):
     pre = get("ggml.pre", "", str)
-    split = SPLITS.get(SPLIT_ALIASES.get(pre, pre))
+    split = SPLITS.get(pre)
     if split is None:
         raise UserError(
             f"pre-tokenizer {pre!r} is not supported; this program knows {', '.join(SPLITS)}"
@@ -916,14 +790,13 @@ def read_bytes_tokenizer(get, vocab, n, options):
             raise UserError(f"merge {str(merge)[:40]!r} is not two tokens")
     vocab, merges = read_bpe(vocab, merges, options["special"], byte_level=True)
     patterns = [PATTERNS.get(pattern, pattern) for pattern in split.patterns]
-    whole = split.whole_chunks
-    return Tokenizer("bytes", vocab, merges, patterns, whole_chunks=whole, **options)
+    return Tokenizer("bytes", vocab, merges, patterns, whole_chunks=split.whole_chunks, **options)
 
 
-def read_pieces_tokenizer(get, vocab, n, options):
-    scores = get("ggml.scores", [0.0] * n, list)
-    if len(scores) != n or not all(map(math.isfinite, scores)):
-        raise UserError(f"{len(scores):,} scores for {n:,} tokens, or some of them no numbers")
+def read_pieces_tokenizer(get, vocab, **options):
+    scores = get("ggml.scores", [], list)
+    if len(scores) <= max(vocab.values(), default=0) or not all(map(math.isfinite, scores)):
+        raise UserError(f"{len(scores):,} scores, too few for the tokens, or some are no numbers")
     prefix = get("ggml.add_space_prefix", True, bool)
     merges, steps = merges_by_score(vocab, scores), space_steps(prefix)
     return Tokenizer("pieces", vocab, merges, normalizer=steps, strip_space=prefix, **options)
@@ -941,7 +814,6 @@ MOST_METADATA = 1 << 29  # bytes
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
 MOST_ITEMS = 1 << 22  # of a list
-LONGEST_TEXT = 1 << 24
 
 
 def text_bytes(text):
@@ -967,42 +839,35 @@ class HeaderReader:
     """Reads the header of an untrusted file: no length is believed before it is held against what
     is left."""
 
-    def __init__(self, path, data):
-        self.path = path
+    def __init__(self, data):
         self.data = data
         self.at = 0
-        self.end = min(len(data), MOST_METADATA)
-
-    def refuse(self, what):
-        raise UserError(
-            f"{self.path}: {what}; the file is damaged, or no GGUF that this program reads"
-        )
 
     def take(self, code):
         """The next values, in struct's spelling."""
-        n, left = struct.calcsize("<" + code), self.end - self.at
+        n = struct.calcsize("<" + code)
+        left = min(len(self.data), MOST_METADATA) - self.at
         if n > left:
-            self.refuse(f"byte {self.at:,} announces {n:,} bytes more, of which {left:,} are there")
+            refuse(f"byte {self.at:,} announces {n:,} bytes more, of which {left:,} are there")
         self.at += n
         return struct.unpack_from("<" + code, self.data, self.at - n)
 
     def text(self):
         (n,) = self.take("Q")
-        if n > LONGEST_TEXT:
-            self.refuse(f"a text of {n:,} bytes before byte {self.at:,}")
+        if n > MOST_METADATA:
+            refuse(f"a text of {n:,} bytes before byte {self.at:,}")
         return self.take(f"{n}s")[0].decode("utf-8", "replace")
 
     def value(self):
         (kind,) = self.take("I")
-        if kind == TEXT:
-            return self.text()
-        if kind in NUMBER_CODES:
-            return self.take(NUMBER_CODES[kind])[0]
         if kind != LIST:
-            self.refuse(f"a value of unknown type {kind} before byte {self.at:,}")
+            return self.items(kind, 1)[0]
         kind, n = self.take("IQ")
+        return self.items(kind, n)
+
+    def items(self, kind, n):
         if n > MOST_ITEMS or kind not in {TEXT, *NUMBER_CODES}:
-            self.refuse(f"a list of {n:,} values of type {kind} (9 is a list) at {self.at:,}")
+            refuse(f"a list of {n:,} values of type {kind} (9 is a list) at {self.at:,}")
         if kind == TEXT:
             return [self.text() for _ in range(n)]
         return list(self.take(f"{n}{NUMBER_CODES[kind]}"))
@@ -1012,7 +877,7 @@ class HeaderReader:
         for _ in range(n_keys):
             key = self.text()
             if key in meta:
-                self.refuse(f"key {key[:80]!r} is there twice")
+                refuse(f"key {key[:80]!r} is there twice")
             meta[key] = self.value()
         return meta
 
@@ -1021,9 +886,13 @@ class HeaderReader:
         name = self.text()
         (n_dims,) = self.take("I")
         if not 1 <= n_dims <= 4:
-            self.refuse(f"tensor {name[:80]!r} has {n_dims:,} dimensions")
+            refuse(f"tensor {name[:80]!r} has {n_dims:,} dimensions")
         *dims, number, offset = self.take(f"{n_dims}QIQ")
         return offset, name, tuple(dims[::-1]), number
+
+
+def refuse(what):
+    raise UserError(f"{what}; the file is damaged, or no GGUF that this program reads")
 
 
 def open_gguf(path):
@@ -1033,30 +902,30 @@ def open_gguf(path):
     with open(path, "rb") as f:
         size = Path(path).stat().st_size
         if size < 24 or f.read(4) != b"GGUF":
-            raise UserError(f"{path}: {size:,} bytes that do not begin as a GGUF does")
+            refuse(f"{size:,} bytes that do not begin as a GGUF does")
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    header = HeaderReader(path, data)
+    header = HeaderReader(data)
     _, version, n_tensors, n_keys = header.take("4sIQQ")
     if version not in (2, 3) or n_tensors > MOST_TENSORS or n_keys > MOST_KEYS:
-        header.refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
+        refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
     meta = header.metadata(n_keys)
     infos = [header.tensor_info() for _ in range(n_tensors)]
     alignment = meta.get("general.alignment", ALIGNMENT)
     if alignment not in [1 << exponent for exponent in range(3, 17)]:
-        header.refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
+        refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
     start = -(-header.at // alignment) * alignment
     end = start
     tensors = {}
     for offset, name, shape, number in sorted(infos):
         kind = BLOCK_TYPES.get(TYPE_NAMES.get(number))
         if kind is None or name in tensors or not math.prod(shape) or shape[-1] % kind.block:
-            header.refuse(
+            refuse(
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
                 f"unknown type {number}"
             )
         begin, nbytes = start + offset, kind.size(shape)
         if offset % alignment or begin < end or begin + nbytes > size:
-            header.refuse(
+            refuse(
                 f"tensor {name[:80]!r} with {nbytes:,} bytes at {begin:,} overlaps another or "
                 f"passes the end {size:,}"
             )
@@ -1119,16 +988,16 @@ def write(folder, path, mix):
     if model.quantization:
         method = model.quantization["quant_method"]
         raise UserError(f"{folder} is quantized already ({method}); start from the original model")
-    meta, freqs = shape_metadata(config, folder)
-    meta |= {
-        "general.name": folder.resolve().name,
-        "general.file_type": MIXES[mix][1],
-        "general.quantization_version": 2,
-        **tokenizer_metadata(Tokenizer.load(folder), config.vocab_size, config, folder),
-    }
+    tok = Tokenizer.load(folder)
+    with naming(folder):
+        meta, freqs = shape_metadata(config)
+        meta |= tokenizer_metadata(tok, config)
+    meta["general.name"] = folder.resolve().name
+    meta["general.file_type"] = MIXES[mix]
+    meta["general.quantization_version"] = 2
     plan = []
     for name, parts in by_gguf_name(model.state_dict(), config).items():
-        plan.append(plan_tensor(name, list(parts.values()), mix, config, folder))
+        plan.append(plan_tensor(name, list(parts.values()), mix, config))
     if freqs is not None:
         make = as_bytes(freqs, torch.float32).numpy
         plan.append(PlannedTensor("rope_freqs.weight", "F32", tuple(freqs.shape), make))
@@ -1139,7 +1008,7 @@ def write(folder, path, mix):
     return sizes
 
 
-def plan_tensor(name, parts, mix, config, folder):
+def plan_tensor(name, parts, mix, config):
     """Tensors that lie end to end in the file -> PlannedTensor; they are read when it is made."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     wanted = type_in_mix(name, shape, mix, config)
@@ -1153,11 +1022,9 @@ def plan_tensor(name, parts, mix, config, folder):
         most = torch.linalg.vector_norm(tensor, ord=math.inf).item()
         limit = math.inf if kind in ("F32", "BF16") else 65504
         if not most < limit:  # nan is not
-            raise UserError(f"{folder}: {name} has values up to {most}, which {kind} cannot hold")
-        order = row_order(name, len(tensor), config)
-        if order is not None:
-            tensor = tensor[order]
-        return encode_rows(tensor.view(len(tensor), -1), kind).numpy()
+            raise UserError(f"{name} has values up to {most}, which {kind} cannot hold")
+        rows = reorder_rows(tensor.view(len(tensor), -1), name, config)
+        return encode_rows(rows, kind).numpy()
 
     return PlannedTensor(name, kind, shape, make)
 
@@ -1166,19 +1033,20 @@ def read_gguf(path):
     """GGUF file -> (Config, {our name: GGUFTensor}, Tokenizer or None), completeness checked.
 
     UserError, in bounded time and memory, for whatever is wrong with the file."""
-    meta, tensors = open_gguf(path)
-    config = read_config(meta, tensors, path)
-    tok = read_vocabulary(meta, path)
-    state = by_our_names(tensors, config, path)
-    get = Metadata(meta, "tokenizer", path).get
-    ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
+    with naming(Path(path)):
+        meta, tensors = open_gguf(path)
+        config = read_config(meta, tensors)
+        get = metadata_reader(meta, "tokenizer")
+        tok = read_vocabulary(get)
+        state = by_our_names(tensors, config)
+        ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
     return config, state, tok
 
 
-def by_our_names(tensors, config, path):
+def by_our_names(tensors, config):
     """{GGUF name: tensor} -> {our name: tensor}, rows in our order. UserError for what is amiss."""
     with torch.device("meta"):
         expected = by_gguf_name(Transformer(config).state_dict(), config)
@@ -1189,17 +1057,14 @@ def by_our_names(tensors, config, path):
         tensor = tensors.get(name)
         if tensor is None:
             faults.append(f"{name} is missing")
-            continue
-        if tensor.shape != shape or len(tensor.data) != shape[0]:  # a packed vector is one row
+        elif tensor.shape != shape or len(tensor.data) != shape[0]:  # a packed vector is one row
             faults.append(f"{name} is {tensor.shape} {tensor.type}, expected {shape}")
-            continue
-        order = row_order(name, shape[0], config, back=True)
-        data = tensor.data if order is None else tensor.data[order]
-        for ours, rows in zip(parts, data.split([len(part) for part in parts.values()])):
-            state[ours] = GGUFTensor(tensor.type, tuple(parts[ours].shape), rows)
+        else:
+            data = reorder_rows(tensor.data, name, config, back=True)
+            for ours, rows in zip(parts, data.split(list(map(len, parts.values())))):
+                state[ours] = GGUFTensor(tensor.type, tuple(parts[ours].shape), rows)
     if faults:
-        more = "; ..." if len(faults) > 8 else ""
-        raise UserError(f"{path}: {len(faults)} faults: {'; '.join(faults[:8])}{more}")
+        raise UserError(f"{len(faults)} faults: {'; '.join(faults[:8])}")
     return state
 
 
@@ -1225,14 +1090,13 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
 def install_packed_linears(model, state):
     """Linear layers of a block type become PackedLinear, and leave `state`."""
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, torch.nn.Linear):
-            continue
-        if BLOCK_TYPES[state[f"{name}.weight"].type].dtype:
+        key = f"{name}.weight"
+        if not isinstance(layer, torch.nn.Linear) or BLOCK_TYPES[state[key].type].dtype:
             continue
         bias = state.pop(f"{name}.bias", None)
         if bias is not None:
             bias = bias.dequantize()
-        model.set_submodule(name, PackedLinear(state.pop(f"{name}.weight"), bias))
+        model.set_submodule(name, PackedLinear(state.pop(key), bias))
         model.quantization = {"quant_method": "gguf"}
 
 
@@ -1248,22 +1112,14 @@ class Args:
 
 
 def show_gguf(path):
-    """Print metadata and tensors, long lists cut short."""
-    meta, tensors = open_gguf(path)
+    """Print metadata and tensors, cut short."""
+    with naming(Path(path)):
+        meta, tensors = open_gguf(path)
     for key, value in meta.items():
-        shown = repr(value)[:80]
-        if isinstance(value, list):
-            shown = f"{len(value):,} x {repr(value[:4])[:80]}"
-        print(f"{key:44s} {shown}")
-    weights = size = 0
+        print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
     for name, tensor in tensors.items():
-        nbytes = tensor.data.numel()
-        shape = " x ".join(map(str, tensor.shape))
-        print(f"{name:32s} {tensor.type:5s} {shape:>16s} {nbytes:>14,} bytes")
-        weights += math.prod(tensor.shape)
-        size += nbytes
-    bits = 8 * size / max(1, weights)
-    print(f"{len(tensors)} tensors, {weights:,} weights, {size:,} bytes, {bits:.2f} bits a weight")
+        weights, size = math.prod(tensor.shape), tensor.data.numel()
+        print(f"{name} {tensor.type} {tensor.shape} {8 * size / weights:.2f} bits a weight")
 
 
 def main():

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import json
 import re
-from dataclasses import dataclass
 
 from common import UserError
 from tokenizer import (
@@ -34,14 +33,9 @@ TEKKEN_SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_
     [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE]
     [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]""".split()
 # How the text of tiktoken's own files is split, by the name of the file.
-RANK_FILES = {
-    "r50k_base": "gpt2",
-    "p50k_base": "gpt2",
-    "gpt2": "gpt2",
-    "cl100k_base": "gpt4",
-    "tokenizer": "llama3",
-}
-DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+RANK_FILES = {"cl100k_base": "gpt4", "tokenizer": "llama3"}
+RANK_FILES |= dict.fromkeys(("r50k_base", "p50k_base", "gpt2"), "gpt2")
+DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
 
 
 # ---- What every reader needs.
@@ -62,7 +56,7 @@ def read_tokenizer(path, pattern):
     config = path.with_name("tokenizer_config.json")
     if config.is_file():
         with naming(config):
-            tokenizer.config |= parse_json(read_limited(config))
+            tokenizer.config |= read_json_object(config)
     template = path.with_name("chat_template.jinja")  # where newer folders keep it
     if template.is_file():
         tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
@@ -70,14 +64,14 @@ def read_tokenizer(path, pattern):
 
 
 def read_vocabulary_file(path, pattern):
-    data = read_limited(path)
     if path.suffix == ".json":
-        content = parse_json(data)
+        content = read_json_object(path)
         if "config" in content and "model" not in content:
             return from_tekken(content)
         tokenizer = from_json(content)
-        tokenizer.source = data
+        tokenizer.source = path.read_bytes()
         return tokenizer
+    data = read_limited(path)
     if path.suffix in (".bpe", ".txt"):
         return from_vocab_bpe(path, data)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
@@ -112,9 +106,8 @@ def unsupported(what):
     return UserError(f"{what} is not supported")
 
 
-def parse_json(data):
-    """bytes -> dict."""
-    content = json.loads(data)
+def read_json_object(path):
+    content = json.loads(read_limited(path))
     if not isinstance(content, dict):
         raise UserError("this is not a JSON object")
     return content
@@ -125,7 +118,7 @@ def read_bpe(vocab, merges, names, byte_level):
 
     vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
     added tokens, which may be in `vocab` and are not in what is returned."""
-    check_ids(vocab.values(), len(vocab))
+    check_ids(vocab.values())
     ids = dict(vocab)
     for text, i in names.items():
         if ids.pop(text, i) != i:
@@ -179,34 +172,32 @@ def from_json(content):
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise unsupported(f"model option {option} = {model[option]!r}")
-    normalizer = [
-        read_normalizer(step) for step in flat_steps(content.get("normalizer"), "normalizers")
-    ]
-    split = read_pre_tokenizer(content.get("pre_tokenizer"))
+    normalizer = list(map(read_normalizer, flat_steps(content.get("normalizer"), "normalizers")))
+    patterns, spaces, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
     decoders = {step["type"]: step for step in flat_steps(content.get("decoder"), "decoders")}
     for name in decoders.keys() - DECODERS:
         raise unsupported(f"decoder {name!r}")
-    if split.byte_level:
+    if byte_level:
         kind = "bytes"
     elif model["merges"] or decoders.keys() - {"Fuse"}:
         kind = "pieces"
     else:
         kind = "chars"
     special, added = read_added(content.get("added_tokens") or [], normalizer)
-    vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, split.byte_level)
+    vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
     unknown = model.get("unk_token")
     scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
     return Tokenizer(
         kind,
         vocab,
         merges,
-        patterns=split.patterns,
-        special=special,
-        added=added,
-        normalizer=normalizer + split.normalizer,
-        strip_space="Strip" in decoders or scheme != "never",
-        whole_chunks=bool(model.get("ignore_merges")),
-        unknown=special.get(unknown, model["vocab"].get(unknown)),
+        patterns,
+        special,
+        added,
+        bool(model.get("ignore_merges")),
+        normalizer + spaces,
+        "Strip" in decoders or scheme != "never",
+        special.get(unknown, model["vocab"].get(unknown)),
     )
 
 
@@ -233,40 +224,33 @@ def read_normalizer(step):
     raise unsupported(f"normalizer {kind!r}, or its regular expression,")
 
 
-@dataclass
-class PreTokenizer:
-    """What a tokenizer.json's pre-tokenizer asks for."""
-
-    patterns: list  # to split by, in turn
-    normalizer: list  # what Metaspace does to the text first
-    byte_level: bool = False
-
-
 def read_pre_tokenizer(part):
-    split = PreTokenizer([], [])
+    """-> (patterns to split by in turn, what is done to spaces before, whether it is byte-level)"""
+    patterns, spaces = [], []
+    byte_level = False
     for step in flat_steps(part, "pretokenizers"):
         kind = step["type"]
-        if split.byte_level:
+        if byte_level:
             raise unsupported(f"a pre-tokenizer ({kind!r}) after ByteLevel")
         if kind == "ByteLevel" and not step.get("add_prefix_space"):
-            split.byte_level = True
+            byte_level = True
             if step.get("use_regex", True):
-                split.patterns.append(PATTERNS["gpt2"])
+                patterns.append(PATTERNS["gpt2"])
         elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
             ((how, text),) = step["pattern"].items()
-            split.patterns.append(text if how == "Regex" else re.escape(text))
+            patterns.append(text if how == "Regex" else re.escape(text))
         elif kind == "Digits":
-            split.patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Metaspace":
             space = step["replacement"]
             default = "always" if step.get("add_prefix_space", True) else "never"
             scheme = step.get("prepend_scheme", default)
-            split.normalizer = [("replace", " ", space), ("prepend", space, scheme)]
+            spaces = [("replace", " ", space), ("prepend", space, scheme)]
             if step.get("split", True):
-                split.patterns.append(f"{space}[^{space}]*")
+                patterns.append(f"{space}[^{space}]*")
         else:
             raise unsupported(f"pre-tokenizer {kind!r} with {step}")
-    return split
+    return patterns, spaces, byte_level
 
 
 def read_added(tokens, normalizer):
@@ -281,11 +265,9 @@ def read_added(tokens, normalizer):
         if token.get("special"):
             special[text] = token["id"]
             continue
-        for option in ("single_word", "lstrip", "rstrip"):
-            if token.get(option):
-                raise unsupported(f"added token {text!r} with {option}")
-        if token.get("normalized") and normalize(text, normalizer) != text:
-            raise unsupported(f"added token {text!r}, which the normalizer changes,")
+        changed = token.get("normalized") and normalize(text, normalizer) != text
+        if changed or any(map(token.get, ("single_word", "lstrip", "rstrip"))):
+            raise unsupported(f"added token {text!r}, which changes or takes in what is around it,")
         added[text] = token["id"]
     return special, added
 
@@ -314,7 +296,9 @@ def list_added(ids, special):
 
 def to_json(tokenizer):
     """The tokenizer as the contents of a tokenizer.json."""
-    spelled = spelled_tokens(tokenizer)
+    spelled = {i: token for token, i in tokenizer.vocab.items()}
+    if tokenizer.kind == "bytes":
+        spelled = {i: "".join(map(BYTE_TO_CHAR.get, token)) for i, token in spelled.items()}
     names = {i: name for name, i in (tokenizer.special | tokenizer.added).items()}
     clash = set(names.values()) & set(spelled.values())
     if clash:
@@ -322,80 +306,58 @@ def to_json(tokenizer):
     added = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
     pieces = tokenizer.kind == "pieces"
     pairs = sorted(tokenizer.merges, key=tokenizer.merges.get)
+    model = {
+        "type": "BPE",
+        "unk_token": names.get(tokenizer.unknown),
+        "fuse_unk": pieces,
+        "byte_fallback": pieces,
+        "ignore_merges": tokenizer.whole_chunks,
+        # special tokens too: HF takes the ids of added tokens from here
+        "vocab": {text: i for i, text in sorted((spelled | names).items())},
+        "merges": [f"{spelled[left]} {spelled[right]}" for left, right in pairs],
+    }
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "normalizer": normalizer_json(tokenizer),
-        "pre_tokenizer": pre_tokenizer_json(tokenizer),
+        **text_steps(tokenizer),
         "post_processor": None,
-        "decoder": decoder_json(tokenizer),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "unk_token": names.get(tokenizer.unknown),
-            "fuse_unk": pieces,
-            "byte_fallback": pieces,
-            "ignore_merges": tokenizer.whole_chunks,
-            # special tokens too: HF takes the ids of added tokens from here
-            "vocab": {text: i for i, text in sorted((spelled | names).items())},
-            "merges": [f"{spelled[left]} {spelled[right]}" for left, right in pairs],
-        },
+        "model": model,
     }
 
 
-def spelled_tokens(tokenizer):
-    """{id: text} as a tokenizer.json spells tokens, a byte as one visible character."""
-    if tokenizer.kind != "bytes":
-        return {i: token for token, i in tokenizer.vocab.items()}
-    return {i: "".join(map(BYTE_TO_CHAR.get, token)) for token, i in tokenizer.vocab.items()}
-
-
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
-
-
-def normalizer_json(tokenizer):
-    steps = []
+def text_steps(tokenizer):
+    """What a tokenizer.json does to a text before its model, and to the tokens after it."""
+    changes = []
     for kind, *arguments in tokenizer.normalizer:
-        if kind == "prepend":
-            steps.append({"type": "Prepend", "prepend": arguments[0]})
+        if kind == "replace":
+            changes.append(replace_json(*arguments))
+        elif kind == "prepend":
+            changes.append({"type": "Prepend", "prepend": arguments[0]})
         else:
-            old, new = arguments
-            steps.append({"type": "Replace", "pattern": {"String": old}, "content": new})
-    return {"type": "Sequence", "normalizers": steps} if steps else None
-
-
-def pre_tokenizer_json(tokenizer):
-    if tokenizer.kind != "bytes":
-        return None
-    steps = []
-    for pattern in tokenizer.patterns:
-        how = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        steps.append({"type": "Split", **how})
-    return {"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]}
-
-
-def decoder_json(tokenizer):
+            changes.append({"type": arguments[0]})  # NFC and its like
+    steps = {"normalizer": None, "pre_tokenizer": None, "decoder": {"type": "Fuse"}}
+    if changes:
+        steps["normalizer"] = {"type": "Sequence", "normalizers": changes}
     if tokenizer.kind == "bytes":
-        return BYTE_LEVEL
-    if tokenizer.kind == "chars":
-        return {"type": "Fuse"}
-    steps = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if tokenizer.strip_space:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {"type": "Sequence", "decoders": steps}
+        plain = {"type": "ByteLevel", "add_prefix_space": False}
+        byte_level = plain | {"trim_offsets": True, "use_regex": False}
+        splits = []
+        for pattern in tokenizer.patterns:
+            how = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            splits.append({"type": "Split", **how})
+        splits.append(byte_level)
+        steps["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
+        steps["decoder"] = byte_level
+    if tokenizer.kind == "pieces":
+        back = [replace_json("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+        if tokenizer.strip_space:
+            back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        steps["decoder"] = {"type": "Sequence", "decoders": back}
+    return steps
+
+
+def replace_json(old, new):
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
 # ---- GPT-2's two files.
@@ -403,21 +365,17 @@ def decoder_json(tokenizer):
 
 def from_vocab_bpe(path, data):
     """vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
-    merges = []
-    for line in data.decode("utf-8", "replace").split("\n"):
-        if line and not line.startswith("#version"):
-            merges.append(line.split(" "))
-            if len(merges[-1]) != 2:
-                raise UserError(f"this is not a list of merges: {line[:80]!r}")
-    made = [*CHAR_TO_BYTE, *map("".join, merges)]
+    lines = data.decode("utf-8", "replace").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    made = {*CHAR_TO_BYTE, *(merge.replace(" ", "") for merge in merges)}
     beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
     if not beside.is_file():
         raise UserError(f"there is no {beside.name} beside it, with the ids")
     with naming(beside):
-        vocab = parse_json(read_limited(beside))
-    special = {token: vocab[token] for token in vocab.keys() - set(made)}
+        vocab = read_json_object(beside)
+    special = {token: vocab[token] for token in vocab.keys() - made}
     vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
-    return Tokenizer("bytes", vocab, merges, patterns=[PATTERNS["gpt2"]], special=special)
+    return Tokenizer("bytes", vocab, merges, [PATTERNS["gpt2"]], special)
 
 
 # ---- tiktoken's files, and Mistral's: tokens and their ranks.
@@ -431,47 +389,38 @@ def from_ranks(path, data, pattern):
             "the file does not say how text is split: load(path, pattern=...) with one of "
             f"{', '.join(PATTERNS)} or your own"
         )
-    vocab = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            token = base64.b64decode(token, validate=True)
-            if not token or token in vocab:
-                raise ValueError("empty or twice")
-            vocab[token] = int(rank)
-        except ValueError as error:
-            raise UserError(
-                f"line {number} is not a token in base64 and its rank: {error}"
-            ) from None
-    return rank_tokenizer(vocab, PATTERNS.get(pattern, pattern), {})
+    tokens = []
+    for line in data.splitlines():
+        token, rank = line.split()
+        tokens.append((base64.b64decode(token, validate=True), int(rank)))
+    return rank_tokenizer(tokens, PATTERNS.get(pattern, pattern), {})
 
 
 def from_tekken(content):
     """tekken.json: ids are ranks after the special tokens; only the first of the ranks are used."""
     config = content["config"]
     n_special = config["default_num_special_tokens"]
-    n_used = config["default_vocab_size"] - n_special
-    names = TEKKEN_SPECIAL
-    if content.get("special_tokens"):
-        listed = sorted(content["special_tokens"], key=lambda token: token["rank"])
-        names = [token["token_str"] for token in listed]
+    listed = sorted(content.get("special_tokens") or [], key=lambda token: token["rank"])
+    names = [token["token_str"] for token in listed] or TEKKEN_SPECIAL
     unnamed = range(len(names), min(n_special, LARGEST_ID))
     names = [*names, *(f"<SPECIAL_{i}>" for i in unnamed)]
     special = {name: i for i, name in enumerate(names)}
-    used = sorted(content["vocab"], key=lambda token: token["rank"])[:n_used]
-    vocab = {base64.b64decode(token["token_bytes"]): token["rank"] + n_special for token in used}
-    if len(vocab) < len(used) or len(special) != n_special:
-        raise UserError("a token is there twice")
-    return rank_tokenizer(vocab, config["pattern"], special)
+    if len(special) != n_special:
+        raise UserError(f"{len(special)} special tokens, it should have {n_special}")
+    ranked = sorted(content["vocab"], key=lambda token: token["rank"])
+    tokens = []
+    for token in ranked[: config["default_vocab_size"] - n_special]:
+        tokens.append((base64.b64decode(token["token_bytes"]), token["rank"] + n_special))
+    return rank_tokenizer(tokens, config["pattern"], special)
 
 
-def rank_tokenizer(vocab, pattern, special):
-    missing = [b for b in range(256) if bytes([b]) not in vocab]
-    if missing:
-        raise UserError(
-            f"there is no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}"
-        )
-    return Tokenizer("bytes", vocab, patterns=[pattern], special=special, whole_chunks=True)
+def rank_tokenizer(tokens, pattern, special):
+    """tokens [(bytes, id)]"""
+    vocab = dict(tokens)
+    missing = {bytes([b]) for b in range(256)} - vocab.keys()
+    if missing or b"" in vocab or len(vocab) < len(tokens):
+        raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
+    return Tokenizer("bytes", vocab, None, [pattern], special, whole_chunks=True)
 
 
 # ---- SentencePiece's file.
@@ -485,9 +434,8 @@ def from_sentencepiece(path):
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"this is not a SentencePiece model: {str(error)[:100]}") from None
-    size = sp.get_piece_size()
     special, vocab = {}, {}
-    for i in range(size):
+    for i in range(sp.get_piece_size()):
         if sp.is_control(i) or sp.is_unknown(i):
             special[sp.id_to_piece(i)] = i
         elif not sp.is_unused(i):
@@ -496,7 +444,7 @@ def from_sentencepiece(path):
     tokenizer = Tokenizer(
         "pieces",
         vocab,
-        merges_by_score(vocab, [sp.get_score(i) for i in range(size)]),
+        merges_by_score(vocab, list(map(sp.get_score, range(sp.get_piece_size())))),
         special=special,
         normalizer=space_steps(prefix),
         strip_space=prefix,

@@ -31,14 +31,10 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     n_jobs = 4 * (processes or usable_cpus())
     group = min(16, len(blocks) // n_jobs + 1)  # blocks a job: few, so that Counters stay small
     jobs = [blocks[i : i + group] for i in range(0, len(blocks), group)]
-    counters = in_processes(
-        functools.partial(count_job, pattern=pattern),
-        chain(jobs, text_batches(texts, pattern)),
-        processes,
-    )
+    count = functools.partial(count_job, pattern=pattern)
+    counters = in_processes(count, chain(jobs, text_batches(texts, pattern)), processes)
     total = Counter()
-    bar = {"desc": "counting chunks", "unit": "job", "disable": None}
-    for counter in tqdm(counters, total=len(jobs) or None, **bar):
+    for counter in tqdm(counters, "counting chunks", len(jobs) or None, unit="job", disable=None):
         total.update(counter)
     return total
 
@@ -72,22 +68,21 @@ def text_batches(texts, pattern):
 
 def count_job(job, pattern):
     """Counter of the chunks of a job: a list of texts, or of blocks (path, start, end)."""
-    counts = Counter()
     if isinstance(job[0], str):
-        count_texts(job, pattern, counts)
+        parts = [job]
     else:
-        for block in job:
-            data = read_block(block, (rb"\n", BETWEEN_CHUNKS))
-            text = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n")
-            count_texts(list(text), pattern, counts)  # line by line, as HF tokenizers does
+        parts = map(lines_of_block, job)  # line by line, as HF tokenizers does
+    counts = Counter()
+    for texts in parts:
+        in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))
+        others = map(splitter(pattern), filterfalse(str.isascii, texts))
+        counts.update(chain.from_iterable(chain(in_ascii, others)))
     return counts
 
 
-def count_texts(texts, pattern, counts):
-    in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))
-    others = map(splitter(pattern), filterfalse(str.isascii, texts))
-    counts.update(chain.from_iterable(in_ascii))
-    counts.update(chain.from_iterable(others))
+def lines_of_block(block):
+    data = read_block(block, (rb"\n", BETWEEN_CHUNKS))
+    return list(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n"))
 
 
 @functools.lru_cache
@@ -119,7 +114,7 @@ def learn_merges(chunks, n_merges, forbidden=()):
             batch = queue.next_batch(n_merges - len(merges))
             if not batch:
                 break
-            pairs = list(zip(words.left[batch].tolist(), words.right[batch].tolist()))
+            pairs = [divmod(key, TWO_TO_32) for key in words.key[batch].tolist()]
             made = [spelled[left] + spelled[right] for left, right in pairs]
             if forbidden and not forbidden.isdisjoint(made):
                 refused = [pair for pair, token in zip(batch, made) if token in forbidden]
@@ -133,6 +128,9 @@ def learn_merges(chunks, n_merges, forbidden=()):
     return merges
 
 
+TWO_TO_32 = 1 << 32
+
+
 class Words:
     """All distinct chunks end to end as one linked list of symbols, and every pair of neighbours.
 
@@ -142,7 +140,8 @@ class Words:
         weight          (n,) int64: how often the chunk occurs
         pair            (n + 1,) int32: the number of the pair that starts here, -1 for none
     By pair, in the order in which pairs appeared:
-        count, left, right
+        count           int64
+        key             int64: left symbol * 2^32 + right symbol; keys are in the order of pairs
     A pair's positions are written once, when it appears, and only ever lose members: (x, y) can
     only appear when the younger of x and y is made, and all its copies are made together. So
     `pair[position] == p` tells which of p's positions still hold, and no dictionary is needed.
@@ -166,8 +165,7 @@ class Words:
         self.pair = np.full(n + 1, -1, np.int32)
         self.n_pairs = 0
         self.count = np.zeros(0, np.int64)
-        self.left = np.zeros(0, np.int32)
-        self.right = np.zeros(0, np.int32)
+        self.key = np.zeros(0, np.int64)
         # One group a call of add_pairs: its first pair, and (positions by pair, where each starts).
         self.firsts = []
         self.groups = []
@@ -183,12 +181,10 @@ class Words:
         end = self.n_pairs = first + len(starts)
         if end > len(self.count):
             self.count = grown(self.count, end)
-            self.left = grown(self.left, end)
-            self.right = grown(self.right, end)
+            self.key = grown(self.key, end)
         if len(at):
             self.count[first:end] = np.add.reduceat(self.weight[at], starts)
-        self.left[first:end] = key[starts] >> 32
-        self.right[first:end] = key[starts] & 0xFFFFFFFF
+        self.key[first:end] = key[starts]
         copies = np.diff(starts, append=len(at))
         self.pair[at] = np.repeat(np.arange(first, end, dtype=np.int32), copies)
         self.firsts.append(first)
@@ -201,7 +197,8 @@ class Words:
         index = pair - self.firsts[group]
         at = at[starts[index] : starts[index + 1]]
         at = at[self.pair[at] == pair]
-        if self.left[pair] == self.right[pair]:  # in x x x x the pair is there three times
+        left, right = divmod(self.key[pair], TWO_TO_32)
+        if left == right:  # in x x x x the pair is there three times
             index = np.arange(len(at))
             begins = self.pair[self.previous[at]] != pair
             run = np.maximum.accumulate(np.where(begins, index, 0))
@@ -240,7 +237,7 @@ def grown(array, n):
 class MergeQueue:
     """The pairs in the order BPE takes them: most frequent first, then lowest ids.
 
-    A heap of (-count, left, right, pair) with lazy invalidation: counts only fall, so an entry is
+    A heap of (-count, key, pair) with lazy invalidation: counts only fall, so an entry is
     checked when it surfaces. Only pairs whose count is at least `floor` are in it, since most pairs
     are never merged; when it runs empty, the floor sinks."""
 
@@ -251,22 +248,20 @@ class MergeQueue:
         self.known = 0  # pairs that have been looked at
 
     def push(self, pairs):
-        words = self.words
-        counts = (-words.count[pairs]).tolist()
-        lefts = words.left[pairs].tolist()
-        for entry in zip(counts, lefts, words.right[pairs].tolist(), pairs.tolist()):
+        counts = (-self.words.count[pairs]).tolist()
+        for entry in zip(counts, self.words.key[pairs].tolist(), pairs.tolist()):
             heapq.heappush(self.heap, entry)
 
     def top(self):
         """The entry of the best pair at or above the floor, or None."""
         heap, count = self.heap, self.words.count
         while heap:
-            negative, left, right, pair = heap[0]
+            negative, key, pair = heap[0]
             now = int(count[pair])
             if -negative == now:
                 return heap[0]
             if now >= self.floor:
-                heapq.heapreplace(heap, (-now, left, right, pair))
+                heapq.heapreplace(heap, (-now, key, pair))
             else:
                 heapq.heappop(heap)
         return None
@@ -301,7 +296,8 @@ class MergeQueue:
             best = self.top()
             if best is None:  # no refill here: the pairs of the batch would come in again
                 break
-            _, left, right, pair = best
+            _, key, pair = best
+            left, right = divmod(key, TWO_TO_32)
             if batch and (left in rights or right in lefts or left == right):
                 break
             heapq.heappop(self.heap)

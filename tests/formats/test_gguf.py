@@ -27,7 +27,6 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=128,
 )
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
 SIZE = dict(
     model_type="llama",
     hidden_size=256,
@@ -58,13 +57,9 @@ FAMILIES = {
         hidden_size=96, intermediate_size=160, head_dim=24
     ),  # rows of 96 and 160: no multiples of 256
     "llama3.1": SIZE | dict(rope=LLAMA3),
-    "linear": SIZE | dict(rope=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
-    "yarn": SIZE | dict(rope=YARN),
-    "yarn-scaled": SIZE | dict(rope=YARN | dict(mscale=1.0, mscale_all_dim=0.8, beta_fast=16)),
     "mistral": SIZE | dict(model_type="mistral", head_dim=48),
     "qwen2": SIZE | dict(model_type="qwen2", qkv_bias=True),
     "qwen3": SIZE | dict(model_type="qwen3", head_dim=32, tie_word_embeddings=False),
-    "qwen3-yarn": SIZE | dict(model_type="qwen3", rope=YARN),
     "tiny": SIZE
     | dict(
         hidden_size=32,
@@ -433,7 +428,7 @@ def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_
     for change, message in (
         (dict(model_type="qwen2", qkv_bias=True, head_dim=16), "needs 4 heads"),
         (dict(model_type="qwen3", rope=LLAMA3), "only in Llama models"),
-        (dict(rope=YARN | dict(truncate=False)), "truncate=false"),
+        (dict(rope=dict(rope_type="linear", rope_theta=1e4, factor=4.0)), "'linear' cannot be"),
     ):
         make_folder(tmp_path / "m", SIZE | change)
         with pytest.raises(UserError, match=message):
@@ -455,6 +450,17 @@ def test_models_and_tokenizers_that_llama_cpp_has_no_way_to_run_are_refused(tmp_
     warned = capsys.readouterr().err
     assert "no sliding window" in warned and "ASCII case" in warned
     assert gguf.read_gguf(tmp_path / "w.gguf")[0].max_position_embeddings == 300
+
+
+def test_a_tokenizer_that_normalizes_is_written_with_a_warning(tmp_path, capsys):
+    """As Qwen's does."""
+    tok = Tokenizer.train(TEXT_PARTS, 300, "qwen2")
+    tok.normalizer = [("unicode", "NFC")]
+    make_folder(tmp_path / "m", "tiny", tok)
+    assert Tokenizer.load(tmp_path / "m").normalizer == tok.normalizer
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "f16")
+    assert "does not normalize" in capsys.readouterr().err
+    assert gguf.read_gguf(tmp_path / "m.gguf")[2].encode("Hello") == tok.encode("Hello")
 
 
 @pytest.mark.parametrize(
