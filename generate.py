@@ -138,6 +138,7 @@ class Engine:
         """
         options = EngineOptions(quant, kv_tokens, **options)
         runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
+        runtime = replace(runtime, rank=0, world=1)  # of several ranks each may have its own
         engine = cls.__new__(cls)
         engine.start(Runner(model, runtime, quant, options.kv_dtype), tok, options)
         return engine
