@@ -126,15 +126,12 @@ def library():
     path = library_path(name, SOURCE.parent / "build")
     if not path.is_file():
         path = library_path(name)
-    if not path.is_file():
-        try:
-            compile_to(path, name)
-        except OSError as error:
-            raise Unavailable(f"{path.parent} cannot be written ({error.strerror})") from None
     try:
+        if not path.is_file():
+            compile_to(path, name)
         lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path} does not load ({error}): delete it") from None
+    except OSError as error:  # of a folder that cannot be written, too
+        raise Unavailable(f"{path} does not load ({error}): delete it or set CXX") from None
     i, p = c_int32, c_void_p
     lib.linear.argtypes = [POINTER(Linear), i, p, p, i]
     lib.forward.argtypes = [POINTER(Model), i, p, p, i, p, p, i, p, p, p, i]
@@ -289,6 +286,7 @@ class Native(Panels):
         self.layers = (Layer * len(layers))(*layers)
         self.embedding = model.embed_tokens.weight.detach().float()
         places = model.embed_positions.weight if c.is_gpt2 else None
+        cos, sin = map(self.floats, rope_tables(model))
         head = model.lm_head
         self.model = Model(
             L=len(layers),
@@ -298,14 +296,14 @@ class Native(Panels):
             D=c.head_dim,
             M=c.intermediate_size,
             eps=c.norm_eps,
+            embed=self.floats(self.embedding),
+            places=self.floats(places),
+            cos=cos,
+            sin=sin,
             norm=self.norm(model.norm),
             layers=self.layers,
             head=self.linear(head, kind, stacks.get(head)),
         )
-        for name, table in zip(
-            ("embed", "places", "cos", "sin"), (self.embedding, places, *rope_tables(model))
-        ):
-            setattr(self.model, name, self.floats(table))
 
     def norm(self, norm):
         if norm is None:
@@ -353,11 +351,6 @@ class Native(Panels):
         twin.allocate(blocks, dtype)
         return twin
 
-    def copy_blocks(self, source, target):
-        """Copy whole blocks; source, target (n,) int64."""
-        for cache in (self.keys, self.values):
-            cache[:, target] = cache[:, source]
-
     def __call__(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) or None; with hidden what the head reads, (R, C)."""
         spans, blocks = array("i"), array("i")
@@ -371,26 +364,16 @@ class Native(Panels):
             nobody = self.adapter_count  # the last row of a stack's `keep`
             adapters = array("i", [nobody if a < 0 else a for a in batch.token_adapters()])
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
-        logits_at, hidden_at = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
+        outputs = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
 
         def at(numbers):
             return numbers.buffer_info()[0]
 
-        self.lib.forward(
-            self.model,
-            len(ids),
-            at(ids),
-            at(adapters),
-            len(batch.spans),
-            at(spans),
-            at(blocks),
-            len(rows),
-            at(rows),
-            logits_at,
-            hidden_at,
-            self.threads,
-        )
-        return out if len(rows) else None
+        tokens = len(ids), at(ids), at(adapters)
+        sequences = len(batch.spans), at(spans), at(blocks)
+        wanted = len(rows), at(rows)
+        self.lib.forward(self.model, *tokens, *sequences, *wanted, *outputs, self.threads)
+        return out if rows else None
 
     def logits_of(self, x):
         """What the head reads (R, C) -> logits (R, V), without adapters."""

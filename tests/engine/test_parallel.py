@@ -43,9 +43,7 @@ def tiny_pool(engine):
         Sampling(max_tokens=30, temperature=0, ignore_eos=True),
     ]
     for i, sampling in enumerate(asked):
-        engine.submit(
-            start + [4 + i] * 4, sampling, i
-        )  # 13 tokens: n answers copy a block that is not full
+        engine.submit(start + [4 + i] * 4, sampling, i)  # n answers share 3 of its 4 blocks
     got, steps = {}, 0
     while engine.has_work:
         steps += 1
