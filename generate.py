@@ -120,7 +120,6 @@ class Engine:
         draft=None,  # speculate: "lookup", or a folder with a smaller model
         draft_tokens=4,  # tokens guessed ahead
         adapters=None,  # {name: LoRA folder}
-        debug_invariants=False,  # check the scheduler's books after every step
         loaded=None,  # what load_engine_model returns, in place of the folder
     ):
         model, self.tok, runtime = loaded or load_engine_model(folder, device, dtype)
@@ -146,7 +145,6 @@ class Engine:
         self.max_model_len = min(self.max_model_len, blocks * block_size)
         most = draft_tokens if draft else 0
         self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, most, prefix_cache)
-        self.debug_invariants = debug_invariants
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
         self.vocab_size = self.config.vocab_size
         if self.tok:
@@ -256,8 +254,6 @@ class Engine:
                 drafts = self.propose(plan)
                 logits, owners = self.compute(plan, drafts)
                 deltas += self.accept(plan, drafts, logits, owners)
-        if self.debug_invariants:
-            self.scheduler.check_invariants()
         return deltas
 
     def propose(self, plan):
@@ -416,7 +412,8 @@ class Engine:
             i = self.submit(prompt, own)
             requests[i] = self.requests[i][0].request
             for index in range(own.n):
-                outputs[i, index] = empty_output(requests[i], index)
+                logprobs = None if own.logprobs is None else []
+                outputs[i, index] = Output(i, index, "", [], logprobs)
         try:
             while self.outbox or not self.requests.keys().isdisjoint(requests):
                 for delta in self.step():
@@ -458,11 +455,6 @@ class Engine:
         }
 
 
-def empty_output(request, index):
-    logprobs = None if request.sampling.logprobs is None else []
-    return Output(request.id, index, "", [], logprobs, prompt_tokens=len(request.prompt))
-
-
 def child_seed(seed, index):
     """The seed of one of n answers: a number of its own, the same in every run."""
     digest = hashlib.blake2b(b"%d/%d" % (seed, index), digest_size=6).digest()
@@ -471,17 +463,15 @@ def child_seed(seed, index):
 
 def draw_with_logprobs(logits, rows):
     """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
-    found: list = [None] * len(rows)
-    asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None]
-    own = logits[asked].clone() if asked else None  # the draw overwrites logits
+    counts = [row.sampling.logprobs for row in rows]
+    asked = [r for r, count in enumerate(counts) if count is not None]
+    own = logits[asked]  # a copy: the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows)
+    found: list = [None] * len(rows)
     if asked:
-        most = max(rows[r].sampling.logprobs for r in asked)
-        parts = top_logprobs(own, tokens[asked], most)
-        drawn = tokens[asked].tolist()
-        for r, token, chosen, values, ids in zip(asked, drawn, *(part.tolist() for part in parts)):
-            top = list(zip(ids, values))[: rows[r].sampling.logprobs]
-            found[r] = TokenLogprob(token, chosen, top)
+        parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
+        for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
+            found[r] = TokenLogprob(int(tokens[r]), chosen, list(zip(ids, values))[: counts[r]])
     return zip(tokens.tolist(), failed.tolist(), found)
 
 
@@ -546,10 +536,9 @@ class Args:
     draft: str = ""  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
     draft_tokens: int = 4  # tokens guessed ahead
     adapter: str = ""  # a LoRA adapter's folder
-    debug_invariants: bool = False  # check the engine's books after every step
 
 
-ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft draft_tokens debug_invariants"
+ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft draft_tokens"
 SAMPLING_FLAGS = "max_tokens temperature top_k top_p min_p repetition_penalty seed"
 
 

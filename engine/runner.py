@@ -50,10 +50,7 @@ class StepBatch:
 
     def token_adapters(self):
         """The adapter of each token."""
-        found = []
-        for span in self.spans:
-            found += [span.adapter] * span.count
-        return found
+        return [span.adapter for span in self.spans for _ in range(span.count)]
 
 
 class Runner:
@@ -122,11 +119,10 @@ class Runner:
     # -- the cache
     @property
     def bytes_per_token(self):
-        c = self.config
-        scales = 0
-        if self.kv_dtype.itemsize == 1:  # a float32 for each key and value head
-            scales = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads
-        return c.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
+        size = self.kv_dtype.itemsize
+        if size == 1:  # a float32 scale for each head's values
+            size += 4 / self.config.head_dim
+        return int(self.config.kv_bytes_per_token(size))
 
     def allocate(self, blocks):
         self.forward.allocate(blocks, self.kv_dtype)

@@ -8,8 +8,9 @@ A block is freed in BlockPool.release and nowhere else.
 
 import bisect
 import hashlib
+import itertools
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,6 @@ class Delta:
 class Output(Delta):
     """One whole answer."""
 
-    prompt_tokens: int = 0
     cached_tokens: int = 0  # tokens of the prompt that were in the cache already
 
 
@@ -146,12 +146,8 @@ class BlockPool:
 
     def find(self, keys):
         """The blocks that hold these prefixes, as far as the first one that is not there."""
-        found = []
-        for key in keys:
-            if key not in self.by_hash:
-                break
-            found.append(self.by_hash[key])
-        return found
+        known = itertools.takewhile(self.by_hash.__contains__, keys)
+        return [self.by_hash[key] for key in known]
 
 
 # --------------------------------------------------------------------------------------- scheduler
@@ -172,7 +168,7 @@ class Scheduler:
         self.waiting, self.running = [], []  # both in the order of arrival
         self.budget = 0  # tokens that this step may still take
         names = "cache_hit_tokens cache_query_tokens preemptions generated_tokens prompt_tokens"
-        self.counts = Counter(dict.fromkeys(names.split(), 0))
+        self.counts = dict.fromkeys(names.split(), 0)
 
     def add(self, seq):
         bisect.insort(self.waiting, seq, key=lambda s: s.arrival)
@@ -301,25 +297,5 @@ class Scheduler:
 
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""
-        queue = self.running if seq in self.running else self.waiting
-        queue.remove(seq)
+        (self.running if seq in self.running else self.waiting).remove(seq)
         self.release(seq)
-
-    def check_invariants(self):
-        """Blocks have as many references as tables name them, or are free; all is in order."""
-        pool = self.pool
-        used = Counter()
-        for seq in self.running:
-            used.update(seq.blocks)
-            assert seq.computed < len(seq.ids)
-            assert seq.published <= seq.computed // self.block_size
-            assert seq.computed <= len(seq.blocks) * self.block_size
-            assert len(set(seq.blocks)) == len(seq.blocks)
-        for block, count in enumerate(pool.refs):
-            assert count == used[block]
-            assert (count == 0) == (block in pool.free)
-        assert all(pool.hash_of[block] == key for key, block in pool.by_hash.items())
-        assert sum(key is not None for key in pool.hash_of) == len(pool.by_hash)
-        assert not any(seq.blocks or seq.computed for seq in self.waiting)
-        arrivals = [seq.arrival for seq in self.running]
-        assert arrivals == sorted(arrivals)

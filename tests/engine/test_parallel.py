@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_scheduler import TEXT, make_model
+from test_scheduler import TEXT, CheckedEngine, make_model
 
 from common import UserError
 from engine.grammar import Constraint, Vocabulary, regex_grammar
@@ -71,14 +71,13 @@ def numbers(engine):
 
 
 def report(folder, what, **options):
-    engine = Engine(
+    engine = CheckedEngine(
         folder,
         "cpu",
         "float32",
         block_size=4,
         max_seqs=3,
         step_tokens=7 if what == "tiny_pool" else 64,
-        debug_invariants=True,
         **options,
     )
     return engine, globals()[what](engine)

@@ -4,6 +4,7 @@ alone."""
 import gc
 import random
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -53,10 +54,39 @@ def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
+def check_invariants(scheduler):
+    """Blocks have as many references as tables name them, or are free; all is in order."""
+    pool = scheduler.pool
+    used = Counter()
+    for seq in scheduler.running:
+        used.update(seq.blocks)
+        assert seq.computed < len(seq.ids)
+        assert seq.published <= seq.computed // scheduler.block_size
+        assert seq.computed <= len(seq.blocks) * scheduler.block_size
+        assert len(set(seq.blocks)) == len(seq.blocks)
+        assert all(pool.refs[block] == 1 for block in seq.blocks[seq.published :])
+    for block, count in enumerate(pool.refs):
+        assert count == used[block]
+        assert (count == 0) == (block in pool.free)
+    assert all(pool.hash_of[block] == key for key, block in pool.by_hash.items())
+    assert sum(key is not None for key in pool.hash_of) == len(pool.by_hash)
+    assert not any(seq.blocks or seq.computed for seq in scheduler.waiting)
+    for queue in (scheduler.running, scheduler.waiting):
+        arrivals = [seq.arrival for seq in queue]
+        assert arrivals == sorted(arrivals)
+
+
+class CheckedEngine(Engine):
+    """Its scheduler's books are checked after every step."""
+
+    def step(self):
+        deltas = super().step()
+        check_invariants(self.scheduler)
+        return deltas
+
+
 def engine_of(folder, **options):
-    return Engine(
-        folder, "cpu", "float32", **{"block_size": 4, "debug_invariants": True, **options}
-    )
+    return CheckedEngine(folder, "cpu", "float32", **{"block_size": 4, **options})
 
 
 def random_request(rng, prefixes, block):
