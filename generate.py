@@ -134,9 +134,9 @@ class Engine:
             small = self.load_draft_model(draft)
             self.drafter = Runner(*small, quant, kv_dtype, block_size)
             self.runners.append(self.drafter)
-        on_gpu = runtime.device.type == "cuda"
-        max_seqs = max_seqs or (256 if on_gpu else 64)
-        step_tokens = step_tokens or (8192 if on_gpu else 512)
+        usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
+        max_seqs = max_seqs or usual[0]
+        step_tokens = step_tokens or usual[1]
         blocks = pool_size(self.runners, kv_tokens, max_seqs, self.max_model_len)
         for runner in self.runners:
             runner.allocate(blocks)
@@ -149,10 +149,8 @@ class Engine:
         self.vocab_size = self.config.vocab_size
         if self.tok:
             self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
-        eos = self.config.eos_token_id
-        if eos is None:
-            eos = []
-        self.eos = frozenset(eos if isinstance(eos, list) else [eos])
+        eos = self.config.eos_token_id  # one, a list or None
+        self.eos = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
@@ -334,27 +332,24 @@ class Engine:
         for seq in owners:
             draft = drafts.get(seq, [])
             rows += [self.row(seq, draft[:i]) for i in range(len(draft) + 1)]
-        drawn = iter(draw_with_logprobs(logits, rows))
+        drawn = draw_with_logprobs(logits, rows)
         deltas = []
         for seq in owners:
             draft = drafts.get(seq, [])
             own = list(itertools.islice(drawn, len(draft) + 1))
-            right = 0
-            while right < len(draft) and draft[right] == own[right][0]:
-                right += 1
-            deltas.append(self.extend(seq, own[: right + 1]))
+            deltas.append(self.extend(seq, draft, own))
         return deltas
 
     # -- tokens become text
-    def extend(self, seq, drawn):
-        """Append drawn tokens, (id, nothing was allowed, logprob), until the answer ends -> Delta.
+    def extend(self, seq, draft, drawn):
+        """Append drawn tokens up to the first that is not the draft's, or ends the answer -> Delta.
 
-        Here an answer ends, and its blocks are freed.
+        drawn: (id, nothing was allowed, logprob) for each. An answer that ends frees its blocks.
         """
         request = seq.request
         known = len(seq.ids)
         text, logprobs = "", []
-        for token, nothing_allowed, logprob in drawn:
+        for guess, (token, nothing_allowed, logprob) in zip([*draft, None], drawn):
             if nothing_allowed:
                 seq.finish_reason = "error"
                 seq.error = "no token is allowed: constraint and min_tokens contradict each other"
@@ -364,7 +359,7 @@ class Engine:
                 seq.ids.append(token)
                 logprobs.append(logprob)
                 text += self.advance(seq, token)
-            if seq.finish_reason:
+            if seq.finish_reason or token != guess:
                 break
         ids = seq.ids[known:]
         self.scheduler.counts["generated_tokens"] += len(ids)
@@ -405,10 +400,8 @@ class Engine:
             prompts = [prompts]
         if not isinstance(sampling, (list, tuple)):
             sampling = [sampling or Sampling()] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts, but {len(sampling)} samplings")
         requests, outputs = {}, {}
-        for prompt, own in zip(prompts, sampling):
+        for prompt, own in zip(prompts, sampling, strict=True):
             i = self.submit(prompt, own)
             requests[i] = self.requests[i][0].request
             for index in range(own.n):
@@ -465,14 +458,16 @@ def draw_with_logprobs(logits, rows):
     """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
     counts = [row.sampling.logprobs for row in rows]
     asked = [r for r, count in enumerate(counts) if count is not None]
-    own = logits[asked]  # a copy: the draw overwrites logits
+    own = logits[asked] if asked else None  # a copy: the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows)
     found: list = [None] * len(rows)
+    parts = ()
     if asked:
         parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
-        for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
-            found[r] = TokenLogprob(int(tokens[r]), chosen, list(zip(ids, values))[: counts[r]])
-    return zip(tokens.tolist(), failed.tolist(), found)
+    tokens = tokens.tolist()
+    for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
+        found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
+    return zip(tokens, failed.tolist(), found)
 
 
 def lookup_draft(ids, most):
@@ -565,21 +560,21 @@ def print_answer(engine, prompt, sampling, adapter):
     """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
     begin = time.time()
     first = None  # when the first token came
-    text, count = "", 0
+    answer = Output(None, 0, "", [])
     engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
             first = first or time.time()
             print(delta.text, end="", flush=True)
-            text += delta.text
-            count += len(delta.token_ids)
-            if delta.error:
-                print(f"\n[{delta.error}]", file=sys.stderr)
+            answer.add(delta)
     print()
+    if answer.error:
+        print(f"[{answer.error}]", file=sys.stderr)
     first = first or begin
+    count = len(answer.token_ids)
     speed = (count - 1) / (time.time() - first) if count > 1 else 0
     print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
-    return text
+    return answer.text
 
 
 def turn_ends(tok):
@@ -666,7 +661,7 @@ def run_batch(engine, args, sampling, adapter):
     waiting = [number for number in lines if lines[number].strip() and number not in done]
     waiting.reverse()
     total = len(waiting)
-    names, outputs = {}, {}  # of the lines that the engine has: {number: id}, {number: [Output]}
+    asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,
         tqdm(total=total + len(done), initial=len(done), unit="answer", disable=None) as bar,
@@ -679,7 +674,7 @@ def run_batch(engine, args, sampling, adapter):
             bar.update()
 
         while waiting or engine.has_work:
-            while waiting and len(names) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
+            while waiting and len(asked) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
                 number = waiting.pop()
                 try:
                     name, prompt, own = read_request(lines[number], number, sampling, engine.tok)
@@ -687,15 +682,14 @@ def run_batch(engine, args, sampling, adapter):
                 except UserError as error:
                     write(number, error=str(error))
                     continue
-                names[number] = name
-                outputs[number] = [Output(number, index, "", [], []) for index in range(own.n)]
+                asked[number] = name, [Output(number, i, "", [], []) for i in range(own.n)]
             for delta in engine.step():
                 number = delta.request_id
-                answers = outputs[number]
+                name, answers = asked[number]
                 answers[delta.index].add(delta)
                 if all(answer.finish_reason for answer in answers):
-                    rows = [answer_row(answer) for answer in outputs.pop(number)]
-                    write(number, id=names.pop(number), answers=rows)
+                    write(number, id=name, answers=[answer_row(answer) for answer in answers])
+                    del asked[number]
     tokens = engine.stats()["generated_tokens"]
     seconds = time.time() - begin
     print(

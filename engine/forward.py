@@ -120,7 +120,7 @@ class TorchForward(nn.Module):
         config = self.config = model.config
         self.device = device
         self.block_size = block_size
-        self.embed_tokens = model.embed_tokens
+        self.embedding = model.embed_tokens.weight
         self.embed_positions = model.embed_positions if config.is_gpt2 else None
         self.cos, self.sin = rope_tables(model, dtype)
         stacks = stack_adapters(model, adapters or {}, dtype)
@@ -130,10 +130,6 @@ class TorchForward(nn.Module):
             self.layers.append(ForwardLayer(block, config, kind, stacks, window))
         self.norm = model.norm
         self.head = FusedProduct([model.lm_head], kind, stacks)
-
-    @property
-    def embedding(self):
-        return self.embed_tokens.weight
 
     @property
     def weight_bytes(self):

@@ -311,20 +311,22 @@ class Native(Panels):
         return Norm(self.floats(norm.weight), self.floats(getattr(norm, "bias", None)))
 
     def layer(self, i, block, kind, stacks):
-        made = Layer()
-        made.norm1 = self.norm(block.input_layernorm)
-        made.norm2 = self.norm(block.post_attention_layernorm)
-        made.q_norm = self.norm(getattr(block.self_attn, "q_norm", None))
-        made.k_norm = self.norm(getattr(block.self_attn, "k_norm", None))
         products = []
         for layers in block.products():
             products.append([self.linear(layer, kind, stacks.get(layer)) for layer in layers])
-        qkv, (made.out,), up, (made.down,) = products
-        made.qkv = (Linear * 3)(*qkv)
-        made.up = (Linear * 2)(*up)
-        if i in self.config.sliding_layers:
-            made.window = self.config.sliding_window
-        return made
+        qkv, (out,), up, (down,) = products
+        c = self.config
+        return Layer(
+            norm1=self.norm(block.input_layernorm),
+            norm2=self.norm(block.post_attention_layernorm),
+            q_norm=self.norm(getattr(block.self_attn, "q_norm", None)),
+            k_norm=self.norm(getattr(block.self_attn, "k_norm", None)),
+            qkv=tuple(qkv),
+            out=out,
+            up=tuple(up),
+            down=down,
+            window=c.sliding_window if i in c.sliding_layers else 0,
+        )
 
     @property
     def weight_bytes(self):

@@ -106,11 +106,11 @@ def shard_model(model, runtime, dtype):
     c = model.config
     ranks = runtime.world
     H, K, M = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
+    parts = f"{H} heads, {K} key/value heads and {M:,} MLP channels"
     if K % ranks or M % ranks:
         fits = ", ".join(str(n) for n in range(1, K + 1) if K % n == 0 and M % n == 0)
         raise UserError(
-            f"{ranks} ranks cannot share {H} heads, {K} key/value heads and {M:,} MLP channels "
-            f"evenly; --nproc-per-node can be {fits}"
+            f"{ranks} ranks cannot share {parts} evenly; --nproc-per-node can be {fits}"
         )
     for name, linear in list(model.named_modules()):
         if name.endswith(("o_proj", "down_proj")):
@@ -128,7 +128,4 @@ def shard_model(model, runtime, dtype):
     names = "num_attention_heads num_key_value_heads intermediate_size".split()
     model.config = replace(c, **{name: getattr(c, name) // ranks for name in names})
     if runtime.rank == 0:
-        print(
-            f"ranks    {ranks}, each with {H // ranks} of {H} heads, {K // ranks} of {K} key/value "
-            f"heads, {M // ranks:,} of {M:,} MLP channels"
-        )
+        print(f"ranks    {ranks} share {parts}")

@@ -76,7 +76,10 @@ class Runner:
         self.device = runtime.device
         self.block_size = block_size
         self.adapter_names = list(adapters or {})
-        self.join_ranks()
+        self.orders = None  # the group in which the first rank tells the others what to do
+        self.idle = False
+        if runtime.world > 1:
+            self.join_ranks()
         on_cpu = self.device.type == "cpu"
         self.exact_kv_dtype = torch.float32 if on_cpu else runtime.dtype
         kinds = {"auto": self.exact_kv_dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -170,10 +173,6 @@ class Runner:
     ORDERS = ("end", "step", "hidden", "score")
 
     def join_ranks(self):
-        self.orders = None  # the group in which the first rank tells the others what to do
-        self.idle = False
-        if self.runtime.world == 1:
-            return
         # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.
         self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         if self.runtime.rank == 0:  # a rank that dies says it by its closed connection
