@@ -12,8 +12,11 @@ of Sampling as it likes. From Python:
     outputs = engine.generate(["Once upon", "Hello"], Sampling(max_tokens=50))
 
 The Engine answers many requests at once over one paged key/value cache (Kwon et al. 2023), each
-as if it were alone; `Engine.step` shows how. Transformer.generate in model.py is the plain way, one
-token of one text at a time, and tests/engine/test_scheduler.py holds the two equal.
+as if it were alone. `Engine.step` is the loop's body: Scheduler.schedule picks the tokens and gives
+them pages, `compute` runs the model, `accept` draws the next tokens, `extend` makes text of them; a
+stop string ends an answer in `shown_text`, and its pages are freed by Scheduler.remove at the end
+of `extend`. Transformer.generate in model.py is the plain way, one token of one text at a time, and
+tests/engine/test_scheduler.py holds the two equal.
 """
 
 import contextlib
@@ -272,7 +275,7 @@ class Engine:
                 new = ids[seq.drafted :]
                 batch.add(seq.blocks, new, seq.drafted, [len(new) - 1], seq.request.adapter)
                 seq.drafted = len(ids)
-            rows = [self.row(seq, drafts[seq]) for seq in live]
+            rows = [self.sampling_row(seq, drafts[seq]) for seq in live]
             logits = self.drafter(batch)[:, : self.vocab_size]
             tokens, _ = draw_tokens(logits, rows)
             for seq, token in zip(live, tokens.tolist()):
@@ -304,7 +307,7 @@ class Engine:
         logits = self.runner(batch)
         return (None if logits is None else logits[:, : self.vocab_size]), owners
 
-    def row(self, seq, draft):
+    def sampling_row(self, seq, draft):
         """The sampler's view of one answer, `draft` further on."""
         request, sampling = seq.request, seq.request.sampling
         u = uniform(seq.seed, len(seq.ids) + len(draft)) if sampling.temperature else 0.0
@@ -331,7 +334,7 @@ class Engine:
         rows = []  # a SamplingRow for each row of logits
         for seq in owners:
             draft = drafts.get(seq, [])
-            rows += [self.row(seq, draft[:i]) for i in range(len(draft) + 1)]
+            rows += [self.sampling_row(seq, draft[:i]) for i in range(len(draft) + 1)]
         drawn = draw_with_logprobs(logits, rows)
         deltas = []
         for seq in owners:

@@ -41,12 +41,17 @@ class Unavailable(UserError):
 
 
 # ---------------------------------------------------------------------- forward.cpp's structs
+def fields(kind, names):
+    """Neighbours of one type in a struct."""
+    return [(name, kind) for name in names.split()]
+
+
 class Linear(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("kind", "N", "K", "group")),
-        *((name, c_void_p) for name in ("weight", "scale", "zero", "order", "bias")),
-        *((name, c_int32) for name in ("inputs", "rank")),
-        *((name, c_void_p) for name in ("a", "b", "keep")),
+        *fields(c_int32, "kind N K group"),
+        *fields(c_void_p, "weight scale zero order bias"),
+        *fields(c_int32, "inputs rank"),
+        *fields(c_void_p, "a b keep"),
     ]
 
 
@@ -55,23 +60,22 @@ Norm = c_void_p * 2  # gain, bias
 
 class Layer(Structure):
     _fields_ = [
-        *((name, Norm) for name in ("norm1", "norm2", "q_norm", "k_norm")),
+        *fields(Norm, "norm1 norm2 q_norm k_norm"),
         ("qkv", Linear * 3),
         ("out", Linear),
         ("up", Linear * 2),
         ("down", Linear),
-        ("keys", c_void_p),
-        ("values", c_void_p),
+        *fields(c_void_p, "keys values"),
         ("window", c_int64),
     ]
 
 
 class Model(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("L", "C", "H", "KV", "D", "M")),
+        *fields(c_int32, "L C H KV D M"),
         ("eps", c_float),
         ("cached", c_int32),
-        *((name, c_void_p) for name in ("embed", "places", "cos", "sin")),
+        *fields(c_void_p, "embed places cos sin"),
         ("norm", Norm),
         ("layers", POINTER(Layer)),
         ("head", Linear),

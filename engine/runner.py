@@ -75,15 +75,15 @@ class Runner:
         self.runtime = runtime
         self.device = runtime.device
         self.block_size = block_size
-        self.adapter_names = list(adapters or {})
+        self.adapter_names = list(adapters or ())
         self.orders = None  # the group in which the first rank tells the others what to do
         self.idle = False
         if runtime.world > 1:
             self.join_ranks()
         on_cpu = self.device.type == "cpu"
         self.exact_kv_dtype = torch.float32 if on_cpu else runtime.dtype
-        kinds = {"auto": self.exact_kv_dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-        kinds |= DTYPES
+        small = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+        kinds = {"auto": self.exact_kv_dtype, **DTYPES, **small}
         if kv_dtype not in kinds:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")
         self.kv_dtype = kinds[kv_dtype]

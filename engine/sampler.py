@@ -75,9 +75,8 @@ class Sampling:
             for i in getattr(self, name) or ():
                 if not isinstance(i, int) or not 0 <= i < vocab_size:
                     raise UserError(f"{name} has {i!r}, but ids go from 0 to {vocab_size - 1}")
-        for bias in (self.logit_bias or {}).values():
-            if not isinstance(bias, (int, float)) or not math.isfinite(bias):
-                raise UserError(f"logit_bias adds {bias!r}, which is not a finite number")
+        if not all(map(math.isfinite, (self.logit_bias or {}).values())):
+            raise UserError("logit_bias adds something that is not finite")
 
     @functools.cached_property
     def edits_logits(self):

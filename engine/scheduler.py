@@ -180,7 +180,7 @@ class Scheduler:
         """
         plan = {}
         self.budget = self.step_tokens
-        preemptions = self.counts["preemptions"]
+        before = self.counts["preemptions"]
         decodes = [s for s in self.running if s.remaining == 1]
         prefills = [s for s in self.running if s.remaining > 1]
         spare = self.budget - len(decodes)  # what drafts may take
@@ -198,16 +198,18 @@ class Scheduler:
                 spare -= draft
             plan[seq] = n
             self.budget -= n
-        if self.waiting and self.counts["preemptions"] == preemptions:
+        if self.waiting and self.counts["preemptions"] == before:
             self.admit(plan)
         return plan
 
     def make_room(self, seq, tokens, plan):
         """Reserve blocks, preempting the youngest if need be; False if that was seq itself."""
         while not self.reserve(seq, tokens):
-            victim = self.running[-1]
+            victim = self.running.pop()
             self.budget += plan.pop(victim, 0)
-            self.preempt(victim)
+            self.release(victim)
+            self.add(victim)
+            self.counts["preemptions"] += 1
             if victim is seq:
                 return False
         return True
@@ -288,12 +290,6 @@ class Scheduler:
         self.pool.release(seq.blocks)
         seq.blocks = []
         seq.computed = seq.drafted = seq.published = 0
-
-    def preempt(self, seq):
-        self.release(seq)
-        self.running.remove(seq)
-        self.add(seq)
-        self.counts["preemptions"] += 1
 
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""
