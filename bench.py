@@ -603,7 +603,7 @@ def engine_writer(model, quant=None, dtype="auto"):
         unread = 4 * table.numel()
     else:
         unread = 0 if engine.config.tie_word_embeddings else table.nbytes
-    return write, engine.runner.weight_bytes - unread
+    return write, engine.runner.forward.weight_bytes - unread
 
 
 def writing_speed(write, texts):

@@ -12,13 +12,15 @@ of Sampling as it likes. From Python:
     outputs = engine.generate(["Once upon", "Hello"], Sampling(max_tokens=50))
 
 The Engine answers many requests at once over one paged key/value cache (Kwon et al. 2023), each
-as if it were alone; `Engine.step` shows how. Transformer.generate in model.py is the plain way, one
-token of one text at a time, and tests/engine/test_scheduler.py holds the two equal.
+as if it were alone. `Engine.step` is the loop's body: Scheduler.schedule picks the tokens and gives
+them pages, `compute` runs the model, `accept` draws the next tokens, `extend` makes text of them; a
+stop string ends an answer in `shown_text`, and its pages are freed by Scheduler.remove at the end
+of `extend`. Transformer.generate in model.py is the plain way, one token of one text at a time, and
+tests/engine/test_scheduler.py holds the two equal.
 """
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -99,21 +101,6 @@ def read_adapter_tensors(folders, model, runtime):
 
 
 # ------------------------------------------------------------------------------------------- engine
-@dataclass
-class EngineOptions:
-    quant: str | None = None  # pack float weights: "int8" or "int4"
-    kv_tokens: int | None = None  # tokens whose keys and values are kept; None: what memory allows
-    kv_dtype: str = "auto"
-    block_size: int = 16
-    max_seqs: int | None = None  # answers made at once; None: 64 on a CPU, 256 on a GPU
-    step_tokens: int | None = None  # computed in a step at most; None: 512 on a CPU, 8192 on a GPU
-    prefix_cache: bool = True
-    draft: str | None = None  # speculate: "lookup", or a folder with a smaller model
-    draft_tokens: int = 4  # tokens guessed ahead
-    adapters: dict | None = None  # {name: LoRA folder}
-    debug_invariants: bool = False  # check the scheduler's books after every step
-
-
 class Engine:
     """Many requests over one model: `submit`, `step` and `cancel`, or `generate` for whole answers.
 
@@ -121,72 +108,77 @@ class Engine:
     and exit when it does.
     """
 
-    def __init__(self, folder, device="auto", dtype="auto", quant=None, kv_tokens=None, **options):
-        """options: further fields of EngineOptions"""
-        options = EngineOptions(quant, kv_tokens, **options)
-        model, tok, runtime = load_engine_model(folder, device, dtype)
-        adapters = read_adapter_tensors(options.adapters, model, runtime)
-        runner = Runner(model, runtime, quant, options.kv_dtype, options.block_size, adapters)
+    def __init__(
+        self,
+        folder,
+        device="auto",
+        dtype="auto",
+        quant=None,  # pack float weights: "int8" or "int4"
+        kv_tokens=None,  # tokens whose keys and values are kept; None: what memory allows
+        kv_dtype="auto",
+        block_size=16,
+        max_seqs=None,  # answers made at once; None: 64 on a CPU, 256 on a GPU
+        step_tokens=None,  # computed in a step at most; None: 512 on a CPU, 8192 on a GPU
+        prefix_cache=True,
+        draft=None,  # speculate: "lookup", or a folder with a smaller model
+        draft_tokens=4,  # tokens guessed ahead
+        adapters=None,  # {name: LoRA folder}
+        loaded=None,  # what load_engine_model returns, in place of the folder
+    ):
+        model, self.tok, runtime = loaded or load_engine_model(folder, device, dtype)
+        tensors = read_adapter_tensors(adapters, model, runtime)
+        self.runner = Runner(model, runtime, quant, kv_dtype, block_size, tensors)
+        self.config = model.config
         del model  # its weights are packed, and the cache may take their room
-        self.start(runner, tok, options)
-
-    @classmethod
-    def of(cls, model, tok, *, dtype="auto", quant=None, kv_tokens=None, **options):
-        """An engine over a model in memory, where it lies; the model stays usable.
-
-        options: further fields of EngineOptions. If the weights change, make a new engine.
-        """
-        options = EngineOptions(quant, kv_tokens, **options)
-        runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
-        engine = cls.__new__(cls)
-        engine.start(Runner(model, runtime, quant, options.kv_dtype), tok, options)
-        return engine
-
-    def start(self, runner, tok, options):
-        self.runner = runner
-        self.tok = tok
-        self.options = options
-        self.config = runner.config
-        on_gpu = runner.device.type == "cuda"
-        max_seqs = options.max_seqs or (256 if on_gpu else 64)
-        step_tokens = options.step_tokens or (8192 if on_gpu else 512)
         self.max_model_len = self.config.max_position_embeddings
+        self.runners = [self.runner]
         self.drafter = None  # the Runner of a draft model
-        if options.draft not in (None, "lookup") and runner.runtime.rank == 0:
-            self.drafter = self.load_drafter(options)
-        self.runners = [runner] if self.drafter is None else [runner, self.drafter]
-        page = options.block_size
-        blocks = pool_size(self.runners, options.kv_tokens, page, max_seqs, self.max_model_len)
-        for each in self.runners:
-            each.allocate(blocks)
-        if runner.runtime.rank:
-            runner.follow()
-        self.max_model_len = min(self.max_model_len, blocks * page)
-        most = options.draft_tokens if options.draft else 0
-        self.scheduler = Scheduler(blocks, page, max_seqs, step_tokens, most, options.prefix_cache)
+        if draft and draft != "lookup" and runtime.rank == 0:
+            small = self.load_draft_model(draft)
+            self.drafter = Runner(*small, quant, kv_dtype, block_size)
+            self.runners.append(self.drafter)
+        usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
+        max_seqs = max_seqs or usual[0]
+        step_tokens = step_tokens or usual[1]
+        blocks = pool_size(self.runners, kv_tokens, max_seqs, self.max_model_len)
+        for runner in self.runners:
+            runner.allocate(blocks)
+        if runtime.rank:
+            self.runner.follow()
+        self.max_model_len = min(self.max_model_len, blocks * block_size)
+        most = draft_tokens if draft else 0
+        self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, most, prefix_cache)
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
         self.vocab_size = self.config.vocab_size
-        if tok:
-            self.vocab_size = min(self.vocab_size, tok.vocab_size)
-        eos = self.config.eos_token_id
-        if eos is None:
-            eos = []
-        self.eos = frozenset(eos if isinstance(eos, list) else [eos])
-        self.requests = {}  # {id: the sequences of its answers that are not finished}
+        if self.tok:
+            self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
+        eos = self.config.eos_token_id  # one, a list or None
+        self.eos = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
 
-    def load_drafter(self, options):
-        """A small model that proposes tokens, as it is small on one rank."""
-        model, tok, runtime = load_engine_model(options.draft, self.runner.device, split=False)
+    @classmethod
+    def of(cls, model, tok, dtype="auto", **options):
+        """An engine over a model in memory, where it lies; the model stays usable.
+
+        options: as of Engine. If the weights change, make a new engine.
+        """
+        runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
+        runtime = replace(runtime, rank=0, world=1)  # of several ranks each may have its own
+        return cls(None, loaded=(model, tok, runtime), **options)
+
+    def load_draft_model(self, folder):
+        """A small model that proposes tokens: it is whole on the first rank -> (model, Runtime)."""
+        model, tok, runtime = load_engine_model(folder, self.runner.device, split=False)
         size, own = model.config.vocab_size, self.config.vocab_size
         if size != own or (self.tok and tok and tok.vocab != self.tok.vocab):
             raise UserError(
-                f"--draft {options.draft}: its vocabulary ({size:,} ids) is not that of this model "
+                f"--draft {folder}: its vocabulary ({size:,} ids) is not that of this model "
                 f"({own:,}); a draft model must share the tokenizer"
             )
         self.max_model_len = min(self.max_model_len, model.config.max_position_embeddings)
-        return Runner(model, runtime, options.quant, options.kv_dtype, options.block_size)
+        return model, runtime
 
     # -- requests come in
     def encode(self, prompt):
@@ -199,76 +191,44 @@ class Engine:
             if not isinstance(i, int) or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1
                 raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
-        return list(prompt)
-
-    def encode_bad_words(self, words):
-        """Strings, each as it stands and after a space, and lists of ids -> tuples of ids."""
-        found = []
-        for word in words:
-            if isinstance(word, str):
-                found += [self.tok.encode(word), self.tok.encode(" " + word)]
-            else:
-                found.append(self.encode(word))
-        if not all(found):
-            raise UserError("bad_words has an empty one; give strings or lists of ids")
-        return tuple(map(tuple, found))
-
-    def check_room(self, prompt, sampling):
-        if not prompt:
-            raise UserError("the prompt has no tokens; give at least one character")
-        if len(prompt) >= self.max_model_len:
-            cache = len(self.scheduler.pool.refs) * self.scheduler.block_size
-            raise UserError(
-                f"the prompt has {len(prompt):,} tokens, but this engine holds "
-                f"{self.max_model_len:,} (model context {self.config.max_position_embeddings:,}, "
-                f"cache {cache:,}) and the answer needs at least one"
-            )
-        if sampling.n > self.scheduler.max_seqs:
-            raise UserError(
-                f"{sampling.n} answers, but this engine makes at most "
-                f"{self.scheduler.max_seqs} at once"
-            )
+        return prompt
 
     def submit(self, prompt, sampling, request_id=None, adapter=None):
         """Queue one request -> its id. UserError, with the numbers, for what cannot be done.
 
-        prompt: str or ids; adapter: name of one of the engine's LoRA adapters
+        prompt: str or ids; adapter: name of one of the engine's LoRA adapters. Its n answers are
+        sequences of their own: they share the blocks of the prompt, as all equal prompts do.
         """
         sampling.check(self.vocab_size)
         ids = self.encode(prompt)
-        self.check_room(ids, sampling)
-        texts = [*sampling.stop, *(word for word in sampling.bad_words if isinstance(word, str))]
-        if texts and self.tok is None:
+        if not ids:
+            raise UserError("the prompt has no tokens; give at least one character")
+        if len(ids) >= self.max_model_len:
             raise UserError(
-                "stop strings and bad words need a tokenizer; this model folder has none"
+                f"the prompt has {len(ids):,} tokens, and with its answer must fit into the "
+                f"{self.max_model_len:,} that model and cache (--kv-tokens) hold"
             )
-        bad_words = self.encode_bad_words(sampling.bad_words)
+        if sampling.stop and self.tok is None:
+            raise UserError("stop strings need a tokenizer; this model folder has none")
         request_id = next(self.arrivals) if request_id is None else request_id
         if request_id in self.requests:
             raise UserError(f"request id {request_id!r} is in use")
         ends = frozenset(sampling.stop_ids)
         if not sampling.ignore_eos:
             ends |= self.eos
-        adapter = self.runner.adapter_index(adapter)
-        edits = sampling.edits_logits
-        request = Request(request_id, ids, sampling, adapter, ends, bad_words, edits)
-        seq = Sequence(
-            request,
-            arrival=next(self.arrivals),
-            index=0,
-            ids=list(ids),
-            seed=secrets.randbits(48) if sampling.seed is None else sampling.seed,
-            stream=self.text_stream(),
-            constraint=copy.copy(sampling.constraint),
-            width=sampling.n,
-        )
-        self.requests[request_id] = [seq]
+        request = Request(request_id, ids, sampling, self.runner.adapter_index(adapter), ends)
+        seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
+        self.requests[request_id] = []
+        for index in range(sampling.n):
+            own_seed = seed if sampling.n == 1 else child_seed(seed, index)
+            stream = self.tok.stream(skip_special=True) if self.tok else None
+            constraint = copy.copy(sampling.constraint)
+            arrival = next(self.arrivals)
+            seq = Sequence(request, index, arrival, own_seed, list(ids), stream, constraint)
+            self.requests[request_id].append(seq)
+            self.scheduler.add(seq)
         self.scheduler.counts["prompt_tokens"] += len(ids)
-        self.scheduler.add(seq)
         return request_id
-
-    def text_stream(self):
-        return self.tok.stream(skip_special=True) if self.tok else None
 
     def cancel(self, request_id):
         """Stop a request in whatever state it is and free all it holds.
@@ -277,8 +237,7 @@ class Engine:
         """
         for seq in self.requests.pop(request_id, ()):
             self.scheduler.remove(seq)
-            for index in range(seq.index, seq.index + seq.width):
-                self.outbox.append(Delta(request_id, index, "", [], None, "abort"))
+            self.outbox.append(Delta(request_id, seq.index, "", [], None, "abort"))
 
     @property
     def has_work(self):
@@ -293,19 +252,10 @@ class Engine:
         with quiet_torch() if self.runner.native else contextlib.nullcontext():
             plan = self.scheduler.schedule()
             if plan:
-                self.copy_blocks()
                 drafts = self.propose(plan)
                 logits, owners = self.compute(plan, drafts)
                 deltas += self.accept(plan, drafts, logits, owners)
-        if self.options.debug_invariants:
-            self.scheduler.check_invariants()
         return deltas
-
-    def copy_blocks(self):
-        if self.scheduler.copies:
-            pairs = torch.tensor(self.scheduler.copies).flatten()  # (n, 2) -> (2 n,)
-            for runner in self.runners:
-                runner.everywhere("copy_blocks", pairs)
 
     def propose(self, plan):
         """-> {sequence: ids that may come next}, no more than the plan has room for."""
@@ -325,7 +275,7 @@ class Engine:
                 new = ids[seq.drafted :]
                 batch.add(seq.blocks, new, seq.drafted, [len(new) - 1], seq.request.adapter)
                 seq.drafted = len(ids)
-            rows = [self.row(seq, drafts[seq]) for seq in live]
+            rows = [self.sampling_row(seq, drafts[seq]) for seq in live]
             logits = self.drafter(batch)[:, : self.vocab_size]
             tokens, _ = draw_tokens(logits, rows)
             for seq, token in zip(live, tokens.tolist()):
@@ -345,7 +295,7 @@ class Engine:
             end = seq.computed + n
             rows = []
             if end == len(seq.ids):  # all known tokens: the next one can be drawn
-                rows = list(range(n - 1, n + len(draft)))
+                rows = range(n - 1, n + len(draft))
                 owners.append(seq)
             adapter = seq.request.adapter
             batch.add(seq.blocks, seq.ids[seq.computed : end] + draft, seq.computed, rows, adapter)
@@ -357,26 +307,18 @@ class Engine:
         logits = self.runner(batch)
         return (None if logits is None else logits[:, : self.vocab_size]), owners
 
-    def row(self, seq, draft):
+    def sampling_row(self, seq, draft):
         """The sampler's view of one answer, `draft` further on."""
         request, sampling = seq.request, seq.request.sampling
-        if sampling.temperature == 0 and not request.edits:  # nothing else matters
-            return SamplingRow(sampling, 0.0)
-        room = min(sampling.max_tokens, self.max_model_len - len(request.prompt))
-        return SamplingRow(
-            sampling,
-            uniform(seq.seed, len(seq.ids) + len(draft)),
-            edits=request.edits,
-            output=seq.ids[len(request.prompt) :] + draft if request.edits else (),
-            prompt=request.prompt,
-            ends=request.ends,
-            bad_words=request.bad_words,
-            constraint=seq.constraint,
-            room=room - seq.made - len(draft),
-        )
+        u = uniform(seq.seed, len(seq.ids) + len(draft)) if sampling.temperature else 0.0
+        if not sampling.edits_logits:
+            return SamplingRow(sampling, u)
+        output = seq.ids[len(request.prompt) :] + draft
+        room = min(sampling.max_tokens, self.max_model_len - len(request.prompt)) - len(output)
+        return SamplingRow(sampling, u, output, request.prompt, request.ends, seq.constraint, room)
 
     def accept(self, plan, drafts, logits, owners):
-        """Draw, keep drafts as far as they are what was drawn, turn tokens into text -> deltas.
+        """Draw the next tokens, and keep a draft as far as it is what was drawn -> deltas.
 
         A draft is right exactly where it equals the token that the model itself drew with that
         position's random number, so speculation changes how many steps are taken and nothing else
@@ -384,91 +326,59 @@ class Engine:
         """
         for seq, n in plan.items():
             seq.computed += min(n, seq.remaining)
+            if self.drafter is None:
+                seq.drafted = seq.computed
             self.scheduler.publish(seq)
         if not owners:
             return []
-        answers, rows, sources = [], [], []  # sources: the row of logits that each row draws from
-        first = 0
+        rows = []  # a SamplingRow for each row of logits
         for seq in owners:
             draft = drafts.get(seq, [])
-            for answer in self.fork(seq):
-                answers.append(answer)
-                for i in range(len(draft) + 1):
-                    rows.append(self.row(answer, draft[:i]))
-                    sources.append(first + i)
-            first += len(draft) + 1
-        if len(sources) > len(logits):  # n answers begin from the same row
-            logits = logits[torch.tensor(sources, device=logits.device)]
-        tokens, failed, logprobs = draw_with_logprobs(logits, rows)
+            rows += [self.sampling_row(seq, draft[:i]) for i in range(len(draft) + 1)]
+        drawn = draw_with_logprobs(logits, rows)
         deltas = []
-        first = 0
-        for answer in answers:
-            draft = drafts.get(answer, [])
-            right = 0
-            while right < len(draft) and draft[right] == tokens[first + right]:
-                right += 1
-            drawn = slice(first, first + right + 1)
-            deltas.append(self.extend(answer, tokens[drawn], failed[drawn], logprobs[drawn]))
-            first += len(draft) + 1
+        for seq in owners:
+            draft = drafts.get(seq, [])
+            own = list(itertools.islice(drawn, len(draft) + 1))
+            deltas.append(self.extend(seq, draft, own))
         return deltas
 
-    def fork(self, seq):
-        """The n answers of a prompt that has been computed, [seq] if it forked before.
-
-        They share its blocks, and copy the last one when they write.
-        """
-        if seq.width == 1:
-            return [seq]
-        width = seq.width
-        seq.width = 1
-        answers = [seq]
-        for index in range(1, width):
-            twin = replace(
-                seq,
-                index=index,
-                ids=list(seq.ids),
-                seed=child_seed(seq, index),
-                blocks=list(seq.blocks),
-                stream=self.text_stream(),
-                constraint=copy.copy(seq.constraint),
-                hashes=list(seq.hashes),
-            )
-            for block in twin.blocks:
-                self.scheduler.pool.share(block)
-            self.scheduler.run(twin)
-            answers.append(twin)
-        seq.seed = child_seed(seq, 0)
-        self.requests[seq.request.id] = list(answers)
-        return answers
-
     # -- tokens become text
-    def extend(self, seq, tokens, failed, logprobs):
-        """Append drawn tokens to an answer until it ends -> Delta."""
+    def extend(self, seq, draft, drawn):
+        """Append drawn tokens up to the first that is not the draft's, or ends the answer -> Delta.
+
+        drawn: (id, nothing was allowed, logprob) for each. An answer that ends frees its blocks.
+        """
         request = seq.request
         known = len(seq.ids)
-        text, kept = "", []
-        for token, nothing_allowed, logprob in zip(tokens, failed, logprobs):
+        text, logprobs = "", []
+        for guess, (token, nothing_allowed, logprob) in zip([*draft, None], drawn):
             if nothing_allowed:
                 seq.finish_reason = "error"
-                seq.error = (
-                    "no token is allowed here: constraint, bad words and min_tokens "
-                    "contradict each other"
-                )
+                seq.error = "no token is allowed: constraint and min_tokens contradict each other"
             elif token in request.ends:
                 seq.finish_reason = "stop"
             else:
                 seq.ids.append(token)
-                kept.append(logprob)
+                logprobs.append(logprob)
                 text += self.advance(seq, token)
-            if seq.finish_reason:
+            if seq.finish_reason or token != guess:
                 break
         ids = seq.ids[known:]
         self.scheduler.counts["generated_tokens"] += len(ids)
         seq.computed += max(len(ids) - 1, 0)  # keys of the accepted part of a draft are there
         seq.drafted = min(seq.drafted, seq.computed)  # what was not accepted is written again
         if seq.finish_reason:
-            text += self.finish(seq)
-        logprobs = kept if request.sampling.logprobs is not None else None
+            if seq.stream and not seq.cut:
+                text += shown_text(seq, seq.stream.flush())
+            if not seq.cut:
+                text += seq.held
+            self.scheduler.remove(seq)
+            self.requests[request.id].remove(seq)
+            if not self.requests[request.id]:
+                del self.requests[request.id]
+        if request.sampling.logprobs is None:
+            logprobs = None
         return Delta(request.id, seq.index, text, ids, logprobs, seq.finish_reason, seq.error)
 
     def advance(self, seq, token):
@@ -483,20 +393,6 @@ class Engine:
             seq.finish_reason = "length"
         return text
 
-    def finish(self, seq):
-        """Free what an ended answer holds -> the text that was held back."""
-        text = ""
-        if seq.stream and not seq.cut:
-            text = shown_text(seq, seq.stream.flush())
-            if not seq.cut:
-                text += seq.held
-        self.scheduler.remove(seq)
-        unfinished = self.requests[seq.request.id]
-        unfinished.remove(seq)
-        if not unfinished:
-            del self.requests[seq.request.id]
-        return text
-
     # -- whole answers
     def generate(self, prompts, sampling=None):
         """-> list of Output in the prompts' order, the n answers of a prompt next to each other.
@@ -505,23 +401,20 @@ class Engine:
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
-        samplings = sampling
         if not isinstance(sampling, (list, tuple)):
-            samplings = [sampling or Sampling()] * len(prompts)
-        if len(samplings) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts, but {len(samplings)} samplings")
+            sampling = [sampling or Sampling()] * len(prompts)
         requests, outputs = {}, {}
-        for prompt, own in zip(prompts, samplings):
+        for prompt, own in zip(prompts, sampling, strict=True):
             i = self.submit(prompt, own)
             requests[i] = self.requests[i][0].request
             for index in range(own.n):
-                outputs[i, index] = empty_output(requests[i], index)
+                logprobs = None if own.logprobs is None else []
+                outputs[i, index] = Output(i, index, "", [], logprobs)
         try:
             while self.outbox or not self.requests.keys().isdisjoint(requests):
                 for delta in self.step():
-                    output = outputs.get((delta.request_id, delta.index))
-                    if output is not None:
-                        output.add(delta)
+                    if delta.request_id in requests:
+                        outputs[delta.request_id, delta.index].add(delta)
         except BaseException:  # an interrupt leaves the engine as it was
             for i in requests:
                 self.cancel(i)
@@ -558,31 +451,26 @@ class Engine:
         }
 
 
-def empty_output(request, index):
-    logprobs = None if request.sampling.logprobs is None else []
-    return Output(request.id, index, "", [], logprobs, prompt_tokens=len(request.prompt))
-
-
-def child_seed(seq, index):
+def child_seed(seed, index):
     """The seed of one of n answers: a number of its own, the same in every run."""
-    digest = hashlib.blake2b(b"%d/%d" % (seq.seed, index), digest_size=6).digest()
+    digest = hashlib.blake2b(b"%d/%d" % (seed, index), digest_size=6).digest()
     return int.from_bytes(digest, "little")
 
 
 def draw_with_logprobs(logits, rows):
-    """-> lists of tokens, of whether nothing was allowed, of TokenLogprobs or None."""
-    found: list = [None] * len(rows)
-    asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None]
-    own = logits[asked].clone() if asked else None  # the draw overwrites logits
+    """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
+    counts = [row.sampling.logprobs for row in rows]
+    asked = [r for r, count in enumerate(counts) if count is not None]
+    own = logits[asked] if asked else None  # a copy: the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows)
+    found: list = [None] * len(rows)
+    parts = ()
     if asked:
-        most = max(rows[r].sampling.logprobs for r in asked)
-        parts = top_logprobs(own, tokens[asked], most)
-        drawn = tokens[asked].tolist()
-        for r, token, chosen, values, ids in zip(asked, drawn, *(part.tolist() for part in parts)):
-            top = list(zip(ids, values))[: rows[r].sampling.logprobs]
-            found[r] = TokenLogprob(token, chosen, top)
-    return tokens.tolist(), failed.tolist(), found
+        parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
+    tokens = tokens.tolist()
+    for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
+        found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
+    return zip(tokens, failed.tolist(), found)
 
 
 def lookup_draft(ids, most):
@@ -613,12 +501,8 @@ def shown_text(seq, text):
         seq.finish_reason = "stop"
         seq.cut = True
         return text[: min(found)]
-    held = 0
-    for stop in stops:
-        for n in range(held + 1, min(len(stop), len(text) + 1)):
-            if text.endswith(stop[:n]):
-                held = n
-    shown = len(text) - held
+    beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
+    shown = len(text) - max((len(b) for b in beginnings if text.endswith(b)), default=0)
     seq.held = text[shown:]
     return text[:shown]
 
@@ -629,9 +513,7 @@ class Args:
     model: str = ""  # the model folder, or a .gguf file
     prompt: str = "\n"  # the text to continue
     chat: bool = False  # talk: each line you type is a turn
-    batch: str = (
-        ""  # answer every line of this JSONL file; a run cut short goes on where it stopped
-    )
+    batch: str = ""  # answer every line of this JSONL file; a run cut short goes on where it was
     out: str = ""  # where the batch's answers go, a JSON line each
     max_tokens: int = 500  # how many tokens to make at most
     temperature: float = 0.8  # 0 is greedy: always the likeliest token
@@ -652,23 +534,15 @@ class Args:
     draft: str = ""  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
     draft_tokens: int = 4  # tokens guessed ahead
     adapter: str = ""  # a LoRA adapter's folder
-    debug_invariants: bool = False  # check the engine's books after every step
 
 
-def start_engine(args):
-    return Engine(
-        args.model,
-        args.device,
-        args.dtype,
-        args.quant or None,
-        args.kv_tokens or None,
-        kv_dtype=args.kv_dtype,
-        max_seqs=args.max_seqs or None,
-        draft=args.draft or None,
-        draft_tokens=args.draft_tokens,
-        adapters={"cli": args.adapter} if args.adapter else None,
-        debug_invariants=args.debug_invariants,
-    )
+ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft draft_tokens"
+SAMPLING_FLAGS = "max_tokens temperature top_k top_p min_p repetition_penalty seed"
+
+
+def named(args, names):
+    """The flags of these names -> {name: value}."""
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def read_sampling(args, engine):
@@ -679,13 +553,7 @@ def read_sampling(args, engine):
     elif args.json_schema:
         grammar = json_grammar(None if args.json_schema == "any" else read_json(args.json_schema))
     return Sampling(
-        args.max_tokens,
-        repetition_penalty=args.repetition_penalty,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
+        **named(args, SAMPLING_FLAGS),
         stop=(args.stop,) if args.stop else (),
         constraint=Constraint(grammar, Vocabulary(engine.tok)) if grammar else None,
     )
@@ -695,21 +563,21 @@ def print_answer(engine, prompt, sampling, adapter):
     """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
     begin = time.time()
     first = None  # when the first token came
-    text, count = "", 0
+    answer = Output(None, 0, "", [])
     engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
             first = first or time.time()
             print(delta.text, end="", flush=True)
-            text += delta.text
-            count += len(delta.token_ids)
-            if delta.error:
-                print(f"\n[{delta.error}]", file=sys.stderr)
+            answer.add(delta)
     print()
+    if answer.error:
+        print(f"[{answer.error}]", file=sys.stderr)
     first = first or begin
+    count = len(answer.token_ids)
     speed = (count - 1) / (time.time() - first) if count > 1 else 0
     print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
-    return text
+    return answer.text
 
 
 def turn_ends(tok):
@@ -749,20 +617,18 @@ def read_request(line, number, sampling, tok):
     if "messages" in row:
         prompt, _ = chat.render(tok, row.pop("messages"), add_generation_prompt=True)
         row.setdefault("stop_ids", turn_ends(tok))
-    known = {field.name for field in dataclasses.fields(Sampling)} - {"constraint"}
-    unknown = sorted(row.keys() - known)
-    if unknown:
-        raise UserError(f"line {number}: unknown field {', '.join(unknown)}")
-    return name, prompt, replace(sampling, **row)
+    try:
+        return name, prompt, replace(sampling, **row, constraint=sampling.constraint)
+    except TypeError as error:  # it names the field
+        raise UserError(f"line {number}: {error}") from None
 
 
 def answered_lines(path):
     """The numbers of lines that an earlier run answered; half a last line is cut off."""
     done = set()
-    if not Path(path).exists():
-        return done
     whole = 0  # bytes of whole lines
-    with open(path, "rb+") as file:
+    with open(path, "ab+") as file:
+        file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):
                 break
@@ -778,6 +644,7 @@ def answered_lines(path):
 
 
 def answer_row(answer):
+    """An Output as a line of the batch's answers has it."""
     row = {"text": answer.text, "tokens": len(answer.token_ids)}
     row["finish_reason"] = answer.finish_reason
     if answer.error:
@@ -797,7 +664,7 @@ def run_batch(engine, args, sampling, adapter):
     waiting = [number for number in lines if lines[number].strip() and number not in done]
     waiting.reverse()
     total = len(waiting)
-    names, outputs = {}, {}  # of the lines that the engine has: {number: id}, {number: [Output]}
+    asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,
         tqdm(total=total + len(done), initial=len(done), unit="answer", disable=None) as bar,
@@ -810,7 +677,7 @@ def run_batch(engine, args, sampling, adapter):
             bar.update()
 
         while waiting or engine.has_work:
-            while waiting and len(names) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
+            while waiting and len(asked) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
                 number = waiting.pop()
                 try:
                     name, prompt, own = read_request(lines[number], number, sampling, engine.tok)
@@ -818,15 +685,14 @@ def run_batch(engine, args, sampling, adapter):
                 except UserError as error:
                     write(number, error=str(error))
                     continue
-                names[number] = name
-                outputs[number] = [Output(number, index, "", [], []) for index in range(own.n)]
+                asked[number] = name, [Output(number, i, "", [], []) for i in range(own.n)]
             for delta in engine.step():
                 number = delta.request_id
-                answers = outputs[number]
+                name, answers = asked[number]
                 answers[delta.index].add(delta)
                 if all(answer.finish_reason for answer in answers):
-                    rows = [answer_row(answer) for answer in outputs.pop(number)]
-                    write(number, id=names.pop(number), answers=rows)
+                    write(number, id=name, answers=[answer_row(answer) for answer in answers])
+                    del asked[number]
     tokens = engine.stats()["generated_tokens"]
     seconds = time.time() - begin
     print(
@@ -838,9 +704,10 @@ def run_batch(engine, args, sampling, adapter):
 @lost_rank_explained("Start it again.")
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model", "prompt")))
-    engine = start_engine(args)
+    adapter = args.adapter or None
+    adapters = {adapter: adapter} if adapter else {}
+    engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
     sampling = read_sampling(args, engine)
-    adapter = "cli" if args.adapter else None
     if args.batch:
         run_batch(engine, args, sampling, adapter)
     elif args.chat:

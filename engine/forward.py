@@ -59,7 +59,7 @@ def fused_layers(layers, kind):
         return [fused_layers([layer], kind)[0] for layer in layers]
     packed = isinstance(first, QuantLinear)
     if not packed and type(first) is not nn.Linear:
-        return list(layers)
+        return layers
     if len(layers) > 1:
         fused = quant.fuse(layers) if packed else fuse_floats(layers)
     else:
@@ -120,7 +120,7 @@ class TorchForward(nn.Module):
         config = self.config = model.config
         self.device = device
         self.block_size = block_size
-        self.embed_tokens = model.embed_tokens
+        self.embedding = model.embed_tokens.weight
         self.embed_positions = model.embed_positions if config.is_gpt2 else None
         self.cos, self.sin = rope_tables(model, dtype)
         stacks = stack_adapters(model, adapters or {}, dtype)
@@ -130,10 +130,6 @@ class TorchForward(nn.Module):
             self.layers.append(ForwardLayer(block, config, kind, stacks, window))
         self.norm = model.norm
         self.head = FusedProduct([model.lm_head], kind, stacks)
-
-    @property
-    def embedding(self):
-        return self.embed_tokens.weight
 
     @property
     def weight_bytes(self):
@@ -156,15 +152,6 @@ class TorchForward(nn.Module):
         twin = copy.copy(self)
         twin.allocate(blocks, dtype)
         return twin
-
-    def copy_blocks(self, source, target):
-        """Copy whole blocks; source, target (n,) int64."""
-        caches = [self.keys, self.values]  # each (layers, blocks, ...)
-        if self.scales is not None:
-            caches += self.scales
-        source, target = source.to(self.device), target.to(self.device)
-        for cache in caches:
-            cache[:, target] = cache[:, source]
 
     def forward(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) float32, or None; with hidden what the head reads."""
@@ -199,11 +186,10 @@ class TorchForward(nn.Module):
             starts.append(span.start)
             lengths.append(end)
         longs = [S + pad, T + pad, R + pad]
-        longs += batch.ids + [0] * pad
-        longs += positions + [0] * pad
-        longs += slots + [-1] * pad
-        longs += batch.token_adapters() + [-1] * pad
-        longs += batch.rows + [0] * pad
+        adapters = batch.token_adapters()
+        numbers = batch.ids, positions, slots, adapters, batch.rows
+        for own, filler in zip(numbers, (0, 0, -1, -1, 0)):
+            longs += own + [filler] * pad
         ints = lengths + [0] * pad + starts + list(range(T, T + pad + 1))
         ints = torch.tensor(ints, dtype=torch.int32)
         return torch.tensor(longs), torch.cat((ints, tables.view(-1)))
@@ -289,16 +275,13 @@ class TorchForward(nn.Module):
         cache = self.keys[i], self.values[i]
         scales = (None, None) if self.scales is None else self.scales[:, i]
         kernels.kv_store(qk[:, H:], qkv[:, H + K :], *cache, slots, *scales)
-        q = qk[:, :H]
-        y = kernels.paged_attention(
-            q, *cache, tables, lengths, starts, D**-0.5, layer.window, *scales
-        )
+        where = tables, lengths, starts
+        y = kernels.paged_attention(qk[:, :H], *cache, *where, D**-0.5, layer.window, *scales)
         return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
 
 
 def graph_size(sequences):
     """Decode steps share a CUDA graph with the next of 1, 2, 4, 8, 16, 24, 32, ... sequences."""
-    for size in (1, 2, 4):
-        if sequences <= size:
-            return size
-    return -(-sequences // 8) * 8
+    if sequences > 4:
+        return -(-sequences // 8) * 8
+    return 4 if sequences == 3 else sequences

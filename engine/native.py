@@ -41,12 +41,17 @@ class Unavailable(UserError):
 
 
 # ---------------------------------------------------------------------- forward.cpp's structs
+def fields(kind, names):
+    """Neighbours of one type in a struct."""
+    return [(name, kind) for name in names.split()]
+
+
 class Linear(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("kind", "N", "K", "group")),
-        *((name, c_void_p) for name in ("weight", "scale", "zero", "order", "bias")),
-        *((name, c_int32) for name in ("inputs", "rank")),
-        *((name, c_void_p) for name in ("a", "b", "keep")),
+        *fields(c_int32, "kind N K group"),
+        *fields(c_void_p, "weight scale zero order bias"),
+        *fields(c_int32, "inputs rank"),
+        *fields(c_void_p, "a b keep"),
     ]
 
 
@@ -55,23 +60,22 @@ Norm = c_void_p * 2  # gain, bias
 
 class Layer(Structure):
     _fields_ = [
-        *((name, Norm) for name in ("norm1", "norm2", "q_norm", "k_norm")),
+        *fields(Norm, "norm1 norm2 q_norm k_norm"),
         ("qkv", Linear * 3),
         ("out", Linear),
         ("up", Linear * 2),
         ("down", Linear),
-        ("keys", c_void_p),
-        ("values", c_void_p),
+        *fields(c_void_p, "keys values"),
         ("window", c_int64),
     ]
 
 
 class Model(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("L", "C", "H", "KV", "D", "M")),
+        *fields(c_int32, "L C H KV D M"),
         ("eps", c_float),
         ("cached", c_int32),
-        *((name, c_void_p) for name in ("embed", "places", "cos", "sin")),
+        *fields(c_void_p, "embed places cos sin"),
         ("norm", Norm),
         ("layers", POINTER(Layer)),
         ("head", Linear),
@@ -126,15 +130,12 @@ def library():
     path = library_path(name, SOURCE.parent / "build")
     if not path.is_file():
         path = library_path(name)
-    if not path.is_file():
-        try:
-            compile_to(path, name)
-        except OSError as error:
-            raise Unavailable(f"{path.parent} cannot be written ({error.strerror})") from None
     try:
+        if not path.is_file():
+            compile_to(path, name)
         lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path} does not load ({error}): delete it") from None
+    except OSError as error:  # of a folder that cannot be written, too
+        raise Unavailable(f"{path} does not load ({error}): delete it or set CXX") from None
     i, p = c_int32, c_void_p
     lib.linear.argtypes = [POINTER(Linear), i, p, p, i]
     lib.forward.argtypes = [POINTER(Model), i, p, p, i, p, p, i, p, p, p, i]
@@ -289,6 +290,7 @@ class Native(Panels):
         self.layers = (Layer * len(layers))(*layers)
         self.embedding = model.embed_tokens.weight.detach().float()
         places = model.embed_positions.weight if c.is_gpt2 else None
+        cos, sin = map(self.floats, rope_tables(model))
         head = model.lm_head
         self.model = Model(
             L=len(layers),
@@ -298,14 +300,14 @@ class Native(Panels):
             D=c.head_dim,
             M=c.intermediate_size,
             eps=c.norm_eps,
+            embed=self.floats(self.embedding),
+            places=self.floats(places),
+            cos=cos,
+            sin=sin,
             norm=self.norm(model.norm),
             layers=self.layers,
             head=self.linear(head, kind, stacks.get(head)),
         )
-        for name, table in zip(
-            ("embed", "places", "cos", "sin"), (self.embedding, places, *rope_tables(model))
-        ):
-            setattr(self.model, name, self.floats(table))
 
     def norm(self, norm):
         if norm is None:
@@ -313,20 +315,22 @@ class Native(Panels):
         return Norm(self.floats(norm.weight), self.floats(getattr(norm, "bias", None)))
 
     def layer(self, i, block, kind, stacks):
-        made = Layer()
-        made.norm1 = self.norm(block.input_layernorm)
-        made.norm2 = self.norm(block.post_attention_layernorm)
-        made.q_norm = self.norm(getattr(block.self_attn, "q_norm", None))
-        made.k_norm = self.norm(getattr(block.self_attn, "k_norm", None))
         products = []
         for layers in block.products():
             products.append([self.linear(layer, kind, stacks.get(layer)) for layer in layers])
-        qkv, (made.out,), up, (made.down,) = products
-        made.qkv = (Linear * 3)(*qkv)
-        made.up = (Linear * 2)(*up)
-        if i in self.config.sliding_layers:
-            made.window = self.config.sliding_window
-        return made
+        qkv, (out,), up, (down,) = products
+        c = self.config
+        return Layer(
+            norm1=self.norm(block.input_layernorm),
+            norm2=self.norm(block.post_attention_layernorm),
+            q_norm=self.norm(getattr(block.self_attn, "q_norm", None)),
+            k_norm=self.norm(getattr(block.self_attn, "k_norm", None)),
+            qkv=tuple(qkv),
+            out=out,
+            up=tuple(up),
+            down=down,
+            window=c.sliding_window if i in c.sliding_layers else 0,
+        )
 
     @property
     def weight_bytes(self):
@@ -353,11 +357,6 @@ class Native(Panels):
         twin.allocate(blocks, dtype)
         return twin
 
-    def copy_blocks(self, source, target):
-        """Copy whole blocks; source, target (n,) int64."""
-        for cache in (self.keys, self.values):
-            cache[:, target] = cache[:, source]
-
     def __call__(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) or None; with hidden what the head reads, (R, C)."""
         spans, blocks = array("i"), array("i")
@@ -371,26 +370,16 @@ class Native(Panels):
             nobody = self.adapter_count  # the last row of a stack's `keep`
             adapters = array("i", [nobody if a < 0 else a for a in batch.token_adapters()])
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
-        logits_at, hidden_at = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
+        outputs = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
 
         def at(numbers):
             return numbers.buffer_info()[0]
 
-        self.lib.forward(
-            self.model,
-            len(ids),
-            at(ids),
-            at(adapters),
-            len(batch.spans),
-            at(spans),
-            at(blocks),
-            len(rows),
-            at(rows),
-            logits_at,
-            hidden_at,
-            self.threads,
-        )
-        return out if len(rows) else None
+        tokens = len(ids), at(ids), at(adapters)
+        sequences = len(batch.spans), at(spans), at(blocks)
+        wanted = len(rows), at(rows)
+        self.lib.forward(self.model, *tokens, *sequences, *wanted, *outputs, self.threads)
+        return out if rows else None
 
     def logits_of(self, x):
         """What the head reads (R, C) -> logits (R, V), without adapters."""

@@ -71,8 +71,8 @@ def shard_of(linear, name, runtime, by_input=False):
         if tensor is None or tensor.ndim <= axis or by_input and tensor.size(1) == 1:
             return tensor  # nothing of it lies along what is cut: a bias, scales of whole rows
         size = -(-tensor.size(axis) // ranks)
-        first = min(rank * size, tensor.size(axis))
-        return tensor.narrow(axis, first, min(size, tensor.size(axis) - first)).contiguous()
+        mine = slice(rank * size, (rank + 1) * size)  # the last ones may be shorter, or empty
+        return (tensor[:, mine] if by_input else tensor[mine]).contiguous()
 
     shard = copy.copy(linear)
     shard.fast_product = None
@@ -106,11 +106,11 @@ def shard_model(model, runtime, dtype):
     c = model.config
     ranks = runtime.world
     H, K, M = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
+    parts = f"{H} heads, {K} key/value heads and {M:,} MLP channels"
     if K % ranks or M % ranks:
         fits = ", ".join(str(n) for n in range(1, K + 1) if K % n == 0 and M % n == 0)
         raise UserError(
-            f"{ranks} ranks cannot share {H} heads, {K} key/value heads and {M:,} MLP channels "
-            f"evenly; --nproc-per-node can be {fits}"
+            f"{ranks} ranks cannot share {parts} evenly; --nproc-per-node can be {fits}"
         )
     for name, linear in list(model.named_modules()):
         if name.endswith(("o_proj", "down_proj")):
@@ -125,12 +125,7 @@ def shard_model(model, runtime, dtype):
     for p in model.parameters():
         p.data = p.data.to(runtime.device, dtype)
     model.to(runtime.device)  # packed weights keep their types
-    own = dict(
-        num_attention_heads=H // ranks, num_key_value_heads=K // ranks, intermediate_size=M // ranks
-    )
-    model.config = replace(c, **own)
+    names = "num_attention_heads num_key_value_heads intermediate_size".split()
+    model.config = replace(c, **{name: getattr(c, name) // ranks for name in names})
     if runtime.rank == 0:
-        print(
-            f"ranks    {ranks}, each with {H // ranks} of {H} heads, {K // ranks} of {K} key/value "
-            f"heads, {M // ranks:,} of {M:,} MLP channels"
-        )
+        print(f"ranks    {ranks} share {parts}")

@@ -50,10 +50,7 @@ class StepBatch:
 
     def token_adapters(self):
         """The adapter of each token."""
-        found = []
-        for span in self.spans:
-            found += [span.adapter] * span.count
-        return found
+        return [span.adapter for span in self.spans for _ in range(span.count)]
 
 
 class Runner:
@@ -68,7 +65,7 @@ class Runner:
 
         adapters: {name: {layer's name: peft.AdapterTensors}}
         """
-        if kind not in (None, "int8", "int4"):
+        if kind not in (None, "", "int8", "int4"):
             raise UserError(f"--quant {kind}: use int8 or int4")
         if kind and model.quantization:
             raise UserError(
@@ -78,25 +75,26 @@ class Runner:
         self.runtime = runtime
         self.device = runtime.device
         self.block_size = block_size
-        self.adapter_names = list(adapters or {})
-        self.join_ranks()
+        self.adapter_names = list(adapters or ())
+        self.orders = None  # the group in which the first rank tells the others what to do
+        self.idle = False
+        if runtime.world > 1:
+            self.join_ranks()
         on_cpu = self.device.type == "cpu"
         self.exact_kv_dtype = torch.float32 if on_cpu else runtime.dtype
-        kinds = {"auto": self.exact_kv_dtype, "int8": torch.int8}
-        kinds |= DTYPES
+        kinds = {"auto": self.exact_kv_dtype, **DTYPES, "int8": torch.int8}
         if kv_dtype not in kinds:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")
         self.kv_dtype = kinds[kv_dtype]
-        small = runtime.dtype != torch.float32
         self.forward = None
         if on_cpu:
-            as_floats = "16" if small else None
-            self.forward = self.native_forward(model, kind or as_floats, adapters)
+            small = kind or ("16" if runtime.dtype != torch.float32 else None)
+            self.forward = self.native_forward(model, small, adapters)
+            if self.forward and kv_dtype == "auto" and (small or model.quantization):
+                self.kv_dtype = torch.float16
         self.native = self.forward is not None
-        if self.native and kv_dtype == "auto" and (kind or small or model.quantization):
-            self.kv_dtype = torch.float16
         if not self.native:
-            dtype = torch.float32 if on_cpu else runtime.dtype
+            dtype = self.exact_kv_dtype
             self.forward = TorchForward(model, self.device, dtype, kind, adapters, block_size)
 
     def native_forward(self, model, kind, adapters):
@@ -122,26 +120,17 @@ class Runner:
 
     # -- the cache
     @property
-    def weight_bytes(self):
-        return self.forward.weight_bytes
-
-    @property
     def bytes_per_token(self):
-        c = self.config
-        scales = 0
-        if self.kv_dtype.itemsize == 1:  # a float32 for each key and value head
-            scales = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads
-        return c.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
+        size = self.kv_dtype.itemsize
+        if size == 1:  # a float32 scale for each head's values
+            size += 4 / self.config.head_dim
+        return int(self.config.kv_bytes_per_token(size))
 
     def allocate(self, blocks):
         self.forward.allocate(blocks, self.kv_dtype)
         self.idle = True  # from here on the other ranks wait for orders
 
     # -- what every rank does, in the first one's order
-    def copy_blocks(self, pairs):
-        """Copy whole blocks; pairs (2 n,) int64: from, to, from, to, ..."""
-        self.forward.copy_blocks(pairs[::2], pairs[1::2])
-
     def step(self, longs, ints):
         return self.forward.step(longs, ints)
 
@@ -167,7 +156,7 @@ class Runner:
         for rows, tokens in zip(read, said):  # logits (256, V) at a time
             logits = self.forward.logits_of(rows)[:, :vocab_size]
             parts.append(top_logprobs(logits, tokens, count))
-        return [torch.cat(part) for part in zip(*parts)]
+        return map(torch.cat, zip(*parts))
 
     def end(self):
         dist.destroy_process_group()
@@ -180,13 +169,9 @@ class Runner:
         return None if logits is None else logits[: len(batch.rows)]
 
     # -- several ranks
-    ORDERS = ("end", "step", "copy_blocks", "hidden", "score")
+    ORDERS = ("end", "step", "hidden", "score")
 
     def join_ranks(self):
-        self.orders = None  # the group in which the first rank tells the others what to do
-        self.idle = False
-        if self.runtime.world == 1:
-            return
         # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.
         self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         if self.runtime.rank == 0:  # a rank that dies says it by its closed connection
@@ -233,37 +218,33 @@ class Runner:
         sys.exit()
 
 
-def pool_size(runners, kv_tokens, block_size, max_seqs, max_len):
+def pool_size(runners, kv_tokens, max_seqs, max_len):
     """How many blocks to make: as many as asked, else for max_seqs answers of full length.
 
     Without a number asked for, keys and values take at most half of a CPU's free memory or nine
     tenths of a GPU's.
     """
     runtime = runners[0].runtime
-    on_gpu = runtime.device.type == "cuda"
-    block_bytes = sum(runner.bytes_per_token for runner in runners) * block_size
+    size = runners[0].block_size
+    block_bytes = sum(runner.bytes_per_token for runner in runners) * size
     free = free_memory(runtime.device)
     fits = 4096
-    if free:
-        if not on_gpu:
-            free //= runtime.world
-        fits = int(free * (0.9 if on_gpu else 0.5)) // block_bytes
-    if kv_tokens is None:
-        blocks = min(fits, max_seqs * -(-max_len // block_size))
-    else:
-        blocks = -(-kv_tokens // block_size)
+    if free and runtime.device.type == "cuda":
+        fits = int(free * 0.9) // block_bytes
+    elif free:
+        free //= runtime.world
+        fits = free // 2 // block_bytes
+    blocks = -(-kv_tokens // size) if kv_tokens else min(fits, max_seqs * -(-max_len // size))
     blocks = runtime.smallest(blocks)  # all ranks' tables are the first one's
     if blocks < 1 or (free and blocks * block_bytes > free):
         raise UserError(
-            f"a cache of {blocks:,} blocks of {block_size} tokens needs "
-            f"{blocks * block_bytes / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: at most "
-            f"{fits:,} blocks fit; lower --kv-tokens to {fits * block_size:,}"
+            f"a cache of {blocks:,} blocks does not fit into {free / 2**30:.2f} GiB: at most "
+            f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
         )
     if runtime.rank == 0:
-        weights = sum(runner.weight_bytes for runner in runners)
+        weights = sum(runner.forward.weight_bytes for runner in runners) / MIB
         print(
-            f"cache    weights {weights / MIB:,.0f} MiB + keys and values "
-            f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks:,} blocks of {block_size} = "
-            f"{blocks * block_size:,} tokens"
+            f"cache    weights {weights:,.0f} MiB + keys and values "
+            f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
         )
     return blocks

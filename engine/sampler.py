@@ -7,6 +7,7 @@ request and on nothing else in the batch, and survives preemption and speculatio
 is Transformer.generate (one row, temperature and top-k); tests/test_generate.py compares the two.
 """
 
+import functools
 import hashlib
 import math
 from collections import Counter, defaultdict
@@ -33,7 +34,6 @@ class Sampling:
     presence_penalty: float = 0.0  # subtracted from every token of the output (OpenAI)
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the output (OpenAI)
     logit_bias: dict | None = None  # {token id: added to its logit}
-    bad_words: tuple = ()  # strings or lists of token ids that must not appear
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # the k likeliest; 0 is all
     top_p: float = 1.0  # the likeliest that together have this probability (Holtzman et al. 2020)
@@ -66,26 +66,23 @@ class Sampling:
             value = getattr(self, name)
             if value is None and getattr(Sampling, name) is None:
                 continue  # not asked for
-            kinds, words = (int, float), "a number"
-            if isinstance(high, int):
-                kinds, words = int, "an integer"
-            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-                raise UserError(f"{name} is {value!r}, not {words} from {low:g} to {high:g}")
+            kind = type(high)
+            if type(value) not in (int, kind) or not low <= value <= high:
+                raise UserError(f"{name} is {value!r}, not {kind.__name__} {low:g} to {high:g}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}, but must be non-empty strings")
         for name in ("stop_ids", "logit_bias"):
             for i in getattr(self, name) or ():
                 if not isinstance(i, int) or not 0 <= i < vocab_size:
                     raise UserError(f"{name} has {i!r}, but ids go from 0 to {vocab_size - 1}")
-        for bias in (self.logit_bias or {}).values():
-            if not isinstance(bias, (int, float)) or not math.isfinite(bias):
-                raise UserError(f"logit_bias adds {bias!r}, which is not a finite number")
+        if not all(map(math.isfinite, (self.logit_bias or {}).values())):
+            raise UserError("logit_bias adds something that is not finite")
 
-    @property
+    @functools.cached_property
     def edits_logits(self):
         """Whether anything but temperature and the filters changes the logits."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        others = self.min_tokens or self.logit_bias or self.bad_words or self.constraint
+        others = self.min_tokens or self.logit_bias or self.constraint
         return bool(penalties or others)
 
     @property
@@ -99,13 +96,12 @@ class SamplingRow:
 
     sampling: Sampling
     uniform: float  # in [0, 1)
+    # The rest is read where sampling.edits_logits.
     output: list | tuple = ()  # token ids made so far
     prompt: list | tuple = ()
     ends: frozenset = frozenset()  # ids that are barred until min_tokens are made
-    bad_words: tuple = ()  # of tuples of ids
     constraint: Any = None
     room: int = UNLIMITED  # tokens that may still be made
-    edits: bool = False  # whether anything but temperature and filters changes its logits
 
 
 def uniform(seed, position):
@@ -124,20 +120,17 @@ def added_to_logits(row):
             add[i] -= s.presence_penalty + count * s.frequency_penalty
     for i, bias in (s.logit_bias or {}).items():
         add[i] += bias
-    for *beginning, last in row.bad_words:
-        if not beginning or beginning == (row.prompt + row.output)[-len(beginning) :]:
-            add[last] = -math.inf
     if len(row.output) < s.min_tokens:
         add.update(dict.fromkeys(row.ends, -math.inf))
     return add
 
 
 def edit_logits(logits, rows):
-    """Penalties, biases, bad words, minimum length and constraints, in place on logits (R, V)."""
+    """Penalties, biases, minimum length and constraints, in place on logits (R, V)."""
     V = logits.size(1)
     scale_at, scale_by, add_at, add_by = [], [], [], []  # flat positions, and what happens there
     for r, row in enumerate(rows):
-        if not row.edits:
+        if not row.sampling.edits_logits:
             continue
         if row.sampling.repetition_penalty != 1:
             seen = {*row.prompt, *row.output}
@@ -179,13 +172,13 @@ def kept_tokens(logits, rows):
     """
     V = logits.size(1)
     device = logits.device
-    ks = [row.sampling.top_k or V for row in rows]
-    k = torch.tensor(ks, device=device)[:, None]  # (R, 1)
-    top_p = torch.tensor([float(row.sampling.top_p) for row in rows], device=device)[:, None]
-    min_p = torch.tensor([float(row.sampling.min_p) for row in rows], device=device)[:, None]
+    asked = [row.sampling for row in rows]
+    limits = [(sampling.top_k or V, sampling.top_p, sampling.min_p) for sampling in asked]
+    k, top_p, min_p = torch.tensor(limits, device=device).T[..., None]  # (R, 1) each
     few = V
     if device.type == "cpu":
-        few = min(max([CANDIDATES, *(k for k in ks if k < V)]) + 1, V)
+        few = max(CANDIDATES, *(sampling.top_k for sampling in asked if sampling.top_k < V), 0)
+        few = min(few + 1, V)
     for count in (few, V):
         values, ids = logits.topk(count)  # (R, count), falling
         values = values.masked_fill(torch.arange(count, device=device) >= k, -torch.inf)
@@ -205,7 +198,7 @@ def draw_tokens(logits, rows):
 
     -> ((R,) int64, (R,) bool: nothing was allowed)
     """
-    if any(row.edits for row in rows):
+    if any(row.sampling.edits_logits for row in rows):
         edit_logits(logits, rows)
     best, greedy = logits.max(-1)
     failed = best == -torch.inf

@@ -1,14 +1,16 @@
 """Which tokens are computed in a step, and where in the cache their keys and values lie.
 
 Nouns: a request and its answers (Request, Sequence), what a step adds to an answer (Delta), the
-cache's blocks (BlockPool). Verbs: Scheduler.schedule picks the tokens of a step; generate.Engine
-computes them. A block becomes free in BlockPool.release and nowhere else.
+cache's blocks (BlockPool; "pages" in the vLLM paper). Verbs: Scheduler.schedule picks the tokens of
+a step; generate.Engine computes them, draws the next tokens, and calls `publish` and `remove`.
+A block is freed in BlockPool.release and nowhere else.
 """
 
 import bisect
 import hashlib
+import itertools
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +50,6 @@ class Delta:
 class Output(Delta):
     """One whole answer."""
 
-    prompt_tokens: int = 0
     cached_tokens: int = 0  # tokens of the prompt that were in the cache already
 
 
@@ -59,11 +60,9 @@ class Request:
     id: Any
     prompt: list
     sampling: Sampling
-    adapter: int = -1  # which LoRA adapter, -1 is none
-    ends: frozenset = frozenset()  # token ids that end an answer
-    bad_words: tuple = ()  # of tuples of ids
-    edits: bool = False  # logits are changed before a token is drawn
-    cached_tokens: int = 0
+    adapter: int  # which LoRA adapter, -1 is none
+    ends: frozenset  # token ids that end an answer
+    cached_tokens: int = 0  # of the prompt, found in the cache
 
 
 @dataclass(eq=False)
@@ -71,26 +70,21 @@ class Sequence:
     """One answer being made. `computed` counts the ids whose keys and values are in the cache."""
 
     request: Request
-    arrival: int
-    index: int
-    ids: list  # prompt and output
+    index: int  # which of the request's n answers
+    arrival: int  # the place in the queue
     seed: int
+    ids: list  # prompt and output
     stream: Any  # ids -> text, or None without a tokenizer
     constraint: Any = None
-    width: int = 1  # answers that fork off once the prompt has been computed
     computed: int = 0
-    drafted: int = 0  # the same as `computed` for the draft model's cache
-    blocks: list = field(default_factory=list)  # the block table
+    drafted: int = 0  # as `computed`, in the draft model's cache; without one the same number
+    blocks: list = field(default_factory=list)  # the block table: where its keys and values lie
     hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # how many of its blocks other requests may share
     held: str = ""  # text held back, because a stop string may begin in it
     cut: bool = False  # a stop string was found: nothing after it is shown
     finish_reason: str | None = None
     error: str | None = None
-
-    @property
-    def order(self):
-        return self.arrival, self.index
 
     @property
     def made(self):
@@ -152,12 +146,8 @@ class BlockPool:
 
     def find(self, keys):
         """The blocks that hold these prefixes, as far as the first one that is not there."""
-        found = []
-        for key in keys:
-            if key not in self.by_hash:
-                break
-            found.append(self.by_hash[key])
-        return found
+        known = itertools.takewhile(self.by_hash.__contains__, keys)
+        return [self.by_hash[key] for key in known]
 
 
 # --------------------------------------------------------------------------------------- scheduler
@@ -176,13 +166,12 @@ class Scheduler:
         self.max_draft = max_draft
         self.prefix_cache = prefix_cache
         self.waiting, self.running = [], []  # both in the order of arrival
-        self.copies = []  # (from block, to block) that have to be copied before the step
         self.budget = 0  # tokens that this step may still take
         names = "cache_hit_tokens cache_query_tokens preemptions generated_tokens prompt_tokens"
-        self.counts = Counter(dict.fromkeys(names.split(), 0))
+        self.counts = dict.fromkeys(names.split(), 0)
 
     def add(self, seq):
-        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+        bisect.insort(self.waiting, seq, key=lambda s: s.arrival)
 
     def schedule(self):
         """-> {sequence: tokens to compute now, drafts included}.
@@ -190,9 +179,8 @@ class Scheduler:
         Decodes go first, then chunks of prompts, then new requests.
         """
         plan = {}
-        self.copies = []
         self.budget = self.step_tokens
-        preemptions = self.counts["preemptions"]
+        before = self.counts["preemptions"]
         decodes = [s for s in self.running if s.remaining == 1]
         prefills = [s for s in self.running if s.remaining > 1]
         spare = self.budget - len(decodes)  # what drafts may take
@@ -204,36 +192,35 @@ class Scheduler:
                 break
             if not self.make_room(seq, seq.computed + n, plan):
                 continue
-            draft = min(self.max_draft, spare) if seq.remaining == seq.width == 1 else 0
+            draft = min(self.max_draft, spare) if seq.remaining == 1 else 0
             if draft and self.reserve(seq, seq.computed + n + draft):
                 n += draft
                 spare -= draft
             plan[seq] = n
             self.budget -= n
-        if self.counts["preemptions"] == preemptions:
+        if self.waiting and self.counts["preemptions"] == before:
             self.admit(plan)
         return plan
 
     def make_room(self, seq, tokens, plan):
         """Reserve blocks, preempting the youngest if need be; False if that was seq itself."""
         while not self.reserve(seq, tokens):
-            victim = self.running[-1]
+            victim = self.running.pop()
             self.budget += plan.pop(victim, 0)
-            self.preempt(victim)
+            self.release(victim)
+            self.add(victim)
+            self.counts["preemptions"] += 1
             if victim is seq:
                 return False
         return True
 
     def admit(self, plan):
         """Start waiting requests, oldest first, while their whole prompt finds room."""
-        if not self.waiting:
-            return
-        width = sum(s.width for s in self.running)
         promised = set()  # prefixes that running requests are computing
         for seq in self.running:
             promised.update(seq.hashes[seq.published :])
         for seq in list(self.waiting):
-            if self.budget <= 0 or width + seq.width > self.max_seqs:
+            if self.budget <= 0 or len(self.running) == self.max_seqs:
                 break
             self.hash_blocks(seq, len(seq.ids) - 1)  # not the last token: its logits are wanted
             cached = self.pool.find(seq.hashes)
@@ -245,7 +232,6 @@ class Scheduler:
             self.start(seq, cached)
             plan[seq] = min(seq.remaining, self.budget)
             self.budget -= plan[seq]
-            width += seq.width
             promised.update(seq.hashes[seq.published :])
 
     def start(self, seq, cached):
@@ -255,16 +241,14 @@ class Scheduler:
         seq.blocks = cached
         seq.published = len(cached)
         seq.computed = seq.drafted = len(cached) * self.block_size
-        if seq.made == 0:  # after a preemption it would only meet its own blocks again
+        # The other answers meet the first one's blocks; after a preemption it meets its own.
+        if seq.index == seq.made == 0:
             seq.request.cached_tokens = seq.computed
             self.counts["cache_hit_tokens"] += seq.computed
             self.counts["cache_query_tokens"] += len(seq.ids)
         self.reserve(seq, len(seq.ids))
         self.waiting.remove(seq)
-        self.run(seq)
-
-    def run(self, seq):
-        bisect.insort(self.running, seq, key=lambda s: s.order)
+        bisect.insort(self.running, seq, key=lambda s: s.arrival)
 
     # -- blocks of a sequence
     def blocks_for(self, tokens):
@@ -281,65 +265,33 @@ class Scheduler:
             seq.hashes.append(hashlib.sha256(parent + own).digest())
 
     def reserve(self, seq, tokens):
-        """Give seq the blocks of its first `tokens` tokens, none shared from `computed` on.
+        """Give seq the blocks of its first `tokens` tokens.
 
-        -> False, and nothing changes, if too few blocks are free.
+        -> False, and nothing changes, if too few blocks are free. What is shared are full blocks,
+        and what is written lies behind them: no block is ever copied.
         """
-        first = seq.computed // self.block_size  # the block that is written next; forks share it
-        shared = first < len(seq.blocks) and self.pool.refs[seq.blocks[first]] > 1
         new = self.blocks_for(tokens) - len(seq.blocks)
-        if new + shared > len(self.pool.free):
+        if new > len(self.pool.free):
             return False
-        if shared:  # copy on write
-            own = self.pool.take()
-            self.copies.append((seq.blocks[first], own))
-            self.pool.release([seq.blocks[first]])
-            seq.blocks[first] = own
         for _ in range(new):
             seq.blocks.append(self.pool.take(seq.blocks[-1] if seq.blocks else None))
         return True
 
     def publish(self, seq):
         """Offer the blocks that the step has filled; the next turn of a chat begins with them."""
-        full = min(seq.computed, seq.drafted) if self.max_draft else seq.computed
-        self.hash_blocks(seq, full)
-        full = min(full // self.block_size, len(seq.hashes))
-        for i in range(seq.published, full):
+        self.hash_blocks(seq, min(seq.computed, seq.drafted))
+        for i in range(seq.published, len(seq.hashes)):
+            if (i + 1) * self.block_size > min(seq.computed, seq.drafted):
+                break  # hashed when it was admitted, and not computed yet
             self.pool.publish(seq.blocks[i], seq.hashes[i])
-        seq.published = max(seq.published, full)
+            seq.published += 1
 
     def release(self, seq):
         self.pool.release(seq.blocks)
         seq.blocks = []
         seq.computed = seq.drafted = seq.published = 0
 
-    def preempt(self, seq):
-        self.copies = [(source, to) for source, to in self.copies if to not in seq.blocks]
-        self.release(seq)
-        self.running.remove(seq)
-        self.add(seq)
-        self.counts["preemptions"] += 1
-
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""
-        queue = self.running if seq in self.running else self.waiting
-        queue.remove(seq)
+        (self.running if seq in self.running else self.waiting).remove(seq)
         self.release(seq)
-
-    def check_invariants(self):
-        """Blocks have as many references as tables name them, or are free; all is in order."""
-        pool = self.pool
-        used = Counter()
-        for seq in self.running:
-            used.update(seq.blocks)
-            assert seq.computed < len(seq.ids)
-            assert seq.published <= seq.computed // self.block_size
-            assert seq.computed <= len(seq.blocks) * self.block_size
-            assert len(set(seq.blocks)) == len(seq.blocks)
-        for block, count in enumerate(pool.refs):
-            assert count == used[block]
-            assert (count == 0) == (block in pool.free)
-        assert all(pool.hash_of[block] == key for key, block in pool.by_hash.items())
-        assert sum(key is not None for key in pool.hash_of) == len(pool.by_hash)
-        assert not any(seq.blocks or seq.computed for seq in self.waiting)
-        assert [s.order for s in self.running] == sorted(s.order for s in self.running)

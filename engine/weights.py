@@ -44,22 +44,17 @@ class AdapterStack:
 def stack_adapters(model, adapters, dtype=torch.float32):
     """adapters {name: {layer's name: peft.AdapterTensors}} -> {layer: AdapterStack}, of dtype."""
     stacks = {}
-    for layer_name, layer in model.named_modules():
-        A, B, owners = [], [], []  # owners: (adapter, rank, scale)
-        for adapter, tensors_of in enumerate(adapters.values()):
-            if layer_name in tensors_of:
-                tensors = tensors_of[layer_name]
+    for name, layer in model.named_modules():
+        A, B, scales = [], [], []
+        for tensors_of in [*adapters.values(), {}]:  # the last row is that of no adapter
+            scales.append(torch.empty(1, 0))
+            if name in tensors_of:
+                tensors = tensors_of[name]
                 A.append(tensors.A)
                 B.append(tensors.B)
-                owners.append((adapter, len(tensors.A), tensors.scale))
-        if not owners:
-            continue
-        keep = torch.zeros(len(adapters) + 1, sum(rank for _, rank, _ in owners))
-        start = 0
-        for adapter, rank, scale in owners:
-            keep[adapter, start : start + rank] = scale
-            start += rank
-        device = model.embed_tokens.weight.device
-        parts = torch.cat(A), torch.cat(B, 1), keep
-        stacks[layer] = AdapterStack(*(part.to(device, dtype) for part in parts))
+                scales[-1] = torch.full((1, len(tensors.A)), float(tensors.scale))
+        if A:
+            device = model.embed_tokens.weight.device
+            parts = torch.cat(A), torch.cat(B, 1), torch.block_diag(*scales)
+            stacks[layer] = AdapterStack(*(part.to(device, dtype) for part in parts))
     return stacks

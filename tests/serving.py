@@ -202,7 +202,7 @@ def real(tmp_path_factory):
             p.normal_(std=0.5 if p.ndim == 2 else 0.1)
     model.save_pretrained(folder)
     tok.save(folder)
-    with running(Engine(folder, "cpu", "float32", debug_invariants=True)) as server:
+    with running(Engine(folder, "cpu", "float32")) as server:
         server.folder = str(folder)
         yield server
 

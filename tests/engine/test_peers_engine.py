@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from test_peers_model import FAMILIES, theirs
-from test_scheduler import make_model, row
+from test_scheduler import CheckedEngine, make_model, row
 
 from engine.sampler import Sampling, draw_tokens, edit_logits, kept_tokens
 from generate import Engine
@@ -37,7 +37,7 @@ def test_greedy_text_equals_transformers(family, tmp_path):
         torch.randint(3, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist()
         for n in (90, 7, 40)
     ]
-    engine = Engine(tmp_path, "cpu", "float32", step_tokens=33, max_seqs=3, debug_invariants=True)
+    engine = CheckedEngine(tmp_path, "cpu", "float32", step_tokens=33, max_seqs=3)
     outputs = engine.generate(prompts, Sampling(max_tokens=50, temperature=0, ignore_eos=True))
     assert [o.token_ids for o in outputs] == [greedy(reference, p, 50) for p in prompts]
 
