@@ -61,17 +61,12 @@ class ToolCalls:
         at = self.held.find(TOOL_CALL)
         self.calling = at >= 0
         if not self.calling:
-            at = len(self.held) - self.tag_begun()
+            at = self.held.rfind("<")
+            if at < 0 or not TOOL_CALL.startswith(self.held[at:]):  # no tag begins at the end
+                at = len(self.held)
         text = self.held[:at]
         self.held = self.held[at:]
         return text
-
-    def tag_begun(self):
-        """How many characters at the end may be the beginning of a tag."""
-        for n in range(len(TOOL_CALL) - 1, 0, -1):
-            if self.held.endswith(TOOL_CALL[:n]):
-                return n
-        return 0
 
     def finish(self):
         """-> (text left over, calls in OpenAI's shape)."""
@@ -110,8 +105,8 @@ def spell(tok, i):
 
 
 def finite(logprob):
-    """JSON has no infinity."""
-    return max(logprob, -9999.0)
+    """JSON has no infinity; None is a prompt's first token, before which nothing comes."""
+    return None if logprob is None else max(logprob, -9999.0)
 
 
 def chat_logprobs(tok, logprobs):
@@ -130,20 +125,19 @@ def chat_logprobs(tok, logprobs):
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
     """A list of TokenLogprob in the completions' shape; offsets: where in the text each begins."""
-    shown = {"tokens": [], "text_offset": offsets, "top_logprobs": [], "token_logprobs": []}
-    ids = []
+    texts, chosen, tops, ids = [], [], [], []
     for token in logprobs:
         top, top_ids = {}, {}
         for i, logprob in token.top:
             text, _ = spell(tok, i)
-            if text not in top:  # of two that read the same the likelier one stays
-                top[text] = finite(logprob)
-                top_ids[text] = i
-        first = token.logprob is None  # nothing comes before a prompt's first token
-        shown["tokens"].append(spell(tok, token.id)[0])
-        shown["token_logprobs"].append(None if first else finite(token.logprob))
-        shown["top_logprobs"].append(top or None)
+            top.setdefault(text, finite(logprob))  # of two that read the same the likelier stays
+            top_ids.setdefault(text, i)
+        texts.append(spell(tok, token.id)[0])
+        chosen.append(finite(token.logprob))
+        tops.append(top or None)
         ids.append(top_ids)
+    shown = {"tokens": texts, "text_offset": offsets, "top_logprobs": tops}
+    shown["token_logprobs"] = chosen
     if with_ids:
         shown["top_token_ids"] = ids
     return shown
@@ -155,8 +149,9 @@ class Choice:
     """Holds one of the answers that a request gets, as far as it has come."""
 
     index: int
-    decoder: Stream  # behind the prompt: it tells where in the text each token begins
     calls: ToolCalls
+    # Of completions: a Stream behind the prompt, which tells where in the text each token begins.
+    decoder: Stream | None = None
     cut: bool = False  # the prompt ends within a character, and the text has not begun
     awaited: bool = False  # that character is not whole yet
     text: str = ""
@@ -175,9 +170,8 @@ class Choice:
             text += delta.text
             ids += delta.token_ids
             logprobs += delta.logprobs or []
-        if self.cut or logprobs:
-            decoded = self.place(self.decoder, ids)
-            text = self.mend(text, decoded)
+        if self.decoder and (self.cut or logprobs):
+            text = self.mend(text, self.place(self.decoder, ids))
         reason = deltas[-1].finish_reason
         if reason:
             text = text.removesuffix("\ufffd")  # who ends within a character ends before it
@@ -231,15 +225,18 @@ TEXT_MARK = "the text's place"
 
 
 class Generation:
-    """All choices of one request: `stream` and `whole` gather their deltas and show them."""
+    """All choices of one request: `stream` and `whole` gather their deltas and show them.
 
-    kind = ""  # what its id begins with
-    body_object = ""  # what OpenAI calls its body,
-    event_object = ""  # and its events
+    A chat and a completion differ in the class's three names (what an id begins with, and what
+    OpenAI calls the body and its events) and in five methods: `new_choice`; `opening`, the bytes of
+    the events that a stream begins with; `text_field`, new text in an event's choice, "" in the one
+    that ends it; `whole_field`, all of the text in a body's choice; and `show_logprobs`."""
 
-    def __init__(self, tok, body, request_id, model, prompts):
+    def __init__(self, tok, body, request_id, model, prompts, scored=()):
+        """scored: the TokenLogprobs of each prompt's tokens, if they are to be shown."""
         self.tok = tok
         self.body = body
+        self.scored = scored
         self.n = body.n or 1  # choices of each prompt
         self.prompt_tokens = sum(map(len, prompts))
         self.head = {
@@ -251,24 +248,7 @@ class Generation:
         self.choices = []
         for prompt in prompts:
             for _ in range(self.n):
-                decoder = decoder_behind(tok, prompt)
-                self.choices.append(Choice(len(self.choices), decoder, self.tool_calls()))
-
-    def tool_calls(self):
-        return ToolCalls({})
-
-    # What a chat and a completion show differently.
-    def opening(self):
-        """The events that a stream begins with, as bytes."""
-
-    def text_field(self, text):
-        """New text in an event's choice; "" in the one that ends it."""
-
-    def show_logprobs(self, choice, logprobs):
-        """TokenLogprobs in OpenAI's shape."""
-
-    def whole_field(self, choice):
-        """All of its text in a body's choice."""
+                self.choices.append(self.new_choice(len(self.choices), prompt))
 
     def stream_events(self, batch):
         """One batch -> bytes: the deltas of a choice may be many, one event shows them."""
@@ -356,9 +336,9 @@ class ChatAnswer(Generation):
     body_object = "chat.completion"
     event_object = "chat.completion.chunk"
 
-    def tool_calls(self):
+    def new_choice(self, index, prompt):
         most = 1 if self.body.parallel_tool_calls is False else None
-        return ToolCalls(offered_functions(self.body), most)
+        return Choice(index, ToolCalls(offered_functions(self.body), most))
 
     def opening(self):
         role = {"delta": {"role": "assistant", "content": ""}}
@@ -384,14 +364,13 @@ class TextAnswer(Generation):
     kind = "cmpl"
     body_object = event_object = "text_completion"
 
-    def __init__(self, tok, body, request_id, model, prompts, scored=None):
-        """scored: the TokenLogprobs of each prompt's tokens, if they are to be shown."""
-        super().__init__(tok, body, request_id, model, prompts)
-        for choice in self.choices:
-            choice.cut = choice.awaited = bool(choice.decoder.decoder.getstate()[0])
-            if body.echo:
-                position = choice.index // self.n
-                self.repeat(choice, prompts[position], scored[position] if scored else [])
+    def new_choice(self, index, prompt):
+        decoder = decoder_behind(self.tok, prompt)
+        cut = bool(decoder.decoder.getstate()[0])
+        choice = Choice(index, ToolCalls({}), decoder, cut, cut)
+        if self.body.echo:
+            self.repeat(choice, prompt, self.scored[index // self.n] if self.scored else [])
+        return choice
 
     def repeat(self, choice, prompt, scored):
         """Begin a choice with its prompt, without the beginning-of-text that the caller did not
@@ -402,7 +381,7 @@ class TextAnswer(Generation):
             if scored and scored[0].id == self.tok.bos_id:
                 scored = scored[1:]
         choice.text = text.removesuffix("\ufffd") if choice.cut else text
-        choice.logprobs = list(scored)
+        choice.logprobs = scored[:]  # a copy: n choices begin with them
         choice.place(self.tok.stream(), [token.id for token in scored])
         choice.end = len(choice.text)
 
