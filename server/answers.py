@@ -161,29 +161,26 @@ class Choice:
     end: int = 0  # characters that the tokens up to here decode to
     found: list = field(default_factory=list)  # tool calls, when all is said
     reason: str | None = None  # why it ended
-    around: list | None = None  # bytes before and after the text of its events
 
-    def take(self, deltas):
-        """Deltas in their order -> (new visible text, new ids, their logprobs)."""
-        text, ids, logprobs = "", [], []
-        for delta in deltas:
-            text += delta.text
-            ids += delta.token_ids
-            logprobs += delta.logprobs or []
+    def take(self, delta):
+        """-> (new visible text, logprobs of its tokens)"""
+        text = delta.text
+        ids = delta.token_ids
+        logprobs = delta.logprobs or []
         if self.decoder and (self.cut or logprobs):
             text = self.mend(text, self.place(self.decoder, ids))
-        reason = deltas[-1].finish_reason
-        if reason:
-            text = text.removesuffix("\ufffd")  # who ends within a character ends before it
-        text = self.calls.push(text)
-        if reason:
+        if delta.finish_reason:
+            # What ends within a character ends before it.
+            text = self.calls.push(text.removesuffix("\ufffd"))
             rest, self.found = self.calls.finish()
             text += rest
-            self.reason = "tool_calls" if self.found else {"abort": "stop"}.get(reason, reason)
+            self.reason = "tool_calls" if self.found else delta.finish_reason
+        else:
+            text = self.calls.push(text)
         self.text += text
         self.token_ids += ids
         self.logprobs += logprobs
-        return text, ids, logprobs
+        return text, logprobs
 
     def place(self, decoder, ids):
         """Note where each token begins -> the text they are; a part of a character begins where
@@ -221,9 +218,6 @@ def decoder_behind(tok, prompt):
 
 
 # ------------------------------------------------------------------------------- all of an answer
-TEXT_MARK = "the text's place"
-
-
 class Generation:
     """All choices of one request: `stream` and `whole` gather their deltas and show them.
 
@@ -250,12 +244,8 @@ class Generation:
             for _ in range(self.n):
                 self.choices.append(self.new_choice(len(self.choices), prompt))
 
-    def stream_events(self, batch):
-        """One batch -> bytes: the deltas of a choice may be many, one event shows them."""
-        by_choice = {}
-        for position, delta in batch:
-            by_choice.setdefault(position * self.n + delta.index, []).append(delta)
-        return b"".join([self.events(self.choices[i], by_choice[i]) for i in by_choice])
+    def choice_of(self, position, delta):
+        return self.choices[position * self.n + delta.index]
 
     async def stream(self, batches):
         """-> bytes of server-sent events: the opening, text as it comes, finish_reason once for
@@ -263,7 +253,10 @@ class Generation:
         out = self.opening()
         try:
             async for batch in batches:
-                out += self.stream_events(batch) if batch else b": keep-alive\n\n"
+                if not batch:
+                    out += b": keep-alive\n\n"
+                for position, delta in batch:
+                    out += self.events(self.choice_of(position, delta), delta)
                 # The last events go out together with what ends the stream.
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
@@ -278,11 +271,11 @@ class Generation:
         """-> the body of a request that is not streamed, as a dict."""
         async for batch in batches:
             for position, delta in batch:
-                self.choices[position * self.n + delta.index].take([delta])
+                self.choice_of(position, delta).take(delta)
         choices = []
         for choice in self.choices:
-            reason = choice.reason or "length"
             what = self.whole_field(choice)
+            reason = choice.reason or "length"  # an echo of nothing but the prompt
             choices.append(self.shown(choice, what, choice.logprobs, reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
@@ -305,30 +298,21 @@ class Generation:
             shown["token_ids"] = ids
         return shown
 
-    def choice_event(self, *shown, **more):
-        return self.event(choices=[self.shown(*shown, **more)])
+    def choice_event(self, *shown):
+        return self.event(choices=[self.shown(*shown)])
 
-    def events(self, choice, deltas):
-        """What a choice's new deltas are as events; finish_reason comes once."""
-        text, ids, logprobs = choice.take(deltas)
-        if logprobs or (ids and self.body.return_token_ids):
-            out = self.choice_event(choice, self.text_field(text), logprobs, ids=ids)
-        elif text:
-            out = self.text_event(choice, text)
-        else:
-            out = b""
+    def events(self, choice, delta):
+        """What a choice's new delta is as events; finish_reason comes once."""
+        text, logprobs = choice.take(delta)
+        ids = delta.token_ids if self.body.return_token_ids else ()
+        out = b""
+        if text or logprobs or ids:
+            out += self.choice_event(choice, self.text_field(text), logprobs, None, ids)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:
-            out += self.choice_event(choice, self.text_field(""), reason=choice.reason)
+            out += self.choice_event(choice, self.text_field(""), (), choice.reason)
         return out
-
-    def text_event(self, choice, text):
-        """An event with nothing but text, as most are: what surrounds the text is made once."""
-        if choice.around is None:
-            event = self.choice_event(choice, self.text_field(TEXT_MARK))
-            choice.around = event.split(json_bytes(TEXT_MARK))
-        return json_bytes(text).join(choice.around)
 
 
 class ChatAnswer(Generation):
