@@ -12,14 +12,14 @@ of its alternatives (Antimirov 1996), here b(ab|ac)* and c(ab|ac)*; equal sets a
 automaton that is made as it is walked. A token is allowed if all its bytes are.
 
 Top to bottom: expressions over bytes; regular expressions and JSON schemas as expressions; the
-automaton; tokens. An expression is a tuple: ("lit", bytes), ("set", frozenset of bytes allowed),
-("seq", [...]), ("alt", [...]), ("rep", expression, least, most or None), ("ref", rule's name).
+automaton; tokens. An expression is a tuple: ("set", frozenset of bytes allowed), ("seq", [...]),
+("alt", [...]), ("rep", expression, least, most or None), ("ref", rule's name).
 Rules that refer to each other make JSON's nesting possible.
 """
 
 import json
 import math
-import warnings
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,21 +27,12 @@ import torch
 
 from common import UserError
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    try:
-        from re import _parser as sre  # the standard library's own parser of regular expressions
-    except ImportError:  # Python 3.10
-        import sre_parse as sre
+# The standard library's own parser of regular expressions; the second name is Python 3.10's.
+sre = re._parser if hasattr(re, "_parser") else re.sre_parse
 
 # States and positions that building a grammar may cost, and then its masks once more, of which
 # each new one adds a tenth: about a second of work.
 WORK = 1_000_000
-EMPTY = ("lit", b"")
-
-
-def literal(text):
-    return "lit", text.encode()
 
 
 def one_of(values):
@@ -54,6 +45,13 @@ def concat(*parts):
 
 def either(*parts):
     return "alt", parts
+
+
+def literal(text):
+    return "seq", [one_of([byte]) for byte in text.encode()]
+
+
+EMPTY = literal("")
 
 
 # --------------------------------------------------------------------------- characters and regexes
@@ -117,7 +115,7 @@ def characters(ranges, in_json=False):
         ranges = overlap(ranges, UNESCAPED)
     cut = overlap(ranges, UTF8_LENGTHS)
     tails = range(0x80, 0xC0)
-    return either(*(between(chr(a).encode(), chr(b).encode(), tails) for a, b in cut), *escaped)
+    return "alt", [between(chr(a).encode(), chr(b).encode(), tails) for a, b in cut] + escaped
 
 
 def regex_tree(pattern, in_json=False):
@@ -149,7 +147,7 @@ def regex_sequence(items, in_json):
         if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
             parts.append(characters(code_points(op, value), in_json))
         elif op == "BRANCH":
-            parts.append(either(*(regex_sequence(branch, in_json) for branch in value[1])))
+            parts.append(("alt", [regex_sequence(branch, in_json) for branch in value[1]]))
         elif op == "SUBPATTERN" and not value[1] and not value[2]:  # a group without flags
             parts.append(regex_sequence(value[3], in_json))
         elif op in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
@@ -202,9 +200,8 @@ STRING_FORMATS = {
 KEYWORDS = set(
     "type properties required additionalProperties items prefixItems minItems maxItems enum const "
     "anyOf oneOf allOf $ref minLength maxLength pattern format minimum maximum exclusiveMinimum "
-    "exclusiveMaximum nullable".split()
-)
-ANNOTATIONS = set(
+    "exclusiveMaximum "
+    # and those that bind nothing
     "title description default examples $schema $id $comment $defs definitions deprecated strict "
     "readOnly writeOnly".split()
 )
@@ -261,7 +258,7 @@ class Schema:
         if not isinstance(schema, dict):
             refuse_schema(where, f"{schema!r} is not a schema")
         for key in schema:
-            if key not in KEYWORDS | ANNOTATIONS:
+            if key not in KEYWORDS:
                 refuse_schema(where, f"{key} is not supported")
         if "$ref" in schema:
             name = schema["$ref"]
@@ -274,10 +271,10 @@ class Schema:
                 if key == "allOf" and count != 1:
                     refuse_schema(where, f"allOf of {count} is not supported, only of one")
                 choices = enumerate(schema[key])
-                return either(*(self.value(s, f"{where}/{key}/{i}", via) for i, s in choices))
+                return "alt", [self.value(s, f"{where}/{key}/{i}", via) for i, s in choices]
         if "const" in schema or "enum" in schema:
             choices = schema.get("enum", [schema.get("const")])
-            return either(*(literal(json.dumps(c, ensure_ascii=False)) for c in choices))
+            return "alt", [literal(json.dumps(choice, ensure_ascii=False)) for choice in choices]
         return self.typed(schema, where)
 
     def typed(self, schema, where):
@@ -287,8 +284,6 @@ class Schema:
             told = [TYPE_OF_KEYWORD[key] for key in TYPE_OF_KEYWORD if key in schema]
             kinds = told[:1] or TYPES
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        if schema.get("nullable"):
-            kinds = [*kinds, "null"]
         makers = {
             "object": self.object,
             "array": self.array,
@@ -301,7 +296,7 @@ class Schema:
         for kind in kinds:
             if kind not in makers:
                 refuse_schema(where, f"unknown type {kind!r}")
-        return either(*(makers[kind](schema, where, kind) for kind in kinds))
+        return "alt", [makers[kind](schema, where, kind) for kind in kinds]
 
     def resolve(self, ref, where):
         """The schema that a $ref leads to."""
@@ -496,10 +491,7 @@ class Grammar:
     def intern(self, expression):
         """An expression -> its Term."""
         kind, what, *counts = expression
-        if kind == "lit":
-            kind = "seq"
-            what = tuple(self.term("set", frozenset([byte])) for byte in what)
-        elif kind in ("seq", "alt"):
+        if kind in ("seq", "alt"):
             what = tuple(map(self.intern, what))
         elif kind == "rep":
             what = self.intern(what)
