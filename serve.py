@@ -6,8 +6,8 @@
 A request's way: door.Protocol reads its head; door.Door asks for its key, may answer 429 (the
 key's requests a minute), and whatever happens closes its jobs at the end; BodyRoute reads its body;
 a route plans it with server/api.py; Service.admit puts it into the queue, or answers 429 (the queue
-is full; Service.build does so where grammars wait); server/worker.py computes; Reply carries what
-server/answers.py makes of the tokens to the client, and stops when the client leaves.
+is full); server/worker.py computes; Reply carries what server/answers.py makes of the tokens to the
+client, and stops when the client leaves.
 
 Top to bottom: flags; what the routes share; a reply on its way; the routes; the process.
 `create_app(engine)` takes anything that has the engine's interface.
@@ -43,16 +43,7 @@ from runtime import lost_rank_explained
 from server import api
 from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector
 from server.api import Refusal
-from server.door import (
-    SHOWN_ERRORS,
-    Door,
-    Measures,
-    invalid,
-    json_response,
-    listen,
-    read_keys,
-    show_error,
-)
+from server.door import ERROR_HANDLERS, Door, Measures, invalid, json_response, listen, read_keys
 from server.worker import EngineClient, Inbox, Job, Worker, fork_front, token_logprobs
 
 CHAT_PAGE = Path(__file__).with_name("ui.html")
@@ -128,14 +119,24 @@ class Service:
             message = self.client.broken or "shutting down: try another replica"
             raise Refusal(503, message, headers={"Retry-After": "5"})
 
-    def admit(self, request, model, prompts, samplings, grammar):
-        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503.
-        Whatever happens to the request, the Door calls `close` with the jobs."""
+    async def admit(self, request, model, prompts, samplings, grammar):
+        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503: first
+        the engine's process builds the grammar. Whatever happens to the request, the Door calls
+        `close` with the jobs."""
+        later = {"Retry-After": "5"}
+        if grammar:
+            if self.building >= 32:
+                message = f"{self.building} grammars wait to be built: try again later"
+                raise Refusal(429, message, "queue_full", headers=later)
+            self.building += 1
+            try:
+                await self.client.call("grammar", *grammar)
+            finally:
+                self.building -= 1
         self.check_ready()
         depth = len(self.client.jobs)
         if depth + len(prompts) > self.args.concurrency + self.args.queue:
             message = f"{depth} requests are running or waiting, the most this server takes"
-            later = {"Retry-After": str(1 + depth // 32)}
             raise Refusal(429, f"{message}: try again later", "queue_full", headers=later)
         inbox = Inbox()
         adapter = model if model in self.adapters else None
@@ -171,17 +172,6 @@ class Service:
                 if delta.finish_reason:
                     unfinished -= 1
             yield batch
-
-    async def build(self, grammar):
-        """Have the engine's process build a grammar, or refuse it, before its request is queued."""
-        if self.building >= 32:
-            message = f"{self.building} grammars wait to be built: try again later"
-            raise Refusal(429, message, "queue_full", headers={"Retry-After": "5"})
-        self.building += 1
-        try:
-            await self.client.call("grammar", *grammar)
-        finally:
-            self.building -= 1
 
 
 # ----------------------------------------------------------------------------- a reply on its way
@@ -294,10 +284,8 @@ async def chat_completions(body: api.ChatRequest, request: Request):
     model = service.model(body.model)
     grammar = api.grammar_of(body)
     grammar = api.forced_call(body, service.tok) or grammar  # a forced call goes first
-    if grammar:
-        await service.build(grammar)
     prompt, sampling = await aside(request, plan_chat, body, service)
-    jobs = service.admit(request, model, [prompt], [sampling], grammar)
+    jobs = await service.admit(request, model, [prompt], [sampling], grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
     return Reply(service, answer, jobs)
 
@@ -317,8 +305,6 @@ async def completions(body: api.CompletionRequest, request: Request):
     service = request.app.state.service
     model = service.model(body.model)
     grammar = api.grammar_of(body)
-    if grammar:
-        await service.build(grammar)
     prompts, samplings = await aside(request, plan_completion, body, service)
     scored = []
     if body.echo and body.logprobs is not None:
@@ -326,7 +312,7 @@ async def completions(body: api.CompletionRequest, request: Request):
         for prompt in prompts:
             found = await service.client.call("prompt_logprobs", prompt, body.logprobs)
             scored.append(token_logprobs(found))
-    jobs = service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
+    jobs = await service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
     return Reply(service, answer, jobs)
 
@@ -488,7 +474,7 @@ def create_app(engine, args=None, keys=None, sock=None):
         title="LLM server",
         lifespan=lifespan,
         routes=routes.routes,
-        exception_handlers=dict.fromkeys(SHOWN_ERRORS, show_error),
+        exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
     app.add_middleware(Door, service=service, keys=keys or {})

@@ -329,15 +329,17 @@ class Schema:
     def number(self, schema, where, kind):
         """Integers of up to 15 digits, which every reader keeps exactly; numbers also with a
         fraction, which stays between the integers at both ends."""
-        above = schema.get("exclusiveMinimum", -math.inf)
-        below = schema.get("exclusiveMaximum", math.inf)
-        least = max(schema.get("minimum", -math.inf), above)
-        most = min(schema.get("maximum", math.inf), below)
-        low, high = math.ceil(max(least, 1 - 10**15)), math.floor(min(most, 10**15 - 1))
-        if low == above:
-            low += 1
-        if high == below:
-            high -= 1
+        limit = 10**15
+        low = max(
+            1 - limit,
+            math.ceil(schema.get("minimum", -limit)),
+            math.floor(schema.get("exclusiveMinimum", -limit)) + 1,
+        )
+        high = min(
+            limit - 1,
+            math.floor(schema.get("maximum", limit)),
+            math.ceil(schema.get("exclusiveMaximum", limit)) - 1,
+        )
         parts = [integers(low, high)] if low <= high else []
         if kind == "number":
             fraction = regex_tree(r"\.[0-9]{1,15}")
@@ -346,7 +348,7 @@ class Schema:
             if low + 1 <= min(high, 0):  # -k.f is in (-k - 1, -k]
                 parts.append(concat(literal("-"), integers(max(-high, 0), -low - 1), fraction))
         if not parts:
-            refuse_schema(where, f"no {kind} lies between {least} and {most}")
+            refuse_schema(where, f"no {kind} lies between {low} and {high}")
         return either(*parts)
 
     def array(self, schema, where, _):

@@ -81,16 +81,17 @@ class ToolCalls:
                     name = call["name"]
                     arguments = call["arguments"] if "arguments" in call else call["parameters"]
                     if tagged or name in self.names:
-                        calls.append(tool_call(len(calls), str(name), arguments))
+                        written = json.dumps(arguments, ensure_ascii=False)
+                        call = {
+                            "index": len(calls),
+                            "id": "call_" + secrets.token_hex(6),
+                            "type": "function",
+                            "function": {"name": str(name), "arguments": written},
+                        }
+                        calls.append(call)
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # it only looked like a call
         return ("", calls[: self.most]) if calls else (self.held, [])
-
-
-def tool_call(index, name, arguments):
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    call_id = "call_" + secrets.token_hex(6)
-    return {"index": index, "id": call_id, "type": "function", "function": function}
 
 
 # --------------------------------------------------------------------------------------- logprobs

@@ -145,7 +145,7 @@ async def show_error(request, error):
     return refused(error)
 
 
-SHOWN_ERRORS = (HTTPException, UserError, RequestValidationError)
+ERROR_HANDLERS = dict.fromkeys((HTTPException, UserError, RequestValidationError), show_error)
 
 
 def log_line(row):

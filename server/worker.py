@@ -44,15 +44,17 @@ def message(*values):
     return len(data).to_bytes(4, "little") + data
 
 
-def messages(buffer):
-    """Yield the whole messages at the front of a bytearray, and remove them from it."""
+def deliver(data, buffer, receiver):
+    """Call the receiver's methods that the messages in buffer + data ask for; what is not whole
+    stays in the buffer, a bytearray."""
+    buffer += data
     while len(buffer) >= 4:
         end = 4 + int.from_bytes(buffer[:4], "little")
         if len(buffer) < end:
             return
-        values = marshal.loads(bytes(buffer[4:end]))
+        what, *values = marshal.loads(buffer[4:end])
         del buffer[:end]
-        yield values
+        getattr(receiver, what)(*values)
 
 
 def plain_logprobs(logprobs):
@@ -121,9 +123,7 @@ class Worker:
             data = self.sock.recv(1 << 18, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
-        self.buffer += data
-        for what, *values in messages(self.buffer):
-            getattr(self, what)(*values)
+        deliver(data, self.buffer, self)
         return bool(data)
 
     def submit(self, number, key, *request):
@@ -330,9 +330,7 @@ class EngineClient(asyncio.Protocol):
         self.failed("the engine's process is gone")
 
     def data_received(self, data):
-        self.buffer += data
-        for what, *values in messages(self.buffer):
-            getattr(self, what)(*values)
+        deliver(data, self.buffer, self)
 
     # -- orders go out
     def submit(self, job):
