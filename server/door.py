@@ -138,7 +138,7 @@ async def show_error(request, error):
     if isinstance(error, UserError):
         error = Refusal(400, str(error))
     elif isinstance(error, RequestValidationError):
-        error = invalid([{**e, "loc": e["loc"][1:]} for e in error.errors()])  # without "query"
+        error = invalid(error.errors())
     elif not isinstance(error, Refusal):
         message = f"{error.detail}: see /docs for what there is"
         error = Refusal(error.status_code, message, headers=error.headers)
@@ -184,8 +184,8 @@ class Door:
             await send(message)
 
         try:
-            self.check(scope, headers, state)
-            await self.app(scope, self.limited(headers, receive), tagged)
+            self.check(scope, headers.get("authorization", ""), state)
+            await self.app(scope, self.limited(receive), tagged)
         except Exception as error:
             if not isinstance(error, Refusal):
                 log_line({"event": "error", "id": state["id"], "error": repr(error)[:500]})
@@ -200,9 +200,9 @@ class Door:
             self.service.measures.http.labels(str(status)).inc()
             self.log(scope, state, status, time.monotonic() - begin)
 
-    def check(self, scope, headers, state):
+    def check(self, scope, given, state):
         """Who is it, and may they now? Raises Refusal 401 or 429."""
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        given = given.removeprefix("Bearer ").strip()
         digest = hashlib.sha256(given.encode("latin1")).digest()
         found = None
         for key, name in self.keys.items():
@@ -232,16 +232,12 @@ class Door:
             raise Refusal(429, message, "rate_limit_exceeded", headers=later)
         window.append(now)
 
-    def limited(self, headers, receive):
+    def limited(self, receive):
         """receive(), which raises Refusal for a body that is too large or comes too slowly."""
         most = self.service.args.max_body
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ARRIVAL_SECONDS
         close = {"Connection": "close"}  # the rest of the body is not read
-        too_large = Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=close)
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > most:
-            raise too_large
         seen = 0
         arrived = False
 
@@ -261,7 +257,8 @@ class Door:
                 late.cancel()
             seen += len(message.get("body", b""))
             if seen > most:
-                raise too_large
+                text = f"the body is over {most:,} bytes (--max-body)"
+                raise Refusal(413, text, headers=close)
             arrived = message["type"] == "http.request" and not message.get("more_body")
             return message
 
