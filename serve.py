@@ -44,7 +44,7 @@ from server import api
 from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector
 from server.api import Refusal
 from server.door import ERROR_HANDLERS, Door, Measures, invalid, json_response, listen, read_keys
-from server.worker import EngineClient, Inbox, Job, Worker, fork_front, token_logprobs
+from server.worker import EngineClient, Inbox, Job, Worker, fork_front
 
 CHAT_PAGE = Path(__file__).with_name("ui.html")
 
@@ -111,8 +111,7 @@ class Service:
 
     def refuse_adapter(self, model, what):
         if model in self.adapters:
-            message = f"{what} are the base model's: there are none of the adapter {model!r}"
-            raise Refusal(400, message, param="model")
+            raise Refusal(400, f"{what} are the base model's, not an adapter's", param="model")
 
     def check_ready(self):
         if self.draining or self.client.broken:
@@ -126,8 +125,7 @@ class Service:
         later = {"Retry-After": "5"}
         if grammar:
             if self.building >= 32:
-                message = f"{self.building} grammars wait to be built: try again later"
-                raise Refusal(429, message, "queue_full", headers=later)
+                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, later)
             self.building += 1
             try:
                 await self.client.call("grammar", *grammar)
@@ -137,13 +135,13 @@ class Service:
         depth = len(self.client.jobs)
         if depth + len(prompts) > self.args.concurrency + self.args.queue:
             message = f"{depth} requests are running or waiting, the most this server takes"
-            raise Refusal(429, f"{message}: try again later", "queue_full", headers=later)
+            raise Refusal(429, message, "queue_full", None, later)
         inbox = Inbox()
         adapter = model if model in self.adapters else None
         for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            job = Job(prompt, sampling, adapter, grammar, request.state.key, inbox, position)
+            job = Job(prompt, sampling, request.state.key, inbox, position)
             request.state.jobs.append(job)
-            self.client.submit(job)
+            self.client.submit(job, adapter, grammar)
         return request.state.jobs
 
     def close(self, jobs):
@@ -160,8 +158,7 @@ class Service:
         while unfinished:
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
-                message = f"not finished within {self.args.timeout:g} s: ask for fewer tokens"
-                raise Refusal(504, message, "timeout")
+                raise Refusal(504, f"not finished within {self.args.timeout:g} s", "timeout")
             batch = await jobs[0].inbox.get(wait)
             for item in batch:
                 if isinstance(item, Refusal):
@@ -178,9 +175,7 @@ class Service:
 class Reply:
     """Carries an answer to the client, as a stream or as one body. A stream ends here: when the
     answer ends, when the client leaves, or when a client that does not read has had its time.
-
-    In the last two cases this request's task is cancelled, wherever it waits, and the Door, through
-    which it returns, closes its jobs."""
+    Then this returns to the Door, which closes the request's jobs."""
 
     def __init__(self, service, answer, jobs):
         self.answer = answer
@@ -188,29 +183,24 @@ class Reply:
         self.timeout = service.args.timeout + 10  # seconds, more than `batches` takes
 
     async def __call__(self, scope, receive, send):
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+        work = asyncio.ensure_future(self.write(scope, receive, send))
         gone = asyncio.ensure_future(client_left(receive))
-        timer = loop.call_later(self.timeout, task.cancel)
-
-        def leave(_):
-            task.cancel()
-
-        gone.add_done_callback(leave)
         try:
-            if self.answer.body.stream:
-                await self.write_stream(send)
-            else:
-                body = await self.answer.whole(self.batches)
-                await json_response(body)(scope, receive, send)
-        except asyncio.CancelledError:
-            # Cancelled by neither of the two: by the server, which is shutting down.
-            if not gone.done() and loop.time() < timer.when():
-                raise
+            done, _ = await asyncio.wait(
+                (work, gone), timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if work in done:
+                await work  # raises what it has raised
         finally:
-            gone.remove_done_callback(leave)
+            work.cancel()
             gone.cancel()
-            timer.cancel()
+
+    async def write(self, scope, receive, send):
+        if self.answer.body.stream:
+            await self.write_stream(send)
+        else:
+            body = await self.answer.whole(self.batches)
+            await json_response(body)(scope, receive, send)
 
     async def write_stream(self, send):
         headers = [
@@ -257,8 +247,7 @@ async def read_body(request, kind):
     media_type = request.headers.get("content-type", "").partition(";")[0].strip()
     if media_type.lower() != "application/json":
         # A page of another origin may send other types without asking.
-        message = f"body: it is {media_type!r}, but must be application/json"
-        raise Refusal(400, message, "invalid_request")
+        raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
         return kind.model_validate(await request.json())
     except ValidationError as error:
@@ -310,8 +299,7 @@ async def completions(body: api.CompletionRequest, request: Request):
     if body.echo and body.logprobs is not None:
         service.refuse_adapter(model, "the logprobs of an echo")
         for prompt in prompts:
-            found = await service.client.call("prompt_logprobs", prompt, body.logprobs)
-            scored.append(token_logprobs(found))
+            scored.append(await service.client.call("prompt_logprobs", prompt, body.logprobs))
     jobs = await service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
     return Reply(service, answer, jobs)

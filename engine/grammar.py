@@ -305,9 +305,7 @@ class Schema:
             key = key.replace("~1", "/").replace("~0", "~")
             at = at.get(key) if isinstance(at, dict) else None
         if at is None:
-            refuse_schema(
-                where, f"$ref {ref!r} leads nowhere (only within the schema: #/$defs/...)"
-            )
+            refuse_schema(where, f"$ref {ref!r} leads nowhere in this schema (#/$defs/...)")
         return at
 
     def string(self, schema, where, _):
@@ -363,9 +361,8 @@ class Schema:
         first = first[:most]
         body = EMPTY
         if most is None or most > len(first):
-            least_more = max(0, least - len(first))
-            most_more = None if most is None else most - len(first)
-            body = ("rep", concat(COMMA, item), least_more, most_more)
+            others = max(0, least - len(first)), most and most - len(first)
+            body = "rep", concat(COMMA, item), *others
         # From the last item to the first, because who leaves one out leaves out all after it.
         for i in reversed(range(len(first))):
             body = concat(COMMA if i else EMPTY, first[i], body)
@@ -487,8 +484,7 @@ class Grammar:
     def spend(self, work):
         self.left -= work
         if self.left < 0:
-            advice = "write it with fewer repetitions and choices"
-            raise UserError(f"this schema or regular expression asks for too much work: {advice}")
+            raise UserError("this schema or regular expression asks for too much work: simplify it")
 
     def intern(self, expression):
         """An expression -> its Term."""
@@ -576,7 +572,8 @@ class Grammar:
         return self.states[found]
 
     def step(self, state, byte):
-        """The state after a byte: the derivative."""
+        """The state after a byte: the derivative. A text matches if the end is among the positions
+        of the state after its last byte."""
         if byte not in state.opens:
             return self.dead
         if byte not in state.steps:
@@ -584,14 +581,6 @@ class Grammar:
             after = [at.after for at in state.positions if byte in at.term.what]
             state.steps[byte] = self.state(after)
         return state.steps[byte]
-
-    def matches(self, data):
-        """Whether a whole byte string matches: the plain twin of what Constraint does by tokens."""
-        self.left = WORK
-        state = self.start
-        for byte in data:
-            state = self.step(state, byte)
-        return self.end in state.positions
 
 
 # ------------------------------------------------------------------------------------------- tokens

@@ -111,30 +111,30 @@ def finite(logprob):
 
 
 def chat_logprobs(tok, logprobs):
-    """A list of TokenLogprob in the chat's shape."""
+    """A list of worker.plain_logprobs in the chat's shape."""
 
     def entry(i, logprob):
         text, data = spell(tok, i)
         return {"token": text, "logprob": finite(logprob), "bytes": data, "id": i}
 
     content = []
-    for token in logprobs:
-        top = [entry(i, logprob) for i, logprob in token.top]
-        content.append({**entry(token.id, token.logprob), "top_logprobs": top})
+    for i, logprob, top in logprobs:
+        content.append({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]})
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
-    """A list of TokenLogprob in the completions' shape; offsets: where in the text each begins."""
+    """A list of worker.plain_logprobs in the completions' shape; offsets: where in the text each
+    token begins."""
     texts, chosen, tops, ids = [], [], [], []
-    for token in logprobs:
+    for token, logprob, pairs in logprobs:
+        texts.append(spell(tok, token)[0])
+        chosen.append(finite(logprob))
         top, top_ids = {}, {}
-        for i, logprob in token.top:
+        for i, other in pairs:
             text, _ = spell(tok, i)
-            top.setdefault(text, finite(logprob))  # of two that read the same the likelier stays
+            top.setdefault(text, finite(other))  # of two that read the same the likelier stays
             top_ids.setdefault(text, i)
-        texts.append(spell(tok, token.id)[0])
-        chosen.append(finite(token.logprob))
         tops.append(top or None)
         ids.append(top_ids)
     shown = {"tokens": texts, "text_offset": offsets, "top_logprobs": tops}
@@ -228,7 +228,7 @@ class Generation:
     that ends it; `whole_field`, all of the text in a body's choice; and `show_logprobs`."""
 
     def __init__(self, tok, body, request_id, model, prompts, scored=()):
-        """scored: the TokenLogprobs of each prompt's tokens, if they are to be shown."""
+        """scored: the logprobs of each prompt's tokens, if they are to be shown."""
         self.tok = tok
         self.body = body
         self.scored = scored
@@ -363,11 +363,11 @@ class TextAnswer(Generation):
         text = self.tok.decode(prompt)
         if self.tok.bos_id is not None:
             text = text.removeprefix(self.tok.decode([self.tok.bos_id]))
-            if scored and scored[0].id == self.tok.bos_id:
+            if prompt[0] == self.tok.bos_id:
                 scored = scored[1:]
         choice.text = text.removesuffix("\ufffd") if choice.cut else text
         choice.logprobs = scored[:]  # a copy: n choices begin with them
-        choice.place(self.tok.stream(), [token.id for token in scored])
+        choice.place(self.tok.stream(), [token for token, *_ in scored])
         choice.end = len(choice.text)
 
     def opening(self):

@@ -145,8 +145,7 @@ def offered_functions(body):
     for tool in body.tools or ():
         kind = tool.get("type", "function")
         if kind != "function":
-            message = f"tools of type {kind!r} are not supported, only functions"
-            raise Refusal(400, message, param="tools")
+            raise Refusal(400, f"tools are functions, not of type {kind!r}", param="tools")
         function = tool.get("function")
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             functions[function["name"]] = function
@@ -207,8 +206,7 @@ def refuse_fields(body):
     """Raise for a field that this server does not have, unless it says no more than the default."""
     for name in FIELDS["refused"]:
         if body.model_extra.get(name) not in (None, [], {}, ["text"]):
-            message = f"{name} is not supported by this server"
-            raise Refusal(400, message, "unsupported_field", name)
+            raise Refusal(400, f"{name} is not supported by this server", "unsupported_field", name)
 
 
 def request_sampling(body, prompt, tok, context, logprobs):

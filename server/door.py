@@ -179,8 +179,7 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                tag = b"x-request-id", state["id"].encode()
-                message["headers"] = [*message.get("headers", ()), tag]
+                message["headers"].append((b"x-request-id", state["id"].encode()))
             await send(message)
 
         try:
@@ -214,8 +213,7 @@ class Door:
             return
         if self.keys and found is None:
             message = "this server needs an API key: Authorization: Bearer KEY"
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise Refusal(401, message, "invalid_api_key", headers=challenge)
+            raise Refusal(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self.service.args.rate_limit:
             self.check_rate(state["key"], self.service.args.rate_limit)
 
@@ -251,14 +249,13 @@ class Door:
             except asyncio.CancelledError:
                 if loop.time() < deadline:
                     raise
-                text = f"the request's body did not arrive within {ARRIVAL_SECONDS:g} s"
+                text = f"the body did not arrive within {ARRIVAL_SECONDS:g} s"
                 raise Refusal(408, text, headers=close) from None
             finally:
                 late.cancel()
             seen += len(message.get("body", b""))
             if seen > most:
-                text = f"the body is over {most:,} bytes (--max-body)"
-                raise Refusal(413, text, headers=close)
+                raise Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=close)
             arrived = message["type"] == "http.request" and not message.get("more_body")
             return message
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from common import UserError
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
-from engine.scheduler import Delta, TokenLogprob
+from engine.scheduler import Delta
 from server.api import Refusal
 
 
@@ -58,12 +58,9 @@ def deliver(data, buffer, receiver):
 
 
 def plain_logprobs(logprobs):
-    """A list of TokenLogprob as tuples, which marshal takes."""
+    """A list of TokenLogprob as (id, logprob, [(id, logprob) of the likeliest]), which marshal
+    takes."""
     return [(token.id, token.logprob, token.top) for token in logprobs]
-
-
-def token_logprobs(tuples):
-    return [TokenLogprob(*values) for values in tuples]
 
 
 # ---------------------------------------------------------------------------- the engine's process
@@ -294,8 +291,6 @@ class Job:
 
     prompt: list
     sampling: Sampling
-    adapter: str | None
-    grammar: tuple | None
     key: str  # whose it is: keys take turns
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
@@ -333,11 +328,11 @@ class EngineClient(asyncio.Protocol):
         deliver(data, self.buffer, self)
 
     # -- orders go out
-    def submit(self, job):
+    def submit(self, job, adapter, grammar):
         job.number = next(self.numbers)
         job.unfinished = job.sampling.n
         self.jobs[job.number] = job
-        request = job.prompt, vars(job.sampling), job.adapter, job.grammar
+        request = job.prompt, vars(job.sampling), adapter, grammar
         self.transport.write(message("submit", job.number, job.key, *request))
 
     def close(self, job):
@@ -374,8 +369,6 @@ class EngineClient(asyncio.Protocol):
             if delta.finish_reason:
                 job.unfinished -= 1
                 job.reason = delta.finish_reason
-            if delta.logprobs is not None:
-                delta.logprobs = token_logprobs(delta.logprobs)
             job.inbox.put((job.position, delta))
 
     def result(self, number, value, error):
