@@ -194,7 +194,7 @@ class Door:
                 raise  # too late for another answer
             await refused(error)(scope, receive, tagged)
         finally:
-            # Whether it ended, failed, or its client left, which cancels the task that is here.
+            # Whether the answer ended, failed, or lost its client (see serve.Reply).
             self.service.close(state["jobs"])
             self.service.measures.http.labels(str(status)).inc()
             self.log(scope, state, status, time.monotonic() - begin)
