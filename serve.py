@@ -3,10 +3,14 @@
     python serve.py MODEL --port 8000     # then open http://127.0.0.1:8000, or point an OpenAI
                                           # client at http://127.0.0.1:8000/v1
 
+A request's way: door.Protocol reads its head; door.Door asks for its key, may answer 429 (the
+key's requests a minute), and whatever happens closes its jobs at the end; BodyRoute reads its body;
+a route plans it with server/api.py; Service.admit puts it into the queue, or answers 429 (the queue
+is full); server/worker.py computes; Reply carries what server/answers.py makes of the tokens to the
+client, and stops when the client leaves.
+
 Top to bottom: flags; what the routes share; a reply on its way; the routes; the process.
-server/ has the rest: door.py (keys, limits, logs), api.py (what requests mean), answers.py (what
-comes back), worker.py (the engine's process). `create_app(engine)` takes anything that has the
-engine's interface.
+`create_app(engine)` takes anything that has the engine's interface.
 """
 
 import asyncio
@@ -37,19 +41,10 @@ from common import Metrics, UserError, cli, parse_flags
 from generate import Engine
 from runtime import lost_rank_explained
 from server import api
-from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector, spell
+from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector
 from server.api import Refusal
-from server.door import (
-    SHOWN_ERRORS,
-    Door,
-    Measures,
-    invalid,
-    json_response,
-    listen,
-    read_keys,
-    show_error,
-)
-from server.worker import EngineClient, Inbox, Job, Worker, fork_front, token_logprobs
+from server.door import ERROR_HANDLERS, Door, Measures, invalid, json_response, listen, read_keys
+from server.worker import EngineClient, Inbox, Job, Worker, fork_front
 
 CHAT_PAGE = Path(__file__).with_name("ui.html")
 
@@ -75,7 +70,6 @@ class Args:
     certificate: str = ""  # TLS: certificate chain and key in PEM
     certificate_key: str = ""
     drain: float = 30.0  # seconds running requests get after SIGTERM
-    log_prompts: bool = False  # also log what was asked
     runs: str = "runs"  # training runs that the page may draw
 
 
@@ -99,7 +93,7 @@ class Service:
 
     def __init__(self, engine, args):
         self.tok = engine.tok
-        self.context = engine.max_model_len  # tokens
+        self.context = engine.max_model_len  # tokens of prompt and answer
         self.args = args
         self.adapters = adapter_folders(args)
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
@@ -117,29 +111,41 @@ class Service:
 
     def refuse_adapter(self, model, what):
         if model in self.adapters:
-            message = f"{what} are the base model's: there are none of the adapter {model!r}"
-            raise Refusal(400, message, param="model")
+            raise Refusal(400, f"{what} are the base model's, not an adapter's", param="model")
 
-    def admit(self, request, model, prompts, samplings, grammar):
-        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503.
-        Whatever happens to the request, the Door closes the jobs."""
+    def check_ready(self):
         if self.draining or self.client.broken:
             message = self.client.broken or "shutting down: try another replica"
             raise Refusal(503, message, headers={"Retry-After": "5"})
+
+    async def admit(self, request, model, prompts, samplings, grammar):
+        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503: first
+        the engine's process builds the grammar. Whatever happens to the request, the Door calls
+        `close` with the jobs."""
+        later = {"Retry-After": "5"}
+        if grammar:
+            if self.building >= 32:
+                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, later)
+            self.building += 1
+            try:
+                await self.client.call("grammar", *grammar)
+            finally:
+                self.building -= 1
+        self.check_ready()
         depth = len(self.client.jobs)
         if depth + len(prompts) > self.args.concurrency + self.args.queue:
             message = f"{depth} requests are running or waiting, the most this server takes"
-            later = {"Retry-After": str(1 + depth // 32)}
-            raise Refusal(429, f"{message}: try again later", "queue_full", headers=later)
+            raise Refusal(429, message, "queue_full", None, later)
         inbox = Inbox()
         adapter = model if model in self.adapters else None
         for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            job = Job(prompt, sampling, adapter, grammar, request.state.key, inbox, position)
+            job = Job(prompt, sampling, request.state.key, inbox, position)
             request.state.jobs.append(job)
-            self.client.submit(job)
+            self.client.submit(job, adapter, grammar)
         return request.state.jobs
 
     def close(self, jobs):
+        """Take what is left of a request out of queue and engine, and count it."""
         for job in jobs:
             self.client.close(job)
             self.measures.observe(job)
@@ -152,8 +158,7 @@ class Service:
         while unfinished:
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
-                message = f"not finished within {self.args.timeout:g} s: ask for fewer tokens"
-                raise Refusal(504, message, "timeout")
+                raise Refusal(504, f"not finished within {self.args.timeout:g} s", "timeout")
             batch = await jobs[0].inbox.get(wait)
             for item in batch:
                 if isinstance(item, Refusal):
@@ -165,52 +170,37 @@ class Service:
                     unfinished -= 1
             yield batch
 
-    async def build(self, grammar):
-        """Have the engine's process build a grammar, or refuse it, before its request is queued."""
-        if self.building >= 32:
-            message = f"{self.building} grammars wait to be built: try again later"
-            raise Refusal(429, message, "queue_full", headers={"Retry-After": "5"})
-        self.building += 1
-        try:
-            await self.client.call("grammar", *grammar)
-        finally:
-            self.building -= 1
-
 
 # ----------------------------------------------------------------------------- a reply on its way
 class Reply:
     """Carries an answer to the client, as a stream or as one body. A stream ends here: when the
-    answer ends, when the client leaves, or when a client that does not read has had its time."""
+    answer ends, when the client leaves, or when a client that does not read has had its time.
+    Then this returns to the Door, which closes the request's jobs."""
 
     def __init__(self, service, answer, jobs):
         self.answer = answer
         self.batches = service.batches(jobs)
-        self.timeout = service.args.timeout + 10
+        self.timeout = service.args.timeout + 10  # seconds, more than `batches` takes
 
     async def __call__(self, scope, receive, send):
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+        work = asyncio.ensure_future(self.write(scope, receive, send))
         gone = asyncio.ensure_future(client_left(receive))
-        timer = loop.call_later(self.timeout, task.cancel)
-
-        def leave(_):
-            task.cancel()
-
-        gone.add_done_callback(leave)
         try:
-            if self.answer.body.stream:
-                await self.write_stream(send)
-            else:
-                body = await self.answer.whole(self.batches)
-                await json_response(body)(scope, receive, send)
-        except asyncio.CancelledError:
-            # Cancelled by neither of the two: by the server, which is shutting down.
-            if not gone.done() and loop.time() < timer.when():
-                raise
+            done, _ = await asyncio.wait(
+                (work, gone), timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if work in done:
+                await work  # raises what it has raised
         finally:
-            gone.remove_done_callback(leave)
+            work.cancel()
             gone.cancel()
-            timer.cancel()
+
+    async def write(self, scope, receive, send):
+        if self.answer.body.stream:
+            await self.write_stream(send)
+        else:
+            body = await self.answer.whole(self.batches)
+            await json_response(body)(scope, receive, send)
 
     async def write_stream(self, send):
         headers = [
@@ -218,19 +208,19 @@ class Reply:
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),  # or nginx would keep the events until there are many
         ]
-        begun = False
+        start = {"type": "http.response.start", "status": 200, "headers": headers}
         async for events in self.answer.stream(self.batches):
-            if not begun:  # with the first token, in one packet
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                begun = True
+            if start:  # with the first token, in one packet
+                await send(start)
+                start = None
             more = not events.endswith(DONE)
             await send({"type": "http.response.body", "body": events, "more_body": more})
 
 
 async def client_left(receive):
-    message = await receive()
-    while message["type"] != "http.disconnect":
-        message = await receive()
+    """Wait until the server says that the client has hung up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 # --------------------------------------------------------------------------- from HTTP to a route
@@ -238,16 +228,18 @@ class BodyRoute(APIRoute):
     """FastAPI's route, but what takes (body, request) gets them in one step: FastAPI's general way
     to a function's arguments costs a fifth of the time of a short answer."""
 
-    def get_route_handler(self):
-        kind = self.endpoint.__annotations__.get("body")
-        if kind is None:
-            return super().get_route_handler()
+    def __init__(self, path, endpoint, **options):
+        super().__init__(path, endpoint, **options)
+        kind = endpoint.__annotations__.get("body")
 
-        async def handler(request):
+        async def answer(scope, receive, send):
+            request = Request(scope, receive)
             body = await read_body(request, kind)
-            return await self.endpoint(body, request)
+            response = await endpoint(body, request)
+            await response(scope, receive, send)
 
-        return handler
+        if kind:
+            self.app = answer
 
 
 async def read_body(request, kind):
@@ -255,12 +247,11 @@ async def read_body(request, kind):
     media_type = request.headers.get("content-type", "").partition(";")[0].strip()
     if media_type.lower() != "application/json":
         # A page of another origin may send other types without asking.
-        message = f"body: it is {media_type!r}, but must be application/json"
-        raise Refusal(400, message, "invalid_request")
+        raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
         return kind.model_validate(await request.json())
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_input=False)) from None
+        raise invalid(error.errors()) from None
     except (ValueError, RecursionError, ClientDisconnect) as error:
         raise Refusal(400, f"body: not JSON ({error})", "invalid_request") from None
 
@@ -281,11 +272,9 @@ async def chat_completions(body: api.ChatRequest, request: Request):
     service = request.app.state.service
     model = service.model(body.model)
     grammar = api.grammar_of(body)
-    grammar = api.forced_call(body, service.tok) or grammar
-    if grammar:
-        await service.build(grammar)
+    grammar = api.forced_call(body, service.tok) or grammar  # a forced call goes first
     prompt, sampling = await aside(request, plan_chat, body, service)
-    jobs = service.admit(request, model, [prompt], [sampling], grammar)
+    jobs = await service.admit(request, model, [prompt], [sampling], grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
     return Reply(service, answer, jobs)
 
@@ -294,9 +283,6 @@ def plan_chat(body, service):
     """-> (prompt, Sampling)"""
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if body.max_tokens == 0:
-        message = "max_tokens is 0, but a chat's answer needs at least one"
-        raise Refusal(400, message, param="max_tokens")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     tools = body.tools if api.offered_functions(body) else None
     prompt = api.chat_prompt(service.tok, body.messages, tools)
@@ -308,16 +294,13 @@ async def completions(body: api.CompletionRequest, request: Request):
     service = request.app.state.service
     model = service.model(body.model)
     grammar = api.grammar_of(body)
-    if grammar:
-        await service.build(grammar)
     prompts, samplings = await aside(request, plan_completion, body, service)
     scored = []
     if body.echo and body.logprobs is not None:
         service.refuse_adapter(model, "the logprobs of an echo")
         for prompt in prompts:
-            found = await service.client.call("prompt_logprobs", prompt, body.logprobs)
-            scored.append(token_logprobs(found))
-    jobs = service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
+            scored.append(await service.client.call("prompt_logprobs", prompt, body.logprobs))
+    jobs = await service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
     return Reply(service, answer, jobs)
 
@@ -326,17 +309,13 @@ def plan_completion(body, service):
     """-> (prompts, a Sampling for each, or for none where the prompts are only repeated)"""
     tok, context = service.tok, service.context
     prompts = api.prompt_lists(body.prompt, tok)
-    if body.max_tokens != 0:
-        return prompts, [
-            api.request_sampling(body, prompt, tok, context, body.logprobs) for prompt in prompts
-        ]
-    if not body.echo or max(map(len, prompts)) > context:
-        message = (
-            "max_tokens 0 only repeats the prompt: it needs echo, and a prompt within the "
-            f"context of {context:,} tokens"
-        )
-        raise Refusal(400, message, param="max_tokens")
-    return prompts, []
+    if body.max_tokens == 0:
+        if not body.echo or max(map(len, prompts)) > context:
+            message = f"max_tokens 0 needs echo, and prompts of at most {context:,} tokens"
+            raise Refusal(400, message, param="max_tokens")
+        return prompts, []
+    logprobs = body.logprobs
+    return prompts, [api.request_sampling(body, ids, tok, context, logprobs) for ids in prompts]
 
 
 @routes.post("/v1/embeddings")
@@ -365,15 +344,9 @@ async def list_models(request: Request):
     service = request.app.state.service
     data = []
     for name in service.names:
-        model = {
-            "id": name,
-            "object": "model",
-            "created": int(service.started),
-            "owned_by": "local",
-            "parent": service.names[0] if name in service.adapters else None,
-            "max_model_len": service.context,
-        }
-        data.append(model)
+        parent = service.names[0] if name in service.adapters else None
+        model = {"id": name, "object": "model", "owned_by": "local", "parent": parent}
+        data.append({**model, "created": int(service.started), "max_model_len": service.context})
     return {"object": "list", "data": data}
 
 
@@ -381,26 +354,19 @@ async def list_models(request: Request):
 @routes.post("/tokenize")
 async def tokenize(body: api.TokenizeRequest, request: Request):
     """A text's ids, or those of the prompt that a chat becomes."""
-    service = request.app.state.service
-    tok = service.tok
-    if (body.prompt is None) == (body.messages is None):
-        raise Refusal(400, "give a prompt or messages, one of the two")
-    if body.prompt is not None:
-        ids = await aside(request, tok.encode, body.prompt)
+    tok = request.app.state.service.tok
+    if body.messages:
+        ids = await aside(request, api.chat_prompt, tok, body.messages)
     else:
-        chat = tok, body.messages, None, body.add_generation_prompt
-        ids = await aside(request, api.chat_prompt, *chat)
-    texts = [spell(tok, i)[0] for i in ids]
-    shown = {"tokens": ids, "count": len(ids), "token_strs": texts}
-    return json_response({**shown, "max_model_len": service.context})
+        ids = await aside(request, tok.encode, body.prompt)
+    return json_response({"tokens": ids})
 
 
 @routes.post("/detokenize")
 async def detokenize(body: api.DetokenizeRequest, request: Request):
     tok = request.app.state.service.tok
-    if not all(0 <= i < tok.vocab_size for i in body.tokens):
-        raise Refusal(400, f"ids go from 0 to {tok.vocab_size - 1}")
-    return json_response({"prompt": tok.decode(body.tokens)})
+    (ids,) = api.prompt_lists(body.tokens, tok)
+    return json_response({"prompt": tok.decode(ids)})
 
 
 @routes.get("/health")
@@ -411,8 +377,7 @@ async def health():
 @routes.get("/ready")
 async def ready(request: Request):
     service = request.app.state.service
-    if service.draining or service.client.broken:
-        raise Refusal(503, service.client.broken or "not serving")
+    service.check_ready()
     return {"status": "ready", "model": service.names[0]}
 
 
@@ -438,8 +403,8 @@ async def metrics(request: Request):
 @routes.get("/runs")
 async def list_runs(request: Request):
     """Training runs that can be drawn, the newest first."""
-    found = list(Path(request.app.state.service.args.runs).glob("*/metrics.jsonl"))
-    found.sort(key=lambda path: -path.stat().st_mtime)
+    found = Path(request.app.state.service.args.runs).glob("*/metrics.jsonl")
+    found = sorted(found, key=lambda path: -path.stat().st_mtime)
     return {"runs": [path.parent.name for path in found[:100]]}
 
 
@@ -495,15 +460,11 @@ def create_app(engine, args=None, keys=None, sock=None):
 
     app = FastAPI(
         title="LLM server",
-        version="1",
         lifespan=lifespan,
-        description="OpenAI-compatible; fields: see the README.",
-        responses={400: {"description": "what is wrong with the request, in OpenAI's error shape"}},
+        routes=routes.routes,
+        exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
-    app.include_router(routes)
-    for kind in SHOWN_ERRORS:
-        app.add_exception_handler(kind, show_error)
     app.add_middleware(Door, service=service, keys=keys or {})
     if service.args.cors:
         app.add_middleware(
@@ -544,7 +505,21 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def load_engine(args, adapters):
+@lost_rank_explained("Start it again.")
+def main():
+    args = Args(**parse_flags(Args, __doc__, positional=("model",)))
+    begin = time.time()
+    if not args.model:
+        raise UserError("which model? python serve.py MODEL, a model folder or a .gguf file")
+    if bool(args.certificate) != bool(args.certificate_key):
+        raise UserError("TLS needs both --certificate and --certificate-key")
+    keys = read_keys(args)
+    adapters = adapter_folders(args)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        print("warning: reachable from elsewhere without keys (--api-key-file)", file=sys.stderr)
+    config = sock = None
+    if int(os.environ.get("RANK", 0)) == 0:  # of several ranks only the first listens
+        config, sock = listen(args)  # before the model is read: a port in use is told at once
     engine = Engine(
         args.model,
         args.device,
@@ -558,26 +533,6 @@ def load_engine(args, adapters):
         raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")
     if engine.tok.chat_template is None:
         print("note     no chat template: only /v1/completions works, chats get 400")
-    return engine
-
-
-@lost_rank_explained("Start it again.")
-def main():
-    args = Args(**parse_flags(Args, __doc__, positional=("model",)))
-    begin = time.time()
-    if not args.model:
-        raise UserError("which model? python serve.py MODEL, a model folder or a .gguf file")
-    if bool(args.certificate) != bool(args.certificate_key):
-        raise UserError("TLS needs both --certificate and --certificate-key")
-    keys = read_keys(args)
-    adapters = adapter_folders(args)
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
-        warning = "reachable from elsewhere and without keys (--api-key-file)"
-        print(f"warning: {warning}", file=sys.stderr)
-    config = sock = None
-    if int(os.environ.get("RANK", 0)) == 0:  # of several ranks only the first listens
-        config, sock = listen(args)  # before the model is read: a port in use is told at once
-    engine = load_engine(args, adapters)
     # What is in memory now stays: the collector need not go through it again and again.
     gc.set_threshold(20_000, 50, 50)
     gc.collect()

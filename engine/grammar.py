@@ -12,36 +12,27 @@ of its alternatives (Antimirov 1996), here b(ab|ac)* and c(ab|ac)*; equal sets a
 automaton that is made as it is walked. A token is allowed if all its bytes are.
 
 Top to bottom: expressions over bytes; regular expressions and JSON schemas as expressions; the
-automaton; tokens. An expression is a tuple: ("lit", bytes), ("set", frozenset of bytes allowed),
-("seq", [...]), ("alt", [...]), ("rep", expression, least, most or None), ("ref", rule's name).
+automaton; tokens. An expression is a tuple: ("set", frozenset of bytes allowed), ("seq", [...]),
+("alt", [...]), ("rep", expression, least, most or None), ("ref", rule's name).
 Rules that refer to each other make JSON's nesting possible.
 """
 
 import json
 import math
-import warnings
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from common import UserError
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    try:
-        from re import _parser as sre  # the standard library's own parser of regular expressions
-    except ImportError:  # Python 3.10
-        import sre_parse as sre
+# The standard library's own parser of regular expressions; the second name is Python 3.10's.
+sre = re._parser if hasattr(re, "_parser") else re.sre_parse
 
 # States and positions that building a grammar may cost, and then its masks once more, of which
 # each new one adds a tenth: about a second of work.
 WORK = 1_000_000
-EMPTY = ("lit", b"")
-
-
-def literal(text):
-    return "lit", text.encode()
 
 
 def one_of(values):
@@ -56,12 +47,11 @@ def either(*parts):
     return "alt", parts
 
 
-def optional(part):
-    return "rep", part, 0, 1
+def literal(text):
+    return "seq", [one_of([byte]) for byte in text.encode()]
 
 
-def rule_reference(name):
-    return "ref", name
+EMPTY = literal("")
 
 
 # --------------------------------------------------------------------------- characters and regexes
@@ -110,9 +100,8 @@ CLASSES = {
     "SPACE": [(9, 13), (32, 32)],
     "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)],
 }
-QUOTE, BACKSLASH = 34, 92
-# What a JSON string holds without a backslash.
-UNESCAPED = complement([(0, 31), (QUOTE, QUOTE), (BACKSLASH, BACKSLASH), (127, 127)])
+# What a JSON string holds without a backslash: no control characters, quotes and backslashes.
+UNESCAPED = [(32, 33), (35, 91), (93, 126), (128, 0x10FFFF)]
 
 
 def characters(ranges, in_json=False):
@@ -120,13 +109,13 @@ def characters(ranges, in_json=False):
     where quotes and backslashes are written with a backslash."""
     escaped = []
     if in_json:
-        for code in (QUOTE, BACKSLASH):
-            if overlap(ranges, [(code, code)]):
-                escaped.append(literal("\\" + chr(code)))
+        for character in '"\\':
+            if overlap(ranges, [(ord(character), ord(character))]):
+                escaped.append(literal("\\" + character))
         ranges = overlap(ranges, UNESCAPED)
     cut = overlap(ranges, UTF8_LENGTHS)
     tails = range(0x80, 0xC0)
-    return either(*(between(chr(a).encode(), chr(b).encode(), tails) for a, b in cut), *escaped)
+    return "alt", [between(chr(a).encode(), chr(b).encode(), tails) for a, b in cut] + escaped
 
 
 def regex_tree(pattern, in_json=False):
@@ -139,14 +128,14 @@ def regex_tree(pattern, in_json=False):
         raise UserError(f"a regular expression of {len(pattern):,} characters: at most 10,000")
     try:
         items = list(sre.parse(pattern))
-        begin = items[:1] in ([(sre.AT, sre.AT_BEGINNING)], [(sre.AT, sre.AT_BEGINNING_STRING)])
-        end = items[-1:] in ([(sre.AT, sre.AT_END)], [(sre.AT, sre.AT_END_STRING)])
+        begin = str(items[:1]).startswith("[(AT, AT_BEGINNING")  # with or without _STRING
+        end = str(items[-1:]).startswith("[(AT, AT_END")
         body = regex_sequence(items[begin : len(items) - end], in_json)
     except Exception as error:  # of the parser, which raises many kinds, or ours
         raise UserError(f"regular expression {pattern!r}: {error}") from None
     if not in_json:
         return body
-    anywhere = ("rep", rule_reference("character"), 0, None)
+    anywhere = "rep", ANY_CHARACTER, 0, None
     return concat(EMPTY if begin else anywhere, body, EMPTY if end else anywhere)
 
 
@@ -158,15 +147,12 @@ def regex_sequence(items, in_json):
         if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
             parts.append(characters(code_points(op, value), in_json))
         elif op == "BRANCH":
-            parts.append(either(*(regex_sequence(branch, in_json) for branch in value[1])))
+            parts.append(("alt", [regex_sequence(branch, in_json) for branch in value[1]]))
         elif op == "SUBPATTERN" and not value[1] and not value[2]:  # a group without flags
             parts.append(regex_sequence(value[3], in_json))
         elif op in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
             least, most, inner = value
-            if most == sre.MAXREPEAT:
-                most = None
-            if max(least, most or 0) > 1000:
-                raise UserError(f"at most 1,000 repetitions, not {max(least, most or 0):,}")
+            most = None if most == sre.MAXREPEAT else most
             parts.append(("rep", regex_sequence(inner, in_json), least, most))
         else:
             raise UserError(f"{op.lower()} is not supported (only what describes the text itself)")
@@ -214,14 +200,18 @@ STRING_FORMATS = {
 KEYWORDS = set(
     "type properties required additionalProperties items prefixItems minItems maxItems enum const "
     "anyOf oneOf allOf $ref minLength maxLength pattern format minimum maximum exclusiveMinimum "
-    "exclusiveMaximum nullable".split()
-)
-ANNOTATIONS = set(
+    "exclusiveMaximum "
+    # and those that bind nothing
     "title description default examples $schema $id $comment $defs definitions deprecated strict "
     "readOnly writeOnly".split()
 )
-TYPES = ["object", "array", "string", "number", "boolean", "null"]
-WHITE_SPACE = rule_reference("space")
+TYPES = "object array string number boolean null".split()
+# A schema without a type, but with one of these, has this type.
+TYPE_OF_KEYWORD = {"properties": "object", "items": "array"}
+TYPE_OF_KEYWORD |= dict.fromkeys("pattern format minLength maxLength".split(), "string")
+# Two rules of every schema.
+ANY_CHARACTER = "ref", "character"
+WHITE_SPACE = "ref", "space"
 COMMA = concat(literal(","), WHITE_SPACE)
 COLON = concat(literal(":"), WHITE_SPACE)
 
@@ -258,7 +248,7 @@ class Schema:
         if name not in self.rules:
             self.rules[name] = EMPTY
             self.rules[name] = make(*args)
-        return rule_reference(name)
+        return "ref", name
 
     def value(self, schema, where="#", via=()):
         """What matches the schema -> expression. A keyword that cannot be honoured is refused, not
@@ -267,10 +257,9 @@ class Schema:
             return self.rule("any", self.value, {"type": TYPES})
         if not isinstance(schema, dict):
             refuse_schema(where, f"{schema!r} is not a schema")
-        unknown = ", ".join(key for key in schema if key not in KEYWORDS | ANNOTATIONS)
-        if unknown:
-            known = ", ".join(sorted(KEYWORDS))
-            refuse_schema(where, f"{unknown} is not supported; there are {known}")
+        for key in schema:
+            if key not in KEYWORDS:
+                refuse_schema(where, f"{key} is not supported")
         if "$ref" in schema:
             name = schema["$ref"]
             if name in via:
@@ -278,31 +267,23 @@ class Schema:
             return self.rule(name, self.value, self.resolve(name, where), name, (*via, name))
         for key in ("anyOf", "oneOf", "allOf"):
             if key in schema:
-                if key == "allOf" and len(schema[key]) != 1:
-                    count = len(schema[key])
+                count = len(schema[key])
+                if key == "allOf" and count != 1:
                     refuse_schema(where, f"allOf of {count} is not supported, only of one")
                 choices = enumerate(schema[key])
-                return either(*(self.value(s, f"{where}/{key}/{i}", via) for i, s in choices))
+                return "alt", [self.value(s, f"{where}/{key}/{i}", via) for i, s in choices]
         if "const" in schema or "enum" in schema:
             choices = schema.get("enum", [schema.get("const")])
-            return either(*(literal(json.dumps(c, ensure_ascii=False)) for c in choices))
+            return "alt", [literal(json.dumps(choice, ensure_ascii=False)) for choice in choices]
         return self.typed(schema, where)
 
     def typed(self, schema, where):
         """A schema that says what type its values have, or lets one tell by its keywords."""
         kinds = schema.get("type")
         if not kinds:
-            if "properties" in schema:
-                kinds = "object"
-            elif "items" in schema:
-                kinds = "array"
-            elif schema.keys() & {"pattern", "format", "minLength", "maxLength"}:
-                kinds = "string"
-            else:
-                kinds = TYPES
+            told = [TYPE_OF_KEYWORD[key] for key in TYPE_OF_KEYWORD if key in schema]
+            kinds = told[:1] or TYPES
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        if schema.get("nullable"):
-            kinds = [*kinds, "null"]
         makers = {
             "object": self.object,
             "array": self.array,
@@ -315,17 +296,16 @@ class Schema:
         for kind in kinds:
             if kind not in makers:
                 refuse_schema(where, f"unknown type {kind!r}")
-        return either(*(makers[kind](schema, where, kind) for kind in kinds))
+        return "alt", [makers[kind](schema, where, kind) for kind in kinds]
 
     def resolve(self, ref, where):
         """The schema that a $ref leads to."""
-        at = self.root
-        for key in ref.removeprefix("#").strip("/").split("/") if ref.strip("#/") else []:
+        at = self.root if ref.startswith("#") else None
+        for key in filter(None, ref[1:].split("/")):
             key = key.replace("~1", "/").replace("~0", "~")
             at = at.get(key) if isinstance(at, dict) else None
-        if not ref.startswith("#") or at is None:
-            why = "leads nowhere (only within the schema: #/$defs/...)"
-            refuse_schema(where, f"$ref {ref!r} {why}")
+        if at is None:
+            refuse_schema(where, f"$ref {ref!r} leads nowhere in this schema (#/$defs/...)")
         return at
 
     def string(self, schema, where, _):
@@ -341,21 +321,23 @@ class Schema:
             longest = max(least, most or 0)
             if longest > 4096:
                 refuse_schema(where, f"string lengths up to 4,096, not {longest:,}")
-            content = ("rep", rule_reference("character"), least, most)
+            content = "rep", ANY_CHARACTER, least, most
         return concat(literal('"'), content, literal('"'))
 
     def number(self, schema, where, kind):
         """Integers of up to 15 digits, which every reader keeps exactly; numbers also with a
         fraction, which stays between the integers at both ends."""
-        above = schema.get("exclusiveMinimum", -math.inf)
-        below = schema.get("exclusiveMaximum", math.inf)
-        least = max(schema.get("minimum", -math.inf), above)
-        most = min(schema.get("maximum", math.inf), below)
-        low, high = math.ceil(max(least, 1 - 10**15)), math.floor(min(most, 10**15 - 1))
-        if low == above:
-            low += 1
-        if high == below:
-            high -= 1
+        limit = 10**15
+        low = max(
+            1 - limit,
+            math.ceil(schema.get("minimum", -limit)),
+            math.floor(schema.get("exclusiveMinimum", -limit)) + 1,
+        )
+        high = min(
+            limit - 1,
+            math.floor(schema.get("maximum", limit)),
+            math.ceil(schema.get("exclusiveMaximum", limit)) - 1,
+        )
         parts = [integers(low, high)] if low <= high else []
         if kind == "number":
             fraction = regex_tree(r"\.[0-9]{1,15}")
@@ -364,14 +346,13 @@ class Schema:
             if low + 1 <= min(high, 0):  # -k.f is in (-k - 1, -k]
                 parts.append(concat(literal("-"), integers(max(-high, 0), -low - 1), fraction))
         if not parts:
-            why = f"no {kind} lies between {least} and {most} that can be written here"
-            refuse_schema(where, why)
+            refuse_schema(where, f"no {kind} lies between {low} and {high}")
         return either(*parts)
 
     def array(self, schema, where, _):
         least, most = schema.get("minItems", 0), schema.get("maxItems")
-        if max(least, most or 0) > 1000 or (most is not None and most < least):
-            refuse_schema(where, f"{least} to {most} items cannot be made (at most 1,000)")
+        if most is not None and most < least:
+            refuse_schema(where, f"{least} to {most} items cannot be made")
         first = []
         for i, prefix in enumerate(schema.get("prefixItems", [])):
             first.append(self.value(prefix, f"{where}/prefixItems/{i}"))
@@ -380,14 +361,13 @@ class Schema:
         first = first[:most]
         body = EMPTY
         if most is None or most > len(first):
-            least_more = max(0, least - len(first))
-            most_more = None if most is None else most - len(first)
-            body = ("rep", concat(COMMA, item), least_more, most_more)
+            others = max(0, least - len(first)), most and most - len(first)
+            body = "rep", concat(COMMA, item), *others
         # From the last item to the first, because who leaves one out leaves out all after it.
         for i in reversed(range(len(first))):
             body = concat(COMMA if i else EMPTY, first[i], body)
             if i >= least:
-                body = optional(body)
+                body = "rep", body, 0, 1
         return concat(literal("["), WHITE_SPACE, body, WHITE_SPACE, literal("]"))
 
     def object(self, schema, where, _):
@@ -397,16 +377,16 @@ class Schema:
         required = schema.get("required", [])
         for name in required:
             members.setdefault(name)  # None: any value
+        more = schema.get("additionalProperties", True)
         if members:
             content = self.members(members, required, where)
-        elif schema.get("additionalProperties", True) is False:
+        elif more is False:
             return literal("{}")
         else:
-            more = schema.get("additionalProperties", True)
-            name = concat(literal('"'), ("rep", rule_reference("character"), 0, 64), literal('"'))
-            value = self.value(more, f"{where}/additionalProperties")
-            pair = concat(name, COLON, value)
-            content = optional(concat(pair, ("rep", concat(COMMA, pair), 0, None)))
+            name = concat(literal('"'), ("rep", ANY_CHARACTER, 0, 64), literal('"'))
+            pair = concat(name, COLON, self.value(more, f"{where}/additionalProperties"))
+            pairs = concat(pair, ("rep", concat(COMMA, pair), 0, None))
+            content = "rep", pairs, 0, 1
         return concat(literal("{"), WHITE_SPACE, content, WHITE_SPACE, literal("}"))
 
     def members(self, members, required, where):
@@ -417,14 +397,13 @@ class Schema:
             name_text = literal(json.dumps(name, ensure_ascii=False))
             for started in (False, True):
                 comma = COMMA if started else EMPTY
-                others = rule_reference(f"{where} {i + 1} True")
-                choices = [concat(comma, name_text, COLON, value, others)]
+                choices = [concat(comma, name_text, COLON, value, ("ref", f"{where} {i + 1} True"))]
                 if name not in required:
-                    choices.append(rule_reference(f"{where} {i + 1} {started}"))
+                    choices.append(("ref", f"{where} {i + 1} {started}"))
                 self.rules[f"{where} {i} {started}"] = either(*choices)
         for started in (False, True):
             self.rules[f"{where} {len(members)} {started}"] = EMPTY
-        return rule_reference(f"{where} 0 False")
+        return "ref", f"{where} 0 False"
 
 
 def json_grammar(schema=None, before="", after=""):
@@ -444,121 +423,121 @@ def regex_grammar(pattern):
 
 # ------------------------------------------------------------------------------------ the automaton
 @dataclass(eq=False, slots=True)
-class Part:
+class Term:
     """An expression in a grammar, where equal ones are one object; a literal is a sequence."""
 
     kind: str  # "set", "seq", "alt", "rep" or "ref"
-    what: object  # frozenset, tuple of Parts, Part, or a rule's name
+    what: object  # frozenset, tuple of Terms, Term, or a rule's name
     least: int = 0
     most: int | None = None
     shortest: float = math.inf  # bytes of the shortest text that matches
-    size: int = 0  # what it costs where repetitions are written out
-
-    def inner(self):
-        if self.kind in ("seq", "alt"):
-            return self.what
-        return (self.what,) if self.kind == "rep" else ()
+    size: int = 5  # what it costs where repetitions are written out
 
 
 @dataclass(eq=False, slots=True)
 class Position:
-    """What is still to come: a part, and the position after it."""
+    """What is still to come: a term, and the position after it."""
 
-    part: Part
+    term: Term
     after: object
     shortest: float  # bytes to the end of everything
     depth: int  # rules that are not at their end
 
 
+@dataclass(eq=False, slots=True)
+class State:
+    """All positions that a text may have led to."""
+
+    positions: frozenset
+    opens: frozenset  # the bytes that may come
+    needs: float  # the fewest bytes to the end
+    steps: dict = field(default_factory=dict)  # {byte: State}, as they are met
+    mask: torch.Tensor | None = None  # see Constraint.needs
+
+
 class Grammar:
     """An expression and its rules as an automaton, whose states are sets of positions.
 
-    Positions, such sets, and the steps between them are made as they are met. Who writes a schema
-    may mean harm: all work is counted, and what asks for more than WORK is refused."""
+    Positions, states, and the steps between them are made as they are met. Who writes a schema may
+    mean harm: all work is counted, and what asks for more than WORK is refused."""
 
     def __init__(self, expression, rules):
         self.left = WORK  # work that may still be done
-        self.parts = {}  # {what it is made of: Part}
-        self.positions = {}  # {(part, position after it): Position}
-        self.rules = {}  # {name: Part}
+        self.terms = {}  # {what it is made of: Term}
+        self.positions = {}  # {(term, position after it): Position}
+        self.rules = {}  # {name: Term}
         for name in reversed(rules):  # what a rule refers to mostly comes after it
             self.rules[name] = self.intern(rules[name])
         first = self.intern(expression)
-        self.spend(sum(part.size for part in (first, *self.rules.values())))
+        self.spend(sum(term.size for term in (first, *self.rules.values())))
         self.find_shortest()
         if math.isinf(first.shortest):
-            why = "a value that must contain itself"
-            raise UserError(f"this schema asks for something infinite: {why}")
+            raise UserError("this schema asks for something infinite, which contains itself")
         self.left = WORK
-        self.numbers = {}  # {set of positions: its number, which is a state's}
-        self.sets = []  # by number: the positions,
-        self.opens = []  # the bytes that may come,
-        self.needs = []  # and the fewest bytes to the end
-        self.steps = {}  # {(state, byte): state}
-        self.masks = {}  # {state: see Constraint.needs}
-        self.end = Position(self.part("set", frozenset()), None, 0.0, 0)
-        self.start = self.number(self.closure([self.position(first, self.end)]))
+        self.states = {}  # {set of positions: State}
+        self.masks = 0  # states that have one
+        self.end = Position(self.term("set", frozenset()), None, 0.0, 0)
+        self.dead = self.state([])  # nothing may come
+        self.start = self.state([self.position(first, self.end)])
         self.left = WORK
 
     def spend(self, work):
         self.left -= work
         if self.left < 0:
-            advice = "write it with fewer repetitions and choices"
-            raise UserError(f"this schema or regular expression asks for too much work: {advice}")
+            raise UserError("this schema or regular expression asks for too much work: simplify it")
 
     def intern(self, expression):
-        """An expression -> its Part."""
+        """An expression -> its Term."""
         kind, what, *counts = expression
-        if kind == "lit":
-            kind = "seq"
-            what = tuple(self.part("set", frozenset([byte])) for byte in what)
-        elif kind in ("seq", "alt"):
+        if kind in ("seq", "alt"):
             what = tuple(map(self.intern, what))
         elif kind == "rep":
             what = self.intern(what)
-        return self.part(kind, what, *counts)
+        return self.term(kind, what, *counts)
 
-    def part(self, *key):
-        if key not in self.parts:
-            part = self.parts[key] = Part(*key)
-            inner_size = sum(inner.size for inner in part.inner())
-            part.size = 5 + max(1, part.least, part.most or 0) * inner_size
-            part.shortest = self.shortest(part)
-        return self.parts[key]
+    def term(self, *key):
+        if key not in self.terms:
+            term = self.terms[key] = Term(*key)
+            if term.kind in ("seq", "alt"):
+                term.size += sum(inner.size for inner in term.what)
+            elif term.kind == "rep":
+                term.size += max(1, term.least, term.most or 0) * term.what.size
+            term.shortest = self.shortest(term)
+        return self.terms[key]
 
-    def shortest(self, part):
-        """Bytes of the shortest text that matches, as far as those of its parts are known."""
-        if part.kind == "set":
-            return 1.0 if part.what else math.inf
-        if part.kind == "rep":
-            return part.least * part.what.shortest if part.least else 0.0
-        if part.kind == "ref":
-            return self.rules[part.what].shortest if part.what in self.rules else math.inf
-        lengths = [inner.shortest for inner in part.what]
-        return sum(lengths) if part.kind == "seq" else min(lengths, default=math.inf)
+    def shortest(self, term):
+        """Bytes of the shortest text that matches, as far as those of its terms are known."""
+        if term.kind == "set":
+            return 1.0 if term.what else math.inf
+        if term.kind == "rep":
+            return term.least * term.what.shortest if term.least else 0.0
+        if term.kind == "ref":
+            return self.rules[term.what].shortest if term.what in self.rules else math.inf
+        lengths = [inner.shortest for inner in term.what]
+        return sum(lengths) if term.kind == "seq" else min(lengths, default=math.inf)
 
     def find_shortest(self):
         """Rules may refer to each other: repeat until nothing changes (the least fixed point)."""
         changed = True
         while changed:
             changed = False
-            self.spend(len(self.parts))
-            for part in self.parts.values():
-                length = self.shortest(part)
-                if length < part.shortest:
+            self.spend(len(self.terms))
+            for term in self.terms.values():
+                length = self.shortest(term)
+                if length < term.shortest:
                     changed = True
-                    part.shortest = length
+                    term.shortest = length
 
-    def position(self, part, after, depth=0):
-        key = part, after
+    def position(self, term, after, depth=0):
+        key = term, after
         if key not in self.positions:
-            shortest = part.shortest + after.shortest
-            self.positions[key] = Position(part, after, shortest, max(depth, after.depth))
+            shortest = term.shortest + after.shortest
+            self.positions[key] = Position(term, after, shortest, max(depth, after.depth))
         return self.positions[key]
 
-    def closure(self, positions):
-        """All positions that can be had without reading a byte, as far as they begin with a set of
-        bytes; the end does, with an empty one."""
+    def state(self, positions):
+        """The state of all positions that can be had from these without reading a byte, as far as
+        they begin with a set of bytes; the end does, with an empty one."""
         seen, todo, found = set(), list(positions), set()
         while todo:
             at = todo.pop()
@@ -566,56 +545,42 @@ class Grammar:
                 continue
             seen.add(at)
             self.spend(4)
-            part, after = at.part, at.after
-            if part.kind == "set":
+            term, after = at.term, at.after
+            if term.kind == "set":
                 found.add(at)
-            elif part.kind == "seq":
-                for inner in reversed(part.what):
+            elif term.kind == "seq":
+                for inner in reversed(term.what):
                     after = self.position(inner, after, at.depth)
                 todo.append(after)
-            elif part.kind == "alt":
-                todo += [self.position(inner, after, at.depth) for inner in part.what]
-            elif part.kind == "ref":
+            elif term.kind == "alt":
+                todo += [self.position(inner, after, at.depth) for inner in term.what]
+            elif term.kind == "ref":
                 if after.depth < 500:  # what is nested as deeply may be ended, but not nested more
-                    todo.append(self.position(self.rules[part.what], after, after.depth + 1))
+                    todo.append(self.position(self.rules[term.what], after, after.depth + 1))
             else:
-                if part.least == 0:
+                if term.least == 0:
                     todo.append(after)
-                if part.most != 0:
-                    most = part.most and part.most - 1
-                    others = self.part("rep", part.what, max(part.least - 1, 0), most)
-                    todo.append(self.position(part.what, self.position(others, after, at.depth)))
-        return frozenset(found)
-
-    def number(self, positions):
-        """A set of positions -> the number of that state."""
-        if positions not in self.numbers:
-            self.numbers[positions] = len(self.sets)
-            self.sets.append(positions)
-            self.needs.append(min((at.shortest for at in positions), default=math.inf))
-            self.opens.append(frozenset().union(*(at.part.what for at in positions)))
-        return self.numbers[positions]
+                if term.most != 0:
+                    most = term.most and term.most - 1
+                    others = self.term("rep", term.what, max(term.least - 1, 0), most)
+                    todo.append(self.position(term.what, self.position(others, after, at.depth)))
+        found = frozenset(found)
+        if found not in self.states:
+            opens = frozenset().union(*(at.term.what for at in found))
+            needs = min((at.shortest for at in found), default=math.inf)
+            self.states[found] = State(found, opens, needs)
+        return self.states[found]
 
     def step(self, state, byte):
-        """The state after a byte: the derivative. -1 if the byte may not come, and from then on."""
-        if state < 0 or byte not in self.opens[state]:
-            return -1
-        if (state, byte) not in self.steps:
-            self.spend(len(self.sets[state]))
-            after = [at.after for at in self.sets[state] if byte in at.part.what]
-            self.steps[state, byte] = self.number(self.closure(after))
-        return self.steps[state, byte]
-
-    def accepts(self, state):
-        return self.end in self.sets[state]
-
-    def matches(self, data):
-        """Whether a whole byte string matches: the plain twin of what Constraint does by tokens."""
-        self.left = WORK
-        state = self.start
-        for byte in data:
-            state = self.step(state, byte)
-        return state >= 0 and self.accepts(state)
+        """The state after a byte: the derivative. A text matches if the end is among the positions
+        of the state after its last byte."""
+        if byte not in state.opens:
+            return self.dead
+        if byte not in state.steps:
+            self.spend(len(state.positions))
+            after = [at.after for at in state.positions if byte in at.term.what]
+            state.steps[byte] = self.state(after)
+        return state.steps[byte]
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -648,18 +613,18 @@ class Constraint:
     @property
     def done(self):
         """Complete, and nothing can follow."""
-        return self.grammar.sets[self.at] == {self.grammar.end}
+        return self.at.positions == {self.grammar.end}
 
     @property
     def complete(self):
         """Complete, though more may follow: the turn may end here."""
-        return self.grammar.accepts(self.at)
+        return self.grammar.end in self.at.positions
 
     def needs(self):
         """(V,) float32: the fewest bytes that must still follow each token; infinite for one that
         may not come."""
         grammar = self.grammar
-        if self.at not in grammar.masks:
+        if self.at.mask is None:
             grammar.left = min(WORK, grammar.left + WORK // 10)
             needs = np.full(len(self.vocabulary.spelled), np.inf, np.float32)
             todo = [(self.vocabulary.tree, self.at)]
@@ -667,11 +632,12 @@ class Constraint:
                 (children, _), state = todo.pop()
                 for byte, node in children.items():
                     after = grammar.step(state, byte)
-                    if after >= 0:
-                        needs[node[1]] = grammar.needs[after]
+                    if after.positions:
+                        needs[node[1]] = after.needs
                         todo.append((node, after))
-            grammar.masks[self.at] = torch.from_numpy(needs)
-        return grammar.masks[self.at]
+            self.at.mask = torch.from_numpy(needs)
+            grammar.masks += 1
+        return self.at.mask
 
     def allowed(self, remaining=None):
         """(V,) bool: the tokens that may come next; one that ends the turn is the caller's to allow

@@ -61,17 +61,12 @@ class ToolCalls:
         at = self.held.find(TOOL_CALL)
         self.calling = at >= 0
         if not self.calling:
-            at = len(self.held) - self.tag_begun()
+            at = self.held.rfind("<")
+            if at < 0 or not TOOL_CALL.startswith(self.held[at:]):  # no tag begins at the end
+                at = len(self.held)
         text = self.held[:at]
         self.held = self.held[at:]
         return text
-
-    def tag_begun(self):
-        """How many characters at the end may be the beginning of a tag."""
-        for n in range(len(TOOL_CALL) - 1, 0, -1):
-            if self.held.endswith(TOOL_CALL[:n]):
-                return n
-        return 0
 
     def finish(self):
         """-> (text left over, calls in OpenAI's shape)."""
@@ -86,16 +81,17 @@ class ToolCalls:
                     name = call["name"]
                     arguments = call["arguments"] if "arguments" in call else call["parameters"]
                     if tagged or name in self.names:
-                        calls.append(tool_call(len(calls), str(name), arguments))
+                        written = json.dumps(arguments, ensure_ascii=False)
+                        call = {
+                            "index": len(calls),
+                            "id": "call_" + secrets.token_hex(6),
+                            "type": "function",
+                            "function": {"name": str(name), "arguments": written},
+                        }
+                        calls.append(call)
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # it only looked like a call
         return ("", calls[: self.most]) if calls else (self.held, [])
-
-
-def tool_call(index, name, arguments):
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    call_id = "call_" + secrets.token_hex(6)
-    return {"index": index, "id": call_id, "type": "function", "function": function}
 
 
 # --------------------------------------------------------------------------------------- logprobs
@@ -110,40 +106,39 @@ def spell(tok, i):
 
 
 def finite(logprob):
-    """JSON has no infinity."""
-    return max(logprob, -9999.0)
+    """JSON has no infinity; None is a prompt's first token, before which nothing comes."""
+    return None if logprob is None else max(logprob, -9999.0)
 
 
 def chat_logprobs(tok, logprobs):
-    """A list of TokenLogprob in the chat's shape."""
+    """A list of worker.plain_logprobs in the chat's shape."""
 
     def entry(i, logprob):
         text, data = spell(tok, i)
         return {"token": text, "logprob": finite(logprob), "bytes": data, "id": i}
 
     content = []
-    for token in logprobs:
-        top = [entry(i, logprob) for i, logprob in token.top]
-        content.append({**entry(token.id, token.logprob), "top_logprobs": top})
+    for i, logprob, top in logprobs:
+        content.append({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]})
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
-    """A list of TokenLogprob in the completions' shape; offsets: where in the text each begins."""
-    shown = {"tokens": [], "text_offset": offsets, "top_logprobs": [], "token_logprobs": []}
-    ids = []
-    for token in logprobs:
+    """A list of worker.plain_logprobs in the completions' shape; offsets: where in the text each
+    token begins."""
+    texts, chosen, tops, ids = [], [], [], []
+    for token, logprob, pairs in logprobs:
+        texts.append(spell(tok, token)[0])
+        chosen.append(finite(logprob))
         top, top_ids = {}, {}
-        for i, logprob in token.top:
+        for i, other in pairs:
             text, _ = spell(tok, i)
-            if text not in top:  # of two that read the same the likelier one stays
-                top[text] = finite(logprob)
-                top_ids[text] = i
-        first = token.logprob is None  # nothing comes before a prompt's first token
-        shown["tokens"].append(spell(tok, token.id)[0])
-        shown["token_logprobs"].append(None if first else finite(token.logprob))
-        shown["top_logprobs"].append(top or None)
+            top.setdefault(text, finite(other))  # of two that read the same the likelier stays
+            top_ids.setdefault(text, i)
+        tops.append(top or None)
         ids.append(top_ids)
+    shown = {"tokens": texts, "text_offset": offsets, "top_logprobs": tops}
+    shown["token_logprobs"] = chosen
     if with_ids:
         shown["top_token_ids"] = ids
     return shown
@@ -155,8 +150,9 @@ class Choice:
     """Holds one of the answers that a request gets, as far as it has come."""
 
     index: int
-    decoder: Stream  # behind the prompt: it tells where in the text each token begins
     calls: ToolCalls
+    # Of completions: a Stream behind the prompt, which tells where in the text each token begins.
+    decoder: Stream | None = None
     cut: bool = False  # the prompt ends within a character, and the text has not begun
     awaited: bool = False  # that character is not whole yet
     text: str = ""
@@ -166,30 +162,26 @@ class Choice:
     end: int = 0  # characters that the tokens up to here decode to
     found: list = field(default_factory=list)  # tool calls, when all is said
     reason: str | None = None  # why it ended
-    around: list | None = None  # bytes before and after the text of its events
 
-    def take(self, deltas):
-        """Deltas in their order -> (new visible text, new ids, their logprobs)."""
-        text, ids, logprobs = "", [], []
-        for delta in deltas:
-            text += delta.text
-            ids += delta.token_ids
-            logprobs += delta.logprobs or []
-        if self.cut or logprobs:
-            decoded = self.place(self.decoder, ids)
-            text = self.mend(text, decoded)
-        reason = deltas[-1].finish_reason
-        if reason:
-            text = text.removesuffix("\ufffd")  # who ends within a character ends before it
-        text = self.calls.push(text)
-        if reason:
+    def take(self, delta):
+        """-> (new visible text, logprobs of its tokens)"""
+        text = delta.text
+        ids = delta.token_ids
+        logprobs = delta.logprobs or []
+        if self.decoder and (self.cut or logprobs):
+            text = self.mend(text, self.place(self.decoder, ids))
+        if delta.finish_reason:
+            # What ends within a character ends before it.
+            text = self.calls.push(text.removesuffix("\ufffd"))
             rest, self.found = self.calls.finish()
             text += rest
-            self.reason = "tool_calls" if self.found else {"abort": "stop"}.get(reason, reason)
+            self.reason = "tool_calls" if self.found else delta.finish_reason
+        else:
+            text = self.calls.push(text)
         self.text += text
         self.token_ids += ids
         self.logprobs += logprobs
-        return text, ids, logprobs
+        return text, logprobs
 
     def place(self, decoder, ids):
         """Note where each token begins -> the text they are; a part of a character begins where
@@ -227,19 +219,19 @@ def decoder_behind(tok, prompt):
 
 
 # ------------------------------------------------------------------------------- all of an answer
-TEXT_MARK = "the text's place"
-
-
 class Generation:
-    """All choices of one request: `stream` and `whole` gather their deltas and show them."""
+    """All choices of one request: `stream` and `whole` gather their deltas and show them.
 
-    kind = ""  # what its id begins with
-    body_object = ""  # what OpenAI calls its body,
-    event_object = ""  # and its events
+    A chat and a completion differ in the class's three names (what an id begins with, and what
+    OpenAI calls the body and its events) and in five methods: `new_choice`; `opening`, the bytes of
+    the events that a stream begins with; `text_field`, new text in an event's choice, "" in the one
+    that ends it; `whole_field`, all of the text in a body's choice; and `show_logprobs`."""
 
-    def __init__(self, tok, body, request_id, model, prompts):
+    def __init__(self, tok, body, request_id, model, prompts, scored=()):
+        """scored: the logprobs of each prompt's tokens, if they are to be shown."""
         self.tok = tok
         self.body = body
+        self.scored = scored
         self.n = body.n or 1  # choices of each prompt
         self.prompt_tokens = sum(map(len, prompts))
         self.head = {
@@ -251,31 +243,10 @@ class Generation:
         self.choices = []
         for prompt in prompts:
             for _ in range(self.n):
-                decoder = decoder_behind(tok, prompt)
-                self.choices.append(Choice(len(self.choices), decoder, self.tool_calls()))
+                self.choices.append(self.new_choice(len(self.choices), prompt))
 
-    def tool_calls(self):
-        return ToolCalls({})
-
-    # What a chat and a completion show differently.
-    def opening(self):
-        """The events that a stream begins with, as bytes."""
-
-    def text_field(self, text):
-        """New text in an event's choice; "" in the one that ends it."""
-
-    def show_logprobs(self, choice, logprobs):
-        """TokenLogprobs in OpenAI's shape."""
-
-    def whole_field(self, choice):
-        """All of its text in a body's choice."""
-
-    def stream_events(self, batch):
-        """One batch -> bytes: the deltas of a choice may be many, one event shows them."""
-        by_choice = {}
-        for position, delta in batch:
-            by_choice.setdefault(position * self.n + delta.index, []).append(delta)
-        return b"".join([self.events(self.choices[i], by_choice[i]) for i in by_choice])
+    def choice_of(self, position, delta):
+        return self.choices[position * self.n + delta.index]
 
     async def stream(self, batches):
         """-> bytes of server-sent events: the opening, text as it comes, finish_reason once for
@@ -283,7 +254,10 @@ class Generation:
         out = self.opening()
         try:
             async for batch in batches:
-                out += self.stream_events(batch) if batch else b": keep-alive\n\n"
+                if not batch:
+                    out += b": keep-alive\n\n"
+                for position, delta in batch:
+                    out += self.events(self.choice_of(position, delta), delta)
                 # The last events go out together with what ends the stream.
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
@@ -298,11 +272,11 @@ class Generation:
         """-> the body of a request that is not streamed, as a dict."""
         async for batch in batches:
             for position, delta in batch:
-                self.choices[position * self.n + delta.index].take([delta])
+                self.choice_of(position, delta).take(delta)
         choices = []
         for choice in self.choices:
-            reason = choice.reason or "length"
             what = self.whole_field(choice)
+            reason = choice.reason or "length"  # an echo of nothing but the prompt
             choices.append(self.shown(choice, what, choice.logprobs, reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
@@ -325,30 +299,21 @@ class Generation:
             shown["token_ids"] = ids
         return shown
 
-    def choice_event(self, *shown, **more):
-        return self.event(choices=[self.shown(*shown, **more)])
+    def choice_event(self, *shown):
+        return self.event(choices=[self.shown(*shown)])
 
-    def events(self, choice, deltas):
-        """What a choice's new deltas are as events; finish_reason comes once."""
-        text, ids, logprobs = choice.take(deltas)
-        if logprobs or (ids and self.body.return_token_ids):
-            out = self.choice_event(choice, self.text_field(text), logprobs, ids=ids)
-        elif text:
-            out = self.text_event(choice, text)
-        else:
-            out = b""
+    def events(self, choice, delta):
+        """What a choice's new delta is as events; finish_reason comes once."""
+        text, logprobs = choice.take(delta)
+        ids = delta.token_ids if self.body.return_token_ids else ()
+        out = b""
+        if text or logprobs or ids:
+            out += self.choice_event(choice, self.text_field(text), logprobs, None, ids)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:
-            out += self.choice_event(choice, self.text_field(""), reason=choice.reason)
+            out += self.choice_event(choice, self.text_field(""), (), choice.reason)
         return out
-
-    def text_event(self, choice, text):
-        """An event with nothing but text, as most are: what surrounds the text is made once."""
-        if choice.around is None:
-            event = self.choice_event(choice, self.text_field(TEXT_MARK))
-            choice.around = event.split(json_bytes(TEXT_MARK))
-        return json_bytes(text).join(choice.around)
 
 
 class ChatAnswer(Generation):
@@ -356,9 +321,9 @@ class ChatAnswer(Generation):
     body_object = "chat.completion"
     event_object = "chat.completion.chunk"
 
-    def tool_calls(self):
+    def new_choice(self, index, prompt):
         most = 1 if self.body.parallel_tool_calls is False else None
-        return ToolCalls(offered_functions(self.body), most)
+        return Choice(index, ToolCalls(offered_functions(self.body), most))
 
     def opening(self):
         role = {"delta": {"role": "assistant", "content": ""}}
@@ -384,14 +349,13 @@ class TextAnswer(Generation):
     kind = "cmpl"
     body_object = event_object = "text_completion"
 
-    def __init__(self, tok, body, request_id, model, prompts, scored=None):
-        """scored: the TokenLogprobs of each prompt's tokens, if they are to be shown."""
-        super().__init__(tok, body, request_id, model, prompts)
-        for choice in self.choices:
-            choice.cut = choice.awaited = bool(choice.decoder.decoder.getstate()[0])
-            if body.echo:
-                position = choice.index // self.n
-                self.repeat(choice, prompts[position], scored[position] if scored else [])
+    def new_choice(self, index, prompt):
+        decoder = decoder_behind(self.tok, prompt)
+        cut = bool(decoder.decoder.getstate()[0])
+        choice = Choice(index, ToolCalls({}), decoder, cut, cut)
+        if self.body.echo:
+            self.repeat(choice, prompt, self.scored[index // self.n] if self.scored else [])
+        return choice
 
     def repeat(self, choice, prompt, scored):
         """Begin a choice with its prompt, without the beginning-of-text that the caller did not
@@ -399,11 +363,11 @@ class TextAnswer(Generation):
         text = self.tok.decode(prompt)
         if self.tok.bos_id is not None:
             text = text.removeprefix(self.tok.decode([self.tok.bos_id]))
-            if scored and scored[0].id == self.tok.bos_id:
+            if prompt[0] == self.tok.bos_id:
                 scored = scored[1:]
         choice.text = text.removesuffix("\ufffd") if choice.cut else text
-        choice.logprobs = list(scored)
-        choice.place(self.tok.stream(), [token.id for token in scored])
+        choice.logprobs = scored[:]  # a copy: n choices begin with them
+        choice.place(self.tok.stream(), [token for token, *_ in scored])
         choice.end = len(choice.text)
 
     def opening(self):

@@ -3,7 +3,6 @@
 serve.py speaks HTTP; here are plain functions over a tokenizer. answers.py is the way back.
 """
 
-import re
 from typing import Annotated
 
 from fastapi import HTTPException
@@ -15,28 +14,21 @@ from engine.sampler import Sampling
 # Every field of OpenAI's two endpoints is applied, ignored (nothing here depends on it) or refused
 # with 400. "extra" are our own; typical_p is refused by name because other servers have it.
 FIELDS = {
-    "applied": tuple(
-        "model messages prompt echo frequency_penalty logit_bias logprobs top_logprobs max_tokens "
-        "presence_penalty n max_completion_tokens response_format seed stop stream stream_options "
-        "temperature tool_choice tools parallel_tool_calls top_p".split()
-    ),
-    "extra": tuple(
-        "top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids regex "
-        "return_token_ids".split()
-    ),
-    "ignored": tuple(
-        "user metadata store service_tier prediction safety_identifier prompt_cache_key verbosity "
-        "prompt_cache_retention prompt_cache_options reasoning_effort".split()
-    ),
-    "refused": tuple(
-        "audio modalities web_search_options functions function_call suffix moderation best_of "
-        "typical_p".split()
-    ),
+    "applied": "model messages prompt echo frequency_penalty logit_bias logprobs top_logprobs "
+    "max_tokens presence_penalty n max_completion_tokens response_format seed stop stream "
+    "stream_options temperature tool_choice tools parallel_tool_calls top_p",
+    "extra": "top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids regex "
+    "return_token_ids",
+    "ignored": "user metadata store service_tier prediction safety_identifier prompt_cache_key "
+    "verbosity prompt_cache_retention prompt_cache_options reasoning_effort",
+    "refused": "audio modalities web_search_options functions function_call suffix moderation "
+    "best_of typical_p",
 }
+FIELDS = {what: tuple(names.split()) for what, names in FIELDS.items()}
 # These mean in Sampling what they mean in a request, and have its defaults.
 SAME_IN_SAMPLING = set(
     "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty min_tokens n "
-    "seed ignore_eos".split()
+    "seed ignore_eos logit_bias".split()
 )
 
 
@@ -60,6 +52,7 @@ class GenerationRequest(BaseModel):
 
     Most bounds are Sampling's (see Sampling.check); here are those that keep a request small."""
 
+    model_config = ConfigDict(extra="allow")  # for FIELDS to say what becomes of it
     model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -68,7 +61,7 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
     max_tokens: int | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int | None = None
@@ -84,17 +77,9 @@ class GenerationRequest(BaseModel):
     return_token_ids: bool | None = None
 
 
-CHAT_EXAMPLE = {
-    "messages": [{"role": "user", "content": "Reverse this list: fox, plum, iron"}],
-    "max_tokens": 32,
-    "stream": False,
-}
-COMPLETION_EXAMPLE = {"prompt": "Once upon a time", "max_tokens": 32}
-
-
 class ChatRequest(GenerationRequest):
-    model_config = ConfigDict(extra="allow", json_schema_extra={"example": CHAT_EXAMPLE})
     messages: list[dict] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict] | None = None
@@ -103,7 +88,6 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    model_config = ConfigDict(extra="allow", json_schema_extra={"example": COMPLETION_EXAMPLE})
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
@@ -117,13 +101,12 @@ class EmbeddingRequest(BaseModel):
 
 
 class TokenizeRequest(BaseModel):
-    prompt: str | None = None
+    prompt: str = ""
     messages: list[dict] | None = None
-    add_generation_prompt: bool = True
 
 
 class DetokenizeRequest(BaseModel):
-    tokens: list[int] = Field(max_length=1_000_000)
+    tokens: list[int]
 
 
 # ------------------------------------------------------------------------------------- the prompts
@@ -139,23 +122,19 @@ def prompt_lists(value, tok):
             prompt = tok.encode(prompt, bos=tok.bos_id is not None)
         if not prompt or min(prompt) < 0 or max(prompt) >= tok.vocab_size:
             last = tok.vocab_size - 1
-            message = f"a prompt must hold at least one token, with ids from 0 to {last}"
-            raise Refusal(400, message)
+            raise Refusal(400, f"a prompt needs at least one token, with ids from 0 to {last}")
         prompts.append(prompt)
     return prompts
 
 
-def chat_prompt(tok, messages, tools=None, answer=True):
+def chat_prompt(tok, messages, tools=None):
     """Messages (and tools) -> ids, through the model's own chat format."""
     if tok.chat_template is None and "<|im_start|>" not in tok.special:
         message = "this model has no chat template: use /v1/completions with a plain prompt"
         raise Refusal(400, message, "no_chat_template")
-    renamed = []  # "developer" is OpenAI's newer name for the system's role
-    for message in messages:
-        if message.get("role") == "developer":
-            message = {**message, "role": "system"}
-        renamed.append(message)
-    ids, _ = chat.render(tok, renamed, add_generation_prompt=answer, tools=tools or None)
+    system = {"role": "system"}  # for which "developer" is OpenAI's newer name
+    messages = [{**m, **system} if m.get("role") == "developer" else m for m in messages]
+    ids, _ = chat.render(tok, messages, add_generation_prompt=True, tools=tools)
     return ids
 
 
@@ -166,8 +145,7 @@ def offered_functions(body):
     for tool in body.tools or ():
         kind = tool.get("type", "function")
         if kind != "function":
-            message = f"tools of type {kind!r} are not supported, only functions"
-            raise Refusal(400, message, param="tools")
+            raise Refusal(400, f"tools are functions, not of type {kind!r}", param="tools")
         function = tool.get("function")
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             functions[function["name"]] = function
@@ -205,7 +183,7 @@ def forced_call(body, tok):
 
 
 def grammar_of(body):
-    """response_format or regex -> what worker.Grammars makes a constraint of, or None."""
+    """response_format or regex -> what Worker.constraint takes, or None."""
     form = body.response_format or {"type": "text"}
     kind = form.get("type")
     if kind == "json_object":
@@ -228,8 +206,7 @@ def refuse_fields(body):
     """Raise for a field that this server does not have, unless it says no more than the default."""
     for name in FIELDS["refused"]:
         if body.model_extra.get(name) not in (None, [], {}, ["text"]):
-            message = f"{name} is not supported by this server"
-            raise Refusal(400, message, "unsupported_field", name)
+            raise Refusal(400, f"{name} is not supported by this server", "unsupported_field", name)
 
 
 def request_sampling(body, prompt, tok, context, logprobs):
@@ -238,18 +215,9 @@ def request_sampling(body, prompt, tok, context, logprobs):
     The answer's length is clamped to the context; only a prompt that fills it is refused."""
     room = context - len(prompt)
     if room < 1:
-        message = (
-            f"the prompt has {len(prompt):,} tokens, this model's context is {context:,}: "
-            "shorten it so that at least one token is left for the answer"
-        )
+        message = f"the prompt has {len(prompt):,} tokens, this model's context is {context:,}"
         raise Refusal(400, message, "context_length_exceeded", "messages")
     refuse_fields(body)
-    bias = {}
-    for token, value in (body.logit_bias or {}).items():
-        if not re.fullmatch("[0-9]{1,9}", token):
-            message = "logit_bias maps token ids (as strings of digits) to numbers"
-            raise Refusal(400, message, param="logit_bias")
-        bias[int(token)] = value
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     most = min(body.max_completion_tokens or body.max_tokens or room, room)
     sampling = Sampling(
@@ -258,7 +226,6 @@ def request_sampling(body, prompt, tok, context, logprobs):
         top_k=max(body.top_k or 0, 0),
         stop=tuple(text for text in stop if text),
         stop_ids=tuple(body.stop_token_ids or ()),
-        logit_bias=bias or None,
         logprobs=logprobs,
     )
     sampling.min_tokens = min(sampling.min_tokens, most)

@@ -31,8 +31,8 @@ from server.api import Refusal
 
 ARRIVAL_SECONDS = 30.0  # that a request's head and its body may each take to arrive
 HEAD_BYTES = 65_536  # of a request's head
-OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/openapi.json", "/favicon.ico")  # need no key
-UNLOGGED_PATHS = ("/health", "/ready", "/metrics", "/stats")  # what watches, asks all the time
+OPEN_PATHS = "/ /health /ready /docs /openapi.json /favicon.ico".split()  # need no key
+UNLOGGED_PATHS = "/health /ready /metrics /stats".split()  # what watches, asks all the time
 
 
 # ------------------------------------------------------------------------------- keys and figures
@@ -56,8 +56,7 @@ def read_keys(args):
     return keys
 
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # The engine's counters, under our names and vLLM's.
 COUNTERS = {
     "prompt_tokens": "prompt_tokens",
@@ -74,18 +73,16 @@ class Measures:
     def __init__(self, client):
         self.client = client
         self.registry = CollectorRegistry()
-        self.ttft = self.histogram("time_to_first_token", "from arrival to the first token")
-        self.tpot = self.histogram(
-            "time_per_output_token", "between tokens, mean of a request", TOKEN_SECONDS
-        )
-        self.e2e = self.histogram("e2e_request_latency", "from arrival to the end")
-        self.queued = self.histogram("request_queue_time", "waiting for a place in the engine")
+        self.ttft = self.histogram("time_to_first_token")  # from arrival
+        self.tpot = self.histogram("time_per_output_token")  # the first aside, mean of a request
+        self.e2e = self.histogram("e2e_request_latency")  # from arrival to the end
+        self.queued = self.histogram("request_queue_time")  # waiting for a place in the engine
         self.finished = self.counter("request_success", "finished_reason")
         self.http = self.counter("http_requests", "status")
         self.registry.register(self)
 
-    def histogram(self, name, what, buckets=SECONDS):
-        return Histogram(f"llm:{name}_seconds", what, registry=self.registry, buckets=buckets)
+    def histogram(self, name):
+        return Histogram(f"llm:{name}_seconds", name, registry=self.registry, buckets=SECONDS)
 
     def counter(self, name, label):
         return Counter(f"llm:{name}", f"requests by {label}", [label], registry=self.registry)
@@ -95,14 +92,15 @@ class Measures:
         stats = self.client.stats
         if not stats:
             return
-        used = stats["blocks_used"] / max(stats["blocks_total"], 1)
-        yield GaugeMetricFamily("llm:num_requests_running", "in the engine", stats["running"])
-        yield GaugeMetricFamily(
-            "llm:num_requests_waiting", "in the queue", self.client.queue_length()
-        )
-        yield GaugeMetricFamily("llm:kv_cache_usage_perc", "share of the blocks in use", used)
+        gauges = {
+            "num_requests_running": stats["running"],
+            "num_requests_waiting": self.client.queue_length(),
+            "kv_cache_usage_perc": stats["blocks_used"] / max(stats["blocks_total"], 1),
+        }
+        for name, value in gauges.items():
+            yield GaugeMetricFamily(f"llm:{name}", name, value)
         for ours, theirs in COUNTERS.items():
-            yield CounterMetricFamily(f"llm:{theirs}", f"{theirs} since the start", stats[ours])
+            yield CounterMetricFamily(f"llm:{theirs}", theirs, stats[ours])
 
     def observe(self, job):
         """Count a job that is over."""
@@ -140,14 +138,14 @@ async def show_error(request, error):
     if isinstance(error, UserError):
         error = Refusal(400, str(error))
     elif isinstance(error, RequestValidationError):
-        error = invalid([{**e, "loc": e["loc"][1:]} for e in error.errors()])  # without "query"
+        error = invalid(error.errors())
     elif not isinstance(error, Refusal):
         message = f"{error.detail}: see /docs for what there is"
         error = Refusal(error.status_code, message, headers=error.headers)
     return refused(error)
 
 
-SHOWN_ERRORS = (HTTPException, UserError, RequestValidationError)
+ERROR_HANDLERS = dict.fromkeys((HTTPException, UserError, RequestValidationError), show_error)
 
 
 def log_line(row):
@@ -181,30 +179,29 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                tag = b"x-request-id", state["id"].encode()
-                message["headers"] = [*message.get("headers", ()), tag]
+                message["headers"].append((b"x-request-id", state["id"].encode()))
             await send(message)
 
         try:
-            self.check(scope, headers, state)
-            await self.app(scope, self.limited(headers, receive), tagged)
+            self.check(scope, headers.get("authorization", ""), state)
+            await self.app(scope, self.limited(receive), tagged)
         except Exception as error:
-            refusal = error
             if not isinstance(error, Refusal):
                 log_line({"event": "error", "id": state["id"], "error": repr(error)[:500]})
                 kind = type(error).__name__
-                refusal = Refusal(500, f"internal error ({kind}); its id is {state['id']}")
+                error = Refusal(500, f"internal error ({kind}); its id is {state['id']}")
             if status:
                 raise  # too late for another answer
-            await refused(refusal)(scope, receive, tagged)
+            await refused(error)(scope, receive, tagged)
         finally:
+            # Whether the answer ended, failed, or lost its client (see serve.Reply).
             self.service.close(state["jobs"])
             self.service.measures.http.labels(str(status)).inc()
             self.log(scope, state, status, time.monotonic() - begin)
 
-    def check(self, scope, headers, state):
+    def check(self, scope, given, state):
         """Who is it, and may they now? Raises Refusal 401 or 429."""
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        given = given.removeprefix("Bearer ").strip()
         digest = hashlib.sha256(given.encode("latin1")).digest()
         found = None
         for key, name in self.keys.items():
@@ -216,8 +213,7 @@ class Door:
             return
         if self.keys and found is None:
             message = "this server needs an API key: Authorization: Bearer KEY"
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise Refusal(401, message, "invalid_api_key", headers=challenge)
+            raise Refusal(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self.service.args.rate_limit:
             self.check_rate(state["key"], self.service.args.rate_limit)
 
@@ -234,15 +230,12 @@ class Door:
             raise Refusal(429, message, "rate_limit_exceeded", headers=later)
         window.append(now)
 
-    def limited(self, headers, receive):
+    def limited(self, receive):
         """receive(), which raises Refusal for a body that is too large or comes too slowly."""
         most = self.service.args.max_body
-        deadline = time.monotonic() + ARRIVAL_SECONDS
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ARRIVAL_SECONDS
         close = {"Connection": "close"}  # the rest of the body is not read
-        too_large = Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=close)
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > most:
-            raise too_large
         seen = 0
         arrived = False
 
@@ -250,15 +243,19 @@ class Door:
             nonlocal seen, arrived
             if arrived:  # what comes now is only that the client has left
                 return await receive()
+            late = loop.call_at(deadline, asyncio.current_task().cancel)
             try:
-                left = max(0.01, deadline - time.monotonic())
-                message = await asyncio.wait_for(receive(), left)
-            except asyncio.TimeoutError:
-                text = f"the request's body did not arrive within {ARRIVAL_SECONDS:g} s"
+                message = await receive()
+            except asyncio.CancelledError:
+                if loop.time() < deadline:
+                    raise
+                text = f"the body did not arrive within {ARRIVAL_SECONDS:g} s"
                 raise Refusal(408, text, headers=close) from None
+            finally:
+                late.cancel()
             seen += len(message.get("body", b""))
             if seen > most:
-                raise too_large
+                raise Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=close)
             arrived = message["type"] == "http.request" and not message.get("more_body")
             return message
 
@@ -266,7 +263,7 @@ class Door:
 
     def log(self, scope, state, status, seconds):
         """Write one line of JSON: how long the request waited and took, how much it made, why it
-        ended. Of its text it says nothing, unless --log-prompts asks for it."""
+        ended. Of its text it says nothing."""
         if scope["path"] in UNLOGGED_PATHS:
             return
         row = {
@@ -289,8 +286,6 @@ class Door:
                 "ttft_seconds": round(min(first), 4) if first else None,
                 "reason": ",".join(sorted({job.reason for job in jobs})),
             }
-            if self.service.args.log_prompts:
-                row["prompts"] = [self.service.tok.decode(job.prompt) for job in jobs]
         log_line(row)
 
 
@@ -299,43 +294,33 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not
     come (a "slow loris"), or does not end."""
 
-    late: asyncio.TimerHandle | None = None  # while a head is awaited
-    head = 0  # bytes of it that came
-
     def connection_made(self, transport):
         super().connection_made(transport)
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: without it the
         # second write of an answer waits 40 ms for the client's delayed ACK.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.await_head()
-
-    def await_head(self):
-        self.head = 0
-        if self.late is None:
-            self.late = self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
-
-    def head_is_over(self):
-        if self.late:
-            self.late.cancel()
-            self.late = None
+        self.head = 0  # bytes of a head that came
+        self.late = self.loop.call_later(ARRIVAL_SECONDS, transport.abort)  # while it is awaited
 
     def on_message_begin(self):
         super().on_message_begin()
-        self.await_head()
+        self.head = 0
+        if self.late.cancelled():  # not the connection's first, which has its time already
+            self.late = self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
 
     def data_received(self, data):
         self.head += len(data)
-        if self.late and self.head > HEAD_BYTES + len(data):
+        if self.head > HEAD_BYTES + len(data) and not self.late.cancelled():
             self.send_400_response(f"The head of the request is over {HEAD_BYTES:,} bytes.")
         else:
             super().data_received(data)
 
     def on_headers_complete(self):
-        self.head_is_over()
+        self.late.cancel()
         super().on_headers_complete()
 
     def connection_lost(self, error):
-        self.head_is_over()
+        self.late.cancel()
         super().connection_lost(error)
 
 
@@ -350,7 +335,6 @@ def listen(args):
         access_log=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1,
-        backlog=1024,
         ssl_certfile=args.certificate or None,
         ssl_keyfile=args.certificate_key or None,
     )

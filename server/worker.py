@@ -13,6 +13,7 @@ of length and then plain values in `marshal`, the interpreter's own format.
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import marshal
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from common import UserError
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
-from engine.scheduler import Delta, TokenLogprob
+from engine.scheduler import Delta
 from server.api import Refusal
 
 
@@ -43,59 +44,31 @@ def message(*values):
     return len(data).to_bytes(4, "little") + data
 
 
-def messages(buffer):
-    """Yield the whole messages at the front of a bytearray, and remove them from it."""
+def deliver(data, buffer, receiver):
+    """Call the receiver's methods that the messages in buffer + data ask for; what is not whole
+    stays in the buffer, a bytearray."""
+    buffer += data
     while len(buffer) >= 4:
         end = 4 + int.from_bytes(buffer[:4], "little")
         if len(buffer) < end:
             return
-        values = marshal.loads(bytes(buffer[4:end]))
+        what, *values = marshal.loads(buffer[4:end])
         del buffer[:end]
-        yield values
+        getattr(receiver, what)(*values)
 
 
 def plain_logprobs(logprobs):
-    """A list of TokenLogprob as tuples, which marshal takes."""
+    """A list of TokenLogprob as (id, logprob, [(id, logprob) of the likeliest]), which marshal
+    takes."""
     return [(token.id, token.logprob, token.top) for token in logprobs]
 
 
-def token_logprobs(tuples):
-    return [TokenLogprob(*values) for values in tuples]
-
-
 # ---------------------------------------------------------------------------- the engine's process
-class Grammars:
-    """Keeps grammars by what they were made of, because their automata learn as they are used."""
-
-    def __init__(self, tok):
-        self.tok = tok
-        self.vocabulary = None
-        self.kept = OrderedDict()
-
-    def constraint(self, kind, *what):
-        """("regex", pattern), or ("json", schema or None, and perhaps the text before and after)
-        -> Constraint."""
-        if self.vocabulary is None:
-            self.vocabulary = Vocabulary(self.tok)
-        name = json.dumps([kind, what], sort_keys=True)
-        grammar = self.kept.get(name)
-        # What it learned is forgotten when it is over 200 MB.
-        if grammar is None or len(grammar.masks) * self.tok.vocab_size > 5e7:
-            grammar = regex_grammar(*what) if kind == "regex" else json_grammar(*what)
-            # The first mask is made here, not between two steps of the engine.
-            Constraint(grammar, self.vocabulary).needs()
-            self.kept[name] = grammar
-            if len(self.kept) > 64:
-                self.kept.popitem(last=False)
-        return Constraint(grammar, self.vocabulary)
-
-
-@dataclass
-class Active:
-    """Says what is left to do of a request that the engine works on."""
-
-    unfinished: int  # answers still being made
-    begun: bool = False  # its first token is out
+def make_grammar(text):
+    """["regex", pattern] or ["json", schema or null, perhaps the texts before and after it], as
+    JSON -> Grammar"""
+    kind, *what = json.loads(text)
+    return regex_grammar(*what) if kind == "regex" else json_grammar(*what)
 
 
 class Worker:
@@ -108,11 +81,12 @@ class Worker:
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
         self.waiting = OrderedDict()  # {key: deque of its requests}, the key whose turn it is first
-        self.active = {}  # {number: Active}
+        self.unfinished = {}  # {number of a request in the engine: answers still being made}
+        self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
         self.told = 0.0  # when all of it last was
-        self.grammars = Grammars(engine.tok)
+        self.grammar = functools.lru_cache(64)(make_grammar)  # automata learn as they are used
         self.builder = ThreadPoolExecutor(1, "grammar")
         self.lock = threading.Lock()  # of the socket
 
@@ -120,13 +94,13 @@ class Worker:
         """Work until the other half is gone. An engine that fails is unusable from then on, and
         everybody hears why."""
         try:
-            self.tell(list(self.outbox))
+            self.tell(self.outbox)
             while self.take_orders(wait=not (self.engine.has_work or self.waiting)):
                 self.admit()
                 if self.engine.has_work:
                     self.collect(self.engine.step())
                 else:
-                    self.tell(list(self.outbox))
+                    self.tell(self.outbox)
         except ConnectionError:
             pass
         except Exception as error:
@@ -146,9 +120,7 @@ class Worker:
             data = self.sock.recv(1 << 18, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
-        self.buffer += data
-        for what, *values in messages(self.buffer):
-            getattr(self, what)(*values)
+        deliver(data, self.buffer, self)
         return bool(data)
 
     def submit(self, number, key, *request):
@@ -156,14 +128,11 @@ class Worker:
 
     def cancel(self, number):
         """Take a request out of the queue, or out of the engine, whose blocks are free at once."""
-        for name in [name for name in self.outbox if name[0] == number]:
-            del self.outbox[name]
-        if self.active.pop(number, None):
+        self.silent.discard(number)
+        if self.unfinished.pop(number, None):
             self.engine.cancel(number)
-        for key, line in list(self.waiting.items()):
+        for key, line in self.waiting.items():
             self.waiting[key] = deque(request for request in line if request[0] != number)
-            if not self.waiting[key]:
-                del self.waiting[key]
 
     def call(self, number, what, *values):
         """A grammar takes up to a second, so a thread builds it while all else goes on."""
@@ -180,31 +149,44 @@ class Worker:
             elif what == "prompt_logprobs":
                 result = plain_logprobs(self.engine.prompt_logprobs(*values))
             else:
-                self.grammars.constraint(*values)  # it stays here, under what it was made of
-        except UserError as user_error:
-            error = True, str(user_error)
-        except Exception as other:
-            error = False, repr(other)
+                self.constraint(values).needs()  # the first mask is made here, not in `admit`
+        except Exception as raised:
+            error = isinstance(raised, UserError), str(raised)
         self.send("result", number, result, error)
+
+    @functools.cached_property
+    def vocabulary(self):
+        return Vocabulary(self.engine.tok)
+
+    def constraint(self, what):
+        """What `make_grammar` takes, as values -> Constraint. Equal requests share a grammar."""
+        text = json.dumps(what)
+        grammar = self.grammar(text)
+        if grammar.masks * self.engine.tok.vocab_size > 5e7:
+            # It has learned over 200 MB: all is forgotten.
+            self.grammar.cache_clear()
+            grammar = self.grammar(text)
+        return Constraint(grammar, self.vocabulary)
 
     def admit(self):
         """Move requests from the queue to the engine. Keys take turns, so that no key's thousand
         requests stand before another one's first."""
-        while self.waiting and len(self.active) < self.concurrency:
+        while self.waiting and len(self.unfinished) < self.concurrency:
             key, line = self.waiting.popitem(last=False)
+            if not line:  # all were cancelled
+                continue
             number, prompt, fields, adapter, grammar = line.popleft()
-            if line:
-                self.waiting[key] = line  # as the last of all keys
+            self.waiting[key] = line  # as the last of all keys
             try:
                 sampling = Sampling(**fields)
                 if grammar:
-                    sampling.constraint = self.grammars.constraint(*grammar)
+                    sampling.constraint = self.constraint(grammar)
                 self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
-                self.active[number] = Active(sampling.n)
+                self.unfinished[number] = sampling.n
+                self.silent.add(number)
                 self.admitted.append((number, time.monotonic()))
             except UserError as error:
                 self.outbox[number, 0] = Delta(number, 0, "", [], None, "error", str(error))
-                self.tell([(number, 0)])
 
     # -- answers go out
     def collect(self, deltas):
@@ -215,37 +197,37 @@ class Worker:
         A first token and an end never wait."""
         urgent = set()
         for delta in deltas:
-            request = self.active.get(delta.request_id)
-            if request is None:
+            number = delta.request_id
+            if number not in self.unfinished:
                 continue  # it was cancelled
-            name = delta.request_id, delta.index
+            name = number, delta.index
             if name in self.outbox:
                 self.outbox[name].add(delta)
             else:
                 self.outbox[name] = delta
             if delta.finish_reason:
-                request.unfinished -= 1
-                if request.unfinished == 0:
-                    del self.active[delta.request_id]
-            if delta.finish_reason or not request.begun:
-                request.begun = True
+                self.unfinished[number] -= 1
+                if self.unfinished[number] == 0:
+                    del self.unfinished[number]
+            if delta.finish_reason or number in self.silent:
+                self.silent.discard(number)
                 urgent.add(name)
         now = time.monotonic()
-        if now - self.told >= min(0.005 * len(self.active), 0.05):
+        if now - self.told >= min(0.005 * len(self.unfinished), 0.05):
             self.told = now
-            self.tell(list(self.outbox))
+            self.tell(self.outbox)
         elif urgent:
             self.tell(urgent)
 
     def tell(self, names):
         """Send what these answers have got, and how the engine is."""
         items = []
-        for name in names:
+        for name in list(names):
             delta = self.outbox.pop(name)
             if delta.logprobs is not None:
                 delta.logprobs = plain_logprobs(delta.logprobs)
             items.append(list(vars(delta).values()))
-        stats = self.engine.stats() | {"active": len(self.active)}
+        stats = self.engine.stats() | {"active": len(self.unfinished)}
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
 
@@ -309,8 +291,6 @@ class Job:
 
     prompt: list
     sampling: Sampling
-    adapter: str | None
-    grammar: tuple | None
     key: str  # whose it is: keys take turns
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
@@ -345,16 +325,14 @@ class EngineClient(asyncio.Protocol):
         self.failed("the engine's process is gone")
 
     def data_received(self, data):
-        self.buffer += data
-        for what, *values in messages(self.buffer):
-            getattr(self, what)(*values)
+        deliver(data, self.buffer, self)
 
     # -- orders go out
-    def submit(self, job):
+    def submit(self, job, adapter, grammar):
         job.number = next(self.numbers)
         job.unfinished = job.sampling.n
         self.jobs[job.number] = job
-        request = job.prompt, vars(job.sampling), job.adapter, job.grammar
+        request = job.prompt, vars(job.sampling), adapter, grammar
         self.transport.write(message("submit", job.number, job.key, *request))
 
     def close(self, job):
@@ -391,8 +369,6 @@ class EngineClient(asyncio.Protocol):
             if delta.finish_reason:
                 job.unfinished -= 1
                 job.reason = delta.finish_reason
-            if delta.logprobs is not None:
-                delta.logprobs = token_logprobs(delta.logprobs)
             job.inbox.put((job.position, delta))
 
     def result(self, number, value, error):

@@ -326,26 +326,27 @@ def refuses(url):
     return True
 
 
+async def random_client(http, rng, seen):
+    body = {
+        "prompt": "the quick" * rng.randint(1, 4),
+        "max_tokens": rng.randint(1, 12),
+        "stream": rng.random() < 0.7,
+        "n": rng.choice([1, 1, 2]),
+    }
+    leaves = rng.random() < 0.3
+    try:
+        answer = await asyncio.wait_for(
+            http.post("/v1/completions", json=body), rng.random() * 0.5 if leaves else 120
+        )
+        what = answer.status_code
+    except asyncio.TimeoutError:
+        what = "left" if leaves else "hung"
+    seen[what] = seen.get(what, 0) + 1
+
+
 @pytest.mark.slow
 def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folder):
     """256 at once, 30 % leave at a random moment; every other one is answered or refused."""
-
-    async def client(http, rng, seen):
-        body = {
-            "prompt": "the quick" * rng.randint(1, 4),
-            "max_tokens": rng.randint(1, 12),
-            "stream": rng.random() < 0.7,
-            "n": rng.choice([1, 1, 2]),
-        }
-        leaves = rng.random() < 0.3
-        try:
-            answer = await asyncio.wait_for(
-                http.post("/v1/completions", json=body), rng.random() * 0.5 if leaves else 120
-            )
-            what = answer.status_code
-        except asyncio.TimeoutError:
-            what = "left" if leaves else "hung"
-        seen[what] = seen.get(what, 0) + 1
 
     async def some(url, count, rng, seen):
         limits = httpx.Limits(max_connections=256, keepalive_expiry=1)
@@ -356,7 +357,7 @@ def test_five_thousand_requests_leave_memory_files_and_blocks_as_they_were(folde
 
             async def place():
                 for _ in todo:
-                    await client(http, rng, seen)
+                    await random_client(http, rng, seen)
 
             await asyncio.gather(*(place() for _ in range(256)))
 

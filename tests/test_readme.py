@@ -214,7 +214,7 @@ def test_command_of_the_readme_runs(command, workspace, monkeypatch, capsys):
             if words[1] == "serve.py":
                 monkeypatch.setattr("serve.Server.run", lambda self, sockets: sockets[0].close())
                 monkeypatch.setattr("gc.freeze", lambda: None)  # for a process that only serves
-                monkeypatch.setattr("serve.apart", lambda engine, concurrency: None)
+                monkeypatch.setattr("serve.fork_front", lambda *_: None)
             program = words[2:] if words[1] == "-m" else words[1:]
             run(program[0], program[1:] + shlex.split(SHORT[beginning]))
 

@@ -176,10 +176,9 @@ def test_a_long_prompt_is_refused_with_the_numbers_and_a_long_answer_is_clamped(
 
 
 def test_tokenize_and_detokenize_are_inverse(stub):
-    ids = ask(stub, "/tokenize", prompt=SAID).json()
-    assert ids["count"] == len(ids["tokens"])
-    assert "\ufffd" not in "".join(ids["token_strs"])
-    assert ask(stub, "/detokenize", tokens=ids["tokens"]).json()["prompt"] == SAID
+    ids = ask(stub, "/tokenize", prompt=SAID).json()["tokens"]
+    assert ask(stub, "/detokenize", tokens=ids).json()["prompt"] == SAID
+    error_of(ask(stub, "/detokenize", tokens=[999_999]), 400)
     chat = ask(stub, "/tokenize", messages=[{"role": "user", "content": "hi"}]).json()["tokens"]
     assert stub.engine.tok.decode(chat) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
