@@ -375,24 +375,18 @@ def curve(rows, key):
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
-def draw_curve(rows, width=72, height=16):
-    """The losses in rows of metrics.jsonl as text: dots for training, V for validation."""
-    training = curve(rows, "loss")
-    validation = curve(rows, "val_loss")
-    if not training:
-        return "no losses yet"
-    steps, losses = zip(*training, *validation)
-    high = max(losses)
-    span = max(high - min(losses), 1e-9)
-    end = max(*steps, 1)
-    grid = [[" "] * width for _ in range(height)]
-    for points, mark in ((training, "."), (validation, "V")):
-        for step, loss in points:
-            y = round((high - loss) / span * (height - 1))
-            x = round(step / end * (width - 1))
-            grid[y][x] = mark
-    lines = map("".join, grid)
-    return "\n".join([f"loss {high:.3f}", *lines, f"loss {high - span:.3f}, step {end:,}"])
+def draw_curve(rows, width=60, most=20):
+    """The losses in rows of metrics.jsonl as bars of text, a line a row; V is validation."""
+    points = []
+    for key, mark in (("loss", "."), ("val_loss", "V")):
+        found = curve(rows, key)
+        every = 1 + len(found) // most
+        points += [(step, mark, loss) for step, loss in found[::-every]]  # the last among them
+    high = max((loss for _, _, loss in points), default=1)
+    lines = []
+    for step, mark, loss in sorted(points):
+        lines.append(f"{step:8,} {mark} {loss:.4f} " + "=" * round(loss / high * width))
+    return "\n".join(lines)
 
 
 def plot_losses(out, title):

@@ -578,7 +578,7 @@ class Batches:
     ranks with the same rows in all. A thread works `prefetch` batches ahead. For a CUDA `device`
     batches are in pinned memory."""
 
-    def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device="cpu"):
+    def __init__(self, split, rows, context, seed, rank=0, world=1, device="cpu", prefetch=2):
         self.split = split
         self.rows = rows
         self.context = context

@@ -248,23 +248,29 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
 
     own: loss, validate, write, where the stage brings its own."""
     out = Path(args.out)
+    rank = runtime.rank
+    world = runtime.world
     state = common.read_json(checkpoint / "state.json") if checkpoint else {}
     rows = choose_micro_batch(model, args, runtime, state.get("rows", 0))
     if args.fit:
         return None
-    rank = runtime.rank
     lock = common.lock_folder(out) if rank == 0 else None
     step_model = wrap(model, args, runtime).train()
-    rates = args.muon_lr, args.lr, args.weight_decay, args.momentum
-    eight_bit = args.optimizer == "adamw8bit"
-    optimizer = MuonAdamW(model, *rates, muon=args.optimizer == "muon", eight_bit=eight_bit)
-    share = args.batch // runtime.world
-    order = args.context, args.seed, rank, runtime.world
-    batches = Batches(data, share, *order, device=runtime.device)
-    guard = Guard(args.spike)
-    scaler = LossScale(runtime.dtype)
-    parts = optimizer, batches, val, rows, guard, scaler, lock
-    run = Run(args, runtime, tok, model, step_model, *parts, **own)
+    run = Run(
+        args,
+        runtime,
+        tok,
+        model,
+        step_model,
+        make_optimizer(model, args),
+        Batches(data, args.batch // world, args.context, args.seed, rank, world, runtime.device),
+        val,
+        rows,
+        Guard(args.spike),
+        LossScale(runtime.dtype),
+        lock,
+        **own,
+    )
     if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
         halve_until_a_pass_fits(run)
     run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_pass(run, it))
@@ -278,6 +284,13 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         common.write_json(out / "args.json", dataclasses.asdict(args))
         run.metrics = common.Metrics(out, state.get("step", -1))
     return run
+
+
+def make_optimizer(model, args):
+    muon = args.optimizer == "muon"
+    eight_bit = args.optimizer == "adamw8bit"
+    rates = args.muon_lr, args.lr, args.weight_decay, args.momentum
+    return MuonAdamW(model, *rates, muon=muon, eight_bit=eight_bit)
 
 
 def trial_pass(run, model):
