@@ -1,7 +1,8 @@
 """What every script shares: errors in one line, flags from a dataclass, files written all or
 nothing, metrics.
 
-Nothing here imports torch (runtime.py does), so that commands that do not need it start at once.
+`write_atomic` is how a file appears whole or not at all. Nothing here imports torch (runtime.py
+does), so that commands that do not need it start at once.
 """
 
 import argparse
@@ -394,7 +395,7 @@ def plot_losses(out, title):
     from matplotlib.figure import Figure  # pyplot would need a display, and twice the time
 
     rows = Metrics.read(Path(out) / "metrics.jsonl")
-    figure = Figure(figsize=(8, 4.5), dpi=120)
+    figure = Figure(dpi=120)
     axes = figure.subplots()
     for key, marker in (("loss", ""), ("val_loss", "o")):
         axes.plot(*zip(*curve(rows, key)), marker=marker, label=key)

@@ -6,6 +6,9 @@ python data.py wikitext-103 --tokenizer T      # the same, and shards of tokens 
 python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # .txt, .jsonl, .parquet -> shards
 python data.py toybox --out data/toybox        # a made-up world: text, chats, preferences
 python train.py --data D                       # what shards are for
+
+From top to bottom: `make_shards` writes documents as tokens, `Split.plan_simply` says which
+documents share a row, `Batches` hands out rows and knows its place (`state`) for a resumed run.
 """
 
 import contextlib
@@ -66,9 +69,8 @@ def ends_of(tok):
 
     If a tokenizer has only one, or the same for both (GPT-2), it stands in front, and what ends a
     document is that the next one begins."""
-    ids = [i for i in (tok.bos_id, tok.eos_id) if i is not None]
-    first = ids[0] if ids else None
-    last = ids[1] if len(set(ids)) == 2 else None
+    ids = {i: None for i in (tok.bos_id, tok.eos_id) if i is not None}  # each once, in order
+    first, last, *_ = *ids, None, None
     return first, last
 
 
@@ -668,7 +670,7 @@ def check_data_args(args):
     """UserError for flags that do not go together."""
     named = [name for name in args.data if name in NAMED]
     if named and len(args.data) > 1:
-        raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
+        raise UserError(f"{named[0]} goes alone")
     if not named and not (args.tokenizer and args.out):
         raise UserError(
             "shards of your own text need --tokenizer T (python tokenizer.py train makes one) "
@@ -692,9 +694,8 @@ def main():
         shakespeare, _ = corpora.read_text("shakespeare", args.data_dir)
         return toybox.write_toybox(out, shakespeare)
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    separator = None
-    if args.split_on:
-        separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode()))
+    split_on = args.split_on.replace(r"\n", "\n").encode()
+    separator = re.compile(re.escape(split_on)) if split_on else None
     if name in corpora.WIKITEXT:  # without a tokenizer --out is where the text goes, not the shards
         text = corpora.wikitext(name, f"data/{name}" if tok else out, args.data_dir)
         files = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}
@@ -706,7 +707,7 @@ def main():
     if not tok:
         return
     if args.val:
-        files = {**files, "val": corpora.expand(args.val)}
+        files["val"] = corpora.expand(args.val)
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)

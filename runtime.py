@@ -214,14 +214,10 @@ def lost_rank_explained(advice):
 def write_tensors(path, tensors):
     """{name: tensor} -> a safetensors file, all or nothing. A full disk is an OSError."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-    def write(temporary):
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:  # it reports I/O faults as this
-            raise OSError(f"{path}: cannot write ({error})") from None
-
-    write_atomic(path, write)
+    try:
+        write_atomic(path, functools.partial(save_file, tensors, metadata={"format": "pt"}))
+    except SafetensorError as error:  # it reports I/O faults as this
+        raise OSError(f"{path}: cannot write ({error})") from None
 
 
 def read_tensors(path):
@@ -251,12 +247,10 @@ def all_rng_states():
     """The generators of every rank -> {rank.name: tensor}; all ranks must call it."""
     states = [rng_state()]
     if dist.is_initialized():
-        states = [None] * dist.get_world_size()
+        states *= dist.get_world_size()
         dist.all_gather_object(states, rng_state())
-    named = {}
-    for rank, state in enumerate(states):
-        named |= {f"{rank}.{name}": tensor for name, tensor in state.items()}
-    return named
+    ranks = enumerate(states)
+    return {f"{rank}.{name}": tensor for rank, state in ranks for name, tensor in state.items()}
 
 
 def set_all_rng_states(states, rank, seed):

@@ -6,6 +6,9 @@ python train.py --resume --out runs/shakespeare-char  # go on exactly where it s
 torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
 python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
 python train.py eval MODEL --data wikitext-2          # loss, perplexity, bits per byte
+
+The loop is `train`, on one screen. What it calls is in training/loop.py: `steps` evaluates and
+saves (`save_run`), `backward` divides the gradient, `update` moves the weights.
 """
 
 import json
@@ -34,8 +37,8 @@ from training.loop import (
     log_step,
     next_token_loss,
     passes,
+    print_sample,
     read_args,
-    sample_text,
     start_run,
     steps,
     update,
@@ -123,7 +126,6 @@ PRESETS = {
         eval_every=250,
         save_every=250,
         keep=2,
-        sample_every=500,
         sample=150,
     ),
 }
@@ -245,8 +247,7 @@ def train(run):
             total += loss.detach()
         values = update(run, step)  # the optimizer's step
         log_step(run, step, total, count, **values)
-    if run.can_sample and run.args.sample:
-        print(sample_text(run) + "\n")
+    print_sample(run)
 
 
 # ------------------------------------------------------------------------ looking at a run, a model

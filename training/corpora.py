@@ -235,15 +235,15 @@ def expand(names):
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix in TEXT_FILES)
-            fault = f"no {', '.join(TEXT_FILES)} in this folder"
+            found = [f for f in sorted(path.rglob("*")) if f.suffix in TEXT_FILES]
         else:
             found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
-            known = ", ".join(WIKITEXT)
-            fault = f"no such file, folder or match (or use: shakespeare, {known})"
-        found = [f for f in found if f.is_file()]
+        found = list(filter(Path.is_file, found))
         if not found:
-            raise UserError(f"{name}: {fault}")
+            raise UserError(
+                f"{name}: no such file, folder or match, or no {', '.join(TEXT_FILES)} in it "
+                f"(or use: shakespeare, {', '.join(WIKITEXT)})"
+            )
         files += found
     return list(dict.fromkeys(files))
 
@@ -359,10 +359,10 @@ def parquet(path, field):
             if field not in names:
                 known = ", ".join(map(repr, names[:8]))
                 raise UserError(f"{path}: no column {field!r}, only {known}: use --field")
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(1024, columns=[field]):
+                for record in batch.to_pylist():
                     number += 1
-                    yield *check_record({field: text}, field), number
+                    yield *check_record(record, field), number
     except pyarrow.ArrowException as error:
         cause = str(error).splitlines()[0][:200]
         raise UserError(f"{path}: not a readable parquet file ({cause})") from None

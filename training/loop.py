@@ -79,13 +79,12 @@ class LoopArgs:
     eval_every: int = 200  # steps between evaluations on the whole validation split
     save_every: int = 500  # steps between checkpoints; one is also written at the end and on Ctrl-C
     keep: int = 1  # how many checkpoints to keep under state/
-    sample_every: int = 0  # steps between samples in OUT/samples.txt; 0 is only at the end
-    sample: int = 400  # tokens a sample has
+    sample: int = 400  # tokens of the sample at the end
 
 
 # Flags that may differ between a run and its resumption without making it another run.
 HOUSEKEEPING = set(
-    "resume overwrite out log_every eval_every save_every keep sample_every sample "
+    "resume overwrite out log_every eval_every save_every keep sample "
     "fit shard micro_batch recompute device compile".split()
 )
 AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
@@ -221,11 +220,6 @@ class Run:
     timed_since: float = 0.0  # tokens/s are those since this time
     timed_from: int = 0  # and this step
     bar: tqdm | None = None
-
-    @property
-    def can_sample(self):
-        """On one rank, and only where that rank holds the whole model."""
-        return self.metrics is not None and not self.args.shard
 
 
 # ----------------------------------------------------------------------------------------- starting
@@ -383,8 +377,6 @@ def steps(run):
                 save_run(run, step)
             if stopped or last:
                 break
-            if args.sample_every and fresh and step % args.sample_every == 0:
-                append_sample(run, step)
             run.timed_since += time.time() - began  # none of this was training
             yield step, run.batches.next()
             run.bar.update()
@@ -478,28 +470,23 @@ def log_step(run, step, total, count, tokens=0, **values):
 def log_validation(run, step):
     """Evaluate, print what came out, and add it to metrics.jsonl."""
     values = run.validate(run)
-    losses = {k.removeprefix("val_"): v for k, v in values.items() if isinstance(v, float)}
-    told = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    losses = [(name.removeprefix("val_"), v) for name, v in values.items() if isinstance(v, float)]
+    told = ", ".join(f"{name} {value:.4f}" for name, value in losses)
     run.bar.write(f"step {step:6,}  validation {told}", file=sys.stdout)
     if run.metrics:
         run.metrics.log(step, **values)
 
 
-def sample_text(run):
-    """A sample from the model as it is -> str. It draws from a generator of its own."""
+def print_sample(run):
+    """A text from the model as it is; on one rank, and only where that holds the whole model."""
+    if run.runtime.rank or run.args.shard or not run.args.sample:
+        return
     first = run.tok.bos_id
     if first is None:  # a tokenizer without one: as the validation text begins
         first = next(run.val.validation(1, run.args.context)).x[0, 0].item()
     run.model.eval()
-    ids = list(run.model.generate([first], run.args.sample, temperature=0.8, seed=run.args.seed))
-    run.model.train()
-    return run.tok.decode(ids)
-
-
-def append_sample(run, step):
-    if run.can_sample:
-        with open(Path(run.args.out) / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"----- step {step}\n{sample_text(run)}\n")
+    ids = run.model.generate([first], run.args.sample, seed=run.args.seed)
+    print(run.tok.decode(list(ids)) + "\n")
 
 
 def save_run(run, step):

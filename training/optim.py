@@ -116,12 +116,13 @@ def packed_zeros(p):
             "moments in 8 bits are for unsharded parameters: drop --shard, or use --optimizer adamw"
         )
     blocks = -(-p.numel() // MOMENT_BLOCK)
-    shape = blocks, MOMENT_BLOCK
+    codes = torch.ones(blocks, MOMENT_BLOCK, dtype=torch.uint8, device=p.device)
+    tops = torch.zeros(blocks, 1, device=p.device)
     return {
-        "mean": torch.full(shape, 127, dtype=torch.uint8, device=p.device),  # code 127 is 0.0
-        "mean_top": torch.zeros(blocks, 1, device=p.device),
-        "square": torch.ones(shape, dtype=torch.uint8, device=p.device),
-        "square_top": torch.zeros(blocks, 1, device=p.device),
+        "mean": 127 * codes,  # the code of 0.0
+        "mean_top": tops,
+        "square": codes,
+        "square_top": tops.clone(),
     }
 
 
