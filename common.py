@@ -57,9 +57,9 @@ def cli(main):
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one line, with the nearest flag there is; no abbreviations."""
 
-    def __init__(self, description):
+    def __init__(self, **options):  # a subcommand's parser is made with more than a description
         layout = argparse.RawDescriptionHelpFormatter  # a description stays as it was written
-        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -90,7 +90,7 @@ def parse_flags(cls, description, argv=None, positional=()):
     A field `grad_accum: int = 1  # help` becomes `--grad-accum`. What was not typed is absent, so
     the caller decides where it comes from (a preset, a resumed run, the defaults). Fields in
     `positional` are arguments without dashes."""
-    parser = Parser(description)
+    parser = Parser(description=description)
     comments = flag_comments(cls)
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
