@@ -1,7 +1,8 @@
 """What every script shares: errors in one line, flags from a dataclass, files written all or
 nothing, metrics.
 
-Nothing here imports torch (runtime.py does), so that commands that do not need it start at once.
+`write_atomic` is how a file appears whole or not at all. Nothing here imports torch (runtime.py
+does), so that commands that do not need it start at once.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import typing
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -57,7 +57,7 @@ def cli(main):
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one line, with the nearest flag there is; no abbreviations."""
 
-    def __init__(self, **options):
+    def __init__(self, **options):  # a subcommand's parser is made with more than a description
         layout = argparse.RawDescriptionHelpFormatter  # a description stays as it was written
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
@@ -75,11 +75,13 @@ def flag_comments(cls):
     """{field: the comment behind it}, from the source: help is written once, as a comment."""
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(base).splitlines():
-            found = re.match(r"    (\w+):[^#]*#\s*(.*)", line)
-            if found:
-                comments[found[1]] = found[2]
+        comments |= re.findall(r"^    (\w+):[^#\n]*#\s*(.*)", inspect.getsource(base), re.M)
     return comments
+
+
+def flag(name):
+    """How a field is typed: grad_accum as --grad-accum."""
+    return "--" + name.replace("_", "-")
 
 
 def parse_flags(cls, description, argv=None, positional=()):
@@ -93,8 +95,7 @@ def parse_flags(cls, description, argv=None, positional=()):
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = kinds[field.name]
-        if isinstance(kind, types.UnionType):  # `int | None` takes an int
-            kind = typing.get_args(kind)[0]
+        kind = next(iter(typing.get_args(kind)), kind)  # `int | None` takes an int
         help = comments.get(field.name, "")
         options = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
@@ -102,13 +103,13 @@ def parse_flags(cls, description, argv=None, positional=()):
         elif kind is tuple:
             options = {"nargs": "+", "metavar": "str"}
         if field.name not in positional:
-            name = "--" + field.name.replace("_", "-")
             help = f"{help} [{field.default}]".replace("%", "%%")
-            parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
+            parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help, **options)
             continue
+        options["metavar"] = None  # argparse shows the field's name
         if field.default not in ("", ()):  # it may be left out
             options |= {"nargs": "?", "default": argparse.SUPPRESS}
-        parser.add_argument(field.name, help=help, **options | {"metavar": None})
+        parser.add_argument(field.name, help=help, **options)
     return vars(parser.parse_args(argv))
 
 
@@ -169,8 +170,7 @@ def json_records(path):
             is_list = file.read(1) == "["
             file.seek(0)
             records = json.load(file) if is_list else map(json.loads, filter(str.strip, file))
-            for record in records:
-                number += 1
+            for number, record in enumerate(records, 1):
                 yield record
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: record {number + 1} is not valid JSON ({error})") from None
@@ -320,8 +320,9 @@ class Interrupt:
 
 def lock_folder(folder):
     """Take FOLDER/.lock until this process ends -> the file to hold; UserError if it is taken."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / ".lock", "w")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and runs go unguarded there
         import fcntl
 
@@ -334,38 +335,24 @@ def lock_folder(folder):
     return file
 
 
-def is_locked(folder):
-    """Whether a process holds FOLDER's lock; where there are no locks, True: it may."""
-    try:
-        lock_folder(folder).close()
-    except UserError:
-        return True
-    return "fcntl" not in sys.modules
-
-
 class Metrics:
     """OUT/metrics.jsonl: one JSON object a line, flushed as it is written.
 
-    `seconds` in it is training time, also across resumes. `track` sends the numbers to
-    "tensorboard" (files under OUT) or "wandb" as well."""
+    `seconds` in it is training time, also across resumes."""
 
-    def __init__(self, out, resume_step=None, track="", settings=None):
+    def __init__(self, out, resume_step=-1):
+        """Rows from `resume_step` on, which a crash undid, are dropped; a new run keeps none."""
         path = Path(out) / "metrics.jsonl"
         rows = []
-        if resume_step is not None and path.exists():
-            rows = self.history(path, resume_step)
+        for row in self.read(path) if path.exists() else ():
+            # Of the step itself only the evaluation was done before its checkpoint.
+            at_save = row["step"] == resume_step and "val_loss" in row
+            if row["step"] < resume_step or at_save:
+                rows.append(row)
         self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(path, lambda temporary: temporary.write_text(text))
         self.file = open(path, "a", buffering=1)
-        self.tracker = start_tracker(track, out, settings) if track else None
-
-    def history(self, path, step):
-        """The rows before a step, without what a crash undid.
-
-        Of the step itself only the evaluation was done before its checkpoint."""
-        rows = self.read(path)
-        return [r for r in rows if r["step"] < step or (r["step"] == step and "val_loss" in r)]
 
     def log(self, step, **values):
         row = {"step": step, "seconds": round(time.time() - self.start, 3)}
@@ -373,9 +360,6 @@ class Metrics:
             finite = not isinstance(value, float) or math.isfinite(value)
             row[name] = value if finite else None  # JSON has no NaN
         self.file.write(json.dumps(row) + "\n")
-        if self.tracker:
-            numbers = {k: row[k] for k in values if isinstance(row[k], (int, float))}
-            self.tracker(step, numbers)
 
     @staticmethod
     def read(path):
@@ -387,76 +371,35 @@ class Metrics:
         return rows
 
 
-def start_tracker(track, out, settings):
-    """-> a function (step, {name: number}) that sends numbers to tensorboard or wandb."""
-    try:
-        if track == "wandb":
-            import wandb
-
-            run = wandb.init(project="llm", name=Path(out).name, config=settings, resume="allow")
-            return lambda step, values: run.log(values, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            f"--track {track} needs its package ({error}): pip install {track}"
-        ) from None
-    writer = SummaryWriter(str(out))
-
-    def send(step, values):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-
-    return send
-
-
 def curve(rows, key):
     """The (step, value) pairs of a key in rows of metrics.jsonl."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
-def draw_curve(rows, width=72, height=16):
-    """The losses in rows of metrics.jsonl as text: dots for training, V for validation."""
-    training = curve(rows, "loss")
-    validation = curve(rows, "val_loss")
-    if not training:
-        return "no losses yet"
-    steps, losses = zip(*training, *validation)
-    low = min(losses)
-    high = max(losses)
-    end = max(*steps, 1)
-    grid = [[" "] * width for _ in range(height)]
-    for points, mark in ((training, "."), (validation, "V")):
-        for step, loss in points:
-            y = round((high - loss) / max(high - low, 1e-9) * (height - 1))
-            x = round(step / end * (width - 1))
-            grid[y][x] = mark
+def draw_curve(rows, width=60, most=20):
+    """The losses in rows of metrics.jsonl as bars of text, a line a row; V is validation."""
+    points = []
+    for key, mark in (("loss", "."), ("val_loss", "V")):
+        found = curve(rows, key)
+        every = 1 + len(found) // most
+        points += [(step, mark, loss) for step, loss in found[::-every]]  # the last among them
+    high = max((loss for _, _, loss in points), default=1)
     lines = []
-    for y, row in enumerate(grid):
-        loss = high - (high - low) * y / (height - 1)
-        lines.append(f"{loss:8.3f} |{''.join(row)}")
-    axis = " " * 9 + "+" + "-" * width
-    return "\n".join([*lines, axis, f"{'0':>11s}{end:>{width - 2},}"])
+    for step, mark, loss in sorted(points):
+        lines.append(f"{step:8,} {mark} {loss:.4f} " + "=" * round(loss / high * width))
+    return "\n".join(lines)
 
 
 def plot_losses(out, title):
     """OUT/loss.png from OUT/metrics.jsonl: training and validation loss over steps."""
-    from matplotlib.figure import (
-        Figure,  # pyplot would need a display, and twice the time to import
-    )
+    from matplotlib.figure import Figure  # pyplot would need a display, and twice the time
 
     rows = Metrics.read(Path(out) / "metrics.jsonl")
-    figure = Figure(figsize=(8, 4.5), dpi=120)
+    figure = Figure(dpi=120)
     axes = figure.subplots()
-    training = curve(rows, "loss")
-    validation = curve(rows, "val_loss")
-    if training:
-        axes.plot(*zip(*training), lw=0.8, alpha=0.6, label="training")
-    if validation:
-        axes.plot(*zip(*validation), marker="o", ms=4, lw=1.8, label="validation, whole split")
-        last = validation[-1]
-        axes.annotate(f"{last[1]:.4f}", last, (0, 8), textcoords="offset points", ha="right")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    for key, marker in (("loss", ""), ("val_loss", "o")):
+        axes.plot(*zip(*curve(rows, key)), marker=marker, label=key)
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     write_atomic(Path(out) / "loss.png", lambda path: figure.savefig(path, format="png"))

@@ -6,11 +6,13 @@ python data.py wikitext-103 --tokenizer T      # the same, and shards of tokens 
 python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # .txt, .jsonl, .parquet -> shards
 python data.py toybox --out data/toybox        # a made-up world: text, chats, preferences
 python train.py --data D                       # what shards are for
+
+From top to bottom: `make_shards` writes documents as tokens, `Split.plan_simply` says which
+documents share a row, `Batches` hands out rows and knows its place (`state`) for a resumed run.
 """
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -67,9 +69,8 @@ def ends_of(tok):
 
     If a tokenizer has only one, or the same for both (GPT-2), it stands in front, and what ends a
     document is that the next one begins."""
-    ids = [i for i in (tok.bos_id, tok.eos_id) if i is not None]
-    first = ids[0] if ids else None
-    last = ids[1] if len(set(ids)) == 2 else None
+    ids = {i: None for i in (tok.bos_id, tok.eos_id) if i is not None}  # each once, in order
+    first, last, *_ = *ids, None, None
     return first, last
 
 
@@ -88,7 +89,10 @@ def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=No
         files = {"val": files["train"], **files}
     job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, **how}
     job["val_share"] = val_share if shared else None
-    job["files"] = {name: list(map(file_identity, paths)) for name, paths in files.items()}
+    job["files"] = {}
+    for name, paths in files.items():  # a file is the same if its path, size and time are
+        status = [(path, path.stat()) for path in paths]
+        job["files"][name] = [[str(path), s.st_size, s.st_mtime_ns] for path, s in status]
     meta = begin_or_continue(out, job)
     if meta["complete"]:
         print(f"{out}: all there already")
@@ -108,12 +112,6 @@ def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=No
     return meta
 
 
-def file_identity(path):
-    """What shows that a file is still the same."""
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
-
-
 def begin_or_continue(out, job):
     """meta.json of this job: new, or of its interrupted run, whose temporary files are removed."""
     out.mkdir(parents=True, exist_ok=True)
@@ -131,8 +129,7 @@ def begin_or_continue(out, job):
         )
     for stale in out.glob("*.bin.*.tmp"):
         stale.unlink()
-    if not path.is_file():
-        write_json(path, meta)
+    write_json(path, meta)
     return meta
 
 
@@ -234,33 +231,28 @@ def encode_job(job, tok, ends):
 
 def write_shard(path, pieces, tok):
     """Stream the pieces of one shard to disk; the file appears when it is whole."""
+    dtype = np.dtype(tok.dtype).newbyteorder("<")
 
     def write(temporary):
-        dtype = np.dtype(tok.dtype).newbyteorder("<")
-        digest = hashlib.sha256()
         size = 0
         starts = []
         counts = np.zeros(3, np.int64)
         with open(temporary, "wb") as file:
-
-            def put(array):
-                data = array.tobytes()
-                file.write(data)
-                digest.update(data)
-
             file.write(bytes(SHARD_HEADER.size))  # its place, until its numbers are known
             for piece in pieces:
-                put(piece.ids.astype(dtype))
+                file.write(piece.ids.astype(dtype))
                 starts.append(piece.starts + size)
                 size += len(piece.ids)
                 counts += piece.counts
-            starts = np.concatenate(starts)
-            put(np.zeros(-size * dtype.itemsize % 8, np.uint8))
-            put(starts.astype("<u8"))
-            tokenizer = bytes.fromhex(tok.sha256)
-            numbers = dtype.itemsize, size, len(starts), *counts.tolist()
+            starts = np.concatenate(starts).astype("<u8")
+            file.write(bytes(-size * dtype.itemsize % 8))
+            file.write(starts)
+            file.flush()
+            content = sha256(np.memmap(temporary, np.uint8, "r", SHARD_HEADER.size))
+            hashes = bytes.fromhex(tok.sha256), bytes.fromhex(content)
+            numbers = dtype.itemsize, size, len(starts), *counts
             file.seek(0)
-            file.write(SHARD_HEADER.pack(MAGIC, VERSION, *numbers, tokenizer, digest.digest()))
+            file.write(SHARD_HEADER.pack(MAGIC, VERSION, *numbers, *hashes))
 
     advice = "finished shards are kept: make room and run the same command again"
     with full_disk_explained(path, advice):
@@ -294,14 +286,13 @@ def read_header(path, tokenizer_sha256=None):
     if not raw.startswith(MAGIC) or len(raw) < SHARD_HEADER.size:
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*SHARD_HEADER.unpack(raw))
-    if header.version != VERSION or header.itemsize not in (2, 4):
+    if header.version != VERSION:
         raise UserError(
-            f"{path}: format version {header.version} with {header.itemsize} bytes a token; this "
-            f"program reads version {VERSION} with 2 or 4: make the shards again"
+            f"{path}: format version {header.version}; this program reads version {VERSION}: "
+            "make the shards again"
         )
-    expected = (
-        SHARD_HEADER.size + -(-header.tokens * header.itemsize // 8) * 8 + 8 * header.documents
-    )
+    ids = header.tokens * header.itemsize
+    expected = SHARD_HEADER.size + ids + -ids % 8 + 8 * header.documents
     size = os.path.getsize(path)
     if size != expected:
         raise UserError(
@@ -318,7 +309,7 @@ def read_header(path, tokenizer_sha256=None):
 
 
 def open_shards(folder, tokenizer_sha256=None):
-    """{split: Split} of a folder of shards: mapped, not read, but headers and sizes are checked."""
+    """{split: Split} of a folder of shards: ids are mapped, not read; the rest is checked."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         raise UserError(
@@ -326,8 +317,7 @@ def open_shards(folder, tokenizer_sha256=None):
             f"python data.py FILE... --tokenizer T --out {folder}"
         )
     meta = read_json(folder / "meta.json")
-    job = meta.get("job") if isinstance(meta, dict) else None
-    if not isinstance(job, dict) or job.get("version") != VERSION:
+    if meta.get("job", {}).get("version") != VERSION:
         raise UserError(
             f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py"
         )
@@ -359,26 +349,28 @@ def map_split(paths, name, end_id, counts, tokenizer_sha256):
         header = read_header(path, tokenizer_sha256)
         hashes += header.tokenizer + header.content
         starts_at = path.stat().st_size - 8 * header.documents
-        shape = (header.tokens,)
-        tokens.append(np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, shape))
-        starts.append(np.memmap(path, "<u8", "r", starts_at, (header.documents,)))
-    return Split(tokens, starts, end_id, counts, sha256(hashes), paths)
+        ids = np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, (header.tokens,))
+        begin = np.memmap(path, "<u8", "r", starts_at).astype(np.int64)
+        if begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
+            raise UserError(f"{path}: damaged, its document starts are out of order; make it again")
+        tokens.append(ids)
+        starts.append(begin)
+    return Split(tokens, starts, end_id, counts, sha256(hashes))
 
 
 # ----------------------------------------------------------------------------------- tokens to rows
-def split_tokens(tokens, context, share=0.1):
-    """(training tokens, validation tokens): the last `share` is held out, as in nanoGPT."""
-    cut = int(len(tokens) * (1 - share))
-    train = tokens[:cut]
-    val = tokens[cut:]
-    for part, have in (("training", len(train)), ("validation", len(val))):
-        if have < context + 1:
-            most = min(len(train), len(val)) - 1
+def split_tokens(tokens, context):
+    """(training tokens, validation tokens): the last tenth is held out, as in nanoGPT."""
+    cut = int(len(tokens) * 0.9)
+    parts = {"training": tokens[:cut], "validation": tokens[cut:]}
+    for name, part in parts.items():
+        if len(part) < context + 1:
+            most = min(map(len, parts.values())) - 1
             raise UserError(
-                f"{have:,} {part} tokens, but a context of {context:,} needs at least "
+                f"{len(part):,} {name} tokens, but a context of {context:,} needs at least "
                 f"{context + 1:,}: use --context {most:,} or less, or a longer text"
             )
-    return train, val
+    return parts.values()
 
 
 class Batch(NamedTuple):
@@ -411,7 +403,7 @@ class Plan(NamedTuple):
 class Split:
     """The documents of one split: a text in memory (one document), or mapped shards."""
 
-    def __init__(self, tokens, starts=None, end_id=None, counts=None, sha256=None, paths=None):
+    def __init__(self, tokens, starts=None, end_id=None, counts=None, sha256=None):
         """tokens: arrays of ids; starts: where documents start in each.
 
         end_id: what a document's last id predicts, if one special id begins and ends documents."""
@@ -420,7 +412,6 @@ class Split:
         self.end_id = end_id
         self.counts = counts or {}
         self.sha256 = sha256
-        self.paths = paths or ["text"] * len(tokens)
         self.bases = np.cumsum([0, *map(len, tokens)])  # of the shards, when laid end to end
 
     def __len__(self):
@@ -433,15 +424,8 @@ class Split:
 
         A document of n tokens has n - 1 pairs: its EOS predicts nothing, least of all the next
         document's BOS, so it is never an input. With an end_id the last token predicts it: n."""
-        begin = []
-        for starts, tokens, base, path in zip(self.starts, self.tokens, self.bases, self.paths):
-            if starts[0] != 0 or starts[-1] >= len(tokens) or (starts[1:] < starts[:-1]).any():
-                raise UserError(
-                    f"{path}: damaged, its document starts are out of order; "
-                    "make it again with data.py"
-                )
-            begin.append(starts.astype(np.int64) + base)
-        begin = np.concatenate(begin)
+        begin = [starts + base for starts, base in zip(self.starts, self.bases)]
+        begin = np.concatenate(begin).astype(np.int64)
         sizes = np.diff(begin, append=len(self))
         return begin, np.maximum(sizes - (self.end_id is None), 0)
 
@@ -476,26 +460,21 @@ class Split:
         millions of documents."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
-        rows = []
+        rows = []  # of pieces (start, size)
         for start, size in zip(begin, pairs):
             rows += [[(start + at, context)] for at in range(0, size - context + 1, context)]
-        fresh = []  # pieces of the row that begin a document
-        going_on = []  # and those that do not
-        room = context
+        line = []  # what remains, pair by pair: (document, place in it)
         for document in rng.permutation(np.flatnonzero(pairs % context)):
-            rest = pairs[document] % context
-            start = begin[document] + pairs[document] - rest
-            pieces = fresh if rest == pairs[document] else going_on
-            while rest >= room:  # it fills the row, and goes on in the next
-                pieces.append((start, room))
-                rows.append(fresh + going_on)
-                start += room
-                rest -= room
-                fresh, going_on, room = [], [], context
-                pieces = going_on
-            if rest:
-                pieces.append((start, rest))
-                room -= rest
+            full = pairs[document] // context * context
+            line += [(document, at) for at in range(full, pairs[document])]
+        for left in range(0, len(line) - context + 1, context):
+            row = line[left : left + context]
+            groups = itertools.groupby(row, key=lambda pair: pair[0])
+            pieces = [
+                (document, next(group)[1], 1 + len(list(group))) for document, group in groups
+            ]
+            pieces.sort(key=lambda piece: piece[1] > 0)  # those that begin a document go first
+            rows.append([(begin[document] + at, size) for document, at, size in pieces])
         starts, sizes = np.array(list(itertools.chain(*rows)), np.int64).reshape(-1, 2).T
         first = np.cumsum([0, *map(len, rows)])
         return Plan(starts, sizes, first, rng.permutation(len(rows)))
@@ -504,35 +483,29 @@ class Split:
         """`plan_simply`, in whole arrays: a million documents in less than two seconds."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
-        full = pairs // context  # rows that each document fills alone
-        document = np.repeat(np.arange(len(full)), full)  # of each such row
-        nth = np.arange(len(document)) - (np.cumsum(full) - full)[document]  # row of its document
-        full_starts = begin[document] + context * nth
-        # The remainders of documents, end to end on a line of pairs, where row r is r * context ...
-        rest = rng.permutation(np.flatnonzero(pairs % context))
-        rest_starts = begin[rest] + full[rest] * context
-        rest_sizes = pairs[rest] % context
-        ends = np.cumsum(rest_sizes)
-        begins = ends - rest_sizes
-        rows = int(ends[-1]) // context if len(ends) else 0
-        # A piece begins where a remainder begins and where a row begins.
+        rest = pairs % context
+        full = pairs - rest  # pairs in rows that each document fills alone
+        mixed = rng.permutation(np.flatnonzero(rest))
+        # Parts of documents, end to end on a line of pairs, where row r is r * context ...: the
+        # full rows of each, then what remains of some.
+        origin = np.append(begin, begin[mixed])
+        starts = np.append(begin, (begin + full)[mixed])
+        sizes = np.append(full, rest[mixed])
+        ends = np.cumsum(sizes)
+        begins = ends - sizes
+        rows = int(ends[-1]) // context
+        # A piece begins where a part begins and where a row begins.
         cuts = np.append(begins[begins < rows * context], np.arange(rows) * context)
         cuts.sort(kind="stable")  # merges the two sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]
-        of = np.searchsorted(ends, cuts, "right")  # the remainder that a piece is of
-        into = cuts - begins[of]  # and how far into it
+        part = np.searchsorted(ends, cuts, "right")  # that a piece is of
+        starts = starts[part] + cuts - begins[part]
+        sizes = np.diff(cuts, append=rows * context)
         row = cuts // context
-        fresh = (into == 0) & (full[rest][of] == 0)  # the piece begins a document
+        fresh = starts == origin[part]  # the piece begins a document
         by_row = np.argsort(row * 2 - fresh, kind="stable")  # within a row those go first
-        starts = (rest_starts[of] + into)[by_row]
-        sizes = np.diff(cuts, append=rows * context)[by_row]
-        first = len(document) + np.searchsorted(row, np.arange(rows + 1))
-        return Plan(
-            np.append(full_starts, starts),
-            np.append(np.full(len(document), context), sizes),
-            np.append(np.arange(len(document)), first),
-            rng.permutation(len(document) + rows),
-        )
+        first = np.searchsorted(row, np.arange(rows + 1))
+        return Plan(starts[by_row], sizes[by_row], first, rng.permutation(rows))
 
     def fill(self, rows, context):
         """[(starts, sizes) of the pieces of a row] -> Batch.
@@ -543,17 +516,16 @@ class Split:
         y = np.full(shape, -100, np.int64)
         docs = np.zeros(shape, np.int32)
         positions = np.zeros(shape, np.int64)
-        count = np.arange(context)
         for i, (starts, sizes) in enumerate(rows):
             at = 0
             for piece, (start, size) in enumerate(zip(starts, sizes)):
                 window = self.read(start, size)
-                end = at + size
-                x[i, at:end] = window[:-1]
-                y[i, at:end] = window[1:]
-                docs[i, at:end] = piece
-                positions[i, at:end] = count[:size]
-                at = end
+                place = i, slice(at, at + size)
+                x[place] = window[:-1]
+                y[place] = window[1:]
+                docs[place] = piece
+                positions[place] = np.arange(size)
+                at += size
             docs[i, at:] = len(starts)
         return Batch(*map(torch.from_numpy, (x, y, docs, positions)))
 
@@ -571,24 +543,21 @@ class Split:
             )
         total = int(self.pair_ends[-1])
         windows = 1 + -(-max(0, total - context) // stride)
+        lefts = range(0, windows * stride, stride)
         batches = -(-windows // (rows * world)) * world
         for b in range(rank, batches, world):
-            lefts = range(b * rows * stride, (b + 1) * rows * stride, stride)
-            row_of = [self.pieces_between(left, left + context, windows * stride) for left in lefts]
+            row_of = [self.pieces_from(left, context) for left in lefts[b * rows :][:rows]]
+            row_of += [((), ())] * (rows - len(row_of))
             batch = self.fill(row_of, context)
             looks_back = batch.y[1:] if b == 0 else batch.y  # all but the very first window
             looks_back[:, : context - stride] = -100
             yield batch
 
-    def pieces_between(self, left, right, limit):
-        """Where the pairs left ... right - 1 lie -> (starts, sizes), a piece for each document.
-
-        No pieces for a window from `limit` on, which only fills a batch."""
+    def pieces_from(self, left, context):
+        """Where the `context` pairs from `left` on lie -> (starts, sizes), a piece a document."""
         begin, pairs = self.documents
         ends = self.pair_ends
-        right = min(right, int(ends[-1]))
-        if left >= min(right, limit):
-            return (), ()
+        right = min(left + context, int(ends[-1]))
         first = np.searchsorted(ends, left, "right")
         last = np.searchsorted(ends, right, "left")
         these = np.arange(first, last + 1)
@@ -611,7 +580,7 @@ class Batches:
     ranks with the same rows in all. A thread works `prefetch` batches ahead. For a CUDA `device`
     batches are in pinned memory."""
 
-    def __init__(self, split, rows, context, seed, rank=0, world=1, prefetch=2, device="cpu"):
+    def __init__(self, split, rows, context, seed, rank=0, world=1, device="cpu", prefetch=2):
         self.split = split
         self.rows = rows
         self.context = context
@@ -701,7 +670,7 @@ def check_data_args(args):
     """UserError for flags that do not go together."""
     named = [name for name in args.data if name in NAMED]
     if named and len(args.data) > 1:
-        raise UserError(f"{named[0]} goes alone, without {len(args.data) - 1} more")
+        raise UserError(f"{named[0]} goes alone")
     if not named and not (args.tokenizer and args.out):
         raise UserError(
             "shards of your own text need --tokenizer T (python tokenizer.py train makes one) "
@@ -725,9 +694,8 @@ def main():
         shakespeare, _ = corpora.read_text("shakespeare", args.data_dir)
         return toybox.write_toybox(out, shakespeare)
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    separator = None
-    if args.split_on:
-        separator = re.compile(re.escape(args.split_on.replace(r"\n", "\n").encode()))
+    split_on = args.split_on.replace(r"\n", "\n").encode()
+    separator = re.compile(re.escape(split_on)) if split_on else None
     if name in corpora.WIKITEXT:  # without a tokenizer --out is where the text goes, not the shards
         text = corpora.wikitext(name, f"data/{name}" if tok else out, args.data_dir)
         files = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}
@@ -739,7 +707,7 @@ def main():
     if not tok:
         return
     if args.val:
-        files = {**files, "val": corpora.expand(args.val)}
+        files["val"] = corpora.expand(args.val)
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""Where and how to compute: device, precision, ranks, compiling. And what a run needs to come back:
+"""Where and how to compute: device, precision, ranks, compiling. And what lets a run come back:
+random number state, tensor files, checkpoints.
 
-random number state, tensor files, checkpoints. `resolve` makes every choice and prints its reason.
+`resolve` makes every choice and prints its reason; `save_checkpoint` is how a run survives a crash.
 """
 
 import contextlib
@@ -9,12 +10,12 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import UserError, sync_dir, write_atomic, write_json
@@ -59,36 +60,39 @@ def resolve(device="auto", dtype="auto", compile="auto") -> Runtime:
     chosen, why = choose_device(device)
     if "WORLD_SIZE" in os.environ:
         chosen = join_ranks(chosen)
-        why = f"{why}; rank {rank} of {world}"
-    print(f"device   {chosen}: {why}")
-    precision, why = choose_dtype(dtype, chosen.type)
-    print(f"dtype    {precision}: {why}")
-    compiled, why = choose_compile(compile, chosen.type)
-    print(f"compile  {'on' if compiled else 'off'}: {why}")
-    return Runtime(chosen, DTYPES[precision], compiled, rank, world)
+    print(f"device   {chosen}: {why}; rank {rank} of {world}")
+    precision = choose("dtype", dtype, DTYPES, best_dtype(chosen.type))
+    compiled = choose("compile", compile, ("on", "off"), best_compile(chosen.type))
+    return Runtime(chosen, DTYPES[precision], compiled == "on", rank, world)
+
+
+def choose(what, asked, choices, best):
+    """--dtype or --compile -> one of its choices; best: (the one that "auto" takes, why)."""
+    chosen, why = best if asked == "auto" else (asked, "asked for")
+    if chosen not in choices:
+        raise UserError(f"--{what} {asked}: use auto, {', '.join(choices)}")
+    print(f"{what:8} {chosen}: {why}")
+    return chosen
 
 
 def choose_device(device):
     """--device -> (torch.device, why)."""
-    has_cuda = torch.cuda.is_available()
-    has_mps = torch.backends.mps.is_available()
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if device == "auto":
-        if has_cuda:
-            return torch.device("cuda"), "a CUDA device is present"
-        if has_mps:
-            return torch.device("mps"), "an Apple GPU is present"
-        return torch.device("cpu"), "no GPU found"
-    try:
+        best = next(filter(present.get, present))
+        return torch.device(best), "the first there is of CUDA, an Apple GPU, the CPU"
+    with contextlib.suppress(RuntimeError):  # torch's for a word that is no device
         chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(
-            f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps"
-        ) from None
-    if not {"cuda": has_cuda, "mps": has_mps}.get(chosen.type, True):
-        raise UserError(
-            f"--device {device}: torch {torch.__version__} sees no such device; use --device cpu"
-        )
-    return chosen, "asked for"
+        if present.get(chosen.type):
+            return chosen, "asked for"
+    raise UserError(
+        f"--device {device}: torch {torch.__version__} has no such device here; "
+        "use auto, cpu, cuda, cuda:N or mps"
+    )
 
 
 def join_ranks(device):
@@ -104,19 +108,15 @@ def join_ranks(device):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_dtype(dtype, device):
-    """--dtype on a kind of device -> (a name in DTYPES, why)."""
-    if dtype in DTYPES:
-        return dtype, "asked for"
-    if dtype != "auto":
-        raise UserError(f"--dtype {dtype}: use auto, {', '.join(DTYPES)}")
+def best_dtype(device):
+    """For a kind of device -> (a name in DTYPES, why)."""
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "this GPU has it"
         return "float16", "no bf16 units: fp16 and a scaled loss"
     if device == "cpu" and cpu_has_bf16_units():
         return "bfloat16", "this CPU has bf16 matrix units"
-    return "float32", "no bf16 matrix units" if device == "cpu" else "the safe choice on MPS"
+    return "float32", "the safe choice where 16 bits may be slow"
 
 
 def cpu_has_bf16_units():
@@ -126,20 +126,11 @@ def cpu_has_bf16_units():
     return False
 
 
-def choose_compile(compile, device):
-    """--compile on a kind of device -> (whether, why). NOTES.md has the figures for a CPU."""
-    if compile in ("on", "off"):
-        return compile == "on", "asked for"
-    if compile != "auto":
-        raise UserError(f"--compile {compile}: use auto, on or off")
+def best_compile(device):
+    """For a kind of device -> ("on" or "off", why). NOTES.md has the figures for a CPU."""
     if device == "cuda":
-        return True, "fuses the small kernels"
-    if device == "cpu":
-        return (
-            False,
-            "on a CPU it costs half a minute and gains a tenth; --compile on for long runs",
-        )
-    return False, f"not reliable on {device}"
+        return "on", "fuses the small kernels"
+    return "off", "costs half a minute and gains a tenth on a CPU, and is not reliable on MPS"
 
 
 def compile_or_say_why(function, runtime, warm_up):
@@ -150,14 +141,12 @@ def compile_or_say_why(function, runtime, warm_up):
     if not runtime.compile:
         return function
     before = rng_state()
-    start = time.time()
     try:
         compiled = torch.compile(function, dynamic=False)
         warm_up(compiled)
-        print(f"compile  done in {time.time() - start:.0f} s")
         return compiled
-    except Exception as error:  # whatever a compiler can trip over: the message names it
-        print(f"compile  failed, continuing without: {str(error).strip().splitlines()[0][:200]}")
+    except Exception as error:  # whatever a compiler can trip over
+        print(f"compile  failed, continuing without: {error}")
         return function
     finally:
         set_rng_state(before)
@@ -185,10 +174,8 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets
 def peak_flops(device):
     """Floating-point operations a second that the device can do at best; None if not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for key, tera in PEAK_TFLOPS.items():
-        if re.search(rf"\b{key}\b", name):
-            return tera * 1e12
-    return None
+    known = (tera * 1e12 for key, tera in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
+    return next(known, None)
 
 
 def free_memory(device):
@@ -227,33 +214,25 @@ def lost_rank_explained(advice):
 def write_tensors(path, tensors):
     """{name: tensor} -> a safetensors file, all or nothing. A full disk is an OSError."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-    def write(temporary):
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except Exception as error:  # safetensors reports I/O faults as its own SafetensorError
-            raise OSError(f"{path}: cannot write ({error})") from None
-
-    write_atomic(path, write)
+    try:
+        write_atomic(path, functools.partial(save_file, tensors, metadata={"format": "pt"}))
+    except SafetensorError as error:  # it reports I/O faults as this
+        raise OSError(f"{path}: cannot write ({error})") from None
 
 
 def read_tensors(path):
     """-> {name: tensor} on the CPU; UserError if it is no safetensors file."""
     try:
         return load_file(path)
-    except OSError:
-        raise
-    except Exception as error:
+    except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 # ------------------------------------------------------------------------- random number generators
 def rng_state():
     """torch's generators, on the CPU and every GPU: nothing in a training draws from any other."""
-    state = {"torch": torch.get_rng_state()}
-    for i in range(torch.cuda.device_count()):
-        state[f"cuda{i}"] = torch.cuda.get_rng_state(i)
-    return state
+    gpus = enumerate(torch.cuda.get_rng_state_all())
+    return {"torch": torch.get_rng_state()} | {f"cuda{i}": state for i, state in gpus}
 
 
 def set_rng_state(state):
@@ -268,22 +247,17 @@ def all_rng_states():
     """The generators of every rank -> {rank.name: tensor}; all ranks must call it."""
     states = [rng_state()]
     if dist.is_initialized():
-        states = [None] * dist.get_world_size()
+        states *= dist.get_world_size()
         dist.all_gather_object(states, rng_state())
-    named = {}
-    for rank, state in enumerate(states):
-        named |= {f"{rank}.{name}": tensor for name, tensor in state.items()}
-    return named
+    ranks = enumerate(states)
+    return {f"{rank}.{name}": tensor for rank, state in ranks for name, tensor in state.items()}
 
 
 def set_all_rng_states(states, rank, seed):
     """The inverse. A rank unknown to the states, when there are more now, starts from the seed."""
-    prefix = f"{rank}."
-    own = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
-    if own:
-        set_rng_state(own)
-    else:
-        torch.manual_seed(seed + rank)
+    torch.manual_seed(seed + rank)
+    if f"{rank}.torch" in states:
+        set_rng_state({name.removeprefix(f"{rank}."): state for name, state in states.items()})
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -299,11 +273,12 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
     replaced one rename at a time afterwards. So a crash or a full disk at any moment leaves OUT
     loadable and the previous state untouched."""
     out = Path(out)
-    final = out / "state" / f"step-{step:08d}"
-    temporary = out / "state" / f"writing-{step:08d}"
+    states = out / "state"
+    final = states / f"step-{step:08d}"
+    temporary = states / f"writing-{step:08d}"
     if final.is_dir():  # saved by a periodic save just now, or by a run that then crashed
         return publish(final, out)
-    for stale in (out / "state").glob("writing-*"):  # of a crash
+    for stale in states.glob("writing-*"):  # of a crash
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
     try:
@@ -312,13 +287,13 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
         write_tensors(temporary / "rng.safetensors", rng_tensors)
         write_json(temporary / "state.json", {"step": step, **info})
         sync_dir(temporary)
-        os.rename(temporary, final)
-        sync_dir(final.parent)
+        temporary.rename(final)
+        sync_dir(states)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     publish(final, out)
-    for old in sorted((out / "state").glob("step-*"))[:-keep]:
+    for old in sorted(states.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 
 

@@ -6,6 +6,9 @@ python train.py --resume --out runs/shakespeare-char  # go on exactly where it s
 torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
 python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
 python train.py eval MODEL --data wikitext-2          # loss, perplexity, bits per byte
+
+The loop is `train`, on one screen. What it calls is in training/loop.py: `steps` evaluates and
+saves (`save_run`), `backward` divides the gradient, `update` moves the weights.
 """
 
 import json
@@ -34,8 +37,8 @@ from training.loop import (
     log_step,
     next_token_loss,
     passes,
+    print_sample,
     read_args,
-    sample_text,
     start_run,
     steps,
     update,
@@ -46,7 +49,7 @@ from training.loop import (
 class Args(LoopArgs):
     preset: str = "shakespeare-char"  # a row of PRESETS; every other flag overrides it
     data: str = "shakespeare"  # a named corpus, a UTF-8 text file or a folder of shards (data.py)
-    tokenizer: str = "char"  # char, or a folder or tokenizer.json
+    tokenizer: str = "char"  # a folder or tokenizer.json; char is of characters, or the shards' own
     init_from: str = ""  # start a new run from this model folder's shape and weights (only)
     # shape
     arch: str = "qwen3"  # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, gpt2 (LayerNorm, GELU)
@@ -85,7 +88,6 @@ PRESETS = {
         batch=64,
         steps=1000,
         dropout=0.2,
-        muon_lr=0.02,
         weight_decay=0.05,
     ),
     # 1.05M: the first stage of `make demo`
@@ -109,7 +111,6 @@ PRESETS = {
     "125m": dict(
         out="runs/125m",
         data="data/wikitext-103",
-        tokenizer="",
         layers=12,
         dim=768,
         heads=6,
@@ -118,7 +119,6 @@ PRESETS = {
         tie=True,
         batch=512,
         steps=2000,
-        muon_lr=0.02,
         lr=0.003,
         momentum=0.95,
         weight_decay=0.01,
@@ -126,7 +126,6 @@ PRESETS = {
         eval_every=250,
         save_every=250,
         keep=2,
-        sample_every=500,
         sample=150,
     ),
 }
@@ -136,13 +135,13 @@ PRESETS = {
 def open_corpus(args, source):
     """-> (tokenizer, training Split, validation Split): of shards, or of a text as one document.
 
-    source: the folder whose tokenizer it is, "char", or "" for that of the shards."""
+    source: the folder whose tokenizer it is, or "char"."""
     if (Path(args.data) / "meta.json").is_file():
-        tok = Tokenizer.load(args.data if source in ("", "char") else source)
+        tok = Tokenizer.load(args.data if source == "char" else source)
         splits = open_shards(args.data, tok.sha256)
         return tok, splits["train"], splits["val"]
     text, _ = read_text(args.data)
-    tok = Tokenizer.char(text) if source in ("", "char") else Tokenizer.load(source)
+    tok = Tokenizer.char(text) if source == "char" else Tokenizer.load(source)
     if tok.bos_id is not None:
         print(
             f"data     {args.data} is one document to the model; "
@@ -174,29 +173,23 @@ def model_config(args, tok):
     if args.dim % args.heads or (args.dim // args.heads) % 2:
         raise UserError(f"--dim {args.dim} / --heads {args.heads} must be an even whole number")
     gpt2 = args.arch == "gpt2"
+    shape = {field: getattr(args, flag) for flag, field in SHAPE.items()}
+    shape["num_key_value_heads"] = args.kv_heads or args.heads
+    shape["intermediate_size"] = args.mlp or int(args.dim * (4 if gpt2 else 2.5))
     config = Config(
-        model_type=args.arch,
+        **shape,
         vocab_size=tok.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.mlp or int(args.dim * (4 if gpt2 else 2.5)),
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads or args.heads,
         head_dim=args.dim // args.heads,
         max_position_embeddings=args.context,
         qkv_bias=gpt2,
         out_bias=gpt2,
         mlp_bias=gpt2,
         norm_eps=1e-5 if gpt2 else 1e-6,
-        tie_word_embeddings=args.tie,
         bos_token_id=tok.bos_id,
         eos_token_id=tok.eos_id,
         dropout=args.dropout,
     )
-    flags = " ".join(f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in SHAPE)
-    Config.from_dict(
-        config.to_dict(), where=flags
-    )  # checks the bounds that any folder's config has
+    Config.from_dict(config.to_dict(), "the flags of shape")  # checks it as any folder's config
     return config
 
 
@@ -221,7 +214,7 @@ def check_shape(args, config):
         here = getattr(args, flag)
         there = getattr(config, field)
         if here not in (there, getattr(Args, flag)):
-            differs.append(f"{flag.replace('_', '-')} {there} there, {here} here")
+            differs.append(f"{flag} {there} there, {here} here")
     if args.context > config.max_position_embeddings:
         differs.append(f"context {config.max_position_embeddings:,} there, {args.context:,} here")
     if differs:
@@ -243,18 +236,18 @@ def prepare_training(args, checkpoint):
 
 def train(run):
     """The loop of pre-training: next batch, loss, backward, optimizer, log."""
-    for step, batch in steps(run):  # which also evaluates, saves and stops
+    for step, batch in steps(run):  # between two steps it evaluates, saves, or stops
         run.optimizer.zero_grad()
         count = run.runtime.sum((batch.y != -100).sum().item())  # targets, over all ranks
         total = 0.0
         for part in passes(run, batch):  # as many rows at a time as fit into memory
             with run.runtime.autocast():
                 loss = next_token_loss(run.step_model, part, run.args)  # summed, in nats
-            backward(run, loss, count)  # adds the gradients of loss / count
+            backward(run, loss, count)  # divides: adds the gradients of loss / count
             total += loss.detach()
-        log_step(run, step, total, count, **update(run, step))
-    if run.can_sample and run.args.sample:
-        print(sample_text(run) + "\n")
+        values = update(run, step)  # the optimizer's step
+        log_step(run, step, total, count, **values)
+    print_sample(run)
 
 
 # ------------------------------------------------------------------------ looking at a run, a model
@@ -265,7 +258,7 @@ class WatchArgs:
 
 
 def watch(argv):
-    """Draw a run's losses in the terminal, every two seconds until it ends or its process does."""
+    """Draw a run's losses in the terminal, every two seconds until its last step or Ctrl-C."""
     args = WatchArgs(**common.parse_flags(WatchArgs, watch.__doc__, argv, ("run",)))
     path = Path(args.run) / "metrics.jsonl"
     if not path.is_file():
@@ -276,7 +269,7 @@ def watch(argv):
         if not args.once:
             print("\x1b[2J\x1b[H", end="")  # clear the screen
         step = draw_run(rows, total)
-        if args.once or step >= total or not common.is_locked(args.run):
+        if args.once or step >= total:
             return
         time.sleep(2)
 
@@ -284,11 +277,13 @@ def watch(argv):
 def draw_run(rows, total):
     """Print the curve, the speed and the time left; rows of metrics.jsonl -> the last step."""
     print(common.draw_curve(rows))
-    last = rows[-1] if rows else dict(step=0, seconds=0)
+    last = {"step": 0, "seconds": 0, "tokens_per_s": 0}
+    for row in rows:  # not every row has a rate
+        last |= row
     step = last["step"]
-    rates = common.curve(rows, "tokens_per_s") or [(0, 0)]
     minutes = (total - step) * last["seconds"] / max(step, 1) / 60
-    print(f"step {step:,} of {total:,}   {rates[-1][1]:,} tokens/s   {minutes:.1f} minutes left")
+    rate = last["tokens_per_s"]
+    print(f"step {step:,} of {total:,}   {rate:,} tokens/s   {minutes:.1f} minutes left")
     return step
 
 

@@ -3,25 +3,7 @@
 import pytest
 from test_train import run, text  # noqa: F401 - a fixture
 
-from common import Metrics
-
 pytestmark = pytest.mark.peers
-
-
-def test_tensorboard_reads_the_losses_of_metrics_jsonl(text, tmp_path):  # noqa: F811
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert (
-        run(text, tmp_path / "run", "--steps", 12, "--log-every", 1, "--track", "tensorboard")[0]
-        == 0
-    )
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    ours = [
-        (r["step"], r["loss"])
-        for r in Metrics.read(tmp_path / "run" / "metrics.jsonl")
-        if "loss" in r
-    ]
-    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars("loss")] == ours
 
 
 def test_what_was_trained_opens_in_transformers_with_its_tokenizer(text, tmp_path):  # noqa: F811

@@ -275,7 +275,6 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
         (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
         (["--lr", "nan"], "--lr nan must not be negative"),
         (["--grad-clip", -1], "--grad-clip -1.0"),
-        (["--track", "paper"], "use tensorboard or wandb"),
         (["--data", "/no/such/file"], "no such file"),
     ],
 )
@@ -542,7 +541,7 @@ def test_overwriting_removes_a_run_and_nothing_else(text, tmp_path):
     out = tmp_path / "run"
     done(text, out, "--steps", 3)
     (out / "thesis.txt").write_text("mine")
-    assert "--track" in refused(text, out, "--steps", 4, "--overwrite", "--track", "paper")
+    assert "--schedule" in refused(text, out, "--steps", 4, "--overwrite", "--schedule", "sine")
     assert saved_step(out) == 3  # a refused run takes nothing away
     done(text, out, "--steps", 4, "--overwrite")
     assert saved_step(out) == 4

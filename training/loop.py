@@ -7,6 +7,7 @@ evaluation logs, and what a checkpoint writes (see Run)."""
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import signal
@@ -78,22 +79,20 @@ class LoopArgs:
     eval_every: int = 200  # steps between evaluations on the whole validation split
     save_every: int = 500  # steps between checkpoints; one is also written at the end and on Ctrl-C
     keep: int = 1  # how many checkpoints to keep under state/
-    sample_every: int = 0  # steps between samples in OUT/samples.txt; 0 is only at the end
-    sample: int = 400  # tokens a sample has
-    track: str = ""  # also send metrics to tensorboard or wandb
+    sample: int = 400  # tokens of the sample at the end
 
 
 # Flags that may differ between a run and its resumption without making it another run.
 HOUSEKEEPING = set(
-    "resume overwrite out log_every eval_every save_every keep sample_every sample track "
+    "resume overwrite out log_every eval_every save_every keep sample "
     "fit shard micro_batch recompute device compile".split()
 )
-AT_LEAST_ONE = set("context batch log_every eval_every save_every keep heads".split())
+AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
+BELOW_ONE = "momentum dropout".split()
 FLAG_CHOICES = {
-    "optimizer": ("muon", "adamw", "adamw8bit"),
-    "schedule": ("wsd", "cosine"),
-    "track": ("", "tensorboard", "wandb"),
-    "arch": ("qwen3", "llama", "gpt2"),
+    "optimizer": "muon adamw adamw8bit".split(),
+    "schedule": "wsd cosine".split(),
+    "arch": "qwen3 llama gpt2".split(),
 }
 
 
@@ -104,14 +103,11 @@ def read_args(cls, doc, presets=None, positional=(), argv=None):
     checkpoint = latest_checkpoint(args.out)
     if args.resume:
         if checkpoint is None:
-            raise UserError(
-                f"--resume: no checkpoint in {args.out}/state; drop --resume to start a run there"
-            )
+            raise UserError(f"--resume: no checkpoint in {args.out}/state")
         args = resumed_args(cls, typed, args.out, common.read_json(checkpoint / "state.json"))
     elif checkpoint and not args.overwrite:
         raise UserError(
-            f"{args.out} already holds a run ({checkpoint.name}): continue it with --resume, "
-            "throw it away with --overwrite, or choose another --out"
+            f"{args.out} already holds a run ({checkpoint.name}): --resume, --overwrite"
         )
     check_args(args)
     return args, checkpoint if args.resume else None
@@ -121,9 +117,9 @@ def resumed_args(cls, typed, out, state):
     """The flags of a resumed run: those it had, and what was typed now.
 
     A stage's own flags (its data, its model) and what the order of rows hangs on may not change."""
-    flags = {f.name for f in dataclasses.fields(cls)}
-    own = flags - {f.name for f in dataclasses.fields(LoopArgs)}
-    fixed = (own | {"context", "batch", "seed", "optimizer"}) - HOUSEKEEPING - {"dropout"}
+    flags = cls.__dataclass_fields__.keys()
+    own = flags - LoopArgs.__dataclass_fields__
+    fixed = own - {"dropout"} | {"context", "batch", "seed", "optimizer"}
     before = {k: v for k, v in state["args"].items() if k in flags}  # an old run may have had more
     for name, new in typed.items():
         old = before.get(name, new)
@@ -131,14 +127,14 @@ def resumed_args(cls, typed, out, state):
             continue
         if name in fixed:
             raise UserError(
-                f"--resume: --{name.replace('_', '-')} was {old!r} in {out}, now {new!r}; "
+                f"--resume: {common.flag(name)} was {old!r} in {out}, now {new!r}; "
                 "a resumed run keeps it (from these weights a new run can start)"
             )
         print(f"resume   {name} changed from {old} to {new}: no longer the same run bit for bit")
     args = cls(**before | typed)
     if args.steps < state["step"]:
         raise UserError(
-            f"--resume: {out} is at step {state['step']:,} already, --steps {args.steps:,} is less"
+            f"--resume: {out} is at step {state['step']} already, --steps {args.steps} is less"
         )
     return args
 
@@ -146,17 +142,15 @@ def resumed_args(cls, typed, out, state):
 def check_args(args):
     """UserError names the flag whose value cannot be."""
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, (int, float)):
-            least = 1 if name in AT_LEAST_ONE else 0
-            if not value >= least:  # true of NaN as well
-                raise UserError(f"{flag} must {'be at least 1' if least else 'not be negative'}")
+        typed = f"{common.flag(name)} {value}"
+        if isinstance(value, (int, float)) and not value >= 0:  # true of NaN as well
+            raise UserError(f"{typed} must not be negative")
+        if name in AT_LEAST_ONE and value < 1:
+            raise UserError(f"{typed} must be at least 1")
+        if name in BELOW_ONE and value >= 1:
+            raise UserError(f"{typed} must be below 1")
         if name in FLAG_CHOICES and value not in FLAG_CHOICES[name]:
-            raise UserError(f"{flag}: use {' or '.join(filter(None, FLAG_CHOICES[name]))}")
-        if name in ("momentum", "dropout") and value >= 1:
-            raise UserError(f"{flag} must be below 1")
-        if name == "cooldown" and not 0 < value <= 1:
-            raise UserError(f"{flag} must be above 0 and at most 1")
+            raise UserError(f"{typed}: use {' or '.join(FLAG_CHOICES[name])}")
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -227,11 +221,6 @@ class Run:
     timed_from: int = 0  # and this step
     bar: tqdm | None = None
 
-    @property
-    def can_sample(self):
-        """On one rank, and only where that rank holds the whole model."""
-        return self.metrics is not None and not self.args.shard
-
 
 # ----------------------------------------------------------------------------------------- starting
 def describe(args, model, tok, tokens, val):
@@ -252,13 +241,14 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     """A model and its data -> Run, as the checkpoint left it; None after `--fit`.
 
     own: loss, validate, write, where the stage brings its own."""
+    out = Path(args.out)
+    rank = runtime.rank
+    world = runtime.world
     state = common.read_json(checkpoint / "state.json") if checkpoint else {}
-    if state:
-        check_same_inputs(state, tok, data, args.out)
     rows = choose_micro_batch(model, args, runtime, state.get("rows", 0))
     if args.fit:
         return None
-    lock = common.lock_folder(args.out) if runtime.rank == 0 else None
+    lock = common.lock_folder(out) if rank == 0 else None
     step_model = wrap(model, args, runtime).train()
     run = Run(
         args,
@@ -266,8 +256,8 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         tok,
         model,
         step_model,
-        make_optimizer(args, model),
-        make_batches(args, data, runtime),
+        make_optimizer(model, args),
+        Batches(data, args.batch // world, args.context, args.seed, rank, world, runtime.device),
         val,
         rows,
         Guard(args.spike),
@@ -280,49 +270,21 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_pass(run, it))
     if state:
         restore_run(run, checkpoint, state)
-    elif runtime.rank:
-        torch.manual_seed(args.seed + runtime.rank)  # dropout differs between ranks
-    if runtime.rank == 0:
+    elif rank:
+        torch.manual_seed(args.seed + rank)  # dropout differs between ranks
+    if rank == 0:
         if args.overwrite and not checkpoint:
-            remove_old_run(Path(args.out))
-        common.write_json(Path(args.out) / "args.json", dataclasses.asdict(args))
-        run.metrics = common.Metrics(args.out, state.get("step"), args.track, vars(args))
+            remove_old_run(out)
+        common.write_json(out / "args.json", dataclasses.asdict(args))
+        run.metrics = common.Metrics(out, state.get("step", -1))
     return run
 
 
-def check_same_inputs(state, tok, data, out):
-    """UserError if the tokenizer or the data of a resumed run are not what they were."""
-    for what, now in (("tokenizer", tok.sha256), ("data", data.sha256)):
-        before = state[f"{what}_sha256"]
-        if before != now:
-            raise UserError(
-                f"--resume: the {what}'s sha256 was {before[:12]}, now {now[:12]}; restore the "
-                f"{what}, or start a new run from the weights in {out}"
-            )
-
-
-def make_optimizer(args, model):
-    return MuonAdamW(
-        model,
-        args.muon_lr,
-        args.lr,
-        args.weight_decay,
-        args.momentum,
-        muon=args.optimizer == "muon",
-        eight_bit=args.optimizer == "adamw8bit",
-    )
-
-
-def make_batches(args, data, runtime):
-    return Batches(
-        data,
-        args.batch // runtime.world,
-        args.context,
-        args.seed,
-        runtime.rank,
-        runtime.world,
-        device=runtime.device,
-    )
+def make_optimizer(model, args):
+    muon = args.optimizer == "muon"
+    eight_bit = args.optimizer == "adamw8bit"
+    rates = args.muon_lr, args.lr, args.weight_decay, args.momentum
+    return MuonAdamW(model, *rates, muon=muon, eight_bit=eight_bit)
 
 
 def trial_pass(run, model):
@@ -359,7 +321,14 @@ def halve_until_a_pass_fits(run):
 
 
 def restore_run(run, checkpoint, state):
-    """Put the run where the checkpoint left it."""
+    """Put the run where the checkpoint left it; UserError if it has another tokenizer or data."""
+    for what, now in (("tokenizer", run.tok.sha256), ("data", run.batches.split.sha256)):
+        before = state[f"{what}_sha256"]
+        if before != now:
+            raise UserError(
+                f"--resume: the {what}'s sha256 was {before[:12]}, now {now[:12]}; restore the "
+                f"{what}, or start a new run from the weights in {run.args.out}"
+            )
     run.start = state["step"]
     moments = read_tensors(checkpoint / "optimizer.safetensors")
     # an adapter's A was called adapters.default.A once
@@ -383,8 +352,7 @@ RUN_FILES = (
 
 def remove_old_run(out):
     """Remove what a run wrote, and nothing else that may lie in its folder."""
-    if (out / "state").exists():
-        shutil.rmtree(out / "state")
+    shutil.rmtree(out / "state", ignore_errors=True)
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
 
@@ -396,7 +364,7 @@ def steps(run):
     Between steps it evaluates, saves and samples; Ctrl-C or SIGTERM on any rank saves and ends."""
     args = run.args
     runtime = run.runtime
-    hidden = True if runtime.rank else None  # None is a bar in a terminal, and none elsewhere
+    hidden = runtime.rank > 0 or None  # None is a bar in a terminal, and none elsewhere
     run.timed_since, run.timed_from = time.time(), run.start
     bar = tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden)
     with common.Interrupt() as interrupt, bar as run.bar:
@@ -412,22 +380,15 @@ def steps(run):
                 save_run(run, step)
             if stopped or last:
                 break
-            if args.sample_every and fresh and step % args.sample_every == 0:
-                append_sample(run, step)
             run.timed_since += time.time() - began  # none of this was training
             yield step, run.batches.next()
             run.bar.update()
     run.batches.close()
     if stopped or interrupt.signal:
-        end_by_signal(args, step, interrupt.signal)
-
-
-def end_by_signal(args, step, caught):
-    """Say how to go on, and exit as a program does that a signal has ended."""
-    name = caught.name if caught else "another rank was stopped"
-    command = f"python {Path(sys.argv[0]).name} --resume --out {args.out}"
-    print(f"{name}: saved step {step:,} in {args.out}; go on with: {command}")
-    sys.exit(128 + (caught or signal.SIGTERM))
+        caught = interrupt.signal or signal.SIGTERM  # or another rank was stopped
+        command = f"python {Path(sys.argv[0]).name} --resume --out {args.out}"
+        print(f"{caught.name}: saved step {step:,} in {args.out}; go on with: {command}")
+        sys.exit(128 + caught)  # as a program does that a signal has ended
 
 
 def passes(run, batch):
@@ -457,40 +418,32 @@ def backward(run, loss, count):
 
 
 def update(run, step):
-    """The optimizer's part of a step: unscale, clip, skip what is not sane, move -> what to log."""
+    """The optimizer's part of a step: unscale, clip, move -> what to log.
+
+    A step whose gradient is not sane is skipped; UserError after too many in a row."""
     args = run.args
+    guard = run.guard
     params = [p for p in run.model.parameters() if p.grad is not None]
     scale = run.scaler.scale
     norm = grad_norm(params).item() / scale
     factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
     run.scaler.update(math.isfinite(norm))
-    if run.guard.accepts(norm):
+    if guard.accepts(norm):
         clip = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
         if clip != scale:
             torch._foreach_mul_([local(p.grad) for p in params], clip / scale)
         run.optimizer.set_lr(factor)
         run.optimizer.step()
     else:
-        say_skipped(run, step, norm)
-    return dict(lr=factor, grad_norm=norm)
-
-
-def say_skipped(run, step, norm):
-    """Report a skipped step on stderr; UserError after too many in a row."""
-    args = run.args
-    guard = run.guard
-    print(
-        f"step {step:6,}  skipped: gradient norm {norm:.3g}, mean {guard.mean:.3g} "
-        f"({guard.skipped} skipped so far)",
-        file=sys.stderr,
-    )
+        skipped = f"gradient norm {norm:.3g}, mean {guard.mean:.3g}; {guard.skipped} skipped so far"
+        print(f"step {step:6,}  skipped: {skipped}", file=sys.stderr)
     if guard.in_a_row >= guard.limit:
-        saved = latest_checkpoint(args.out)
-        go_on = f"--resume --out {args.out}" if saved else "start again with"
+        go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
         raise UserError(
             f"stopped at step {step:,}: {guard.limit} steps in a row had unusable gradients; lower "
             f"the rates: {go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
         )
+    return dict(lr=factor, grad_norm=norm)
 
 
 def log_step(run, step, total, count, tokens=0, **values):
@@ -506,15 +459,13 @@ def log_step(run, step, total, count, tokens=0, **values):
     processed = args.batch * (tokens or args.context) * (step + 1 - run.timed_from)
     rate = processed / max(now - run.timed_since, 1e-9)
     row = dict(loss=loss, tokens_per_s=round(rate), skipped=run.guard.skipped, **values)
-    shown = dict(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
     peak = peak_flops(run.runtime.device)
     if peak:
         flops = rate * run.model.flops_per_token(args.context)
         row["mfu"] = flops / (peak * run.runtime.world)
-        shown["mfu"] = f"{row['mfu']:.1%}"
     if run.metrics:
         run.metrics.log(step, **row)
-    run.bar.set_postfix(shown)
+    run.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
     run.timed_since, run.timed_from = now, step + 1
 
 
@@ -522,28 +473,23 @@ def log_step(run, step, total, count, tokens=0, **values):
 def log_validation(run, step):
     """Evaluate, print what came out, and add it to metrics.jsonl."""
     values = run.validate(run)
-    losses = {k.removeprefix("val_"): v for k, v in values.items() if isinstance(v, float)}
-    told = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    losses = [(name.removeprefix("val_"), v) for name, v in values.items() if isinstance(v, float)]
+    told = ", ".join(f"{name} {value:.4f}" for name, value in losses)
     run.bar.write(f"step {step:6,}  validation {told}", file=sys.stdout)
     if run.metrics:
         run.metrics.log(step, **values)
 
 
-def sample_text(run):
-    """A sample from the model as it is -> str. It draws from a generator of its own."""
+def print_sample(run):
+    """A text from the model as it is; on one rank, and only where that holds the whole model."""
+    if run.runtime.rank or run.args.shard or not run.args.sample:
+        return
     first = run.tok.bos_id
     if first is None:  # a tokenizer without one: as the validation text begins
         first = next(run.val.validation(1, run.args.context)).x[0, 0].item()
     run.model.eval()
-    ids = list(run.model.generate([first], run.args.sample, temperature=0.8, seed=run.args.seed))
-    run.model.train()
-    return run.tok.decode(ids)
-
-
-def append_sample(run, step):
-    if run.can_sample:
-        with open(Path(run.args.out) / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"----- step {step}\n{sample_text(run)}\n")
+    ids = run.model.generate([first], run.args.sample, seed=run.args.seed)
+    print(run.tok.decode(list(ids)) + "\n")
 
 
 def save_run(run, step):
@@ -562,11 +508,8 @@ def save_run(run, step):
         "rows": run.rows,
         "loss_scale": [run.scaler.scale, run.scaler.good],
     }
-
-    def write(folder):
-        run.write(run, folder, weights)
-
-    save_checkpoint(run.args.out, step, write, moments, rng, info, keep=run.args.keep)
+    write = functools.partial(run.write, run, weights=weights)
+    save_checkpoint(run.args.out, step, write, moments, rng, info, run.args.keep)
 
 
 # ---------------------------------------------------------------------------------------- launching
@@ -580,8 +523,7 @@ def launch(args, checkpoint, prepare, loop):
         if run.metrics:
             size = run.model.num_params() / 1e6
             common.plot_losses(args.out, f"{Path(args.out).name}: {size:.2f}M parameters")
-            names = f"{args.out}/ (model folder), its loss.png and metrics.jsonl"
-            print(f"wrote    {names}")
+            print(f"wrote    {args.out}/ (model folder), its loss.png and metrics.jsonl")
         if torch.distributed.is_initialized():
             del run.step_model  # DDP must go before the process group it belongs to
             torch.distributed.barrier()  # no rank's group may go before the others are done

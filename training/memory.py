@@ -18,18 +18,15 @@ def estimate_memory(model, args, runtime, rows):
     output (8). q, k, v before and after rotation (H*D each). Of width M: gate, up, silu and the
     product (4). Each takes 4 bytes, or about 3 where products save 16 bits."""
     config = model.config
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = 0
-    matrices = 0
+    state = 0
     for name, p in model.named_parameters():
         if p.requires_grad:
             trained += p.numel()
-            if p.ndim == 2 and name.startswith("layers."):
-                matrices += p.numel()
-    if args.optimizer == "adamw8bit":
-        state = 2 * trained
-    else:  # two float32 moments, of which Muon keeps one
-        state = 8 * trained - (4 * matrices if args.optimizer == "muon" else 0)
+            muon = args.optimizer == "muon" and p.ndim == 2 and name.startswith("layers.")
+            moments = 1 if muon else 2
+            state += moments * p.numel() * (1 if args.optimizer == "adamw8bit" else 4)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     width = 8 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
     per_token = config.num_hidden_layers * width * (4 if runtime.dtype == torch.float32 else 3)
@@ -55,17 +52,16 @@ def choose_micro_batch(model, args, runtime, before=0):
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
     share = args.batch // runtime.world
     free = free_memory(runtime.device)
-    if args.micro_batch and share % args.micro_batch:
-        raise UserError(
-            f"--micro-batch {args.micro_batch} does not divide the {share} rows of a rank "
-            f"(--batch {args.batch} over {runtime.world})"
-        )
-    fixed = args.micro_batch or (before if before and share % before == 0 else 0)
-    choices = [fixed] if fixed else [rows for rows in range(share, 0, -1) if share % rows == 0]
-    for rows in choices:
+    divisors = [rows for rows in range(share, 0, -1) if share % rows == 0]
+    fixed = args.micro_batch or before
+    if fixed in divisors:
+        divisors = [fixed]
+    elif args.micro_batch:
+        raise UserError(f"--micro-batch {fixed} does not divide the {share} rows of a rank")
+    for rows in divisors:
         estimate = estimate_memory(model, args, runtime, rows)
         total = sum(estimate.values())
-        if fixed or free is None or total < 0.85 * free:
+        if rows == fixed or free is None or total < 0.85 * free:
             rows = runtime.smallest(rows)  # ranks may see different amounts of free memory
             print_estimate(estimate, rows, args, runtime)
             return rows

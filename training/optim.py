@@ -6,7 +6,7 @@ optimizer.set_lr(schedule(step, total)); optimizer.step()
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 
@@ -76,9 +76,7 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
 
 # -------------------------------------------------------------------------------- moments in 8 bits
 MOMENT_BLOCK = 256  # values that share a scale
-LEAST_8_BIT = (
-    4096  # smaller parameters keep float32 moments, as in bitsandbytes: they weigh nothing
-)
+LEAST_8_BIT = 4096  # smaller parameters keep float32 moments, as in bitsandbytes
 
 
 @lru_cache
@@ -118,16 +116,20 @@ def packed_zeros(p):
             "moments in 8 bits are for unsharded parameters: drop --shard, or use --optimizer adamw"
         )
     blocks = -(-p.numel() // MOMENT_BLOCK)
-    shape = blocks, MOMENT_BLOCK
+    codes = torch.ones(blocks, MOMENT_BLOCK, dtype=torch.uint8, device=p.device)
+    tops = torch.zeros(blocks, 1, device=p.device)
     return {
-        "mean": torch.full(shape, 127, dtype=torch.uint8, device=p.device),  # code 127 is 0.0
-        "mean_top": torch.zeros(blocks, 1, device=p.device),
-        "square": torch.ones(shape, dtype=torch.uint8, device=p.device),
-        "square_top": torch.zeros(blocks, 1, device=p.device),
+        "mean": 127 * codes,  # the code of 0.0
+        "mean_top": tops,
+        "square": codes,
+        "square_top": tops.clone(),
     }
 
 
 # ------------------------------------------------------------------------------------ the optimizer
+BETAS = (0.9, 0.95)  # AdamW's, as is usual for language models
+
+
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for all other parameters.
 
@@ -141,13 +143,11 @@ class MuonAdamW:
         adam_lr=0.004,
         weight_decay=0.0,
         momentum=0.95,
-        betas=(0.9, 0.95),
         eps=1e-10,
         muon=True,
         eight_bit=False,
     ):
         self.momentum = momentum
-        self.betas = betas
         self.eps = eps
         self.factor = 0.0  # of the learning rates, as the schedule says
         self.steps = 0
@@ -156,23 +156,20 @@ class MuonAdamW:
         groups = {}
         for p, name in self.names.items():
             matrix = p.ndim == 2
+            zeros = torch.zeros_like(local(p))
             if muon and matrix and name.startswith("layers."):
-                kind = ("muon", tuple(p.shape))  # one batched product for those of one shape
-                self.state[p] = {"momentum": torch.zeros_like(local(p))}
+                kind = "muon", p.shape  # one batched product for those of one shape
+                self.state[p] = {"momentum": zeros}
             elif eight_bit and p.numel() >= LEAST_8_BIT:
-                kind = ("adamw8", matrix)
+                kind = "adamw8", matrix
                 self.state[p] = packed_zeros(p)
             else:
-                kind = ("adamw", matrix)
-                zeros = torch.zeros_like(local(p))
+                kind = "adamw", matrix
                 self.state[p] = {"mean": zeros, "square": zeros.clone()}
             # Matrices are pulled towards zero; norms and biases have no reason to be small.
-            new = dict(
-                rule=kind[0],
-                lr=muon_lr if kind[0] == "muon" else adam_lr,
-                weight_decay=weight_decay if matrix else 0.0,
-                params=[],
-            )
+            decay = weight_decay if matrix else 0.0
+            lr = muon_lr if kind[0] == "muon" else adam_lr
+            new = dict(rule=kind[0], lr=lr, weight_decay=decay, params=[])
             groups.setdefault(kind, new)["params"].append(p)
         self.param_groups = list(groups.values())
 
@@ -197,20 +194,19 @@ class MuonAdamW:
             states = [self.state[p] for p in params]
             lr = group["lr"] * self.factor
             decay = group["weight_decay"]
-            shared = dict(betas=self.betas, eps=self.eps, weight_decay=decay)
-            adamw = partial(adamw_step, step=self.steps, lr=lr, **shared)
+            settings = self.steps, lr, BETAS, self.eps, decay
             if group["rule"] == "muon":
                 momentums = [state["momentum"] for state in states]
                 muon_step(params, grads, momentums, lr, self.momentum, decay)
             elif group["rule"] == "adamw":
                 means = [state["mean"] for state in states]
                 squares = [state["square"] for state in states]
-                adamw([local(p) for p in params], grads, means, squares)
+                adamw_step([local(p) for p in params], grads, means, squares, *settings)
             else:  # one at a time, so that only one's moments are ever there in float32
                 for p, grad, state in zip(params, grads, states):
                     mean = unpack_moment(state["mean"], state["mean_top"], True, p)
                     square = unpack_moment(state["square"], state["square_top"], False, p)
-                    adamw([p], [grad], [mean], [square])
+                    adamw_step([p], [grad], [mean], [square], *settings)
                     pack_moment(mean, state["mean"], state["mean_top"], True)
                     pack_moment(square, state["square"], state["square_top"], False)
 
@@ -240,21 +236,20 @@ class LossScale:
     in a row double it. torch's GradScaler does the same, but decides per rank; here the decision is
     the norm of all gradients, which all ranks share. Off (scale 1) for other dtypes."""
 
-    def __init__(self, dtype, scale=2.0**16, patience=1000):
+    patience = 1000
+
+    def __init__(self, dtype):
         self.on = dtype == torch.float16
-        self.scale = scale if self.on else 1.0
-        self.patience = patience
+        self.scale = 2.0**16 if self.on else 1.0
         self.good = 0
 
     def update(self, finite):
         if not self.on:
             return
+        self.good = self.good + 1 if finite else 0
         if not finite:
-            self.good = 0
             self.scale /= 2
-            return
-        self.good += 1
-        if self.good % self.patience == 0:
+        elif self.good % self.patience == 0:
             self.scale *= 2
 
 
@@ -275,8 +270,7 @@ class Guard:
         most = self.factor * self.mean
         spike = self.factor and self.seen > 50 and norm > most
         if finite:
-            # A spike counts as the most that is believed, so that a lasting change is accepted in
-            # time.
+            # Of a spike counts what is believed, so that a lasting change is accepted in time.
             believed = min(norm, most) if spike else norm
             self.mean = self.mean * 0.98 + believed * 0.02 if self.seen else believed
             self.seen += 1
