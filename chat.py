@@ -688,4 +688,6 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    import chat  # the classes that other files know: those of a script are a second copy
+
+    cli(chat.main)

@@ -40,7 +40,7 @@ demo)
     PRETRAIN=${PRETRAIN:---steps 750}
     SFT=${SFT:---context 128 --batch 8 --steps 2200 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 1100 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 200 --batch 8 --context 128}
-    DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 2e-4 --batch 16 --steps 240 --context 128 --eval-every 120}
+    DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 3e-4 --batch 16 --steps 280 --context 128 --eval-every 120}
     EVAL=${EVAL:---max-tokens 40} ;;
 fast)
     vocabulary=1536 data=$text group=64

@@ -423,7 +423,15 @@ def pair_loss(model, batch, args):
     batch = batch.trimmed()
     nats, policy, ref, lengths = log_probs(model, batch)
     losses, chosen, rejected = preference_loss(
-        *policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths, gamma=args.gamma
+        policy[0],
+        policy[1],
+        ref[0],
+        ref[1],
+        args.beta,
+        args.label_smoothing,
+        args.loss,
+        lengths=lengths,
+        gamma=args.gamma,
     )
     answered = batch.y != -100  # (R, T)
     real = answered.any(1)  # not a row that only fills the batch
@@ -478,7 +486,8 @@ def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
     computed before the model changes."""
     # a mistake in these flags is said now, before the reference is computed
-    preference_loss(*torch.zeros(4, 1), args.beta, args.label_smoothing, args.loss)
+    zero = torch.zeros(1)
+    preference_loss(zero, zero, zero, zero, args.beta, args.label_smoothing, args.loss)
     if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
         raise UserError(
             f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
@@ -641,7 +650,8 @@ def toybox_shares(args, tok, model):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return eval_preferences(sys.argv[2:])
-    launch(*read_args(Args, __doc__, positional=("model",)), prepare_preferences, train_preferences)
+    args, checkpoint = read_args(Args, __doc__, positional=("model",))
+    launch(args, checkpoint, prepare_preferences, train_preferences)
 
 
 if __name__ == "__main__":

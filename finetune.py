@@ -420,7 +420,8 @@ def perplexity_of_expected(model, tok, questions, runtime):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return exam_command(sys.argv[2:])
-    launch(*read_args(Args, __doc__, positional=("model",)), prepare_finetuning, finetune)
+    args, checkpoint = read_args(Args, __doc__, positional=("model",))
+    launch(args, checkpoint, prepare_finetuning, finetune)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ class Engine:
         self.runners = [self.runner]
         self.drafter = None  # the Runner of a draft model
         if draft and draft != "lookup" and runtime.rank == 0:
-            small = self.load_draft_model(draft)
-            self.drafter = Runner(*small, quant, kv_dtype, block_size)
+            small, alone = self.load_draft_model(draft)
+            self.drafter = Runner(small, alone, quant, kv_dtype, block_size)
             self.runners.append(self.drafter)
         usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
         max_seqs = max_seqs or usual[0]
@@ -293,7 +293,7 @@ class Engine:
             draft = drafts.get(seq, [])
             n = min(n, seq.remaining)
             end = seq.computed + n
-            rows = []
+            rows = range(0)
             if end == len(seq.ids):  # all known tokens: the next one can be drawn
                 rows = range(n - 1, n + len(draft))
                 owners.append(seq)

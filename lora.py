@@ -472,8 +472,8 @@ def main():
     if command != "train":
         print(__doc__)
         raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
-    flags = read_args(Args, __doc__, positional=("model",), argv=argv)
-    launch(*flags, prepare_adapter, train_adapter)
+    args, checkpoint = read_args(Args, __doc__, positional=("model",), argv=argv)
+    launch(args, checkpoint, prepare_adapter, train_adapter)
 
 
 if __name__ == "__main__":

@@ -888,4 +888,6 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    import quant  # the classes that other files know: those of a script are a second copy
+
+    cli(quant.main)

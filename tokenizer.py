@@ -19,6 +19,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -226,11 +227,11 @@ class Tokenizer:
     kind: str
     vocab: dict  # {token: id}, keys bytes or str by kind, without special and added tokens
     listed_merges: dict | None = None  # None: ids are ranks, and `merges` are worked out if needed
-    patterns: tuple = ()
+    patterns: Sequence = ()
     special: dict = field(default_factory=dict)  # {text: id}: no text ever becomes one of these
     added: dict = field(default_factory=dict)  # {text: id}, matched in text first (Qwen's <think>)
     whole_chunks: bool = False  # a chunk that is a token becomes it, whatever merges say (Llama 3)
-    normalizer: tuple = ()  # (operation, arguments...), see normalize
+    normalizer: Sequence = ()  # (operation, arguments...), see normalize
     strip_space: bool = False  # the first space is not text but was put there
     unknown: int | None = None  # the id of what has no token
     config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
@@ -490,7 +491,9 @@ class Tokenizer:
             if new < newest:
                 return False
             newest = new
-            if new not in last and last.keys() >= {*pair} and stays_apart(*pair, last, merges):
+            left, right = pair
+            known = left in last and right in last
+            if known and new not in last and stays_apart(left, right, last, merges):
                 last[new] = pair
         unreached = [token for token, i in self.vocab.items() if i not in last]
         if unreached and not self.whole_chunks:
@@ -795,4 +798,6 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    import tokenizer  # the classes that other files know: those of a script are a second copy
+
+    cli(tokenizer.main)

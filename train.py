@@ -348,7 +348,8 @@ def main():
     elif command == "eval":
         eval_text(argv)
     else:
-        launch(*read_args(Args, __doc__, PRESETS), prepare_training, train)
+        args, checkpoint = read_args(Args, __doc__, PRESETS)
+        launch(args, checkpoint, prepare_training, train)
 
 
 if __name__ == "__main__":

@@ -335,7 +335,8 @@ def text_steps(tokenizer):
             changes.append({"type": "Prepend", "prepend": arguments[0]})
         else:
             changes.append({"type": arguments[0]})  # NFC and its like
-    steps = {"normalizer": None, "pre_tokenizer": None, "decoder": {"type": "Fuse"}}
+    steps: dict[str, dict | None] = {"normalizer": None, "pre_tokenizer": None}
+    steps["decoder"] = {"type": "Fuse"}
     if changes:
         steps["normalizer"] = {"type": "Sequence", "normalizers": changes}
     if tokenizer.kind == "bytes":

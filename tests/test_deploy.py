@@ -536,7 +536,7 @@ def test_requests_go_to_the_replica_that_works(folder):
 
             one.service.draining = True
             assert [ask().status_code for _ in range(6)] == [200] * 6 and not one.engine.made
-            until(lambda: two.service.client.jobs == {})  # an answer is out before its place is free
+            until(lambda: two.service.client.jobs == {})  # its place is free
             one.service.draining = False
             one.service.args.concurrency = two.service.args.concurrency = 0  # both are full
             assert ask().status_code == 429 and int(ask().headers["retry-after"])

@@ -48,6 +48,8 @@ def imports(tree):
                 for name in child.names:
                     deeper = f"{child.module}.{name.name}"
                     found.append((deeper if deeper in MODULES else child.module, inside))
+            elif isinstance(child, ast.If) and "__main__" in ast.unparse(child.test):
+                visit(child, "main")
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 visit(child, f"{inside}.{child.name}".lstrip("."))
             else:

@@ -1,11 +1,14 @@
 """Grids, packed layers, GPTQ and the command: quant.py."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT
 
 import quant
 from common import UserError
@@ -381,6 +384,14 @@ def test_the_command_writes_a_folder_that_opens(tmp_path, data_dir, monkeypatch,
     assert "gptq: 0.27 MB instead of 1.04, held-out perplexity" in capsys.readouterr().out
     with pytest.raises(UserError, match="quantized already"):
         run_command(monkeypatch, out, "--out", tmp_path / "again", *few)
+
+
+def test_a_folder_written_by_the_script_itself_opens(tmp_path, data_dir):
+    """As a script, quant.py is another module than the one that formats/ imports."""
+    few = ("--samples", "4", "--held-out-rows", "2", "--length", "64", "--device", "cpu")
+    command = [sys.executable, ROOT / "quant.py", data_dir / "stories260K", "--format", "int8"]
+    subprocess.run([*command, "--out", tmp_path / "q", *few], check=True, cwd=tmp_path)
+    assert Transformer.from_pretrained(tmp_path / "q").quantization["bits"] == 8
 
 
 def test_the_report_compares_formats_and_fails_where_gptq_is_worse(tmp_path, data_dir, monkeypatch):
