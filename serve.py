@@ -183,17 +183,25 @@ class Reply:
         self.timeout = service.args.timeout + 10  # seconds, more than `batches` takes
 
     async def __call__(self, scope, receive, send):
-        work = asyncio.ensure_future(self.write(scope, receive, send))
+        # The task of the request writes by itself: so its jobs are closed before the client, who
+        # has the answer then, can ask again, and a full queue never counts one that is over.
+        loop, writer = asyncio.get_running_loop(), asyncio.current_task()
         gone = asyncio.ensure_future(client_left(receive))
+
+        def stop(_=None):
+            writer.cancel()
+
+        gone.add_done_callback(stop)
+        timer = loop.call_later(self.timeout, stop)
         try:
-            done, _ = await asyncio.wait(
-                (work, gone), timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            if work in done:
-                await work  # raises what it has raised
+            await self.write(scope, receive, send)
+        except asyncio.CancelledError:
+            if not gone.done() and loop.time() < timer.when():
+                raise  # somebody else ends this task
         finally:
-            work.cancel()
+            gone.remove_done_callback(stop)
             gone.cancel()
+            timer.cancel()
 
     async def write(self, scope, receive, send):
         if self.answer.body.stream:
