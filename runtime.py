@@ -84,7 +84,7 @@ def choose_device(device):
     }
     if device == "auto":
         best = next(filter(present.get, present))
-        return torch.device(best), "the first there is of CUDA, an Apple GPU, the CPU"
+        return torch.device(best), "no GPU found" if best == "cpu" else "found"
     with contextlib.suppress(RuntimeError):  # torch's for a word that is no device
         chosen = torch.device(device)
         if present.get(chosen.type):
@@ -116,7 +116,7 @@ def best_dtype(device):
         return "float16", "no bf16 units: fp16 and a scaled loss"
     if device == "cpu" and cpu_has_bf16_units():
         return "bfloat16", "this CPU has bf16 matrix units"
-    return "float32", "the safe choice where 16 bits may be slow"
+    return "float32", "16 bits may be slow here"
 
 
 def cpu_has_bf16_units():

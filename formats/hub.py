@@ -167,6 +167,7 @@ def config_to_dict(config):
     d["architectures"] = [HF_CLASSES[config.model_type]]
     if config.is_gpt2:
         return d | {"activation_function": "gelu_new"}
+    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     d |= {
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -176,7 +177,7 @@ def config_to_dict(config):
         "sliding_window": config.sliding_window,
         "rope_parameters": config.rope,
         "rope_theta": config.rope["rope_theta"],
-        "rope_scaling": None if config.rope["rope_type"] == "default" else config.rope,
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
     }
     if config.model_type.startswith("qwen"):
         kinds = ["full_attention"] * config.num_hidden_layers
@@ -383,6 +384,6 @@ def save_model(model, folder, state=None):
         state = packed_state(model)
         content["quantization_config"] = model.quantization
     write_tensors(folder / "model.safetensors", to_folder_names(state, config))
-    ids = {name: content[name] for name in ("bos_token_id", "eos_token_id")}
-    write_json(folder / "generation_config.json", ids)
+    names = [n for n in ("bos_token_id", "eos_token_id") if content[n] is not None]
+    write_json(folder / "generation_config.json", {name: content[name] for name in names})
     write_json(folder / "config.json", content)
