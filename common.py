@@ -346,7 +346,7 @@ class Metrics:
         rows = []
         for row in self.read(path) if path.exists() else ():
             # Of the step itself only the evaluation was done before its checkpoint.
-            at_save = row["step"] == resume_step and "val_loss" in row
+            at_save = row["step"] == resume_step and any(name.startswith("val_") for name in row)
             if row["step"] < resume_step or at_save:
                 rows.append(row)
         self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
@@ -390,16 +390,20 @@ def draw_curve(rows, width=60, most=20):
     return "\n".join(lines)
 
 
-def plot_losses(out, title):
-    """OUT/loss.png from OUT/metrics.jsonl: training and validation loss over steps."""
+def plot_run(out, title):
+    """OUT/metrics.jsonl -> the name of OUT's new picture, loss.png or reward.png: what was trained
+    for, in training and validation, over steps."""
     from matplotlib.figure import Figure  # pyplot would need a display, and twice the time
 
     rows = Metrics.read(Path(out) / "metrics.jsonl")
     figure = Figure(dpi=120)
     axes = figure.subplots()
-    for key, marker in (("loss", ""), ("val_loss", "o")):
+    goal = "reward" if curve(rows, "reward") else "loss"
+    for key, marker in ((goal, ""), (f"val_{goal}", "o")):
         axes.plot(*zip(*curve(rows, key)), marker=marker, label=key)
-    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    unit = {"loss": "nats per token", "reward": "reward"}[goal]
+    axes.set(xlabel="step", ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomic(Path(out) / "loss.png", lambda path: figure.savefig(path, format="png"))
+    write_atomic(Path(out) / f"{goal}.png", lambda path: figure.savefig(path, format="png"))
+    return f"{goal}.png"

@@ -29,6 +29,7 @@ import common
 import finetune
 import lora
 from common import UserError
+from data import moved
 from formats.peft import base_sha256
 from model import Transformer
 from runtime import read_tensors, resolve, write_tensors
@@ -300,19 +301,33 @@ class PairBatch(NamedTuple):
     positions: torch.Tensor  # (R, T) int64
     ref: torch.Tensor  # (R, T) float32: the reference's log-prob of y, else 0
 
-    def to(self, device):
-        return PairBatch(*(t.to(device, non_blocking=True) for t in self))
 
-    def trimmed(self):
-        """Without the columns after the longest row; on a GPU to a power of two, so that there are
-        few shapes to compile for."""
-        longest = int((self.docs < 2).sum(1).max())
-        width = power_of_two(longest) if self.x.is_cuda else -(-longest // 8) * 8
-        return PairBatch(*(t[:, :width] for t in self))
+def trimmed(batch, answers=2):
+    """Without the columns after the longest row, which end in documents of number `answers`; on a
+    GPU to a power of two, so that there are few shapes to compile for."""
+    longest = int((batch.docs < answers).sum(1).max())
+    width = power_of_two(longest) if batch.x.is_cuda else -(-longest // 8) * 8
+    return batch._make(t[:, :width] for t in batch)
 
 
 def power_of_two(size):
     return max(128, 1 << (size - 1).bit_length())
+
+
+def prompt_row(prompt, answers):
+    """Ids of a prompt and of any number of answers -> x, y, docs, positions, as in PairBatch."""
+    *head, last = prompt  # the head is there once, its last token before each answer
+    start = len(head)
+    x = [*head]
+    y = [-100] * start
+    docs = [-1] * start
+    positions = [*range(start)]
+    for i, answer in enumerate(answers):
+        x += [last, *answer[:-1]]
+        y += answer
+        docs += [i] * len(answer)
+        positions += range(start, start + len(answer))
+    return x, y, docs, positions
 
 
 def padded_rows(rows, width, value):
@@ -354,15 +369,9 @@ class Pairs:
 
     def pair_row(self, r):
         """The pair of number r -> its row of x, y, docs, positions and ref, as in PairBatch."""
-        prompt, chosen, rejected = self.pairs[r]
-        *head, last = prompt  # the head is there once, its last token before each answer
-        start = len(head)
-        x = [*head, last, *chosen[:-1], last, *rejected[:-1]]
-        y = [-100] * start + chosen + rejected
-        docs = [-1] * start + [0] * len(chosen) + [1] * len(rejected)
-        positions = [*range(start + len(chosen)), *range(start, start + len(rejected))]
-        ref = [0.0] * start + self.ref[self.first[r] : self.first[r + 1]].tolist()
-        return x, y, docs, positions, ref
+        prompt, *answers = self.pairs[r]
+        ref = [0.0] * (len(prompt) - 1) + self.ref[self.first[r] : self.first[r + 1]].tolist()
+        return *prompt_row(prompt, answers), ref
 
     def validation(self, rows, context, stride=None, rank=0, world=1):
         """Yield PairBatches that have every pair once, alike in length. Rank r gets every world-th
@@ -404,7 +413,7 @@ def fill_reference(pairs, model, tok, runtime, rows, folder):
     begins = range(runtime.rank * rows, len(pairs.pairs), rows * runtime.world)
     for at in tqdm(begins, "reference", disable=runtime.rank > 0 or None):
         these = pairs.by_size[at : at + rows]
-        batch = pairs.fill(these, 0).to(runtime.device).trimmed()
+        batch = trimmed(moved(pairs.fill(these, 0), runtime.device))
         with runtime.autocast():
             nats = log_probs(model, batch)[0]
         for r, row, y in zip(these, nats, batch.y):
@@ -420,7 +429,7 @@ def fill_reference(pairs, model, tok, runtime, rows, folder):
 
 def pair_loss(model, batch, args):
     """PairBatch -> (its summed loss, {what is logged: its sum over the batch, float64})."""
-    batch = batch.trimmed()
+    batch = trimmed(batch)
     nats, policy, ref, lengths = log_probs(model, batch)
     losses, chosen, rejected = preference_loss(
         policy[0],
@@ -476,7 +485,7 @@ def measure_pairs(model, pairs, rows, args, runtime):
     model.eval()
     for batch in pairs.validation(rows, args.context, None, runtime.rank, runtime.world):
         with runtime.autocast():
-            totals.update(pair_loss(model, batch.to(runtime.device), args)[1])
+            totals.update(pair_loss(model, moved(batch, runtime.device), args)[1])
     model.train()
     return pair_means(totals, args, runtime)
 
@@ -511,13 +520,7 @@ def prepare_preferences(args, checkpoint):
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
             fill_reference(pairs, model, tok, runtime, args.micro_batch or 8, Path(args.out).parent)
-    if args.lora and checkpoint:
-        lora.load_adapter(model, checkpoint, trainable=True)
-    elif args.lora:
-        torch.manual_seed(args.seed)
-        lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
-    elif checkpoint:
-        model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
+    model, write = make_policy(args, checkpoint, model, base_hash, runtime)
     trained, total = lora.count_params(model)
     print(
         f"data     {len(data.pairs):,} pairs to train on, {len(val.pairs):,} held out; "
@@ -525,10 +528,6 @@ def prepare_preferences(args, checkpoint):
         f"model    {trained:,} of {total:,} parameters are trained: {args.loss}, "
         f"beta {args.beta:g}"
     )
-
-    def write_adapter(run, folder, weights):
-        lora.save_adapter(run.model, folder, base_hash)
-
     return start_run(
         args,
         checkpoint,
@@ -539,8 +538,23 @@ def prepare_preferences(args, checkpoint):
         val,
         loss=lambda *given: pair_loss(*given)[0],
         validate=validate_preferences,
-        write=write_adapter if args.lora else write_model,
+        write=write,
     )
+
+
+def make_policy(args, checkpoint, model, base_hash, runtime):
+    """What is trained, fresh or as the checkpoint has it: the model, or with --lora an adapter in
+    it -> (model, the function that writes its files)."""
+    if not args.lora:
+        if checkpoint:
+            model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
+        return model, write_model
+    if checkpoint:
+        lora.load_adapter(model, checkpoint, trainable=True)
+    else:
+        torch.manual_seed(args.seed)
+        lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
+    return model, lora.adapter_writer(base_hash)
 
 
 def validate_preferences(run):

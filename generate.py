@@ -162,7 +162,7 @@ class Engine:
     def of(cls, model, tok, dtype="auto", **options):
         """An engine over a model in memory, where it lies; the model stays usable.
 
-        options: as of Engine. If the weights change, make a new engine.
+        options: as of Engine. If the weights change, call `refresh`.
         """
         runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
         runtime = replace(runtime, rank=0, world=1)  # of several ranks each may have its own
@@ -179,6 +179,12 @@ class Engine:
             )
         self.max_model_len = min(self.max_model_len, model.config.max_position_embeddings)
         return model, runtime
+
+    def refresh(self, model):
+        """The weights of the model that the engine was made `of` have changed: between requests,
+        pack them again where they lie, and forget the keys and values that the old ones made."""
+        self.runner.refresh(model)
+        self.scheduler.pool.forget()
 
     # -- requests come in
     def encode(self, prompt):
@@ -351,13 +357,14 @@ class Engine:
         """
         request = seq.request
         known = len(seq.ids)
-        text, logprobs = "", []
+        text, logprobs, end = "", [], None
         for guess, (token, nothing_allowed, logprob) in zip([*draft, None], drawn):
             if nothing_allowed:
                 seq.finish_reason = "error"
                 seq.error = "no token is allowed: constraint and min_tokens contradict each other"
             elif token in request.ends:
                 seq.finish_reason = "stop"
+                end = logprob and (token, logprob.logprob)
             else:
                 seq.ids.append(token)
                 logprobs.append(logprob)
@@ -379,7 +386,8 @@ class Engine:
                 del self.requests[request.id]
         if request.sampling.logprobs is None:
             logprobs = None
-        return Delta(request.id, seq.index, text, ids, logprobs, seq.finish_reason, seq.error)
+        reason = seq.finish_reason
+        return Delta(request.id, seq.index, text, ids, logprobs, reason, seq.error, end)
 
     def advance(self, seq, token):
         """Take a token that was appended: its text, and whether the answer ends with it -> text."""

@@ -7,6 +7,7 @@
 Top to bottom: the adapted layer, adapters on and off a model, training, merging.
 """
 
+import contextlib
 import math
 import shutil
 import sys
@@ -249,6 +250,23 @@ def save_adapter(model, folder, base_hash=None):
     write_layers(folder, model, settings, tensors, base_hash)
 
 
+def adapter_writer(base_hash):
+    """What a training's checkpoint writes (loop.Run.write) where an adapter is trained."""
+    return lambda run, folder, weights: save_adapter(run.model, folder, base_hash)
+
+
+@contextlib.contextmanager
+def adapter_off(model):
+    """Context: the model computes what its frozen base does."""
+    layers = adapted_layers(model).values()
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    yield
+    for layer, scale in zip(layers, scales):
+        layer.scale = scale
+
+
 @torch.no_grad()
 def merge(model):
     """Fold the adapter into the weights, in float32, and leave plain linear layers -> the model.
@@ -355,12 +373,8 @@ def prepare_adapter(args, checkpoint):
     base_hash = base_sha256(model)
     describe(args, model, tok, data, val)
     print_adapter(model, args)
-
-    def write(run, folder, weights):
-        save_adapter(run.model, folder, base_hash)
-
-    loss = finetune.packed_loss
-    return start_run(args, checkpoint, runtime, tok, model, data, val, loss=loss, write=write)
+    own = dict(loss=finetune.packed_loss, write=adapter_writer(base_hash))
+    return start_run(args, checkpoint, runtime, tok, model, data, val, **own)
 
 
 def check_adapter_args(args):

@@ -36,11 +36,14 @@ def fuse_floats(layers):
     weight = torch.cat([layer.weight.data for layer in layers])  # N x (n, K) -> (sum of n, K)
     fused = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
     fused.weight = nn.Parameter(weight, requires_grad=False)
+    sizes = [layer.out_features for layer in layers]
+    for layer, rows in zip(layers, weight.split(sizes)):
+        layer.weight.data = rows
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.data for layer in layers])
         fused.bias = nn.Parameter(bias, requires_grad=False)
-    for layer, rows in zip(layers, weight.split([layer.out_features for layer in layers])):
-        layer.weight.data = rows
+        for layer, rows in zip(layers, bias.split(sizes)):
+            layer.bias.data = rows
     return fused
 
 
@@ -102,12 +105,15 @@ class ForwardLayer(nn.Module):
         self.mlp_norm = block.post_attention_layernorm
         products = [FusedProduct(layers, kind, stacks) for layers in block.products()]
         self.qkv, self.out, self.up, self.down = products
-        self.qk_gain = None
-        q_norm = getattr(block.self_attn, "q_norm", None)
-        if q_norm is not None:  # (H + K, D): queries and keys are normalized alike
-            gains = [q_norm.weight] * config.num_attention_heads
-            gains += [block.self_attn.k_norm.weight] * config.num_key_value_heads
-            self.qk_gain = torch.stack(gains).detach()
+        normed = getattr(block.self_attn, "q_norm", None) is not None
+        self.qk_gain = head_gains(block, config) if normed else None
+
+
+def head_gains(block, config):
+    """-> (H + K, D): queries and keys are normalized alike."""
+    gains = [block.self_attn.q_norm.weight] * config.num_attention_heads
+    gains += [block.self_attn.k_norm.weight] * config.num_key_value_heads
+    return torch.stack(gains).detach()
 
 
 # ----------------------------------------------------------------------------------------- the pass
@@ -130,6 +136,16 @@ class TorchForward(nn.Module):
             self.layers.append(ForwardLayer(block, config, kind, stacks, window))
         self.norm = model.norm
         self.head = FusedProduct([model.lm_head], kind, stacks)
+        self.floats = [] if kind else list(model.parameters())  # what `refresh` writes to
+
+    def refresh(self, model):
+        """Take the values of a model that was trained on; most are views of its own already."""
+        for own, p in zip(self.floats, model.parameters(), strict=True):
+            if own is not p:
+                own.data.copy_(p.data)
+        for layer, block in zip(self.layers, model.layers):
+            if layer.qk_gain is not None:
+                layer.qk_gain.copy_(head_gains(block, self.config))
 
     @property
     def weight_bytes(self):

@@ -171,10 +171,15 @@ class Panels:
         self.lib = library()
         self.lanes = self.lib.lanes()
         self.kept = []  # tensors whose memory C++ reads
+        self.before = iter(())  # what `kept` was, while weights are packed anew
 
     def keep(self, tensor):
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+        """-> where C++ finds these values: the memory of before, if there was any."""
+        place = next(self.before, tensor)
+        if place is not tensor:
+            place.copy_(tensor)
+        self.kept.append(place)
+        return place.data_ptr()
 
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
@@ -185,14 +190,15 @@ class Panels:
         stack: the AdapterStack of this layer, or None.
         """
         layer = in_kind(layer, kind)
-        if type(layer) is nn.Linear:
+        base = getattr(layer, "base", layer)  # the weight of an adapted layer is the merged one
+        if type(base) is nn.Linear:
             made = self.float_linear(layer, kind)
         elif isinstance(layer, QuantLinear) and not isinstance(layer, NF4Linear):
             made = self.packed_linear(layer)
         else:
             raise Unavailable(f"forward.cpp does not do {type(layer).__name__}")
         made.inputs = layer.in_features
-        made.bias = self.floats(layer.bias)
+        made.bias = self.floats(base.bias)
         if stack is not None:
             made.rank = len(stack.A)
             made.a = self.floats(stack.A)
@@ -202,12 +208,12 @@ class Panels:
 
     def float_linear(self, layer, kind):
         """kind "16": float16, if all weights fit it."""
-        weight = layer.weight.detach().float()  # (N, K)
+        weight = layer.weight.detach()  # (N, K)
         N, K = weight.shape
-        small = kind == "16" or layer.weight.dtype != torch.float32
+        small = kind == "16" or weight.dtype != torch.float32
         if small and weight.abs().max() < 65504:
             return Linear(FLOAT16, N, K, K, self.keep(in_panels(weight.half(), self.lanes)))
-        return Linear(FLOAT32, N, K, K, self.keep(in_panels(weight, self.lanes)))
+        return Linear(FLOAT32, N, K, K, self.keep(in_panels(weight.float(), self.lanes)))
 
     def packed_linear(self, layer):
         codes, scale, zero, group, order, bits = layer.groups()  # codes (N, K)
@@ -285,14 +291,26 @@ class Native(Panels):
         super().__init__()
         self.adapter_count = len(adapters or {})
         self.threads = torch.get_num_threads()
-        stacks = stack_adapters(model, adapters or {})
-        layers = [self.layer(i, block, kind, stacks) for i, block in enumerate(model.layers)]
-        self.layers = (Layer * len(layers))(*layers)
-        self.embedding = model.embed_tokens.weight.detach().float()
+        self.kind = kind
+        self.layers, self.model = self.pack(model, stack_adapters(model, adapters or {}))
+
+    def refresh(self, model):
+        """Pack the weights of a model that was trained on, in place; it has no adapter stacks."""
+        self.before = iter(self.kept)
+        self.kept = []
+        self.pack(model, {})
+
+    def pack(self, model, stacks):
+        """-> (its Layers, its Model), which point at the packed weights."""
+        c = self.config
+        layers = [self.layer(i, block, stacks) for i, block in enumerate(model.layers)]
+        layers = (Layer * len(layers))(*layers)
+        embed = self.floats(model.embed_tokens.weight)
+        self.embedding = self.kept[-1]
         places = model.embed_positions.weight if c.is_gpt2 else None
         cos, sin = map(self.floats, rope_tables(model))
         head = model.lm_head
-        self.model = Model(
+        return layers, Model(
             L=len(layers),
             C=c.hidden_size,
             H=c.num_attention_heads,
@@ -300,13 +318,13 @@ class Native(Panels):
             D=c.head_dim,
             M=c.intermediate_size,
             eps=c.norm_eps,
-            embed=self.floats(self.embedding),
+            embed=embed,
             places=self.floats(places),
             cos=cos,
             sin=sin,
             norm=self.norm(model.norm),
-            layers=self.layers,
-            head=self.linear(head, kind, stacks.get(head)),
+            layers=layers,
+            head=self.linear(head, self.kind, stacks.get(head)),
         )
 
     def norm(self, norm):
@@ -314,10 +332,10 @@ class Native(Panels):
             return Norm()
         return Norm(self.floats(norm.weight), self.floats(getattr(norm, "bias", None)))
 
-    def layer(self, i, block, kind, stacks):
+    def layer(self, i, block, stacks):
         products = []
         for layers in block.products():
-            products.append([self.linear(layer, kind, stacks.get(layer)) for layer in layers])
+            products.append([self.linear(it, self.kind, stacks.get(it)) for it in layers])
         qkv, (out,), up, (down,) = products
         c = self.config
         return Layer(

@@ -130,6 +130,10 @@ class Runner:
         self.forward.allocate(blocks, self.kv_dtype)
         self.idle = True  # from here on the other ranks wait for orders
 
+    def refresh(self, model):
+        """Compute with the values that the model's weights have now."""
+        self.forward.refresh(model)
+
     # -- what every rank does, in the first one's order
     def step(self, longs, ints):
         return self.forward.step(longs, ints)

@@ -36,6 +36,7 @@ class Delta:
     logprobs: list | None = None  # of TokenLogprob, where the request asked for them
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     error: str | None = None  # why, where it is "error"
+    end: tuple | None = None  # (id, logprob) of the token that ended it, where logprobs are asked
 
     def add(self, later):
         self.text += later.text
@@ -44,6 +45,7 @@ class Delta:
             self.logprobs += later.logprobs
         self.finish_reason = later.finish_reason
         self.error = later.error
+        self.end = later.end
 
 
 @dataclass
@@ -143,6 +145,11 @@ class BlockPool:
         if key not in self.by_hash:
             self.by_hash[key] = block
             self.hash_of[block] = key
+
+    def forget(self):
+        """Share no block that was computed so far."""
+        self.by_hash = {}
+        self.hash_of = [None] * len(self.hash_of)
 
     def find(self, keys):
         """The blocks that hold these prefixes, as far as the first one that is not there."""

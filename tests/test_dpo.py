@@ -255,7 +255,7 @@ def some_pairs(count=4, seed=0):
 
 def test_a_row_has_the_prompt_once_and_each_answer_begins_with_its_last_token():
     rows = Pairs([PairIds([7, 8], [1, 2], [3])])
-    batch = rows.fill([0], 0).trimmed()
+    batch = dpo.trimmed(rows.fill([0], 0))
     for found, row in (
         (batch.x, [7, 8, 1, 8]),
         (batch.y, [-100, 1, 2, 3]),
@@ -270,7 +270,7 @@ def test_a_row_has_the_prompt_once_and_each_answer_begins_with_its_last_token():
 def test_answers_behind_one_prompt_have_the_log_probs_they_have_alone(kind, window):
     model, pairs = tiny(kind, window), some_pairs()
     rows = Pairs(pairs)
-    batch = rows.fill([2, 0, 3, 1], 0).trimmed()
+    batch = dpo.trimmed(rows.fill([2, 0, 3, 1], 0))
     _, policy, _, lengths = dpo.log_probs(model, batch)
     policy.square().sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]

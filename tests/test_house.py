@@ -11,7 +11,7 @@ from conftest import ROOT
 BOTTOM = ("common", "runtime", "kernels")
 NOUNS = ("model", "tokenizer", "chat", "data", "quant")
 WINGS = ("training", "engine", "formats", "server")
-STAGES = ("generate", "train", "finetune", "lora", "dpo", "serve", "bench")
+STAGES = ("generate", "train", "finetune", "lora", "dpo", "grpo", "serve", "bench")
 # the only imports inside of functions that lead upwards: (file, function) -> what it opens
 DOORS = {
     ("model.py", "Config.from_dict"): {"formats.hub"},

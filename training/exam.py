@@ -91,12 +91,12 @@ def source_records(name, split, count):
     return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
 
 
-def read_questions(args):
+def read_questions(args, split="test"):
     """args.data, at most args.examples of each source -> [Question]. What is asked is all before
     the last answer; a record may end with the user and have only checks."""
     questions = []
     for name in args.data:
-        records = islice(source_records(name, "test", args.examples), args.examples)
+        records = islice(source_records(name, split, args.examples), args.examples)
         for n, (record, talk, _) in enumerate(records, 1):
             checks = read_checks(record, f"{name}: record {n}")
             asked, expected = talk, None

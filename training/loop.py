@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import common
 from common import UserError
-from data import Batches, Split
+from data import Batches, Split, moved
 from model import Transformer
 from runtime import (
     Runtime,
@@ -84,7 +85,7 @@ class LoopArgs:
 
 # Flags that may differ between a run and its resumption without making it another run.
 HOUSEKEEPING = set(
-    "resume overwrite out log_every eval_every save_every keep sample "
+    "resume overwrite out log_every eval_every save_every keep sample on_error "
     "fit shard micro_batch recompute device compile".split()
 )
 AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
@@ -172,7 +173,7 @@ def evaluate(model, split, rows, args, runtime, stride=None, loss=next_token_los
     for batch in split.validation(rows, args.context, stride, runtime.rank, runtime.world):
         count += (batch.y != -100).sum().item()
         with runtime.autocast():
-            total += loss(model, batch.to(runtime.device), args).item()
+            total += loss(model, moved(batch, runtime.device), args).item()
     model.train()
     return runtime.sum(total), runtime.sum(count)
 
@@ -217,6 +218,7 @@ class Run:
     loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; start_run tries it too
     validate: Callable = validate  # (run) -> {name: value} to log
     write: Callable = write_model  # (run, folder, weights) writes the model's files
+    own: Any = None  # what else a stage needs beside it
     timed_since: float = 0.0  # tokens/s are those since this time
     timed_from: int = 0  # and this step
     bar: tqdm | None = None
@@ -292,7 +294,7 @@ def trial_pass(run, model):
     plan = run.batches.plan(0)
     batch = run.batches.split.fill([plan.row(r) for r in range(run.rows)], run.args.context)
     with run.runtime.autocast():
-        run.loss(model, batch.to(run.runtime.device), run.args).backward()
+        run.loss(model, moved(batch, run.runtime.device), run.args).backward()
     run.optimizer.zero_grad()
 
 
@@ -345,7 +347,7 @@ def restore_run(run, checkpoint, state):
 
 
 RUN_FILES = (
-    "args.json metrics.jsonl samples.txt loss.png config.json model.safetensors "
+    "args.json metrics.jsonl samples.txt loss.png reward.png config.json model.safetensors "
     "adapter_config.json adapter_model.safetensors report.md answers.jsonl".split()
 )
 
@@ -398,7 +400,7 @@ def passes(run, batch):
     model = run.step_model
     several = run.runtime.world > 1
     for i in range(0, len(batch.x), run.rows):
-        part = batch._make(t[i : i + run.rows] for t in batch).to(run.runtime.device)
+        part = moved(batch._make(t[i : i + run.rows] for t in batch), run.runtime.device)
         last = i + run.rows >= len(batch.x)
         context = contextlib.nullcontext()
         if several and run.args.shard:
@@ -522,8 +524,8 @@ def launch(args, checkpoint, prepare, loop):
         loop(run)
         if run.metrics:
             size = run.model.num_params() / 1e6
-            common.plot_losses(args.out, f"{Path(args.out).name}: {size:.2f}M parameters")
-            print(f"wrote    {args.out}/ (model folder), its loss.png and metrics.jsonl")
+            made = common.plot_run(args.out, f"{Path(args.out).name}: {size:.2f}M parameters")
+            print(f"wrote    {args.out}/ (model folder), its {made} and metrics.jsonl")
         if torch.distributed.is_initialized():
             del run.step_model  # DDP must go before the process group it belongs to
             torch.distributed.barrier()  # no rank's group may go before the others are done

@@ -129,6 +129,7 @@ def training_figures(folder):
         "perplexity": "perplexity",
         "val_rewards/accuracies": "preferred answer wins",
         "val_rewards/margins": "margin",
+        "val_reward": "held-out reward",
     }.items():
         values = [value for _, value in curve(rows, name)]
         if values:
@@ -238,8 +239,9 @@ def road_blocks(run, stages, answers):
         figures = [f"- {figure}" for figure in stage_figures(stage, answers)]
         if figures:
             yield "\n".join(figures)
-        if (stage.out / "loss.png").is_file():
-            yield f"![the loss](../{stage.out.name}/loss.png)"
+        for goal in ("loss", "reward"):
+            if (stage.out / f"{goal}.png").is_file():
+                yield f"![the {goal}](../{stage.out.name}/{goal}.png)"
 
 
 # ----------------------------------------------------------------------------------------- the page

@@ -1,0 +1,501 @@
+"""Reinforcement learning from checkable rewards: a model folder and questions whose answers a rule
+can judge become a model folder that answers them better.
+
+    python grpo.py MODEL --data toybox --out runs/grpo               # its checkers are the reward
+    python grpo.py MODEL --data q.jsonl --reward checks short:0.1    # IFEval-style; brief as well
+    python grpo.py MODEL --data q.jsonl --reward mine.py:judge       # def judge(question, answer)
+
+Top to bottom: the objective and its variants, questions, answers with their rewards and advantages,
+the loss of a pass, the loop. The engine writes with the very weights that are trained.
+"""
+
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import common
+import finetune
+import lora
+from chat import render
+from common import UserError
+from data import held_out
+from dpo import make_policy, padded_rows, prompt_row, trimmed
+from formats.peft import base_sha256
+from generate import Engine, Sampling
+from model import Transformer
+from runtime import resolve
+from tokenizer import Tokenizer
+from training.exam import read_questions
+from training.loop import (
+    LoopArgs,
+    backward,
+    launch,
+    log_step,
+    passes,
+    read_args,
+    start_run,
+    steps,
+    update,
+)
+from training.rewards import check_rules, judge, read_reward
+
+
+@dataclass
+class Args(LoopArgs):
+    model: str = "runs/sft"  # the model folder to train; as it is now it is also the reference
+    data: tuple = ("toybox",)  # questions: FILE, FOLDER (its train.jsonl) or toybox
+    val: tuple = ()  # held-out questions [val.jsonl of a FOLDER, else a twentieth of --data]
+    examples: int = 20_000  # questions of each source at most
+    reward: tuple = ("toybox",)  # toybox, checks, FILE.py:FUNCTION; style, short; NAME:2 weighs two
+    on_error: str = "stop"  # where a reward fails: stop (what was learned is saved), or skip
+    reward_seconds: float = 5.0  # a reward function that takes longer has failed
+    out: str = "runs/grpo"  # the model folder to write, or with --lora the adapter's
+    loss: str = "grpo"  # grpo, dr_grpo or dapo
+    group: int = 8  # answers to each question
+    batch: int = 32  # questions per step
+    epochs: int = 1  # updates with the same answers
+    max_tokens: int = 64  # of an answer; a longer one is cut
+    clip: float = 0.2  # how far a token's probability may fall in a step and still be pushed
+    clip_high: float = 0.0  # and how far it may rise; 0 is what the loss has
+    beta: float = 0.0  # price of moving away from the reference
+    lora: int = 0  # train an adapter of this rank, not all weights
+    alpha: float = 0.0  # its scale [twice the rank]
+    targets: str = "all"  # its layers: all, attn, mlp or names
+    context: int = 1024  # tokens of a prompt and an answer; longer prompts are left out
+    steps: int = 100  # optimizer steps, each with answers of its own
+    micro_batch: int = 0  # questions per pass and rank; 0: 8 on a CPU, else what memory allows
+    optimizer: str = "adamw"  # adamw, or muon (hidden matrices; AdamW for the rest)
+    lr: float = 1e-5  # learning rate of everything under AdamW; ten times that with --lora
+    schedule: str = "cosine"  # wsd (stable, then linear to zero) or cosine
+    grad_clip: float = 1.0  # clip the gradient's norm to this; 0 is off
+    log_every: int = 1  # steps between rows of metrics.jsonl
+    eval_every: int = 25  # steps between evaluations on the held-out questions
+    save_every: int = 50  # steps between checkpoints
+
+
+# ------------------------------------------------------------------------------------ the objective
+class Variant(NamedTuple):
+    divide: bool  # advantages by the deviation of the group's rewards
+    clip_high: float  # how far a ratio may rise
+    weigh: Callable  # tokens of an answer, most it may have -> (a token's weight, part of count)
+
+
+VARIANTS = {
+    "grpo": Variant(True, 0.2, lambda length, most: (1 / length, 1)),
+    "dr_grpo": Variant(False, 0.2, lambda length, most: (1.0, most)),
+    "dapo": Variant(True, 0.28, lambda length, most: (1.0, length)),
+}
+
+
+def advantages_of(rewards, loss_type="grpo"):
+    """Rewards (..., G) of the answers to a question -> how much better each is than its group.
+
+    grpo, dapo   (r - mean(r)) / (std(r) + 1e-4)
+    dr_grpo      r - mean(r)                 a deviation would favour questions nearly solved"""
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    if VARIANTS[loss_type].divide:
+        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-4)
+    return advantages
+
+
+def policy_loss(log_p, old, advantages, clip=0.2, clip_high=0.2, ref=None, beta=0.0):
+    """Log-probs of tokens (N,), now and when they were drawn -> (losses (N,), which are clipped,
+    and the KL from the reference, (N,) each, without gradient).
+
+    With r = p / p_old and A the answer's advantage, a token costs (PPO, Schulman et al. 2017)
+
+        L = -min(r A, clip(r, 1 - clip, 1 + clip_high) A) + beta (q - log q - 1),   q = p_ref / p
+
+    the last an estimate of KL(p, p_ref) that is never negative (Schulman's k3). The step's loss is
+
+    grpo     1 / answers  sum of  1 / |o|  sum of L          Shao et al. 2024, eq. 3
+    dr_grpo  1 / (answers max_tokens)  sum of L              Liu et al. 2025: long ones weigh more
+    dapo     1 / tokens  sum of L, clip_high 0.28            Yu et al. 2025, eq. 8: rare tokens rise
+
+    and VARIANTS has each token's weight, and what an answer adds to the count in front."""
+    ratio = torch.exp(log_p - old)
+    bounded = ratio.clamp(1 - clip, 1 + clip_high)
+    losses = -torch.minimum(ratio * advantages, bounded * advantages)
+    clipped = (bounded * advantages < ratio * advantages).detach()
+    kl = torch.zeros_like(log_p)
+    if ref is not None:
+        kl = torch.expm1(ref - log_p) - (ref - log_p)
+        losses = losses + beta * kl
+    return losses, clipped, kl.detach()
+
+
+# --------------------------------------------------------------------------------------- questions
+class Asked(NamedTuple):
+    x: torch.Tensor  # (R,) numbers of questions
+
+
+class Questions:
+    """A split for data.Batches: a row is a question's number."""
+
+    def __init__(self, questions, prompts):
+        self.questions = questions
+        self.prompts = prompts  # their ids
+        self.sha256 = common.sha256(repr((questions, prompts)).encode())
+
+    def __len__(self):
+        return sum(map(len, self.prompts))
+
+    def part(self, numbers):
+        return Questions([self.questions[i] for i in numbers], [self.prompts[i] for i in numbers])
+
+    def plan(self, context, seed, epoch):
+        rng = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(len(self.prompts), generator=rng)
+        return finetune.PackedRows([*range(len(order))], order.numpy())
+
+    def fill(self, rows, context):
+        return Asked(torch.tensor(rows))
+
+
+def read_split(args, tok, rewards, split):
+    """-> Questions, all of which the rewards can judge."""
+    questions = read_questions(args, split)
+    check_rules(questions, rewards)
+    prompts = [render(tok, question.messages, True)[0] for question in questions]
+    fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
+    if len(fitting) < len(prompts):
+        print(
+            f"skipped  {len(prompts) - len(fitting):,} of {len(prompts):,} prompts: with answers "
+            f"of {args.max_tokens} tokens they do not fit into --context {args.context:,}"
+        )
+    return Questions(questions, prompts).part(fitting)
+
+
+def load_questions(args, tok, rewards):
+    """-> Questions to train on, and to validate on"""
+    names = args.val or [n for n in args.data if n == "toybox" or (Path(n) / "val.jsonl").is_file()]
+    train = read_split(args, tok, rewards, "train")
+    if names:
+        val = read_split(replace(args, data=names, examples=200), tok, rewards, "val")
+    else:
+        numbers = range(len(train.prompts))
+        val = train.part([i for i in numbers if held_out(0.05, i)])
+        train = train.part([i for i in numbers if not held_out(0.05, i)])
+    for name, found in (("training", train), ("validation", val)):
+        least = args.batch if name == "training" else 1
+        if len(found.prompts) < least:
+            raise UserError(f"{len(found.prompts)} questions for {name}; --batch needs {least}")
+    return train, val
+
+
+# ------------------------------------------------------------------- answers, rewards, advantages
+class AnswerBatch(NamedTuple):
+    """Rows of a question and its group of answers, laid out as in dpo.PairBatch."""
+
+    x: torch.Tensor  # (R, T) int64
+    y: torch.Tensor  # (R, T) int64: the answers' tokens, else -100
+    docs: torch.Tensor  # (R, T) int64: -1 prompt, then the answer's number, padding has --group
+    positions: torch.Tensor  # (R, T) int64
+    sampled: torch.Tensor  # (R, T) float32: the engine's log-prob of y
+    advantage: torch.Tensor  # (R, T) float32: of the answer
+    weight: torch.Tensor  # (R, T) float32: of the token in the loss
+
+
+NOTHING = [0], [-100], [-1], [0], [0.0], [0.0], [0.0]  # a row that only fills a rank's passes
+
+
+class Environment(NamedTuple):
+    """What a run has beside the model."""
+
+    engine: Engine
+    rewards: list
+    reference: Transformer | None  # for the KL, where all weights are trained
+
+
+def ask(run, questions, numbers, **sampling):
+    """The engine's answers to these questions -> lists of Output, a list a question."""
+    most = run.args.max_tokens
+    each = [Sampling(max_tokens=most, seed=seed_of(run, n), **sampling) for n in numbers]
+    outputs = run.own.engine.generate([questions.prompts[n] for n in numbers], each)
+    size = sampling.get("n", 1)
+    return [outputs[i : i + size] for i in range(0, len(outputs), size)]
+
+
+def seed_of(run, number):
+    """It hangs on the step and the question alone, so neither ranks nor resuming change it."""
+    return int(common.sha256(f"{run.args.seed} {run.optimizer.steps} {number}".encode())[:12], 16)
+
+
+def roll_out(run, numbers, totals):
+    """Ask each question --group times and judge the answers -> (AnswerBatch, its count in the
+    loss over all ranks); (None, 0) where no rank has a group whose rewards differ."""
+    args = run.args
+    split = run.batches.split
+    weigh = VARIANTS[args.loss].weigh
+    began = time.time()
+    groups = ask(run, split, numbers, n=args.group, logprobs=0)
+    totals["generate_seconds"] += time.time() - began
+    rows = []
+    count = 0
+    for number, outputs in zip(numbers, groups):
+        question = split.questions[number]
+        rewards = [judge(run.own.rewards, question, output.text, args) for output in outputs]
+        answers = [answer_ids(output) for output in outputs]
+        count_answers(totals, rewards, outputs, answers)
+        if math.isnan(sum(rewards)) or min(rewards) == max(rewards):
+            continue  # nothing is to be learned from it
+        row = *prompt_row(split.prompts[number], [ids for ids, _ in answers]), [], [], []
+        for column in row[4:]:
+            column += [0.0] * (len(split.prompts[number]) - 1)
+        advantages = advantages_of(torch.tensor(rewards), args.loss).tolist()
+        for (ids, log_p), advantage in zip(answers, advantages):
+            weight, part = weigh(len(ids), args.max_tokens)
+            for column, values in zip(
+                row[4:], (log_p, [advantage] * len(ids), [weight] * len(ids))
+            ):
+                column += values
+            count += part
+        rows.append(row)
+    most = int(run.runtime.sum(len(rows), "MAX"))  # ranks must make as many passes
+    if not most:
+        return None, 0
+    rows += [NOTHING] * (most - len(rows))
+    rows.sort(key=lambda row: len(row[0]))
+    width = len(rows[-1][0]) + 7  # `trimmed` rounds up to a multiple of 8
+    padding = (0, -100, args.group, 0, 0.0, 0.0, 0.0)
+    columns = zip(zip(*rows), padding)
+    batch = AnswerBatch(*(padded_rows(column, width, value) for column, value in columns))
+    return batch, run.runtime.sum(count)
+
+
+def answer_ids(output):
+    """-> (ids that were drawn, the end token too; the log-prob of each)"""
+    drawn = [(token.id, token.logprob) for token in output.logprobs]
+    if output.end:
+        drawn.append(output.end)
+    return [list(column) for column in zip(*drawn)]
+
+
+def count_answers(totals, rewards, outputs, answers):
+    """Add a group to the sums of the step."""
+    good = [r for r in rewards if not math.isnan(r)]
+    totals["questions"] += 1
+    totals["answers"] += len(rewards)
+    totals["judged"] += len(good)
+    totals["reward"] += sum(good)
+    totals["spread"] += torch.tensor(rewards).std().item() if len(good) == len(rewards) else 0
+    totals["alike"] += len(good) == len(rewards) and min(good) == max(good)
+    totals["failed"] += len(rewards) - len(good)
+    totals["cut"] += sum(output.end is None for output in outputs)
+    totals["drawn"] += sum(len(ids) for ids, _ in answers)
+    totals["entropy"] -= sum(chain(*(log_p for _, log_p in answers)))
+
+
+# --------------------------------------------------------------------------------- loss of a pass
+GAP_BOUND = 0.01  # nats between sampler and trainer above which a token is reweighted
+
+
+def log_probs_of(model, batch):
+    """-> (N,) of the batch's targets"""
+    nats = model(batch.x, batch.y, per_token=True, docs=batch.docs, positions=batch.positions)
+    return -nats[batch.y != -100]
+
+
+@torch.no_grad()
+def reference_log_probs(run, batch):
+    """With --lora the reference is the frozen base: the model without its adapter."""
+    if run.args.lora:
+        with lora.adapter_off(run.model):
+            return log_probs_of(run.model, batch)
+    return log_probs_of(run.own.reference, batch)
+
+
+def answer_loss(run, batch, old, totals):
+    """A pass over an AnswerBatch -> (its summed, weighted loss, the log-probs before the step).
+
+    old: what this returned in the first of --epochs, then None. Where sampler and trainer disagree
+    by more than GAP_BOUND, a token counts p / p_sampler times, at most twice (truncated importance
+    sampling, Yao et al. 2025)."""
+    args = run.args
+    batch = trimmed(batch, args.group)
+    said = batch.y != -100
+    log_p = log_probs_of(run.step_model, batch)
+    weight = batch.weight[said]
+    if old is None:
+        old = log_p.detach()
+        totals["targets"] += len(old)
+        gaps = (old - batch.sampled[said]).abs()
+        totals["gap_mean"] += gaps.double().sum().item()
+        totals["gap_max"] = max(totals["gap_max"], gaps.max().item() if len(gaps) else 0.0)
+    gap = old - batch.sampled[said]
+    weight = torch.where(gap.abs() > GAP_BOUND, weight * gap.exp().clamp(max=2), weight)
+    ref = reference_log_probs(run, batch) if args.beta else None
+    high = args.clip_high or VARIANTS[args.loss].clip_high
+    losses, clipped, kl = policy_loss(
+        log_p, old, batch.advantage[said], args.clip, high, ref, args.beta
+    )
+    totals["pushed"] += len(old)
+    totals["clipped"] += clipped.sum().item()
+    totals["kl"] += kl.double().sum().item()
+    return (losses * weight).sum(), old
+
+
+# ---------------------------------------------------------------------------------------- training
+def check_grpo_args(args):
+    if args.loss not in VARIANTS:
+        raise UserError(f"unknown loss {args.loss!r}: use {', '.join(VARIANTS)}")
+    if args.on_error not in ("stop", "skip"):
+        raise UserError(f"--on-error {args.on_error}: use stop or skip")
+    if args.group < 2:
+        raise UserError(f"--group {args.group}: an answer is judged against others; use at least 2")
+    if min(args.epochs, args.max_tokens, args.examples) < 1 or not args.reward_seconds > 0:
+        raise UserError(
+            f"--epochs {args.epochs}, --max-tokens {args.max_tokens}, --examples {args.examples} "
+            f"must be at least 1, --reward-seconds {args.reward_seconds} above 0"
+        )
+    if args.shard:
+        raise UserError("--shard: the engine needs the whole model on each rank; leave it out")
+    if not Tokenizer.load(args.model).chat_template:
+        raise UserError(
+            f"{args.model} has no chat template, so no token that ends an answer: first run "
+            "finetune.py on it"
+        )
+
+
+def prepare_grpo(args, checkpoint):
+    """Flags and checkpoint -> Run"""
+    check_grpo_args(args)
+    rewards = [read_reward(spec) for spec in args.reward]
+    runtime = resolve(args.device, args.dtype, args.compile)
+    dtype = runtime.dtype if args.lora else torch.float32
+    tok, model = finetune.open_model(args.model, runtime.device, dtype)
+    args.context = min(args.context, model.config.max_position_embeddings)
+    data, val = load_questions(args, tok, rewards)
+    if not args.micro_batch and runtime.device.type == "cpu":
+        args.micro_batch = math.gcd(8, args.batch // runtime.world)
+    reference = None
+    if args.beta and not args.lora:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    model, write = make_policy(args, checkpoint, model, base_sha256(model), runtime)
+    trained, total = lora.count_params(model)
+    print(
+        f"data     {len(data.prompts):,} questions to train on, {len(val.prompts):,} held out\n"
+        f"model    {trained:,} of {total:,} parameters are trained: {args.loss}, "
+        f"{args.batch} x {args.group} answers a step"
+    )
+    engine = None
+    if not args.fit:
+        at_once = min(args.batch * args.group, 256 if runtime.device.type == "cuda" else 64)
+        room = dict(max_seqs=at_once, kv_tokens=at_once * args.context)
+        engine = Engine.of(model, tok, args.dtype, **room)
+    return start_run(
+        args,
+        checkpoint,
+        runtime,
+        tok,
+        model,
+        data,
+        val,
+        loss=longest_row_loss,
+        validate=validate_answers,
+        write=write,
+        own=Environment(engine, rewards, reference),
+    )
+
+
+def longest_row_loss(model, asked, args):
+    """The loss of rows as long as they can be: what start_run tries out on a GPU."""
+    x = asked.x.new_zeros(len(asked.x), args.context + (args.group - 1) * args.max_tokens)
+    positions = torch.arange(x.size(1), device=x.device) % args.context
+    return model(x, x, per_token=True, docs=x, positions=positions.expand_as(x)).sum()
+
+
+@torch.no_grad()
+def validate_answers(run):
+    """The mean reward of likeliest answers to held-out questions; samples.txt gets a few."""
+    numbers = range(run.runtime.rank, len(run.val.prompts), run.runtime.world)
+    answers = [output.text for (output,) in ask(run, run.val, numbers, temperature=0.0)]
+    asked = [run.val.questions[n] for n in numbers]
+    rewards = [judge(run.own.rewards, *pair, run.args) for pair in zip(asked, answers)]
+    good = [r for r in rewards if not math.isnan(r)]
+    if run.metrics:
+        with open(Path(run.args.out) / "samples.txt", "a", encoding="utf-8") as file:
+            for question, answer, reward in list(zip(asked, answers, rewards))[:8]:
+                asked_for = question.messages[-1]["content"]
+                print(f"{run.optimizer.steps}\t{reward:.3g}\t{asked_for!r}\t{answer!r}", file=file)
+    return {"val_reward": run.runtime.sum(sum(good)) / max(run.runtime.sum(len(good)), 1)}
+
+
+MEANS = {  # what a row of the metrics has: {mean: of how many}
+    "reward": "judged",
+    "spread": "questions",  # deviation of the rewards in a group
+    "alike": "questions",  # share of groups whose rewards are all alike, which are dropped
+    "failed": "answers",  # share of answers that a reward function failed on
+    "cut": "answers",  # share that never ended
+    "drawn": "answers",  # tokens of an answer
+    "entropy": "drawn",  # nats: -log p of what was drawn, whose mean is the entropy
+    "gap_mean": "targets",  # nats between the sampler's log-probs and the trainer's
+    "clipped": "pushed",  # share of tokens
+    "kl": "pushed",  # nats
+}
+
+
+def step_means(run, totals, seconds):
+    """The step's sums -> what is logged, over all ranks."""
+    total = {name: run.runtime.sum(totals[name]) for name in (*MEANS, *MEANS.values())}
+    values = {name: total[name] / max(total[by], 1) for name, by in MEANS.items()}
+    values["answer_tokens"] = values.pop("drawn")
+    values["gap_max"] = run.runtime.sum(totals["gap_max"], "MAX")
+    values["generate_tokens_per_s"] = round(totals["drawn"] / totals["generate_seconds"])
+    values["train_tokens_per_s"] = round(totals["pushed"] / max(totals["train_seconds"], 1e-9))
+    values["generate_share"] = totals["generate_seconds"] / seconds
+    return values
+
+
+PATIENCE = 5  # steps without a single group whose rewards differ, from the start
+
+
+def train_policy(run):
+    """The loop: the engine answers, the trainer updates --epochs times, the engine is refreshed."""
+    args = run.args
+    learned = run.start > 0
+    for step, asked in steps(run):
+        began = time.time()
+        totals = Counter(gap_max=0.0)
+        batch, count = roll_out(run, asked.x.tolist(), totals)
+        learned = learned or batch is not None
+        total = torch.zeros(())
+        values = {}
+        old = {}  # {pass: the trainer's log-probs before the step}
+        trained = time.time()
+        for _ in range(args.epochs if batch else 0):
+            run.optimizer.zero_grad()
+            total = 0
+            for i, part in enumerate(passes(run, batch)):
+                with run.runtime.autocast():
+                    loss, old[i] = answer_loss(run, part, old.get(i), totals)
+                backward(run, loss, count)
+                total += loss.detach()
+            values = update(run, step)
+        run.own.engine.refresh(run.model)
+        totals["train_seconds"] = time.time() - trained
+        values |= step_means(run, totals, time.time() - began)
+        log_step(run, step, total, count, tokens=totals["drawn"] / args.batch, **values)
+        if not learned and step + 1 == PATIENCE:
+            raise UserError(
+                f"{PATIENCE} steps, and the rewards of every group of {args.group} answers are "
+                f"alike (mean {values['reward']:.3g}): nothing tells a better answer; take easier "
+                "or harder questions, a larger --group, another --reward or a model trained longer"
+            )
+
+
+def main():
+    args, checkpoint = read_args(Args, __doc__, positional=("model",))
+    launch(args, checkpoint, prepare_grpo, train_policy)
+
+
+if __name__ == "__main__":
+    common.cli(main)

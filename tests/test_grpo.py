@@ -1,0 +1,379 @@
+"""grpo.py: advantages and losses by hand, the engine over weights in training, rewards that fail,
+resuming, ranks, bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import common
+import grpo
+import lora
+from common import UserError
+from engine import native
+from generate import Engine, Sampling
+from grpo import VARIANTS, advantages_of, policy_loss
+from model import Config, Transformer
+from runtime import latest_checkpoint
+from tokenizer import Tokenizer
+from training import rewards, toybox
+from training.exam import Question
+
+
+# ------------------------------------------------------------------------------------ the objective
+def test_advantages_at_hand_computed_points():
+    """Rewards 1 0 0 1: mean 0.5, deviation sqrt(4 * 0.25 / 3) = 0.57735."""
+    judged = torch.tensor([[1.0, 0, 0, 1], [2.0, 2, 2, 2]])
+    a = 0.5 / (0.57735 + 1e-4)
+    for loss in ("grpo", "dapo"):
+        assert advantages_of(judged, loss)[0].tolist() == pytest.approx([a, -a, -a, a], abs=1e-4)
+    assert advantages_of(judged, "dr_grpo")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert advantages_of(judged)[1].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, high, loss, clipped",
+    [
+        (1.0, 2.0, 0.2, -2.0, False),
+        (1.1, 2.0, 0.2, -2.2, False),
+        (1.5, 2.0, 0.2, -2.4, True),  # it has risen enough
+        (1.5, -2.0, 0.2, 3.0, False),  # but it may fall
+        (0.5, 2.0, 0.2, -1.0, False),
+        (0.5, -2.0, 0.2, 1.6, True),
+        (1.25, 1.0, 0.28, -1.25, False),  # DAPO lets it rise further
+        (1.5, 1.0, 0.28, -1.28, True),
+    ],
+)
+def test_a_token_is_pushed_until_it_has_moved_by_the_clip(ratio, advantage, high, loss, clipped):
+    log_p = torch.tensor([math.log(ratio)], requires_grad=True)
+    costs, cut, _ = policy_loss(log_p, torch.zeros(1), torch.tensor([advantage]), 0.2, high)
+    costs.sum().backward()
+    assert costs.item() == pytest.approx(loss)
+    assert cut.item() == clipped
+    assert (log_p.grad.item() == 0) == clipped
+
+
+def test_the_kl_is_schulmans_estimate_and_zero_where_nothing_moved():
+    log_p = torch.tensor([-1.0, -2.0])
+    _, _, kl = policy_loss(log_p, log_p, torch.zeros(2), ref=torch.tensor([-1.0, -1.5]), beta=1)
+    assert kl.tolist() == pytest.approx([0, math.exp(0.5) - 0.5 - 1])
+
+
+def test_the_variants_weigh_tokens_as_their_papers_do():
+    """Answers of 2 and 6 tokens, at most 10: what each token costs when all have the loss 1."""
+    totals = {}
+    for name, variant in VARIANTS.items():
+        weights, parts = zip(*(variant.weigh(length, 10) for length in (2, 6)))
+        totals[name] = [weight / sum(parts) for weight in weights]
+    assert totals["grpo"] == pytest.approx([1 / 4, 1 / 12])
+    assert totals["dr_grpo"] == pytest.approx([1 / 20, 1 / 20])
+    assert totals["dapo"] == pytest.approx([1 / 8, 1 / 8])
+
+
+# ------------------------------------------------------------------- the engine over live weights
+def moved_model(config):
+    torch.manual_seed(1)
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
+    return model
+
+
+CONFIGS = {
+    "qwen3": Config("qwen3", 300, 32, 64, 2, 2, 2, 16, 192, tie_word_embeddings=False),
+    "gpt2": Config(
+        "gpt2", 300, 32, 64, 2, 2, 2, 16, 192, qkv_bias=True, out_bias=True, mlp_bias=True
+    ),
+}
+
+
+@pytest.mark.parametrize("forward", ["C++", "torch"])
+@pytest.mark.parametrize("kind", [*CONFIGS, "adapter"])
+def test_a_refreshed_engine_answers_as_a_fresh_one_on_the_saved_folder(
+    kind, forward, tmp_path, monkeypatch
+):
+    """100 prompts, which the engine has seen before the update: its cached keys must go too."""
+    if forward == "torch":
+        monkeypatch.setattr(native, "library", lambda: raise_unavailable())
+    model = moved_model(CONFIGS.get(kind, CONFIGS["qwen3"]))
+    if kind == "adapter":
+        lora.apply(model, 4, 8)
+    engine = Engine.of(model, None, dtype="float32", kv_tokens=4096)
+    assert engine.runner.native == (forward == "C++")
+    torch.manual_seed(2)
+    prompts = [torch.randint(300, (20 + i % 30,)).tolist() for i in range(100)]
+    greedy = Sampling(temperature=0, max_tokens=6, logprobs=0)
+    before = engine.generate(prompts, greedy)
+    with torch.no_grad():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p += 0.05 * torch.randn_like(p)
+    engine.refresh(model)
+    after = engine.generate(prompts, greedy)
+    lora.merge(model).save_pretrained(tmp_path)
+    fresh = Engine(tmp_path, "cpu", "float32", kv_tokens=4096).generate(prompts, greedy)
+    assert [o.token_ids for o in after] == [o.token_ids for o in fresh]
+    assert [o.token_ids for o in after] != [o.token_ids for o in before]
+    for one, other in zip(after, fresh):
+        theirs = [t.logprob for t in other.logprobs]
+        assert [t.logprob for t in one.logprobs] == pytest.approx(theirs, abs=1e-5)
+
+
+def raise_unavailable():
+    raise native.Unavailable("as if there were no compiler")
+
+
+def test_bf16_weights_of_an_engine_follow_float32_ones_in_training(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: raise_unavailable())
+    model = moved_model(CONFIGS["qwen3"])
+    engine = Engine.of(model, None, dtype="bfloat16", kv_tokens=1024)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    engine.refresh(model)
+    fresh = Engine.of(model, None, dtype="bfloat16", kv_tokens=1024)
+    greedy = Sampling(temperature=0, max_tokens=8)
+    answers = [e.generate([[1, 2, 3], [4, 5]], greedy) for e in (engine, fresh)]
+    assert [o.token_ids for o in answers[0]] == [o.token_ids for o in answers[1]]
+
+
+def test_the_token_that_ends_an_answer_is_told_with_its_log_prob():
+    model = moved_model(replace(CONFIGS["qwen3"], eos_token_id=[*range(0, 300, 2)]))
+    sampling = Sampling(max_tokens=50, seed=1, logprobs=0)
+    (output,) = Engine.of(model, None, dtype="float32").generate([[1, 2, 3]], sampling)
+    end, log_p = output.end
+    ids = torch.tensor([[1, 2, 3, *output.token_ids]])
+    assert output.finish_reason == "stop" and end % 2 == 0
+    assert log_p == pytest.approx(model(ids)[0, -1].log_softmax(-1)[end].item(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- rewards
+REWARDS = """
+import time, math
+def letters(question, answer): return answer.count("e") / 4
+def raises(question, answer): return 1 / (len(answer) % 2)
+def nan(question, answer): return math.nan if len(answer) % 3 else len(answer)
+def hangs(question, answer):
+    while len(answer) % 4 == 0:
+        try: time.sleep(60)
+        except Exception: pass
+    return len(answer)
+def same(question, answer): return 2
+"""
+
+
+def question(family="", checks=(), text="Add 1 and 2."):
+    return Question([{"role": "user", "content": text}], "3", family, list(checks))
+
+
+def test_rewards_by_rule_by_function_and_their_weights(tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    specs = ["toybox:2", "style:0.5", "short:-1", f"{tmp_path}/mine.py:letters:4"]
+    found = [rewards.read_reward(spec) for spec in specs]
+    args = grpo.Args()
+    total = rewards.judge(found, question("add"), "Gladly: 3", args)
+    assert total == pytest.approx(2 + 0.5 + 0.09 + 0)
+    assert rewards.judge(found, question("add"), "eee", args) == pytest.approx(0.03 + 3)
+    kept = rewards.read_reward("checks").function
+    checks = [("max_words", 2), ("uppercase", True)]
+    assert kept(question(checks=checks), "a b") == 0.5
+    assert kept(question(), "a b") is None
+
+
+@pytest.mark.parametrize(
+    "spec, told",
+    [
+        ("toybux", "use toybox, checks, style, short or an existing FILE.py:FUNCTION"),
+        ("none.py:f", "an existing FILE.py:FUNCTION"),
+        ("mine.py:absent", "mine.py has no function absent"),
+    ],
+)
+def test_a_reward_that_is_none_is_named(spec, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(REWARDS)
+    with pytest.raises(UserError, match=told):
+        rewards.read_reward(spec)
+
+
+# ----------------------------------------------------------------------------------------- training
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder that has learned nothing, questions, rewards."""
+    folder = tmp_path_factory.mktemp("base")
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    tok = Tokenizer.train([toybox.world_text(20_000)], 300, special_tokens=special)
+    tok.chat_template = grpo.finetune.chat.CHATML_TEMPLATE
+    tok.save(folder)
+    moved_model(CONFIGS["qwen3"]).save_pretrained(folder)
+    rows = toybox.conversations("train", 60)
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.py").write_text(REWARDS)
+    return folder
+
+
+def command(base, out, *more, reward="letters"):
+    words = [base, "--data", base / "q.jsonl", "--reward", f"{base}/mine.py:{reward}", "--out", out]
+    words += ["--batch", 8, "--group", 4, "--steps", 8, "--max-tokens", 10, "--context", 120]
+    words += ["--lr", 3e-3, "--eval-every", 4, "--save-every", 2, "--device", "cpu", *more]
+    return [str(word) for word in words]
+
+
+def rl(*arguments):
+    """main() in this process."""
+    before = sys.argv
+    sys.argv = ["grpo.py", *map(str, arguments)]
+    try:
+        grpo.main()
+    finally:
+        sys.argv = before
+
+
+def rows_of(out, key="loss"):
+    return [row for row in common.Metrics.read(out / "metrics.jsonl") if key in row]
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    rl(*command(base, out, "--epochs", 2, "--beta", 0.01))
+    return out
+
+
+def test_a_run_raises_its_reward_logs_what_it_did_and_its_sampler_agrees_with_its_trainer(trained):
+    rows = rows_of(trained)
+    assert len(rows) == 8
+    names = "reward spread alike failed cut entropy gap_mean gap_max clipped kl answer_tokens"
+    names += " generate_tokens_per_s train_tokens_per_s generate_share"
+    assert all(set(names.split()) <= row.keys() for row in rows)
+    assert max(row["gap_max"] for row in rows) <= 1e-4
+    assert rows[0]["kl"] < rows[-1]["kl"]
+    assert 0 < rows[0]["cut"] <= 1 and rows[0]["failed"] == 0
+    validated = [row["val_reward"] for row in rows_of(trained, "val_reward")]
+    assert validated[-1] > validated[0]
+    assert len((trained / "samples.txt").read_text().splitlines()) == 2 * 3
+    assert (trained / "reward.png").is_file()
+
+
+def start(ranks, *arguments):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    threads = 1 if ranks > 1 else torch.get_num_threads()
+    return subprocess.Popen(
+        [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / "grpo.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        start_new_session=True,
+    )
+
+
+def assert_same_weights(out, other):
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, other))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(base, trained, tmp_path):
+    out = tmp_path / "run"
+    process = start(1, *command(base, out, "--epochs", "2", "--beta", "0.01"))
+    while latest_checkpoint(out) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(rows_of(out)) < 8
+    rl(base, "--resume", "--out", out)
+    assert [row["loss"] for row in rows_of(out)] == [row["loss"] for row in rows_of(trained)]
+    assert [r["val_reward"] for r in rows_of(out, "val_reward")] == [
+        r["val_reward"] for r in rows_of(trained, "val_reward")
+    ]
+    assert_same_weights(out, trained)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(base, trained, tmp_path):
+    process = start(2, *command(base, tmp_path / "run", "--epochs", "2", "--beta", "0.01"))
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    for mine, theirs in zip(rows_of(tmp_path / "run"), rows_of(trained), strict=True):
+        for name in ("loss", "reward", "spread", "alike", "entropy", "kl", "grad_norm"):
+            assert mine.get(name) == pytest.approx(theirs.get(name), abs=1e-5), name
+
+
+def test_with_lora_the_reference_is_the_frozen_base(base, tmp_path):
+    rl(*command(base, tmp_path / "run", "--lora", 4, "--beta", 0.1, "--steps", 3))
+    kl = [row["kl"] for row in rows_of(tmp_path / "run")]
+    assert kl[0] == 0 < kl[1]
+    assert max(row["gap_max"] for row in rows_of(tmp_path / "run")) <= 1e-4
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------ rewards that fail
+FAILURES = {"raises": "ZeroDivisionError: division by zero", "nan": "ValueError: it returned nan"}
+FAILURES["hangs"] = "TooSlow: it took longer than --reward-seconds 0.02"
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_reward_that_fails_is_named_with_its_question_counted_and_skipped(
+    kind, base, tmp_path, capsys
+):
+    more = ["--on-error", "skip", "--reward-seconds", 0.02, "--steps", 2]
+    rl(*command(base, tmp_path / "run", *more, reward=kind))
+    rows = rows_of(tmp_path / "run")
+    assert 0 < rows[0]["failed"] < 1
+    told = capsys.readouterr().err
+    assert f"{base}/mine.py:{kind} failed: {FAILURES[kind]}" in told
+    asked = json.loads((base / "q.jsonl").read_text().splitlines()[0])
+    assert "asked '" in told and asked["messages"]
+
+
+def test_a_run_that_stops_for_a_failed_reward_has_saved_and_goes_on(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        rl(*command(base, out, "--save-every", 100, reward="raises"))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    del stopped  # its traceback holds the run, and that the folder's lock
+    assert "saved step 1 in" in capsys.readouterr().out
+    assert json.loads((latest_checkpoint(out) / "state.json").read_text())["step"] == 1
+    rl(base, "--resume", "--out", out, "--on-error", "skip")
+    assert [row["step"] for row in rows_of(out)] == [*range(8)]
+
+
+# ---------------------------------------------------------------------------------------- bad input
+def test_rewards_alike_from_the_start_stop_the_run_with_what_to_change(base, tmp_path):
+    with pytest.raises(UserError, match="5 steps, and the rewards of every group of 4 answers are"):
+        rl(*command(base, tmp_path / "run", reward="same"))
+
+
+def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
+    (tmp_path / "plain").mkdir()
+    tok = Tokenizer.load(base)
+    tok.chat_template = None
+    tok.save(tmp_path / "plain")
+    moved_model(CONFIGS["qwen3"]).save_pretrained(tmp_path / "plain")
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "Who?", "completion": "Me."}\n' * 40)
+    out = tmp_path / "o"
+    for arguments, message in (
+        (command(base, out, "--group", 1), "--group 1: an answer is judged against others"),
+        (command(base, out, "--loss", "ppo"), "unknown loss 'ppo': use grpo, dr_grpo, dapo"),
+        (command(base, out, "--on-error", "ask"), "--on-error ask: use stop or skip"),
+        (command(base, out, "--shard"), "--shard: the engine needs the whole model"),
+        (command(base, out, "--batch", 200), "questions for training; --batch needs 200"),
+        (command(base, out, "--context", 12), "0 questions for training"),
+        (command(tmp_path / "plain", out, "--data", base / "q.jsonl"), "has no chat template"),
+        (
+            command(base, out, "--data", tmp_path / "bare.jsonl", "--reward", "toybox", "checks"),
+            "--reward toybox or checks has no rule for the question 'Who?'",
+        ),
+        ([base, "--resume", "--out", trained, "--loss", "dapo"], "--loss was 'grpo'"),
+    ):
+        with pytest.raises(UserError) as error:
+            rl(*arguments)
+        assert message in str(error.value) and "\n" not in str(error.value)
