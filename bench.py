@@ -7,6 +7,7 @@
     python bench.py qlora --shape 7b             # QLoRA, estimated and measured; 1b for a CPU
     python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
+    python bench.py grpo MODEL                   # reinforcement learning beside TRL's GRPOTrainer
     python bench.py kernels                      # on a GPU: GB/s of each kernel beside the card's
     python bench.py linear                       # one linear layer on the CPU, by format
     python bench.py tokenizer corpus.txt --vocab-size 32000     # beside HF tokenizers and tiktoken
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 import chat
 import dpo
 import finetune
+import grpo
 import kernels
 import lora
 import train
@@ -394,6 +396,26 @@ def bench_dpo(model, data="toybox"):
         optimizer = torch.optim.AdamW(trained.train().parameters(), 1e-6)
         seconds = seconds_of(epoch, step, optimizer, warm_up=1)
         yield dict(name=name, seconds=seconds / len(steps))
+
+
+def bench_grpo(model, data="toybox", questions=16, steps=6):
+    """Answer tokens a second through whole steps of GRPO on the CPU, from eight answers to each
+    question to the update: grpo.py, and what share of it the engine takes, beside TRL's GRPOTrainer
+    with transformers' generation. The first step of each is not counted."""
+    from peers.trl import policy_trainer_speed
+
+    with tempfile.TemporaryDirectory() as out:
+        size = dict(batch=questions, max_tokens=40, context=128, steps=steps, eval_every=steps)
+        place = dict(out=f"{out}/run", device="cpu", dtype="float32")
+        run = grpo.prepare_grpo(grpo.Args(model=model, data=(data,), **size, **place), None)
+        grpo.train_policy(run)
+        rows = [row for row in Metrics.read(f"{out}/run/metrics.jsonl") if "reward" in row][1:]
+        share = fmean(row["generate_share"] for row in rows)
+        ours = fmean(row["tokens_per_s"] for row in rows)
+        yield dict(name="grpo.py", tokens_per_s=ours, generate_share=share)
+        asked = run.batches.split.questions[: questions * steps]
+        theirs = policy_trainer_speed(f"{out}/run", asked, questions, 8, steps)
+        yield dict(name="GRPOTrainer", tokens_per_s=theirs, grpo_is_faster=ours / theirs)
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -864,6 +886,7 @@ MEASUREMENTS = {
     "qlora": bench_qlora,
     "sft": bench_sft,
     "dpo": bench_dpo,
+    "grpo": bench_grpo,
     "kernels": bench_kernels,
     "linear": bench_linear,
     "tokenizer": bench_tokenizer,

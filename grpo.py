@@ -5,17 +5,16 @@ can judge become a model folder that answers them better.
     python grpo.py MODEL --data q.jsonl --reward checks short:0.1    # IFEval-style; brief as well
     python grpo.py MODEL --data q.jsonl --reward mine.py:judge       # def judge(question, answer)
 
-Top to bottom: the objective and its variants, questions, answers with their rewards and advantages,
-the loss of a pass, the loop. The engine writes with the very weights that are trained.
+Top to bottom: the objective and its variants, answers with their rewards and advantages, the loss
+of a pass, the loop. The engine writes with the very weights that are trained.
 """
 
 import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ import torch
 import common
 import finetune
 import lora
-from chat import render
 from common import UserError
 from data import held_out
 from dpo import make_policy, padded_rows, prompt_row, trimmed
@@ -33,7 +31,6 @@ from generate import Engine, Sampling
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
-from training.exam import read_questions
 from training.loop import (
     LoopArgs,
     backward,
@@ -45,7 +42,7 @@ from training.loop import (
     steps,
     update,
 )
-from training.rewards import check_rules, judge, read_reward
+from training.rewards import judge, load_questions, read_reward
 
 
 @dataclass
@@ -54,6 +51,7 @@ class Args(LoopArgs):
     data: tuple = ("toybox",)  # questions: FILE, FOLDER (its train.jsonl) or toybox
     val: tuple = ()  # held-out questions [val.jsonl of a FOLDER, else a twentieth of --data]
     examples: int = 20_000  # questions of each source at most
+    known: float = 1.0  # share of the questions it answers best already that are asked all the same
     reward: tuple = ("toybox",)  # toybox, checks, FILE.py:FUNCTION; style, short; NAME:2 weighs two
     on_error: str = "stop"  # where a reward fails: stop (what was learned is saved), or skip
     reward_seconds: float = 5.0  # a reward function that takes longer has failed
@@ -73,7 +71,7 @@ class Args(LoopArgs):
     steps: int = 100  # optimizer steps, each with answers of its own
     micro_batch: int = 0  # questions per pass and rank; 0: 8 on a CPU, else what memory allows
     optimizer: str = "adamw"  # adamw, or muon (hidden matrices; AdamW for the rest)
-    lr: float = 1e-5  # learning rate of everything under AdamW; ten times that with --lora
+    lr: float = 1e-5  # learning rate of everything under AdamW; small models and adapters like more
     schedule: str = "cosine"  # wsd (stable, then linear to zero) or cosine
     grad_clip: float = 1.0  # clip the gradient's norm to this; 0 is off
     log_every: int = 1  # steps between rows of metrics.jsonl
@@ -112,9 +110,10 @@ def policy_loss(log_p, old, advantages, clip=0.2, clip_high=0.2, ref=None, beta=
 
     With r = p / p_old and A the answer's advantage, a token costs (PPO, Schulman et al. 2017)
 
-        L = -min(r A, clip(r, 1 - clip, 1 + clip_high) A) + beta (q - log q - 1),   q = p_ref / p
+        L = -min(r A, clip(r, 1 - clip, 1 + clip_high) A) + beta r (q - log q - 1),   q = p_ref / p
 
-    the last an estimate of KL(p, p_ref) that is never negative (Schulman's k3). The step's loss is
+    The last is Schulman's estimate k3 of KL(p, p_ref), never negative; times r its gradient is the
+    KL's own (DeepSeek-V3.2, 2025). The step's loss is
 
     grpo     1 / answers  sum of  1 / |o|  sum of L          Shao et al. 2024, eq. 3
     dr_grpo  1 / (answers max_tokens)  sum of L              Liu et al. 2025: long ones weigh more
@@ -127,71 +126,21 @@ def policy_loss(log_p, old, advantages, clip=0.2, clip_high=0.2, ref=None, beta=
     clipped = (bounded * advantages < ratio * advantages).detach()
     kl = torch.zeros_like(log_p)
     if ref is not None:
-        kl = torch.expm1(ref - log_p) - (ref - log_p)
+        kl = ratio * (torch.expm1(ref - log_p) - (ref - log_p))
         losses = losses + beta * kl
     return losses, clipped, kl.detach()
 
 
-# --------------------------------------------------------------------------------------- questions
-class Asked(NamedTuple):
-    x: torch.Tensor  # (R,) numbers of questions
-
-
-class Questions:
-    """A split for data.Batches: a row is a question's number."""
-
-    def __init__(self, questions, prompts):
-        self.questions = questions
-        self.prompts = prompts  # their ids
-        self.sha256 = common.sha256(repr((questions, prompts)).encode())
-
-    def __len__(self):
-        return sum(map(len, self.prompts))
-
-    def part(self, numbers):
-        return Questions([self.questions[i] for i in numbers], [self.prompts[i] for i in numbers])
-
-    def plan(self, context, seed, epoch):
-        rng = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(len(self.prompts), generator=rng)
-        return finetune.PackedRows([*range(len(order))], order.numpy())
-
-    def fill(self, rows, context):
-        return Asked(torch.tensor(rows))
-
-
-def read_split(args, tok, rewards, split):
-    """-> Questions, all of which the rewards can judge."""
-    questions = read_questions(args, split)
-    check_rules(questions, rewards)
-    prompts = [render(tok, question.messages, True)[0] for question in questions]
-    fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
-    if len(fitting) < len(prompts):
-        print(
-            f"skipped  {len(prompts) - len(fitting):,} of {len(prompts):,} prompts: with answers "
-            f"of {args.max_tokens} tokens they do not fit into --context {args.context:,}"
-        )
-    return Questions(questions, prompts).part(fitting)
-
-
-def load_questions(args, tok, rewards):
-    """-> Questions to train on, and to validate on"""
-    names = args.val or [n for n in args.data if n == "toybox" or (Path(n) / "val.jsonl").is_file()]
-    train = read_split(args, tok, rewards, "train")
-    if names:
-        val = read_split(replace(args, data=names, examples=200), tok, rewards, "val")
-    else:
-        numbers = range(len(train.prompts))
-        val = train.part([i for i in numbers if held_out(0.05, i)])
-        train = train.part([i for i in numbers if not held_out(0.05, i)])
-    for name, found in (("training", train), ("validation", val)):
-        least = args.batch if name == "training" else 1
-        if len(found.prompts) < least:
-            raise UserError(f"{len(found.prompts)} questions for {name}; --batch needs {least}")
-    return train, val
-
-
 # ------------------------------------------------------------------- answers, rewards, advantages
+class Group(NamedTuple):
+    """The answers to one question."""
+
+    prompt: list  # ids
+    answers: Sequence  # ids of each, the end token included
+    log_probs: Sequence  # the engine's, of each id
+    rewards: list
+
+
 class AnswerBatch(NamedTuple):
     """Rows of a question and its group of answers, laid out as in dpo.PairBatch."""
 
@@ -202,9 +151,6 @@ class AnswerBatch(NamedTuple):
     sampled: torch.Tensor  # (R, T) float32: the engine's log-prob of y
     advantage: torch.Tensor  # (R, T) float32: of the answer
     weight: torch.Tensor  # (R, T) float32: of the token in the loss
-
-
-NOTHING = [0], [-100], [-1], [0], [0.0], [0.0], [0.0]  # a row that only fills a rank's passes
 
 
 class Environment(NamedTuple):
@@ -230,36 +176,67 @@ def seed_of(run, number):
 
 
 def roll_out(run, numbers, totals):
-    """Ask each question --group times and judge the answers -> (AnswerBatch, its count in the
-    loss over all ranks); (None, 0) where no rank has a group whose rewards differ."""
-    args = run.args
-    split = run.batches.split
-    weigh = VARIANTS[args.loss].weigh
+    """Ask each question --group times and judge the answers -> the Groups whose rewards differ."""
+    questions = run.batches.split
     began = time.time()
-    groups = ask(run, split, numbers, n=args.group, logprobs=0)
+    asked = ask(run, questions, numbers, n=run.args.group, logprobs=0)
     totals["generate_seconds"] += time.time() - began
-    rows = []
+    groups = []
+    for number, outputs in zip(numbers, asked):
+        question = questions.questions[number]
+        rewards = [judge(run.own.rewards, question, out.text, run.args) for out in outputs]
+        answers, log_probs = zip(*map(drawn_tokens, outputs))
+        group = Group(questions.prompts[number], answers, log_probs, rewards)
+        good = [reward for reward in rewards if not math.isnan(reward)]
+        alike = len(good) == len(rewards) and min(good) == max(good)
+        if len(good) == len(rewards) and not alike:
+            groups.append(group)
+            totals["spread"] += torch.tensor(rewards).std().item()
+        totals.update(
+            questions=1,
+            answers=len(rewards),
+            judged=len(good),
+            reward=sum(good),
+            alike=alike,
+            failed=len(rewards) - len(good),
+            cut=sum(output.end is None for output in outputs),
+            drawn=sum(map(len, group.answers)),
+            entropy=-sum(map(sum, group.log_probs)),
+        )
+    return groups
+
+
+def drawn_tokens(output):
+    """-> (ids that were drawn, the end token too; the log-prob of each)"""
+    drawn = [(token.id, token.logprob) for token in output.logprobs]
+    if output.end:
+        drawn.append(output.end)
+    return tuple(zip(*drawn))
+
+
+def group_row(group, args):
+    """-> (a Group's row of an AnswerBatch, what it adds to the count in front of the loss)"""
+    blank = [0.0] * (len(group.prompt) - 1)
+    sampled, advantage, weight = ([*blank] for _ in range(3))
     count = 0
-    for number, outputs in zip(numbers, groups):
-        question = split.questions[number]
-        rewards = [judge(run.own.rewards, question, output.text, args) for output in outputs]
-        answers = [answer_ids(output) for output in outputs]
-        count_answers(totals, rewards, outputs, answers)
-        if math.isnan(sum(rewards)) or min(rewards) == max(rewards):
-            continue  # nothing is to be learned from it
-        row = *prompt_row(split.prompts[number], [ids for ids, _ in answers]), [], [], []
-        for column in row[4:]:
-            column += [0.0] * (len(split.prompts[number]) - 1)
-        advantages = advantages_of(torch.tensor(rewards), args.loss).tolist()
-        for (ids, log_p), advantage in zip(answers, advantages):
-            weight, part = weigh(len(ids), args.max_tokens)
-            for column, values in zip(
-                row[4:], (log_p, [advantage] * len(ids), [weight] * len(ids))
-            ):
-                column += values
-            count += part
-        rows.append(row)
-    most = int(run.runtime.sum(len(rows), "MAX"))  # ranks must make as many passes
+    advantages = advantages_of(torch.tensor(group.rewards), args.loss).tolist()
+    for ids, log_p, own in zip(group.answers, group.log_probs, advantages):
+        each, part = VARIANTS[args.loss].weigh(len(ids), args.max_tokens)
+        sampled += log_p
+        advantage += [own] * len(ids)
+        weight += [each] * len(ids)
+        count += part
+    return (*prompt_row(group.prompt, group.answers), sampled, advantage, weight), count
+
+
+NOTHING = [0], [-100], [-1], [0], [0.0], [0.0], [0.0]  # a row that only fills a rank's passes
+
+
+def batch_of(groups, args, runtime):
+    """Groups of this rank -> (AnswerBatch, its count over all ranks); (None, 0) if none has any."""
+    made = [group_row(group, args) for group in groups]
+    rows = [row for row, _ in made]
+    most = int(runtime.sum(len(rows), "MAX"))  # ranks must make as many passes
     if not most:
         return None, 0
     rows += [NOTHING] * (most - len(rows))
@@ -268,30 +245,7 @@ def roll_out(run, numbers, totals):
     padding = (0, -100, args.group, 0, 0.0, 0.0, 0.0)
     columns = zip(zip(*rows), padding)
     batch = AnswerBatch(*(padded_rows(column, width, value) for column, value in columns))
-    return batch, run.runtime.sum(count)
-
-
-def answer_ids(output):
-    """-> (ids that were drawn, the end token too; the log-prob of each)"""
-    drawn = [(token.id, token.logprob) for token in output.logprobs]
-    if output.end:
-        drawn.append(output.end)
-    return [list(column) for column in zip(*drawn)]
-
-
-def count_answers(totals, rewards, outputs, answers):
-    """Add a group to the sums of the step."""
-    good = [r for r in rewards if not math.isnan(r)]
-    totals["questions"] += 1
-    totals["answers"] += len(rewards)
-    totals["judged"] += len(good)
-    totals["reward"] += sum(good)
-    totals["spread"] += torch.tensor(rewards).std().item() if len(good) == len(rewards) else 0
-    totals["alike"] += len(good) == len(rewards) and min(good) == max(good)
-    totals["failed"] += len(rewards) - len(good)
-    totals["cut"] += sum(output.end is None for output in outputs)
-    totals["drawn"] += sum(len(ids) for ids, _ in answers)
-    totals["entropy"] -= sum(chain(*(log_p for _, log_p in answers)))
+    return batch, runtime.sum(sum(count for _, count in made))
 
 
 # --------------------------------------------------------------------------------- loss of a pass
@@ -376,6 +330,8 @@ def prepare_grpo(args, checkpoint):
     data, val = load_questions(args, tok, rewards)
     if not args.micro_batch and runtime.device.type == "cpu":
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
+    if args.known < 1:
+        data = without_known(args, tok, model, data, rewards)
     reference = None
     if args.beta and not args.lora:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -404,6 +360,18 @@ def prepare_grpo(args, checkpoint):
         write=write,
         own=Environment(engine, rewards, reference),
     )
+
+
+def without_known(args, tok, model, data, rewards):
+    """Questions whose likeliest answer gets the best reward there is teach little: most groups of
+    theirs are all alike."""
+    given = finetune.greedy_answers(model, tok, data.prompts, args.max_tokens, args.dtype)
+    values = [judge(rewards, q, text, args) for q, (text, _) in zip(data.questions, given)]
+    best = max((value for value in values if not math.isnan(value)), default=0)
+    known = [i for i, value in enumerate(values) if value == best]
+    left_out = {i for n, i in enumerate(known) if not held_out(args.known, n)}
+    print(f"known    {len(known):,} of {len(values):,} answered best; {len(left_out):,} not asked")
+    return data.part([i for i in range(len(values)) if i not in left_out])
 
 
 def longest_row_loss(model, asked, args):
@@ -443,14 +411,14 @@ MEANS = {  # what a row of the metrics has: {mean: of how many}
 }
 
 
-def step_means(run, totals, seconds):
+def step_means(run, totals, seconds, train_seconds):
     """The step's sums -> what is logged, over all ranks."""
     total = {name: run.runtime.sum(totals[name]) for name in (*MEANS, *MEANS.values())}
     values = {name: total[name] / max(total[by], 1) for name, by in MEANS.items()}
     values["answer_tokens"] = values.pop("drawn")
     values["gap_max"] = run.runtime.sum(totals["gap_max"], "MAX")
     values["generate_tokens_per_s"] = round(totals["drawn"] / totals["generate_seconds"])
-    values["train_tokens_per_s"] = round(totals["pushed"] / max(totals["train_seconds"], 1e-9))
+    values["train_tokens_per_s"] = round(totals["pushed"] / train_seconds)
     values["generate_share"] = totals["generate_seconds"] / seconds
     return values
 
@@ -464,8 +432,9 @@ def train_policy(run):
     learned = run.start > 0
     for step, asked in steps(run):
         began = time.time()
-        totals = Counter(gap_max=0.0)
-        batch, count = roll_out(run, asked.x.tolist(), totals)
+        totals: Counter = Counter()
+        groups = roll_out(run, asked.x.tolist(), totals)
+        batch, count = batch_of(groups, args, run.runtime)
         learned = learned or batch is not None
         total = torch.zeros(())
         values = {}
@@ -481,8 +450,7 @@ def train_policy(run):
                 total += loss.detach()
             values = update(run, step)
         run.own.engine.refresh(run.model)
-        totals["train_seconds"] = time.time() - trained
-        values |= step_means(run, totals, time.time() - began)
+        values |= step_means(run, totals, time.time() - began, time.time() - trained)
         log_step(run, step, total, count, tokens=totals["drawn"] / args.batch, **values)
         if not learned and step + 1 == PATIENCE:
             raise UserError(

@@ -1,12 +1,20 @@
 """TRL (pip install trl): its trainers on our models and records."""
 
+import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental import cpo, orpo
+
+from training import toybox
 
 # ChatML that marks what the assistant says
 CHATML_GENERATION = (
@@ -101,3 +109,65 @@ def dpo_trainer_loss(trainer, pairs):
         for pair in pairs
     ]
     return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+
+
+def policy_trainer(policy, tok, out, group, **settings):
+    """GRPOTrainer around a model folder; without a data set it has one question that only its
+    constructor sees, and its compute_loss is called with answers of ours."""
+    rows = settings.pop("rows", [{"prompt": "a"}] * group)
+    reward = settings.pop("reward", lambda completions, **_: [0.0] * len(completions))
+    args = GRPOConfig(
+        output_dir=str(out),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=settings.pop("answers", group),
+        num_generations=group,
+        **settings,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tok,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def policy_trainer_speed(folder, questions, batch, group, steps):
+    """GRPOTrainer's answer tokens a second with transformers' generation on the CPU, all steps but
+    the first. questions: training.exam.Question of toybox, `batch` of them a step."""
+    tok = AutoTokenizer.from_pretrained(folder)
+    tok.eos_token = tok.pad_token = "<|im_end|>"
+    ends, tokens = [], []
+
+    def reward(prompts, completions, completion_ids, family, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        answers = [completion[0]["content"] for completion in completions]
+        return [float(toybox.check(*row)) for row in zip(family, prompts, answers)]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    trainer = policy_trainer(
+        folder,
+        tok,
+        f"{folder}/trl",
+        group,
+        rows=[{"prompt": q.messages, "family": q.family} for q in questions],
+        reward=reward,
+        answers=batch * group,
+        max_steps=steps,
+        max_completion_length=40,
+        loss_type="grpo",
+        optim="adamw_torch",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer.add_callback(Clock())
+    trainer.train()
+    return sum(tokens[1:]) / (ends[-1] - ends[0])

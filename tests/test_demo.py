@@ -74,7 +74,7 @@ def test_the_sizes_share_their_stages_but_no_folder():
     assert {line.split()[1] for line in full} == {line.split()[1] for line in large}
     torchrun = "torchrun --nproc-per-node 8 "
     eight = commands("--preset", "125m", GPUS="8")
-    assert sum(line.startswith(torchrun) for line in eight) == 4
+    assert sum(line.startswith(torchrun) for line in eight) == 5
     training = next(line for line in large if "--preset 125m" in line)
     told = demo("--preset", "125m", "--dry-run").stdout
     assert torchrun + training.removeprefix("python ") in told
@@ -173,7 +173,7 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
     code, log = stubbed()
     assert code == 0
     assert " ".join(programs(log)) == (
-        "dpo.py finetune.py quant.py quant.py quant.py finetune.py finetune.py "
+        "dpo.py finetune.py grpo.py finetune.py quant.py quant.py quant.py finetune.py finetune.py "
         "generate.py generate.py -m"  # training.report
     )
     assert (tmp_path / "runs" / "demo-answers.jsonl").read_text() == "x\n"

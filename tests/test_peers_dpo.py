@@ -57,19 +57,23 @@ def ours(models, pairs, args, tmp_path):
     return loss.item(), pair_means(sums, args, runtime), gradients
 
 
-def trainer_of(kind, models, tmp_path, **settings):
-    """One of TRL's trainers around the policy, with the reference if it takes one, and a tokenizer
-    that it never has to use."""
+def some_words():
+    """A tokenizer that a trainer never has to use."""
     from tokenizers import Tokenizer as Words
     from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
-    from peers.trl import preference_trainer
-
     words = Words(kinds.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="a"))
-    tok = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def trainer_of(kind, models, tmp_path, **settings):
+    """One of TRL's trainers around the policy, with the reference if it takes one."""
+    from peers.trl import preference_trainer
+
+    tok = some_words()
     ref = models / "ref" if kind == "DPO" else None
     return preference_trainer(kind, models / "policy", tok, tmp_path / "trl", ref, **settings)
 

@@ -48,6 +48,7 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python lora.py merge": "--overwrite",
     "python dpo.py": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
     "python dpo.py eval": "--reference runs/demo --pairs 4 --max-tokens 2 --device cpu",
+    "python grpo.py": "--steps 1 --context 64 --max-tokens 8 --batch 2 --overwrite --device cpu",
     "python quant.py": f"{CALIBRATE} --group-size 32",
     "python quant.py report": f"{CALIBRATE} --group-size 32 --questions 0 --formats int8,gguf-q8_0",
     "python -m formats.gguf": "",

@@ -31,7 +31,7 @@ from common import (
 from training import toybox
 
 # Whose answers are compared: the end of their folder's name.
-MODELS = ("base", "sft", "lora", "dpo", "int8", "int4")
+MODELS = ("base", "sft", "lora", "dpo", "grpo", "int8", "int4")
 # The test's first question of each of these is shown; "" is the family of your own questions.
 SHOWN = ("reverse", "sort", "add", "fact", "speaker", "refuse", toybox.WITHHELD, "")
 ROWS_IN_MD = 40  # of a table; answers.jsonl has them all

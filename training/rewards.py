@@ -1,5 +1,5 @@
-"""Rewards that a rule can check, for grpo.py: by toybox's checkers, by a record's checks, by a
-function of yours, and terms for what an answer looks like.
+"""Rewards that a rule can check, for grpo.py, and the questions they are for. A rule is toybox's
+checkers, a record's checks or a function of yours; terms are for what an answer looks like.
 
     --reward toybox    --reward checks short:0.1    --reward mine.py:judge:0.5
 
@@ -13,14 +13,19 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from chat import printable
-from common import UserError
+import numpy as np
+import torch
+
+from chat import printable, render
+from common import UserError, sha256
+from data import held_out
 from training import toybox
-from training.exam import keeps
+from training.exam import keeps, read_questions
 
 
 class Reward(NamedTuple):
@@ -118,3 +123,70 @@ def check_rules(questions, rewards):
             asked = question.messages[-1]["content"][:80]
             names = " or ".join(rule.name for rule in rules)
             raise UserError(f"--reward {names} has no rule for the question {asked!r}")
+
+
+# --------------------------------------------------------------------------------------- questions
+class Asked(NamedTuple):
+    x: torch.Tensor  # (R,) numbers of questions
+
+
+class Order(NamedTuple):
+    """The questions of an epoch."""
+
+    order: np.ndarray
+
+    def row(self, r):
+        return int(self.order[r])
+
+
+class Questions:
+    """A split for data.Batches: a row is a question's number."""
+
+    def __init__(self, questions, prompts):
+        self.questions = questions
+        self.prompts = prompts  # their ids
+        self.sha256 = sha256(repr((questions, prompts)).encode())
+
+    def __len__(self):
+        return sum(map(len, self.prompts))
+
+    def part(self, numbers):
+        return Questions([self.questions[i] for i in numbers], [self.prompts[i] for i in numbers])
+
+    def plan(self, context, seed, epoch):
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.prompts))
+        return Order(order)
+
+    def fill(self, rows, context):
+        return Asked(torch.tensor(rows))
+
+
+def read_split(args, tok, rewards, split):
+    """-> Questions, all of which the rewards can judge."""
+    questions = read_questions(args, split)
+    check_rules(questions, rewards)
+    prompts = [render(tok, question.messages, True)[0] for question in questions]
+    fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
+    if len(fitting) < len(prompts):
+        print(
+            f"skipped  {len(prompts) - len(fitting):,} of {len(prompts):,} prompts: with answers "
+            f"of {args.max_tokens} tokens they do not fit into --context {args.context:,}"
+        )
+    return Questions(questions, prompts).part(fitting)
+
+
+def load_questions(args, tok, rewards):
+    """-> Questions to train on, and to validate on"""
+    names = args.val or [n for n in args.data if n == "toybox" or (Path(n) / "val.jsonl").is_file()]
+    train = read_split(args, tok, rewards, "train")
+    if names:
+        val = read_split(replace(args, data=names, examples=200), tok, rewards, "val")
+    else:
+        numbers = range(len(train.prompts))
+        val = train.part([i for i in numbers if held_out(0.05, i)])
+        train = train.part([i for i in numbers if not held_out(0.05, i)])
+    for name, found in (("training", train), ("validation", val)):
+        least = args.batch if name == "training" else 1
+        if len(found.prompts) < least:
+            raise UserError(f"{len(found.prompts)} questions for {name}; --batch needs {least}")
+    return train, val
