@@ -405,9 +405,19 @@ def bench_grpo(model, data="toybox", questions=16, steps=6):
     from peers.trl import policy_trainer_speed
 
     with tempfile.TemporaryDirectory() as out:
-        size = dict(batch=questions, max_tokens=40, context=128, steps=steps, eval_every=steps)
-        place = dict(out=f"{out}/run", device="cpu", dtype="float32")
-        run = grpo.prepare_grpo(grpo.Args(model=model, data=(data,), **size, **place), None)
+        args = grpo.Args(
+            model=model,
+            data=(data,),
+            out=f"{out}/run",
+            batch=questions,
+            max_tokens=40,
+            context=128,
+            steps=steps,
+            eval_every=steps,
+            device="cpu",
+            dtype="float32",
+        )
+        run = grpo.prepare_grpo(args, None)
         grpo.train_policy(run)
         rows = [row for row in Metrics.read(f"{out}/run/metrics.jsonl") if "reward" in row][1:]
         share = fmean(row["generate_share"] for row in rows)

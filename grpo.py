@@ -24,7 +24,6 @@ import common
 import finetune
 import lora
 from common import UserError
-from data import held_out
 from dpo import make_policy, padded_rows, prompt_row, trimmed
 from formats.peft import base_sha256
 from generate import Engine, Sampling
@@ -51,7 +50,7 @@ class Args(LoopArgs):
     data: tuple = ("toybox",)  # questions: FILE, FOLDER (its train.jsonl) or toybox
     val: tuple = ()  # held-out questions [val.jsonl of a FOLDER, else a twentieth of --data]
     examples: int = 20_000  # questions of each source at most
-    known: float = 1.0  # share of the questions it answers best already that are asked all the same
+    families: tuple = ()  # ask only questions of these families [all]
     reward: tuple = ("toybox",)  # toybox, checks, FILE.py:FUNCTION; style, short; NAME:2 weighs two
     on_error: str = "stop"  # where a reward fails: stop (what was learned is saved), or skip
     reward_seconds: float = 5.0  # a reward function that takes longer has failed
@@ -330,8 +329,6 @@ def prepare_grpo(args, checkpoint):
     data, val = load_questions(args, tok, rewards)
     if not args.micro_batch and runtime.device.type == "cpu":
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
-    if args.known < 1:
-        data = without_known(args, tok, model, data, rewards)
     reference = None
     if args.beta and not args.lora:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -360,18 +357,6 @@ def prepare_grpo(args, checkpoint):
         write=write,
         own=Environment(engine, rewards, reference),
     )
-
-
-def without_known(args, tok, model, data, rewards):
-    """Questions whose likeliest answer gets the best reward there is teach little: most groups of
-    theirs are all alike."""
-    given = finetune.greedy_answers(model, tok, data.prompts, args.max_tokens, args.dtype)
-    values = [judge(rewards, q, text, args) for q, (text, _) in zip(data.questions, given)]
-    best = max((value for value in values if not math.isnan(value)), default=0)
-    known = [i for i, value in enumerate(values) if value == best]
-    left_out = {i for n, i in enumerate(known) if not held_out(args.known, n)}
-    print(f"known    {len(known):,} of {len(values):,} answered best; {len(left_out):,} not asked")
-    return data.part([i for i in range(len(values)) if i not in left_out])
 
 
 def longest_row_loss(model, asked, args):

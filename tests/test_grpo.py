@@ -137,10 +137,10 @@ def test_bf16_weights_of_an_engine_follow_float32_ones_in_training(monkeypatch):
     engine = Engine.of(model, None, dtype="bfloat16", kv_tokens=1024)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1
+            p += 0.1 * torch.randn_like(p)
     engine.refresh(model)
     fresh = Engine.of(model, None, dtype="bfloat16", kv_tokens=1024)
-    greedy = Sampling(temperature=0, max_tokens=8)
+    greedy = Sampling(temperature=0, max_tokens=30)
     answers = [e.generate([[1, 2, 3], [4, 5]], greedy) for e in (engine, fresh)]
     assert [o.token_ids for o in answers[0]] == [o.token_ids for o in answers[1]]
 
@@ -366,6 +366,7 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
         (command(base, out, "--on-error", "ask"), "--on-error ask: use stop or skip"),
         (command(base, out, "--shard"), "--shard: the engine needs the whole model"),
         (command(base, out, "--batch", 200), "questions for training; --batch needs 200"),
+        (command(base, out, "--families", "sums"), "0 questions for training"),
         (command(base, out, "--context", 12), "0 questions for training"),
         (command(tmp_path / "plain", out, "--data", base / "q.jsonl"), "has no chat template"),
         (

@@ -2,8 +2,8 @@
 
 A stage (train.py, finetune.py, lora.py, dpo.py, grpo.py) shows its own loop: for each batch of
 `steps` it adds up gradients over `passes` with `backward`, then calls `update` and `log_step`.
-Around that loop it may bring three functions of its own, which are called from here: the loss, what an
-evaluation logs, and what a checkpoint writes (see Run)."""
+Around that loop it may bring three functions of its own, which are called from here: the loss, what
+an evaluation logs, and what a checkpoint writes (see Run)."""
 
 import contextlib
 import dataclasses

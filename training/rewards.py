@@ -164,6 +164,8 @@ class Questions:
 def read_split(args, tok, rewards, split):
     """-> Questions, all of which the rewards can judge."""
     questions = read_questions(args, split)
+    if args.families:
+        questions = [question for question in questions if question.family in args.families]
     check_rules(questions, rewards)
     prompts = [render(tok, question.messages, True)[0] for question in questions]
     fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
