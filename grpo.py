@@ -161,17 +161,17 @@ class Environment(NamedTuple):
 
 
 def ask(run, questions, numbers, **sampling):
-    """The engine's answers to these questions -> lists of Output, a list a question."""
-    most = run.args.max_tokens
-    each = [Sampling(max_tokens=most, seed=seed_of(run, n), **sampling) for n in numbers]
+    """The engine's answers to these questions -> lists of Output, a list a question.
+
+    A seed hangs on the step and the question alone: neither ranks nor resuming change it."""
+    each = []
+    for n in numbers:
+        key = f"{run.args.seed} {run.optimizer.steps} {n}"
+        seed = int(common.sha256(key.encode())[:12], 16)
+        each.append(Sampling(max_tokens=run.args.max_tokens, seed=seed, **sampling))
     outputs = run.own.engine.generate([questions.prompts[n] for n in numbers], each)
     size = sampling.get("n", 1)
     return [outputs[i : i + size] for i in range(0, len(outputs), size)]
-
-
-def seed_of(run, number):
-    """It hangs on the step and the question alone, so neither ranks nor resuming change it."""
-    return int(common.sha256(f"{run.args.seed} {run.optimizer.steps} {number}".encode())[:12], 16)
 
 
 def roll_out(run, numbers, totals):
@@ -187,8 +187,9 @@ def roll_out(run, numbers, totals):
         answers, log_probs = zip(*map(drawn_tokens, outputs))
         group = Group(questions.prompts[number], answers, log_probs, rewards)
         good = [reward for reward in rewards if not math.isnan(reward)]
-        alike = len(good) == len(rewards) and min(good) == max(good)
-        if len(good) == len(rewards) and not alike:
+        failed = len(rewards) - len(good)
+        alike = not failed and min(good) == max(good)
+        if not failed and not alike:
             groups.append(group)
             totals["spread"] += torch.tensor(rewards).std().item()
         totals.update(
@@ -197,7 +198,7 @@ def roll_out(run, numbers, totals):
             judged=len(good),
             reward=sum(good),
             alike=alike,
-            failed=len(rewards) - len(good),
+            failed=failed,
             cut=sum(output.end is None for output in outputs),
             drawn=sum(map(len, group.answers)),
             entropy=-sum(map(sum, group.log_probs)),
@@ -269,21 +270,21 @@ def reference_log_probs(run, batch):
 def answer_loss(run, batch, old, totals):
     """A pass over an AnswerBatch -> (its summed, weighted loss, the log-probs before the step).
 
-    old: what this returned in the first of --epochs, then None. Where sampler and trainer disagree
-    by more than GAP_BOUND, a token counts p / p_sampler times, at most twice (truncated importance
-    sampling, Yao et al. 2025)."""
+    old: None in the first of --epochs, then what this returned in it. Where sampler and trainer
+    disagree by more than GAP_BOUND, a token counts p / p_sampler times, at most twice (truncated
+    importance sampling, Yao et al. 2025)."""
     args = run.args
     batch = trimmed(batch, args.group)
     said = batch.y != -100
     log_p = log_probs_of(run.step_model, batch)
-    weight = batch.weight[said]
     if old is None:
         old = log_p.detach()
-        totals["targets"] += len(old)
-        gaps = (old - batch.sampled[said]).abs()
-        totals["gap_mean"] += gaps.double().sum().item()
-        totals["gap_max"] = max(totals["gap_max"], gaps.max().item() if len(gaps) else 0.0)
+        gaps = (old - batch.sampled[said]).abs().tolist()
+        totals["targets"] += len(gaps)
+        totals["gap_mean"] += sum(gaps)
+        totals["gap_max"] = max([totals["gap_max"], *gaps])
     gap = old - batch.sampled[said]
+    weight = batch.weight[said]
     weight = torch.where(gap.abs() > GAP_BOUND, weight * gap.exp().clamp(max=2), weight)
     ref = reference_log_probs(run, batch) if args.beta else None
     high = args.clip_high or VARIANTS[args.loss].clip_high
@@ -292,7 +293,7 @@ def answer_loss(run, batch, old, totals):
     )
     totals["pushed"] += len(old)
     totals["clipped"] += clipped.sum().item()
-    totals["kl"] += kl.double().sum().item()
+    totals["kl"] += kl.sum().item()
     return (losses * weight).sum(), old
 
 

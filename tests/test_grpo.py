@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from engine import native
 from generate import Engine, Sampling
 from grpo import VARIANTS, advantages_of, policy_loss
 from model import Config, Transformer
-from runtime import latest_checkpoint
+from runtime import Runtime, latest_checkpoint
 from tokenizer import Tokenizer
 from training import rewards, toybox
 from training.exam import Question
@@ -77,6 +79,26 @@ def test_the_variants_weigh_tokens_as_their_papers_do():
     assert totals["grpo"] == pytest.approx([1 / 4, 1 / 12])
     assert totals["dr_grpo"] == pytest.approx([1 / 20, 1 / 20])
     assert totals["dapo"] == pytest.approx([1 / 8, 1 / 8])
+
+
+def test_a_token_counts_more_where_the_sampler_thought_it_less_likely_at_most_twice():
+    model = moved_model(CONFIGS["qwen3"])
+    args = grpo.Args(group=2, max_tokens=4, loss="dr_grpo")
+    run = SimpleNamespace(args=args, model=model, step_model=model)
+    cpu = Runtime(torch.device("cpu"), torch.float32, False)
+
+    def loss_of(sampled):
+        """-> (the loss where the sampler told these log-probs, the trainer's own)"""
+        group = grpo.Group([5, 6, 7], [[1, 2, 3], [4]], [sampled[:3], sampled[3:]], [1.0, 0.0])
+        loss, old = grpo.answer_loss(run, grpo.batch_of([group], args, cpu)[0], None, Counter())
+        return loss.item(), old.tolist()
+
+    true = loss_of([0.0] * 4)[1]
+    exact = loss_of(true)[0]
+    factors = []
+    for off in (0.009, 0.5, 3.0, -0.5):
+        factors.append(loss_of([log_p - off for log_p in true])[0] / exact)
+    assert factors == pytest.approx([1, math.exp(0.5), 2, math.exp(-0.5)], rel=1e-4)
 
 
 # ------------------------------------------------------------------- the engine over live weights

@@ -85,7 +85,7 @@ class LoopArgs:
 
 # Flags that may differ between a run and its resumption without making it another run.
 HOUSEKEEPING = set(
-    "resume overwrite out log_every eval_every save_every keep sample on_error "
+    "resume overwrite out log_every eval_every save_every keep sample on_error reward_seconds "
     "fit shard micro_batch recompute device compile".split()
 )
 AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
