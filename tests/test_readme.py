@@ -129,6 +129,8 @@ def workspace(tmp_path_factory):
             )
         )
         Path("keys.txt").write_text("secret\n")
+        for name, function in (("lenient", "contains"), ("mine", "judge")):
+            Path(f"{name}.py").write_text(f"def {function}(question, answer): return len(answer)\n")
         Path("prompts.jsonl").write_text(json.dumps({"prompt": "Once"}) + "\n")
         run(
             "tokenizer.py",
