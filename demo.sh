@@ -41,7 +41,7 @@ demo)
     SFT=${SFT:---context 128 --batch 8 --steps 2200 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 1100 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 200 --batch 8 --context 128}
     DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 3e-4 --batch 16 --steps 280 --context 128 --eval-every 120}
-    GRPO=${GRPO:---steps 400 --lr 3e-4 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}
+    GRPO=${GRPO:---steps 300 --lr 3e-4 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}
     EVAL=${EVAL:---max-tokens 40} ;;
 fast)
     vocabulary=1536 data=$text group=64

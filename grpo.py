@@ -50,7 +50,7 @@ class Args(LoopArgs):
     data: tuple = ("toybox",)  # questions: FILE, FOLDER (its train.jsonl) or toybox
     val: tuple = ()  # held-out questions [val.jsonl of a FOLDER, else a twentieth of --data]
     examples: int = 20_000  # questions of each source at most
-    families: tuple = ()  # ask only questions of these families [all]
+    families: tuple = ()  # ask these, and against forgetting a tenth of all others' questions
     reward: tuple = ("toybox",)  # toybox, checks, FILE.py:FUNCTION; style, short; NAME:2 weighs two
     on_error: str = "stop"  # where a reward fails: stop (what was learned is saved), or skip
     reward_seconds: float = 5.0  # a reward function that takes longer has failed

@@ -165,7 +165,11 @@ def read_split(args, tok, rewards, split):
     """-> Questions, all of which the rewards can judge."""
     questions = read_questions(args, split)
     if args.families:
-        questions = [question for question in questions if question.family in args.families]
+        unknown = set(args.families) - {question.family for question in questions}
+        if unknown:
+            raise UserError(f"--families {' '.join(unknown)}: no question is of this family")
+        kept = enumerate(questions)
+        questions = [q for i, q in kept if q.family in args.families or held_out(0.1, i)]
     check_rules(questions, rewards)
     prompts = [render(tok, question.messages, True)[0] for question in questions]
     fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
@@ -182,7 +186,8 @@ def load_questions(args, tok, rewards):
     names = args.val or [n for n in args.data if n == "toybox" or (Path(n) / "val.jsonl").is_file()]
     train = read_split(args, tok, rewards, "train")
     if names:
-        val = read_split(replace(args, data=names, examples=200), tok, rewards, "val")
+        everything = replace(args, data=names, examples=200, families=())
+        val = read_split(everything, tok, rewards, "val")
     else:
         numbers = range(len(train.prompts))
         val = train.part([i for i in numbers if held_out(0.05, i)])
