@@ -13,6 +13,7 @@
     python bench.py decode 7b                    # one text and eight; random weights, or:
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # with peers
     python bench.py throughput FOLDER --requests 64    # random lengths, all at once
+    python bench.py overhead                     # Python's share of a step: the model costs nothing
     python bench.py prefix FOLDER                # first token of 64 requests that begin alike
     python bench.py serve FOLDER                 # the server under load, and what it costs
     python bench.py compare before.json after.json    # two measurements, written with --json FILE
@@ -30,11 +31,13 @@ import json
 import platform
 import random
 import re
+import string
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -679,6 +682,49 @@ def bench_throughput(model, requests=64, low=16, high=128, transformers=()):
         )
 
 
+def idle_engine(sequences, tok):
+    """An engine whose model computes nothing: a step's inputs are made, its logits are constant."""
+    config = Config("qwen3", 512, 16, 16, 1, 1, 1, 8, 4096)  # forward.cpp does no heads of 8
+    model = Transformer(config)
+    with contextlib.redirect_stdout(None):
+        room = sequences * 512
+        sizes = dict(kv_tokens=room, max_seqs=sequences, step_tokens=room)
+        engine = Engine.of(model, tok, "float32", **sizes)
+    constant = torch.randn(sequences, config.vocab_size)
+    engine.runner.forward.step = lambda longs, ints: constant[: longs[2]].clone()
+    return engine
+
+
+def bench_overhead(steps=200):
+    """Microseconds of a decode step and of each of its sequences that are not the model's: the
+    scheduler, the inputs of forward.py, sampling from 512 logits, text. It needs no GPU."""
+    text = "".join(random.choices(string.ascii_letters + " ", k=20_000))
+    tok = Tokenizer.train([text], 512)
+    drawn = Sampling(max_tokens=steps + 8, ignore_eos=True, seed=1)
+    requests = {
+        "greedy": (None, replace(drawn, temperature=0)),
+        "sampled": (None, drawn),
+        "top-p": (None, replace(drawn, top_p=0.9)),
+        "streaming": (tok, drawn),
+        "stop strings": (tok, replace(drawn, stop=("never seen", "nor this"))),
+    }
+    for name, (tokenizer, sampling) in requests.items():
+        for sequences in (1, 16, 64, 256):
+            engine = idle_engine(sequences, tokenizer)
+            for i in range(sequences):
+                engine.submit([i + 1] * 256, sampling)
+            for _ in range(4):  # the prompts, the caches
+                engine.step()
+            took = [seconds_of(engine.step) for _ in range(steps)]
+            a_step = median(took) * 1e6
+            yield dict(
+                answers=name,
+                sequences=sequences,
+                us_a_step=a_step,
+                us_a_sequence=a_step / sequences,
+            )
+
+
 def bench_prefix(model, requests=64, length=1000):
     """Requests with the same --length tokens in front: seconds to their first token on average and
     at the latest, without and with the prefix cache."""
@@ -869,6 +915,7 @@ MEASUREMENTS = {
     "tokenizer": bench_tokenizer,
     "decode": bench_decode,
     "throughput": bench_throughput,
+    "overhead": bench_overhead,
     "prefix": bench_prefix,
     "serve": bench_serve,
     "compare": bench_compare,

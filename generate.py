@@ -39,7 +39,7 @@ from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.native import quiet_torch
 from engine.parallel import shard_model
 from engine.runner import Runner, StepBatch, pool_size
-from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniform
+from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniforms
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from formats import peft
 from model import Transformer
@@ -216,7 +216,9 @@ class Engine:
         ends = frozenset(sampling.stop_ids)
         if not sampling.ignore_eos:
             ends |= self.eos
-        request = Request(request_id, ids, sampling, self.runner.adapter_index(adapter), ends)
+        adapter = self.runner.adapter_index(adapter)
+        request = Request(request_id, ids, sampling, adapter, ends, SamplingRow(sampling))
+        full = min(len(ids) + sampling.max_tokens, self.max_model_len)
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
         self.requests[request_id] = []
         for index in range(sampling.n):
@@ -224,7 +226,7 @@ class Engine:
             stream = self.tok.stream(skip_special=True) if self.tok else None
             constraint = copy.copy(sampling.constraint)
             arrival = next(self.arrivals)
-            seq = Sequence(request, index, arrival, own_seed, list(ids), stream, constraint)
+            seq = Sequence(request, index, arrival, own_seed, list(ids), full, stream, constraint)
             self.requests[request_id].append(seq)
             self.scheduler.add(seq)
         self.scheduler.counts["prompt_tokens"] += len(ids)
@@ -276,8 +278,9 @@ class Engine:
                 batch.add(seq.blocks, new, seq.drafted, [len(new) - 1], seq.request.adapter)
                 seq.drafted = len(ids)
             rows = [self.sampling_row(seq, drafts[seq]) for seq in live]
+            u = uniforms([seq.seed for seq in live], [len(seq.ids) + length for seq in live])
             logits = self.drafter(batch)[:, : self.vocab_size]
-            tokens, _ = draw_tokens(logits, rows)
+            tokens, _ = draw_tokens(logits, rows, u)
             for seq, token in zip(live, tokens.tolist()):
                 drafts[seq].append(token)
         return drafts
@@ -291,14 +294,14 @@ class Engine:
         owners = []
         for seq, n in plan.items():
             draft = drafts.get(seq, [])
-            n = min(n, seq.remaining)
-            end = seq.computed + n
-            rows = range(0)
+            new = seq.ids[seq.computed : seq.computed + n]
+            end = seq.computed + len(new)
+            rows = ()
             if end == len(seq.ids):  # all known tokens: the next one can be drawn
-                rows = range(n - 1, n + len(draft))
+                rows = range(len(new) - 1, len(new) + len(draft))
                 owners.append(seq)
             adapter = seq.request.adapter
-            batch.add(seq.blocks, seq.ids[seq.computed : end] + draft, seq.computed, rows, adapter)
+            batch.add(seq.blocks, new + draft, seq.computed, rows, adapter)
             if self.drafter and seq not in drafts:  # it has to read what it did not propose from
                 catch_up.add(seq.blocks, seq.ids[seq.drafted : end], seq.drafted, [], adapter)
                 seq.drafted = end
@@ -309,13 +312,13 @@ class Engine:
 
     def sampling_row(self, seq, draft):
         """The sampler's view of one answer, `draft` further on."""
-        request, sampling = seq.request, seq.request.sampling
-        u = uniform(seq.seed, len(seq.ids) + len(draft)) if sampling.temperature else 0.0
+        request = seq.request
+        sampling = request.sampling
         if not sampling.edits_logits:
-            return SamplingRow(sampling, u)
+            return request.row
         output = seq.ids[len(request.prompt) :] + draft
-        room = min(sampling.max_tokens, self.max_model_len - len(request.prompt)) - len(output)
-        return SamplingRow(sampling, u, output, request.prompt, request.ends, seq.constraint, room)
+        room = seq.full - len(seq.ids) - len(draft)
+        return SamplingRow(sampling, output, request.prompt, request.ends, seq.constraint, room)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw the next tokens, and keep a draft as far as it is what was drawn -> deltas.
@@ -325,22 +328,28 @@ class Engine:
         (test_speculation_changes_no_answer).
         """
         for seq, n in plan.items():
-            seq.computed += min(n, seq.remaining)
+            seq.computed = min(seq.computed + n, len(seq.ids))
             if self.drafter is None:
                 seq.drafted = seq.computed
-            self.scheduler.publish(seq)
+            if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
+                self.scheduler.publish(seq)
         if not owners:
             return []
-        rows = []  # a SamplingRow for each row of logits
+        rows, seeds, positions = [], [], []  # of each row of logits
         for seq in owners:
             draft = drafts.get(seq, [])
-            rows += [self.sampling_row(seq, draft[:i]) for i in range(len(draft) + 1)]
-        drawn = draw_with_logprobs(logits, rows)
+            for i in range(len(draft) + 1):
+                rows.append(self.sampling_row(seq, draft[:i]))
+                seeds.append(seq.seed)
+                positions.append(len(seq.ids) + i)
+        drawn = draw_with_logprobs(logits, rows, uniforms(seeds, positions))
         deltas = []
         for seq in owners:
             draft = drafts.get(seq, [])
             own = list(itertools.islice(drawn, len(draft) + 1))
-            deltas.append(self.extend(seq, draft, own))
+            delta = self.extend(seq, draft, own)
+            self.scheduler.counts["generated_tokens"] += len(delta.token_ids)
+            deltas.append(delta)
         return deltas
 
     # -- tokens become text
@@ -365,9 +374,10 @@ class Engine:
             if seq.finish_reason or token != guess:
                 break
         ids = seq.ids[known:]
-        self.scheduler.counts["generated_tokens"] += len(ids)
-        seq.computed += max(len(ids) - 1, 0)  # keys of the accepted part of a draft are there
-        seq.drafted = min(seq.drafted, seq.computed)  # what was not accepted is written again
+        if draft and ids:
+            seq.computed += len(ids) - 1  # keys of the accepted part of a draft are there
+        if seq.drafted > seq.computed:
+            seq.drafted = seq.computed  # what was not accepted is written again
         if seq.finish_reason:
             if seq.stream and not seq.cut:
                 text += shown_text(seq, seq.stream.flush())
@@ -388,8 +398,7 @@ class Engine:
             seq.constraint.advance(token)
             if seq.constraint.done:
                 seq.finish_reason = "stop"
-        full = seq.made == seq.request.sampling.max_tokens or len(seq.ids) == self.max_model_len
-        if full and seq.finish_reason is None:
+        if len(seq.ids) == seq.full and seq.finish_reason is None:
             seq.finish_reason = "length"
         return text
 
@@ -457,12 +466,12 @@ def child_seed(seed, index):
     return int.from_bytes(digest, "little")
 
 
-def draw_with_logprobs(logits, rows):
+def draw_with_logprobs(logits, rows, u):
     """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
     counts = [row.sampling.logprobs for row in rows]
     asked = [r for r, count in enumerate(counts) if count is not None]
     own = logits[asked] if asked else None  # a copy: the draw overwrites logits
-    tokens, failed = draw_tokens(logits, rows)
+    tokens, failed = draw_tokens(logits, rows, u)
     found: list = [None] * len(rows)
     parts = ()
     if asked:
@@ -501,8 +510,10 @@ def shown_text(seq, text):
         seq.finish_reason = "stop"
         seq.cut = True
         return text[: min(found)]
-    beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
-    shown = len(text) - max((len(b) for b in beginnings if text.endswith(b)), default=0)
+    shown = len(text)
+    beginnings = seq.request.sampling.stop_beginnings
+    if text.endswith(beginnings):
+        shown -= max(len(b) for b in beginnings if text.endswith(b))
     seq.held = text[shown:]
     return text[:shown]
 

@@ -22,6 +22,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -359,25 +360,23 @@ class Native(Panels):
 
     def __call__(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) or None; with hidden what the head reads, (R, C)."""
-        spans, blocks = array("i"), array("i")
-        for span in batch.spans:
-            spans.extend((span.start, span.count, span.past, len(blocks)))
-            blocks.extend(span.blocks[: (span.past + span.count - 1) // PAGE + 1])
+        counts, pasts, starts, sizes = batch.layout()
+        first_blocks = np.cumsum(sizes) - sizes
+        spans = np.stack((starts, counts, pasts, first_blocks), 1).astype(np.int32)  # (S, 4)
+        blocks = batch.blocks()
         ids = array("q", batch.ids)
         rows = array("q", batch.rows)
-        adapters = array("i", bytes(4 * len(ids)))  # all 0: without adapters nothing reads them
+        adapters = np.zeros(len(ids), np.int32)  # without adapters nothing reads them
         if self.adapter_count:
             nobody = self.adapter_count  # the last row of a stack's `keep`
-            adapters = array("i", [nobody if a < 0 else a for a in batch.token_adapters()])
+            own = [nobody if a < 0 else a for a in batch.adapters]
+            adapters = np.repeat(np.array(own, np.int32), counts)
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
         outputs = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
 
-        def at(numbers):
-            return numbers.buffer_info()[0]
-
-        tokens = len(ids), at(ids), at(adapters)
-        sequences = len(batch.spans), at(spans), at(blocks)
-        wanted = len(rows), at(rows)
+        tokens = len(ids), ids.buffer_info()[0], adapters.ctypes.data
+        sequences = len(spans), spans.ctypes.data, blocks.ctypes.data
+        wanted = len(rows), rows.buffer_info()[0]
         self.lib.forward(self.model, *tokens, *sequences, *wanted, *outputs, self.threads)
         return out if rows else None
 

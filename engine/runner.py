@@ -7,9 +7,10 @@ several ranks the first has the requests, the scheduler and the sampler; the oth
 import atexit
 import os
 import sys
-from dataclasses import dataclass, field
+from array import array
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,35 +23,42 @@ from runtime import DTYPES, free_memory
 MIB = 2**20
 
 
-@dataclass
-class Span:
-    """The tokens of one sequence in a step."""
-
-    start: int  # the first of them in the flat row
-    count: int
-    past: int  # tokens of the sequence that are in the cache already
-    blocks: list  # where its keys and values lie
-    adapter: int  # LoRA adapter, -1 is none
-
-
-@dataclass
 class StepBatch:
     """The tokens of one step, flat: those of one sequence next to each other."""
 
-    ids: list = field(default_factory=list)
-    rows: list = field(default_factory=list)  # the tokens whose logits are wanted
-    spans: list = field(default_factory=list)
+    def __init__(self):
+        self.ids = []
+        self.rows = []  # the tokens whose logits are wanted
+        # of each sequence:
+        self.counts = []  # its tokens in this step
+        self.pasts = []  # its tokens that are in the cache already
+        self.tables = []  # its block table: where its keys and values lie
+        self.adapters = []  # its LoRA adapter, -1 is none
 
     def add(self, blocks, ids, past, rows, adapter=-1):
         """ids: the tokens at positions past, past + 1, ...; rows count from the first of them."""
         start = len(self.ids)
-        self.spans.append(Span(start, len(ids), past, blocks, adapter))
-        self.rows += [start + row for row in rows]
+        self.counts.append(len(ids))
+        self.pasts.append(past)
+        self.tables.append(blocks)
+        self.adapters.append(adapter)
+        for row in rows:
+            self.rows.append(start + row)
         self.ids += ids
 
-    def token_adapters(self):
-        """The adapter of each token."""
-        return [span.adapter for span in self.spans for _ in range(span.count)]
+    def layout(self):
+        """-> int64 arrays (S,): each sequence's tokens, those before them, its first token's place,
+        the blocks of its table."""
+        counts = np.array(self.counts)
+        starts = np.cumsum(counts) - counts
+        return counts, np.array(self.pasts), starts, np.array(list(map(len, self.tables)))
+
+    def blocks(self):
+        """The block tables, one after the other -> int32 array."""
+        flat = array("i")
+        for table in self.tables:
+            flat.extend(table)
+        return np.frombuffer(flat, np.int32)
 
 
 class Runner:
@@ -139,7 +147,7 @@ class Runner:
         """ids (T,) int64, one text by itself -> what the head reads, (T, C) float32."""
         blocks = -(-len(ids) // self.block_size)
         batch = StepBatch()
-        batch.add(list(range(blocks)), ids.tolist(), 0, range(len(ids)))
+        batch.add(array("i", range(blocks)), ids.tolist(), 0, range(len(ids)))
         alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
         return alone(batch, hidden=True)
 

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.sampler import Sampling
+from engine.sampler import Sampling, SamplingRow
 
 
 # ------------------------------------------------------------------------- requests and answers
@@ -25,7 +25,7 @@ class TokenLogprob:
     top: list  # [(id, logprob)], likeliest first
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What one step added to one answer. Text lags its tokens while it may become a stop string."""
 
@@ -46,7 +46,7 @@ class Delta:
         self.error = later.error
 
 
-@dataclass
+@dataclass(slots=True)
 class Output(Delta):
     """One whole answer."""
 
@@ -62,6 +62,7 @@ class Request:
     sampling: Sampling
     adapter: int  # which LoRA adapter, -1 is none
     ends: frozenset  # token ids that end an answer
+    row: SamplingRow  # for the sampler, while nothing edits logits
     cached_tokens: int = 0  # of the prompt, found in the cache
 
 
@@ -74,11 +75,13 @@ class Sequence:
     arrival: int  # the place in the queue
     seed: int
     ids: list  # prompt and output
+    full: int  # ids at which it is cut
     stream: Any  # ids -> text, or None without a tokenizer
     constraint: Any = None
     computed: int = 0
     drafted: int = 0  # as `computed`, in the draft model's cache; without one the same number
-    blocks: list = field(default_factory=list)  # the block table: where its keys and values lie
+    # the block table: where its keys and values lie
+    blocks: array = field(default_factory=lambda: array("i"))
     hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # how many of its blocks other requests may share
     held: str = ""  # text held back, because a stop string may begin in it
@@ -185,17 +188,19 @@ class Scheduler:
         prefills = [s for s in self.running if s.remaining > 1]
         spare = self.budget - len(decodes)  # what drafts may take
         for seq in decodes + prefills:
-            if seq not in self.running:
+            if not seq.blocks:
                 continue  # preempted for an older one
             n = min(seq.remaining, self.budget)
             if n == 0:
                 break
-            if not self.make_room(seq, seq.computed + n, plan):
+            fits = seq.computed + n <= len(seq.blocks) * self.block_size
+            if not fits and not self.make_room(seq, seq.computed + n, plan):
                 continue
-            draft = min(self.max_draft, spare) if seq.remaining == 1 else 0
-            if draft and self.reserve(seq, seq.computed + n + draft):
-                n += draft
-                spare -= draft
+            if self.max_draft and seq.remaining == 1:
+                draft = min(self.max_draft, spare)
+                if self.reserve(seq, seq.computed + n + draft):
+                    n += draft
+                    spare -= draft
             plan[seq] = n
             self.budget -= n
         if self.waiting and self.counts["preemptions"] == before:
@@ -238,7 +243,7 @@ class Scheduler:
         """Let a waiting sequence run; the blocks `cached` hold its beginning."""
         for block in cached:
             self.pool.share(block)
-        seq.blocks = cached
+        seq.blocks = array("i", cached)
         seq.published = len(cached)
         seq.computed = seq.drafted = len(cached) * self.block_size
         # The other answers meet the first one's blocks; after a preemption it meets its own.
@@ -288,7 +293,7 @@ class Scheduler:
 
     def release(self, seq):
         self.pool.release(seq.blocks)
-        seq.blocks = []
+        seq.blocks = array("i")
         seq.computed = seq.drafted = seq.published = 0
 
     def remove(self, seq):

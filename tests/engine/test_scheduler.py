@@ -6,13 +6,14 @@ import random
 import weakref
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 import generate
 import lora
 from common import UserError
-from engine.sampler import Sampling, SamplingRow, draw_tokens, kept_tokens, uniform
+from engine.sampler import Sampling, SamplingRow, draw_tokens, kept_tokens, mixed_bits, uniforms
 from generate import Engine, child_seed, load_engine_model
 from model import Config, Transformer
 from tokenizer import Tokenizer
@@ -438,8 +439,8 @@ def test_cancelling_frees_everything_and_ends_with_abort(folder):
 
 
 # ------------------------------------------------------------------------------------------ sampler
-def row(sampling, u=0.5, output=(), prompt=()):
-    return SamplingRow(sampling, u, list(output), list(prompt))
+def row(sampling, output=(), prompt=()):
+    return SamplingRow(sampling, list(output), list(prompt))
 
 
 def test_filters_keep_what_their_definitions_say():
@@ -478,10 +479,22 @@ def test_candidates_and_the_whole_vocabulary_agree(monkeypatch):
     assert torch.equal(kept_tokens(logits, rows), wide)
 
 
+def test_the_hash_of_a_position_is_splitmix64s():
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array(
+        [0, gamma, 1234567], np.uint64
+    )  # the first two of seed 0, the first of 1234567
+    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 6457827717110365317]  # the reference's
+    assert mixed_bits(states).tolist() == first
+    u = uniforms([5] * 1000 + list(range(-500, 500)), [*range(1000), *[5000] * 1000])
+    assert len(set(u.tolist())) == 2000 and 0 <= u.min() and u.max() < 1
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    rows = [row(Sampling(temperature=0.5), uniform(3, i)) for i in range(8000)]
-    tokens, failed = draw_tokens(logits.repeat(8000, 1), rows)
+    rows = [row(Sampling(temperature=0.5))] * 8000
+    u = uniforms([3] * 8000, range(8000))
+    tokens, failed = draw_tokens(logits.repeat(8000, 1), rows, u)
     assert (
         torch.allclose(
             torch.bincount(tokens, minlength=4) / 8000, (logits * 2).softmax(0), atol=0.02
@@ -495,7 +508,7 @@ def test_penalties_lower_what_was_said():
         repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, temperature=0
     )
     logits = torch.tensor([[4.0, 3.0, -1.0, 1.0]])
-    draw_tokens(logits, [row(sampling, output=[0, 0, 2], prompt=[3])])
+    draw_tokens(logits, [row(sampling, output=[0, 0, 2], prompt=[3])], torch.zeros(1))
     assert logits.tolist() == [[4 / 2 - 0.5 - 2 * 0.25, 3.0, -2 - 0.5 - 0.25, 0.5]]
 
 
