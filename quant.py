@@ -109,18 +109,26 @@ def clipped_grid(groups, bits, sym, cost, shares):
     return best
 
 
+ROUNDED_AT_ONCE = 1 << 22  # weights
+
+
 def round_to_nearest(weight, bits, group, sym):
     """(N, K) -> codes uint8 (N, K), scales and zeros float32 (N, G), G = ceil(K / group).
 
-    group: neighbouring inputs that share a scale, -1 for a whole row; the last may be shorter.
+    group: neighbouring inputs that share a scale, -1 for a whole row; the last may be shorter. It
+    takes some rows at a time, so that no float copy of the whole matrix is ever in memory.
     """
     check_finite(weight)
     K = weight.size(1)
     group = K if group < 0 else group
-    groups = in_groups(weight.detach().float(), group)  # (N, G, group)
-    scale, zero = grid(groups, bits, sym)
-    codes = to_codes(groups, scale[..., None], zero[..., None], bits)
-    codes = codes.to(torch.uint8).flatten(1)[:, :K]  # (N, G, group) -> (N, K)
+    parts = []
+    for rows in weight.detach().split(max(1, ROUNDED_AT_ONCE // K)):
+        groups = in_groups(rows.float(), group)  # (n, G, group)
+        scale, zero = grid(groups, bits, sym)
+        codes = to_codes(groups, scale[..., None], zero[..., None], bits)
+        codes = codes.to(torch.uint8).flatten(1)[:, :K]  # (n, G, group) -> (n, K)
+        parts.append((codes, scale, zero))
+    codes, scale, zero = map(torch.cat, zip(*parts))
     return codes, scale, zero
 
 

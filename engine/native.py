@@ -17,8 +17,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from array import array
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from quant import NF4Linear, QuantLinear, in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
+MADV_PAGEOUT = 21  # linux/mman.h: these pages are not needed soon; nothing is lost
 FLOAT32, FLOAT16, INT8, INT4 = range(4)  # forward.cpp's Kind
 KV_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values it knows
 
@@ -156,6 +158,24 @@ def quiet_torch():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def return_memory(module, kind):
+    """Give the system back what packing a module freed, and the pages of its weights in the file.
+
+    Else a model would be there twice while it is loaded, and glibc would keep half of it. Without
+    a `kind` the weights may be those of a model that is being trained, which stay in memory.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "malloc_trim"):  # musl
+        return
+    libc.malloc_trim(0)
+    page = os.sysconf("SC_PAGE_SIZE")
+    for p in module.parameters() if kind else ():
+        begin = -(-p.data_ptr() // page) * page
+        size = (p.data_ptr() + p.nbytes - begin) // page * page
+        if size > 0:
+            libc.madvise(c_void_p(begin), c_size_t(size), MADV_PAGEOUT)
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -287,12 +307,14 @@ class Native(Panels):
         self.adapter_count = len(adapters or {})
         self.threads = torch.get_num_threads()
         stacks = stack_adapters(model, adapters or {})
+        # the largest first, while memory is still free for what its packing takes for a moment
+        head = self.linear(model.lm_head, kind, stacks.get(model.lm_head))
+        return_memory(model.lm_head, kind)
         layers = [self.layer(i, block, kind, stacks) for i, block in enumerate(model.layers)]
         self.layers = (Layer * len(layers))(*layers)
         self.embedding = model.embed_tokens.weight.detach().float()
         places = model.embed_positions.weight if c.is_gpt2 else None
         cos, sin = map(self.floats, rope_tables(model))
-        head = model.lm_head
         self.model = Model(
             L=len(layers),
             C=c.hidden_size,
@@ -307,8 +329,9 @@ class Native(Panels):
             sin=sin,
             norm=self.norm(model.norm),
             layers=self.layers,
-            head=self.linear(head, kind, stacks.get(head)),
+            head=head,
         )
+        return_memory(model.embed_tokens, kind)
 
     def norm(self, norm):
         if norm is None:
@@ -320,6 +343,7 @@ class Native(Panels):
         for layers in block.products():
             products.append([self.linear(layer, kind, stacks.get(layer)) for layer in layers])
         qkv, (out,), up, (down,) = products
+        return_memory(block, kind)
         c = self.config
         return Layer(
             norm1=self.norm(block.input_layernorm),

@@ -3,9 +3,12 @@ in every weight format."""
 
 import copy
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import lora
 import quant
@@ -298,3 +301,33 @@ def test_teams_of_different_sizes_take_turns():
         batch.add([0, 1], list(range(20)), 0, [19])
         got.append(runs[i * 7 % 4](batch))
     assert all(torch.equal(got[0], other) for other in got)
+
+
+LOADING = """
+import re
+import sys
+from pathlib import Path
+from generate import Engine
+
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+Engine(sys.argv[1] + "/small", "cpu", "float32", "int8", kv_tokens=64)  # what the first one loads
+Path("/proc/self/clear_refs").write_text("5")  # the peak falls to what is held now
+before = peak()
+engine = Engine(sys.argv[1] + "/large", "cpu", "float32", "int8", kv_tokens=64)
+print("peak", peak() - before, engine.runner.forward.weight_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_that_is_packed_while_it_is_loaded_is_never_there_twice(tmp_path):
+    for name, layers, width in (("small", 1, 64), ("large", 40, 256)):
+        config = Config("llama", 2048, width, 4 * width, layers, width // 64, 1, 64, 64)
+        Transformer(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", LOADING, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    peak, packed = map(int, done.stdout.split()[-2:])
+    assert peak < 1.3 * packed + 2**24  # of a 1B shape: 1.1
