@@ -47,10 +47,12 @@ SUBSCHEMA = {"items", "additionalProperties"}
 SUBSCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
 SUBSCHEMA_DICTS = {"properties", "patternProperties", "$defs", "definitions"}
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-KEYWORDS = BOUNDS | set(
+OTHERS = set(
     "type required minItems maxItems enum const $ref minLength maxLength pattern format multipleOf "
-    "minProperties maxProperties "
-    # and those that bind nothing
+    "minProperties maxProperties".split()
+)
+KEYWORDS = SUBSCHEMA | SUBSCHEMA_LISTS | SUBSCHEMA_DICTS | BOUNDS | OTHERS
+ANNOTATIONS = set(  # they bind nothing
     "title description default examples $comment deprecated strict readOnly writeOnly".split()
 )
 
@@ -68,13 +70,13 @@ def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> grammar. before and after: fixed text around
     the value. Raises UserError for a schema that cannot be honoured."""
     schema = {"type": "object"} if schema is None else schema
-    check_schema(schema)
-    options = {"whitespace_pattern": WHITE_SPACE}
     try:
-        text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
+        text = json.dumps(schema, allow_nan=False)
         json.loads(text, parse_int=check_number, parse_float=check_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"this JSON schema cannot be used: {error}") from None
+    check_schema(schema)
+    text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
     return f"{json.dumps(before)} %json {text} {json.dumps(after)}"
 
 
@@ -107,7 +109,7 @@ def check_schema(root):
                 references.append((where, value))
             elif key == "minProperties" and value not in (0, 1):
                 refuse_schema(where, "minProperties above 1 is not supported, as names may repeat")
-            elif key not in KEYWORDS and inner not in ("#/$schema", "#/$id"):
+            elif key not in KEYWORDS | ANNOTATIONS and inner not in ("#/$schema", "#/$id"):
                 refuse_schema(where, f"{key} is not supported")
     for where, reference in references:
         if str(reference) not in places:

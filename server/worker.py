@@ -177,12 +177,14 @@ class Worker:
             key, line = self.waiting.popitem(last=False)
             if not line:  # all were cancelled
                 continue
-            number, prompt, fields, adapter, constraint = line.popleft()
+            number, prompt, fields, adapter, future = line.popleft()
             self.waiting[key] = line  # as the last of all keys
             try:
                 sampling = Sampling(**fields)
-                if constraint:
-                    sampling.constraint = constraint.result()
+                if future and future.exception():
+                    raise UserError(str(future.exception()))
+                if future:
+                    sampling.constraint = future.result()
                 self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
                 self.unfinished[number] = sampling.n
                 self.silent.add(number)

@@ -3,6 +3,7 @@ alone."""
 
 import gc
 import random
+import re
 import weakref
 from collections import Counter
 
@@ -330,8 +331,6 @@ def test_contradictory_constraints_end_with_a_reason(folder):
 
 
 def test_constrained_answers_match_their_pattern(folder):
-    from test_grammar import matches
-
     from engine.grammar import Constraint, Vocabulary, regex_grammar
 
     engine = engine_of(folder, max_seqs=8)
@@ -339,7 +338,7 @@ def test_constrained_answers_match_their_pattern(folder):
     for output in engine.generate(
         [[5, 6]] * 6, [Sampling(max_tokens=15, seed=i, constraint=constraint) for i in range(6)]
     ):
-        assert matches(constraint.grammar, output.text.encode()) and output.finish_reason == "stop"
+        assert re.fullmatch("(abc|xy)+z,", output.text) and output.finish_reason == "stop"
 
 
 def test_a_shared_prefix_is_computed_once(folder):
