@@ -70,13 +70,13 @@ def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> grammar. before and after: fixed text around
     the value. Raises UserError for a schema that cannot be honoured."""
     schema = {"type": "object"} if schema is None else schema
+    check_schema(schema)
+    options = {"whitespace_pattern": WHITE_SPACE}
     try:
-        text = json.dumps(schema, allow_nan=False)
+        text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
         json.loads(text, parse_int=check_number, parse_float=check_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"this JSON schema cannot be used: {error}") from None
-    check_schema(schema)
-    text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
     return f"{json.dumps(before)} %json {text} {json.dumps(after)}"
 
 
@@ -89,7 +89,7 @@ def check_schema(root):
         where, schema = todo.pop()
         places.add(where)
         if where.count("/") > 100:
-            refuse_schema(where[:60], "nested more than 100 deep")
+            refuse_schema(f"{where[:60]}...", "nested more than 100 deep")
         if isinstance(schema, bool) and where != "#":
             continue
         if not isinstance(schema, dict):
@@ -107,6 +107,8 @@ def check_schema(root):
                 refuse_schema(inner, f"{value!r} has no schemas in it")
             elif key == "$ref":
                 references.append((where, value))
+            elif key in BOUNDS and isinstance(value, bool):
+                refuse_schema(inner, f"{value} is not a number")
             elif key == "minProperties" and value not in (0, 1):
                 refuse_schema(where, "minProperties above 1 is not supported, as names may repeat")
             elif key not in KEYWORDS | ANNOTATIONS and inner not in ("#/$schema", "#/$id"):
@@ -127,12 +129,12 @@ def check_interval(schema, where):
     bounds = {key: schema[key] for key in BOUNDS if type(schema.get(key)) in (int, float)}
     low = max(bounds.get("minimum", -math.inf), bounds.get("exclusiveMinimum", -math.inf))
     high = min(bounds.get("maximum", math.inf), bounds.get("exclusiveMaximum", math.inf))
-    if high - low < 1 and not bounds.keys() <= {"minimum", "maximum"}:
+    if high < low + 1 and not bounds.keys() <= {"minimum", "maximum"}:
         refuse_schema(where, f"bounds {low} and {high}, one exclusive, must be 1 apart")
 
 
 def refuse_schema(where, why):
-    raise UserError(f"JSON schema at {where}: {why}")
+    raise UserError(f"JSON schema at {where!r}: {why}"[:400])
 
 
 # ------------------------------------------------------------------------------------- constraints
@@ -140,6 +142,8 @@ class Vocabulary:
     """A tokenizer's tokens by their bytes."""
 
     def __init__(self, tok):
+        if tok is None:
+            raise UserError("a schema or a pattern needs a tokenizer; this model folder has none")
         spelled = [tok.token_bytes(i) for i in range(tok.vocab_size)]
         if tok.eos_id is not None:
             spelled[tok.eos_id] = b""  # nothing of a text
@@ -242,7 +246,7 @@ def fault_found(grammar):
 
 def try_grammar():
     """Build the grammar on stdin within the limits, and print what is wrong with it."""
-    if sys.platform != "win32":
+    if sys.platform == "linux":
         import os
         import resource
 

@@ -72,6 +72,7 @@ BAD = [
             {"minimum": [1]},
             {"unknown": 1},
             {"const": "\ud800"},
+            {"properties": {"\ud800": 3}},
             {"maximum": 10**400},
         )
     ),
@@ -223,7 +224,7 @@ def test_a_forced_call_has_the_arguments_of_its_function(real, monkeypatch):
     }
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     for i in range(3):
-        answer = ask(real, tools=tools, tool_choice="required", max_tokens=60, seed=i).json()
+        answer = ask(real, tools=tools, tool_choice="required", max_tokens=80, seed=i).json()
         call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
         assert call["name"] == "f"
         assert json.loads(call["arguments"])["x"] in (1, 2)
