@@ -231,6 +231,11 @@ def test_tokens_of_every_kind_of_tokenizer_are_allowed_by_their_bytes(no_trial):
     assert allowed_ids(constraint) == [0, 1]
 
 
+def test_without_a_tokenizer_nothing_can_be_constrained():
+    with pytest.raises(UserError, match="needs a tokenizer"):
+        Vocabulary(None)
+
+
 def test_copies_of_a_constraint_go_their_own_ways(vocabulary, no_trial):
     constraint = Constraint(regex_grammar("ab|cd"), Vocabulary(BYTES))
     other = copy.copy(constraint)

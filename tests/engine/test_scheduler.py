@@ -339,6 +339,12 @@ def test_constrained_answers_match_their_pattern(folder):
         [[5, 6]] * 6, [Sampling(max_tokens=15, seed=i, constraint=constraint) for i in range(6)]
     ):
         assert re.fullmatch("(abc|xy)+z,", output.text) and output.finish_reason == "stop"
+    constraint.advance(engine.tok.encode("q")[0])  # which breaks it
+    broken = engine.generate([5, 6], Sampling(constraint=constraint))[0]
+    assert broken.finish_reason == "error" and "doesn't satisfy the grammar" in broken.error
+    constraint = Constraint(regex_grammar("[ab.]{50}"), Vocabulary(engine.tok))  # "." ends a turn
+    cut = engine.generate([5, 6], Sampling(max_tokens=9, constraint=constraint))[0]
+    assert re.fullmatch("[ab]{9}", cut.text) and cut.finish_reason == "length"
 
 
 def test_a_shared_prefix_is_computed_once(folder):
