@@ -99,7 +99,6 @@ class Service:
         self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
         self.client = EngineClient()
         self.measures = Measures(self.client)
-        self.building = 0  # grammars that wait to be built
         self.draining = False
         self.started = time.time()
 
@@ -119,18 +118,9 @@ class Service:
             raise Refusal(503, message, headers={"Retry-After": "5"})
 
     async def admit(self, request, model, prompts, samplings, grammar):
-        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503: first
-        the engine's process builds the grammar. Whatever happens to the request, the Door calls
-        `close` with the jobs."""
+        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503. Whatever
+        happens to the request, the Door calls `close` with the jobs."""
         later = {"Retry-After": "5"}
-        if grammar:
-            if self.building >= 32:
-                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, later)
-            self.building += 1
-            try:
-                await self.client.call("grammar", *grammar)
-            finally:
-                self.building -= 1
         self.check_ready()
         depth = len(self.client.jobs)
         if depth + len(prompts) > self.args.concurrency + self.args.queue:

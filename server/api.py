@@ -3,6 +3,7 @@
 serve.py speaks HTTP; here are plain functions over a tokenizer. answers.py is the way back.
 """
 
+import json
 from typing import Annotated
 
 from fastapi import HTTPException
@@ -153,8 +154,8 @@ def offered_functions(body):
 
 
 def forced_call(body, tok):
-    """tool_choice "required", or one function -> the grammar of the only answers allowed:
-    ("json", schema, and perhaps the texts before and after). None: the model may choose."""
+    """tool_choice "required", or one function -> the grammar of the only answers allowed. None: the
+    model may choose."""
     functions = offered_functions(body)
     choice = body.tool_choice
     if choice in (None, "auto", "none"):
@@ -167,19 +168,17 @@ def forced_call(body, tok):
         message = f"tool_choice {choice!r} is not none, auto, required or one of the tools"
         raise Refusal(400, message, param="tool_choice")
     arguments = "parameters" if "<|start_header_id|>" in tok.special else "arguments"
+    before, after = "", "}"
+    if "<tool_call>" in (tok.chat_template or ""):
+        before, after = "<tool_call>\n", "}\n</tool_call>"
     calls = []
     for name, function in functions.items():
-        parameters = function.get("parameters") or {"type": "object"}
-        call = {
-            "type": "object",
-            "required": ["name", arguments],
-            "additionalProperties": False,
-            "properties": {"name": {"const": name}, arguments: parameters},
-        }
-        calls.append(call)
-    if "<tool_call>" in (tok.chat_template or ""):
-        return "json", {"anyOf": calls}, "<tool_call>\n", "\n</tool_call>"
-    return "json", {"anyOf": calls}
+        head = f'{before}{{"name": {json.dumps(name)}, "{arguments}": '
+        parameters = function.get("parameters") or {}
+        if isinstance(parameters, dict):
+            parameters = {"type": "object", **parameters}
+        calls.append((parameters, head, after))
+    return "json", *calls
 
 
 def grammar_of(body):
@@ -187,14 +186,14 @@ def grammar_of(body):
     form = body.response_format or {"type": "text"}
     kind = form.get("type")
     if kind == "json_object":
-        return "json", None
+        return "json", (None,)
     if kind == "json_schema":
         named = form.get("json_schema")
         schema = named.get("schema") if isinstance(named, dict) else None
         if not isinstance(schema, dict):
             message = "response_format json_schema needs json_schema.schema, an object"
             raise Refusal(400, message, param="response_format")
-        return "json", schema
+        return "json", (schema,)
     if kind != "text":
         message = f"response_format {kind!r}: use text, json_object or json_schema"
         raise Refusal(400, message, param="response_format")

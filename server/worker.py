@@ -18,10 +18,10 @@ import itertools
 import json
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
-import threading
 import time
 import warnings
 from collections import OrderedDict, deque
@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from common import UserError
-from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
 from engine.scheduler import Delta
 from server.api import Refusal
@@ -64,13 +63,6 @@ def plain_logprobs(logprobs):
 
 
 # ---------------------------------------------------------------------------- the engine's process
-def make_grammar(text):
-    """["regex", pattern] or ["json", schema or null, perhaps the texts before and after it], as
-    JSON -> Grammar"""
-    kind, *what = json.loads(text)
-    return regex_grammar(*what) if kind == "regex" else json_grammar(*what)
-
-
 class Worker:
     """Owns the engine: nobody else calls it. Each turn takes orders, admits requests, computes one
     step, and tells what there is to tell."""
@@ -80,22 +72,21 @@ class Worker:
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
+        self.building = {}  # {future of a Constraint: (key, request that waits for it)}
         self.waiting = OrderedDict()  # {key: deque of its requests}, the key whose turn it is first
         self.unfinished = {}  # {number of a request in the engine: answers still being made}
         self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
         self.told = 0.0  # when all of it last was
-        self.grammar = functools.lru_cache(64)(make_grammar)  # automata learn as they are used
         self.builder = ThreadPoolExecutor(1, "grammar")
-        self.lock = threading.Lock()  # of the socket
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on, and
         everybody hears why."""
         try:
             self.tell(self.outbox)
-            while self.take_orders(wait=not (self.engine.has_work or self.waiting)):
+            while self.take_orders(self.idle_seconds()):
                 self.admit()
                 if self.engine.has_work:
                     self.collect(self.engine.step())
@@ -110,21 +101,31 @@ class Worker:
         self.builder.shutdown(wait=False, cancel_futures=True)
 
     def send(self, *values):
-        with self.lock:
-            self.sock.sendall(message(*values))
+        self.sock.sendall(message(*values))
 
     # -- orders come in
-    def take_orders(self, wait):
+    def idle_seconds(self):
+        """How long there is nothing to do but to wait for orders; None: for ever."""
+        if self.engine.has_work or self.waiting:
+            return 0
+        return 0.005 if self.building else None
+
+    def take_orders(self, seconds):
         """Do what was asked for -> False once nobody can ask any more."""
-        try:
-            data = self.sock.recv(1 << 18, 0 if wait else socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        if not select.select([self.sock], [], [], seconds)[0]:
             return True
+        data = self.sock.recv(1 << 18)
         deliver(data, self.buffer, self)
         return bool(data)
 
-    def submit(self, number, key, *request):
-        self.waiting.setdefault(key, deque()).append((number, *request))
+    def submit(self, number, key, prompt, fields, adapter, grammar):
+        """A grammar may take seconds, so a thread builds it while all else goes on."""
+        future = self.builder.submit(self.constraint, *grammar) if grammar else None
+        request = number, prompt, fields, adapter, future
+        if future:
+            self.building[future] = key, request
+        else:
+            self.waiting.setdefault(key, deque()).append(request)
 
     def cancel(self, number):
         """Take a request out of the queue, or out of the engine, whose blocks are free at once."""
@@ -133,54 +134,57 @@ class Worker:
             self.engine.cancel(number)
         for key, line in self.waiting.items():
             self.waiting[key] = deque(request for request in line if request[0] != number)
+        for future, (_, request) in list(self.building.items()):
+            if request[0] == number:
+                future.cancel()
+                del self.building[future]
 
     def call(self, number, what, *values):
-        """A grammar takes up to a second, so a thread builds it while all else goes on."""
-        if what == "grammar":
-            self.builder.submit(self.answer, number, what, values)
-        else:
-            self.answer(number, what, values)
-
-    def answer(self, number, what, values):
         result = error = None
         try:
             if what == "embed":
                 result = self.engine.embed(*values)
-            elif what == "prompt_logprobs":
-                result = plain_logprobs(self.engine.prompt_logprobs(*values))
             else:
-                self.constraint(values).needs()  # the first mask is made here, not in `admit`
+                result = plain_logprobs(self.engine.prompt_logprobs(*values))
         except Exception as raised:
             error = isinstance(raised, UserError), str(raised)
         self.send("result", number, result, error)
 
     @functools.cached_property
     def vocabulary(self):
+        from engine.grammar import Vocabulary
+
         return Vocabulary(self.engine.tok)
 
-    def constraint(self, what):
-        """What `make_grammar` takes, as values -> Constraint. Equal requests share a grammar."""
-        text = json.dumps(what)
-        grammar = self.grammar(text)
-        if grammar.masks * self.engine.tok.vocab_size > 5e7:
-            # It has learned over 200 MB: all is forgotten.
-            self.grammar.cache_clear()
-            grammar = self.grammar(text)
+    def constraint(self, kind, *what):
+        """("regex", pattern), or ("json", (schema, and perhaps the texts before and after it), ...)
+        of which the answer is one -> Constraint"""
+        from engine.grammar import Constraint, json_grammar, regex_grammar
+
+        if kind == "regex":
+            grammar = regex_grammar(*what)
+        else:
+            grammar = " | ".join(json_grammar(*choice) for choice in what)
         return Constraint(grammar, self.vocabulary)
 
     def admit(self):
         """Move requests from the queue to the engine. Keys take turns, so that no key's thousand
         requests stand before another one's first."""
+        for future in [future for future in self.building if future.done()]:
+            key, request = self.building.pop(future)
+            self.waiting.setdefault(key, deque()).append(request)
         while self.waiting and len(self.unfinished) < self.concurrency:
             key, line = self.waiting.popitem(last=False)
             if not line:  # all were cancelled
                 continue
-            number, prompt, fields, adapter, grammar = line.popleft()
+            number, prompt, fields, adapter, future = line.popleft()
             self.waiting[key] = line  # as the last of all keys
             try:
                 sampling = Sampling(**fields)
-                if grammar:
-                    sampling.constraint = self.constraint(grammar)
+                if future and future.exception():
+                    raise UserError(str(future.exception()))
+                if future:
+                    sampling.constraint = future.result()
                 self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
                 self.unfinished[number] = sampling.n
                 self.silent.add(number)
@@ -342,7 +346,7 @@ class EngineClient(asyncio.Protocol):
             self.transport.write(message("cancel", job.number))
 
     async def call(self, what, *values):
-        """Ask for embed, prompt_logprobs or grammar, between two steps -> its result."""
+        """Ask for embed or prompt_logprobs, between two steps -> its result."""
         if self.broken:
             raise Refusal(503, self.broken)
         number = next(self.numbers)
