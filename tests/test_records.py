@@ -176,8 +176,8 @@ def test_one_conversation_has_many_spellings(record, talk):
         ({"messages": say("q", "a"), "tools": "[{"}, "a tool is a str"),
         ({"messages": say("q", "a"), "tools": [{"type": "code", "function": {}}]}, "tools must be"),
         ({"messages": [{**say("q")[0], "from": "gpt"}]}, "says twice what its role is"),
-        ({"messages": [{**say("q")[0], "tool_calls": [CALL]}]}, "belongs to a message of role"),
-        ({"messages": [{**say("q")[0], "name": 5}]}, "name is 5, not a text"),
+        ({"messages": [{**say("q")[0], "tool_calls": [CALL]}]}, "only the assistant makes"),
+        ({"messages": [{**say("q")[0], "name": 5}]}, "name must be a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
             "a part of type 'image'",
