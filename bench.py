@@ -436,7 +436,7 @@ def linear_cases(M, N=12_288, K=4096):
     rows = 2 * M * (N + K)
     cases = {"cuBLAS bf16": (2 * N * K + rows, F.linear, lambda: (bf16(M, K), bf16(N, K)))}
     # bytes a weight, scales included
-    widths = {"int8": 1, "int8x8": 1, "int4": 1 / 2 + 1 / 64, "nf4": 1 / 2 + 1 / 16}
+    widths = {"int8": 1, "int4": 1 / 2 + 1 / 64, "nf4": 1 / 2 + 1 / 16}
     for kind, width in widths.items():
         cases[kind] = (int(N * K * width) + rows, kernels.linear, partial(packed, kind))
     return cases

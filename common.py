@@ -376,20 +376,6 @@ def curve(rows, key):
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
-def draw_curve(rows, width=60, most=20):
-    """The losses in rows of metrics.jsonl as bars of text, a line a row; V is validation."""
-    points = []
-    for key, mark in (("loss", "."), ("val_loss", "V")):
-        found = curve(rows, key)
-        every = 1 + len(found) // most
-        points += [(step, mark, loss) for step, loss in found[::-every]]  # the last among them
-    high = max((loss for _, _, loss in points), default=1)
-    lines = []
-    for step, mark, loss in sorted(points):
-        lines.append(f"{step:8,} {mark} {loss:.4f} " + "=" * round(loss / high * width))
-    return "\n".join(lines)
-
-
 def plot_losses(out, title):
     """OUT/loss.png from OUT/metrics.jsonl: training and validation loss over steps."""
     from matplotlib.figure import Figure  # pyplot would need a display, and twice the time

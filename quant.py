@@ -352,15 +352,21 @@ class Int8Linear(QuantLinear):
         codes = self.codes.view(torch.uint8) ^ 128
         return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
 
+    def read(self, rows):
+        """What the product reads of its inputs: 8 bits, if it is dynamic."""
+        if not self.dynamic:
+            return rows
+        codes, scale = int8_rows(rows.float())
+        return (codes * scale).to(rows.dtype)
+
     def plain(self, rows):
-        if self.dynamic:
-            codes, scale = int8_rows(rows.float())
-            rows = (codes * scale).to(rows.dtype)
-        return super().plain(rows)
+        return super().plain(self.read(rows))
+
+    def on_gpu(self, rows):
+        return super().on_gpu(self.read(rows))
 
     def for_gpu(self):
-        kind = "int8x8" if self.dynamic else "int8"
-        return kernels.Packed(kind, self.codes, self.scale, *self.codes.shape)
+        return kernels.Packed("int8", self.codes, self.scale, *self.codes.shape)
 
     def by_fast_product(self, rows):
         """Activations of 8 bits, or of 16: what 8 bits lose of a row makes a second row."""

@@ -77,7 +77,6 @@ class Sequence:
     stream: Any  # ids -> text, or None without a tokenizer
     constraint: Any = None
     computed: int = 0
-    drafted: int = 0  # as `computed`, in the draft model's cache; without one the same number
     blocks: list = field(default_factory=list)  # the block table: where its keys and values lie
     hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # how many of its blocks other requests may share
@@ -240,7 +239,7 @@ class Scheduler:
             self.pool.share(block)
         seq.blocks = cached
         seq.published = len(cached)
-        seq.computed = seq.drafted = len(cached) * self.block_size
+        seq.computed = len(cached) * self.block_size
         # The other answers meet the first one's blocks; after a preemption it meets its own.
         if seq.index == seq.made == 0:
             seq.request.cached_tokens = seq.computed
@@ -279,9 +278,9 @@ class Scheduler:
 
     def publish(self, seq):
         """Offer the blocks that the step has filled; the next turn of a chat begins with them."""
-        self.hash_blocks(seq, min(seq.computed, seq.drafted))
+        self.hash_blocks(seq, seq.computed)
         for i in range(seq.published, len(seq.hashes)):
-            if (i + 1) * self.block_size > min(seq.computed, seq.drafted):
+            if (i + 1) * self.block_size > seq.computed:
                 break  # hashed when it was admitted, and not computed yet
             self.pool.publish(seq.blocks[i], seq.hashes[i])
             seq.published += 1
@@ -289,7 +288,7 @@ class Scheduler:
     def release(self, seq):
         self.pool.release(seq.blocks)
         seq.blocks = []
-        seq.computed = seq.drafted = seq.published = 0
+        seq.computed = seq.published = 0
 
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""

@@ -55,9 +55,9 @@ def same(ours, twin, dtype=torch.float32, limit=1e-5 if CUDA else 2e-6):
     assert error < LIMITS.get(dtype, limit), error.item()
 
 
-def int8(N, C, format="int8"):
+def int8(N, C):
     weight = torch.randint(-127, 128, (N, C), dtype=torch.int8, device=DEVICE)
-    return K.Packed(format, weight, random(N).abs(), N, C)
+    return K.Packed("int8", weight, random(N).abs(), N, C)
 
 
 def int4(N, C, group, symmetric):
@@ -78,9 +78,8 @@ def nf4(N, C, block):
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M,N,C", [(1, 7, 4097), (1, 64, 128), (3, 33, 100), (16, 40, 96)])
-@pytest.mark.parametrize("format", ["int8", "int8x8"])
-def test_int8_linear_equals_its_twin(format, M, N, C, dtype):
-    args = random(M, C, dtype=dtype), int8(N, C, format), random(N)
+def test_int8_linear_equals_its_twin(M, N, C, dtype):
+    args = random(M, C, dtype=dtype), int8(N, C), random(N)
     same(K.linear(*args), K.linear_twin(*args), dtype)
 
 
@@ -261,8 +260,6 @@ def test_every_configuration_computes_the_same(monkeypatch):
         x = random(M, 300)
         for w in (int4(9, 300, 64, False), int8(9, 300)):
             same(K.linear(x, w), K.linear_twin(x, w), limit=2e-5)
-        w = int8(9, 300, "int8x8")
-        same(K.linear(x, w), K.linear_twin(x, w))
     attend([1, 1], [70, 9], H=4, KH=2, D=32)
     attend([70], [90], H=2, KH=1, D=16)
 

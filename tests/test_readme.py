@@ -35,7 +35,6 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     " --device cpu",
     "python train.py --preset 125m": "--fit --device cpu --batch 2 --layers 1 --overwrite",
     "python train.py eval": "--device cpu --context 64",
-    "python train.py watch": "--once",
     "python tokenizer.py": "",
     "python tokenizer.py train": "--vocab-size 300 --processes 1 --out runs/made",
     "python chat.py": "",

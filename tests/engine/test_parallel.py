@@ -166,9 +166,8 @@ def cases(tmp_path_factory):
             folder=make_model(tmp / "llama", "llama", seed=2, tie_word_embeddings=False),
             kv_tokens=48,
         ),
-        "qwen3": pool | dict(folder=make_model(tmp / "qwen3"), draft="lookup"),
+        "qwen3": pool | dict(folder=make_model(tmp / "qwen3"), draft_tokens=4),
         "gpt2": pool | dict(folder=make_model(tmp / "gpt2", "gpt2", seed=3), kv_tokens=56),
-        "drafted": pool | dict(folder=tmp / "qwen3", draft=str(tmp / "llama")),
         "float": dict(what="numbers", folder=tmp / "llama"),
         "int8": dict(what="numbers", folder=packed(tmp / "int8", "int8")),
         "int4": dict(what="numbers", folder=packed(tmp / "int4", "int4-asym")),
@@ -197,7 +196,7 @@ def on_two(cases, tmp_path_factory):
     return json.loads((tmp / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "drafted"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_two_ranks_answer_as_one(name, on_one, on_two):
     """Through prefix hits, preemption, sampling, n answers, a constraint, drafts and a cancelled
     request."""
