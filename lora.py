@@ -74,9 +74,7 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(N, r, device=device))
         self.m = None
         if settings["use_dora"]:
-            square = dense_weight(base).square().sum(1)  # (N, K) -> (N,)
-            self.register_buffer("row_square", square, persistent=False)  # |w|^2 of each row of W
-            self.m = nn.Parameter(square.sqrt())
+            self.m = nn.Parameter(dense_weight(base).norm(dim=1))  # (N, K) -> (N,)
 
     def forward(self, x):
         """x (..., K) -> W' x + bias (..., N)."""
@@ -88,32 +86,23 @@ class LoRALinear(nn.Module):
         change = F.linear(low, (self.B * self.scale).to(x.dtype))  # s B A x: (..., r) -> (..., N)
         if self.m is None:
             return y + change
-        bias = self.base_bias(y.dtype)
-        gain = (self.m * self.inverse_norm(x.dtype)).to(y.dtype)
-        return bias + gain * (y - bias + change)
+        bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
+        with torch.no_grad():
+            changed = self.changed_weight()
+        return bias + self.gain(changed).to(y.dtype) * (y - bias + change)
 
-    @torch.no_grad()
-    def inverse_norm(self, dtype):
-        """DoRA's 1 / |W + s B A| (N,), a constant to the gradient (section 4.3 of the paper).
+    def changed_weight(self):
+        """-> W + s B A (N, K) float32."""
+        return dense_weight(self.base) + self.scale * self.B @ self.A
 
-        Row by row |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. All A w are one product
-        of the base, so W, which may be in 4 bits, is never there whole; forming W + s B A instead
-        made a step on a CPU a third slower."""
-        A, B, s = self.A, self.B, self.scale
-        AW = self.base(A.to(dtype)) - self.base_bias(dtype)  # (r, K) -> (r, N)
-        inner = 2 * s * AW.t().float() + s**2 * B @ (A @ A.t())  # (N, r)
-        square = self.row_square + (inner * B).sum(1)  # (N,)
-        return square.clamp(min=1e-30).rsqrt()
-
-    def base_bias(self, dtype):
-        return 0 if self.base.bias is None else self.base.bias.to(dtype)
+    def gain(self, changed):
+        """DoRA's m / |W + s B A| (N,): the norm is a constant to the gradient (section 4.3)."""
+        return self.m / changed.detach().norm(dim=1)
 
     def merged_weight(self):
         """-> W' (N, K) float32, differentiable."""
-        W = dense_weight(self.base) + self.scale * self.B @ self.A
-        if self.m is None:
-            return W
-        return W * (self.m / W.detach().norm(dim=1))[:, None]
+        changed = self.changed_weight()
+        return changed if self.m is None else changed * self.gain(changed)[:, None]
 
     @property
     def weight(self):

@@ -793,7 +793,6 @@ class Args(Recipe):
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context
     seed: int = 0  # of the samples
-    questions: int = 280  # report: toybox questions put to a model that has a chat template
     formats: str = ",".join(COMPARED)  # report: a choice of these
     device: str = "auto"  # auto, cpu, cuda, mps
 
@@ -878,7 +877,7 @@ def quantize_command(args):
         args, original, tok, engine_of, Sampling
     )
     if args.model == "report":
-        quality.compare_formats(args, original, held_out, make, engine_of, Sampling)
+        quality.compare_formats(args, original, held_out, make)
     else:
         model = make(args.format, args.out)
         quality.compare_with_original(args, model, original, held_out)

@@ -48,19 +48,14 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python dpo.py": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
     "python dpo.py eval": "--reference runs/demo --pairs 4 --max-tokens 2 --device cpu",
     "python quant.py": f"{CALIBRATE} --group-size 32",
-    "python quant.py report": f"{CALIBRATE} --group-size 32 --questions 0 --formats int8,gguf-q8_0",
+    "python quant.py report": f"{CALIBRATE} --group-size 32 --formats int8,gguf-q8_0",
     "python -m formats.gguf": "",
     "python generate.py": "--max-tokens 4 --device cpu",
     "python serve.py": "--port 0 --device cpu",
     "python bench.py prefix": "--requests 2 --length 40",
 }
 PARSED = ("python bench.py", "torchrun")
-BLANKS = {
-    "S": "70.5",
-    "L": "1.9",
-    "N": "300",
-    "MODEL": "runs/demo-dpo",
-}  # what a reader is to put in
+BLANKS = {"L": "1.9", "N": "300", "MODEL": "runs/demo-dpo"}  # what a reader is to put in
 
 
 # ------------------------------------------------------------------------------ what the pages say

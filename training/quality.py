@@ -1,4 +1,4 @@
-"""What a format costs and buys, for quant.py: text to measure on, perplexity, speed, a table.
+"""What a format costs and buys, for quant.py: text to measure on, perplexity, a table.
 
 python quant.py report runs/demo
 
@@ -8,18 +8,16 @@ below generate.py and gets them as arguments.
 
 import math
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from chat import examples, read_records, render
+from chat import examples, read_records
 from common import UserError, write_atomic, write_json
 from data import ends_of
 from runtime import read_tensors
-from training import toybox
 from training.corpora import documents
 
 
@@ -98,35 +96,6 @@ def score(model, original, rows):
     return math.exp(loss / count), divergence / count
 
 
-def speed(engine, sampling, new=32):
-    """-> (prefill, decode) tokens per second of one sequence in the engine."""
-    prompt = min(256, engine.max_model_len - new - 1)
-
-    def seconds(ids, count):
-        begin = time.perf_counter()
-        engine.generate([ids], sampling(max_tokens=count, temperature=0, ignore_eos=True))
-        return time.perf_counter() - begin
-
-    warm_up, ids = torch.randint(engine.vocab_size, (2, prompt)).tolist()
-    seconds(warm_up, new)
-    prefill = seconds(ids, 1)
-    # from here on the prompt is in the engine's cache
-    first = seconds(ids, 1)
-    decode = seconds(ids, 1 + new) - first
-    return prompt / prefill, new / decode
-
-
-def toybox_accuracy(engine, sampling, count):
-    """Share of toybox's test questions that a model with a chat template answers right."""
-    questions = list(toybox.conversations("test", count))
-    prompts = [render(engine.tok, q["messages"][:-1], True)[0] for q in questions]
-    outputs = engine.generate(prompts, sampling(max_tokens=128, temperature=0))
-    right = 0
-    for question, output in zip(questions, outputs):
-        right += toybox.check(question["family"], question["messages"], output.text)
-    return right / count
-
-
 def stored_bytes(path):
     """Of a .gguf file, or of the tensors in a model folder."""
     if path.is_file():
@@ -163,17 +132,14 @@ COLUMNS = {
     "bits/weight": "{:.2f}",
     "perplexity": "{:.4f}",
     "KL to original": "{:.5f}",
-    "toybox right": "{:.1%}",
-    "prefill tok/s": "{:,.0f}",
-    "decode tok/s": "{:,.1f}",
 }
 
 
-def compare_formats(args, original, held_out, make, engine_of, sampling):
+def compare_formats(args, original, held_out, make):
     """Every format on the same held-out text, in a table beside the model or in --out.
 
-    make(format, path, log) writes a format and opens what it wrote; engine_of(model) -> Engine.
-    UserError: GPTQ is worse than rounding to nearest.
+    make(format, path, log) writes a format and opens what it wrote. UserError: GPTQ is worse than
+    rounding to nearest.
     """
     lines = [
         f"# Quantized: {args.folder}: {original.num_params():,} weights, "
@@ -191,15 +157,10 @@ def compare_formats(args, original, held_out, make, engine_of, sampling):
                 path = Path(temporary) / "model"
                 model = make(format, path, log=lambda line: None)
             size = stored_bytes(path)
-            row = {"format": format, "bytes": size, "bits/weight": 8 * size / original.num_params()}
-            row["perplexity"], row["KL to original"] = score(model, original, held_out)
-            engine = engine_of(model)
-            if engine.tok.chat_template and args.questions:
-                row["toybox right"] = toybox_accuracy(engine, sampling, args.questions)
-            if not format.startswith("gguf-"):  # GGUF files are llama.cpp's to run
-                row["prefill tok/s"], row["decode tok/s"] = speed(engine, sampling)
-        divergences[format] = row["KL to original"]
-        cells = [COLUMNS[name].format(row[name]) if name in row else "–" for name in COLUMNS]
+            perplexity, divergence = score(model, original, held_out)
+        divergences[format] = divergence
+        row = format, size, 8 * size / original.num_params(), perplexity, divergence
+        cells = [template.format(value) for template, value in zip(COLUMNS.values(), row)]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     out = Path(args.out or args.folder) / "quantization.md"
