@@ -483,29 +483,31 @@ class Split:
         """`plan_simply`, in whole arrays: a million documents in less than two seconds."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
-        rest = pairs % context
-        full = pairs - rest  # pairs in rows that each document fills alone
-        mixed = rng.permutation(np.flatnonzero(rest))
-        # Parts of documents, end to end on a line of pairs, where row r is r * context ...: the
-        # full rows of each, then what remains of some.
-        origin = np.append(begin, begin[mixed])
-        starts = np.append(begin, (begin + full)[mixed])
-        sizes = np.append(full, rest[mixed])
+        full = pairs // context  # rows that each document fills alone
+        alone = np.repeat(begin, full)  # where the document of each such row begins
+        alone += context * (np.arange(len(alone)) - np.repeat(np.cumsum(full) - full, full))
+        # What remains of the others lies end to end on a line of pairs, where row r is at
+        # r * context. A piece begins where a remainder begins and where a row begins.
+        mixed = rng.permutation(np.flatnonzero(pairs % context))
+        rest = begin[mixed] + full[mixed] * context
+        sizes = pairs[mixed] % context
         ends = np.cumsum(sizes)
         begins = ends - sizes
-        rows = int(ends[-1]) // context
-        # A piece begins where a part begins and where a row begins.
+        rows = int(sizes.sum()) // context
         cuts = np.append(begins[begins < rows * context], np.arange(rows) * context)
         cuts.sort(kind="stable")  # merges the two sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]
         part = np.searchsorted(ends, cuts, "right")  # that a piece is of
-        starts = starts[part] + cuts - begins[part]
-        sizes = np.diff(cuts, append=rows * context)
+        into = cuts - begins[part]
         row = cuts // context
-        fresh = starts == origin[part]  # the piece begins a document
+        fresh = (into == 0) & (full[mixed][part] == 0)  # the piece begins a document
         by_row = np.argsort(row * 2 - fresh, kind="stable")  # within a row those go first
-        first = np.searchsorted(row, np.arange(rows + 1))
-        return Plan(starts[by_row], sizes[by_row], first, rng.permutation(rows))
+        starts = np.append(alone, (rest[part] + into)[by_row])
+        sizes = np.diff(cuts, append=rows * context)[by_row]
+        sizes = np.append(np.full(len(alone), context), sizes)
+        first = len(alone) + np.searchsorted(row, np.arange(rows + 1))
+        first = np.append(np.arange(len(alone)), first)
+        return Plan(starts, sizes, first, rng.permutation(len(first) - 1))
 
     def fill(self, rows, context):
         """[(starts, sizes) of the pieces of a row] -> Batch.
