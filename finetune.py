@@ -10,7 +10,6 @@ the assistant says is in the loss. Top to bottom: conversations to packed rows, 
 train, the loop, the exam.
 """
 
-import math
 import re
 import sys
 from bisect import bisect_left, insort
@@ -36,7 +35,6 @@ from training.loop import (
     LoopArgs,
     backward,
     describe,
-    evaluate,
     launch,
     log_step,
     passes,
@@ -393,28 +391,10 @@ def exam_command(argv):
         tok, model = open_model(folder, runtime.device, runtime.dtype)
         prompts = [chat.render(tok, q.messages, True)[0] for q in questions]
         answers = greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
-        perplexity = perplexity_of_expected(model, tok, questions, runtime)
-        marks.append(mark_answers(questions, answers, perplexity))
+        marks.append(mark_answers(questions, answers))
     out = Path(args.out or args.model)
     out.mkdir(parents=True, exist_ok=True)
     write_marks(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
-
-
-def perplexity_of_expected(model, tok, questions, runtime):
-    """exp of the mean loss of a token of the expected answers; nan without any."""
-    talks = []
-    for q in questions:
-        if q.expected:
-            answer = {"role": "assistant", "content": q.expected}
-            talks.append((None, [*q.messages, answer], None))
-    if not talks:
-        return math.nan
-    most = model.config.max_position_embeddings
-    pairs = encode_conversations(tok, "the expected answers", talks, most, Counter())
-    split = Conversations([(1.0, pairs)])
-    args = Args(context=int(split.sizes.max()))
-    nats, count = evaluate(model, split, 8, args, runtime, loss=packed_loss)
-    return math.exp(min(700.0, nats / count))
 
 
 def main():

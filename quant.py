@@ -9,7 +9,6 @@ round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`
 
 import copy
 import functools
-import math
 import shutil
 import time
 from dataclasses import dataclass, fields
@@ -26,9 +25,9 @@ from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 
-# 8 bits with one scale a row; the same with activations of 8 bits; 4 bits in symmetric groups;
-# 4 bits in groups with a zero point; 4-bit NormalFloat as bitsandbytes has it
-FORMATS = "int8", "int8-dynamic", "int4", "int4-asym", "nf4"
+# 8 bits with one scale a row; 4 bits in symmetric groups; 4 bits in groups with a zero point;
+# 4-bit NormalFloat as bitsandbytes has it
+FORMATS = "int8", "int4", "int4-asym", "nf4"
 COMPARED = ("original", *FORMATS, "gptq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
@@ -91,15 +90,15 @@ def to_codes(weight, scale, zero, bits):
     return (weight / scale + zero).round_().clamp_(0, 2**bits - 1)
 
 
-def clipped_grid(groups, bits, sym, cost, shares):
-    """As `grid`, for that share of each group's range whose rounding errors cost least.
+def clipped_grid(groups, bits, sym, cost):
+    """As `grid`, for that of CLIPPED_RANGES whose rounding errors cost least.
 
     (..., g) floats -> (2, ...): scale and zero. cost (g,): what a squared error in each column
     costs. A narrower range cuts the group's extremes, and serves the many weights in its middle
     better.
     """
     best = least = torch.inf
-    for share in shares:
+    for share in CLIPPED_RANGES:
         tried = torch.stack(grid(groups * share, bits, sym))  # (2, ...)
         scale, zero = tried[..., None]
         rounded = (to_codes(groups, scale, zero, bits) - zero) * scale
@@ -192,12 +191,12 @@ def dynamic_quantize(flat):
     return codes * in_use, absmax
 
 
-def nf4_quantize(weight, double=True):
+def nf4_quantize(weight):
     """(N, K) floats -> dict of tensors as bitsandbytes makes them on the CPU, bit for bit.
 
     "packed" uint8 (N*K/2,), two codes a byte, the earlier one in the high half; "absmax" float32
-    (blocks,), the largest magnitude of each block of 64. With `double` absmax is uint8, beside
-    "nested_absmax" float32 (blocks/256,) and "offset" float32 ().
+    (blocks,), the largest magnitude of each block of 64, is doubly quantized: "absmax" uint8
+    (blocks,), "nested_absmax" float32 (blocks/256,) and "offset" float32 ().
     """
     check_finite(weight)
     if weight.numel() % 2:
@@ -206,8 +205,6 @@ def nf4_quantize(weight, double=True):
     scaled, absmax = scaled_blocks(flat, 64)
     codes = nearest_index(scaled, torch.tensor(kernels.NF4, device=flat.device))
     packed = codes[::2] << 4 | codes[1::2]
-    if not double:
-        return {"packed": packed, "absmax": absmax}
     # scales are all positive: without their mean they make better use of a signed type
     offset = absmax.mean()
     codes, nested = dynamic_quantize(absmax - offset)
@@ -247,7 +244,6 @@ class QuantLinear(nn.Module):
     """
 
     format = ""
-    few_rows: float = FEW_ROWS  # at most so many rows take the fast product on a CPU
     # (M, K) float32 -> (M, N) float32 without the bias, activations rounded to 8 bits; the engine
     # sets it where it has one
     fast_product: Any = None
@@ -282,18 +278,14 @@ class QuantLinear(nn.Module):
         packed = self.for_gpu()
         return None if packed is None else kernels.linear(rows, packed, self.bias)
 
-    def by_fast_product(self, rows):
-        """`plain` without the bias, on a CPU."""
-        return self.fast_product(rows)
-
     def product(self, x):
         """x (..., K) -> (..., N) with the bias, in x's dtype, the quickest way there is."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
         y = None
         if x.is_cuda:
             y = self.on_gpu(rows)
-        elif not torch.compiler.is_compiling() and self.fast_product and len(rows) <= self.few_rows:
-            y = self.by_fast_product(rows.float())
+        elif not torch.compiler.is_compiling() and self.fast_product and len(rows) <= FEW_ROWS:
+            y = self.fast_product(rows.float())
             if self.bias is not None:
                 y += self.bias
         if y is None:
@@ -313,36 +305,21 @@ class QuantLinear(nn.Module):
         return {name: joined(layers, name) for name in names}
 
 
-def int8_rows(x):
-    """(M, K) floats -> (each row rounded to 8-bit integers, scale (M, 1)).
-
-    Each row has a scale of its own, so none depends on its neighbours. Its largest value is 127.
-    """
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
-    scale = largest.clamp(min=1e-30) / 127
-    return (x / scale).round(), scale
-
-
 class Int8Linear(QuantLinear):
-    """int8 weights, one float scale an output row: w = scale * code, code in -127 .. 127 ["int8"].
+    """int8 weights, one float scale an output row: w = scale * code, code in -127 .. 127."""
 
-    With `dynamic` the activations are rounded to int8 too, each row by its own scale
-    ["int8-dynamic"].
-    """
+    format = "int8"
 
-    def __init__(self, codes, scales, bias=None, dynamic=False):
+    def __init__(self, codes, scales, bias=None):
         """codes uint8 (N, K) whose zero point is 128, scales (N, 1)"""
         super().__init__(codes.shape, bias)
-        self.dynamic = dynamic
-        self.format = "int8-dynamic" if dynamic else "int8"
-        self.few_rows = math.inf if dynamic else FEW_ROWS
         self.register_buffer("codes", (codes ^ 128).view(torch.int8))  # 0 .. 255 -> -128 .. 127
         self.register_buffer("scale", scales[:, 0].float())
 
     @classmethod
-    def from_linear(cls, linear, dynamic=False):
+    def from_linear(cls, linear):
         codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
-        return cls(codes, scales, linear.bias, dynamic)
+        return cls(codes, scales, linear.bias)
 
     def dequantize(self, dtype=torch.float32):
         return (self.codes * self.scale[:, None]).to(dtype)
@@ -352,30 +329,8 @@ class Int8Linear(QuantLinear):
         codes = self.codes.view(torch.uint8) ^ 128
         return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
 
-    def read(self, rows):
-        """What the product reads of its inputs: 8 bits, if it is dynamic."""
-        if not self.dynamic:
-            return rows
-        codes, scale = int8_rows(rows.float())
-        return (codes * scale).to(rows.dtype)
-
-    def plain(self, rows):
-        return super().plain(self.read(rows))
-
-    def on_gpu(self, rows):
-        return super().on_gpu(self.read(rows))
-
     def for_gpu(self):
         return kernels.Packed("int8", self.codes, self.scale, *self.codes.shape)
-
-    def by_fast_product(self, rows):
-        """Activations of 8 bits, or of 16: what 8 bits lose of a row makes a second row."""
-        if self.dynamic:
-            return self.fast_product(rows)
-        codes, scale = int8_rows(rows)
-        rounded = codes * scale
-        y = self.fast_product(torch.cat((rounded, rows - rounded)))  # (2M, K) -> (2M, N)
-        return torch.add(*y.chunk(2))
 
 
 class GroupLinear(QuantLinear):
@@ -453,8 +408,8 @@ class NF4Linear(QuantLinear):
             self.register_buffer(name, state.get(name))
 
     @classmethod
-    def from_linear(cls, linear, double=True):
-        state = nf4_quantize(linear.weight, double)
+    def from_linear(cls, linear):
+        state = nf4_quantize(linear.weight)
         return cls(state, linear.weight.shape, linear.bias)
 
     def block_scales(self):
@@ -488,8 +443,8 @@ class NF4Linear(QuantLinear):
 
 def pack_linear(linear, format, group_size):
     """nn.Linear -> a layer in one of FORMATS."""
-    if format in ("int8", "int8-dynamic"):
-        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
+    if format == "int8":
+        return Int8Linear.from_linear(linear)
     if format == "nf4":
         return NF4Linear.from_linear(linear)
     return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
@@ -499,8 +454,6 @@ def in_kind(linear, kind):
     """A layer still in floats -> the format that --quant names, "int8" or "int4"; others as is."""
     if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
         return linear
-    if kind == "int8" and linear.weight.device.type == "cpu":
-        kind = "int8-dynamic"
     group = 32 if linear.in_features % 64 == 32 else 64  # whole groups where they can be
     return pack_linear(linear, kind, group)
 
@@ -562,10 +515,8 @@ def quantize(model, format, group_size=128):
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": "float32",
         }
-    elif format.startswith("int8"):
+    elif format == "int8":
         model.quantization = gptq_config(model, 8, -1, True)
-        if format == "int8-dynamic":
-            model.quantization["activations"] = "int8"
     else:
         model.quantization = gptq_config(model, 4, group_size, format == "int4")
     return model
@@ -596,7 +547,6 @@ class Recipe:
     group_size: int = 128  # neighbouring inputs that share a scale; -1: a whole row
     sym: bool = True  # GPTQ: the zero point is the middle code, as vLLM's fastest kernels ask
     act_order: bool = False  # GPTQ: columns with the largest activations first
-    clip: bool = True  # GPTQ: scales that cost least, not those that span the extremes
     damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
 
 
@@ -635,7 +585,6 @@ def gptq_round(weight, H, recipe, block=128):
     K = weight.size(1)
     bits = recipe.bits
     group = K if recipe.group_size < 0 else min(recipe.group_size, K)
-    shares = CLIPPED_RANGES if recipe.clip else [1]
     diagonal = H.diagonal()
     H = H + torch.diag((diagonal == 0) * diagonal.mean())  # those that never fired
     order = None
@@ -661,7 +610,7 @@ def gptq_round(weight, H, recipe, block=128):
             if column % group == 0:
                 until = column + group
                 weights = W[column:until].t()  # (N, group)
-                grids.append(clipped_grid(weights, bits, recipe.sym, cost[column:until], shares))
+                grids.append(clipped_grid(weights, bits, recipe.sym, cost[column:until]))
                 scale, zero = grids[-1]  # (N,) each
             code = to_codes(now[i], scale, zero, bits)
             codes[column] = code
@@ -786,7 +735,7 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
 class Args(Recipe):
     model: str = ""  # the model folder, or "report" to compare formats
     folder: str = "-"  # report: the model folder
-    format: str = "gptq"  # or int8, int8-dynamic, int4, int4-asym, nf4, gguf-q8_0, -q4_0, -q4_k_m
+    format: str = "gptq"  # or int8, int4, int4-asym, nf4, gguf-q8_0, gguf-q4_0, gguf-q4_k_m
     out: str = ""  # where to write; report: a folder for quantization.md [MODEL]
     text: str = ""  # text, .jsonl or conversations: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on

@@ -92,7 +92,7 @@ def read_gptq(tensors, name, shape, config, bias=None):
         zeros = (zeros + 1) & 2**bits - 1
     scales = tensors[f"{name}.scales"].t().contiguous()
     if bits == 8 and group == K and (zeros == 128).all():
-        return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
+        return Int8Linear(codes, scales, bias)
     if torch.equal(order, straight):
         order = None
     return GroupLinear(codes, scales, zeros, bits, group, order, bias)

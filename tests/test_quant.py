@@ -74,7 +74,6 @@ def test_groups_of_zeros_stay_zero(sym):
 # ------------------------------------------------------------------------------------------ layers
 LAYERS = {  # class, arguments of from_linear, how far the fast product may be from its twin
     "int8": (quant.Int8Linear, (), 1e-2),
-    "int8-dynamic": (quant.Int8Linear, (True,), 2e-2),
     "nf4": (quant.NF4Linear, (), 1e-5),
     "int4": (quant.GroupLinear, (4, 64), 1e-2),
     "int4-asym": (quant.GroupLinear, (4, 32, False), 1e-2),
@@ -110,14 +109,6 @@ def test_products_are_near_their_dequantized_twin(outputs, inputs, rows, fast):
         assert relative(layer.dequantize(), linear.weight) < 0.2
 
 
-def test_int8_weights_meet_activations_of_sixteen_bits():
-    torch.manual_seed(0)
-    layer = quant.Int8Linear.from_linear(nn.Linear(256, 64))
-    native.install_products(layer)
-    x = torch.randn(5, 256)
-    assert relative(layer(x), twin_of(layer, x)) < 1e-4
-
-
 def test_many_rows_do_not_take_the_fast_product():
     layer = quant.GroupLinear.from_linear(nn.Linear(64, 32))
     layer.fast_product = lambda rows: rows.new_zeros(len(rows), 32)
@@ -125,15 +116,6 @@ def test_many_rows_do_not_take_the_fast_product():
     few = many[1:]
     assert torch.equal(layer(few), layer.bias.expand(len(few), -1))
     assert torch.equal(layer(many), layer.plain(many))
-
-
-def test_a_row_of_int8_activations_does_not_depend_on_its_neighbours():
-    sizes = torch.tensor([[1.0], [1e4], [1e-4]])
-    x = torch.randn(3, 64) * sizes
-    codes, scale = quant.int8_rows(x)
-    alone, alone_scale = quant.int8_rows(x[2:])
-    assert torch.equal(codes[2:], alone)
-    assert torch.equal(scale[2:], alone_scale)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -188,7 +170,7 @@ def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
 def test_packed_layers_compile_without_a_break(format):
     torch.manual_seed(0)
     layer = quant.pack_linear(nn.Linear(128, 64), format, 64)
@@ -223,13 +205,14 @@ def plain_gptq(weight, H, bits, group, sym, damp):
     "group,sym,act_order",
     [(-1, True, False), (32, True, False), (48, False, False), (32, False, True)],
 )
-def test_gptq_is_the_papers_algorithm(group, sym, act_order):
+def test_gptq_is_the_papers_algorithm(group, sym, act_order, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(quant, "CLIPPED_RANGES", [1])  # those are not in the paper
     mixing = torch.randn(200, 200, dtype=torch.float64)
     x = torch.randn(500, 200, dtype=torch.float64) @ mixing
     weight = torch.randn(24, 200, dtype=torch.float64)
     H = x.T @ x
-    recipe = quant.Recipe(4, group, sym, act_order, clip=False)
+    recipe = quant.Recipe(4, group, sym, act_order)
     *parts, found_order = quant.gptq_round(weight, H, recipe)
     ours = quant.GroupLinear(*parts, 4, group, found_order).dequantize()
     order = torch.arange(200)
@@ -241,7 +224,7 @@ def test_gptq_is_the_papers_algorithm(group, sym, act_order):
     assert (ours[:, order] - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("recipe", [{}, {"act_order": True}, {"clip": False}])
+@pytest.mark.parametrize("recipe", [{}, {"act_order": True}])
 def test_gptq_changes_outputs_less_than_rounding_to_nearest(recipe):
     torch.manual_seed(0)
     x = torch.randn(400, 96) @ torch.randn(96, 96)

@@ -138,21 +138,6 @@ def training_figures(folder):
         yield f"{median_high(speeds):,} tokens/s"
 
 
-def batch_figures(path):
-    """Figures of a file of answers. Its seconds count from the start of a command that may have
-    been started again, so the times are summed over the starts."""
-    tokens = total = last = 0
-    rows = list(json_records(path))
-    for row in rows:
-        tokens += sum(answer["tokens"] for answer in row.get("answers", ()))
-        if row["seconds"] < last:
-            last = 0
-        total += row["seconds"] - last
-        last = row["seconds"]
-    speed = tokens / max(total, 1e-3)
-    return [f"{len(rows):,} answers, {tokens:,} tokens in {total:.1f} s: {speed:,.0f} tokens/s"]
-
-
 def numbers_of(found):
     """A JSON object's numbers -> phrases."""
     found = found | found.get("counts", {})
@@ -170,8 +155,6 @@ def stage_figures(stage, answers):
         return [f"{right} of {len(answers[out.name]):,} answers right"]
     if (out / "metrics.jsonl").is_file():
         return training_figures(out)
-    if out.suffix == ".jsonl" and out.is_file():
-        return batch_figures(out)
     for path in (out / "meta.json", out / "quantization.json", out):
         if path.is_file() and path.suffix == ".json":
             return numbers_of(read_json(path))
@@ -198,7 +181,7 @@ def shortened(text):
 
 
 def marks_rows(run, marks):
-    """What is right, by family of questions and model; then manners, and perplexity."""
+    """What is right, by family of questions and model; then manners."""
     *_, last = marks.values()
     families = set().union(*marks.values()) - {TAUGHT, BY_LORA, COURTEOUS}
     for what in (TAUGHT, *sorted(families), BY_LORA, COURTEOUS):
@@ -207,7 +190,6 @@ def marks_rows(run, marks):
         Metrics.read(Path(f"{run}-report", name, "metrics.jsonl"))[-1]["eval"] for name in marks
     ]
     yield ["ends by itself", "", *(percent([row["ended by itself"]]) for row in scores)]
-    yield ["perplexity", "", *(f"{row.get('perplexity', math.nan):,.2f}" for row in scores)]
 
 
 def road_blocks(run, stages, answers):

@@ -62,14 +62,13 @@ def quantized(kind, format, recipe):
     "format,recipe",
     [
         ("int8", {}),
-        ("int8-dynamic", {}),
         ("int4", {}),
         ("int4-asym", {}),
         ("nf4", {}),
         ("gptq", dict(bits=4, act_order=True)),
         ("gptq", dict(bits=3)),
         ("gptq", dict(bits=8, sym=False)),
-        ("gptq", dict(bits=5, clip=False)),
+        ("gptq", dict(bits=5)),
     ],
 )
 def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path):
