@@ -411,7 +411,7 @@ def linear_cases(M, N=12_288, K=4096):
         elif kind == "int4":
             weight = kernels.Packed(kind, codes(N, K // 2), bf16(N, K // 128), N, K, 128)
         else:
-            weight = kernels.Packed(kind, codes(N, K).view(torch.int8), bf16(N), N, K)
+            weight = kernels.Packed(kind, codes(N, K), bf16(N), N, K)
         return bf16(M, K), weight
 
     rows = 2 * M * (N + K)

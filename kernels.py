@@ -223,7 +223,7 @@ def nf4_table(device):
 class Packed(NamedTuple):
     """Packed weights of an (N, K) layer. The rows of W follow each other:
 
-    int8   byte k = W[n, k]                                       W = byte * scale[n]
+    int8   byte k = W[n, k]                                       W = (byte - 128) * scale[n]
     int4   byte j = W[n, 2j] low nibble, W[n, 2j+1] high nibble   W = (nibble - zero) * scale,
            both at [n, k // group]
     nf4    byte j = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble   W = NF4[nibble] * scale,
@@ -231,8 +231,8 @@ class Packed(NamedTuple):
     """
 
     format: str
-    weight: torch.Tensor  # int8 (N, K) or uint8 (N, ceil(K/2)); nf4: (N*K/2,), bitsandbytes' order
-    scales: torch.Tensor  # (N,); int4: (N, ceil(K/group)); nf4: (ceil(N*K/group),) float32
+    weight: torch.Tensor  # uint8 (N, K), int4: (N, ceil(K/2)), nf4: (N*K/2,), bitsandbytes' order
+    scales: torch.Tensor  # N of them; int4: (N, ceil(K/group)); nf4: (ceil(N*K/group),) float32
     N: int
     K: int
     group: int = 256  # columns that share a scale; the last group may be short
@@ -391,7 +391,7 @@ def _gemm(
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = _tile(x, ms, k, K, ms < M)  # (BLOCK_M, BLOCK_B * PACK)
         if FORMAT == "int8":
-            acc = _dot(_values(byte, xs), tl.trans(xs), acc)
+            acc = _dot((_one_and(byte) * 256 - 384).to(xs.dtype), tl.trans(xs), acc)
         else:
             where = rows * groups + begin * 2 // GROUP
             even, odd = _four_bits(byte, scales, zeros, where, inside, table, FORMAT)
@@ -495,7 +495,7 @@ def _dequantize(
     there = cols < width
     byte = tl.load(weight + row * width + cols, mask=there, other=0)
     if FORMAT == "int8":
-        value = byte.to(tl.float32) * tl.load(scales + row).to(tl.float32)
+        value = (byte.to(tl.float32) - 128) * tl.load(scales + row).to(tl.float32)
         k = cols
     else:
         where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
@@ -530,7 +530,7 @@ def dequantize(w, dtype):
 
 def dequantize_twin(w, dtype):
     if w.pack == 1:
-        return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
+        return ((w.weight.float() - 128) * w.scales.float().view(-1, 1)).to(dtype)
     rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
     group = torch.arange(w.N * w.K // rows, device=w.weight.device) // w.group  # of each column
     scales = w.scales.view(rows, -1)[:, group].float()  # (rows, G) -> (rows, columns)

@@ -247,7 +247,7 @@ class QuantLinear(nn.Module):
     # (M, K) float32 -> (M, N) float32 without the bias, activations rounded to 8 bits; the engine
     # sets it where it has one
     fast_product: Any = None
-    symmetric = False  # all zero points are the middle code: a kernel need not read them
+    symmetric = False  # all zero points are the middle code: the GPU need not read them
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -305,34 +305,6 @@ class QuantLinear(nn.Module):
         return {name: joined(layers, name) for name in names}
 
 
-class Int8Linear(QuantLinear):
-    """int8 weights, one float scale an output row: w = scale * code, code in -127 .. 127."""
-
-    format = "int8"
-
-    def __init__(self, codes, scales, bias=None):
-        """codes uint8 (N, K) whose zero point is 128, scales (N, 1)"""
-        super().__init__(codes.shape, bias)
-        self.register_buffer("codes", (codes ^ 128).view(torch.int8))  # 0 .. 255 -> -128 .. 127
-        self.register_buffer("scale", scales[:, 0].float())
-
-    @classmethod
-    def from_linear(cls, linear):
-        codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
-        return cls(codes, scales, linear.bias)
-
-    def dequantize(self, dtype=torch.float32):
-        return (self.codes * self.scale[:, None]).to(dtype)
-
-    def groups(self):
-        scale = self.scale[:, None]
-        codes = self.codes.view(torch.uint8) ^ 128
-        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
-
-    def for_gpu(self):
-        return kernels.Packed("int8", self.codes, self.scale, *self.codes.shape)
-
-
 class GroupLinear(QuantLinear):
     """2 to 8 bits, a scale and zero point for each `group` neighbouring inputs of a row.
 
@@ -348,7 +320,7 @@ class GroupLinear(QuantLinear):
         self.bits = bits
         self.group = group if group > 0 else self.in_features
         self.format = f"int{bits}"
-        self.symmetric = bits == 4 and bool((zeros == 8).all())
+        self.symmetric = bool((zeros == 2 ** (bits - 1)).all())
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -381,11 +353,13 @@ class GroupLinear(QuantLinear):
         return weight.to(dtype)
 
     def for_gpu(self):
+        weights = self.packed, self.scales, self.out_features, self.in_features
+        if self.bits == 8 and self.symmetric and self.scales.size(1) == 1:
+            return kernels.Packed("int8", *weights)
         if self.bits > 4:
             return None
-        N, K = self.out_features, self.in_features
-        zeros = None if self.symmetric else self.zeros
-        return kernels.Packed("int4", self.packed, self.scales, N, K, self.group, zeros)
+        eights = self.bits == 4 and self.symmetric
+        return kernels.Packed("int4", *weights, self.group, None if eights else self.zeros)
 
     def on_gpu(self, rows):
         return super().on_gpu(rows if self.order is None else rows[:, self.order])
@@ -444,7 +418,7 @@ class NF4Linear(QuantLinear):
 def pack_linear(linear, format, group_size):
     """nn.Linear -> a layer in one of FORMATS."""
     if format == "int8":
-        return Int8Linear.from_linear(linear)
+        return GroupLinear.from_linear(linear, 8, -1)
     if format == "nf4":
         return NF4Linear.from_linear(linear)
     return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")

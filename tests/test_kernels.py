@@ -56,7 +56,7 @@ def same(ours, twin, dtype=torch.float32, limit=1e-5 if CUDA else 2e-6):
 
 
 def int8(N, C):
-    weight = torch.randint(-127, 128, (N, C), dtype=torch.int8, device=DEVICE)
+    weight = torch.randint(1, 256, (N, C), dtype=torch.uint8, device=DEVICE)
     return K.Packed("int8", weight, random(N).abs(), N, C)
 
 

@@ -73,7 +73,7 @@ def test_groups_of_zeros_stay_zero(sym):
 
 # ------------------------------------------------------------------------------------------ layers
 LAYERS = {  # class, arguments of from_linear, how far the fast product may be from its twin
-    "int8": (quant.Int8Linear, (), 1e-2),
+    "int8": (quant.GroupLinear, (8, -1), 1e-2),
     "nf4": (quant.NF4Linear, (), 1e-5),
     "int4": (quant.GroupLinear, (4, 64), 1e-2),
     "int4-asym": (quant.GroupLinear, (4, 32, False), 1e-2),
@@ -147,7 +147,7 @@ def test_what_cannot_be_one_layer_is_refused():
     for other in (
         quant.GroupLinear.from_linear(linear, 3),
         quant.GroupLinear.from_linear(linear, 4, 32),
-        quant.Int8Linear.from_linear(linear),
+        quant.GroupLinear.from_linear(linear, 8, -1),
         quant.GroupLinear.from_linear(nn.Linear(64, 32, bias=False)),
         ordered,
     ):
