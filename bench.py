@@ -55,7 +55,6 @@ from model import Config, Transformer
 from quant import NF4Linear
 from runtime import peak_flops, resolve
 from tokenizer import Tokenizer
-from training.loop import backward, passes, update
 from training.memory import print_estimate
 from training.optim import MuonAdamW
 
@@ -178,31 +177,35 @@ def folder_of(model):
 
 
 # ----------------------------------------------------------------------------------------- training
-def run_train(flags):
-    """train.py as a user runs it -> (seconds, Python's start included; the rows with a validation
-    loss; what it printed)."""
+def run_stage(command):
+    """A training as a user runs it -> (seconds, Python's start included; the rows of its metrics;
+    what it printed)."""
     with tempfile.TemporaryDirectory() as out:
-        words = f"train.py --out {out}/run --sample 1 {flags}".split()
+        words = f"{command} --out {out}/run".split()
         begin = time.perf_counter()
         done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - begin
         if done.returncode:
-            raise UserError(f"train.py {flags} failed")
-        rows = [row for row in Metrics.read(f"{out}/run/metrics.jsonl") if "val_loss" in row]
-    return seconds, rows, done.stdout
+            raise UserError(f"{command} failed")
+        return seconds, Metrics.read(f"{out}/run/metrics.jsonl"), done.stdout
+
+
+def number_before(words, text):
+    """Where a stage printed `1,234 words` -> 1234."""
+    return int(re.search(rf"([\d,]+) {words}", text)[1].replace(",", ""))
 
 
 def bench_train(presets=("shakespeare-char-fast", "shakespeare-char"), target=1.886):
     """Train each of train.py's presets in a process of its own: seconds, validation loss, seconds
     to the target loss."""
     for preset in presets:
-        wall, losses, said = run_train(f"--preset {preset}")
+        wall, rows, said = run_stage(f"train.py --sample 1 --preset {preset}")
+        losses = [row for row in rows if "val_loss" in row]
         before = wall - losses[-1]["seconds"]  # the start, which the run's own clock does not count
         reached = [row["seconds"] + before for row in losses if row["val_loss"] <= target]
-        size = re.search(r"([\d,]+) parameters", said)[1]
         yield dict(
             preset=preset,
-            parameters=int(size.replace(",", "")),
+            parameters=number_before("parameters", said),
             wall=wall,
             val_loss=losses[-1]["val_loss"],
             reached=reached[0] if reached else None,
@@ -217,8 +220,8 @@ def bench_optimizers():
     for seed in (1, 2, 3):
         row = {"name": f"seed {seed}"}
         for name, flags in tried.items():
-            _, losses, _ = run_train(f"{shape} --seed {seed} {flags}")
-            row[name] = losses[-1]["val_loss"]
+            _, rows, _ = run_stage(f"train.py {shape} --seed {seed} {flags}")
+            row[name] = rows[-1]["val_loss"]
         yield row
 
 
@@ -301,39 +304,22 @@ def bench_sft(model, data="data/toybox/train.jsonl"):
     conversations a step; start-up is not counted."""
     from peers.trl import sft_trainer_speed
 
-    with tempfile.TemporaryDirectory() as out:
-        args = finetune.Args(
-            model=model,
-            data=(data,),
-            out=out,
-            context=256,
-            batch=16,
-            device="cpu",
-            dtype="float32",
-            optimizer="adamw",
-        )
-        run = finetune.prepare_finetuning(args, None)
-        per_row = len(run.batches.split.pairs) / len(run.batches.plan(0).order)
-        conversations = round(args.batch * per_row)
-
-        def step():
-            batch = run.batches.next()
-            run.optimizer.zero_grad()
-            count = (batch.y != -100).sum().item()
-            for part in passes(run, batch):
-                backward(run, finetune.packed_loss(run.step_model, part, args), count)
-            update(run, 1)
-
-        speed = conversations / seconds_of(step, repeats=12, warm_up=2)
-        run.batches.close()
-        yield dict(name="finetune.py, packed", per_step=conversations, conversations_per_s=speed)
-        folder = f"{out}/model"
+    flags = "--context 256 --batch 16 --optimizer adamw --device cpu --dtype float32 --sample 0"
+    _, rows, said = run_stage(
+        f"finetune.py {model} --data {data} {flags} --steps 25 --log-every 12"
+    )
+    per_row = number_before("to train on", said) / number_before("rows of", said)
+    rate = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row][-1]
+    conversations = round(16 * per_row)
+    speed = rate / 256 * per_row
+    yield dict(name="finetune.py, packed", per_step=conversations, conversations_per_s=speed)
+    with tempfile.TemporaryDirectory() as folder:
         tok, fresh = finetune.open_model(model, "cpu")
         tok.save(folder)
         fresh.save_pretrained(folder)
         talks = [messages for _, messages, _ in chat.read_records(data)]
-        speed = sft_trainer_speed(folder, talks, conversations, args.context, 12)
-        yield dict(name="SFTTrainer", per_step=conversations, conversations_per_s=speed)
+        speed = sft_trainer_speed(folder, talks, conversations, 256, 12)
+    yield dict(name="SFTTrainer", per_step=conversations, conversations_per_s=speed)
 
 
 def bench_dpo(model, data="toybox"):
@@ -804,7 +790,7 @@ def bench_compare(before, after):
 
 
 # ----------------------------------------------------------------------------------------- commands
-MEASUREMENTS = {
+MEASUREMENTS: dict = {
     "train": bench_train,
     "optimizers": bench_optimizers,
     "pretrain": bench_pretrain,

@@ -7,7 +7,7 @@ python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # .txt, .jsonl, .pa
 python data.py toybox --out data/toybox        # a made-up world: text, chats, preferences
 python train.py --data D                       # what shards are for
 
-From top to bottom: `make_shards` writes documents as tokens, `Split.plan_simply` says which
+From top to bottom: `make_shards` writes documents as tokens, `Split.plan` says which
 documents share a row, `Batches` hands out rows and knows its place (`state`) for a resumed run.
 """
 
@@ -450,37 +450,14 @@ class Split:
         offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
         return begin + offset, pairs - offset
 
-    def plan_simply(self, context, seed, epoch):
+    def plan(self, context, seed, epoch):
         """What a row is: exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
         A document gives as many full rows as it has, from its start. What remains of all documents
         is shuffled, put end to end and cut into rows too; in such a row a piece that begins a
         document goes first. So nothing is padded or masked, and nothing dropped but the less than
-        one row that is over in the end, other text each epoch. Plain loops; `plan` is the same for
-        millions of documents."""
-        rng = np.random.default_rng([seed, epoch])
-        begin, pairs = self.documents_of_epoch(rng, context)
-        rows = []  # of pieces (start, size)
-        for start, size in zip(begin, pairs):
-            rows += [[(start + at, context)] for at in range(0, size - context + 1, context)]
-        line = []  # what remains, pair by pair: (document, place in it)
-        for document in rng.permutation(np.flatnonzero(pairs % context)):
-            full = pairs[document] // context * context
-            line += [(document, at) for at in range(full, pairs[document])]
-        for left in range(0, len(line) - context + 1, context):
-            row = line[left : left + context]
-            groups = itertools.groupby(row, key=lambda pair: pair[0])
-            pieces = [
-                (document, next(group)[1], 1 + len(list(group))) for document, group in groups
-            ]
-            pieces.sort(key=lambda piece: piece[1] > 0)  # those that begin a document go first
-            rows.append([(begin[document] + at, size) for document, at, size in pieces])
-        starts, sizes = np.array(list(itertools.chain(*rows)), np.int64).reshape(-1, 2).T
-        first = np.cumsum([0, *map(len, rows)])
-        return Plan(starts, sizes, first, rng.permutation(len(rows)))
-
-    def plan(self, context, seed, epoch):
-        """`plan_simply`, in whole arrays: a million documents in less than two seconds."""
+        one row that is over in the end, other text each epoch. It is in whole arrays, for millions
+        of documents; tests/test_data.py has the same as plain loops."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
         full = pairs // context  # rows that each document fills alone

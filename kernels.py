@@ -4,7 +4,8 @@
     python bench.py kernels                  # GB/s of each, beside the card's copy bandwidth
 
 A twin has the kernel's signature. A public function runs the kernel for CUDA tensors (for any
-tensor if TRITON_INTERPRET=1) and its `_twin` otherwise; `linear` leaves that to its caller.
+tensor if TRITON_INTERPRET=1) and its `_twin` otherwise; `linear` leaves that to its caller, and its
+twin is QuantLinear.plain.
 """
 
 import contextlib
@@ -466,11 +467,6 @@ def linear(x, w, bias=None):
     configs = gemv_configs(w.group) if M == 1 else gemm_configs(M, w.group, w.pack)
     shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} {w.zeros is None}"
     return tuned(f"{w.format} {dtype} {shape}", configs, launch, x.device)
-
-
-def linear_twin(x, w, bias=None):
-    y = x.double() @ dequantize_twin(w, torch.float64).T
-    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @jit

@@ -25,10 +25,9 @@ from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 
-# 8 bits with one scale a row; 4 bits in symmetric groups; 4 bits in groups with a zero point;
-# 4-bit NormalFloat as bitsandbytes has it
-FORMATS = "int8", "int4", "int4-asym", "nf4"
-COMPARED = ("original", *FORMATS, "gptq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
+# 8 bits with one scale a row; 4 bits in groups; 4-bit NormalFloat as bitsandbytes has it
+FORMATS = "int8", "int4", "nf4"
+COMPARED = ("original", *FORMATS, "gptq")
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
     "chat_template.jinja vocab.json merges.txt generation_config.json"
@@ -415,13 +414,13 @@ class NF4Linear(QuantLinear):
         return {"packed": packed, "absmax": absmax, "nested_absmax": None, "offset": None}
 
 
-def pack_linear(linear, format, group_size):
+def pack_linear(linear, format, group_size, sym=True):
     """nn.Linear -> a layer in one of FORMATS."""
     if format == "int8":
         return GroupLinear.from_linear(linear, 8, -1)
     if format == "nf4":
         return NF4Linear.from_linear(linear)
-    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
+    return GroupLinear.from_linear(linear, 4, group_size, sym)
 
 
 def in_kind(linear, kind):
@@ -470,17 +469,17 @@ def float_layers(model, group_size):
     return found
 
 
-def quantize(model, format, group_size=128):
+def quantize(model, format, group_size=128, sym=True):
     """Replace the linear layers of all blocks by packed ones, in place -> the model.
 
-    format: one of FORMATS. group_size is int4's: neighbouring inputs that share a scale, -1 for a
-    whole row. Embeddings, norms and the head stay. UserError: NaN in a weight, a model that is
-    quantized already.
+    format: one of FORMATS. int4 has groups of group_size neighbouring inputs that share a scale, -1
+    is a whole row; without sym also a zero point. Embeddings, norms and the head stay. UserError:
+    NaN in a weight, a model that is quantized already.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
     for name, linear in float_layers(model, group_size).items():
-        model.set_submodule(name, pack_linear(linear, format, group_size))
+        model.set_submodule(name, pack_linear(linear, format, group_size, sym))
     if format == "nf4":
         model.quantization = {
             "quant_method": "bitsandbytes",
@@ -492,7 +491,7 @@ def quantize(model, format, group_size=128):
     elif format == "int8":
         model.quantization = gptq_config(model, 8, -1, True)
     else:
-        model.quantization = gptq_config(model, 4, group_size, format == "int4")
+        model.quantization = gptq_config(model, 4, group_size, sym)
     return model
 
 
@@ -519,7 +518,7 @@ class Recipe:
 
     bits: int = 4  # GPTQ: 2 to 8
     group_size: int = 128  # neighbouring inputs that share a scale; -1: a whole row
-    sym: bool = True  # GPTQ: the zero point is the middle code, as vLLM's fastest kernels ask
+    sym: bool = True  # the zero point is the middle code, as vLLM's fastest kernels ask
     act_order: bool = False  # GPTQ: columns with the largest activations first
     damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
 
@@ -709,9 +708,9 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
 class Args(Recipe):
     model: str = ""  # the model folder, or "report" to compare formats
     folder: str = "-"  # report: the model folder
-    format: str = "gptq"  # or int8, int4, int4-asym, nf4, gguf-q8_0, gguf-q4_0, gguf-q4_k_m
+    format: str = "gptq"  # or int8, int4, nf4; formats/gguf.py writes files for llama.cpp
     out: str = ""  # where to write; report: a folder for quantization.md [MODEL]
-    text: str = ""  # text, .jsonl or conversations: half its rows calibrate [the model's own text]
+    text: str = ""  # a text or .jsonl of texts: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context
@@ -751,18 +750,8 @@ def cast_parameters(model, dtype):
         parameter.data = parameter.data.to(dtype)
 
 
-def gguf_command(args):
-    """Write a GGUF file, for llama.cpp."""
-    from formats import gguf
-
-    out = Path(args.out).with_suffix(".gguf")
-    gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
-    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB")
-
-
 def quantize_command(args):
     """Write one format's folder and say what it costs; or, for the report, do so with every one."""
-    from formats import gguf
     from generate import Engine, Sampling
     from training import quality
 
@@ -779,15 +768,12 @@ def quantize_command(args):
 
     def make(format, out, log=print):
         """Write a format to OUT -> the model as it is read back from there."""
-        if format.startswith("gguf-"):
-            gguf.write(args.folder, out, format.removeprefix("gguf-"))
-            return gguf.load(out, args.device)[0]
         model = copy.deepcopy(original)
         if format == "gptq":
             recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
             gptq(model, calibration.split(8), log=log, **recipe)
         else:
-            quantize(model, format, args.group_size)
+            quantize(model, format, args.group_size, args.sym)
         cast_parameters(model, stored)
         model.save_pretrained(out)
         for name in TOKENIZER_FILES:
@@ -808,11 +794,7 @@ def quantize_command(args):
 
 @torch.inference_mode()
 def main():
-    args = read_quant_args()
-    if args.model != "report" and args.format.startswith("gguf-"):
-        gguf_command(args)
-    else:
-        quantize_command(args)
+    quantize_command(read_quant_args())
 
 
 if __name__ == "__main__":

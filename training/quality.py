@@ -8,13 +8,11 @@ below generate.py and gets them as arguments.
 
 import math
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from chat import examples, read_records
 from common import UserError, write_atomic, write_json
 from data import ends_of
 from runtime import read_tensors
@@ -36,22 +34,15 @@ def sample_rows(engine, sampling, count, length, seed):
 
 
 def read_rows(path, tok, count, length):
-    """A text, a .jsonl of texts or .json(l) of conversations -> at most (count, length) int64.
+    """A text or a .jsonl of texts -> at most (count, length) int64.
 
     The rows are evenly spaced in its tokens and do not overlap.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        head = file.readline()
+    first, last = ends_of(tok)
     ids = []
-    if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
-        for conversation, _ in examples(tok, path, read_records(path), Counter()):
-            ids += conversation
-    else:
-        first, last = ends_of(tok)
-        for document, _, _ in documents([path], ()):
-            whole = [first, *tok.encode(document.decode()), last]
-            ids += [i for i in whole if i is not None]
+    for document, _, _ in documents([Path(path)], ()):
+        whole = [first, *tok.encode(document.decode()), last]
+        ids += [i for i in whole if i is not None]
     if len(ids) < 2 * length:  # one to calibrate, one held out
         raise UserError(
             f"{path}: {len(ids):,} tokens are less than two rows of {length:,}; "
@@ -97,9 +88,7 @@ def score(model, original, rows):
 
 
 def stored_bytes(path):
-    """Of a .gguf file, or of the tensors in a model folder."""
-    if path.is_file():
-        return path.stat().st_size
+    """Of the tensors in a model folder."""
     files = [read_tensors(file) for file in path.glob("*.safetensors")]
     return sum(tensor.nbytes for tensors in files for tensor in tensors.values())
 
@@ -169,7 +158,7 @@ def compare_formats(args, original, held_out, make):
     write_atomic(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"wrote    {out}")
     ours = divergences.get("gptq", 0)
-    nearest = divergences.get("int4" if args.sym else "int4-asym", math.inf)
+    nearest = divergences.get("int4", math.inf)
     if args.bits == 4 and ours > nearest:
         raise UserError(
             f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: "

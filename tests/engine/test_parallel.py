@@ -123,9 +123,9 @@ REFUSED = {
 }
 
 
-def packed(folder, format, group=16, order=False):
+def packed(folder, format, group=16, order=False, sym=True):
     model = Transformer.from_pretrained(make_model(folder, "llama", seed=5))
-    quantize(model, format, group)
+    quantize(model, format, group, sym)
     if order:
         model.quantization["desc_act"] = True
         for block in model.layers:
@@ -170,7 +170,7 @@ def cases(tmp_path_factory):
         "gpt2": pool | dict(folder=make_model(tmp / "gpt2", "gpt2", seed=3), kv_tokens=56),
         "float": dict(what="numbers", folder=tmp / "llama"),
         "int8": dict(what="numbers", folder=packed(tmp / "int8", "int8")),
-        "int4": dict(what="numbers", folder=packed(tmp / "int4", "int4-asym")),
+        "int4": dict(what="numbers", folder=packed(tmp / "int4", "int4", sym=False)),
         "nf4": dict(what="numbers", folder=packed(tmp / "nf4", "nf4")),
         "order": dict(what="numbers", folder=packed(tmp / "order", "int4", order=True)),
         "groups": dict(what="numbers", folder=packed(tmp / "groups", "int4", 24)),
