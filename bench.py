@@ -314,53 +314,32 @@ def bench_sft(model, data="data/toybox/train.jsonl"):
     speed = rate / 256 * per_row
     yield dict(name="finetune.py, packed", per_step=conversations, conversations_per_s=speed)
     with tempfile.TemporaryDirectory() as folder:
-        tok, fresh = finetune.open_model(model, "cpu")
-        tok.save(folder)
-        fresh.save_pretrained(folder)
+        save_chat_model(model, folder)
         talks = [messages for _, messages, _ in chat.read_records(data)]
         speed = sft_trainer_speed(folder, talks, conversations, 256, 12)
     yield dict(name="SFTTrainer", per_step=conversations, conversations_per_s=speed)
 
 
-def bench_dpo(model, data="toybox"):
-    """Seconds a step of 32 pairs on the CPU, forward (8 pairs at a time), backward and AdamW: rows
-    that share their prompt, beside TRL's DPOTrainer on the same weights and ids. Both have the
-    reference's log-probs already."""
-    from peers.trl import dpo_trainer, dpo_trainer_loss
+def bench_dpo(model, data="data/toybox/preferences-train.jsonl"):
+    """Seconds a step of 32 pairs, 8 at a time, on the CPU: rows that share their prompt, beside
+    TRL's DPOTrainer on the same model and pairs. Both have the reference's log-probs already."""
+    from peers.trl import dpo_trainer_speed
 
-    tok, net = finetune.open_model(model, "cpu", torch.float32)
-    records = itertools.islice(dpo.read_preferences(data, "train", 400), 400)
-    found = dpo.usable_pairs(tok, records, net.config.max_position_embeddings)[:128]
-    pairs = dpo.Pairs(found)
+    flags = "--batch 32 --micro-batch 8 --device cpu --dtype float32 --steps 25 --log-every 12"
+    _, rows, _ = run_stage(f"dpo.py {model} --data {data} {flags}")
+    first, last = [row["seconds"] for row in rows if "loss" in row][-2:]
+    yield dict(name="dpo.py", seconds=(last - first) / 12)
+    pairs = list(itertools.islice(dpo.read_preferences(data), 12 * 32))
     with tempfile.TemporaryDirectory() as folder:
-        tok.save(folder)
-        net.save_pretrained(folder)
-        trainer = dpo_trainer(folder)
+        save_chat_model(model, folder)
+        yield dict(name="DPOTrainer", seconds=32 / dpo_trainer_speed(folder, pairs, 12))
 
-    def ours(rows):
-        batch = pairs.fill(rows, 0)
-        for at in range(0, 32, 8):
-            part = batch._make(t[at : at + 8] for t in batch)
-            loss, _ = dpo.pair_loss(net, part, dpo.Args())
-            (loss / 32).backward()
 
-    def theirs(rows):
-        for at in range(0, 32, 8):
-            loss = dpo_trainer_loss(trainer, [found[r] for r in rows[at : at + 8]])
-            (loss / 4).backward()
-
-    steps = [range(at, at + 32) for at in range(0, len(found) - 31, 32)]
-
-    def epoch(step, optimizer):
-        for rows in steps:
-            step(rows)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    for name, step, trained in (("dpo.py", ours, net), ("DPOTrainer", theirs, trainer.model)):
-        optimizer = torch.optim.AdamW(trained.train().parameters(), 1e-6)
-        seconds = seconds_of(epoch, step, optimizer, warm_up=1)
-        yield dict(name=name, seconds=seconds / len(steps))
+def save_chat_model(model, folder):
+    """A model folder as fine-tuning opens it, in FOLDER for another program."""
+    tok, net = finetune.open_model(model, "cpu", torch.float32)
+    tok.save(folder)
+    net.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------ kernels
