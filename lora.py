@@ -26,7 +26,6 @@ from formats.peft import (
     alpha_divisor,
     base_sha256,
     folder_module,
-    folder_modules,
     linear_layers,
     read_layers,
     write_layers,
@@ -135,30 +134,20 @@ def choose_layers(model, targets):
     """--targets -> [names of layers], in the model's order; UserError lists the names there are.
 
     targets: all (layers of the blocks), attn, mlp, or names apart by commas, each of which matches
-    the end of a layer's name, ours or the folder's."""
-    modules = {name: folder_module(name, model.config) for name in linear_layers(model)}
+    the end of a layer's name."""
+    names = linear_layers(model)
     chosen = set()
     for target in targets.split(","):
         ends = tuple("." + end for end in TARGETS.get(target, [target]))
-        found = [
-            name
-            for name, theirs in modules.items()
-            if f".{name}".endswith(ends) or f".{theirs}".endswith(ends)
-        ]
+        found = [name for name in names if f".{folder_module(name)}".endswith(ends)]
         if not found:
-            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(
                 f"--targets {target}: no linear layer is called so; there are {there}, and "
                 f"{', '.join(TARGETS)}"
             )
         chosen.update(found)
-    left = {modules[name] for name in modules if name not in chosen}
-    if left & {modules[name] for name in chosen}:
-        raise UserError(
-            "--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its folder: "
-            "name all three"
-        )
-    return [name for name in modules if name in chosen]
+    return [name for name in names if name in chosen]
 
 
 def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False):
@@ -180,7 +169,6 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
             raise UserError(
                 f"--r {r} is above the rank that {name}, {N} x {K}, can have: at most {min(N, K)}"
             )
-    share_A(model)
     return model
 
 
@@ -197,15 +185,6 @@ def adapt_layer(model, name, settings, r, scale):
     return layer
 
 
-def share_A(model):
-    """Layers that are one module in a folder, GPT-2's q, k and v, read one A, as in PEFT."""
-    for members in folder_modules(model).values():
-        first, *others = members.values()
-        for layer in others:
-            if isinstance(layer, LoRALinear):
-                layer.A = first.A
-
-
 @torch.no_grad()
 def load_adapter(model, folder, trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers -> the model.
@@ -220,7 +199,6 @@ def load_adapter(model, folder, trainable=False):
         layer.B.copy_(own.B)
         if own.magnitude is not None:
             layer.m.copy_(own.magnitude)
-    share_A(model)
     if not trainable:
         model.requires_grad_(False)
     return model
