@@ -283,7 +283,7 @@ def bench_qlora(shape="7b"):
         model = random_base(config, bool(quant), runtime)
         loaded, _ = memory_held(reset=True)
         lora.apply(model, args.r).train().recompute = True
-        optimizer = MuonAdamW(model, adam_lr=1e-4, muon=False, eight_bit=True)
+        optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
         ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
         step = training_step(model, optimizer, runtime, ids)
         seconds = seconds_of(step, repeats=3, warm_up=1)

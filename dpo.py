@@ -3,16 +3,14 @@ that prefers it too.
 
     python dpo.py MODEL --data prefs.jsonl --out runs/dpo     # DPO; or --loss ipo, simpo, orpo
     python dpo.py MODEL --data toybox --lora 16               # the reference is the frozen base
-    python dpo.py eval runs/dpo --data prefs.jsonl            # how often the preferred answer wins
 
 Top to bottom: the loss, records of any layout into pairs of ids, rows that share a prompt,
-log-probs and the reference's, training, eval.
+log-probs and the reference's, training.
 """
 
 import json
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -410,15 +408,7 @@ def pair_loss(model, batch, args):
     batch = batch.trimmed()
     nats, policy, ref, lengths = log_probs(model, batch)
     losses, chosen, rejected = preference_loss(
-        policy[0],
-        policy[1],
-        ref[0],
-        ref[1],
-        args.beta,
-        args.label_smoothing,
-        args.loss,
-        lengths=lengths,
-        gamma=args.gamma,
+        *policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths, gamma=args.gamma
     )
     answered = batch.y != -100  # (R, T)
     real = answered.any(1)  # not a row that only fills the batch
@@ -454,18 +444,6 @@ def pair_means(totals, args, runtime):
     if args.loss not in REFERENCE_FREE:
         means["kl"] = kl
     return means
-
-
-@torch.no_grad()
-def measure_pairs(model, pairs, rows, args, runtime):
-    """The loss over all pairs and what goes with it -> {name: mean}."""
-    totals: Counter = Counter()
-    model.eval()
-    for batch in pairs.validation(rows, args.context, runtime.rank, runtime.world):
-        with runtime.autocast():
-            totals.update(pair_loss(model, batch.to(runtime.device), args)[1])
-    model.train()
-    return pair_means(totals, args, runtime)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -530,8 +508,17 @@ def prepare_preferences(args, checkpoint):
     )
 
 
+@torch.no_grad()
 def validate_preferences(run):
-    means = measure_pairs(run.step_model, run.val, run.rows, run.args, run.runtime)
+    """The loss over all held-out pairs and what goes with it -> {name: mean}."""
+    runtime = run.runtime
+    model = run.step_model.eval()
+    totals: Counter = Counter()
+    for batch in run.val.validation(run.rows, run.args.context, runtime.rank, runtime.world):
+        with runtime.autocast():
+            totals.update(pair_loss(model, batch.to(runtime.device), run.args)[1])
+    model.train()
+    means = pair_means(totals, run.args, runtime)
     return {f"val_{name}": value for name, value in means.items()}
 
 
@@ -576,47 +563,7 @@ def train_preferences(run):
         log_step(run, step, total, args.batch, **values)
 
 
-# -------------------------------------------------------------------------------------------- eval
-@dataclass
-class EvalArgs:
-    model: str = "runs/dpo"  # what dpo.py wrote: a model folder, or an adapter
-    reference: str = ""  # the model folder it started from [the one its run was given]
-    data: str = "toybox"  # toybox, or a .json or .jsonl of pairs
-    pairs: int = 500  # how many of toybox's test split
-    beta: float = 0.1  # scale of the rewards
-    context: int = 1024  # tokens of a prompt and an answer together
-    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16
-
-
-def eval_preferences(argv):
-    """How often the preferred answer has the higher reward, and by how much."""
-    doc = eval_preferences.__doc__
-    args = EvalArgs(**common.parse_flags(EvalArgs, doc, argv, positional=("model",)))
-    folder = Path(args.model)
-    recorded = folder / "args.json"
-    if not args.reference and not recorded.is_file():
-        raise UserError(
-            f"{folder} does not say what it started from: name that model folder with --reference"
-        )
-    start = args.reference or common.read_json(recorded)["model"]
-    runtime = resolve(args.device, args.dtype, "off")
-    tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
-    context = min(args.context, model.config.max_position_embeddings)
-    found = usable_pairs(tok, read_preferences(args.data, "test", args.pairs), context)
-    pairs = Pairs(found, base_sha256(model))
-    fill_reference(pairs, model, runtime, 8)
-    if (folder / "adapter_config.json").is_file():
-        lora.load_adapter(model, folder)
-    else:
-        _, model = finetune.open_model(folder, runtime.device, runtime.dtype)
-    means = measure_pairs(model, pairs, 8, Args(beta=args.beta), runtime)
-    print(json.dumps({"pairs": len(found), **means}, indent=1))
-
-
 def main():
-    if sys.argv[1:2] == ["eval"]:
-        return eval_preferences(sys.argv[2:])
     args, checkpoint = read_args(Args, __doc__, positional=("model",))
     launch(args, checkpoint, prepare_preferences, train_preferences)
 
