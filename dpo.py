@@ -408,7 +408,15 @@ def pair_loss(model, batch, args):
     batch = batch.trimmed()
     nats, policy, ref, lengths = log_probs(model, batch)
     losses, chosen, rejected = preference_loss(
-        *policy, *ref, args.beta, args.label_smoothing, args.loss, lengths=lengths, gamma=args.gamma
+        policy[0],
+        policy[1],
+        ref[0],
+        ref[1],
+        args.beta,
+        args.label_smoothing,
+        args.loss,
+        lengths=lengths,
+        gamma=args.gamma,
     )
     answered = batch.y != -100  # (R, T)
     real = answered.any(1)  # not a row that only fills the batch
