@@ -39,6 +39,8 @@ from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
 
+from common import Metrics, Parser, UserError, cli, read_json, usable_cpus  # isort: skip
+
 import torch
 import torch.nn.functional as F
 
@@ -48,7 +50,6 @@ import finetune
 import kernels
 import lora
 import train
-from common import Metrics, Parser, UserError, cli, from_preset, read_json, usable_cpus
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
@@ -244,7 +245,7 @@ def bench_pretrain(rows=32):
     tokens/s, share of the device's peak rate where that is known, peak memory."""
     runtime = resolve(compile="off")
     peak = peak_flops(runtime.device)
-    settings = from_preset(train.Args, train.PRESETS, {"preset": "125m"})
+    settings = train.Args(**train.PRESETS["125m"])
     tok = SimpleNamespace(vocab_size=32_768, bos_id=None, eos_id=None)
     config = train.model_config(settings, tok)
     for compiled, recompute in itertools.product((False, True), repeat=2):

@@ -2,7 +2,8 @@
 nothing, metrics.
 
 `write_atomic` is how a file appears whole or not at all. Nothing here imports torch (runtime.py
-does), so that commands that do not need it start at once.
+does), so that commands that do not need it start at once. A command that computes imports this file
+before torch, because of GOMP_SPINCOUNT.
 """
 
 import argparse
@@ -27,6 +28,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
+
+# Torch's threads on a CPU (libgomp's) wait for each other by spinning, by default so long that on a
+# core which another process wants, too, a training of small matrices takes three times as long. A
+# shorter wait costs little where nobody else is. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 # --------------------------------------------------------------------------------- errors and flags

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # isort: skip
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import chat
-import common
 import finetune
 import lora
 from common import UserError

@@ -19,12 +19,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from common import UserError, cli, parse_flags, sha256  # isort: skip
+
 import numpy as np
 import torch
 from torch import nn
 
 import chat
-from common import UserError, cli, parse_flags, sha256
 from data import Split, held_out, open_shards
 from model import Transformer
 from runtime import resolve

@@ -31,10 +31,11 @@ from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common import UserError, cli, parse_flags, read_json  # isort: skip
+
 import torch
 
 import chat
-from common import UserError, cli, parse_flags, read_json
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.native import quiet_torch
 from engine.parallel import shard_model

@@ -13,11 +13,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # isort: skip
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import finetune
 from common import UserError
 from formats.peft import (

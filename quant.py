@@ -15,12 +15,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from common import UserError, cli, parse_flags  # isort: skip
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import UserError, cli, parse_flags
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer

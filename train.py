@@ -16,10 +16,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # isort: skip
+
 import numpy as np
 import torch
 
-import common
 from common import UserError
 from data import Split, open_shards, split_tokens
 from model import Config, Transformer
@@ -62,7 +63,7 @@ class Args(LoopArgs):
 
 
 # What each reaches was measured: README.md and `python bench.py train`.
-PRESETS = {
+PRESETS: dict = {
     # 0.77M parameters, a minute on two CPU cores
     "shakespeare-char": dict(),
     # 0.38M, seconds
