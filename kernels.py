@@ -4,8 +4,8 @@
     python bench.py kernels                  # GB/s of each, beside the card's copy bandwidth
 
 A twin has the kernel's signature. A public function runs the kernel for CUDA tensors (for any
-tensor if TRITON_INTERPRET=1) and its `_twin` otherwise; `linear` leaves that to its caller, and its
-twin is QuantLinear.plain.
+tensor if TRITON_INTERPRET=1) and its `_twin` otherwise. `linear` and `dequantize` leave that to
+their caller: their twins are `plain` and `dequantize` of quant.QuantLinear.
 """
 
 import contextlib
@@ -510,9 +510,9 @@ def _dequantize(
 
 
 def dequantize(w, dtype):
-    """Packed -> (N, K) in dtype."""
+    """Packed -> (N, K) in dtype, or None where there is no kernel; then QuantLinear does it."""
     if not use_kernel(w.weight):
-        return dequantize_twin(w, dtype)
+        return None
     out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
     rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
     width = w.weight.numel() // rows
@@ -522,24 +522,6 @@ def dequantize(w, dtype):
     shape = out.numel() // rows, width, w.group, groups, blocks
     _dequantize[(rows * blocks,)](*tensors, *shape, w.format, 1024)
     return out
-
-
-def dequantize_twin(w, dtype):
-    if w.pack == 1:
-        return ((w.weight.float() - 128) * w.scales.float().view(-1, 1)).to(dtype)
-    rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
-    group = torch.arange(w.N * w.K // rows, device=w.weight.device) // w.group  # of each column
-    scales = w.scales.view(rows, -1)[:, group].float()  # (rows, G) -> (rows, columns)
-    low = w.weight & 15
-    high = w.weight >> 4
-    zeros = 0
-    if w.format == "nf4":
-        values = nf4_table(low.device)[torch.stack((high, low), -1).long()]
-    else:
-        values = torch.stack((low, high), -1)
-        zeros = 8.0 if w.zeros is None else w.zeros[:, group].float()
-    values = values.view(rows, -1)[:, : len(group)]  # (bytes, 2) -> (rows, columns), even first
-    return ((values - zeros) * scales).view(w.N, w.K).to(dtype)
 
 
 # ------------------------------------------------------------------------------- the paged KV cache

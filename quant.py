@@ -399,8 +399,9 @@ class NF4Linear(QuantLinear):
         return kernels.Packed("nf4", self.packed, self.block_scales(), *shape, self.block)
 
     def dequantize(self, dtype=torch.float32):
-        if self.packed.is_cuda:
-            return kernels.dequantize(self.for_gpu(), dtype)
+        weights = kernels.dequantize(self.for_gpu(), dtype) if self.packed.is_cuda else None
+        if weights is not None:
+            return weights
         table = nf4_pairs(self.packed.device)
         pairs = table.index_select(0, self.packed.int())  # (N*K/2,)
         flat = pairs.view(torch.float32)  # (N*K,)

@@ -6,7 +6,6 @@ Only what lies in the folders is read, so a part of the road makes a report too.
 blocks in Markdown; exams write theirs with `markdown_table` and `write_page` too.
 """
 
-import math
 import re
 import shlex
 from collections import defaultdict
@@ -15,8 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import median_high
 from typing import NamedTuple
-
-from safetensors import safe_open
 
 from common import (
     Metrics,
@@ -117,11 +114,7 @@ def percent(values):
 
 
 def training_figures(folder):
-    """Figures of a training run, from its weights and metrics."""
-    for path in folder.glob("*model.safetensors"):
-        with safe_open(path, "np") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]
-        yield f"{sum(map(math.prod, shapes)):,} parameters"
+    """Figures of a training run, from its metrics."""
     rows = Metrics.read(folder / "metrics.jsonl")
     for name, what in {
         "loss": "loss",
