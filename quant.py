@@ -1,7 +1,6 @@
 """Models in fewer bits: int8, int4, NF4 and GPTQ in place of the linear layers' weights.
 
 python quant.py runs/demo --format gptq --group-size 64 --out runs/demo-gptq
-python quant.py report runs/demo                       # every format in one table
 
 First come the codes that weights are rounded to, then the layers that hold them, then the ways to
 round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`gptq`).
@@ -28,7 +27,6 @@ from tokenizer import Tokenizer
 
 # 8 bits with one scale a row; 4 bits in groups; 4-bit NormalFloat as bitsandbytes has it
 FORMATS = "int8", "int4", "nf4"
-COMPARED = ("original", *FORMATS, "gptq")
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
     "chat_template.jinja vocab.json merges.txt generation_config.json"
@@ -705,38 +703,29 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
     return model
 
 
-# ------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------------------- the command
 @dataclass
 class Args(Recipe):
-    model: str = ""  # the model folder, or "report" to compare formats
-    folder: str = "-"  # report: the model folder
+    model: str = ""  # the model folder
     format: str = "gptq"  # or int8, int4, nf4; formats/gguf.py writes files for llama.cpp
-    out: str = ""  # where to write; report: a folder for quantization.md [MODEL]
+    out: str = ""  # where to write
     text: str = ""  # a text or .jsonl of texts: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context
     seed: int = 0  # of the samples
-    formats: str = ",".join(COMPARED)  # report: a choice of these
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
 def read_quant_args(argv=None):
-    args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
-    if args.model == "report":
-        chosen, known = args.formats.split(","), COMPARED
-    else:
-        chosen, known = [args.format], COMPARED[1:]
-        args.folder = args.model
-        if not args.out:
-            raise UserError("--out: say where to write the quantized model")
-        if Path(args.out).resolve() == Path(args.model).resolve():
-            raise UserError(f"--out {args.out} is the model itself; choose another folder")
-    if args.folder == "-":
-        raise UserError("report: say which model folder")
-    for name in chosen:
-        if name not in known:
-            raise UserError(f"format {name}: choose from {', '.join(known)}")
+    args = Args(**parse_flags(Args, __doc__, argv, positional=("model",)))
+    known = *FORMATS, "gptq"
+    if args.format not in known:
+        raise UserError(f"format {args.format}: choose from {', '.join(known)}")
+    if not args.out:
+        raise UserError("--out: say where to write the quantized model")
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise UserError(f"--out {args.out} is the model itself; choose another folder")
     if min(args.samples, args.held_out_rows, args.length - 1) < 1:
         raise UserError(
             f"samples {args.samples} and held-out-rows {args.held_out_rows} must be >= 1, "
@@ -753,45 +742,36 @@ def cast_parameters(model, dtype):
 
 
 def quantize_command(args):
-    """Write one format's folder and say what it costs; or, for the report, do so with every one."""
+    """Write a quantized model folder, and say what it costs."""
     from generate import Engine, Sampling
     from training import quality
 
-    original = Transformer.from_pretrained(args.folder, args.device)
+    original = Transformer.from_pretrained(args.model, args.device)
     float_layers(original, args.group_size)  # for its checks
     stored = working = original.embed_tokens.weight.dtype
     if args.device.type == "cpu":  # 16-bit products are slow there
         working = torch.float32
         cast_parameters(original, working)
-    tok = Tokenizer.load(args.folder)
+    tok = Tokenizer.load(args.model)
 
-    def engine_of(model):
-        return Engine.of(model, tok, kv_tokens=max(8192, args.length))
+    def engine():
+        return Engine.of(original, tok, kv_tokens=max(8192, args.length))
 
-    def make(format, out, log=print):
-        """Write a format to OUT -> the model as it is read back from there."""
-        model = copy.deepcopy(original)
-        if format == "gptq":
-            recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-            gptq(model, calibration.split(8), log=log, **recipe)
-        else:
-            quantize(model, format, args.group_size, args.sym)
-        cast_parameters(model, stored)
-        model.save_pretrained(out)
-        for name in TOKENIZER_FILES:
-            file = Path(args.folder) / name
-            if file.is_file():
-                shutil.copyfile(file, Path(out) / name)
-        return Transformer.from_pretrained(out, args.device, working)
-
-    calibration, held_out = quality.calibration_and_held_out(
-        args, original, tok, engine_of, Sampling
-    )
-    if args.model == "report":
-        quality.compare_formats(args, original, held_out, make)
+    calibration, held_out = quality.calibration_and_held_out(args, original, tok, engine, Sampling)
+    model = copy.deepcopy(original)
+    if args.format == "gptq":
+        recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+        gptq(model, calibration.split(8), **recipe)
     else:
-        model = make(args.format, args.out)
-        quality.compare_with_original(args, model, original, held_out)
+        quantize(model, args.format, args.group_size, args.sym)
+    cast_parameters(model, stored)
+    model.save_pretrained(args.out)
+    for name in TOKENIZER_FILES:
+        file = Path(args.model) / name
+        if file.is_file():
+            shutil.copyfile(file, Path(args.out) / name)
+    model = Transformer.from_pretrained(args.out, args.device, working)
+    quality.compare_with_original(args, model, original, held_out)
 
 
 @torch.inference_mode()

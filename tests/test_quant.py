@@ -340,8 +340,6 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         ("m", "--out"),
         ("m --out m", "the model itself"),
         ("m --format int5 --out q", "int5: choose from int8"),
-        ("report", "which model folder"),
-        ("report m --formats int4,int5", "int5: choose from original"),
         ("m --out q --samples 0", "samples 0"),
     ],
 )
@@ -375,19 +373,3 @@ def test_a_folder_written_by_the_script_itself_opens(tmp_path, data_dir):
     command = [sys.executable, ROOT / "quant.py", data_dir / "stories260K", "--format", "int8"]
     subprocess.run([*command, "--out", tmp_path / "q", *few], check=True, cwd=tmp_path)
     assert Transformer.from_pretrained(tmp_path / "q").quantization["bits"] == 8
-
-
-def test_the_report_compares_formats_and_fails_where_gptq_is_worse(tmp_path, data_dir, monkeypatch):
-    few = ("--samples", 32, "--held-out-rows", 8, "--length", 128)
-    formats = ("--formats", "original,int4,gptq", "--group-size", 64)
-    flags = ("report", data_dir / "stories260K", *formats, *few, "--out", tmp_path)
-    run_command(monkeypatch, *flags)
-    table = (tmp_path / "quantization.md").read_text()
-    assert "| gptq |" in table and table.count("\n|") == 5
-
-    def coarse(model, *arguments, **recipe):
-        return quant.quantize(model, "int4", 256)
-
-    monkeypatch.setattr(quant, "gptq", coarse)
-    with pytest.raises(UserError, match="worse than round-to-nearest"):
-        run_command(monkeypatch, *flags)

@@ -47,7 +47,6 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python lora.py merge": "--overwrite",
     "python dpo.py": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
     "python quant.py": f"{CALIBRATE} --group-size 32",
-    "python quant.py report": f"{CALIBRATE} --group-size 32 --formats int8",
     "python -m formats.gguf": "",
     "python generate.py": "--max-tokens 4 --device cpu",
     "python serve.py": "--port 0 --device cpu",

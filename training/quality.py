@@ -1,19 +1,16 @@
-"""What a format costs and buys, for quant.py: text to measure on, perplexity, a table.
-
-python quant.py report runs/demo
+"""What a format costs and buys, for quant.py: text to measure on, perplexity, divergence.
 
 `engine` and `sampling` are generate.Engine over a model and the class Sampling: this file lies
 below generate.py and gets them as arguments.
 """
 
 import math
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import UserError, write_atomic, write_json
+from common import UserError, write_json
 from data import ends_of
 from runtime import read_tensors
 from training.corpora import documents
@@ -53,7 +50,7 @@ def read_rows(path, tok, count, length):
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def calibration_and_held_out(args, model, tok, engine_of, sampling):
+def calibration_and_held_out(args, model, tok, make_engine, sampling):
     """-> two tensors of rows (R, length), from --text, or else of the model's own making.
 
     One file serves both: its even rows calibrate, its odd rows are held out.
@@ -65,7 +62,7 @@ def calibration_and_held_out(args, model, tok, engine_of, sampling):
             f"text     the model's own (--text FILE for other): {args.samples} rows of {length} "
             f"tokens to calibrate, {args.held_out_rows} held out"
         )
-        rows = sample_rows(engine_of(model), sampling, total, length, args.seed)
+        rows = sample_rows(make_engine(), sampling, total, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
     rows = read_rows(args.text, tok, total, length)
     return rows[::2][: args.samples], rows[1::2][: args.held_out_rows]
@@ -102,7 +99,7 @@ def compare_with_original(args, model, original, held_out):
     figures = {
         "format": args.format,
         "bytes": stored_bytes(out),
-        "original_bytes": stored_bytes(Path(args.folder)),
+        "original_bytes": stored_bytes(Path(args.model)),
         "perplexity": after,
         "original_perplexity": before,
         "kl": divergence,
@@ -113,54 +110,3 @@ def compare_with_original(args, model, original, held_out):
         f"{figures['original_bytes'] / 1e6:.2f}, held-out perplexity {before:.4f} -> {after:.4f}, "
         f"KL {divergence:.5f}; {out}"
     )
-
-
-COLUMNS = {
-    "format": "{}",
-    "bytes": "{:,}",
-    "bits/weight": "{:.2f}",
-    "perplexity": "{:.4f}",
-    "KL to original": "{:.5f}",
-}
-
-
-def compare_formats(args, original, held_out, make):
-    """Every format on the same held-out text, in a table beside the model or in --out.
-
-    make(format, path, log) writes a format and opens what it wrote. UserError: GPTQ is worse than
-    rounding to nearest.
-    """
-    lines = [
-        f"# Quantized: {args.folder}: {original.num_params():,} weights, "
-        f"groups of {args.group_size}, {held_out.numel():,} held-out tokens",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|---{'|---:' * (len(COLUMNS) - 1)}|",
-    ]
-    print(*lines, sep="\n")
-    divergences = {}
-    for format in args.formats.split(","):
-        with tempfile.TemporaryDirectory() as temporary:
-            path, model = Path(args.folder), original
-            if format != "original":
-                path = Path(temporary) / "model"
-                model = make(format, path, log=lambda line: None)
-            size = stored_bytes(path)
-            perplexity, divergence = score(model, original, held_out)
-        divergences[format] = divergence
-        row = format, size, 8 * size / original.num_params(), perplexity, divergence
-        cells = [template.format(value) for template, value in zip(COLUMNS.values(), row)]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    out = Path(args.out or args.folder) / "quantization.md"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
-    write_atomic(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(f"wrote    {out}")
-    ours = divergences.get("gptq", 0)
-    nearest = divergences.get("int4", math.inf)
-    if args.bits == 4 and ours > nearest:
-        raise UserError(
-            f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: "
-            "calibrate on more text (--samples, --text) or raise --damp"
-        )
