@@ -358,10 +358,10 @@ class Engine:
             prompts = [prompts]
         if not isinstance(sampling, (list, tuple)):
             sampling = [sampling or Sampling()] * len(prompts)
-        requests, outputs = {}, {}
+        requests, outputs = set(), {}
         for prompt, own in zip(prompts, sampling, strict=True):
             i = self.submit(prompt, own)
-            requests[i] = self.requests[i][0].request
+            requests.add(i)
             for index in range(own.n):
                 logprobs = None if own.logprobs is None else []
                 outputs[i, index] = Output(i, index, "", [], logprobs)
@@ -374,8 +374,6 @@ class Engine:
             for i in requests:
                 self.cancel(i)
             raise
-        for output in outputs.values():
-            output.cached_tokens = requests[output.request_id].cached_tokens
         return list(outputs.values())
 
     @torch.inference_mode()

@@ -46,11 +46,8 @@ class Delta:
         self.error = later.error
 
 
-@dataclass
 class Output(Delta):
     """One whole answer."""
-
-    cached_tokens: int = 0  # tokens of the prompt that were in the cache already
 
 
 @dataclass
@@ -62,7 +59,6 @@ class Request:
     sampling: Sampling
     adapter: int  # which LoRA adapter, -1 is none
     ends: frozenset  # token ids that end an answer
-    cached_tokens: int = 0  # of the prompt, found in the cache
 
 
 @dataclass(eq=False)
@@ -242,7 +238,6 @@ class Scheduler:
         seq.computed = len(cached) * self.block_size
         # The other answers meet the first one's blocks; after a preemption it meets its own.
         if seq.index == seq.made == 0:
-            seq.request.cached_tokens = seq.computed
             self.counts["cache_hit_tokens"] += seq.computed
             self.counts["cache_query_tokens"] += len(seq.ids)
         self.reserve(seq, len(seq.ids))
