@@ -15,7 +15,6 @@ import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -353,15 +352,15 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
     return answers
 
 
-def try_out(run, count=20):
+def try_out(run):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
         return  # it is for one rank, which must have the whole model
-    pairs = run.val.pairs[:count]
+    pairs = run.val.pairs[:20]
     # A prompt ends where the assistant begins to speak.
     prompts = [ids[: mask.argmax()].tolist() for ids, mask in pairs]
     given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
-    for (ids, mask), (text, _) in islice(zip(pairs, given), 3):
+    for (ids, mask), (text, _) in zip(pairs[:3], given):
         expected = chat.paint(run.tok, ids.tolist(), mask)
         print(f"\n{expected}answered: {chat.printable(text)}")
     ended = sum(ended for _, ended in given)

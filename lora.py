@@ -4,7 +4,8 @@
     python lora.py train MODEL --fit --quant nf4                       # only the memory it needs
     python lora.py merge MODEL runs/adapter --out runs/merged          # an ordinary model folder
 
-Top to bottom: the adapted layer, adapters on and off a model, training, merging.
+Top to bottom: the adapted layer, adapters on and off a model, what is trained, merging. The loop is
+`finetune` in finetune.py, whose gradient reaches only the adapter.
 """
 
 import math
@@ -35,17 +36,7 @@ from model import Config, Transformer
 from quant import TOKENIZER_FILES, QuantLinear, quantize
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
-from training.loop import (
-    backward,
-    describe,
-    launch,
-    log_step,
-    passes,
-    read_args,
-    start_run,
-    steps,
-    update,
-)
+from training.loop import describe, launch, read_args, start_run
 from training.memory import estimate_memory, print_estimate
 
 
@@ -325,6 +316,7 @@ def prepare_adapter(args, checkpoint):
     print_adapter(model, args)
 
     def write(run, folder, weights):
+        check_moved(run)
         save_adapter(run.model, folder, base_hash)
 
     loss = finetune.packed_loss
@@ -347,31 +339,14 @@ def check_adapter_args(args):
 
 
 def check_moved(run):
-    """After the first step every B has left zero. One that has not is not being trained, whatever
-    the loss says."""
+    """After a step every B has left zero. One that has not is not being trained, whatever the loss
+    says."""
     still = [name for name, layer in adapted_layers(run.model).items() if not layer.B.any()]
-    if still and not run.guard.skipped:
+    if still and run.guard.seen > run.guard.skipped:
         raise UserError(
-            f"the first step moved nothing in {len(still)} adapters ({', '.join(still[:4])}, ...): "
+            f"training moved nothing in {len(still)} adapters ({', '.join(still[:4])}, ...): "
             "no gradient reaches them; is the base trained, and --lr above 0?"
         )
-
-
-def train_adapter(run):
-    """The loop: finetune.py's, whose gradient reaches only the adapter."""
-    for step, batch in steps(run):
-        run.optimizer.zero_grad()
-        count = run.runtime.sum((batch.y != -100).sum().item())
-        total = 0
-        for part in passes(run, batch):
-            with run.runtime.autocast():
-                loss = finetune.packed_loss(run.step_model, part, run.args)
-            backward(run, loss, count)
-            total += loss.detach()
-        log_step(run, step, total, count, **update(run, step))
-        if step == 0:
-            check_moved(run)
-    finetune.try_out(run)
 
 
 # ----------------------------------------------------------------------------------------- merging
@@ -441,7 +416,7 @@ def main():
         print(__doc__)
         raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
     args, checkpoint = read_args(Args, __doc__, positional=("model",), argv=argv)
-    launch(args, checkpoint, prepare_adapter, train_adapter)
+    launch(args, checkpoint, prepare_adapter, finetune.finetune)
 
 
 if __name__ == "__main__":

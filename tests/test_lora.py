@@ -318,7 +318,7 @@ def test_the_base_must_be_the_one_the_run_began_with(monkeypatch, tmp_path, base
 
 def test_adapters_that_do_not_move_stop_the_run(monkeypatch, tmp_path, base):
     with pytest.raises(
-        UserError, match="the first step moved nothing in 14 adapters .layers.0.self_attn.q_proj"
+        UserError, match="training moved nothing in 14 adapters .layers.0.self_attn.q_proj"
     ):
         trained(monkeypatch, base, tmp_path / "a", "--lr", 0)
 
