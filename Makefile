@@ -32,7 +32,6 @@ measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) ben
 
 bench: .venv/runtime
 	$(call measure,train,train)
-	$(call measure,linear,linear --repeats 16)
 	$(call measure,decode,decode 135m --formats float16 int8 int4)
 	$(call measure,throughput,throughput runs/demo-sft)
 	$(call measure,prefix,prefix runs/demo --length 200)

@@ -2,7 +2,8 @@
 nothing, metrics.
 
 `write_atomic` is how a file appears whole or not at all. Nothing here imports torch (runtime.py
-does), so that commands that do not need it start at once.
+does), so that commands that do not need it start at once. A command that computes imports this file
+before torch, because of GOMP_SPINCOUNT.
 """
 
 import argparse
@@ -31,6 +32,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
+
+# Torch's threads on a CPU (libgomp's) wait for each other by spinning, by default so long that on a
+# core which another process wants, too, a training of small matrices takes three times as long. A
+# shorter wait costs little where nobody else is. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 # --------------------------------------------------------------------------------- errors and flags
@@ -485,20 +491,6 @@ class Metrics:
 def curve(rows, key):
     """The (step, value) pairs of a key in rows of metrics.jsonl."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-
-
-def draw_curve(rows, width=60, most=20):
-    """The losses in rows of metrics.jsonl as bars of text, a line a row; V is validation."""
-    points = []
-    for key, mark in (("loss", "."), ("val_loss", "V")):
-        found = curve(rows, key)
-        every = 1 + len(found) // most
-        points += [(step, mark, loss) for step, loss in found[::-every]]  # the last among them
-    high = max((loss for _, _, loss in points), default=1)
-    lines = []
-    for step, mark, loss in sorted(points):
-        lines.append(f"{step:8,} {mark} {loss:.4f} " + "=" * round(loss / high * width))
-    return "\n".join(lines)
 
 
 def plot_losses(out, title):

@@ -7,7 +7,7 @@ python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # text or records -
 python data.py toybox --out data/toybox        # a made-up world: text, chats, preferences
 python train.py --data D                       # what shards are for
 
-From top to bottom: `make_shards` writes documents as tokens, `Split.plan_simply` says which
+From top to bottom: `make_shards` writes documents as tokens, `Split.plan` says which
 documents share a row, `Batches` hands out rows and knows its place (`state`) for a resumed run.
 """
 
@@ -450,62 +450,41 @@ class Split:
         offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
         return begin + offset, pairs - offset
 
-    def plan_simply(self, context, seed, epoch):
+    def plan(self, context, seed, epoch):
         """What a row is: exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
         A document gives as many full rows as it has, from its start. What remains of all documents
         is shuffled, put end to end and cut into rows too; in such a row a piece that begins a
         document goes first. So nothing is padded or masked, and nothing dropped but the less than
-        one row that is over in the end, other text each epoch. Plain loops; `plan` is the same for
-        millions of documents."""
+        one row that is over in the end, other text each epoch. It is in whole arrays, for millions
+        of documents; tests/test_data.py has the same as plain loops."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
-        rows = []  # of pieces (start, size)
-        for start, size in zip(begin, pairs):
-            rows += [[(start + at, context)] for at in range(0, size - context + 1, context)]
-        line = []  # what remains, pair by pair: (document, place in it)
-        for document in rng.permutation(np.flatnonzero(pairs % context)):
-            full = pairs[document] // context * context
-            line += [(document, at) for at in range(full, pairs[document])]
-        for left in range(0, len(line) - context + 1, context):
-            row = line[left : left + context]
-            groups = itertools.groupby(row, key=lambda pair: pair[0])
-            pieces = [
-                (document, next(group)[1], 1 + len(list(group))) for document, group in groups
-            ]
-            pieces.sort(key=lambda piece: piece[1] > 0)  # those that begin a document go first
-            rows.append([(begin[document] + at, size) for document, at, size in pieces])
-        starts, sizes = np.array(list(itertools.chain(*rows)), np.int64).reshape(-1, 2).T
-        first = np.cumsum([0, *map(len, rows)])
-        return Plan(starts, sizes, first, rng.permutation(len(rows)))
-
-    def plan(self, context, seed, epoch):
-        """`plan_simply`, in whole arrays: a million documents in less than two seconds."""
-        rng = np.random.default_rng([seed, epoch])
-        begin, pairs = self.documents_of_epoch(rng, context)
-        rest = pairs % context
-        full = pairs - rest  # pairs in rows that each document fills alone
-        mixed = rng.permutation(np.flatnonzero(rest))
-        # Parts of documents, end to end on a line of pairs, where row r is r * context ...: the
-        # full rows of each, then what remains of some.
-        origin = np.append(begin, begin[mixed])
-        starts = np.append(begin, (begin + full)[mixed])
-        sizes = np.append(full, rest[mixed])
+        full = pairs // context  # rows that each document fills alone
+        alone = np.repeat(begin, full)  # where the document of each such row begins
+        alone += context * (np.arange(len(alone)) - np.repeat(np.cumsum(full) - full, full))
+        # What remains of the others lies end to end on a line of pairs, where row r is at
+        # r * context. A piece begins where a remainder begins and where a row begins.
+        mixed = rng.permutation(np.flatnonzero(pairs % context))
+        rest = begin[mixed] + full[mixed] * context
+        sizes = pairs[mixed] % context
         ends = np.cumsum(sizes)
         begins = ends - sizes
-        rows = int(ends[-1]) // context
-        # A piece begins where a part begins and where a row begins.
+        rows = int(sizes.sum()) // context
         cuts = np.append(begins[begins < rows * context], np.arange(rows) * context)
         cuts.sort(kind="stable")  # merges the two sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]
         part = np.searchsorted(ends, cuts, "right")  # that a piece is of
-        starts = starts[part] + cuts - begins[part]
-        sizes = np.diff(cuts, append=rows * context)
+        into = cuts - begins[part]
         row = cuts // context
-        fresh = starts == origin[part]  # the piece begins a document
+        fresh = (into == 0) & (full[mixed][part] == 0)  # the piece begins a document
         by_row = np.argsort(row * 2 - fresh, kind="stable")  # within a row those go first
-        first = np.searchsorted(row, np.arange(rows + 1))
-        return Plan(starts[by_row], sizes[by_row], first, rng.permutation(rows))
+        starts = np.append(alone, (rest[part] + into)[by_row])
+        sizes = np.diff(cuts, append=rows * context)[by_row]
+        sizes = np.append(np.full(len(alone), context), sizes)
+        first = len(alone) + np.searchsorted(row, np.arange(rows + 1))
+        first = np.append(np.arange(len(alone)), first)
+        return Plan(starts, sizes, first, rng.permutation(len(first) - 1))
 
     def fill(self, rows, context):
         """[(starts, sizes) of the pieces of a row] -> Batch.

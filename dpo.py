@@ -3,21 +3,20 @@ that prefers it too.
 
     python dpo.py MODEL --data prefs.jsonl --out runs/dpo     # DPO; or --loss ipo, simpo, orpo
     python dpo.py MODEL --data toybox --lora 16               # the reference is the frozen base
-    python dpo.py eval runs/dpo --data prefs.jsonl            # how often the preferred answer wins
 
 Top to bottom: the loss, records of any layout into pairs of ids, rows that share a prompt,
-log-probs and the reference's, training, eval.
+log-probs and the reference's, training.
 """
 
 import json
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
+
+import common  # isort: skip
 
 import numpy as np
 import torch
@@ -25,13 +24,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import chat
-import common
 import finetune
 import lora
 from common import UserError
 from formats.peft import base_sha256
 from model import Transformer
-from runtime import read_tensors, resolve, write_tensors
+from runtime import resolve
 from training import toybox
 from training.loop import (
     LoopArgs,
@@ -368,7 +366,7 @@ class Pairs:
         ref = [0.0] * start + self.ref[self.first[r] : self.first[r + 1]].tolist()
         return x, y, docs, positions, ref
 
-    def validation(self, rows, context, stride=None, rank=0, world=1):
+    def validation(self, rows, context, rank=0, world=1):
         """Yield PairBatches that have every pair once, alike in length. Rank r gets every world-th
         batch; all ranks get as many, of as many rows: one without targets only fills the batch."""
         batches = -(-len(self.pairs) // (rows * world))
@@ -393,16 +391,8 @@ def log_probs(model, batch):
 
 
 @torch.no_grad()
-def fill_reference(pairs, model, tok, runtime, rows, folder):
-    """Set pairs.ref to the model's log-probs: read from FOLDER if they were computed before, else
-    computed, by all ranks together, and kept there under a hash of what they hang on."""
-    dtype = model.embed_tokens.weight.dtype
-    key = common.sha256(f"{pairs.sha256} {tok.sha256} {dtype} {runtime.dtype}".encode())
-    path = Path(folder) / f"reference-{key[:16]}.safetensors"
-    if path.is_file():
-        pairs.ref = read_tensors(path)["log_probs"].numpy()
-        print(f"refer    log-probs of {len(pairs.pairs):,} pairs read from {path}")
-        return
+def fill_reference(pairs, model, runtime, rows):
+    """Set pairs.ref to the model's log-probs, computed by all ranks together."""
     model.eval()
     found = torch.zeros(len(pairs.ref), device=runtime.device)
     begins = range(runtime.rank * rows, len(pairs.pairs), rows * runtime.world)
@@ -416,10 +406,6 @@ def fill_reference(pairs, model, tok, runtime, rows, folder):
     if runtime.world > 1:
         torch.distributed.all_reduce(found)
     pairs.ref = found.cpu().numpy()
-    if runtime.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"log_probs": found})
-    print(f"refer    log-probs of {len(pairs.pairs):,} pairs computed, kept in {path}")
 
 
 def pair_loss(model, batch, args):
@@ -473,18 +459,6 @@ def pair_means(totals, args, runtime):
     return means
 
 
-@torch.no_grad()
-def measure_pairs(model, pairs, rows, args, runtime):
-    """The loss over all pairs and what goes with it -> {name: mean}."""
-    totals: Counter = Counter()
-    model.eval()
-    for batch in pairs.validation(rows, args.context, None, runtime.rank, runtime.world):
-        with runtime.autocast():
-            totals.update(pair_loss(model, batch.to(runtime.device), args)[1])
-    model.train()
-    return pair_means(totals, args, runtime)
-
-
 # ---------------------------------------------------------------------------------------- training
 def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
@@ -514,7 +488,7 @@ def prepare_preferences(args, checkpoint):
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
-            fill_reference(pairs, model, tok, runtime, args.micro_batch or 8, Path(args.out).parent)
+            fill_reference(pairs, model, runtime, args.micro_batch or 8)
     if args.lora and checkpoint:
         lora.load_adapter(model, checkpoint, trainable=True)
     elif args.lora:
@@ -547,8 +521,17 @@ def prepare_preferences(args, checkpoint):
     )
 
 
+@torch.no_grad()
 def validate_preferences(run):
-    means = measure_pairs(run.step_model, run.val, run.rows, run.args, run.runtime)
+    """The loss over all held-out pairs and what goes with it -> {name: mean}."""
+    runtime = run.runtime
+    model = run.step_model.eval()
+    totals: Counter = Counter()
+    for batch in run.val.validation(run.rows, run.args.context, runtime.rank, runtime.world):
+        with runtime.autocast():
+            totals.update(pair_loss(model, batch.to(runtime.device), run.args)[1])
+    model.train()
+    means = pair_means(totals, run.args, runtime)
     return {f"val_{name}": value for name, value in means.items()}
 
 
@@ -562,7 +545,7 @@ def check_start(run):
         if not off <= bound:
             raise UserError(
                 f"step 0: loss and margin are {off:.2g} off ln 2 and 0: the policy is not the "
-                f"reference; delete reference-*.safetensors in {Path(run.args.out).parent}"
+                "reference; did dpo.py change?"
             )
         print(f"start    loss = ln 2 to {off:.0e}, margin 0: the policy is the reference")
     if run.metrics:
@@ -593,69 +576,7 @@ def train_preferences(run):
         log_step(run, step, total, args.batch, **values)
 
 
-# -------------------------------------------------------------------------------------------- eval
-@dataclass
-class EvalArgs:
-    model: str = "runs/dpo"  # what dpo.py wrote: a model folder, or an adapter
-    reference: str = ""  # the model folder it started from [the one its run was given]
-    data: str = "toybox"  # toybox, or a file of preferences
-    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
-    pairs: int = 500  # how many of toybox's test split
-    beta: float = 0.1  # scale of the rewards
-    context: int = 1024  # tokens of a prompt and an answer together
-    max_tokens: int = 64  # of an answer that is generated
-    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16
-
-
-def eval_preferences(argv):
-    """How often the preferred answer has the higher reward, and by how much; on toybox also what
-    the models themselves say."""
-    doc = eval_preferences.__doc__
-    args = EvalArgs(**common.parse_flags(EvalArgs, doc, argv, positional=("model",)))
-    folder = Path(args.model)
-    recorded = folder / "args.json"
-    if not args.reference and not recorded.is_file():
-        raise UserError(
-            f"{folder} does not say what it started from: name that model folder with --reference"
-        )
-    start = args.reference or common.read_json(recorded)["model"]
-    runtime = resolve(args.device, args.dtype, "off")
-    tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
-    context = min(args.context, model.config.max_position_embeddings)
-    preferences = read_preferences(args.data, "test", args.pairs, 0, args.ignore_keys)
-    found = usable_pairs(tok, preferences, context)
-    pairs = Pairs(found, base_sha256(model))
-    fill_reference(pairs, model, tok, runtime, 8, folder.parent)
-    result = {"pairs": len(found)}
-    if args.data == "toybox":
-        result["before"] = toybox_shares(args, tok, model)
-    if (folder / "adapter_config.json").is_file():
-        lora.load_adapter(model, folder)
-    else:
-        _, model = finetune.open_model(folder, runtime.device, runtime.dtype)
-    result |= measure_pairs(model, pairs, 8, Args(beta=args.beta), runtime)
-    if args.data == "toybox":
-        result["after"] = toybox_shares(args, tok, model)
-    print(json.dumps(result, indent=1))
-
-
-def toybox_shares(args, tok, model):
-    """Greedy answers to toybox's questions -> the shares in the preferred style, right, and ended
-    by themselves."""
-    rows = list(toybox.preferences("test", args.pairs))
-    prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
-    answers = finetune.greedy_answers(model, tok, prompts, args.max_tokens)
-    seen = [
-        (toybox.style(text), toybox.check(row["family"], row["prompt"], text), ended)
-        for row, (text, ended) in zip(rows, answers)
-    ]
-    return dict(zip(("style", "right", "ended"), map(fmean, zip(*seen))))
-
-
 def main():
-    if sys.argv[1:2] == ["eval"]:
-        return eval_preferences(sys.argv[2:])
     args, checkpoint = read_args(Args, __doc__, positional=("model",))
     launch(args, checkpoint, prepare_preferences, train_preferences)
 

@@ -10,22 +10,21 @@ the assistant says is in the loss. Top to bottom: conversations to packed rows, 
 train, the loop, the exam.
 """
 
-import math
 import re
 import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from common import UserError, cli, parse_flags, sha256  # isort: skip
 
 import numpy as np
 import torch
 from torch import nn
 
 import chat
-from common import UserError, cli, parse_flags, sha256
 from data import Split, held_out, open_shards
 from model import Transformer
 from runtime import resolve
@@ -36,7 +35,6 @@ from training.loop import (
     LoopArgs,
     backward,
     describe,
-    evaluate,
     launch,
     log_step,
     passes,
@@ -355,15 +353,15 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
     return answers
 
 
-def try_out(run, count=20):
+def try_out(run):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
         return  # it is for one rank, which must have the whole model
-    pairs = run.val.pairs[:count]
+    pairs = run.val.pairs[:20]
     # A prompt ends where the assistant begins to speak.
     prompts = [ids[: mask.argmax()].tolist() for ids, mask in pairs]
     given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
-    for (ids, mask), (text, _) in islice(zip(pairs, given), 3):
+    for (ids, mask), (text, _) in zip(pairs[:3], given):
         expected = chat.paint(run.tok, ids.tolist(), mask)
         print(f"\n{expected}answered: {chat.printable(text)}")
     ended = sum(ended for _, ended in given)
@@ -395,32 +393,10 @@ def exam_command(argv):
         tok, model = open_model(folder, runtime.device, runtime.dtype)
         prompts = [chat.render(tok, q.messages, True, q.tools)[0] for q in questions]
         answers = greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
-        perplexity = perplexity_of_expected(model, tok, questions, runtime)
-        marks.append(mark_answers(questions, answers, perplexity))
+        marks.append(mark_answers(questions, answers))
     out = Path(args.out or args.model)
     out.mkdir(parents=True, exist_ok=True)
     write_marks(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
-
-
-def perplexity_of_expected(model, tok, questions, runtime):
-    """exp of the mean loss of a token of the expected answers; nan without any."""
-    talks = []
-    for q in questions:
-        if q.expected:
-            answer = {"role": "assistant", "content": q.expected}
-            talks.append((None, [*q.messages, answer], q.tools))
-    if not talks:
-        return math.nan
-    most = model.config.max_position_embeddings
-    try:
-        pairs = encode_conversations(tok, "perplexity", talks, most, Counter())
-    except UserError as why:  # a template that nobody knows answers, but has no mask
-        print(why)
-        return math.nan
-    split = Conversations([(1.0, pairs)])
-    args = Args(context=int(split.sizes.max()))
-    nats, count = evaluate(model, split, 8, args, runtime, loss=packed_loss)
-    return math.exp(min(700.0, nats / count))
 
 
 def main():

@@ -32,10 +32,11 @@ from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 
+from common import UserError, cli, file_rows, parse_flags, read_json  # isort: skip
+
 import torch
 
 import chat
-from common import UserError, cli, file_rows, parse_flags, read_json
 from engine.native import quiet_torch
 from engine.parallel import shard_model
 from engine.runner import Runner, StepBatch, pool_size
@@ -48,16 +49,14 @@ from tokenizer import Tokenizer
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load_engine_model(folder, device="auto", dtype="auto", split=True):
+def load_engine_model(folder, device="auto", dtype="auto"):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
     On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of
-    several ranks (torchrun) each gets its shard; with split=False this rank has all of the model.
+    several ranks (torchrun) each gets its shard.
     """
     folder = Path(folder)
     runtime = resolve(device, dtype, "off")
-    if not split:
-        runtime = replace(runtime, rank=0, world=1)
     on_cpu = runtime.device.type == "cpu"
     alone = runtime.world == 1
     # Several ranks map a folder's files, and bring into memory only what they keep.
@@ -120,8 +119,7 @@ class Engine:
         max_seqs=None,  # answers made at once; None: 64 on a CPU, 256 on a GPU
         step_tokens=None,  # computed in a step at most; None: 512 on a CPU, 8192 on a GPU
         prefix_cache=True,
-        draft=None,  # speculate: "lookup", or a folder with a smaller model
-        draft_tokens=4,  # tokens guessed ahead
+        draft_tokens=0,  # speculate: so many tokens are guessed ahead, by `lookup_draft`
         adapters=None,  # {name: LoRA folder}
         loaded=None,  # what load_engine_model returns, in place of the folder
     ):
@@ -131,23 +129,16 @@ class Engine:
         self.config = model.config
         del model  # its weights are packed, and the cache may take their room
         self.max_model_len = self.config.max_position_embeddings
-        self.runners = [self.runner]
-        self.drafter = None  # the Runner of a draft model
-        if draft and draft != "lookup" and runtime.rank == 0:
-            small, alone = self.load_draft_model(draft)
-            self.drafter = Runner(small, alone, quant, kv_dtype, block_size)
-            self.runners.append(self.drafter)
         usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
         max_seqs = max_seqs or usual[0]
         step_tokens = step_tokens or usual[1]
-        blocks = pool_size(self.runners, kv_tokens, max_seqs, self.max_model_len)
-        for runner in self.runners:
-            runner.allocate(blocks)
+        blocks = pool_size(self.runner, kv_tokens, max_seqs, self.max_model_len)
+        self.runner.allocate(blocks)
         if runtime.rank:
             self.runner.follow()
         self.max_model_len = min(self.max_model_len, blocks * block_size)
-        most = draft_tokens if draft else 0
-        self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, most, prefix_cache)
+        limits = max_seqs, step_tokens, draft_tokens
+        self.scheduler = Scheduler(blocks, block_size, *limits, prefix_cache)
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
         self.vocab_size = self.config.vocab_size
         if self.tok:
@@ -167,18 +158,6 @@ class Engine:
         runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
         runtime = replace(runtime, rank=0, world=1)  # of several ranks each may have its own
         return cls(None, loaded=(model, tok, runtime), **options)
-
-    def load_draft_model(self, folder):
-        """A small model that proposes tokens: it is whole on the first rank -> (model, Runtime)."""
-        model, tok, runtime = load_engine_model(folder, self.runner.device, split=False)
-        size, own = model.config.vocab_size, self.config.vocab_size
-        if size != own or (self.tok and tok and tok.vocab != self.tok.vocab):
-            raise UserError(
-                f"--draft {folder}: its vocabulary ({size:,} ids) is not that of this model "
-                f"({own:,}); a draft model must share the tokenizer"
-            )
-        self.max_model_len = min(self.max_model_len, model.config.max_position_embeddings)
-        return model, runtime
 
     # -- requests come in
     def encode(self, prompt):
@@ -261,28 +240,11 @@ class Engine:
 
     def propose(self, plan):
         """-> {sequence: ids that may come next}, no more than the plan has room for."""
-        most = {}
+        drafts = {}
         for seq, n in plan.items():
             room = min(n - 1, self.max_model_len - len(seq.ids) - 1)
             if room > 0 and seq.remaining == 1 and seq.constraint is None:
-                most[seq] = room
-        if self.drafter is None:
-            return {seq: lookup_draft(seq.ids, room) for seq, room in most.items()}
-        drafts = {seq: [] for seq in most}
-        for length in range(max(most.values(), default=0)):  # each round adds one id to every draft
-            live = [seq for seq in drafts if most[seq] > length]
-            batch = StepBatch()
-            for seq in live:
-                ids = seq.ids + drafts[seq]
-                new = ids[seq.drafted :]
-                batch.add(seq.blocks, new, seq.drafted, [len(new) - 1], seq.request.adapter)
-                seq.drafted = len(ids)
-            rows = [self.sampling_row(seq, drafts[seq]) for seq in live]
-            u = uniforms([seq.seed for seq in live], [len(seq.ids) + length for seq in live])
-            logits = self.drafter(batch)[:, : self.vocab_size]
-            tokens, _ = draw_tokens(logits, rows, u)
-            for seq, token in zip(live, tokens.tolist()):
-                drafts[seq].append(token)
+                drafts[seq] = lookup_draft(seq.ids, room)
         return drafts
 
     def compute(self, plan, drafts):
@@ -290,7 +252,7 @@ class Engine:
 
         Each of those has one row, and one more after each id of its draft.
         """
-        batch, catch_up = StepBatch(), StepBatch()
+        batch = StepBatch()
         owners = []
         for seq, n in plan.items():
             draft = drafts.get(seq, [])
@@ -300,13 +262,7 @@ class Engine:
             if end == len(seq.ids):  # all known tokens: the next one can be drawn
                 rows = range(len(new) - 1, len(new) + len(draft))
                 owners.append(seq)
-            adapter = seq.request.adapter
-            batch.add(seq.blocks, new + draft, seq.computed, rows, adapter)
-            if self.drafter and seq not in drafts:  # it has to read what it did not propose from
-                catch_up.add(seq.blocks, seq.ids[seq.drafted : end], seq.drafted, [], adapter)
-                seq.drafted = end
-        if catch_up.ids:
-            self.drafter(catch_up)
+            batch.add(seq.blocks, new + draft, seq.computed, rows, seq.request.adapter)
         logits = self.runner(batch)
         return (None if logits is None else logits[:, : self.vocab_size]), owners
 
@@ -328,8 +284,6 @@ class Engine:
         """
         for seq, n in plan.items():
             seq.computed = min(seq.computed + n, len(seq.ids))
-            if self.drafter is None:
-                seq.drafted = seq.computed
             if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
                 self.scheduler.publish(seq)
         if not owners:
@@ -377,8 +331,6 @@ class Engine:
         ids = seq.ids[known:]
         if draft and ids:
             seq.computed += len(ids) - 1  # keys of the accepted part of a draft are there
-        if seq.drafted > seq.computed:
-            seq.drafted = seq.computed  # what was not accepted is written again
         if seq.finish_reason:
             if seq.stream and not seq.cut:
                 text += shown_text(seq, seq.stream.flush())
@@ -413,10 +365,10 @@ class Engine:
             prompts = [prompts]
         if not isinstance(sampling, (list, tuple)):
             sampling = [sampling or Sampling()] * len(prompts)
-        requests, outputs = {}, {}
+        requests, outputs = set(), {}
         for prompt, own in zip(prompts, sampling, strict=True):
             i = self.submit(prompt, own)
-            requests[i] = self.requests[i][0].request
+            requests.add(i)
             for index in range(own.n):
                 logprobs = None if own.logprobs is None else []
                 outputs[i, index] = Output(i, index, "", [], logprobs)
@@ -429,8 +381,6 @@ class Engine:
             for i in requests:
                 self.cancel(i)
             raise
-        for output in outputs.values():
-            output.cached_tokens = requests[output.request_id].cached_tokens
         return list(outputs.values())
 
     @torch.inference_mode()
@@ -544,12 +494,11 @@ class Args:
     kv_dtype: str = "auto"  # of keys and values: auto, float32, bfloat16, float16, int8
     kv_tokens: int = 0  # how many tokens' keys and values to keep; 0 is what memory allows
     max_seqs: int = 0  # texts made at once; 0 is 64 on a CPU, 256 on a GPU
-    draft: str = ""  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
-    draft_tokens: int = 4  # tokens guessed ahead
+    draft_tokens: int = 0  # guess so many tokens ahead, as they followed earlier in the text
     adapter: str = ""  # a LoRA adapter's folder
 
 
-ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft draft_tokens"
+ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft_tokens"
 SAMPLING_FLAGS = "max_tokens temperature top_k top_p min_p repetition_penalty seed"
 
 

@@ -226,15 +226,15 @@ class Runner:
         sys.exit()
 
 
-def pool_size(runners, kv_tokens, max_seqs, max_len):
+def pool_size(runner, kv_tokens, max_seqs, max_len):
     """How many blocks to make: as many as asked, else for max_seqs answers of full length.
 
     Without a number asked for, keys and values take at most half of a CPU's free memory or nine
     tenths of a GPU's.
     """
-    runtime = runners[0].runtime
-    size = runners[0].block_size
-    block_bytes = sum(runner.bytes_per_token for runner in runners) * size
+    runtime = runner.runtime
+    size = runner.block_size
+    block_bytes = runner.bytes_per_token * size
     free = free_memory(runtime.device)
     fits = 4096
     if free and runtime.device.type == "cuda":
@@ -250,9 +250,8 @@ def pool_size(runners, kv_tokens, max_seqs, max_len):
             f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
         )
     if runtime.rank == 0:
-        weights = sum(runner.forward.weight_bytes for runner in runners) / MIB
         print(
-            f"cache    weights {weights:,.0f} MiB + keys and values "
+            f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "
             f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
         )
     return blocks

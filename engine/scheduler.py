@@ -50,8 +50,6 @@ class Delta:
 class Output(Delta):
     """One whole answer."""
 
-    cached_tokens: int = 0  # tokens of the prompt that were in the cache already
-
 
 @dataclass
 class Request:
@@ -63,7 +61,6 @@ class Request:
     adapter: int  # which LoRA adapter, -1 is none
     ends: frozenset  # token ids that end an answer
     row: SamplingRow  # for the sampler, while nothing edits logits
-    cached_tokens: int = 0  # of the prompt, found in the cache
 
 
 @dataclass(eq=False)
@@ -79,7 +76,6 @@ class Sequence:
     stream: Any  # ids -> text, or None without a tokenizer
     constraint: Any = None
     computed: int = 0
-    drafted: int = 0  # as `computed`, in the draft model's cache; without one the same number
     # the block table: where its keys and values lie
     blocks: array = field(default_factory=lambda: array("i"))
     hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
@@ -245,10 +241,9 @@ class Scheduler:
             self.pool.share(block)
         seq.blocks = array("i", cached)
         seq.published = len(cached)
-        seq.computed = seq.drafted = len(cached) * self.block_size
+        seq.computed = len(cached) * self.block_size
         # The other answers meet the first one's blocks; after a preemption it meets its own.
         if seq.index == seq.made == 0:
-            seq.request.cached_tokens = seq.computed
             self.counts["cache_hit_tokens"] += seq.computed
             self.counts["cache_query_tokens"] += len(seq.ids)
         self.reserve(seq, len(seq.ids))
@@ -284,9 +279,9 @@ class Scheduler:
 
     def publish(self, seq):
         """Offer the blocks that the step has filled; the next turn of a chat begins with them."""
-        self.hash_blocks(seq, min(seq.computed, seq.drafted))
+        self.hash_blocks(seq, seq.computed)
         for i in range(seq.published, len(seq.hashes)):
-            if (i + 1) * self.block_size > min(seq.computed, seq.drafted):
+            if (i + 1) * self.block_size > seq.computed:
                 break  # hashed when it was admitted, and not computed yet
             self.pool.publish(seq.blocks[i], seq.hashes[i])
             seq.published += 1
@@ -294,7 +289,7 @@ class Scheduler:
     def release(self, seq):
         self.pool.release(seq.blocks)
         seq.blocks = array("i")
-        seq.computed = seq.drafted = seq.published = 0
+        seq.computed = seq.published = 0
 
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""

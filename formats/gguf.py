@@ -348,7 +348,7 @@ class PackedLinear(QuantLinear):
         return GGUFTensor(self.format, shape, self.data).dequantize(dtype)
 
     def groups(self):
-        """As Int8Linear's; w = scale * (code - zero), up to float32's rounding."""
+        """As GroupLinear's; w = scale * (code - zero), up to float32's rounding."""
         kind, rows = BLOCK_TYPES[self.format], self.out_features
         codes, scale, low = split_blocks(self.data.reshape(-1, kind.bytes), kind)
         zero = torch.full_like(scale, kind.zero)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from common import UserError
 from kernels import NF4
-from quant import NESTED_BLOCK, GroupLinear, Int8Linear, NF4Linear, QuantLinear, dynamic_map
+from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
 
 NF4_MARK = "quant_state.bitsandbytes__nf4"
 
@@ -53,7 +53,7 @@ def from_words(words, bits, count):
 
 
 def write_gptq(layer, name, version):
-    """Int8Linear or GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
+    """GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
     codes, scales, zeros, size, order, bits = layer.groups()
     groups = torch.arange(layer.in_features, device=codes.device) // size
     if order is not None:
@@ -70,7 +70,7 @@ def write_gptq(layer, name, version):
 
 
 def read_gptq(tensors, name, shape, config, bias=None):
-    """The inverse -> Int8Linear or GroupLinear.
+    """The inverse -> GroupLinear.
 
     UserError where g_idx is not groups of the size that the config states.
     """
@@ -91,8 +91,6 @@ def read_gptq(tensors, name, shape, config, bias=None):
         # a writer that had 0 to store less one left all bits set
         zeros = (zeros + 1) & 2**bits - 1
     scales = tensors[f"{name}.scales"].t().contiguous()
-    if bits == 8 and group == K and (zeros == 128).all():
-        return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
     if torch.equal(order, straight):
         order = None
     return GroupLinear(codes, scales, zeros, bits, group, order, bias)

@@ -449,27 +449,15 @@ def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
 
 
 def test_a_policy_that_is_not_the_reference_is_refused_at_step_0(base, tmp_path, monkeypatch):
-    load = dpo.read_tensors
-    tune(*flags(base, tmp_path / "a", "--steps", 0))
-    monkeypatch.setattr(
-        dpo, "read_tensors", lambda path: {k: v - 0.01 * (v < -5) for k, v in load(path).items()}
-    )
-    with pytest.raises(UserError, match="the policy is not the reference; delete reference-"):
-        tune(*flags(base, tmp_path / "b", "--steps", 0))
+    fill = dpo.fill_reference
 
+    def fill_wrongly(pairs, *others):
+        fill(pairs, *others)
+        pairs.ref -= 0.01 * (pairs.ref < -5)
 
-def test_the_references_log_probs_are_computed_once_for_the_same_data_and_weights(base, tuned):
-    beside, at_once = tuned[0].parent, ["--steps", 0]
-    assert tuned[1].count("computed, kept in") == 2
-    again = tune(*flags(base, beside / "a", *at_once, "--beta", 0.5))
-    assert again.count("read from") == 2 and "computed" not in again
-    assert tune(*flags(base, beside / "b", *at_once, "--val-share", 0.3)).count("computed") == 2
-    assert (
-        tune(*flags(tuned[0], beside / "c", *at_once, "--data", base / "prefs.jsonl")).count(
-            "computed"
-        )
-        == 2
-    )
+    monkeypatch.setattr(dpo, "fill_reference", fill_wrongly)
+    with pytest.raises(UserError, match="the policy is not the reference"):
+        tune(*flags(base, tmp_path / "a", "--steps", 0))
 
 
 def assert_same(out, other):
@@ -492,10 +480,6 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tune
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    for path in tmp_path.glob(
-        "reference-*"
-    ):  # of all that a crash can cost, this is computed again
-        path.unlink()
     assert len(losses(tmp_path / "run")) < 12
     tune(base, "--resume", "--out", tmp_path / "run")
     assert_same(tmp_path / "run", whole)
@@ -539,22 +523,8 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
             "is an adapter, and the reference has to be a whole model: merge it first",
         ),
         (flags(base, out, "--lora", 4, "--targets", "nothing"), "nothing"),
-        (
-            ["eval", base],
-            "does not say what it started from: name that model folder with --reference",
-        ),
         ([base, "--resume", "--out", tuned[0], "--loss", "ipo"], "--loss was 'sigmoid'"),
     ):
         with pytest.raises(UserError) as error:
             tune(*arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_eval_measures_preference_against_the_reference(base, tuned):
-    told = tune("eval", tuned[0], "--data", base / "prefs.jsonl")
-    result = json.loads(told[told.index("{") :])
-    assert (
-        result["rewards/margins"] > 0
-        and result["rewards/accuracies"] > 0.5
-        and result["pairs"] == 80
-    )

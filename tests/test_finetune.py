@@ -583,11 +583,7 @@ def test_the_exam_marks_a_model_and_writes_it_down(base, tmp_path):
     assert row["check: max_words"] == 1
     assert row["check: keywords"] == 0
     assert row["check: all of an answer's"] == pytest.approx(1 / 12)
-    assert {"exact match", "exact match: mine", "ended by itself", "perplexity"} <= row.keys()
-    tok, model = open_model(base, "cpu")
-    split = Conversations([(1.0, encoded(tok, asked, 192))])
-    total = sum(packed_loss(model, batch, None).item() for batch in split.validation(1, 192))
-    assert row["perplexity"] == pytest.approx(np.exp(total / split.supervised), rel=1e-4)
+    assert {"exact match", "exact match: mine", "ended by itself"} <= row.keys()
     assert "| exact match: mine | 11 |" in (out / "report.md").read_text()
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 12
@@ -605,7 +601,6 @@ def test_a_memorised_set_scores_full_marks(base, tmp_path):
     row = Metrics.read(out / "metrics.jsonl")[-1]
     assert row["step"] == 60
     assert row["eval"]["exact match"] == row["eval"]["ended by itself"] == 1
-    assert row["eval"]["perplexity"] < 1.2
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     " --device cpu",
     "python train.py --preset 125m": "--fit --device cpu --batch 2 --layers 1 --overwrite",
     "python train.py eval": "--device cpu --context 64",
-    "python train.py watch": "--once",
     "python tokenizer.py": "",
     "python tokenizer.py train": "--vocab-size 300 --processes 1 --out runs/made",
     "python chat.py": "",
@@ -47,21 +46,14 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python lora.py train": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
     "python lora.py merge": "--overwrite",
     "python dpo.py": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
-    "python dpo.py eval": "--reference runs/demo --pairs 4 --max-tokens 2 --device cpu",
     "python quant.py": f"{CALIBRATE} --group-size 32",
-    "python quant.py report": f"{CALIBRATE} --group-size 32 --questions 0 --formats int8,gguf-q8_0",
     "python -m formats.gguf": "",
     "python generate.py": "--max-tokens 4 --device cpu",
     "python serve.py": "--port 0 --device cpu",
     "python bench.py prefix": "--requests 2 --length 40",
 }
 PARSED = ("python bench.py", "torchrun")
-BLANKS = {
-    "S": "70.5",
-    "L": "1.9",
-    "N": "300",
-    "MODEL": "runs/demo-dpo",
-}  # what a reader is to put in
+BLANKS = {"L": "1.9", "N": "300", "MODEL": "runs/demo-dpo"}  # what a reader is to put in
 
 
 # ------------------------------------------------------------------------------ what the pages say

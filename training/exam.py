@@ -143,7 +143,6 @@ class Marks(NamedTuple):
     texts: list  # its answers
     right: list  # of True, False, or None where nothing was expected
     scores: dict  # {what: (how many, out of how many)}
-    perplexity: float  # of the expected answers, per token; nan without any
 
 
 def is_right(question, text):
@@ -171,7 +170,7 @@ def results_of(question, right, text, ended):
         yield "check: all of an answer's", all(kept)
 
 
-def mark_answers(questions, answers, perplexity=math.nan):
+def mark_answers(questions, answers):
     """The questions, and a (text, did it end itself) for each -> Marks."""
     right = []
     results = defaultdict(list)
@@ -181,7 +180,7 @@ def mark_answers(questions, answers, perplexity=math.nan):
             results[what].append(yes)
     order = sorted(results, key=lambda what: (":" in what, what))  # the general first
     scores = {what: (sum(results[what]), len(results[what])) for what in order}
-    return Marks([text for text, _ in answers], right, scores, perplexity)
+    return Marks([text for text, _ in answers], right, scores)
 
 
 def wilson(k, n, z=1.96):
@@ -209,7 +208,7 @@ def write_marks(out, names, marks, questions, command):
             "right": {name: m.right[i] for name, m in zip(names, marks)},
         }
         rows.append(row)
-    scores = score_rows(marks, questions)
+    scores = score_rows(marks)
     blocks = [
         f"# {names[0]}: {len(questions):,} questions",
         f"    {command}",
@@ -226,7 +225,7 @@ def write_marks(out, names, marks, questions, command):
     print(f"wrote    {out}/report.md, answers.jsonl, metrics.jsonl")
 
 
-def score_rows(marks, questions):
+def score_rows(marks):
     """[what, how many questions, the share of each model with its interval]"""
     rows = []
     for what, (_, n) in marks[0].scores.items():
@@ -236,9 +235,6 @@ def score_rows(marks, questions):
             low, high = wilson(k, n)
             row.append(f"{k / n:.1%} ({low:.1%} to {high:.1%})")
         rows.append(row)
-    known = sum(question.expected is not None for question in questions)
-    perplexities = [f"{m.perplexity:.3f}" for m in marks]
-    rows.append(["perplexity of the expected answers", f"{known:,}", *perplexities])
     return rows
 
 
@@ -248,8 +244,6 @@ def log_scores(path, marks):
     if path.is_file():
         rows += Metrics.read(path)
     values = {what: k / n for what, (k, n) in marks.scores.items()}
-    if not math.isnan(marks.perplexity):
-        values["perplexity"] = marks.perplexity
     row = {"step": rows[-1]["step"], "seconds": rows[-1]["seconds"], "eval": values}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

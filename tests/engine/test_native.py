@@ -18,7 +18,7 @@ from engine.runner import StepBatch
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
-from quant import GroupLinear, Int8Linear
+from quant import GroupLinear
 
 V = 50  # not a multiple of any vector's lanes
 
@@ -121,7 +121,7 @@ def shuffled(m, bits, group, sym):
 @pytest.mark.parametrize(
     "make",
     [
-        Int8Linear.from_linear,
+        lambda m: GroupLinear.from_linear(m, 8, -1),
         lambda m: GroupLinear.from_linear(m, 4, 16),
         lambda m: GroupLinear.from_linear(m, 4, 16, sym=False),
         lambda m: GroupLinear.from_linear(m, 4, -1),
@@ -145,7 +145,7 @@ def test_an_input_that_is_exact_in_8_bits_is_multiplied_exactly(each_level):
     stand for."""
     head = torch.nn.Linear(64, V, bias=True)
     for layer in (
-        Int8Linear.from_linear(head),
+        GroupLinear.from_linear(head, 8, -1),
         GroupLinear.from_linear(head, 4, 32, sym=False),
         shuffled(head, 4, 32, False),
     ):
@@ -267,7 +267,8 @@ def test_a_library_that_does_not_load_is_named_and_torch_does_it(tmp_path, monke
 
 
 def test_sums_that_could_overflow_are_left_to_torch():
-    wide = Int8Linear(torch.full((1, 66_312), 128, dtype=torch.uint8), torch.ones(1, 1))
+    one = torch.ones(1, 1)
+    wide = GroupLinear(torch.full((1, 66_312), 128, dtype=torch.uint8), one, 128 * one, 8, -1)
     with pytest.raises(native.Unavailable, match="66,312 inputs with one scale"):
         native.PackedProduct(wide)
     native.install_products(wide)

@@ -197,13 +197,17 @@ def test_greedy_answers_equal_the_plain_generator(folder, tmp_path):
             assert output.token_ids == list(model.generate(prompt, 30, temperature=0)), kind
 
 
-@pytest.mark.parametrize("draft", ["lookup", "same", "other"])
-def test_speculation_changes_no_answer(folder, tmp_path, draft):
-    """A draft by prompt lookup, by the model itself (always right) and by a stranger, greedy and
-    sampled, in a tiny pool."""
-    if draft != "lookup":
-        draft = folder if draft == "same" else make_model(tmp_path / "other", seed=9)
-    fuzz(folder, 12, first=5000, draft=draft, draft_tokens=3)
+def test_speculation_changes_no_answer(folder):
+    """Greedy and sampled, in a tiny pool."""
+    fuzz(folder, 12, first=5000, draft_tokens=3)
+
+
+def test_drafts_right_and_wrong_change_no_answer(folder, monkeypatch):
+    rng = random.Random(3)
+    monkeypatch.setattr(
+        generate, "lookup_draft", lambda ids, most: rng.choices(range(len(TEXT)), k=most)
+    )
+    fuzz(folder, 12, first=5000, draft_tokens=3)
 
 
 def test_a_draft_that_is_right_saves_steps(folder):
@@ -215,17 +219,14 @@ def test_a_draft_that_is_right_saves_steps(folder):
             count += 1
         return count
 
-    assert steps() == 24 and steps(draft=folder, draft_tokens=3) == 7
-    assert (
-        7 <= steps(draft="lookup", draft_tokens=3) < 24
-    )  # greedy text of a tiny model repeats itself
+    assert steps() == 24
+    assert 7 <= steps(draft_tokens=3) < 24  # greedy text of a tiny model repeats itself
 
 
 def test_speculative_sampling_follows_the_models_distribution(folder):
-    """Chi-square of the second token's frequencies against the exact distribution, drafts by a
-    model of other weights' taste."""
+    """Chi-square of the second token's frequencies against the exact distribution."""
     model, prompt, count = Transformer.from_pretrained(folder), [5, 6, 7], 1500
-    engine = engine_of(folder, draft="lookup", draft_tokens=3, max_seqs=64)
+    engine = engine_of(folder, draft_tokens=3, max_seqs=64)
     outputs = engine.generate(
         [prompt] * count, [Sampling(max_tokens=2, seed=i, ignore_eos=True) for i in range(count)]
     )
@@ -354,13 +355,10 @@ def test_a_shared_prefix_is_computed_once(folder):
     outputs = engine.generate(
         [prefix + [i] for i in range(4, 10)], Sampling(max_tokens=2, temperature=0, ignore_eos=True)
     )
-    assert [o.cached_tokens for o in outputs] == [0] + [
-        40
-    ] * 5  # also those that arrived while it was being computed
-    chat = engine.generate(prefix + [4] + outputs[0].token_ids + [5, 6, 7], Sampling(max_tokens=1))[
-        0
-    ]
-    assert chat.cached_tokens == 40
+    # also those that arrived while it was being computed
+    assert engine.stats()["cache_hit_tokens"] == 5 * 40
+    engine.generate(prefix + [4] + outputs[0].token_ids + [5, 6, 7], Sampling(max_tokens=1))
+    assert engine.stats()["cache_hit_tokens"] == 6 * 40
 
 
 @pytest.mark.parametrize(
@@ -397,7 +395,7 @@ def test_packed_weights_give_nearly_the_same_logprobs_and_no_row_depends_on_othe
     assert [o.token_ids for o in engine.generate(prompts, sampling)] == alone
 
 
-def test_what_cannot_be_done_is_refused_at_once(folder, tmp_path):
+def test_what_cannot_be_done_is_refused_at_once(folder):
     engine = engine_of(folder, max_seqs=4, kv_tokens=40)
     for prompt, sampling, words in (
         ([], Sampling(), "no tokens"),
@@ -424,10 +422,6 @@ def test_what_cannot_be_done_is_refused_at_once(folder, tmp_path):
     )
     with pytest.raises(UserError, match="blocks fit"):
         engine_of(folder, kv_tokens=10**12)
-    torch.manual_seed(1)
-    Transformer(Config("llama", 99, 16, 32, 1, 2, 2, 8, 64)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="99 ids"):
-        engine_of(folder, draft=tmp_path)
 
 
 def test_cancelling_frees_everything_and_ends_with_abort(folder):

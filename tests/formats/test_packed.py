@@ -45,7 +45,7 @@ def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zero, v
 def test_a_zero_point_of_zero_is_never_written_as_version_1():
     model = small_model()
     model.layers[0].self_attn.q_proj.weight.data.abs_()  # all positive: the zero point is code 0
-    quant.quantize(model, "int4-asym", 32)
+    quant.quantize(model, "int4", 32, sym=False)
     assert model.quantization["checkpoint_format"] == "gptq_v2"
     assert quant.quantize(small_model(), "int4", 32).quantization["checkpoint_format"] == "gptq"
 
@@ -53,7 +53,7 @@ def test_a_zero_point_of_zero_is_never_written_as_version_1():
 def quantized(kind, format, recipe):
     model = small_model(kind)
     if format != "gptq":
-        return quant.quantize(model, format, 48)
+        return quant.quantize(model, format, 48, **recipe)
     return quant.gptq(model, ids().split(2), group_size=48, log=silent, **recipe)
 
 
@@ -62,14 +62,13 @@ def quantized(kind, format, recipe):
     "format,recipe",
     [
         ("int8", {}),
-        ("int8-dynamic", {}),
         ("int4", {}),
-        ("int4-asym", {}),
+        ("int4", dict(sym=False)),
         ("nf4", {}),
         ("gptq", dict(bits=4, act_order=True)),
         ("gptq", dict(bits=3)),
         ("gptq", dict(bits=8, sym=False)),
-        ("gptq", dict(bits=5, clip=False)),
+        ("gptq", dict(bits=5)),
     ],
 )
 def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path):
