@@ -256,11 +256,11 @@ def test_a_turn_ends_where_the_text_is_complete_and_long_enough(ends, no_trial):
         for token in text:
             at.advance(token)
         sampling = Sampling(temperature=0, min_tokens=min_tokens, constraint=at)
-        row = SamplingRow(sampling, 0.5, text, [], frozenset(ends), at)
+        row = SamplingRow(sampling, text, [], frozenset(ends), at)
         found = set()
         logits = torch.zeros(1, 300)
         while True:
-            tokens, failed = draw_tokens(logits.clone(), [row])
+            tokens, failed = draw_tokens(logits.clone(), [row], torch.zeros(1))
             if failed:
                 return found
             found.add(tokens.item())
