@@ -12,7 +12,6 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from common import UserError, cli, parse_flags  # isort: skip
 
@@ -218,9 +217,6 @@ def nf4_quantize(weight):
 
 
 # ------------------------------------------------------------------------------ the linear layers
-FEW_ROWS = 16  # on a CPU more rows are quicker unpacked and multiplied in float32 (NOTES.md)
-
-
 class FrozenProduct(torch.autograd.Function):
     """x @ W.T with a gradient for x alone, as QLoRA needs it: adapters before it learn.
 
@@ -245,14 +241,11 @@ def joined(layers, name):
 class QuantLinear(nn.Module):
     """A linear layer with packed weights: x (..., K) -> (..., N).
 
-    `dequantize` and `plain` say what it computes; `product` is the quickest way that the device has
-    to nearly the same numbers.
+    `dequantize` and `plain` say what it computes, in torch on any device. On a GPU `product` takes
+    a kernel where there is one; on a CPU the engine packs the weights for forward.cpp instead.
     """
 
     format = ""
-    # (M, K) float32 -> (M, N) float32 without the bias, activations rounded to 8 bits; the engine
-    # sets it where it has one
-    fast_product: Any = None
     symmetric = False  # all zero points are the middle code: the GPU need not read them
 
     def __init__(self, shape, bias=None):
@@ -285,15 +278,9 @@ class QuantLinear(nn.Module):
         return None if packed is None else kernels.linear(rows, packed, self.bias)
 
     def product(self, x):
-        """x (..., K) -> (..., N) with the bias, in x's dtype, the quickest way there is."""
+        """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = None
-        if x.is_cuda:
-            y = self.on_gpu(rows)
-        elif not torch.compiler.is_compiling() and self.fast_product and len(rows) <= FEW_ROWS:
-            y = self.fast_product(rows.float())
-            if self.bias is not None:
-                y += self.bias
+        y = self.on_gpu(rows) if x.is_cuda else None
         if y is None:
             y = self.plain(rows)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
@@ -450,7 +437,6 @@ def fuse(layers):
     if any(kind != kinds[0] for kind in kinds):
         raise UserError("layers of different formats or column orders cannot be one")
     fused = copy.copy(first)
-    fused.fast_product = None
     fused.out_features = sum(layer.out_features for layer in layers)
     fused.symmetric = all(layer.symmetric for layer in layers)
     fused._buffers = first._buffers | first.stacked(layers)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 import kernels
 import quant
-from engine.native import install_products
 from engine.parallel import ShardedLinear
 from engine.weights import rope_tables, stack_adapters
 from quant import QuantLinear
@@ -61,13 +60,10 @@ def fused_layers(layers, kind):
     packed = isinstance(first, QuantLinear)
     if not packed and type(first) is not nn.Linear:
         return layers
+    fused = first
     if len(layers) > 1:
         fused = quant.fuse(layers) if packed else fuse_floats(layers)
-    else:
-        fused = copy.copy(first) if packed else first  # the model's own gets no product set on it
-    fused = quant.in_kind(fused, kind)
-    install_products(fused)
-    return [fused]
+    return [quant.in_kind(fused, kind)]
 
 
 class FusedProduct(nn.Module):

@@ -264,29 +264,6 @@ class Panels:
         return y
 
 
-class PackedProduct(Panels):
-    """One packed layer: (M, K) float32 -> (M, N) float32, without the bias."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.packed = self.linear(layer)
-        self.packed.bias = None
-
-    def __call__(self, x):
-        return self.multiply(self.packed, x)
-
-    def __deepcopy__(self, memo):
-        return self  # nothing in it changes
-
-
-def install_products(module):
-    """Set the `fast_product` of a module's packed layers on the CPU, as far as C++ knows them."""
-    for layer in module.modules():
-        if isinstance(layer, QuantLinear) and next(layer.buffers()).device.type == "cpu":
-            with contextlib.suppress(Unavailable):
-                layer.fast_product = PackedProduct(layer)
-
-
 # --------------------------------------------------------------------------------- the whole model
 class Native(Panels):
     """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""

@@ -270,8 +270,7 @@ def test_sums_that_could_overflow_are_left_to_torch():
     one = torch.ones(1, 1)
     wide = GroupLinear(torch.full((1, 66_312), 128, dtype=torch.uint8), one, 128 * one, 8, -1)
     with pytest.raises(native.Unavailable, match="66,312 inputs with one scale"):
-        native.PackedProduct(wide)
-    native.install_products(wide)
+        native.Panels().linear(wide)
     assert wide.product(torch.ones(1, 66_312)).tolist() == [[0.0]]
 
 
