@@ -405,6 +405,12 @@ def test_half_a_surrogate_pair_in_a_file_is_a_replacement_character(tmp_path):
     assert list(chat.read_records(tmp_path / "train.jsonl")) == list(chat.read_records(path))
 
 
+def test_an_empty_tokenizer_file_is_called_empty(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(UserError, match="tokenizer.json is empty"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_folder_has_one_file_of_a_split(tmp_path):
     from training.exam import split_file
 
