@@ -703,9 +703,11 @@ def stop_id(tok, format=None):
     """The id that ends an assistant's turn: what the engine stops at. None where a template that
     nobody knows decides it."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    pieces = pieces_of(tok, read_chat(tok, talk), format)
-    ids, mask = assemble(tok, pieces, False)
-    return None if mask is None else [*compress(ids, mask)][-1]
+    try:
+        *_, end = compress(*render(tok, talk, format=format))
+    except UserError:
+        return None
+    return end
 
 
 # -------------------------------------------------------------------------------- records of files

@@ -266,8 +266,9 @@ def file_rows(path, columns=None):
 def parse_json(data):
     """Bytes -> (value, None) or (None, what is wrong). Half a surrogate pair becomes U+FFFD."""
     try:
-        text = ESCAPES.sub(lambda found: found[1] or rb"\ufffd", data).decode()
-        return json.loads(text, object_pairs_hook=distinct), None
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # few have any, and a search is fast
+            data = ESCAPES.sub(lambda found: found[1] or rb"\ufffd", data)
+        return json.loads(data.decode(), object_pairs_hook=distinct), None
     except (ValueError, RecursionError) as error:
         return None, f"not valid JSON ({error})"
 

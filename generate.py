@@ -640,7 +640,7 @@ def run_batch(engine, args, sampling, adapter):
     waiting = [row for row in file_rows(args.batch) if row.number not in done]
     waiting.reverse()
     total = len(waiting)
-    ignored = args.ignore_keys.split(",")
+    ignored = set(filter(None, args.ignore_keys.split(",")))
     asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,

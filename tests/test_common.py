@@ -60,6 +60,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert common.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
 
 
+def test_json_may_begin_with_a_bom_and_what_is_none_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert common.read_json(path) == {"a": 1}
+    for data, words in ((b"[" * 100_000, "not valid JSON"), (b"\xff", "not UTF-8 text")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            common.read_json(path)
+
+
 def test_only_rank_0_writes_to_stdout(monkeypatch, capsys):
     for rank, told in (("0", "hello\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)

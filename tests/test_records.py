@@ -155,7 +155,7 @@ PAST = say("q1", "a1", "q", "a")
 def test_one_conversation_has_many_spellings(record, talk):
     assert chat.as_messages(record) == (talk, None)
     *asked, said = talk
-    answer = next((key for key in chat.ANSWERS if key in record), None)
+    answer = next((key for key in ("output", "completion", "response") if key in record), None)
     if answer:  # the same in a preference
         preference = {"chosen" if key == answer else key: record[key] for key in record}
         assert dpo.as_preference({**preference, "rejected": "b"})[:2] == (asked, said)
@@ -189,21 +189,23 @@ def test_what_cannot_be_used_is_said(record, words):
         chat.as_messages(record)
 
 
-@pytest.mark.parametrize("key", chat.LOSS_KEYS)
-@pytest.mark.parametrize("no, yes", [(0, 1), (False, True), ("false", "true"), (0.0, 1.0)])
 @pytest.mark.parametrize("name", sorted(chat.CHAT_FORMATS))
-def test_a_turn_of_weight_0_is_context_alone(key, no, yes, name):
-    talk = say("q1", "bad", "q2", "good")
-    talk[0][key] = no
-    talk[1][key] = no
-    talk[3][key] = yes
+def test_a_turn_of_weight_0_is_context_alone(name):
     tok = Tok()
-    [(said)] = supervised(tok, *chat.example(tok, talk, format=name))
-    assert "good" in said
-    assert (
-        chat.example(tok, talk, format=name)[0]
-        == chat.example(tok, say(*"q1 bad q2 good".split()), format=name)[0]
-    )
+    plain, _ = chat.example(tok, say("q1", "bad", "q2", "good"), format=name)
+    spelled = [
+        ("weight", 0, 1),
+        ("train", False, True),
+        ("loss", "false", "True"),
+        ("weight", 0.0, 1.0),
+    ]
+    for key, no, yes in spelled:
+        talk = say("q1", "bad", "q2", "good")
+        for message, value in zip(talk, (no, no, no, yes)):
+            message[key] = value
+        ids, mask = chat.example(tok, talk, format=name)
+        [said] = supervised(tok, ids, mask)
+        assert "good" in said and ids == plain
 
 
 def test_weights_that_say_nothing_clear_are_refused():
@@ -401,6 +403,12 @@ def test_half_a_surrogate_pair_in_a_file_is_a_replacement_character(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         chat.convert_records(options)
     assert list(chat.read_records(tmp_path / "train.jsonl")) == list(chat.read_records(path))
+
+
+def test_an_empty_tokenizer_file_is_called_empty(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(UserError, match="tokenizer.json is empty"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_folder_has_one_file_of_a_split(tmp_path):

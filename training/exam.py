@@ -81,7 +81,7 @@ class Question(NamedTuple):
     expected: str | None  # what should be said, if the record knows
     family: str
     checks: list  # of (kind, value)
-    tools: list | None
+    tools: list | None = None
 
 
 def split_file(folder, split):
