@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -135,9 +136,11 @@ def write_atomic(path, write):
 
     On failure the old file stands."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # In a folder that others write to, nobody may lay a link where this file is about to be made.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    only_new = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        temporary.touch()
+        os.close(os.open(temporary, only_new, 0o666))
         mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)
@@ -155,11 +158,43 @@ def write_json(path, value):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer in use (Gemma 3, 262K tokens) has 33 MB
+MOST_VALUES = 3 << 20  # in a JSON file; that one has 2 million, and a value takes up to 150 bytes
+
+
+def read_limited(path):
+    size = os.path.getsize(path)
+    if size > LARGEST_JSON:
+        raise UserError(f"{path} has {size >> 20} MB, more than the {LARGEST_JSON >> 20} MB allowed")
+    return Path(path).read_bytes()
+
+
 def read_json(path):
+    """The object in a JSON file. UserError: it holds something else, or more than is sane."""
+    data = read_limited(path)
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > MOST_VALUES:
+        raise UserError(f"{path} has {values:,} values, more than the {MOST_VALUES:,} allowed")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: this is not a JSON object but a {type(content).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Context: whatever is wrong inside a file from outside is one line that names the file."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__} {str(error)[:200]}"
+        raise UserError(f"{path} is not a {Path(path).name}: {told}") from None
 
 
 def json_records(path):

@@ -21,8 +21,8 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from common import UserError, cli, parse_flags, write_atomic
-from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
+from common import UserError, cli, naming, parse_flags, write_atomic
+from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
 from quant import QuantLinear
 from tokenizer import PATTERNS, Tokenizer

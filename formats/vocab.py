@@ -7,11 +7,10 @@ by name.
 """
 
 import base64
-import contextlib
 import json
 import re
 
-from common import UserError
+from common import UserError, naming, read_json, read_limited
 from tokenizer import (
     BYTES,
     LARGEST_ID,
@@ -23,7 +22,6 @@ from tokenizer import (
     normalize,
 )
 
-LARGEST_FILE = 64 << 20  # bytes; the largest in use (Gemma 3, 262K tokens) has 33 MB
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on
 # (as in GPT-2's files).
 BYTE_TO_CHAR = dict(zip(BYTES, map(chr, PRINTABLE + list(range(256, 512 - len(PRINTABLE))))))
@@ -56,7 +54,7 @@ def read_tokenizer(path, pattern):
     config = path.with_name("tokenizer_config.json")
     if config.is_file():
         with naming(config):
-            tokenizer.config |= read_json_object(config)
+            tokenizer.config |= read_json(config)
     template = path.with_name("chat_template.jinja")  # where newer folders keep it
     if template.is_file():
         tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
@@ -65,7 +63,7 @@ def read_tokenizer(path, pattern):
 
 def read_vocabulary_file(path, pattern):
     if path.suffix == ".json":
-        content = read_json_object(path)
+        content = read_json(path)
         if "config" in content and "model" not in content:
             return from_tekken(content)
         tokenizer = from_json(content)
@@ -81,36 +79,8 @@ def read_vocabulary_file(path, pattern):
     raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
 
 
-def read_limited(path):
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise UserError(
-            f"{path} has {size >> 20} MB; no vocabulary in use is larger than "
-            f"{LARGEST_FILE >> 20} MB"
-        )
-    return path.read_bytes()
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Whatever is wrong inside a file from outside is one line that names the file."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a {path.name}: {type(error).__name__} {error}") from None
-
-
 def unsupported(what):
     return UserError(f"{what} is not supported")
-
-
-def read_json_object(path):
-    content = json.loads(read_limited(path))
-    if not isinstance(content, dict):
-        raise UserError("this is not a JSON object")
-    return content
 
 
 def read_bpe(vocab, merges, names, byte_level):
@@ -373,7 +343,7 @@ def from_vocab_bpe(path, data):
     if not beside.is_file():
         raise UserError(f"there is no {beside.name} beside it, with the ids")
     with naming(beside):
-        vocab = read_json_object(beside)
+        vocab = read_json(beside)
     special = {token: vocab[token] for token in vocab.keys() - made}
     vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
     return Tokenizer("bytes", vocab, merges, [PATTERNS["gpt2"]], special)
