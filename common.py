@@ -165,7 +165,9 @@ MOST_VALUES = 3 << 20  # in a JSON file; that one has 2 million, and a value tak
 def read_limited(path):
     size = os.path.getsize(path)
     if size > LARGEST_JSON:
-        raise UserError(f"{path} has {size >> 20} MB, more than the {LARGEST_JSON >> 20} MB allowed")
+        raise UserError(
+            f"{path} has {size >> 20} MB, more than the {LARGEST_JSON >> 20} MB allowed"
+        )
     return Path(path).read_bytes()
 
 
@@ -184,6 +186,10 @@ def read_json(path):
     return content
 
 
+# What code that expects a right file raises over a wrong one.
+STUMBLES = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+
+
 @contextlib.contextmanager
 def naming(path):
     """Context: whatever is wrong inside a file from outside is one line that names the file."""
@@ -192,7 +198,7 @@ def naming(path):
     except UserError as error:
         told = str(error)
         raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from None
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except STUMBLES as error:
         told = f"{type(error).__name__} {str(error)[:200]}"
         raise UserError(f"{path} is not a {Path(path).name}: {told}") from None
 
