@@ -34,6 +34,12 @@ from pathlib import Path
 class UserError(ValueError):
     """Something the user can mend. Its one line says what, with the numbers, and what to do."""
 
+    def __init__(self, message):
+        told = " ".join(str(message).splitlines())
+        if len(told) > 1500:  # it quotes what a hostile file says
+            told = f"{told[:1000]} ... {told[-400:]}"
+        super().__init__(told)
+
 
 def cli(main):
     """Run a script's `main()`: a user's mistake is one line on stderr and exit status 2, no
@@ -390,7 +396,8 @@ class Metrics:
             at_save = row["step"] == resume_step and "val_loss" in row
             if row["step"] < resume_step or at_save:
                 rows.append(row)
-        self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+        with naming(path):
+            self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(path, lambda temporary: temporary.write_text(text))
         self.file = open(path, "a", buffering=1)
@@ -404,11 +411,13 @@ class Metrics:
 
     @staticmethod
     def read(path):
-        """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+        """The rows of a metrics.jsonl; left out is what is none, as a line cut short by a crash."""
         rows = []
-        for line in Path(path).read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for line in Path(path).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
 

@@ -209,6 +209,10 @@ ODD = [
 ]
 
 
+def odd(rng):
+    return copy.deepcopy(rng.choice(ODD))
+
+
 def nested(rng):
     """A value of many layers."""
     value = rng.choice([1, "a", None])
@@ -235,12 +239,12 @@ def mutate_value(rng, value):
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         found = places(value, [])
         if not found or rng.random() < 0.02:
-            return rng.choice(ODD)
+            return odd(rng)
         # Half of the time near the top, where the keys that steer are.
         box, key = rng.choice(found[: 40 if rng.random() < 0.5 else None])
         how = rng.random()
         if how < 0.55:
-            box[key] = rng.choice(ODD)
+            box[key] = odd(rng)
         elif how < 0.6:
             box[key] = nested(rng)
         elif how < 0.7:
@@ -256,7 +260,7 @@ def mutate_value(rng, value):
         elif isinstance(box, dict):
             box[rng.choice(["type", "pattern", "content", "model", "x", "$ref"])] = box[key]
         else:
-            box.insert(rng.randrange(len(box) + 1), rng.choice(ODD))
+            box.insert(rng.randrange(len(box) + 1), odd(rng))
     return value
 
 
