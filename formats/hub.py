@@ -56,11 +56,11 @@ GPT2_KEYS = {
 
 def config_from_dict(d, where="config.json"):
     """A parsed config.json -> Config. UserError for what this program would compute wrongly."""
-    kind = d.get("model_type")
-    if kind not in HF_CLASSES:
-        known = ", ".join(HF_CLASSES)
-        raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
     with naming(where):
+        kind = d.get("model_type")
+        if kind not in HF_CLASSES:
+            known = ", ".join(HF_CLASSES)
+            raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
         for key in SWITCHES:
             if d.get(key) not in (True, False, None):
                 raise UserError(f"{where}: {key} is {d[key]!r}, expected true or false")
