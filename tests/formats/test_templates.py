@@ -26,8 +26,6 @@ BOMBS = [
     "{{ messages|tojson(indent=10**9) }}",
     "{{ ('a' * 10**6).replace('', 'b' * 10**6) }}",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "{{ lipsum(10**6) }}",
     DOUBLED + "{% endfor %}{{ ns.x }}",
     SHARED + "{% endfor %}{{ ns.x }}",
     "{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}",
