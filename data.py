@@ -34,6 +34,7 @@ from common import (
     cli,
     full_disk_explained,
     in_processes,
+    naming,
     parse_flags,
     read_json,
     sha256,
@@ -49,6 +50,7 @@ MAGIC = b"TOKSHARD"
 VERSION = 1
 SHARD_HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
+MOST_SHARDS = 10**5  # their names have five digits
 
 
 class Header(NamedTuple):
@@ -286,10 +288,10 @@ def read_header(path, tokenizer_sha256=None):
     if not raw.startswith(MAGIC) or len(raw) < SHARD_HEADER.size:
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*SHARD_HEADER.unpack(raw))
-    if header.version != VERSION:
+    if header.version != VERSION or header.itemsize not in (2, 4):
         raise UserError(
-            f"{path}: format version {header.version}; this program reads version {VERSION}: "
-            "make the shards again"
+            f"{path}: format version {header.version} with ids of {header.itemsize} bytes; this "
+            f"program reads version {VERSION} with 2 or 4: make the shards again"
         )
     ids = header.tokens * header.itemsize
     expected = SHARD_HEADER.size + ids + -ids % 8 + 8 * header.documents
@@ -317,6 +319,12 @@ def open_shards(folder, tokenizer_sha256=None):
             f"python data.py FILE... --tokenizer T --out {folder}"
         )
     meta = read_json(folder / "meta.json")
+    with naming(folder / "meta.json"):
+        return read_splits(folder, meta, tokenizer_sha256)
+
+
+def read_splits(folder, meta, tokenizer_sha256):
+    """meta.json's content -> {split: Split}"""
     if meta.get("job", {}).get("version") != VERSION:
         raise UserError(
             f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py"
@@ -327,8 +335,12 @@ def open_shards(folder, tokenizer_sha256=None):
             "it goes on where it was"
         )
     end_id = meta["first_id"] if meta["last_id"] is None else None
+    if not isinstance(end_id, int | None):
+        raise UserError(f"first_id is {end_id!r}, expected a token's id")
     splits = {}
     for name, counts in meta["splits"].items():
+        if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):
+            raise UserError(f"split {name[:40]!r} of {counts['shards']!r} shards")
         paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
         splits[name] = map_split(paths, name, end_id, counts, tokenizer_sha256)
     return splits
@@ -351,7 +363,7 @@ def map_split(paths, name, end_id, counts, tokenizer_sha256):
         starts_at = path.stat().st_size - 8 * header.documents
         ids = np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, (header.tokens,))
         begin = np.memmap(path, "<u8", "r", starts_at).astype(np.int64)
-        if begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
+        if not len(begin) or begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
             raise UserError(f"{path}: damaged, its document starts are out of order; make it again")
         tokens.append(ids)
         starts.append(begin)

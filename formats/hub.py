@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, read_json, write_json
+from common import UserError, naming, read_json, write_json
 from model import Config, Transformer
-from runtime import write_tensors
+from runtime import DTYPES, write_tensors
 
 HF_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -24,6 +24,7 @@ HF_CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = "default linear llama3 yarn".split()
+SWITCHES = "tie_word_embeddings attention_bias mlp_bias use_sliding_window".split()
 
 # ------------------------------------------------------------------------------------- config.json
 # Config's fields that every config.json has; for one that sets a size, the most that it may be, as
@@ -55,11 +56,15 @@ GPT2_KEYS = {
 
 def config_from_dict(d, where="config.json"):
     """A parsed config.json -> Config. UserError for what this program would compute wrongly."""
-    kind = d.get("model_type")
-    if kind not in HF_CLASSES:
-        known = ", ".join(HF_CLASSES)
-        raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
-    return gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
+    with naming(where):
+        kind = d.get("model_type")
+        if kind not in HF_CLASSES:
+            known = ", ".join(HF_CLASSES)
+            raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
+        for key in SWITCHES:
+            if d.get(key) not in (True, False, None):
+                raise UserError(f"{where}: {key} is {d[key]!r}, expected true or false")
+        return gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
 
 
 def gpt2_config(d, where):
@@ -92,7 +97,7 @@ def llama_config(d, where):
         raise UserError(f"{where}: {H} attention heads cannot share {K} key/value heads")
     if D % 2:
         raise UserError(f"{where}: head_dim {D} is odd; rotary embeddings need an even one")
-    window, sliding_layers = sliding_from_dict(d)
+    window, sliding_layers = sliding_from_dict(d, where)
     bias = bool(d.get("attention_bias"))
     return Config(
         **fields,
@@ -114,7 +119,17 @@ def read_fields(d, keys, defaults, where):
         key = keys.get(field, field)
         default = defaults.get(field)
         fields[field] = read_size(d, key, where, most, default) if most else d.get(key, default)
+    read_positive(keys.get("norm_eps"), fields["norm_eps"], where)
+    ends = fields["eos_token_id"]
+    for i in (fields["bos_token_id"], *(ends if isinstance(ends, list) else [ends])):
+        if type(i) not in (int, type(None)):
+            raise UserError(f"{where}: {i!r} begins or ends a text, expected a token's id")
     return fields
+
+
+def read_positive(key, value, where):
+    if type(value) not in (int, float) or not 0 < value < 1e12:  # not true of nan
+        raise UserError(f"{where}: {key} is {value!r}, expected a number above 0")
 
 
 def read_size(d, key, where, most=1 << 24, default=None):
@@ -140,10 +155,13 @@ def rope_from_dict(d, where):
     if kind in ("llama3", "yarn"):  # they need the length before it was stretched
         key = "original_max_position_embeddings"
         rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
+    for key, value in rope.items():
+        if key != "rope_type" and not isinstance(value, bool | None):
+            read_positive(key, value, where)
     return rope
 
 
-def sliding_from_dict(d):
+def sliding_from_dict(d, where):
     """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
     kind = d["model_type"]
     layers = tuple(range(d["num_hidden_layers"]))
@@ -157,7 +175,9 @@ def sliding_from_dict(d):
         sliding = tuple(i for i, name in kinds if name == "sliding_attention")
     else:
         sliding = layers[d.get("max_window_layers", 28) :]
-    return (window, sliding) if window and sliding else (None, ())
+    if not sliding or window is None:
+        return None, ()
+    return read_size(d, "sliding_window", where, default=4096), sliding
 
 
 def config_to_dict(config):
@@ -271,7 +291,7 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     found = len({n.split(".")[2] for n in inside})
     if found != layers:
         raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
-    with torch.device("meta"):
+    with naming(path), torch.device("meta"):
         model = Transformer(config)
     expected = model.state_dict()
     packed = {}
@@ -291,6 +311,9 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         state |= from_folder_names(name, tensor, config)
     if packed:
         install_packed(model, quantization, state, packed)
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES.values():
+            raise UserError(f"{folder}: {name} holds {tensor.dtype}, expected {', '.join(DTYPES)}")
     model.load_state_dict(state, strict=False, assign=True)  # complete, but for a tied head
     model.tie()
     model.source = folder
@@ -305,10 +328,11 @@ def open_weights(folder, device="cpu"):
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        with naming(index):
+            names = set(read_json(index)["weight_map"].values())
     files = {}
     for name in names:
-        if Path(name).name != name:  # an index from outside must not lead out of its folder
+        if Path(str(name)).name != name:  # an index from outside must not lead out of its folder
             raise UserError(f"{index}: {name!r} is not a plain file name")
         path = folder / name
         try:

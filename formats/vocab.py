@@ -7,23 +7,24 @@ by name.
 """
 
 import base64
-import contextlib
 import json
+import math
 import re
 
-from common import UserError
+from common import UserError, naming, read_json, read_limited
 from tokenizer import (
     BYTES,
     LARGEST_ID,
+    MOST_NAMED,
     PATTERNS,
     PRINTABLE,
     Tokenizer,
     check_ids,
+    check_lengths,
     halves,
     normalize,
 )
 
-LARGEST_FILE = 64 << 20  # bytes; the largest in use (Gemma 3, 262K tokens) has 33 MB
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on
 # (as in GPT-2's files).
 BYTE_TO_CHAR = dict(zip(BYTES, map(chr, PRINTABLE + list(range(256, 512 - len(PRINTABLE))))))
@@ -35,6 +36,9 @@ TEKKEN_SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_
 # How the text of tiktoken's own files is split, by the name of the file.
 RANK_FILES = {"cl100k_base": "gpt4", "tokenizer": "llama3"}
 RANK_FILES |= dict.fromkeys(("r50k_base", "p50k_base", "gpt2"), "gpt2")
+LONGEST_TEMPLATE = 1 << 18  # characters; the longest in use have 20,000
+MOST_STEPS = 64  # of a component; those in use have at most ten
+MOST_GROWTH = 16  # times the characters, by all replacements together; in use it is 1
 DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
 
 
@@ -58,22 +62,28 @@ def read_tokenizer(path, pattern):
     config = path.with_name("tokenizer_config.json")
     if config.is_file():
         with naming(config):
-            tokenizer.config |= read_json_object(config)
+            tokenizer.config |= read_json(config)
     template = path.with_name("chat_template.jinja")  # where newer folders keep it
     if template.is_file():
         tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
+    with naming(config):
+        template = tokenizer.chat_template
+        if not isinstance(template, str | None) or len(template or "") > LONGEST_TEMPLATE:
+            raise UserError(f"its chat_template is no text of at most {LONGEST_TEMPLATE:,} letters")
     return tokenizer
 
 
 def read_vocabulary_file(path, pattern):
     if path.suffix == ".json":
-        content = read_json_object(path)
+        content = read_json(path)
         if "config" in content and "model" not in content:
             return from_tekken(content)
         tokenizer = from_json(content)
         tokenizer.source = path.read_bytes()
         return tokenizer
     data = read_limited(path)
+    if data.count(b"\n") > LARGEST_ID and path.suffix != ".model":
+        raise UserError(f"more than {LARGEST_ID:,} lines")
     if path.suffix in (".bpe", ".txt"):
         return from_vocab_bpe(path, data)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
@@ -83,36 +93,8 @@ def read_vocabulary_file(path, pattern):
     raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
 
 
-def read_limited(path):
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise UserError(
-            f"{path} has {size >> 20} MB; no vocabulary in use is larger than "
-            f"{LARGEST_FILE >> 20} MB"
-        )
-    return path.read_bytes()
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Whatever is wrong inside a file from outside is one line that names the file."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a {path.name}: {type(error).__name__} {error}") from None
-
-
 def unsupported(what):
     return UserError(f"{what} is not supported")
-
-
-def read_json_object(path):
-    content = json.loads(read_limited(path))
-    if not isinstance(content, dict):
-        raise UserError("this is not a JSON object")
-    return content
 
 
 def read_bpe(vocab, merges, names, byte_level):
@@ -121,6 +103,8 @@ def read_bpe(vocab, merges, names, byte_level):
     vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
     added tokens, which may be in `vocab` and are not in what is returned."""
     check_ids(vocab.values())
+    if len(merges) > LARGEST_ID:
+        raise UserError(f"{len(merges):,} merges, more than {LARGEST_ID:,}")
     ids = dict(vocab)
     for text, i in names.items():
         if ids.pop(text, i) != i:
@@ -149,6 +133,7 @@ def merges_by_score(vocab, scores):
     """SentencePiece's rule as merges: every way to put a token together, the best score first.
 
     vocab {token: id}, scores by id."""
+    check_lengths(vocab)
     merges = {}
     for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
         if not re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -176,6 +161,7 @@ def from_json(content):
             raise unsupported(f"model option {option} = {model[option]!r}")
     normalizer = list(map(read_normalizer, flat_steps(content.get("normalizer"), "normalizers")))
     patterns, spaces, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
+    check_growth(normalizer + spaces)
     decoders = {step["type"]: step for step in flat_steps(content.get("decoder"), "decoders")}
     for name in decoders.keys() - DECODERS:
         raise unsupported(f"decoder {name!r}")
@@ -212,7 +198,23 @@ def flat_steps(part, key):
     steps = []
     for inner in part[key]:
         steps += flat_steps(inner, key)
+        if len(steps) > MOST_STEPS:
+            raise UserError(f"more than {MOST_STEPS} {key}")
     return steps
+
+
+def check_growth(operations):
+    """UserError if the normalizer makes far more text than it is given, or is none."""
+    most = 1
+    for name, *arguments in operations:
+        if name == "replace":
+            old, new = map(len, arguments)
+            most *= max(1, new / old) if old else math.inf
+        elif name == "prepend":
+            most += len(arguments[0])
+    if most > MOST_GROWTH:
+        raise UserError(f"its normalizer makes {most:,.0f} characters of one")
+    normalize("a", operations)  # TypeError where an argument is no text
 
 
 def read_normalizer(step):
@@ -245,6 +247,8 @@ def read_pre_tokenizer(part):
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Metaspace":
             space = step["replacement"]
+            if len(space) != 1 or space in "^]\\":  # it goes into a pattern
+                raise unsupported(f"a space spelled {space[:40]!r}")
             default = "always" if step.get("add_prefix_space", True) else "never"
             scheme = step.get("prepend_scheme", default)
             spaces = [("replace", " ", space), ("prepend", space, scheme)]
@@ -260,6 +264,8 @@ def read_added(tokens, normalizer):
 
     How a special token would be matched does not matter, since it is never matched in text."""
     special, added = {}, {}
+    if len(tokens) > MOST_NAMED:
+        raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
         text = token["content"]
         if not isinstance(text, str) or not text or text in special or text in added:
@@ -375,7 +381,7 @@ def from_vocab_bpe(path, data):
     if not beside.is_file():
         raise UserError(f"there is no {beside.name} beside it, with the ids")
     with naming(beside):
-        vocab = read_json_object(beside)
+        vocab = read_json(beside)
     special = {token: vocab[token] for token in vocab.keys() - made}
     vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
     return Tokenizer("bytes", vocab, merges, [PATTERNS["gpt2"]], special)
@@ -438,6 +444,8 @@ def from_sentencepiece(path):
     except (RuntimeError, OSError) as error:
         raise UserError(f"this is not a SentencePiece model: {str(error)[:100]}") from None
     special, vocab = {}, {}
+    if sp.get_piece_size() > LARGEST_ID:
+        raise UserError(f"{sp.get_piece_size():,} tokens, more than {LARGEST_ID:,}")
     for i in range(sp.get_piece_size()):
         if sp.is_control(i) or sp.is_unknown(i):
             special[sp.id_to_piece(i)] = i
