@@ -49,9 +49,10 @@ class Chat:
     prompt: bool  # end with the words that hand the turn to the assistant
     bos: str  # names of the two markers, "" where the tokenizer has none
     eos: str
+    options: dict  # what else the caller tells the folder's template
 
 
-def read_chat(tok, messages, tools=None, prompt=False):
+def read_chat(tok, messages, tools=None, prompt=False, options=None):
     """OpenAI-style messages -> Chat. Raises UserError naming the message at fault."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UserError("a conversation is a non-empty list of {role, content} messages")
@@ -64,7 +65,7 @@ def read_chat(tok, messages, tools=None, prompt=False):
     if checked[0]["role"] == "system":
         system, turns = checked[0]["content"], checked[1:]
     bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
-    return Chat(checked, system, turns, tools or None, prompt, bos, eos)
+    return Chat(checked, system, turns, tools or None, prompt, bos, eos, options or {})
 
 
 def has_function(tool):
@@ -494,6 +495,8 @@ def pieces_of(tok, chat, format=None):
     """The conversation's pieces in the format by name, the folder's own, or ChatML."""
     template = tok.chat_template
     if format or template in (None, "", CHATML_TEMPLATE):
+        if chat.options:
+            raise UserError(f"this chat format does not take {', '.join(chat.options)}")
         return named_pieces(format or "chatml", tok, chat)
     from formats.templates import pieces_of_template
 
@@ -501,7 +504,13 @@ def pieces_of(tok, chat, format=None):
 
 
 def render(
-    tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None
+    tok,
+    messages: list[dict],
+    add_generation_prompt=False,
+    tools=None,
+    format=None,
+    options=None,
+    resume=False,
 ) -> tuple[list[int], list[int]]:
     """OpenAI-style messages -> (ids, mask), two lists of one length.
 
@@ -510,9 +519,30 @@ def render(
 
     The format is `format`, a name in CHAT_FORMATS; else what the folder's chat_template does; else
     ChatML. Where who-said-what cannot be known, mask is None with add_generation_prompt (to be
-    answered, not trained on) and UserError without it."""
-    chat = read_chat(tok, messages, tools, add_generation_prompt)
-    return assemble(tok, pieces_of(tok, chat, format), not add_generation_prompt)
+    answered, not trained on) and UserError without it.
+
+    options: what the folder's template takes besides, as enable_thinking. resume: the ids end with
+    the last message's text, and so an answer goes on from there."""
+    if resume and add_generation_prompt:
+        raise UserError("a generation prompt begins an answer, and so none can be continued")
+    chat = read_chat(tok, messages, tools, add_generation_prompt, options)
+    pieces = pieces_of(tok, chat, format)
+    if resume:
+        pieces = pieces_to_resume(pieces, chat.messages[-1])
+    return assemble(tok, pieces, not (add_generation_prompt or resume))
+
+
+def pieces_to_resume(pieces, message):
+    """The pieces up to the end of the last message's text, which a template may have trimmed."""
+    written = message["content"]
+    if message["role"] != "assistant" or not written.strip() or "tool_calls" in message:
+        raise UserError("only an assistant's text can be continued, and the last message is none")
+    for text in (written, written.strip()):
+        for n in reversed(range(len(pieces))):
+            before, found, _ = pieces[n].text.rpartition(text)
+            if found:
+                return [*pieces[:n], pieces[n]._replace(text=before + found)]
+    raise UserError("this chat format does not show the last message as it was written")
 
 
 def example(tok, messages, tools=None, format=None):

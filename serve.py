@@ -38,7 +38,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from common import Metrics, UserError, cli, parse_flags
-from generate import Engine
+from generate import Engine, turn_ends
 from runtime import lost_rank_explained
 from server import api
 from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector
@@ -96,7 +96,12 @@ class Service:
         self.context = engine.max_model_len  # tokens of prompt and answer
         self.args = args
         self.adapters = adapter_folders(args)
-        self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
+        folder = os.path.basename(os.path.abspath(args.model or "model"))
+        self.names = [args.name or folder.removesuffix(".gguf"), *self.adapters]
+        self.defaults = getattr(engine, "sampling_defaults", {})  # of Sampling, as the folder says
+        self.turn_ends = ()
+        with contextlib.suppress(UserError):  # a format unknown to us, or none
+            self.turn_ends = turn_ends(self.tok)
         self.client = EngineClient()
         self.measures = Measures(self.client)
         self.building = 0  # grammars that wait to be built
@@ -108,6 +113,17 @@ class Service:
             message = f"no model {name!r}; there are {', '.join(self.names)}"
             raise Refusal(404, message, "model_not_found", "model")
         return name or self.names[0]
+
+    def about(self, model):
+        """A model as /v1/models shows it."""
+        return {
+            "id": model,
+            "object": "model",
+            "owned_by": "local",
+            "parent": self.names[0] if model in self.adapters else None,
+            "created": int(self.started),
+            "max_model_len": self.context,
+        }
 
     def refuse_adapter(self, model, what):
         if model in self.adapters:
@@ -257,7 +273,7 @@ async def read_body(request, kind):
         # A page of another origin may send other types without asking.
         raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
-        return kind.model_validate(await request.json())
+        return api.parse_body(await request.json(), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError, ClientDisconnect) as error:
@@ -280,21 +296,21 @@ async def chat_completions(body: api.ChatRequest, request: Request):
     service = request.app.state.service
     model = service.model(body.model)
     grammar = api.grammar_of(body)
-    grammar = api.forced_call(body, service.tok) or grammar  # a forced call goes first
+    call = api.forced_call(body, service.tok)
+    if grammar and call:
+        message = "tool_choice and another field bind the answer: give one"
+        raise Refusal(400, message, param="tool_choice")
     prompt, sampling = await aside(request, plan_chat, body, service)
-    jobs = await service.admit(request, model, [prompt], [sampling], grammar)
+    jobs = await service.admit(request, model, [prompt], [sampling], call or grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
     return Reply(service, answer, jobs)
 
 
 def plan_chat(body, service):
     """-> (prompt, Sampling)"""
-    if body.top_logprobs and not body.logprobs:
-        raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    tools = body.tools if api.offered_functions(body) else None
-    prompt = api.chat_prompt(service.tok, body.messages, tools)
-    return prompt, api.request_sampling(body, prompt, service.tok, service.context, logprobs)
+    logprobs = body.top_logprobs if body.logprobs else None
+    prompt = api.chat_prompt(service.tok, body)
+    return prompt, api.request_sampling(body, prompt, service, logprobs, service.turn_ends)
 
 
 @routes.post("/v1/completions")
@@ -315,15 +331,13 @@ async def completions(body: api.CompletionRequest, request: Request):
 
 def plan_completion(body, service):
     """-> (prompts, a Sampling for each, or for none where the prompts are only repeated)"""
-    tok, context = service.tok, service.context
-    prompts = api.prompt_lists(body.prompt, tok)
+    prompts = api.prompt_lists(body.prompt, service.tok, body.add_special_tokens)
     if body.max_tokens == 0:
-        if not body.echo or max(map(len, prompts)) > context:
-            message = f"max_tokens 0 needs echo, and prompts of at most {context:,} tokens"
+        if not body.echo or max(map(len, prompts)) > service.context:
+            message = f"max_tokens 0 needs echo, and prompts of at most {service.context:,} tokens"
             raise Refusal(400, message, param="max_tokens")
         return prompts, []
-    logprobs = body.logprobs
-    return prompts, [api.request_sampling(body, ids, tok, context, logprobs) for ids in prompts]
+    return prompts, [api.request_sampling(body, ids, service, body.logprobs) for ids in prompts]
 
 
 @routes.post("/v1/embeddings")
@@ -350,23 +364,28 @@ async def embeddings(body: api.EmbeddingRequest, request: Request):
 @routes.get("/v1/models")
 async def list_models(request: Request):
     service = request.app.state.service
-    data = []
-    for name in service.names:
-        parent = service.names[0] if name in service.adapters else None
-        model = {"id": name, "object": "model", "owned_by": "local", "parent": parent}
-        data.append({**model, "created": int(service.started), "max_model_len": service.context})
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": [service.about(name) for name in service.names]}
+
+
+@routes.get("/v1/models/{name:path}")
+async def read_model(request: Request, name: str):
+    service = request.app.state.service
+    return service.about(service.model(name))
 
 
 # ------------------------------------------------------------------------------ routes of our own
 @routes.post("/tokenize")
 async def tokenize(body: api.TokenizeRequest, request: Request):
     """A text's ids, or those of the prompt that a chat becomes."""
-    tok = request.app.state.service.tok
-    if body.messages:
-        ids = await aside(request, api.chat_prompt, tok, body.messages)
+    if (body.prompt is None) == (body.messages is None):
+        raise Refusal(400, "give a prompt or messages, one of the two")
+    service = request.app.state.service
+    service.model(body.model)
+    if body.prompt is None:
+        chat = api.ChatRequest(messages=body.messages)
+        ids = await aside(request, api.chat_prompt, service.tok, chat)
     else:
-        ids = await aside(request, tok.encode, body.prompt)
+        ids = await aside(request, service.tok.encode, body.prompt)
     return json_response({"tokens": ids})
 
 
@@ -477,9 +496,9 @@ def create_app(engine, args=None, keys=None, sock=None):
     if service.args.cors:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=service.args.cors.split(","),
+            allow_origins=re.split(r"[,\s]+", service.args.cors.strip()),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # clients have many of their own: x-stainless-os, ...
             expose_headers=["x-request-id", "retry-after"],
         )
     return app

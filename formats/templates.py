@@ -32,8 +32,10 @@ def pieces_of_template(tok, chat, template):
             if "".join(piece.text for piece in pieces) == text:
                 return pieces
     markers = marker_pattern(tuple(tok.special))
-    messages, tools = defused(chat.messages, markers), defused(chat.tools, markers)
-    rendered = run_template(template, replace(chat, messages=messages, tools=tools))
+    given = {
+        name: defused(getattr(chat, name), markers) for name in ("messages", "tools", "options")
+    }
+    rendered = run_template(template, replace(chat, **given))
     pieces, said = [], False if OPEN in rendered else None
     for part in re.split(f"([{OPEN}{CLOSE}])", rendered):
         if part in (OPEN, CLOSE):
@@ -57,23 +59,30 @@ def defused(value, markers):
 
 def run_template(template, chat):
     """The text a template makes of a chat. What it refuses ("roles must alternate"): UserError."""
+    known = {
+        "messages": chat.messages,
+        "tools": chat.tools,
+        "documents": None,
+        "add_generation_prompt": chat.prompt,
+        "bos_token": chat.bos,
+        "eos_token": chat.eos,
+    }
     try:
-        return compile_template(template).render(
-            messages=chat.messages,
-            tools=chat.tools,
-            documents=None,
-            add_generation_prompt=chat.prompt,
-            bos_token=chat.bos,
-            eos_token=chat.eos,
-        )
+        compiled, names = compile_template(template)
+        unknown = chat.options.keys() - (names - known.keys())
+        if not unknown:
+            return compiled.render(known | chat.options)
     except Exception as e:  # a program from outside: what it stumbles over is this conversation
         raise UserError(f"the folder's chat_template refuses this conversation: {e}") from None
+    raise UserError(f"the folder's chat_template does not take {', '.join(sorted(unknown))}")
 
 
 @lru_cache(maxsize=8)
 def compile_template(template):
-    """A chat_template as transformers compiles it: its sandbox, whitespace rules and extras."""
+    """A chat_template as transformers compiles it, with its sandbox, whitespace rules and extras
+    -> (jinja2.Template, the names that it reads)."""
     import jinja2
+    import jinja2.meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
@@ -90,4 +99,5 @@ def compile_template(template):
     env.filters["tojson"] = json_text
     env.globals["raise_exception"] = refuse
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(template)
+    names = jinja2.meta.find_undeclared_variables(env.parse(template))
+    return env.from_string(template), names

@@ -232,7 +232,7 @@ class Generation:
         self.tok = tok
         self.body = body
         self.scored = scored
-        self.n = body.n or 1  # choices of each prompt
+        self.n = body.n  # choices of each prompt
         self.prompt_tokens = sum(map(len, prompts))
         self.head = {
             "id": f"{self.kind}-{request_id}",
@@ -262,7 +262,7 @@ class Generation:
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
                     out = b""
-            if self.body.stream_options and self.body.stream_options.include_usage:
+            if self.body.stream_options.include_usage:
                 out += self.event(choices=[], usage=self.usage())
         except Refusal as refusal:  # the status line is long gone: the error is an event
             out += server_sent_event(refusal.body)
@@ -322,7 +322,7 @@ class ChatAnswer(Generation):
     event_object = "chat.completion.chunk"
 
     def new_choice(self, index, prompt):
-        most = 1 if self.body.parallel_tool_calls is False else None
+        most = None if self.body.parallel_tool_calls else 1
         return Choice(index, ToolCalls(offered_functions(self.body), most))
 
     def opening(self):

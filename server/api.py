@@ -3,32 +3,44 @@
 serve.py speaks HTTP; here are plain functions over a tokenizer. answers.py is the way back.
 """
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal, TypeAlias
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Json, model_validator
 
 import chat
 from engine.sampler import Sampling
 
-# Every field of OpenAI's two endpoints is applied, ignored (nothing here depends on it) or refused
-# with 400. "extra" are our own; typical_p is refused by name because other servers have it.
-FIELDS = {
-    "applied": "model messages prompt echo frequency_penalty logit_bias logprobs top_logprobs "
-    "max_tokens presence_penalty n max_completion_tokens response_format seed stop stream "
-    "stream_options temperature tool_choice tools parallel_tool_calls top_p",
-    "extra": "top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids regex "
-    "return_token_ids",
-    "ignored": "user metadata store service_tier prediction safety_identifier prompt_cache_key "
-    "verbosity prompt_cache_retention prompt_cache_options reasoning_effort",
-    "refused": "audio modalities web_search_options functions function_call suffix moderation "
-    "best_of typical_p",
+# A field of a body is one of the classes below, or it is here, or it is refused with 400. On these
+# no answer depends:
+IGNORED = set(
+    "user metadata store service_tier prediction safety_identifier prompt_cache_key verbosity "
+    "prompt_cache_retention prompt_cache_options reasoning_effort request_id cache_prompt "
+    "guided_decoding_backend spaces_between_special_tokens".split()
+)
+# What only other servers do is taken where it says no more than the default: this, or nothing.
+DEFAULTS = {
+    **dict.fromkeys(
+        "audio modalities web_search_options functions function_call suffix moderation dimensions "
+        "prompt_logprobs allowed_token_ids truncate_prompt_tokens documents bad_words "
+        "chat_template logits_processors guided_grammar guided_whitespace_pattern structural_tag "
+        "mm_processor_kwargs cache_salt kv_transfer_params vllm_xargs".split()
+    ),
+    **dict.fromkeys(
+        "echo add_special_tokens use_beam_search include_stop_str_in_output "
+        "return_tokens_as_token_ids".split(),
+        False,  # the first two in chats
+    ),
+    **dict.fromkeys("skip_special_tokens include_reasoning".split(), True),
+    **dict.fromkeys("best_of typical_p length_penalty".split(), 1),
+    "priority": 0,
 }
-FIELDS = {what: tuple(names.split()) for what, names in FIELDS.items()}
+NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}  # one field means the other
 # These mean in Sampling what they mean in a request, and have its defaults.
 SAME_IN_SAMPLING = set(
     "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty min_tokens n "
-    "seed ignore_eos logit_bias".split()
+    "seed ignore_eos".split()
 )
 
 
@@ -43,75 +55,177 @@ class Refusal(HTTPException):
 
 
 # -------------------------------------------------------------------------- the bodies of requests
-class StreamOptions(BaseModel):
+class Body(BaseModel):
+    """A JSON object that has no fields but these, whose values are of their types and no others:
+    1 is not true, and "1" is not 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields):
+        """null means the default, as OpenAI has it."""
+        if not isinstance(fields, dict):
+            return fields
+        known = cls.model_fields
+        return {
+            name: fields[name] for name in fields if fields[name] is not None or name not in known
+        }
+
+
+class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: bool = False  # padding against eavesdroppers; there is none
 
 
-class GenerationRequest(BaseModel):
-    """What both endpoints take. null means the default, as OpenAI has it.
+class NamedFunction(Body):
+    name: str
+
+
+class Function(NamedFunction):
+    description: str = ""
+    parameters: dict = {"type": "object"}
+    strict: bool = False  # a call that tool_choice forces always is
+
+
+class NamedTool(Body):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class Tool(NamedTool):
+    function: Function
+
+
+class JsonSchema(Body):
+    name: str = ""
+    description: str = ""
+    strict: bool = True  # as all are
+    of: dict = Field(alias="schema")
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class ObjectFormat(Body):
+    type: Literal["json_object"]
+    of: dict = Field({"type": "object"}, alias="schema")
+
+
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+SchemaOrText: TypeAlias = dict | Json[dict]  # vLLM takes a schema's text, too
+Choices: TypeAlias = Annotated[list[str], Field(min_length=1, max_length=1024)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's newer name for guided_json, guided_regex and guided_choice."""
+
+    of: SchemaOrText = Field(None, alias="json")
+    regex: str = None
+    choice: Choices = None
+
+
+class ModelRequest(Body):
+    model: str = None
+
+
+class GenerationRequest(ModelRequest):
+    """What both endpoints take.
 
     Most bounds are Sampling's (see Sampling.check); here are those that keep a request small."""
 
-    model_config = ConfigDict(extra="allow")  # for FIELDS to say what becomes of it
-    model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = None
-    n: int | None = Field(None, ge=1, le=16)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=1024)
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: dict | None = None
-    regex: str | None = None
-    return_token_ids: bool | None = None
+    temperature: float = None
+    top_p: float = None
+    top_k: int = Field(0, ge=-1)  # -1 is vLLM's word for all, as 0 is
+    min_p: float = None
+    repetition_penalty: float = None
+    presence_penalty: float = None
+    frequency_penalty: float = None
+    logit_bias: dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]*)$")], float] = Field(
+        {}, max_length=1024
+    )
+    max_tokens: int = Field(-1, ge=-1)  # -1 is no limit
+    max_completion_tokens: int = Field(-1, ge=-1)
+    min_tokens: int = None
+    n: int = Field(1, ge=1, le=16)
+    seed: int = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: str | Annotated[list[str], Field(max_length=64)] = ()
+    stop_token_ids: list[int] = Field((), max_length=1024)
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    response_format: TextFormat | ObjectFormat | SchemaFormat = Field(None, discriminator="type")
+    regex: str = None
+    guided_regex: str = None
+    guided_json: SchemaOrText = None
+    guided_choice: Choices = None
+    structured_outputs: StructuredOutputs = StructuredOutputs()
+    return_token_ids: bool = False
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[dict] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict] | None = None
-    tool_choice: str | dict | None = None
-    parallel_tool_calls: bool | None = None
+    messages: list[dict] = Field(min_length=1)  # chat.py reads them
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    tools: list[Tool] = ()
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict = {}
+    add_generation_prompt: bool = None
+    continue_final_message: bool = False
+
+
+Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
+    prompt: Prompts
+    logprobs: int = Field(None, ge=0, le=20)
+    echo: bool = False
+    add_special_tokens: bool = True
 
 
-class EmbeddingRequest(BaseModel):
-    model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
-    encoding_format: str | None = Field(None, pattern="^(float|base64)$")
-    dimensions: None = None  # a vector is as long as the model is wide
+class EmbeddingRequest(ModelRequest):
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
 
 
-class TokenizeRequest(BaseModel):
-    prompt: str = ""
-    messages: list[dict] | None = None
+class TokenizeRequest(ModelRequest):
+    prompt: str = None
+    messages: list[dict] = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(ModelRequest):
     tokens: list[int]
 
 
+def parse_body(fields, kind):
+    """A request's JSON -> its class `kind`. Raises ValidationError, or Refusal for a field that
+    would say nothing without another."""
+    if not isinstance(fields, dict):
+        return kind.model_validate(fields)
+    for name, other in NEEDS.items():
+        if fields.get(name) and not fields.get(other):
+            raise Refusal(400, f"{name} needs {other}: true", param=name)
+    given = {}
+    for name, value in fields.items():
+        default = DEFAULTS.get(name)
+        usual = value == default and isinstance(value, bool) == isinstance(default, bool)
+        usual = name in DEFAULTS and (usual or value in (None, [], {}, ""))
+        if name in kind.model_fields or name not in IGNORED and not usual:
+            given[name] = value
+    return kind.model_validate(given)
+
+
 # ------------------------------------------------------------------------------------- the prompts
-def prompt_lists(value, tok):
-    """A prompt or input in any of OpenAI's four shapes -> lists of ids."""
+def prompt_lists(value, tok, special=True):
+    """A prompt or input in any of OpenAI's four shapes -> lists of ids; special: with the token
+    that begins a text."""
     if isinstance(value, str) or (value and isinstance(value[0], int)):
         value = [value]
     if not value or len(value) > 128:
@@ -119,7 +233,7 @@ def prompt_lists(value, tok):
     prompts = []
     for prompt in value:
         if isinstance(prompt, str):
-            prompt = tok.encode(prompt, bos=tok.bos_id is not None)
+            prompt = tok.encode(prompt, bos=special and tok.bos_id is not None)
         if not prompt or min(prompt) < 0 or max(prompt) >= tok.vocab_size:
             last = tok.vocab_size - 1
             raise Refusal(400, f"a prompt needs at least one token, with ids from 0 to {last}")
@@ -127,29 +241,33 @@ def prompt_lists(value, tok):
     return prompts
 
 
-def chat_prompt(tok, messages, tools=None):
-    """Messages (and tools) -> ids, through the model's own chat format."""
+def chat_prompt(tok, body):
+    """A ChatRequest -> ids, through the model's own chat format."""
     if tok.chat_template is None and "<|im_start|>" not in tok.special:
         message = "this model has no chat template: use /v1/completions with a plain prompt"
         raise Refusal(400, message, "no_chat_template")
+    resume = body.continue_final_message
+    prompted = body.add_generation_prompt
     system = {"role": "system"}  # for which "developer" is OpenAI's newer name
-    messages = [{**m, **system} if m.get("role") == "developer" else m for m in messages]
-    ids, _ = chat.render(tok, messages, add_generation_prompt=True, tools=tools)
+    messages = [{**m, **system} if m.get("role") == "developer" else m for m in body.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools]
+    ids, _ = chat.render(
+        tok,
+        messages,
+        add_generation_prompt=not resume if prompted is None else prompted,
+        tools=tools if offered_functions(body) else None,
+        options=body.chat_template_kwargs,
+        resume=resume,
+    )
     return ids
 
 
 # -------------------------------------------------------------------------- what binds the answers
 def offered_functions(body):
-    """The functions that the model may call: {name: OpenAI's description of it}."""
-    functions = {}
-    for tool in body.tools or ():
-        kind = tool.get("type", "function")
-        if kind != "function":
-            raise Refusal(400, f"tools are functions, not of type {kind!r}", param="tools")
-        function = tool.get("function")
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            functions[function["name"]] = function
-    return {} if body.tool_choice == "none" else functions
+    """The functions that the model may call: {name: Function}."""
+    if body.tool_choice == "none":
+        return {}
+    return {tool.function.name: tool.function for tool in body.tools}
 
 
 def forced_call(body, tok):
@@ -157,24 +275,22 @@ def forced_call(body, tok):
     ("json", schema, and perhaps the texts before and after). None: the model may choose."""
     functions = offered_functions(body)
     choice = body.tool_choice
-    if choice in (None, "auto", "none"):
+    if choice in ("auto", "none"):
         return None
     if choice != "required":
-        named = choice.get("function") if isinstance(choice, dict) else None
-        chosen = named.get("name") if isinstance(named, dict) else None
+        chosen = choice.function.name
         functions = {name: functions[name] for name in functions if name == chosen}
     if not functions:
-        message = f"tool_choice {choice!r} is not none, auto, required or one of the tools"
+        message = "tool_choice wants a function to be called that is not one of the tools"
         raise Refusal(400, message, param="tool_choice")
     arguments = "parameters" if "<|start_header_id|>" in tok.special else "arguments"
     calls = []
     for name, function in functions.items():
-        parameters = function.get("parameters") or {"type": "object"}
         call = {
             "type": "object",
             "required": ["name", arguments],
             "additionalProperties": False,
-            "properties": {"name": {"const": name}, arguments: parameters},
+            "properties": {"name": {"const": name}, arguments: function.parameters},
         }
         calls.append(call)
     if "<tool_call>" in (tok.chat_template or ""):
@@ -183,51 +299,44 @@ def forced_call(body, tok):
 
 
 def grammar_of(body):
-    """response_format or regex -> what Worker.constraint takes, or None."""
-    form = body.response_format or {"type": "text"}
-    kind = form.get("type")
-    if kind == "json_object":
-        return "json", None
-    if kind == "json_schema":
-        named = form.get("json_schema")
-        schema = named.get("schema") if isinstance(named, dict) else None
-        if not isinstance(schema, dict):
-            message = "response_format json_schema needs json_schema.schema, an object"
-            raise Refusal(400, message, param="response_format")
-        return "json", schema
-    if kind != "text":
-        message = f"response_format {kind!r}: use text, json_object or json_schema"
-        raise Refusal(400, message, param="response_format")
-    return ("regex", body.regex) if body.regex else None
+    """The one field that binds the answer -> what Worker.constraint takes: ("regex", pattern) or
+    ("json", schema). None: the model may say what it likes."""
+    form, more = body.response_format, body.structured_outputs
+    schemas = [body.guided_json, more.of, getattr(form, "of", None)]
+    if isinstance(form, SchemaFormat):
+        schemas.append(form.json_schema.of)
+    patterns = [body.regex, body.guided_regex, more.regex]
+    for choices in (body.guided_choice, more.choice):
+        if choices:
+            patterns.append("|".join(map(re.escape, choices)))
+    grammars = [("json", schema) for schema in schemas if schema is not None]
+    grammars += [("regex", pattern) for pattern in patterns if pattern is not None]
+    if len(grammars) > 1:
+        fields = "response_format, regex, guided_* and structured_outputs"
+        raise Refusal(400, f"{len(grammars)} of {fields} bind the answer: give one")
+    return grammars[0] if grammars else None
 
 
 # ------------------------------------------------------------------------------------ the sampling
-def refuse_fields(body):
-    """Raise for a field that this server does not have, unless it says no more than the default."""
-    for name in FIELDS["refused"]:
-        if body.model_extra.get(name) not in (None, [], {}, ["text"]):
-            raise Refusal(400, f"{name} is not supported by this server", "unsupported_field", name)
-
-
-def request_sampling(body, prompt, tok, context, logprobs):
-    """The request's fields -> Sampling.
+def request_sampling(body, prompt, service, logprobs, ends=()):
+    """The request's fields -> Sampling, with the service's defaults. ends: ids that end the answer,
+    beside the request's own.
 
     The answer's length is clamped to the context; only a prompt that fills it is refused."""
-    room = context - len(prompt)
+    room = service.context - len(prompt)
     if room < 1:
-        message = f"the prompt has {len(prompt):,} tokens, this model's context is {context:,}"
+        message = f"the prompt has {len(prompt):,} tokens, this model's context is "
+        message += f"{service.context:,}"
         raise Refusal(400, message, "context_length_exceeded", "messages")
-    refuse_fields(body)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    most = min(body.max_completion_tokens or body.max_tokens or room, room)
+    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n >= 0]
+    fields = body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
     sampling = Sampling(
-        **body.model_dump(include=SAME_IN_SAMPLING, exclude_none=True),
-        max_tokens=most,
-        top_k=max(body.top_k or 0, 0),
-        stop=tuple(text for text in stop if text),
-        stop_ids=tuple(body.stop_token_ids or ()),
+        **{**service.defaults, "top_k": max(body.top_k, 0), **fields},
+        max_tokens=min([*limits, room]),
+        logit_bias={int(i): bias for i, bias in body.logit_bias.items()},
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
+        stop_ids=(*body.stop_token_ids, *(() if body.ignore_eos else ends)),
         logprobs=logprobs,
     )
-    sampling.min_tokens = min(sampling.min_tokens, most)
-    sampling.check(tok.vocab_size)
+    sampling.check(service.tok.vocab_size)
     return sampling

@@ -129,8 +129,10 @@ def invalid(errors):
     found = []
     for error in errors[:3]:
         place = ".".join(map(str, error["loc"])) or "body"
-        found.append(f"{place}: {error['msg']}")
-    return Refusal(400, "; ".join(found), "invalid_request")
+        unknown = error["type"] == "extra_forbidden"
+        found.append(f"{place}: {'not supported by this server' if unknown else error['msg']}")
+    param = str(errors[0]["loc"][0]) if errors[0]["loc"] else None
+    return Refusal(400, "; ".join(found), "invalid_request", param)
 
 
 async def show_error(request, error):
@@ -184,7 +186,8 @@ class Door:
 
         try:
             self.check(scope, headers.get("authorization", ""), state)
-            await self.app(scope, self.limited(receive), tagged)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # but for the body
+            await self.app({**scope, "method": method}, self.limited(receive), tagged)
         except Exception as error:
             if not isinstance(error, Refusal):
                 log_line({"event": "error", "id": state["id"], "error": repr(error)[:500]})
@@ -201,7 +204,7 @@ class Door:
 
     def check(self, scope, given, state):
         """Who is it, and may they now? Raises Refusal 401 or 429."""
-        given = given.removeprefix("Bearer ").strip()
+        given = re.sub("(?i)^bearer +", "", given).strip()
         digest = hashlib.sha256(given.encode("latin1")).digest()
         found = None
         for key, name in self.keys.items():
