@@ -262,7 +262,7 @@ class Generation:
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
                     out = b""
-            if self.body.stream_options.include_usage:
+            if self.body.stream_options.get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
         except Refusal as refusal:  # the status line is long gone: the error is an event
             out += server_sent_event(refusal.body)

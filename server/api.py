@@ -7,7 +7,8 @@ import re
 from typing import Annotated, Literal, TypeAlias
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, Json, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Json
+from typing_extensions import NotRequired, TypedDict  # Python 3.10's have no NotRequired
 
 import chat
 from engine.sampler import Sampling
@@ -39,8 +40,8 @@ DEFAULTS = {
 NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}  # one field means the other
 # These mean in Sampling what they mean in a request, and have its defaults.
 SAME_IN_SAMPLING = set(
-    "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty min_tokens n "
-    "seed ignore_eos".split()
+    "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
+    "min_tokens n seed ignore_eos".split()
 )
 
 
@@ -55,83 +56,70 @@ class Refusal(HTTPException):
 
 
 # -------------------------------------------------------------------------- the bodies of requests
-class Body(BaseModel):
-    """A JSON object that has no fields but these, whose values are of their types and no others:
-    1 is not true, and "1" is not 1."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, fields):
-        """null means the default, as OpenAI has it."""
-        if not isinstance(fields, dict):
-            return fields
-        known = cls.model_fields
-        return {
-            name: fields[name] for name in fields if fields[name] is not None or name not in known
-        }
-
-
-class StreamOptions(Body):
-    include_usage: bool = False
-    include_obfuscation: bool = False  # padding against eavesdroppers; there is none
-
-
-class NamedFunction(Body):
+class NamedFunction(TypedDict):
     name: str
 
 
-class Function(NamedFunction):
-    description: str = ""
-    parameters: dict = {"type": "object"}
-    strict: bool = False  # a call that tool_choice forces always is
+class Function(NamedFunction, total=False):
+    description: str | None
+    parameters: dict | None
+    strict: bool | None  # a call that tool_choice forces always is
 
 
-class NamedTool(Body):
-    type: Literal["function"] = "function"
-    function: NamedFunction
-
-
-class Tool(NamedTool):
+class Tool(TypedDict):
+    type: NotRequired[Literal["function"]]
     function: Function
 
 
-class JsonSchema(Body):
-    name: str = ""
-    description: str = ""
-    strict: bool = True  # as all are
-    of: dict = Field(alias="schema")
+class ToolChoice(TypedDict):
+    type: NotRequired[Literal["function"]]
+    function: NamedFunction
 
 
-class TextFormat(Body):
+class JsonSchema(TypedDict):
+    name: NotRequired[str]
+    description: NotRequired[str | None]
+    strict: NotRequired[bool | None]  # all are
+    schema: dict
+
+
+class TextFormat(TypedDict):
     type: Literal["text"]
 
 
-class ObjectFormat(Body):
+class ObjectFormat(TypedDict):
     type: Literal["json_object"]
-    of: dict = Field({"type": "object"}, alias="schema")
+    schema: NotRequired[dict | None]
 
 
-class SchemaFormat(Body):
+class SchemaFormat(TypedDict):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 SchemaOrText: TypeAlias = dict | Json[dict]  # vLLM takes a schema's text, too
-Choices: TypeAlias = Annotated[list[str], Field(min_length=1, max_length=1024)]
+Choices: TypeAlias = Annotated[list[str], Field(min_length=1)]
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(TypedDict, total=False):
     """vLLM's newer name for guided_json, guided_regex and guided_choice."""
 
-    of: SchemaOrText = Field(None, alias="json")
-    regex: str = None
-    choice: Choices = None
+    json: SchemaOrText | None
+    regex: str | None
+    choice: Choices | None
 
 
-class ModelRequest(Body):
-    model: str = None
+class StreamOptions(TypedDict, total=False):
+    include_usage: bool | None
+    include_obfuscation: bool | None  # padding against eavesdroppers; there is none
+
+
+class ModelRequest(BaseModel):
+    """A body. It has no fields but these, at any depth, whose values are of their types and no
+    others: 1 is not true, and "1" is not 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model: str = ""
 
 
 class GenerationRequest(ModelRequest):
@@ -141,7 +129,7 @@ class GenerationRequest(ModelRequest):
 
     temperature: float = None
     top_p: float = None
-    top_k: int = Field(0, ge=-1)  # -1 is vLLM's word for all, as 0 is
+    top_k: int = None  # -1 is vLLM's word for all, as 0 is
     min_p: float = None
     repetition_penalty: float = None
     presence_penalty: float = None
@@ -149,31 +137,31 @@ class GenerationRequest(ModelRequest):
     logit_bias: dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]*)$")], float] = Field(
         {}, max_length=1024
     )
-    max_tokens: int = Field(-1, ge=-1)  # -1 is no limit
-    max_completion_tokens: int = Field(-1, ge=-1)
+    max_tokens: int = -1  # no limit
+    max_completion_tokens: int = -1
     min_tokens: int = None
     n: int = Field(1, ge=1, le=16)
-    seed: int = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[str], Field(max_length=64)] = ()
-    stop_token_ids: list[int] = Field((), max_length=1024)
+    seed: int = None
+    stop: str | Annotated[list[str], Field(max_length=64)] = []
+    stop_token_ids: list[int] = Field([], max_length=1024)
     ignore_eos: bool = False
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    response_format: TextFormat | ObjectFormat | SchemaFormat = Field(None, discriminator="type")
+    stream_options: StreamOptions = {}
+    response_format: TextFormat | ObjectFormat | SchemaFormat = Field({}, discriminator="type")
     regex: str = None
     guided_regex: str = None
     guided_json: SchemaOrText = None
     guided_choice: Choices = None
-    structured_outputs: StructuredOutputs = StructuredOutputs()
+    structured_outputs: StructuredOutputs = {}
     return_token_ids: bool = False
 
 
 class ChatRequest(GenerationRequest):
     messages: list[dict] = Field(min_length=1)  # chat.py reads them
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-    tools: list[Tool] = ()
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    top_logprobs: int = 0
+    tools: list[Tool] = []
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict = {}
     add_generation_prompt: bool = None
@@ -185,7 +173,7 @@ Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
-    logprobs: int = Field(None, ge=0, le=20)
+    logprobs: int = None
     echo: bool = False
     add_special_tokens: bool = True
 
@@ -214,10 +202,15 @@ def parse_body(fields, kind):
             raise Refusal(400, f"{name} needs {other}: true", param=name)
     given = {}
     for name, value in fields.items():
-        default = DEFAULTS.get(name)
-        usual = value == default and isinstance(value, bool) == isinstance(default, bool)
-        usual = name in DEFAULTS and (usual or value in (None, [], {}, ""))
-        if name in kind.model_fields or name not in IGNORED and not usual:
+        if name in kind.model_fields:
+            silent = value is None
+        elif name in DEFAULTS:
+            default = DEFAULTS[name]
+            same = value == default and isinstance(value, bool) == isinstance(default, bool)
+            silent = same or value in (None, [], {}, "")
+        else:
+            silent = name in IGNORED
+        if not silent:
             given[name] = value
     return kind.model_validate(given)
 
@@ -250,12 +243,11 @@ def chat_prompt(tok, body):
     prompted = body.add_generation_prompt
     system = {"role": "system"}  # for which "developer" is OpenAI's newer name
     messages = [{**m, **system} if m.get("role") == "developer" else m for m in body.messages]
-    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools]
     ids, _ = chat.render(
         tok,
         messages,
         add_generation_prompt=not resume if prompted is None else prompted,
-        tools=tools if offered_functions(body) else None,
+        tools=body.tools if offered_functions(body) else None,
         options=body.chat_template_kwargs,
         resume=resume,
     )
@@ -265,9 +257,8 @@ def chat_prompt(tok, body):
 # -------------------------------------------------------------------------- what binds the answers
 def offered_functions(body):
     """The functions that the model may call: {name: Function}."""
-    if body.tool_choice == "none":
-        return {}
-    return {tool.function.name: tool.function for tool in body.tools}
+    tools = [] if body.tool_choice == "none" else body.tools
+    return {tool["function"]["name"]: tool["function"] for tool in tools}
 
 
 def forced_call(body, tok):
@@ -278,7 +269,7 @@ def forced_call(body, tok):
     if choice in ("auto", "none"):
         return None
     if choice != "required":
-        chosen = choice.function.name
+        chosen = choice["function"]["name"]
         functions = {name: functions[name] for name in functions if name == chosen}
     if not functions:
         message = "tool_choice wants a function to be called that is not one of the tools"
@@ -286,11 +277,12 @@ def forced_call(body, tok):
     arguments = "parameters" if "<|start_header_id|>" in tok.special else "arguments"
     calls = []
     for name, function in functions.items():
+        parameters = function.get("parameters") or {"type": "object"}
         call = {
             "type": "object",
             "required": ["name", arguments],
             "additionalProperties": False,
-            "properties": {"name": {"const": name}, arguments: function.parameters},
+            "properties": {"name": {"const": name}, arguments: parameters},
         }
         calls.append(call)
     if "<tool_call>" in (tok.chat_template or ""):
@@ -301,12 +293,13 @@ def forced_call(body, tok):
 def grammar_of(body):
     """The one field that binds the answer -> what Worker.constraint takes: ("regex", pattern) or
     ("json", schema). None: the model may say what it likes."""
-    form, more = body.response_format, body.structured_outputs
-    schemas = [body.guided_json, more.of, getattr(form, "of", None)]
-    if isinstance(form, SchemaFormat):
-        schemas.append(form.json_schema.of)
-    patterns = [body.regex, body.guided_regex, more.regex]
-    for choices in (body.guided_choice, more.choice):
+    form = body.response_format
+    more = body.structured_outputs
+    schemas = [body.guided_json, more.get("json"), form.get("json_schema", {}).get("schema")]
+    if form.get("type") == "json_object":
+        schemas.append(form.get("schema") or {"type": "object"})
+    patterns = [body.regex, body.guided_regex, more.get("regex")]
+    for choices in (body.guided_choice, more.get("choice")):
         if choices:
             patterns.append("|".join(map(re.escape, choices)))
     grammars = [("json", schema) for schema in schemas if schema is not None]
@@ -328,10 +321,12 @@ def request_sampling(body, prompt, service, logprobs, ends=()):
         message = f"the prompt has {len(prompt):,} tokens, this model's context is "
         message += f"{service.context:,}"
         raise Refusal(400, message, "context_length_exceeded", "messages")
-    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n >= 0]
-    fields = body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
+    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n != -1]
+    fields = service.defaults | body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
+    if fields.get("top_k") == -1:
+        fields["top_k"] = 0
     sampling = Sampling(
-        **{**service.defaults, "top_k": max(body.top_k, 0), **fields},
+        **fields,
         max_tokens=min([*limits, room]),
         logit_bias={int(i): bias for i, bias in body.logit_bias.items()},
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),

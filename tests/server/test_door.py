@@ -42,11 +42,11 @@ def test_no_answer_waits_for_an_acknowledgement(stub):
 
 
 @pytest.mark.parametrize(
-    "path, kind",
-    [("/v1/embeddings", "application/json"), ("/v1/chat/completions", "application/json")],
+    "path, body",
+    [("/v1/embeddings", {"input": "a"}), ("/v1/chat/completions", {})],
 )
 def test_an_internal_error_has_openais_shape_and_the_connection_stays(
-    path, kind, monkeypatch, capfd
+    path, body, monkeypatch, capfd
 ):
     def fails(*_):
         raise RuntimeError("out of luck")
@@ -55,7 +55,7 @@ def test_an_internal_error_has_openais_shape_and_the_connection_stays(
         monkeypatch.setattr(serve, "encode_vector", fails)
         monkeypatch.setattr(answers.Generation, "whole", fails)
         monkeypatch.setattr(server.engine, "embed", lambda ids: [0.6, 0.8])
-        error = error_of(ask(server, path, {"content-type": kind}, input="a"), 500)
+        error = error_of(ask(server, path, **body), 500)
         assert error["type"] == "server_error"
         assert "RuntimeError" in error["message"]
         assert "luck" not in error["message"]
