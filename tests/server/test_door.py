@@ -42,8 +42,7 @@ def test_no_answer_waits_for_an_acknowledgement(stub):
 
 
 @pytest.mark.parametrize(
-    "path, body",
-    [("/v1/embeddings", {"input": "a"}), ("/v1/chat/completions", {})],
+    "path, body", [("/v1/embeddings", {"input": "a"}), ("/v1/chat/completions", {})]
 )
 def test_an_internal_error_has_openais_shape_and_the_connection_stays(
     path, body, monkeypatch, capfd
