@@ -96,8 +96,9 @@ class Service:
         self.context = engine.max_model_len  # tokens of prompt and answer
         self.args = args
         self.adapters = adapter_folders(args)
-        folder = os.path.basename(os.path.abspath(args.model or "model"))
-        self.names = [args.name or folder.removesuffix(".gguf"), *self.adapters]
+        path = os.path.abspath(args.model or "model")
+        own = re.sub(r"\.gguf$", "", os.path.basename(path), flags=re.I)
+        self.names = [args.name or own, *self.adapters]
         self.defaults = getattr(engine, "sampling_defaults", {})  # of Sampling, as the folder says
         self.turn_ends = ()
         with contextlib.suppress(UserError):  # a format unknown to us, or none
@@ -497,7 +498,7 @@ def create_app(engine, args=None, keys=None, sock=None):
         app.add_middleware(
             CORSMiddleware,
             allow_origins=re.split(r"[,\s]+", service.args.cors.strip()),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients have many of their own: x-stainless-os, ...
             expose_headers=["x-request-id", "retry-after"],
         )

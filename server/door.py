@@ -204,7 +204,7 @@ class Door:
 
     def check(self, scope, given, state):
         """Who is it, and may they now? Raises Refusal 401 or 429."""
-        given = re.sub("(?i)^bearer +", "", given).strip()
+        given = re.sub(r"(?i)^bearer\s+", "", given).strip()
         digest = hashlib.sha256(given.encode("latin1")).digest()
         found = None
         for key, name in self.keys.items():

@@ -89,6 +89,71 @@ def test_a_full_queue_is_429_and_draining_is_503():
         until(lambda: len(server.service.client.jobs) == 0)
 
 
+def test_a_place_is_free_by_the_time_the_client_has_its_answer():
+    """As many clients as places, each of which asks again at once: none ever meets a full queue."""
+    places, seen = 6, []
+
+    def asks_again_and_again(url, stream):
+        with httpx.Client(base_url=url) as http:
+            for _ in range(50):
+                answer = http.post("/v1/completions", json={"prompt": "a", "stream": stream})
+                seen.append(answer.status_code)
+
+    with running(Stub("x"), concurrency=places - 2, queue=2) as server:
+        threads = []
+        for n in range(places):
+            thread = threading.Thread(target=asks_again_and_again, args=(server.url, n % 2 == 0))
+            threads.append(thread)
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == [200] * 50 * places
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("runs/Qwen2.5-0.5B-Instruct", "Qwen2.5-0.5B-Instruct"),
+        ("Llama-3.2-1B/", "Llama-3.2-1B"),
+        ("a/tiny.q8_0.gguf", "tiny.q8_0"),
+        ("a/Q.GGUF", "Q"),
+        ("..", ROOT.parent.name),
+        (".", ROOT.name),
+    ],
+)
+def test_a_model_is_named_as_its_folder_or_file(model, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert serve.Service(Stub(), serve.Args(model=model)).names == [name]
+
+
+def test_a_model_can_be_asked_for_by_its_name():
+    with running(Stub(), name="org/Qwen2.5-0.5B.v1") as server:
+        (listed,) = HTTP.get(server.url + "/v1/models").json()["data"]
+        for name in ("org/Qwen2.5-0.5B.v1", "org%2FQwen2.5-0.5B.v1"):
+            assert HTTP.get(server.url + "/v1/models/" + name).json() == listed
+        error = error_of(HTTP.get(server.url + "/v1/models/Qwen2.5-0"), 404)
+        assert error["code"] == "model_not_found"
+        assert ask(server, model="org/Qwen2.5-0.5B.v1").status_code == 200
+
+
+def test_head_is_get_without_a_body(stub):
+    for path in ("/", "/health", "/v1/models", "/v1/models/stub", "/metrics"):
+        head, get = (HTTP.request(method, stub.url + path) for method in ("HEAD", "GET"))
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert HTTP.head(stub.url + "/v1/completions").status_code == 405
+    assert HTTP.options(stub.url + "/v1/models").status_code == 405
+
+
+def test_the_name_of_the_keys_scheme_has_no_case():
+    with running(Stub(), {"k": "ann"}) as server:
+        for given in ("Bearer k", "bearer k", "BEARER   k"):
+            answer = HTTP.get(server.url + "/v1/models", headers={"authorization": given})
+            assert answer.status_code == 200, given
+        for given in ("bearer", "bearer x", "bearerk", "Basic k"):
+            error_of(HTTP.get(server.url + "/v1/models", headers={"authorization": given}), 401)
+
+
 def test_an_answer_that_takes_too_long_ends_in_an_error():
     with running(Stub("x" * 5000, delay=0.01), timeout=0.3) as server:
         assert error_of(ask(server), 504)["code"] == "timeout"
