@@ -129,22 +129,20 @@ class GenerationRequest(ModelRequest):
 
     temperature: float = None
     top_p: float = None
-    top_k: int = None  # -1 is vLLM's word for all, as 0 is
+    top_k: int = None
     min_p: float = None
     repetition_penalty: float = None
     presence_penalty: float = None
     frequency_penalty: float = None
-    logit_bias: dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]*)$")], float] = Field(
-        {}, max_length=1024
-    )
-    max_tokens: int = -1  # no limit
-    max_completion_tokens: int = -1
     min_tokens: int = None
     n: int = Field(1, ge=1, le=16)
     seed: int = None
+    ignore_eos: bool = False
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field({}, max_length=1024)
+    max_tokens: int = -1  # no limit
+    max_completion_tokens: int = -1
     stop: str | Annotated[list[str], Field(max_length=64)] = []
     stop_token_ids: list[int] = Field([], max_length=1024)
-    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = {}
     response_format: TextFormat | ObjectFormat | SchemaFormat = Field({}, discriminator="type")
@@ -192,16 +190,16 @@ class DetokenizeRequest(ModelRequest):
     tokens: list[int]
 
 
-def parse_body(fields, kind):
+def parse_body(body, kind):
     """A request's JSON -> its class `kind`. Raises ValidationError, or Refusal for a field that
     would say nothing without another."""
-    if not isinstance(fields, dict):
-        return kind.model_validate(fields)
+    if not isinstance(body, dict):
+        return kind.model_validate(body)
     for name, other in NEEDS.items():
-        if fields.get(name) and not fields.get(other):
+        if body.get(name) and not body.get(other):
             raise Refusal(400, f"{name} needs {other}: true", param=name)
     given = {}
-    for name, value in fields.items():
+    for name, value in body.items():
         if name in kind.model_fields:
             silent = value is None
         elif name in DEFAULTS:
@@ -322,13 +320,13 @@ def request_sampling(body, prompt, service, logprobs, ends=()):
         message += f"{service.context:,}"
         raise Refusal(400, message, "context_length_exceeded", "messages")
     limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n != -1]
-    fields = service.defaults | body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
-    if fields.get("top_k") == -1:
-        fields["top_k"] = 0
+    given = service.defaults | body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
+    if given.get("top_k") == -1:  # vLLM's word for all
+        given["top_k"] = 0
     sampling = Sampling(
-        **fields,
+        **given,
         max_tokens=min([*limits, room]),
-        logit_bias={int(i): bias for i, bias in body.logit_bias.items()},
+        logit_bias=body.logit_bias,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         stop_ids=(*body.stop_token_ids, *(() if body.ignore_eos else ends)),
         logprobs=logprobs,
