@@ -6,12 +6,15 @@ does), so that commands that do not need it start at once.
 """
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import difflib
 import errno
+import gzip
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -22,7 +25,8 @@ import signal
 import sys
 import time
 import typing
-from collections import deque
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -40,8 +44,11 @@ def cli(main):
 
     Under torchrun only rank 0 writes to stdout; errors go to stderr from every rank."""
     silent = os.environ.get("RANK", "0") != "0"
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # it may be closed
+            stream.reconfigure(errors="replace")  # what its encoding cannot say is a `?`
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", errors="replace") as nowhere:
             with contextlib.redirect_stdout(nowhere if silent else sys.stdout):
                 main()
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
@@ -155,25 +162,19 @@ def write_json(path, value):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_utf8(path):
+    """The text of a small file, without a BOM. UserError where it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def json_records(path):
-    """Yield the records of a JSON list or of JSONL; UserError names the one that is no JSON."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            is_list = file.read(1) == "["
-            file.seek(0)
-            records = json.load(file) if is_list else map(json.loads, filter(str.strip, file))
-            for number, record in enumerate(records, 1):
-                yield record
+        return json.loads(read_utf8(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: record {number + 1} is not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def sha256(data: bytes) -> str:
@@ -190,6 +191,116 @@ def full_disk_explained(path, advice):
             raise
         free = shutil.disk_usage(Path(path).parent).free
         raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
+
+
+# ------------------------------------------------------------------------------- files of records
+RECORD_FILES = (".jsonl", ".ndjson", ".json", ".parquet")  # in any case, and with .gz behind
+# An escape in JSON. The first group is one to keep; what is left is half a surrogate pair.
+ESCAPES = re.compile(rb"(\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|\\[^u])|\\u[dD][89a-fA-F]\w\w")
+
+
+class Row(typing.NamedTuple):
+    """A record of a file, or what is wrong with it."""
+
+    number: int  # of its line; in a list or in parquet of the record
+    where: str  # file and number, as an error names it
+    record: object
+    fault: str | None
+
+
+@contextlib.contextmanager
+def open_data(path):
+    """Context: a file's bytes, unpacked if they are gzip's whatever its name, behind a BOM."""
+    with open(path, "rb") as file:
+        try:
+            if file.peek(2).startswith(b"\x1f\x8b"):
+                file = gzip.GzipFile(fileobj=file)
+            if file.peek(3).startswith(codecs.BOM_UTF8):
+                file.read(3)
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: damaged gzip ({error})") from None
+
+
+def without_gz(path):
+    """A file's name in small letters, without .gz: its ending says what is in it."""
+    return Path(path).name.lower().removesuffix(".gz")
+
+
+def holds_records(path):
+    """Whether a file holds records, not text: its name says it, or else how it begins."""
+    name = without_gz(path)
+    with open_data(path) as file:
+        head = file.peek(BLOCK)
+    if name.endswith(RECORD_FILES) or head.startswith(b"PAR1"):
+        return True
+    return not name.endswith(".txt") and bool(re.match(rb'\s*(\[\s*)?\{\s*"', head))
+
+
+def file_rows(path, columns=None):
+    """Yield a Row for every record of JSON Lines, of a JSON list or of parquet.
+
+    Which it is its first bytes say. A line ends at \\n alone. columns: those to read of parquet."""
+    with open_data(path) as file:
+        head = file.peek(BLOCK).lstrip()
+        if head.startswith(b"PAR1"):
+            found = ((record, None) for record in parquet_records(file, path, columns))
+        elif head.startswith(b"["):
+            records, fault = parse_json(file.read())
+            found = [(None, fault)] if fault else ((record, None) for record in records)
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Row(number, f"{path}:{number}", *parse_json(line))
+            return
+        for number, (record, fault) in enumerate(found, 1):
+            yield Row(number, f"{path}: record {number}", record, fault)
+
+
+def parse_json(data):
+    """Bytes -> (value, None) or (None, what is wrong). Half a surrogate pair becomes U+FFFD."""
+    try:
+        text = ESCAPES.sub(lambda found: found[1] or rb"\ufffd", data).decode()
+        return json.loads(text, object_pairs_hook=distinct), None
+    except (ValueError, RecursionError) as error:
+        return None, f"not valid JSON ({error})"
+
+
+def distinct(pairs):
+    """The object of these pairs; UserError if it has a key twice, of which json takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise UserError(f"the key {key!r} is there twice")
+    return found
+
+
+def parquet_records(file, path, columns):
+    """Yield the rows of an open parquet file as dicts."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        table = ParquetFile(file)
+        names = table.schema_arrow.names
+        if not set(columns or ()) <= set(names):
+            known = ", ".join(map(repr, names[:8]))
+            raise UserError(f"{path}: no column {columns[0]!r}, only {known}: use --field")
+        for batch in table.iter_batches(1024, columns=columns):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        cause = str(error).splitlines()[0][:200]
+        raise UserError(f"{path}: not a readable parquet file ({cause})") from None
+
+
+def json_records(path):
+    """Yield (file and number, record) for every record; UserError for the first that is none."""
+    for row in file_rows(path):
+        if row.fault:
+            raise UserError(f"{row.where}: {row.fault}")
+        yield row.where, row.record
 
 
 # -------------------------------------------------------------------------- text, a block at a time

@@ -3,7 +3,7 @@
 python data.py shakespeare                     # tiny Shakespeare -> data/shakespeare.txt
 python data.py wikitext-103                    # -> data/wikitext-103/{train,valid,test}.txt
 python data.py wikitext-103 --tokenizer T      # the same, and shards of tokens beside it
-python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # .txt, .jsonl, .parquet -> shards
+python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # text or records -> shards
 python data.py toybox --out data/toybox        # a made-up world: text, chats, preferences
 python train.py --data D                       # what shards are for
 
@@ -656,7 +656,7 @@ class Args:
     val: tuple = ()  # files to validate on, not a share of the documents
     val_share: float = 0.01  # share of the documents to validate on
     split_on: str = ""  # what stands between the documents of a text file; \n is a newline
-    field: str = "text"  # where a .jsonl or .parquet has its text
+    field: str = "text"  # where records (JSON Lines, a JSON list, parquet) have their text
     skip_bad: bool = False  # count and leave out records without a text
     overwrite: bool = False  # throw away the shards in --out
     processes: int = 0  # to tokenize in; 0 is one per CPU

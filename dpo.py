@@ -53,7 +53,8 @@ REFERENCE_FREE = ("simpo", "orpo")
 @dataclass
 class Args(LoopArgs):
     model: str = "runs/sft"  # the model folder to tune; as it is now it is also the reference
-    data: str = "toybox"  # toybox, or a .json or .jsonl of preferences
+    data: str = "toybox"  # toybox, or a file of preferences
+    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
     val: str = ""  # held-out preferences [a share of the data's prompts, chosen by their hash]
     val_share: float = 0.1  # that share
     pairs: int = 4000  # how many pairs toybox makes
@@ -137,8 +138,9 @@ def log_odds(log_p):
 # ----------------------------------------------------------------------- records into pairs of ids
 class Preference(NamedTuple):
     prompt: list  # messages
-    chosen: str
-    rejected: str
+    chosen: dict  # a message of the assistant's
+    rejected: dict
+    tools: list | None = None
 
 
 class PairIds(NamedTuple):
@@ -152,39 +154,47 @@ class PairIds(NamedTuple):
 PREFERENCE_LAYOUTS = (
     "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations "
     "or HH-RLHF's text; Alpaca {instruction, input, chosen, rejected}; "
-    "ShareGPT {conversations, chosen, rejected}"
+    "ShareGPT {conversations, chosen, rejected}; beside any system, history, tools"
 )
 
 
 def as_preference(record):
-    """One record of a dataset, in any of PREFERENCE_LAYOUTS -> Preference."""
-    if not isinstance(record, dict):
-        raise UserError(f"it is a {type(record).__name__}, not an object")
-    if not {"chosen", "rejected"} <= record.keys():
-        keys = ", ".join(record)[:200]
+    """One record of a dataset, in any of PREFERENCE_LAYOUTS -> Preference.
+
+    An `output` beside the two answers, which both were made from, says nothing."""
+    fields = chat.known_keys("the record", record, record)
+    if not {"chosen", "rejected"} <= fields.keys():
+        keys = ", ".join(fields)[:200]
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
-    chosen = as_talk(record, "chosen")
-    rejected = as_talk(record, "rejected")
+    sides = fields.pop("chosen"), fields.pop("rejected")
+    fields.pop("output", None)
+    (chosen, tools), (rejected, _) = (as_talk(fields, side) for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
-        answered = talk[-1]["role"] == "assistant" and isinstance(talk[-1]["content"], str)
-        if len(talk) < 2 or not answered:
+        if len(talk) < 2 or talk[-1]["role"] != "assistant":
             raise UserError("there must be a prompt, and after it an answer of the assistant's")
-    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+        if "weight" in talk[-1]:
+            raise UserError("an answer of weight 0 teaches nothing")
+    return Preference(chosen[:-1], chosen[-1], rejected[-1], tools)
 
 
-def as_talk(record, side):
-    """-> the messages of a record's prompt and of its "chosen" or "rejected" answer."""
-    answer = as_preference_messages(record[side], "assistant")
+def as_talk(fields, answer):
+    """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
+    answer = as_preference_messages(answer, "assistant")
+    beside = [key for key in chat.TALKS if key in fields]
+    if "prompt" in fields:
+        fields = {**fields, "prompt": as_preference_messages(fields["prompt"], "user")}
     if len(answer) > 1:  # it is a whole conversation; a single message answers the prompt
-        return answer
-    if "instruction" in record:
-        return chat.as_messages({**record, "output": answer})[0]
-    asked = record.get("prompt") or record.get("conversations") or []
-    prompt = as_preference_messages(asked, "user")
-    record = {"system": record.get("system"), "prompt": prompt, "completion": answer}
-    return chat.as_messages(record)[0]
+        if beside:
+            raise UserError(f"beside whole conversations {beside[0]!r} is an unknown key")
+        return chat.as_messages({**fields, "messages": answer})
+    if beside:
+        prompt = as_preference_messages(fields[beside[0]], "user")
+        return chat.as_messages({**fields, beside[0]: prompt + answer})
+    if not fields.keys() & set(chat.QUESTIONS):
+        return answer, None
+    return chat.as_messages({**fields, "completion": answer})
 
 
 def as_preference_messages(value, role):
@@ -195,41 +205,33 @@ def as_preference_messages(value, role):
         if not said or start.strip():
             return chat.as_turns(role, value)
         value = [
-            {"from": "human" if who == "Human" else "gpt", "value": text.strip()}
+            {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
             for who, text in zip(said[::2], said[1::2])
         ]
-        if role == "user" and not value[-1]["value"]:  # a prompt may end in "Assistant:"
+        if role == "user" and not value[-1]["content"]:  # a prompt may end in "Assistant:"
             value.pop()
-    elif isinstance(value, dict):
-        value = [value]
-    if value and "from" in value[0]:
-        value, _ = chat.as_messages({"conversations": value})
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return chat.as_list(value)
 
 
-def read_preferences(path, split="train", count=0, seed=0):
-    """Yields the Preferences of a JSON list or JSONL, or `count` of toybox; UserError names the
-    record that is none."""
+def read_preferences(path, split="train", count=0, seed=0, ignore=""):
+    """Yields the Preferences of a file, or `count` of toybox; UserError names the record that is
+    none."""
     if path == "toybox":
-        records = toybox.preferences(split, count, seed)
-    else:
-        records = common.json_records(path)
-    for n, record in enumerate(records, 1):
-        try:
-            yield as_preference(record)
-        except (KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{path}: record {n} cannot be read as a preference: {error}") from None
+        yield from map(as_preference, toybox.preferences(split, count, seed))
+        return
+    for _, preference in chat.read_each(path, as_preference, ignore):
+        yield preference
 
 
 def pair_ids(tok, preference, context):
     """Preference -> PairIds. Raises UserError that says why it cannot be used.
 
     The prompt's ids are those a server would send; a prompt too long is cut from the left."""
-    prompt, *answers = preference
-    head, _ = chat.render(tok, prompt, add_generation_prompt=True)
+    prompt, *answers, tools = preference
+    head, _ = chat.render(tok, prompt, True, tools)
     ends = []
     for answer in answers:
-        ids, mask = chat.render(tok, [*prompt, {"role": "assistant", "content": answer}])
+        ids, mask = chat.training_ids(tok, [*prompt, answer], tools)
         end = len(mask) - mask[::-1].index(1)
         if ids[: len(head)] != head or not all(mask[len(head) : end]):
             raise UserError(
@@ -262,9 +264,10 @@ def usable_pairs(tok, preferences, context):
 def load_pairs(args, tok, model_sha):
     """-> (training Pairs, validation Pairs). A share is held out by prompt, so that no prompt is
     on both sides."""
-    train = list(read_preferences(args.data, "train", args.pairs, args.seed))
+    options = args.seed, args.ignore_keys
+    train = list(read_preferences(args.data, "train", args.pairs, *options))
     if args.val or args.data == "toybox":
-        val = read_preferences(args.val or args.data, "val", 200)
+        val = read_preferences(args.val or args.data, "val", 200, 0, args.ignore_keys)
     else:
         val = [p for p in train if prompt_number(p) < args.val_share]
         train = [p for p in train if prompt_number(p) >= args.val_share]
@@ -594,7 +597,8 @@ def train_preferences(run):
 class EvalArgs:
     model: str = "runs/dpo"  # what dpo.py wrote: a model folder, or an adapter
     reference: str = ""  # the model folder it started from [the one its run was given]
-    data: str = "toybox"  # toybox, or a .json or .jsonl of pairs
+    data: str = "toybox"  # toybox, or a file of preferences
+    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
     pairs: int = 500  # how many of toybox's test split
     beta: float = 0.1  # scale of the rewards
     context: int = 1024  # tokens of a prompt and an answer together
@@ -618,7 +622,8 @@ def eval_preferences(argv):
     runtime = resolve(args.device, args.dtype, "off")
     tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
     context = min(args.context, model.config.max_position_embeddings)
-    found = usable_pairs(tok, read_preferences(args.data, "test", args.pairs), context)
+    preferences = read_preferences(args.data, "test", args.pairs, 0, args.ignore_keys)
+    found = usable_pairs(tok, preferences, context)
     pairs = Pairs(found, base_sha256(model))
     fill_reference(pairs, model, tok, runtime, 8, folder.parent)
     result = {"pairs": len(found)}

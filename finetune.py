@@ -31,7 +31,7 @@ from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.corpora import read_text
-from training.exam import mark_answers, read_questions, source_records, write_marks
+from training.exam import mark_answers, read_questions, source_records, split_file, write_marks
 from training.loop import (
     LoopArgs,
     backward,
@@ -53,6 +53,7 @@ class Args(LoopArgs):
     data: tuple = ()  # FILE, FOLDER (its train.jsonl and val.jsonl) or toybox; FILE:2 counts twice
     val: tuple = ()  # what to validate on [val.jsonl of a FOLDER, else a share of --data]
     val_share: float = 0.05  # that share
+    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
     text: str = ""  # text mixed in against forgetting: a file, a named corpus or shards
     text_share: float = 0.1  # share of the rows that are of --text
     examples: int = 40_000  # conversations that `--data toybox` makes
@@ -216,7 +217,7 @@ def load_data(args, tok):
     counts = Counter()  # {what became of a conversation that was not taken whole: how many}
 
     def read(name, split, count):
-        records = source_records(name, split, count)
+        records = source_records(name, split, count, args.ignore_keys)
         return encode_conversations(tok, name, records, args.context, counts)
 
     sources, val, share = [], [], args.val_share
@@ -224,7 +225,7 @@ def load_data(args, tok):
     for spec in args.data:
         name, weight = parse_source(spec)
         pairs = read(name, "train", args.examples)
-        if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
+        if not args.val and (name == "toybox" or split_file(name, "val").is_file()):
             val_names.append(name)
         elif not args.val:
             if not 0 < share < 1 or len(pairs) < 2:
@@ -290,7 +291,7 @@ def open_model(folder, device, dtype=None):
         tok.chat_template = chat.CHATML_TEMPLATE
     stop, ends = chat.stop_id(tok), model.config.eos_token_id
     known = ends if isinstance(ends, list) else [ends]
-    if stop not in known:
+    if stop not in (None, *known):
         model.config.eos_token_id = stop if ends is None else [stop, *known]
     return tok, model
 
@@ -373,6 +374,7 @@ def try_out(run, count=20):
 class EvalArgs:
     model: str = ""  # the model folder to examine
     data: tuple = ("toybox",)  # FILE, FOLDER (its test.jsonl) or toybox; the last turn is expected
+    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
     before: str = ""  # another model to set beside it, the base say
     out: str = ""  # where the report goes [the model's folder]
     examples: int = 1400  # questions of each source at most
@@ -391,7 +393,7 @@ def exam_command(argv):
     marks = []
     for folder in folders:
         tok, model = open_model(folder, runtime.device, runtime.dtype)
-        prompts = [chat.render(tok, q.messages, True)[0] for q in questions]
+        prompts = [chat.render(tok, q.messages, True, q.tools)[0] for q in questions]
         answers = greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
         perplexity = perplexity_of_expected(model, tok, questions, runtime)
         marks.append(mark_answers(questions, answers, perplexity))
@@ -406,11 +408,15 @@ def perplexity_of_expected(model, tok, questions, runtime):
     for q in questions:
         if q.expected:
             answer = {"role": "assistant", "content": q.expected}
-            talks.append((None, [*q.messages, answer], None))
+            talks.append((None, [*q.messages, answer], q.tools))
     if not talks:
         return math.nan
     most = model.config.max_position_embeddings
-    pairs = encode_conversations(tok, "the expected answers", talks, most, Counter())
+    try:
+        pairs = encode_conversations(tok, "perplexity", talks, most, Counter())
+    except UserError as why:  # a template that nobody knows answers, but has no mask
+        print(why)
+        return math.nan
     split = Conversations([(1.0, pairs)])
     args = Args(context=int(split.sizes.max()))
     nats, count = evaluate(model, split, 8, args, runtime, loss=packed_loss)

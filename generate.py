@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 generate.py MODEL "prompt"     # a model larger than one card
 
 A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field
-of Sampling as it likes. From Python:
+of Sampling as it likes; "tools", "system" and "history" go with messages. From Python:
 
     engine = Engine("runs/demo")
     outputs = engine.generate(["Once upon", "Hello"], Sampling(max_tokens=50))
@@ -29,12 +29,13 @@ import sys
 import time
 from array import array
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import torch
 
 import chat
-from common import UserError, cli, parse_flags, read_json
+from common import UserError, cli, file_rows, parse_flags, read_json
 from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.native import quiet_torch
 from engine.parallel import shard_model
@@ -188,7 +189,7 @@ class Engine:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
             return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
         for i in prompt:
-            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1
                 raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
         return prompt
@@ -513,7 +514,8 @@ class Args:
     model: str = ""  # the model folder, or a .gguf file
     prompt: str = "\n"  # the text to continue
     chat: bool = False  # talk: each line you type is a turn
-    batch: str = ""  # answer every line of this JSONL file; a run cut short goes on where it was
+    batch: str = ""  # answer every record of this file; a run cut short goes on where it was
+    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
     out: str = ""  # where the batch's answers go, a JSON line each
     max_tokens: int = 500  # how many tokens to make at most
     temperature: float = 0.8  # 0 is greedy: always the likeliest token
@@ -581,7 +583,8 @@ def print_answer(engine, prompt, sampling, adapter):
 
 
 def turn_ends(tok):
-    """The ids that end a turn of a conversation, for Sampling.stop_ids."""
+    """The ids that end a turn of a conversation, for Sampling.stop_ids; none where only the
+    model's own end of text is known."""
     end = chat.stop_id(tok)
     return () if end is None else (end,)
 
@@ -604,23 +607,27 @@ def talk(engine, sampling, adapter, question):
 
 
 # -- a file of prompts
-def read_request(line, number, sampling, tok):
-    """A line of a batch file -> (id, prompt, Sampling); its own fields go before the flags."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"line {number}: not valid JSON ({error})") from None
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise UserError(f'line {number}: expected an object with either "prompt" or "messages"')
-    name = row.pop("id", number)
-    prompt = row.pop("prompt", None)
-    if "messages" in row:
-        prompt, _ = chat.render(tok, row.pop("messages"), add_generation_prompt=True)
-        row.setdefault("stop_ids", turn_ends(tok))
-    try:
-        return name, prompt, replace(sampling, **row, constraint=sampling.constraint)
-    except TypeError as error:  # it names the field
-        raise UserError(f"line {number}: {error}") from None
+def read_request(record, number, sampling, tok):
+    """A record of a batch file -> (id, prompt, Sampling); its own fields go before the flags."""
+    fields = chat.known_keys("the record", record, record)
+    name = fields.pop("id", number)
+    if ("prompt" in fields) == any(key in fields for key in chat.TALKS):
+        raise UserError('the record must have either "prompt" or "messages"')
+    prompt = fields.pop("prompt", None)
+    if prompt is None:
+        messages, tools = chat.take_messages(fields)
+        prompt, _ = chat.render(tok, messages, True, tools)
+        fields.setdefault("stop_ids", turn_ends(tok))
+    if not isinstance(prompt, (str, list)):
+        raise UserError(f"prompt is {prompt!r}, not a text or a list of ids")
+    known = [field.name for field in fields_of(Sampling) if field.name != "constraint"]
+    fields = chat.known_keys("the record", fields, (*known, *chat.SAYS_NOTHING))
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if isinstance(fields.get("logit_bias"), dict):  # whose keys are strings in JSON
+        bias = fields["logit_bias"].items()
+        fields["logit_bias"] = {int(i) if i.isdecimal() else i: value for i, value in bias}
+    return name, prompt, replace(sampling, **{key: fields[key] for key in known if key in fields})
 
 
 def answered_lines(path):
@@ -647,6 +654,8 @@ def answer_row(answer):
     """An Output as a line of the batch's answers has it."""
     row = {"text": answer.text, "tokens": len(answer.token_ids)}
     row["finish_reason"] = answer.finish_reason
+    if answer.logprobs:
+        row["logprobs"] = [vars(token) for token in answer.logprobs]
     if answer.error:
         row["error"] = answer.error
     return row
@@ -659,11 +668,11 @@ def run_batch(engine, args, sampling, adapter):
     if not args.out:
         raise UserError("--batch needs --out: the file for the answers")
     begin = time.time()
-    lines = dict(enumerate(Path(args.batch).read_text(encoding="utf-8").splitlines(), 1))
     done = answered_lines(args.out)
-    waiting = [number for number in lines if lines[number].strip() and number not in done]
+    waiting = [row for row in file_rows(args.batch) if row.number not in done]
     waiting.reverse()
     total = len(waiting)
+    ignored = args.ignore_keys.split(",")
     asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,
@@ -678,12 +687,18 @@ def run_batch(engine, args, sampling, adapter):
 
         while waiting or engine.has_work:
             while waiting and len(asked) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
-                number = waiting.pop()
+                number, _, record, fault = waiting.pop()
                 try:
-                    name, prompt, own = read_request(lines[number], number, sampling, engine.tok)
+                    if fault:
+                        raise UserError(fault)
+                    record = chat.without(record, ignored)
+                    name, prompt, own = read_request(record, number, sampling, engine.tok)
                     engine.submit(prompt, own, request_id=number, adapter=adapter)
                 except UserError as error:
-                    write(number, error=str(error))
+                    named = (
+                        {"id": record["id"]} if isinstance(record, dict) and "id" in record else {}
+                    )
+                    write(number, **named, error=str(error))
                     continue
                 asked[number] = name, [Output(number, i, "", [], []) for i in range(own.n)]
             for delta in engine.step():

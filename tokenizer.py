@@ -16,6 +16,7 @@ import heapq
 import json
 import re
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -711,32 +712,23 @@ def check_ids(ids):
 # ---- The commands.
 
 
-def text_files(paths):
-    """Files, and the .txt files of folders. UserError if one is binary."""
-    found = []
-    for path in map(Path, paths):
-        found += sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    for file in found:
-        with open(file, "rb") as f:
-            if b"\0" in f.read(1 << 20):
-                raise UserError(f"{file} is a binary file: it has zero bytes")
-    return found
-
-
 def train_command(args):
-    files = text_files(args.data)
+    from training.corpora import expand, plain_texts
+
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(
-        files=files,
-        vocab_size=args.vocab_size,
-        pattern=args.pattern,
-        max_bytes=args.max_bytes,
-        special_tokens=args.special_tokens,
-        processes=args.processes,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = plain_texts(expand(args.data), folder)
+        size = sum(file.stat().st_size for file in files)
+        tokenizer = Tokenizer.train(
+            files=files,
+            vocab_size=args.vocab_size,
+            pattern=args.pattern,
+            max_bytes=args.max_bytes,
+            special_tokens=args.special_tokens,
+            processes=args.processes,
+        )
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in files)
     megabytes = min(size, args.max_bytes or size) / 1e6
     print(
         f"{tokenizer.vocab_size:,} ids from {megabytes:.1f} MB in {seconds:.2f} s "
@@ -755,8 +747,11 @@ def show_command(args):
 
 
 def compare_command(args):
-    files = text_files(args.data)
-    data = b"".join(file.read_bytes() for file in files)
+    from training.corpora import expand, plain_texts
+
+    files = expand(args.data)
+    with tempfile.TemporaryDirectory() as folder:
+        data = b"".join(file.read_bytes() for file in plain_texts(files, folder))
     print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n")
     print("| tokenizer | ids | tokens | bytes per token | MB/s |\n|---|---|---|---|---|")
     for path in args.tokenizers:
@@ -778,7 +773,7 @@ def main():
         made.set_defaults(run=run)
         return made.add_argument
 
-    data = "text files, or folders of .txt files"
+    data = "files of text or of records with a text, folders of them, or globs"
     add = command("train", train_command, "learn a byte-level BPE vocabulary")
     add("--data", nargs="+", default=["data/wikitext-2"], help=data)
     add("--vocab-size", type=int, default=10_000, help="ids, with bytes and special tokens")

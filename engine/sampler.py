@@ -69,14 +69,25 @@ class Sampling:
             kind = type(high)
             if type(value) not in (int, kind) or not low <= value <= high:
                 raise UserError(f"{name} is {value!r}, not {kind.__name__} {low:g} to {high:g}")
+        kinds: dict[str, tuple] = {
+            "stop": (list, tuple),
+            "stop_ids": (list, tuple),
+            "ignore_eos": (bool,),
+            "logit_bias": (dict, type(None)),
+        }
+        for name, allowed in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, allowed):
+                raise UserError(f"{name} is {value!r}, a {type(value).__name__}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}, but must be non-empty strings")
         for name in ("stop_ids", "logit_bias"):
             for i in getattr(self, name) or ():
-                if not isinstance(i, int) or not 0 <= i < vocab_size:
+                if type(i) is not int or not 0 <= i < vocab_size:
                     raise UserError(f"{name} has {i!r}, but ids go from 0 to {vocab_size - 1}")
-        if not all(map(math.isfinite, (self.logit_bias or {}).values())):
-            raise UserError("logit_bias adds something that is not finite")
+        for bias in (self.logit_bias or {}).values():
+            if type(bias) not in (int, float) or not math.isfinite(bias):
+                raise UserError(f"logit_bias adds {bias!r}, which is no finite number")
 
     @functools.cached_property
     def edits_logits(self):

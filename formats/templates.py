@@ -26,6 +26,9 @@ def pieces_of_template(tok, chat, template):
     merely resembles a known one is never taken for it. Failing that, a template's own {% generation
     %} says who spoke. Failing that there are ids but no mask."""
     text = run_template(template, chat).translate(BARE)
+    for tool in chat.tools or ():
+        if str(tool["function"].get("name", "")) not in text:
+            raise UserError("the folder's chat_template has no place for tools")
     for name in CHAT_FORMATS:
         with contextlib.suppress(UserError):
             pieces = named_pieces(name, tok, chat)

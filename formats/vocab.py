@@ -51,6 +51,8 @@ def read_tokenizer(path, pattern):
         path = found[0]
     if not path.is_file():
         raise UserError(f"there is no tokenizer at {path}")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty: copy it again")
     with naming(path):
         tokenizer = read_vocabulary_file(path, pattern)
     config = path.with_name("tokenizer_config.json")

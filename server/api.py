@@ -239,11 +239,9 @@ def chat_prompt(tok, body):
         raise Refusal(400, message, "no_chat_template")
     resume = body.continue_final_message
     prompted = body.add_generation_prompt
-    system = {"role": "system"}  # for which "developer" is OpenAI's newer name
-    messages = [{**m, **system} if m.get("role") == "developer" else m for m in body.messages]
     ids, _ = chat.render(
         tok,
-        messages,
+        body.messages,
         add_generation_prompt=not resume if prompted is None else prompted,
         tools=body.tools if offered_functions(body) else None,
         options=body.chat_template_kwargs,

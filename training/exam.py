@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import chat
-from common import Metrics, UserError
+from common import RECORD_FILES, Metrics, UserError, without_gz
 from training import toybox
 from training.report import VERDICT, markdown_table, write_page
 
@@ -81,14 +81,24 @@ class Question(NamedTuple):
     expected: str | None  # what should be said, if the record knows
     family: str
     checks: list  # of (kind, value)
+    tools: list | None
 
 
-def source_records(name, split, count):
-    """Yield (record, messages, tools): of a file, FOLDER/SPLIT.jsonl, or `count` of toybox's."""
+def split_file(folder, split):
+    """FOLDER/SPLIT.jsonl, or with another of RECORD_FILES' endings."""
+    found = sorted(Path(folder).glob(f"{split}.*"))
+    found = [path for path in found if without_gz(path).endswith(RECORD_FILES)]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(map(str, found))}: name the one that is meant")
+    return found[0] if found else Path(folder, f"{split}.jsonl")
+
+
+def source_records(name, split, count, ignore=""):
+    """Yield (record, messages, tools): of a file, of a FOLDER's split, or `count` of toybox's."""
     if name == "toybox":
         rows = toybox.conversations(split, count)
         return ((row, row["messages"], None) for row in rows)
-    return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
+    return chat.read_records(split_file(name, split) if Path(name).is_dir() else name, ignore)
 
 
 def read_questions(args):
@@ -96,13 +106,18 @@ def read_questions(args):
     the last answer; a record may end with the user and have only checks."""
     questions = []
     for name in args.data:
-        records = islice(source_records(name, "test", args.examples), args.examples)
-        for n, (record, talk, _) in enumerate(records, 1):
-            checks = read_checks(record, f"{name}: record {n}")
+        records = source_records(name, "test", args.examples, args.ignore_keys)
+        for n, (record, talk, tools) in enumerate(islice(records, args.examples), 1):
+            where = f"{name}: record {n}"
+            checks = read_checks(record, where)
             asked, expected = talk, None
-            if talk and talk[-1]["role"] == "assistant":
+            if talk[-1]["role"] == "assistant":
                 asked, expected = talk[:-1], talk[-1]["content"]
-            questions.append(Question(asked, expected, str(record.get("family", "")), checks))
+                more = ", ".join(talk[-1].keys() - {"role", "content"})
+                if more:
+                    raise UserError(f"{where}: an exam expects a text, not an answer's {more}")
+            family = str(record.get("family", ""))
+            questions.append(Question(asked, expected, family, checks, tools))
     if not questions:
         raise UserError(f"{' '.join(args.data)}: no questions")
     return questions

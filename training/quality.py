@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from chat import examples, read_records, render
-from common import UserError, write_atomic, write_json
+from common import UserError, file_rows, holds_records, write_atomic, write_json
 from data import ends_of
 from runtime import read_tensors
 from training import toybox
@@ -42,16 +42,14 @@ def read_rows(path, tok, count, length):
 
     The rows are evenly spaced in its tokens and do not overlap.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        head = file.readline()
     ids = []
-    if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
+    first = next(file_rows(path), None) if holds_records(path) else None
+    if first and not (isinstance(first.record, dict) and "text" in first.record):
         for conversation, _ in examples(tok, path, read_records(path), Counter()):
             ids += conversation
     else:
         first, last = ends_of(tok)
-        for document, _, _ in documents([path], ()):
+        for document, _, _ in documents([Path(path)], ()):
             whole = [first, *tok.encode(document.decode()), last]
             ids += [i for i in whole if i is not None]
     if len(ids) < 2 * length:  # one to calibrate, one held out

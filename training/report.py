@@ -84,7 +84,7 @@ def read_stages(folder):
 def read_answers(folder):
     """The answers of the one model that an exam's folder tells of."""
     answers = []
-    for row in json_records(folder / "answers.jsonl"):
+    for _, row in json_records(folder / "answers.jsonl"):
         (text,), (right,) = row["answers"].values(), row["right"].values()
         asked = row["messages"][-1]["content"]
         answers.append(ExamAnswer(asked, row["expected"], row["family"], text, right))
@@ -142,7 +142,7 @@ def batch_figures(path):
     """Figures of a file of answers. Its seconds count from the start of a command that may have
     been started again, so the times are summed over the starts."""
     tokens = total = last = 0
-    rows = list(json_records(path))
+    rows = [row for _, row in json_records(path)]
     for row in rows:
         tokens += sum(answer["tokens"] for answer in row.get("answers", ()))
         if row["seconds"] < last:

@@ -172,11 +172,15 @@ def test_the_last_message_can_be_continued():
     assert prompt_of(CHATML_TEMPLATE) == whole + "<|im_start|>assistant\n"
     assert prompt_of(CHATML_TEMPLATE, continue_final_message=True) == asked + " "
     trims = CHATML_TEMPLATE.replace("message['content']", "message['content'] | trim")
-    assert prompt_of(trims, continue_final_message=True) == asked
+    assert prompt_of(trims, continue_final_message=True) == asked + " "
+    for text in ("im_end", "assistant", "hi", "", "<|im_end|>"):
+        talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
+        begun = asked.removesuffix("It is") + text
+        for template in (CHATML_TEMPLATE, trims):
+            assert prompt_of(template, continue_final_message=True, messages=talk) == begun
     for wrong in (
         dict(add_generation_prompt=True),
         dict(messages=[{"role": "user", "content": "hi"}]),
-        dict(messages=[{"role": "assistant", "content": " "}]),
         dict(messages=[{"role": "assistant", "content": "", "tool_calls": [CALL]}]),
     ):
         with pytest.raises(UserError):
