@@ -233,6 +233,7 @@ class Generation:
         self.body = body
         self.scored = scored
         self.n = body.n  # choices of each prompt
+        self.scores = body.logprobs is not None and body.logprobs is not False
         self.prompt_tokens = sum(map(len, prompts))
         self.head = {
             "id": f"{self.kind}-{request_id}",
@@ -277,7 +278,8 @@ class Generation:
         for choice in self.choices:
             what = self.whole_field(choice)
             reason = choice.reason or "length"  # an echo of nothing but the prompt
-            choices.append(self.shown(choice, what, choice.logprobs, reason, choice.token_ids))
+            logprobs = choice.logprobs if self.scores else None
+            choices.append(self.shown(choice, what, logprobs, reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
     def usage(self):
@@ -291,9 +293,10 @@ class Generation:
     def event(self, **what):
         return server_sent_event({**self.head, "object": self.event_object, **what})
 
-    def shown(self, choice, what, logprobs=(), reason=None, ids=()):
+    def shown(self, choice, what, logprobs=None, reason=None, ids=()):
         """A choice in OpenAI's shape; what: its field for the text."""
-        logprobs = self.show_logprobs(choice, logprobs) if logprobs else None
+        if logprobs is not None:
+            logprobs = self.show_logprobs(choice, logprobs)
         shown = {"index": choice.index, **what, "finish_reason": reason, "logprobs": logprobs}
         if self.body.return_token_ids:
             shown["token_ids"] = ids
@@ -308,11 +311,11 @@ class Generation:
         ids = delta.token_ids if self.body.return_token_ids else ()
         out = b""
         if text or logprobs or ids:
-            out += self.choice_event(choice, self.text_field(text), logprobs, None, ids)
+            out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:
-            out += self.choice_event(choice, self.text_field(""), (), choice.reason)
+            out += self.choice_event(choice, self.text_field(""), None, choice.reason)
         return out
 
 
@@ -374,14 +377,16 @@ class TextAnswer(Generation):
         out = b""
         for choice in self.choices:
             if choice.text:
-                out += self.choice_event(choice, self.text_field(choice.text), choice.logprobs)
+                out += self.choice_event(
+                    choice, self.text_field(choice.text), choice.logprobs or None
+                )
         return out
 
     def text_field(self, text):
         return {"text": text}
 
     def show_logprobs(self, choice, logprobs):
-        offsets = choice.offsets[-len(logprobs) :]
+        offsets = choice.offsets[len(choice.offsets) - len(logprobs) :]
         return completion_logprobs(self.tok, logprobs, offsets, self.body.return_token_ids)
 
     def whole_field(self, choice):

@@ -31,6 +31,10 @@ def openai_async(url, folder):
         async for chunk in stream:
             said += chunk.choices[0].delta.content or ""
         assert {said} == texts
+        short = {"model": model, "max_tokens": 9}
+        answer = await client.chat.completions.create(messages=HI, **short)
+        history = [*HI, answer.choices[0].message, *HI]
+        assert (await client.chat.completions.create(messages=history, **short)).usage
 
     asyncio.run(talk())
 
@@ -46,13 +50,16 @@ def langchain(url, folder):
     where = {"base_url": url + "/v1", "api_key": "k"}
     model = ChatOpenAI(model=Path(folder).name, stream_usage=True, **where)
     whole = model.invoke([("system", "Be brief."), ("human", "hi")])
-    assert whole.usage_metadata["output_tokens"] > 0
+    assert whole.usage_metadata["input_tokens"] > 0
     assert whole.response_metadata["finish_reason"] in ("stop", "length")
+    short = model.bind(max_tokens=9)
+    assert short.invoke([("human", "hi"), short.invoke("hi"), ("human", "and?")]).usage_metadata
     parts = list(model.stream("hi"))
-    assert "".join(part.content for part in parts)
-    assert sum((part.usage_metadata or {}).get("output_tokens", 0) for part in parts) > 0
-    logprobs = model.bind(logprobs=True, top_logprobs=2).invoke("hi").response_metadata["logprobs"]
-    assert len(logprobs["content"][0]["top_logprobs"]) == 2
+    assert any(part.response_metadata.get("finish_reason") for part in parts)
+    assert any(part.usage_metadata for part in parts)
+    scored = model.bind(logprobs=True, top_logprobs=2, extra_body={"min_tokens": 2}).invoke("hi")
+    logprobs = scored.response_metadata["logprobs"]["content"]
+    assert {len(token["top_logprobs"]) for token in logprobs} == {2}
     assert isinstance(model.with_structured_output(Point).invoke("hi"), Point)
     assert len(model.batch(["a", "b"])) == 2
     assert isinstance(OpenAI(model=Path(folder).name, **where).invoke("the"), str)
@@ -89,12 +96,14 @@ def litellm(url, folder):
     import litellm
 
     where = {"model": "openai/" + Path(folder).name, "api_base": url + "/v1", "api_key": "k"}
-    whole = litellm.completion(messages=HI, **where)
-    assert whole.usage.completion_tokens > 0
+    assert litellm.completion(messages=HI, **where).usage.prompt_tokens > 0
+    whole = litellm.completion(messages=HI, max_tokens=9, **where)
+    for said in (whole.choices[0].message, whole.choices[0].message.model_dump()):
+        assert litellm.completion(messages=[*HI, said, *HI], **where).usage
     parts = litellm.completion(messages=HI, stream=True, max_tokens=5, **where)
-    assert "".join(part.choices[0].delta.content or "" for part in parts)
+    assert [part.choices[0].finish_reason for part in parts][-1] in ("stop", "length")
     where["model"] = "text-completion-" + where["model"]
-    assert litellm.text_completion(prompt="the", max_tokens=4, **where).choices[0].text
+    assert litellm.text_completion(prompt="the", max_tokens=4, **where).usage.prompt_tokens
     where["model"] = "openai/" + Path(folder).name
     assert len(litellm.embedding(input=["a", "b"], **where).data) == 2
     try:
@@ -170,12 +179,13 @@ def gradio(url, folder):
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
         client = Client(address, verbose=False)
-        assert client.predict({"text": "hi", "files": []}, api_name="/open_api_stream")
+        asked = {"text": "hi", "files": []}
+        assert isinstance(client.predict(asked, api_name="/open_api_stream"), str)
     finally:
         page.close()
     shown = Chatbot().postprocess([*HI, {"role": "assistant", "content": "hello"}])
     history = Chatbot().preprocess(shown)  # as the page has it before the second question
-    assert list(page.fn({"text": "and you?", "files": []}, history))
+    assert all(isinstance(said, str) for said in page.fn(asked, history))
 
 
 if __name__ == "__main__":
