@@ -86,7 +86,8 @@ MESSAGE_KEYS = (
 )
 KEY_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
-OWNERS = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
+# Keys whose value is a text, and the roles that have them.
+TEXT_KEYS = {"reasoning_content": ["assistant"], "tool_call_id": ["tool"], "name": CHAT_ROLES}
 
 
 def known_keys(what, value, keys):
@@ -136,15 +137,14 @@ def read_message(i, message):
     text = read_text_parts(what, fields.get("content", "" if silent else None))
     checked = {"role": role, "content": text}
     if calls:
+        if role != "assistant":
+            raise UserError(f"{what}: only the assistant makes tool_calls")
         checked["tool_calls"] = calls
-    for key in ("tool_call_id", "reasoning_content", "name"):
+    for key, roles in TEXT_KEYS.items():
         if key in fields:
+            if role not in roles or not isinstance(fields[key], str):
+                raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
             checked[key] = fields[key]
-            if not isinstance(fields[key], str):
-                raise UserError(f"{what}: {key} is {fields[key]!r}, not a text")
-    for key, owner in OWNERS.items():
-        if key in checked and role != owner:
-            raise UserError(f"{what}: {key} belongs to a message of role {owner}")
     learned = {yes_or_no(f"{what}: {key}", fields[key]) for key in LOSS_KEYS if key in fields}
     if len(learned) > 1 or (True in learned and role != "assistant"):
         raise UserError(
@@ -670,9 +670,8 @@ def pieces_to_resume(tok, chat, format):
     raise UserError("this chat format does not show the last message")
 
 
-def training_ids(tok, messages, tools=None, format=None):
-    """One conversation -> (ids, mask) to train on. UserError if the format loses some of it."""
-    chat = read_chat(tok, messages, tools)
+def training_ids(tok, chat, format=None):
+    """A Chat -> (ids, mask) to train on. UserError if the format loses some of it."""
     pieces = pieces_of(tok, chat, format)
     wanted = {"system prompt": [chat.system or ""], "answer": [], "reasoning_content": []}
     for m in chat.messages:
@@ -691,17 +690,17 @@ def training_ids(tok, messages, tools=None, format=None):
 
 def example(tok, messages, tools=None, format=None):
     """One conversation -> (ids, mask) to train on. UserError if it teaches nothing, or wrongly."""
-    messages = read_messages(messages)
-    roles = [m["role"] for m in messages]
+    chat = read_chat(tok, messages, tools)
+    roles = [m["role"] for m in chat.messages]
     if "assistant" not in roles:
         raise UserError("no assistant turn")
     if roles[-1] != "assistant":
         raise UserError(f"ends with a {roles[-1]} turn")
-    for m in messages:
+    for m in chat.messages:
         empty = not m["content"].strip() and "tool_calls" not in m
         if empty and m["role"] in ("user", "assistant"):
             raise UserError(f"empty {m['role']} turn")
-    ids, mask = training_ids(tok, messages, tools, format)
+    ids, mask = training_ids(tok, chat, format)
     if not any(mask):
         raise UserError("no turn is in the loss")
     return ids, mask

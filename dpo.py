@@ -231,7 +231,8 @@ def pair_ids(tok, preference, context):
     head, _ = chat.render(tok, prompt, True, tools)
     ends = []
     for answer in answers:
-        ids, mask = chat.training_ids(tok, [*prompt, answer], tools)
+        talk = chat.read_chat(tok, [*prompt, answer], tools)
+        ids, mask = chat.training_ids(tok, talk)
         end = len(mask) - mask[::-1].index(1)
         if ids[: len(head)] != head or not all(mask[len(head) : end]):
             raise UserError(

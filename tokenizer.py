@@ -738,12 +738,13 @@ def train_command(args):
 
 def show_command(args):
     tokenizer = Tokenizer.load(args.tokenizer)
-    ids = tokenizer.encode(args.text)
+    text = well_formed(args.text)
+    ids = tokenizer.encode(text)
     for n, i in enumerate(ids):  # background colours in turn, so that borders show
         token = tokenizer.token_bytes(i).decode("utf-8", "replace")
         print(f"\033[30;4{1 + n % 6}m{token}\033[0m", end="")
     print("\n" + " ".join(map(str, ids)))
-    print(f"{len(ids)} tokens, {len(args.text.encode()) / max(1, len(ids)):.2f} bytes per token")
+    print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
 
 
 def compare_command(args):

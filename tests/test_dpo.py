@@ -124,7 +124,7 @@ SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
     ],
 )
 def test_every_layout_gives_the_same_prompt_and_answers(record, prompt):
-    assert as_preference(record) == (prompt, *ANSWERS)
+    assert as_preference(record) == (prompt, *SAID[0], *SAID[1], None)
 
 
 @pytest.mark.parametrize(
@@ -155,31 +155,36 @@ def test_what_is_no_preference_is_named(record, message, tmp_path):
     with pytest.raises(UserError) as error:
         list(dpo.read_preferences(path))
     said = str(error.value)
-    assert message in said and "record 2 " in said and "\n" not in said
+    assert message in said and "p.jsonl:2: " in said and "\n" not in said
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(
         '{"prompt": "Who?", "chosen": "Me.", "rejected": "You."}\n{"prompt":\n'
     )
-    with pytest.raises(UserError, match="record 2 is not valid JSON"):
+    with pytest.raises(UserError, match="p.jsonl:2: not valid JSON"):
         list(dpo.read_preferences(tmp_path / "p.jsonl"))
 
 
 def test_the_real_pairs_are_read(data_dir):
     rows = list(dpo.read_preferences(data_dir / "instruct" / "preference-data.json"))
     assert len(rows) == 1100
-    assert rows[1].chosen == "He goes to the park every day."
-    assert rows[1].rejected == "He goes to the stupid park every single day."
+    assert rows[1].chosen["content"] == "He goes to the park every day."
+    assert rows[1].rejected["content"] == "He goes to the stupid park every single day."
     asked = "Edit the following sentence for grammar.\n\n### Input:\nHe go"
     assert rows[1].prompt[0]["content"].startswith(asked)
 
 
 # ---------------------------------------------------------------------------------------------- ids
+def preferred(prompt, *answers):
+    """A Preference of two texts."""
+    return Preference(prompt, *({"role": "assistant", "content": text} for text in answers))
+
+
 def ids_of(prompt=PROMPT, answers=ANSWERS, context=100):
     """-> (tokenizer, the prompt's ids, [each answer's])"""
     tok = Tok()
-    head, *ends = dpo.pair_ids(tok, Preference(prompt, *answers), context)
+    head, *ends = dpo.pair_ids(tok, preferred(prompt, *answers), context)
     return tok, head, ends
 
 
@@ -206,7 +211,7 @@ def test_a_long_prompt_loses_its_beginning_and_an_answer_nothing():
 
 def test_what_cannot_be_used_is_skipped_and_counted(capsys):
     answers = [ANSWERS, ["Me.", "Me."], ["x" * 200, "y"], ["\nMe.", "You."], ANSWERS]
-    records = [Preference(PROMPT, *pair) for pair in answers]
+    records = [preferred(PROMPT, *pair) for pair in answers]
     assert len(dpo.usable_pairs(Tok(), records, 60)) == 2
     told = capsys.readouterr().out
     for line in (

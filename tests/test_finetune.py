@@ -463,13 +463,20 @@ BAD = [
     ([{"role": "user", "content": "red"}], "no assistant turn"),
     (question_and_answer("red", " "), "empty assistant turn"),
     (question_and_answer("", "red"), "empty user turn"),
-    ([{"role": "bot", "content": "red"}], "unknown role 'bot'"),
     (question_and_answer("red " * 99, "red"), "the prompt alone fills"),
 ]
 UNREADABLE = [
     ({"messages": []}, "a conversation is a non-empty list"),
     ({"text": "red", "label": 1}, "its keys are 'text', 'label'; known layouts: {messages}, Share"),
-    (["red"], "record 1 cannot be read as a conversation: it is a str, not an object"),
+    (["red"], "bad.jsonl: record 1: the record is a str, not an object"),
+    (
+        {"messages": [{"role": "bot", "content": "red"}]},
+        "bad.jsonl:1: message 0: unknown role 'bot'",
+    ),
+    (
+        {"messages": question_and_answer("red", "blue"), "mood": 1},
+        "bad.jsonl:1: the record has the",
+    ),
 ]
 
 
@@ -488,7 +495,6 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
     data = write(tmp_path / "a.jsonl", talks(40) + bad * 2)
     code, stdout, _ = run(base, tmp_path / "run", "--data", data, "--fit")
     assert code == 0
-    stdout = stdout.replace("message 0: ", "")
     for _, reason in BAD:
         assert f"2 left out: {reason}" in stdout
 
