@@ -13,18 +13,46 @@ import re
 import secrets
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from server.api import Refusal, offered_functions
 from tokenizer import Stream
 
 DONE = b"data: [DONE]\n\n"  # where a stream ends
-compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# What is an iterator is shown as a list, and made only when it is shown.
+compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=list).encode
 
 
 def json_bytes(value):
     """JSON that any decoder takes, whatever half characters a caller put into what is repeated."""
     return compact_json(value).encode("utf-8", "replace")
+
+
+def json_pieces(value):
+    """A value's JSON in pieces, none of which keeps the encoder for long."""
+    if isinstance(value, dict):
+        before = "{"
+        for key, item in value.items():
+            yield before + compact_json(key) + ":"
+            yield from json_pieces(item)
+            before = ","
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and not (value and isinstance(value[0], dict)):
+        before = "["
+        for i in range(0, len(value), 64):
+            yield before + compact_json(value[i : i + 64])[1:-1]
+            before = ","
+        yield "]" if value else "[]"
+    elif isinstance(value, (list, Iterator)):
+        before = "["
+        for item in value:
+            yield before
+            yield from json_pieces(item)
+            before = ","
+        yield "[]" if before == "[" else "]"
+    else:
+        yield compact_json(value)
 
 
 def server_sent_event(value):
@@ -117,30 +145,36 @@ def chat_logprobs(tok, logprobs):
         text, data = spell(tok, i)
         return {"token": text, "logprob": finite(logprob), "bytes": data, "id": i}
 
-    content = []
-    for i, logprob, top in logprobs:
-        content.append({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]})
-    return {"content": content, "refusal": None}
+    def entry_with_top(token):
+        i, logprob, top = token
+        return {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]}
+
+    return {"content": map(entry_with_top, logprobs), "refusal": None}
 
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
     """A list of worker.plain_logprobs in the completions' shape; offsets: where in the text each
     token begins."""
-    texts, chosen, tops, ids = [], [], [], []
-    for token, logprob, pairs in logprobs:
-        texts.append(spell(tok, token)[0])
-        chosen.append(finite(logprob))
-        top, top_ids = {}, {}
-        for i, other in pairs:
-            text, _ = spell(tok, i)
-            top.setdefault(text, finite(other))  # of two that read the same the likelier stays
-            top_ids.setdefault(text, i)
-        tops.append(top or None)
-        ids.append(top_ids)
-    shown = {"tokens": texts, "text_offset": offsets, "top_logprobs": tops}
-    shown["token_logprobs"] = chosen
+
+    def by_text(pairs):
+        named = {}
+        for i, value in pairs:
+            named.setdefault(
+                spell(tok, i)[0], value
+            )  # of two that read the same the likelier stays
+        return named
+
+    def top(pairs):
+        return by_text([(i, finite(logprob)) for i, logprob in pairs]) or None
+
+    shown = {
+        "tokens": (spell(tok, token)[0] for token, _, _ in logprobs),
+        "token_logprobs": (finite(logprob) for _, logprob, _ in logprobs),
+        "top_logprobs": (top(pairs) for _, _, pairs in logprobs),
+        "text_offset": offsets,
+    }
     if with_ids:
-        shown["top_token_ids"] = ids
+        shown["top_token_ids"] = (by_text([(i, i) for i, _ in pairs]) for _, _, pairs in logprobs)
     return shown
 
 
@@ -313,6 +347,7 @@ class Generation:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:
             out += self.choice_event(choice, self.text_field(""), (), choice.reason)
+        choice.logprobs.clear()  # they are out
         return out
 
 

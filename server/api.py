@@ -6,7 +6,7 @@ serve.py speaks HTTP; here are plain functions over a tokenizer. answers.py is t
 from typing import Annotated
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 import chat
 from engine.sampler import Sampling
@@ -43,6 +43,24 @@ class Refusal(HTTPException):
 
 
 # -------------------------------------------------------------------------- the bodies of requests
+def at_most(count):
+    """A list's or an object's bound, held before its items are looked at: pydantic would describe
+    what is wrong with each of a million."""
+
+    def check(value):
+        if isinstance(value, (list, dict)) and len(value) > count:
+            raise ValueError(f"has {len(value):,} items, and {count:,} is the most")
+        return value
+
+    return BeforeValidator(check)
+
+
+Ids = Annotated[list[int], Field(fail_fast=True)]
+# OpenAI's four shapes of prompts
+Texts = str | Annotated[list[str], at_most(128)] | Ids | Annotated[list[Ids], at_most(128)]
+Messages = Annotated[list[dict], at_most(10_000), Field(min_length=1)]
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -61,14 +79,14 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[int, float], at_most(1024)] | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=1024)
+    stop: str | Annotated[list[str], at_most(64)] | None = None
+    stop_token_ids: Annotated[list[int], at_most(1024)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,35 +96,35 @@ class GenerationRequest(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[dict] = Field(min_length=1)
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict] | None = None
+    tools: Annotated[list[dict], at_most(1024)] | None = None
     tool_choice: str | dict | None = None
     parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
 
 class EmbeddingRequest(BaseModel):
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Texts
     encoding_format: str | None = Field(None, pattern="^(float|base64)$")
     dimensions: None = None  # a vector is as long as the model is wide
 
 
 class TokenizeRequest(BaseModel):
     prompt: str = ""
-    messages: list[dict] | None = None
+    messages: Messages | None = None
 
 
 class DetokenizeRequest(BaseModel):
-    tokens: list[int]
+    tokens: Ids
 
 
 # ------------------------------------------------------------------------------------- the prompts
