@@ -18,6 +18,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import html
 import json
 import math
 import os
@@ -58,6 +59,7 @@ from server.worker import EngineClient, Inbox, Job, Worker, fork_front
 
 CHAT_PAGE = Path(__file__).with_name("ui.html")
 LOGPROBS = 1 << 18  # that the tokens of one request's prompts may ask for
+PARTS = 100_000  # lists and objects in a request: each costs much more than its two bytes
 RUN_BYTES = 2_000_000  # at the end of a training run's metrics that are read
 
 
@@ -296,7 +298,10 @@ async def read_body(request, kind):
         # A page of another origin may send other types without asking.
         raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
-        return kind.model_validate(await request.json())
+        body = await request.body()
+        if body.count(b"[") + body.count(b"{") > PARTS:
+            raise ValueError(f"over {PARTS:,} brackets")
+        return kind.model_validate(json.loads(body))
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError, ClientDisconnect) as error:
@@ -481,13 +486,27 @@ def last_rows(path, after):
     return rows[-5000:]
 
 
+@routes.get("/docs", include_in_schema=False)
+async def docs(request: Request):
+    """What there is, in plain HTML: a foreign script could read the keys that the page holds."""
+    api = request.app.openapi()
+    parts = []
+    for path, methods in api["paths"].items():
+        for method, route in methods.items():
+            about = {"about": route.get("description"), "body": route.get("requestBody")}
+            parts.append(f"{method.upper()} {path}\n{json.dumps(about, indent=1)}")
+    parts.append(json.dumps(api["components"]["schemas"], indent=1))
+    text = html.escape("\n\n".join(parts))
+    return HTMLResponse(f"<title>API</title><pre>{text}</pre>")
+
+
 @routes.get("/", include_in_schema=False)
 async def page():
     if not CHAT_PAGE.is_file():
         raise Refusal(404, "this server has no page; its API is at /v1, described at /docs")
-    html = CHAT_PAGE.read_text()
+    text = CHAT_PAGE.read_text()
     hashes = []  # only the page's own scripts may run, whatever a model makes it show
-    for script in re.findall(r"<script>(.*?)</script>", html, re.S):
+    for script in re.findall(r"<script>(.*?)</script>", text, re.S):
         digest = hashlib.sha256(script.encode()).digest()
         hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
     policy = (
@@ -495,7 +514,7 @@ async def page():
         "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
     )
     headers = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
-    return HTMLResponse(html, headers=headers)
+    return HTMLResponse(text, headers=headers)
 
 
 # ------------------------------------------------------------------------------------ the process
@@ -523,6 +542,8 @@ def create_app(engine, args=None, keys=None, sock=None):
 
     app = FastAPI(
         title="LLM server",
+        docs_url=None,
+        redoc_url=None,
         lifespan=lifespan,
         routes=routes.routes,
         exception_handlers=ERROR_HANDLERS,
