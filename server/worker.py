@@ -406,7 +406,7 @@ class EngineClient(asyncio.Protocol):
         self.stats = {}  # the engine's, as they last came
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
-        self.heard = 0.0  # when something last came from it, or had not to
+        self.asked = None  # since when something is to come from it, or None
 
     def connection_made(self, transport):
         self.transport = transport
@@ -422,8 +422,8 @@ class EngineClient(asyncio.Protocol):
     # -- orders go out
     def send(self, job, what, *request):
         """what: "submit" or "read", as of Worker"""
-        if not self.jobs:
-            self.heard = time.monotonic()
+        if self.asked is None:
+            self.asked = time.monotonic()
         job.number = next(self.numbers)
         job.unfinished = job.answers
         self.transport.write(message(what, job.number, job.key, *request))
@@ -434,6 +434,8 @@ class EngineClient(asyncio.Protocol):
         known = self.jobs.pop(job.number, None)
         if known and job.unfinished and not self.broken:
             self.transport.write(message("cancel", job.number))
+        elif not self.jobs:
+            self.asked = None
 
     async def call(self, what, *values):
         """Ask for a grammar, between two steps -> None once it is built."""
@@ -449,7 +451,7 @@ class EngineClient(asyncio.Protocol):
     def deltas(self, stats, admitted, items):
         now = time.monotonic()
         self.stats = stats
-        self.heard = now
+        self.asked = now if self.jobs else None
         for number, when in admitted:
             if number in self.jobs:
                 self.jobs[number].admitted = when
@@ -463,7 +465,8 @@ class EngineClient(asyncio.Protocol):
                 job.first = now
             if delta.finish_reason:
                 job.unfinished -= 1
-                job.reason = delta.finish_reason
+                if job.unfinished == 0 or delta.error:
+                    job.reason = delta.finish_reason
             job.inbox.put((job.position, delta))
 
     def result(self, number, value, error):
@@ -486,7 +489,7 @@ class EngineClient(asyncio.Protocol):
 
     def hangs(self):
         """Whether the engine has work and has not said anything for long."""
-        return self.jobs and time.monotonic() - self.heard > SILENT_SECONDS
+        return self.asked is not None and time.monotonic() - self.asked > SILENT_SECONDS
 
     def queue_length(self):
         return max(0, len(self.jobs) - self.stats.get("active", 0))
