@@ -222,7 +222,7 @@ def test_the_command_of_serve_serves(served, capsys):
 
 def test_replica_and_gpu_run_the_command_of_serve():
     services = compose()
-    assert services["replica"]["command"] == services["serve"]["command"]
+    assert services["replica"]["command"][:-2] == services["serve"]["command"]
     assert services["gpu"]["command"] == [*services["serve"]["command"], "--device", "cuda"]
     assert (
         json.loads(instruction("CMD")) == services["serve"]["command"][:-2]
