@@ -6,8 +6,8 @@
 A request's way: door.Protocol reads its head; door.Door asks for its key, may answer 429 (the
 key's requests a minute), and whatever happens closes its jobs at the end; BodyRoute reads its body;
 a route plans it with server/api.py; Service.admit puts it into the queue, or answers 429 (the queue
-is full); server/worker.py computes; Reply carries what server/answers.py makes of the tokens to the
-client. BodyRoute stops all of this when the client leaves.
+is full); server/worker.py computes; `reply` carries what server/answers.py makes of the tokens to
+the client. BodyRoute stops all of this when the client leaves.
 
 Top to bottom: flags; what the routes share; a reply on its way; the routes; the process.
 `create_app(engine)` takes anything that has the engine's interface.
@@ -18,7 +18,6 @@ import base64
 import contextlib
 import gc
 import hashlib
-import html
 import json
 import math
 import os
@@ -58,6 +57,7 @@ from server.door import (
 from server.worker import EngineClient, Inbox, Job, Worker, fork_front
 
 CHAT_PAGE = Path(__file__).with_name("ui.html")
+LATER = {"Retry-After": "5"}
 LOGPROBS = 1 << 18  # that the tokens of one request's prompts may ask for
 PARTS = 100_000  # lists and objects in a request: each costs much more than its two bytes
 RUN_BYTES = 2_000_000  # at the end of a training run's metrics that are read
@@ -140,38 +140,41 @@ class Service:
         elif self.client.hangs():
             message = "the engine has not made a step for long"
         if message:
-            raise Refusal(503, message, headers={"Retry-After": "5"})
+            raise Refusal(503, message, headers=LATER)
 
-    def enter(self, request, jobs):
-        """Refuse a request's jobs with 429 or 503, or make them its own. Whatever happens to it
-        then, the Door calls `close` with them."""
+    def check_room(self, count):
+        """Raise Refusal 429 or 503 unless so many jobs may come in."""
         self.check_ready()
         depth = len(self.client.jobs)
-        if depth + len(jobs) > self.args.concurrency + self.args.queue:
+        if depth + count > self.args.concurrency + self.args.queue:
             message = f"{depth} requests are running or waiting, the most this server takes"
-            raise Refusal(429, message, "queue_full", None, {"Retry-After": "5"})
-        request.state.jobs.extend(jobs)
+            raise Refusal(429, message, "queue_full", None, LATER)
+
+    def enter(self, request, job, what, *order):
+        """Send a job to the engine. Whatever happens to its request then, the Door calls `close`
+        with it."""
+        request.state.jobs.append(job)
+        self.client.send(job, what, *order)
 
     async def admit(self, request, model, prompts, samplings, grammar):
         """Put a request's prompts into the queue -> their jobs. First the engine's process builds
         the grammar."""
         if grammar:
             if self.building >= 32:
-                later = {"Retry-After": "5"}
-                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, later)
+                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, LATER)
             self.building += 1
             try:
                 await self.client.call("grammar", *grammar)
             finally:
                 self.building -= 1
+        self.check_room(len(samplings))
         inbox = Inbox()
         adapter = model if model in self.adapters else None
         jobs = []
         for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            jobs.append(Job(len(prompt), sampling.n, request.state.key, inbox, position))
-        self.enter(request, jobs)
-        for job, prompt, sampling in zip(jobs, prompts, samplings):
-            self.client.send(job, "submit", prompt, vars(sampling), adapter, grammar)
+            job = Job(len(prompt), sampling.n, request.state.key, inbox, position)
+            self.enter(request, job, "submit", prompt, vars(sampling), adapter, grammar)
+            jobs.append(job)
         return jobs
 
     async def read(self, request, prompts, count=None):
@@ -179,13 +182,11 @@ class Service:
         server/worker.py) with so many of the likeliest."""
         tokens = sum(map(len, prompts))
         if count is not None and tokens * (count + 1) > LOGPROBS:
-            message = (
-                f"an echo of {tokens:,} tokens with {count} logprobs: at most {LOGPROBS:,} in all"
-            )
+            message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
             raise Refusal(400, message, param="logprobs")
+        self.check_room(1)
         job = Job(tokens, len(prompts), request.state.key, Inbox())
-        self.enter(request, [job])
-        self.client.send(job, "read", prompts, count)
+        self.enter(request, job, "read", prompts, count)
         found = [[] for _ in prompts]
         async for batch in self.batches([job]):
             for _, delta in batch:
@@ -220,28 +221,27 @@ class Service:
 
 
 # ----------------------------------------------------------------------------- a reply on its way
-class Reply:
-    """Carries an answer to the client, as a stream or as one body."""
+async def reply(service, answer, jobs):
+    batches = service.batches(jobs)
+    if answer.body.stream:
+        return EventStream(answer.stream(batches))
+    return await json_later(await answer.whole(batches))
 
-    def __init__(self, service, answer, jobs):
-        self.answer = answer
-        self.batches = service.batches(jobs)
+
+class EventStream:
+    """Carries a stream to the client."""
+
+    def __init__(self, events):
+        self.events = events
 
     async def __call__(self, scope, receive, send):
-        if self.answer.body.stream:
-            await self.write_stream(send)
-        else:
-            response = await json_later(await self.answer.whole(self.batches))
-            await response(scope, receive, send)
-
-    async def write_stream(self, send):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),  # or nginx would keep the events until there are many
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
-        async for events in self.answer.stream(self.batches):
+        async for events in self.events:
             if start:  # with the first token, in one packet
                 await send(start)
                 start = None
@@ -328,7 +328,7 @@ async def chat_completions(body: api.ChatRequest, request: Request):
     prompt, sampling = await aside(request, plan_chat, body, service)
     jobs = await service.admit(request, model, [prompt], [sampling], grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
-    return Reply(service, answer, jobs)
+    return await reply(service, answer, jobs)
 
 
 def plan_chat(body, service):
@@ -353,7 +353,7 @@ async def completions(body: api.CompletionRequest, request: Request):
         scored = await service.read(request, prompts, body.logprobs)
     jobs = await service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
-    return Reply(service, answer, jobs)
+    return await reply(service, answer, jobs)
 
 
 def plan_completion(body, service):
@@ -471,33 +471,24 @@ async def read_run(request: Request, name: str, after: int = -1):
 
 
 def last_rows(path, after):
-    """The last rows of a metrics.jsonl that are behind a step, however large the file is; what is
-    not a number is null, as JSON has no NaN."""
+    """The last rows of a metrics.jsonl that are behind a step, however large the file is; the first
+    line and the last may be cut."""
     with open(path, "rb") as file:
-        begin = max(file.seek(0, os.SEEK_END) - RUN_BYTES, 0)
-        file.seek(begin)
+        file.seek(max(os.path.getsize(path) - RUN_BYTES, 0))
         lines = file.read().splitlines()
     rows = []
-    for line in lines[begin > 0 :]:  # the first one is cut
-        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-            row = json.loads(line, parse_constant=lambda _: None)
-            if row.get("step", 0) > after:
+    for line in lines[-5000:]:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            row = json.loads(line, parse_constant=lambda _: None)  # JSON has no NaN
+            if isinstance(row, dict) and row.get("step", 0) > after:
                 rows.append(row)
-    return rows[-5000:]
+    return rows
 
 
 @routes.get("/docs", include_in_schema=False)
 async def docs(request: Request):
-    """What there is, in plain HTML: a foreign script could read the keys that the page holds."""
-    api = request.app.openapi()
-    parts = []
-    for path, methods in api["paths"].items():
-        for method, route in methods.items():
-            about = {"about": route.get("description"), "body": route.get("requestBody")}
-            parts.append(f"{method.upper()} {path}\n{json.dumps(about, indent=1)}")
-    parts.append(json.dumps(api["components"]["schemas"], indent=1))
-    text = html.escape("\n\n".join(parts))
-    return HTMLResponse(f"<title>API</title><pre>{text}</pre>")
+    """What there is, as plain text: a foreign script could read the keys that the page holds."""
+    return Response(json.dumps(request.app.openapi(), indent=1), media_type="text/plain")
 
 
 @routes.get("/", include_in_schema=False)
@@ -591,7 +582,7 @@ class Server(uvicorn.Server):
             self.status = 1
         if service.draining:
             if now > self.deadline:
-                service.client.failed("the server is shutting down", 503)
+                service.client.failed("the server is shutting down")
             if not service.client.jobs or now > self.deadline + 2:  # which ends what still is sent
                 self.should_exit = True
         return await super().on_tick(counter)

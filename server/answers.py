@@ -13,46 +13,33 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from server.api import Refusal, offered_functions
 from tokenizer import Stream
 
 DONE = b"data: [DONE]\n\n"  # where a stream ends
-# What is an iterator is shown as a list, and made only when it is shown.
-compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=list).encode
+
+
+class LazyList(list):
+    """An iterator that the encoder takes for a list, so that its items are made one by one."""
+
+    def __init__(self, items):
+        super().__init__([None])  # or it counts as empty
+        self.items = items
+
+    def __iter__(self):
+        return self.items
+
+
+JSON = {"ensure_ascii": False, "separators": (",", ":")}
+compact_json = json.JSONEncoder(**JSON, default=list).encode
+json_pieces = json.JSONEncoder(**JSON, default=LazyList).iterencode  # of what may be large
 
 
 def json_bytes(value):
     """JSON that any decoder takes, whatever half characters a caller put into what is repeated."""
     return compact_json(value).encode("utf-8", "replace")
-
-
-def json_pieces(value):
-    """A value's JSON in pieces, none of which keeps the encoder for long."""
-    if isinstance(value, dict):
-        before = "{"
-        for key, item in value.items():
-            yield before + compact_json(key) + ":"
-            yield from json_pieces(item)
-            before = ","
-        yield "}" if value else "{}"
-    elif isinstance(value, list) and not (value and isinstance(value[0], dict)):
-        before = "["
-        for i in range(0, len(value), 64):
-            yield before + compact_json(value[i : i + 64])[1:-1]
-            before = ","
-        yield "]" if value else "[]"
-    elif isinstance(value, (list, Iterator)):
-        before = "["
-        for item in value:
-            yield before
-            yield from json_pieces(item)
-            before = ","
-        yield "[]" if before == "[" else "]"
-    else:
-        yield compact_json(value)
 
 
 def server_sent_event(value):

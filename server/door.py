@@ -19,7 +19,6 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi.exceptions import RequestValidationError
@@ -199,18 +198,8 @@ def address_of(client):
     return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
-def host_in(url):
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return "."  # which is not the name of a host
-
-
-def is_local(name):
-    """Whether a host's name needs no trust: nobody else can make one that resolves to this machine
-    if it is an address, or has no dot."""
-    last = name.rpartition(".")[2]
-    return "." not in name or ":" in name or last.isdigit() or last == "localhost"
+# Hosts that nobody else can let a name of theirs resolve to: addresses, and names without a dot.
+LOCAL = r"\[.*\]|[\d.]+|[^.:/]*|[\w.-]+\.localhost"
 
 
 class Body:
@@ -260,9 +249,9 @@ class Door:
         self.app = app
         self.service = service
         self.keys = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
-        self.hosts = service.args.allowed_hosts.split(",")
-        if keys and self.hosts == [""]:
-            self.hosts = ["*"]
+        allowed = service.args.allowed_hosts or ("*" if keys else "")
+        names = ".*" if allowed == "*" else "|".join(map(re.escape, allowed.split(",")))
+        self.hosts = re.compile(rf"(https?://)?({LOCAL}|{names})(:\d+)?", re.I)
         self.origins = service.args.cors.split(",")
         # {key's name or address: times of its requests in the last minute}, the latest at the end
         self.windows = OrderedDict()
@@ -332,14 +321,12 @@ class Door:
     def check_host(self, headers):
         """A page from elsewhere can give its own name this machine's address (DNS rebinding), and
         then the browser lets it in. It cannot hide that name."""
-        if "*" in self.hosts:
-            return
-        names = [host_in("//" + headers.get("host", ""))]
-        origin = headers.get("origin")
-        if origin and "*" not in self.origins and origin not in self.origins:
-            names.append(host_in(origin) or ".")  # "null" is a page of nowhere
+        names = [headers.get("host", "")]
+        origin = headers.get("origin", "")
+        if origin not in self.origins and "*" not in self.origins:
+            names.append(origin)
         for name in names:
-            if not is_local(name) and name not in self.hosts:
+            if not self.hosts.fullmatch(name):
                 message = f"{name!r} is not a name of this server (--allowed-hosts)"
                 raise Refusal(403, message, "host_not_allowed")
 
@@ -427,10 +414,6 @@ class Protocol(HttpToolsProtocol):
         self.late.cancel()
         self.framing = 0
         super().on_headers_complete()
-
-    def on_header(self, name, value):
-        if self.cycle is None or self.scope is not self.cycle.scope:  # trailers are left out
-            super().on_header(name, value)
 
     def on_body(self, body):
         self.framing = 0

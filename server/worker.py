@@ -26,7 +26,6 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -76,8 +75,8 @@ def make_grammar(text):
 
 
 class FairQueue:
-    """Requests that wait, those of a key in their order. Keys take turns, so that no key's thousand
-    requests stand before another one's first."""
+    """What waits, a tuple that begins with its request's number. Keys take turns, so that no key's
+    thousand requests stand before another one's first."""
 
     def __init__(self):
         self.lines = {}  # {key: deque of its requests}, the key whose turn it is first
@@ -98,32 +97,9 @@ class FairQueue:
 
     def cancel(self, number):
         for key, line in list(self.lines.items()):
-            self.lines[key] = deque(request for request in line if request.number != number)
+            self.lines[key] = deque(request for request in line if request[0] != number)
             if not self.lines[key]:
                 del self.lines[key]
-
-
-@dataclass
-class Order:
-    """A request for tokens, as it waits for its place in the engine."""
-
-    number: int
-    prompt: list
-    fields: dict  # of its Sampling
-    adapter: str | None
-    grammar: tuple | None
-
-
-@dataclass
-class Reading:
-    """A request whose texts are only read, one after the other: see Engine.read."""
-
-    number: int
-    key: str
-    texts: list
-    count: int | None  # of the likeliest log-probabilities, or None for embeddings
-    at: int = 0  # which text comes next, or is being read
-    parts: Iterator | None = None  # what comes of that one
 
 
 class Worker:
@@ -135,9 +111,9 @@ class Worker:
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
-        self.waiting = FairQueue()  # of Orders
-        self.texts = FairQueue()  # of Readings
-        self.reading = None  # the Reading of which a text is being read
+        self.waiting = FairQueue()  # of requests for tokens
+        self.texts = FairQueue()  # that are only to be read
+        self.reading = None  # (number, index, the generator of Engine.read) of one of them
         self.unfinished = {}  # {number of a request in the engine: answers still being made}
         self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
@@ -187,10 +163,11 @@ class Worker:
         return bool(data)
 
     def submit(self, number, key, *request):
-        self.waiting.push(key, Order(number, *request))
+        self.waiting.push(key, (number, *request))
 
     def read(self, number, key, texts, count):
-        self.texts.push(key, Reading(number, key, texts, count))
+        for index, ids in enumerate(texts):
+            self.texts.push(key, (number, index, ids, count))
 
     def cancel(self, number):
         """Take a request out of the queue, or out of the engine, whose blocks are free at once."""
@@ -199,7 +176,7 @@ class Worker:
             self.engine.cancel(number)
         self.waiting.cancel(number)
         self.texts.cancel(number)
-        if self.reading and self.reading.number == number:
+        if self.reading and self.reading[0] == number:
             self.reading = None
 
     def call(self, number, what, *values):
@@ -234,13 +211,12 @@ class Worker:
     def admit(self):
         """Move requests from the queue to the engine."""
         while self.waiting and len(self.unfinished) < self.concurrency:
-            order = self.waiting.pop()
-            number = order.number
+            number, prompt, fields, adapter, grammar = self.waiting.pop()
             try:
-                sampling = Sampling(**order.fields)
-                if order.grammar:
-                    sampling.constraint = self.constraint(order.grammar)
-                self.engine.submit(order.prompt, sampling, number, order.adapter)
+                sampling = Sampling(**fields)
+                if grammar:
+                    sampling.constraint = self.constraint(grammar)
+                self.engine.submit(prompt, sampling, number, adapter)
                 self.unfinished[number] = sampling.n
                 self.silent.add(number)
                 self.admitted.append((number, time.monotonic()))
@@ -249,32 +225,27 @@ class Worker:
 
     def read_on(self):
         """Read a chunk of the text whose turn it is: nobody's next token waits for more than that.
-        Its parts go out at once, as the logprobs of a Delta whose index is the text's place."""
-        reading = self.reading
-        if not reading and self.texts:
-            self.reading = reading = self.texts.pop()
-            reading.parts = self.engine.read(reading.texts[reading.at], reading.count)
-            if reading.at == 0:
-                self.admitted.append((reading.number, time.monotonic()))
-        if not reading:
+        What comes of it goes out at once, as the logprobs of a Delta with the text's index."""
+        if self.reading is None and self.texts:
+            number, index, ids, count = self.texts.pop()
+            self.reading = number, index, self.engine.read(ids, count)
+            if index == 0:
+                self.admitted.append((number, time.monotonic()))
+        if self.reading is None:
             return
-        delta = Delta(reading.number, reading.at, "", [])
+        number, index, parts = self.reading
+        delta = Delta(number, index, "", [])
         try:
-            delta.logprobs = next(reading.parts, None)
-            if delta.logprobs is None:
-                delta.finish_reason = "stop"
-        except (
-            Exception
-        ) as error:  # a text too long for the memory, say, is its own request's fault
+            delta.logprobs = next(parts)
+        except StopIteration:
+            delta.finish_reason = "stop"
+        except Exception as error:  # a text too long for the memory is its own request's fault
             delta.finish_reason = "error"
             delta.error = str(error)
         if delta.finish_reason:
-            reading.at += 1
             self.reading = None
-            if reading.at < len(reading.texts):
-                self.texts.push(reading.key, reading)
-        self.outbox[reading.number, delta.index] = delta
-        self.tell([(reading.number, delta.index)])
+        self.outbox[number, index] = delta
+        self.tell([(number, index)])
 
     # -- answers go out
     def collect(self, deltas):
@@ -479,13 +450,13 @@ class EngineClient(asyncio.Protocol):
         by_user, why = error
         future.set_exception(UserError(why) if by_user else RuntimeError(why))
 
-    def failed(self, why, status=500):
+    def failed(self, why):
         self.broken = self.broken or why
         for future in self.calls.values():
             if not future.done():
                 future.set_exception(Refusal(503, self.broken))
         for job in self.jobs.values():
-            job.inbox.put(Refusal(status, self.broken))
+            job.inbox.put(Refusal(503, self.broken))
 
     def hangs(self):
         """Whether the engine has work and has not said anything for long."""

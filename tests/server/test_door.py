@@ -399,7 +399,7 @@ def test_a_page_cannot_reach_the_server_by_a_name_of_its_own(flags, keys, foreig
         origin = {**key, "Origin": "https://llm.example.com"}
         assert ask(server, headers=origin).status_code == foreign
         if foreign == 403:
-            for headers in ({"Host": "[x"}, {"Host": "127.0.0.1.x.com"}, {"Origin": "null"}):
+            for headers in ({"Host": "[x.com"}, {"Host": "127.0.0.1.x.com"}, {"Host": "a.b:c"}):
                 error_of(ask(server, headers={**key, **headers}), 403)
             assert HTTP.get(server.url, headers={"Host": "x.com"}).status_code == 403
 
@@ -484,16 +484,12 @@ def test_large_answers_do_not_keep_the_event_loop():
 
 
 def test_json_in_pieces_is_the_json_of_the_whole():
-    value = {
-        "a": [],
-        "b": {},
-        "c": [{"d": [1.5] * 200, "e": None}, {}],
-        "f": 'ü"\ud800',
-        "g": [[1]],
-    }
-    assert "".join(answers.json_pieces(value)) == answers.compact_json(value)
-    lazy = {"a": iter([{"b": iter([])}, 1]), "c": map(str, range(2))}
-    assert "".join(answers.json_pieces(lazy)) == '{"a":[{"b":[]},1],"c":["0","1"]}'
+    def value():
+        return {"a": [1.5, None, {}, []], "b": map(str, range(2)), "c": iter(['ü"', iter([1])])}
+
+    whole = answers.compact_json(value())
+    assert whole == '{"a":[1.5,null,{},[]],"b":["0","1"],"c":["ü\\"",[1]]}'
+    assert "".join(answers.json_pieces(value())) == whole
 
 
 def test_the_pages_of_the_server_fetch_nothing_from_elsewhere(stub):
