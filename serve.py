@@ -150,11 +150,13 @@ class Service:
             message = f"{depth} requests are running or waiting, the most this server takes"
             raise Refusal(429, message, "queue_full", None, LATER)
 
-    def enter(self, request, job, what, *order):
-        """Send a job to the engine. Whatever happens to its request then, the Door calls `close`
-        with it."""
+    def enter(self, request, what, order, *job):
+        """Send an order to the engine -> its Job. Whatever happens to the request then, the Door
+        calls `close` with it."""
+        job = Job(request.state.key, *job)
         request.state.jobs.append(job)
         self.client.send(job, what, *order)
+        return job
 
     async def admit(self, request, model, prompts, samplings, grammar):
         """Put a request's prompts into the queue -> their jobs. First the engine's process builds
@@ -172,9 +174,9 @@ class Service:
         adapter = model if model in self.adapters else None
         jobs = []
         for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            job = Job(len(prompt), sampling.n, request.state.key, inbox, position)
-            self.enter(request, job, "submit", prompt, vars(sampling), adapter, grammar)
-            jobs.append(job)
+            order = prompt, vars(sampling), adapter, grammar
+            counts = len(prompt), sampling.n
+            jobs.append(self.enter(request, "submit", order, *counts, inbox, position))
         return jobs
 
     async def read(self, request, prompts, count=None):
@@ -185,8 +187,7 @@ class Service:
             message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
             raise Refusal(400, message, param="logprobs")
         self.check_room(1)
-        job = Job(tokens, len(prompts), request.state.key, Inbox())
-        self.enter(request, job, "read", prompts, count)
+        job = self.enter(request, "read", (prompts, count), tokens, len(prompts), Inbox())
         found = [[] for _ in prompts]
         async for batch in self.batches([job]):
             for _, delta in batch:

@@ -180,11 +180,10 @@ def log_line(row):
     print(compact_json(row), file=sys.stderr, flush=True)
 
 
-def log_error(request_id, error):
+def log_error(request_id, kind, error):
     """Where it happened, and of what kind it is: what it says may hold a request's text."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-    log_line({"event": "error", "id": request_id, "error": type(error).__name__, "at": places})
+    places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    log_line({"event": "error", "id": request_id, "error": kind, "at": places})
 
 
 # -------------------------------------------------------------------------------------- the door
@@ -285,8 +284,8 @@ class Door:
             await self.app(scope, body, tagged)
         except Exception as error:
             if not isinstance(error, Refusal):
-                log_error(state["id"], error)
                 kind = type(error).__name__
+                log_error(state["id"], kind, error)
                 error = Refusal(500, f"internal error ({kind}); its id is {state['id']}")
             if not status:  # else it is too late for another answer, and uvicorn hangs up
                 await refused(error)(scope, body, tagged)
@@ -383,20 +382,18 @@ class Protocol(HttpToolsProtocol):
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: without it the
         # second write of an answer waits 40 ms for the client's delayed ACK.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transport.set_write_buffer_limits(0)  # pause_writing is called as soon as bytes must wait
         self.running = None  # the RequestResponseCycle that answers now
         self.framing = 0  # bytes that came since the last one of a body: a head, or trailers
-        self.stalled = None  # hangs up on a client that does not read
-        self.late = None  # hangs up on one whose head does not come, or that is done with
-        self.hurry()
+        self.late = self.hang_up_later()  # on a client whose head does not come
+        self.stalled = self.late  # the same for one that does not read
         address = address_of(self.client)
         same = [other for other in self.connections if address_of(other.client) == address]
         if len(same) > CONNECTIONS and not self.config.proxy_headers:  # a proxy is one address
             transport.abort()
 
-    def hurry(self):
-        if self.late:
-            self.late.cancel()
-        self.late = self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
+    def hang_up_later(self):
+        return self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
 
     def data_received(self, data):
         self.framing += len(data)
@@ -408,7 +405,8 @@ class Protocol(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINE:
             raise ValueError("too many requests wait")  # then uvicorn answers 400 and hangs up
         super().on_message_begin()
-        self.hurry()
+        self.late.cancel()
+        self.late = self.hang_up_later()
 
     def on_headers_complete(self):
         self.late.cancel()
@@ -419,10 +417,6 @@ class Protocol(HttpToolsProtocol):
         self.framing = 0
         super().on_body(body)
 
-    def send_400_response(self, message):
-        super().send_400_response(message)
-        self.hurry()
-
     def _start_asgi_task(self, cycle, app):
         self.running = cycle
         super()._start_asgi_task(cycle, app)
@@ -431,15 +425,10 @@ class Protocol(HttpToolsProtocol):
         if self.running.more_body:  # what it still sends of its request is nobody's
             self.transport.close()
         super().on_response_complete()
-        if self.transport.is_closing():
-            self.hurry()
-
-    def timeout_keep_alive_handler(self):
-        self.transport.abort()
 
     def pause_writing(self):
         super().pause_writing()
-        self.stalled = self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
+        self.stalled = self.hang_up_later()
 
     def resume_writing(self):
         super().resume_writing()
@@ -447,8 +436,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, error):
         self.late.cancel()
-        if self.stalled:
-            self.stalled.cancel()
+        self.stalled.cancel()
         # uvicorn tells the newest request that its client has left, but it is the running one's.
         self.pipeline.clear()
         self.cycle = self.running

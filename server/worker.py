@@ -19,6 +19,7 @@ import itertools
 import json
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
@@ -35,7 +36,8 @@ from engine.sampler import Sampling
 from engine.scheduler import Delta, TokenLogprob
 from server.api import Refusal
 
-SILENT_SECONDS = 30.0  # without a step, after which an engine that has work counts as hung
+PULSE_SECONDS = 1.0  # after which an engine without work says that it lives
+SILENT_SECONDS = 30.0  # after which one that says nothing counts as hung
 
 
 def message(*values):
@@ -155,10 +157,10 @@ class Worker:
     # -- orders come in
     def take_orders(self, wait):
         """Do what was asked for -> False once nobody can ask any more."""
-        try:
-            data = self.sock.recv(1 << 18, 0 if wait else socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        ready, _, _ = select.select([self.sock], [], [], PULSE_SECONDS if wait else 0)
+        if not ready:
             return True
+        data = self.sock.recv(1 << 18)
         deliver(data, self.buffer, self)
         return bool(data)
 
@@ -351,9 +353,9 @@ class Job:
     """Follows one prompt, or all texts that a request has read, on the way through the engine. The
     jobs of a request share an inbox."""
 
+    key: str  # whose it is: keys take turns
     prompt_tokens: int
     answers: int  # that end, each for itself
-    key: str  # whose it is: keys take turns
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
     number: int | None = None  # its name in the engine, once it is submitted
@@ -377,11 +379,12 @@ class EngineClient(asyncio.Protocol):
         self.stats = {}  # the engine's, as they last came
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
-        self.asked = None  # since when something is to come from it, or None
+        self.heard = time.monotonic()  # when something last came from it
 
     def connection_made(self, transport):
         self.transport = transport
         self.broken = None
+        self.heard = time.monotonic()
 
     def connection_lost(self, error):
         self.lost = True
@@ -393,8 +396,6 @@ class EngineClient(asyncio.Protocol):
     # -- orders go out
     def send(self, job, what, *request):
         """what: "submit" or "read", as of Worker"""
-        if self.asked is None:
-            self.asked = time.monotonic()
         job.number = next(self.numbers)
         job.unfinished = job.answers
         self.transport.write(message(what, job.number, job.key, *request))
@@ -405,8 +406,6 @@ class EngineClient(asyncio.Protocol):
         known = self.jobs.pop(job.number, None)
         if known and job.unfinished and not self.broken:
             self.transport.write(message("cancel", job.number))
-        elif not self.jobs:
-            self.asked = None
 
     async def call(self, what, *values):
         """Ask for a grammar, between two steps -> None once it is built."""
@@ -422,7 +421,7 @@ class EngineClient(asyncio.Protocol):
     def deltas(self, stats, admitted, items):
         now = time.monotonic()
         self.stats = stats
-        self.asked = now if self.jobs else None
+        self.heard = now
         for number, when in admitted:
             if number in self.jobs:
                 self.jobs[number].admitted = when
@@ -459,8 +458,7 @@ class EngineClient(asyncio.Protocol):
             job.inbox.put(Refusal(503, self.broken))
 
     def hangs(self):
-        """Whether the engine has work and has not said anything for long."""
-        return self.asked is not None and time.monotonic() - self.asked > SILENT_SECONDS
+        return time.monotonic() - self.heard > SILENT_SECONDS
 
     def queue_length(self):
         return max(0, len(self.jobs) - self.stats.get("active", 0))

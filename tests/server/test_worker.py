@@ -77,7 +77,8 @@ def test_an_engine_that_fails_tells_every_caller_and_is_not_alive():
 
 
 def test_an_engine_that_hangs_is_not_ready_and_its_requests_end(monkeypatch):
-    monkeypatch.setattr(worker, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(worker, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "SILENT_SECONDS", 0.6)
     with running(Stub("x" * 9, delay=2.0), timeout=0.8) as server:
         got = []
         texts = {"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 0}
