@@ -250,10 +250,11 @@ class EventStream:
             await send({"type": "http.response.body", "body": events, "more_body": more})
 
 
-async def client_left(receive):
-    """Wait until the server says that the client has hung up."""
+async def cancel_if_left(receive, writer):
+    """Wait until the server says that the client has hung up, and end the task that writes."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    writer.cancel()
 
 
 # --------------------------------------------------------------------------- from HTTP to a route
@@ -271,13 +272,7 @@ class BodyRoute(APIRoute):
             body = await read_body(request, kind)
             # This task writes the answer by itself: so its jobs are closed before the client, who
             # has the answer then, can ask again, and a full queue never counts one that is over.
-            writer = asyncio.current_task()
-            gone = asyncio.ensure_future(client_left(receive))
-
-            def stop(_):
-                writer.cancel()
-
-            gone.add_done_callback(stop)
+            gone = asyncio.ensure_future(cancel_if_left(receive, asyncio.current_task()))
             try:
                 response = await endpoint(body, request)
                 await response(scope, receive, send)
@@ -285,7 +280,6 @@ class BodyRoute(APIRoute):
                 if not gone.done():
                     raise  # somebody else ends this task
             finally:
-                gone.remove_done_callback(stop)
                 gone.cancel()
 
         if kind:

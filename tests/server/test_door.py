@@ -5,6 +5,8 @@ import asyncio
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -490,6 +492,14 @@ def test_json_in_pieces_is_the_json_of_the_whole():
     whole = answers.compact_json(value())
     assert whole == '{"a":[1.5,null,{},[]],"b":["0","1"],"c":["ü\\"",[1]]}'
     assert "".join(answers.json_pieces(value())) == whole
+
+
+@pytest.mark.slow
+def test_honest_streams_do_not_feel_all_attacks_at_once():
+    """What is printed: gaps between tokens, memory and descriptors of both processes."""
+    command = [sys.executable, ROOT / "tests/soak.py", "--seconds", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_pages_of_the_server_fetch_nothing_from_elsewhere(stub):
