@@ -190,6 +190,8 @@ def log_error(request_id, kind, error):
 def address_of(client):
     """Who a peer (host, port) counts as: its address, of IPv6 the /64 that one client has."""
     host = client[0] if client else ""
+    if ":" not in host:
+        return host
     try:
         address = ipaddress.IPv6Address(host.partition("%")[0])
     except ValueError:
@@ -387,8 +389,8 @@ class Protocol(HttpToolsProtocol):
         self.framing = 0  # bytes that came since the last one of a body: a head, or trailers
         self.late = self.hang_up_later()  # on a client whose head does not come
         self.stalled = self.late  # the same for one that does not read
-        address = address_of(self.client)
-        same = [other for other in self.connections if address_of(other.client) == address]
+        self.address = address_of(self.client)
+        same = [other for other in self.connections if other.address == self.address]
         if len(same) > CONNECTIONS and not self.config.proxy_headers:  # a proxy is one address
             transport.abort()
 
