@@ -133,7 +133,8 @@ class Service:
         if model in self.adapters:
             raise Refusal(400, f"{what} are the base model's, not an adapter's", param="model")
 
-    def check_ready(self):
+    def check_room(self, count):
+        """Raise Refusal 503 or 429 unless so many jobs may come in."""
         message = self.client.broken
         if self.draining:
             message = "shutting down: try another replica"
@@ -142,9 +143,6 @@ class Service:
         if message:
             raise Refusal(503, message, headers=LATER)
 
-    def check_room(self, count):
-        """Raise Refusal 429 or 503 unless so many jobs may come in."""
-        self.check_ready()
         depth = len(self.client.jobs)
         if depth + count > self.args.concurrency + self.args.queue:
             message = f"{depth} requests are running or waiting, the most this server takes"
@@ -225,29 +223,28 @@ class Service:
 async def reply(service, answer, jobs):
     batches = service.batches(jobs)
     if answer.body.stream:
-        return EventStream(answer.stream(batches))
+        return event_stream(answer.stream(batches))
     return await json_later(await answer.whole(batches))
 
 
-class EventStream:
-    """Carries a stream to the client."""
+def event_stream(pieces):
+    """Bytes of server-sent events as they come -> the response that carries them to the client."""
 
-    def __init__(self, events):
-        self.events = events
-
-    async def __call__(self, scope, receive, send):
+    async def respond(scope, receive, send):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),  # or nginx would keep the events until there are many
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
-        async for events in self.events:
+        async for events in pieces:
             if start:  # with the first token, in one packet
                 await send(start)
                 start = None
             more = not events.endswith(DONE)
             await send({"type": "http.response.body", "body": events, "more_body": more})
+
+    return respond
 
 
 async def cancel_if_left(receive, writer):
@@ -425,7 +422,7 @@ async def health(request: Request):
 @routes.get("/ready")
 async def ready(request: Request):
     service = request.app.state.service
-    service.check_ready()
+    service.check_room(0)
     return {"status": "ready", "model": service.names[0]}
 
 

@@ -160,12 +160,10 @@ def invalid(errors):
 
 async def show_error(request, error):
     """Any error that FastAPI hands us -> the answer in OpenAI's shape."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, RecursionError)):
         error = Refusal(400, str(error))
     elif isinstance(error, RequestValidationError):
         error = invalid(error.errors())
-    elif isinstance(error, RecursionError):
-        error = Refusal(400, "the request is nested too deeply")
     elif not isinstance(error, Refusal):
         message = f"{error.detail}: see /docs for what there is"
         error = Refusal(error.status_code, message, headers=error.headers)
@@ -178,12 +176,6 @@ ERROR_HANDLERS = dict.fromkeys(ERROR_KINDS, show_error)
 
 def log_line(row):
     print(compact_json(row), file=sys.stderr, flush=True)
-
-
-def log_error(request_id, kind, error):
-    """Where it happened, and of what kind it is: what it says may hold a request's text."""
-    places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-    log_line({"event": "error", "id": request_id, "error": kind, "at": places})
 
 
 # -------------------------------------------------------------------------------------- the door
@@ -286,8 +278,11 @@ class Door:
             await self.app(scope, body, tagged)
         except Exception as error:
             if not isinstance(error, Refusal):
+                # Where it happened, and of what kind it is: what it says may hold a request's text.
                 kind = type(error).__name__
-                log_error(state["id"], kind, error)
+                frames = traceback.extract_tb(error.__traceback__)
+                places = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+                log_line({"event": "error", "id": state["id"], "error": kind, "at": places})
                 error = Refusal(500, f"internal error ({kind}); its id is {state['id']}")
             if not status:  # else it is too late for another answer, and uvicorn hangs up
                 await refused(error)(scope, body, tagged)

@@ -130,7 +130,7 @@ class Worker:
         everybody hears why, and that nothing more will come."""
         try:
             self.tell(self.outbox)
-            while self.take_orders(wait=not self.has_work):
+            while self.take_orders():
                 self.admit()
                 if self.engine.has_work:
                     self.collect(self.engine.step())
@@ -146,18 +146,15 @@ class Worker:
         self.builder.shutdown(wait=False, cancel_futures=True)
         self.sock.close()
 
-    @property
-    def has_work(self):
-        return bool(self.engine.has_work or self.waiting or self.texts or self.reading)
-
     def send(self, *values):
         with self.lock:
             self.sock.sendall(message(*values))
 
     # -- orders come in
-    def take_orders(self, wait):
+    def take_orders(self):
         """Do what was asked for -> False once nobody can ask any more."""
-        ready, _, _ = select.select([self.sock], [], [], PULSE_SECONDS if wait else 0)
+        busy = self.engine.has_work or self.waiting or self.texts or self.reading
+        ready, _, _ = select.select([self.sock], [], [], 0 if busy else PULSE_SECONDS)
         if not ready:
             return True
         data = self.sock.recv(1 << 18)
@@ -183,12 +180,9 @@ class Worker:
 
     def call(self, number, what, *values):
         """A grammar takes up to a second, so a thread builds it while all else goes on."""
-        if what == "grammar":
-            self.builder.submit(self.answer, number, what, values)
-        else:
-            self.answer(number, what, values)
+        self.builder.submit(self.answer, number, values)
 
-    def answer(self, number, what, values):
+    def answer(self, number, values):
         result = error = None
         try:
             self.constraint(values).needs()  # the first mask is made here, not in `admit`

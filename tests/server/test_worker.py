@@ -31,11 +31,11 @@ def test_keys_take_turns_in_the_queue():
         front.sendall(message("submit", number, key, [5] * length, vars(Sampling()), None, None))
     front.shutdown(socket.SHUT_WR)
     loop = Worker(engine, back, 1)
-    assert loop.take_orders(wait=True)
+    assert loop.take_orders()
     while loop.waiting or engine.live:
         loop.admit()
         loop.collect(engine.step())
-    assert not loop.take_orders(wait=True)  # nobody can ask any more
+    assert not loop.take_orders()  # nobody can ask any more
     assert engine.order == [1, 11, 21, 2, 12, 3]
 
 
@@ -47,10 +47,9 @@ def test_texts_that_are_only_read_take_turns_and_end_with_who_leaves():
     loop = Worker(engine, back, 1)
     for number, key, texts in ((1, "a", [[1], [2], [3]]), (2, "a", [[4], [5]]), (3, "b", [[6]])):
         loop.read(number, key, texts, None)
-    assert loop.has_work
     loop.read_on()
     loop.cancel(1)
-    while loop.has_work:
+    while loop.texts or loop.reading:
         loop.read_on()
     assert [text for text, _ in read[::2]] == [1, 6, 4, 5]
 
