@@ -47,6 +47,8 @@ from model import Transformer
 from runtime import lost_rank_explained, resolve
 from tokenizer import Tokenizer
 
+READ_TOKENS = 256  # of a text that is only read, between two steps at most
+
 
 # ------------------------------------------------------------------------------------------ loading
 def load_engine_model(folder, device="auto", dtype="auto", split=True):
@@ -425,20 +427,35 @@ class Engine:
         return list(outputs.values())
 
     @torch.inference_mode()
-    def embed(self, ids):
-        """The mean over a text of the hidden states after the last norm, at length 1: C floats."""
-        hidden = self.runner.everywhere("hidden", torch.tensor(ids)).mean(0)  # (T, C) -> (C,)
-        return (hidden / hidden.norm()).tolist()
+    def read(self, ids, count=None):
+        """Read a text by itself. Yields lists, one a chunk, so that steps can come in between.
 
-    @torch.inference_mode()
-    def prompt_logprobs(self, ids, count):
-        """What the model thought of a text itself -> a TokenLogprob for each of its tokens."""
-        scores = self.runner.everywhere("score", torch.tensor([count, self.vocab_size, *ids]))
-        found = [TokenLogprob(ids[0], None, [])]  # nothing comes before it
-        for i, *score in zip(ids[1:], *(part.tolist() for part in scores)):
-            chosen, values, likeliest = score
-            found.append(TokenLogprob(i, chosen, list(zip(likeliest, values))))
-        return found
+        Together they are a TokenLogprob for each token, with `count` of the likeliest: what the
+        model thought of the text; or without a count the mean over the text of the hidden states
+        after the last norm, at length 1: C floats.
+        """
+        size = min(READ_TOKENS, max(self.scheduler.step_tokens // 4, 1))
+        total = torch.zeros(())  # the sum of hidden states, (C,)
+        self.scheduler.counts["prompt_tokens"] += len(ids)
+        if count is not None:
+            count = min(count, self.vocab_size)
+            yield [TokenLogprob(ids[0], None, [])]  # nothing comes before it
+        for past in range(0, len(ids), size):
+            part = ids[past : past + size + 1]
+            order = [min(size, len(part)), past, len(ids), -1 if count is None else count]
+            longs = torch.tensor([*order, self.vocab_size, *part])
+            found = self.runner.everywhere("read", longs)
+            if count is None:
+                total = total.to(found.device) + found
+                yield []
+            else:
+                scores = zip(part[1:], *(tensor.tolist() for tensor in found))
+                yield [
+                    TokenLogprob(i, chosen, list(zip(likeliest, values)))
+                    for i, chosen, values, likeliest in scores
+                ]
+        if count is None:
+            yield (total / total.norm()).tolist()
 
     def stats(self):
         """Counters since the start and the state now, for /metrics."""

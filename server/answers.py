@@ -8,6 +8,7 @@ batches is an async iterator of lists of (number of the prompt, Delta).
 """
 
 import base64
+import itertools
 import json
 import re
 import secrets
@@ -19,7 +20,22 @@ from server.api import Refusal, offered_functions
 from tokenizer import Stream
 
 DONE = b"data: [DONE]\n\n"  # where a stream ends
-compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class LazyList(list):
+    """An iterator that the encoder takes for a list, so that its items are made one by one."""
+
+    def __init__(self, items):
+        super().__init__(itertools.islice(items, 1))  # what is empty must count as empty
+        self.items = items
+
+    def __iter__(self):
+        return itertools.chain(super().__iter__(), self.items)
+
+
+JSON: dict = {"ensure_ascii": False, "separators": (",", ":")}
+compact_json = json.JSONEncoder(**JSON, default=list).encode
+json_pieces = json.JSONEncoder(**JSON, default=LazyList).iterencode  # of what may be large
 
 
 def json_bytes(value):
@@ -117,30 +133,36 @@ def chat_logprobs(tok, logprobs):
         text, data = spell(tok, i)
         return {"token": text, "logprob": finite(logprob), "bytes": data, "id": i}
 
-    content = []
-    for i, logprob, top in logprobs:
-        content.append({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]})
-    return {"content": content, "refusal": None}
+    def entry_with_top(token):
+        i, logprob, top = token
+        return {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]}
+
+    return {"content": map(entry_with_top, logprobs), "refusal": None}
 
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
     """A list of worker.plain_logprobs in the completions' shape; offsets: where in the text each
     token begins."""
-    texts, chosen, tops, ids = [], [], [], []
-    for token, logprob, pairs in logprobs:
-        texts.append(spell(tok, token)[0])
-        chosen.append(finite(logprob))
-        top, top_ids = {}, {}
-        for i, other in pairs:
-            text, _ = spell(tok, i)
-            top.setdefault(text, finite(other))  # of two that read the same the likelier stays
-            top_ids.setdefault(text, i)
-        tops.append(top or None)
-        ids.append(top_ids)
-    shown = {"tokens": texts, "text_offset": offsets, "top_logprobs": tops}
-    shown["token_logprobs"] = chosen
+
+    def by_text(pairs):
+        named = {}
+        for i, value in pairs:
+            named.setdefault(
+                spell(tok, i)[0], value
+            )  # of two that read the same the likelier stays
+        return named
+
+    def top(pairs):
+        return by_text([(i, finite(logprob)) for i, logprob in pairs]) or None
+
+    shown = {
+        "tokens": (spell(tok, token)[0] for token, _, _ in logprobs),
+        "token_logprobs": (finite(logprob) for _, logprob, _ in logprobs),
+        "top_logprobs": (top(pairs) for _, _, pairs in logprobs),
+        "text_offset": offsets,
+    }
     if with_ids:
-        shown["top_token_ids"] = ids
+        shown["top_token_ids"] = (by_text([(i, i) for i, _ in pairs]) for _, _, pairs in logprobs)
     return shown
 
 
@@ -316,6 +338,7 @@ class Generation:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:
             out += self.choice_event(choice, self.text_field(""), None, choice.reason)
+        choice.logprobs.clear()  # they are out
         return out
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Literal, TypeAlias
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, Json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json
 from typing_extensions import NotRequired, TypedDict  # Python 3.10's have no NotRequired
 
 import chat
@@ -56,6 +56,27 @@ class Refusal(HTTPException):
 
 
 # -------------------------------------------------------------------------- the bodies of requests
+def at_most(count):
+    """A list's or an object's bound, held before its items are looked at: pydantic would describe
+    what is wrong with each of a million."""
+
+    def check(value):
+        if isinstance(value, (list, dict)) and len(value) > count:
+            raise ValueError(f"has {len(value):,} items, and {count:,} is the most")
+        return value
+
+    return BeforeValidator(check)
+
+
+Ids: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
+# OpenAI's four shapes of prompts
+Texts: TypeAlias = (
+    str | Annotated[list[str], at_most(128)] | Ids | Annotated[list[Ids], at_most(128)]
+)
+TokenId: TypeAlias = Annotated[int, Field(strict=False)]  # a key of JSON is a string
+Messages: TypeAlias = Annotated[list[dict], at_most(10_000), Field(min_length=1)]
+
+
 class NamedFunction(TypedDict):
     name: str
 
@@ -98,7 +119,7 @@ class SchemaFormat(TypedDict):
 
 
 SchemaOrText: TypeAlias = dict | Json[dict]  # vLLM takes a schema's text, too
-Choices: TypeAlias = Annotated[list[str], Field(min_length=1)]
+Choices: TypeAlias = Annotated[list[str], at_most(1024), Field(min_length=1)]
 
 
 class StructuredOutputs(TypedDict, total=False):
@@ -138,11 +159,11 @@ class GenerationRequest(ModelRequest):
     n: int = Field(1, ge=1, le=16)
     seed: int = None
     ignore_eos: bool = False
-    logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field({}, max_length=1024)
+    logit_bias: Annotated[dict[TokenId, float], at_most(1024)] = {}
     max_tokens: int = -1  # no limit
     max_completion_tokens: int = -1
-    stop: str | Annotated[list[str], Field(max_length=64)] = []
-    stop_token_ids: list[int] = Field([], max_length=1024)
+    stop: str | Annotated[list[str], at_most(64)] = []
+    stop_token_ids: Annotated[list[int], at_most(1024)] = []
     stream: bool = False
     stream_options: StreamOptions = {}
     response_format: TextFormat | ObjectFormat | SchemaFormat = Field({}, discriminator="type")
@@ -155,10 +176,10 @@ class GenerationRequest(ModelRequest):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[dict] = Field(min_length=1)  # chat.py reads them
+    messages: Messages  # which chat.py reads
     logprobs: bool = False
     top_logprobs: int = 0
-    tools: list[Tool] = []
+    tools: Annotated[list[Tool], at_most(1024)] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict = {}
@@ -166,28 +187,25 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool = False
 
 
-Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
-
-
 class CompletionRequest(GenerationRequest):
-    prompt: Prompts
+    prompt: Texts
     logprobs: int = None
     echo: bool = False
     add_special_tokens: bool = True
 
 
 class EmbeddingRequest(ModelRequest):
-    input: Prompts
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
 
 
 class TokenizeRequest(ModelRequest):
     prompt: str = None
-    messages: list[dict] = None
+    messages: Messages = None
 
 
 class DetokenizeRequest(ModelRequest):
-    tokens: list[int]
+    tokens: Ids
 
 
 def parse_body(body, kind):
