@@ -36,7 +36,6 @@ import torch
 
 import chat
 from common import UserError, cli, file_rows, parse_flags, read_json
-from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.native import quiet_torch
 from engine.parallel import shard_model
 from engine.runner import Runner, StepBatch, pool_size
@@ -317,8 +316,7 @@ class Engine:
         if not sampling.edits_logits:
             return SamplingRow(sampling, u)
         output = seq.ids[len(request.prompt) :] + draft
-        room = min(sampling.max_tokens, self.max_model_len - len(request.prompt)) - len(output)
-        return SamplingRow(sampling, u, output, request.prompt, request.ends, seq.constraint, room)
+        return SamplingRow(sampling, u, output, request.prompt, request.ends, seq.constraint)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw the next tokens, and keep a draft as far as it is what was drawn -> deltas.
@@ -359,6 +357,8 @@ class Engine:
             if nothing_allowed:
                 seq.finish_reason = "error"
                 seq.error = "no token is allowed: constraint and min_tokens contradict each other"
+                if seq.constraint and seq.constraint.error:
+                    seq.error = seq.constraint.error
             elif token in request.ends:
                 seq.finish_reason = "stop"
             else:
@@ -566,16 +566,24 @@ def named(args, names):
 
 def read_sampling(args, engine):
     """The flags as a Sampling."""
-    grammar = None
-    if args.regex:
-        grammar = regex_grammar(args.regex)
-    elif args.json_schema:
-        grammar = json_grammar(None if args.json_schema == "any" else read_json(args.json_schema))
     return Sampling(
         **named(args, SAMPLING_FLAGS),
         stop=(args.stop,) if args.stop else (),
-        constraint=Constraint(grammar, Vocabulary(engine.tok)) if grammar else None,
+        constraint=read_constraint(args, engine.tok),
     )
+
+
+def read_constraint(args, tok):
+    """--regex or --json-schema -> what the answers must match, or None."""
+    if not args.regex and not args.json_schema:
+        return None
+    from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+
+    if args.regex:
+        grammar = regex_grammar(args.regex)
+    else:
+        grammar = json_grammar(None if args.json_schema == "any" else read_json(args.json_schema))
+    return Constraint(grammar, Vocabulary(tok))
 
 
 def print_answer(engine, prompt, sampling, adapter):

@@ -124,7 +124,6 @@ class Service:
             self.turn_ends = turn_ends(self.tok)
         self.client = EngineClient()
         self.measures = Measures(self.client)
-        self.building = 0  # grammars that wait to be built
         self.draining = False
         self.created = int(time.time())
         self.started = time.monotonic()
@@ -174,16 +173,7 @@ class Service:
         return job
 
     async def admit(self, request, model, prompts, samplings, grammar):
-        """Put a request's prompts into the queue -> their jobs. First the engine's process builds
-        the grammar."""
-        if grammar:
-            if self.building >= 32:
-                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, LATER)
-            self.building += 1
-            try:
-                await self.client.call("grammar", *grammar)
-            finally:
-                self.building -= 1
+        """Put a request's prompts into the queue -> their jobs."""
         self.check_room(len(samplings))
         inbox = Inbox()
         adapter = model if model in self.adapters else None

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -112,7 +113,6 @@ class SamplingRow:
     prompt: list | tuple = ()
     ends: frozenset = frozenset()  # ids that are barred until min_tokens are made
     constraint: Any = None
-    room: int = UNLIMITED  # tokens that may still be made
 
 
 def uniform(seed, position):
@@ -159,18 +159,20 @@ def edit_logits(logits, rows):
     if add_at:
         at = torch.tensor(add_at, device=logits.device)
         flat[at] += torch.tensor(add_by, device=logits.device, dtype=logits.dtype)
-    for r, row in enumerate(rows):
-        if row.constraint is not None:
-            logits[r].masked_fill_(barred_by_constraint(row, logits[r]), -torch.inf)
+    bound = [r for r, row in enumerate(rows) if row.constraint is not None]
+    if bound:
+        allowed = torch.stack([allowed_by_constraint(rows[r], V) for r in bound])
+        logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
-def barred_by_constraint(row, logits):
-    """-> (V,) bool, on the device of logits (V,)."""
-    allowed = row.constraint.allowed(row.room).to(logits.device)[: len(logits)]
-    barred = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
-    if row.constraint.complete and len(row.output) >= row.sampling.min_tokens:
-        barred[list(row.ends)] = False
-    return barred
+def allowed_by_constraint(row, V):
+    """-> (V,) bool. A token that ends the turn is allowed where the text is complete."""
+    bits = np.frombuffer(row.constraint.mask(), np.uint8)
+    bits = np.unpackbits(bits, count=row.constraint.size, bitorder="little")
+    allowed = F.pad(torch.from_numpy(bits).bool(), (0, V - len(bits)))
+    enough = len(row.output) >= row.sampling.min_tokens
+    allowed[list(row.ends)] = enough and row.constraint.complete
+    return allowed
 
 
 # --------------------------------------------------------------------------------------- the draw

@@ -3,6 +3,7 @@
 serve.py speaks HTTP; here are plain functions over a tokenizer. answers.py is the way back.
 """
 
+import json
 import re
 from typing import Annotated, Literal, TypeAlias
 
@@ -276,8 +277,8 @@ def offered_functions(body):
 
 
 def forced_call(body, tok):
-    """tool_choice "required", or one function -> the grammar of the only answers allowed:
-    ("json", schema, and perhaps the texts before and after). None: the model may choose."""
+    """tool_choice "required", or one function -> the grammar of the only answers allowed. None: the
+    model may choose."""
     functions = offered_functions(body)
     choice = body.tool_choice
     if choice in ("auto", "none"):
@@ -289,24 +290,20 @@ def forced_call(body, tok):
         message = "tool_choice wants a function to be called that is not one of the tools"
         raise Refusal(400, message, param="tool_choice")
     arguments = "parameters" if "<|start_header_id|>" in tok.special else "arguments"
+    before, after = "", "}"
+    if "<tool_call>" in (tok.chat_template or ""):
+        before, after = "<tool_call>\n", "}\n</tool_call>"
     calls = []
     for name, function in functions.items():
-        parameters = function.get("parameters") or {"type": "object"}
-        call = {
-            "type": "object",
-            "required": ["name", arguments],
-            "additionalProperties": False,
-            "properties": {"name": {"const": name}, arguments: parameters},
-        }
-        calls.append(call)
-    if "<tool_call>" in (tok.chat_template or ""):
-        return "json", {"anyOf": calls}, "<tool_call>\n", "\n</tool_call>"
-    return "json", {"anyOf": calls}
+        head = f'{before}{{"name": {json.dumps(name)}, "{arguments}": '
+        parameters = {"type": "object", **(function.get("parameters") or {})}
+        calls.append((parameters, head, after))
+    return "json", *calls
 
 
 def grammar_of(body):
     """The one field that binds the answer -> what Worker.constraint takes: ("regex", pattern) or
-    ("json", schema). None: the model may say what it likes."""
+    ("json", (schema,)). None: the model may say what it likes."""
     form = body.response_format
     more = body.structured_outputs
     schemas = [body.guided_json, more.get("json"), form.get("json_schema", {}).get("schema")]
@@ -316,7 +313,7 @@ def grammar_of(body):
     for choices in (body.guided_choice, more.get("choice")):
         if choices:
             patterns.append("|".join(map(re.escape, choices)))
-    grammars = [("json", schema) for schema in schemas if schema is not None]
+    grammars = [("json", (schema,)) for schema in schemas if schema is not None]
     grammars += [("regex", pattern) for pattern in patterns if pattern is not None]
     if len(grammars) > 1:
         fields = "response_format, regex, guided_* and structured_outputs"

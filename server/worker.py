@@ -23,7 +23,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 import warnings
 from collections import deque
@@ -31,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from common import UserError
-from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
 from engine.scheduler import Delta, TokenLogprob
 from server.api import Refusal
@@ -69,13 +67,6 @@ def plain_logprobs(logprobs):
 
 
 # ---------------------------------------------------------------------------- the engine's process
-def make_grammar(text):
-    """["regex", pattern] or ["json", schema or null, perhaps the texts before and after it], as
-    JSON -> Grammar"""
-    kind, *what = json.loads(text)
-    return regex_grammar(*what) if kind == "regex" else json_grammar(*what)
-
-
 class FairQueue:
     """What waits, a tuple that begins with its request's number. Keys take turns, so that no key's
     thousand requests stand before another one's first."""
@@ -113,6 +104,7 @@ class Worker:
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
+        self.building = {}  # {future of a Constraint: (key, request that waits for it)}
         self.waiting = FairQueue()  # of requests for tokens
         self.texts = FairQueue()  # that are only to be read
         self.reading = None  # (number, index, the generator of Engine.read) of one of them
@@ -121,9 +113,7 @@ class Worker:
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
         self.told = 0.0  # when all of it last was
-        self.grammar = functools.lru_cache(64)(make_grammar)  # automata learn as they are used
         self.builder = ThreadPoolExecutor(1, "grammar")
-        self.lock = threading.Lock()  # of the socket
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on:
@@ -147,22 +137,31 @@ class Worker:
         self.sock.close()
 
     def send(self, *values):
-        with self.lock:
-            self.sock.sendall(message(*values))
+        self.sock.sendall(message(*values))
 
     # -- orders come in
+    def idle_seconds(self):
+        """How long there is nothing to do but to wait for orders."""
+        if self.engine.has_work or self.waiting or self.texts or self.reading:
+            return 0
+        return 0.005 if self.building else PULSE_SECONDS
+
     def take_orders(self):
         """Do what was asked for -> False once nobody can ask any more."""
-        busy = self.engine.has_work or self.waiting or self.texts or self.reading
-        ready, _, _ = select.select([self.sock], [], [], 0 if busy else PULSE_SECONDS)
-        if not ready:
+        if not select.select([self.sock], [], [], self.idle_seconds())[0]:
             return True
         data = self.sock.recv(1 << 18)
         deliver(data, self.buffer, self)
         return bool(data)
 
-    def submit(self, number, key, *request):
-        self.waiting.push(key, (number, *request))
+    def submit(self, number, key, prompt, fields, adapter, grammar):
+        """A grammar may take seconds, so a thread builds it while all else goes on."""
+        future = self.builder.submit(self.constraint, *grammar) if grammar else None
+        request = number, prompt, fields, adapter, future
+        if future:
+            self.building[future] = key, request
+        else:
+            self.waiting.push(key, request)
 
     def read(self, number, key, texts, count):
         for index, ids in enumerate(texts):
@@ -177,41 +176,40 @@ class Worker:
         self.texts.cancel(number)
         if self.reading and self.reading[0] == number:
             self.reading = None
-
-    def call(self, number, what, *values):
-        """A grammar takes up to a second, so a thread builds it while all else goes on."""
-        self.builder.submit(self.answer, number, values)
-
-    def answer(self, number, values):
-        result = error = None
-        try:
-            self.constraint(values).needs()  # the first mask is made here, not in `admit`
-        except Exception as raised:
-            error = isinstance(raised, UserError), str(raised)
-        self.send("result", number, result, error)
+        for future, (_, request) in list(self.building.items()):
+            if request[0] == number:
+                future.cancel()
+                del self.building[future]
 
     @functools.cached_property
     def vocabulary(self):
+        from engine.grammar import Vocabulary
+
         return Vocabulary(self.engine.tok)
 
-    def constraint(self, what):
-        """What `make_grammar` takes, as values -> Constraint. Equal requests share a grammar."""
-        text = json.dumps(what)
-        grammar = self.grammar(text)
-        if grammar.masks * self.engine.tok.vocab_size > 5e7:
-            # It has learned over 200 MB: all is forgotten.
-            self.grammar.cache_clear()
-            grammar = self.grammar(text)
+    def constraint(self, kind, *what):
+        """("regex", pattern), or ("json", (schema, and perhaps the texts before and after it), ...)
+        of which the answer is one -> Constraint"""
+        from engine.grammar import Constraint, json_grammar, regex_grammar
+
+        if kind == "regex":
+            grammar = regex_grammar(*what)
+        else:
+            grammar = " | ".join(json_grammar(*choice) for choice in what)
         return Constraint(grammar, self.vocabulary)
 
     def admit(self):
         """Move requests from the queue to the engine."""
+        for future in [future for future in self.building if future.done()]:
+            self.waiting.push(*self.building.pop(future))
         while self.waiting and len(self.unfinished) < self.concurrency:
-            number, prompt, fields, adapter, grammar = self.waiting.pop()
+            number, prompt, fields, adapter, future = self.waiting.pop()
             try:
                 sampling = Sampling(**fields)
-                if grammar:
-                    sampling.constraint = self.constraint(grammar)
+                if future and future.exception():
+                    raise UserError(str(future.exception()))
+                if future:
+                    sampling.constraint = future.result()
                 self.engine.submit(prompt, sampling, number, adapter)
                 self.unfinished[number] = sampling.n
                 self.silent.add(number)
@@ -367,7 +365,6 @@ class EngineClient(asyncio.Protocol):
     def __init__(self):
         self.numbers = itertools.count()
         self.jobs = {}  # {number: Job}
-        self.calls = {}  # {number: future of a result}
         self.buffer = bytearray()
         self.transport = None
         self.stats = {}  # the engine's, as they last came
@@ -401,16 +398,6 @@ class EngineClient(asyncio.Protocol):
         if known and job.unfinished and not self.broken:
             self.transport.write(message("cancel", job.number))
 
-    async def call(self, what, *values):
-        """Ask for a grammar, between two steps -> None once it is built."""
-        if self.broken:
-            raise Refusal(503, self.broken)
-        number = next(self.numbers)
-        order = message("call", number, what, *values)
-        self.calls[number] = asyncio.get_running_loop().create_future()
-        self.transport.write(order)
-        return await self.calls[number]
-
     # -- answers come in
     def deltas(self, stats, admitted, items):
         now = time.monotonic()
@@ -433,21 +420,8 @@ class EngineClient(asyncio.Protocol):
                     job.reason = delta.finish_reason
             job.inbox.put((job.position, delta))
 
-    def result(self, number, value, error):
-        future = self.calls.pop(number)
-        if future.done():
-            return  # nobody waits any more
-        if error is None:
-            future.set_result(value)
-            return
-        by_user, why = error
-        future.set_exception(UserError(why) if by_user else RuntimeError(why))
-
     def failed(self, why):
         self.broken = self.broken or why
-        for future in self.calls.values():
-            if not future.done():
-                future.set_exception(Refusal(503, self.broken))
         for job in self.jobs.values():
             job.inbox.put(Refusal(503, self.broken))
 

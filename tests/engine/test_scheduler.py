@@ -3,6 +3,7 @@ alone."""
 
 import gc
 import random
+import re
 import weakref
 from collections import Counter
 
@@ -330,8 +331,6 @@ def test_contradictory_constraints_end_with_a_reason(folder):
 
 
 def test_constrained_answers_match_their_pattern(folder):
-    from test_grammar import matches
-
     from engine.grammar import Constraint, Vocabulary, regex_grammar
 
     engine = engine_of(folder, max_seqs=8)
@@ -339,7 +338,13 @@ def test_constrained_answers_match_their_pattern(folder):
     for output in engine.generate(
         [[5, 6]] * 6, [Sampling(max_tokens=15, seed=i, constraint=constraint) for i in range(6)]
     ):
-        assert matches(constraint.grammar, output.text.encode()) and output.finish_reason == "stop"
+        assert re.fullmatch("(abc|xy)+z,", output.text) and output.finish_reason == "stop"
+    constraint.advance(engine.tok.encode("q")[0])  # which breaks it
+    broken = engine.generate([5, 6], Sampling(constraint=constraint))[0]
+    assert broken.finish_reason == "error" and "doesn't satisfy the grammar" in broken.error
+    constraint = Constraint(regex_grammar("[ab.]{50}"), Vocabulary(engine.tok))  # "." ends a turn
+    cut = engine.generate([5, 6], Sampling(max_tokens=9, constraint=constraint))[0]
+    assert re.fullmatch("[ab]{9}", cut.text) and cut.finish_reason == "length"
 
 
 def test_a_shared_prefix_is_computed_once(folder):

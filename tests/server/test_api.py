@@ -280,7 +280,23 @@ BAD = [
     dict(response_format={"type": "json_schema", "json_schema": []}),
     dict(stream_options=3),
     dict(response_format=json_schema(1)),
-    dict(response_format=json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]})),
+    dict(response_format=json_schema({"$ref": "#"})),
+    *(
+        dict(response_format=json_schema(schema))
+        for schema in (
+            {"enum": 5},
+            {"type": {}},
+            {"required": 5},
+            {"$ref": 5},
+            {"minimum": [1]},
+            {"unknown": 1},
+            {"const": "\ud800"},
+            {"properties": {"\ud800": 3}},
+            {"maximum": 10**400},
+        )
+    ),
+    dict(regex="\ud800"),
+    dict(regex="(?=a)b"),
     dict(tools=TOOLS, tool_choice="sub"),
     dict(tools=TOOLS, tool_choice={"function": "x"}),
     dict(tools=[{"type": "custom", "custom": {"name": "x"}}]),
@@ -291,6 +307,12 @@ BAD = [
 @pytest.mark.parametrize("body", BAD, ids=[str(b)[:50] for b in BAD])
 def test_a_bad_field_is_a_400_in_openais_shape(stub, body):
     error_of(ask(stub, **body), 400)
+
+
+def test_a_schema_with_nan_is_a_400(stub):
+    form = '{"type": "json_schema", "json_schema": {"schema": {"minimum": NaN}}}'
+    body = f'{{"prompt": "a", "response_format": {form}}}'
+    assert "not JSON compliant" in error_of(post(stub, "/v1/completions", body), 400)["message"]
 
 
 def test_bad_bodies_and_unknown_places_are_errors_in_openais_shape(stub):
@@ -406,6 +428,23 @@ def test_a_model_without_a_chat_template_says_so_and_completes(tmp_path):
         assert ask(server, "/v1/completions", prompt="a").status_code == 200
 
 
+def test_a_forced_call_has_the_arguments_of_its_function(real, monkeypatch):
+    """References in its parameters are to the parameters."""
+    monkeypatch.setattr(real.engine.tok, "chat_template", TEMPLATE_WITH_TOOLS)
+    parameters = {
+        "properties": {"x": {"$ref": "#/$defs/digit"}},
+        "required": ["x"],
+        "additionalProperties": False,
+        "$defs": {"digit": {"enum": [1, 2]}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    for i in range(3):
+        answer = ask(real, tools=tools, tool_choice="required", max_tokens=80, seed=i).json()
+        call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
+        assert call["name"] == "f"
+        assert json.loads(call["arguments"])["x"] in (1, 2)
+
+
 def test_json_schema_and_regex_and_json_object_bind_a_real_model(real):
     schema = {
         "type": "object",
@@ -423,14 +462,10 @@ def test_json_schema_and_regex_and_json_object_bind_a_real_model(real):
         assert isinstance(answer["a"], int)
         assert answer["b"] in ("x", "y")
         assert len(answer) == 2
-    assert isinstance(
-        json.loads(
-            ask(real, response_format={"type": "json_object"}, max_tokens=40).json()["choices"][0][
-                "message"
-            ]["content"]
-        ),
-        dict,
-    )
+    body = dict(response_format={"type": "json_object"}, max_tokens=40, n=8, seed=1)
+    choices = ask(real, **body).json()["choices"]
+    whole = [c["message"]["content"] for c in choices if c["finish_reason"] == "stop"]
+    assert {type(json.loads(text)) for text in whole} == {dict}
     assert (
         ask(real, "/v1/completions", prompt="a", regex="(ab){3}").json()["choices"][0]["text"]
         == "ababab"
