@@ -627,7 +627,8 @@ def main():
     if front:
         os._exit(server.status)  # the engine's threads and device are the other process's to end
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
-    sys.exit(server.status)
+    if server.status:
+        sys.exit(server.status)
 
 
 if __name__ == "__main__":
