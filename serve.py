@@ -292,7 +292,7 @@ async def read_body(request, kind):
     try:
         body = await request.body()
         if body.count(b"[") + body.count(b"{") > PARTS:
-            raise ValueError(f"over {PARTS:,} brackets")
+            raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
         return kind.model_validate(json.loads(body))
     except ValidationError as error:
         raise invalid(error.errors()) from None
