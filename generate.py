@@ -588,13 +588,13 @@ def read_constraint(args, tok):
 
 def print_answer(engine, prompt, sampling, adapter):
     """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
-    begin = time.time()
+    begin = time.monotonic()
     first = None  # when the first token came
     answer = Output(None, 0, "", [])
     engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
-            first = first or time.time()
+            first = first or time.monotonic()
             print(delta.text, end="", flush=True)
             answer.add(delta)
     print()
@@ -602,7 +602,7 @@ def print_answer(engine, prompt, sampling, adapter):
         print(f"[{answer.error}]", file=sys.stderr)
     first = first or begin
     count = len(answer.token_ids)
-    speed = (count - 1) / (time.time() - first) if count > 1 else 0
+    speed = (count - 1) / (time.monotonic() - first) if count > 1 else 0
     print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
     return answer.text
 
@@ -692,7 +692,7 @@ def run_batch(engine, args, sampling, adapter):
 
     if not args.out:
         raise UserError("--batch needs --out: the file for the answers")
-    begin = time.time()
+    begin = time.monotonic()
     done = answered_lines(args.out)
     waiting = [row for row in file_rows(args.batch) if row.number not in done]
     waiting.reverse()
@@ -705,7 +705,7 @@ def run_batch(engine, args, sampling, adapter):
     ):
 
         def write(number, **row):
-            row = {"line": number, **row, "seconds": round(time.time() - begin, 3)}
+            row = {"line": number, **row, "seconds": round(time.monotonic() - begin, 3)}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
@@ -734,7 +734,7 @@ def run_batch(engine, args, sampling, adapter):
                     write(number, id=name, answers=[answer_row(answer) for answer in answers])
                     del asked[number]
     tokens = engine.stats()["generated_tokens"]
-    seconds = time.time() - begin
+    seconds = time.monotonic() - begin
     print(
         f"wrote    {args.out}: {total:,} answers, {tokens:,} tokens in {seconds:.1f} s, "
         f"{tokens / seconds:,.0f} tok/s"

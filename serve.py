@@ -299,7 +299,7 @@ async def read_body(request, kind):
     try:
         body = await request.body()
         if body.count(b"[") + body.count(b"{") > PARTS:
-            raise ValueError(f"over {PARTS:,} brackets")
+            raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
         return api.parse_body(json.loads(body), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
@@ -637,7 +637,8 @@ def main():
     if front:
         os._exit(server.status)  # the engine's threads and device are the other process's to end
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
-    sys.exit(server.status)
+    if server.status:
+        sys.exit(server.status)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ batches is an async iterator of lists of (number of the prompt, Delta).
 """
 
 import base64
+import functools
 import itertools
 import json
 import re
@@ -33,9 +34,9 @@ class LazyList(list):
         return itertools.chain(super().__iter__(), self.items)
 
 
-JSON: dict = {"ensure_ascii": False, "separators": (",", ":")}
-compact_json = json.JSONEncoder(**JSON, default=list).encode
-json_pieces = json.JSONEncoder(**JSON, default=LazyList).iterencode  # of what may be large
+encoder = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
+compact_json = encoder(default=list).encode
+json_pieces = encoder(default=LazyList).iterencode  # of what may be large
 
 
 def json_bytes(value):

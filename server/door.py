@@ -382,7 +382,8 @@ class Protocol(HttpToolsProtocol):
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: without it the
         # second write of an answer waits 40 ms for the client's delayed ACK.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport.set_write_buffer_limits(0)  # pause_writing is called as soon as bytes must wait
+        if self.scheme == "http":  # asyncio's TLS has a time-out of its own, and would never resume
+            transport.set_write_buffer_limits(0)  # pause_writing is called once bytes must wait
         self.running = None  # the RequestResponseCycle that answers now
         self.framing = 0  # bytes that came since the last one of a body: a head, or trailers
         self.late = self.hang_up_later()  # on a client whose head does not come

@@ -198,6 +198,21 @@ def test_runs_are_listed_and_read_from_a_step_on(tmp_path):
             error_of(HTTP.get(server.url + f"/runs/{name}"), 404)
 
 
+def test_a_run_of_any_length_is_read_from_its_end_and_has_no_nan(tmp_path):
+    (tmp_path / "long").mkdir()
+    rows = "".join(f'{{"step": {i}, "loss": 1.5, "grad_norm": 2.25}}\n' for i in range(400_000))
+    end = '{"step": 400000, "loss": NaN}\n[1]\n{"step": "x"}\n{"step": 400001, "lo'
+    (tmp_path / "long" / "metrics.jsonl").write_text(rows + end)
+    with running(Stub(), runs=str(tmp_path)) as server:
+        begin = time.process_time()
+        answer = HTTP.get(server.url + "/runs/long")
+        assert time.process_time() - begin < 0.5  # for all 20 MB it is some seconds
+    assert answer.status_code == 200
+    found = answer.json()["rows"]
+    assert found[-1] == {"step": 400_000, "loss": None}
+    assert 4990 < len(found) <= 5000
+
+
 def test_stop_ends_the_text_before_itself(real):
     body = dict(prompt="the quick", max_tokens=60, temperature=0, ignore_eos=True)
     whole = ask(real, "/v1/completions", **body).json()["choices"][0]["text"]
