@@ -269,7 +269,7 @@ def test_hostile_grammars_are_refused_soon_while_all_else_streams():
         assert sorted(statuses) == [200, 400]
         refused = next(answer for answer in answers if answer.status_code == 400)
         assert "too deep a stack to build: simplify it" in error_of(refused, 400)["message"]
-        assert max(gaps) < 1  # 0.1 on a quiet machine
+        assert max(gaps) < 2  # 0.1 on a quiet machine
         assert max(a.elapsed.total_seconds() for a in answers) < 10  # 2
 
 
