@@ -32,6 +32,7 @@ from common import (
 )
 
 CHAT_ROLES = "system user assistant tool".split()
+RESUME = "\ufdd3"  # a noncharacter, behind the text that an answer goes on from
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, as everyone
 # spells it.
@@ -57,10 +58,11 @@ class Chat:
     prompt: bool  # end with the words that hand the turn to the assistant
     bos: str  # names of the two markers, "" where the tokenizer has none
     eos: str
+    options: dict  # what else the caller tells the folder's template
     learned: list  # for each of the assistant's turns, whether it is in the loss
 
 
-def read_chat(tok, messages, tools=None, prompt=False):
+def read_chat(tok, messages, tools=None, prompt=False, options=None):
     """OpenAI-style messages -> Chat. Raises UserError naming the message at fault."""
     if tok is None:
         raise UserError("a conversation needs a tokenizer, and this model folder has none")
@@ -70,7 +72,8 @@ def read_chat(tok, messages, tools=None, prompt=False):
     if checked[0]["role"] == "system":
         system, turns = checked[0]["content"], checked[1:]
     bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
-    return Chat(checked, system, turns, read_tools(tools), prompt, bos, eos, learned)
+    tools = read_tools(tools)
+    return Chat(checked, system, turns, tools, prompt, bos, eos, options or {}, learned)
 
 
 # The keys of a message. `name` and `tool_call_id` are for a folder's own template; `id` and
@@ -593,6 +596,8 @@ def pieces_of(tok, chat, format=None):
     """The conversation's pieces in the format by name, the folder's own, or ChatML."""
     template = tok.chat_template
     if format or template in (None, "", CHATML_TEMPLATE):
+        if chat.options:
+            raise UserError(f"this chat format does not take {', '.join(chat.options)}")
         pieces = named_pieces(format or "chatml", tok, chat)
     else:
         from formats.templates import pieces_of_template
@@ -624,7 +629,13 @@ def out_of_the_loss(pieces, learned):
 
 
 def render(
-    tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None
+    tok,
+    messages: list[dict],
+    add_generation_prompt=False,
+    tools=None,
+    format=None,
+    options=None,
+    resume=False,
 ) -> tuple[list[int], list[int]]:
     """OpenAI-style messages -> (ids, mask), two lists of one length.
 
@@ -633,9 +644,30 @@ def render(
 
     The format is `format`, a name in CHAT_FORMATS; else what the folder's chat_template does; else
     ChatML. Where who-said-what cannot be known, mask is None with add_generation_prompt (to be
-    answered, not trained on) and UserError without it."""
-    chat = read_chat(tok, messages, tools, add_generation_prompt)
+    answered, not trained on) and UserError without it.
+
+    options: what the folder's template takes besides, as enable_thinking. resume: the ids end with
+    the last message's text, and so an answer goes on from there."""
+    if resume and add_generation_prompt:
+        raise UserError("a generation prompt begins an answer, and so none can be continued")
+    chat = read_chat(tok, messages, tools, add_generation_prompt, options)
+    if resume:
+        return assemble(tok, pieces_to_resume(tok, chat, format), False)
     return assemble(tok, pieces_of(tok, chat, format), not add_generation_prompt)
+
+
+def pieces_to_resume(tok, chat, format):
+    """The pieces up to the end of the last message's text."""
+    last = chat.messages[-1]
+    if last["role"] != "assistant" or "tool_calls" in last:
+        raise UserError("only an assistant's text can be continued, and the last message is none")
+    last["content"] += RESUME
+    pieces = pieces_of(tok, chat, format)
+    for n in reversed(range(len(pieces))):
+        text, found, _ = pieces[n].text.rpartition(RESUME)
+        if found:
+            return [*pieces[:n], pieces[n]._replace(text=text)]
+    raise UserError("this chat format does not show the last message")
 
 
 def training_ids(tok, chat, format=None):

@@ -47,6 +47,8 @@ from model import Transformer
 from runtime import lost_rank_explained, resolve
 from tokenizer import Tokenizer
 
+READ_TOKENS = 256  # of a text that is only read, between two steps at most
+
 
 # ------------------------------------------------------------------------------------------ loading
 def load_engine_model(folder, device="auto", dtype="auto"):
@@ -384,20 +386,35 @@ class Engine:
         return list(outputs.values())
 
     @torch.inference_mode()
-    def embed(self, ids):
-        """The mean over a text of the hidden states after the last norm, at length 1: C floats."""
-        hidden = self.runner.everywhere("hidden", torch.tensor(ids)).mean(0)  # (T, C) -> (C,)
-        return (hidden / hidden.norm()).tolist()
+    def read(self, ids, count=None):
+        """Read a text by itself. Yields lists, one a chunk, so that steps can come in between.
 
-    @torch.inference_mode()
-    def prompt_logprobs(self, ids, count):
-        """What the model thought of a text itself -> a TokenLogprob for each of its tokens."""
-        scores = self.runner.everywhere("score", torch.tensor([count, self.vocab_size, *ids]))
-        found = [TokenLogprob(ids[0], None, [])]  # nothing comes before it
-        for i, *score in zip(ids[1:], *(part.tolist() for part in scores)):
-            chosen, values, likeliest = score
-            found.append(TokenLogprob(i, chosen, list(zip(likeliest, values))))
-        return found
+        Together they are a TokenLogprob for each token, with `count` of the likeliest: what the
+        model thought of the text; or without a count the mean over the text of the hidden states
+        after the last norm, at length 1: C floats.
+        """
+        size = min(READ_TOKENS, max(self.scheduler.step_tokens // 4, 1))
+        total = torch.zeros(())  # the sum of hidden states, (C,)
+        self.scheduler.counts["prompt_tokens"] += len(ids)
+        if count is not None:
+            count = min(count, self.vocab_size)
+            yield [TokenLogprob(ids[0], None, [])]  # nothing comes before it
+        for past in range(0, len(ids), size):
+            part = ids[past : past + size + 1]
+            order = [min(size, len(part)), past, len(ids), -1 if count is None else count]
+            longs = torch.tensor([*order, self.vocab_size, *part])
+            found = self.runner.everywhere("read", longs)
+            if count is None:
+                total = total.to(found.device) + found
+                yield []
+            else:
+                scores = zip(part[1:], *(tensor.tolist() for tensor in found))
+                yield [
+                    TokenLogprob(i, chosen, list(zip(likeliest, values)))
+                    for i, chosen, values, likeliest in scores
+                ]
+        if count is None:
+            yield (total / total.norm()).tolist()
 
     def stats(self):
         """Counters since the start and the state now, for /metrics."""
@@ -531,13 +548,13 @@ def read_constraint(args, tok):
 
 def print_answer(engine, prompt, sampling, adapter):
     """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
-    begin = time.time()
+    begin = time.monotonic()
     first = None  # when the first token came
     answer = Output(None, 0, "", [])
     engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
-            first = first or time.time()
+            first = first or time.monotonic()
             print(delta.text, end="", flush=True)
             answer.add(delta)
     print()
@@ -545,7 +562,7 @@ def print_answer(engine, prompt, sampling, adapter):
         print(f"[{answer.error}]", file=sys.stderr)
     first = first or begin
     count = len(answer.token_ids)
-    speed = (count - 1) / (time.time() - first) if count > 1 else 0
+    speed = (count - 1) / (time.monotonic() - first) if count > 1 else 0
     print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
     return answer.text
 
@@ -635,7 +652,7 @@ def run_batch(engine, args, sampling, adapter):
 
     if not args.out:
         raise UserError("--batch needs --out: the file for the answers")
-    begin = time.time()
+    begin = time.monotonic()
     done = answered_lines(args.out)
     waiting = [row for row in file_rows(args.batch) if row.number not in done]
     waiting.reverse()
@@ -648,7 +665,7 @@ def run_batch(engine, args, sampling, adapter):
     ):
 
         def write(number, **row):
-            row = {"line": number, **row, "seconds": round(time.time() - begin, 3)}
+            row = {"line": number, **row, "seconds": round(time.monotonic() - begin, 3)}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
@@ -677,7 +694,7 @@ def run_batch(engine, args, sampling, adapter):
                     write(number, id=name, answers=[answer_row(answer) for answer in answers])
                     del asked[number]
     tokens = engine.stats()["generated_tokens"]
-    seconds = time.time() - begin
+    seconds = time.monotonic() - begin
     print(
         f"wrote    {args.out}: {total:,} answers, {tokens:,} tokens in {seconds:.1f} s, "
         f"{tokens / seconds:,.0f} tok/s"

@@ -511,7 +511,7 @@ class Transformer(nn.Module):
 
 def draw(logits, temperature, top_k, generator):
     """One token id from logits (V,) float32; the plain twin of the engine's sampler."""
-    if temperature == 0:
+    if temperature < 1e-38:  # float32 has no smaller one
         return logits.argmax().item()
     logits = logits / temperature
     if 0 < top_k < len(logits):

@@ -37,6 +37,7 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
+LONGEST = 200_000  # characters of a grammar
 TRIAL_SECONDS = 2
 TRIAL_BYTES = 1 << 30
 BUILT = b"built "  # what the process of a trial says if it lives
@@ -70,13 +71,14 @@ def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> grammar. before and after: fixed text around
     the value. Raises UserError for a schema that cannot be honoured."""
     schema = {"type": "object"} if schema is None else schema
-    check_schema(schema)
-    options = {"whitespace_pattern": WHITE_SPACE}
     try:
-        text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
+        text = json.dumps(schema, allow_nan=False)
+        check_length(text)
         json.loads(text, parse_int=check_number, parse_float=check_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"this JSON schema cannot be used: {error}") from None
+    check_schema(schema)
+    text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
     return f"{json.dumps(before)} %json {text} {json.dumps(after)}"
 
 
@@ -116,6 +118,11 @@ def check_schema(root):
     for where, reference in references:
         if str(reference) not in places:
             refuse_schema(where, f"$ref {reference!r} leads nowhere in this schema (#/$defs/...)")
+
+
+def check_length(text):
+    if len(text) > LONGEST:
+        raise UserError(f"{len(text):,} characters of schema or pattern: at most {LONGEST:,}")
 
 
 def check_number(text):
@@ -169,6 +176,7 @@ class Constraint:
     costs too much."""
 
     def __init__(self, grammar, vocabulary):
+        check_length(grammar)
         fault = fault_found(grammar)
         if not fault:
             self.size = len(vocabulary.spelled)
@@ -235,7 +243,7 @@ def fault_found(grammar):
             timeout=5 * TRIAL_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return f"it took over {5 * TRIAL_SECONDS} s to build"
+        raise UserError(f"this schema or pattern was not built in {5 * TRIAL_SECONDS} s") from None
     if trial.stdout.startswith(BUILT):
         return trial.stdout.removeprefix(BUILT).decode()
     return (

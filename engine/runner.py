@@ -86,6 +86,7 @@ class Runner:
         self.adapter_names = list(adapters or ())
         self.orders = None  # the group in which the first rank tells the others what to do
         self.idle = False
+        self.alone = None  # the forward pass of a text that is only read, with its cache
         if runtime.world > 1:
             self.join_ranks()
         on_cpu = self.device.type == "cpu"
@@ -143,28 +144,28 @@ class Runner:
         return self.forward.step(longs, ints)
 
     @torch.inference_mode()
-    def hidden(self, ids):
-        """ids (T,) int64, one text by itself -> what the head reads, (T, C) float32."""
-        blocks = -(-len(ids) // self.block_size)
-        batch = StepBatch()
-        batch.add(array("i", range(blocks)), ids.tolist(), 0, range(len(ids)))
-        alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
-        return alone(batch, hidden=True)
+    def read(self, longs):
+        """The next chunk of a text by itself, in a cache of its own.
 
-    def score(self, longs):
-        """longs: how many of the likeliest, the vocabulary's size, ids (T,)
-
-        -> `top_logprobs` of ids[1:], T - 1 rows.
+        longs: the tokens in the chunk, before it, in all; how many of the likeliest (-1: none);
+        the vocabulary's size; the chunk's ids, and the one behind it if there is one
+        -> `top_logprobs` of all these ids but the first, or the sum of what the head reads, (C,).
         """
-        count, vocab_size = longs[:2].tolist()
-        ids = longs[2:]
-        read = self.hidden(ids)[:-1].split(256)
-        said = ids[1:].to(self.device).split(256)
-        parts = []
-        for rows, tokens in zip(read, said):  # logits (256, V) at a time
-            logits = self.forward.logits_of(rows)[:, :vocab_size]
-            parts.append(top_logprobs(logits, tokens, count))
-        return map(torch.cat, zip(*parts))
+        size, past, total, count, vocab_size = longs[:5].tolist()
+        ids = longs[5:]
+        blocks = -(-total // self.block_size)
+        if past == 0:
+            self.alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
+        batch = StepBatch()
+        batch.add(array("i", range(blocks)), ids[:size].tolist(), past, range(size))
+        hidden = self.alone(batch, hidden=True)  # (T, C) float32
+        if past + size == total:
+            self.alone = None
+        if count < 0:
+            return hidden.sum(0)  # (T, C) -> (C,)
+        said = ids[1:].to(self.device)
+        logits = self.forward.logits_of(hidden[: len(said)])[:, :vocab_size]
+        return top_logprobs(logits, said, count)
 
     def end(self):
         dist.destroy_process_group()
@@ -177,7 +178,7 @@ class Runner:
         return None if logits is None else logits[: len(batch.rows)]
 
     # -- several ranks
-    ORDERS = ("end", "step", "hidden", "score")
+    ORDERS = ("end", "step", "read")
 
     def join_ranks(self):
         # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.

@@ -1,8 +1,8 @@
 """The process in which a folder's chat template runs. A template is a program from outside, and
 only the system can hold a program to an amount of time and memory, whatever it is made of.
 
-templates.py starts it. A line of its input is [template, variables] in JSON, a line of its output
-{"text": ...} or {"error": ...}; a conversation that takes too long ends the process."""
+templates.py starts it. A line of its input is [template, variables, options] in JSON, a line of its
+output {"text": ...} or {"error": ...}; a conversation that takes too long ends the process."""
 
 import json
 import resource
@@ -12,6 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_TEXT = 4 << 20  # characters that come out
@@ -19,7 +20,8 @@ MOST_TEXT = 4 << 20  # characters that come out
 
 @lru_cache(maxsize=8)
 def compile_template(template):
-    """A chat_template as transformers compiles it: its sandbox, whitespace rules and extras."""
+    """A chat_template as transformers compiles it, with its sandbox, whitespace rules and extras
+    -> (jinja2.Template, the names that it reads)."""
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -33,13 +35,17 @@ def compile_template(template):
     env.filters["tojson"] = plain_json
     env.globals["raise_exception"] = refuse
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(template)
+    return env.from_string(template), jinja2.meta.find_undeclared_variables(env.parse(template))
 
 
 def answer(line):
     try:
-        template, variables = json.loads(line)
-        text = compile_template(template).render(variables)
+        template, variables, options = json.loads(line)
+        compiled, names = compile_template(template)
+        unknown = options.keys() - (names - variables.keys())
+        if unknown:
+            return {"error": f"it does not take {', '.join(sorted(unknown))}"}
+        text = compiled.render(variables | options)
         if len(text) <= MOST_TEXT:
             return {"text": text}
         return {"error": f"{len(text):,} characters come out, more than {MOST_TEXT:,}"}

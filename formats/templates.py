@@ -44,8 +44,10 @@ def pieces_of_template(tok, chat, template):
             if "".join(piece.text for piece in pieces) == text:
                 return pieces
     markers = marker_pattern(tuple(tok.special))
-    messages, tools = defused(chat.messages, markers), defused(chat.tools, markers)
-    rendered = run_template(template, replace(chat, messages=messages, tools=tools))
+    given = {
+        name: defused(getattr(chat, name), markers) for name in ("messages", "tools", "options")
+    }
+    rendered = run_template(template, replace(chat, **given))
     pieces, said = [], False if OPEN in rendered else None
     for part in re.split(f"([{OPEN}{CLOSE}])", rendered):
         if part in (OPEN, CLOSE):
@@ -77,7 +79,7 @@ def run_template(template, chat):
         "bos_token": chat.bos,
         "eos_token": chat.eos,
     }
-    request = json.dumps([mark_generation(template), variables])
+    request = json.dumps([mark_generation(template), variables, chat.options])
     answer = sandbox(os.getpid()).ask(request.encode() + b"\n")
     if "text" in answer:
         return answer["text"]

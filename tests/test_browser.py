@@ -206,8 +206,8 @@ class StubEngine:
             cache_query_tokens=0,
         )
 
-    def embed(self, ids):
-        return [1.0]
+    def read(self, ids, count=None):
+        yield [1.0]
 
 
 def serve(engine, keys=None, runs="runs", name="demo-135m", adapters="poet=adapters/poet"):

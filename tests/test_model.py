@@ -176,6 +176,18 @@ def shares(logits, temperature=1.0, top_k=0):
     return torch.bincount(torch.tensor(draws), minlength=len(logits)) / 4000
 
 
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-46, 1e-40])
+def test_a_temperature_that_float32_does_not_have_is_greedy(temperature):
+    from engine.sampler import Sampling, SamplingRow, draw_tokens
+
+    logits = torch.tensor([0.1, 2.0, 1.9, -torch.inf])
+    assert draw(logits, temperature, 0, torch.Generator()) == 1
+    row = SamplingRow(Sampling(temperature=temperature, top_p=0.9), 0.99)
+    tokens, failed = draw_tokens(logits[None].clone(), [row])
+    assert tokens.tolist() == [1]
+    assert failed.tolist() == [False]
+
+
 def test_sampling_follows_the_distribution():
     logits = [2.0, 1.0, 0.0, -1.0]
     assert torch.allclose(shares(logits), torch.tensor(logits).softmax(0), atol=0.03)

@@ -64,10 +64,10 @@ def numbers(engine):
     first = engine.generate(
         [ids], Sampling(max_tokens=1, temperature=0, logprobs=4, ignore_eos=True)
     )[0].logprobs
-    scored = engine.prompt_logprobs(ids, 3)
-    return [
-        x for t in first + scored[1:] for x in (t.logprob, *(v for _, v in t.top))
-    ] + engine.embed(ids)
+    scored = sum(engine.read(ids, 3), [])
+    return [x for t in first + scored[1:] for x in (t.logprob, *(v for _, v in t.top))] + sum(
+        engine.read(ids), []
+    )
 
 
 def report(folder, what, **options):
