@@ -308,7 +308,7 @@ def write_rows(path, rows, how):
         text = text.replace("\n", "\r\n")
     data = text.encode("utf-8-sig" if "bom" in how else "utf-8")
     if "gz" in how:
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
     path.write_bytes(data)
     if "parquet" in how:
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -355,7 +355,7 @@ def test_a_file_means_the_same_to_every_command(name, how, tmp_path, engine):
 
 
 def test_a_text_may_be_gzip_or_begin_with_a_bom_and_look_like_anything(tmp_path):
-    (tmp_path / "x.txt").write_bytes(gzip.compress(b"\xef\xbb\xbfone"))
+    (tmp_path / "x.txt").write_bytes(gzip.compress(b"\xef\xbb\xbfone", mtime=0))
     (tmp_path / "y.txt").write_bytes(b"\xef\xbb\xbfone")
     (tmp_path / "z.txt").write_bytes(b"one")
     paths = [tmp_path / name for name in ("x.txt", "y.txt", "z.txt")]
@@ -372,7 +372,7 @@ def test_a_text_may_be_gzip_or_begin_with_a_bom_and_look_like_anything(tmp_path)
 @pytest.mark.parametrize(
     "data, words",
     [
-        (gzip.compress(b'{"text": "x"}' * 99)[:-9], "damaged gzip"),
+        (gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:-9], "damaged gzip"),
         (b"\x1f\x8bnonsense", "damaged gzip"),
         (b'{"text": "a", "text": "b"}', "x.jsonl:1: .*key 'text' is there twice"),
         (b'{"text": "a"}\r{"text": "b"}', "x.jsonl:1: not valid JSON"),
