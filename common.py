@@ -54,6 +54,10 @@ def cli(main):
         sys.exit(130)
 
 
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one line, with the nearest flag there is; no abbreviations."""
 

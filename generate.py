@@ -42,6 +42,7 @@ from engine.runner import Runner, StepBatch, pool_size
 from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniform
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from formats import peft
+from formats.vocab import find_tokenizer
 from model import Transformer
 from runtime import lost_rank_explained, resolve
 from tokenizer import Tokenizer
@@ -63,15 +64,13 @@ def load_engine_model(folder, device="auto", dtype="auto", split=True):
     # Several ranks map a folder's files, and bring into memory only what they keep.
     place = runtime.device if alone else torch.device("cpu")
     weights = torch.float32 if on_cpu else runtime.dtype
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" or folder.is_file():
         from formats import gguf
 
         model, tok = gguf.load(folder, place, weights, keep_packed=on_cpu and alone)
     else:
         model = Transformer.from_pretrained(folder, place, None if place.type == "cpu" else weights)
-        names = ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json")
-        found = any((folder / name).is_file() for name in names)
-        tok = Tokenizer.load(folder) if found else None
+        tok = Tokenizer.load(folder) if find_tokenizer(folder) else None
     if tok and tok.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tok.vocab_size:,} ids, "
@@ -186,7 +185,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tok is None:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
-            return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
+            return self.tok.encode_prompt(prompt)
         for i in prompt:
             if not isinstance(i, int) or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1

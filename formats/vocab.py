@@ -1,4 +1,5 @@
-"""The vocabulary files of others: tokenizer.json, vocab.bpe, .tiktoken, tekken.json, .model.
+"""The vocabulary files of others: tokenizer.json, merges.txt, .tiktoken, tekken.json, .model; and
+what stands beside them: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
     python tokenizer.py show "Hello, world" --tokenizer FILE        # reads any of them
 
@@ -10,8 +11,9 @@ import base64
 import contextlib
 import json
 import re
+from dataclasses import dataclass, replace
 
-from common import UserError
+from common import UserError, warn
 from tokenizer import (
     BYTES,
     LARGEST_ID,
@@ -36,49 +38,173 @@ TEKKEN_SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_
 RANK_FILES = {"cl100k_base": "gpt4", "tokenizer": "llama3"}
 RANK_FILES |= dict.fromkeys(("r50k_base", "p50k_base", "gpt2"), "gpt2")
 DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
+# transformers' classes whose vocab.json and merges.txt are read: what they do to a text before it
+# is merged, and the tokens that they have where no file names others.
+MERGES_CLASSES = {
+    "GPT2Tokenizer": ("gpt2", [], ("bos_token", "eos_token", "unk_token")),
+    "Qwen2Tokenizer": ("qwen2", [("unicode", "NFC")], ("eos_token", "unk_token", "pad_token")),
+}
+CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+ANY_CLASS = ("", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+# What tokenizer_config.json may hold: special tokens, what is applied besides, and what says
+# nothing about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes).
+# Any other key is named in a warning.
+ROLE_KEYS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+APPLIED_KEYS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
+    tokenizer_class""".split()
+SILENT_KEYS = """auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
+    legacy local_files_only max_length model_input_names model_max_length model_specific_special_tokens
+    name_or_path pad_to_multiple_of pad_token_type_id padding padding_side processor_class
+    return_token_type_ids sp_model_kwargs spaces_between_special_tokens special_tokens_map_file
+    split_special_tokens stride tokenizer_file truncation truncation_side truncation_strategy
+    trust_remote_code use_default_system_prompt""".split()
+CONFIG_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_KEYS, *SILENT_KEYS}
 
 
 # ---- What every reader needs.
 
 
+@dataclass
+class Beside:
+    """What the files beside a vocabulary say."""
+
+    config: dict  # tokenizer_config.json, over special_tokens_map.json
+    tokens: list  # added tokens as a tokenizer.json lists them; "id" is None where no file says it
+    kind: str  # transformers' class
+
+    def flag(self, key):
+        """A key's true or false; None where nothing is said."""
+        value = self.config.get(key)
+        if not isinstance(value, bool | None):
+            raise UserError(f"tokenizer_config.json: {key} is {value!r}, expected true or false")
+        return value
+
+
+def find_tokenizer(folder):
+    """The vocabulary file of a folder, or None."""
+    for name in ("tokenizer.json", "tekken.json", "tokenizer.model*", "vocab.bpe", "merges.txt"):
+        for path in sorted(folder.glob(name)):
+            if path.is_file():
+                return path
+    return None
+
+
 def read_tokenizer(path, pattern):
     """The Tokenizer in a file or folder; `pattern` is for tiktoken's files alone. UserError."""
     if path.is_dir():
-        names = ("tokenizer.json", "tekken.json", "tokenizer.model", "vocab.bpe", "merges.txt")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path} has no tokenizer: none of {', '.join(names)}")
-        path = found[0]
+        found = find_tokenizer(path)
+        if found is None:
+            raise UserError(f"{path} has no tokenizer.json, merges.txt or other vocabulary file")
+        path = found
     if not path.is_file():
         raise UserError(f"there is no tokenizer at {path}")
+    with naming(path.with_name("tokenizer_config.json")):
+        beside = read_beside(path.parent)
     with naming(path):
-        tokenizer = read_vocabulary_file(path, pattern)
-    config = path.with_name("tokenizer_config.json")
-    if config.is_file():
-        with naming(config):
-            tokenizer.config |= read_json_object(config)
+        tokenizer = read_vocabulary_file(path, pattern, beside)
+        tokenizer.config |= beside.config
+        add_ends(tokenizer, beside)
     template = path.with_name("chat_template.jinja")  # where newer folders keep it
     if template.is_file():
         tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
     return tokenizer
 
 
-def read_vocabulary_file(path, pattern):
-    if path.suffix == ".json":
+def read_beside(folder):
+    """-> Beside. A key of tokenizer_config.json that nothing here knows is named in a warning."""
+    files = {}
+    for name in ("config", "tokenizer_config", "special_tokens_map", "added_tokens"):
+        path = folder / f"{name}.json"
+        files[name] = read_json_object(path) if path.is_file() else {}
+    own = files["tokenizer_config"]
+    unknown = own.keys() - CONFIG_KEYS
+    if unknown:
+        warn(f"{folder / 'tokenizer_config.json'}: ignored: {', '.join(sorted(unknown))[:400]}")
+    said = own.get("tokenizer_class") or ""
+    kind = said.removesuffix("Fast")
+    if said in ANY_CLASS:
+        kind = CLASS_OF_MODEL.get(files["config"].get("model_type"), "")
+    config = files["special_tokens_map"] | own
+    if kind in MERGES_CLASSES and said not in ANY_CLASS[1:]:
+        config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
+    template = config.get("chat_template")
+    if not isinstance(template, str | list | None):
+        raise UserError(f"chat_template is a {type(template).__name__}, expected a text")
+    return Beside(config, tokens_beside(config, files["added_tokens"]), kind)
+
+
+def tokens_beside(config, added):
+    """Added tokens as a tokenizer.json lists them: with their ids first, then those only named."""
+    tokens = {}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        tokens[token["content"]] = token | {"id": int(i)}
+    for text, i in added.items():
+        token = tokens.setdefault(text, {"content": text, "id": i})
+        if token["id"] != i:
+            raise UserError(f"{text!r} has two ids: {token['id']} and {i}")
+    named = [config.get(key) for key in ROLE_KEYS]
+    for key in MORE_TOKENS:
+        more = config.get(key) or []
+        named += more.values() if isinstance(more, dict) else more
+    for token in filter(None, named):
+        text = token["content"] if isinstance(token, dict) else token
+        tokens.setdefault(text, {"content": text, "id": None})["special"] = True
+    return sorted(tokens.values(), key=lambda token: (token["id"] is None, token["id"] or 0))
+
+
+def number_added(tokens, vocab, merges):
+    """Those of `tokens` that have an id, and the rest with one: the vocabulary's or, as in
+    transformers, the next free one. A token that text becomes anyway stays an ordinary one."""
+    known = [token["id"] for token in tokens if token["id"] is not None]
+    if len(known) == len(tokens):
+        return tokens
+    check_ids(vocab.values())
+    free = max([*vocab.values(), *known], default=-1) + 1
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
+    numbered = []
+    for token in tokens:
+        text = token["content"]
+        if token["id"] is None:
+            if len(text) == 1 or text in made:
+                continue
+            token = token | {"id": vocab.get(text, free)}
+            free += text not in vocab
+        numbered.append(token)
+    return numbered
+
+
+def add_ends(tokenizer, beside):
+    """add_bos_token and add_eos_token go before what the vocabulary's file puts round a prompt."""
+    flags = [beside.flag("add_bos_token"), beside.flag("add_eos_token")]
+    if flags != [None, None]:
+        ids = (tokenizer.bos_id, tokenizer.eos_id)
+        ends = [(i,) if flag and i is not None else () for flag, i in zip(flags, ids)]
+        tokenizer.before, tokenizer.after = ends
+    space = beside.flag("add_prefix_space")
+    added = any(kind == "prepend" for kind, *_ in tokenizer.normalizer)
+    if space is not None and space != added:
+        warn(f"ignored: add_prefix_space {space}, for the vocabulary's file says {added}")
+
+
+def read_vocabulary_file(path, pattern, beside):
+    """What kind of file it is, its content says."""
+    data = read_limited(path)
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         content = read_json_object(path)
         if "config" in content and "model" not in content:
             return from_tekken(content)
-        tokenizer = from_json(content)
-        tokenizer.source = path.read_bytes()
-        return tokenizer
-    data = read_limited(path)
-    if path.suffix in (".bpe", ".txt"):
-        return from_vocab_bpe(path, data)
+        merges = path.with_name("merges.txt")
+        if "model" in content or not merges.is_file():
+            tokenizer = from_json(content, beside.tokens)
+            tokenizer.source = data
+            return tokenizer
+        path, data = merges, read_limited(merges)  # it was their vocab.json
+    if data.startswith(b"#version") or path.suffix in (".bpe", ".txt"):
+        return from_merges(path, data, beside)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
-        return from_ranks(path, data, pattern)
-    if path.suffix == ".model":
-        return from_sentencepiece(path)
-    raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
+        return from_ranks(path, data, pattern, beside.tokens)
+    return from_sentencepiece(path, beside)
 
 
 def read_limited(path):
@@ -128,12 +254,12 @@ def read_bpe(vocab, merges, names, byte_level):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = ids.get(left), ids.get(right)
         new = ids.get(left + right)
-        if None in pair or new is None or new in pair or pair in by_ids:
+        if None in pair or new is None or new in pair:
             raise UserError(
-                f"merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or "
-                "makes what is no ordinary token"
+                f"merge {rank} of {left[:40]!r} and {right[:40]!r} joins or makes what is no "
+                "ordinary token"
             )
-        by_ids[pair] = (rank, new)
+        by_ids[pair] = (rank, new)  # of one that is listed twice the last counts, as in HF's
     if not byte_level:
         return ids, by_ids
     wrong = set("".join(ids)) - CHAR_TO_BYTE.keys()
@@ -164,8 +290,10 @@ def space_steps(prefix):
 # ---- tokenizer.json, HF tokenizers' file.
 
 
-def from_json(content):
-    """A byte-level BPE, a SentencePiece-style BPE, or one of our character tokenizers."""
+def from_json(content, beside=()):
+    """A byte-level BPE, a SentencePiece-style BPE, or one of our character tokenizers.
+
+    beside: added tokens that other files list, as Beside has them."""
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise unsupported(f"model type {model['type']!r} (only BPE)")
@@ -183,10 +311,13 @@ def from_json(content):
         kind = "pieces"
     else:
         kind = "chars"
-    special, added = read_added(content.get("added_tokens") or [], normalizer)
+    listed = join_added(content.get("added_tokens") or [], beside)
+    listed = number_added(listed, model["vocab"], model["merges"])
+    special, added = read_added(listed, normalizer + spaces)
     vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
     unknown = model.get("unk_token")
     scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
+    before, after = read_post_processor(content.get("post_processor"), special | added)
     return Tokenizer(
         kind,
         vocab,
@@ -198,6 +329,8 @@ def from_json(content):
         normalizer + spaces,
         "Strip" in decoders or scheme != "never",
         special.get(unknown, model["vocab"].get(unknown)),
+        before=before,
+        after=after,
     )
 
 
@@ -232,8 +365,10 @@ def read_pre_tokenizer(part):
         kind = step["type"]
         if byte_level:
             raise unsupported(f"a pre-tokenizer ({kind!r}) after ByteLevel")
-        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        if kind == "ByteLevel" and not (step.get("add_prefix_space") and patterns):
             byte_level = True
+            if step.get("add_prefix_space"):
+                spaces = [("prepend", " ", "always")]
             if step.get("use_regex", True):
                 patterns.append(PATTERNS["gpt2"])
         elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
@@ -253,7 +388,34 @@ def read_pre_tokenizer(part):
     return patterns, spaces, byte_level
 
 
-def read_added(tokens, normalizer):
+def read_post_processor(part, ids):
+    """-> (ids put before a prompt, ids put after it); ids {text: id} of special and added tokens"""
+    before, after = [], []
+    for step in flat_steps(part, "processors"):
+        if step["type"] == "TemplateProcessing":
+            at = step["single"].index({"Sequence": {"id": "A", "type_id": 0}})
+            names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
+            before += map(ids.__getitem__, names[:at])
+            after += map(ids.__getitem__, names[at + 1 :])
+        elif step["type"] != "ByteLevel":  # that one is about offsets
+            raise unsupported(f"post-processor {step['type']!r}")
+    return tuple(before), tuple(after)
+
+
+def join_added(listed, beside):
+    """The added tokens of a tokenizer.json and those that the files beside it list: whether one is
+    special, these say."""
+    others = {token["content"]: token for token in beside}
+    joined = []
+    for token in listed:
+        other = others.pop(token["content"], {"id": None})
+        if other["id"] not in (None, token["id"]):
+            raise UserError(f"{token['content']!r} has two ids: {token['id']} and {other['id']}")
+        joined.append(token | {"special": other.get("special", token.get("special"))})
+    return joined + list(others.values())
+
+
+def read_added(tokens, normalizer=()):
     """-> (special {text: id}, other added tokens {text: id}).
 
     How a special token would be matched does not matter, since it is never matched in text."""
@@ -280,11 +442,13 @@ def tokenizer_file(tokenizer):
         content = json.loads(tokenizer.source)
         listed = content.get("added_tokens") or []
         known = {token["content"] for token in listed}
-        more = {name: i for name, i in tokenizer.special.items() if name not in known}
+        more = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
+        more = [token for token in more if token["content"] not in known]
         if not more:
             return tokenizer.source
-        content["model"]["vocab"] |= more  # HF takes ids from there
-        content["added_tokens"] = listed + list_added(more, special=True)
+        # HF takes ids from there
+        content["model"]["vocab"] |= {token["content"]: token["id"] for token in more}
+        content["added_tokens"] = listed + more
     return json.dumps(content, ensure_ascii=False).encode()
 
 
@@ -320,8 +484,29 @@ def to_json(tokenizer):
         "version": "1.0",
         "added_tokens": sorted(added, key=lambda token: token["id"]),
         **text_steps(tokenizer),
-        "post_processor": None,
+        "post_processor": post_processor(tokenizer, names),
         "model": model,
+    }
+
+
+def post_processor(tokenizer, names):
+    """What a tokenizer.json puts round a prompt; names {id: text} of special and added tokens."""
+    before, after = tokenizer.prompt_ends()
+    if not before and not after:
+        return None
+
+    def pieces(ids):
+        return [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids]
+
+    single = [*pieces(before), {"Sequence": {"id": "A", "type_id": 0}}, *pieces(after)]
+    used = {}
+    for i in before + after:
+        used[names[i]] = {"id": names[i], "ids": [i], "tokens": [names[i]]}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": used,
     }
 
 
@@ -364,25 +549,41 @@ def replace_json(old, new):
 # ---- GPT-2's two files.
 
 
-def from_vocab_bpe(path, data):
-    """vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
-    lines = data.decode("utf-8", "replace").split("\n")
+def from_merges(path, data, beside):
+    """merges.txt with vocab.json, or vocab.bpe with encoder.json, the same under older names."""
+    if beside.kind not in ("", *MERGES_CLASSES):
+        raise unsupported(f"tokenizer_class {beside.kind!r} without a tokenizer.json")
+    pattern, normalizer, _ = MERGES_CLASSES[beside.kind or "GPT2Tokenizer"]
+    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     made = {*CHAR_TO_BYTE, *(merge.replace(" ", "") for merge in merges)}
-    beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
-    if not beside.is_file():
-        raise UserError(f"there is no {beside.name} beside it, with the ids")
-    with naming(beside):
-        vocab = read_json_object(beside)
+    vocab_file = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
+    if not vocab_file.is_file():
+        raise UserError(f"there is no {vocab_file.name} beside it, with the ids")
+    with naming(vocab_file):
+        vocab = read_json_object(vocab_file)
     special = {token: vocab[token] for token in vocab.keys() - made}
-    vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
-    return Tokenizer("bytes", vocab, merges, [PATTERNS["gpt2"]], special)
+    if beside.flag("add_prefix_space"):
+        normalizer = [*normalizer, ("prepend", " ", "always")]
+    own, added = read_added(number_added(beside.tokens, vocab, merges), normalizer)
+    special |= own
+    vocab, merges = read_bpe(vocab, merges, special | added, byte_level=True)
+    return Tokenizer(
+        "bytes",
+        vocab,
+        merges,
+        [PATTERNS[pattern]],
+        special,
+        added,
+        normalizer=normalizer,
+        before=(),
+    )
 
 
 # ---- tiktoken's files, and Mistral's: tokens and their ranks.
 
 
-def from_ranks(path, data, pattern):
+def from_ranks(path, data, pattern, tokens):
     """A tiktoken file: lines of a token in base64 and its rank, which is its id."""
     pattern = pattern or RANK_FILES.get(path.stem)
     if pattern is None:
@@ -390,11 +591,12 @@ def from_ranks(path, data, pattern):
             "the file does not say how text is split: load(path, pattern=...) with one of "
             f"{', '.join(PATTERNS)} or your own"
         )
-    tokens = []
+    ranked = []
     for line in data.splitlines():
         token, rank = line.split()
-        tokens.append((base64.b64decode(token, validate=True), int(rank)))
-    return rank_tokenizer(tokens, PATTERNS.get(pattern, pattern), {})
+        ranked.append((base64.b64decode(token, validate=True), int(rank)))
+    numbered = number_added(tokens, {rank: rank for _, rank in ranked}, ())
+    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *read_added(numbered), before=())
 
 
 def from_tekken(content):
@@ -415,38 +617,44 @@ def from_tekken(content):
     return rank_tokenizer(tokens, config["pattern"], special)
 
 
-def rank_tokenizer(tokens, pattern, special):
+def rank_tokenizer(tokens, pattern, special, added=(), **options):
     """tokens [(bytes, id)]"""
     vocab = dict(tokens)
     missing = {bytes([b]) for b in range(256)} - vocab.keys()
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
-    return Tokenizer("bytes", vocab, None, [pattern], special, whole_chunks=True)
+    split = [pattern]
+    return Tokenizer("bytes", vocab, None, split, special, dict(added), whole_chunks=True, **options)
 
 
 # ---- SentencePiece's file.
 
 
-def from_sentencepiece(path):
+def from_sentencepiece(path, beside):
     """A .model of the BPE kind with an identity normalizer (Llama 2, Mistral)."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"this is not a SentencePiece model: {str(error)[:100]}") from None
+        raise UserError(f"it is no vocabulary file that is known: {str(error)[:100]}") from None
     special, vocab = {}, {}
     for i in range(sp.get_piece_size()):
         if sp.is_control(i) or sp.is_unknown(i):
             special[sp.id_to_piece(i)] = i
         elif not sp.is_unused(i):
             vocab[sp.id_to_piece(i)] = i
+    own, added = read_added(number_added(beside.tokens, vocab | special, ()))
+    for text, i in (own | added).items():
+        if (vocab | special).get(text, i) != i:
+            raise UserError(f"{text!r} has two ids: {i} and {(vocab | special)[text]}")
+        vocab.pop(text, None)
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
     tokenizer = Tokenizer(
         "pieces",
         vocab,
         merges_by_score(vocab, list(map(sp.get_score, range(sp.get_piece_size())))),
-        special=special,
+        special=special | own,
         normalizer=space_steps(prefix),
         strip_space=prefix,
         unknown=sp.unk_id(),
@@ -459,4 +667,6 @@ def from_sentencepiece(path):
                 f"it encodes {probe!r} otherwise than plain BPE: unigram models and normalizers "
                 "that change the text are not supported"
             )
-    return tokenizer
+    if beside.flag("add_prefix_space") is False:
+        tokenizer = replace(tokenizer, normalizer=space_steps(False), strip_space=False)
+    return replace(tokenizer, added=added)
