@@ -42,6 +42,7 @@ from engine.runner import Runner, StepBatch, pool_size
 from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniform
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from formats import peft
+from formats.hub import SAMPLING_KEYS
 from formats.vocab import find_tokenizer
 from model import Transformer
 from runtime import lost_rank_explained, resolve
@@ -153,6 +154,9 @@ class Engine:
             self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
         eos = self.config.eos_token_id  # one, a list or None
         self.eos = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        said = self.config.generation
+        self.sampling_defaults = {k: said[k] for k in SAMPLING_KEYS if said.get(k) is not None}
+        Sampling(**self.sampling_defaults).check(self.vocab_size)
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
@@ -702,11 +706,15 @@ def run_batch(engine, args, sampling, adapter):
 
 @lost_rank_explained("Start it again.")
 def main():
-    args = Args(**parse_flags(Args, __doc__, positional=("model", "prompt")))
+    typed = parse_flags(Args, __doc__, positional=("model", "prompt"))
+    args = Args(**typed)
     adapter = args.adapter or None
     adapters = {adapter: adapter} if adapter else {}
     engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
-    sampling = read_sampling(args, engine)
+    defaults = {k: v for k, v in engine.sampling_defaults.items() if k not in typed}
+    if defaults:
+        print(f"sampling {defaults}, as generation_config.json says", file=sys.stderr)
+    sampling = read_sampling(replace(args, **defaults), engine)
     if args.batch:
         run_batch(engine, args, sampling, adapter)
     elif args.chat:

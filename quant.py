@@ -10,7 +10,6 @@ round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`
 import copy
 import functools
 import math
-import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,10 +29,6 @@ from tokenizer import Tokenizer
 # 4 bits in groups with a zero point; 4-bit NormalFloat as bitsandbytes has it
 FORMATS = "int8", "int8-dynamic", "int4", "int4-asym", "nf4"
 COMPARED = ("original", *FORMATS, "gptq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "chat_template.jinja vocab.json merges.txt generation_config.json"
-).split()
 
 
 # ---------------------------------------------------------------- a grid: scale, zero point, codes
@@ -827,14 +822,12 @@ def gguf_command(args):
     """Write a GGUF file, for llama.cpp."""
     from formats import gguf
 
-    out = Path(args.out).with_suffix(".gguf")
-    gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
-    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB")
+    gguf.export(args.folder, args.out, args.format.removeprefix("gguf-"))
 
 
 def quantize_command(args):
     """Write one format's folder and say what it costs; or, for the report, do so with every one."""
-    from formats import gguf
+    from formats import gguf, verify
     from generate import Engine, Sampling
     from training import quality
 
@@ -862,10 +855,7 @@ def quantize_command(args):
             quantize(model, format, args.group_size)
         cast_parameters(model, stored)
         model.save_pretrained(out)
-        for name in TOKENIZER_FILES:
-            file = Path(args.folder) / name
-            if file.is_file():
-                shutil.copyfile(file, Path(out) / name)
+        tok.save(out)
         return Transformer.from_pretrained(out, args.device, working)
 
     calibration, held_out = quality.calibration_and_held_out(
@@ -876,6 +866,10 @@ def quantize_command(args):
     else:
         model = make(args.format, args.out)
         quality.compare_with_original(args, model, original, held_out)
+        # GPTQ moves weights, too, to make good for the rounding of others
+        bits = args.bits - 1 if args.format == "gptq" else None
+        written = model, Tokenizer.load(args.out)
+        verify.verify(args.out, args.format, (original, tok), written, bits)
 
 
 @torch.inference_mode()

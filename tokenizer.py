@@ -236,7 +236,7 @@ class Tokenizer:
     unknown: int | None = None  # the id of what has no token
     config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
     source: bytes | None = None  # the tokenizer.json this was read from, as it was
-    before: tuple | None = None  # ids that a prompt begins with; None: the bos, if there is one
+    before: tuple | None = None  # ids that a prompt begins with, if its file says it
     after: tuple = ()  # ids that it ends with
 
     def __post_init__(self):
@@ -352,9 +352,11 @@ class Tokenizer:
 
     def prompt_ends(self):
         """-> (ids before, ids after) what encode_prompt encodes."""
-        if self.before is None:
-            return tuple(i for i in [self.bos_id] if i is not None), self.after
-        return self.before, self.after
+        before = self.before
+        if before is None:  # a template writes the beginning itself, and ours has none
+            wanted = self.kind == "pieces" or not self.chat_template
+            before = (self.bos_id,) if wanted and self.bos_id is not None else ()
+        return before, self.after
 
     def encode_prompt(self, text):
         """A prompt that is no conversation -> ids, with what the tokenizer's files put round it."""
@@ -640,6 +642,7 @@ class Tokenizer:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_atomic(folder / "tokenizer.json", lambda path: path.write_bytes(content))
         write_json(folder / "tokenizer_config.json", config)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would go before the config's
 
     @functools.cached_property
     def sha256(self):

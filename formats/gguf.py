@@ -12,7 +12,6 @@ import math
 import mmap
 import re
 import struct
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from common import UserError, cli, parse_flags, write_atomic
+from common import UserError, cli, model_name, parse_flags, warn, write_atomic
+from formats.verify import verify
 from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
 from quant import QuantLinear
@@ -302,6 +302,8 @@ BLOCK_TYPES = {
     ),
 }
 TYPE_NAMES = {kind.number: name for name, kind in BLOCK_TYPES.items()}
+UNREAD_TYPES = dict(enumerate("IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS".split(), 16))
+UNREAD_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 
 
 def by_rows(function, rows, out):
@@ -620,6 +622,15 @@ def llama3_rope(config, slowed, original):
 
 # ---- The tokenizer, as metadata.
 
+# The keys of ids that end a text, and of Sampling's defaults -> generation_config.json's names.
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+SAMPLING_KEYS = two_columns("""
+    temp            temperature
+    top_p           top_p
+    top_k           top_k
+    min_p           min_p
+    penalty_repeat  repetition_penalty
+""")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
@@ -642,10 +653,6 @@ SPLITS = {
     "falcon3": SplitRule(("llama3",), whole_chunks=True),
     "deepseek-r1-qwen": SplitRule(("qwen2",)),
 }
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def tokenizer_metadata(tok, config):
@@ -724,16 +731,13 @@ def special_metadata(tok, config):
     """Which ids begin and end a text, and whether a beginning is put before every prompt."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [i for i in dict.fromkeys([tok.eos_id, *ends]) if i is not None]
-    meta = dict(zip(("eos_token_id", "eot_token_id"), ends))
+    meta = dict(zip(END_KEYS, ends))
     # A tokenizer without a beginning has its end do that work, as GPT-2 does.
     bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
     meta = {key: value for key, value in meta.items() if value is not None}
-    # A chat template writes the beginning itself; else it is put there, as generate.py does, if
-    # the token has no other job.
-    add_bos = tok.kind == "pieces" or (bos not in [None, *ends] and not tok.chat_template)
-    wanted = tok.config.get("add_bos_token", add_bos)
-    return meta | {"add_bos_token": bos is not None and bool(wanted)}
+    before, after = tok.prompt_ends()
+    return meta | {"add_bos_token": bool(before), "add_eos_token": bool(after)}
 
 
 # ---- The tokenizer, from metadata.
@@ -761,6 +765,11 @@ def read_vocabulary(get):
         if i < len(tokens):
             tok.config[f"{role}_token"] = tokens[i]
     tok.chat_template = get("chat_template", None, str)
+    # llama.cpp's own defaults are SentencePiece's, and those of Llama 3's and Mistral's files
+    if not get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool):
+        tok.before = ()
+    if get("ggml.add_eos_token", False, bool) and tok.eos_id is not None:
+        tok.after = (tok.eos_id,)
     return tok
 
 
@@ -921,7 +930,7 @@ def open_gguf(path):
         if kind is None or name in tensors or not math.prod(shape) or shape[-1] % kind.block:
             refuse(
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
-                f"unknown type {number}"
+                f"unknown type {UNREAD_TYPES.get(number, number)}"
             )
         begin, nbytes = start + offset, kind.size(shape)
         if offset % alignment or begin < end or begin + nbytes > size:
@@ -933,6 +942,28 @@ def open_gguf(path):
         flat = torch.frombuffer(data, dtype=torch.uint8, offset=begin, count=nbytes)
         rows = shape[0] if len(shape) > 1 or kind.dtype else 1
         tensors[name] = GGUFTensor(TYPE_NAMES[number], shape, flat.view(rows, -1))
+    return meta, tensors
+
+
+def open_parts(path):
+    """open_gguf of a file, or of all the parts of a split one, of which path is any."""
+    meta, tensors = open_gguf(path)
+    count = meta.get("split.count", 1)
+    if count == 1:
+        return meta, tensors
+    name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", Path(path).name)
+    if name is None or int(name[2]) != count:
+        raise UserError(f"a part of {count} of one GGUF is called NAME-00001-of-{count:05}.gguf")
+    parts = [Path(path).with_name(f"{name[1]}-{i:05}-of-{name[2]}.gguf") for i in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise UserError(f"one of {count} parts, of which are missing: {', '.join(missing[:4])}")
+    meta, tensors = open_gguf(parts[0])
+    for part in parts[1:]:
+        _, more = open_gguf(part)
+        if tensors.keys() & more.keys():
+            refuse(f"{part.name} has tensors of other parts")
+        tensors |= more
     return meta, tensors
 
 
@@ -992,7 +1023,10 @@ def write(folder, path, mix):
     with naming(folder):
         meta, freqs = shape_metadata(config)
         meta |= tokenizer_metadata(tok, config)
-    meta["general.name"] = folder.resolve().name
+    meta["general.name"] = model_name(folder)
+    for key, name in SAMPLING_KEYS.items():
+        if config.generation.get(name) is not None:
+            meta[f"general.sampling.{key}"] = config.generation[name]
     meta["general.file_type"] = MIXES[mix]
     meta["general.quantization_version"] = 2
     plan = []
@@ -1034,12 +1068,16 @@ def read_gguf(path):
 
     UserError, in bounded time and memory, for whatever is wrong with the file."""
     with naming(Path(path)):
-        meta, tensors = open_gguf(path)
+        meta, tensors = open_parts(path)
         config = read_config(meta, tensors)
         get = metadata_reader(meta, "tokenizer")
         tok = read_vocabulary(get)
         state = by_our_names(tensors, config)
-        ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
+        ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
+        sampling = metadata_reader(meta, "general.sampling")
+        for key, name in SAMPLING_KEYS.items():
+            if sampling(key) is not None:
+                config.generation[name] = sampling(key)
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
@@ -1108,7 +1146,24 @@ class Args:
     model: str = ""  # the model folder, or "show"
     file: str = "-"  # the .gguf to show
     type: str = "q8_0"  # f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k
-    out: str = ""  # the file to write [MODEL-TYPE.gguf]
+    out: str = ""  # the file to write, .gguf or not [MODEL-TYPE.gguf]
+
+
+def gguf_path(out):
+    """--out with .gguf at its end, which is put there where it is missing."""
+    out = Path(out)
+    if out.name in ("", ".."):  # a folder, whose own name it is then
+        out = out.resolve()
+    return out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")
+
+
+def export(folder, out, mix):
+    """Model folder -> OUT or OUT.gguf; what was written is said, read back and verified."""
+    out = gguf_path(out)
+    sizes = write(folder, out, mix)
+    print(f"{out}: " + ", ".join(f"{size:,} bytes of {kind}" for kind, size in sizes.most_common()))
+    source = Transformer.from_pretrained(folder), Tokenizer.load(folder)
+    verify(out, mix, source, load(out, keep_packed=True))
 
 
 def show_gguf(path):
@@ -1126,9 +1181,8 @@ def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model", "file")))
     if args.model == "show":
         return show_gguf(args.file)
-    out = args.out or f"{args.model.rstrip('/')}-{args.type}.gguf"
-    sizes = write(args.model, out, args.type)
-    print(f"{out}: " + ", ".join(f"{size:,} bytes of {kind}" for kind, size in sizes.most_common()))
+    beside = Path(args.model).parent / f"{model_name(args.model)}-{args.type}"
+    export(args.model, args.out or beside, args.type)
 
 
 if __name__ == "__main__":

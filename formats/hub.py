@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, read_json, warn, write_json
+from common import UserError, read_json, warn_of_unknown, write_json
 from model import Config, Transformer
 from runtime import write_tensors
 
@@ -89,25 +89,17 @@ SILENT_KEYS = """architectures attention_dropout attn_pdrop auto_map dtype embd_
     summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
     torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version
     use_cache""".split()
-# Of generation_config.json: the field of Sampling that a key gives its default to, as in vLLM; and
-# what says nothing to this program. vLLM does not ask do_sample either: temperature 0 is greedy.
+# Of generation_config.json: the fields of Sampling that it gives defaults to, as in vLLM; and what
+# says nothing to this program. vLLM does not ask do_sample either: temperature 0 is greedy.
 SAMPLING_KEYS = {
     "temperature": float,
     "top_p": float,
     "top_k": int,
     "min_p": float,
     "repetition_penalty": float,
-    "max_new_tokens": int,
 }
 SILENT_GENERATION = """bos_token_id cache_implementation do_sample eos_token_id max_length
     pad_token_id transformers_version use_cache""".split()
-
-
-def warn_of_unknown(keys, where):
-    """Name the keys that nothing here knows."""
-    unknown = sorted(key for key in keys if not key.startswith("_"))
-    if unknown:
-        warn(f"{where}: ignored: {', '.join(unknown)[:400]}")
 
 
 def config_from_dict(d, where="config.json"):

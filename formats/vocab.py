@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 
-from common import UserError, warn
+from common import UserError, warn, warn_of_unknown
 from tokenizer import (
     BYTES,
     LARGEST_ID,
@@ -105,9 +105,6 @@ def read_tokenizer(path, pattern):
         tokenizer = read_vocabulary_file(path, pattern, beside)
         tokenizer.config |= beside.config
         add_ends(tokenizer, beside)
-    template = path.with_name("chat_template.jinja")  # where newer folders keep it
-    if template.is_file():
-        tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
     return tokenizer
 
 
@@ -118,9 +115,7 @@ def read_beside(folder):
         path = folder / f"{name}.json"
         files[name] = read_json_object(path) if path.is_file() else {}
     own = files["tokenizer_config"]
-    unknown = own.keys() - CONFIG_KEYS
-    if unknown:
-        warn(f"{folder / 'tokenizer_config.json'}: ignored: {', '.join(sorted(unknown))[:400]}")
+    warn_of_unknown(own.keys() - CONFIG_KEYS, folder / "tokenizer_config.json")
     said = own.get("tokenizer_class") or ""
     kind = said.removesuffix("Fast")
     if said in ANY_CLASS:
@@ -128,6 +123,9 @@ def read_beside(folder):
     config = files["special_tokens_map"] | own
     if kind in MERGES_CLASSES and said not in ANY_CLASS[1:]:
         config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
+    jinja = folder / "chat_template.jinja"  # where newer folders keep it
+    if jinja.is_file():
+        config["chat_template"] = read_limited(jinja).decode("utf-8", "replace")
     template = config.get("chat_template")
     if not isinstance(template, str | list | None):
         raise UserError(f"chat_template is a {type(template).__name__}, expected a text")
@@ -614,7 +612,8 @@ def from_tekken(content):
     tokens = []
     for token in ranked[: config["default_vocab_size"] - n_special]:
         tokens.append((base64.b64decode(token["token_bytes"]), token["rank"] + n_special))
-    return rank_tokenizer(tokens, config["pattern"], special)
+    before = (special["<s>"],) if "<s>" in special else ()
+    return rank_tokenizer(tokens, config["pattern"], special, before=before)
 
 
 def rank_tokenizer(tokens, pattern, special, added=(), **options):
