@@ -62,7 +62,7 @@ def warn(text):
 
 def warn_of_unknown(keys, where):
     """Name the keys of a file that nothing here knows; one that begins with _ says nothing."""
-    unknown = sorted(key for key in keys if not key.startswith("_"))
+    unknown = sorted(repr(key) for key in keys if not key.startswith("_"))
     if unknown:
         warn(f"{where}: ignored: {', '.join(unknown)[:400]}")
 
