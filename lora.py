@@ -446,8 +446,8 @@ def merge_command(argv):
 
 
 def choose_words(model, base, adapter):
-    """The adapter's tokenizer, chat template, end ids and defaults of sampling where it has its own,
-    else the base's -> Tokenizer or None; the model's config gets the rest."""
+    """The adapter's tokenizer, chat template and generation_config.json where it has its own, else
+    the base's -> Tokenizer or None; the model's config gets end ids and defaults of sampling."""
     own = {
         "tokenizer": find_tokenizer(adapter) is not None,
         "chat template": bool(read_beside(adapter).config.get("chat_template")),
@@ -460,10 +460,9 @@ def choose_words(model, base, adapter):
         return None
     tok = Tokenizer.load(whose["tokenizer"])
     tok.chat_template = read_beside(whose["chat template"]).config.get("chat_template")
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{whose['tokenizer']}: {tok.vocab_size:,} ids, the base has {model.config.vocab_size:,}"
-        )
+    rows = model.config.vocab_size
+    if tok.vocab_size > rows:
+        raise UserError(f"{whose['tokenizer']}: {tok.vocab_size:,} ids, the base has {rows:,}")
     if tok.chat_template:
         finetune.end_turns(tok, model.config)
     return tok

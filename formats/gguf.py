@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import UserError, cli, model_name, parse_flags, warn, write_atomic
+from formats.hub import GPT2_KEYS
 from formats.verify import verify
 from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -44,13 +45,13 @@ class BlockType(NamedTuple):
 
     number: int
     block: int
+    zero: int  # the code of 0
+    run: int  # bytes of q that hold the low bits of as many codes, then the next higher ones
+    high_run: int  # the same of h
     layout: dict  # bytes of each field
-    dtype: torch.dtype | None = None  # of plain floats, whose block is one number
-    zero: int = 0  # the code of 0
-    run: int = 16  # bytes of q that hold the low bits of as many codes, then the next higher ones
-    high_run: int = 1  # the same of h
-    scales: Callable | None = None  # s (n, bytes) -> (n, G) multiples of d, and of m or None
-    encode: Callable | None = None  # (n, block) float32 -> {"codes": ..., field: ...}, if written
+    dtype: torch.dtype | None  # of plain floats, whose block is one number
+    scales: Callable | None  # s (n, bytes) -> (n, G) multiples of d, and of m or None
+    encode: Callable | None  # (n, block) float32 -> {"codes": ..., field: ...}, if written
 
     @property
     def bytes(self):
@@ -269,38 +270,47 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-K_QUANT = partial(BlockType, block=256, run=32, high_run=32)
-K45_QUANT = partial(K_QUANT, scales=six_bit_pairs)
-BLOCK_TYPES = {
-    "F32": BlockType(0, 1, {"q": 4}, torch.float32),
-    "F16": BlockType(1, 1, {"q": 2}, torch.float16),
-    "BF16": BlockType(30, 1, {"q": 2}, torch.bfloat16),
-    "Q4_0": BlockType(2, 32, {"d": 2, "q": 16}, zero=8, encode=encode_q4_0),
-    "Q4_1": BlockType(3, 32, {"d": 2, "m": 2, "q": 16}),
-    "Q5_0": BlockType(6, 32, {"d": 2, "h": 4, "q": 16}, zero=16),
-    "Q5_1": BlockType(7, 32, {"d": 2, "m": 2, "h": 4, "q": 16}),
-    "Q8_0": BlockType(8, 32, {"d": 2, "q": 32}, zero=128, encode=encode_q8_0),
-    "Q2_K": K_QUANT(10, layout={"s": 16, "q": 64, "d": 2, "m": 2}, scales=nibble_pairs),
-    "Q3_K": K_QUANT(11, layout={"h": 32, "q": 64, "s": 12, "d": 2}, zero=4, scales=six_bits),
-    "Q4_K": K45_QUANT(
-        12,
-        layout={"d": 2, "m": 2, "s": 12, "q": 128},
-        encode=partial(encode_k45, top=15, start=-1.0, steps=21),
-    ),
-    "Q5_K": K45_QUANT(
-        13,
-        layout={"d": 2, "m": 2, "s": 12, "h": 32, "q": 128},
-        encode=partial(encode_k45, top=31, start=-0.5, steps=16),
-    ),
-    "Q6_K": K_QUANT(
-        14,
-        layout={"q": 128, "h": 64, "s": 16, "d": 2},
-        zero=32,
-        run=64,
-        scales=eight_bits,
-        encode=encode_q6_k,
-    ),
+# Its number, weights a block, zero, run and high_run, and the bytes of each field.
+BLOCKS = """
+    F32    0    1    0  16   1  q4
+    F16    1    1    0  16   1  q2
+    BF16  30    1    0  16   1  q2
+    Q4_0   2   32    8  16   1  d2 q16
+    Q4_1   3   32    0  16   1  d2 m2 q16
+    Q5_0   6   32   16  16   1  d2 h4 q16
+    Q5_1   7   32    0  16   1  d2 m2 h4 q16
+    Q8_0   8   32  128  16   1  d2 q32
+    Q2_K  10  256    0  32  32  s16 q64 d2 m2
+    Q3_K  11  256    4  32  32  h32 q64 s12 d2
+    Q4_K  12  256    0  32  32  d2 m2 s12 q128
+    Q5_K  13  256    0  32  32  d2 m2 s12 h32 q128
+    Q6_K  14  256   32  64  32  q128 h64 s16 d2
+"""
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCALES = {"Q2_K": nibble_pairs, "Q3_K": six_bits, "Q6_K": eight_bits}
+SCALES |= dict.fromkeys(("Q4_K", "Q5_K"), six_bit_pairs)
+ENCODERS: dict[str, Callable] = {
+    "Q4_0": encode_q4_0,
+    "Q8_0": encode_q8_0,
+    "Q4_K": partial(encode_k45, top=15, start=-1.0, steps=21),
+    "Q5_K": partial(encode_k45, top=31, start=-0.5, steps=16),
+    "Q6_K": encode_q6_k,
 }
+
+
+def read_block_types():
+    """BLOCKS -> {name: BlockType}"""
+    kinds = {}
+    for line in BLOCKS.strip().splitlines():
+        name, *columns = line.split()
+        number, block, zero, run, high_run = map(int, columns[:5])
+        layout = {field[0]: int(field[1:]) for field in columns[5:]}
+        how = FLOATS.get(name), SCALES.get(name), ENCODERS.get(name)
+        kinds[name] = BlockType(number, block, zero, run, high_run, layout, *how)
+    return kinds
+
+
+BLOCK_TYPES = read_block_types()
 TYPE_NAMES = {kind.number: name for name, kind in BLOCK_TYPES.items()}
 UNREAD_TYPES = dict(enumerate("IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS".split(), 16))
 UNREAD_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
@@ -481,15 +491,6 @@ SHAPE_KEYS = two_columns("""
     attention.key_length     head_dim
     attention.value_length   head_dim
 """)
-# The fields that GPT-2's config.json calls otherwise.
-GPT2_WORDS = two_columns("""
-    max_position_embeddings  n_positions
-    hidden_size              n_embd
-    num_hidden_layers        n_layer
-    intermediate_size        n_inner
-    num_attention_heads      n_head
-    norm_eps                 layer_norm_epsilon
-""")
 
 
 def norm_key(arch):
@@ -579,7 +580,7 @@ def read_config(meta, tensors):
             f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
             "must be above 0, the scaling Llama 3's"
         )
-    words = GPT2_WORDS if arch == "gpt2" else {}
+    words = GPT2_KEYS if arch == "gpt2" else {}
     shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
     shape |= {
         "model_type": arch,
@@ -624,7 +625,7 @@ def llama3_rope(config, slowed, original):
 
 # The keys of ids that end a text, and of Sampling's defaults -> generation_config.json's names.
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-SAMPLING_KEYS = two_columns("""
+SAMPLING_NAMES = two_columns("""
     temp            temperature
     top_p           top_p
     top_k           top_k
@@ -822,6 +823,7 @@ ITEM_TYPES = VALUE_TYPES | {int: 5}
 MOST_METADATA = 1 << 29  # bytes
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
+MOST_PARTS = 1 << 10
 MOST_ITEMS = 1 << 22  # of a list
 
 
@@ -951,19 +953,17 @@ def open_parts(path):
     count = meta.get("split.count", 1)
     if count == 1:
         return meta, tensors
-    name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", Path(path).name)
-    if name is None or int(name[2]) != count:
-        raise UserError(f"a part of {count} of one GGUF is called NAME-00001-of-{count:05}.gguf")
-    parts = [Path(path).with_name(f"{name[1]}-{i:05}-of-{name[2]}.gguf") for i in range(1, count + 1)]
+    path, number = Path(path), r"-\d{5}-of-\d{5}\.gguf$"
+    name = re.sub(number, "", path.name)
+    numbers = range(1, min(count, MOST_PARTS) + 1)
+    parts = [path.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in numbers]
     missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise UserError(f"one of {count} parts, of which are missing: {', '.join(missing[:4])}")
-    meta, tensors = open_gguf(parts[0])
-    for part in parts[1:]:
-        _, more = open_gguf(part)
-        if tensors.keys() & more.keys():
-            refuse(f"{part.name} has tensors of other parts")
-        tensors |= more
+    if missing or count > MOST_PARTS:
+        raise UserError(f"one of {count:,} parts, which lacks beside it {', '.join(missing[:4])}")
+    meta, _ = open_gguf(parts[0])
+    tensors = {}
+    for part in parts:
+        tensors |= open_gguf(part)[1]
     return meta, tensors
 
 
@@ -1024,7 +1024,7 @@ def write(folder, path, mix):
         meta, freqs = shape_metadata(config)
         meta |= tokenizer_metadata(tok, config)
     meta["general.name"] = model_name(folder)
-    for key, name in SAMPLING_KEYS.items():
+    for key, name in SAMPLING_NAMES.items():
         if config.generation.get(name) is not None:
             meta[f"general.sampling.{key}"] = config.generation[name]
     meta["general.file_type"] = MIXES[mix]
@@ -1075,7 +1075,7 @@ def read_gguf(path):
         state = by_our_names(tensors, config)
         ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
         sampling = metadata_reader(meta, "general.sampling")
-        for key, name in SAMPLING_KEYS.items():
+        for key, name in SAMPLING_NAMES.items():
             if sampling(key) is not None:
                 config.generation[name] = sampling(key)
     ends = [i for i in ends if i < config.vocab_size]

@@ -69,9 +69,9 @@ APPLIED_KEYS["qwen"] += APPLIED_KEYS["llama"]
 APPLIED_KEYS["mistral"] += APPLIED_KEYS["llama"]
 # What would change the computation: refused unless it has this value, or none.
 PLAIN_VALUES: dict = dict.fromkeys(
-    """add_cross_attention alibi attention_multiplier attention_sinks attn_logit_softcapping clip_qkv
-    compression_config final_logit_softcapping is_encoder_decoder no_rope_layers num_experts
-    num_local_experts parallel_attn qk_layernorm quantization query_pre_attn_scalar
+    """add_cross_attention alibi attention_multiplier attention_sinks attn_logit_softcapping
+    clip_qkv compression_config final_logit_softcapping is_encoder_decoder no_rope_layers
+    num_experts num_local_experts parallel_attn qk_layernorm quantization query_pre_attn_scalar
     rope_interleaved scale_attn_by_inverse_layer_idx use_mrope use_qk_norm""".split(),
     False,
 )

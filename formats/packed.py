@@ -18,7 +18,8 @@ from quant import NESTED_BLOCK, GroupLinear, Int8Linear, NF4Linear, QuantLinear,
 NF4_MARK = "quant_state.bitsandbytes__nf4"
 # Of quantization_config: what is applied, and what tells how the codes were found, or is for other
 # programs' kernels.
-CONFIG_KEYS = """activations backend batch_size bits block_name_to_quantize cache_block_outputs
+QUANTIZATION_KEYS = """activations backend batch_size bits
+    block_name_to_quantize cache_block_outputs
     checkpoint_format damp_auto_increment damp_percent dataset desc_act exllama_config group_size
     lm_head load_in_4bit load_in_8bit max_input_length meta model_file_base_name model_name_or_path
     model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
@@ -202,7 +203,7 @@ def check_config(config, where):
     config = {"checkpoint_format": "gptq", "group_size": 128} | own
     method, version = config.get("quant_method"), config["checkpoint_format"]
     known = [key for key in own if key.startswith(("bnb_4bit_", "llm_int8_"))]
-    warn_of_unknown(own.keys() - {*known, *CONFIG_KEYS}, f"{where}, quantization_config")
+    warn_of_unknown(own.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
     if method == "bitsandbytes":
         version = str(config.get("bnb_4bit_quant_type", "fp4")).upper()  # its default
         if not config.get("load_in_4bit", True):

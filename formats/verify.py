@@ -13,16 +13,16 @@ from common import UserError
 from quant import QuantLinear
 
 MOST_TOKENS = 128
-TEXT = """The ferry left at ten past six, twenty minutes late, and nobody on the pier complained. Mrs
-Okafor counted her change twice: 3 coins of 50, one note, and a button. "You'll want the other boat,"
-said the boy, who couldn't have been older than nine. Behind him the harbour lights went on, first the
-red ones, then the green.
+HELD_OUT = """The ferry left at ten past six, twenty minutes late, and nobody on the pier complained.
+Mrs Okafor counted her change twice: 3 coins of 50, one note, and a button. "You'll want the other
+boat," said the boy, who couldn't have been older than nine. Behind him the harbour lights went on,
+first the red ones, then the green.
 
 def area(width, height=2.5):
     return width * height  # in square metres
 
-Why do leaves change their colour in autumn? The days grow shorter, the tree stops making chlorophyll,
-and the yellow that was there all summer can be seen. Le train de 18 h 40 est parti sans nous."""
+Why do leaves change their colour in autumn? The days grow shorter, the tree stops making
+chlorophyll, and the yellow that was there all summer can be seen."""
 
 
 class WrongExport(UserError):
@@ -32,16 +32,16 @@ class WrongExport(UserError):
 
 
 def held_out_ids(tok, config):
-    """(T,) ids of TEXT, or any ids where the tokenizer cannot spell it."""
+    """(T,) ids of HELD_OUT, or any ids where the tokenizer cannot spell it."""
     most = min(MOST_TOKENS, config.max_position_embeddings)
     try:
-        return torch.tensor(tok.encode_prompt(TEXT)[:most])
+        return torch.tensor(tok.encode_prompt(HELD_OUT)[:most])
     except (UserError, AttributeError):  # of a few characters, or none
         return torch.randint(config.vocab_size, (most,), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
-def log_probs(model, ids):
+def token_log_probs(model, ids):
     """(T,) ids -> (T, V) float32. Each block is computed in float32, whatever the model is in, and
     only one is there in float32 at a time."""
     x, rope, (full, sliding) = model.start(ids[None].to(model.embed_tokens.weight.device))
@@ -65,9 +65,8 @@ def weights(module):
 def compare_weights(source, written, bits):
     """-> a line for each tensor that rounding to so many bits does not explain.
 
-    Rounding moves weights at random, a few percent of them: it hardly changes their length along the
-    source's direction, which a wrong scale does, and leaves most of it, which another order does not.
-    """
+    Rounding moves weights at random, by a few percent: it hardly changes how much of the source's
+    direction they have, which a wrong scale does, nor most of it, which another order does."""
     faults = []
     for name, module in source.named_modules():
         twins = weights(written.get_submodule(name))
@@ -115,7 +114,7 @@ def verify(path, format, source, written, bits=None):
     bits = {32: 20, 16: 7}.get(bits, bits)  # of their significand, at least
     faults = compare_words(source, written) + compare_weights(model, again, bits)
     ids = held_out_ids(tok, again.config)
-    theirs, ours = log_probs(model, ids), log_probs(again, ids)
+    theirs, ours = token_log_probs(model, ids), token_log_probs(again, ids)
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True).item()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     if not divergence <= 2.0 ** (4 - bits):

@@ -51,15 +51,16 @@ ANY_CLASS = ("", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBa
 # Any other key is named in a warning.
 ROLE_KEYS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-APPLIED_KEYS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
+APPLIED_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
     tokenizer_class""".split()
-SILENT_KEYS = """auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
-    legacy local_files_only max_length model_input_names model_max_length model_specific_special_tokens
-    name_or_path pad_to_multiple_of pad_token_type_id padding padding_side processor_class
-    return_token_type_ids sp_model_kwargs spaces_between_special_tokens special_tokens_map_file
-    split_special_tokens stride tokenizer_file truncation truncation_side truncation_strategy
-    trust_remote_code use_default_system_prompt""".split()
-CONFIG_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_KEYS, *SILENT_KEYS}
+SILENT_WORDS = """auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
+    legacy local_files_only max_length model_input_names model_max_length
+    model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id
+    padding padding_side processor_class return_token_type_ids sp_model_kwargs
+    spaces_between_special_tokens special_tokens_map_file split_special_tokens stride
+    tokenizer_file truncation truncation_side truncation_strategy trust_remote_code
+    use_default_system_prompt""".split()
+KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_WORDS, *SILENT_WORDS}
 
 
 # ---- What every reader needs.
@@ -115,7 +116,7 @@ def read_beside(folder):
         path = folder / f"{name}.json"
         files[name] = read_json_object(path) if path.is_file() else {}
     own = files["tokenizer_config"]
-    warn_of_unknown(own.keys() - CONFIG_KEYS, folder / "tokenizer_config.json")
+    warn_of_unknown(own.keys() - KNOWN_KEYS, folder / "tokenizer_config.json")
     said = own.get("tokenizer_class") or ""
     kind = said.removesuffix("Fast")
     if said in ANY_CLASS:
@@ -138,9 +139,7 @@ def tokens_beside(config, added):
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         tokens[token["content"]] = token | {"id": int(i)}
     for text, i in added.items():
-        token = tokens.setdefault(text, {"content": text, "id": i})
-        if token["id"] != i:
-            raise UserError(f"{text!r} has two ids: {token['id']} and {i}")
+        tokens.setdefault(text, {"content": text, "id": i})
     named = [config.get(key) for key in ROLE_KEYS]
     for key in MORE_TOKENS:
         more = config.get(key) or []
@@ -151,25 +150,28 @@ def tokens_beside(config, added):
     return sorted(tokens.values(), key=lambda token: (token["id"] is None, token["id"] or 0))
 
 
-def number_added(tokens, vocab, merges):
-    """Those of `tokens` that have an id, and the rest with one: the vocabulary's or, as in
-    transformers, the next free one. A token that text becomes anyway stays an ordinary one."""
-    known = [token["id"] for token in tokens if token["id"] is not None]
-    if len(known) == len(tokens):
-        return tokens
+def join_added(listed, beside, vocab, merges):
+    """The added tokens of a tokenizer.json, then those that only the files beside it have.
+
+    Whether one is special, these say. One without an id has the vocabulary's or, as in
+    transformers, the next free one; if text becomes it anyway, it stays an ordinary token."""
     check_ids(vocab.values())
+    joined = {token["content"]: token for token in listed}
+    known = [token["id"] for token in (*listed, *beside) if isinstance(token["id"], int)]
     free = max([*vocab.values(), *known], default=-1) + 1
     made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
-    numbered = []
-    for token in tokens:
+    more = []
+    for token in beside:
         text = token["content"]
-        if token["id"] is None:
-            if len(text) == 1 or text in made:
-                continue
-            token = token | {"id": vocab.get(text, free)}
+        ordinary = len(text) == 1 or text in made
+        if text in joined and token["id"] in (None, joined[text]["id"]):
+            joined[text]["special"] = token.get("special")
+        elif token["id"] is not None:
+            more.append(token)
+        elif not ordinary:
+            more.append(token | {"id": vocab.get(text, free)})
             free += text not in vocab
-        numbered.append(token)
-    return numbered
+    return listed + more
 
 
 def add_ends(tokenizer, beside):
@@ -242,7 +244,6 @@ def read_bpe(vocab, merges, names, byte_level):
 
     vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
     added tokens, which may be in `vocab` and are not in what is returned."""
-    check_ids(vocab.values())
     ids = dict(vocab)
     for text, i in names.items():
         if ids.pop(text, i) != i:
@@ -309,8 +310,8 @@ def from_json(content, beside=()):
         kind = "pieces"
     else:
         kind = "chars"
-    listed = join_added(content.get("added_tokens") or [], beside)
-    listed = number_added(listed, model["vocab"], model["merges"])
+    listed = content.get("added_tokens") or []
+    listed = join_added(listed, beside, model["vocab"], model["merges"])
     special, added = read_added(listed, normalizer + spaces)
     vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
     unknown = model.get("unk_token")
@@ -398,19 +399,6 @@ def read_post_processor(part, ids):
         elif step["type"] != "ByteLevel":  # that one is about offsets
             raise unsupported(f"post-processor {step['type']!r}")
     return tuple(before), tuple(after)
-
-
-def join_added(listed, beside):
-    """The added tokens of a tokenizer.json and those that the files beside it list: whether one is
-    special, these say."""
-    others = {token["content"]: token for token in beside}
-    joined = []
-    for token in listed:
-        other = others.pop(token["content"], {"id": None})
-        if other["id"] not in (None, token["id"]):
-            raise UserError(f"{token['content']!r} has two ids: {token['id']} and {other['id']}")
-        joined.append(token | {"special": other.get("special", token.get("special"))})
-    return joined + list(others.values())
 
 
 def read_added(tokens, normalizer=()):
@@ -563,7 +551,7 @@ def from_merges(path, data, beside):
     special = {token: vocab[token] for token in vocab.keys() - made}
     if beside.flag("add_prefix_space"):
         normalizer = [*normalizer, ("prepend", " ", "always")]
-    own, added = read_added(number_added(beside.tokens, vocab, merges), normalizer)
+    own, added = read_added(join_added([], beside.tokens, vocab, merges), normalizer)
     special |= own
     vocab, merges = read_bpe(vocab, merges, special | added, byte_level=True)
     return Tokenizer(
@@ -593,8 +581,8 @@ def from_ranks(path, data, pattern, tokens):
     for line in data.splitlines():
         token, rank = line.split()
         ranked.append((base64.b64decode(token, validate=True), int(rank)))
-    numbered = number_added(tokens, {rank: rank for _, rank in ranked}, ())
-    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *read_added(numbered), before=())
+    added = read_added(join_added([], tokens, dict(ranked), ()))
+    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added, before=())
 
 
 def from_tekken(content):
@@ -623,7 +611,9 @@ def rank_tokenizer(tokens, pattern, special, added=(), **options):
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
     split = [pattern]
-    return Tokenizer("bytes", vocab, None, split, special, dict(added), whole_chunks=True, **options)
+    return Tokenizer(
+        "bytes", vocab, None, split, special, dict(added), whole_chunks=True, **options
+    )
 
 
 # ---- SentencePiece's file.
@@ -643,7 +633,7 @@ def from_sentencepiece(path, beside):
             special[sp.id_to_piece(i)] = i
         elif not sp.is_unused(i):
             vocab[sp.id_to_piece(i)] = i
-    own, added = read_added(number_added(beside.tokens, vocab | special, ()))
+    own, added = read_added(join_added([], beside.tokens, vocab | special, ()))
     for text, i in (own | added).items():
         if (vocab | special).get(text, i) != i:
             raise UserError(f"{text!r} has two ids: {i} and {(vocab | special)[text]}")

@@ -502,8 +502,10 @@ def test_a_split_gguf_is_read_with_its_neighbours(first_empty, good, tmp_path):
         assert tok is not None
         assert all(torch.equal(model.state_dict()[name], t) for name, t in expected.items())
     renamed = parts[-1].rename(tmp_path / "x.gguf")
-    refused(renamed, renamed.read_bytes(), f"a part of {len(parts)} of one GGUF is called")
-    refused(parts[0], parts[0].read_bytes(), f"missing: {parts[-1].name}")
+    count = len(parts)
+    lacking = f"one of {count} parts, which lacks beside it"
+    refused(renamed, renamed.read_bytes(), f"{lacking} x-00001-of-{count:05}.gguf, x-00002")
+    refused(parts[0], parts[0].read_bytes(), f"{lacking} {parts[-1].name}")
 
 
 # ---- what cannot be written

@@ -36,7 +36,6 @@ def test_a_right_gguf_is_verified_in_one_line(source, mix, capsys):
 def swapped_rows(monkeypatch):
     right = gguf.reorder_rows
 
-
     def wrong(rows, name, config, back=False):
         return right(rows, name, config, back) if back else rows
 

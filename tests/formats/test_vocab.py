@@ -127,8 +127,6 @@ def test_an_ordinary_token_that_is_named_stays_an_ordinary_one(tmp_path):
         ({"added_tokens": {"(": 400}}, "has two ids"),
         ({"added_tokens": {"<x>": 5}}, "same id: 5"),
         ({"added_tokens": {"<x>": "5"}}, "not a whole number"),
-        ({"added_tokens": {"<x>": 401}, "tokenizer_config": {"added_tokens_decoder": {
-            "400": {"content": "<x>"}}}}, "'<x>' has two ids: 400 and 401"),
         ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token is 'false'"),
         ({"tokenizer_config": {"add_prefix_space": 0}}, "add_prefix_space is 0"),
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template is a int"),
