@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -34,6 +35,12 @@ class UserError(ValueError):
     """Something the user can mend. Its one line says what, with the numbers, and what to do."""
 
     status = 2  # the program's exit status
+
+    def __init__(self, message):
+        told = " ".join(str(message).splitlines())
+        if len(told) > 1500:  # it quotes what a hostile file says
+            told = f"{told[:1000]} ... {told[-400:]}"
+        super().__init__(told)
 
 
 def cli(main):
@@ -153,9 +160,11 @@ def write_atomic(path, write):
 
     On failure the old file stands."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # In a folder that others write to, nobody may lay a link where this file is about to be made.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    only_new = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        temporary.touch()
+        os.close(os.open(temporary, only_new, 0o666))
         mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)
@@ -173,11 +182,49 @@ def write_json(path, value):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer in use (Gemma 3, 262K tokens) has 33 MB
+MOST_VALUES = 3 << 20  # in a JSON file; that one has 2 million, and a value takes up to 150 bytes
+
+
+def read_limited(path):
+    size = os.path.getsize(path)
+    if size > LARGEST_JSON:
+        raise UserError(
+            f"{path} has {size >> 20} MB, more than the {LARGEST_JSON >> 20} MB allowed"
+        )
+    return Path(path).read_bytes()
+
+
 def read_json(path):
+    """The object in a JSON file. UserError: it holds something else, or more than is sane."""
+    data = read_limited(path)
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > MOST_VALUES:
+        raise UserError(f"{path} has {values:,} values, more than the {MOST_VALUES:,} allowed")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: this is not a JSON object but a {type(content).__name__}")
+    return content
+
+
+# What code that expects a right file raises over a wrong one.
+STUMBLES = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Context: whatever is wrong inside a file from outside is one line that names the file."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from None
+    except STUMBLES as error:
+        told = f"{type(error).__name__} {str(error)[:200]}"
+        raise UserError(f"{path} is not a {Path(path).name}: {told}") from None
 
 
 def json_records(path):
@@ -367,7 +414,8 @@ class Metrics:
             at_save = row["step"] == resume_step and "val_loss" in row
             if row["step"] < resume_step or at_save:
                 rows.append(row)
-        self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+        with naming(path):
+            self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(path, lambda temporary: temporary.write_text(text))
         self.file = open(path, "a", buffering=1)
@@ -381,11 +429,13 @@ class Metrics:
 
     @staticmethod
     def read(path):
-        """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+        """The rows of a metrics.jsonl; left out is what is none, as a line cut short by a crash."""
         rows = []
-        for line in Path(path).read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for line in Path(path).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
 

@@ -34,6 +34,7 @@ from common import (
     cli,
     full_disk_explained,
     in_processes,
+    naming,
     parse_flags,
     read_json,
     sha256,
@@ -49,6 +50,7 @@ MAGIC = b"TOKSHARD"
 VERSION = 1
 SHARD_HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
+MOST_SHARDS = 10**5  # their names have five digits
 
 
 class Header(NamedTuple):
@@ -317,6 +319,12 @@ def open_shards(folder, tokenizer_sha256=None):
             f"python data.py FILE... --tokenizer T --out {folder}"
         )
     meta = read_json(folder / "meta.json")
+    with naming(folder / "meta.json"):
+        return read_splits(folder, meta, tokenizer_sha256)
+
+
+def read_splits(folder, meta, tokenizer_sha256):
+    """meta.json's content -> {split: Split}"""
     if meta.get("job", {}).get("version") != VERSION:
         raise UserError(
             f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py"
@@ -329,6 +337,8 @@ def open_shards(folder, tokenizer_sha256=None):
     end_id = meta["first_id"] if meta["last_id"] is None else None
     splits = {}
     for name, counts in meta["splits"].items():
+        if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):
+            raise UserError(f"split {name[:40]!r} of {counts['shards']!r} shards")
         paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
         splits[name] = map_split(paths, name, end_id, counts, tokenizer_sha256)
     return splits

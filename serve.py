@@ -18,6 +18,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import html
 import math
 import os
 import re
@@ -37,6 +38,7 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from chat import CHATML_TEMPLATE
 from common import Metrics, UserError, cli, parse_flags
 from generate import Engine
 from runtime import lost_rank_explained
@@ -265,8 +267,10 @@ async def read_body(request, kind):
 
 
 async def aside(request, function, *args):
-    """Call a function, in a thread if the request is so large that others would feel it."""
-    if int(request.headers.get("content-length", 1 << 20)) < 4096:
+    """Call a function, in a thread if others would feel how long it takes: of a large request, or
+    where a foreign chat template runs in a process of its own."""
+    foreign = request.app.state.service.tok.chat_template not in (None, CHATML_TEMPLATE)
+    if not foreign and int(request.headers.get("content-length", 1 << 20)) < 4096:
         return function(*args)
     return await asyncio.to_thread(function, *args)
 
@@ -426,13 +430,25 @@ async def read_run(request: Request, name: str, after: int = -1):
     return {"rows": [row for row in rows if row.get("step", 0) > after][-5000:]}
 
 
+@routes.get("/docs", include_in_schema=False)
+async def docs(request: Request):
+    """The routes and what they do, as plain HTML; every field is in /openapi.json."""
+    rows = []
+    for path, methods in request.app.openapi()["paths"].items():
+        for method, about in methods.items():
+            told = html.escape(about.get("description", about["summary"]))
+            rows.append(f"<dt><code>{method.upper()} {path}</code><dd>{told}")
+    schema = '<p>Every field: <a href="/openapi.json">/openapi.json</a>'
+    return HTMLResponse(f"<title>API</title><dl>{''.join(rows)}</dl>{schema}")
+
+
 @routes.get("/", include_in_schema=False)
 async def page():
     if not CHAT_PAGE.is_file():
         raise Refusal(404, "this server has no page; its API is at /v1, described at /docs")
-    html = CHAT_PAGE.read_text()
+    text = CHAT_PAGE.read_text()
     hashes = []  # only the page's own scripts may run, whatever a model makes it show
-    for script in re.findall(r"<script>(.*?)</script>", html, re.S):
+    for script in re.findall(r"<script>(.*?)</script>", text, re.S):
         digest = hashlib.sha256(script.encode()).digest()
         hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
     policy = (
@@ -440,7 +456,7 @@ async def page():
         "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
     )
     headers = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
-    return HTMLResponse(html, headers=headers)
+    return HTMLResponse(text, headers=headers)
 
 
 # ------------------------------------------------------------------------------------ the process
@@ -468,6 +484,8 @@ def create_app(engine, args=None, keys=None, sock=None):
 
     app = FastAPI(
         title="LLM server",
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere, onto the origin of the keys
+        redoc_url=None,
         lifespan=lifespan,
         routes=routes.routes,
         exception_handlers=ERROR_HANDLERS,

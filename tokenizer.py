@@ -67,22 +67,36 @@ BETWEEN_CHUNKS = (
 CUT_THERE = {*PATTERNS.values(), r"\p{N}", r"\p{N}+"}
 
 
+MOST_PATTERN = 1 << 13  # characters
+
+
 @functools.lru_cache
 def splitter(pattern):
-    """A function text -> list of chunks that add up to it. UserError for an unusable pattern."""
+    """A function text -> list of chunks that add up to it. UserError for an unusable pattern, and
+    where it takes more than a second and 10 us a character, a hundred times the usual."""
+    shown = f"the split pattern {pattern[:200]!r}"
     try:
+        if len(pattern) > MOST_PATTERN:
+            raise regex.error(f"{len(pattern):,} characters, more than {MOST_PATTERN:,}")
         compiled = regex.compile(pattern)
-        if compiled.match("") or compiled.groups:
+        if compiled.match("", timeout=1) or compiled.groups:
             raise regex.error("it must match no empty text and have no groups but (?: )")
-    except regex.error as error:
-        raise UserError(
-            f"the split pattern {pattern!r} is not a regular expression that splits text: {error}"
-        ) from None
+    except (regex.error, TimeoutError) as error:
+        raise UserError(f"{shown} is not a regular expression that splits text: {error}") from None
     if pattern in PATTERNS.values():  # these leave nothing out
         return compiled.findall
     # What another pattern leaves out becomes a chunk too, so that no text is lost.
     split = regex.compile(f"({pattern})").split
-    return lambda text: list(filter(None, split(text)))
+
+    def chunks_of(text):
+        try:
+            return list(filter(None, split(text, timeout=1 + len(text) / 1e5)))
+        except TimeoutError:
+            raise UserError(f"{shown} takes too long on {len(text):,} characters") from None
+
+    for character in "a 1!\n":  # those whose time explodes mostly do so on a run of something
+        chunks_of(character * 2000 + "_")
+    return chunks_of
 
 
 # ---- Learn: the most frequent pair of neighbours becomes a new symbol, again and again
@@ -211,7 +225,13 @@ ROLES = {
     "unk_token": "<unk> <UNK>",
     "pad_token": "<pad> <PAD>",
 }
-LARGEST_ID = 1 << 24  # tables are as long as the largest id, which an untrusted file may name
+# Files are untrusted, and tables are as long as the largest id that they name, patterns as their
+# special and added tokens; and every way to halve a token is tried. In use: 262K ids with 2M
+# characters, 16M if each counts as often as its token is long (Gemma 3), and 66K speech tokens.
+LARGEST_ID = 1 << 20
+MOST_NAMED = 80_000
+MOST_CHARACTERS = 1 << 22
+MOST_SQUARES = 1 << 26
 
 
 @dataclass(eq=False, repr=False)
@@ -249,6 +269,9 @@ class Tokenizer:
             splitter(pattern)  # an unusable one is refused now
         ids = [*self.vocab.values(), *self.added.values(), *self.special.values()]
         check_ids(ids)
+        check_lengths([*self.vocab, *self.added, *self.special])
+        if len(self.added) + len(self.special) > MOST_NAMED:
+            raise UserError(f"more than {MOST_NAMED:,} special and added tokens")
         self.vocab_size = max(ids, default=-1) + 1
         self._bytes = [b""] * self.vocab_size  # what each id adds to a text
         for token, i in self.vocab.items():
@@ -721,6 +744,16 @@ def check_ids(ids):
             raise UserError(f"token id {i!r} is not a whole number from 0 to {LARGEST_ID - 1}")
     if len(set(ids)) < len(ids):
         raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
+
+
+def check_lengths(tokens):
+    """UserError if looking at every way to halve every token would take long."""
+    lengths = list(map(len, tokens))
+    if sum(lengths) > MOST_CHARACTERS or sum(n * n for n in lengths) > MOST_SQUARES:
+        raise UserError(
+            f"its tokens have {sum(lengths):,} characters, the longest {max(lengths):,}: "
+            "more than any vocabulary in use"
+        )
 
 
 # ---- The commands.

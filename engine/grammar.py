@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from common import UserError
+from common import STUMBLES, UserError
 
 # The standard library's own parser of regular expressions; the second name is Python 3.10's.
 sre = re._parser if hasattr(re, "_parser") else re.sre_parse
@@ -415,6 +415,8 @@ def json_grammar(schema=None, before="", after=""):
         return Grammar(concat(literal(before), value, literal(after)), maker.rules)
     except RecursionError:
         raise UserError("this JSON schema is nested too deeply") from None
+    except STUMBLES as error:
+        raise UserError(f"this is no JSON schema: {type(error).__name__} {error}") from None
 
 
 def regex_grammar(pattern):

@@ -103,7 +103,7 @@ def compile_to(path, name):
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise Unavailable("there is no C++ compiler (g++) on this machine")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split()]
     command = [*compiler.split(), *flags, str(SOURCE), "-o"]
 
@@ -114,6 +114,19 @@ def compile_to(path, name):
             raise Unavailable(f"{compiler} could not compile forward.cpp: {said}")
 
     write_atomic(path, make)
+    path.chmod(0o755)  # or others of the group might write to it, see check_owner
+
+
+def check_owner(path):
+    """A library is code: it is loaded only if nobody but this user and root could have put it
+    there."""
+    for place in (path, path.parent) if hasattr(os, "getuid") else ():  # not on Windows
+        status = place.stat()
+        if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+            raise Unavailable(
+                f"{place} is another user's, or others may write to it "
+                f"(mode {status.st_mode & 0o777:o}): delete it, or chmod go-w"
+            )
 
 
 def library_path(name, folder=None):
@@ -133,6 +146,7 @@ def library():
     try:
         if not path.is_file():
             compile_to(path, name)
+        check_owner(path)
         lib = ctypes.CDLL(str(path))
     except OSError as error:  # of a folder that cannot be written, too
         raise Unavailable(f"{path} does not load ({error}): delete it or set CXX") from None

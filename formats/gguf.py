@@ -20,10 +20,10 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from common import UserError, cli, model_name, parse_flags, warn, write_atomic
+from common import UserError, cli, model_name, naming, parse_flags, warn, write_atomic
 from formats.hub import GPT2_KEYS
 from formats.verify import verify
-from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
+from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
 from quant import QuantLinear
 from tokenizer import PATTERNS, Tokenizer
@@ -752,7 +752,7 @@ def read_vocabulary(get):
     if model not in ("gpt2", "llama"):
         raise UserError(f"tokenizer model {model!r} is not supported, only gpt2 and llama")
     tokens = get("ggml.tokens", [], list)
-    groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
+    groups = read_token_types(get, tokens)
     read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
     tok = read(
         get,
@@ -774,11 +774,11 @@ def read_vocabulary(get):
     return tok
 
 
-def read_token_types(get, tokens, longest):
-    """-> {token type: {token: id}}. Long tokens are refused: every way to halve one is tried."""
+def read_token_types(get, tokens):
+    """-> {token type: {token: id}}"""
     types = get("ggml.token_type", [NORMAL] * len(tokens), list)
-    if len(set(tokens)) < len(tokens) or max(map(len, tokens), default=0) > longest:
-        raise UserError(f"a token is there twice, or has more than {longest:,} characters")
+    if len(set(tokens)) < len(tokens):
+        raise UserError("a token is there twice")
     if len(types) != len(tokens):
         raise UserError(f"{len(tokens):,} tokens with {len(types):,} types")
     groups = {kind: {} for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)}
@@ -820,11 +820,11 @@ NUMBER_CODES = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd"))
 VALUE_TYPES = {bool: 7, int: 4, float: 6, str: TEXT}  # of what we write
 ITEM_TYPES = VALUE_TYPES | {int: 5}
 # An untrusted file is refused above these.
-MOST_METADATA = 1 << 29  # bytes
+MOST_METADATA = 1 << 26  # bytes
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
 MOST_PARTS = 1 << 10
-MOST_ITEMS = 1 << 22  # of a list
+MOST_ITEMS = 1 << 21  # of all lists together; 262K tokens, scores, types and 580K merges are 1.4M
 
 
 def text_bytes(text):
@@ -853,6 +853,7 @@ class HeaderReader:
     def __init__(self, data):
         self.data = data
         self.at = 0
+        self.listed = 0  # items of lists
 
     def take(self, code):
         """The next values, in struct's spelling."""
@@ -877,7 +878,8 @@ class HeaderReader:
         return self.items(kind, n)
 
     def items(self, kind, n):
-        if n > MOST_ITEMS or kind not in {TEXT, *NUMBER_CODES}:
+        self.listed += n
+        if self.listed > MOST_ITEMS or kind not in {TEXT, *NUMBER_CODES}:
             refuse(f"a list of {n:,} values of type {kind} (9 is a list) at {self.at:,}")
         if kind == TEXT:
             return [self.text() for _ in range(n)]

@@ -6,16 +6,15 @@
 A GPTQ or bitsandbytes folder is read and written with the help of formats.packed.
 """
 
-import math
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, read_json, warn_of_unknown, write_json
+from common import UserError, naming, read_json, warn_of_unknown, write_json
 from model import Config, Transformer
-from runtime import write_tensors
+from runtime import DTYPES, write_tensors
 
 HF_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -116,7 +115,8 @@ def config_from_dict(d, where="config.json"):
     known = {*PLAIN_VALUES, *SILENT_KEYS, *APPLIED_KEYS[kind.rstrip("23")]}
     known.update(keys.get(field, field) for field in CONFIG_FIELDS)
     warn_of_unknown((key for key in d.keys() - known if d[key] is not None), where)
-    config = gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
+    with naming(where):
+        config = gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
     check_ends(config.eos_token_id, config, where)
     return config
 
@@ -197,7 +197,7 @@ def read_value(d, key, where, kind, default=None):
     elif value is None:
         return None
     elif kind is float:
-        if type(value) in (int, float) and 0 <= value < math.inf:
+        if type(value) in (int, float) and 0 <= value < 1e12:
             return value
         expected = "a number that is not negative"
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
@@ -367,7 +367,7 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     found = len({n.split(".")[2] for n in inside})
     if found != layers:
         raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
-    with torch.device("meta"):
+    with naming(path), torch.device("meta"):
         model = Transformer(config)
     expected = model.state_dict()
     packed = {}
@@ -389,6 +389,9 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         state |= from_folder_names(name, tensor, config)
     if packed:
         install_packed(model, quantization, state, packed)
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES.values():
+            raise UserError(f"{folder}: {name} holds {tensor.dtype}, expected {', '.join(DTYPES)}")
     model.load_state_dict(state, strict=False, assign=True)  # complete, but for a tied head
     model.tie()
     model.source = folder
@@ -401,8 +404,6 @@ def read_generation(path, config):
     if not path.is_file():
         return
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a {type(content).__name__}, not an object")
     for key, kind in SAMPLING_KEYS.items():
         read_value(content, key, path, kind)
     unknown = content.keys() - {*SAMPLING_KEYS, *SILENT_GENERATION}
@@ -423,10 +424,13 @@ def open_weights(folder, device="cpu"):
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        with naming(index):
+            names = set(read_json(index)["weight_map"].values())
     files = {}
     for name in names:
-        if Path(name).name != name:  # an index from outside must not lead out of its folder
+        if (
+            not isinstance(name, str) or Path(name).name != name
+        ):  # an index from outside must not lead out of its folder
             raise UserError(f"{index}: {name!r} is not a plain file name")
         path = folder / name
         try:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import regex
 import torch
 
 import common
@@ -31,9 +32,18 @@ PLAIN: dict = {
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
     **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
 }
+# The types of the numbers in SETTINGS, and the most that they may be.
+RANGES = {
+    "r": ((int,), 1 << 16),
+    "lora_alpha": ((int, float), 1e6),
+    "lora_dropout": ((int, float), 1),
+}
 ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)"
 )
+
+
+MOST_PATTERNS = 1 << 12  # in alpha_pattern; the largest models have a thousand layers to adapt
 
 
 class AdapterTensors(NamedTuple):
@@ -116,11 +126,10 @@ def read_adapter_config(folder):
     if not path.is_file():
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
     config = common.read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: a {type(config).__name__}, not an object")
     wrong = [key for key, plain in PLAIN.items() if config.get(key) not in plain]
-    for key in SETTINGS[:3]:
-        if not isinstance(config.get(key), int | float) or config[key] < 0:
+    for key, (kinds, most) in RANGES.items():
+        value = config.get(key)
+        if type(value) not in kinds or not 0 <= value <= most:
             wrong.append(key)
     refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
     return config
@@ -142,19 +151,31 @@ def read_module_tensors(folder):
     return modules
 
 
-def module_alpha(config, module):
-    """A module's alpha. PEFT matches alpha_pattern's keys as regular expressions at the end of the
-    module's name."""
+def read_alpha_pattern(config):
+    """-> [(pattern, alpha)]. PEFT matches alpha_pattern's keys as regular expressions at the end of
+    a module's name."""
     patterns = config.get("alpha_pattern") or {}
     try:
+        if len(patterns) > MOST_PATTERNS:
+            raise ValueError(f"more than {MOST_PATTERNS:,} keys")
+        alphas = []
         for key, alpha in patterns.items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return float(alpha)
-    except (re.error, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"adapter_config.json: alpha_pattern {patterns} cannot be read ({error})"
-        ) from None
-    return config["lora_alpha"]
+            if len(key) > 1000 or not 0 <= alpha <= 1e6:
+                raise ValueError(f"{key[:40]!r}: {alpha!r}")
+            alphas.append((regex.compile(rf"(.*\.)?({key})$"), float(alpha)))
+    except (regex.error, *common.STUMBLES) as error:
+        told = f"alpha_pattern {str(patterns)[:200]} cannot be read ({error})"
+        raise UserError(f"adapter_config.json: {told}") from None
+    return alphas
+
+
+def module_alpha(alphas, module, default):
+    """A module's alpha: that of the first pattern that its name has."""
+    try:
+        found = (alpha for pattern, alpha in alphas if pattern.match(module, timeout=0.1))
+        return next(found, default)
+    except TimeoutError:
+        raise UserError(f"adapter_config.json: alpha_pattern takes too long on {module}") from None
 
 
 def read_layers(folder, model):
@@ -174,6 +195,7 @@ def read_layers(folder, model):
             f"{ours}: use {config.get('base_model_name_or_path') or 'the base it was made for'}"
         )
     modules = folder_modules(model)
+    alphas = read_alpha_pattern(config)
     found = {}
     for module, tensors in read_module_tensors(folder).items():
         layers = modules.get(module)
@@ -188,7 +210,8 @@ def read_layers(folder, model):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if r == 0 or shapes != want:
             raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, not {want}")
-        scale = module_alpha(config, module) / alpha_divisor(r, settings["use_rslora"])
+        alpha = module_alpha(alphas, module, config["lora_alpha"])
+        scale = alpha / alpha_divisor(r, settings["use_rslora"])
         magnitudes = tensors["m"].split(sizes) if "m" in want else [None] * len(sizes)
         for name, B, magnitude in zip(layers, tensors["B"].split(sizes), magnitudes):
             found[name] = AdapterTensors(tensors["A"], B, scale, magnitude)

@@ -13,7 +13,7 @@ from common import UserError
 from quant import QuantLinear
 
 MOST_TOKENS = 128
-HELD_OUT = """The ferry left at ten past six, twenty minutes late, and nobody on the pier complained.
+HELD_OUT = """The ferry left at ten past six, twenty minutes late, and nobody on the pier minded.
 Mrs Okafor counted her change twice: 3 coins of 50, one note, and a button. "You'll want the other
 boat," said the boy, who couldn't have been older than nine. Behind him the harbour lights went on,
 first the red ones, then the green.

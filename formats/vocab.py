@@ -8,24 +8,25 @@ by name.
 """
 
 import base64
-import contextlib
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 
-from common import UserError, warn, warn_of_unknown
+from common import UserError, naming, read_json, read_limited, warn, warn_of_unknown
 from tokenizer import (
     BYTES,
     LARGEST_ID,
+    MOST_NAMED,
     PATTERNS,
     PRINTABLE,
     Tokenizer,
     check_ids,
+    check_lengths,
     halves,
     normalize,
 )
 
-LARGEST_FILE = 64 << 20  # bytes; the largest in use (Gemma 3, 262K tokens) has 33 MB
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on
 # (as in GPT-2's files).
 BYTE_TO_CHAR = dict(zip(BYTES, map(chr, PRINTABLE + list(range(256, 512 - len(PRINTABLE))))))
@@ -37,6 +38,9 @@ TEKKEN_SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_
 # How the text of tiktoken's own files is split, by the name of the file.
 RANK_FILES = {"cl100k_base": "gpt4", "tokenizer": "llama3"}
 RANK_FILES |= dict.fromkeys(("r50k_base", "p50k_base", "gpt2"), "gpt2")
+LONGEST_TEMPLATE = 1 << 18  # characters; the longest in use have 20,000
+MOST_STEPS = 64  # of a component; those in use have at most ten
+MOST_GROWTH = 16  # times the characters, by all replacements together; in use it is 1
 DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
 # transformers' classes whose vocab.json and merges.txt are read: what they do to a text before it
 # is merged, and the tokens that they have where no file names others.
@@ -106,6 +110,8 @@ def read_tokenizer(path, pattern):
         tokenizer = read_vocabulary_file(path, pattern, beside)
         tokenizer.config |= beside.config
         add_ends(tokenizer, beside)
+        if len(tokenizer.chat_template or "") > LONGEST_TEMPLATE:
+            raise UserError(f"its chat_template has more than {LONGEST_TEMPLATE:,} letters")
     return tokenizer
 
 
@@ -114,7 +120,7 @@ def read_beside(folder):
     files = {}
     for name in ("config", "tokenizer_config", "special_tokens_map", "added_tokens"):
         path = folder / f"{name}.json"
-        files[name] = read_json_object(path) if path.is_file() else {}
+        files[name] = read_json(path) if path.is_file() else {}
     own = files["tokenizer_config"]
     warn_of_unknown(own.keys() - KNOWN_KEYS, folder / "tokenizer_config.json")
     said = own.get("tokenizer_class") or ""
@@ -191,7 +197,7 @@ def read_vocabulary_file(path, pattern, beside):
     """What kind of file it is, its content says."""
     data = read_limited(path)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        content = read_json_object(path)
+        content = read_json(path)
         if "config" in content and "model" not in content:
             return from_tekken(content)
         merges = path.with_name("merges.txt")
@@ -200,43 +206,16 @@ def read_vocabulary_file(path, pattern, beside):
             tokenizer.source = data
             return tokenizer
         path, data = merges, read_limited(merges)  # it was their vocab.json
-    if data.startswith(b"#version") or path.suffix in (".bpe", ".txt"):
+    lines = data.count(b"\n") <= LARGEST_ID
+    if lines and (data.startswith(b"#version") or path.suffix in (".bpe", ".txt")):
         return from_merges(path, data, beside)
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
+    if lines and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
         return from_ranks(path, data, pattern, beside.tokens)
     return from_sentencepiece(path, beside)
 
 
-def read_limited(path):
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise UserError(
-            f"{path} has {size >> 20} MB; no vocabulary in use is larger than "
-            f"{LARGEST_FILE >> 20} MB"
-        )
-    return path.read_bytes()
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Whatever is wrong inside a file from outside is one line that names the file."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a {path.name}: {type(error).__name__} {error}") from None
-
-
 def unsupported(what):
     return UserError(f"{what} is not supported")
-
-
-def read_json_object(path):
-    content = json.loads(read_limited(path))
-    if not isinstance(content, dict):
-        raise UserError("this is not a JSON object")
-    return content
 
 
 def read_bpe(vocab, merges, names, byte_level):
@@ -244,6 +223,8 @@ def read_bpe(vocab, merges, names, byte_level):
 
     vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
     added tokens, which may be in `vocab` and are not in what is returned."""
+    if len(merges) > LARGEST_ID:
+        raise UserError(f"{len(merges):,} merges, more than {LARGEST_ID:,}")
     ids = dict(vocab)
     for text, i in names.items():
         if ids.pop(text, i) != i:
@@ -272,6 +253,7 @@ def merges_by_score(vocab, scores):
     """SentencePiece's rule as merges: every way to put a token together, the best score first.
 
     vocab {token: id}, scores by id."""
+    check_lengths(vocab)
     merges = {}
     for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
         if not re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -301,6 +283,7 @@ def from_json(content, beside=()):
             raise unsupported(f"model option {option} = {model[option]!r}")
     normalizer = list(map(read_normalizer, flat_steps(content.get("normalizer"), "normalizers")))
     patterns, spaces, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
+    check_growth(normalizer + spaces)
     decoders = {step["type"]: step for step in flat_steps(content.get("decoder"), "decoders")}
     for name in decoders.keys() - DECODERS:
         raise unsupported(f"decoder {name!r}")
@@ -342,7 +325,23 @@ def flat_steps(part, key):
     steps = []
     for inner in part[key]:
         steps += flat_steps(inner, key)
+        if len(steps) > MOST_STEPS:
+            raise UserError(f"more than {MOST_STEPS} {key}")
     return steps
+
+
+def check_growth(operations):
+    """UserError if the normalizer makes far more text than it is given, or is none."""
+    normalize("a", operations)  # TypeError where an argument is no text
+    most = 1
+    for name, *arguments in operations:
+        if name == "replace":
+            old, new = map(len, arguments)
+            most *= max(1, new / old) if old else math.inf
+        elif name == "prepend":
+            most += len(arguments[0])
+    if most > MOST_GROWTH:
+        raise UserError(f"its normalizer makes {most:,.0f} characters of one")
 
 
 def read_normalizer(step):
@@ -377,6 +376,8 @@ def read_pre_tokenizer(part):
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Metaspace":
             space = step["replacement"]
+            if len(space) != 1 or space in "^]\\":  # it goes into a pattern
+                raise unsupported(f"a space spelled {space[:40]!r}")
             default = "always" if step.get("add_prefix_space", True) else "never"
             scheme = step.get("prepend_scheme", default)
             spaces = [("replace", " ", space), ("prepend", space, scheme)]
@@ -406,6 +407,8 @@ def read_added(tokens, normalizer=()):
 
     How a special token would be matched does not matter, since it is never matched in text."""
     special, added = {}, {}
+    if len(tokens) > MOST_NAMED:
+        raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
         text = token["content"]
         if not isinstance(text, str) or not text or text in special or text in added:
@@ -547,7 +550,7 @@ def from_merges(path, data, beside):
     if not vocab_file.is_file():
         raise UserError(f"there is no {vocab_file.name} beside it, with the ids")
     with naming(vocab_file):
-        vocab = read_json_object(vocab_file)
+        vocab = read_json(vocab_file)
     special = {token: vocab[token] for token in vocab.keys() - made}
     if beside.flag("add_prefix_space"):
         normalizer = [*normalizer, ("prepend", " ", "always")]
@@ -628,6 +631,8 @@ def from_sentencepiece(path, beside):
     except (RuntimeError, OSError) as error:
         raise UserError(f"it is no vocabulary file that is known: {str(error)[:100]}") from None
     special, vocab = {}, {}
+    if sp.get_piece_size() > LARGEST_ID:
+        raise UserError(f"{sp.get_piece_size():,} tokens, more than {LARGEST_ID:,}")
     for i in range(sp.get_piece_size()):
         if sp.is_control(i) or sp.is_unknown(i):
             special[sp.id_to_piece(i)] = i
