@@ -64,6 +64,7 @@ SILENT_WORDS = """auto_map backend clean_up_tokenization_spaces device_map error
     spaces_between_special_tokens special_tokens_map_file split_special_tokens stride
     tokenizer_file truncation truncation_side truncation_strategy trust_remote_code
     use_default_system_prompt""".split()
+TOKEN_KEYS = set("__type content id lstrip normalized rstrip single_word special".split())
 KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_WORDS, *SILENT_WORDS}
 
 
@@ -122,12 +123,16 @@ def read_beside(folder):
         path = folder / f"{name}.json"
         files[name] = read_json(path) if path.is_file() else {}
     own = files["tokenizer_config"]
-    warn_of_unknown(own.keys() - KNOWN_KEYS, folder / "tokenizer_config.json")
     said = own.get("tokenizer_class") or ""
     kind = said.removesuffix("Fast")
     if said in ANY_CLASS:
         kind = CLASS_OF_MODEL.get(files["config"].get("model_type"), "")
     config = files["special_tokens_map"] | own
+    unknown = config.keys() - KNOWN_KEYS
+    for token in (*(config.get("added_tokens_decoder") or {}).values(), *config.values()):
+        if isinstance(token, dict) and "content" in token:
+            unknown |= token.keys() - TOKEN_KEYS
+    warn_of_unknown(unknown, folder / "tokenizer_config.json")
     if kind in MERGES_CLASSES and said not in ANY_CLASS[1:]:
         config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
     jinja = folder / "chat_template.jinja"  # where newer folders keep it

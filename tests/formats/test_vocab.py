@@ -200,9 +200,14 @@ VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=4) | 
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text("abcdef_ \n", min_size=1, max_size=9), VALUES)
-def test_no_key_of_a_tokenizer_config_is_dropped_without_a_word(tmp_path_factory, key, value):
-    folder = write(tmp_path_factory.getbasetemp() / "beside", tokenizer_config={key: value})
+@given(st.text("abcdef_ \n", min_size=1, max_size=9), VALUES, st.sampled_from(range(4)))
+def test_no_key_of_a_tokenizer_config_is_dropped_without_a_word(
+    tmp_path_factory, key, value, level
+):
+    token = {"content": "<x>", key: value}
+    content = [{}, {key: value}, {"added_tokens_decoder": {"7": token}}, {"eos_token": token}]
+    files = {"tokenizer_config": content[level], "special_tokens_map": {} if level else token}
+    folder = write(tmp_path_factory.getbasetemp() / "beside", **files)
     with contextlib.redirect_stderr(io.StringIO()) as told:
         vocab.read_beside(folder)
     assert repr(key) in told.getvalue() or key.startswith("_")
