@@ -556,11 +556,12 @@ def from_merges(path, data, beside):
         raise UserError(f"there is no {vocab_file.name} beside it, with the ids")
     with naming(vocab_file):
         vocab = read_json(vocab_file)
-    special = {token: vocab[token] for token in vocab.keys() - made}
     if beside.flag("add_prefix_space"):
-        normalizer = [*normalizer, ("prepend", " ", "always")]
+        if normalizer:  # Qwen2's would put one before each part of a text
+            raise unsupported(f"add_prefix_space of {beside.kind}")
+        normalizer = [("prepend", " ", "always")]
     own, added = read_added(join_added([], beside.tokens, vocab, merges), normalizer)
-    special |= own
+    special = {token: vocab[token] for token in vocab.keys() - made - added.keys()} | own
     vocab, merges = read_bpe(vocab, merges, special | added, byte_level=True)
     return Tokenizer(
         "bytes",

@@ -115,6 +115,14 @@ def test_added_tokens_are_found_wherever_they_are_listed(tmp_path, files, specia
     assert again.sha256 == tok.sha256 and again.eos_id == tok.eos_id
 
 
+def test_a_token_of_the_vocabulary_that_is_added_too_is_there_once(tmp_path):
+    merges_folder(tmp_path, added_tokens={"<x>": 280})
+    content = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    write(tmp_path, vocab=content | {"<x>": 280, "<|endoftext|>": 281})
+    tok = Tokenizer.load(tmp_path)
+    assert (tok.special, tok.added) == ({"<|endoftext|>": 281}, {"<x>": 280})
+
+
 def test_an_ordinary_token_that_is_named_stays_an_ordinary_one(tmp_path):
     merges_folder(tmp_path, tokenizer_config={"pad_token": "!"})
     tok = Tokenizer.load(tmp_path)
@@ -132,6 +140,8 @@ def test_an_ordinary_token_that_is_named_stays_an_ordinary_one(tmp_path):
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template is a int"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "y"}}}}, "is not a"),
         ({"tokenizer_config": ["x"]}, "not a JSON object"),
+        ({"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}},
+         "add_prefix_space of Qwen2Tokenizer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_beside_a_vocabulary_is_one_line(tmp_path, files, message):
