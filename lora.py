@@ -31,7 +31,7 @@ from formats.peft import (
     read_layers,
     write_layers,
 )
-from formats.verify import verify
+from formats.verify import WrongExport, verify
 from formats.vocab import find_tokenizer, read_beside
 from model import Config, Transformer
 from quant import QuantLinear, quantize
@@ -485,7 +485,7 @@ def merge_checked(model, dtype):
         f"bound in {dtype} {bound:.1e}"
     )
     if not difference <= bound:
-        raise UserError(
+        raise WrongExport(
             f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: "
             "nothing was written; try --dtype float32"
         )

@@ -818,13 +818,6 @@ def cast_parameters(model, dtype):
         parameter.data = parameter.data.to(dtype)
 
 
-def gguf_command(args):
-    """Write a GGUF file, for llama.cpp."""
-    from formats import gguf
-
-    gguf.export(args.folder, args.out, args.format.removeprefix("gguf-"))
-
-
 def quantize_command(args):
     """Write one format's folder and say what it costs; or, for the report, do so with every one."""
     from formats import gguf, verify
@@ -876,7 +869,9 @@ def quantize_command(args):
 def main():
     args = read_quant_args()
     if args.model != "report" and args.format.startswith("gguf-"):
-        gguf_command(args)
+        from formats import gguf
+
+        gguf.export(args.folder, args.out, args.format.removeprefix("gguf-"))
     else:
         quantize_command(args)
 

@@ -955,8 +955,8 @@ def open_parts(path):
     count = meta.get("split.count", 1)
     if count == 1:
         return meta, tensors
-    path, number = Path(path), r"-\d{5}-of-\d{5}\.gguf$"
-    name = re.sub(number, "", path.name)
+    path = Path(path)
+    name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
     numbers = range(1, min(count, MOST_PARTS) + 1)
     parts = [path.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in numbers]
     missing = [part.name for part in parts if not part.is_file()]

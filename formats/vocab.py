@@ -189,9 +189,9 @@ def add_ends(tokenizer, beside):
     """add_bos_token and add_eos_token go before what the vocabulary's file puts round a prompt."""
     flags = [beside.flag("add_bos_token"), beside.flag("add_eos_token")]
     if flags != [None, None]:
-        ids = (tokenizer.bos_id, tokenizer.eos_id)
-        ends = [(i,) if flag and i is not None else () for flag, i in zip(flags, ids)]
-        tokenizer.before, tokenizer.after = ends
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        tokenizer.before = (bos,) if flags[0] and bos is not None else ()
+        tokenizer.after = (eos,) if flags[1] and eos is not None else ()
     space = beside.flag("add_prefix_space")
     added = any(kind == "prepend" for kind, *_ in tokenizer.normalizer)
     if space is not None and space != added:
@@ -398,10 +398,10 @@ def read_post_processor(part, ids):
     before, after = [], []
     for step in flat_steps(part, "processors"):
         if step["type"] == "TemplateProcessing":
-            at = step["single"].index({"Sequence": {"id": "A", "type_id": 0}})
             names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
-            before += map(ids.__getitem__, names[:at])
-            after += map(ids.__getitem__, names[at + 1 :])
+            at = names.index(None)  # there is the text
+            before += [ids[name] for name in names[:at]]
+            after += [ids[name] for name in names[at + 1 :]]
         elif step["type"] != "ByteLevel":  # that one is about offsets
             raise unsupported(f"post-processor {step['type']!r}")
     return tuple(before), tuple(after)
@@ -486,21 +486,16 @@ def to_json(tokenizer):
 def post_processor(tokenizer, names):
     """What a tokenizer.json puts round a prompt; names {id: text} of special and added tokens."""
     before, after = tokenizer.prompt_ends()
-    if not before and not after:
+    used = {names[i]: i for i in before + after}
+    if not used:
         return None
-
-    def pieces(ids):
-        return [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids]
-
-    single = [*pieces(before), {"Sequence": {"id": "A", "type_id": 0}}, *pieces(after)]
-    used = {}
-    for i in before + after:
-        used[names[i]] = {"id": names[i], "ids": [i], "tokens": [names[i]]}
+    single = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in before + after]
+    single.insert(len(before), {"Sequence": {"id": "A", "type_id": 0}})
     return {
         "type": "TemplateProcessing",
         "single": single,
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": used,
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in used.items()},
     }
 
 
