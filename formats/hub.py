@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, naming, read_json, warn_of_unknown, write_json
+from common import UserError, naming, read_json, warn, warn_of_unknown, write_json
 from model import Config, Transformer
 from runtime import DTYPES, write_tensors
 
@@ -117,16 +117,24 @@ def config_from_dict(d, where="config.json"):
     warn_of_unknown((key for key in d.keys() - known if d[key] is not None), where)
     with naming(where):
         config = gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
-    check_ends(config.eos_token_id, config, where)
+    config.eos_token_id = read_ends(config.eos_token_id, config, where)
     return config
 
 
-def check_ends(ids, config, where):
-    """UserError unless these are ids of the model that may end a text: one, a list, or None."""
+def read_ends(ids, config, where):
+    """The ids that end a text, checked: one, a list, or None. One that is beyond the vocabulary (in
+    GPT-2's shape with fewer ids, say) never comes out: it is named and left out."""
+    known = []
     for i in ids if isinstance(ids, list) else [ids]:
-        if i is not None and (type(i) is not int or not 0 <= i < config.vocab_size):
-            last = config.vocab_size - 1
-            raise UserError(f"{where}: eos_token_id {i!r} is not one of the ids 0 to {last:,}")
+        if i is None:
+            continue
+        if type(i) is not int or i < 0:
+            raise UserError(f"{where}: eos_token_id {i!r} is not an id")
+        if i < config.vocab_size:
+            known.append(i)
+        else:
+            warn(f"{where}: ignored: eos_token_id {i:,}, of {config.vocab_size:,} ids")
+    return known if isinstance(ids, list) else next(iter(known), None)
 
 
 def gpt2_config(d, where):
@@ -408,8 +416,7 @@ def read_generation(path, config):
         read_value(content, key, path, kind)
     unknown = content.keys() - {*SAMPLING_KEYS, *SILENT_GENERATION}
     warn_of_unknown((key for key in unknown if content[key] is not None), path)
-    ends = content.pop("eos_token_id", None)
-    check_ends(ends, config, path)
+    ends = read_ends(content.pop("eos_token_id", None), config, path)
     if ends is not None:
         config.eos_token_id = ends
     content.pop("bos_token_id", None)

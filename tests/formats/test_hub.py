@@ -53,7 +53,7 @@ def read(content):
         (LLAMA | {"model_type": ["llama"]}, "model_type is"),
         (LLAMA | {"eos_token_id": "2"}, "eos_token_id is '2', expected an id or a list"),
         (LLAMA | {"eos_token_id": 2.0}, "eos_token_id is 2.0"),
-        (LLAMA | {"eos_token_id": [2, None, 50]}, "eos_token_id 50 is not one of the ids 0 to 49"),
+        (LLAMA | {"eos_token_id": [2, -1]}, "eos_token_id -1 is not an id"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         (LLAMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
         (LLAMA | {"logit_scale": 0.5}, "logit_scale 0.5"),
@@ -72,6 +72,13 @@ def test_a_value_that_cannot_be_meant_or_computed_is_one_line(content, words):
     with pytest.raises(UserError) as error:
         read(content)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_end_beyond_the_vocabulary_is_named_and_left_out():
+    config, told = read(LLAMA | {"eos_token_id": [2, None, 50]})
+    assert config.eos_token_id == [2] and "ignored: eos_token_id 50, of 50 ids" in told
+    config, told = read(GPT2 | {"eos_token_id": 50256})
+    assert config.eos_token_id is None and "50,256" in told
 
 
 def test_null_is_the_default_and_what_published_folders_say_is_no_news():
@@ -161,7 +168,7 @@ def test_what_generation_config_asks_for_in_vain_is_named(folder, capsys):
         ({"top_k": 2.5}, "top_k is 2.5, expected int"),
         ({"top_p": -0.5}, "top_p is -0.5"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"eos_token_id": [3, "5"]}, "eos_token_id '5' is not one of the ids 0 to 49"),
+        ({"eos_token_id": [3, "5"]}, "eos_token_id '5' is not an id"),
         ({"eos_token_id": True}, "eos_token_id True"),
     ],
 )
