@@ -221,7 +221,8 @@ def naming(path):
         yield
     except UserError as error:
         told = str(error)
-        raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from None
+        named = told.startswith((str(path), f"{Path(path).parent}/"))  # this file or one beside it
+        raise UserError(told if named else f"{path}: {told}") from None
     except STUMBLES as error:
         told = f"{type(error).__name__} {str(error)[:200]}"
         raise UserError(f"{path} is not a {Path(path).name}: {told}") from None

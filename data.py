@@ -288,10 +288,10 @@ def read_header(path, tokenizer_sha256=None):
     if not raw.startswith(MAGIC) or len(raw) < SHARD_HEADER.size:
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*SHARD_HEADER.unpack(raw))
-    if header.version != VERSION:
+    if header.version != VERSION or header.itemsize not in (2, 4):
         raise UserError(
-            f"{path}: format version {header.version}; this program reads version {VERSION}: "
-            "make the shards again"
+            f"{path}: format version {header.version} with ids of {header.itemsize} bytes; this "
+            f"program reads version {VERSION} with 2 or 4: make the shards again"
         )
     ids = header.tokens * header.itemsize
     expected = SHARD_HEADER.size + ids + -ids % 8 + 8 * header.documents
@@ -335,6 +335,8 @@ def read_splits(folder, meta, tokenizer_sha256):
             "it goes on where it was"
         )
     end_id = meta["first_id"] if meta["last_id"] is None else None
+    if not isinstance(end_id, int | None):
+        raise UserError(f"first_id is {end_id!r}, expected a token's id")
     splits = {}
     for name, counts in meta["splits"].items():
         if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):
@@ -361,7 +363,7 @@ def map_split(paths, name, end_id, counts, tokenizer_sha256):
         starts_at = path.stat().st_size - 8 * header.documents
         ids = np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, (header.tokens,))
         begin = np.memmap(path, "<u8", "r", starts_at).astype(np.int64)
-        if begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
+        if not len(begin) or begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
             raise UserError(f"{path}: damaged, its document starts are out of order; make it again")
         tokens.append(ids)
         starts.append(begin)

@@ -415,6 +415,8 @@ def json_grammar(schema=None, before="", after=""):
         return Grammar(concat(literal(before), value, literal(after)), maker.rules)
     except RecursionError:
         raise UserError("this JSON schema is nested too deeply") from None
+    except UserError:
+        raise
     except STUMBLES as error:
         raise UserError(f"this is no JSON schema: {type(error).__name__} {error}") from None
 

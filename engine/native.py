@@ -31,6 +31,7 @@ from engine.weights import rope_tables, stack_adapters
 from quant import NF4Linear, QuantLinear, in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
+ROOT_ID = 0  # the administrator, who builds images
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
 FLOAT32, FLOAT16, INT8, INT4 = range(4)  # forward.cpp's Kind
 KV_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values it knows
@@ -122,7 +123,7 @@ def check_owner(path):
     there."""
     for place in (path, path.parent) if hasattr(os, "getuid") else ():  # not on Windows
         status = place.stat()
-        if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+        if status.st_uid not in (ROOT_ID, os.getuid()) or status.st_mode & 0o022:
             raise Unavailable(
                 f"{place} is another user's, or others may write to it "
                 f"(mode {status.st_mode & 0o777:o}): delete it, or chmod go-w"

@@ -233,8 +233,9 @@ def rope_from_dict(d, where):
         rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
     for key in rope.keys() - {"rope_type"}:
         read_value(rope, key, where, bool if key == "truncate" else float)
-    if not rope["rope_theta"]:
-        raise UserError(f"{where}: rope_theta is {rope['rope_theta']!r}, expected more than 0")
+    for key in ("rope_theta", "factor"):
+        if rope.get(key) == 0:
+            raise UserError(f"{where}: {key} is 0, expected a number above 0")
     return rope
 
 
@@ -435,9 +436,7 @@ def open_weights(folder, device="cpu"):
             names = set(read_json(index)["weight_map"].values())
     files = {}
     for name in names:
-        if (
-            not isinstance(name, str) or Path(name).name != name
-        ):  # an index from outside must not lead out of its folder
+        if Path(str(name)).name != name:  # an index from outside must not lead out of its folder
             raise UserError(f"{index}: {name!r} is not a plain file name")
         path = folder / name
         try:

@@ -154,28 +154,15 @@ def read_module_tensors(folder):
 def read_alpha_pattern(config):
     """-> [(pattern, alpha)]. PEFT matches alpha_pattern's keys as regular expressions at the end of
     a module's name."""
-    patterns = config.get("alpha_pattern") or {}
+    alphas = []
     try:
-        if len(patterns) > MOST_PATTERNS:
-            raise ValueError(f"more than {MOST_PATTERNS:,} keys")
-        alphas = []
-        for key, alpha in patterns.items():
-            if len(key) > 1000 or not 0 <= alpha <= 1e6:
-                raise ValueError(f"{key[:40]!r}: {alpha!r}")
+        for key, alpha in (config.get("alpha_pattern") or {}).items():
             alphas.append((regex.compile(rf"(.*\.)?({key})$"), float(alpha)))
+            if len(alphas) > MOST_PATTERNS or not 0 <= alpha <= 1e6:
+                raise ValueError(f"{len(alphas):,} keys, this one with {alpha!r}")
     except (regex.error, *common.STUMBLES) as error:
-        told = f"alpha_pattern {str(patterns)[:200]} cannot be read ({error})"
-        raise UserError(f"adapter_config.json: {told}") from None
+        raise UserError(f"adapter_config.json: alpha_pattern cannot be read ({error})") from None
     return alphas
-
-
-def module_alpha(alphas, module, default):
-    """A module's alpha: that of the first pattern that its name has."""
-    try:
-        found = (alpha for pattern, alpha in alphas if pattern.match(module, timeout=0.1))
-        return next(found, default)
-    except TimeoutError:
-        raise UserError(f"adapter_config.json: alpha_pattern takes too long on {module}") from None
 
 
 def read_layers(folder, model):
@@ -210,7 +197,8 @@ def read_layers(folder, model):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if r == 0 or shapes != want:
             raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, not {want}")
-        alpha = module_alpha(alphas, module, config["lora_alpha"])
+        matching = (alpha for key, alpha in alphas if key.match(module, timeout=1))
+        alpha = next(matching, config["lora_alpha"])
         scale = alpha / alpha_divisor(r, settings["use_rslora"])
         magnitudes = tensors["m"].split(sizes) if "m" in want else [None] * len(sizes)
         for name, B, magnitude in zip(layers, tensors["B"].split(sizes), magnitudes):

@@ -111,8 +111,10 @@ def read_tokenizer(path, pattern):
         tokenizer = read_vocabulary_file(path, pattern, beside)
         tokenizer.config |= beside.config
         add_ends(tokenizer, beside)
-        if len(tokenizer.chat_template or "") > LONGEST_TEMPLATE:
-            raise UserError(f"its chat_template has more than {LONGEST_TEMPLATE:,} letters")
+    with naming(path.with_name("tokenizer_config.json")):
+        template = tokenizer.chat_template
+        if not isinstance(template, str | None) or len(template or "") > LONGEST_TEMPLATE:
+            raise UserError(f"its chat_template is no text of at most {LONGEST_TEMPLATE:,} letters")
     return tokenizer
 
 
@@ -138,9 +140,6 @@ def read_beside(folder):
     jinja = folder / "chat_template.jinja"  # where newer folders keep it
     if jinja.is_file():
         config["chat_template"] = read_limited(jinja).decode("utf-8", "replace")
-    template = config.get("chat_template")
-    if not isinstance(template, str | list | None):
-        raise UserError(f"chat_template is a {type(template).__name__}, expected a text")
     return Beside(config, tokens_beside(config, files["added_tokens"]), kind)
 
 
@@ -211,10 +210,11 @@ def read_vocabulary_file(path, pattern, beside):
             tokenizer.source = data
             return tokenizer
         path, data = merges, read_limited(merges)  # it was their vocab.json
-    lines = data.count(b"\n") <= LARGEST_ID
-    if lines and (data.startswith(b"#version") or path.suffix in (".bpe", ".txt")):
+    if data.count(b"\n") > LARGEST_ID:
+        raise UserError(f"more than {LARGEST_ID:,} lines")
+    if data.startswith(b"#version") or path.suffix in (".bpe", ".txt"):
         return from_merges(path, data, beside)
-    if lines and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
         return from_ranks(path, data, pattern, beside.tokens)
     return from_sentencepiece(path, beside)
 
@@ -337,7 +337,6 @@ def flat_steps(part, key):
 
 def check_growth(operations):
     """UserError if the normalizer makes far more text than it is given, or is none."""
-    normalize("a", operations)  # TypeError where an argument is no text
     most = 1
     for name, *arguments in operations:
         if name == "replace":
@@ -347,6 +346,7 @@ def check_growth(operations):
             most += len(arguments[0])
     if most > MOST_GROWTH:
         raise UserError(f"its normalizer makes {most:,.0f} characters of one")
+    normalize("a", operations)  # TypeError where an argument is no text
 
 
 def read_normalizer(step):

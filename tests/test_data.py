@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import within
 
 import data
 from common import UserError
@@ -186,6 +187,26 @@ def test_unusable_shards_are_refused(corpus, tmp_path, break_it, words):
     break_it(tmp_path / "train-00001.bin")
     with pytest.raises(UserError, match=words):
         _ = open_shards(tmp_path, tok.sha256)["train"].documents
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"splits": {"train": {"shards": 10**9}}},
+        {"splits": {"train": {"shards": "2"}}},
+        {"splits": {"../train": {"shards": 1}}},
+        {"splits": 5},
+        {"job": 5},
+        {"last_id": None, "first_id": []},
+    ],
+)
+def test_an_odd_meta_json_is_one_line(corpus, tmp_path, changes):
+    files, tok = corpus
+    make_shards(files, tok, tmp_path, processes=1)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
+    with within(0.5), pytest.raises(UserError, match="meta.json"):
+        open_shards(tmp_path, tok.sha256)
 
 
 def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):

@@ -52,6 +52,14 @@ def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     assert whole["usage"] == usage["usage"]
 
 
+def test_the_docs_load_nothing_from_elsewhere(stub):
+    page = HTTP.get(stub.url + "/docs").text
+    assert "/v1/chat/completions" in page and "/openapi.json" in page
+    assert "<script" not in page and "//" not in page
+    assert "/v1/embeddings" in HTTP.get(stub.url + "/openapi.json").json()["paths"]
+    assert HTTP.get(stub.url + "/redoc").status_code == 404
+
+
 def test_usage_comes_only_when_asked_for(stub):
     for options in ({}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}):
         assert all(c["choices"] for c in events(ask(stub, stream=True, **options).text))

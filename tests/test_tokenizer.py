@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from conftest import within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -573,6 +574,88 @@ def test_files_that_are_no_tokenizer_are_refused(content, tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError):
             Tokenizer.load(tmp_path / name)
+
+
+def split_by(pattern):
+    """A Split step of a tokenizer.json."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+
+
+def json_with(**changes):
+    """The files of a folder whose tokenizer.json has these parts."""
+    return lambda: {"tokenizer.json": json.dumps(tokenizer_json(**changes))}
+
+
+def added(text, count=1):
+    return [{"id": 1000 + i, "content": text + str(i), "special": True} for i in range(count)]
+
+
+def tekken(n_special):
+    config = {"default_num_special_tokens": n_special, "default_vocab_size": 300, "pattern": "."}
+    return {"tekken.json": json.dumps({"config": config, "vocab": []})}
+
+
+def chain(step, count, key):
+    return {"type": "Sequence", key: [step] * count}
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+HOSTILE = {
+    "100,000 splits": (
+        json_with(pre_tokenizer=chain(split_by("a|b"), 100_000, "pretokenizers")),
+        "more than 64 pretokenizers",
+    ),
+    "a pattern bomb": (
+        json_with(pre_tokenizer=split_by("(?:a+)+[^a_]")),
+        "takes too long on 2,001 characters",
+    ),
+    "a long pattern": (json_with(pre_tokenizer=split_by("a|" * 10**6 + "b")), "8,192"),
+    "doubling": (json_with(normalizer=chain(DOUBLE, 60, "normalizers")), "characters of one"),
+    "one large replacement": (
+        json_with(normalizer=DOUBLE | {"content": "a" * 10**7}),
+        "makes 10,000,000 characters of one",
+    ),
+    "a replacement of nothing": (
+        json_with(normalizer=DOUBLE | {"pattern": {"String": ""}}),
+        "makes inf characters of one",
+    ),
+    "a replacement that is a number": (json_with(normalizer=DOUBLE | {"content": 5}), "TypeError"),
+    "an added token of 20 MB": (
+        json_with(added_tokens=added("a" * (20 << 20)), post_processor=None),
+        "20,971,5",
+    ),
+    "100,000 added tokens": (
+        json_with(added_tokens=added("t", 100_000), post_processor=None),
+        "more than 80,000",
+    ),
+    "16M special tokens": (lambda: tekken(1 << 24), "should have 16777216"),
+    "16M lines": (lambda: {"x.tiktoken": "YQ== 1\n" + "\n" * (1 << 24)}, "1,048,576 lines"),
+    "a template that is a list of numbers": (
+        lambda: json_with()() | {"tokenizer_config.json": '{"chat_template": [5]}'},
+        "tokenizer_config.json",
+    ),
+    "a template that is a number": (
+        lambda: json_with()() | {"tokenizer_config.json": '{"chat_template": 5}'},
+        "chat_template is no text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tokenizer_is_refused_in_under_two_seconds_and_500_mb(name, tmp_path):
+    make, message = HOSTILE[name]
+    for file, text in make().items():
+        (tmp_path / file).write_text(text)
+    path = tmp_path / file if file.endswith(".tiktoken") else tmp_path
+    with within(), pytest.raises(UserError, match=message) as error:
+        Tokenizer.load(path, "gpt4")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_a_pattern_that_explodes_on_a_text_is_stopped():
+    split = tokenizer.splitter("(?:xyz|x|y|z)+[^x-z_]")  # fine on runs of what is usual
+    with within(), pytest.raises(UserError, match="takes too long on 301 characters"):
+        split("xyz" * 100 + "_")
 
 
 def test_ten_million_merges_of_garbage_are_refused_at_once(tmp_path):

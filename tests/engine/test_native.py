@@ -2,6 +2,7 @@
 in every weight format."""
 
 import copy
+import os
 import platform
 
 import pytest
@@ -261,6 +262,42 @@ def test_a_library_that_does_not_load_is_named_and_torch_does_it(tmp_path, monke
     with pytest.raises(native.Unavailable, match="forward.so does not load .*delete it"):
         native.library()
     native.library.cache_clear()
+
+
+@pytest.mark.parametrize("shared", ["file", "folder"])
+def test_a_library_that_others_could_have_put_there_is_not_loaded(shared, tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "forward.so"
+    monkeypatch.setattr(native, "library_path", lambda *_: path)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: pytest.fail("it was loaded"))
+    path.parent.mkdir()
+    path.touch()
+    (path if shared == "file" else path.parent).chmod(0o777)
+    native.library.cache_clear()
+    with pytest.raises(native.Unavailable, match=r"others may write to it \(mode 777\)"):
+        native.library()
+    native.library.cache_clear()
+
+
+def test_a_library_of_another_user_is_not_loaded(tmp_path, monkeypatch):
+    (tmp_path / "forward.so").touch()
+    native.check_owner(tmp_path / "forward.so")
+    monkeypatch.setattr(native.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(native, "ROOT_ID", 54321)
+    with pytest.raises(native.Unavailable, match="is another user's"):
+        native.check_owner(tmp_path / "forward.so")
+
+
+def test_a_library_is_the_users_alone_whatever_the_umask(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = os.umask(0o002)
+    try:
+        native.compile_to(tmp_path / "cache" / "forward.so", "plain")
+    finally:
+        os.umask(before)
+    native.check_owner(tmp_path / "cache" / "forward.so")
 
 
 def test_sums_that_could_overflow_are_left_to_torch():

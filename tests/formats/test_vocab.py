@@ -137,7 +137,7 @@ def test_an_ordinary_token_that_is_named_stays_an_ordinary_one(tmp_path):
         ({"added_tokens": {"<x>": "5"}}, "not a whole number"),
         ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token is 'false'"),
         ({"tokenizer_config": {"add_prefix_space": 0}}, "add_prefix_space is 0"),
-        ({"tokenizer_config": {"chat_template": 3}}, "chat_template is a int"),
+        ({"tokenizer_config": {"chat_template": 3}}, "chat_template is no text"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "y"}}}}, "is not a"),
         ({"tokenizer_config": ["x"]}, "not a JSON object"),
         ({"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}},
