@@ -767,8 +767,8 @@ def read_vocabulary(get):
             tok.config[f"{role}_token"] = tokens[i]
     tok.chat_template = get("chat_template", None, str)
     # llama.cpp's own defaults are SentencePiece's, and those of Llama 3's and Mistral's files
-    if not get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool):
-        tok.before = ()
+    add_bos = get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool)
+    tok.before = (tok.bos_id,) if add_bos and tok.bos_id is not None else ()
     if get("ggml.add_eos_token", False, bool) and tok.eos_id is not None:
         tok.after = (tok.eos_id,)
     return tok
