@@ -44,6 +44,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 class UserError(ValueError):
     """Something the user can mend. Its one line says what, with the numbers, and what to do."""
 
+    status = 2  # the program's exit status
+
     def __init__(self, message):
         told = " ".join(str(message).splitlines())
         if len(told) > 1500:  # it quotes what a hostile file says
@@ -69,9 +71,25 @@ def cli(main):
         sys.exit(1)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "status", 2))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def warn_of_unknown(keys, where):
+    """Name the keys of a file that nothing here knows; one that begins with _ says nothing."""
+    unknown = sorted(repr(key) for key in keys if not key.startswith("_"))
+    if unknown:
+        warn(f"{where}: ignored: {', '.join(unknown)[:400]}")
+
+
+def model_name(path):
+    """A model folder's whole name, dots included, also of "."; of a file that without .gguf."""
+    return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
 
 
 class Parser(argparse.ArgumentParser):

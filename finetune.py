@@ -287,11 +287,18 @@ def open_model(folder, device, dtype=None):
                 f"{model.config.vocab_size:,} rows now, the new ones are the mean of the others"
             )
         tok.chat_template = chat.CHATML_TEMPLATE
-    stop, ends = chat.stop_id(tok), model.config.eos_token_id
-    known = ends if isinstance(ends, list) else [ends]
-    if stop not in (None, *known):
-        model.config.eos_token_id = stop if ends is None else [stop, *known]
+        tok.config["add_bos_token"] = False  # llama.cpp would put one before a conversation, too
+        tok.before = ()
+    end_turns(tok, model.config)
     return tok, model
+
+
+def end_turns(tok, config):
+    """The token that ends a turn of a conversation ends what the model generates, too."""
+    stop, ends = chat.stop_id(tok), config.eos_token_id
+    known = ends if isinstance(ends, list) else [ends]
+    if stop is not None and stop not in known:
+        config.eos_token_id = stop if ends is None else [stop, *known]
 
 
 def packed_loss(model, batch, args):

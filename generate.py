@@ -43,6 +43,8 @@ from engine.runner import Runner, StepBatch, pool_size
 from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniforms
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from formats import peft
+from formats.hub import SAMPLING_KEYS
+from formats.vocab import find_tokenizer
 from model import Transformer
 from runtime import lost_rank_explained, resolve
 from tokenizer import Tokenizer
@@ -64,15 +66,13 @@ def load_engine_model(folder, device="auto", dtype="auto"):
     # Several ranks map a folder's files, and bring into memory only what they keep.
     place = runtime.device if alone else torch.device("cpu")
     weights = torch.float32 if on_cpu else runtime.dtype
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" or folder.is_file():
         from formats import gguf
 
         model, tok = gguf.load(folder, place, weights, keep_packed=on_cpu and alone)
     else:
         model = Transformer.from_pretrained(folder, place, None if place.type == "cpu" else weights)
-        names = ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json")
-        found = any((folder / name).is_file() for name in names)
-        tok = Tokenizer.load(folder) if found else None
+        tok = Tokenizer.load(folder) if find_tokenizer(folder) else None
     if tok and tok.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tok.vocab_size:,} ids, "
@@ -147,6 +147,9 @@ class Engine:
             self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
         eos = self.config.eos_token_id  # one, a list or None
         self.eos = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        said = self.config.generation
+        self.sampling_defaults = {k: said[k] for k in SAMPLING_KEYS if said.get(k) is not None}
+        Sampling(**self.sampling_defaults).check(self.vocab_size)
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
@@ -167,7 +170,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tok is None:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
-            return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
+            return self.tok.encode_prompt(prompt)
         for i in prompt:
             if type(i) is not int or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1
@@ -703,11 +706,15 @@ def run_batch(engine, args, sampling, adapter):
 
 @lost_rank_explained("Start it again.")
 def main():
-    args = Args(**parse_flags(Args, __doc__, positional=("model", "prompt")))
+    typed = parse_flags(Args, __doc__, positional=("model", "prompt"))
+    args = Args(**typed)
     adapter = args.adapter or None
     adapters = {adapter: adapter} if adapter else {}
     engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
-    sampling = read_sampling(args, engine)
+    defaults = {k: v for k, v in engine.sampling_defaults.items() if k not in typed}
+    if defaults:
+        print(f"sampling {defaults}, as generation_config.json says", file=sys.stderr)
+    sampling = read_sampling(replace(args, **defaults), engine)
     if args.batch:
         run_batch(engine, args, sampling, adapter)
     elif args.chat:

@@ -9,7 +9,6 @@ Top to bottom: the adapted layer, adapters on and off a model, what is trained, 
 """
 
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 
 import finetune
 from common import UserError
+from formats.hub import read_generation
 from formats.peft import (
     SETTINGS,
     AdapterTensors,
@@ -32,8 +32,10 @@ from formats.peft import (
     read_layers,
     write_layers,
 )
+from formats.verify import WrongExport, verify
+from formats.vocab import find_tokenizer, read_beside
 from model import Config, Transformer
-from quant import TOKENIZER_FILES, QuantLinear, quantize
+from quant import QuantLinear, quantize
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
 from training.loop import describe, launch, read_args, start_run
@@ -377,11 +379,36 @@ def merge_command(argv):
             raise UserError(f"{out} already holds a model: choose another --out, or --overwrite")
     model = Transformer.from_pretrained(base, dtype=torch.float32)
     model = merge_checked(load_adapter(model, args.adapter), args.dtype)
+    tok = choose_words(model, base, Path(args.adapter))
+    if tok:
+        tok.save(out)
     model.save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
     print(f"wrote    {out}/ (model folder, {args.dtype})")
+    written = Transformer.from_pretrained(out), Tokenizer.load(out) if tok else None
+    verify(out, args.dtype, (model, tok), written)
+
+
+def choose_words(model, base, adapter):
+    """The adapter's tokenizer, chat template and generation_config.json where it has its own, else
+    the base's -> Tokenizer or None; the model's config gets end ids and defaults of sampling."""
+    own = {
+        "tokenizer": find_tokenizer(adapter) is not None,
+        "chat template": bool(read_beside(adapter).config.get("chat_template")),
+        "generation_config.json": (adapter / "generation_config.json").is_file(),
+    }
+    whose = {what: adapter if has else base for what, has in own.items()}
+    print("keep     " + ", ".join(f"{what} of {folder}" for what, folder in whose.items()))
+    read_generation(whose["generation_config.json"] / "generation_config.json", model.config)
+    if find_tokenizer(whose["tokenizer"]) is None:
+        return None
+    tok = Tokenizer.load(whose["tokenizer"])
+    tok.chat_template = read_beside(whose["chat template"]).config.get("chat_template")
+    rows = model.config.vocab_size
+    if tok.vocab_size > rows:
+        raise UserError(f"{whose['tokenizer']}: {tok.vocab_size:,} ids, the base has {rows:,}")
+    if tok.chat_template:
+        finetune.end_turns(tok, model.config)
+    return tok
 
 
 @torch.no_grad()
@@ -401,7 +428,7 @@ def merge_checked(model, dtype):
         f"bound in {dtype} {bound:.1e}"
     )
     if not difference <= bound:
-        raise UserError(
+        raise WrongExport(
             f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: "
             "nothing was written; try --dtype float32"
         )

@@ -45,6 +45,7 @@ class Config:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    generation: dict = field(default_factory=dict)  # generation_config.json, without these two
     dropout: float = 0.0  # a matter of training: not part of the folder
 
     @property

@@ -8,7 +8,6 @@ round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`
 
 import copy
 import functools
-import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,10 +25,6 @@ from tokenizer import Tokenizer
 
 # 8 bits with one scale a row; 4 bits in groups; 4-bit NormalFloat as bitsandbytes has it
 FORMATS = "int8", "int4", "nf4"
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "chat_template.jinja vocab.json merges.txt generation_config.json"
-).split()
 
 
 # ---------------------------------------------------------------- a grid: scale, zero point, codes
@@ -737,6 +732,7 @@ def cast_parameters(model, dtype):
 
 def quantize_command(args):
     """Write a quantized model folder, and say what it costs."""
+    from formats import verify
     from generate import Engine, Sampling
     from training import quality
 
@@ -760,12 +756,13 @@ def quantize_command(args):
         quantize(model, args.format, args.group_size, args.sym)
     cast_parameters(model, stored)
     model.save_pretrained(args.out)
-    for name in TOKENIZER_FILES:
-        file = Path(args.model) / name
-        if file.is_file():
-            shutil.copyfile(file, Path(args.out) / name)
+    tok.save(args.out)
     model = Transformer.from_pretrained(args.out, args.device, working)
     quality.compare_with_original(args, model, original, held_out)
+    # GPTQ moves weights, too, to make good for the rounding of others
+    bits = args.bits - 1 if args.format == "gptq" else None
+    written = model, Tokenizer.load(args.out)
+    verify.verify(args.out, args.format, (original, tok), written, bits)
 
 
 @torch.inference_mode()

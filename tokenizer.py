@@ -257,6 +257,8 @@ class Tokenizer:
     unknown: int | None = None  # the id of what has no token
     config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
     source: bytes | None = None  # the tokenizer.json this was read from, as it was
+    before: tuple | None = None  # ids that a prompt begins with, if its file says it
+    after: tuple = ()  # ids that it ends with
 
     def __post_init__(self):
         if not self.config:
@@ -369,6 +371,19 @@ class Tokenizer:
         if eos:
             ids.append(self._required("eos"))
         return ids
+
+    def prompt_ends(self):
+        """-> (ids before, ids after) what encode_prompt encodes."""
+        before = self.before
+        if before is None:  # a template writes the beginning itself, and ours has none
+            wanted = self.kind == "pieces" or not self.chat_template
+            before = (self.bos_id,) if wanted and self.bos_id is not None else ()
+        return before, self.after
+
+    def encode_prompt(self, text):
+        """A prompt that is no conversation -> ids, with what the tokenizer's files put round it."""
+        before, after = self.prompt_ends()
+        return [*before, *self.encode(text), *after]
 
     def encode_bytes(self, data, where="first"):
         """bytes -> ids; what is no UTF-8 becomes byte tokens, and survives decode_bytes.
@@ -630,9 +645,10 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str | Path, pattern=None) -> "Tokenizer":
-        """Read a folder, tokenizer.json, vocab.bpe (encoder.json beside it), .tiktoken, tekken.json
-        or SentencePiece .model. How a .tiktoken file splits text is known by its name, or given as
-        `pattern`. UserError for whatever is wrong with the file."""
+        """Read a folder, tokenizer.json, merges.txt (vocab.json beside it), .tiktoken, tekken.json
+        or SentencePiece .model; what tokenizer_config.json and its like beside it say is applied.
+        How a .tiktoken file splits text is known by its name, or given as `pattern`. UserError for
+        whatever is wrong with the file."""
         from formats.vocab import read_tokenizer
 
         return read_tokenizer(Path(path), pattern)
@@ -645,13 +661,12 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = tokenizer_file(self)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **self.config,
-        }
+        config = {"clean_up_tokenization_spaces": False, **self.config}
+        if self.source is None or "tokenizer_class" not in config:  # the file alone decides ids
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_atomic(folder / "tokenizer.json", lambda path: path.write_bytes(content))
         write_json(folder / "tokenizer_config.json", config)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would go before the config's
 
     @functools.cached_property
     def sha256(self):

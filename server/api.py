@@ -243,7 +243,7 @@ def prompt_lists(value, tok, special=True):
     prompts = []
     for prompt in value:
         if isinstance(prompt, str):
-            prompt = tok.encode(prompt, bos=special and tok.bos_id is not None)
+            prompt = tok.encode_prompt(prompt) if special else tok.encode(prompt)
         if not prompt or min(prompt) < 0 or max(prompt) >= tok.vocab_size:
             last = tok.vocab_size - 1
             raise Refusal(400, f"a prompt needs at least one token, with ids from 0 to {last}")

@@ -13,6 +13,7 @@ from conftest import ROOT
 import quant
 from common import UserError
 from model import Config, Transformer
+from tokenizer import Tokenizer
 
 
 def small_model(kind="llama", seed=0, width=64, inner=172):
@@ -347,7 +348,8 @@ def test_the_command_writes_a_folder_that_opens(tmp_path, data_dir, monkeypatch,
     shape = ("--format", "gptq", "--group-size", 64)
     run_command(monkeypatch, data_dir / "stories260K", "--out", out, *shape, *few)
     assert Transformer.from_pretrained(out).quantization["bits"] == 4
-    assert (out / "tokenizer.model").exists()
+    same = [Tokenizer.load(folder).sha256 for folder in (data_dir / "stories260K", out)]
+    assert same[0] == same[1]
     assert "gptq: 0.27 MB instead of 1.04, held-out perplexity" in capsys.readouterr().out
     with pytest.raises(UserError, match="quantized already"):
         run_command(monkeypatch, out, "--out", tmp_path / "again", *few)

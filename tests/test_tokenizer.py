@@ -455,7 +455,7 @@ def tokenizer_json(**changes):
     ],
 )
 def test_merges_that_tiktoken_would_not_follow_get_the_plain_encoder(tmp_path, tokens, merges, ids):
-    content = tokenizer_json(added_tokens=[])
+    content = tokenizer_json(added_tokens=[], post_processor=None)
     vocab = {c: i for i, c in enumerate([*CHAR_TO_BYTE, *tokens])}
     content["model"] |= {"vocab": vocab, "merges": merges}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -491,10 +491,6 @@ BAD = {
     "a merge of nothing": (
         lambda c: (c["model"]["vocab"].update({"": 999}), c["model"]["merges"].append(["", "a"])),
         "merge",
-    ),
-    "a merge listed twice": (
-        lambda c: c["model"]["merges"].append(c["model"]["merges"][0]),
-        "listed twice",
     ),
     "a merge of what is no token": (
         lambda c: c["model"]["merges"].append("x yz"),
@@ -616,8 +612,14 @@ HOSTILE = {
         "makes inf characters of one",
     ),
     "a replacement that is a number": (json_with(normalizer=DOUBLE | {"content": 5}), "TypeError"),
-    "an added token of 20 MB": (json_with(added_tokens=added("a" * (20 << 20))), "20,971,5"),
-    "100,000 added tokens": (json_with(added_tokens=added("t", 100_000)), "more than 80,000"),
+    "an added token of 20 MB": (
+        json_with(added_tokens=added("a" * (20 << 20)), post_processor=None),
+        "20,971,5",
+    ),
+    "100,000 added tokens": (
+        json_with(added_tokens=added("t", 100_000), post_processor=None),
+        "more than 80,000",
+    ),
     "16M special tokens": (lambda: tekken(1 << 24), "should have 16777216"),
     "16M lines": (lambda: {"x.tiktoken": "YQ== 1\n" + "\n" * (1 << 24)}, "1,048,576 lines"),
     "a template that is a list of numbers": (

@@ -516,7 +516,7 @@ def launch(args, checkpoint, prepare, loop):
         loop(run)
         if run.metrics:
             size = run.model.num_params() / 1e6
-            common.plot_losses(args.out, f"{Path(args.out).name}: {size:.2f}M parameters")
+            common.plot_losses(args.out, f"{common.model_name(args.out)}: {size:.2f}M parameters")
             print(f"wrote    {args.out}/ (model folder), its loss.png and metrics.jsonl")
         if torch.distributed.is_initialized():
             del run.step_model  # DDP must go before the process group it belongs to

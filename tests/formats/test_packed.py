@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 from test_quant import ids, silent, small_model
 
 import quant
@@ -87,6 +88,21 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
     assert torch.allclose(half(ids()), expected, rtol=0.3, atol=0.3)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_nf4_may_be_stored_under_another_type(storage, dtype, tmp_path):
+    """As FSDP-QLoRA saves it: the same bytes, and bnb_4bit_quant_storage says their type."""
+    model = quant.quantize(small_model(), "nf4")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.uint8 and name.endswith(".weight"):
+            tensors[name] = tensor.flatten().view(storage)[:, None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    again = Transformer.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(again(ids()), model(ids()))
+
+
 # --------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "change,words",
@@ -96,6 +112,12 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
         ({"bits": 99}, "bits 99"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"checkpoint_format": "marlin"}, "marlin"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes' .FP4"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes' .FP4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False}, "LLM.int8"),
+        ({"quant_method": "awq", "version": "gemm"}, "'awq' .gemm"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
+        ({"quant_method": "mxfp4"}, "'mxfp4'"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, change, words):
