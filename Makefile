@@ -12,7 +12,7 @@ demo: .venv/runtime
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not peers and not slow and not browser" tests
 
-test-peers: .venv/peers
+test-peers: .venv/peers .venv-clients/stamp
 	$(BIN)/python -m pytest -q -m "peers or slow" tests
 
 # needs Chromium (apt-get install chromium, or $$CHROMIUM) and axe-core: tests/test_browser.py says how
@@ -32,7 +32,6 @@ measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) ben
 
 bench: .venv/runtime
 	$(call measure,train,train)
-	$(call measure,linear,linear --repeats 16)
 	$(call measure,decode,decode 135m --formats float16 int8 int4)
 	$(call measure,throughput,throughput runs/demo-sft)
 	$(call measure,prefix,prefix runs/demo --length 200)
@@ -51,7 +50,7 @@ bench-gpu: $(if $(findstring .venv,$(PY)),.venv/peers)
 	$(call measure,gpu-prefix,prefix qwen3-0.6b)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache  # not runs/: those are your models
+	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .mypy_cache  # not runs/: those are your models
 
 # One stamp per requirement file: pip runs only when the file has changed since.
 .venv/runtime: requirements.txt
@@ -65,4 +64,10 @@ clean:
 
 .venv/peers: requirements-peers.txt .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+# The chat clients that the server is tried with: what they pin stays apart from all else.
+.venv-clients/stamp: requirements-clients.txt
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --disable-pip-version-check -r requirements-clients.txt
 	@touch $@

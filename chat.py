@@ -13,7 +13,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
@@ -21,9 +20,19 @@ from itertools import accumulate, compress, cycle, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, UserError, cli, json_records, sha256, well_formed, write_atomic
+from common import (
+    Parser,
+    UserError,
+    cli,
+    json_records,
+    parse_json,
+    sha256,
+    well_formed,
+    write_atomic,
+)
 
 CHAT_ROLES = "system user assistant tool".split()
+RESUME = "\ufdd3"  # a noncharacter, behind the text that an answer goes on from
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, as everyone
 # spells it.
@@ -49,68 +58,162 @@ class Chat:
     prompt: bool  # end with the words that hand the turn to the assistant
     bos: str  # names of the two markers, "" where the tokenizer has none
     eos: str
+    options: dict  # what else the caller tells the folder's template
+    learned: list  # for each of the assistant's turns, whether it is in the loss
 
 
-def read_chat(tok, messages, tools=None, prompt=False):
+def read_chat(tok, messages, tools=None, prompt=False, options=None):
     """OpenAI-style messages -> Chat. Raises UserError naming the message at fault."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise UserError("a conversation is a non-empty list of {role, content} messages")
-    if tools and not (isinstance(tools, list) and all(map(has_function, tools))):
-        raise UserError(
-            "tools must be a list of {type: function, function: {name, description, parameters}}"
-        )
-    checked = [read_message(i, message) for i, message in enumerate(messages)]
+    if tok is None:
+        raise UserError("a conversation needs a tokenizer, and this model folder has none")
+    checked = read_messages(messages)
+    learned = [m.pop("weight", 1) for m in checked if m["role"] == "assistant"]
     system, turns = None, checked
     if checked[0]["role"] == "system":
         system, turns = checked[0]["content"], checked[1:]
     bos, eos = ("" if i is None else tok.decode([i]) for i in (tok.bos_id, tok.eos_id))
-    return Chat(checked, system, turns, tools or None, prompt, bos, eos)
+    tools = read_tools(tools)
+    return Chat(checked, system, turns, tools, prompt, bos, eos, options or {}, learned)
 
 
-def has_function(tool):
-    return isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+# The keys of a message. `name` and `tool_call_id` are for a folder's own template; `id` and
+# `annotations` say nothing to a model.
+LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: this turn is not in the loss
+MESSAGE_KEYS = (
+    *"role from content value tool_calls reasoning_content reasoning name tool_call_id".split(),
+    *LOSS_KEYS,
+    *("id", "annotations"),
+)
+KEY_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
+# Keys whose value is a text, and the roles that have them.
+TEXT_KEYS = {"reasoning_content": ["assistant"], "tool_call_id": ["tool"], "name": CHAT_ROLES}
+
+
+def known_keys(what, value, keys):
+    """An object without its nulls, which are as good as absent. UserError: it has another key."""
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is a {type(value).__name__}, not an object")
+    found = {key: each for key, each in value.items() if each is not None}
+    unknown = [repr(key)[:40] for key in found if key not in keys]
+    if unknown:
+        several = ", ".join(unknown[:12])
+        raise UserError(f"{what} has the unknown key {several}; known: {', '.join(keys)}")
+    return found
+
+
+def yes_or_no(what, value):
+    """True, 1 or "true", False, 0 or "false" -> bool. UserError for anything else."""
+    meant = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    spelled = str(value).lower()
+    if spelled not in meant:
+        raise UserError(f"{what} is {value!r}, which is neither yes nor no: use 1 or 0")
+    return meant[spelled]
+
+
+def read_messages(messages):
+    """Messages as people write them -> the same as read_message makes them."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise UserError("a conversation is a non-empty list of {role, content} messages")
+    return [read_message(i, message) for i, message in enumerate(messages)]
 
 
 def read_message(i, message):
-    """Message number i -> the same, checked: text is one string, arguments of calls are dicts."""
-    role = message.get("role") if isinstance(message, dict) else None
+    """Message number i -> the same, checked: role and content (a str), arguments of calls a dict,
+    and weight, which is 0 if the assistant says it and it is not in the loss."""
+    fields = {}
+    for key, value in known_keys(f"message {i}", message, MESSAGE_KEYS).items():
+        key = KEY_NAMES.get(key, key)
+        if fields.setdefault(key, value) != value:
+            raise UserError(f"message {i} says twice what its {key} is")
+    role = fields.get("role")
+    if isinstance(role, str):
+        role = ROLE_NAMES.get(role, role)
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
-    calls = read_calls(i, message)
-    text = message.get("content")
-    if text is None and calls:
-        text = ""
-    if isinstance(text, list):
-        with suppress(KeyError, TypeError):  # of a part that is no text: refused below
-            text = "".join(part["text"] for part in text)
-    if not isinstance(text, str):
-        raise UserError(f"message {i} ({role}): content must be a string or a list of text parts")
+    what = f"message {i} ({role})"
+    calls = read_calls(what, fields.pop("tool_calls", []))
+    silent = calls or "reasoning_content" in fields
+    text = read_text_parts(what, fields.get("content", "" if silent else None))
     checked = {"role": role, "content": text}
     if calls:
+        if role != "assistant":
+            raise UserError(f"{what}: only the assistant makes tool_calls")
         checked["tool_calls"] = calls
-    for name in ("tool_call_id", "reasoning_content", "name"):
-        if isinstance(message.get(name), str):
-            checked[name] = message[name]
+    for key, roles in TEXT_KEYS.items():
+        if key in fields:
+            if role not in roles or not isinstance(fields[key], str):
+                raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
+            checked[key] = fields[key]
+    learned = {yes_or_no(f"{what}: {key}", fields[key]) for key in LOSS_KEYS if key in fields}
+    if len(learned) > 1 or (True in learned and role != "assistant"):
+        raise UserError(
+            f"{what}: {', '.join(LOSS_KEYS)} must agree, and only the assistant's turns are learned"
+        )
+    if learned == {False} and role == "assistant":
+        checked["weight"] = 0
     return checked
 
 
-def read_calls(i, message):
+def read_text_parts(what, content):
+    """A message's content, a text or a list of text parts -> str."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{what}: content must be a string or a list of text parts")
+    text = ""
+    for part in content:
+        # cache_control is a hint to other servers
+        part = known_keys(f"{what}: a part", part, ("type", "text", "cache_control"))
+        kind, words = part.get("type", "text"), part.get("text")
+        if kind != "text" or not isinstance(words, str):
+            raise UserError(f"{what}: a part of type {kind!r}: only {{type: text, text}} is read")
+        text += words
+    return text
+
+
+def read_calls(what, calls):
     """A message's tool calls as the templates want them: arguments are a dict (OpenAI sends a
-    string of JSON)."""
-    calls = []
-    try:
-        for call in message.get("tool_calls") or []:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            function = {"name": str(name), "arguments": dict(arguments)}
-            calls.append({**call, "function": function})
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(
-            f"message {i}: a tool call is {{function: {{name, arguments}}}}, "
-            "arguments a JSON object"
-        ) from None
-    return calls
+    string of JSON, and "" for none)."""
+    what = f"{what}: a tool call"
+    checked = []
+    for call in as_list(calls):
+        call = known_keys(what, call, ("function", "id", "type", "index"))
+        function = known_keys(f"{what}'s function", call.get("function"), ("name", "arguments"))
+        name, arguments = function.get("name"), json_of(function.get("arguments", ""), "{}")
+        right = isinstance(name, str) and isinstance(arguments, dict)
+        if not right or call.get("type", "function") != "function":
+            raise UserError(f"{what} is {{function: {{name, arguments}}}}, arguments a JSON object")
+        checked.append({**call, "function": {"name": name, "arguments": arguments}})
+    return checked
+
+
+def read_tools(tools):
+    """The functions on offer, a list or its JSON -> list, None without any."""
+    tools = as_list(json_of(tools, "[]"))
+    for tool in tools:
+        tool = known_keys("a tool", tool, ("type", "function"))
+        if tool.get("type", "function") != "function" or not isinstance(tool.get("function"), dict):
+            raise UserError(
+                "tools must be a list of "
+                "{type: function, function: {name, description, parameters}}"
+            )
+    return tools or None
+
+
+def json_of(value, empty):
+    """What a string says as JSON, `empty` where it is blank; any other value as it is."""
+    if isinstance(value, str):
+        found, fault = parse_json(well_formed(value.strip() or empty).encode())
+        return value if fault else found
+    return value
+
+
+def as_list(value):
+    """A list as it is, what is no list as the only one of its list, None as none."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 # ------------------------------------------------------------ the formats: a conversation to pieces
@@ -452,8 +555,7 @@ def assemble(tok, pieces, must_know):
         raise UserError(
             "cannot tell which tokens the assistant said, and a guessed mask would train the wrong "
             "thing: the chat_template is none we know and has no {% generation %}, or this "
-            "tokenizer does not spell the text it was given; name a format, or render with "
-            "add_generation_prompt for the ids alone"
+            "tokenizer does not spell the text it was given; put {% generation %} into the template"
         )
     return ids, None
 
@@ -494,14 +596,46 @@ def pieces_of(tok, chat, format=None):
     """The conversation's pieces in the format by name, the folder's own, or ChatML."""
     template = tok.chat_template
     if format or template in (None, "", CHATML_TEMPLATE):
-        return named_pieces(format or "chatml", tok, chat)
-    from formats.templates import pieces_of_template
+        if chat.options:
+            raise UserError(f"this chat format does not take {', '.join(chat.options)}")
+        pieces = named_pieces(format or "chatml", tok, chat)
+    else:
+        from formats.templates import pieces_of_template
 
-    return pieces_of_template(tok, chat, template)
+        pieces = pieces_of_template(tok, chat, template)
+    if chat.prompt or all(chat.learned):
+        return pieces
+    return out_of_the_loss(pieces, chat.learned)
+
+
+def out_of_the_loss(pieces, learned):
+    """The pieces, of which the assistant's n-th turn is only said if learned[n].
+
+    No format has to know: between two turns of the assistant there is always something else."""
+    stretches = []
+    pieces = (piece for piece in pieces if piece.text)
+    for said, run in groupby(pieces, key=lambda piece: piece.said):
+        stretches.append((said, list(run)))
+    if sum(bool(said) for said, _ in stretches) != len(learned):
+        raise UserError(
+            "this format does not tell turns apart, so none of weight 0 can be left out"
+        )
+    turns = iter(learned)
+    kept = []
+    for said, run in stretches:
+        said = bool(said and next(turns))
+        kept += [piece._replace(said=said) for piece in run]
+    return kept
 
 
 def render(
-    tok, messages: list[dict], add_generation_prompt=False, tools=None, format=None
+    tok,
+    messages: list[dict],
+    add_generation_prompt=False,
+    tools=None,
+    format=None,
+    options=None,
+    resume=False,
 ) -> tuple[list[int], list[int]]:
     """OpenAI-style messages -> (ids, mask), two lists of one length.
 
@@ -510,9 +644,48 @@ def render(
 
     The format is `format`, a name in CHAT_FORMATS; else what the folder's chat_template does; else
     ChatML. Where who-said-what cannot be known, mask is None with add_generation_prompt (to be
-    answered, not trained on) and UserError without it."""
-    chat = read_chat(tok, messages, tools, add_generation_prompt)
+    answered, not trained on) and UserError without it.
+
+    options: what the folder's template takes besides, as enable_thinking. resume: the ids end with
+    the last message's text, and so an answer goes on from there."""
+    if resume and add_generation_prompt:
+        raise UserError("a generation prompt begins an answer, and so none can be continued")
+    chat = read_chat(tok, messages, tools, add_generation_prompt, options)
+    if resume:
+        return assemble(tok, pieces_to_resume(tok, chat, format), False)
     return assemble(tok, pieces_of(tok, chat, format), not add_generation_prompt)
+
+
+def pieces_to_resume(tok, chat, format):
+    """The pieces up to the end of the last message's text."""
+    last = chat.messages[-1]
+    if last["role"] != "assistant" or "tool_calls" in last:
+        raise UserError("only an assistant's text can be continued, and the last message is none")
+    last["content"] += RESUME
+    pieces = pieces_of(tok, chat, format)
+    for n in reversed(range(len(pieces))):
+        text, found, _ = pieces[n].text.rpartition(RESUME)
+        if found:
+            return [*pieces[:n], pieces[n]._replace(text=text)]
+    raise UserError("this chat format does not show the last message")
+
+
+def training_ids(tok, chat, format=None):
+    """A Chat -> (ids, mask) to train on. UserError if the format loses some of it."""
+    pieces = pieces_of(tok, chat, format)
+    wanted = {"system prompt": [chat.system or ""], "answer": [], "reasoning_content": []}
+    for m in chat.messages:
+        if m["role"] == "assistant":
+            wanted["answer"].append(m["content"].rpartition("</think>")[2])
+            if "reasoning_content" in m:  # only the last: formats drop earlier thoughts
+                wanted["reasoning_content"] = [m["reasoning_content"]]
+    spelled = "".join(piece.text for piece in pieces)
+    for what, texts in wanted.items():
+        if not all(text.strip() in spelled for text in texts):
+            raise UserError(
+                f"the format loses the {what} here: put it where the format has a place"
+            )
+    return assemble(tok, pieces, True)
 
 
 def example(tok, messages, tools=None, format=None):
@@ -527,10 +700,10 @@ def example(tok, messages, tools=None, format=None):
         empty = not m["content"].strip() and "tool_calls" not in m
         if empty and m["role"] in ("user", "assistant"):
             raise UserError(f"empty {m['role']} turn")
-    pieces = pieces_of(tok, chat, format)
-    if chat.system and chat.system.strip() not in "".join(piece.text for piece in pieces):
-        raise UserError("the format loses the system prompt here: put it into the first user turn")
-    return assemble(tok, pieces, True)
+    ids, mask = training_ids(tok, chat, format)
+    if not any(mask):
+        raise UserError("no turn is in the loss")
+    return ids, mask
 
 
 def examples(tok, name, records, counts, most=sys.maxsize):
@@ -559,48 +732,114 @@ def examples(tok, name, records, counts, most=sys.maxsize):
 
 
 def stop_id(tok, format=None):
-    """The id that ends an assistant's turn: what the engine stops at."""
+    """The id that ends an assistant's turn: what the engine stops at. None where a template that
+    nobody knows decides it."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    *_, end = compress(*render(tok, talk, format=format))
+    try:
+        *_, end = compress(*render(tok, talk, format=format))
+    except UserError:
+        return None
     return end
 
 
 # -------------------------------------------------------------------------------- records of files
 LAYOUTS = (
     "{messages}, ShareGPT {conversations: [{from, value}]}, Alpaca {instruction, input, output}, "
-    "{prompt, completion}, {prompt, response}"
+    "{prompt, completion}, {prompt, response}, {question, answer}; with system, history, tools"
+)
+TALKS = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "prompt", "question", "query", "input")
+ANSWERS = ("output", "completion", "response", "answer")
+# Keys of a record that say nothing to a model. Those of the last line say something to an exam.
+SAYS_NOTHING = (
+    *"id idx index uuid prompt_id hash source dataset meta metadata category".split(),
+    *"language url license timestamp".split(),
+    *"family kind answer checks".split(),
 )
 
 
-def read_records(path):
-    """Yield (record, messages, tools) of a JSON list or JSONL, each in any of the LAYOUTS."""
-    for n, record in enumerate(json_records(path), 1):
+def read_each(path, read, ignore=""):
+    """Yield (record, read(record)) of a file; UserError names file, line and what is wrong.
+
+    ignore: "KEY,KEY", which are left out of records and messages."""
+    ignored = set(filter(None, ignore.split(",")))
+    for where, record in json_records(path):
+        record = without(record, ignored)
         try:
-            yield record, *as_messages(record)
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: record {n} cannot be read as a conversation: {e}") from None
+            found = read(record)
+        except UserError as why:
+            hint = "; --ignore-keys KEY,KEY leaves keys out" if "unknown key" in str(why) else ""
+            raise UserError(f"{where}: {why}{hint}") from None
+        yield record, found
+
+
+def without(value, keys):
+    """A JSON value without these keys, at any depth but in tools and arguments, which are data."""
+    if isinstance(value, list):
+        return [without(each, keys) for each in value]
+    if not isinstance(value, dict):
+        return value
+    left = {}
+    for key, each in value.items():
+        if key not in keys:
+            left[key] = each if key in ("tools", "arguments") else without(each, keys)
+    return left
+
+
+def read_records(path, ignore=""):
+    """Yield (record, messages, tools) of a file of records, each in any of the LAYOUTS."""
+    for record, (messages, tools) in read_each(path, as_messages, ignore):
+        yield record, messages, tools
 
 
 def as_messages(record):
-    """One record -> (messages, tools or None). UserError names the keys of an unknown layout."""
-    match record:
-        case {"messages": talk}:
-            return talk, record.get("tools")
-        case {"conversations": said}:
-            names = {"human": "user", "gpt": "assistant"}
-            talk = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in said]
-        case {"instruction": task, "output": answer}:
-            if record.get("input"):
-                task += f"\n\n### Input:\n{record['input']}"
-            talk = as_turns("user", task) + as_turns("assistant", answer)
-        case {"prompt": task, "completion": answer} | {"prompt": task, "response": answer}:
-            talk = as_turns("user", task) + as_turns("assistant", answer)
-        case dict():
-            keys = ", ".join(repr(key)[:40] for key in list(record)[:12])
+    """One record -> (messages, tools or None). UserError names a key of which nothing is known."""
+    fields = known_keys("the record", record, record)
+    found = take_messages(fields)
+    known_keys("the record", fields, SAYS_NOTHING)
+    return found
+
+
+def take_messages(fields, answered=True):
+    """Take its conversation out of a record's fields -> (messages, tools or None).
+
+    answered: a question must have its answer beside it."""
+
+    def take(*names):
+        found = [name for name in names if name in fields]
+        return fields.pop(found[0]) if found else None
+
+    keys = ", ".join(repr(key)[:40] for key in list(fields)[:12])
+    system = take("system", "system_prompt")
+    talk = [] if system in (None, "") else as_turns("system", system)
+    for turn in as_list(take("history")):
+        match turn:
+            case [asked, answer]:
+                talk = talk + as_turns("user", asked) + as_turns("assistant", answer)
+            case _:
+                talk = [*talk, turn]
+    given, repeated = take(*TALKS), []
+    if given is None:
+        asked = take(*QUESTIONS)
+        answer = take(*ANSWERS) if answered else []
+        context = take("input", "context")
+        if asked is None or answer is None:
             raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
-        case _:
-            raise UserError(f"it is a {type(record).__name__}, not an object")
-    return as_turns("system", record.get("system") or []) + talk, record.get("tools")
+        if context not in (None, ""):
+            if not isinstance(asked, str) or not isinstance(context, str):
+                raise UserError("an input or context goes with a text that asks")
+            asked += f"\n\n### Input:\n{context}"
+        given = as_turns("user", asked) + as_turns("assistant", answer)
+    elif "prompt" in fields:
+        repeated = read_messages(as_turns("user", take("prompt")))
+    messages = read_messages(talk + given if given and isinstance(given, list) else given)
+    if system and [m["role"] for m in messages[:2]] == ["system", "system"]:
+        if messages[0] != messages[1]:
+            raise UserError("it has two system prompts, which differ")
+        del messages[0]
+    if not all(m in messages for m in repeated):
+        raise UserError("its prompt is no part of its conversation")
+    return messages, read_tools(take("tools"))
 
 
 def as_turns(role, said):
@@ -635,7 +874,7 @@ def show_conversations(args):
 
     tok = Tokenizer.load(args.tokenizer)
     counts = Counter()
-    records = islice(read_records(args.file), args.limit)
+    records = islice(read_records(args.file, args.ignore_keys), args.limit)
     for n, (ids, mask) in enumerate(examples(tok, args.file, records, counts), 1):
         print(paint(tok, ids, mask))
         print(f"--- {n}: {len(ids)} tokens, {sum(mask)} supervised ({sum(mask) / len(ids):.1%})\n")
@@ -654,13 +893,13 @@ def convert_records(args):
         raise UserError(f"--split {args.split}: give the shares of train, val, test, as 85/5/10")
     splits = {"train": [], "val": [], "test": []}
     for path in args.files:
-        for record, messages, _ in read_records(path):
-            asked = json_text(messages[:-1]).encode("utf-8", "replace")
+        for record, messages, tools in read_records(path, args.ignore_keys):
+            asked = json_text(messages[:-1]).encode()
             place = int(sha256(asked)[:16], 16) / 2**64 * bounds[-1]  # at least 0, below the last
             row = {"messages": messages}
-            for key in ("tools", "family", "answer", "checks"):
-                if record.get(key):
-                    row[key] = record[key]
+            if tools:
+                row["tools"] = tools
+            row |= {key: record[key] for key in record if key in SAYS_NOTHING}
             split = next(name for name, bound in zip(splits, bounds) if place < bound)
             splits[split].append(row)
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -683,6 +922,8 @@ def main():
     convert.add_argument("--out", required=True, help="the folder to write")
     convert.add_argument("--split", default="85/5/10", help="shares of train, val, test [85/5/10]")
     convert.set_defaults(run=convert_records)
+    for command in (show, convert):
+        command.add_argument("--ignore-keys", default="", help="KEY,KEY: leave these keys out")
     args = parser.parse_args()
     args.run(args)
 

@@ -2,36 +2,55 @@
 nothing, metrics.
 
 `write_atomic` is how a file appears whole or not at all. Nothing here imports torch (runtime.py
-does), so that commands that do not need it start at once.
+does), so that commands that do not need it start at once. A command that computes imports this file
+before torch, because of GOMP_SPINCOUNT.
 """
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import difflib
 import errno
+import gzip
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
 import time
 import typing
-from collections import deque
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
 
+# Torch's threads on a CPU (libgomp's) wait for each other by spinning, by default so long that on a
+# core which another process wants, too, a training of small matrices takes three times as long. A
+# shorter wait costs little where nobody else is. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 # --------------------------------------------------------------------------------- errors and flags
 class UserError(ValueError):
     """Something the user can mend. Its one line says what, with the numbers, and what to do."""
+
+    status = 2  # the program's exit status
+
+    def __init__(self, message):
+        told = " ".join(str(message).splitlines())
+        if len(told) > 1500:  # it quotes what a hostile file says
+            told = f"{told[:1000]} ... {told[-400:]}"
+        super().__init__(told)
 
 
 def cli(main):
@@ -40,8 +59,11 @@ def cli(main):
 
     Under torchrun only rank 0 writes to stdout; errors go to stderr from every rank."""
     silent = os.environ.get("RANK", "0") != "0"
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # it may be closed
+            stream.reconfigure(errors="replace")  # what its encoding cannot say is a `?`
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", errors="replace") as nowhere:
             with contextlib.redirect_stdout(nowhere if silent else sys.stdout):
                 main()
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
@@ -49,9 +71,25 @@ def cli(main):
         sys.exit(1)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "status", 2))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def warn_of_unknown(keys, where):
+    """Name the keys of a file that nothing here knows; one that begins with _ says nothing."""
+    unknown = sorted(repr(key) for key in keys if not key.startswith("_"))
+    if unknown:
+        warn(f"{where}: ignored: {', '.join(unknown)[:400]}")
+
+
+def model_name(path):
+    """A model folder's whole name, dots included, also of "."; of a file that without .gguf."""
+    return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,9 +173,11 @@ def write_atomic(path, write):
 
     On failure the old file stands."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # In a folder that others write to, nobody may lay a link where this file is about to be made.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    only_new = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        temporary.touch()
+        os.close(os.open(temporary, only_new, 0o666))
         mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)
@@ -155,25 +195,58 @@ def write_json(path, value):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer in use (Gemma 3, 262K tokens) has 33 MB
+MOST_VALUES = 3 << 20  # in a JSON file; that one has 2 million, and a value takes up to 150 bytes
+
+
+def read_limited(path):
+    size = os.path.getsize(path)
+    if size > LARGEST_JSON:
+        raise UserError(
+            f"{path} has {size >> 20} MB, more than the {LARGEST_JSON >> 20} MB allowed"
+        )
+    return Path(path).read_bytes()
+
+
+def read_utf8(path):
+    """The text of a small file, without a BOM. UserError where it is not UTF-8."""
+    try:
+        return read_limited(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
 def read_json(path):
+    """The object in a JSON file. UserError: it holds something else, or more than is sane."""
+    text = read_utf8(path)
+    values = sum(map(text.count, ",[{"))
+    if values > MOST_VALUES:
+        raise UserError(f"{path} has {values:,} values, more than the {MOST_VALUES:,} allowed")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def json_records(path):
-    """Yield the records of a JSON list or of JSONL; UserError names the one that is no JSON."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            is_list = file.read(1) == "["
-            file.seek(0)
-            records = json.load(file) if is_list else map(json.loads, filter(str.strip, file))
-            for number, record in enumerate(records, 1):
-                yield record
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: record {number + 1} is not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: this is not a JSON object but a {type(content).__name__}")
+    return content
+
+
+# What code that expects a right file raises over a wrong one.
+STUMBLES = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Context: whatever is wrong inside a file from outside is one line that names the file."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        named = told.startswith((str(path), f"{Path(path).parent}/"))  # this file or one beside it
+        raise UserError(told if named else f"{path}: {told}") from None
+    except STUMBLES as error:
+        told = f"{type(error).__name__} {str(error)[:200]}"
+        raise UserError(f"{path} is not a {Path(path).name}: {told}") from None
 
 
 def sha256(data: bytes) -> str:
@@ -190,6 +263,117 @@ def full_disk_explained(path, advice):
             raise
         free = shutil.disk_usage(Path(path).parent).free
         raise UserError(f"{path}: {error.strerror} ({free:,} bytes free there); {advice}") from None
+
+
+# ------------------------------------------------------------------------------- files of records
+RECORD_FILES = (".jsonl", ".ndjson", ".json", ".parquet")  # in any case, and with .gz behind
+# An escape in JSON. The first group is one to keep; what is left is half a surrogate pair.
+ESCAPES = re.compile(rb"(\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|\\[^u])|\\u[dD][89a-fA-F]\w\w")
+
+
+class Row(typing.NamedTuple):
+    """A record of a file, or what is wrong with it."""
+
+    number: int  # of its line; in a list or in parquet of the record
+    where: str  # file and number, as an error names it
+    record: object
+    fault: str | None
+
+
+@contextlib.contextmanager
+def open_data(path):
+    """Context: a file's bytes, unpacked if they are gzip's whatever its name, behind a BOM."""
+    with open(path, "rb") as file:
+        try:
+            if file.peek(2).startswith(b"\x1f\x8b"):
+                file = gzip.GzipFile(fileobj=file)
+            if file.peek(3).startswith(codecs.BOM_UTF8):
+                file.read(3)
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: damaged gzip ({error})") from None
+
+
+def without_gz(path):
+    """A file's name in small letters, without .gz: its ending says what is in it."""
+    return Path(path).name.lower().removesuffix(".gz")
+
+
+def holds_records(path):
+    """Whether a file holds records, not text: its name says it, or else how it begins."""
+    name = without_gz(path)
+    with open_data(path) as file:
+        head = file.peek(BLOCK)
+    if name.endswith(RECORD_FILES) or head.startswith(b"PAR1"):
+        return True
+    return not name.endswith(".txt") and bool(re.match(rb'\s*(\[\s*)?\{\s*"', head))
+
+
+def file_rows(path, columns=None):
+    """Yield a Row for every record of JSON Lines, of a JSON list or of parquet.
+
+    Which it is its first bytes say. A line ends at \\n alone. columns: those to read of parquet."""
+    with open_data(path) as file:
+        head = file.peek(BLOCK).lstrip()
+        if head.startswith(b"PAR1"):
+            found = ((record, None) for record in parquet_records(file, path, columns))
+        elif head.startswith(b"["):
+            records, fault = parse_json(file.read())
+            found = [(None, fault)] if fault else ((record, None) for record in records)
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Row(number, f"{path}:{number}", *parse_json(line))
+            return
+        for number, (record, fault) in enumerate(found, 1):
+            yield Row(number, f"{path}: record {number}", record, fault)
+
+
+def parse_json(data):
+    """Bytes -> (value, None) or (None, what is wrong). Half a surrogate pair becomes U+FFFD."""
+    try:
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # few have any, and a search is fast
+            data = ESCAPES.sub(lambda found: found[1] or rb"\ufffd", data)
+        return json.loads(data.decode(), object_pairs_hook=distinct), None
+    except (ValueError, RecursionError) as error:
+        return None, f"not valid JSON ({error})"
+
+
+def distinct(pairs):
+    """The object of these pairs; UserError if it has a key twice, of which json takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise UserError(f"the key {key!r} is there twice")
+    return found
+
+
+def parquet_records(file, path, columns):
+    """Yield the rows of an open parquet file as dicts."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        table = ParquetFile(file)
+        names = table.schema_arrow.names
+        if not set(columns or ()) <= set(names):
+            known = ", ".join(map(repr, names[:8]))
+            raise UserError(f"{path}: no column {columns[0]!r}, only {known}: use --field")
+        for batch in table.iter_batches(1024, columns=columns):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        cause = str(error).splitlines()[0][:200]
+        raise UserError(f"{path}: not a readable parquet file ({cause})") from None
+
+
+def json_records(path):
+    """Yield (file and number, record) for every record; UserError for the first that is none."""
+    for row in file_rows(path):
+        if row.fault:
+            raise UserError(f"{row.where}: {row.fault}")
+        yield row.where, row.record
 
 
 # -------------------------------------------------------------------------- text, a block at a time
@@ -349,7 +533,8 @@ class Metrics:
             at_save = row["step"] == resume_step and any(name.startswith("val_") for name in row)
             if row["step"] < resume_step or at_save:
                 rows.append(row)
-        self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+        with naming(path):
+            self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(path, lambda temporary: temporary.write_text(text))
         self.file = open(path, "a", buffering=1)
@@ -363,31 +548,19 @@ class Metrics:
 
     @staticmethod
     def read(path):
-        """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+        """The rows of a metrics.jsonl; left out is what is none, as a line cut short by a crash."""
         rows = []
-        for line in Path(path).read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for line in Path(path).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
 
 def curve(rows, key):
     """The (step, value) pairs of a key in rows of metrics.jsonl."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-
-
-def draw_curve(rows, width=60, most=20):
-    """The losses in rows of metrics.jsonl as bars of text, a line a row; V is validation."""
-    points = []
-    for key, mark in (("loss", "."), ("val_loss", "V")):
-        found = curve(rows, key)
-        every = 1 + len(found) // most
-        points += [(step, mark, loss) for step, loss in found[::-every]]  # the last among them
-    high = max((loss for _, _, loss in points), default=1)
-    lines = []
-    for step, mark, loss in sorted(points):
-        lines.append(f"{step:8,} {mark} {loss:.4f} " + "=" * round(loss / high * width))
-    return "\n".join(lines)
 
 
 def plot_run(out, title):

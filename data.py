@@ -3,11 +3,11 @@
 python data.py shakespeare                     # tiny Shakespeare -> data/shakespeare.txt
 python data.py wikitext-103                    # -> data/wikitext-103/{train,valid,test}.txt
 python data.py wikitext-103 --tokenizer T      # the same, and shards of tokens beside it
-python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # .txt, .jsonl, .parquet -> shards
+python data.py mine/ 'more/*.jsonl' --tokenizer T --out D    # text or records -> shards
 python data.py toybox --out data/toybox        # a made-up world: text, chats, preferences
 python train.py --data D                       # what shards are for
 
-From top to bottom: `make_shards` writes documents as tokens, `Split.plan_simply` says which
+From top to bottom: `make_shards` writes documents as tokens, `Split.plan` says which
 documents share a row, `Batches` hands out rows and knows its place (`state`) for a resumed run.
 """
 
@@ -34,6 +34,7 @@ from common import (
     cli,
     full_disk_explained,
     in_processes,
+    naming,
     parse_flags,
     read_json,
     sha256,
@@ -49,6 +50,7 @@ MAGIC = b"TOKSHARD"
 VERSION = 1
 SHARD_HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
+MOST_SHARDS = 10**5  # their names have five digits
 
 
 class Header(NamedTuple):
@@ -286,10 +288,10 @@ def read_header(path, tokenizer_sha256=None):
     if not raw.startswith(MAGIC) or len(raw) < SHARD_HEADER.size:
         raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
     header = Header(*SHARD_HEADER.unpack(raw))
-    if header.version != VERSION:
+    if header.version != VERSION or header.itemsize not in (2, 4):
         raise UserError(
-            f"{path}: format version {header.version}; this program reads version {VERSION}: "
-            "make the shards again"
+            f"{path}: format version {header.version} with ids of {header.itemsize} bytes; this "
+            f"program reads version {VERSION} with 2 or 4: make the shards again"
         )
     ids = header.tokens * header.itemsize
     expected = SHARD_HEADER.size + ids + -ids % 8 + 8 * header.documents
@@ -317,6 +319,12 @@ def open_shards(folder, tokenizer_sha256=None):
             f"python data.py FILE... --tokenizer T --out {folder}"
         )
     meta = read_json(folder / "meta.json")
+    with naming(folder / "meta.json"):
+        return read_splits(folder, meta, tokenizer_sha256)
+
+
+def read_splits(folder, meta, tokenizer_sha256):
+    """meta.json's content -> {split: Split}"""
     if meta.get("job", {}).get("version") != VERSION:
         raise UserError(
             f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py"
@@ -327,8 +335,12 @@ def open_shards(folder, tokenizer_sha256=None):
             "it goes on where it was"
         )
     end_id = meta["first_id"] if meta["last_id"] is None else None
+    if not isinstance(end_id, int | None):
+        raise UserError(f"first_id is {end_id!r}, expected a token's id")
     splits = {}
     for name, counts in meta["splits"].items():
+        if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):
+            raise UserError(f"split {name[:40]!r} of {counts['shards']!r} shards")
         paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
         splits[name] = map_split(paths, name, end_id, counts, tokenizer_sha256)
     return splits
@@ -351,7 +363,7 @@ def map_split(paths, name, end_id, counts, tokenizer_sha256):
         starts_at = path.stat().st_size - 8 * header.documents
         ids = np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, (header.tokens,))
         begin = np.memmap(path, "<u8", "r", starts_at).astype(np.int64)
-        if begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
+        if not len(begin) or begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
             raise UserError(f"{path}: damaged, its document starts are out of order; make it again")
         tokens.append(ids)
         starts.append(begin)
@@ -452,62 +464,41 @@ class Split:
         offset = rng.integers(max(1, min(context, pairs[0] - context + 1)))
         return begin + offset, pairs - offset
 
-    def plan_simply(self, context, seed, epoch):
+    def plan(self, context, seed, epoch):
         """What a row is: exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
         A document gives as many full rows as it has, from its start. What remains of all documents
         is shuffled, put end to end and cut into rows too; in such a row a piece that begins a
         document goes first. So nothing is padded or masked, and nothing dropped but the less than
-        one row that is over in the end, other text each epoch. Plain loops; `plan` is the same for
-        millions of documents."""
+        one row that is over in the end, other text each epoch. It is in whole arrays, for millions
+        of documents; tests/test_data.py has the same as plain loops."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
-        rows = []  # of pieces (start, size)
-        for start, size in zip(begin, pairs):
-            rows += [[(start + at, context)] for at in range(0, size - context + 1, context)]
-        line = []  # what remains, pair by pair: (document, place in it)
-        for document in rng.permutation(np.flatnonzero(pairs % context)):
-            full = pairs[document] // context * context
-            line += [(document, at) for at in range(full, pairs[document])]
-        for left in range(0, len(line) - context + 1, context):
-            row = line[left : left + context]
-            groups = itertools.groupby(row, key=lambda pair: pair[0])
-            pieces = [
-                (document, next(group)[1], 1 + len(list(group))) for document, group in groups
-            ]
-            pieces.sort(key=lambda piece: piece[1] > 0)  # those that begin a document go first
-            rows.append([(begin[document] + at, size) for document, at, size in pieces])
-        starts, sizes = np.array(list(itertools.chain(*rows)), np.int64).reshape(-1, 2).T
-        first = np.cumsum([0, *map(len, rows)])
-        return Plan(starts, sizes, first, rng.permutation(len(rows)))
-
-    def plan(self, context, seed, epoch):
-        """`plan_simply`, in whole arrays: a million documents in less than two seconds."""
-        rng = np.random.default_rng([seed, epoch])
-        begin, pairs = self.documents_of_epoch(rng, context)
-        rest = pairs % context
-        full = pairs - rest  # pairs in rows that each document fills alone
-        mixed = rng.permutation(np.flatnonzero(rest))
-        # Parts of documents, end to end on a line of pairs, where row r is r * context ...: the
-        # full rows of each, then what remains of some.
-        origin = np.append(begin, begin[mixed])
-        starts = np.append(begin, (begin + full)[mixed])
-        sizes = np.append(full, rest[mixed])
+        full = pairs // context  # rows that each document fills alone
+        alone = np.repeat(begin, full)  # where the document of each such row begins
+        alone += context * (np.arange(len(alone)) - np.repeat(np.cumsum(full) - full, full))
+        # What remains of the others lies end to end on a line of pairs, where row r is at
+        # r * context. A piece begins where a remainder begins and where a row begins.
+        mixed = rng.permutation(np.flatnonzero(pairs % context))
+        rest = begin[mixed] + full[mixed] * context
+        sizes = pairs[mixed] % context
         ends = np.cumsum(sizes)
         begins = ends - sizes
-        rows = int(ends[-1]) // context
-        # A piece begins where a part begins and where a row begins.
+        rows = int(sizes.sum()) // context
         cuts = np.append(begins[begins < rows * context], np.arange(rows) * context)
         cuts.sort(kind="stable")  # merges the two sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]
         part = np.searchsorted(ends, cuts, "right")  # that a piece is of
-        starts = starts[part] + cuts - begins[part]
-        sizes = np.diff(cuts, append=rows * context)
+        into = cuts - begins[part]
         row = cuts // context
-        fresh = starts == origin[part]  # the piece begins a document
+        fresh = (into == 0) & (full[mixed][part] == 0)  # the piece begins a document
         by_row = np.argsort(row * 2 - fresh, kind="stable")  # within a row those go first
-        first = np.searchsorted(row, np.arange(rows + 1))
-        return Plan(starts[by_row], sizes[by_row], first, rng.permutation(rows))
+        starts = np.append(alone, (rest[part] + into)[by_row])
+        sizes = np.diff(cuts, append=rows * context)[by_row]
+        sizes = np.append(np.full(len(alone), context), sizes)
+        first = len(alone) + np.searchsorted(row, np.arange(rows + 1))
+        first = np.append(np.arange(len(alone)), first)
+        return Plan(starts, sizes, first, rng.permutation(len(first) - 1))
 
     def fill(self, rows, context):
         """[(starts, sizes) of the pieces of a row] -> Batch.
@@ -658,7 +649,7 @@ class Args:
     val: tuple = ()  # files to validate on, not a share of the documents
     val_share: float = 0.01  # share of the documents to validate on
     split_on: str = ""  # what stands between the documents of a text file; \n is a newline
-    field: str = "text"  # where a .jsonl or .parquet has its text
+    field: str = "text"  # where records (JSON Lines, a JSON list, parquet) have their text
     skip_bad: bool = False  # count and leave out records without a text
     overwrite: bool = False  # throw away the shards in --out
     processes: int = 0  # to tokenize in; 0 is one per CPU

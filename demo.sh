@@ -182,7 +182,7 @@ stage int8 "In 8 bits: one scale a row, rounded to the nearest" \
 stage int4 "In 4 bits: GPTQ rounds each matrix so that its outputs change least" \
     python quant.py $P-dpo --format gptq --group-size $group --act-order --out $P-int4
 stage gguf "And as one file for llama.cpp" \
-    python quant.py $P-dpo --format gguf-q8_0 --out $P.gguf
+    python -m formats.gguf $P-dpo --type q8_0 --out $P.gguf
 stage eval-int8 "What 8 bits cost" \
     python finetune.py eval $P-int8 --data $questions $EVAL --out $P-report/int8
 stage eval-int4 "What 4 bits cost" \

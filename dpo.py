@@ -3,21 +3,20 @@ that prefers it too.
 
     python dpo.py MODEL --data prefs.jsonl --out runs/dpo     # DPO; or --loss ipo, simpo, orpo
     python dpo.py MODEL --data toybox --lora 16               # the reference is the frozen base
-    python dpo.py eval runs/dpo --data prefs.jsonl            # how often the preferred answer wins
 
 Top to bottom: the loss, records of any layout into pairs of ids, rows that share a prompt,
-log-probs and the reference's, training, eval.
+log-probs and the reference's, training.
 """
 
 import json
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
+
+import common  # isort: skip
 
 import numpy as np
 import torch
@@ -25,14 +24,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import chat
-import common
 import finetune
 import lora
 from common import UserError
 from data import moved
 from formats.peft import base_sha256
 from model import Transformer
-from runtime import read_tensors, resolve, write_tensors
+from runtime import resolve
 from training import toybox
 from training.loop import (
     LoopArgs,
@@ -54,7 +52,8 @@ REFERENCE_FREE = ("simpo", "orpo")
 @dataclass
 class Args(LoopArgs):
     model: str = "runs/sft"  # the model folder to tune; as it is now it is also the reference
-    data: str = "toybox"  # toybox, or a .json or .jsonl of preferences
+    data: str = "toybox"  # toybox, or a file of preferences
+    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
     val: str = ""  # held-out preferences [a share of the data's prompts, chosen by their hash]
     val_share: float = 0.1  # that share
     pairs: int = 4000  # how many pairs toybox makes
@@ -138,8 +137,9 @@ def log_odds(log_p):
 # ----------------------------------------------------------------------- records into pairs of ids
 class Preference(NamedTuple):
     prompt: list  # messages
-    chosen: str
-    rejected: str
+    chosen: dict  # a message of the assistant's
+    rejected: dict
+    tools: list | None = None
 
 
 class PairIds(NamedTuple):
@@ -153,39 +153,47 @@ class PairIds(NamedTuple):
 PREFERENCE_LAYOUTS = (
     "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations "
     "or HH-RLHF's text; Alpaca {instruction, input, chosen, rejected}; "
-    "ShareGPT {conversations, chosen, rejected}"
+    "ShareGPT {conversations, chosen, rejected}; beside any system, history, tools"
 )
 
 
 def as_preference(record):
-    """One record of a dataset, in any of PREFERENCE_LAYOUTS -> Preference."""
-    if not isinstance(record, dict):
-        raise UserError(f"it is a {type(record).__name__}, not an object")
-    if not {"chosen", "rejected"} <= record.keys():
-        keys = ", ".join(record)[:200]
+    """One record of a dataset, in any of PREFERENCE_LAYOUTS -> Preference.
+
+    An `output` beside the two answers, which both were made from, says nothing."""
+    fields = chat.known_keys("the record", record, record)
+    if not {"chosen", "rejected"} <= fields.keys():
+        keys = ", ".join(fields)[:200]
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
-    chosen = as_talk(record, "chosen")
-    rejected = as_talk(record, "rejected")
+    sides = fields.pop("chosen"), fields.pop("rejected")
+    fields.pop("output", None)
+    (chosen, tools), (rejected, _) = (as_talk(fields, side) for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
-        answered = talk[-1]["role"] == "assistant" and isinstance(talk[-1]["content"], str)
-        if len(talk) < 2 or not answered:
+        if len(talk) < 2 or talk[-1]["role"] != "assistant":
             raise UserError("there must be a prompt, and after it an answer of the assistant's")
-    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+        if "weight" in talk[-1]:
+            raise UserError("an answer of weight 0 teaches nothing")
+    return Preference(chosen[:-1], chosen[-1], rejected[-1], tools)
 
 
-def as_talk(record, side):
-    """-> the messages of a record's prompt and of its "chosen" or "rejected" answer."""
-    answer = as_preference_messages(record[side], "assistant")
+def as_talk(fields, answer):
+    """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
+    answer = as_preference_messages(answer, "assistant")
+    beside = [key for key in chat.TALKS if key in fields]
+    if "prompt" in fields:
+        fields = {**fields, "prompt": as_preference_messages(fields["prompt"], "user")}
     if len(answer) > 1:  # it is a whole conversation; a single message answers the prompt
-        return answer
-    if "instruction" in record:
-        return chat.as_messages({**record, "output": answer})[0]
-    asked = record.get("prompt") or record.get("conversations") or []
-    prompt = as_preference_messages(asked, "user")
-    record = {"system": record.get("system"), "prompt": prompt, "completion": answer}
-    return chat.as_messages(record)[0]
+        if beside:
+            raise UserError(f"beside whole conversations {beside[0]!r} is an unknown key")
+        return chat.as_messages({**fields, "messages": answer})
+    if beside:
+        prompt = as_preference_messages(fields[beside[0]], "user")
+        return chat.as_messages({**fields, beside[0]: prompt + answer})
+    if not fields.keys() & set(chat.QUESTIONS):
+        return answer, None
+    return chat.as_messages({**fields, "completion": answer})
 
 
 def as_preference_messages(value, role):
@@ -196,41 +204,34 @@ def as_preference_messages(value, role):
         if not said or start.strip():
             return chat.as_turns(role, value)
         value = [
-            {"from": "human" if who == "Human" else "gpt", "value": text.strip()}
+            {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
             for who, text in zip(said[::2], said[1::2])
         ]
-        if role == "user" and not value[-1]["value"]:  # a prompt may end in "Assistant:"
+        if role == "user" and not value[-1]["content"]:  # a prompt may end in "Assistant:"
             value.pop()
-    elif isinstance(value, dict):
-        value = [value]
-    if value and "from" in value[0]:
-        value, _ = chat.as_messages({"conversations": value})
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return chat.as_list(value)
 
 
-def read_preferences(path, split="train", count=0, seed=0):
-    """Yields the Preferences of a JSON list or JSONL, or `count` of toybox; UserError names the
-    record that is none."""
+def read_preferences(path, split="train", count=0, seed=0, ignore=""):
+    """Yields the Preferences of a file, or `count` of toybox; UserError names the record that is
+    none."""
     if path == "toybox":
-        records = toybox.preferences(split, count, seed)
-    else:
-        records = common.json_records(path)
-    for n, record in enumerate(records, 1):
-        try:
-            yield as_preference(record)
-        except (KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{path}: record {n} cannot be read as a preference: {error}") from None
+        yield from map(as_preference, toybox.preferences(split, count, seed))
+        return
+    for _, preference in chat.read_each(path, as_preference, ignore):
+        yield preference
 
 
 def pair_ids(tok, preference, context):
     """Preference -> PairIds. Raises UserError that says why it cannot be used.
 
     The prompt's ids are those a server would send; a prompt too long is cut from the left."""
-    prompt, *answers = preference
-    head, _ = chat.render(tok, prompt, add_generation_prompt=True)
+    prompt, *answers, tools = preference
+    head, _ = chat.render(tok, prompt, True, tools)
     ends = []
     for answer in answers:
-        ids, mask = chat.render(tok, [*prompt, {"role": "assistant", "content": answer}])
+        talk = chat.read_chat(tok, [*prompt, answer], tools)
+        ids, mask = chat.training_ids(tok, talk)
         end = len(mask) - mask[::-1].index(1)
         if ids[: len(head)] != head or not all(mask[len(head) : end]):
             raise UserError(
@@ -263,9 +264,10 @@ def usable_pairs(tok, preferences, context):
 def load_pairs(args, tok, model_sha):
     """-> (training Pairs, validation Pairs). A share is held out by prompt, so that no prompt is
     on both sides."""
-    train = list(read_preferences(args.data, "train", args.pairs, args.seed))
+    options = args.seed, args.ignore_keys
+    train = list(read_preferences(args.data, "train", args.pairs, *options))
     if args.val or args.data == "toybox":
-        val = read_preferences(args.val or args.data, "val", 200)
+        val = read_preferences(args.val or args.data, "val", 200, 0, args.ignore_keys)
     else:
         val = [p for p in train if prompt_number(p) < args.val_share]
         train = [p for p in train if prompt_number(p) >= args.val_share]
@@ -373,7 +375,7 @@ class Pairs:
         ref = [0.0] * (len(prompt) - 1) + self.ref[self.first[r] : self.first[r + 1]].tolist()
         return *prompt_row(prompt, answers), ref
 
-    def validation(self, rows, context, stride=None, rank=0, world=1):
+    def validation(self, rows, context, rank=0, world=1):
         """Yield PairBatches that have every pair once, alike in length. Rank r gets every world-th
         batch; all ranks get as many, of as many rows: one without targets only fills the batch."""
         batches = -(-len(self.pairs) // (rows * world))
@@ -398,16 +400,8 @@ def log_probs(model, batch):
 
 
 @torch.no_grad()
-def fill_reference(pairs, model, tok, runtime, rows, folder):
-    """Set pairs.ref to the model's log-probs: read from FOLDER if they were computed before, else
-    computed, by all ranks together, and kept there under a hash of what they hang on."""
-    dtype = model.embed_tokens.weight.dtype
-    key = common.sha256(f"{pairs.sha256} {tok.sha256} {dtype} {runtime.dtype}".encode())
-    path = Path(folder) / f"reference-{key[:16]}.safetensors"
-    if path.is_file():
-        pairs.ref = read_tensors(path)["log_probs"].numpy()
-        print(f"refer    log-probs of {len(pairs.pairs):,} pairs read from {path}")
-        return
+def fill_reference(pairs, model, runtime, rows):
+    """Set pairs.ref to the model's log-probs, computed by all ranks together."""
     model.eval()
     found = torch.zeros(len(pairs.ref), device=runtime.device)
     begins = range(runtime.rank * rows, len(pairs.pairs), rows * runtime.world)
@@ -421,10 +415,6 @@ def fill_reference(pairs, model, tok, runtime, rows, folder):
     if runtime.world > 1:
         torch.distributed.all_reduce(found)
     pairs.ref = found.cpu().numpy()
-    if runtime.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"log_probs": found})
-    print(f"refer    log-probs of {len(pairs.pairs):,} pairs computed, kept in {path}")
 
 
 def pair_loss(model, batch, args):
@@ -478,18 +468,6 @@ def pair_means(totals, args, runtime):
     return means
 
 
-@torch.no_grad()
-def measure_pairs(model, pairs, rows, args, runtime):
-    """The loss over all pairs and what goes with it -> {name: mean}."""
-    totals: Counter = Counter()
-    model.eval()
-    for batch in pairs.validation(rows, args.context, None, runtime.rank, runtime.world):
-        with runtime.autocast():
-            totals.update(pair_loss(model, moved(batch, runtime.device), args)[1])
-    model.train()
-    return pair_means(totals, args, runtime)
-
-
 # ---------------------------------------------------------------------------------------- training
 def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
@@ -519,7 +497,7 @@ def prepare_preferences(args, checkpoint):
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
-            fill_reference(pairs, model, tok, runtime, args.micro_batch or 8, Path(args.out).parent)
+            fill_reference(pairs, model, runtime, args.micro_batch or 8)
     model, write = make_policy(args, checkpoint, model, base_hash, runtime)
     trained, total = lora.count_params(model)
     print(
@@ -557,8 +535,17 @@ def make_policy(args, checkpoint, model, base_hash, runtime):
     return model, lora.adapter_writer(base_hash)
 
 
+@torch.no_grad()
 def validate_preferences(run):
-    means = measure_pairs(run.step_model, run.val, run.rows, run.args, run.runtime)
+    """The loss over all held-out pairs and what goes with it -> {name: mean}."""
+    runtime = run.runtime
+    model = run.step_model.eval()
+    totals: Counter = Counter()
+    for batch in run.val.validation(run.rows, run.args.context, runtime.rank, runtime.world):
+        with runtime.autocast():
+            totals.update(pair_loss(model, moved(batch, runtime.device), run.args)[1])
+    model.train()
+    means = pair_means(totals, run.args, runtime)
     return {f"val_{name}": value for name, value in means.items()}
 
 
@@ -572,7 +559,7 @@ def check_start(run):
         if not off <= bound:
             raise UserError(
                 f"step 0: loss and margin are {off:.2g} off ln 2 and 0: the policy is not the "
-                f"reference; delete reference-*.safetensors in {Path(run.args.out).parent}"
+                "reference; did dpo.py change?"
             )
         print(f"start    loss = ln 2 to {off:.0e}, margin 0: the policy is the reference")
     if run.metrics:
@@ -603,67 +590,7 @@ def train_preferences(run):
         log_step(run, step, total, args.batch, **values)
 
 
-# -------------------------------------------------------------------------------------------- eval
-@dataclass
-class EvalArgs:
-    model: str = "runs/dpo"  # what dpo.py wrote: a model folder, or an adapter
-    reference: str = ""  # the model folder it started from [the one its run was given]
-    data: str = "toybox"  # toybox, or a .json or .jsonl of pairs
-    pairs: int = 500  # how many of toybox's test split
-    beta: float = 0.1  # scale of the rewards
-    context: int = 1024  # tokens of a prompt and an answer together
-    max_tokens: int = 64  # of an answer that is generated
-    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16
-
-
-def eval_preferences(argv):
-    """How often the preferred answer has the higher reward, and by how much; on toybox also what
-    the models themselves say."""
-    doc = eval_preferences.__doc__
-    args = EvalArgs(**common.parse_flags(EvalArgs, doc, argv, positional=("model",)))
-    folder = Path(args.model)
-    recorded = folder / "args.json"
-    if not args.reference and not recorded.is_file():
-        raise UserError(
-            f"{folder} does not say what it started from: name that model folder with --reference"
-        )
-    start = args.reference or common.read_json(recorded)["model"]
-    runtime = resolve(args.device, args.dtype, "off")
-    tok, model = finetune.open_model(start, runtime.device, runtime.dtype)
-    context = min(args.context, model.config.max_position_embeddings)
-    found = usable_pairs(tok, read_preferences(args.data, "test", args.pairs), context)
-    pairs = Pairs(found, base_sha256(model))
-    fill_reference(pairs, model, tok, runtime, 8, folder.parent)
-    result = {"pairs": len(found)}
-    if args.data == "toybox":
-        result["before"] = toybox_shares(args, tok, model)
-    if (folder / "adapter_config.json").is_file():
-        lora.load_adapter(model, folder)
-    else:
-        _, model = finetune.open_model(folder, runtime.device, runtime.dtype)
-    result |= measure_pairs(model, pairs, 8, Args(beta=args.beta), runtime)
-    if args.data == "toybox":
-        result["after"] = toybox_shares(args, tok, model)
-    print(json.dumps(result, indent=1))
-
-
-def toybox_shares(args, tok, model):
-    """Greedy answers to toybox's questions -> the shares in the preferred style, right, and ended
-    by themselves."""
-    rows = list(toybox.preferences("test", args.pairs))
-    prompts = [chat.render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
-    answers = finetune.greedy_answers(model, tok, prompts, args.max_tokens)
-    seen = [
-        (toybox.style(text), toybox.check(row["family"], row["prompt"], text), ended)
-        for row, (text, ended) in zip(rows, answers)
-    ]
-    return dict(zip(("style", "right", "ended"), map(fmean, zip(*seen))))
-
-
 def main():
-    if sys.argv[1:2] == ["eval"]:
-        return eval_preferences(sys.argv[2:])
     args, checkpoint = read_args(Args, __doc__, positional=("model",))
     launch(args, checkpoint, prepare_preferences, train_preferences)
 

@@ -10,33 +10,31 @@ the assistant says is in the loss. Top to bottom: conversations to packed rows, 
 train, the loop, the exam.
 """
 
-import math
 import re
 import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from common import UserError, cli, parse_flags, sha256  # isort: skip
 
 import numpy as np
 import torch
 from torch import nn
 
 import chat
-from common import UserError, cli, parse_flags, sha256
 from data import Split, held_out, open_shards
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.corpora import read_text
-from training.exam import mark_answers, read_questions, source_records, write_marks
+from training.exam import mark_answers, read_questions, source_records, split_file, write_marks
 from training.loop import (
     LoopArgs,
     backward,
     describe,
-    evaluate,
     launch,
     log_step,
     passes,
@@ -53,6 +51,7 @@ class Args(LoopArgs):
     data: tuple = ()  # FILE, FOLDER (its train.jsonl and val.jsonl) or toybox; FILE:2 counts twice
     val: tuple = ()  # what to validate on [val.jsonl of a FOLDER, else a share of --data]
     val_share: float = 0.05  # that share
+    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
     text: str = ""  # text mixed in against forgetting: a file, a named corpus or shards
     text_share: float = 0.1  # share of the rows that are of --text
     examples: int = 40_000  # conversations that `--data toybox` makes
@@ -216,7 +215,7 @@ def load_data(args, tok):
     counts = Counter()  # {what became of a conversation that was not taken whole: how many}
 
     def read(name, split, count):
-        records = source_records(name, split, count)
+        records = source_records(name, split, count, args.ignore_keys)
         return encode_conversations(tok, name, records, args.context, counts)
 
     sources, val, share = [], [], args.val_share
@@ -224,7 +223,7 @@ def load_data(args, tok):
     for spec in args.data:
         name, weight = parse_source(spec)
         pairs = read(name, "train", args.examples)
-        if not args.val and (name == "toybox" or (Path(name) / "val.jsonl").is_file()):
+        if not args.val and (name == "toybox" or split_file(name, "val").is_file()):
             val_names.append(name)
         elif not args.val:
             if not 0 < share < 1 or len(pairs) < 2:
@@ -288,11 +287,18 @@ def open_model(folder, device, dtype=None):
                 f"{model.config.vocab_size:,} rows now, the new ones are the mean of the others"
             )
         tok.chat_template = chat.CHATML_TEMPLATE
-    stop, ends = chat.stop_id(tok), model.config.eos_token_id
-    known = ends if isinstance(ends, list) else [ends]
-    if stop not in known:
-        model.config.eos_token_id = stop if ends is None else [stop, *known]
+        tok.config["add_bos_token"] = False  # llama.cpp would put one before a conversation, too
+        tok.before = ()
+    end_turns(tok, model.config)
     return tok, model
+
+
+def end_turns(tok, config):
+    """The token that ends a turn of a conversation ends what the model generates, too."""
+    stop, ends = chat.stop_id(tok), config.eos_token_id
+    known = ends if isinstance(ends, list) else [ends]
+    if stop is not None and stop not in known:
+        config.eos_token_id = stop if ends is None else [stop, *known]
 
 
 def packed_loss(model, batch, args):
@@ -354,15 +360,15 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
     return answers
 
 
-def try_out(run, count=20):
+def try_out(run):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
         return  # it is for one rank, which must have the whole model
-    pairs = run.val.pairs[:count]
+    pairs = run.val.pairs[:20]
     # A prompt ends where the assistant begins to speak.
     prompts = [ids[: mask.argmax()].tolist() for ids, mask in pairs]
     given = greedy_answers(run.model, run.tok, prompts, run.args.sample)
-    for (ids, mask), (text, _) in islice(zip(pairs, given), 3):
+    for (ids, mask), (text, _) in zip(pairs[:3], given):
         expected = chat.paint(run.tok, ids.tolist(), mask)
         print(f"\n{expected}answered: {chat.printable(text)}")
     ended = sum(ended for _, ended in given)
@@ -373,6 +379,7 @@ def try_out(run, count=20):
 class EvalArgs:
     model: str = ""  # the model folder to examine
     data: tuple = ("toybox",)  # FILE, FOLDER (its test.jsonl) or toybox; the last turn is expected
+    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
     before: str = ""  # another model to set beside it, the base say
     out: str = ""  # where the report goes [the model's folder]
     examples: int = 1400  # questions of each source at most
@@ -391,30 +398,12 @@ def exam_command(argv):
     marks = []
     for folder in folders:
         tok, model = open_model(folder, runtime.device, runtime.dtype)
-        prompts = [chat.render(tok, q.messages, True)[0] for q in questions]
+        prompts = [chat.render(tok, q.messages, True, q.tools)[0] for q in questions]
         answers = greedy_answers(model, tok, prompts, args.max_tokens, args.dtype)
-        perplexity = perplexity_of_expected(model, tok, questions, runtime)
-        marks.append(mark_answers(questions, answers, perplexity))
+        marks.append(mark_answers(questions, answers))
     out = Path(args.out or args.model)
     out.mkdir(parents=True, exist_ok=True)
     write_marks(out, folders, marks, questions, " ".join(["python finetune.py eval", *argv]))
-
-
-def perplexity_of_expected(model, tok, questions, runtime):
-    """exp of the mean loss of a token of the expected answers; nan without any."""
-    talks = []
-    for q in questions:
-        if q.expected:
-            answer = {"role": "assistant", "content": q.expected}
-            talks.append((None, [*q.messages, answer], None))
-    if not talks:
-        return math.nan
-    most = model.config.max_position_embeddings
-    pairs = encode_conversations(tok, "the expected answers", talks, most, Counter())
-    split = Conversations([(1.0, pairs)])
-    args = Args(context=int(split.sizes.max()))
-    nats, count = evaluate(model, split, 8, args, runtime, loss=packed_loss)
-    return math.exp(min(700.0, nats / count))
 
 
 def main():

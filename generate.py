@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 generate.py MODEL "prompt"     # a model larger than one card
 
 A line of the batch file is {"prompt": text or ids} or {"messages": [...]}, with "id" and any field
-of Sampling as it likes. From Python:
+of Sampling as it likes; "tools", "system" and "history" go with messages. From Python:
 
     engine = Engine("runs/demo")
     outputs = engine.generate(["Once upon", "Hello"], Sampling(max_tokens=50))
@@ -29,49 +29,50 @@ import sys
 import time
 from array import array
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
+
+from common import UserError, cli, file_rows, parse_flags, read_json  # isort: skip
 
 import torch
 
 import chat
-from common import UserError, cli, parse_flags, read_json
-from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.native import quiet_torch
 from engine.parallel import shard_model
 from engine.runner import Runner, StepBatch, pool_size
-from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniform
+from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniforms
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from formats import peft
+from formats.hub import SAMPLING_KEYS
+from formats.vocab import find_tokenizer
 from model import Transformer
 from runtime import lost_rank_explained, resolve
 from tokenizer import Tokenizer
 
+READ_TOKENS = 256  # of a text that is only read, between two steps at most
+
 
 # ------------------------------------------------------------------------------------------ loading
-def load_engine_model(folder, device="auto", dtype="auto", split=True):
+def load_engine_model(folder, device="auto", dtype="auto"):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
     On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of
-    several ranks (torchrun) each gets its shard; with split=False this rank has all of the model.
+    several ranks (torchrun) each gets its shard.
     """
     folder = Path(folder)
     runtime = resolve(device, dtype, "off")
-    if not split:
-        runtime = replace(runtime, rank=0, world=1)
     on_cpu = runtime.device.type == "cpu"
     alone = runtime.world == 1
     # Several ranks map a folder's files, and bring into memory only what they keep.
     place = runtime.device if alone else torch.device("cpu")
     weights = torch.float32 if on_cpu else runtime.dtype
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" or folder.is_file():
         from formats import gguf
 
         model, tok = gguf.load(folder, place, weights, keep_packed=on_cpu and alone)
     else:
         model = Transformer.from_pretrained(folder, place, None if place.type == "cpu" else weights)
-        names = ("tokenizer.json", "tokenizer.model", "vocab.bpe", "tekken.json")
-        found = any((folder / name).is_file() for name in names)
-        tok = Tokenizer.load(folder) if found else None
+        tok = Tokenizer.load(folder) if find_tokenizer(folder) else None
     if tok and tok.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tok.vocab_size:,} ids, "
@@ -120,8 +121,7 @@ class Engine:
         max_seqs=None,  # answers made at once; None: 64 on a CPU, 256 on a GPU
         step_tokens=None,  # computed in a step at most; None: 512 on a CPU, 8192 on a GPU
         prefix_cache=True,
-        draft=None,  # speculate: "lookup", or a folder with a smaller model
-        draft_tokens=4,  # tokens guessed ahead
+        draft_tokens=0,  # speculate: so many tokens are guessed ahead, by `lookup_draft`
         adapters=None,  # {name: LoRA folder}
         loaded=None,  # what load_engine_model returns, in place of the folder
     ):
@@ -131,29 +131,25 @@ class Engine:
         self.config = model.config
         del model  # its weights are packed, and the cache may take their room
         self.max_model_len = self.config.max_position_embeddings
-        self.runners = [self.runner]
-        self.drafter = None  # the Runner of a draft model
-        if draft and draft != "lookup" and runtime.rank == 0:
-            small, alone = self.load_draft_model(draft)
-            self.drafter = Runner(small, alone, quant, kv_dtype, block_size)
-            self.runners.append(self.drafter)
         usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
         max_seqs = max_seqs or usual[0]
         step_tokens = step_tokens or usual[1]
-        blocks = pool_size(self.runners, kv_tokens, max_seqs, self.max_model_len)
-        for runner in self.runners:
-            runner.allocate(blocks)
+        blocks = pool_size(self.runner, kv_tokens, max_seqs, self.max_model_len)
+        self.runner.allocate(blocks)
         if runtime.rank:
             self.runner.follow()
         self.max_model_len = min(self.max_model_len, blocks * block_size)
-        most = draft_tokens if draft else 0
-        self.scheduler = Scheduler(blocks, block_size, max_seqs, step_tokens, most, prefix_cache)
+        limits = max_seqs, step_tokens, draft_tokens
+        self.scheduler = Scheduler(blocks, block_size, *limits, prefix_cache)
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
         self.vocab_size = self.config.vocab_size
         if self.tok:
             self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
         eos = self.config.eos_token_id  # one, a list or None
         self.eos = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        said = self.config.generation
+        self.sampling_defaults = {k: said[k] for k in SAMPLING_KEYS if said.get(k) is not None}
+        Sampling(**self.sampling_defaults).check(self.vocab_size)
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
@@ -168,18 +164,6 @@ class Engine:
         runtime = replace(runtime, rank=0, world=1)  # of several ranks each may have its own
         return cls(None, loaded=(model, tok, runtime), **options)
 
-    def load_draft_model(self, folder):
-        """A small model that proposes tokens: it is whole on the first rank -> (model, Runtime)."""
-        model, tok, runtime = load_engine_model(folder, self.runner.device, split=False)
-        size, own = model.config.vocab_size, self.config.vocab_size
-        if size != own or (self.tok and tok and tok.vocab != self.tok.vocab):
-            raise UserError(
-                f"--draft {folder}: its vocabulary ({size:,} ids) is not that of this model "
-                f"({own:,}); a draft model must share the tokenizer"
-            )
-        self.max_model_len = min(self.max_model_len, model.config.max_position_embeddings)
-        return model, runtime
-
     def refresh(self, model):
         """The weights of the model that the engine was made `of` have changed: between requests,
         pack them again where they lie, and forget the keys and values that the old ones made."""
@@ -192,9 +176,9 @@ class Engine:
         if isinstance(prompt, str):
             if self.tok is None:
                 raise UserError("this model folder has no tokenizer, so prompts must be token ids")
-            return self.tok.encode(prompt, bos=self.tok.bos_id is not None)
+            return self.tok.encode_prompt(prompt)
         for i in prompt:
-            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
                 last = self.vocab_size - 1
                 raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
         return prompt
@@ -222,7 +206,9 @@ class Engine:
         ends = frozenset(sampling.stop_ids)
         if not sampling.ignore_eos:
             ends |= self.eos
-        request = Request(request_id, ids, sampling, self.runner.adapter_index(adapter), ends)
+        adapter = self.runner.adapter_index(adapter)
+        request = Request(request_id, ids, sampling, adapter, ends, SamplingRow(sampling))
+        full = min(len(ids) + sampling.max_tokens, self.max_model_len)
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
         self.requests[request_id] = []
         for index in range(sampling.n):
@@ -230,7 +216,7 @@ class Engine:
             stream = self.tok.stream(skip_special=True) if self.tok else None
             constraint = copy.copy(sampling.constraint)
             arrival = next(self.arrivals)
-            seq = Sequence(request, index, arrival, own_seed, list(ids), stream, constraint)
+            seq = Sequence(request, index, arrival, own_seed, list(ids), full, stream, constraint)
             self.requests[request_id].append(seq)
             self.scheduler.add(seq)
         self.scheduler.counts["prompt_tokens"] += len(ids)
@@ -265,27 +251,11 @@ class Engine:
 
     def propose(self, plan):
         """-> {sequence: ids that may come next}, no more than the plan has room for."""
-        most = {}
+        drafts = {}
         for seq, n in plan.items():
             room = min(n - 1, self.max_model_len - len(seq.ids) - 1)
             if room > 0 and seq.remaining == 1 and seq.constraint is None:
-                most[seq] = room
-        if self.drafter is None:
-            return {seq: lookup_draft(seq.ids, room) for seq, room in most.items()}
-        drafts = {seq: [] for seq in most}
-        for length in range(max(most.values(), default=0)):  # each round adds one id to every draft
-            live = [seq for seq in drafts if most[seq] > length]
-            batch = StepBatch()
-            for seq in live:
-                ids = seq.ids + drafts[seq]
-                new = ids[seq.drafted :]
-                batch.add(seq.blocks, new, seq.drafted, [len(new) - 1], seq.request.adapter)
-                seq.drafted = len(ids)
-            rows = [self.sampling_row(seq, drafts[seq]) for seq in live]
-            logits = self.drafter(batch)[:, : self.vocab_size]
-            tokens, _ = draw_tokens(logits, rows)
-            for seq, token in zip(live, tokens.tolist()):
-                drafts[seq].append(token)
+                drafts[seq] = lookup_draft(seq.ids, room)
         return drafts
 
     def compute(self, plan, drafts):
@@ -293,35 +263,28 @@ class Engine:
 
         Each of those has one row, and one more after each id of its draft.
         """
-        batch, catch_up = StepBatch(), StepBatch()
+        batch = StepBatch()
         owners = []
         for seq, n in plan.items():
             draft = drafts.get(seq, [])
-            n = min(n, seq.remaining)
-            end = seq.computed + n
-            rows = range(0)
+            new = seq.ids[seq.computed : seq.computed + n]
+            end = seq.computed + len(new)
+            rows = ()
             if end == len(seq.ids):  # all known tokens: the next one can be drawn
-                rows = range(n - 1, n + len(draft))
+                rows = range(len(new) - 1, len(new) + len(draft))
                 owners.append(seq)
-            adapter = seq.request.adapter
-            batch.add(seq.blocks, seq.ids[seq.computed : end] + draft, seq.computed, rows, adapter)
-            if self.drafter and seq not in drafts:  # it has to read what it did not propose from
-                catch_up.add(seq.blocks, seq.ids[seq.drafted : end], seq.drafted, [], adapter)
-                seq.drafted = end
-        if catch_up.ids:
-            self.drafter(catch_up)
+            batch.add(seq.blocks, new + draft, seq.computed, rows, seq.request.adapter)
         logits = self.runner(batch)
         return (None if logits is None else logits[:, : self.vocab_size]), owners
 
     def sampling_row(self, seq, draft):
         """The sampler's view of one answer, `draft` further on."""
-        request, sampling = seq.request, seq.request.sampling
-        u = uniform(seq.seed, len(seq.ids) + len(draft)) if sampling.temperature else 0.0
+        request = seq.request
+        sampling = request.sampling
         if not sampling.edits_logits:
-            return SamplingRow(sampling, u)
+            return request.row
         output = seq.ids[len(request.prompt) :] + draft
-        room = min(sampling.max_tokens, self.max_model_len - len(request.prompt)) - len(output)
-        return SamplingRow(sampling, u, output, request.prompt, request.ends, seq.constraint, room)
+        return SamplingRow(sampling, output, request.prompt, request.ends, seq.constraint)
 
     def accept(self, plan, drafts, logits, owners):
         """Draw the next tokens, and keep a draft as far as it is what was drawn -> deltas.
@@ -331,22 +294,26 @@ class Engine:
         (test_speculation_changes_no_answer).
         """
         for seq, n in plan.items():
-            seq.computed += min(n, seq.remaining)
-            if self.drafter is None:
-                seq.drafted = seq.computed
-            self.scheduler.publish(seq)
+            seq.computed = min(seq.computed + n, len(seq.ids))
+            if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
+                self.scheduler.publish(seq)
         if not owners:
             return []
-        rows = []  # a SamplingRow for each row of logits
+        rows, seeds, positions = [], [], []  # of each row of logits
         for seq in owners:
             draft = drafts.get(seq, [])
-            rows += [self.sampling_row(seq, draft[:i]) for i in range(len(draft) + 1)]
-        drawn = draw_with_logprobs(logits, rows)
+            for i in range(len(draft) + 1):
+                rows.append(self.sampling_row(seq, draft[:i]))
+                seeds.append(seq.seed)
+                positions.append(len(seq.ids) + i)
+        drawn = draw_with_logprobs(logits, rows, uniforms(seeds, positions))
         deltas = []
         for seq in owners:
             draft = drafts.get(seq, [])
             own = list(itertools.islice(drawn, len(draft) + 1))
-            deltas.append(self.extend(seq, draft, own))
+            delta = self.extend(seq, draft, own)
+            self.scheduler.counts["generated_tokens"] += len(delta.token_ids)
+            deltas.append(delta)
         return deltas
 
     # -- tokens become text
@@ -362,6 +329,8 @@ class Engine:
             if nothing_allowed:
                 seq.finish_reason = "error"
                 seq.error = "no token is allowed: constraint and min_tokens contradict each other"
+                if seq.constraint and seq.constraint.error:
+                    seq.error = seq.constraint.error
             elif token in request.ends:
                 seq.finish_reason = "stop"
                 end = logprob and (token, logprob.logprob)
@@ -372,9 +341,8 @@ class Engine:
             if seq.finish_reason or token != guess:
                 break
         ids = seq.ids[known:]
-        self.scheduler.counts["generated_tokens"] += len(ids)
-        seq.computed += max(len(ids) - 1, 0)  # keys of the accepted part of a draft are there
-        seq.drafted = min(seq.drafted, seq.computed)  # what was not accepted is written again
+        if draft and ids:
+            seq.computed += len(ids) - 1  # keys of the accepted part of a draft are there
         if seq.finish_reason:
             if seq.stream and not seq.cut:
                 text += shown_text(seq, seq.stream.flush())
@@ -396,8 +364,7 @@ class Engine:
             seq.constraint.advance(token)
             if seq.constraint.done:
                 seq.finish_reason = "stop"
-        full = seq.made == seq.request.sampling.max_tokens or len(seq.ids) == self.max_model_len
-        if full and seq.finish_reason is None:
+        if len(seq.ids) == seq.full and seq.finish_reason is None:
             seq.finish_reason = "length"
         return text
 
@@ -411,10 +378,10 @@ class Engine:
             prompts = [prompts]
         if not isinstance(sampling, (list, tuple)):
             sampling = [sampling or Sampling()] * len(prompts)
-        requests, outputs = {}, {}
+        requests, outputs = set(), {}
         for prompt, own in zip(prompts, sampling, strict=True):
             i = self.submit(prompt, own)
-            requests[i] = self.requests[i][0].request
+            requests.add(i)
             for index in range(own.n):
                 logprobs = None if own.logprobs is None else []
                 outputs[i, index] = Output(i, index, "", [], logprobs)
@@ -427,25 +394,38 @@ class Engine:
             for i in requests:
                 self.cancel(i)
             raise
-        for output in outputs.values():
-            output.cached_tokens = requests[output.request_id].cached_tokens
         return list(outputs.values())
 
     @torch.inference_mode()
-    def embed(self, ids):
-        """The mean over a text of the hidden states after the last norm, at length 1: C floats."""
-        hidden = self.runner.everywhere("hidden", torch.tensor(ids)).mean(0)  # (T, C) -> (C,)
-        return (hidden / hidden.norm()).tolist()
+    def read(self, ids, count=None):
+        """Read a text by itself. Yields lists, one a chunk, so that steps can come in between.
 
-    @torch.inference_mode()
-    def prompt_logprobs(self, ids, count):
-        """What the model thought of a text itself -> a TokenLogprob for each of its tokens."""
-        scores = self.runner.everywhere("score", torch.tensor([count, self.vocab_size, *ids]))
-        found = [TokenLogprob(ids[0], None, [])]  # nothing comes before it
-        for i, *score in zip(ids[1:], *(part.tolist() for part in scores)):
-            chosen, values, likeliest = score
-            found.append(TokenLogprob(i, chosen, list(zip(likeliest, values))))
-        return found
+        Together they are a TokenLogprob for each token, with `count` of the likeliest: what the
+        model thought of the text; or without a count the mean over the text of the hidden states
+        after the last norm, at length 1: C floats.
+        """
+        size = min(READ_TOKENS, max(self.scheduler.step_tokens // 4, 1))
+        total = torch.zeros(())  # the sum of hidden states, (C,)
+        self.scheduler.counts["prompt_tokens"] += len(ids)
+        if count is not None:
+            count = min(count, self.vocab_size)
+            yield [TokenLogprob(ids[0], None, [])]  # nothing comes before it
+        for past in range(0, len(ids), size):
+            part = ids[past : past + size + 1]
+            order = [min(size, len(part)), past, len(ids), -1 if count is None else count]
+            longs = torch.tensor([*order, self.vocab_size, *part])
+            found = self.runner.everywhere("read", longs)
+            if count is None:
+                total = total.to(found.device) + found
+                yield []
+            else:
+                scores = zip(part[1:], *(tensor.tolist() for tensor in found))
+                yield [
+                    TokenLogprob(i, chosen, list(zip(likeliest, values)))
+                    for i, chosen, values, likeliest in scores
+                ]
+        if count is None:
+            yield (total / total.norm()).tolist()
 
     def stats(self):
         """Counters since the start and the state now, for /metrics."""
@@ -465,12 +445,12 @@ def child_seed(seed, index):
     return int.from_bytes(digest, "little")
 
 
-def draw_with_logprobs(logits, rows):
+def draw_with_logprobs(logits, rows, u):
     """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
     counts = [row.sampling.logprobs for row in rows]
     asked = [r for r, count in enumerate(counts) if count is not None]
     own = logits[asked] if asked else None  # a copy: the draw overwrites logits
-    tokens, failed = draw_tokens(logits, rows)
+    tokens, failed = draw_tokens(logits, rows, u)
     found: list = [None] * len(rows)
     parts = ()
     if asked:
@@ -509,8 +489,10 @@ def shown_text(seq, text):
         seq.finish_reason = "stop"
         seq.cut = True
         return text[: min(found)]
-    beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
-    shown = len(text) - max((len(b) for b in beginnings if text.endswith(b)), default=0)
+    shown = len(text)
+    beginnings = seq.request.sampling.stop_beginnings
+    if text.endswith(beginnings):
+        shown -= max(len(b) for b in beginnings if text.endswith(b))
     seq.held = text[shown:]
     return text[:shown]
 
@@ -521,7 +503,8 @@ class Args:
     model: str = ""  # the model folder, or a .gguf file
     prompt: str = "\n"  # the text to continue
     chat: bool = False  # talk: each line you type is a turn
-    batch: str = ""  # answer every line of this JSONL file; a run cut short goes on where it was
+    batch: str = ""  # answer every record of this file; a run cut short goes on where it was
+    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
     out: str = ""  # where the batch's answers go, a JSON line each
     max_tokens: int = 500  # how many tokens to make at most
     temperature: float = 0.8  # 0 is greedy: always the likeliest token
@@ -539,12 +522,11 @@ class Args:
     kv_dtype: str = "auto"  # of keys and values: auto, float32, bfloat16, float16, int8
     kv_tokens: int = 0  # how many tokens' keys and values to keep; 0 is what memory allows
     max_seqs: int = 0  # texts made at once; 0 is 64 on a CPU, 256 on a GPU
-    draft: str = ""  # speculate: "lookup", or the folder of a smaller model of the same vocabulary
-    draft_tokens: int = 4  # tokens guessed ahead
+    draft_tokens: int = 0  # guess so many tokens ahead, as they followed earlier in the text
     adapter: str = ""  # a LoRA adapter's folder
 
 
-ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft draft_tokens"
+ENGINE_FLAGS = "device dtype quant kv_dtype kv_tokens max_seqs draft_tokens"
 SAMPLING_FLAGS = "max_tokens temperature top_k top_p min_p repetition_penalty seed"
 
 
@@ -555,27 +537,35 @@ def named(args, names):
 
 def read_sampling(args, engine):
     """The flags as a Sampling."""
-    grammar = None
-    if args.regex:
-        grammar = regex_grammar(args.regex)
-    elif args.json_schema:
-        grammar = json_grammar(None if args.json_schema == "any" else read_json(args.json_schema))
     return Sampling(
         **named(args, SAMPLING_FLAGS),
         stop=(args.stop,) if args.stop else (),
-        constraint=Constraint(grammar, Vocabulary(engine.tok)) if grammar else None,
+        constraint=read_constraint(args, engine.tok),
     )
+
+
+def read_constraint(args, tok):
+    """--regex or --json-schema -> what the answers must match, or None."""
+    if not args.regex and not args.json_schema:
+        return None
+    from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
+
+    if args.regex:
+        grammar = regex_grammar(args.regex)
+    else:
+        grammar = json_grammar(None if args.json_schema == "any" else read_json(args.json_schema))
+    return Constraint(grammar, Vocabulary(tok))
 
 
 def print_answer(engine, prompt, sampling, adapter):
     """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
-    begin = time.time()
+    begin = time.monotonic()
     first = None  # when the first token came
     answer = Output(None, 0, "", [])
     engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
-            first = first or time.time()
+            first = first or time.monotonic()
             print(delta.text, end="", flush=True)
             answer.add(delta)
     print()
@@ -583,13 +573,14 @@ def print_answer(engine, prompt, sampling, adapter):
         print(f"[{answer.error}]", file=sys.stderr)
     first = first or begin
     count = len(answer.token_ids)
-    speed = (count - 1) / (time.time() - first) if count > 1 else 0
+    speed = (count - 1) / (time.monotonic() - first) if count > 1 else 0
     print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
     return answer.text
 
 
 def turn_ends(tok):
-    """The ids that end a turn of a conversation, for Sampling.stop_ids."""
+    """The ids that end a turn of a conversation, for Sampling.stop_ids; none where only the
+    model's own end of text is known."""
     end = chat.stop_id(tok)
     return () if end is None else (end,)
 
@@ -612,23 +603,27 @@ def talk(engine, sampling, adapter, question):
 
 
 # -- a file of prompts
-def read_request(line, number, sampling, tok):
-    """A line of a batch file -> (id, prompt, Sampling); its own fields go before the flags."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"line {number}: not valid JSON ({error})") from None
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise UserError(f'line {number}: expected an object with either "prompt" or "messages"')
-    name = row.pop("id", number)
-    prompt = row.pop("prompt", None)
-    if "messages" in row:
-        prompt, _ = chat.render(tok, row.pop("messages"), add_generation_prompt=True)
-        row.setdefault("stop_ids", turn_ends(tok))
-    try:
-        return name, prompt, replace(sampling, **row, constraint=sampling.constraint)
-    except TypeError as error:  # it names the field
-        raise UserError(f"line {number}: {error}") from None
+def read_request(record, number, sampling, tok):
+    """A record of a batch file -> (id, prompt, Sampling); its own fields go before the flags."""
+    fields = chat.known_keys("the record", record, record)
+    name = fields.pop("id", number)
+    if ("prompt" in fields) == any(key in fields for key in chat.TALKS):
+        raise UserError('the record must have either "prompt" or "messages"')
+    prompt = fields.pop("prompt", None)
+    if prompt is None:
+        messages, tools = chat.take_messages(fields)
+        prompt, _ = chat.render(tok, messages, True, tools)
+        fields.setdefault("stop_ids", turn_ends(tok))
+    if not isinstance(prompt, (str, list)):
+        raise UserError(f"prompt is {prompt!r}, not a text or a list of ids")
+    known = [field.name for field in fields_of(Sampling) if field.name != "constraint"]
+    fields = chat.known_keys("the record", fields, (*known, *chat.SAYS_NOTHING))
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if isinstance(fields.get("logit_bias"), dict):  # whose keys are strings in JSON
+        bias = fields["logit_bias"].items()
+        fields["logit_bias"] = {int(i) if i.isdecimal() else i: value for i, value in bias}
+    return name, prompt, replace(sampling, **{key: fields[key] for key in known if key in fields})
 
 
 def answered_lines(path):
@@ -655,6 +650,8 @@ def answer_row(answer):
     """An Output as a line of the batch's answers has it."""
     row = {"text": answer.text, "tokens": len(answer.token_ids)}
     row["finish_reason"] = answer.finish_reason
+    if answer.logprobs:
+        row["logprobs"] = [vars(token) for token in answer.logprobs]
     if answer.error:
         row["error"] = answer.error
     return row
@@ -666,12 +663,12 @@ def run_batch(engine, args, sampling, adapter):
 
     if not args.out:
         raise UserError("--batch needs --out: the file for the answers")
-    begin = time.time()
-    lines = dict(enumerate(Path(args.batch).read_text(encoding="utf-8").splitlines(), 1))
+    begin = time.monotonic()
     done = answered_lines(args.out)
-    waiting = [number for number in lines if lines[number].strip() and number not in done]
+    waiting = [row for row in file_rows(args.batch) if row.number not in done]
     waiting.reverse()
     total = len(waiting)
+    ignored = set(filter(None, args.ignore_keys.split(",")))
     asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,
@@ -679,19 +676,25 @@ def run_batch(engine, args, sampling, adapter):
     ):
 
         def write(number, **row):
-            row = {"line": number, **row, "seconds": round(time.time() - begin, 3)}
+            row = {"line": number, **row, "seconds": round(time.monotonic() - begin, 3)}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
 
         while waiting or engine.has_work:
             while waiting and len(asked) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
-                number = waiting.pop()
+                number, _, record, fault = waiting.pop()
                 try:
-                    name, prompt, own = read_request(lines[number], number, sampling, engine.tok)
+                    if fault:
+                        raise UserError(fault)
+                    record = chat.without(record, ignored)
+                    name, prompt, own = read_request(record, number, sampling, engine.tok)
                     engine.submit(prompt, own, request_id=number, adapter=adapter)
                 except UserError as error:
-                    write(number, error=str(error))
+                    named = (
+                        {"id": record["id"]} if isinstance(record, dict) and "id" in record else {}
+                    )
+                    write(number, **named, error=str(error))
                     continue
                 asked[number] = name, [Output(number, i, "", [], []) for i in range(own.n)]
             for delta in engine.step():
@@ -702,7 +705,7 @@ def run_batch(engine, args, sampling, adapter):
                     write(number, id=name, answers=[answer_row(answer) for answer in answers])
                     del asked[number]
     tokens = engine.stats()["generated_tokens"]
-    seconds = time.time() - begin
+    seconds = time.monotonic() - begin
     print(
         f"wrote    {args.out}: {total:,} answers, {tokens:,} tokens in {seconds:.1f} s, "
         f"{tokens / seconds:,.0f} tok/s"
@@ -711,11 +714,15 @@ def run_batch(engine, args, sampling, adapter):
 
 @lost_rank_explained("Start it again.")
 def main():
-    args = Args(**parse_flags(Args, __doc__, positional=("model", "prompt")))
+    typed = parse_flags(Args, __doc__, positional=("model", "prompt"))
+    args = Args(**typed)
     adapter = args.adapter or None
     adapters = {adapter: adapter} if adapter else {}
     engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
-    sampling = read_sampling(args, engine)
+    defaults = {k: v for k, v in engine.sampling_defaults.items() if k not in typed}
+    if defaults:
+        print(f"sampling {defaults}, as generation_config.json says", file=sys.stderr)
+    sampling = read_sampling(replace(args, **defaults), engine)
     if args.batch:
         run_batch(engine, args, sampling, adapter)
     elif args.chat:

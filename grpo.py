@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # isort: skip
+from common import UserError  # isort: skip
+
 import torch
 
-import common
 import finetune
 import lora
-from common import UserError
 from dpo import make_policy, padded_rows, prompt_row, trimmed
 from formats.peft import base_sha256
 from generate import Engine, Sampling
@@ -50,6 +51,7 @@ class Args(LoopArgs):
     data: tuple = ("toybox",)  # questions: FILE, FOLDER (its train.jsonl) or toybox
     val: tuple = ()  # held-out questions [val.jsonl of a FOLDER, else a twentieth of --data]
     examples: int = 20_000  # questions of each source at most
+    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
     families: tuple = ()  # ask these, and against forgetting a tenth of all others' questions
     reward: tuple = ("toybox",)  # toybox, checks, FILE.py:FUNCTION; style, short; NAME:2 weighs two
     on_error: str = "stop"  # where a reward fails: stop (what was learned is saved), or skip

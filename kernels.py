@@ -4,7 +4,8 @@
     python bench.py kernels                  # GB/s of each, beside the card's copy bandwidth
 
 A twin has the kernel's signature. A public function runs the kernel for CUDA tensors (for any
-tensor if TRITON_INTERPRET=1) and its `_twin` otherwise; `linear` leaves that to its caller.
+tensor if TRITON_INTERPRET=1) and its `_twin` otherwise. `linear` and `dequantize` leave that to
+their caller: their twins are `plain` and `dequantize` of quant.QuantLinear.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ def milliseconds(launch, config):
     except torch.OutOfMemoryError:
         raise  # it says nothing about the card
     except (triton.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError):
-        return float("inf")  # a RuntimeError: no int8 products before compute capability 8.0
+        return float("inf")
 
 
 def tuned(key, configs, launch, device):
@@ -223,8 +224,7 @@ def nf4_table(device):
 class Packed(NamedTuple):
     """Packed weights of an (N, K) layer. The rows of W follow each other:
 
-    int8   byte k = W[n, k]                                       W = byte * scale[n]
-    int8x8 the same for a product with x in int8
+    int8   byte k = W[n, k]                                       W = (byte - 128) * scale[n]
     int4   byte j = W[n, 2j] low nibble, W[n, 2j+1] high nibble   W = (nibble - zero) * scale,
            both at [n, k // group]
     nf4    byte j = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble   W = NF4[nibble] * scale,
@@ -232,8 +232,8 @@ class Packed(NamedTuple):
     """
 
     format: str
-    weight: torch.Tensor  # int8 (N, K) or uint8 (N, ceil(K/2)); nf4: (N*K/2,), bitsandbytes' order
-    scales: torch.Tensor  # (N,); int4: (N, ceil(K/group)); nf4: (ceil(N*K/group),) float32
+    weight: torch.Tensor  # uint8 (N, K), int4: (N, ceil(K/2)), nf4: (N*K/2,), bitsandbytes' order
+    scales: torch.Tensor  # N of them; int4: (N, ceil(K/group)); nf4: (ceil(N*K/group),) float32
     N: int
     K: int
     group: int = 256  # columns that share a scale; the last group may be short
@@ -242,7 +242,7 @@ class Packed(NamedTuple):
     @property
     def pack(self):
         """Weights a byte."""
-        return 1 if self.format.startswith("int8") else 2
+        return 1 if self.format == "int8" else 2
 
 
 @jit
@@ -286,7 +286,6 @@ def _gemv(
     bias,
     table,
     out,
-    x_scale,
     M,
     N,
     K,
@@ -303,7 +302,7 @@ def _gemv(
 
     A thread loads SUB = 16 neighbouring bytes at once, multiplies and adds them up in its
     registers, and then applies their one scale: some 3 instructions a weight, which a Hopper SM
-    issues faster than memory delivers weights. x_scale and M are only there for `_gemm`'s sake.
+    issues faster than memory delivers weights. M is only there for `_gemm`'s sake.
     """
     PACK: constexpr = 1 if FORMAT == "int8" else 2
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -364,7 +363,6 @@ def _gemm(
     bias,
     table,
     out,
-    x_scale,
     M,
     N,
     K,
@@ -381,34 +379,28 @@ def _gemm(
 
     W is the left operand because that one may come from registers, where it is unpacked; x, the
     right one, may be as narrow as 16 rows. Even and odd columns are two products, so nibbles are
-    never interleaved. A 4-bit tile lies in one group. int8x8: x is int8 too, the sums are exact in
-    int32, and x_scale (M,) comes at the end.
+    never interleaved. A 4-bit tile lies in one group.
     """
-    PACK: constexpr = 1 if FORMAT == "int8" or FORMAT == "int8x8" else 2
+    PACK: constexpr = 1 if FORMAT == "int8" else 2
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if FORMAT == "int8x8" else tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
         cols = begin + tl.arange(0, BLOCK_B)
         byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
         k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
         xs = _tile(x, ms, k, K, ms < M)  # (BLOCK_M, BLOCK_B * PACK)
-        if FORMAT == "int8x8":
-            acc = tl.dot(byte, tl.trans(xs), acc, out_dtype=tl.int32)
-        elif FORMAT == "int8":
-            acc = _dot(_values(byte, xs), tl.trans(xs), acc)
+        if FORMAT == "int8":
+            acc = _dot((_one_and(byte) * 256 - 384).to(xs.dtype), tl.trans(xs), acc)
         else:
             where = rows * groups + begin * 2 // GROUP
             even, odd = _four_bits(byte, scales, zeros, where, inside, table, FORMAT)
             x0, x1 = tl.split(tl.reshape(xs, (BLOCK_M, BLOCK_B, 2)))  # even and odd columns of x
             acc = _dot(even.to(xs.dtype), tl.trans(x0), acc)
             acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
-    acc = acc.to(tl.float32)
-    if PACK == 1:
+    if FORMAT == "int8":
         acc *= _read(scales + rows, inside)[:, None]
-    if FORMAT == "int8x8":
-        acc *= _read(x_scale + ms, ms < M)[None, :]
     if bias is not None:
         acc += _read(bias + rows, inside)[:, None]
     _put(out, tl.trans(acc), tl.program_id(2) * M + ms, rows, N, ms < M)
@@ -442,21 +434,14 @@ def has_kernel(w):
 def linear(x, w, bias=None):
     """x (M, K) @ W.T + bias (N,) of Packed weights -> (M, N) in x's dtype.
 
-    None where no kernel does it; then QuantLinear.plain does. int8x8: each row of x is rounded to
-    int8, and int8 x int8 is summed in int32, at twice the rate of 16 bits.
+    None where no kernel does it; then QuantLinear.plain does.
     """
     if not use_kernel(x) or not has_kernel(w):
         return None
     M, K = x.shape
     dtype = x.dtype
     x = x.contiguous()
-    x_scale = None
-    if w.format == "int8x8":
-        floats = x[:, None]  # (M, K) -> (M, 1, K): one scale a row
-        x = torch.empty_like(x, dtype=torch.int8)
-        x_scale = torch.empty(M, device=x.device)
-        store_rows(floats, x, x_scale, None)
-    elif M > DEQUANTIZE_ABOVE:
+    if M > DEQUANTIZE_ABOVE:
         return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
     width = w.weight.numel() // w.N
     groups = w.scales.numel() // w.N
@@ -470,7 +455,7 @@ def linear(x, w, bias=None):
         split = parts_of_work(row_tiles * x_tiles, card(x.device).multi_processor_count, most)
         whole = split == 1
         out = torch.empty(split, M, w.N, dtype=dtype if whole else torch.float32, device=x.device)
-        tensors = w.scales, w.zeros, bias if whole else None, nf4_table(x.device), out, x_scale
+        tensors = w.scales, w.zeros, bias if whole else None, nf4_table(x.device), out
         shape = M, w.N, K, width, groups, w.format, w.group
         kernel = _gemm if "BLOCK_M" in config else _gemv
         kernel[row_tiles, x_tiles, split](x, w.weight, *tensors, *shape, SPLIT=split, **config)
@@ -479,21 +464,9 @@ def linear(x, w, bias=None):
         y = out.sum(0)  # (split, M, N) -> (M, N)
         return (y if bias is None else y + bias).to(dtype)
 
-    if M == 1 and x_scale is None:
-        configs = gemv_configs(w.group)
-    else:
-        configs = gemm_configs(M, w.group, w.pack)
+    configs = gemv_configs(w.group) if M == 1 else gemm_configs(M, w.group, w.pack)
     shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} {w.zeros is None}"
     return tuned(f"{w.format} {dtype} {shape}", configs, launch, x.device)
-
-
-def linear_twin(x, w, bias=None):
-    rows = x.double()  # float64 holds the int32 sums
-    if w.format == "int8x8":
-        codes, scales = quantize_rows(x)
-        rows = codes.double() * scales[:, None]
-    y = rows @ dequantize_twin(w, torch.float64).T
-    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @jit
@@ -518,7 +491,7 @@ def _dequantize(
     there = cols < width
     byte = tl.load(weight + row * width + cols, mask=there, other=0)
     if FORMAT == "int8":
-        value = byte.to(tl.float32) * tl.load(scales + row).to(tl.float32)
+        value = (byte.to(tl.float32) - 128) * tl.load(scales + row).to(tl.float32)
         k = cols
     else:
         where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
@@ -537,9 +510,9 @@ def _dequantize(
 
 
 def dequantize(w, dtype):
-    """Packed -> (N, K) in dtype."""
+    """Packed -> (N, K) in dtype, or None where there is no kernel; then QuantLinear does it."""
     if not use_kernel(w.weight):
-        return dequantize_twin(w, dtype)
+        return None
     out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
     rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
     width = w.weight.numel() // rows
@@ -551,24 +524,6 @@ def dequantize(w, dtype):
     return out
 
 
-def dequantize_twin(w, dtype):
-    if w.pack == 1:
-        return (w.weight.float() * w.scales.float()[:, None]).to(dtype)
-    rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
-    group = torch.arange(w.N * w.K // rows, device=w.weight.device) // w.group  # of each column
-    scales = w.scales.view(rows, -1)[:, group].float()  # (rows, G) -> (rows, columns)
-    low = w.weight & 15
-    high = w.weight >> 4
-    zeros = 0
-    if w.format == "nf4":
-        values = nf4_table(low.device)[torch.stack((high, low), -1).long()]
-    else:
-        values = torch.stack((low, high), -1)
-        zeros = 8.0 if w.zeros is None else w.zeros[:, group].float()
-    values = values.view(rows, -1)[:, : len(group)]  # (bytes, 2) -> (rows, columns), even first
-    return ((values - zeros) * scales).view(w.N, w.K).to(dtype)
-
-
 # ------------------------------------------------------------------------------- the paged KV cache
 # k_cache, v_cache (blocks, block_size, Kh, D): a slot is block * block_size + offset, so slots
 # number the rows of the cache seen as (blocks * block_size, Kh, D). An int8 cache comes with
@@ -578,11 +533,9 @@ def dequantize_twin(w, dtype):
 def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D: constexpr):
     """One token's H rows of D values to its slot, quantized where there are scales."""
     token = tl.program_id(0).to(tl.int64)
-    slot = token
-    if slots is not None:
-        slot = tl.load(slots + token)
-        if slot < 0:
-            return
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
     heads = tl.arange(0, BLOCK_H)
     there = heads < H
     d = tl.arange(0, BLOCK_D)
@@ -597,7 +550,7 @@ def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D
 
 
 def store_rows(x, out, scales, slots):
-    """x (T, H, D) -> rows `slots` of out (..., H, D), all in order without slots; in out's type."""
+    """x (T, H, D) -> rows `slots` of out (..., H, D), in out's type."""
     T, H, D = x.shape
     if x.stride(2) != 1 or x.stride(1) != D:
         x = x.contiguous()

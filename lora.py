@@ -4,49 +4,42 @@
     python lora.py train MODEL --fit --quant nf4                       # only the memory it needs
     python lora.py merge MODEL runs/adapter --out runs/merged          # an ordinary model folder
 
-Top to bottom: the adapted layer, adapters on and off a model, training, merging.
+Top to bottom: the adapted layer, adapters on and off a model, what is trained, merging. The loop is
+`finetune` in finetune.py, whose gradient reaches only the adapter.
 """
 
 import contextlib
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import common  # isort: skip
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import finetune
 from common import UserError
+from formats.hub import read_generation
 from formats.peft import (
     SETTINGS,
     AdapterTensors,
     alpha_divisor,
     base_sha256,
     folder_module,
-    folder_modules,
     linear_layers,
     read_layers,
     write_layers,
 )
+from formats.verify import WrongExport, verify
+from formats.vocab import find_tokenizer, read_beside
 from model import Config, Transformer
-from quant import TOKENIZER_FILES, QuantLinear, quantize
+from quant import QuantLinear, quantize
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
-from training.loop import (
-    backward,
-    describe,
-    launch,
-    log_step,
-    passes,
-    read_args,
-    start_run,
-    steps,
-    update,
-)
+from training.loop import describe, launch, read_args, start_run
 from training.memory import estimate_memory, print_estimate
 
 
@@ -75,9 +68,7 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(N, r, device=device))
         self.m = None
         if settings["use_dora"]:
-            square = dense_weight(base).square().sum(1)  # (N, K) -> (N,)
-            self.register_buffer("row_square", square, persistent=False)  # |w|^2 of each row of W
-            self.m = nn.Parameter(square.sqrt())
+            self.m = nn.Parameter(dense_weight(base).norm(dim=1))  # (N, K) -> (N,)
 
     def forward(self, x):
         """x (..., K) -> W' x + bias (..., N)."""
@@ -89,32 +80,23 @@ class LoRALinear(nn.Module):
         change = F.linear(low, (self.B * self.scale).to(x.dtype))  # s B A x: (..., r) -> (..., N)
         if self.m is None:
             return y + change
-        bias = self.base_bias(y.dtype)
-        gain = (self.m * self.inverse_norm(x.dtype)).to(y.dtype)
-        return bias + gain * (y - bias + change)
+        bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
+        with torch.no_grad():
+            changed = self.changed_weight()
+        return bias + self.gain(changed).to(y.dtype) * (y - bias + change)
 
-    @torch.no_grad()
-    def inverse_norm(self, dtype):
-        """DoRA's 1 / |W + s B A| (N,), a constant to the gradient (section 4.3 of the paper).
+    def changed_weight(self):
+        """-> W + s B A (N, K) float32."""
+        return dense_weight(self.base) + self.scale * self.B @ self.A
 
-        Row by row |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. All A w are one product
-        of the base, so W, which may be in 4 bits, is never there whole; forming W + s B A instead
-        made a step on a CPU a third slower."""
-        A, B, s = self.A, self.B, self.scale
-        AW = self.base(A.to(dtype)) - self.base_bias(dtype)  # (r, K) -> (r, N)
-        inner = 2 * s * AW.t().float() + s**2 * B @ (A @ A.t())  # (N, r)
-        square = self.row_square + (inner * B).sum(1)  # (N,)
-        return square.clamp(min=1e-30).rsqrt()
-
-    def base_bias(self, dtype):
-        return 0 if self.base.bias is None else self.base.bias.to(dtype)
+    def gain(self, changed):
+        """DoRA's m / |W + s B A| (N,): the norm is a constant to the gradient (section 4.3)."""
+        return self.m / changed.detach().norm(dim=1)
 
     def merged_weight(self):
         """-> W' (N, K) float32, differentiable."""
-        W = dense_weight(self.base) + self.scale * self.B @ self.A
-        if self.m is None:
-            return W
-        return W * (self.m / W.detach().norm(dim=1))[:, None]
+        changed = self.changed_weight()
+        return changed if self.m is None else changed * self.gain(changed)[:, None]
 
     @property
     def weight(self):
@@ -147,30 +129,20 @@ def choose_layers(model, targets):
     """--targets -> [names of layers], in the model's order; UserError lists the names there are.
 
     targets: all (layers of the blocks), attn, mlp, or names apart by commas, each of which matches
-    the end of a layer's name, ours or the folder's."""
-    modules = {name: folder_module(name, model.config) for name in linear_layers(model)}
+    the end of a layer's name."""
+    names = linear_layers(model)
     chosen = set()
     for target in targets.split(","):
         ends = tuple("." + end for end in TARGETS.get(target, [target]))
-        found = [
-            name
-            for name, theirs in modules.items()
-            if f".{name}".endswith(ends) or f".{theirs}".endswith(ends)
-        ]
+        found = [name for name in names if f".{folder_module(name)}".endswith(ends)]
         if not found:
-            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(
                 f"--targets {target}: no linear layer is called so; there are {there}, and "
                 f"{', '.join(TARGETS)}"
             )
         chosen.update(found)
-    left = {modules[name] for name in modules if name not in chosen}
-    if left & {modules[name] for name in chosen}:
-        raise UserError(
-            "--targets: GPT-2's q_proj, k_proj and v_proj are one matrix, c_attn, in its folder: "
-            "name all three"
-        )
-    return [name for name in modules if name in chosen]
+    return [name for name in names if name in chosen]
 
 
 def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=False):
@@ -192,7 +164,6 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
             raise UserError(
                 f"--r {r} is above the rank that {name}, {N} x {K}, can have: at most {min(N, K)}"
             )
-    share_A(model)
     return model
 
 
@@ -209,15 +180,6 @@ def adapt_layer(model, name, settings, r, scale):
     return layer
 
 
-def share_A(model):
-    """Layers that are one module in a folder, GPT-2's q, k and v, read one A, as in PEFT."""
-    for members in folder_modules(model).values():
-        first, *others = members.values()
-        for layer in others:
-            if isinstance(layer, LoRALinear):
-                layer.A = first.A
-
-
 @torch.no_grad()
 def load_adapter(model, folder, trainable=False):
     """Put the adapter in a folder that we or PEFT wrote beside the model's layers -> the model.
@@ -232,7 +194,6 @@ def load_adapter(model, folder, trainable=False):
         layer.B.copy_(own.B)
         if own.magnitude is not None:
             layer.m.copy_(own.magnitude)
-    share_A(model)
     if not trainable:
         model.requires_grad_(False)
     return model
@@ -252,7 +213,12 @@ def save_adapter(model, folder, base_hash=None):
 
 def adapter_writer(base_hash):
     """What a training's checkpoint writes (loop.Run.write) where an adapter is trained."""
-    return lambda run, folder, weights: save_adapter(run.model, folder, base_hash)
+
+    def write(run, folder, weights):
+        check_moved(run)
+        save_adapter(run.model, folder, base_hash)
+
+    return write
 
 
 @contextlib.contextmanager
@@ -393,31 +359,14 @@ def check_adapter_args(args):
 
 
 def check_moved(run):
-    """After the first step every B has left zero. One that has not is not being trained, whatever
-    the loss says."""
+    """After a step every B has left zero. One that has not is not being trained, whatever the loss
+    says."""
     still = [name for name, layer in adapted_layers(run.model).items() if not layer.B.any()]
-    if still and not run.guard.skipped:
+    if still and run.guard.seen > run.guard.skipped:
         raise UserError(
-            f"the first step moved nothing in {len(still)} adapters ({', '.join(still[:4])}, ...): "
+            f"training moved nothing in {len(still)} adapters ({', '.join(still[:4])}, ...): "
             "no gradient reaches them; is the base trained, and --lr above 0?"
         )
-
-
-def train_adapter(run):
-    """The loop: finetune.py's, whose gradient reaches only the adapter."""
-    for step, batch in steps(run):
-        run.optimizer.zero_grad()
-        count = run.runtime.sum((batch.y != -100).sum().item())
-        total = 0
-        for part in passes(run, batch):
-            with run.runtime.autocast():
-                loss = finetune.packed_loss(run.step_model, part, run.args)
-            backward(run, loss, count)
-            total += loss.detach()
-        log_step(run, step, total, count, **update(run, step))
-        if step == 0:
-            check_moved(run)
-    finetune.try_out(run)
 
 
 # ----------------------------------------------------------------------------------------- merging
@@ -448,11 +397,36 @@ def merge_command(argv):
             raise UserError(f"{out} already holds a model: choose another --out, or --overwrite")
     model = Transformer.from_pretrained(base, dtype=torch.float32)
     model = merge_checked(load_adapter(model, args.adapter), args.dtype)
+    tok = choose_words(model, base, Path(args.adapter))
+    if tok:
+        tok.save(out)
     model.save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
     print(f"wrote    {out}/ (model folder, {args.dtype})")
+    written = Transformer.from_pretrained(out), Tokenizer.load(out) if tok else None
+    verify(out, args.dtype, (model, tok), written)
+
+
+def choose_words(model, base, adapter):
+    """The adapter's tokenizer, chat template and generation_config.json where it has its own, else
+    the base's -> Tokenizer or None; the model's config gets end ids and defaults of sampling."""
+    own = {
+        "tokenizer": find_tokenizer(adapter) is not None,
+        "chat template": bool(read_beside(adapter).config.get("chat_template")),
+        "generation_config.json": (adapter / "generation_config.json").is_file(),
+    }
+    whose = {what: adapter if has else base for what, has in own.items()}
+    print("keep     " + ", ".join(f"{what} of {folder}" for what, folder in whose.items()))
+    read_generation(whose["generation_config.json"] / "generation_config.json", model.config)
+    if find_tokenizer(whose["tokenizer"]) is None:
+        return None
+    tok = Tokenizer.load(whose["tokenizer"])
+    tok.chat_template = read_beside(whose["chat template"]).config.get("chat_template")
+    rows = model.config.vocab_size
+    if tok.vocab_size > rows:
+        raise UserError(f"{whose['tokenizer']}: {tok.vocab_size:,} ids, the base has {rows:,}")
+    if tok.chat_template:
+        finetune.end_turns(tok, model.config)
+    return tok
 
 
 @torch.no_grad()
@@ -472,7 +446,7 @@ def merge_checked(model, dtype):
         f"bound in {dtype} {bound:.1e}"
     )
     if not difference <= bound:
-        raise UserError(
+        raise WrongExport(
             f"merged and unmerged logits differ by {difference:.2e}, above {bound:.1e}: "
             "nothing was written; try --dtype float32"
         )
@@ -487,7 +461,7 @@ def main():
         print(__doc__)
         raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
     args, checkpoint = read_args(Args, __doc__, positional=("model",), argv=argv)
-    launch(args, checkpoint, prepare_adapter, train_adapter)
+    launch(args, checkpoint, prepare_adapter, finetune.finetune)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Config:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    generation: dict = field(default_factory=dict)  # generation_config.json, without these two
     dropout: float = 0.0  # a matter of training: not part of the folder
 
     @property
@@ -511,7 +512,7 @@ class Transformer(nn.Module):
 
 def draw(logits, temperature, top_k, generator):
     """One token id from logits (V,) float32; the plain twin of the engine's sampler."""
-    if temperature == 0:
+    if temperature < 1e-38:  # float32 has no smaller one
         return logits.argmax().item()
     logits = logits / temperature
     if 0 < top_k < len(logits):

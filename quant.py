@@ -1,7 +1,6 @@
 """Models in fewer bits: int8, int4, NF4 and GPTQ in place of the linear layers' weights.
 
 python quant.py runs/demo --format gptq --group-size 64 --out runs/demo-gptq
-python quant.py report runs/demo                       # every format in one table
 
 First come the codes that weights are rounded to, then the layers that hold them, then the ways to
 round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`gptq`).
@@ -9,31 +8,23 @@ round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`
 
 import copy
 import functools
-import math
-import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from common import UserError, cli, parse_flags  # isort: skip
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import UserError, cli, parse_flags
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 
-# 8 bits with one scale a row; the same with activations of 8 bits; 4 bits in symmetric groups;
-# 4 bits in groups with a zero point; 4-bit NormalFloat as bitsandbytes has it
-FORMATS = "int8", "int8-dynamic", "int4", "int4-asym", "nf4"
-COMPARED = ("original", *FORMATS, "gptq", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m")
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "chat_template.jinja vocab.json merges.txt generation_config.json"
-).split()
+# 8 bits with one scale a row; 4 bits in groups; 4-bit NormalFloat as bitsandbytes has it
+FORMATS = "int8", "int4", "nf4"
 
 
 # ---------------------------------------------------------------- a grid: scale, zero point, codes
@@ -91,15 +82,15 @@ def to_codes(weight, scale, zero, bits):
     return (weight / scale + zero).round_().clamp_(0, 2**bits - 1)
 
 
-def clipped_grid(groups, bits, sym, cost, shares):
-    """As `grid`, for that share of each group's range whose rounding errors cost least.
+def clipped_grid(groups, bits, sym, cost):
+    """As `grid`, for that of CLIPPED_RANGES whose rounding errors cost least.
 
     (..., g) floats -> (2, ...): scale and zero. cost (g,): what a squared error in each column
     costs. A narrower range cuts the group's extremes, and serves the many weights in its middle
     better.
     """
     best = least = torch.inf
-    for share in shares:
+    for share in CLIPPED_RANGES:
         tried = torch.stack(grid(groups * share, bits, sym))  # (2, ...)
         scale, zero = tried[..., None]
         rounded = (to_codes(groups, scale, zero, bits) - zero) * scale
@@ -109,18 +100,26 @@ def clipped_grid(groups, bits, sym, cost, shares):
     return best
 
 
+ROUNDED_AT_ONCE = 1 << 22  # weights
+
+
 def round_to_nearest(weight, bits, group, sym):
     """(N, K) -> codes uint8 (N, K), scales and zeros float32 (N, G), G = ceil(K / group).
 
-    group: neighbouring inputs that share a scale, -1 for a whole row; the last may be shorter.
+    group: neighbouring inputs that share a scale, -1 for a whole row; the last may be shorter. It
+    takes some rows at a time, so that no float copy of the whole matrix is ever in memory.
     """
     check_finite(weight)
     K = weight.size(1)
     group = K if group < 0 else group
-    groups = in_groups(weight.detach().float(), group)  # (N, G, group)
-    scale, zero = grid(groups, bits, sym)
-    codes = to_codes(groups, scale[..., None], zero[..., None], bits)
-    codes = codes.to(torch.uint8).flatten(1)[:, :K]  # (N, G, group) -> (N, K)
+    parts = []
+    for rows in weight.detach().split(max(1, ROUNDED_AT_ONCE // K)):
+        groups = in_groups(rows.float(), group)  # (n, G, group)
+        scale, zero = grid(groups, bits, sym)
+        codes = to_codes(groups, scale[..., None], zero[..., None], bits)
+        codes = codes.to(torch.uint8).flatten(1)[:, :K]  # (n, G, group) -> (n, K)
+        parts.append((codes, scale, zero))
+    codes, scale, zero = map(torch.cat, zip(*parts))
     return codes, scale, zero
 
 
@@ -192,12 +191,12 @@ def dynamic_quantize(flat):
     return codes * in_use, absmax
 
 
-def nf4_quantize(weight, double=True):
+def nf4_quantize(weight):
     """(N, K) floats -> dict of tensors as bitsandbytes makes them on the CPU, bit for bit.
 
     "packed" uint8 (N*K/2,), two codes a byte, the earlier one in the high half; "absmax" float32
-    (blocks,), the largest magnitude of each block of 64. With `double` absmax is uint8, beside
-    "nested_absmax" float32 (blocks/256,) and "offset" float32 ().
+    (blocks,), the largest magnitude of each block of 64, is doubly quantized: "absmax" uint8
+    (blocks,), "nested_absmax" float32 (blocks/256,) and "offset" float32 ().
     """
     check_finite(weight)
     if weight.numel() % 2:
@@ -206,8 +205,6 @@ def nf4_quantize(weight, double=True):
     scaled, absmax = scaled_blocks(flat, 64)
     codes = nearest_index(scaled, torch.tensor(kernels.NF4, device=flat.device))
     packed = codes[::2] << 4 | codes[1::2]
-    if not double:
-        return {"packed": packed, "absmax": absmax}
     # scales are all positive: without their mean they make better use of a signed type
     offset = absmax.mean()
     codes, nested = dynamic_quantize(absmax - offset)
@@ -215,9 +212,6 @@ def nf4_quantize(weight, double=True):
 
 
 # ------------------------------------------------------------------------------ the linear layers
-FEW_ROWS = 16  # on a CPU more rows are quicker unpacked and multiplied in float32 (NOTES.md)
-
-
 class FrozenProduct(torch.autograd.Function):
     """x @ W.T with a gradient for x alone, as QLoRA needs it: adapters before it learn.
 
@@ -242,16 +236,12 @@ def joined(layers, name):
 class QuantLinear(nn.Module):
     """A linear layer with packed weights: x (..., K) -> (..., N).
 
-    `dequantize` and `plain` say what it computes; `product` is the quickest way that the device has
-    to nearly the same numbers.
+    `dequantize` and `plain` say what it computes, in torch on any device. On a GPU `product` takes
+    a kernel where there is one; on a CPU the engine packs the weights for forward.cpp instead.
     """
 
     format = ""
-    few_rows: float = FEW_ROWS  # at most so many rows take the fast product on a CPU
-    # (M, K) float32 -> (M, N) float32 without the bias, activations rounded to 8 bits; the engine
-    # sets it where it has one
-    fast_product: Any = None
-    symmetric = False  # all zero points are the middle code: a kernel need not read them
+    symmetric = False  # all zero points are the middle code: the GPU need not read them
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -282,20 +272,10 @@ class QuantLinear(nn.Module):
         packed = self.for_gpu()
         return None if packed is None else kernels.linear(rows, packed, self.bias)
 
-    def by_fast_product(self, rows):
-        """`plain` without the bias, on a CPU."""
-        return self.fast_product(rows)
-
     def product(self, x):
-        """x (..., K) -> (..., N) with the bias, in x's dtype, the quickest way there is."""
+        """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = None
-        if x.is_cuda:
-            y = self.on_gpu(rows)
-        elif not torch.compiler.is_compiling() and self.fast_product and len(rows) <= self.few_rows:
-            y = self.by_fast_product(rows.float())
-            if self.bias is not None:
-                y += self.bias
+        y = self.on_gpu(rows) if x.is_cuda else None
         if y is None:
             y = self.plain(rows)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
@@ -313,65 +293,6 @@ class QuantLinear(nn.Module):
         return {name: joined(layers, name) for name in names}
 
 
-def int8_rows(x):
-    """(M, K) floats -> (each row rounded to 8-bit integers, scale (M, 1)).
-
-    Each row has a scale of its own, so none depends on its neighbours. Its largest value is 127.
-    """
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
-    scale = largest.clamp(min=1e-30) / 127
-    return (x / scale).round(), scale
-
-
-class Int8Linear(QuantLinear):
-    """int8 weights, one float scale an output row: w = scale * code, code in -127 .. 127 ["int8"].
-
-    With `dynamic` the activations are rounded to int8 too, each row by its own scale
-    ["int8-dynamic"].
-    """
-
-    def __init__(self, codes, scales, bias=None, dynamic=False):
-        """codes uint8 (N, K) whose zero point is 128, scales (N, 1)"""
-        super().__init__(codes.shape, bias)
-        self.dynamic = dynamic
-        self.format = "int8-dynamic" if dynamic else "int8"
-        self.few_rows = math.inf if dynamic else FEW_ROWS
-        self.register_buffer("codes", (codes ^ 128).view(torch.int8))  # 0 .. 255 -> -128 .. 127
-        self.register_buffer("scale", scales[:, 0].float())
-
-    @classmethod
-    def from_linear(cls, linear, dynamic=False):
-        codes, scales, _ = round_to_nearest(linear.weight, 8, -1, sym=True)
-        return cls(codes, scales, linear.bias, dynamic)
-
-    def dequantize(self, dtype=torch.float32):
-        return (self.codes * self.scale[:, None]).to(dtype)
-
-    def groups(self):
-        scale = self.scale[:, None]
-        codes = self.codes.view(torch.uint8) ^ 128
-        return codes, scale, torch.full_like(scale, 128), self.in_features, None, 8
-
-    def plain(self, rows):
-        if self.dynamic:
-            codes, scale = int8_rows(rows.float())
-            rows = (codes * scale).to(rows.dtype)
-        return super().plain(rows)
-
-    def for_gpu(self):
-        kind = "int8x8" if self.dynamic else "int8"
-        return kernels.Packed(kind, self.codes, self.scale, *self.codes.shape)
-
-    def by_fast_product(self, rows):
-        """Activations of 8 bits, or of 16: what 8 bits lose of a row makes a second row."""
-        if self.dynamic:
-            return self.fast_product(rows)
-        codes, scale = int8_rows(rows)
-        rounded = codes * scale
-        y = self.fast_product(torch.cat((rounded, rows - rounded)))  # (2M, K) -> (2M, N)
-        return torch.add(*y.chunk(2))
-
-
 class GroupLinear(QuantLinear):
     """2 to 8 bits, a scale and zero point for each `group` neighbouring inputs of a row.
 
@@ -387,7 +308,7 @@ class GroupLinear(QuantLinear):
         self.bits = bits
         self.group = group if group > 0 else self.in_features
         self.format = f"int{bits}"
-        self.symmetric = bits == 4 and bool((zeros == 8).all())
+        self.symmetric = bool((zeros == 2 ** (bits - 1)).all())
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -420,11 +341,13 @@ class GroupLinear(QuantLinear):
         return weight.to(dtype)
 
     def for_gpu(self):
+        weights = self.packed, self.scales, self.out_features, self.in_features
+        if self.bits == 8 and self.symmetric and self.scales.size(1) == 1:
+            return kernels.Packed("int8", *weights)
         if self.bits > 4:
             return None
-        N, K = self.out_features, self.in_features
-        zeros = None if self.symmetric else self.zeros
-        return kernels.Packed("int4", self.packed, self.scales, N, K, self.group, zeros)
+        eights = self.bits == 4 and self.symmetric
+        return kernels.Packed("int4", *weights, self.group, None if eights else self.zeros)
 
     def on_gpu(self, rows):
         return super().on_gpu(rows if self.order is None else rows[:, self.order])
@@ -447,8 +370,8 @@ class NF4Linear(QuantLinear):
             self.register_buffer(name, state.get(name))
 
     @classmethod
-    def from_linear(cls, linear, double=True):
-        state = nf4_quantize(linear.weight, double)
+    def from_linear(cls, linear):
+        state = nf4_quantize(linear.weight)
         return cls(state, linear.weight.shape, linear.bias)
 
     def block_scales(self):
@@ -464,8 +387,9 @@ class NF4Linear(QuantLinear):
         return kernels.Packed("nf4", self.packed, self.block_scales(), *shape, self.block)
 
     def dequantize(self, dtype=torch.float32):
-        if self.packed.is_cuda:
-            return kernels.dequantize(self.for_gpu(), dtype)
+        weights = kernels.dequantize(self.for_gpu(), dtype) if self.packed.is_cuda else None
+        if weights is not None:
+            return weights
         table = nf4_pairs(self.packed.device)
         pairs = table.index_select(0, self.packed.int())  # (N*K/2,)
         flat = pairs.view(torch.float32)  # (N*K,)
@@ -480,21 +404,19 @@ class NF4Linear(QuantLinear):
         return {"packed": packed, "absmax": absmax, "nested_absmax": None, "offset": None}
 
 
-def pack_linear(linear, format, group_size):
+def pack_linear(linear, format, group_size, sym=True):
     """nn.Linear -> a layer in one of FORMATS."""
-    if format in ("int8", "int8-dynamic"):
-        return Int8Linear.from_linear(linear, dynamic=format == "int8-dynamic")
+    if format == "int8":
+        return GroupLinear.from_linear(linear, 8, -1)
     if format == "nf4":
         return NF4Linear.from_linear(linear)
-    return GroupLinear.from_linear(linear, 4, group_size, sym=format == "int4")
+    return GroupLinear.from_linear(linear, 4, group_size, sym)
 
 
 def in_kind(linear, kind):
     """A layer still in floats -> the format that --quant names, "int8" or "int4"; others as is."""
     if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
         return linear
-    if kind == "int8" and linear.weight.device.type == "cpu":
-        kind = "int8-dynamic"
     group = 32 if linear.in_features % 64 == 32 else 64  # whole groups where they can be
     return pack_linear(linear, kind, group)
 
@@ -510,7 +432,6 @@ def fuse(layers):
     if any(kind != kinds[0] for kind in kinds):
         raise UserError("layers of different formats or column orders cannot be one")
     fused = copy.copy(first)
-    fused.fast_product = None
     fused.out_features = sum(layer.out_features for layer in layers)
     fused.symmetric = all(layer.symmetric for layer in layers)
     fused._buffers = first._buffers | first.stacked(layers)
@@ -537,17 +458,17 @@ def float_layers(model, group_size):
     return found
 
 
-def quantize(model, format, group_size=128):
+def quantize(model, format, group_size=128, sym=True):
     """Replace the linear layers of all blocks by packed ones, in place -> the model.
 
-    format: one of FORMATS. group_size is int4's: neighbouring inputs that share a scale, -1 for a
-    whole row. Embeddings, norms and the head stay. UserError: NaN in a weight, a model that is
-    quantized already.
+    format: one of FORMATS. int4 has groups of group_size neighbouring inputs that share a scale, -1
+    is a whole row; without sym also a zero point. Embeddings, norms and the head stay. UserError:
+    NaN in a weight, a model that is quantized already.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
     for name, linear in float_layers(model, group_size).items():
-        model.set_submodule(name, pack_linear(linear, format, group_size))
+        model.set_submodule(name, pack_linear(linear, format, group_size, sym))
     if format == "nf4":
         model.quantization = {
             "quant_method": "bitsandbytes",
@@ -556,12 +477,10 @@ def quantize(model, format, group_size=128):
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": "float32",
         }
-    elif format.startswith("int8"):
+    elif format == "int8":
         model.quantization = gptq_config(model, 8, -1, True)
-        if format == "int8-dynamic":
-            model.quantization["activations"] = "int8"
     else:
-        model.quantization = gptq_config(model, 4, group_size, format == "int4")
+        model.quantization = gptq_config(model, 4, group_size, sym)
     return model
 
 
@@ -588,9 +507,8 @@ class Recipe:
 
     bits: int = 4  # GPTQ: 2 to 8
     group_size: int = 128  # neighbouring inputs that share a scale; -1: a whole row
-    sym: bool = True  # GPTQ: the zero point is the middle code, as vLLM's fastest kernels ask
+    sym: bool = True  # the zero point is the middle code, as vLLM's fastest kernels ask
     act_order: bool = False  # GPTQ: columns with the largest activations first
-    clip: bool = True  # GPTQ: scales that cost least, not those that span the extremes
     damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
 
 
@@ -629,7 +547,6 @@ def gptq_round(weight, H, recipe, block=128):
     K = weight.size(1)
     bits = recipe.bits
     group = K if recipe.group_size < 0 else min(recipe.group_size, K)
-    shares = CLIPPED_RANGES if recipe.clip else [1]
     diagonal = H.diagonal()
     H = H + torch.diag((diagonal == 0) * diagonal.mean())  # those that never fired
     order = None
@@ -655,7 +572,7 @@ def gptq_round(weight, H, recipe, block=128):
             if column % group == 0:
                 until = column + group
                 weights = W[column:until].t()  # (N, group)
-                grids.append(clipped_grid(weights, bits, recipe.sym, cost[column:until], shares))
+                grids.append(clipped_grid(weights, bits, recipe.sym, cost[column:until]))
                 scale, zero = grids[-1]  # (N,) each
             code = to_codes(now[i], scale, zero, bits)
             codes[column] = code
@@ -775,39 +692,29 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
     return model
 
 
-# ------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------------------- the command
 @dataclass
 class Args(Recipe):
-    model: str = ""  # the model folder, or "report" to compare formats
-    folder: str = "-"  # report: the model folder
-    format: str = "gptq"  # or int8, int8-dynamic, int4, int4-asym, nf4, gguf-q8_0, -q4_0, -q4_k_m
-    out: str = ""  # where to write; report: a folder for quantization.md [MODEL]
-    text: str = ""  # text, .jsonl or conversations: half its rows calibrate [the model's own text]
+    model: str = ""  # the model folder
+    format: str = "gptq"  # or int8, int4, nf4; formats/gguf.py writes files for llama.cpp
+    out: str = ""  # where to write
+    text: str = ""  # a text or .jsonl of texts: half its rows calibrate [the model's own text]
     samples: int = 64  # rows to calibrate on
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context
     seed: int = 0  # of the samples
-    questions: int = 280  # report: toybox questions put to a model that has a chat template
-    formats: str = ",".join(COMPARED)  # report: a choice of these
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
 def read_quant_args(argv=None):
-    args = Args(**parse_flags(Args, __doc__, argv, positional=("model", "folder")))
-    if args.model == "report":
-        chosen, known = args.formats.split(","), COMPARED
-    else:
-        chosen, known = [args.format], COMPARED[1:]
-        args.folder = args.model
-        if not args.out:
-            raise UserError("--out: say where to write the quantized model")
-        if Path(args.out).resolve() == Path(args.model).resolve():
-            raise UserError(f"--out {args.out} is the model itself; choose another folder")
-    if args.folder == "-":
-        raise UserError("report: say which model folder")
-    for name in chosen:
-        if name not in known:
-            raise UserError(f"format {name}: choose from {', '.join(known)}")
+    args = Args(**parse_flags(Args, __doc__, argv, positional=("model",)))
+    known = *FORMATS, "gptq"
+    if args.format not in known:
+        raise UserError(f"format {args.format}: choose from {', '.join(known)}")
+    if not args.out:
+        raise UserError("--out: say where to write the quantized model")
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise UserError(f"--out {args.out} is the model itself; choose another folder")
     if min(args.samples, args.held_out_rows, args.length - 1) < 1:
         raise UserError(
             f"samples {args.samples} and held-out-rows {args.held_out_rows} must be >= 1, "
@@ -823,68 +730,44 @@ def cast_parameters(model, dtype):
         parameter.data = parameter.data.to(dtype)
 
 
-def gguf_command(args):
-    """Write a GGUF file, for llama.cpp."""
-    from formats import gguf
-
-    out = Path(args.out).with_suffix(".gguf")
-    gguf.write(args.folder, out, args.format.removeprefix("gguf-"))
-    print(f"wrote    {out}: {out.stat().st_size / 1e6:.2f} MB")
-
-
 def quantize_command(args):
-    """Write one format's folder and say what it costs; or, for the report, do so with every one."""
-    from formats import gguf
+    """Write a quantized model folder, and say what it costs."""
+    from formats import verify
     from generate import Engine, Sampling
     from training import quality
 
-    original = Transformer.from_pretrained(args.folder, args.device)
+    original = Transformer.from_pretrained(args.model, args.device)
     float_layers(original, args.group_size)  # for its checks
     stored = working = original.embed_tokens.weight.dtype
     if args.device.type == "cpu":  # 16-bit products are slow there
         working = torch.float32
         cast_parameters(original, working)
-    tok = Tokenizer.load(args.folder)
+    tok = Tokenizer.load(args.model)
 
-    def engine_of(model):
-        return Engine.of(model, tok, kv_tokens=max(8192, args.length))
+    def engine():
+        return Engine.of(original, tok, kv_tokens=max(8192, args.length))
 
-    def make(format, out, log=print):
-        """Write a format to OUT -> the model as it is read back from there."""
-        if format.startswith("gguf-"):
-            gguf.write(args.folder, out, format.removeprefix("gguf-"))
-            return gguf.load(out, args.device)[0]
-        model = copy.deepcopy(original)
-        if format == "gptq":
-            recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-            gptq(model, calibration.split(8), log=log, **recipe)
-        else:
-            quantize(model, format, args.group_size)
-        cast_parameters(model, stored)
-        model.save_pretrained(out)
-        for name in TOKENIZER_FILES:
-            file = Path(args.folder) / name
-            if file.is_file():
-                shutil.copyfile(file, Path(out) / name)
-        return Transformer.from_pretrained(out, args.device, working)
-
-    calibration, held_out = quality.calibration_and_held_out(
-        args, original, tok, engine_of, Sampling
-    )
-    if args.model == "report":
-        quality.compare_formats(args, original, held_out, make, engine_of, Sampling)
+    calibration, held_out = quality.calibration_and_held_out(args, original, tok, engine, Sampling)
+    model = copy.deepcopy(original)
+    if args.format == "gptq":
+        recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+        gptq(model, calibration.split(8), **recipe)
     else:
-        model = make(args.format, args.out)
-        quality.compare_with_original(args, model, original, held_out)
+        quantize(model, args.format, args.group_size, args.sym)
+    cast_parameters(model, stored)
+    model.save_pretrained(args.out)
+    tok.save(args.out)
+    model = Transformer.from_pretrained(args.out, args.device, working)
+    quality.compare_with_original(args, model, original, held_out)
+    # GPTQ moves weights, too, to make good for the rounding of others
+    bits = args.bits - 1 if args.format == "gptq" else None
+    written = model, Tokenizer.load(args.out)
+    verify.verify(args.out, args.format, (original, tok), written, bits)
 
 
 @torch.inference_mode()
 def main():
-    args = read_quant_args()
-    if args.model != "report" and args.format.startswith("gguf-"):
-        gguf_command(args)
-    else:
-        quantize_command(args)
+    quantize_command(read_quant_args())
 
 
 if __name__ == "__main__":

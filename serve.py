@@ -6,8 +6,8 @@
 A request's way: door.Protocol reads its head; door.Door asks for its key, may answer 429 (the
 key's requests a minute), and whatever happens closes its jobs at the end; BodyRoute reads its body;
 a route plans it with server/api.py; Service.admit puts it into the queue, or answers 429 (the queue
-is full); server/worker.py computes; Reply carries what server/answers.py makes of the tokens to the
-client, and stops when the client leaves.
+is full); server/worker.py computes; `reply` carries what server/answers.py makes of the tokens to
+the client. BodyRoute stops all of this when the client leaves.
 
 Top to bottom: flags; what the routes share; a reply on its way; the routes; the process.
 `create_app(engine)` takes anything that has the engine's interface.
@@ -18,6 +18,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import json
 import math
 import os
 import re
@@ -37,16 +38,30 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from common import Metrics, UserError, cli, parse_flags
-from generate import Engine
+from chat import CHATML_TEMPLATE
+from common import UserError, cli, parse_flags
+from generate import Engine, turn_ends
 from runtime import lost_rank_explained
 from server import api
 from server.answers import DONE, ChatAnswer, TextAnswer, encode_vector
 from server.api import Refusal
-from server.door import ERROR_HANDLERS, Door, Measures, invalid, json_response, listen, read_keys
+from server.door import (
+    ERROR_HANDLERS,
+    Door,
+    Measures,
+    invalid,
+    json_later,
+    json_response,
+    listen,
+    read_keys,
+)
 from server.worker import EngineClient, Inbox, Job, Worker, fork_front
 
 CHAT_PAGE = Path(__file__).with_name("ui.html")
+LATER = {"Retry-After": "5"}
+LOGPROBS = 1 << 18  # that the tokens of one request's prompts may ask for
+PARTS = 100_000  # lists and objects in a request: each costs much more than its two bytes
+RUN_BYTES = 2_000_000  # at the end of a training run's metrics that are read
 
 
 @dataclass
@@ -65,7 +80,12 @@ class Args:
     timeout: float = 600.0  # seconds a request may take in all
     max_body: int = 2_000_000  # bytes of a request
     api_key_file: str = ""  # one key a line, or name:key; also $LLM_API_KEYS, apart by commas
-    rate_limit: int = 0  # requests a minute and key; 0 is no limit
+    rate_limit: int = 0  # requests a minute of a key, or without keys of an address; 0 is no limit
+    allowed_hosts: str = (
+        ""  # names it may be called by, apart by commas; empty: any with keys, local
+    )
+    # ones without; * is any
+    trusted_proxy: str = ""  # addresses or networks whose X-Forwarded-For is believed; * is any
     cors: str = ""  # origins that may call from a browser, apart by commas, or *
     certificate: str = ""  # TLS: certificate chain and key in PEM
     certificate_key: str = ""
@@ -96,12 +116,18 @@ class Service:
         self.context = engine.max_model_len  # tokens of prompt and answer
         self.args = args
         self.adapters = adapter_folders(args)
-        self.names = [args.name or Path(args.model).stem or "model", *self.adapters]
+        path = os.path.abspath(args.model or "model")
+        own = re.sub(r"\.gguf$", "", os.path.basename(path), flags=re.I)
+        self.names = [args.name or own, *self.adapters]
+        self.defaults = getattr(engine, "sampling_defaults", {})  # of Sampling, as the folder says
+        self.turn_ends = ()
+        with contextlib.suppress(UserError):  # a format unknown to us, or none
+            self.turn_ends = turn_ends(self.tok)
         self.client = EngineClient()
         self.measures = Measures(self.client)
-        self.building = 0  # grammars that wait to be built
         self.draining = False
-        self.started = time.time()
+        self.created = int(time.time())
+        self.started = time.monotonic()
 
     def model(self, name):
         if name and name not in self.names:
@@ -109,40 +135,70 @@ class Service:
             raise Refusal(404, message, "model_not_found", "model")
         return name or self.names[0]
 
+    def about(self, model):
+        """A model as /v1/models shows it."""
+        return {
+            "id": model,
+            "object": "model",
+            "owned_by": "local",
+            "parent": self.names[0] if model in self.adapters else None,
+            "created": self.created,
+            "max_model_len": self.context,
+        }
+
     def refuse_adapter(self, model, what):
         if model in self.adapters:
             raise Refusal(400, f"{what} are the base model's, not an adapter's", param="model")
 
-    def check_ready(self):
-        if self.draining or self.client.broken:
-            message = self.client.broken or "shutting down: try another replica"
-            raise Refusal(503, message, headers={"Retry-After": "5"})
+    def check_room(self, count):
+        """Raise Refusal 503 or 429 unless so many jobs may come in."""
+        message = self.client.broken
+        if self.draining:
+            message = "shutting down: try another replica"
+        elif self.client.hangs():
+            message = "the engine has not made a step for long"
+        if message:
+            raise Refusal(503, message, headers=LATER)
+
+        depth = len(self.client.jobs)
+        if depth + count > self.args.concurrency + self.args.queue:
+            message = f"{depth} requests are running or waiting, the most this server takes"
+            raise Refusal(429, message, "queue_full", None, LATER)
+
+    def enter(self, request, what, order, *job):
+        """Send an order to the engine -> its Job. Whatever happens to the request then, the Door
+        calls `close` with it."""
+        job = Job(request.state.key, *job)
+        request.state.jobs.append(job)
+        self.client.send(job, what, *order)
+        return job
 
     async def admit(self, request, model, prompts, samplings, grammar):
-        """Put a request's prompts into the queue, as jobs, or refuse them with 429 or 503: first
-        the engine's process builds the grammar. Whatever happens to the request, the Door calls
-        `close` with the jobs."""
-        later = {"Retry-After": "5"}
-        if grammar:
-            if self.building >= 32:
-                raise Refusal(429, "too many grammars wait to be built", "queue_full", None, later)
-            self.building += 1
-            try:
-                await self.client.call("grammar", *grammar)
-            finally:
-                self.building -= 1
-        self.check_ready()
-        depth = len(self.client.jobs)
-        if depth + len(prompts) > self.args.concurrency + self.args.queue:
-            message = f"{depth} requests are running or waiting, the most this server takes"
-            raise Refusal(429, message, "queue_full", None, later)
+        """Put a request's prompts into the queue -> their jobs."""
+        self.check_room(len(samplings))
         inbox = Inbox()
         adapter = model if model in self.adapters else None
+        jobs = []
         for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            job = Job(prompt, sampling, request.state.key, inbox, position)
-            request.state.jobs.append(job)
-            self.client.submit(job, adapter, grammar)
-        return request.state.jobs
+            order = prompt, vars(sampling), adapter, grammar
+            counts = len(prompt), sampling.n
+            jobs.append(self.enter(request, "submit", order, *counts, inbox, position))
+        return jobs
+
+    async def read(self, request, prompts, count=None):
+        """Have prompts read -> for each its embedding, or with a count plain_logprobs (see
+        server/worker.py) with so many of the likeliest."""
+        tokens = sum(map(len, prompts))
+        if count is not None and tokens * (count + 1) > LOGPROBS:
+            message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
+            raise Refusal(400, message, param="logprobs")
+        self.check_room(1)
+        job = self.enter(request, "read", (prompts, count), tokens, len(prompts), Inbox())
+        found = [[] for _ in prompts]
+        async for batch in self.batches([job]):
+            for _, delta in batch:
+                found[delta.index] += delta.logprobs or []
+        return found
 
     def close(self, jobs):
         """Take what is left of a request out of queue and engine, and count it."""
@@ -154,7 +210,7 @@ class Service:
         """Yield lists of (the prompt's number, Delta) of all jobs as they come, [] when nothing has
         come for a while. Raises Refusal for what failed, and when the time is up."""
         deadline = time.monotonic() + self.args.timeout
-        unfinished = sum(job.sampling.n for job in jobs)
+        unfinished = sum(job.answers for job in jobs)
         while unfinished:
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
@@ -172,69 +228,45 @@ class Service:
 
 
 # ----------------------------------------------------------------------------- a reply on its way
-class Reply:
-    """Carries an answer to the client, as a stream or as one body. A stream ends here: when the
-    answer ends, when the client leaves, or when a client that does not read has had its time.
-    Then this returns to the Door, which closes the request's jobs."""
+async def reply(service, answer, jobs):
+    batches = service.batches(jobs)
+    if answer.body.stream:
+        return event_stream(answer.stream(batches))
+    return await json_later(await answer.whole(batches))
 
-    def __init__(self, service, answer, jobs):
-        self.answer = answer
-        self.batches = service.batches(jobs)
-        self.timeout = service.args.timeout + 10  # seconds, more than `batches` takes
 
-    async def __call__(self, scope, receive, send):
-        # The task of the request writes by itself: so its jobs are closed before the client, who
-        # has the answer then, can ask again, and a full queue never counts one that is over.
-        loop, writer = asyncio.get_running_loop(), asyncio.current_task()
-        gone = asyncio.ensure_future(client_left(receive))
+def event_stream(pieces):
+    """Bytes of server-sent events as they come -> the response that carries them to the client."""
 
-        def stop(_=None):
-            writer.cancel()
-
-        gone.add_done_callback(stop)
-        timer = loop.call_later(self.timeout, stop)
-        try:
-            await self.write(scope, receive, send)
-        except asyncio.CancelledError:
-            if not gone.done() and loop.time() < timer.when():
-                raise  # somebody else ends this task
-        finally:
-            gone.remove_done_callback(stop)
-            gone.cancel()
-            timer.cancel()
-
-    async def write(self, scope, receive, send):
-        if self.answer.body.stream:
-            await self.write_stream(send)
-        else:
-            body = await self.answer.whole(self.batches)
-            await json_response(body)(scope, receive, send)
-
-    async def write_stream(self, send):
+    async def respond(scope, receive, send):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),  # or nginx would keep the events until there are many
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
-        async for events in self.answer.stream(self.batches):
+        async for events in pieces:
             if start:  # with the first token, in one packet
                 await send(start)
                 start = None
             more = not events.endswith(DONE)
             await send({"type": "http.response.body", "body": events, "more_body": more})
 
+    return respond
 
-async def client_left(receive):
-    """Wait until the server says that the client has hung up."""
+
+async def cancel_if_left(receive, writer):
+    """Wait until the server says that the client has hung up, and end the task that writes."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    writer.cancel()
 
 
 # --------------------------------------------------------------------------- from HTTP to a route
 class BodyRoute(APIRoute):
     """FastAPI's route, but what takes (body, request) gets them in one step: FastAPI's general way
-    to a function's arguments costs a fifth of the time of a short answer."""
+    to a function's arguments costs a fifth of the time of a short answer. And it ends when the
+    client leaves: then this returns to the Door, which closes the request's jobs."""
 
     def __init__(self, path, endpoint, **options):
         super().__init__(path, endpoint, **options)
@@ -243,8 +275,17 @@ class BodyRoute(APIRoute):
         async def answer(scope, receive, send):
             request = Request(scope, receive)
             body = await read_body(request, kind)
-            response = await endpoint(body, request)
-            await response(scope, receive, send)
+            # This task writes the answer by itself: so its jobs are closed before the client, who
+            # has the answer then, can ask again, and a full queue never counts one that is over.
+            gone = asyncio.ensure_future(cancel_if_left(receive, asyncio.current_task()))
+            try:
+                response = await endpoint(body, request)
+                await response(scope, receive, send)
+            except asyncio.CancelledError:
+                if not gone.done():
+                    raise  # somebody else ends this task
+            finally:
+                gone.cancel()
 
         if kind:
             self.app = answer
@@ -257,7 +298,10 @@ async def read_body(request, kind):
         # A page of another origin may send other types without asking.
         raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
-        return kind.model_validate(await request.json())
+        body = await request.body()
+        if body.count(b"[") + body.count(b"{") > PARTS:
+            raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
+        return api.parse_body(json.loads(body), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError, ClientDisconnect) as error:
@@ -265,8 +309,10 @@ async def read_body(request, kind):
 
 
 async def aside(request, function, *args):
-    """Call a function, in a thread if the request is so large that others would feel it."""
-    if int(request.headers.get("content-length", 1 << 20)) < 4096:
+    """Call a function, in a thread if others would feel how long it takes: of a large request, or
+    where a foreign chat template runs in a process of its own."""
+    foreign = request.app.state.service.tok.chat_template not in (None, CHATML_TEMPLATE)
+    if not foreign and int(request.headers.get("content-length", 1 << 20)) < 4096:
         return function(*args)
     return await asyncio.to_thread(function, *args)
 
@@ -280,21 +326,21 @@ async def chat_completions(body: api.ChatRequest, request: Request):
     service = request.app.state.service
     model = service.model(body.model)
     grammar = api.grammar_of(body)
-    grammar = api.forced_call(body, service.tok) or grammar  # a forced call goes first
+    call = api.forced_call(body, service.tok)
+    if grammar and call:
+        message = "tool_choice and another field bind the answer: give one"
+        raise Refusal(400, message, param="tool_choice")
     prompt, sampling = await aside(request, plan_chat, body, service)
-    jobs = await service.admit(request, model, [prompt], [sampling], grammar)
+    jobs = await service.admit(request, model, [prompt], [sampling], call or grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
-    return Reply(service, answer, jobs)
+    return await reply(service, answer, jobs)
 
 
 def plan_chat(body, service):
     """-> (prompt, Sampling)"""
-    if body.top_logprobs and not body.logprobs:
-        raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    tools = body.tools if api.offered_functions(body) else None
-    prompt = api.chat_prompt(service.tok, body.messages, tools)
-    return prompt, api.request_sampling(body, prompt, service.tok, service.context, logprobs)
+    logprobs = body.top_logprobs if body.logprobs else None
+    prompt = api.chat_prompt(service.tok, body)
+    return prompt, api.request_sampling(body, prompt, service, logprobs, service.turn_ends)
 
 
 @routes.post("/v1/completions")
@@ -306,24 +352,21 @@ async def completions(body: api.CompletionRequest, request: Request):
     scored = []
     if body.echo and body.logprobs is not None:
         service.refuse_adapter(model, "the logprobs of an echo")
-        for prompt in prompts:
-            scored.append(await service.client.call("prompt_logprobs", prompt, body.logprobs))
+        scored = await service.read(request, prompts, body.logprobs)
     jobs = await service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
-    return Reply(service, answer, jobs)
+    return await reply(service, answer, jobs)
 
 
 def plan_completion(body, service):
     """-> (prompts, a Sampling for each, or for none where the prompts are only repeated)"""
-    tok, context = service.tok, service.context
-    prompts = api.prompt_lists(body.prompt, tok)
+    prompts = api.prompt_lists(body.prompt, service.tok, body.add_special_tokens)
     if body.max_tokens == 0:
-        if not body.echo or max(map(len, prompts)) > context:
-            message = f"max_tokens 0 needs echo, and prompts of at most {context:,} tokens"
+        if not body.echo or max(map(len, prompts)) > service.context:
+            message = f"max_tokens 0 needs echo, and prompts of at most {service.context:,} tokens"
             raise Refusal(400, message, param="max_tokens")
         return prompts, []
-    logprobs = body.logprobs
-    return prompts, [api.request_sampling(body, ids, tok, context, logprobs) for ids in prompts]
+    return prompts, [api.request_sampling(body, ids, service, body.logprobs) for ids in prompts]
 
 
 @routes.post("/v1/embeddings")
@@ -338,35 +381,39 @@ async def embeddings(body: api.EmbeddingRequest, request: Request):
         message = f"an input has {longest:,} tokens, the context is {service.context:,}"
         raise Refusal(400, message, "context_length_exceeded")
     data = []
-    for i, ids in enumerate(prompts):
-        vector = await service.client.call("embed", ids)  # others' steps come in between
+    for i, vector in enumerate(await service.read(request, prompts)):
         shown = encode_vector(vector, body.encoding_format)
         data.append({"object": "embedding", "index": i, "embedding": shown})
     used = sum(map(len, prompts))
     usage = {"prompt_tokens": used, "total_tokens": used}
-    return json_response({"object": "list", "model": model, "usage": usage, "data": data})
+    return await json_later({"object": "list", "model": model, "usage": usage, "data": data})
 
 
 @routes.get("/v1/models")
 async def list_models(request: Request):
     service = request.app.state.service
-    data = []
-    for name in service.names:
-        parent = service.names[0] if name in service.adapters else None
-        model = {"id": name, "object": "model", "owned_by": "local", "parent": parent}
-        data.append({**model, "created": int(service.started), "max_model_len": service.context})
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": [service.about(name) for name in service.names]}
+
+
+@routes.get("/v1/models/{name:path}")
+async def read_model(request: Request, name: str):
+    service = request.app.state.service
+    return service.about(service.model(name))
 
 
 # ------------------------------------------------------------------------------ routes of our own
 @routes.post("/tokenize")
 async def tokenize(body: api.TokenizeRequest, request: Request):
     """A text's ids, or those of the prompt that a chat becomes."""
-    tok = request.app.state.service.tok
-    if body.messages:
-        ids = await aside(request, api.chat_prompt, tok, body.messages)
+    if (body.prompt is None) == (body.messages is None):
+        raise Refusal(400, "give a prompt or messages, one of the two")
+    service = request.app.state.service
+    service.model(body.model)
+    if body.prompt is None:
+        chat = api.ChatRequest(messages=body.messages)
+        ids = await aside(request, api.chat_prompt, service.tok, chat)
     else:
-        ids = await aside(request, tok.encode, body.prompt)
+        ids = await aside(request, service.tok.encode, body.prompt)
     return json_response({"tokens": ids})
 
 
@@ -378,14 +425,17 @@ async def detokenize(body: api.DetokenizeRequest, request: Request):
 
 
 @routes.get("/health")
-async def health():
+async def health(request: Request):
+    service = request.app.state.service
+    if service.client.broken:
+        raise Refusal(503, service.client.broken)
     return {"status": "alive"}
 
 
 @routes.get("/ready")
 async def ready(request: Request):
     service = request.app.state.service
-    service.check_ready()
+    service.check_room(0)
     return {"status": "ready", "model": service.names[0]}
 
 
@@ -395,7 +445,7 @@ async def stats(request: Request):
     return {
         **service.client.stats,
         "queue": service.client.queue_length(),
-        "uptime": round(time.time() - service.started, 1),
+        "uptime": round(time.monotonic() - service.started, 1),
         "models": service.names,
         "max_model_len": service.context,
         "chat": service.tok.chat_template is not None,
@@ -422,17 +472,37 @@ async def read_run(request: Request, name: str, after: int = -1):
     if name not in known["runs"]:  # only what was listed: a name is not a path
         raise Refusal(404, f"no run {name!r}")
     path = Path(request.app.state.service.args.runs) / name / "metrics.jsonl"
-    rows = await asyncio.to_thread(Metrics.read, path)
-    return {"rows": [row for row in rows if row.get("step", 0) > after][-5000:]}
+    return await json_later({"rows": await asyncio.to_thread(last_rows, path, after)})
+
+
+def last_rows(path, after):
+    """The last rows of a metrics.jsonl that are behind a step, however large the file is; the first
+    line and the last may be cut."""
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - RUN_BYTES, 0))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines[-5000:]:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            row = json.loads(line, parse_constant=lambda _: None)  # JSON has no NaN
+            if isinstance(row, dict) and row.get("step", 0) > after:
+                rows.append(row)
+    return rows
+
+
+@routes.get("/docs", include_in_schema=False)
+async def docs(request: Request):
+    """What there is, as plain text: a foreign script could read the keys that the page holds."""
+    return Response(json.dumps(request.app.openapi(), indent=1), media_type="text/plain")
 
 
 @routes.get("/", include_in_schema=False)
 async def page():
     if not CHAT_PAGE.is_file():
         raise Refusal(404, "this server has no page; its API is at /v1, described at /docs")
-    html = CHAT_PAGE.read_text()
+    text = CHAT_PAGE.read_text()
     hashes = []  # only the page's own scripts may run, whatever a model makes it show
-    for script in re.findall(r"<script>(.*?)</script>", html, re.S):
+    for script in re.findall(r"<script>(.*?)</script>", text, re.S):
         digest = hashlib.sha256(script.encode()).digest()
         hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
     policy = (
@@ -440,7 +510,7 @@ async def page():
         "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
     )
     headers = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
-    return HTMLResponse(html, headers=headers)
+    return HTMLResponse(text, headers=headers)
 
 
 # ------------------------------------------------------------------------------------ the process
@@ -468,6 +538,8 @@ def create_app(engine, args=None, keys=None, sock=None):
 
     app = FastAPI(
         title="LLM server",
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere, onto the origin of the keys
+        redoc_url=None,
         lifespan=lifespan,
         routes=routes.routes,
         exception_handlers=ERROR_HANDLERS,
@@ -477,9 +549,9 @@ def create_app(engine, args=None, keys=None, sock=None):
     if service.args.cors:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=service.args.cors.split(","),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_origins=re.split(r"[,\s]+", service.args.cors.strip()),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients have many of their own: x-stainless-os, ...
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
@@ -487,10 +559,11 @@ def create_app(engine, args=None, keys=None, sock=None):
 
 class Server(uvicorn.Server):
     """uvicorn, which after a SIGTERM or Ctrl-C answers 503 to what is new until what runs has
-    finished. A second one ends it at once."""
+    finished. A second one ends it at once, and so does an engine that is gone."""
 
     ready = ""  # said as soon as it listens
     deadline = math.inf  # of the requests that run, once it drains
+    status = 0  # that the process exits with
 
     async def startup(self, sockets=None):
         await super().startup(sockets)
@@ -507,8 +580,15 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter):
         service = self.config.app.state.service
-        if service.draining or service.client.lost:
-            if not service.client.jobs or time.monotonic() > self.deadline:
+        now = time.monotonic()
+        if service.client.lost and not service.draining:
+            service.draining = True
+            self.deadline = now
+            self.status = 1
+        if service.draining:
+            if now > self.deadline:
+                service.client.failed("the server is shutting down")
+            if not service.client.jobs or now > self.deadline + 2:  # which ends what still is sent
                 self.should_exit = True
         return await super().on_tick(counter)
 
@@ -516,7 +596,7 @@ class Server(uvicorn.Server):
 @lost_rank_explained("Start it again.")
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model",)))
-    begin = time.time()
+    begin = time.monotonic()
     if not args.model:
         raise UserError("which model? python serve.py MODEL, a model folder or a .gguf file")
     if bool(args.certificate) != bool(args.certificate_key):
@@ -542,7 +622,7 @@ def main():
     if engine.tok.chat_template is None:
         print("note     no chat template: only /v1/completions works, chats get 400")
     # What is in memory now stays: the collector need not go through it again and again.
-    gc.set_threshold(20_000, 50, 50)
+    gc.set_threshold(20_000, 10, 10)
     gc.collect()
     gc.freeze()
     # The engine no longer waits for Python while another thread of its process computes.
@@ -553,13 +633,15 @@ def main():
     config.load()
     server = Server(config)
     url = f"{'https' if args.certificate else 'http'}://{args.host}:{sock.getsockname()[1]}"
-    after = f"after {time.time() - begin:.1f} s"
+    after = f"after {time.monotonic() - begin:.1f} s"
     server.ready = f"ready    {url} {after}; the page at /, the API at /v1, described at /docs"
     server.run(sockets=[sock])
     sys.stdout.flush()
     if front:
-        os._exit(0)  # the engine's threads and device are the other process's to end
+        os._exit(server.status)  # the engine's threads and device are the other process's to end
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
+    if server.status:
+        sys.exit(server.status)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import heapq
 import json
 import re
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -67,22 +68,36 @@ BETWEEN_CHUNKS = (
 CUT_THERE = {*PATTERNS.values(), r"\p{N}", r"\p{N}+"}
 
 
+MOST_PATTERN = 1 << 13  # characters
+
+
 @functools.lru_cache
 def splitter(pattern):
-    """A function text -> list of chunks that add up to it. UserError for an unusable pattern."""
+    """A function text -> list of chunks that add up to it. UserError for an unusable pattern, and
+    where it takes more than a second and 10 us a character, a hundred times the usual."""
+    shown = f"the split pattern {pattern[:200]!r}"
     try:
+        if len(pattern) > MOST_PATTERN:
+            raise regex.error(f"{len(pattern):,} characters, more than {MOST_PATTERN:,}")
         compiled = regex.compile(pattern)
-        if compiled.match("") or compiled.groups:
+        if compiled.match("", timeout=1) or compiled.groups:
             raise regex.error("it must match no empty text and have no groups but (?: )")
-    except regex.error as error:
-        raise UserError(
-            f"the split pattern {pattern!r} is not a regular expression that splits text: {error}"
-        ) from None
+    except (regex.error, TimeoutError) as error:
+        raise UserError(f"{shown} is not a regular expression that splits text: {error}") from None
     if pattern in PATTERNS.values():  # these leave nothing out
         return compiled.findall
     # What another pattern leaves out becomes a chunk too, so that no text is lost.
     split = regex.compile(f"({pattern})").split
-    return lambda text: list(filter(None, split(text)))
+
+    def chunks_of(text):
+        try:
+            return list(filter(None, split(text, timeout=1 + len(text) / 1e5)))
+        except TimeoutError:
+            raise UserError(f"{shown} takes too long on {len(text):,} characters") from None
+
+    for character in "a 1!\n":  # those whose time explodes mostly do so on a run of something
+        chunks_of(character * 2000 + "_")
+    return chunks_of
 
 
 # ---- Learn: the most frequent pair of neighbours becomes a new symbol, again and again
@@ -211,7 +226,13 @@ ROLES = {
     "unk_token": "<unk> <UNK>",
     "pad_token": "<pad> <PAD>",
 }
-LARGEST_ID = 1 << 24  # tables are as long as the largest id, which an untrusted file may name
+# Files are untrusted, and tables are as long as the largest id that they name, patterns as their
+# special and added tokens; and every way to halve a token is tried. In use: 262K ids with 2M
+# characters, 16M if each counts as often as its token is long (Gemma 3), and 66K speech tokens.
+LARGEST_ID = 1 << 20
+MOST_NAMED = 80_000
+MOST_CHARACTERS = 1 << 22
+MOST_SQUARES = 1 << 26
 
 
 @dataclass(eq=False, repr=False)
@@ -236,6 +257,8 @@ class Tokenizer:
     unknown: int | None = None  # the id of what has no token
     config: dict = field(default_factory=dict)  # tokenizer_config.json: eos_token, chat_template...
     source: bytes | None = None  # the tokenizer.json this was read from, as it was
+    before: tuple | None = None  # ids that a prompt begins with, if its file says it
+    after: tuple = ()  # ids that it ends with
 
     def __post_init__(self):
         if not self.config:
@@ -247,6 +270,9 @@ class Tokenizer:
             splitter(pattern)  # an unusable one is refused now
         ids = [*self.vocab.values(), *self.added.values(), *self.special.values()]
         check_ids(ids)
+        check_lengths([*self.vocab, *self.added, *self.special])
+        if len(self.added) + len(self.special) > MOST_NAMED:
+            raise UserError(f"more than {MOST_NAMED:,} special and added tokens")
         self.vocab_size = max(ids, default=-1) + 1
         self._bytes = [b""] * self.vocab_size  # what each id adds to a text
         for token, i in self.vocab.items():
@@ -281,15 +307,13 @@ class Tokenizer:
         special_tokens=SPECIAL_TOKENS,
         *,
         files=(),
-        max_bytes=None,
         processes=None,
     ):
         """Learn a byte-level BPE of `vocab_size` ids from an iterable of str and from files.
 
         pattern: a name in PATTERNS or a regular expression. special_tokens: they get ids 0, 1, ...
-        max_bytes: take this much of the files, evenly spread over them. A chunk never spans two
-        texts, nor two lines of a file. The merges are those of HF tokenizers' BpeTrainer, for any
-        number of processes.
+        A chunk never spans two texts, nor two lines of a file. The merges are those of HF
+        tokenizers' BpeTrainer, for any number of processes.
         UserError: a vocabulary too small for bytes and special tokens, no text, a bad pattern."""
         pattern = PATTERNS.get(pattern, pattern)
         special = number_special(special_tokens)
@@ -303,7 +327,7 @@ class Tokenizer:
 
         if isinstance(texts, str):
             texts = [texts]
-        chunks = bpe.count_chunks(texts, files, pattern, max_bytes, processes)
+        chunks = bpe.count_chunks(texts, files, pattern, processes)
         if not chunks:
             raise UserError(f"there is no text to learn from in {len(files)} files")
         merges = bpe.learn_merges(chunks, vocab_size - least, {name.encode() for name in special})
@@ -348,6 +372,19 @@ class Tokenizer:
             ids.append(self._required("eos"))
         return ids
 
+    def prompt_ends(self):
+        """-> (ids before, ids after) what encode_prompt encodes."""
+        before = self.before
+        if before is None:  # a template writes the beginning itself, and ours has none
+            wanted = self.kind == "pieces" or not self.chat_template
+            before = (self.bos_id,) if wanted and self.bos_id is not None else ()
+        return before, self.after
+
+    def encode_prompt(self, text):
+        """A prompt that is no conversation -> ids, with what the tokenizer's files put round it."""
+        before, after = self.prompt_ends()
+        return [*before, *self.encode(text), *after]
+
     def encode_bytes(self, data, where="first"):
         """bytes -> ids; what is no UTF-8 becomes byte tokens, and survives decode_bytes.
 
@@ -388,6 +425,8 @@ class Tokenizer:
             # On 100,000 spaces in a row tiktoken's regular expressions can panic: split with ours.
             encode = self.fast._encode_single_piece
             patterns = self.patterns
+        if not patterns:
+            return encode(text)  # a copy of the ids would take 7 % of the time
         return list(chain.from_iterable(map(encode, self._split(text, patterns))))
 
     def _encode_characters(self, text):
@@ -606,9 +645,10 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str | Path, pattern=None) -> "Tokenizer":
-        """Read a folder, tokenizer.json, vocab.bpe (encoder.json beside it), .tiktoken, tekken.json
-        or SentencePiece .model. How a .tiktoken file splits text is known by its name, or given as
-        `pattern`. UserError for whatever is wrong with the file."""
+        """Read a folder, tokenizer.json, merges.txt (vocab.json beside it), .tiktoken, tekken.json
+        or SentencePiece .model; what tokenizer_config.json and its like beside it say is applied.
+        How a .tiktoken file splits text is known by its name, or given as `pattern`. UserError for
+        whatever is wrong with the file."""
         from formats.vocab import read_tokenizer
 
         return read_tokenizer(Path(path), pattern)
@@ -621,13 +661,12 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = tokenizer_file(self)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **self.config,
-        }
+        config = {"clean_up_tokenization_spaces": False, **self.config}
+        if self.source is None or "tokenizer_class" not in config:  # the file alone decides ids
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_atomic(folder / "tokenizer.json", lambda path: path.write_bytes(content))
         write_json(folder / "tokenizer_config.json", config)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would go before the config's
 
     @functools.cached_property
     def sha256(self):
@@ -708,36 +747,36 @@ def check_ids(ids):
         raise UserError(f"two tokens have the same id: {Counter(ids).most_common(1)[0][0]}")
 
 
+def check_lengths(tokens):
+    """UserError if looking at every way to halve every token would take long."""
+    lengths = list(map(len, tokens))
+    if sum(lengths) > MOST_CHARACTERS or sum(n * n for n in lengths) > MOST_SQUARES:
+        raise UserError(
+            f"its tokens have {sum(lengths):,} characters, the longest {max(lengths):,}: "
+            "more than any vocabulary in use"
+        )
+
+
 # ---- The commands.
 
 
-def text_files(paths):
-    """Files, and the .txt files of folders. UserError if one is binary."""
-    found = []
-    for path in map(Path, paths):
-        found += sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    for file in found:
-        with open(file, "rb") as f:
-            if b"\0" in f.read(1 << 20):
-                raise UserError(f"{file} is a binary file: it has zero bytes")
-    return found
-
-
 def train_command(args):
-    files = text_files(args.data)
+    from training.corpora import expand, plain_texts
+
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(
-        files=files,
-        vocab_size=args.vocab_size,
-        pattern=args.pattern,
-        max_bytes=args.max_bytes,
-        special_tokens=args.special_tokens,
-        processes=args.processes,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = plain_texts(expand(args.data), folder)
+        size = sum(file.stat().st_size for file in files)
+        tokenizer = Tokenizer.train(
+            files=files,
+            vocab_size=args.vocab_size,
+            pattern=args.pattern,
+            special_tokens=args.special_tokens,
+            processes=args.processes,
+        )
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in files)
-    megabytes = min(size, args.max_bytes or size) / 1e6
+    megabytes = size / 1e6
     print(
         f"{tokenizer.vocab_size:,} ids from {megabytes:.1f} MB in {seconds:.2f} s "
         f"({megabytes / seconds:.1f} MB/s) -> {args.out}, sha256 {tokenizer.sha256[:12]}"
@@ -746,17 +785,21 @@ def train_command(args):
 
 def show_command(args):
     tokenizer = Tokenizer.load(args.tokenizer)
-    ids = tokenizer.encode(args.text)
+    text = well_formed(args.text)
+    ids = tokenizer.encode(text)
     for n, i in enumerate(ids):  # background colours in turn, so that borders show
         token = tokenizer.token_bytes(i).decode("utf-8", "replace")
         print(f"\033[30;4{1 + n % 6}m{token}\033[0m", end="")
     print("\n" + " ".join(map(str, ids)))
-    print(f"{len(ids)} tokens, {len(args.text.encode()) / max(1, len(ids)):.2f} bytes per token")
+    print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
 
 
 def compare_command(args):
-    files = text_files(args.data)
-    data = b"".join(file.read_bytes() for file in files)
+    from training.corpora import expand, plain_texts
+
+    files = expand(args.data)
+    with tempfile.TemporaryDirectory() as folder:
+        data = b"".join(file.read_bytes() for file in plain_texts(files, folder))
     print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n")
     print("| tokenizer | ids | tokens | bytes per token | MB/s |\n|---|---|---|---|---|")
     for path in args.tokenizers:
@@ -778,13 +821,12 @@ def main():
         made.set_defaults(run=run)
         return made.add_argument
 
-    data = "text files, or folders of .txt files"
+    data = "files of text or of records with a text, folders of them, or globs"
     add = command("train", train_command, "learn a byte-level BPE vocabulary")
     add("--data", nargs="+", default=["data/wikitext-2"], help=data)
     add("--vocab-size", type=int, default=10_000, help="ids, with bytes and special tokens")
     add("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)}, or a regular expression")
     add("--special-tokens", nargs="*", default=SPECIAL_TOKENS, help="they get the first ids")
-    add("--max-bytes", type=int, help="learn from this much of the data, evenly spread over it")
     add("--processes", type=int, help="to split text in; default: one per usable CPU")
     add("--out", default="runs/tokenizer", help="folder to write")
     add = command("show", show_command, "print a text's tokens, coloured, and their ids")

@@ -4,7 +4,6 @@ python train.py                                       # a character GPT on Shake
 python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
 python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
 torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
-python train.py watch runs/x                          # look at a run: loss, tokens/s, time left
 python train.py eval MODEL --data wikitext-2          # loss, perplexity, bits per byte
 
 The loop is `train`, on one screen. What it calls is in training/loop.py: `steps` evaluates and
@@ -14,14 +13,14 @@ saves (`save_run`), `backward` divides the gradient, `update` moves the weights.
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import common  # isort: skip
 
 import numpy as np
 import torch
 
-import common
 from common import UserError
 from data import Split, open_shards, split_tokens
 from model import Config, Transformer
@@ -64,7 +63,7 @@ class Args(LoopArgs):
 
 
 # What each reaches was measured: README.md and `python bench.py train`.
-PRESETS = {
+PRESETS: dict = {
     # 0.77M parameters, a minute on two CPU cores
     "shakespeare-char": dict(),
     # 0.38M, seconds
@@ -250,43 +249,7 @@ def train(run):
     print_sample(run)
 
 
-# ------------------------------------------------------------------------ looking at a run, a model
-@dataclass
-class WatchArgs:
-    run: str = ""  # the run's folder
-    once: bool = False  # draw once and stop
-
-
-def watch(argv):
-    """Draw a run's losses in the terminal, every two seconds until its last step or Ctrl-C."""
-    args = WatchArgs(**common.parse_flags(WatchArgs, watch.__doc__, argv, ("run",)))
-    path = Path(args.run) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{args.run}: no metrics.jsonl, so no run there (yet)")
-    while True:
-        total = common.read_json(Path(args.run) / "args.json")["steps"]
-        rows = common.Metrics.read(path)
-        if not args.once:
-            print("\x1b[2J\x1b[H", end="")  # clear the screen
-        step = draw_run(rows, total)
-        if args.once or step >= total:
-            return
-        time.sleep(2)
-
-
-def draw_run(rows, total):
-    """Print the curve, the speed and the time left; rows of metrics.jsonl -> the last step."""
-    print(common.draw_curve(rows))
-    last = {"step": 0, "seconds": 0, "tokens_per_s": 0}
-    for row in rows:  # not every row has a rate
-        last |= row
-    step = last["step"]
-    minutes = (total - step) * last["seconds"] / max(step, 1) / 60
-    rate = last["tokens_per_s"]
-    print(f"step {step:,} of {total:,}   {rate:,} tokens/s   {minutes:.1f} minutes left")
-    return step
-
-
+# -------------------------------------------------------------------------------- scoring a text
 @dataclass
 class EvalArgs:
     model: str = ""  # model folder
@@ -342,14 +305,10 @@ def eval_text(argv):
 
 
 def main():
-    command, argv = "".join(sys.argv[1:2]), sys.argv[2:]
-    if command == "watch":
-        watch(argv)
-    elif command == "eval":
-        eval_text(argv)
-    else:
-        args, checkpoint = read_args(Args, __doc__, PRESETS)
-        launch(args, checkpoint, prepare_training, train)
+    if sys.argv[1:2] == ["eval"]:
+        return eval_text(sys.argv[2:])
+    args, checkpoint = read_args(Args, __doc__, PRESETS)
+    launch(args, checkpoint, prepare_training, train)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ and test_scheduler.py hold the three equal.
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
 import quant
-from engine.native import install_products
 from engine.parallel import ShardedLinear
 from engine.weights import rope_tables, stack_adapters
 from quant import QuantLinear
@@ -63,13 +63,10 @@ def fused_layers(layers, kind):
     packed = isinstance(first, QuantLinear)
     if not packed and type(first) is not nn.Linear:
         return layers
+    fused = first
     if len(layers) > 1:
         fused = quant.fuse(layers) if packed else fuse_floats(layers)
-    else:
-        fused = copy.copy(first) if packed else first  # the model's own gets no product set on it
-    fused = quant.in_kind(fused, kind)
-    install_products(fused)
-    return [fused]
+    return [quant.in_kind(fused, kind)]
 
 
 class FusedProduct(nn.Module):
@@ -187,28 +184,25 @@ class TorchForward(nn.Module):
         On a GPU a step of S decodes is padded to the next size that has a CUDA graph. Padding is
         not stored (slot -1) and attends to nothing (length 0).
         """
-        S, T, R = len(batch.spans), len(batch.ids), len(batch.rows)
+        S, T, R = len(batch.counts), len(batch.ids), len(batch.rows)
         page = self.block_size
         pad = graph_size(S) - S if self.device.type == "cuda" and S == T == R else 0
-        width = -(-self.config.max_position_embeddings // page)
-        tables = torch.zeros(S + pad, width, dtype=torch.int32)
-        positions, slots, starts, lengths = [], [], [], []
-        for s, span in enumerate(batch.spans):
-            end = span.past + span.count
-            blocks = span.blocks
-            tables[s, : len(blocks)] = torch.tensor(blocks[:width], dtype=torch.int32)
-            positions += range(span.past, end)
-            slots += [blocks[p // page] * page + p % page for p in range(span.past, end)]
-            starts.append(span.start)
-            lengths.append(end)
-        longs = [S + pad, T + pad, R + pad]
-        adapters = batch.token_adapters()
+        counts, pasts, starts, sizes = batch.layout()
+        width = table_width(int(sizes.max()))
+        tables = np.zeros((S + pad, width), np.int32)
+        tables[:S][np.arange(width) < sizes[:, None]] = batch.blocks()
+        owners = np.repeat(np.arange(S), counts)  # (T,)
+        positions = np.arange(T) + (pasts - starts)[owners]
+        slots = tables[owners, positions // page] * page + positions % page
+        adapters = np.array(batch.adapters)[owners]
+        longs = [np.array([S + pad, T + pad, R + pad])]
         numbers = batch.ids, positions, slots, adapters, batch.rows
         for own, filler in zip(numbers, (0, 0, -1, -1, 0)):
-            longs += own + [filler] * pad
-        ints = lengths + [0] * pad + starts + list(range(T, T + pad + 1))
-        ints = torch.tensor(ints, dtype=torch.int32)
-        return torch.tensor(longs), torch.cat((ints, tables.view(-1)))
+            longs += [own, [filler] * pad]
+        ints = [pasts + counts, [0] * pad, starts, np.arange(T, T + pad + 1)]
+        longs = np.concatenate(longs, dtype=np.int64, casting="unsafe")
+        ints = np.concatenate(ints, dtype=np.int32, casting="unsafe")
+        return torch.from_numpy(longs), torch.from_numpy(np.append(ints, tables))
 
     def step(self, longs, ints, hidden=False):
         """What `inputs` made -> logits (R, V), or None.
@@ -225,10 +219,13 @@ class TorchForward(nn.Module):
         if hidden or not S == T == R:
             return self.compute(longs, ints, S, T, R, hidden)
         if S not in self.graphs:
-            self.graphs[S] = self.capture(longs.clone(), ints.clone(), S)
+            blocks = -(-self.config.max_position_embeddings // self.block_size)
+            room = ints.new_zeros(2 * S + 1 + S * table_width(blocks))
+            put_ints(room, ints, S)
+            self.graphs[S] = self.capture(longs.clone(), room, S)
         graph, static_longs, static_ints, logits = self.graphs[S]
         static_longs.copy_(longs)
-        static_ints.copy_(ints)
+        put_ints(static_ints, ints, S)
         graph.replay()
         return logits
 
@@ -294,6 +291,19 @@ class TorchForward(nn.Module):
         where = tables, lengths, starts
         y = kernels.paged_attention(qk[:, :H], *cache, *where, D**-0.5, layer.window, *scales)
         return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
+
+
+def table_width(blocks):
+    """Columns of the block tables of a step: a power of two, so kernels are not compiled anew."""
+    return max(16, 1 << (blocks - 1).bit_length())
+
+
+def put_ints(into, ints, S):
+    """Copy a step's int32 numbers to where tables may be wider: lengths end what is read there."""
+    first = 2 * S + 1
+    tables = ints[first:].view(S, -1)
+    into[:first] = ints[:first]
+    into[first:].view(S, -1)[:, : tables.size(1)] = tables
 
 
 def graph_size(sequences):

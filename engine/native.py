@@ -17,11 +17,13 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from array import array
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,7 +33,9 @@ from engine.weights import rope_tables, stack_adapters
 from quant import NF4Linear, QuantLinear, in_kind
 
 SOURCE = Path(__file__).with_name("forward.cpp")
+ROOT_ID = 0  # the administrator, who builds images
 PAGE = 16  # tokens of a block of the cache, forward.cpp's PAGE
+MADV_PAGEOUT = 21  # linux/mman.h: these pages are not needed soon; nothing is lost
 FLOAT32, FLOAT16, INT8, INT4 = range(4)  # forward.cpp's Kind
 KV_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16}  # types of keys and values it knows
 
@@ -103,7 +107,7 @@ def compile_to(path, name):
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise Unavailable("there is no C++ compiler (g++) on this machine")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split()]
     command = [*compiler.split(), *flags, str(SOURCE), "-o"]
 
@@ -114,6 +118,19 @@ def compile_to(path, name):
             raise Unavailable(f"{compiler} could not compile forward.cpp: {said}")
 
     write_atomic(path, make)
+    path.chmod(0o755)  # or others of the group might write to it, see check_owner
+
+
+def check_owner(path):
+    """A library is code: it is loaded only if nobody but this user and root could have put it
+    there."""
+    for place in (path, path.parent) if hasattr(os, "getuid") else ():  # not on Windows
+        status = place.stat()
+        if status.st_uid not in (ROOT_ID, os.getuid()) or status.st_mode & 0o022:
+            raise Unavailable(
+                f"{place} is another user's, or others may write to it "
+                f"(mode {status.st_mode & 0o777:o}): delete it, or chmod go-w"
+            )
 
 
 def library_path(name, folder=None):
@@ -133,6 +150,7 @@ def library():
     try:
         if not path.is_file():
             compile_to(path, name)
+        check_owner(path)
         lib = ctypes.CDLL(str(path))
     except OSError as error:  # of a folder that cannot be written, too
         raise Unavailable(f"{path} does not load ({error}): delete it or set CXX") from None
@@ -155,6 +173,24 @@ def quiet_torch():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def return_memory(module, kind):
+    """Give the system back what packing a module freed, and the pages of its weights in the file.
+
+    Else a model would be there twice while it is loaded, and glibc would keep half of it. Without
+    a `kind` the weights may be those of a model that is being trained, which stay in memory.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "malloc_trim"):  # musl
+        return
+    libc.malloc_trim(0)
+    page = os.sysconf("SC_PAGE_SIZE")
+    for p in module.parameters() if kind else ():
+        begin = -(-p.data_ptr() // page) * page
+        size = (p.data_ptr() + p.nbytes - begin) // page * page
+        if size > 0:
+            libc.madvise(c_void_p(begin), c_size_t(size), MADV_PAGEOUT)
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -249,29 +285,6 @@ class Panels:
         return y
 
 
-class PackedProduct(Panels):
-    """One packed layer: (M, K) float32 -> (M, N) float32, without the bias."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.packed = self.linear(layer)
-        self.packed.bias = None
-
-    def __call__(self, x):
-        return self.multiply(self.packed, x)
-
-    def __deepcopy__(self, memo):
-        return self  # nothing in it changes
-
-
-def install_products(module):
-    """Set the `fast_product` of a module's packed layers on the CPU, as far as C++ knows them."""
-    for layer in module.modules():
-        if isinstance(layer, QuantLinear) and next(layer.buffers()).device.type == "cpu":
-            with contextlib.suppress(Unavailable):
-                layer.fast_product = PackedProduct(layer)
-
-
 # --------------------------------------------------------------------------------- the whole model
 class Native(Panels):
     """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""
@@ -303,13 +316,16 @@ class Native(Panels):
     def pack(self, model, stacks):
         """-> (its Layers, its Model), which point at the packed weights."""
         c = self.config
+        # the largest first, while memory is still free for what its packing takes for a moment
+        head = self.linear(model.lm_head, self.kind, stacks.get(model.lm_head))
+        return_memory(model.lm_head, self.kind)
         layers = [self.layer(i, block, stacks) for i, block in enumerate(model.layers)]
         layers = (Layer * len(layers))(*layers)
         embed = self.floats(model.embed_tokens.weight)
         self.embedding = self.kept[-1]
+        return_memory(model.embed_tokens, self.kind)
         places = model.embed_positions.weight if c.is_gpt2 else None
         cos, sin = map(self.floats, rope_tables(model))
-        head = model.lm_head
         return layers, Model(
             L=len(layers),
             C=c.hidden_size,
@@ -324,7 +340,7 @@ class Native(Panels):
             sin=sin,
             norm=self.norm(model.norm),
             layers=layers,
-            head=self.linear(head, self.kind, stacks.get(head)),
+            head=head,
         )
 
     def norm(self, norm):
@@ -337,6 +353,7 @@ class Native(Panels):
         for layers in block.products():
             products.append([self.linear(it, self.kind, stacks.get(it)) for it in layers])
         qkv, (out,), up, (down,) = products
+        return_memory(block, self.kind)
         c = self.config
         return Layer(
             norm1=self.norm(block.input_layernorm),
@@ -377,25 +394,23 @@ class Native(Panels):
 
     def __call__(self, batch, hidden=False):
         """A runner.StepBatch -> logits (R, V) or None; with hidden what the head reads, (R, C)."""
-        spans, blocks = array("i"), array("i")
-        for span in batch.spans:
-            spans.extend((span.start, span.count, span.past, len(blocks)))
-            blocks.extend(span.blocks[: (span.past + span.count - 1) // PAGE + 1])
+        counts, pasts, starts, sizes = batch.layout()
+        first_blocks = np.cumsum(sizes) - sizes
+        spans = np.stack((starts, counts, pasts, first_blocks), 1).astype(np.int32)  # (S, 4)
+        blocks = batch.blocks()
         ids = array("q", batch.ids)
         rows = array("q", batch.rows)
-        adapters = array("i", bytes(4 * len(ids)))  # all 0: without adapters nothing reads them
+        adapters = np.zeros(len(ids), np.int32)  # without adapters nothing reads them
         if self.adapter_count:
             nobody = self.adapter_count  # the last row of a stack's `keep`
-            adapters = array("i", [nobody if a < 0 else a for a in batch.token_adapters()])
+            own = [nobody if a < 0 else a for a in batch.adapters]
+            adapters = np.repeat(np.array(own, np.int32), counts)
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
         outputs = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
 
-        def at(numbers):
-            return numbers.buffer_info()[0]
-
-        tokens = len(ids), at(ids), at(adapters)
-        sequences = len(batch.spans), at(spans), at(blocks)
-        wanted = len(rows), at(rows)
+        tokens = len(ids), ids.buffer_info()[0], adapters.ctypes.data
+        sequences = len(spans), spans.ctypes.data, blocks.ctypes.data
+        wanted = len(rows), rows.buffer_info()[0]
         self.lib.forward(self.model, *tokens, *sequences, *wanted, *outputs, self.threads)
         return out if rows else None
 

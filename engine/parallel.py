@@ -75,7 +75,6 @@ def shard_of(linear, name, runtime, by_input=False):
         return (tensor[:, mine] if by_input else tensor[mine]).contiguous()
 
     shard = copy.copy(linear)
-    shard.fast_product = None
     shard._parameters = {}
     for key, p in linear._parameters.items():
         shard._parameters[key] = p if p is None else nn.Parameter(own(p), requires_grad=False)

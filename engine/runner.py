@@ -7,9 +7,10 @@ several ranks the first has the requests, the scheduler and the sampler; the oth
 import atexit
 import os
 import sys
-from dataclasses import dataclass, field
+from array import array
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,35 +23,42 @@ from runtime import DTYPES, free_memory
 MIB = 2**20
 
 
-@dataclass
-class Span:
-    """The tokens of one sequence in a step."""
-
-    start: int  # the first of them in the flat row
-    count: int
-    past: int  # tokens of the sequence that are in the cache already
-    blocks: list  # where its keys and values lie
-    adapter: int  # LoRA adapter, -1 is none
-
-
-@dataclass
 class StepBatch:
     """The tokens of one step, flat: those of one sequence next to each other."""
 
-    ids: list = field(default_factory=list)
-    rows: list = field(default_factory=list)  # the tokens whose logits are wanted
-    spans: list = field(default_factory=list)
+    def __init__(self):
+        self.ids = []
+        self.rows = []  # the tokens whose logits are wanted
+        # of each sequence:
+        self.counts = []  # its tokens in this step
+        self.pasts = []  # its tokens that are in the cache already
+        self.tables = []  # its block table: where its keys and values lie
+        self.adapters = []  # its LoRA adapter, -1 is none
 
     def add(self, blocks, ids, past, rows, adapter=-1):
         """ids: the tokens at positions past, past + 1, ...; rows count from the first of them."""
         start = len(self.ids)
-        self.spans.append(Span(start, len(ids), past, blocks, adapter))
-        self.rows += [start + row for row in rows]
+        self.counts.append(len(ids))
+        self.pasts.append(past)
+        self.tables.append(blocks)
+        self.adapters.append(adapter)
+        for row in rows:
+            self.rows.append(start + row)
         self.ids += ids
 
-    def token_adapters(self):
-        """The adapter of each token."""
-        return [span.adapter for span in self.spans for _ in range(span.count)]
+    def layout(self):
+        """-> int64 arrays (S,): each sequence's tokens, those before them, its first token's place,
+        the blocks of its table."""
+        counts = np.array(self.counts)
+        starts = np.cumsum(counts) - counts
+        return counts, np.array(self.pasts), starts, np.array(list(map(len, self.tables)))
+
+    def blocks(self):
+        """The block tables, one after the other -> int32 array."""
+        flat = array("i")
+        for table in self.tables:
+            flat.extend(table)
+        return np.frombuffer(flat, np.int32)
 
 
 class Runner:
@@ -78,6 +86,7 @@ class Runner:
         self.adapter_names = list(adapters or ())
         self.orders = None  # the group in which the first rank tells the others what to do
         self.idle = False
+        self.alone = None  # the forward pass of a text that is only read, with its cache
         if runtime.world > 1:
             self.join_ranks()
         on_cpu = self.device.type == "cpu"
@@ -139,28 +148,28 @@ class Runner:
         return self.forward.step(longs, ints)
 
     @torch.inference_mode()
-    def hidden(self, ids):
-        """ids (T,) int64, one text by itself -> what the head reads, (T, C) float32."""
-        blocks = -(-len(ids) // self.block_size)
-        batch = StepBatch()
-        batch.add(list(range(blocks)), ids.tolist(), 0, range(len(ids)))
-        alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
-        return alone(batch, hidden=True)
+    def read(self, longs):
+        """The next chunk of a text by itself, in a cache of its own.
 
-    def score(self, longs):
-        """longs: how many of the likeliest, the vocabulary's size, ids (T,)
-
-        -> `top_logprobs` of ids[1:], T - 1 rows.
+        longs: the tokens in the chunk, before it, in all; how many of the likeliest (-1: none);
+        the vocabulary's size; the chunk's ids, and the one behind it if there is one
+        -> `top_logprobs` of all these ids but the first, or the sum of what the head reads, (C,).
         """
-        count, vocab_size = longs[:2].tolist()
-        ids = longs[2:]
-        read = self.hidden(ids)[:-1].split(256)
-        said = ids[1:].to(self.device).split(256)
-        parts = []
-        for rows, tokens in zip(read, said):  # logits (256, V) at a time
-            logits = self.forward.logits_of(rows)[:, :vocab_size]
-            parts.append(top_logprobs(logits, tokens, count))
-        return map(torch.cat, zip(*parts))
+        size, past, total, count, vocab_size = longs[:5].tolist()
+        ids = longs[5:]
+        blocks = -(-total // self.block_size)
+        if past == 0:
+            self.alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
+        batch = StepBatch()
+        batch.add(array("i", range(blocks)), ids[:size].tolist(), past, range(size))
+        hidden = self.alone(batch, hidden=True)  # (T, C) float32
+        if past + size == total:
+            self.alone = None
+        if count < 0:
+            return hidden.sum(0)  # (T, C) -> (C,)
+        said = ids[1:].to(self.device)
+        logits = self.forward.logits_of(hidden[: len(said)])[:, :vocab_size]
+        return top_logprobs(logits, said, count)
 
     def end(self):
         dist.destroy_process_group()
@@ -173,7 +182,7 @@ class Runner:
         return None if logits is None else logits[: len(batch.rows)]
 
     # -- several ranks
-    ORDERS = ("end", "step", "hidden", "score")
+    ORDERS = ("end", "step", "read")
 
     def join_ranks(self):
         # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.
@@ -222,15 +231,15 @@ class Runner:
         sys.exit()
 
 
-def pool_size(runners, kv_tokens, max_seqs, max_len):
+def pool_size(runner, kv_tokens, max_seqs, max_len):
     """How many blocks to make: as many as asked, else for max_seqs answers of full length.
 
     Without a number asked for, keys and values take at most half of a CPU's free memory or nine
     tenths of a GPU's.
     """
-    runtime = runners[0].runtime
-    size = runners[0].block_size
-    block_bytes = sum(runner.bytes_per_token for runner in runners) * size
+    runtime = runner.runtime
+    size = runner.block_size
+    block_bytes = runner.bytes_per_token * size
     free = free_memory(runtime.device)
     fits = 4096
     if free and runtime.device.type == "cuda":
@@ -246,9 +255,8 @@ def pool_size(runners, kv_tokens, max_seqs, max_len):
             f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
         )
     if runtime.rank == 0:
-        weights = sum(runner.forward.weight_bytes for runner in runners) / MIB
         print(
-            f"cache    weights {weights:,.0f} MiB + keys and values "
+            f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "
             f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
         )
     return blocks

@@ -1,6 +1,6 @@
 """From logits to tokens: what a request may ask for (Sampling), and the draw for a whole batch.
 
-    tokens, failed = draw_tokens(logits, rows)          # logits (R, V), one SamplingRow each
+    tokens, failed = draw_tokens(logits, rows, u)     # logits (R, V), one SamplingRow each, u (R,)
 
 Randomness is counter-based: one uniform number per (seed, position). So a token depends on its own
 request and on nothing else in the batch, and survives preemption and speculation. The plain twin
@@ -8,12 +8,12 @@ is Transformer.generate (one row, temperature and top-k); tests/test_generate.py
 """
 
 import functools
-import hashlib
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -69,14 +69,25 @@ class Sampling:
             kind = type(high)
             if type(value) not in (int, kind) or not low <= value <= high:
                 raise UserError(f"{name} is {value!r}, not {kind.__name__} {low:g} to {high:g}")
+        kinds: dict[str, tuple] = {
+            "stop": (list, tuple),
+            "stop_ids": (list, tuple),
+            "ignore_eos": (bool,),
+            "logit_bias": (dict, type(None)),
+        }
+        for name, allowed in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, allowed):
+                raise UserError(f"{name} is {value!r}, a {type(value).__name__}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}, but must be non-empty strings")
         for name in ("stop_ids", "logit_bias"):
             for i in getattr(self, name) or ():
-                if not isinstance(i, int) or not 0 <= i < vocab_size:
+                if type(i) is not int or not 0 <= i < vocab_size:
                     raise UserError(f"{name} has {i!r}, but ids go from 0 to {vocab_size - 1}")
-        if not all(map(math.isfinite, (self.logit_bias or {}).values())):
-            raise UserError("logit_bias adds something that is not finite")
+        for bias in (self.logit_bias or {}).values():
+            if type(bias) not in (int, float) or not math.isfinite(bias):
+                raise UserError(f"logit_bias adds {bias!r}, which is no finite number")
 
     @functools.cached_property
     def edits_logits(self):
@@ -85,9 +96,15 @@ class Sampling:
         others = self.min_tokens or self.logit_bias or self.constraint
         return bool(penalties or others)
 
-    @property
+    @functools.cached_property
     def filters(self):
+        """Whether not every token may be drawn."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @functools.cached_property
+    def stop_beginnings(self):
+        """What a text may end with while a stop string comes."""
+        return tuple(stop[:n] for stop in self.stop for n in range(1, len(stop)))
 
 
 @dataclass
@@ -95,19 +112,31 @@ class SamplingRow:
     """One row of logits and all that decides which token it becomes."""
 
     sampling: Sampling
-    uniform: float  # in [0, 1)
     # The rest is read where sampling.edits_logits.
     output: list | tuple = ()  # token ids made so far
     prompt: list | tuple = ()
     ends: frozenset = frozenset()  # ids that are barred until min_tokens are made
     constraint: Any = None
-    room: int = UNLIMITED  # tokens that may still be made
 
 
-def uniform(seed, position):
-    """The number in [0, 1) of one position of an answer, hashed to 24 bits (what float32 holds)."""
-    digest = hashlib.blake2b(b"%d:%d" % (seed, position), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 40) / (1 << 24)
+def uniforms(seeds, positions):
+    """One number in [0, 1) for each position of an answer -> (R,) float32.
+
+    The pair is hashed (Steele et al. 2014, "Fast splittable pseudorandom number generators"); the
+    first 24 bits are what float32 holds.
+    """
+    seeds = np.array([seed % 2**64 for seed in seeds], np.uint64)
+    z = mixed_bits(seeds) + np.array(positions, np.uint64)
+    u = (mixed_bits(z) >> np.uint64(40)) / np.float32(1 << 24)
+    return torch.from_numpy(u.astype(np.float32))
+
+
+def mixed_bits(z):
+    """splitmix64's mixer: uint64 -> uint64, each bit of which depends on all of z."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 # --------------------------------------------------------------------------------- editing logits
@@ -148,18 +177,20 @@ def edit_logits(logits, rows):
     if add_at:
         at = torch.tensor(add_at, device=logits.device)
         flat[at] += torch.tensor(add_by, device=logits.device, dtype=logits.dtype)
-    for r, row in enumerate(rows):
-        if row.constraint is not None:
-            logits[r].masked_fill_(barred_by_constraint(row, logits[r]), -torch.inf)
+    bound = [r for r, row in enumerate(rows) if row.constraint is not None]
+    if bound:
+        allowed = torch.stack([allowed_by_constraint(rows[r], V) for r in bound])
+        logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
-def barred_by_constraint(row, logits):
-    """-> (V,) bool, on the device of logits (V,)."""
-    allowed = row.constraint.allowed(row.room).to(logits.device)[: len(logits)]
-    barred = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
-    if row.constraint.complete and len(row.output) >= row.sampling.min_tokens:
-        barred[list(row.ends)] = False
-    return barred
+def allowed_by_constraint(row, V):
+    """-> (V,) bool. A token that ends the turn is allowed where the text is complete."""
+    bits = np.frombuffer(row.constraint.mask(), np.uint8)
+    bits = np.unpackbits(bits, count=row.constraint.size, bitorder="little")
+    allowed = F.pad(torch.from_numpy(bits).bool(), (0, V - len(bits)))
+    enough = len(row.output) >= row.sampling.min_tokens
+    allowed[list(row.ends)] = enough and row.constraint.complete
+    return allowed
 
 
 # --------------------------------------------------------------------------------------- the draw
@@ -193,8 +224,8 @@ def kept_tokens(logits, rows):
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
 
 
-def draw_tokens(logits, rows):
-    """One token for each row of logits (R, V) float32, which is overwritten.
+def draw_tokens(logits, rows, u):
+    """One token for each row of logits (R, V) float32, which is overwritten, at u (R,) in [0, 1).
 
     -> ((R,) int64, (R,) bool: nothing was allowed)
     """
@@ -216,7 +247,7 @@ def draw_tokens(logits, rows):
     # The inverse of the distribution function at u: the first token at which the sum exceeds u.
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
-    u = torch.tensor([row.uniform for row in rows], device=logits.device)[:, None]
+    u = u.to(logits.device)[:, None]
     below = torch.minimum(u * total, total * (1 - 2**-23))
     token = torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)
     return torch.where(hot, token, greedy), failed

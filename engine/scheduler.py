@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.sampler import Sampling
+from engine.sampler import Sampling, SamplingRow
 
 
 # ------------------------------------------------------------------------- requests and answers
@@ -25,7 +25,7 @@ class TokenLogprob:
     top: list  # [(id, logprob)], likeliest first
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What one step added to one answer. Text lags its tokens while it may become a stop string."""
 
@@ -48,11 +48,9 @@ class Delta:
         self.end = later.end
 
 
-@dataclass
+@dataclass(slots=True)
 class Output(Delta):
     """One whole answer."""
-
-    cached_tokens: int = 0  # tokens of the prompt that were in the cache already
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Request:
     sampling: Sampling
     adapter: int  # which LoRA adapter, -1 is none
     ends: frozenset  # token ids that end an answer
-    cached_tokens: int = 0  # of the prompt, found in the cache
+    row: SamplingRow  # for the sampler, while nothing edits logits
 
 
 @dataclass(eq=False)
@@ -76,11 +74,12 @@ class Sequence:
     arrival: int  # the place in the queue
     seed: int
     ids: list  # prompt and output
+    full: int  # ids at which it is cut
     stream: Any  # ids -> text, or None without a tokenizer
     constraint: Any = None
     computed: int = 0
-    drafted: int = 0  # as `computed`, in the draft model's cache; without one the same number
-    blocks: list = field(default_factory=list)  # the block table: where its keys and values lie
+    # the block table: where its keys and values lie
+    blocks: array = field(default_factory=lambda: array("i"))
     hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # how many of its blocks other requests may share
     held: str = ""  # text held back, because a stop string may begin in it
@@ -192,17 +191,19 @@ class Scheduler:
         prefills = [s for s in self.running if s.remaining > 1]
         spare = self.budget - len(decodes)  # what drafts may take
         for seq in decodes + prefills:
-            if seq not in self.running:
+            if not seq.blocks:
                 continue  # preempted for an older one
             n = min(seq.remaining, self.budget)
             if n == 0:
                 break
-            if not self.make_room(seq, seq.computed + n, plan):
+            fits = seq.computed + n <= len(seq.blocks) * self.block_size
+            if not fits and not self.make_room(seq, seq.computed + n, plan):
                 continue
-            draft = min(self.max_draft, spare) if seq.remaining == 1 else 0
-            if draft and self.reserve(seq, seq.computed + n + draft):
-                n += draft
-                spare -= draft
+            if self.max_draft and seq.remaining == 1:
+                draft = min(self.max_draft, spare)
+                if self.reserve(seq, seq.computed + n + draft):
+                    n += draft
+                    spare -= draft
             plan[seq] = n
             self.budget -= n
         if self.waiting and self.counts["preemptions"] == before:
@@ -245,12 +246,11 @@ class Scheduler:
         """Let a waiting sequence run; the blocks `cached` hold its beginning."""
         for block in cached:
             self.pool.share(block)
-        seq.blocks = cached
+        seq.blocks = array("i", cached)
         seq.published = len(cached)
-        seq.computed = seq.drafted = len(cached) * self.block_size
+        seq.computed = len(cached) * self.block_size
         # The other answers meet the first one's blocks; after a preemption it meets its own.
         if seq.index == seq.made == 0:
-            seq.request.cached_tokens = seq.computed
             self.counts["cache_hit_tokens"] += seq.computed
             self.counts["cache_query_tokens"] += len(seq.ids)
         self.reserve(seq, len(seq.ids))
@@ -286,17 +286,17 @@ class Scheduler:
 
     def publish(self, seq):
         """Offer the blocks that the step has filled; the next turn of a chat begins with them."""
-        self.hash_blocks(seq, min(seq.computed, seq.drafted))
+        self.hash_blocks(seq, seq.computed)
         for i in range(seq.published, len(seq.hashes)):
-            if (i + 1) * self.block_size > min(seq.computed, seq.drafted):
+            if (i + 1) * self.block_size > seq.computed:
                 break  # hashed when it was admitted, and not computed yet
             self.pool.publish(seq.blocks[i], seq.hashes[i])
             seq.published += 1
 
     def release(self, seq):
         self.pool.release(seq.blocks)
-        seq.blocks = []
-        seq.computed = seq.drafted = seq.published = 0
+        seq.blocks = array("i")
+        seq.computed = seq.published = 0
 
     def remove(self, seq):
         """Forget a sequence in whatever state it is."""

@@ -12,7 +12,6 @@ import math
 import mmap
 import re
 import struct
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,10 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from common import UserError, cli, parse_flags, write_atomic
-from formats.vocab import merges_by_score, naming, read_bpe, space_steps, to_json
+from common import UserError, cli, model_name, naming, parse_flags, warn, write_atomic
+from formats.hub import GPT2_KEYS
+from formats.verify import verify
+from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
 from quant import QuantLinear
 from tokenizer import PATTERNS, Tokenizer
@@ -44,13 +45,13 @@ class BlockType(NamedTuple):
 
     number: int
     block: int
+    zero: int  # the code of 0
+    run: int  # bytes of q that hold the low bits of as many codes, then the next higher ones
+    high_run: int  # the same of h
     layout: dict  # bytes of each field
-    dtype: torch.dtype | None = None  # of plain floats, whose block is one number
-    zero: int = 0  # the code of 0
-    run: int = 16  # bytes of q that hold the low bits of as many codes, then the next higher ones
-    high_run: int = 1  # the same of h
-    scales: Callable | None = None  # s (n, bytes) -> (n, G) multiples of d, and of m or None
-    encode: Callable | None = None  # (n, block) float32 -> {"codes": ..., field: ...}, if written
+    dtype: torch.dtype | None  # of plain floats, whose block is one number
+    scales: Callable | None  # s (n, bytes) -> (n, G) multiples of d, and of m or None
+    encode: Callable | None  # (n, block) float32 -> {"codes": ..., field: ...}, if written
 
     @property
     def bytes(self):
@@ -269,39 +270,50 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-K_QUANT = partial(BlockType, block=256, run=32, high_run=32)
-K45_QUANT = partial(K_QUANT, scales=six_bit_pairs)
-BLOCK_TYPES = {
-    "F32": BlockType(0, 1, {"q": 4}, torch.float32),
-    "F16": BlockType(1, 1, {"q": 2}, torch.float16),
-    "BF16": BlockType(30, 1, {"q": 2}, torch.bfloat16),
-    "Q4_0": BlockType(2, 32, {"d": 2, "q": 16}, zero=8, encode=encode_q4_0),
-    "Q4_1": BlockType(3, 32, {"d": 2, "m": 2, "q": 16}),
-    "Q5_0": BlockType(6, 32, {"d": 2, "h": 4, "q": 16}, zero=16),
-    "Q5_1": BlockType(7, 32, {"d": 2, "m": 2, "h": 4, "q": 16}),
-    "Q8_0": BlockType(8, 32, {"d": 2, "q": 32}, zero=128, encode=encode_q8_0),
-    "Q2_K": K_QUANT(10, layout={"s": 16, "q": 64, "d": 2, "m": 2}, scales=nibble_pairs),
-    "Q3_K": K_QUANT(11, layout={"h": 32, "q": 64, "s": 12, "d": 2}, zero=4, scales=six_bits),
-    "Q4_K": K45_QUANT(
-        12,
-        layout={"d": 2, "m": 2, "s": 12, "q": 128},
-        encode=partial(encode_k45, top=15, start=-1.0, steps=21),
-    ),
-    "Q5_K": K45_QUANT(
-        13,
-        layout={"d": 2, "m": 2, "s": 12, "h": 32, "q": 128},
-        encode=partial(encode_k45, top=31, start=-0.5, steps=16),
-    ),
-    "Q6_K": K_QUANT(
-        14,
-        layout={"q": 128, "h": 64, "s": 16, "d": 2},
-        zero=32,
-        run=64,
-        scales=eight_bits,
-        encode=encode_q6_k,
-    ),
+# Its number, weights a block, zero, run and high_run, and the bytes of each field.
+BLOCKS = """
+    F32    0    1    0  16   1  q4
+    F16    1    1    0  16   1  q2
+    BF16  30    1    0  16   1  q2
+    Q4_0   2   32    8  16   1  d2 q16
+    Q4_1   3   32    0  16   1  d2 m2 q16
+    Q5_0   6   32   16  16   1  d2 h4 q16
+    Q5_1   7   32    0  16   1  d2 m2 h4 q16
+    Q8_0   8   32  128  16   1  d2 q32
+    Q2_K  10  256    0  32  32  s16 q64 d2 m2
+    Q3_K  11  256    4  32  32  h32 q64 s12 d2
+    Q4_K  12  256    0  32  32  d2 m2 s12 q128
+    Q5_K  13  256    0  32  32  d2 m2 s12 h32 q128
+    Q6_K  14  256   32  64  32  q128 h64 s16 d2
+"""
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCALES = {"Q2_K": nibble_pairs, "Q3_K": six_bits, "Q6_K": eight_bits}
+SCALES |= dict.fromkeys(("Q4_K", "Q5_K"), six_bit_pairs)
+ENCODERS: dict[str, Callable] = {
+    "Q4_0": encode_q4_0,
+    "Q8_0": encode_q8_0,
+    "Q4_K": partial(encode_k45, top=15, start=-1.0, steps=21),
+    "Q5_K": partial(encode_k45, top=31, start=-0.5, steps=16),
+    "Q6_K": encode_q6_k,
 }
+
+
+def read_block_types():
+    """BLOCKS -> {name: BlockType}"""
+    kinds = {}
+    for line in BLOCKS.strip().splitlines():
+        name, *columns = line.split()
+        number, block, zero, run, high_run = map(int, columns[:5])
+        layout = {field[0]: int(field[1:]) for field in columns[5:]}
+        how = FLOATS.get(name), SCALES.get(name), ENCODERS.get(name)
+        kinds[name] = BlockType(number, block, zero, run, high_run, layout, *how)
+    return kinds
+
+
+BLOCK_TYPES = read_block_types()
 TYPE_NAMES = {kind.number: name for name, kind in BLOCK_TYPES.items()}
+UNREAD_TYPES = dict(enumerate("IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS".split(), 16))
+UNREAD_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 
 
 def by_rows(function, rows, out):
@@ -348,7 +360,7 @@ class PackedLinear(QuantLinear):
         return GGUFTensor(self.format, shape, self.data).dequantize(dtype)
 
     def groups(self):
-        """As Int8Linear's; w = scale * (code - zero), up to float32's rounding."""
+        """As GroupLinear's; w = scale * (code - zero), up to float32's rounding."""
         kind, rows = BLOCK_TYPES[self.format], self.out_features
         codes, scale, low = split_blocks(self.data.reshape(-1, kind.bytes), kind)
         zero = torch.full_like(scale, kind.zero)
@@ -479,15 +491,6 @@ SHAPE_KEYS = two_columns("""
     attention.key_length     head_dim
     attention.value_length   head_dim
 """)
-# The fields that GPT-2's config.json calls otherwise.
-GPT2_WORDS = two_columns("""
-    max_position_embeddings  n_positions
-    hidden_size              n_embd
-    num_hidden_layers        n_layer
-    intermediate_size        n_inner
-    num_attention_heads      n_head
-    norm_eps                 layer_norm_epsilon
-""")
 
 
 def norm_key(arch):
@@ -577,7 +580,7 @@ def read_config(meta, tensors):
             f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
             "must be above 0, the scaling Llama 3's"
         )
-    words = GPT2_WORDS if arch == "gpt2" else {}
+    words = GPT2_KEYS if arch == "gpt2" else {}
     shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
     shape |= {
         "model_type": arch,
@@ -620,6 +623,15 @@ def llama3_rope(config, slowed, original):
 
 # ---- The tokenizer, as metadata.
 
+# The keys of ids that end a text, and of Sampling's defaults -> generation_config.json's names.
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+SAMPLING_NAMES = two_columns("""
+    temp            temperature
+    top_p           top_p
+    top_k           top_k
+    min_p           min_p
+    penalty_repeat  repetition_penalty
+""")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
@@ -642,10 +654,6 @@ SPLITS = {
     "falcon3": SplitRule(("llama3",), whole_chunks=True),
     "deepseek-r1-qwen": SplitRule(("qwen2",)),
 }
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def tokenizer_metadata(tok, config):
@@ -724,16 +732,13 @@ def special_metadata(tok, config):
     """Which ids begin and end a text, and whether a beginning is put before every prompt."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [i for i in dict.fromkeys([tok.eos_id, *ends]) if i is not None]
-    meta = dict(zip(("eos_token_id", "eot_token_id"), ends))
+    meta = dict(zip(END_KEYS, ends))
     # A tokenizer without a beginning has its end do that work, as GPT-2 does.
     bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
     meta = {key: value for key, value in meta.items() if value is not None}
-    # A chat template writes the beginning itself; else it is put there, as generate.py does, if
-    # the token has no other job.
-    add_bos = tok.kind == "pieces" or (bos not in [None, *ends] and not tok.chat_template)
-    wanted = tok.config.get("add_bos_token", add_bos)
-    return meta | {"add_bos_token": bos is not None and bool(wanted)}
+    before, after = tok.prompt_ends()
+    return meta | {"add_bos_token": bool(before), "add_eos_token": bool(after)}
 
 
 # ---- The tokenizer, from metadata.
@@ -747,7 +752,7 @@ def read_vocabulary(get):
     if model not in ("gpt2", "llama"):
         raise UserError(f"tokenizer model {model!r} is not supported, only gpt2 and llama")
     tokens = get("ggml.tokens", [], list)
-    groups = read_token_types(get, tokens, longest=256 if model == "llama" else 1 << 12)
+    groups = read_token_types(get, tokens)
     read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
     tok = read(
         get,
@@ -761,14 +766,19 @@ def read_vocabulary(get):
         if i < len(tokens):
             tok.config[f"{role}_token"] = tokens[i]
     tok.chat_template = get("chat_template", None, str)
+    # llama.cpp's own defaults are SentencePiece's, and those of Llama 3's and Mistral's files
+    add_bos = get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool)
+    tok.before = (tok.bos_id,) if add_bos and tok.bos_id is not None else ()
+    if get("ggml.add_eos_token", False, bool) and tok.eos_id is not None:
+        tok.after = (tok.eos_id,)
     return tok
 
 
-def read_token_types(get, tokens, longest):
-    """-> {token type: {token: id}}. Long tokens are refused: every way to halve one is tried."""
+def read_token_types(get, tokens):
+    """-> {token type: {token: id}}"""
     types = get("ggml.token_type", [NORMAL] * len(tokens), list)
-    if len(set(tokens)) < len(tokens) or max(map(len, tokens), default=0) > longest:
-        raise UserError(f"a token is there twice, or has more than {longest:,} characters")
+    if len(set(tokens)) < len(tokens):
+        raise UserError("a token is there twice")
     if len(types) != len(tokens):
         raise UserError(f"{len(tokens):,} tokens with {len(types):,} types")
     groups = {kind: {} for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)}
@@ -810,10 +820,11 @@ NUMBER_CODES = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd"))
 VALUE_TYPES = {bool: 7, int: 4, float: 6, str: TEXT}  # of what we write
 ITEM_TYPES = VALUE_TYPES | {int: 5}
 # An untrusted file is refused above these.
-MOST_METADATA = 1 << 29  # bytes
+MOST_METADATA = 1 << 26  # bytes
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
-MOST_ITEMS = 1 << 22  # of a list
+MOST_PARTS = 1 << 10
+MOST_ITEMS = 1 << 21  # of all lists together; 262K tokens, scores, types and 580K merges are 1.4M
 
 
 def text_bytes(text):
@@ -842,6 +853,7 @@ class HeaderReader:
     def __init__(self, data):
         self.data = data
         self.at = 0
+        self.listed = 0  # items of lists
 
     def take(self, code):
         """The next values, in struct's spelling."""
@@ -866,7 +878,8 @@ class HeaderReader:
         return self.items(kind, n)
 
     def items(self, kind, n):
-        if n > MOST_ITEMS or kind not in {TEXT, *NUMBER_CODES}:
+        self.listed += n
+        if self.listed > MOST_ITEMS or kind not in {TEXT, *NUMBER_CODES}:
             refuse(f"a list of {n:,} values of type {kind} (9 is a list) at {self.at:,}")
         if kind == TEXT:
             return [self.text() for _ in range(n)]
@@ -921,7 +934,7 @@ def open_gguf(path):
         if kind is None or name in tensors or not math.prod(shape) or shape[-1] % kind.block:
             refuse(
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
-                f"unknown type {number}"
+                f"unknown type {UNREAD_TYPES.get(number, number)}"
             )
         begin, nbytes = start + offset, kind.size(shape)
         if offset % alignment or begin < end or begin + nbytes > size:
@@ -933,6 +946,26 @@ def open_gguf(path):
         flat = torch.frombuffer(data, dtype=torch.uint8, offset=begin, count=nbytes)
         rows = shape[0] if len(shape) > 1 or kind.dtype else 1
         tensors[name] = GGUFTensor(TYPE_NAMES[number], shape, flat.view(rows, -1))
+    return meta, tensors
+
+
+def open_parts(path):
+    """open_gguf of a file, or of all the parts of a split one, of which path is any."""
+    meta, tensors = open_gguf(path)
+    count = meta.get("split.count", 1)
+    if count == 1:
+        return meta, tensors
+    path = Path(path)
+    name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
+    numbers = range(1, min(count, MOST_PARTS) + 1)
+    parts = [path.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in numbers]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or count > MOST_PARTS:
+        raise UserError(f"one of {count:,} parts, which lacks beside it {', '.join(missing[:4])}")
+    meta, _ = open_gguf(parts[0])
+    tensors = {}
+    for part in parts:
+        tensors |= open_gguf(part)[1]
     return meta, tensors
 
 
@@ -992,7 +1025,10 @@ def write(folder, path, mix):
     with naming(folder):
         meta, freqs = shape_metadata(config)
         meta |= tokenizer_metadata(tok, config)
-    meta["general.name"] = folder.resolve().name
+    meta["general.name"] = model_name(folder)
+    for key, name in SAMPLING_NAMES.items():
+        if config.generation.get(name) is not None:
+            meta[f"general.sampling.{key}"] = config.generation[name]
     meta["general.file_type"] = MIXES[mix]
     meta["general.quantization_version"] = 2
     plan = []
@@ -1034,12 +1070,16 @@ def read_gguf(path):
 
     UserError, in bounded time and memory, for whatever is wrong with the file."""
     with naming(Path(path)):
-        meta, tensors = open_gguf(path)
+        meta, tensors = open_parts(path)
         config = read_config(meta, tensors)
         get = metadata_reader(meta, "tokenizer")
         tok = read_vocabulary(get)
         state = by_our_names(tensors, config)
-        ends = [get(f"ggml.{key}_token_id", config.vocab_size, int) for key in ("eos", "eot")]
+        ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
+        sampling = metadata_reader(meta, "general.sampling")
+        for key, name in SAMPLING_NAMES.items():
+            if sampling(key) is not None:
+                config.generation[name] = sampling(key)
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
@@ -1108,7 +1148,24 @@ class Args:
     model: str = ""  # the model folder, or "show"
     file: str = "-"  # the .gguf to show
     type: str = "q8_0"  # f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k
-    out: str = ""  # the file to write [MODEL-TYPE.gguf]
+    out: str = ""  # the file to write, .gguf or not [MODEL-TYPE.gguf]
+
+
+def gguf_path(out):
+    """--out with .gguf at its end, which is put there where it is missing."""
+    out = Path(out)
+    if out.name in ("", ".."):  # a folder, whose own name it is then
+        out = out.resolve()
+    return out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")
+
+
+def export(folder, out, mix):
+    """Model folder -> OUT or OUT.gguf; what was written is said, read back and verified."""
+    out = gguf_path(out)
+    sizes = write(folder, out, mix)
+    print(f"{out}: " + ", ".join(f"{size:,} bytes of {kind}" for kind, size in sizes.most_common()))
+    source = Transformer.from_pretrained(folder), Tokenizer.load(folder)
+    verify(out, mix, source, load(out, keep_packed=True))
 
 
 def show_gguf(path):
@@ -1126,9 +1183,8 @@ def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model", "file")))
     if args.model == "show":
         return show_gguf(args.file)
-    out = args.out or f"{args.model.rstrip('/')}-{args.type}.gguf"
-    sizes = write(args.model, out, args.type)
-    print(f"{out}: " + ", ".join(f"{size:,} bytes of {kind}" for kind, size in sizes.most_common()))
+    beside = Path(args.model).parent / f"{model_name(args.model)}-{args.type}"
+    export(args.model, args.out or beside, args.type)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, read_json, write_json
+from common import UserError, naming, read_json, warn, warn_of_unknown, write_json
 from model import Config, Transformer
-from runtime import write_tensors
+from runtime import DTYPES, write_tensors
 
 HF_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -24,22 +24,25 @@ HF_CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = "default linear llama3 yarn".split()
+ROPE_KEYS = """rope_type type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
+    original_max_position_embeddings truncate mscale mscale_all_dim attention_factor
+    partial_rotary_factor""".split()
 
 # ------------------------------------------------------------------------------------- config.json
-# Config's fields that every config.json has; for one that sets a size, the most that it may be, as
-# files from outside are checked before memory is taken.
+# Config's fields that every config.json has. For one that sets a size, the most that it may be, as
+# files from outside are checked before memory is taken; else its type.
 CONFIG_FIELDS = {
-    "model_type": None,
+    "model_type": str,
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 24,
     "intermediate_size": 1 << 24,
     "num_hidden_layers": 1024,
     "num_attention_heads": 4096,
     "max_position_embeddings": 1 << 24,
-    "norm_eps": None,
-    "tie_word_embeddings": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
+    "norm_eps": float,
+    "tie_word_embeddings": bool,
+    "bos_token_id": int,
+    "eos_token_id": int | list,
 }
 # Their names in the file, where these differ.
 LLAMA_KEYS = {"norm_eps": "rms_norm_eps"}
@@ -53,22 +56,94 @@ GPT2_KEYS = {
 }
 
 
+# What else is read below, for one family or both.
+APPLIED_KEYS = {
+    "gpt": ["activation_function"],
+    "llama": """num_key_value_heads head_dim hidden_act attention_bias mlp_bias rope_parameters
+        rope_theta rope_scaling original_max_position_embeddings""".split(),
+    "qwen": "sliding_window use_sliding_window layer_types max_window_layers".split(),
+    "mistral": ["sliding_window"],
+}
+APPLIED_KEYS["qwen"] += APPLIED_KEYS["llama"]
+APPLIED_KEYS["mistral"] += APPLIED_KEYS["llama"]
+# What would change the computation: refused unless it has this value, or none.
+PLAIN_VALUES: dict = dict.fromkeys(
+    """add_cross_attention alibi attention_multiplier attention_sinks attn_logit_softcapping
+    clip_qkv compression_config final_logit_softcapping is_encoder_decoder no_rope_layers
+    num_experts num_local_experts parallel_attn qk_layernorm quantization query_pre_attn_scalar
+    rope_interleaved scale_attn_by_inverse_layer_idx use_mrope use_qk_norm""".split(),
+    False,
+)
+PLAIN_VALUES |= dict.fromkeys(
+    """embedding_multiplier logit_scale logits_scaling partial_rotary_factor residual_multiplier
+    scale_attn_weights""".split(),
+    1,
+)
+# What says nothing about what is computed, or only to a program that trains; so does a key that
+# begins with an underscore. Any other key is named in a warning.
+SILENT_KEYS = """architectures attention_dropout attn_pdrop auto_map dtype embd_pdrop
+    gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id n_ctx
+    n_inner output_attentions output_hidden_states pad_token_id pretraining_tp quantization_config
+    reorder_and_upcast_attn resid_pdrop return_dict summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version
+    use_cache""".split()
+# Of generation_config.json: the fields of Sampling that it gives defaults to, as in vLLM; and what
+# says nothing to this program. vLLM does not ask do_sample either: temperature 0 is greedy.
+SAMPLING_KEYS = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+}
+SILENT_GENERATION = """bos_token_id cache_implementation do_sample eos_token_id max_length
+    pad_token_id transformers_version use_cache""".split()
+
+
 def config_from_dict(d, where="config.json"):
     """A parsed config.json -> Config. UserError for what this program would compute wrongly."""
-    kind = d.get("model_type")
+    kind = read_value(d, "model_type", where, str)
     if kind not in HF_CLASSES:
         known = ", ".join(HF_CLASSES)
         raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
-    return gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
+    for key, plain in PLAIN_VALUES.items():
+        value = d.get(key)
+        if value not in (None, plain, [], {}):
+            raise UserError(f"{where}: {key} {str(value)[:80]} is not supported")
+    keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS
+    known = {*PLAIN_VALUES, *SILENT_KEYS, *APPLIED_KEYS[kind.rstrip("23")]}
+    known.update(keys.get(field, field) for field in CONFIG_FIELDS)
+    warn_of_unknown((key for key in d.keys() - known if d[key] is not None), where)
+    with naming(where):
+        config = gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
+    config.eos_token_id = read_ends(config.eos_token_id, config, where)
+    return config
+
+
+def read_ends(ids, config, where):
+    """The ids that end a text, checked: one, a list, or None. One that is beyond the vocabulary (in
+    GPT-2's shape with fewer ids, say) never comes out: it is named and left out."""
+    known = []
+    for i in ids if isinstance(ids, list) else [ids]:
+        if i is None:
+            continue
+        if type(i) is not int or i < 0:
+            raise UserError(f"{where}: eos_token_id {i!r} is not an id")
+        if i < config.vocab_size:
+            known.append(i)
+        else:
+            warn(f"{where}: ignored: eos_token_id {i:,}, of {config.vocab_size:,} ids")
+    return known if isinstance(ids, list) else next(iter(known), None)
 
 
 def gpt2_config(d, where):
     """GPT-2 has its own words, a bias everywhere, and neither RoPE nor grouped heads."""
-    activation = d.get("activation_function", "gelu_new")
-    if activation != "gelu_new" or d.get("scale_attn_by_inverse_layer_idx"):
-        raise UserError(f"{where}: only GPT-2's own gelu_new and attention scaling are supported")
-    C = read_size(d, "n_embd", where)
-    H = read_size(d, "n_head", where)
+    activation = d.get("activation_function") or "gelu_new"
+    if activation != "gelu_new":
+        raise UserError(f"{where}: activation {activation!r} is not supported, only gelu_new")
+    C = read_value(d, "n_embd", where, 1 << 24)
+    H = read_value(d, "n_head", where, 4096)
     if C % H:
         raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
     defaults = {"intermediate_size": 4 * C, "norm_eps": 1e-5, "tie_word_embeddings": True}
@@ -79,21 +154,22 @@ def gpt2_config(d, where):
 
 def llama_config(d, where):
     """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3."""
-    if d.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {d['hidden_act']!r} is not supported, only silu")
+    activation = d.get("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):  # one function
+        raise UserError(f"{where}: hidden_act {activation!r} is not supported, only silu")
     kind = d["model_type"]
     defaults = {"norm_eps": 1e-6, "tie_word_embeddings": False}
     fields = read_fields(d, LLAMA_KEYS, defaults, where)
     H = fields["num_attention_heads"]
-    K = read_size(d, "num_key_value_heads", where, 4096, H)
+    K = read_value(d, "num_key_value_heads", where, 4096, H)
     D = 128 if kind == "qwen3" else fields["hidden_size"] // H
-    D = read_size(d, "head_dim", where, 4096, D)
+    D = read_value(d, "head_dim", where, 4096, D)
     if H % K:
         raise UserError(f"{where}: {H} attention heads cannot share {K} key/value heads")
     if D % 2:
         raise UserError(f"{where}: head_dim {D} is odd; rotary embeddings need an even one")
-    window, sliding_layers = sliding_from_dict(d)
-    bias = bool(d.get("attention_bias"))
+    window, sliding_layers = sliding_from_dict(d, where)
+    bias = read_value(d, "attention_bias", where, bool, False)
     return Config(
         **fields,
         num_key_value_heads=K,
@@ -103,60 +179,87 @@ def llama_config(d, where):
         sliding_layers=sliding_layers,
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias and kind != "qwen2",
-        mlp_bias=bool(d.get("mlp_bias")),
+        mlp_bias=read_value(d, "mlp_bias", where, bool, False),
     )
 
 
 def read_fields(d, keys, defaults, where):
     """-> {field of CONFIG_FIELDS: its value in the file, or the default}"""
     fields = {}
-    for field, most in CONFIG_FIELDS.items():
-        key = keys.get(field, field)
-        default = defaults.get(field)
-        fields[field] = read_size(d, key, where, most, default) if most else d.get(key, default)
+    for field, kind in CONFIG_FIELDS.items():
+        fields[field] = read_value(d, keys.get(field, field), where, kind, defaults.get(field))
     return fields
 
 
-def read_size(d, key, where, most=1 << 24, default=None):
+def read_value(d, key, where, kind, default=None):
+    """d[key], or the default where that is missing or null. UserError where it is of another kind.
+
+    kind: a type or, of a whole number from 1, the most that it may be."""
     value = d.get(key)
     if value is None:
         value = default
-    if type(value) is not int or not 1 <= value <= most:  # True is no int here
-        raise UserError(f"{where}: {key} is {value!r}, expected an integer from 1 to {most:,}")
-    return value
+    if isinstance(kind, int):
+        if type(value) is int and 1 <= value <= kind:  # True is no int here
+            return value
+        expected = f"an integer from 1 to {kind:,}"
+    elif value is None:
+        return None
+    elif kind is float:
+        if type(value) in (int, float) and 0 <= value < 1e12:
+            return value
+        expected = "a number that is not negative"
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    else:
+        expected = getattr(kind, "__name__", "an id or a list of ids")
+    raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
 
 
 def rope_from_dict(d, where):
     """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> one dict."""
-    given = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    name = "rope_parameters" if d.get("rope_parameters") else "rope_scaling"
+    given = dict(read_value(d, name, where, dict, {}))
+    warn_of_unknown(given.keys() - ROPE_KEYS, f"{where}, {name}")
     kind = given.pop("type", "default")  # its name long ago
-    rope = {"rope_type": kind, "rope_theta": d.get("rope_theta", 10000.0)} | given
+    rope = {"rope_type": kind, "rope_theta": d.get("rope_theta") or 10000.0} | given
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         known = ", ".join(ROPE_TYPES)
         raise UserError(f"{where}: rope scaling {rope} is not supported, only {known}")
-    if kind != "default" and "factor" not in rope:
+    if kind != "default" and rope.get("factor") is None:
         raise UserError(f"{where}: rope scaling {kind!r} without its factor")
     if kind in ("llama3", "yarn"):  # they need the length before it was stretched
         key = "original_max_position_embeddings"
         rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
+    for key in rope.keys() - {"rope_type"}:
+        read_value(rope, key, where, bool if key == "truncate" else float)
+    for key in ("rope_theta", "factor"):
+        if rope.get(key) == 0:
+            raise UserError(f"{where}: {key} is 0, expected a number above 0")
     return rope
 
 
-def sliding_from_dict(d):
+def sliding_from_dict(d, where):
     """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
     kind = d["model_type"]
+    if kind == "llama":
+        return None, ()
     layers = tuple(range(d["num_hidden_layers"]))
     window = d.get("sliding_window", 4096)
+    if window is not None:
+        window = read_value(d, "sliding_window", where, 1 << 24, 4096)
     if kind == "mistral":
         sliding = layers
-    elif kind == "llama" or not d.get("use_sliding_window"):
+    elif not read_value(d, "use_sliding_window", where, bool):
         sliding = ()
     elif d.get("layer_types"):
-        kinds = enumerate(d["layer_types"])
-        sliding = tuple(i for i, name in kinds if name == "sliding_attention")
+        kinds = read_value(d, "layer_types", where, list)
+        other = {*map(str, kinds)} - {"sliding_attention", "full_attention"}
+        if other or len(kinds) != len(layers):
+            raise UserError(f"{where}: layer_types are {len(kinds)}, or have {other or 'others'}")
+        sliding = tuple(i for i in layers if kinds[i] == "sliding_attention")
     else:
-        sliding = layers[d.get("max_window_layers", 28) :]
+        sliding = layers[read_value(d, "max_window_layers", where, int, 28) :]
     return (window, sliding) if window and sliding else (None, ())
 
 
@@ -174,11 +277,12 @@ def config_to_dict(config):
         "hidden_act": "silu",
         "attention_bias": config.out_bias,  # Qwen2's biases of q, k and v go without saying
         "mlp_bias": config.mlp_bias,
-        "sliding_window": config.sliding_window,
         "rope_parameters": config.rope,
         "rope_theta": config.rope["rope_theta"],
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
     }
+    if config.model_type != "llama":
+        d["sliding_window"] = config.sliding_window
     if config.model_type.startswith("qwen"):
         kinds = ["full_attention"] * config.num_hidden_layers
         for i in config.sliding_layers:
@@ -263,6 +367,7 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         raise UserError(f"{folder}: no config.json, so not a model folder")
     content = read_json(path)
     config = config_from_dict(content, where=path)
+    read_generation(folder / "generation_config.json", config)
     config.dropout = dropout
     files = open_weights(folder, device)
     # The number of layers is checked before a module is built for each.
@@ -271,7 +376,7 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     found = len({n.split(".")[2] for n in inside})
     if found != layers:
         raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
-    with torch.device("meta"):
+    with naming(path), torch.device("meta"):
         model = Transformer(config)
     expected = model.state_dict()
     packed = {}
@@ -285,16 +390,38 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     state = {}
     for name in expected:
         tensor = read_weight(files, name)
-        plain = name.endswith((".weight", ".bias"))  # packed layers' scales keep their type
+        layer, _, leaf = name.removeprefix("model.").rpartition(".")
+        # packed layers' scales keep their type, and so do their bytes, whatever they are stored as
+        plain = leaf == "bias" or (leaf == "weight" and layer not in packed)
         if dtype is not None and plain and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         state |= from_folder_names(name, tensor, config)
     if packed:
         install_packed(model, quantization, state, packed)
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES.values():
+            raise UserError(f"{folder}: {name} holds {tensor.dtype}, expected {', '.join(DTYPES)}")
     model.load_state_dict(state, strict=False, assign=True)  # complete, but for a tied head
     model.tie()
     model.source = folder
     return model.to(device).eval()
+
+
+def read_generation(path, config):
+    """What generation_config.json says goes before config.json: the ids that end a text, and the
+    defaults of sampling, which every stage hands on with the model."""
+    if not path.is_file():
+        return
+    content = read_json(path)
+    for key, kind in SAMPLING_KEYS.items():
+        read_value(content, key, path, kind)
+    unknown = content.keys() - {*SAMPLING_KEYS, *SILENT_GENERATION}
+    warn_of_unknown((key for key in unknown if content[key] is not None), path)
+    ends = read_ends(content.pop("eos_token_id", None), config, path)
+    if ends is not None:
+        config.eos_token_id = ends
+    content.pop("bos_token_id", None)
+    config.generation = content
 
 
 def open_weights(folder, device="cpu"):
@@ -305,10 +432,11 @@ def open_weights(folder, device="cpu"):
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        with naming(index):
+            names = set(read_json(index)["weight_map"].values())
     files = {}
     for name in names:
-        if Path(name).name != name:  # an index from outside must not lead out of its folder
+        if Path(str(name)).name != name:  # an index from outside must not lead out of its folder
             raise UserError(f"{index}: {name!r} is not a plain file name")
         path = folder / name
         try:
@@ -384,6 +512,6 @@ def save_model(model, folder, state=None):
         state = packed_state(model)
         content["quantization_config"] = model.quantization
     write_tensors(folder / "model.safetensors", to_folder_names(state, config))
-    names = [n for n in ("bos_token_id", "eos_token_id") if content[n] is not None]
-    write_json(folder / "generation_config.json", {name: content[name] for name in names})
+    ends = {n: content[n] for n in ("bos_token_id", "eos_token_id") if content[n] is not None}
+    write_json(folder / "generation_config.json", ends | config.generation)
     write_json(folder / "config.json", content)

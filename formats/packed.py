@@ -11,11 +11,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError
+from common import UserError, warn_of_unknown
 from kernels import NF4
-from quant import NESTED_BLOCK, GroupLinear, Int8Linear, NF4Linear, QuantLinear, dynamic_map
+from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
 
 NF4_MARK = "quant_state.bitsandbytes__nf4"
+# Of quantization_config: what is applied, and what tells how the codes were found, or is for other
+# programs' kernels.
+QUANTIZATION_KEYS = """activations backend batch_size bits
+    block_name_to_quantize cache_block_outputs
+    checkpoint_format damp_auto_increment damp_percent dataset desc_act exllama_config group_size
+    lm_head load_in_4bit load_in_8bit max_input_length meta model_file_base_name model_name_or_path
+    model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
+    modules_to_not_convert mse pack_dtype pad_token_id quant_method quantizer static_groups sym
+    tokenizer true_sequential use_cuda_fp16 use_exllama""".split()
 
 
 # ------------------------------------------------------------------------------------------- GPTQ
@@ -53,7 +62,7 @@ def from_words(words, bits, count):
 
 
 def write_gptq(layer, name, version):
-    """Int8Linear or GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
+    """GroupLinear -> {tensor name: tensor} in GPTQ's layout."""
     codes, scales, zeros, size, order, bits = layer.groups()
     groups = torch.arange(layer.in_features, device=codes.device) // size
     if order is not None:
@@ -70,7 +79,7 @@ def write_gptq(layer, name, version):
 
 
 def read_gptq(tensors, name, shape, config, bias=None):
-    """The inverse -> Int8Linear or GroupLinear.
+    """The inverse -> GroupLinear.
 
     UserError where g_idx is not groups of the size that the config states.
     """
@@ -91,8 +100,6 @@ def read_gptq(tensors, name, shape, config, bias=None):
         # a writer that had 0 to store less one left all bits set
         zeros = (zeros + 1) & 2**bits - 1
     scales = tensors[f"{name}.scales"].t().contiguous()
-    if bits == 8 and group == K and (zeros == 128).all():
-        return Int8Linear(codes, scales, bias, config.get("activations") == "int8")
     if torch.equal(order, straight):
         order = None
     return GroupLinear(codes, scales, zeros, bits, group, order, bias)
@@ -134,14 +141,14 @@ def read_bnb(tensors, name, shape, config=None, bias=None):
     try:
         info = json.loads(bytes(tensors[f"{weight}.{NF4_MARK}"].tolist()))
         block = info["blocksize"]
-        packed, absmax = tensors[weight], tensors[f"{weight}.absmax"]
-        count = 2 * packed.numel()
+        # the bytes may be stored under another type, as FSDP-QLoRA wants (bnb_4bit_quant_storage)
+        packed = tensors[weight].flatten().view(torch.uint8)
+        absmax = tensors[f"{weight}.absmax"]
         facts = [
             block in [32 << i for i in range(8)],
             info["shape"] == list(shape),
-            packed.dtype == torch.uint8,
-            count == math.prod(shape),
-            absmax.numel() == -(-count // block),
+            2 * packed.numel() == math.prod(shape),
+            absmax.numel() == -(-2 * packed.numel() // block),
             torch.equal(tensors[f"{weight}.quant_map"].float(), torch.tensor(NF4)),
         ]
         if f"{weight}.nested_absmax" in tensors:
@@ -158,7 +165,7 @@ def read_bnb(tensors, name, shape, config=None, bias=None):
         raise UserError(
             f"{weight}: sizes or code table are not those of an NF4 matrix of shape {tuple(shape)}"
         )
-    return NF4Linear(state | {"packed": packed.flatten(), "absmax": absmax}, shape, bias, block)
+    return NF4Linear(state | {"packed": packed, "absmax": absmax}, shape, bias, block)
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -193,8 +200,16 @@ def check_config(config, where):
     own = config if isinstance(config, dict) else {}
     config = {"checkpoint_format": "gptq", "group_size": 128} | own
     method, version = config.get("quant_method"), config["checkpoint_format"]
-    if method == "bitsandbytes" and config.get("bnb_4bit_quant_type") == "nf4":
-        return own
+    known = [key for key in own if key.startswith(("bnb_4bit_", "llm_int8_"))]
+    warn_of_unknown(own.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
+    if method == "bitsandbytes":
+        version = str(config.get("bnb_4bit_quant_type", "fp4")).upper()  # its default
+        if not config.get("load_in_4bit", True):
+            version = "LLM.int8()"
+        if version == "NF4":
+            return own
+    elif method != "gptq":
+        version = own.get("format") or own.get("fmt") or own.get("version") or own.get("bits")
     bits, group = config.get("bits"), config["group_size"]
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(

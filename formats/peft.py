@@ -1,8 +1,4 @@
-"""An adapter's folder as PEFT reads and writes it: adapter_config.json, adapter_model.safetensors.
-
-A folder's module may hold several of our layers: GPT-2's q, k and v are one there, c_attn. They
-read one A, and each has its rows of the module's B.
-"""
+"""An adapter's folder as PEFT has it: adapter_config.json, adapter_model.safetensors."""
 
 import hashlib
 import math
@@ -10,11 +6,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import regex
 import torch
 
 import common
 from common import UserError
-from formats.hub import GPT2_NAMES, open_weights, to_folder_names
+from formats.hub import open_weights, to_folder_names
 from runtime import read_tensors, write_tensors
 
 # What an adapter is besides its tensors.
@@ -31,9 +28,18 @@ PLAIN: dict = {
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
     **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
 }
+# The types of the numbers in SETTINGS, and the most that they may be.
+RANGES = {
+    "r": ((int,), 1 << 16),
+    "lora_alpha": ((int, float), 1e6),
+    "lora_dropout": ((int, float), 1),
+}
 ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)"
 )
+
+
+MOST_PATTERNS = 1 << 12  # in alpha_pattern; the largest models have a thousand layers to adapt
 
 
 class AdapterTensors(NamedTuple):
@@ -54,6 +60,11 @@ def alpha_divisor(r, rslora):
 # ------------------------------------------------------------------------------ names and the base
 def linear_layers(model):
     """{name: layer} of every linear layer of the blocks and the head: float, packed or adapted."""
+    if model.config.is_gpt2:
+        raise UserError(
+            "adapters are not for GPT-2, whose folder has q, k and v in one matrix: "
+            "train all of it, with finetune.py"
+        )
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -61,22 +72,9 @@ def linear_layers(model):
     }
 
 
-def folder_module(name, config):
-    """Our name of a linear layer -> the name of the folder's module that holds it."""
-    if name == "lm_head":
-        return name
-    if not config.is_gpt2:
-        return "model." + name
-    _, i, inner = name.split(".", 2)  # layers.3.self_attn.q_proj
-    return f"transformer.h.{i}.{GPT2_NAMES[inner]}"
-
-
-def folder_modules(model):
-    """{the folder's module: {our name: layer}}, in the model's order."""
-    modules: dict[str, dict] = {}
-    for name, layer in linear_layers(model).items():
-        modules.setdefault(folder_module(name, model.config), {})[name] = layer
-    return modules
+def folder_module(name):
+    """Our name of a linear layer -> the folder's."""
+    return name if name == "lm_head" else "model." + name
 
 
 def base_sha256(model):
@@ -116,11 +114,10 @@ def read_adapter_config(folder):
     if not path.is_file():
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
     config = common.read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: a {type(config).__name__}, not an object")
     wrong = [key for key, plain in PLAIN.items() if config.get(key) not in plain]
-    for key in SETTINGS[:3]:
-        if not isinstance(config.get(key), int | float) or config[key] < 0:
+    for key, (kinds, most) in RANGES.items():
+        value = config.get(key)
+        if type(value) not in kinds or not 0 <= value <= most:
             wrong.append(key)
     refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
     return config
@@ -142,19 +139,18 @@ def read_module_tensors(folder):
     return modules
 
 
-def module_alpha(config, module):
-    """A module's alpha. PEFT matches alpha_pattern's keys as regular expressions at the end of the
-    module's name."""
-    patterns = config.get("alpha_pattern") or {}
+def read_alpha_pattern(config):
+    """-> [(pattern, alpha)]. PEFT matches alpha_pattern's keys as regular expressions at the end of
+    a module's name."""
+    alphas = []
     try:
-        for key, alpha in patterns.items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return float(alpha)
-    except (re.error, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"adapter_config.json: alpha_pattern {patterns} cannot be read ({error})"
-        ) from None
-    return config["lora_alpha"]
+        for key, alpha in (config.get("alpha_pattern") or {}).items():
+            alphas.append((regex.compile(rf"(.*\.)?({key})$"), float(alpha)))
+            if len(alphas) > MOST_PATTERNS or not 0 <= alpha <= 1e6:
+                raise ValueError(f"{len(alphas):,} keys, this one with {alpha!r}")
+    except (regex.error, *common.STUMBLES) as error:
+        raise UserError(f"adapter_config.json: alpha_pattern cannot be read ({error})") from None
+    return alphas
 
 
 def read_layers(folder, model):
@@ -173,14 +169,14 @@ def read_layers(folder, model):
             f"{folder}: trained on a base whose weights have sha256 {theirs}, this one's have "
             f"{ours}: use {config.get('base_model_name_or_path') or 'the base it was made for'}"
         )
-    modules = folder_modules(model)
+    modules = {folder_module(name): (name, layer) for name, layer in linear_layers(model).items()}
+    alphas = read_alpha_pattern(config)
     found = {}
     for module, tensors in read_module_tensors(folder).items():
-        layers = modules.get(module)
-        if layers is None:
+        if module not in modules:
             raise UserError(f"{folder}: {module}: the model has no such linear layer")
-        sizes = [layer.out_features for layer in layers.values()]
-        N, K = sum(sizes), next(iter(layers.values())).in_features
+        name, layer = modules[module]
+        N, K = layer.out_features, layer.in_features
         r = len(tensors.get("A", ()))
         want: dict = {"A": (r, K), "B": (N, r)}
         if settings["use_dora"]:
@@ -188,10 +184,10 @@ def read_layers(folder, model):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if r == 0 or shapes != want:
             raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, not {want}")
-        scale = module_alpha(config, module) / alpha_divisor(r, settings["use_rslora"])
-        magnitudes = tensors["m"].split(sizes) if "m" in want else [None] * len(sizes)
-        for name, B, magnitude in zip(layers, tensors["B"].split(sizes), magnitudes):
-            found[name] = AdapterTensors(tensors["A"], B, scale, magnitude)
+        matching = (alpha for key, alpha in alphas if key.match(module, timeout=1))
+        alpha = next(matching, config["lora_alpha"])
+        scale = alpha / alpha_divisor(r, settings["use_rslora"])
+        found[name] = AdapterTensors(tensors["A"], tensors["B"], scale, tensors.get("m"))
     return settings, found
 
 
@@ -203,19 +199,14 @@ def write_layers(folder, model, settings, layers, base_hash=None):
     of other rank or scale go into the patterns."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = []
     tensors, ranks, alphas = {}, {}, {}
-    for module, members in folder_modules(model).items():
-        parts = [layers[name] for name in members if name in layers]
-        if not parts:
-            continue
-        adapted.append(module)
-        A, _, scale, _ = parts[0]
+    for name, (A, B, scale, magnitude) in layers.items():
+        module = folder_module(name)
         key = f"base_model.model.{module}.lora_"
         tensors[key + "A.weight"] = A
-        tensors[key + "B.weight"] = torch.cat([part.B for part in parts])
+        tensors[key + "B.weight"] = B
         if settings["use_dora"]:
-            tensors[key + "magnitude_vector"] = torch.cat([part.magnitude for part in parts])
+            tensors[key + "magnitude_vector"] = magnitude
         alpha = scale * alpha_divisor(len(A), settings["use_rslora"])
         if len(A) != settings["r"] or not math.isclose(alpha, settings["lora_alpha"]):
             ranks[module] = len(A)
@@ -228,11 +219,10 @@ def write_layers(folder, model, settings, layers, base_hash=None):
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(model.source or ""),
             **settings,
-            "target_modules": adapted,
+            "target_modules": list(map(folder_module, layers)),
             "rank_pattern": ranks,
             "alpha_pattern": alphas,
             "bias": "none",
-            "fan_in_fan_out": model.config.is_gpt2,
             "base_sha256": base_hash or base_sha256(model),
         },
     )

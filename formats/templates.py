@@ -1,21 +1,30 @@
-"""Other people's chat templates: a folder's chat_template (Jinja) runs in a sandbox and is
-believed.
+"""Other people's chat templates: a folder's chat_template (Jinja) runs in a sandbox, a process with
+limits, and what it says is believed.
 
 `chat.render` opens this file for a folder whose template is not our own ChatML."""
 
 import contextlib
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from dataclasses import replace
-from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
-from chat import CHAT_FORMATS, Piece, json_text, marker_pattern, named_pieces
+from chat import CHAT_FORMATS, Piece, marker_pattern, named_pieces
 from common import UserError
 
 # Unicode noncharacters, which no text contains: the first two stand around what {% generation %}
 # encloses, the third inside the name of a marker that somebody typed.
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 BARE = {ord(c): None for c in (OPEN, CLOSE, GUARD)}
+SANDBOX = str(Path(__file__).with_name("sandbox.py"))
+# What one conversation may cost there.
+MOST_SECONDS = 1  # of computing
+MOST_MEMORY = 400 << 20  # bytes
 
 
 def pieces_of_template(tok, chat, template):
@@ -26,14 +35,19 @@ def pieces_of_template(tok, chat, template):
     merely resembles a known one is never taken for it. Failing that, a template's own {% generation
     %} says who spoke. Failing that there are ids but no mask."""
     text = run_template(template, chat).translate(BARE)
+    for tool in chat.tools or ():
+        if str(tool["function"].get("name", "")) not in text:
+            raise UserError("the folder's chat_template has no place for tools")
     for name in CHAT_FORMATS:
         with contextlib.suppress(UserError):
             pieces = named_pieces(name, tok, chat)
             if "".join(piece.text for piece in pieces) == text:
                 return pieces
     markers = marker_pattern(tuple(tok.special))
-    messages, tools = defused(chat.messages, markers), defused(chat.tools, markers)
-    rendered = run_template(template, replace(chat, messages=messages, tools=tools))
+    given = {
+        name: defused(getattr(chat, name), markers) for name in ("messages", "tools", "options")
+    }
+    rendered = run_template(template, replace(chat, **given))
     pieces, said = [], False if OPEN in rendered else None
     for part in re.split(f"([{OPEN}{CLOSE}])", rendered):
         if part in (OPEN, CLOSE):
@@ -57,37 +71,66 @@ def defused(value, markers):
 
 def run_template(template, chat):
     """The text a template makes of a chat. What it refuses ("roles must alternate"): UserError."""
-    try:
-        return compile_template(template).render(
-            messages=chat.messages,
-            tools=chat.tools,
-            documents=None,
-            add_generation_prompt=chat.prompt,
-            bos_token=chat.bos,
-            eos_token=chat.eos,
-        )
-    except Exception as e:  # a program from outside: what it stumbles over is this conversation
-        raise UserError(f"the folder's chat_template refuses this conversation: {e}") from None
+    variables = {
+        "messages": chat.messages,
+        "tools": chat.tools,
+        "documents": None,
+        "add_generation_prompt": chat.prompt,
+        "bos_token": chat.bos,
+        "eos_token": chat.eos,
+    }
+    request = json.dumps([mark_generation(template), variables, chat.options])
+    answer = sandbox(os.getpid()).ask(request.encode() + b"\n")
+    if "text" in answer:
+        return answer["text"]
+    raise UserError(f"the folder's chat_template refuses this conversation: {answer['error']}")
 
 
 @lru_cache(maxsize=8)
-def compile_template(template):
-    """A chat_template as transformers compiles it: its sandbox, whitespace rules and extras."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def mark_generation(template):
+    """{% generation %}...{% endgeneration %} is what the assistant says: OPEN and CLOSE in it.
 
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    # {% generation %}...{% endgeneration %} is what the assistant says. Two blocks in place of a
-    # tag keep what its - and + say about white space on either side.
+    Two blocks in place of a tag keep what its - and + say about white space on either side."""
     for name, tag, mark in (("generation", "if 1", OPEN), ("endgeneration", "endif", CLOSE)):
         pattern = rf"{{%([-+]?)\s*{name}\s*([-+]?)%}}"
         template = re.sub(pattern, rf"{{%\1 {tag} %}}{mark}{{% {tag} \2%}}", template)
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    env.filters["tojson"] = json_text
-    env.globals["raise_exception"] = refuse
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(template)
+    return template
+
+
+@lru_cache
+def sandbox(pid):
+    """The Sandbox of the process `pid`, this one: one that was forked shares no pipe."""
+    return Sandbox()
+
+
+class Sandbox:
+    """sandbox.py in a process of its own, started when it is needed, and again after it died."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.process = None
+
+    def ask(self, request):
+        """A line -> the answer. All threads share the process, one at a time."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.process = subprocess.Popen(
+                    [sys.executable, SANDBOX, str(MOST_SECONDS), str(MOST_MEMORY)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # a Ctrl-C is not for it: it ends when its input does
+                )
+            line = b""
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    self.process.stdin.write(request)
+                    self.process.stdin.flush()
+                    line = self.process.stdout.readline()
+            finally:
+                if not line.endswith(b"\n"):  # it died, or this thread was interrupted
+                    self.process.kill()
+                    self.process.wait()
+        if line.endswith(b"\n"):
+            return json.loads(line)
+        return {"error": f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY >> 20} MB"}

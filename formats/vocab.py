@@ -1,4 +1,5 @@
-"""The vocabulary files of others: tokenizer.json, vocab.bpe, .tiktoken, tekken.json, .model.
+"""The vocabulary files of others: tokenizer.json, merges.txt, .tiktoken, tekken.json, .model; and
+what stands beside them: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
     python tokenizer.py show "Hello, world" --tokenizer FILE        # reads any of them
 
@@ -7,23 +8,25 @@ by name.
 """
 
 import base64
-import contextlib
 import json
+import math
 import re
+from dataclasses import dataclass, replace
 
-from common import UserError
+from common import UserError, naming, read_json, read_limited, warn, warn_of_unknown
 from tokenizer import (
     BYTES,
     LARGEST_ID,
+    MOST_NAMED,
     PATTERNS,
     PRINTABLE,
     Tokenizer,
     check_ids,
+    check_lengths,
     halves,
     normalize,
 )
 
-LARGEST_FILE = 64 << 20  # bytes; the largest in use (Gemma 3, 262K tokens) has 33 MB
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on
 # (as in GPT-2's files).
 BYTE_TO_CHAR = dict(zip(BYTES, map(chr, PRINTABLE + list(range(256, 512 - len(PRINTABLE))))))
@@ -35,82 +38,191 @@ TEKKEN_SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_
 # How the text of tiktoken's own files is split, by the name of the file.
 RANK_FILES = {"cl100k_base": "gpt4", "tokenizer": "llama3"}
 RANK_FILES |= dict.fromkeys(("r50k_base", "p50k_base", "gpt2"), "gpt2")
+LONGEST_TEMPLATE = 1 << 18  # characters; the longest in use have 20,000
+MOST_STEPS = 64  # of a component; those in use have at most ten
+MOST_GROWTH = 16  # times the characters, by all replacements together; in use it is 1
 DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
+# transformers' classes whose vocab.json and merges.txt are read: what they do to a text before it
+# is merged, and the tokens that they have where no file names others.
+MERGES_CLASSES = {
+    "GPT2Tokenizer": ("gpt2", [], ("bos_token", "eos_token", "unk_token")),
+    "Qwen2Tokenizer": ("qwen2", [("unicode", "NFC")], ("eos_token", "unk_token", "pad_token")),
+}
+CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+ANY_CLASS = ("", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+# What tokenizer_config.json may hold: special tokens, what is applied besides, and what says
+# nothing about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes).
+# Any other key is named in a warning.
+ROLE_KEYS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+APPLIED_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
+    tokenizer_class""".split()
+SILENT_WORDS = """auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
+    legacy local_files_only max_length model_input_names model_max_length
+    model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id
+    padding padding_side processor_class return_token_type_ids sp_model_kwargs
+    spaces_between_special_tokens special_tokens_map_file split_special_tokens stride
+    tokenizer_file truncation truncation_side truncation_strategy trust_remote_code
+    use_default_system_prompt""".split()
+TOKEN_KEYS = set("__type content id lstrip normalized rstrip single_word special".split())
+KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_WORDS, *SILENT_WORDS}
 
 
 # ---- What every reader needs.
 
 
+@dataclass
+class Beside:
+    """What the files beside a vocabulary say."""
+
+    config: dict  # tokenizer_config.json, over special_tokens_map.json
+    tokens: list  # added tokens as a tokenizer.json lists them; "id" is None where no file says it
+    kind: str  # transformers' class
+
+    def flag(self, key):
+        """A key's true or false; None where nothing is said."""
+        value = self.config.get(key)
+        if not isinstance(value, bool | None):
+            raise UserError(f"tokenizer_config.json: {key} is {value!r}, expected true or false")
+        return value
+
+
+def find_tokenizer(folder):
+    """The vocabulary file of a folder, or None."""
+    for name in ("tokenizer.json", "tekken.json", "tokenizer.model*", "vocab.bpe", "merges.txt"):
+        for path in sorted(folder.glob(name)):
+            if path.is_file():
+                return path
+    return None
+
+
 def read_tokenizer(path, pattern):
     """The Tokenizer in a file or folder; `pattern` is for tiktoken's files alone. UserError."""
     if path.is_dir():
-        names = ("tokenizer.json", "tekken.json", "tokenizer.model", "vocab.bpe", "merges.txt")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path} has no tokenizer: none of {', '.join(names)}")
-        path = found[0]
+        found = find_tokenizer(path)
+        if found is None:
+            raise UserError(f"{path} has no tokenizer.json, merges.txt or other vocabulary file")
+        path = found
     if not path.is_file():
         raise UserError(f"there is no tokenizer at {path}")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty: copy it again")
+    with naming(path.with_name("tokenizer_config.json")):
+        beside = read_beside(path.parent)
     with naming(path):
-        tokenizer = read_vocabulary_file(path, pattern)
-    config = path.with_name("tokenizer_config.json")
-    if config.is_file():
-        with naming(config):
-            tokenizer.config |= read_json_object(config)
-    template = path.with_name("chat_template.jinja")  # where newer folders keep it
-    if template.is_file():
-        tokenizer.chat_template = read_limited(template).decode("utf-8", "replace")
+        tokenizer = read_vocabulary_file(path, pattern, beside)
+        tokenizer.config |= beside.config
+        add_ends(tokenizer, beside)
+    with naming(path.with_name("tokenizer_config.json")):
+        template = tokenizer.chat_template
+        if not isinstance(template, str | None) or len(template or "") > LONGEST_TEMPLATE:
+            raise UserError(f"its chat_template is no text of at most {LONGEST_TEMPLATE:,} letters")
     return tokenizer
 
 
-def read_vocabulary_file(path, pattern):
-    if path.suffix == ".json":
-        content = read_json_object(path)
+def read_beside(folder):
+    """-> Beside. A key of tokenizer_config.json that nothing here knows is named in a warning."""
+    files = {}
+    for name in ("config", "tokenizer_config", "special_tokens_map", "added_tokens"):
+        path = folder / f"{name}.json"
+        files[name] = read_json(path) if path.is_file() else {}
+    own = files["tokenizer_config"]
+    said = own.get("tokenizer_class") or ""
+    kind = said.removesuffix("Fast")
+    if said in ANY_CLASS:
+        kind = CLASS_OF_MODEL.get(files["config"].get("model_type"), "")
+    config = files["special_tokens_map"] | own
+    unknown = config.keys() - KNOWN_KEYS
+    for token in (*(config.get("added_tokens_decoder") or {}).values(), *config.values()):
+        if isinstance(token, dict) and "content" in token:
+            unknown |= token.keys() - TOKEN_KEYS
+    warn_of_unknown(unknown, folder / "tokenizer_config.json")
+    if kind in MERGES_CLASSES and said not in ANY_CLASS[1:]:
+        config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
+    jinja = folder / "chat_template.jinja"  # where newer folders keep it
+    if jinja.is_file():
+        config["chat_template"] = read_limited(jinja).decode("utf-8", "replace")
+    return Beside(config, tokens_beside(config, files["added_tokens"]), kind)
+
+
+def tokens_beside(config, added):
+    """Added tokens as a tokenizer.json lists them: with their ids first, then those only named."""
+    tokens = {}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        tokens[token["content"]] = token | {"id": int(i)}
+    for text, i in added.items():
+        tokens.setdefault(text, {"content": text, "id": i})
+    named = [config.get(key) for key in ROLE_KEYS]
+    for key in MORE_TOKENS:
+        more = config.get(key) or []
+        named += more.values() if isinstance(more, dict) else more
+    for token in filter(None, named):
+        text = token["content"] if isinstance(token, dict) else token
+        tokens.setdefault(text, {"content": text, "id": None})["special"] = True
+    return sorted(tokens.values(), key=lambda token: (token["id"] is None, token["id"] or 0))
+
+
+def join_added(listed, beside, vocab, merges):
+    """The added tokens of a tokenizer.json, then those that only the files beside it have.
+
+    Whether one is special, these say. One without an id has the vocabulary's or, as in
+    transformers, the next free one; if text becomes it anyway, it stays an ordinary token."""
+    check_ids(vocab.values())
+    joined = {token["content"]: token for token in listed}
+    known = [token["id"] for token in (*listed, *beside) if isinstance(token["id"], int)]
+    free = max([*vocab.values(), *known], default=-1) + 1
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
+    more = []
+    for token in beside:
+        text = token["content"]
+        ordinary = len(text) == 1 or text in made
+        if text in joined and token["id"] in (None, joined[text]["id"]):
+            joined[text]["special"] = token.get("special")
+        elif token["id"] is not None:
+            more.append(token)
+        elif not ordinary:
+            more.append(token | {"id": vocab.get(text, free)})
+            free += text not in vocab
+    return listed + more
+
+
+def add_ends(tokenizer, beside):
+    """add_bos_token and add_eos_token go before what the vocabulary's file puts round a prompt."""
+    flags = [beside.flag("add_bos_token"), beside.flag("add_eos_token")]
+    if flags != [None, None]:
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        tokenizer.before = (bos,) if flags[0] and bos is not None else ()
+        tokenizer.after = (eos,) if flags[1] and eos is not None else ()
+    space = beside.flag("add_prefix_space")
+    added = any(kind == "prepend" for kind, *_ in tokenizer.normalizer)
+    if space is not None and space != added:
+        warn(f"ignored: add_prefix_space {space}, for the vocabulary's file says {added}")
+
+
+def read_vocabulary_file(path, pattern, beside):
+    """What kind of file it is, its content says."""
+    data = read_limited(path)
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        content = read_json(path)
         if "config" in content and "model" not in content:
             return from_tekken(content)
-        tokenizer = from_json(content)
-        tokenizer.source = path.read_bytes()
-        return tokenizer
-    data = read_limited(path)
-    if path.suffix in (".bpe", ".txt"):
-        return from_vocab_bpe(path, data)
+        merges = path.with_name("merges.txt")
+        if "model" in content or not merges.is_file():
+            tokenizer = from_json(content, beside.tokens)
+            tokenizer.source = data
+            return tokenizer
+        path, data = merges, read_limited(merges)  # it was their vocab.json
+    if data.count(b"\n") > LARGEST_ID:
+        raise UserError(f"more than {LARGEST_ID:,} lines")
+    if data.startswith(b"#version") or path.suffix in (".bpe", ".txt"):
+        return from_merges(path, data, beside)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # also Llama 3's tokenizer.model
-        return from_ranks(path, data, pattern)
-    if path.suffix == ".model":
-        return from_sentencepiece(path)
-    raise UserError("none of tokenizer.json, tekken.json, vocab.bpe, .tiktoken, .model")
-
-
-def read_limited(path):
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise UserError(
-            f"{path} has {size >> 20} MB; no vocabulary in use is larger than "
-            f"{LARGEST_FILE >> 20} MB"
-        )
-    return path.read_bytes()
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Whatever is wrong inside a file from outside is one line that names the file."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a {path.name}: {type(error).__name__} {error}") from None
+        return from_ranks(path, data, pattern, beside.tokens)
+    return from_sentencepiece(path, beside)
 
 
 def unsupported(what):
     return UserError(f"{what} is not supported")
-
-
-def read_json_object(path):
-    content = json.loads(read_limited(path))
-    if not isinstance(content, dict):
-        raise UserError("this is not a JSON object")
-    return content
 
 
 def read_bpe(vocab, merges, names, byte_level):
@@ -118,7 +230,8 @@ def read_bpe(vocab, merges, names, byte_level):
 
     vocab {text: id}; merges ["left right"] or [(left, right)]; names {text: id} of special and
     added tokens, which may be in `vocab` and are not in what is returned."""
-    check_ids(vocab.values())
+    if len(merges) > LARGEST_ID:
+        raise UserError(f"{len(merges):,} merges, more than {LARGEST_ID:,}")
     ids = dict(vocab)
     for text, i in names.items():
         if ids.pop(text, i) != i:
@@ -128,12 +241,12 @@ def read_bpe(vocab, merges, names, byte_level):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = ids.get(left), ids.get(right)
         new = ids.get(left + right)
-        if None in pair or new is None or new in pair or pair in by_ids:
+        if None in pair or new is None or new in pair:
             raise UserError(
-                f"merge {rank} of {left[:40]!r} and {right[:40]!r} is listed twice, or joins or "
-                "makes what is no ordinary token"
+                f"merge {rank} of {left[:40]!r} and {right[:40]!r} joins or makes what is no "
+                "ordinary token"
             )
-        by_ids[pair] = (rank, new)
+        by_ids[pair] = (rank, new)  # of one that is listed twice the last counts, as in HF's
     if not byte_level:
         return ids, by_ids
     wrong = set("".join(ids)) - CHAR_TO_BYTE.keys()
@@ -147,6 +260,7 @@ def merges_by_score(vocab, scores):
     """SentencePiece's rule as merges: every way to put a token together, the best score first.
 
     vocab {token: id}, scores by id."""
+    check_lengths(vocab)
     merges = {}
     for token, i in sorted(vocab.items(), key=lambda item: (-scores[item[1]], item[1])):
         if not re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -164,8 +278,10 @@ def space_steps(prefix):
 # ---- tokenizer.json, HF tokenizers' file.
 
 
-def from_json(content):
-    """A byte-level BPE, a SentencePiece-style BPE, or one of our character tokenizers."""
+def from_json(content, beside=()):
+    """A byte-level BPE, a SentencePiece-style BPE, or one of our character tokenizers.
+
+    beside: added tokens that other files list, as Beside has them."""
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise unsupported(f"model type {model['type']!r} (only BPE)")
@@ -174,6 +290,7 @@ def from_json(content):
             raise unsupported(f"model option {option} = {model[option]!r}")
     normalizer = list(map(read_normalizer, flat_steps(content.get("normalizer"), "normalizers")))
     patterns, spaces, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
+    check_growth(normalizer + spaces)
     decoders = {step["type"]: step for step in flat_steps(content.get("decoder"), "decoders")}
     for name in decoders.keys() - DECODERS:
         raise unsupported(f"decoder {name!r}")
@@ -183,10 +300,13 @@ def from_json(content):
         kind = "pieces"
     else:
         kind = "chars"
-    special, added = read_added(content.get("added_tokens") or [], normalizer)
+    listed = content.get("added_tokens") or []
+    listed = join_added(listed, beside, model["vocab"], model["merges"])
+    special, added = read_added(listed, normalizer + spaces)
     vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
     unknown = model.get("unk_token")
     scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
+    before, after = read_post_processor(content.get("post_processor"), special | added)
     return Tokenizer(
         kind,
         vocab,
@@ -198,6 +318,8 @@ def from_json(content):
         normalizer + spaces,
         "Strip" in decoders or scheme != "never",
         special.get(unknown, model["vocab"].get(unknown)),
+        before=before,
+        after=after,
     )
 
 
@@ -210,7 +332,23 @@ def flat_steps(part, key):
     steps = []
     for inner in part[key]:
         steps += flat_steps(inner, key)
+        if len(steps) > MOST_STEPS:
+            raise UserError(f"more than {MOST_STEPS} {key}")
     return steps
+
+
+def check_growth(operations):
+    """UserError if the normalizer makes far more text than it is given, or is none."""
+    most = 1
+    for name, *arguments in operations:
+        if name == "replace":
+            old, new = map(len, arguments)
+            most *= max(1, new / old) if old else math.inf
+        elif name == "prepend":
+            most += len(arguments[0])
+    if most > MOST_GROWTH:
+        raise UserError(f"its normalizer makes {most:,.0f} characters of one")
+    normalize("a", operations)  # TypeError where an argument is no text
 
 
 def read_normalizer(step):
@@ -232,8 +370,10 @@ def read_pre_tokenizer(part):
         kind = step["type"]
         if byte_level:
             raise unsupported(f"a pre-tokenizer ({kind!r}) after ByteLevel")
-        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        if kind == "ByteLevel" and not (step.get("add_prefix_space") and patterns):
             byte_level = True
+            if step.get("add_prefix_space"):
+                spaces = [("prepend", " ", "always")]
             if step.get("use_regex", True):
                 patterns.append(PATTERNS["gpt2"])
         elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
@@ -243,6 +383,8 @@ def read_pre_tokenizer(part):
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Metaspace":
             space = step["replacement"]
+            if len(space) != 1 or space in "^]\\":  # it goes into a pattern
+                raise unsupported(f"a space spelled {space[:40]!r}")
             default = "always" if step.get("add_prefix_space", True) else "never"
             scheme = step.get("prepend_scheme", default)
             spaces = [("replace", " ", space), ("prepend", space, scheme)]
@@ -253,11 +395,27 @@ def read_pre_tokenizer(part):
     return patterns, spaces, byte_level
 
 
-def read_added(tokens, normalizer):
+def read_post_processor(part, ids):
+    """-> (ids put before a prompt, ids put after it); ids {text: id} of special and added tokens"""
+    before, after = [], []
+    for step in flat_steps(part, "processors"):
+        if step["type"] == "TemplateProcessing":
+            names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
+            at = names.index(None)  # there is the text
+            before += [ids[name] for name in names[:at]]
+            after += [ids[name] for name in names[at + 1 :]]
+        elif step["type"] != "ByteLevel":  # that one is about offsets
+            raise unsupported(f"post-processor {step['type']!r}")
+    return tuple(before), tuple(after)
+
+
+def read_added(tokens, normalizer=()):
     """-> (special {text: id}, other added tokens {text: id}).
 
     How a special token would be matched does not matter, since it is never matched in text."""
     special, added = {}, {}
+    if len(tokens) > MOST_NAMED:
+        raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
         text = token["content"]
         if not isinstance(text, str) or not text or text in special or text in added:
@@ -280,11 +438,13 @@ def tokenizer_file(tokenizer):
         content = json.loads(tokenizer.source)
         listed = content.get("added_tokens") or []
         known = {token["content"] for token in listed}
-        more = {name: i for name, i in tokenizer.special.items() if name not in known}
+        more = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
+        more = [token for token in more if token["content"] not in known]
         if not more:
             return tokenizer.source
-        content["model"]["vocab"] |= more  # HF takes ids from there
-        content["added_tokens"] = listed + list_added(more, special=True)
+        # HF takes ids from there
+        content["model"]["vocab"] |= {token["content"]: token["id"] for token in more}
+        content["added_tokens"] = listed + more
     return json.dumps(content, ensure_ascii=False).encode()
 
 
@@ -320,8 +480,24 @@ def to_json(tokenizer):
         "version": "1.0",
         "added_tokens": sorted(added, key=lambda token: token["id"]),
         **text_steps(tokenizer),
-        "post_processor": None,
+        "post_processor": post_processor(tokenizer, names),
         "model": model,
+    }
+
+
+def post_processor(tokenizer, names):
+    """What a tokenizer.json puts round a prompt; names {id: text} of special and added tokens."""
+    before, after = tokenizer.prompt_ends()
+    used = {names[i]: i for i in before + after}
+    if not used:
+        return None
+    single = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in before + after]
+    single.insert(len(before), {"Sequence": {"id": "A", "type_id": 0}})
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in used.items()},
     }
 
 
@@ -364,25 +540,42 @@ def replace_json(old, new):
 # ---- GPT-2's two files.
 
 
-def from_vocab_bpe(path, data):
-    """vocab.bpe with encoder.json (or merges.txt with vocab.json, the same under newer names)."""
-    lines = data.decode("utf-8", "replace").split("\n")
+def from_merges(path, data, beside):
+    """merges.txt with vocab.json, or vocab.bpe with encoder.json, the same under older names."""
+    if beside.kind not in ("", *MERGES_CLASSES):
+        raise unsupported(f"tokenizer_class {beside.kind!r} without a tokenizer.json")
+    pattern, normalizer, _ = MERGES_CLASSES[beside.kind or "GPT2Tokenizer"]
+    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     made = {*CHAR_TO_BYTE, *(merge.replace(" ", "") for merge in merges)}
-    beside = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
-    if not beside.is_file():
-        raise UserError(f"there is no {beside.name} beside it, with the ids")
-    with naming(beside):
-        vocab = read_json_object(beside)
-    special = {token: vocab[token] for token in vocab.keys() - made}
-    vocab, merges = read_bpe(vocab, merges, special, byte_level=True)
-    return Tokenizer("bytes", vocab, merges, [PATTERNS["gpt2"]], special)
+    vocab_file = path.with_name("encoder.json" if path.suffix == ".bpe" else "vocab.json")
+    if not vocab_file.is_file():
+        raise UserError(f"there is no {vocab_file.name} beside it, with the ids")
+    with naming(vocab_file):
+        vocab = read_json(vocab_file)
+    if beside.flag("add_prefix_space"):
+        if normalizer:  # Qwen2's would put one before each part of a text
+            raise unsupported(f"add_prefix_space of {beside.kind}")
+        normalizer = [("prepend", " ", "always")]
+    own, added = read_added(join_added([], beside.tokens, vocab, merges), normalizer)
+    special = {token: vocab[token] for token in vocab.keys() - made - added.keys()} | own
+    vocab, merges = read_bpe(vocab, merges, special | added, byte_level=True)
+    return Tokenizer(
+        "bytes",
+        vocab,
+        merges,
+        [PATTERNS[pattern]],
+        special,
+        added,
+        normalizer=normalizer,
+        before=(),
+    )
 
 
 # ---- tiktoken's files, and Mistral's: tokens and their ranks.
 
 
-def from_ranks(path, data, pattern):
+def from_ranks(path, data, pattern, tokens):
     """A tiktoken file: lines of a token in base64 and its rank, which is its id."""
     pattern = pattern or RANK_FILES.get(path.stem)
     if pattern is None:
@@ -390,11 +583,12 @@ def from_ranks(path, data, pattern):
             "the file does not say how text is split: load(path, pattern=...) with one of "
             f"{', '.join(PATTERNS)} or your own"
         )
-    tokens = []
+    ranked = []
     for line in data.splitlines():
         token, rank = line.split()
-        tokens.append((base64.b64decode(token, validate=True), int(rank)))
-    return rank_tokenizer(tokens, PATTERNS.get(pattern, pattern), {})
+        ranked.append((base64.b64decode(token, validate=True), int(rank)))
+    added = read_added(join_added([], tokens, dict(ranked), ()))
+    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added, before=())
 
 
 def from_tekken(content):
@@ -412,41 +606,52 @@ def from_tekken(content):
     tokens = []
     for token in ranked[: config["default_vocab_size"] - n_special]:
         tokens.append((base64.b64decode(token["token_bytes"]), token["rank"] + n_special))
-    return rank_tokenizer(tokens, config["pattern"], special)
+    before = (special["<s>"],) if "<s>" in special else ()
+    return rank_tokenizer(tokens, config["pattern"], special, before=before)
 
 
-def rank_tokenizer(tokens, pattern, special):
+def rank_tokenizer(tokens, pattern, special, added=(), **options):
     """tokens [(bytes, id)]"""
     vocab = dict(tokens)
     missing = {bytes([b]) for b in range(256)} - vocab.keys()
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
-    return Tokenizer("bytes", vocab, None, [pattern], special, whole_chunks=True)
+    split = [pattern]
+    return Tokenizer(
+        "bytes", vocab, None, split, special, dict(added), whole_chunks=True, **options
+    )
 
 
 # ---- SentencePiece's file.
 
 
-def from_sentencepiece(path):
+def from_sentencepiece(path, beside):
     """A .model of the BPE kind with an identity normalizer (Llama 2, Mistral)."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"this is not a SentencePiece model: {str(error)[:100]}") from None
+        raise UserError(f"it is no vocabulary file that is known: {str(error)[:100]}") from None
     special, vocab = {}, {}
+    if sp.get_piece_size() > LARGEST_ID:
+        raise UserError(f"{sp.get_piece_size():,} tokens, more than {LARGEST_ID:,}")
     for i in range(sp.get_piece_size()):
         if sp.is_control(i) or sp.is_unknown(i):
             special[sp.id_to_piece(i)] = i
         elif not sp.is_unused(i):
             vocab[sp.id_to_piece(i)] = i
+    own, added = read_added(join_added([], beside.tokens, vocab | special, ()))
+    for text, i in (own | added).items():
+        if (vocab | special).get(text, i) != i:
+            raise UserError(f"{text!r} has two ids: {i} and {(vocab | special)[text]}")
+        vocab.pop(text, None)
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
     tokenizer = Tokenizer(
         "pieces",
         vocab,
         merges_by_score(vocab, list(map(sp.get_score, range(sp.get_piece_size())))),
-        special=special,
+        special=special | own,
         normalizer=space_steps(prefix),
         strip_space=prefix,
         unknown=sp.unk_id(),
@@ -459,4 +664,6 @@ def from_sentencepiece(path):
                 f"it encodes {probe!r} otherwise than plain BPE: unigram models and normalizers "
                 "that change the text are not supported"
             )
-    return tokenizer
+    if beside.flag("add_prefix_space") is False:
+        tokenizer = replace(tokenizer, normalizer=space_steps(False), strip_space=False)
+    return replace(tokenizer, added=added)

@@ -8,6 +8,8 @@ batches is an async iterator of lists of (number of the prompt, Delta).
 """
 
 import base64
+import functools
+import itertools
 import json
 import re
 import secrets
@@ -19,7 +21,22 @@ from server.api import Refusal, offered_functions
 from tokenizer import Stream
 
 DONE = b"data: [DONE]\n\n"  # where a stream ends
-compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class LazyList(list):
+    """An iterator that the encoder takes for a list, so that its items are made one by one."""
+
+    def __init__(self, items):
+        super().__init__(itertools.islice(items, 1))  # what is empty must count as empty
+        self.items = items
+
+    def __iter__(self):
+        return itertools.chain(super().__iter__(), self.items)
+
+
+encoder = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
+compact_json = encoder(default=list).encode
+json_pieces = encoder(default=LazyList).iterencode  # of what may be large
 
 
 def json_bytes(value):
@@ -117,30 +134,36 @@ def chat_logprobs(tok, logprobs):
         text, data = spell(tok, i)
         return {"token": text, "logprob": finite(logprob), "bytes": data, "id": i}
 
-    content = []
-    for i, logprob, top in logprobs:
-        content.append({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]})
-    return {"content": content, "refusal": None}
+    def entry_with_top(token):
+        i, logprob, top = token
+        return {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]}
+
+    return {"content": map(entry_with_top, logprobs), "refusal": None}
 
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
     """A list of worker.plain_logprobs in the completions' shape; offsets: where in the text each
     token begins."""
-    texts, chosen, tops, ids = [], [], [], []
-    for token, logprob, pairs in logprobs:
-        texts.append(spell(tok, token)[0])
-        chosen.append(finite(logprob))
-        top, top_ids = {}, {}
-        for i, other in pairs:
-            text, _ = spell(tok, i)
-            top.setdefault(text, finite(other))  # of two that read the same the likelier stays
-            top_ids.setdefault(text, i)
-        tops.append(top or None)
-        ids.append(top_ids)
-    shown = {"tokens": texts, "text_offset": offsets, "top_logprobs": tops}
-    shown["token_logprobs"] = chosen
+
+    def by_text(pairs):
+        named = {}
+        for i, value in pairs:
+            named.setdefault(
+                spell(tok, i)[0], value
+            )  # of two that read the same the likelier stays
+        return named
+
+    def top(pairs):
+        return by_text([(i, finite(logprob)) for i, logprob in pairs]) or None
+
+    shown = {
+        "tokens": (spell(tok, token)[0] for token, _, _ in logprobs),
+        "token_logprobs": (finite(logprob) for _, logprob, _ in logprobs),
+        "top_logprobs": (top(pairs) for _, _, pairs in logprobs),
+        "text_offset": offsets,
+    }
     if with_ids:
-        shown["top_token_ids"] = ids
+        shown["top_token_ids"] = (by_text([(i, i) for i, _ in pairs]) for _, _, pairs in logprobs)
     return shown
 
 
@@ -232,7 +255,8 @@ class Generation:
         self.tok = tok
         self.body = body
         self.scored = scored
-        self.n = body.n or 1  # choices of each prompt
+        self.n = body.n  # choices of each prompt
+        self.scores = body.logprobs is not None and body.logprobs is not False
         self.prompt_tokens = sum(map(len, prompts))
         self.head = {
             "id": f"{self.kind}-{request_id}",
@@ -262,7 +286,7 @@ class Generation:
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
                     out = b""
-            if self.body.stream_options and self.body.stream_options.include_usage:
+            if self.body.stream_options.get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
         except Refusal as refusal:  # the status line is long gone: the error is an event
             out += server_sent_event(refusal.body)
@@ -277,7 +301,8 @@ class Generation:
         for choice in self.choices:
             what = self.whole_field(choice)
             reason = choice.reason or "length"  # an echo of nothing but the prompt
-            choices.append(self.shown(choice, what, choice.logprobs, reason, choice.token_ids))
+            logprobs = choice.logprobs if self.scores else None
+            choices.append(self.shown(choice, what, logprobs, reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
     def usage(self):
@@ -291,9 +316,10 @@ class Generation:
     def event(self, **what):
         return server_sent_event({**self.head, "object": self.event_object, **what})
 
-    def shown(self, choice, what, logprobs=(), reason=None, ids=()):
+    def shown(self, choice, what, logprobs=None, reason=None, ids=()):
         """A choice in OpenAI's shape; what: its field for the text."""
-        logprobs = self.show_logprobs(choice, logprobs) if logprobs else None
+        if logprobs is not None:
+            logprobs = self.show_logprobs(choice, logprobs)
         shown = {"index": choice.index, **what, "finish_reason": reason, "logprobs": logprobs}
         if self.body.return_token_ids:
             shown["token_ids"] = ids
@@ -308,11 +334,12 @@ class Generation:
         ids = delta.token_ids if self.body.return_token_ids else ()
         out = b""
         if text or logprobs or ids:
-            out += self.choice_event(choice, self.text_field(text), logprobs, None, ids)
+            out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:
-            out += self.choice_event(choice, self.text_field(""), (), choice.reason)
+            out += self.choice_event(choice, self.text_field(""), None, choice.reason)
+        choice.logprobs.clear()  # they are out
         return out
 
 
@@ -322,7 +349,7 @@ class ChatAnswer(Generation):
     event_object = "chat.completion.chunk"
 
     def new_choice(self, index, prompt):
-        most = 1 if self.body.parallel_tool_calls is False else None
+        most = None if self.body.parallel_tool_calls else 1
         return Choice(index, ToolCalls(offered_functions(self.body), most))
 
     def opening(self):
@@ -374,14 +401,16 @@ class TextAnswer(Generation):
         out = b""
         for choice in self.choices:
             if choice.text:
-                out += self.choice_event(choice, self.text_field(choice.text), choice.logprobs)
+                out += self.choice_event(
+                    choice, self.text_field(choice.text), choice.logprobs or None
+                )
         return out
 
     def text_field(self, text):
         return {"text": text}
 
     def show_logprobs(self, choice, logprobs):
-        offsets = choice.offsets[-len(logprobs) :]
+        offsets = choice.offsets[len(choice.offsets) - len(logprobs) :]
         return completion_logprobs(self.tok, logprobs, offsets, self.body.return_token_ids)
 
     def whole_field(self, choice):

@@ -3,32 +3,46 @@
 serve.py speaks HTTP; here are plain functions over a tokenizer. answers.py is the way back.
 """
 
-from typing import Annotated
+import json
+import re
+from typing import Annotated, Literal, TypeAlias
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json
+from typing_extensions import NotRequired, TypedDict  # Python 3.10's have no NotRequired
 
 import chat
 from engine.sampler import Sampling
 
-# Every field of OpenAI's two endpoints is applied, ignored (nothing here depends on it) or refused
-# with 400. "extra" are our own; typical_p is refused by name because other servers have it.
-FIELDS = {
-    "applied": "model messages prompt echo frequency_penalty logit_bias logprobs top_logprobs "
-    "max_tokens presence_penalty n max_completion_tokens response_format seed stop stream "
-    "stream_options temperature tool_choice tools parallel_tool_calls top_p",
-    "extra": "top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids regex "
-    "return_token_ids",
-    "ignored": "user metadata store service_tier prediction safety_identifier prompt_cache_key "
-    "verbosity prompt_cache_retention prompt_cache_options reasoning_effort",
-    "refused": "audio modalities web_search_options functions function_call suffix moderation "
-    "best_of typical_p",
+# A field of a body is one of the classes below, or it is here, or it is refused with 400. On these
+# no answer depends:
+IGNORED = set(
+    "user metadata store service_tier prediction safety_identifier prompt_cache_key verbosity "
+    "prompt_cache_retention prompt_cache_options reasoning_effort request_id cache_prompt "
+    "guided_decoding_backend spaces_between_special_tokens".split()
+)
+# What only other servers do is taken where it says no more than the default: this, or nothing.
+DEFAULTS = {
+    **dict.fromkeys(
+        "audio modalities web_search_options functions function_call suffix moderation dimensions "
+        "prompt_logprobs allowed_token_ids truncate_prompt_tokens documents bad_words "
+        "chat_template logits_processors guided_grammar guided_whitespace_pattern structural_tag "
+        "mm_processor_kwargs cache_salt kv_transfer_params vllm_xargs".split()
+    ),
+    **dict.fromkeys(
+        "echo add_special_tokens use_beam_search include_stop_str_in_output "
+        "return_tokens_as_token_ids".split(),
+        False,  # the first two in chats
+    ),
+    **dict.fromkeys("skip_special_tokens include_reasoning".split(), True),
+    **dict.fromkeys("best_of typical_p length_penalty".split(), 1),
+    "priority": 0,
 }
-FIELDS = {what: tuple(names.split()) for what, names in FIELDS.items()}
+NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}  # one field means the other
 # These mean in Sampling what they mean in a request, and have its defaults.
 SAME_IN_SAMPLING = set(
-    "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty min_tokens n "
-    "seed ignore_eos logit_bias".split()
+    "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
+    "min_tokens n seed ignore_eos".split()
 )
 
 
@@ -43,75 +57,185 @@ class Refusal(HTTPException):
 
 
 # -------------------------------------------------------------------------- the bodies of requests
-class StreamOptions(BaseModel):
-    include_usage: bool = False
+def at_most(count):
+    """A list's or an object's bound, held before its items are looked at: pydantic would describe
+    what is wrong with each of a million."""
+
+    def check(value):
+        if isinstance(value, (list, dict)) and len(value) > count:
+            raise ValueError(f"has {len(value):,} items, and {count:,} is the most")
+        return value
+
+    return BeforeValidator(check)
 
 
-class GenerationRequest(BaseModel):
-    """What both endpoints take. null means the default, as OpenAI has it.
+Ids: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
+# OpenAI's four shapes of prompts
+Texts: TypeAlias = (
+    str | Annotated[list[str], at_most(128)] | Ids | Annotated[list[Ids], at_most(128)]
+)
+TokenId: TypeAlias = Annotated[int, Field(strict=False)]  # a key of JSON is a string
+Messages: TypeAlias = Annotated[list[dict], at_most(10_000), Field(min_length=1)]
+
+
+class NamedFunction(TypedDict):
+    name: str
+
+
+class Function(NamedFunction, total=False):
+    description: str | None
+    parameters: dict | None
+    strict: bool | None  # a call that tool_choice forces always is
+
+
+class Tool(TypedDict):
+    type: NotRequired[Literal["function"]]
+    function: Function
+
+
+class ToolChoice(TypedDict):
+    type: NotRequired[Literal["function"]]
+    function: NamedFunction
+
+
+class JsonSchema(TypedDict):
+    name: NotRequired[str]
+    description: NotRequired[str | None]
+    strict: NotRequired[bool | None]  # all are
+    schema: dict
+
+
+class TextFormat(TypedDict):
+    type: Literal["text"]
+
+
+class ObjectFormat(TypedDict):
+    type: Literal["json_object"]
+    schema: NotRequired[dict | None]
+
+
+class SchemaFormat(TypedDict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+SchemaOrText: TypeAlias = dict | Json[dict]  # vLLM takes a schema's text, too
+Choices: TypeAlias = Annotated[list[str], at_most(1024), Field(min_length=1)]
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """vLLM's newer name for guided_json, guided_regex and guided_choice."""
+
+    json: SchemaOrText | None
+    regex: str | None
+    choice: Choices | None
+
+
+class StreamOptions(TypedDict, total=False):
+    include_usage: bool | None
+    include_obfuscation: bool | None  # padding against eavesdroppers; there is none
+
+
+class ModelRequest(BaseModel):
+    """A body. It has no fields but these, at any depth, whose values are of their types and no
+    others: 1 is not true, and "1" is not 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model: str = ""
+
+
+class GenerationRequest(ModelRequest):
+    """What both endpoints take.
 
     Most bounds are Sampling's (see Sampling.check); here are those that keep a request small."""
 
-    model_config = ConfigDict(extra="allow")  # for FIELDS to say what becomes of it
-    model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = None
-    n: int | None = Field(None, ge=1, le=16)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=1024)
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: dict | None = None
-    regex: str | None = None
-    return_token_ids: bool | None = None
+    temperature: float = None
+    top_p: float = None
+    top_k: int = None
+    min_p: float = None
+    repetition_penalty: float = None
+    presence_penalty: float = None
+    frequency_penalty: float = None
+    min_tokens: int = None
+    n: int = Field(1, ge=1, le=16)
+    seed: int = None
+    ignore_eos: bool = False
+    logit_bias: Annotated[dict[TokenId, float], at_most(1024)] = {}
+    max_tokens: int = -1  # no limit
+    max_completion_tokens: int = -1
+    stop: str | Annotated[list[str], at_most(64)] = []
+    stop_token_ids: Annotated[list[int], at_most(1024)] = []
+    stream: bool = False
+    stream_options: StreamOptions = {}
+    response_format: TextFormat | ObjectFormat | SchemaFormat = Field({}, discriminator="type")
+    regex: str = None
+    guided_regex: str = None
+    guided_json: SchemaOrText = None
+    guided_choice: Choices = None
+    structured_outputs: StructuredOutputs = {}
+    return_token_ids: bool = False
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[dict] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict] | None = None
-    tool_choice: str | dict | None = None
-    parallel_tool_calls: bool | None = None
+    messages: Messages  # which chat.py reads
+    logprobs: bool = False
+    top_logprobs: int = 0
+    tools: Annotated[list[Tool], at_most(1024)] = []
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict = {}
+    add_generation_prompt: bool = None
+    continue_final_message: bool = False
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
+    prompt: Texts
+    logprobs: int = None
+    echo: bool = False
+    add_special_tokens: bool = True
 
 
-class EmbeddingRequest(BaseModel):
-    model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
-    encoding_format: str | None = Field(None, pattern="^(float|base64)$")
-    dimensions: None = None  # a vector is as long as the model is wide
+class EmbeddingRequest(ModelRequest):
+    input: Texts
+    encoding_format: Literal["float", "base64"] = "float"
 
 
-class TokenizeRequest(BaseModel):
-    prompt: str = ""
-    messages: list[dict] | None = None
+class TokenizeRequest(ModelRequest):
+    prompt: str = None
+    messages: Messages = None
 
 
-class DetokenizeRequest(BaseModel):
-    tokens: list[int]
+class DetokenizeRequest(ModelRequest):
+    tokens: Ids
+
+
+def parse_body(body, kind):
+    """A request's JSON -> its class `kind`. Raises ValidationError, or Refusal for a field that
+    would say nothing without another."""
+    if not isinstance(body, dict):
+        return kind.model_validate(body)
+    for name, other in NEEDS.items():
+        if body.get(name) and not body.get(other):
+            raise Refusal(400, f"{name} needs {other}: true", param=name)
+    given = {}
+    for name, value in body.items():
+        if name in kind.model_fields:
+            silent = value is None
+        elif name in DEFAULTS:
+            default = DEFAULTS[name]
+            same = value == default and isinstance(value, bool) == isinstance(default, bool)
+            silent = same or value in (None, [], {}, "")
+        else:
+            silent = name in IGNORED
+        if not silent:
+            given[name] = value
+    return kind.model_validate(given)
 
 
 # ------------------------------------------------------------------------------------- the prompts
-def prompt_lists(value, tok):
-    """A prompt or input in any of OpenAI's four shapes -> lists of ids."""
+def prompt_lists(value, tok, special=True):
+    """A prompt or input in any of OpenAI's four shapes -> lists of ids; special: with the token
+    that begins a text."""
     if isinstance(value, str) or (value and isinstance(value[0], int)):
         value = [value]
     if not value or len(value) > 128:
@@ -119,7 +243,7 @@ def prompt_lists(value, tok):
     prompts = []
     for prompt in value:
         if isinstance(prompt, str):
-            prompt = tok.encode(prompt, bos=tok.bos_id is not None)
+            prompt = tok.encode_prompt(prompt) if special else tok.encode(prompt)
         if not prompt or min(prompt) < 0 or max(prompt) >= tok.vocab_size:
             last = tok.vocab_size - 1
             raise Refusal(400, f"a prompt needs at least one token, with ids from 0 to {last}")
@@ -127,107 +251,98 @@ def prompt_lists(value, tok):
     return prompts
 
 
-def chat_prompt(tok, messages, tools=None):
-    """Messages (and tools) -> ids, through the model's own chat format."""
+def chat_prompt(tok, body):
+    """A ChatRequest -> ids, through the model's own chat format."""
     if tok.chat_template is None and "<|im_start|>" not in tok.special:
         message = "this model has no chat template: use /v1/completions with a plain prompt"
         raise Refusal(400, message, "no_chat_template")
-    system = {"role": "system"}  # for which "developer" is OpenAI's newer name
-    messages = [{**m, **system} if m.get("role") == "developer" else m for m in messages]
-    ids, _ = chat.render(tok, messages, add_generation_prompt=True, tools=tools)
+    resume = body.continue_final_message
+    prompted = body.add_generation_prompt
+    ids, _ = chat.render(
+        tok,
+        body.messages,
+        add_generation_prompt=not resume if prompted is None else prompted,
+        tools=body.tools if offered_functions(body) else None,
+        options=body.chat_template_kwargs,
+        resume=resume,
+    )
     return ids
 
 
 # -------------------------------------------------------------------------- what binds the answers
 def offered_functions(body):
-    """The functions that the model may call: {name: OpenAI's description of it}."""
-    functions = {}
-    for tool in body.tools or ():
-        kind = tool.get("type", "function")
-        if kind != "function":
-            raise Refusal(400, f"tools are functions, not of type {kind!r}", param="tools")
-        function = tool.get("function")
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            functions[function["name"]] = function
-    return {} if body.tool_choice == "none" else functions
+    """The functions that the model may call: {name: Function}."""
+    tools = [] if body.tool_choice == "none" else body.tools
+    return {tool["function"]["name"]: tool["function"] for tool in tools}
 
 
 def forced_call(body, tok):
-    """tool_choice "required", or one function -> the grammar of the only answers allowed:
-    ("json", schema, and perhaps the texts before and after). None: the model may choose."""
+    """tool_choice "required", or one function -> the grammar of the only answers allowed. None: the
+    model may choose."""
     functions = offered_functions(body)
     choice = body.tool_choice
-    if choice in (None, "auto", "none"):
+    if choice in ("auto", "none"):
         return None
     if choice != "required":
-        named = choice.get("function") if isinstance(choice, dict) else None
-        chosen = named.get("name") if isinstance(named, dict) else None
+        chosen = choice["function"]["name"]
         functions = {name: functions[name] for name in functions if name == chosen}
     if not functions:
-        message = f"tool_choice {choice!r} is not none, auto, required or one of the tools"
+        message = "tool_choice wants a function to be called that is not one of the tools"
         raise Refusal(400, message, param="tool_choice")
     arguments = "parameters" if "<|start_header_id|>" in tok.special else "arguments"
+    before, after = "", "}"
+    if "<tool_call>" in (tok.chat_template or ""):
+        before, after = "<tool_call>\n", "}\n</tool_call>"
     calls = []
     for name, function in functions.items():
-        parameters = function.get("parameters") or {"type": "object"}
-        call = {
-            "type": "object",
-            "required": ["name", arguments],
-            "additionalProperties": False,
-            "properties": {"name": {"const": name}, arguments: parameters},
-        }
-        calls.append(call)
-    if "<tool_call>" in (tok.chat_template or ""):
-        return "json", {"anyOf": calls}, "<tool_call>\n", "\n</tool_call>"
-    return "json", {"anyOf": calls}
+        head = f'{before}{{"name": {json.dumps(name)}, "{arguments}": '
+        parameters = {"type": "object", **(function.get("parameters") or {})}
+        calls.append((parameters, head, after))
+    return "json", *calls
 
 
 def grammar_of(body):
-    """response_format or regex -> what Worker.constraint takes, or None."""
-    form = body.response_format or {"type": "text"}
-    kind = form.get("type")
-    if kind == "json_object":
-        return "json", None
-    if kind == "json_schema":
-        named = form.get("json_schema")
-        schema = named.get("schema") if isinstance(named, dict) else None
-        if not isinstance(schema, dict):
-            message = "response_format json_schema needs json_schema.schema, an object"
-            raise Refusal(400, message, param="response_format")
-        return "json", schema
-    if kind != "text":
-        message = f"response_format {kind!r}: use text, json_object or json_schema"
-        raise Refusal(400, message, param="response_format")
-    return ("regex", body.regex) if body.regex else None
+    """The one field that binds the answer -> what Worker.constraint takes: ("regex", pattern) or
+    ("json", (schema,)). None: the model may say what it likes."""
+    form = body.response_format
+    more = body.structured_outputs
+    schemas = [body.guided_json, more.get("json"), form.get("json_schema", {}).get("schema")]
+    if form.get("type") == "json_object":
+        schemas.append(form.get("schema") or {"type": "object"})
+    patterns = [body.regex, body.guided_regex, more.get("regex")]
+    for choices in (body.guided_choice, more.get("choice")):
+        if choices:
+            patterns.append("|".join(map(re.escape, choices)))
+    grammars = [("json", (schema,)) for schema in schemas if schema is not None]
+    grammars += [("regex", pattern) for pattern in patterns if pattern is not None]
+    if len(grammars) > 1:
+        fields = "response_format, regex, guided_* and structured_outputs"
+        raise Refusal(400, f"{len(grammars)} of {fields} bind the answer: give one")
+    return grammars[0] if grammars else None
 
 
 # ------------------------------------------------------------------------------------ the sampling
-def refuse_fields(body):
-    """Raise for a field that this server does not have, unless it says no more than the default."""
-    for name in FIELDS["refused"]:
-        if body.model_extra.get(name) not in (None, [], {}, ["text"]):
-            raise Refusal(400, f"{name} is not supported by this server", "unsupported_field", name)
-
-
-def request_sampling(body, prompt, tok, context, logprobs):
-    """The request's fields -> Sampling.
+def request_sampling(body, prompt, service, logprobs, ends=()):
+    """The request's fields -> Sampling, with the service's defaults. ends: ids that end the answer,
+    beside the request's own.
 
     The answer's length is clamped to the context; only a prompt that fills it is refused."""
-    room = context - len(prompt)
+    room = service.context - len(prompt)
     if room < 1:
-        message = f"the prompt has {len(prompt):,} tokens, this model's context is {context:,}"
+        message = f"the prompt has {len(prompt):,} tokens, this model's context is "
+        message += f"{service.context:,}"
         raise Refusal(400, message, "context_length_exceeded", "messages")
-    refuse_fields(body)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    most = min(body.max_completion_tokens or body.max_tokens or room, room)
+    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n != -1]
+    given = service.defaults | body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
+    if given.get("top_k") == -1:  # vLLM's word for all
+        given["top_k"] = 0
     sampling = Sampling(
-        **body.model_dump(include=SAME_IN_SAMPLING, exclude_none=True),
-        max_tokens=most,
-        top_k=max(body.top_k or 0, 0),
-        stop=tuple(text for text in stop if text),
-        stop_ids=tuple(body.stop_token_ids or ()),
+        **given,
+        max_tokens=min([*limits, room]),
+        logit_bias=body.logit_bias,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
+        stop_ids=(*body.stop_token_ids, *(() if body.ignore_eos else ends)),
         logprobs=logprobs,
     )
-    sampling.min_tokens = min(sampling.min_tokens, most)
-    sampling.check(tok.vocab_size)
+    sampling.check(service.tok.vocab_size)
     return sampling

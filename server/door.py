@@ -4,8 +4,11 @@ serve.py puts `Door` around its routes, and `Protocol` is how uvicorn reads HTTP
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
+import ipaddress
+import math
 import os
 import re
 import secrets
@@ -13,7 +16,8 @@ import socket
 import ssl
 import sys
 import time
-from collections import deque
+import traceback
+from collections import OrderedDict, deque
 from pathlib import Path
 
 import uvicorn
@@ -26,11 +30,16 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common import UserError
-from server.answers import compact_json, json_bytes
+from server.answers import compact_json, json_bytes, json_pieces
 from server.api import Refusal
 
-ARRIVAL_SECONDS = 30.0  # that a request's head and its body may each take to arrive
-HEAD_BYTES = 65_536  # of a request's head
+ARRIVAL_SECONDS = 30.0  # that a head, a body, or the reading of what was sent may take
+LINGER_SECONDS = 5.0  # that the rest of a refused body is read, so that its sender reads why
+HEAD_BYTES = 65_536  # of a head, or of trailers
+PIPELINE = 16  # requests of a connection that may wait for their turn
+CONNECTIONS = 400  # of one address
+WRONG_KEYS = 60  # in a minute, from one address
+WINDOWS = 10_000  # keys and addresses whose rate is remembered
 OPEN_PATHS = "/ /health /ready /docs /openapi.json /favicon.ico".split()  # need no key
 UNLOGGED_PATHS = "/health /ready /metrics /stats".split()  # what watches, asks all the time
 
@@ -47,10 +56,16 @@ def read_keys(args):
             print(f"warning: {path} can be read by others; chmod 600 {path}", file=sys.stderr)
         lines += path.read_text().splitlines()
     keys = {}
-    for line in lines:
-        name, _, key = line.strip().rpartition(":")
-        if key and not line.startswith("#"):
-            keys[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+    for line in map(str.strip, lines):
+        if not line or line.startswith("#"):
+            continue
+        name, colon, key = line.partition(":")
+        if not colon:
+            name, key = "", line
+        key = key.strip()
+        if not key:
+            raise UserError(f"the key of {name!r} is empty, which would let everyone in")
+        keys[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
     if args.api_key_file and not keys:
         raise UserError(f"--api-key-file {path} holds no key: one a line, or name:key")
     return keys
@@ -120,6 +135,16 @@ def json_response(content, status=200, headers=None):
     return Response(json_bytes(content), status, headers, "application/json")
 
 
+async def json_later(content):
+    """The same for what may be large: others' turns on the event loop come in between."""
+    pieces = []
+    for i, piece in enumerate(json_pieces(content), 1):
+        pieces.append(piece)
+        if i % 1000 == 0:
+            await asyncio.sleep(0)
+    return Response("".join(pieces).encode("utf-8", "replace"), 200, None, "application/json")
+
+
 def refused(refusal):
     return json_response(refusal.body, refusal.status_code, refusal.headers)
 
@@ -129,13 +154,15 @@ def invalid(errors):
     found = []
     for error in errors[:3]:
         place = ".".join(map(str, error["loc"])) or "body"
-        found.append(f"{place}: {error['msg']}")
-    return Refusal(400, "; ".join(found), "invalid_request")
+        unknown = error["type"] == "extra_forbidden"
+        found.append(f"{place}: {'not supported by this server' if unknown else error['msg']}")
+    param = str(errors[0]["loc"][0]) if errors[0]["loc"] else None
+    return Refusal(400, "; ".join(found), "invalid_request", param)
 
 
 async def show_error(request, error):
     """Any error that FastAPI hands us -> the answer in OpenAI's shape."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, RecursionError)):
         error = Refusal(400, str(error))
     elif isinstance(error, RequestValidationError):
         error = invalid(error.errors())
@@ -145,7 +172,8 @@ async def show_error(request, error):
     return refused(error)
 
 
-ERROR_HANDLERS = dict.fromkeys((HTTPException, UserError, RequestValidationError), show_error)
+ERROR_KINDS = HTTPException, UserError, RequestValidationError, RecursionError
+ERROR_HANDLERS = dict.fromkeys(ERROR_KINDS, show_error)
 
 
 def log_line(row):
@@ -153,15 +181,75 @@ def log_line(row):
 
 
 # -------------------------------------------------------------------------------------- the door
+def address_of(client):
+    """Who a peer (host, port) counts as: its address, of IPv6 the /64 that one client has."""
+    host = client[0] if client else ""
+    if ":" not in host:
+        return host
+    try:
+        address = ipaddress.IPv6Address(host.partition("%")[0])
+    except ValueError:
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
+# Hosts that nobody else can let a name of theirs resolve to: addresses, and names without a dot.
+LOCAL = r"\[.*\]|[\d.]+|[^.:/]*|[\w.-]+\.localhost"
+
+
+class Body:
+    """A request's receive(), which raises Refusal for a body that is too large or too slow."""
+
+    def __init__(self, receive, most):
+        self.receive = receive
+        self.most = most
+        self.loop = asyncio.get_running_loop()
+        self.deadline = self.loop.time() + ARRIVAL_SECONDS
+        self.seen = 0
+        self.arrived = False
+
+    async def __call__(self):
+        if self.arrived:  # what comes now is only that the client has left
+            return await self.receive()
+        late = self.loop.call_at(self.deadline, asyncio.current_task().cancel)
+        try:
+            message = await self.receive()
+        except asyncio.CancelledError:
+            if self.loop.time() < self.deadline:
+                raise
+            raise Refusal(408, f"the body did not arrive within {ARRIVAL_SECONDS:g} s") from None
+        finally:
+            late.cancel()
+        self.arrived = not message.get("more_body")
+        self.seen += len(message.get("body", b""))
+        if self.seen > self.most:
+            raise Refusal(413, f"the body is over {self.most:,} bytes (--max-body)")
+        return message
+
+    async def drop(self):
+        """Read the rest for a while. Protocol hangs up on a client that then still sends."""
+        self.deadline = self.loop.time() + LINGER_SECONDS
+        self.most = math.inf
+        with contextlib.suppress(Refusal):
+            while not self.arrived:
+                await self()
+
+
 class Door:
     """Stands around every request, as plain ASGI so that streams pass untouched: it gives an id,
-    checks key and limits, and at the end closes the request's jobs and writes one line of log."""
+    checks host, key and limits, and at the end closes the request's jobs and writes one line of
+    log."""
 
     def __init__(self, app, service, keys):
         self.app = app
         self.service = service
         self.keys = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
-        self.windows = {}  # {key's name or address: times of its requests in the last minute}
+        allowed = service.args.allowed_hosts or ("*" if keys else "")
+        names = ".*" if allowed == "*" else "|".join(map(re.escape, allowed.split(",")))
+        self.hosts = re.compile(rf"(https?://)?({LOCAL}|{names})(:\d+)?", re.I)
+        self.origins = service.args.cors.split(",")
+        # {key's name or address: times of its requests in the last minute}, the latest at the end
+        self.windows = OrderedDict()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -173,6 +261,7 @@ class Door:
         state = scope.setdefault("state", {})
         state["id"] = given if named else secrets.token_hex(8)
         state["jobs"] = []
+        body = Body(receive, self.service.args.max_body)
         status = 0  # of the answer, once it has begun
 
         async def tagged(message):
@@ -180,47 +269,71 @@ class Door:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", state["id"].encode()))
+            elif not body.arrived and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
-            self.check(scope, headers.get("authorization", ""), state)
-            await self.app(scope, self.limited(receive), tagged)
+            self.check(scope, headers, state)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # but for the body
+            await self.app({**scope, "method": method}, body, tagged)
         except Exception as error:
             if not isinstance(error, Refusal):
-                log_line({"event": "error", "id": state["id"], "error": repr(error)[:500]})
+                # Where it happened, and of what kind it is: what it says may hold a request's text.
                 kind = type(error).__name__
+                frames = traceback.extract_tb(error.__traceback__)
+                places = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+                log_line({"event": "error", "id": state["id"], "error": kind, "at": places})
                 error = Refusal(500, f"internal error ({kind}); its id is {state['id']}")
-            if status:
-                raise  # too late for another answer
-            await refused(error)(scope, receive, tagged)
+            if not status:  # else it is too late for another answer, and uvicorn hangs up
+                await refused(error)(scope, body, tagged)
         finally:
-            # Whether the answer ended, failed, or lost its client (see serve.Reply).
+            # Whether the answer ended, failed, or lost its client (see serve.BodyRoute).
             self.service.close(state["jobs"])
             self.service.measures.http.labels(str(status)).inc()
             self.log(scope, state, status, time.monotonic() - begin)
 
-    def check(self, scope, given, state):
-        """Who is it, and may they now? Raises Refusal 401 or 429."""
-        given = given.removeprefix("Bearer ").strip()
+    def check(self, scope, headers, state):
+        """Where from, who, and may they now? Raises Refusal 403, 401 or 429."""
+        self.check_host(headers)
+        given = re.sub(r"(?i)^bearer\s+", "", headers.get("authorization", "")).strip()
         digest = hashlib.sha256(given.encode("latin1")).digest()
         found = None
         for key, name in self.keys.items():
             # Every key is compared, and in constant time, so that the time tells nothing.
             if hmac.compare_digest(key, digest):
                 found = name
-        state["key"] = found or (scope.get("client") or ("",))[0]
+        address = address_of(scope.get("client"))
+        state["key"] = found or address
         if scope["path"] in OPEN_PATHS:
             return
+        limit = self.service.args.rate_limit
         if self.keys and found is None:
+            self.check_rate(address, limit or WRONG_KEYS)
             message = "this server needs an API key: Authorization: Bearer KEY"
             raise Refusal(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if self.service.args.rate_limit:
-            self.check_rate(state["key"], self.service.args.rate_limit)
+        if limit:
+            self.check_rate(state["key"], limit)
+
+    def check_host(self, headers):
+        """A page from elsewhere can give its own name this machine's address (DNS rebinding), and
+        then the browser lets it in. It cannot hide that name."""
+        names = [headers.get("host", "")]
+        origin = headers.get("origin", "")
+        if origin not in self.origins and "*" not in self.origins:
+            names.append(origin)
+        for name in names:
+            if not self.hosts.fullmatch(name):
+                message = f"{name!r} is not a name of this server (--allowed-hosts)"
+                raise Refusal(403, message, "host_not_allowed")
 
     def check_rate(self, key, limit):
-        if len(self.windows) > 10_000:  # addresses of long ago
-            self.windows.clear()
         window = self.windows.setdefault(key, deque())
+        self.windows.move_to_end(key)
+        if len(self.windows) > WINDOWS:
+            self.windows.popitem(last=False)  # the one that asked longest ago
         now = time.monotonic()
         while window and window[0] < now - 60:
             window.popleft()
@@ -229,37 +342,6 @@ class Door:
             message = f"over {limit} requests in a minute"
             raise Refusal(429, message, "rate_limit_exceeded", headers=later)
         window.append(now)
-
-    def limited(self, receive):
-        """receive(), which raises Refusal for a body that is too large or comes too slowly."""
-        most = self.service.args.max_body
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + ARRIVAL_SECONDS
-        close = {"Connection": "close"}  # the rest of the body is not read
-        seen = 0
-        arrived = False
-
-        async def limited_receive():
-            nonlocal seen, arrived
-            if arrived:  # what comes now is only that the client has left
-                return await receive()
-            late = loop.call_at(deadline, asyncio.current_task().cancel)
-            try:
-                message = await receive()
-            except asyncio.CancelledError:
-                if loop.time() < deadline:
-                    raise
-                text = f"the body did not arrive within {ARRIVAL_SECONDS:g} s"
-                raise Refusal(408, text, headers=close) from None
-            finally:
-                late.cancel()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise Refusal(413, f"the body is over {most:,} bytes (--max-body)", headers=close)
-            arrived = message["type"] == "http.request" and not message.get("more_body")
-            return message
-
-        return limited_receive
 
     def log(self, scope, state, status, seconds):
         """Write one line of JSON: how long the request waited and took, how much it made, why it
@@ -280,7 +362,7 @@ class Door:
             first = [job.first - job.created for job in jobs if job.first]
             row |= {
                 "key": state["key"],
-                "prompt_tokens": sum(len(job.prompt) for job in jobs),
+                "prompt_tokens": sum(job.prompt_tokens for job in jobs),
                 "tokens": sum(job.tokens for job in jobs),
                 "queue_seconds": round(max(queued, default=0.0), 4),
                 "ttft_seconds": round(min(first), 4) if first else None,
@@ -291,36 +373,74 @@ class Door:
 
 # ----------------------------------------------------------------------------------- HTTP itself
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, which in addition hangs up on a client whose request's head does not
-    come (a "slow loris"), or does not end."""
+    """uvicorn's HTTP/1.1 with bounds on what anyone may cost before a key is asked for: it hangs up
+    on a client that sends its head slowly or without an end, or does not read its answers, on too
+    many requests that wait in a connection, and on too many connections of an address."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: without it the
         # second write of an answer waits 40 ms for the client's delayed ACK.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.head = 0  # bytes of a head that came
-        self.late = self.loop.call_later(ARRIVAL_SECONDS, transport.abort)  # while it is awaited
+        if self.scheme == "http":  # asyncio's TLS has a time-out of its own, and would never resume
+            transport.set_write_buffer_limits(0)  # pause_writing is called once bytes must wait
+        self.running = None  # the RequestResponseCycle that answers now
+        self.framing = 0  # bytes that came since the last one of a body: a head, or trailers
+        self.late = self.hang_up_later()  # on a client whose head does not come
+        self.stalled = self.late  # the same for one that does not read
+        self.address = address_of(self.client)
+        same = [other for other in self.connections if other.address == self.address]
+        if len(same) > CONNECTIONS and not self.config.proxy_headers:  # a proxy is one address
+            transport.abort()
 
-    def on_message_begin(self):
-        super().on_message_begin()
-        self.head = 0
-        if self.late.cancelled():  # not the connection's first, which has its time already
-            self.late = self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
+    def hang_up_later(self):
+        return self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
 
     def data_received(self, data):
-        self.head += len(data)
-        if self.head > HEAD_BYTES + len(data) and not self.late.cancelled():
-            self.send_400_response(f"The head of the request is over {HEAD_BYTES:,} bytes.")
-        else:
-            super().data_received(data)
+        self.framing += len(data)
+        super().data_received(data)
+        if self.framing > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"a head or trailers of over {HEAD_BYTES:,} bytes")
+
+    def on_message_begin(self):
+        if len(self.pipeline) >= PIPELINE:
+            raise ValueError("too many requests wait")  # then uvicorn answers 400 and hangs up
+        super().on_message_begin()
+        self.late.cancel()
+        self.late = self.hang_up_later()
 
     def on_headers_complete(self):
         self.late.cancel()
+        self.framing = 0
         super().on_headers_complete()
+
+    def on_body(self, body):
+        self.framing = 0
+        super().on_body(body)
+
+    def _start_asgi_task(self, cycle, app):
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self):
+        if self.running.more_body:  # what it still sends of its request is nobody's
+            self.transport.close()
+        super().on_response_complete()
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.stalled = self.hang_up_later()
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.stalled.cancel()
 
     def connection_lost(self, error):
         self.late.cancel()
+        self.stalled.cancel()
+        # uvicorn tells the newest request that its client has left, but it is the running one's.
+        self.pipeline.clear()
+        self.cycle = self.running
         super().connection_lost(error)
 
 
@@ -335,6 +455,8 @@ def listen(args):
         access_log=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1,
+        proxy_headers=bool(args.trusted_proxy),
+        forwarded_allow_ips=args.trusted_proxy,
         ssl_certfile=args.certificate or None,
         ssl_keyfile=args.certificate_key or None,
     )

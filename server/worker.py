@@ -7,32 +7,35 @@
 Python runs one thread of a process at a time, so HTTP in the engine's process would take its time
 from every step. Worker is the half that computes; EngineClient is how serve.py, the half that
 speaks HTTP, reaches it. Each message between them calls one method of the other side, whose name
-comes first; submit, cancel, call go in; deltas, result, failed come out. A message is four bytes
-of length and then plain values in `marshal`, the interpreter's own format.
+comes first; submit, read, cancel, call go in; deltas, result, failed come out. A message is four
+bytes of length and then plain values in `marshal`, the interpreter's own format.
 """
 
 import asyncio
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
-import threading
 import time
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from common import UserError
-from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 from engine.sampler import Sampling
-from engine.scheduler import Delta
+from engine.scheduler import Delta, TokenLogprob
 from server.api import Refusal
+
+PULSE_SECONDS = 1.0  # after which an engine without work says that it lives
+SILENT_SECONDS = 30.0  # after which one that says nothing counts as hung
 
 
 def message(*values):
@@ -64,43 +67,66 @@ def plain_logprobs(logprobs):
 
 
 # ---------------------------------------------------------------------------- the engine's process
-def make_grammar(text):
-    """["regex", pattern] or ["json", schema or null, perhaps the texts before and after it], as
-    JSON -> Grammar"""
-    kind, *what = json.loads(text)
-    return regex_grammar(*what) if kind == "regex" else json_grammar(*what)
+class FairQueue:
+    """What waits, a tuple that begins with its request's number. Keys take turns, so that no key's
+    thousand requests stand before another one's first."""
+
+    def __init__(self):
+        self.lines = {}  # {key: deque of its requests}, the key whose turn it is first
+
+    def __bool__(self):
+        return bool(self.lines)
+
+    def push(self, key, request):
+        self.lines.setdefault(key, deque()).append(request)
+
+    def pop(self):
+        key = next(iter(self.lines))
+        line = self.lines.pop(key)
+        request = line.popleft()
+        if line:
+            self.lines[key] = line  # as the last of all keys
+        return request
+
+    def cancel(self, number):
+        for key, line in list(self.lines.items()):
+            self.lines[key] = deque(request for request in line if request[0] != number)
+            if not self.lines[key]:
+                del self.lines[key]
 
 
 class Worker:
     """Owns the engine: nobody else calls it. Each turn takes orders, admits requests, computes one
-    step, and tells what there is to tell."""
+    step and a chunk of a text to be read, and tells what there is to tell."""
 
     def __init__(self, engine, sock, concurrency):
         self.engine = engine
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
-        self.waiting = OrderedDict()  # {key: deque of its requests}, the key whose turn it is first
+        self.building = {}  # {future of a Constraint: (key, request that waits for it)}
+        self.waiting = FairQueue()  # of requests for tokens
+        self.texts = FairQueue()  # that are only to be read
+        self.reading = None  # (number, index, the generator of Engine.read) of one of them
         self.unfinished = {}  # {number of a request in the engine: answers still being made}
         self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
         self.told = 0.0  # when all of it last was
-        self.grammar = functools.lru_cache(64)(make_grammar)  # automata learn as they are used
         self.builder = ThreadPoolExecutor(1, "grammar")
-        self.lock = threading.Lock()  # of the socket
 
     def run(self):
-        """Work until the other half is gone. An engine that fails is unusable from then on, and
-        everybody hears why."""
+        """Work until the other half is gone. An engine that fails is unusable from then on:
+        everybody hears why, and that nothing more will come."""
         try:
             self.tell(self.outbox)
-            while self.take_orders(wait=not (self.engine.has_work or self.waiting)):
+            while self.take_orders():
                 self.admit()
                 if self.engine.has_work:
                     self.collect(self.engine.step())
                 else:
                     self.tell(self.outbox)
+                self.read_on()
         except ConnectionError:
             pass
         except Exception as error:
@@ -108,85 +134,112 @@ class Worker:
             print(json.dumps({"event": "engine_failed", "error": why}), file=sys.stderr, flush=True)
             self.send("failed", why)
         self.builder.shutdown(wait=False, cancel_futures=True)
+        self.sock.close()
 
     def send(self, *values):
-        with self.lock:
-            self.sock.sendall(message(*values))
+        self.sock.sendall(message(*values))
 
     # -- orders come in
-    def take_orders(self, wait):
+    def idle_seconds(self):
+        """How long there is nothing to do but to wait for orders."""
+        if self.engine.has_work or self.waiting or self.texts or self.reading:
+            return 0
+        return 0.005 if self.building else PULSE_SECONDS
+
+    def take_orders(self):
         """Do what was asked for -> False once nobody can ask any more."""
-        try:
-            data = self.sock.recv(1 << 18, 0 if wait else socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        if not select.select([self.sock], [], [], self.idle_seconds())[0]:
             return True
+        data = self.sock.recv(1 << 18)
         deliver(data, self.buffer, self)
         return bool(data)
 
-    def submit(self, number, key, *request):
-        self.waiting.setdefault(key, deque()).append((number, *request))
+    def submit(self, number, key, prompt, fields, adapter, grammar):
+        """A grammar may take seconds, so a thread builds it while all else goes on."""
+        future = self.builder.submit(self.constraint, *grammar) if grammar else None
+        request = number, prompt, fields, adapter, future
+        if future:
+            self.building[future] = key, request
+        else:
+            self.waiting.push(key, request)
+
+    def read(self, number, key, texts, count):
+        for index, ids in enumerate(texts):
+            self.texts.push(key, (number, index, ids, count))
 
     def cancel(self, number):
         """Take a request out of the queue, or out of the engine, whose blocks are free at once."""
         self.silent.discard(number)
         if self.unfinished.pop(number, None):
             self.engine.cancel(number)
-        for key, line in self.waiting.items():
-            self.waiting[key] = deque(request for request in line if request[0] != number)
-
-    def call(self, number, what, *values):
-        """A grammar takes up to a second, so a thread builds it while all else goes on."""
-        if what == "grammar":
-            self.builder.submit(self.answer, number, what, values)
-        else:
-            self.answer(number, what, values)
-
-    def answer(self, number, what, values):
-        result = error = None
-        try:
-            if what == "embed":
-                result = self.engine.embed(*values)
-            elif what == "prompt_logprobs":
-                result = plain_logprobs(self.engine.prompt_logprobs(*values))
-            else:
-                self.constraint(values).needs()  # the first mask is made here, not in `admit`
-        except Exception as raised:
-            error = isinstance(raised, UserError), str(raised)
-        self.send("result", number, result, error)
+        self.waiting.cancel(number)
+        self.texts.cancel(number)
+        if self.reading and self.reading[0] == number:
+            self.reading = None
+        for future, (_, request) in list(self.building.items()):
+            if request[0] == number:
+                future.cancel()
+                del self.building[future]
 
     @functools.cached_property
     def vocabulary(self):
+        from engine.grammar import Vocabulary
+
         return Vocabulary(self.engine.tok)
 
-    def constraint(self, what):
-        """What `make_grammar` takes, as values -> Constraint. Equal requests share a grammar."""
-        text = json.dumps(what)
-        grammar = self.grammar(text)
-        if grammar.masks * self.engine.tok.vocab_size > 5e7:
-            # It has learned over 200 MB: all is forgotten.
-            self.grammar.cache_clear()
-            grammar = self.grammar(text)
+    def constraint(self, kind, *what):
+        """("regex", pattern), or ("json", (schema, and perhaps the texts before and after it), ...)
+        of which the answer is one -> Constraint"""
+        from engine.grammar import Constraint, json_grammar, regex_grammar
+
+        if kind == "regex":
+            grammar = regex_grammar(*what)
+        else:
+            grammar = " | ".join(json_grammar(*choice) for choice in what)
         return Constraint(grammar, self.vocabulary)
 
     def admit(self):
-        """Move requests from the queue to the engine. Keys take turns, so that no key's thousand
-        requests stand before another one's first."""
+        """Move requests from the queue to the engine."""
+        for future in [future for future in self.building if future.done()]:
+            self.waiting.push(*self.building.pop(future))
         while self.waiting and len(self.unfinished) < self.concurrency:
-            key, line = self.waiting.popitem(last=False)
-            if not line:  # all were cancelled
-                continue
-            number, prompt, fields, adapter, grammar = line.popleft()
-            self.waiting[key] = line  # as the last of all keys
+            number, prompt, fields, adapter, future = self.waiting.pop()
             try:
                 sampling = Sampling(**fields)
-                if grammar:
-                    sampling.constraint = self.constraint(grammar)
-                self.engine.submit(prompt, sampling, request_id=number, adapter=adapter)
+                if future and future.exception():
+                    raise UserError(str(future.exception()))
+                if future:
+                    sampling.constraint = future.result()
+                self.engine.submit(prompt, sampling, number, adapter)
                 self.unfinished[number] = sampling.n
                 self.silent.add(number)
                 self.admitted.append((number, time.monotonic()))
             except UserError as error:
                 self.outbox[number, 0] = Delta(number, 0, "", [], None, "error", str(error))
+
+    def read_on(self):
+        """Read a chunk of the text whose turn it is: nobody's next token waits for more than that.
+        What comes of it goes out at once, as the logprobs of a Delta with the text's index."""
+        if self.reading is None and self.texts:
+            number, index, ids, count = self.texts.pop()
+            self.reading = number, index, self.engine.read(ids, count)
+            if index == 0:
+                self.admitted.append((number, time.monotonic()))
+        if self.reading is None:
+            return
+        number, index, parts = self.reading
+        delta = Delta(number, index, "", [])
+        try:
+            delta.logprobs = next(parts)
+        except StopIteration:
+            delta.finish_reason = "stop"
+        except Exception as error:  # a text too long for the memory is its own request's fault
+            delta.finish_reason = "error"
+            delta.error = str(error)
+        if delta.finish_reason:
+            self.reading = None
+        self.outbox[number, index] = delta
+        self.tell([(number, index)])
 
     # -- answers go out
     def collect(self, deltas):
@@ -224,10 +277,11 @@ class Worker:
         items = []
         for name in list(names):
             delta = self.outbox.pop(name)
-            if delta.logprobs is not None:
+            if delta.logprobs and isinstance(delta.logprobs[0], TokenLogprob):
                 delta.logprobs = plain_logprobs(delta.logprobs)
             items.append(list(vars(delta).values()))
-        stats = self.engine.stats() | {"active": len(self.unfinished)}
+        active = len(self.unfinished) + bool(self.reading)
+        stats = self.engine.stats() | {"active": active}
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
 
@@ -255,6 +309,7 @@ def fork_front(engine, concurrency):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
     Worker(engine, back, concurrency).run()
+    gc.unfreeze()  # or triton's bindings count what was never freed, and say so
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
@@ -287,11 +342,12 @@ class Inbox:
 
 @dataclass(eq=False)
 class Job:
-    """Follows one prompt on its way through the engine. The jobs of a request share an inbox."""
+    """Follows one prompt, or all texts that a request has read, on the way through the engine. The
+    jobs of a request share an inbox."""
 
-    prompt: list
-    sampling: Sampling
     key: str  # whose it is: keys take turns
+    prompt_tokens: int
+    answers: int  # that end, each for itself
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
     number: int | None = None  # its name in the engine, once it is submitted
@@ -309,16 +365,17 @@ class EngineClient(asyncio.Protocol):
     def __init__(self):
         self.numbers = itertools.count()
         self.jobs = {}  # {number: Job}
-        self.calls = {}  # {number: future of a result}
         self.buffer = bytearray()
         self.transport = None
         self.stats = {}  # the engine's, as they last came
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
+        self.heard = time.monotonic()  # when something last came from it
 
     def connection_made(self, transport):
         self.transport = transport
         self.broken = None
+        self.heard = time.monotonic()
 
     def connection_lost(self, error):
         self.lost = True
@@ -328,12 +385,12 @@ class EngineClient(asyncio.Protocol):
         deliver(data, self.buffer, self)
 
     # -- orders go out
-    def submit(self, job, adapter, grammar):
+    def send(self, job, what, *request):
+        """what: "submit" or "read", as of Worker"""
         job.number = next(self.numbers)
-        job.unfinished = job.sampling.n
+        job.unfinished = job.answers
+        self.transport.write(message(what, job.number, job.key, *request))
         self.jobs[job.number] = job
-        request = job.prompt, vars(job.sampling), adapter, grammar
-        self.transport.write(message("submit", job.number, job.key, *request))
 
     def close(self, job):
         """A job is over, in whatever way: what is left of it goes out of the engine."""
@@ -341,20 +398,11 @@ class EngineClient(asyncio.Protocol):
         if known and job.unfinished and not self.broken:
             self.transport.write(message("cancel", job.number))
 
-    async def call(self, what, *values):
-        """Ask for embed, prompt_logprobs or grammar, between two steps -> its result."""
-        if self.broken:
-            raise Refusal(503, self.broken)
-        number = next(self.numbers)
-        order = message("call", number, what, *values)
-        self.calls[number] = asyncio.get_running_loop().create_future()
-        self.transport.write(order)
-        return await self.calls[number]
-
     # -- answers come in
     def deltas(self, stats, admitted, items):
         now = time.monotonic()
         self.stats = stats
+        self.heard = now
         for number, when in admitted:
             if number in self.jobs:
                 self.jobs[number].admitted = when
@@ -368,26 +416,17 @@ class EngineClient(asyncio.Protocol):
                 job.first = now
             if delta.finish_reason:
                 job.unfinished -= 1
-                job.reason = delta.finish_reason
+                if job.unfinished == 0 or delta.error:
+                    job.reason = delta.finish_reason
             job.inbox.put((job.position, delta))
-
-    def result(self, number, value, error):
-        future = self.calls.pop(number)
-        if future.done():
-            return  # nobody waits any more
-        if error is None:
-            future.set_result(value)
-            return
-        by_user, why = error
-        future.set_exception(UserError(why) if by_user else RuntimeError(why))
 
     def failed(self, why):
         self.broken = self.broken or why
-        for future in self.calls.values():
-            if not future.done():
-                future.set_exception(Refusal(503, self.broken))
         for job in self.jobs.values():
-            job.inbox.put(Refusal(500, self.broken))
+            job.inbox.put(Refusal(503, self.broken))
+
+    def hangs(self):
+        return time.monotonic() - self.heard > SILENT_SECONDS
 
     def queue_length(self):
         return max(0, len(self.jobs) - self.stats.get("active", 0))

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,28 @@ def data_dir():
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real data at hand: set LLM_DATA_DIR")
     return Path(folder)
+
+
+def resident(field):
+    """This process's memory in bytes: VmRSS is now, VmHWM the most since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) << 10
+
+
+def forget_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def within(seconds=2.0, memory=500 << 20):
+    """Context: what is inside may take so much computing, and so many bytes more than before."""
+    forget_peak()
+    before = resident("VmRSS")
+    begin = time.process_time()
+    yield
+    took = time.process_time() - begin
+    grown = resident("VmHWM") - before
+    assert took < seconds and grown < memory, f"{took:.1f} s and {grown >> 20} MB"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from conftest import ROOT  # noqa: F401  (puts the root on the path)
 import serve
 from chat import CHATML_TEMPLATE
 from common import UserError
-from engine.scheduler import Delta
+from engine.scheduler import Delta, TokenLogprob
 from generate import Engine
 from model import Config, Transformer
 from server import door
@@ -119,8 +119,9 @@ class Stub:
         self.cancelled.append(number)
         self.live.pop(number, None)
 
-    def embed(self, ids):
-        return [0.6, 0.8]
+    def read(self, ids, count=None):
+        time.sleep(self.delay)
+        yield [0.6, 0.8] if count is None else [TokenLogprob(i, -1.0, []) for i in ids]
 
     def stats(self):
         return {
@@ -139,17 +140,11 @@ class Stub:
 @contextlib.contextmanager
 def running(engine, keys=None, **flags):
     """A server on a free port -> its base URL, service and port; stopped at the end."""
-    app = serve.create_app(engine, serve.Args(**{"model": "stub", **flags}), keys)
-    config = uvicorn.Config(
-        app,
-        "127.0.0.1",
-        0,
-        http=door.Protocol,
-        log_level="error",
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=1,
-    )
-    server, sock = uvicorn.Server(config), config.bind_socket()
+    args = serve.Args(**{"model": "stub", "port": 0, **flags})
+    app = serve.create_app(engine, args, keys)
+    config, sock = door.listen(args)
+    config.app = app
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     port = sock.getsockname()[1]

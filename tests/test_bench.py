@@ -52,7 +52,7 @@ def test_a_parameter_of_a_measurement_is_a_flag():
     with pytest.raises(UserError, match="invalid choice: 'decod'"):
         bench.parse_command(["decod"])
     with pytest.raises(UserError, match="unknown argument --rows"):
-        bench.parse_command(["linear", "--rows", "2"])
+        bench.parse_command(["kernels", "--rows", "2"])
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
@@ -63,8 +63,8 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys):
 
 def test_the_json_says_what_it_was_measured_on(tmp_path, monkeypatch):
     rows = [{"format": "int8", "speed": 1.0}]
-    monkeypatch.setitem(bench.MEASUREMENTS, "linear", lambda: rows)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "linear", "--json", str(tmp_path / "x.json")])
+    monkeypatch.setitem(bench.MEASUREMENTS, "kernels", lambda: rows)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "kernels", "--json", str(tmp_path / "x.json")])
     bench.main()
     written = json.loads((tmp_path / "x.json").read_text())
     machine = written["machine"]

@@ -206,8 +206,8 @@ class StubEngine:
             cache_query_tokens=0,
         )
 
-    def embed(self, ids):
-        return [1.0]
+    def read(self, ids, count=None):
+        yield [1.0]
 
 
 def serve(engine, keys=None, runs="runs", name="demo-135m", adapters="poet=adapters/poet"):
@@ -699,6 +699,41 @@ def test_model_output_never_becomes_code(page):
     page.reload()
     page.click("#tokens")
     assert page.evaluate("window.hacked") is None
+
+
+# 16 KB each, on which patterns that look far for the end of a mark take seconds.
+MARKDOWN_BOMBS = ["[a](", "[a]( ", "[", "**a ", "__a ", "~~a ", "*a ", "`a", "**~~__*_", "- - "]
+MARKDOWN_BOMBS = [mark * (16384 // len(mark)) for mark in MARKDOWN_BOMBS]
+MARKDOWN_BOMBS += ["[a](" + " " * 16384, "a" + " " * 16384 + "b", "# a" + " " * 16384 + "b"]
+MARKDOWN_BOMBS += ["a|b\n" + " " * 16384 + "x|", "http://" + "," * 16384]
+
+
+def test_no_answer_of_16_kb_blocks_the_page(page):
+    for text in MARKDOWN_BOMBS:
+        took = page.evaluate(
+            """text => {
+                const begin = performance.now();
+                markdown(document.createElement("div"), text);
+                return performance.now() - begin;
+            }""",
+            text,
+        )
+        assert took < 1000, (text[:20], took)
+
+
+def test_an_answer_in_one_piece_has_no_speed(page):
+    event = {"choices": [{"delta": {"content": "a b c"}, "token_ids": [1]}]}
+    last = {"choices": [{"delta": {"content": "."}, "token_ids": [2], "finish_reason": "stop"}]}
+    body = "".join(f"data: {json.dumps(e)}\n\n" for e in [event] * 60 + [last])
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            status=200, content_type="text/event-stream", body=body + "data: [DONE]\n\n"
+        ),
+    )
+    ask(page, "story")
+    facts = answer(page).locator(".facts").inner_text()
+    assert "61 tokens" in facts and "tok/s" not in facts
 
 
 def test_markdown_is_drawn_and_names_stay_whole(page):

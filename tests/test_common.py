@@ -6,6 +6,7 @@ import signal
 import sys
 
 import pytest
+from conftest import within
 
 import common
 import runtime
@@ -58,6 +59,55 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(OSError):
         common.write_atomic(path, fail)
     assert common.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_json_may_begin_with_a_bom_and_what_is_none_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert common.read_json(path) == {"a": 1}
+    for data, words in ((b"[" * 100_000, "not valid JSON"), (b"\xff", "not UTF-8 text")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            common.read_json(path)
+
+
+def test_no_link_laid_beforehand_is_written_through(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    path = tmp_path / "shared" / "x.json"
+    path.parent.mkdir()
+    for name in (f"x.json.{os.getpid()}.tmp", "x.json.tmp"):
+        (path.parent / name).symlink_to(secret)
+    path.symlink_to(secret)
+    common.write_json(path, {"a": 1})
+    assert secret.read_text() == "mine"
+    assert common.read_json(path) == {"a": 1} and not path.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '"a"', "null", "7", '{"a": ' + "9" * 5000 + "}", "[" * 10**5, '{"a": "\xff"}']
+)
+def test_json_that_is_no_object_is_one_line(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="x.json: (not valid JSON|this is not a JSON object)"):
+        common.read_json(path)
+
+
+@pytest.mark.parametrize("value", ["{},", "[],", '{"a":[]},', '"",', "0,"])
+def test_json_of_64_mb_is_refused_or_read_within_bounds(value, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"x": [' + value * ((63 << 20) // len(value)) + "0]}")
+    with within(), pytest.raises(UserError, match="values, more than the 3,145,728 allowed"):
+        common.read_json(path)
+    path.write_text(path.read_text() + " " * (2 << 20))
+    with within(0.5), pytest.raises(UserError, match="65 MB, more than"):
+        common.read_json(path)
+
+
+def test_an_error_is_one_line_however_much_it_quotes():
+    told = str(UserError("a\nb" * 10**5))
+    assert len(told) < 1500 and "\n" not in told
 
 
 def test_only_rank_0_writes_to_stdout(monkeypatch, capsys):

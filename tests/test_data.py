@@ -1,5 +1,6 @@
 """data.py: shards of tokens, rows packed from whole documents, batches with an exact position."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import within
 
 import data
 from common import UserError
-from data import Batches, Split, open_shards, split_tokens
+from data import Batches, Plan, Split, open_shards, split_tokens
 from tokenizer import Tokenizer
 from training import corpora
 from training.corpora import ARTICLE, documents
@@ -186,6 +188,26 @@ def test_unusable_shards_are_refused(corpus, tmp_path, break_it, words):
     break_it(tmp_path / "train-00001.bin")
     with pytest.raises(UserError, match=words):
         _ = open_shards(tmp_path, tok.sha256)["train"].documents
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"splits": {"train": {"shards": 10**9}}},
+        {"splits": {"train": {"shards": "2"}}},
+        {"splits": {"../train": {"shards": 1}}},
+        {"splits": 5},
+        {"job": 5},
+        {"last_id": None, "first_id": []},
+    ],
+)
+def test_an_odd_meta_json_is_one_line(corpus, tmp_path, changes):
+    files, tok = corpus
+    make_shards(files, tok, tmp_path, processes=1)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
+    with within(0.5), pytest.raises(UserError, match="meta.json"):
+        open_shards(tmp_path, tok.sha256)
 
 
 def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
@@ -508,12 +530,34 @@ def test_a_split_smaller_than_a_batch_says_so():
         Batches(split, 4, 32, seed=1, world=2)
 
 
+def plan_simply(split, context, seed, epoch):
+    """What Split.plan says, in plain loops."""
+    rng = np.random.default_rng([seed, epoch])
+    begin, pairs = split.documents_of_epoch(rng, context)
+    rows = []  # of pieces (start, size)
+    for start, size in zip(begin, pairs):
+        rows += [[(start + at, context)] for at in range(0, size - context + 1, context)]
+    line = []  # what remains, pair by pair: (document, place in it)
+    for document in rng.permutation(np.flatnonzero(pairs % context)):
+        full = pairs[document] // context * context
+        line += [(document, at) for at in range(full, pairs[document])]
+    for left in range(0, len(line) - context + 1, context):
+        row = line[left : left + context]
+        groups = itertools.groupby(row, key=lambda pair: pair[0])
+        pieces = [(document, next(group)[1], 1 + len(list(group))) for document, group in groups]
+        pieces.sort(key=lambda piece: piece[1] > 0)  # those that begin a document go first
+        rows.append([(begin[document] + at, size) for document, at, size in pieces])
+    starts, sizes = np.array(list(itertools.chain(*rows)), np.int64).reshape(-1, 2).T
+    first = np.cumsum([0, *map(len, rows)])
+    return Plan(starts, sizes, first, rng.permutation(len(rows)))
+
+
 @pytest.mark.parametrize("context", [4, 32, 500])
 @pytest.mark.parametrize("last", [2, None])
 def test_the_fast_plan_is_the_plain_one(context, last):
     for split in (split_of(LENGTHS, last=last)[0], split_of([7], shards=1)[0], numbers(1000)):
         for epoch in range(3):
-            plain = split.plan_simply(context, 5, epoch)
+            plain = plan_simply(split, context, 5, epoch)
             for fast, expected in zip(split.plan(context, 5, epoch), plain):
                 assert np.array_equal(fast, expected)
 

@@ -173,7 +173,7 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
     code, log = stubbed()
     assert code == 0
     assert " ".join(programs(log)) == (
-        "dpo.py finetune.py grpo.py finetune.py quant.py quant.py quant.py finetune.py finetune.py "
+        "dpo.py finetune.py grpo.py finetune.py quant.py quant.py -m finetune.py finetune.py "
         "generate.py generate.py -m"  # training.report
     )
     assert (tmp_path / "runs" / "demo-answers.jsonl").read_text() == "x\n"

@@ -222,7 +222,7 @@ def test_the_command_of_serve_serves(served, capsys):
 
 def test_replica_and_gpu_run_the_command_of_serve():
     services = compose()
-    assert services["replica"]["command"] == services["serve"]["command"]
+    assert services["replica"]["command"][:-2] == services["serve"]["command"]
     assert services["gpu"]["command"] == [*services["serve"]["command"], "--device", "cuda"]
     assert (
         json.loads(instruction("CMD")) == services["serve"]["command"][:-2]
@@ -572,10 +572,11 @@ def test_a_caller_who_leaves_the_balancer_ends_its_request(folder):
 
 @nginx
 def test_who_the_client_is_says_the_balancer_and_not_the_client(folder):
-    with running(Stub(), rate_limit=100) as one, balanced(folder, one) as url:
-        httpx.get(url + "/v1/models", headers={"X-Forwarded-For": "6.6.6.6"})
-        assert list(one.service.windows) == ["127.0.0.1"]
-    assert (
-        compose()["replica"]["environment"]["FORWARDED_ALLOW_IPS"] == "*"
-        and "ports" not in compose()["replica"]
-    )
+    server = running(Stub(), rate_limit=1, trusted_proxy="127.0.0.1")
+    with server as one, balanced(folder, one) as url:
+        for address, status in (("6.6.6.6", 200), ("7.7.7.7", 429)):
+            answer = httpx.get(url + "/v1/models", headers={"X-Forwarded-For": address})
+            assert answer.status_code == status
+    replica = compose()["replica"]
+    assert replica["command"][-2:] == ["--trusted-proxy", "*"]
+    assert "ports" not in replica

@@ -124,7 +124,7 @@ SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
     ],
 )
 def test_every_layout_gives_the_same_prompt_and_answers(record, prompt):
-    assert as_preference(record) == (prompt, *ANSWERS)
+    assert as_preference(record) == (prompt, *SAID[0], *SAID[1], None)
 
 
 @pytest.mark.parametrize(
@@ -155,31 +155,36 @@ def test_what_is_no_preference_is_named(record, message, tmp_path):
     with pytest.raises(UserError) as error:
         list(dpo.read_preferences(path))
     said = str(error.value)
-    assert message in said and "record 2 " in said and "\n" not in said
+    assert message in said and "p.jsonl:2: " in said and "\n" not in said
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(
         '{"prompt": "Who?", "chosen": "Me.", "rejected": "You."}\n{"prompt":\n'
     )
-    with pytest.raises(UserError, match="record 2 is not valid JSON"):
+    with pytest.raises(UserError, match="p.jsonl:2: not valid JSON"):
         list(dpo.read_preferences(tmp_path / "p.jsonl"))
 
 
 def test_the_real_pairs_are_read(data_dir):
     rows = list(dpo.read_preferences(data_dir / "instruct" / "preference-data.json"))
     assert len(rows) == 1100
-    assert rows[1].chosen == "He goes to the park every day."
-    assert rows[1].rejected == "He goes to the stupid park every single day."
+    assert rows[1].chosen["content"] == "He goes to the park every day."
+    assert rows[1].rejected["content"] == "He goes to the stupid park every single day."
     asked = "Edit the following sentence for grammar.\n\n### Input:\nHe go"
     assert rows[1].prompt[0]["content"].startswith(asked)
 
 
 # ---------------------------------------------------------------------------------------------- ids
+def preferred(prompt, *answers):
+    """A Preference of two texts."""
+    return Preference(prompt, *({"role": "assistant", "content": text} for text in answers))
+
+
 def ids_of(prompt=PROMPT, answers=ANSWERS, context=100):
     """-> (tokenizer, the prompt's ids, [each answer's])"""
     tok = Tok()
-    head, *ends = dpo.pair_ids(tok, Preference(prompt, *answers), context)
+    head, *ends = dpo.pair_ids(tok, preferred(prompt, *answers), context)
     return tok, head, ends
 
 
@@ -206,7 +211,7 @@ def test_a_long_prompt_loses_its_beginning_and_an_answer_nothing():
 
 def test_what_cannot_be_used_is_skipped_and_counted(capsys):
     answers = [ANSWERS, ["Me.", "Me."], ["x" * 200, "y"], ["\nMe.", "You."], ANSWERS]
-    records = [Preference(PROMPT, *pair) for pair in answers]
+    records = [preferred(PROMPT, *pair) for pair in answers]
     assert len(dpo.usable_pairs(Tok(), records, 60)) == 2
     told = capsys.readouterr().out
     for line in (
@@ -444,27 +449,15 @@ def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
 
 
 def test_a_policy_that_is_not_the_reference_is_refused_at_step_0(base, tmp_path, monkeypatch):
-    load = dpo.read_tensors
-    tune(*flags(base, tmp_path / "a", "--steps", 0))
-    monkeypatch.setattr(
-        dpo, "read_tensors", lambda path: {k: v - 0.01 * (v < -5) for k, v in load(path).items()}
-    )
-    with pytest.raises(UserError, match="the policy is not the reference; delete reference-"):
-        tune(*flags(base, tmp_path / "b", "--steps", 0))
+    fill = dpo.fill_reference
 
+    def fill_wrongly(pairs, *others):
+        fill(pairs, *others)
+        pairs.ref -= 0.01 * (pairs.ref < -5)
 
-def test_the_references_log_probs_are_computed_once_for_the_same_data_and_weights(base, tuned):
-    beside, at_once = tuned[0].parent, ["--steps", 0]
-    assert tuned[1].count("computed, kept in") == 2
-    again = tune(*flags(base, beside / "a", *at_once, "--beta", 0.5))
-    assert again.count("read from") == 2 and "computed" not in again
-    assert tune(*flags(base, beside / "b", *at_once, "--val-share", 0.3)).count("computed") == 2
-    assert (
-        tune(*flags(tuned[0], beside / "c", *at_once, "--data", base / "prefs.jsonl")).count(
-            "computed"
-        )
-        == 2
-    )
+    monkeypatch.setattr(dpo, "fill_reference", fill_wrongly)
+    with pytest.raises(UserError, match="the policy is not the reference"):
+        tune(*flags(base, tmp_path / "a", "--steps", 0))
 
 
 def assert_same(out, other):
@@ -487,10 +480,6 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tune
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    for path in tmp_path.glob(
-        "reference-*"
-    ):  # of all that a crash can cost, this is computed again
-        path.unlink()
     assert len(losses(tmp_path / "run")) < 12
     tune(base, "--resume", "--out", tmp_path / "run")
     assert_same(tmp_path / "run", whole)
@@ -534,22 +523,8 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
             "is an adapter, and the reference has to be a whole model: merge it first",
         ),
         (flags(base, out, "--lora", 4, "--targets", "nothing"), "nothing"),
-        (
-            ["eval", base],
-            "does not say what it started from: name that model folder with --reference",
-        ),
         ([base, "--resume", "--out", tuned[0], "--loss", "ipo"], "--loss was 'sigmoid'"),
     ):
         with pytest.raises(UserError) as error:
             tune(*arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_eval_measures_preference_against_the_reference(base, tuned):
-    told = tune("eval", tuned[0], "--data", base / "prefs.jsonl")
-    result = json.loads(told[told.index("{") :])
-    assert (
-        result["rewards/margins"] > 0
-        and result["rewards/accuracies"] > 0.5
-        and result["pairs"] == 80
-    )

@@ -463,13 +463,20 @@ BAD = [
     ([{"role": "user", "content": "red"}], "no assistant turn"),
     (question_and_answer("red", " "), "empty assistant turn"),
     (question_and_answer("", "red"), "empty user turn"),
-    ([{"role": "bot", "content": "red"}], "unknown role 'bot'"),
     (question_and_answer("red " * 99, "red"), "the prompt alone fills"),
 ]
 UNREADABLE = [
     ({"messages": []}, "a conversation is a non-empty list"),
     ({"text": "red", "label": 1}, "its keys are 'text', 'label'; known layouts: {messages}, Share"),
-    (["red"], "record 1 cannot be read as a conversation: it is a str, not an object"),
+    (["red"], "bad.jsonl: record 1: the record is a str, not an object"),
+    (
+        {"messages": [{"role": "bot", "content": "red"}]},
+        "bad.jsonl:1: message 0: unknown role 'bot'",
+    ),
+    (
+        {"messages": question_and_answer("red", "blue"), "mood": 1},
+        "bad.jsonl:1: the record has the",
+    ),
 ]
 
 
@@ -488,7 +495,6 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
     data = write(tmp_path / "a.jsonl", talks(40) + bad * 2)
     code, stdout, _ = run(base, tmp_path / "run", "--data", data, "--fit")
     assert code == 0
-    stdout = stdout.replace("message 0: ", "")
     for _, reason in BAD:
         assert f"2 left out: {reason}" in stdout
 
@@ -577,11 +583,7 @@ def test_the_exam_marks_a_model_and_writes_it_down(base, tmp_path):
     assert row["check: max_words"] == 1
     assert row["check: keywords"] == 0
     assert row["check: all of an answer's"] == pytest.approx(1 / 12)
-    assert {"exact match", "exact match: mine", "ended by itself", "perplexity"} <= row.keys()
-    tok, model = open_model(base, "cpu")
-    split = Conversations([(1.0, encoded(tok, asked, 192))])
-    total = sum(packed_loss(model, batch, None).item() for batch in split.validation(1, 192))
-    assert row["perplexity"] == pytest.approx(np.exp(total / split.supervised), rel=1e-4)
+    assert {"exact match", "exact match: mine", "ended by itself"} <= row.keys()
     assert "| exact match: mine | 11 |" in (out / "report.md").read_text()
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 12
@@ -599,7 +601,6 @@ def test_a_memorised_set_scores_full_marks(base, tmp_path):
     row = Metrics.read(out / "metrics.jsonl")[-1]
     assert row["step"] == 60
     assert row["eval"]["exact match"] == row["eval"]["ended by itself"] == 1
-    assert row["eval"]["perplexity"] < 1.2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """generate.py: the command as a user runs it."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import generate
 from common import UserError
 from engine.sampler import Sampling
 from generate import Engine
@@ -112,3 +114,21 @@ def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, t
     again = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert all(row.pop("seconds") >= 0 for row in (*rows.values(), *again.values()))
     assert again == rows
+
+
+def test_generation_config_gives_what_no_flag_says(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0, "eos_token_id": [1, 2]}')
+
+    def said(*flags):
+        words = ["generate.py", tmp_path, "abc", "--max-tokens", 7, "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        generate.main()
+        return capsys.readouterr()
+
+    first = said("--seed", 1)
+    assert "sampling {'temperature': 0}, as generation_config.json says" in first.err
+    assert said("--seed", 2).out.endswith(first.out.splitlines()[-1] + "\n")  # greedy
+    hot = said("--seed", 2, "--temperature", 50)
+    assert hot.out.splitlines()[-1] != first.out.splitlines()[-1] and "sampling" not in hot.err
+    assert Engine(tmp_path, "cpu").eos == {1, 2}

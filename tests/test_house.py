@@ -156,6 +156,19 @@ def top_level(tree):
                 yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
 
 
+@pytest.mark.parametrize("path", ["quant.py", *(f"{name}.py" for name in STAGES)])
+def test_a_command_that_computes_imports_common_before_torch(path):
+    """It sets what libgomp reads when torch is loaded."""
+    first = {}
+    for place, node in enumerate(SOURCES[path].body):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            first.setdefault("torch" if name in MODULES - {"common"} else name, place)
+    assert first["common"] < first["torch"]
+
+
 def test_every_top_level_name_means_one_thing():
     owners = {}
     for path, tree in SOURCES.items():

@@ -65,9 +65,8 @@ def ids(B=2, T=12):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
-def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(shape, kind):
-    model = tiny(shape)
+def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(kind):
+    model = tiny()
     before = model(ids())
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lora.apply(model, 4, 8, **KINDS[kind])
@@ -81,14 +80,12 @@ def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(shape, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "shape,targets", [("qwen3", "all"), ("gpt2", "attn,mlp"), ("qwen3", "lm_head,q_proj")]
-)
-def test_merged_equals_unmerged_and_saved_equals_loaded(tmp_path, shape, targets, kind):
-    tiny(shape).save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("targets", ["all", "lm_head,q_proj"])
+def test_merged_equals_unmerged_and_saved_equals_loaded(tmp_path, targets, kind):
+    tiny().save_pretrained(tmp_path / "base")
     model = Transformer.from_pretrained(tmp_path / "base")
     shake(lora.apply(model, 3, 8, targets, **KINDS[kind]))
-    want, off = model(ids()), tiny(shape)(ids())
+    want, off = model(ids()), tiny()(ids())
     assert (want - off).abs().max() > 0.05
     lora.save_adapter(model, tmp_path / "adapter")
     again = Transformer.from_pretrained(tmp_path / "base")
@@ -124,8 +121,6 @@ def test_targets_choose_layers():
     assert chosen(model, "mlp") == mlp
     assert chosen(model, "q_proj,lm_head,mlp") == {"self_attn.q_proj", "lm_head"} | mlp
     assert lora.choose_layers(model, "layers.1.mlp.up_proj") == ["layers.1.mlp.up_proj"]
-    c_attn = attention - {"self_attn.o_proj"}
-    assert chosen(tiny("gpt2"), "c_attn,mlp.c_proj") == c_attn | {"mlp.down_proj"}
 
 
 def test_recompute_passes_the_same_gradients_with_a_frozen_base():
@@ -323,7 +318,7 @@ def test_the_base_must_be_the_one_the_run_began_with(monkeypatch, tmp_path, base
 
 def test_adapters_that_do_not_move_stop_the_run(monkeypatch, tmp_path, base):
     with pytest.raises(
-        UserError, match="the first step moved nothing in 14 adapters .layers.0.self_attn.q_proj"
+        UserError, match="training moved nothing in 14 adapters .layers.0.self_attn.q_proj"
     ):
         trained(monkeypatch, base, tmp_path / "a", "--lr", 0)
 
@@ -383,8 +378,8 @@ def test_mistakes_are_named():
         lora.apply(model, r=33)
     with pytest.raises(UserError, match="--r 0"):
         lora.apply(model, r=0)
-    with pytest.raises(UserError, match="one matrix, c_attn"):
-        lora.apply(tiny("gpt2"), targets="q_proj")
+    with pytest.raises(UserError, match="q, k and v in one matrix"):
+        lora.apply(tiny("gpt2"))
     with pytest.raises(UserError, match="the model has an adapter already: merge it first"):
         lora.apply(lora.apply(tiny()))
     with pytest.raises(UserError, match="quantized already"):

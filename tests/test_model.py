@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, within
 from safetensors.torch import load_file, save_file
 
 from common import UserError
@@ -176,6 +176,18 @@ def shares(logits, temperature=1.0, top_k=0):
     return torch.bincount(torch.tensor(draws), minlength=len(logits)) / 4000
 
 
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-46, 1e-40])
+def test_a_temperature_that_float32_does_not_have_is_greedy(temperature):
+    from engine.sampler import Sampling, SamplingRow, draw_tokens
+
+    logits = torch.tensor([0.1, 2.0, 1.9, -torch.inf])
+    assert draw(logits, temperature, 0, torch.Generator()) == 1
+    row = SamplingRow(Sampling(temperature=temperature, top_p=0.9), 0.99)
+    tokens, failed = draw_tokens(logits[None].clone(), [row])
+    assert tokens.tolist() == [1]
+    assert failed.tolist() == [False]
+
+
 def test_sampling_follows_the_distribution():
     logits = [2.0, 1.0, 0.0, -1.0]
     assert torch.allclose(shares(logits), torch.tensor(logits).softmax(0), atol=0.03)
@@ -270,6 +282,16 @@ LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embedd
         (LLAMA | {"num_key_value_heads": True}, "num_key_value_heads is True"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without its factor"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "is not supported"),
+        (LLAMA | {"rope_parameters": 5}, "rope_parameters is 5, expected dict"),
+        (LLAMA | {"rope_theta": float("nan")}, "rope_theta is nan"),
+        (LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
+        (LLAMA | {"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+        (LLAMA | {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        (LLAMA | {"eos_token_id": ["x"]}, "eos_token_id 'x' is not an id"),
+        (LLAMA | {"model_type": []}, r"model_type is \[\], expected str"),
+        (LLAMA | {"model_type": "mistral", "sliding_window": "x"}, "sliding_window is 'x'"),
+        (LLAMA | {"model_type": "mistral", "sliding_window": -5}, "sliding_window is -5"),
+        (LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "layer_types": 5}, "list"),
     ],
 )
 def test_config_that_cannot_be_is_refused_in_its_own_words(content, words):
@@ -323,6 +345,27 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
         "not part of this model: model.surprise.weight",
         "model.layers.0.mlp.up_proj.weight is (5, 5), expected (64, 32)",
     )
+
+
+def test_an_index_without_a_map_of_names_is_one_line(folder):
+    (folder / "model.safetensors").unlink()
+    for index in ("[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": [1]}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        refused(folder, "index.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bool])
+def test_weights_that_are_no_floats_are_refused_by_name(folder, dtype):
+    edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(32).to(dtype)}))
+    refused(folder, f"norm.weight holds {dtype}, expected float32")
+
+
+@pytest.mark.parametrize("size", [1 << 62, 99 << 20, 5])
+def test_a_safetensors_header_that_lies_is_refused_in_bounds(folder, size):
+    path = folder / "model.safetensors"
+    path.write_bytes(size.to_bytes(8, "little") + b'{"a": [' + b"[]," * (33 << 20))
+    with within():
+        refused(folder, "damaged or cut short")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -10])

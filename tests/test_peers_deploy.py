@@ -37,10 +37,7 @@ def test_compose_reads_every_profile(compose):
     assert done.returncode == 0 and not done.stderr, done.stderr
     services = json.loads(done.stdout)["services"]
     assert set(services) == {"serve", "gpu", "replica", "nginx", "prometheus", "grafana", "train"}
-    assert services["replica"]["environment"] == {
-        "FORWARDED_ALLOW_IPS": "*",
-        "LLM_API_KEYS": "",
-    }  # both of the merge
+    assert services["replica"]["environment"] == {"LLM_API_KEYS": ""}
     assert services["serve"]["volumes"][0]["source"] == str(ROOT / "runs/demo-dpo")
 
 

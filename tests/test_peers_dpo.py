@@ -40,16 +40,12 @@ def some_pairs(count, lengths=None, prompt=None):
     return pairs
 
 
-class Tok:
-    sha256 = "t"
-
-
-def ours(models, pairs, args, tmp_path):
+def ours(models, pairs, args):
     """-> (mean loss, {metric: mean}, {folder name: gradient})"""
     model = Transformer.from_pretrained(models / "policy")
     pairs = Pairs(pairs)
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
-    fill_reference(pairs, Transformer.from_pretrained(models / "ref"), Tok, runtime, 3, tmp_path)
+    fill_reference(pairs, Transformer.from_pretrained(models / "ref"), runtime, 3)
     loss, sums = pair_loss(model, pairs.fill(list(range(len(pairs.pairs))), 0), args)
     loss = loss / len(pairs.pairs)
     loss.backward()
@@ -116,9 +112,7 @@ def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, model
     inputs = trainer.data_collator(
         [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in pairs]
     )
-    logged, metrics = compare(
-        trainer, inputs, ours(models, pairs, Args(beta=0.3, **ours_is), tmp_path)
-    )
+    logged, metrics = compare(trainer, inputs, ours(models, pairs, Args(beta=0.3, **ours_is)))
     assert "rewards/accuracies" in logged and logged == {k: metrics[k] for k in logged}
 
 
@@ -131,7 +125,7 @@ def test_label_smoothing_equals_trls(models, tmp_path):
         [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in pairs]
     )
     logged, metrics = compare(
-        trainer, inputs, ours(models, pairs, Args(beta=0.3, label_smoothing=0.2), tmp_path)
+        trainer, inputs, ours(models, pairs, Args(beta=0.3, label_smoothing=0.2))
     )
     assert logged == {k: metrics[k] for k in logged}
 
@@ -165,9 +159,7 @@ def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
         label_smoothing=smoothing,
     )
     pairs = some_pairs(4)
-    mine = ours(
-        models, pairs, Args(loss="simpo", beta=2.0, gamma=0.7, label_smoothing=smoothing), tmp_path
-    )
+    mine = ours(models, pairs, Args(loss="simpo", beta=2.0, gamma=0.7, label_smoothing=smoothing))
     logged, metrics = compare(trainer, concatenated(pairs), mine)
     for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert metrics[k] == logged[k]
@@ -179,7 +171,7 @@ def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
     trainer = trainer_of("ORPO", models, tmp_path, beta=0.4)
     pairs = some_pairs(4, (6, 9), prompt=1)
     logged, metrics = compare(
-        trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4), tmp_path)
+        trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4))
     )
     for k in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert metrics[k] == logged[k]

@@ -299,3 +299,88 @@ def test_no_user_text_makes_a_special_id_in_any_family(tmp_path):
             text = "".join(rng.choices(names + [" ", "a", "<", "|", ">", "\n"], k=20))
             ids = tok.encode(text)
             assert not {*tok.special.values()} & {*ids} and tok.decode(ids) == text
+
+
+# ---- every layout that transformers' own classes save
+
+
+def made_by(name, folder):
+    """A small tokenizer of transformers' class `name`, saved in the usual layout."""
+    import transformers
+
+    if name in ("Qwen2", "GPT2"):
+        model = to_json(Tokenizer.train(TEXTS, 900, "qwen2" if name == "Qwen2" else "gpt2", []))
+        model = model["model"]
+        merges = [tuple(merge.split(" ")) for merge in model["merges"]]
+        made = getattr(transformers, f"{name}Tokenizer")(vocab=model["vocab"], merges=merges)
+    else:  # from SentencePiece models that Mistral publishes; v1 is Llama 2's but for its ids
+        source = folder / "source"
+        source.mkdir()
+        version = "tokenizer.model.v1"
+        if name == "Mistral":
+            version = "mistral_instruct_tokenizer_240323.model.v3"
+        (source / "tokenizer.model").write_bytes((mistral_data() / version).read_bytes())
+        made = transformers.LlamaTokenizer.from_pretrained(str(source))
+    extra = [transformers.AddedToken("<think>", special=False, normalized=False)]
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.add_tokens(extra)
+    return made
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def without_tokenizer_json(made, folder):
+    """The files of before tokenizer.json: vocab.json, merges.txt and who is special."""
+    made._tokenizer.model.save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    decoder = {}
+    for i, token in made.added_tokens_decoder.items():
+        decoder[i] = {"content": token.content, "special": token.special, "normalized": False}
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
+
+
+def with_added_tokens_json(made, folder):
+    """Their older names: added_tokens.json, special_tokens_map.json. And bos and eos are asked for:
+    with a tokenizer.json transformers 5 would not read that."""
+    made._tokenizer.model.save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    edit_json(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=True)
+    for name, content in (
+        ("added_tokens", made.get_added_vocab()),
+        ("special_tokens_map", made.special_tokens_map),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+LAYOUTS = {
+    "as saved": lambda made, folder: None,
+    "bos off": lambda made, folder: edit_json(
+        folder / "tokenizer_config.json", add_bos_token=False
+    ),
+    "vocab and merges": without_tokenizer_json,
+    "added_tokens.json": with_added_tokens_json,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["Qwen2", "GPT2", "Llama", "Mistral"])
+def test_a_folder_of_transformers_gives_its_ids_in_every_layout(name, layout, tmp_path):
+    from transformers import AutoTokenizer
+
+    if layout in ("vocab and merges", "added_tokens.json") and name in ("Llama", "Mistral"):
+        pytest.skip("these have a SentencePiece model in place of the two files")
+    made = made_by(name, tmp_path)
+    folder = tmp_path / "made"
+    made.save_pretrained(str(folder))
+    LAYOUTS[layout](made, folder)
+    theirs, ours = AutoTokenizer.from_pretrained(str(folder)), Tokenizer.load(folder)
+    rng = random.Random(0)
+    parts = [*"aé'  \n\t1_日🙂", *PROSE.split()[:40], "<think>", " the", "\r\n", "I'LL", "e\u0301"]
+    for n in range(500):
+        text = "".join(rng.choices(parts, k=rng.randint(0, 12)))
+        assert ours.encode_prompt(text) == theirs(text).input_ids, repr(text)
+    for role in ("bos", "eos", "pad"):
+        assert getattr(ours, f"{role}_id") == getattr(theirs, f"{role}_token_id")

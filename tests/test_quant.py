@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import quant
 from common import UserError
-from engine import native
 from model import Config, Transformer
+from tokenizer import Tokenizer
 
 
 def small_model(kind="llama", seed=0, width=64, inner=172):
@@ -72,20 +72,19 @@ def test_groups_of_zeros_stay_zero(sym):
 
 
 # ------------------------------------------------------------------------------------------ layers
-LAYERS = {  # class, arguments of from_linear, how far the fast product may be from its twin
-    "int8": (quant.Int8Linear, (), 1e-2),
-    "int8-dynamic": (quant.Int8Linear, (True,), 2e-2),
-    "nf4": (quant.NF4Linear, (), 1e-5),
-    "int4": (quant.GroupLinear, (4, 64), 1e-2),
-    "int4-asym": (quant.GroupLinear, (4, 32, False), 1e-2),
-    "groups of 48": (quant.GroupLinear, (4, 48), 1e-2),
-    "int3 rows": (quant.GroupLinear, (3, -1), 1e-2),
-    "int6": (quant.GroupLinear, (6, 128), 1e-2),
+LAYERS = {  # class, arguments of from_linear
+    "int8": (quant.GroupLinear, (8, -1)),
+    "nf4": (quant.NF4Linear, ()),
+    "int4": (quant.GroupLinear, (4, 64)),
+    "int4 with zeros": (quant.GroupLinear, (4, 32, False)),
+    "groups of 48": (quant.GroupLinear, (4, 48)),
+    "int3 rows": (quant.GroupLinear, (3, -1)),
+    "int6": (quant.GroupLinear, (6, 128)),
 }
 
 
 def packed_layer(name, linear):
-    kind, how, _ = LAYERS[name]
+    kind, how = LAYERS[name]
     return kind.from_linear(linear, *how)
 
 
@@ -95,45 +94,16 @@ def twin_of(layer, x):
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("outputs,inputs", [(64, 64), (172, 64), (64, 172), (48, 200)])
-@pytest.mark.parametrize("fast", [False, True])
-def test_products_are_near_their_dequantized_twin(outputs, inputs, rows, fast):
+def test_products_are_near_their_dequantized_twin(outputs, inputs, rows):
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs)
     x = torch.randn(2, rows, inputs)
-    for name, (_, _, bound) in LAYERS.items():
+    for name in LAYERS:
         layer = packed_layer(name, linear)
-        if fast:
-            native.install_products(layer)
         y = layer(x)
         assert y.shape == (2, rows, outputs)
-        assert relative(y, twin_of(layer, x)) < bound
+        assert relative(y, twin_of(layer, x)) < 1e-5
         assert relative(layer.dequantize(), linear.weight) < 0.2
-
-
-def test_int8_weights_meet_activations_of_sixteen_bits():
-    torch.manual_seed(0)
-    layer = quant.Int8Linear.from_linear(nn.Linear(256, 64))
-    native.install_products(layer)
-    x = torch.randn(5, 256)
-    assert relative(layer(x), twin_of(layer, x)) < 1e-4
-
-
-def test_many_rows_do_not_take_the_fast_product():
-    layer = quant.GroupLinear.from_linear(nn.Linear(64, 32))
-    layer.fast_product = lambda rows: rows.new_zeros(len(rows), 32)
-    many = torch.randn(quant.FEW_ROWS + 1, 64)
-    few = many[1:]
-    assert torch.equal(layer(few), layer.bias.expand(len(few), -1))
-    assert torch.equal(layer(many), layer.plain(many))
-
-
-def test_a_row_of_int8_activations_does_not_depend_on_its_neighbours():
-    sizes = torch.tensor([[1.0], [1e4], [1e-4]])
-    x = torch.randn(3, 64) * sizes
-    codes, scale = quant.int8_rows(x)
-    alone, alone_scale = quant.int8_rows(x[2:])
-    assert torch.equal(codes[2:], alone)
-    assert torch.equal(scale[2:], alone_scale)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -165,7 +135,7 @@ def test_what_cannot_be_one_layer_is_refused():
     for other in (
         quant.GroupLinear.from_linear(linear, 3),
         quant.GroupLinear.from_linear(linear, 4, 32),
-        quant.Int8Linear.from_linear(linear),
+        quant.GroupLinear.from_linear(linear, 8, -1),
         quant.GroupLinear.from_linear(nn.Linear(64, 32, bias=False)),
         ordered,
     ):
@@ -188,11 +158,10 @@ def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
 def test_packed_layers_compile_without_a_break(format):
     torch.manual_seed(0)
     layer = quant.pack_linear(nn.Linear(128, 64), format, 64)
-    native.install_products(layer)
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(2, 128)
     with torch.inference_mode():
@@ -223,13 +192,14 @@ def plain_gptq(weight, H, bits, group, sym, damp):
     "group,sym,act_order",
     [(-1, True, False), (32, True, False), (48, False, False), (32, False, True)],
 )
-def test_gptq_is_the_papers_algorithm(group, sym, act_order):
+def test_gptq_is_the_papers_algorithm(group, sym, act_order, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(quant, "CLIPPED_RANGES", [1])  # those are not in the paper
     mixing = torch.randn(200, 200, dtype=torch.float64)
     x = torch.randn(500, 200, dtype=torch.float64) @ mixing
     weight = torch.randn(24, 200, dtype=torch.float64)
     H = x.T @ x
-    recipe = quant.Recipe(4, group, sym, act_order, clip=False)
+    recipe = quant.Recipe(4, group, sym, act_order)
     *parts, found_order = quant.gptq_round(weight, H, recipe)
     ours = quant.GroupLinear(*parts, 4, group, found_order).dequantize()
     order = torch.arange(200)
@@ -241,7 +211,7 @@ def test_gptq_is_the_papers_algorithm(group, sym, act_order):
     assert (ours[:, order] - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("recipe", [{}, {"act_order": True}, {"clip": False}])
+@pytest.mark.parametrize("recipe", [{}, {"act_order": True}])
 def test_gptq_changes_outputs_less_than_rounding_to_nearest(recipe):
     torch.manual_seed(0)
     x = torch.randn(400, 96) @ torch.randn(96, 96)
@@ -357,8 +327,6 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         ("m", "--out"),
         ("m --out m", "the model itself"),
         ("m --format int5 --out q", "int5: choose from int8"),
-        ("report", "which model folder"),
-        ("report m --formats int4,int5", "int5: choose from original"),
         ("m --out q --samples 0", "samples 0"),
     ],
 )
@@ -380,7 +348,8 @@ def test_the_command_writes_a_folder_that_opens(tmp_path, data_dir, monkeypatch,
     shape = ("--format", "gptq", "--group-size", 64)
     run_command(monkeypatch, data_dir / "stories260K", "--out", out, *shape, *few)
     assert Transformer.from_pretrained(out).quantization["bits"] == 4
-    assert (out / "tokenizer.model").exists()
+    same = [Tokenizer.load(folder).sha256 for folder in (data_dir / "stories260K", out)]
+    assert same[0] == same[1]
     assert "gptq: 0.27 MB instead of 1.04, held-out perplexity" in capsys.readouterr().out
     with pytest.raises(UserError, match="quantized already"):
         run_command(monkeypatch, out, "--out", tmp_path / "again", *few)
@@ -392,19 +361,3 @@ def test_a_folder_written_by_the_script_itself_opens(tmp_path, data_dir):
     command = [sys.executable, ROOT / "quant.py", data_dir / "stories260K", "--format", "int8"]
     subprocess.run([*command, "--out", tmp_path / "q", *few], check=True, cwd=tmp_path)
     assert Transformer.from_pretrained(tmp_path / "q").quantization["bits"] == 8
-
-
-def test_the_report_compares_formats_and_fails_where_gptq_is_worse(tmp_path, data_dir, monkeypatch):
-    few = ("--samples", 32, "--held-out-rows", 8, "--length", 128)
-    formats = ("--formats", "original,int4,gptq,gguf-q8_0", "--group-size", 64)
-    flags = ("report", data_dir / "stories260K", *formats, *few, "--out", tmp_path)
-    run_command(monkeypatch, *flags)
-    table = (tmp_path / "quantization.md").read_text()
-    assert "| gptq |" in table and table.count("\n|") == 6
-
-    def coarse(model, *arguments, **recipe):
-        return quant.quantize(model, "int4", 256)
-
-    monkeypatch.setattr(quant, "gptq", coarse)
-    with pytest.raises(UserError, match="worse than round-to-nearest"):
-        run_command(monkeypatch, *flags)

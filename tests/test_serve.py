@@ -52,6 +52,14 @@ def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     assert whole["usage"] == usage["usage"]
 
 
+def test_the_docs_load_nothing_from_elsewhere(stub):
+    page = HTTP.get(stub.url + "/docs")
+    assert page.headers["content-type"].startswith("text/plain")  # no script runs in it
+    assert "/v1/chat/completions" in page.text
+    assert "/v1/embeddings" in HTTP.get(stub.url + "/openapi.json").json()["paths"]
+    assert HTTP.get(stub.url + "/redoc").status_code == 404
+
+
 def test_usage_comes_only_when_asked_for(stub):
     for options in ({}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}):
         assert all(c["choices"] for c in events(ask(stub, stream=True, **options).text))
@@ -87,6 +95,71 @@ def test_a_full_queue_is_429_and_draining_is_503():
         for t in threads:
             t.join()
         until(lambda: len(server.service.client.jobs) == 0)
+
+
+def test_a_place_is_free_by_the_time_the_client_has_its_answer():
+    """As many clients as places, each of which asks again at once: none ever meets a full queue."""
+    places, seen = 6, []
+
+    def asks_again_and_again(url, stream):
+        with httpx.Client(base_url=url) as http:
+            for _ in range(50):
+                answer = http.post("/v1/completions", json={"prompt": "a", "stream": stream})
+                seen.append(answer.status_code)
+
+    with running(Stub("x"), concurrency=places - 2, queue=2) as server:
+        threads = []
+        for n in range(places):
+            thread = threading.Thread(target=asks_again_and_again, args=(server.url, n % 2 == 0))
+            threads.append(thread)
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == [200] * 50 * places
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("runs/Qwen2.5-0.5B-Instruct", "Qwen2.5-0.5B-Instruct"),
+        ("Llama-3.2-1B/", "Llama-3.2-1B"),
+        ("a/tiny.q8_0.gguf", "tiny.q8_0"),
+        ("a/Q.GGUF", "Q"),
+        ("..", ROOT.parent.name),
+        (".", ROOT.name),
+    ],
+)
+def test_a_model_is_named_as_its_folder_or_file(model, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert serve.Service(Stub(), serve.Args(model=model)).names == [name]
+
+
+def test_a_model_can_be_asked_for_by_its_name():
+    with running(Stub(), name="org/Qwen2.5-0.5B.v1") as server:
+        (listed,) = HTTP.get(server.url + "/v1/models").json()["data"]
+        for name in ("org/Qwen2.5-0.5B.v1", "org%2FQwen2.5-0.5B.v1"):
+            assert HTTP.get(server.url + "/v1/models/" + name).json() == listed
+        error = error_of(HTTP.get(server.url + "/v1/models/Qwen2.5-0"), 404)
+        assert error["code"] == "model_not_found"
+        assert ask(server, model="org/Qwen2.5-0.5B.v1").status_code == 200
+
+
+def test_head_is_get_without_a_body(stub):
+    for path in ("/", "/health", "/v1/models", "/v1/models/stub", "/metrics"):
+        head, get = (HTTP.request(method, stub.url + path) for method in ("HEAD", "GET"))
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert HTTP.head(stub.url + "/v1/completions").status_code == 405
+    assert HTTP.options(stub.url + "/v1/models").status_code == 405
+
+
+def test_the_name_of_the_keys_scheme_has_no_case():
+    with running(Stub(), {"k": "ann"}) as server:
+        for given in ("Bearer k", "bearer k", "BEARER   k"):
+            answer = HTTP.get(server.url + "/v1/models", headers={"authorization": given})
+            assert answer.status_code == 200, given
+        for given in ("bearer", "bearer x", "bearerk", "Basic k"):
+            error_of(HTTP.get(server.url + "/v1/models", headers={"authorization": given}), 401)
 
 
 def test_an_answer_that_takes_too_long_ends_in_an_error():
@@ -131,6 +204,21 @@ def test_runs_are_listed_and_read_from_a_step_on(tmp_path):
         ]
         for name in ("two", "%2e%2e", "..%2fone"):  # a plain .. the client itself resolves
             error_of(HTTP.get(server.url + f"/runs/{name}"), 404)
+
+
+def test_a_run_of_any_length_is_read_from_its_end_and_has_no_nan(tmp_path):
+    (tmp_path / "long").mkdir()
+    rows = "".join(f'{{"step": {i}, "loss": 1.5, "grad_norm": 2.25}}\n' for i in range(400_000))
+    end = '{"step": 400000, "loss": NaN}\n[1]\n{"step": "x"}\n{"step": 400001, "lo'
+    (tmp_path / "long" / "metrics.jsonl").write_text(rows + end)
+    with running(Stub(), runs=str(tmp_path)) as server:
+        begin = time.process_time()
+        answer = HTTP.get(server.url + "/runs/long")
+        assert time.process_time() - begin < 0.5  # for all 20 MB it is some seconds
+    assert answer.status_code == 200
+    found = answer.json()["rows"]
+    assert found[-1] == {"step": 400_000, "loss": None}
+    assert 4990 < len(found) <= 5000
 
 
 def test_stop_ends_the_text_before_itself(real):

@@ -491,16 +491,6 @@ def test_a_model_that_cannot_fit_is_refused_before_it_starts(text, tmp_path, mon
     assert "GiB even for one row" in refused(text, tmp_path / "run")
 
 
-def test_watch_draws_the_run(text, tmp_path, capsys):
-    done(text, tmp_path / "run", "--steps", 12)
-    train.watch([str(tmp_path / "run"), "--once"])
-    drawn = capsys.readouterr().out
-    for part in ("V", "step 12 of 12", "tokens/s", "0.0 minutes left"):
-        assert part in drawn
-    with pytest.raises(common.UserError, match="no metrics.jsonl, so no run there"):
-        train.watch([str(tmp_path), "--once"])
-
-
 def scored_by_hand(model, ids, stride, context=16):
     """Summed nats of every pair in the first window that holds it; windows begin every `stride`."""
     total = 0.0

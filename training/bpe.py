@@ -9,7 +9,6 @@ processes. Then the chunks lie end to end in flat arrays, and many merges are do
 import functools
 import heapq
 import io
-import os
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -25,9 +24,9 @@ from tokenizer import BETWEEN_CHUNKS, BYTES, PATTERNS, splitter
 # ---- Counting chunks.
 
 
-def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
-    """Counter of the chunks of texts and of files, of these about `max_bytes`."""
-    blocks = sampled_blocks(paths, max_bytes)
+def count_chunks(texts, paths, pattern, processes=None):
+    """Counter of the chunks of texts and of files."""
+    blocks = blocks_of(paths, BLOCK)
     n_jobs = 4 * (processes or usable_cpus())
     group = min(16, len(blocks) // n_jobs + 1)  # blocks a job: few, so that Counters stay small
     jobs = [blocks[i : i + group] for i in range(0, len(blocks), group)]
@@ -37,16 +36,6 @@ def count_chunks(texts, paths, pattern, max_bytes=None, processes=None):
     for counter in tqdm(counters, "counting chunks", len(jobs) or None, unit="job", disable=None):
         total.update(counter)
     return total
-
-
-def sampled_blocks(paths, max_bytes):
-    """[(path, start, end)]: all blocks of the files, or some, evenly spread over them."""
-    size = sum(map(os.path.getsize, paths))
-    if not max_bytes or max_bytes >= size:
-        return blocks_of(paths, BLOCK)
-    share = max_bytes / size
-    grid = blocks_of(paths, max(1 << 14, min(BLOCK, max_bytes // 64)))
-    return [block for i, block in enumerate(grid) if int((i + 1) * share) > int(i * share)]
 
 
 def text_batches(texts, pattern):

@@ -7,7 +7,6 @@ import codecs
 import glob
 import http.client
 import io
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,20 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import BLOCK, UserError, border, full_disk_explained, sha256, well_formed, write_atomic
+from common import (
+    BLOCK,
+    RECORD_FILES,
+    UserError,
+    border,
+    file_rows,
+    full_disk_explained,
+    holds_records,
+    open_data,
+    sha256,
+    well_formed,
+    without_gz,
+    write_atomic,
+)
 
 
 class Archive(NamedTuple):
@@ -215,27 +227,32 @@ def wikitext(name, home, data_dir=None):
 
 # ----------------------------------------------------------------------------- files into documents
 def read_text(name, data_dir=None):
-    """Text of a named corpus ("shakespeare") or of a UTF-8 file -> (str, where it came from)."""
+    """Text of a named corpus ("shakespeare") or of a file -> (str, where it came from).
+
+    Of records it is their texts, a newline between two."""
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
     if not path.is_file():
         raise UserError(f"--data {name}: no such file (or use: shakespeare)")
-    with open(path, "rb") as file:
-        text = b"".join(utf8_blocks(file)).decode()
+    if holds_records(path):
+        text = b"\n".join(part for part, _, _ in documents([path], ())).decode()
+    else:
+        with open_data(path) as file:
+            text = b"".join(utf8_blocks(file)).decode()
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
     return text, path
 
 
-TEXT_FILES = (".txt", ".jsonl", ".parquet")
+TEXT_FILES = (".txt", *RECORD_FILES)
 
 
 def expand(names):
-    """Files, folders (their .txt, .jsonl, .parquet, however deep) and globs -> distinct files."""
+    """Files, folders (their TEXT_FILES, however deep) and globs -> distinct files."""
     files = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = [f for f in sorted(path.rglob("*")) if f.suffix in TEXT_FILES]
+            found = [f for f in sorted(path.rglob("*")) if without_gz(f).endswith(TEXT_FILES)]
         else:
             found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
         found = list(filter(Path.is_file, found))
@@ -248,29 +265,51 @@ def expand(names):
     return list(dict.fromkeys(files))
 
 
+def plain_texts(paths, folder):
+    """Files of UTF-8 text alone: text files as they are, of all others the documents, a newline
+    after each, in new files of the folder."""
+    plain = []
+    for n, path in enumerate(paths):
+        with open_data(path) as file:
+            as_it_is = isinstance(file, io.BufferedReader) and file.tell() == 0
+            zeros = b"\0" in file.read(BLOCK)
+        if holds_records(path):
+            as_it_is = False
+        elif zeros:
+            raise UserError(f"{path} is a binary file: it has zero bytes")
+        if not as_it_is:
+            made = Path(folder, f"{n}.txt")
+            with open(made, "wb") as out:
+                for part, _, ends in documents([path], ()):
+                    out.write(part + b"\n" if ends else part)
+            path = made
+        plain.append(path)
+    return plain
+
+
 def documents(files, cuts, separator=None, field="text", bad=None):
     """Yield the documents of files in parts (bytes, begins, ends) of UTF-8, of a few MB at most.
 
     `begins` marks the first part of a document and `ends` the last. A blank document is none.
 
     cuts: where the tokenizer lets text be cut, see `Tokenizer.cuts`; () if nowhere. separator: a
-    bytes pattern between documents of a text file, else a file is one. bad: a Counter of records
-    without a text, else UserError."""
-    readers = {".jsonl": jsonl, ".parquet": parquet}
+    bytes pattern between documents of a text file, else a file is one. field: where records have
+    their text. bad: a Counter of records without one, else UserError."""
     for path in files:
-        if path.suffix not in readers:
-            with open(path, "rb") as file:
+        if not holds_records(path):
+            with open_data(path) as file:
                 yield from parts_of(utf8_blocks(file), cuts, separator)
             continue
-        for text, fault, number in readers[path.suffix](path, field):
+        for row in file_rows(path, [field]):
+            fault = row.fault or fault_of(row.record, field)
             if not fault:
-                data = well_formed(text).encode()
+                data = well_formed(row.record[field]).encode()
                 blocks = (data[i : i + BLOCK] for i in range(0, len(data), BLOCK))
                 yield from parts_of(blocks, cuts)
             elif bad is None:
                 raise UserError(
-                    f"{path}:{number}: {fault}; mend it, or leave out and "
-                    "count such records: --skip-bad"
+                    f"{row.where}: {fault}; mend it, or leave out and "
+                    "count such records: data.py --skip-bad"
                 )
             else:
                 bad[str(path)] += 1
@@ -318,51 +357,13 @@ def utf8_blocks(file):
         yield block
 
 
-def jsonl(path, field):
-    """Yield (text, what is wrong with it or None, line number) for every line that is not blank."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-                yield None, f"not JSON ({error})", number
-            else:
-                yield *check_record(record, field), number
-
-
-def check_record(record, field):
-    """(text, None), or (None, what is wrong)."""
+def fault_of(record, field):
+    """What is wrong with a record whose text is in a field, or None."""
     if not isinstance(record, dict):
-        return None, f"a JSON {type(record).__name__}, not an object"
+        return f"a {type(record).__name__}, not an object"
     if field not in record:
         names = ", ".join(map(repr, list(record)[:8])) or "none"
-        return None, f"no field {field!r}, only {names} (--field NAME)"
-    text = record[field]
-    if not isinstance(text, str):
-        return None, f"field {field!r} is {type(text).__name__}, not text"
-    return text, None
-
-
-def parquet(path, field):
-    """Yield (text, what is wrong with it or None, row number) for every row of a .parquet."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                known = ", ".join(map(repr, names[:8]))
-                raise UserError(f"{path}: no column {field!r}, only {known}: use --field")
-            for batch in file.iter_batches(1024, columns=[field]):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield *check_record(record, field), number
-    except pyarrow.ArrowException as error:
-        cause = str(error).splitlines()[0][:200]
-        raise UserError(f"{path}: not a readable parquet file ({cause})") from None
+        return f"no field {field!r}, only {names} (data.py --field NAME)"
+    if not isinstance(record[field], str):
+        return f"field {field!r} is {type(record[field]).__name__}, not text"
+    return None

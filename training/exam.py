@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import chat
-from common import Metrics, UserError
+from common import RECORD_FILES, Metrics, UserError, without_gz
 from training import toybox
 from training.report import VERDICT, markdown_table, write_page
 
@@ -81,14 +81,24 @@ class Question(NamedTuple):
     expected: str | None  # what should be said, if the record knows
     family: str
     checks: list  # of (kind, value)
+    tools: list | None = None
 
 
-def source_records(name, split, count):
-    """Yield (record, messages, tools): of a file, FOLDER/SPLIT.jsonl, or `count` of toybox's."""
+def split_file(folder, split):
+    """FOLDER/SPLIT.jsonl, or with another of RECORD_FILES' endings."""
+    found = sorted(Path(folder).glob(f"{split}.*"))
+    found = [path for path in found if without_gz(path).endswith(RECORD_FILES)]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(map(str, found))}: name the one that is meant")
+    return found[0] if found else Path(folder, f"{split}.jsonl")
+
+
+def source_records(name, split, count, ignore=""):
+    """Yield (record, messages, tools): of a file, of a FOLDER's split, or `count` of toybox's."""
     if name == "toybox":
         rows = toybox.conversations(split, count)
         return ((row, row["messages"], None) for row in rows)
-    return chat.read_records(Path(name) / f"{split}.jsonl" if Path(name).is_dir() else name)
+    return chat.read_records(split_file(name, split) if Path(name).is_dir() else name, ignore)
 
 
 def read_questions(args, split="test"):
@@ -96,13 +106,18 @@ def read_questions(args, split="test"):
     the last answer; a record may end with the user and have only checks."""
     questions = []
     for name in args.data:
-        records = islice(source_records(name, split, args.examples), args.examples)
-        for n, (record, talk, _) in enumerate(records, 1):
-            checks = read_checks(record, f"{name}: record {n}")
+        records = source_records(name, split, args.examples, args.ignore_keys)
+        for n, (record, talk, tools) in enumerate(islice(records, args.examples), 1):
+            where = f"{name}: record {n}"
+            checks = read_checks(record, where)
             asked, expected = talk, None
-            if talk and talk[-1]["role"] == "assistant":
+            if talk[-1]["role"] == "assistant":
                 asked, expected = talk[:-1], talk[-1]["content"]
-            questions.append(Question(asked, expected, str(record.get("family", "")), checks))
+                more = ", ".join(talk[-1].keys() - {"role", "content"})
+                if more:
+                    raise UserError(f"{where}: an exam expects a text, not an answer's {more}")
+            family = str(record.get("family", ""))
+            questions.append(Question(asked, expected, family, checks, tools))
     if not questions:
         raise UserError(f"{' '.join(args.data)}: no questions")
     return questions
@@ -128,7 +143,6 @@ class Marks(NamedTuple):
     texts: list  # its answers
     right: list  # of True, False, or None where nothing was expected
     scores: dict  # {what: (how many, out of how many)}
-    perplexity: float  # of the expected answers, per token; nan without any
 
 
 def is_right(question, text):
@@ -156,7 +170,7 @@ def results_of(question, right, text, ended):
         yield "check: all of an answer's", all(kept)
 
 
-def mark_answers(questions, answers, perplexity=math.nan):
+def mark_answers(questions, answers):
     """The questions, and a (text, did it end itself) for each -> Marks."""
     right = []
     results = defaultdict(list)
@@ -166,7 +180,7 @@ def mark_answers(questions, answers, perplexity=math.nan):
             results[what].append(yes)
     order = sorted(results, key=lambda what: (":" in what, what))  # the general first
     scores = {what: (sum(results[what]), len(results[what])) for what in order}
-    return Marks([text for text, _ in answers], right, scores, perplexity)
+    return Marks([text for text, _ in answers], right, scores)
 
 
 def wilson(k, n, z=1.96):
@@ -194,7 +208,7 @@ def write_marks(out, names, marks, questions, command):
             "right": {name: m.right[i] for name, m in zip(names, marks)},
         }
         rows.append(row)
-    scores = score_rows(marks, questions)
+    scores = score_rows(marks)
     blocks = [
         f"# {names[0]}: {len(questions):,} questions",
         f"    {command}",
@@ -211,7 +225,7 @@ def write_marks(out, names, marks, questions, command):
     print(f"wrote    {out}/report.md, answers.jsonl, metrics.jsonl")
 
 
-def score_rows(marks, questions):
+def score_rows(marks):
     """[what, how many questions, the share of each model with its interval]"""
     rows = []
     for what, (_, n) in marks[0].scores.items():
@@ -221,9 +235,6 @@ def score_rows(marks, questions):
             low, high = wilson(k, n)
             row.append(f"{k / n:.1%} ({low:.1%} to {high:.1%})")
         rows.append(row)
-    known = sum(question.expected is not None for question in questions)
-    perplexities = [f"{m.perplexity:.3f}" for m in marks]
-    rows.append(["perplexity of the expected answers", f"{known:,}", *perplexities])
     return rows
 
 
@@ -233,8 +244,6 @@ def log_scores(path, marks):
     if path.is_file():
         rows += Metrics.read(path)
     values = {what: k / n for what, (k, n) in marks.scores.items()}
-    if not math.isnan(marks.perplexity):
-        values["perplexity"] = marks.perplexity
     row = {"step": rows[-1]["step"], "seconds": rows[-1]["seconds"], "eval": values}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -252,13 +252,14 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         return None
     lock = common.lock_folder(out) if rank == 0 else None
     step_model = wrap(model, args, runtime).train()
+    rates = args.muon_lr, args.lr, args.weight_decay, args.momentum
     run = Run(
         args,
         runtime,
         tok,
         model,
         step_model,
-        make_optimizer(model, args),
+        MuonAdamW(model, *rates, kind=args.optimizer),
         Batches(data, args.batch // world, args.context, args.seed, rank, world, runtime.device),
         val,
         rows,
@@ -280,13 +281,6 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         common.write_json(out / "args.json", dataclasses.asdict(args))
         run.metrics = common.Metrics(out, state.get("step", -1))
     return run
-
-
-def make_optimizer(model, args):
-    muon = args.optimizer == "muon"
-    eight_bit = args.optimizer == "adamw8bit"
-    rates = args.muon_lr, args.lr, args.weight_decay, args.momentum
-    return MuonAdamW(model, *rates, muon=muon, eight_bit=eight_bit)
 
 
 def trial_pass(run, model):
@@ -524,7 +518,8 @@ def launch(args, checkpoint, prepare, loop):
         loop(run)
         if run.metrics:
             size = run.model.num_params() / 1e6
-            made = common.plot_run(args.out, f"{Path(args.out).name}: {size:.2f}M parameters")
+            title = f"{common.model_name(args.out)}: {size:.2f}M parameters"
+            made = common.plot_run(args.out, title)
             print(f"wrote    {args.out}/ (model folder), its {made} and metrics.jsonl")
         if torch.distributed.is_initialized():
             del run.step_model  # DDP must go before the process group it belongs to

@@ -133,8 +133,9 @@ BETAS = (0.9, 0.95)  # AdamW's, as is usual for language models
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for all other parameters.
 
-    muon=False gives the matrices to AdamW as well, at adam_lr; eight_bit keeps AdamW's moments in 8
-    bits. Not a torch.optim.Optimizer: it has nothing that we need, and its import takes long."""
+    Of kind "adamw" it gives the matrices to AdamW as well, at adam_lr; "adamw8bit" also keeps
+    AdamW's moments in 8 bits. Not a torch.optim.Optimizer: it has nothing that we need, and its
+    import takes long."""
 
     def __init__(
         self,
@@ -144,8 +145,7 @@ class MuonAdamW:
         weight_decay=0.0,
         momentum=0.95,
         eps=1e-10,
-        muon=True,
-        eight_bit=False,
+        kind="muon",
     ):
         self.momentum = momentum
         self.eps = eps
@@ -157,20 +157,20 @@ class MuonAdamW:
         for p, name in self.names.items():
             matrix = p.ndim == 2
             zeros = torch.zeros_like(local(p))
-            if muon and matrix and name.startswith("layers."):
-                kind = "muon", p.shape  # one batched product for those of one shape
+            if kind == "muon" and matrix and name.startswith("layers."):
+                rule = "muon", p.shape  # one batched product for those of one shape
                 self.state[p] = {"momentum": zeros}
-            elif eight_bit and p.numel() >= LEAST_8_BIT:
-                kind = "adamw8", matrix
+            elif kind == "adamw8bit" and p.numel() >= LEAST_8_BIT:
+                rule = "adamw8bit", matrix
                 self.state[p] = packed_zeros(p)
             else:
-                kind = "adamw", matrix
+                rule = "adamw", matrix
                 self.state[p] = {"mean": zeros, "square": zeros.clone()}
             # Matrices are pulled towards zero; norms and biases have no reason to be small.
             decay = weight_decay if matrix else 0.0
-            lr = muon_lr if kind[0] == "muon" else adam_lr
-            new = dict(rule=kind[0], lr=lr, weight_decay=decay, params=[])
-            groups.setdefault(kind, new)["params"].append(p)
+            lr = muon_lr if rule[0] == "muon" else adam_lr
+            new = dict(rule=rule[0], lr=lr, weight_decay=decay, params=[])
+            groups.setdefault(rule, new)["params"].append(p)
         self.param_groups = list(groups.values())
 
     def set_lr(self, factor):

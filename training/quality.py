@@ -1,25 +1,20 @@
-"""What a format costs and buys, for quant.py: text to measure on, perplexity, speed, a table.
-
-python quant.py report runs/demo
+"""What a format costs and buys, for quant.py: text to measure on, perplexity, divergence.
 
 `engine` and `sampling` are generate.Engine over a model and the class Sampling: this file lies
 below generate.py and gets them as arguments.
 """
 
 import math
-import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from chat import examples, read_records, render
-from common import UserError, write_atomic, write_json
+from chat import examples, read_records
+from common import UserError, file_rows, holds_records, write_json
 from data import ends_of
 from runtime import read_tensors
-from training import toybox
 from training.corpora import documents
 
 
@@ -38,20 +33,18 @@ def sample_rows(engine, sampling, count, length, seed):
 
 
 def read_rows(path, tok, count, length):
-    """A text, a .jsonl of texts or .json(l) of conversations -> at most (count, length) int64.
+    """A text or a .jsonl of texts -> at most (count, length) int64.
 
     The rows are evenly spaced in its tokens and do not overlap.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        head = file.readline()
     ids = []
-    if path.suffix in (".json", ".jsonl") and b'"text"' not in head:
+    first = next(file_rows(path), None) if holds_records(path) else None
+    if first and not (isinstance(first.record, dict) and "text" in first.record):
         for conversation, _ in examples(tok, path, read_records(path), Counter()):
             ids += conversation
     else:
         first, last = ends_of(tok)
-        for document, _, _ in documents([path], ()):
+        for document, _, _ in documents([Path(path)], ()):
             whole = [first, *tok.encode(document.decode()), last]
             ids += [i for i in whole if i is not None]
     if len(ids) < 2 * length:  # one to calibrate, one held out
@@ -64,7 +57,7 @@ def read_rows(path, tok, count, length):
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def calibration_and_held_out(args, model, tok, engine_of, sampling):
+def calibration_and_held_out(args, model, tok, make_engine, sampling):
     """-> two tensors of rows (R, length), from --text, or else of the model's own making.
 
     One file serves both: its even rows calibrate, its odd rows are held out.
@@ -76,7 +69,7 @@ def calibration_and_held_out(args, model, tok, engine_of, sampling):
             f"text     the model's own (--text FILE for other): {args.samples} rows of {length} "
             f"tokens to calibrate, {args.held_out_rows} held out"
         )
-        rows = sample_rows(engine_of(model), sampling, total, length, args.seed)
+        rows = sample_rows(make_engine(), sampling, total, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
     rows = read_rows(args.text, tok, total, length)
     return rows[::2][: args.samples], rows[1::2][: args.held_out_rows]
@@ -98,39 +91,8 @@ def score(model, original, rows):
     return math.exp(loss / count), divergence / count
 
 
-def speed(engine, sampling, new=32):
-    """-> (prefill, decode) tokens per second of one sequence in the engine."""
-    prompt = min(256, engine.max_model_len - new - 1)
-
-    def seconds(ids, count):
-        begin = time.perf_counter()
-        engine.generate([ids], sampling(max_tokens=count, temperature=0, ignore_eos=True))
-        return time.perf_counter() - begin
-
-    warm_up, ids = torch.randint(engine.vocab_size, (2, prompt)).tolist()
-    seconds(warm_up, new)
-    prefill = seconds(ids, 1)
-    # from here on the prompt is in the engine's cache
-    first = seconds(ids, 1)
-    decode = seconds(ids, 1 + new) - first
-    return prompt / prefill, new / decode
-
-
-def toybox_accuracy(engine, sampling, count):
-    """Share of toybox's test questions that a model with a chat template answers right."""
-    questions = list(toybox.conversations("test", count))
-    prompts = [render(engine.tok, q["messages"][:-1], True)[0] for q in questions]
-    outputs = engine.generate(prompts, sampling(max_tokens=128, temperature=0))
-    right = 0
-    for question, output in zip(questions, outputs):
-        right += toybox.check(question["family"], question["messages"], output.text)
-    return right / count
-
-
 def stored_bytes(path):
-    """Of a .gguf file, or of the tensors in a model folder."""
-    if path.is_file():
-        return path.stat().st_size
+    """Of the tensors in a model folder."""
     files = [read_tensors(file) for file in path.glob("*.safetensors")]
     return sum(tensor.nbytes for tensors in files for tensor in tensors.values())
 
@@ -144,7 +106,7 @@ def compare_with_original(args, model, original, held_out):
     figures = {
         "format": args.format,
         "bytes": stored_bytes(out),
-        "original_bytes": stored_bytes(Path(args.folder)),
+        "original_bytes": stored_bytes(Path(args.model)),
         "perplexity": after,
         "original_perplexity": before,
         "kl": divergence,
@@ -155,62 +117,3 @@ def compare_with_original(args, model, original, held_out):
         f"{figures['original_bytes'] / 1e6:.2f}, held-out perplexity {before:.4f} -> {after:.4f}, "
         f"KL {divergence:.5f}; {out}"
     )
-
-
-COLUMNS = {
-    "format": "{}",
-    "bytes": "{:,}",
-    "bits/weight": "{:.2f}",
-    "perplexity": "{:.4f}",
-    "KL to original": "{:.5f}",
-    "toybox right": "{:.1%}",
-    "prefill tok/s": "{:,.0f}",
-    "decode tok/s": "{:,.1f}",
-}
-
-
-def compare_formats(args, original, held_out, make, engine_of, sampling):
-    """Every format on the same held-out text, in a table beside the model or in --out.
-
-    make(format, path, log) writes a format and opens what it wrote; engine_of(model) -> Engine.
-    UserError: GPTQ is worse than rounding to nearest.
-    """
-    lines = [
-        f"# Quantized: {args.folder}: {original.num_params():,} weights, "
-        f"groups of {args.group_size}, {held_out.numel():,} held-out tokens",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|---{'|---:' * (len(COLUMNS) - 1)}|",
-    ]
-    print(*lines, sep="\n")
-    divergences = {}
-    for format in args.formats.split(","):
-        with tempfile.TemporaryDirectory() as temporary:
-            path, model = Path(args.folder), original
-            if format != "original":
-                path = Path(temporary) / "model"
-                model = make(format, path, log=lambda line: None)
-            size = stored_bytes(path)
-            row = {"format": format, "bytes": size, "bits/weight": 8 * size / original.num_params()}
-            row["perplexity"], row["KL to original"] = score(model, original, held_out)
-            engine = engine_of(model)
-            if engine.tok.chat_template and args.questions:
-                row["toybox right"] = toybox_accuracy(engine, sampling, args.questions)
-            if not format.startswith("gguf-"):  # GGUF files are llama.cpp's to run
-                row["prefill tok/s"], row["decode tok/s"] = speed(engine, sampling)
-        divergences[format] = row["KL to original"]
-        cells = [COLUMNS[name].format(row[name]) if name in row else "–" for name in COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    out = Path(args.out or args.folder) / "quantization.md"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
-    write_atomic(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(f"wrote    {out}")
-    ours = divergences.get("gptq", 0)
-    nearest = divergences.get("int4" if args.sym else "int4-asym", math.inf)
-    if args.bits == 4 and ours > nearest:
-        raise UserError(
-            f"GPTQ's KL {ours:.5f} is worse than round-to-nearest's {nearest:.5f}: "
-            "calibrate on more text (--samples, --text) or raise --damp"
-        )

@@ -6,7 +6,6 @@ Only what lies in the folders is read, so a part of the road makes a report too.
 blocks in Markdown; exams write theirs with `markdown_table` and `write_page` too.
 """
 
-import math
 import re
 import shlex
 from collections import defaultdict
@@ -15,8 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import median_high
 from typing import NamedTuple
-
-from safetensors import safe_open
 
 from common import (
     Metrics,
@@ -84,7 +81,7 @@ def read_stages(folder):
 def read_answers(folder):
     """The answers of the one model that an exam's folder tells of."""
     answers = []
-    for row in json_records(folder / "answers.jsonl"):
+    for _, row in json_records(folder / "answers.jsonl"):
         (text,), (right,) = row["answers"].values(), row["right"].values()
         asked = row["messages"][-1]["content"]
         answers.append(ExamAnswer(asked, row["expected"], row["family"], text, right))
@@ -117,11 +114,7 @@ def percent(values):
 
 
 def training_figures(folder):
-    """Figures of a training run, from its weights and metrics."""
-    for path in folder.glob("*model.safetensors"):
-        with safe_open(path, "np") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]
-        yield f"{sum(map(math.prod, shapes)):,} parameters"
+    """Figures of a training run, from its metrics."""
     rows = Metrics.read(folder / "metrics.jsonl")
     for name, what in {
         "loss": "loss",
@@ -137,21 +130,6 @@ def training_figures(folder):
     speeds = [speed for _, speed in curve(rows, "tokens_per_s")]
     if speeds:
         yield f"{median_high(speeds):,} tokens/s"
-
-
-def batch_figures(path):
-    """Figures of a file of answers. Its seconds count from the start of a command that may have
-    been started again, so the times are summed over the starts."""
-    tokens = total = last = 0
-    rows = list(json_records(path))
-    for row in rows:
-        tokens += sum(answer["tokens"] for answer in row.get("answers", ()))
-        if row["seconds"] < last:
-            last = 0
-        total += row["seconds"] - last
-        last = row["seconds"]
-    speed = tokens / max(total, 1e-3)
-    return [f"{len(rows):,} answers, {tokens:,} tokens in {total:.1f} s: {speed:,.0f} tokens/s"]
 
 
 def numbers_of(found):
@@ -171,8 +149,6 @@ def stage_figures(stage, answers):
         return [f"{right} of {len(answers[out.name]):,} answers right"]
     if (out / "metrics.jsonl").is_file():
         return training_figures(out)
-    if out.suffix == ".jsonl" and out.is_file():
-        return batch_figures(out)
     for path in (out / "meta.json", out / "quantization.json", out):
         if path.is_file() and path.suffix == ".json":
             return numbers_of(read_json(path))
@@ -199,7 +175,7 @@ def shortened(text):
 
 
 def marks_rows(run, marks):
-    """What is right, by family of questions and model; then manners, and perplexity."""
+    """What is right, by family of questions and model; then manners."""
     *_, last = marks.values()
     families = set().union(*marks.values()) - {TAUGHT, BY_LORA, COURTEOUS}
     for what in (TAUGHT, *sorted(families), BY_LORA, COURTEOUS):
@@ -208,7 +184,6 @@ def marks_rows(run, marks):
         Metrics.read(Path(f"{run}-report", name, "metrics.jsonl"))[-1]["eval"] for name in marks
     ]
     yield ["ends by itself", "", *(percent([row["ended by itself"]]) for row in scores)]
-    yield ["perplexity", "", *(f"{row.get('perplexity', math.nan):,.2f}" for row in scores)]
 
 
 def road_blocks(run, stages, answers):

@@ -647,15 +647,7 @@ def write_toybox(
     write_atomic(out / "text.txt", lambda path: path.write_text(text, encoding="utf-8"))
     for name, rows in sets.items():
         write_records(out / f"{name}.jsonl", rows)
-    files = ["text.txt", *(f"{name}.jsonl" for name in sets)]
-    meta = {
-        "seed": seed,
-        "families": list(FAMILIES),
-        "withheld": WITHHELD,
-        "counts": counts,
-        "text_bytes": len(text.encode()),
-        "sha256": {name: sha256((out / name).read_bytes()) for name in files},
-    }
+    meta = {"seed": seed, "counts": counts, "text_bytes": len(text.encode())}
     write_json(out / "meta.json", meta)
     sizes = ", ".join(f"{n:,} {name}" for name, n in counts.items())
     print(f"toybox: {meta['text_bytes']:,} bytes of text, {sizes} -> {out}")

@@ -2,10 +2,14 @@
 in every weight format."""
 
 import copy
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import lora
 import quant
@@ -15,7 +19,7 @@ from engine.runner import StepBatch
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
-from quant import GroupLinear, Int8Linear
+from quant import GroupLinear
 
 V = 50  # not a multiple of any vector's lanes
 
@@ -118,7 +122,7 @@ def shuffled(m, bits, group, sym):
 @pytest.mark.parametrize(
     "make",
     [
-        Int8Linear.from_linear,
+        lambda m: GroupLinear.from_linear(m, 8, -1),
         lambda m: GroupLinear.from_linear(m, 4, 16),
         lambda m: GroupLinear.from_linear(m, 4, 16, sym=False),
         lambda m: GroupLinear.from_linear(m, 4, -1),
@@ -142,7 +146,7 @@ def test_an_input_that_is_exact_in_8_bits_is_multiplied_exactly(each_level):
     stand for."""
     head = torch.nn.Linear(64, V, bias=True)
     for layer in (
-        Int8Linear.from_linear(head),
+        GroupLinear.from_linear(head, 8, -1),
         GroupLinear.from_linear(head, 4, 32, sym=False),
         shuffled(head, 4, 32, False),
     ):
@@ -263,11 +267,47 @@ def test_a_library_that_does_not_load_is_named_and_torch_does_it(tmp_path, monke
     native.library.cache_clear()
 
 
+@pytest.mark.parametrize("shared", ["file", "folder"])
+def test_a_library_that_others_could_have_put_there_is_not_loaded(shared, tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "forward.so"
+    monkeypatch.setattr(native, "library_path", lambda *_: path)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: pytest.fail("it was loaded"))
+    path.parent.mkdir()
+    path.touch()
+    (path if shared == "file" else path.parent).chmod(0o777)
+    native.library.cache_clear()
+    with pytest.raises(native.Unavailable, match=r"others may write to it \(mode 777\)"):
+        native.library()
+    native.library.cache_clear()
+
+
+def test_a_library_of_another_user_is_not_loaded(tmp_path, monkeypatch):
+    (tmp_path / "forward.so").touch()
+    native.check_owner(tmp_path / "forward.so")
+    monkeypatch.setattr(native.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(native, "ROOT_ID", 54321)
+    with pytest.raises(native.Unavailable, match="is another user's"):
+        native.check_owner(tmp_path / "forward.so")
+
+
+def test_a_library_is_the_users_alone_whatever_the_umask(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = os.umask(0o002)
+    try:
+        native.compile_to(tmp_path / "cache" / "forward.so", "plain")
+    finally:
+        os.umask(before)
+    native.check_owner(tmp_path / "cache" / "forward.so")
+
+
 def test_sums_that_could_overflow_are_left_to_torch():
-    wide = Int8Linear(torch.full((1, 66_312), 128, dtype=torch.uint8), torch.ones(1, 1))
+    one = torch.ones(1, 1)
+    wide = GroupLinear(torch.full((1, 66_312), 128, dtype=torch.uint8), one, 128 * one, 8, -1)
     with pytest.raises(native.Unavailable, match="66,312 inputs with one scale"):
-        native.PackedProduct(wide)
-    native.install_products(wide)
+        native.Panels().linear(wide)
     assert wide.product(torch.ones(1, 66_312)).tolist() == [[0.0]]
 
 
@@ -298,3 +338,33 @@ def test_teams_of_different_sizes_take_turns():
         batch.add([0, 1], list(range(20)), 0, [19])
         got.append(runs[i * 7 % 4](batch))
     assert all(torch.equal(got[0], other) for other in got)
+
+
+LOADING = """
+import re
+import sys
+from pathlib import Path
+from generate import Engine
+
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+Engine(sys.argv[1] + "/small", "cpu", "float32", "int8", kv_tokens=64)  # what the first one loads
+Path("/proc/self/clear_refs").write_text("5")  # the peak falls to what is held now
+before = peak()
+engine = Engine(sys.argv[1] + "/large", "cpu", "float32", "int8", kv_tokens=64)
+print("peak", peak() - before, engine.runner.forward.weight_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_that_is_packed_while_it_is_loaded_is_never_there_twice(tmp_path):
+    for name, layers, width in (("small", 1, 64), ("large", 40, 256)):
+        config = Config("llama", 2048, width, 4 * width, layers, width // 64, 1, 64, 64)
+        Transformer(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", LOADING, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    peak, packed = map(int, done.stdout.split()[-2:])
+    assert peak < 1.3 * packed + 2**24  # of a 1B shape: 1.1

@@ -99,8 +99,9 @@ def test_sampled_frequencies_equal_transformers_probabilities():
     chain = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)])
     p = chain(torch.zeros(1, 1).long(), logits.clone()).softmax(-1)
     count = 20_000
-    rows = [row(Sampling(temperature=0.8, top_p=0.9), (i + 0.5) / count) for i in range(count)]
-    seen = torch.bincount(draw_tokens(logits.repeat(count, 1), rows)[0], minlength=50) / count
+    rows = [row(Sampling(temperature=0.8, top_p=0.9))] * count
+    u = (torch.arange(count) + 0.5) / count
+    seen = torch.bincount(draw_tokens(logits.repeat(count, 1), rows, u)[0], minlength=50) / count
     assert torch.allclose(
         seen, p[0], atol=2e-4
     )  # evenly spread uniforms: the frequencies are the probabilities

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 from test_quant import ids, silent, small_model
 
 import quant
@@ -45,7 +46,7 @@ def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zero, v
 def test_a_zero_point_of_zero_is_never_written_as_version_1():
     model = small_model()
     model.layers[0].self_attn.q_proj.weight.data.abs_()  # all positive: the zero point is code 0
-    quant.quantize(model, "int4-asym", 32)
+    quant.quantize(model, "int4", 32, sym=False)
     assert model.quantization["checkpoint_format"] == "gptq_v2"
     assert quant.quantize(small_model(), "int4", 32).quantization["checkpoint_format"] == "gptq"
 
@@ -53,7 +54,7 @@ def test_a_zero_point_of_zero_is_never_written_as_version_1():
 def quantized(kind, format, recipe):
     model = small_model(kind)
     if format != "gptq":
-        return quant.quantize(model, format, 48)
+        return quant.quantize(model, format, 48, **recipe)
     return quant.gptq(model, ids().split(2), group_size=48, log=silent, **recipe)
 
 
@@ -62,14 +63,13 @@ def quantized(kind, format, recipe):
     "format,recipe",
     [
         ("int8", {}),
-        ("int8-dynamic", {}),
         ("int4", {}),
-        ("int4-asym", {}),
+        ("int4", dict(sym=False)),
         ("nf4", {}),
         ("gptq", dict(bits=4, act_order=True)),
         ("gptq", dict(bits=3)),
         ("gptq", dict(bits=8, sym=False)),
-        ("gptq", dict(bits=5, clip=False)),
+        ("gptq", dict(bits=5)),
     ],
 )
 def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path):
@@ -88,6 +88,21 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
     assert torch.allclose(half(ids()), expected, rtol=0.3, atol=0.3)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_nf4_may_be_stored_under_another_type(storage, dtype, tmp_path):
+    """As FSDP-QLoRA saves it: the same bytes, and bnb_4bit_quant_storage says their type."""
+    model = quant.quantize(small_model(), "nf4")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.uint8 and name.endswith(".weight"):
+            tensors[name] = tensor.flatten().view(storage)[:, None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    again = Transformer.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(again(ids()), model(ids()))
+
+
 # --------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "change,words",
@@ -97,6 +112,12 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
         ({"bits": 99}, "bits 99"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"checkpoint_format": "marlin"}, "marlin"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes' .FP4"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes' .FP4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False}, "LLM.int8"),
+        ({"quant_method": "awq", "version": "gemm"}, "'awq' .gemm"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
+        ({"quant_method": "mxfp4"}, "'mxfp4'"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, change, words):

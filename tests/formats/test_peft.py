@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import within
 from test_lora import tiny
 
 import lora
@@ -35,13 +36,28 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
         ("use_qalora", True, "use_qalora True"),
         ("alpha_pattern", {"(": 3}, "alpha_pattern"),
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern"),
+        ("alpha_pattern", {f"q{i}": 3 for i in range(10**4)}, "4,097 keys"),
+        ("alpha_pattern", 5, "alpha_pattern"),
+        ("lora_dropout", 1e30, "lora_dropout 1e"),
+        ("lora_alpha", float("nan"), "lora_alpha nan"),
+        ("r", 10**12, "r 1000000000000"),
+        ("r", True, "r True"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):
     lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(UserError, match=message):
+    with within(), pytest.raises(UserError, match=message):
+        lora.load_adapter(tiny(), tmp_path)
+
+
+def test_a_pattern_that_takes_re_for_ever_is_matched_at_once(tmp_path):
+    lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {"(?:[a-z0-9_.]+)+[A-Z]": 3}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with within():
         lora.load_adapter(tiny(), tmp_path)
 
 

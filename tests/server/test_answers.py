@@ -192,6 +192,18 @@ def test_completions_logprobs_tell_places_and_ids_of_every_token(real):
     assert sum((s["text_offset"] for s in streamed if s), []) == l["text_offset"]
 
 
+def test_an_answer_without_tokens_has_an_empty_list_of_logprobs(real):
+    tok = real.engine.tok
+    body = dict(logit_bias={str(tok.special["<|im_end|>"]): 100}, temperature=0)
+    (choice,) = ask(real, logprobs=True, **body).json()["choices"]
+    assert choice["logprobs"] == {"content": [], "refusal": None}
+    (choice,) = ask(real, **body).json()["choices"]
+    assert choice["logprobs"] is None
+    body = dict(prompt="a", logit_bias={str(tok.eos_id): 100}, temperature=0, logprobs=0)
+    (choice,) = ask(real, "/v1/completions", **body).json()["choices"]
+    assert choice["logprobs"]["tokens"] == choice["logprobs"]["text_offset"] == []
+
+
 def test_chat_logprobs_of_parts_of_a_character_join_to_it(real):
     tok = real.engine.tok
     wanted = tok.encode("漢😀")

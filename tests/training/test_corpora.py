@@ -250,7 +250,7 @@ def test_folders_globs_and_kinds_of_files_mix(tmp_path):
     (tmp_path / "empty").mkdir()
     for nothing, words in (
         ("a/deep/*.txt", "no such file, folder or match"),
-        ("empty", "no .txt, .jsonl, .parquet in"),
+        ("empty", "no .txt, .jsonl, .ndjson, .json, .parquet in"),
     ):
         with pytest.raises(UserError, match=words):
             expand([str(tmp_path / nothing)])
@@ -268,11 +268,11 @@ def test_text_files_are_cut_where_they_are_told(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("{", "not JSON"),
-        ("[1]", "a JSON list, not an object"),
+        ("{", "not valid JSON"),
+        ("[1]", "a list, not an object"),
         ('{"text": 3}', "is int, not text"),
         ('{"body": "x"}', "no field 'text', only 'body' "),
-        ("\xff", "not JSON"),
+        ("\xff", "not valid JSON"),
     ],
 )
 def test_bad_lines_have_a_file_and_a_number_or_are_counted(tmp_path, line, words):
@@ -296,7 +296,7 @@ def test_parquet_is_read_by_pyarrow(tmp_path, monkeypatch):
     table.write_table(arrow.table({"body": ["one", None, "two"], "n": [1, 2, 3]}), path)
     with pytest.raises(UserError, match="no column 'text', only 'body', 'n'"):
         texts_of([path])
-    with pytest.raises(UserError, match="x.parquet:2: field 'body' is NoneType, not text"):
+    with pytest.raises(UserError, match="x.parquet: record 2: field 'body' is NoneType, not text"):
         texts_of([path], field="body")
     assert texts_of([path], field="body", bad=Counter()) == ["one", "two"]
 

@@ -1,7 +1,6 @@
 """training/exam.py: what the checks verify, what is right, the intervals, the report."""
 
 import json
-import math
 
 import pytest
 
@@ -71,7 +70,7 @@ def marked():
         Question(asked, "red", "", []),
         Question(asked, None, "", [("json", False)]),
     ]
-    return questions, mark_answers(questions, [("red", True)] * 4, 2.5)
+    return questions, mark_answers(questions, [("red", True)] * 4)
 
 
 def test_marks_count_what_was_asked_for(marked):
@@ -99,11 +98,3 @@ def test_the_marks_are_written_as_a_report_as_lines_and_as_a_row(marked, tmp_pat
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["step"] == 0
     assert row["eval"]["exact match"] == pytest.approx(2 / 3)
-    assert row["eval"]["perplexity"] == 2.5
-
-
-def test_where_nothing_was_expected_there_is_no_perplexity(marked, tmp_path):
-    questions, marks = marked
-    marks = marks._replace(perplexity=math.nan)
-    write_marks(tmp_path, ["now"], [marks], questions, "the command")
-    assert "perplexity" not in json.loads((tmp_path / "metrics.jsonl").read_text())["eval"]

@@ -85,14 +85,14 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
         "layers.0.weight": "muon",
         "layers.0.bias": "adamw",
     }
-    without = MuonAdamW(model, muon=False)
+    without = MuonAdamW(model, kind="adamw")
     assert {group["rule"] for group in without.param_groups} == {"adamw"}
 
 
 def test_only_matrices_are_pulled_towards_zero():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
-    for muon in (True, False):
-        groups = MuonAdamW(model, weight_decay=0.1, muon=muon).param_groups
+    for kind in ("muon", "adamw"):
+        groups = MuonAdamW(model, weight_decay=0.1, kind=kind).param_groups
         decays = {group["params"][0].ndim: group["weight_decay"] for group in groups}
         assert decays == {2: 0.1, 1: 0.0}
 
@@ -129,13 +129,13 @@ def test_schedules_rise_hold_and_fall():
     assert [cosine[s] for s in (10, 55, 100)] == pytest.approx([1.0, 0.5, 0.0])
 
 
-def regression(eight_bit, steps=150):
+def regression(kind, steps=150):
     """The losses of a two-layer network on a fixed problem, and its optimizer."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
     x = torch.randn(256, 64)
     target = x @ (torch.randn(64, 64) / 8)
-    optimizer = MuonAdamW(network, adam_lr=3e-3, muon=False, eight_bit=eight_bit)
+    optimizer = MuonAdamW(network, adam_lr=3e-3, kind=kind)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -153,8 +153,8 @@ def bytes_of(optimizer):
 
 
 def test_adamw_with_8_bit_moments_trains_as_adamw_does_in_a_quarter_of_the_memory():
-    exact, whole = regression(False)
-    packed, small = regression(True)
+    exact, whole = regression("adamw")
+    packed, small = regression("adamw8bit")
     assert exact[-1] < 0.02 * exact[0]
     for a, b in zip(exact, packed):
         assert abs(a - b) < 0.05 * a + 2e-3
@@ -162,8 +162,8 @@ def test_adamw_with_8_bit_moments_trains_as_adamw_does_in_a_quarter_of_the_memor
 
 
 def test_8_bit_moments_survive_saving_bit_for_bit():
-    _, optimizer = regression(True, 5)
-    _, again = regression(True, 0)
+    _, optimizer = regression("adamw8bit", 5)
+    _, again = regression("adamw8bit", 0)
     again.load_tensors(optimizer.tensors())
     restored = again.tensors()
     for name, tensor in optimizer.tensors().items():

@@ -1,13 +1,11 @@
 """What quant.py's report measures, and on which text."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from common import UserError
 from tokenizer import Tokenizer
-from training import quality, toybox
+from training import quality
 
 
 def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(tmp_path, data_dir):
@@ -43,28 +41,6 @@ def test_score_is_perplexity_and_divergence_from_the_original():
     perplexity, divergence = quality.score(skewed, even, rows)
     assert perplexity == pytest.approx((4 / 3 * 4) ** 0.5)
     assert divergence == pytest.approx(0.143841, abs=1e-6)  # ln(2/3) / 2 + ln(2) / 2
-
-
-class Parrot:
-    """An engine that says what it was told, whatever it is asked."""
-
-    tok = None
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def generate(self, prompts, sampling):
-        assert sampling == {"max_tokens": 128, "temperature": 0}
-        return [SimpleNamespace(text=text) for text in self.texts]
-
-
-def test_accuracy_is_the_share_of_questions_that_the_checkers_pass(monkeypatch):
-    asked = []
-    monkeypatch.setattr(quality, "render", lambda tok, messages, add: (asked.append(messages), 0))
-    answers = [example["answer"] for example in toybox.conversations("test", 8)]
-    assert quality.toybox_accuracy(Parrot(answers), dict, 8) == 1
-    assert quality.toybox_accuracy(Parrot(answers[:6] + ["?", "?"]), dict, 8) == 0.75
-    assert all(messages[-1]["role"] == "user" for messages in asked)
 
 
 def test_the_models_own_text_is_whole_rows_with_a_seed_each(data_dir):
