@@ -38,8 +38,9 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from common import UserError, cli, parse_flags  # isort: skip
+
 from chat import CHATML_TEMPLATE
-from common import UserError, cli, parse_flags
 from generate import Engine, turn_ends
 from runtime import lost_rank_explained
 from server import api
