@@ -810,7 +810,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
 def read_measurement(path):
     """A file that --json wrote -> its content."""
     file = read_json(path)
-    if not isinstance(file, dict) or not file.keys() >= {"machine", "rows"}:
+    if not file.keys() >= {"machine", "rows"}:
         raise UserError(f"{path}: not a file that another command of bench.py wrote with --json")
     return file
 

@@ -25,7 +25,7 @@ class TokenLogprob:
     top: list  # [(id, logprob)], likeliest first
 
 
-@dataclass(slots=True)
+@dataclass
 class Delta:
     """What one step added to one answer. Text lags its tokens while it may become a stop string."""
 
@@ -48,7 +48,7 @@ class Delta:
         self.end = later.end
 
 
-@dataclass(slots=True)
+@dataclass
 class Output(Delta):
     """One whole answer."""
 

@@ -444,7 +444,7 @@ def fuzz_jsonl(rng, base, place):
 
 def fuzz_shards(rng, base, place):
     for split in data.open_shards(copied(rng, base, place, ["shards"])).values():
-        split.plan_simply(16, 0, 0)
+        split.plan(16, 0, 0)
 
 
 def fuzz_adapter(rng, base, place):
@@ -462,7 +462,8 @@ def json_of(rng, value):
 
 
 def fuzz_request(rng, base, place):
-    service = SimpleNamespace(tok=Tokenizer.load(base / "qwen3"), context=64)
+    tok = Tokenizer.load(base / "qwen3")
+    service = SimpleNamespace(tok=tok, context=64, defaults={}, turn_ends=())
     kind, plan, body = rng.choice(
         [
             (api.ChatRequest, serve.plan_chat, REQUEST),

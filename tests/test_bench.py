@@ -56,7 +56,7 @@ def test_a_parameter_of_a_measurement_is_a_flag():
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
-    (tmp_path / "a").write_text("[1]")
+    (tmp_path / "a").write_text('{"rows": []}')
     with pytest.raises(UserError, match="--json"):
         list(bench.bench_compare(tmp_path / "a", tmp_path / "a"))
 

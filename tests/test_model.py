@@ -182,8 +182,8 @@ def test_a_temperature_that_float32_does_not_have_is_greedy(temperature):
 
     logits = torch.tensor([0.1, 2.0, 1.9, -torch.inf])
     assert draw(logits, temperature, 0, torch.Generator()) == 1
-    row = SamplingRow(Sampling(temperature=temperature, top_p=0.9), 0.99)
-    tokens, failed = draw_tokens(logits[None].clone(), [row])
+    row = SamplingRow(Sampling(temperature=temperature, top_p=0.9))
+    tokens, failed = draw_tokens(logits[None].clone(), [row], torch.tensor([0.99]))
     assert tokens.tolist() == [1]
     assert failed.tolist() == [False]
 

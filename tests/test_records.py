@@ -496,10 +496,9 @@ def test_an_unknown_template_answers_and_only_training_needs_a_mask(folder, tmp_
     with pytest.raises(UserError, match="guessed mask"):
         chat.example(tok, say("q", "a"))
     data = write_rows(tmp_path / "test.jsonl", [{"messages": say("q", "a")}], "")
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
+    with contextlib.redirect_stdout(io.StringIO()):
         flags = ["--data", str(data), "--max-tokens", "1", "--device", "cpu"]
         finetune.exam_command([str(tmp_path), *flags])
-    assert "perplexity: nothing to train on" in shown.getvalue()
 
 
 @pytest.mark.parametrize(
