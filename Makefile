@@ -34,6 +34,7 @@ bench: .venv/runtime
 	$(call measure,train,train)
 	$(call measure,decode,decode 135m --formats float16 int8 int4)
 	$(call measure,throughput,throughput runs/demo-sft)
+	$(call measure,overhead,overhead)
 	$(call measure,prefix,prefix runs/demo --length 200)
 	$(call measure,serve,serve runs/demo-dpo --requests 768 --concurrency 256 --seqs 64 --rounds 12)
 	$(call measure,optimizers,optimizers)
