@@ -104,7 +104,8 @@ class Worker:
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
-        self.building = {}  # {future of a Constraint: (key, request that waits for it)}
+        self.grammars = FairQueue()  # of requests whose grammar is not built yet
+        self.building = None  # (number, key, request, future of its Constraint) of one of them
         self.waiting = FairQueue()  # of requests for tokens
         self.texts = FairQueue()  # that are only to be read
         self.reading = None  # (number, index, the generator of Engine.read) of one of them
@@ -155,13 +156,11 @@ class Worker:
         return bool(data)
 
     def submit(self, number, key, prompt, fields, adapter, grammar):
-        """A grammar may take seconds, so a thread builds it while all else goes on."""
-        future = self.builder.submit(self.constraint, *grammar) if grammar else None
-        request = number, prompt, fields, adapter, future
-        if future:
-            self.building[future] = key, request
+        request = number, prompt, fields, adapter
+        if grammar:
+            self.grammars.push(key, (number, key, request, grammar))
         else:
-            self.waiting.push(key, request)
+            self.waiting.push(key, (*request, None))
 
     def read(self, number, key, texts, count):
         for index, ids in enumerate(texts):
@@ -172,14 +171,13 @@ class Worker:
         self.silent.discard(number)
         if self.unfinished.pop(number, None):
             self.engine.cancel(number)
-        self.waiting.cancel(number)
-        self.texts.cancel(number)
+        for queue in (self.grammars, self.waiting, self.texts):
+            queue.cancel(number)
         if self.reading and self.reading[0] == number:
             self.reading = None
-        for future, (_, request) in list(self.building.items()):
-            if request[0] == number:
-                future.cancel()
-                del self.building[future]
+        if self.building and self.building[0] == number:
+            self.building[-1].cancel()  # unless the thread is at it: the next one waits for that
+            self.building = None
 
     @functools.cached_property
     def vocabulary(self):
@@ -198,10 +196,20 @@ class Worker:
             grammar = " | ".join(json_grammar(*choice) for choice in what)
         return Constraint(grammar, self.vocabulary)
 
+    def build_on(self):
+        """A grammar may take seconds, so a thread builds it while all else goes on: one at a time,
+        so that keys take turns here too."""
+        if self.building and self.building[-1].done():
+            _, key, request, future = self.building
+            self.waiting.push(key, (*request, future))
+            self.building = None
+        if self.grammars and not self.building:
+            *request, grammar = self.grammars.pop()
+            self.building = *request, self.builder.submit(self.constraint, *grammar)
+
     def admit(self):
         """Move requests from the queue to the engine."""
-        for future in [future for future in self.building if future.done()]:
-            self.waiting.push(*self.building.pop(future))
+        self.build_on()
         while self.waiting and len(self.unfinished) < self.concurrency:
             number, prompt, fields, adapter, future = self.waiting.pop()
             try:
@@ -375,7 +383,6 @@ class EngineClient(asyncio.Protocol):
     def connection_made(self, transport):
         self.transport = transport
         self.broken = None
-        self.heard = time.monotonic()
 
     def connection_lost(self, error):
         self.lost = True

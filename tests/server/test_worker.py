@@ -277,19 +277,33 @@ def test_a_grammar_whose_client_has_left_is_not_built():
     _, back = socket.socketpair()
     worker = Worker(Stub(), back, 1)
     started, leave = threading.Event(), threading.Event()
-    worker.constraint = lambda *what: (started.set(), leave.wait(10))
+    built = []
+    worker.constraint = lambda number: (built.append(number), started.set(), leave.wait(10))
     for number in range(3):
-        worker.submit(number, "a", [5], vars(Sampling()), None, ("json", (None,)))
+        worker.submit(number, "a", [5], vars(Sampling()), None, (number,))
+    worker.admit()
     started.wait(10)
-    futures = list(worker.building)
     for number in range(3):
         worker.cancel(number)
+        worker.admit()
     assert not worker.building
-    assert [future.cancelled() for future in futures] == [False, True, True]  # one had begun
     leave.set()
+    worker.builder.shutdown()
+    assert built == [0]  # it had begun
     worker.admit()
     assert not worker.waiting
     assert not worker.engine.live
+
+
+def test_keys_take_turns_with_grammars_too():
+    _, back = socket.socketpair()
+    worker = Worker(Stub(), back, 4)
+    built = []
+    worker.constraint = built.append
+    for number, key in enumerate("aaab"):
+        worker.submit(number, key, [5], vars(Sampling()), None, (key,))
+    until(lambda: worker.admit() or len(worker.engine.live) == 4)
+    assert built == ["a", "b", "a", "a"]
 
 
 def test_plain_requests_pass_those_whose_grammar_is_being_built():
@@ -308,7 +322,7 @@ def test_plain_requests_pass_those_whose_grammar_is_being_built():
     worker.waiting.cancel(2)
     assert 0 < worker.idle_seconds() < 0.1  # looks again whether the grammar is built
     leave.set()
-    until(lambda: all(future.done() for future in worker.building))
+    until(worker.building[-1].done)
     worker.admit()
     assert list(engine.live) == [1]
 
