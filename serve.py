@@ -53,6 +53,7 @@ from server.door import (
     invalid,
     json_later,
     json_response,
+    listed,
     listen,
     read_keys,
 )
@@ -97,12 +98,14 @@ class Args:
 def adapter_folders(args):
     """--adapters name=folder,name=folder -> {name: folder}"""
     adapters = {}
-    for pair in args.adapters.split(","):
-        name, _, folder = pair.strip().partition("=")
-        if name and folder:
-            adapters[name] = folder
-        elif pair.strip():
-            raise UserError(f"--adapters {pair}: write name=folder, several apart by commas")
+    for pair in listed(args.adapters):
+        name, _, folder = pair.partition("=")
+        if not name or not folder or name in adapters:
+            raise UserError(
+                f"--adapters {pair}: write name=folder, several apart by commas, each "
+                "with a name of its own"
+            )
+        adapters[name] = folder
     return adapters
 
 
@@ -166,13 +169,11 @@ class Service:
             message = f"{depth} requests are running or waiting, the most this server takes"
             raise Refusal(429, message, "queue_full", None, LATER)
 
-    def enter(self, request, what, order, *job):
-        """Send an order to the engine -> its Job. Whatever happens to the request then, the Door
-        calls `close` with it."""
-        job = Job(request.state.key, *job)
+    def enter(self, request, job, *order):
+        """Send a job's order to the engine. Whatever happens to the request then, the Door calls
+        `close` with the job."""
         request.state.jobs.append(job)
-        self.client.send(job, what, *order)
-        return job
+        self.client.send(job, *order)
 
     async def admit(self, request, model, prompts, samplings, grammar):
         """Put a request's prompts into the queue -> their jobs."""
@@ -181,9 +182,9 @@ class Service:
         adapter = model if model in self.adapters else None
         jobs = []
         for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            order = prompt, vars(sampling), adapter, grammar
-            counts = len(prompt), sampling.n
-            jobs.append(self.enter(request, "submit", order, *counts, inbox, position))
+            job = Job(request.state.key, len(prompt), sampling.n, inbox, position)
+            self.enter(request, job, "submit", prompt, vars(sampling), adapter, grammar)
+            jobs.append(job)
         return jobs
 
     async def read(self, request, prompts, count=None):
@@ -194,7 +195,8 @@ class Service:
             message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
             raise Refusal(400, message, param="logprobs")
         self.check_room(1)
-        job = self.enter(request, "read", (prompts, count), tokens, len(prompts), Inbox())
+        job = Job(request.state.key, tokens, len(prompts), Inbox())
+        self.enter(request, job, "read", prompts, count)
         found = [[] for _ in prompts]
         async for batch in self.batches([job]):
             for _, delta in batch:
@@ -420,9 +422,10 @@ async def tokenize(body: api.TokenizeRequest, request: Request):
 
 @routes.post("/detokenize")
 async def detokenize(body: api.DetokenizeRequest, request: Request):
-    tok = request.app.state.service.tok
-    (ids,) = api.prompt_lists(body.tokens, tok)
-    return json_response({"prompt": tok.decode(ids)})
+    service = request.app.state.service
+    service.model(body.model)
+    (ids,) = api.prompt_lists(body.tokens, service.tok)
+    return json_response({"prompt": service.tok.decode(ids)})
 
 
 @routes.get("/health")
@@ -550,7 +553,7 @@ def create_app(engine, args=None, keys=None, sock=None):
     if service.args.cors:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=re.split(r"[,\s]+", service.args.cors.strip()),
+            allow_origins=listed(service.args.cors),
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients have many of their own: x-stainless-os, ...
             expose_headers=["x-request-id", "retry-after"],

@@ -190,7 +190,7 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Texts
-    logprobs: int = None
+    logprobs: int = Field(None, ge=0)
     echo: bool = False
     add_special_tokens: bool = True
 
@@ -236,10 +236,8 @@ def parse_body(body, kind):
 def prompt_lists(value, tok, special=True):
     """A prompt or input in any of OpenAI's four shapes -> lists of ids; special: with the token
     that begins a text."""
-    if isinstance(value, str) or (value and isinstance(value[0], int)):
+    if not value or isinstance(value, str) or isinstance(value[0], int):
         value = [value]
-    if not value or len(value) > 128:
-        raise Refusal(400, f"{len(value)} prompts: give 1 to 128")
     prompts = []
     for prompt in value:
         if isinstance(prompt, str):

@@ -45,9 +45,14 @@ UNLOGGED_PATHS = "/health /ready /metrics /stats".split()  # what watches, asks 
 
 
 # ------------------------------------------------------------------------------- keys and figures
+def listed(text):
+    """What a flag lists, apart by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def read_keys(args):
     """--api-key-file and $LLM_API_KEYS -> {key: name}; a file that others can read is warned of."""
-    lines = os.environ.get("LLM_API_KEYS", "").split(",")
+    lines = listed(os.environ.get("LLM_API_KEYS", ""))
     if args.api_key_file:
         path = Path(args.api_key_file)
         if not path.is_file():
@@ -172,8 +177,9 @@ async def show_error(request, error):
     return refused(error)
 
 
-ERROR_KINDS = HTTPException, UserError, RequestValidationError, RecursionError
-ERROR_HANDLERS = dict.fromkeys(ERROR_KINDS, show_error)
+ERROR_HANDLERS = dict.fromkeys(
+    (HTTPException, UserError, RequestValidationError, RecursionError), show_error
+)
 
 
 def log_line(row):
@@ -244,10 +250,10 @@ class Door:
         self.app = app
         self.service = service
         self.keys = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
-        allowed = service.args.allowed_hosts or ("*" if keys else "")
-        names = ".*" if allowed == "*" else "|".join(map(re.escape, allowed.split(",")))
+        allowed = listed(service.args.allowed_hosts or ("*" if keys else ""))
+        names = ".*" if "*" in allowed else "|".join(map(re.escape, allowed))
         self.hosts = re.compile(rf"(https?://)?({LOCAL}|{names})(:\d+)?", re.I)
-        self.origins = service.args.cors.split(",")
+        self.origins = listed(service.args.cors)
         # {key's name or address: times of its requests in the last minute}, the latest at the end
         self.windows = OrderedDict()
 

@@ -338,6 +338,8 @@ def test_bad_bodies_and_unknown_places_are_errors_in_openais_shape(stub):
     assert "gpt-5" in error_of(ask(stub, model="gpt-5"), 404)["message"]
     assert error_of(ask(stub, "/v1/completions", prompt=[999_999]), 400)
     assert error_of(ask(stub, "/v1/completions", prompt="a", max_tokens=0), 400)
+    echo = {"prompt": "a", "max_tokens": 0, "echo": True, "logprobs": -1}
+    assert error_of(ask(stub, "/v1/completions", **echo), 400)["param"] == "logprobs"
     error_of(ask(stub, model="\ud800"), 404)
     assert (
         ask(
@@ -417,6 +419,7 @@ def test_tokenize_and_detokenize_are_inverse(stub):
     ids = ask(stub, "/tokenize", prompt=SAID).json()["tokens"]
     assert ask(stub, "/detokenize", tokens=ids).json()["prompt"] == SAID
     error_of(ask(stub, "/detokenize", tokens=[999_999]), 400)
+    error_of(ask(stub, "/detokenize", tokens=ids, model="another"), 404)
     chat = ask(stub, "/tokenize", messages=[{"role": "user", "content": "hi"}]).json()["tokens"]
     assert stub.engine.tok.decode(chat) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 

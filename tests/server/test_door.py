@@ -222,7 +222,12 @@ def test_figures_are_in_prometheus_format(stub):
 
 def test_browsers_of_other_origins_are_let_in_only_when_named():
     ask_first = {"Origin": "http://a", "Access-Control-Request-Method": "POST"}
-    for cors, allowed in (("", False), ("http://b", False), ("http://a", True), ("*", True)):
+    for cors, allowed in (
+        ("", False),
+        ("http://b", False),
+        ("http://b, http://a", True),
+        ("*", True),
+    ):
         with running(Stub("x"), {"k": "a"}, cors=cors) as server:
             first = HTTP.options(server.url + "/v1/chat/completions", headers=ask_first)
             answer = ask(server, headers={"Origin": "http://a", "Authorization": "Bearer k"})
@@ -248,8 +253,9 @@ def test_bad_flags_are_one_clear_line(tmp_path, capsys):
     assert found["k1"] == "ann"
     assert found["k2"].startswith("key-")
     assert "chmod 600" in capsys.readouterr().err
-    with pytest.raises(UserError, match="name=folder"):
-        serve.adapter_folders(serve.Args(adapters="x"))
+    for adapters in ("x", "x=", "x=a, x=b"):
+        with pytest.raises(UserError, match="name=folder"):
+            serve.adapter_folders(serve.Args(adapters=adapters))
 
 
 # ----------------------------------------------------------------------------- hostile clients
@@ -387,6 +393,7 @@ def test_a_key_may_hold_a_colon_and_is_never_empty(tmp_path, monkeypatch):
         ({"allowed_hosts": "*"}, None, 200),
         ({"allowed_hosts": "llm.example.com"}, None, 200),
         ({"allowed_hosts": "llm.example.com"}, {"k": "a"}, 200),
+        ({"allowed_hosts": "a.example.com, llm.example.com"}, None, 200),
         ({"allowed_hosts": "other.example.com"}, {"k": "a"}, 403),
     ],
 )
