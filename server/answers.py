@@ -99,16 +99,16 @@ class ToolCalls:
                     arguments = call["arguments"] if "arguments" in call else call["parameters"]
                     if tagged or name in self.names:
                         written = json.dumps(arguments, ensure_ascii=False)
-                        call = {
+                        shown = {
                             "index": len(calls),
                             "id": "call_" + secrets.token_hex(6),
                             "type": "function",
                             "function": {"name": str(name), "arguments": written},
                         }
-                        calls.append(call)
+                        calls.append(shown)
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # it only looked like a call
-        return ("", calls[: self.most]) if calls else (self.held, [])
+        return "" if calls else self.held, calls[: self.most]
 
 
 # --------------------------------------------------------------------------------------- logprobs
@@ -148,9 +148,7 @@ def completion_logprobs(tok, logprobs, offsets, with_ids):
     def by_text(pairs):
         named = {}
         for i, value in pairs:
-            named.setdefault(
-                spell(tok, i)[0], value
-            )  # of two that read the same the likelier stays
+            named.setdefault(spell(tok, i)[0], value)  # of equal texts the likelier stays
         return named
 
     def top(pairs):
@@ -189,20 +187,18 @@ class Choice:
     def take(self, delta):
         """-> (new visible text, logprobs of its tokens)"""
         text = delta.text
-        ids = delta.token_ids
         logprobs = delta.logprobs or []
         if self.decoder and (self.cut or logprobs):
-            text = self.mend(text, self.place(self.decoder, ids))
+            text = self.mend(text, self.place(self.decoder, delta.token_ids))
         if delta.finish_reason:
-            # What ends within a character ends before it.
-            text = self.calls.push(text.removesuffix("\ufffd"))
+            text = text.removesuffix("\ufffd")  # what ends within a character ends before it
+        text = self.calls.push(text)
+        if delta.finish_reason:
             rest, self.found = self.calls.finish()
             text += rest
             self.reason = "tool_calls" if self.found else delta.finish_reason
-        else:
-            text = self.calls.push(text)
         self.text += text
-        self.token_ids += ids
+        self.token_ids += delta.token_ids
         self.logprobs += logprobs
         return text, logprobs
 
@@ -299,9 +295,9 @@ class Generation:
                 self.choice_of(position, delta).take(delta)
         choices = []
         for choice in self.choices:
-            what = self.whole_field(choice)
             reason = choice.reason or "length"  # an echo of nothing but the prompt
             logprobs = choice.logprobs if self.scores else None
+            what = self.whole_field(choice)
             choices.append(self.shown(choice, what, logprobs, reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
@@ -401,9 +397,8 @@ class TextAnswer(Generation):
         out = b""
         for choice in self.choices:
             if choice.text:
-                out += self.choice_event(
-                    choice, self.text_field(choice.text), choice.logprobs or None
-                )
+                prompt = self.text_field(choice.text)
+                out += self.choice_event(choice, prompt, choice.logprobs or None)
         return out
 
     def text_field(self, text):
