@@ -28,9 +28,10 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
@@ -83,10 +84,7 @@ class Args:
     max_body: int = 2_000_000  # bytes of a request
     api_key_file: str = ""  # one key a line, or name:key; also $LLM_API_KEYS, apart by commas
     rate_limit: int = 0  # requests a minute of a key, or without keys of an address; 0 is no limit
-    allowed_hosts: str = (
-        ""  # names it may be called by, apart by commas; empty: any with keys, local
-    )
-    # ones without; * is any
+    allowed_hosts: str = ""  # names it may be called by, * is any; empty: with keys any, else local
     trusted_proxy: str = ""  # addresses or networks whose X-Forwarded-For is believed; * is any
     cors: str = ""  # origins that may call from a browser, apart by commas, or *
     certificate: str = ""  # TLS: certificate chain and key in PEM
@@ -230,6 +228,13 @@ class Service:
             yield batch
 
 
+async def shared(request: Request):
+    return request.app.state.service
+
+
+Shared: TypeAlias = Annotated[Service, Depends(shared)]  # what FastAPI hands to a route
+
+
 # ----------------------------------------------------------------------------- a reply on its way
 async def reply(service, answer, jobs):
     batches = service.batches(jobs)
@@ -267,9 +272,9 @@ async def cancel_if_left(receive, writer):
 
 # --------------------------------------------------------------------------- from HTTP to a route
 class BodyRoute(APIRoute):
-    """FastAPI's route, but what takes (body, request) gets them in one step: FastAPI's general way
-    to a function's arguments costs a fifth of the time of a short answer. And it ends when the
-    client leaves: then this returns to the Door, which closes the request's jobs."""
+    """FastAPI's route, but what takes (body, request, service) gets them in one step: FastAPI's
+    general way to a function's arguments costs a fifth of the time of a short answer. And it ends
+    when the client leaves: then this returns to the Door, which closes the request's jobs."""
 
     def __init__(self, path, endpoint, **options):
         super().__init__(path, endpoint, **options)
@@ -282,7 +287,7 @@ class BodyRoute(APIRoute):
             # has the answer then, can ask again, and a full queue never counts one that is over.
             gone = asyncio.ensure_future(cancel_if_left(receive, asyncio.current_task()))
             try:
-                response = await endpoint(body, request)
+                response = await endpoint(body, request, await shared(request))
                 await response(scope, receive, send)
             except asyncio.CancelledError:
                 if not gone.done():
@@ -325,8 +330,7 @@ routes = APIRouter(route_class=BodyRoute)
 
 # ------------------------------------------------------------------------------- routes of OpenAI
 @routes.post("/v1/chat/completions")
-async def chat_completions(body: api.ChatRequest, request: Request):
-    service = request.app.state.service
+async def chat_completions(body: api.ChatRequest, request: Request, service: Shared):
     model = service.model(body.model)
     grammar = api.grammar_of(body)
     call = api.forced_call(body, service.tok)
@@ -347,8 +351,7 @@ def plan_chat(body, service):
 
 
 @routes.post("/v1/completions")
-async def completions(body: api.CompletionRequest, request: Request):
-    service = request.app.state.service
+async def completions(body: api.CompletionRequest, request: Request, service: Shared):
     model = service.model(body.model)
     grammar = api.grammar_of(body)
     prompts, samplings = await aside(request, plan_completion, body, service)
@@ -373,9 +376,8 @@ def plan_completion(body, service):
 
 
 @routes.post("/v1/embeddings")
-async def embeddings(body: api.EmbeddingRequest, request: Request):
+async def embeddings(body: api.EmbeddingRequest, request: Request, service: Shared):
     """The mean over an input's tokens of the last hidden states, scaled to length 1."""
-    service = request.app.state.service
     model = service.model(body.model)
     prompts = await aside(request, api.prompt_lists, body.input, service.tok)
     service.refuse_adapter(model, "embeddings")
@@ -393,24 +395,21 @@ async def embeddings(body: api.EmbeddingRequest, request: Request):
 
 
 @routes.get("/v1/models")
-async def list_models(request: Request):
-    service = request.app.state.service
+async def list_models(service: Shared):
     return {"object": "list", "data": [service.about(name) for name in service.names]}
 
 
 @routes.get("/v1/models/{name:path}")
-async def read_model(request: Request, name: str):
-    service = request.app.state.service
+async def read_model(service: Shared, name: str):
     return service.about(service.model(name))
 
 
 # ------------------------------------------------------------------------------ routes of our own
 @routes.post("/tokenize")
-async def tokenize(body: api.TokenizeRequest, request: Request):
+async def tokenize(body: api.TokenizeRequest, request: Request, service: Shared):
     """A text's ids, or those of the prompt that a chat becomes."""
     if (body.prompt is None) == (body.messages is None):
         raise Refusal(400, "give a prompt or messages, one of the two")
-    service = request.app.state.service
     service.model(body.model)
     if body.prompt is None:
         chat = api.ChatRequest(messages=body.messages)
@@ -421,31 +420,27 @@ async def tokenize(body: api.TokenizeRequest, request: Request):
 
 
 @routes.post("/detokenize")
-async def detokenize(body: api.DetokenizeRequest, request: Request):
-    service = request.app.state.service
+async def detokenize(body: api.DetokenizeRequest, request: Request, service: Shared):
     service.model(body.model)
     (ids,) = api.prompt_lists(body.tokens, service.tok)
     return json_response({"prompt": service.tok.decode(ids)})
 
 
 @routes.get("/health")
-async def health(request: Request):
-    service = request.app.state.service
+async def health(service: Shared):
     if service.client.broken:
         raise Refusal(503, service.client.broken)
     return {"status": "alive"}
 
 
 @routes.get("/ready")
-async def ready(request: Request):
-    service = request.app.state.service
+async def ready(service: Shared):
     service.check_room(0)
     return {"status": "ready", "model": service.names[0]}
 
 
 @routes.get("/stats")
-async def stats(request: Request):
-    service = request.app.state.service
+async def stats(service: Shared):
     return {
         **service.client.stats,
         "queue": service.client.queue_length(),
@@ -457,25 +452,25 @@ async def stats(request: Request):
 
 
 @routes.get("/metrics")
-async def metrics(request: Request):
-    text = generate_latest(request.app.state.service.measures.registry)
+async def metrics(service: Shared):
+    text = generate_latest(service.measures.registry)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
 @routes.get("/runs")
-async def list_runs(request: Request):
+async def list_runs(service: Shared):
     """Training runs that can be drawn, the newest first."""
-    found = Path(request.app.state.service.args.runs).glob("*/metrics.jsonl")
+    found = Path(service.args.runs).glob("*/metrics.jsonl")
     found = sorted(found, key=lambda path: -path.stat().st_mtime)
     return {"runs": [path.parent.name for path in found[:100]]}
 
 
 @routes.get("/runs/{name}")
-async def read_run(request: Request, name: str, after: int = -1):
-    known = await list_runs(request)
+async def read_run(service: Shared, name: str, after: int = -1):
+    known = await list_runs(service)
     if name not in known["runs"]:  # only what was listed: a name is not a path
         raise Refusal(404, f"no run {name!r}")
-    path = Path(request.app.state.service.args.runs) / name / "metrics.jsonl"
+    path = Path(service.args.runs) / name / "metrics.jsonl"
     return await json_later({"rows": await asyncio.to_thread(last_rows, path, after)})
 
 
@@ -644,8 +639,7 @@ def main():
     if front:
         os._exit(server.status)  # the engine's threads and device are the other process's to end
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
-    if server.status:
-        sys.exit(server.status)
+    sys.exit(server.status)
 
 
 if __name__ == "__main__":

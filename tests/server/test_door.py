@@ -238,6 +238,12 @@ def test_browsers_of_other_origins_are_let_in_only_when_named():
             )
 
 
+def test_an_upgrade_to_another_protocol_leads_to_the_same_door():
+    config, sock = door.listen(serve.Args(port=0))
+    sock.close()
+    assert config.ws == "none"
+
+
 def test_bad_flags_are_one_clear_line(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
         door.listen(serve.Args(port=taken.getsockname()[1]))
