@@ -222,7 +222,7 @@ class Service:
                     raise item
                 _, delta = item
                 if delta.finish_reason == "error":
-                    raise Refusal(400, delta.error or "no token was allowed")
+                    raise Refusal(400, delta.error)
                 if delta.finish_reason:
                     unfinished -= 1
             yield batch
@@ -639,7 +639,8 @@ def main():
     if front:
         os._exit(server.status)  # the engine's threads and device are the other process's to end
     gc.unfreeze()  # or triton's bindings count what was never freed, and say so
-    sys.exit(server.status)
+    if server.status:
+        sys.exit(server.status)
 
 
 if __name__ == "__main__":

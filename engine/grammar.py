@@ -70,7 +70,8 @@ def regex_grammar(pattern):
 def json_grammar(schema=None, before="", after=""):
     """A JSON schema (a dict; None: any JSON object) -> grammar. before and after: fixed text around
     the value. Raises UserError for a schema that cannot be honoured."""
-    schema = {"type": "object"} if schema is None else schema
+    if schema is None:
+        schema = {"type": "object"}
     try:
         text = json.dumps(schema, allow_nan=False)
         check_length(text)
@@ -246,10 +247,8 @@ def fault_found(grammar):
         raise UserError(f"this schema or pattern was not built in {5 * TRIAL_SECONDS} s") from None
     if trial.stdout.startswith(BUILT):
         return trial.stdout.removeprefix(BUILT).decode()
-    return (
-        f"it needs over {TRIAL_SECONDS} s, {TRIAL_BYTES >> 20:,} MB or too deep a stack to build: "
-        "simplify it"
-    )
+    most = f"{TRIAL_SECONDS} s, {TRIAL_BYTES >> 20:,} MB"
+    return f"it needs over {most} or too deep a stack to build: simplify it"
 
 
 def try_grammar():

@@ -228,13 +228,13 @@ class Worker:
     def read_on(self):
         """Read a chunk of the text whose turn it is: nobody's next token waits for more than that.
         What comes of it goes out at once, as the logprobs of a Delta with the text's index."""
-        if self.reading is None and self.texts:
+        if not self.reading:
+            if not self.texts:
+                return
             number, index, ids, count = self.texts.pop()
             self.reading = number, index, self.engine.read(ids, count)
             if index == 0:
                 self.admitted.append((number, time.monotonic()))
-        if self.reading is None:
-            return
         number, index, parts = self.reading
         delta = Delta(number, index, "", [])
         try:
