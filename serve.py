@@ -39,7 +39,7 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from common import UserError, cli, parse_flags  # isort: skip
+from common import UserError, cli, distinct, parse_flags  # isort: skip
 
 from chat import CHATML_TEMPLATE
 from generate import Engine, turn_ends
@@ -309,7 +309,7 @@ async def read_body(request, kind):
         body = await request.body()
         if body.count(b"[") + body.count(b"{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
-        return api.parse_body(json.loads(body), kind)
+        return api.parse_body(json.loads(body, object_pairs_hook=distinct), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError, ClientDisconnect) as error:

@@ -323,6 +323,8 @@ def test_bad_bodies_and_unknown_places_are_errors_in_openais_shape(stub):
         b"\xff\xfe",
         b"null",
         b'{"messages": [NaN]}',
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        b'{"prompt": "a", "prompt": "b"}',
         b'{"prompt": {}, "temperature": NaN}',
     ):
         for path in (
