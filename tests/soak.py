@@ -4,7 +4,8 @@
 
 Prints, and exits with 1 unless: no honest request fails; the 99th percentile of their gaps between
 tokens is at most three times what it is without attackers; and soon after the attackers have left,
-both processes' memory is within a tenth of what it was, and their descriptors are as many.
+both processes' memory is within a tenth of what it was after a first, short round of attacks, and
+their descriptors are as many as before any.
 """
 
 import argparse
