@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -300,7 +301,7 @@ ODD = "a\u2028b\x85c\x0cd\x1ee é"  # what other splitters of lines take for the
 
 def write_rows(path, rows, how):
     """Rows as JSON Lines, or as `how` says: bom, crlf, gz, list, parquet, one after the other."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
     text = "\n".join(lines) + "\n"
     if "list" in how:
         text = "\n [" + ",\n".join(lines) + "]"
@@ -403,6 +404,15 @@ def test_half_a_surrogate_pair_in_a_file_is_a_replacement_character(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         chat.convert_records(options)
     assert list(chat.read_records(tmp_path / "train.jsonl")) == list(chat.read_records(path))
+
+
+def test_what_parquet_has_and_json_has_not_is_written_as_text(tmp_path):
+    row = {"messages": say("q", "a"), "timestamp": datetime(2026, 1, 2)}
+    path = write_rows(tmp_path / "x.parquet", [row], "parquet")
+    options = SimpleNamespace(files=[path], out=tmp_path, split="1/0/0", ignore_keys="")
+    chat.convert_records(options)
+    [(record, _, _)] = chat.read_records(tmp_path / "train.jsonl")
+    assert record["timestamp"] == "2026-01-02 00:00:00"
 
 
 def test_an_empty_tokenizer_file_is_called_empty(tmp_path):
