@@ -30,7 +30,7 @@ from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.corpora import read_text
-from training.exam import mark_answers, read_questions, source_records, split_file, write_marks
+from training.exam import has_val, mark_answers, read_questions, source_records, write_marks
 from training.loop import (
     LoopArgs,
     backward,
@@ -62,6 +62,7 @@ class Args(LoopArgs):
     batch: int = 16  # rows per optimizer step, over all ranks and passes
     muon_lr: float = 0.01  # learning rate of the hidden matrices under Muon
     lr: float = 0.002  # learning rate of everything under AdamW
+    sample: int = 400  # tokens that an answer may have at the end; 0 tries none out
     cooldown: float = 0.8  # share of the steps in which wsd falls to zero
 
 
@@ -223,7 +224,7 @@ def load_data(args, tok):
     for spec in args.data:
         name, weight = parse_source(spec)
         pairs = read(name, "train", args.examples)
-        if not args.val and (name == "toybox" or split_file(name, "val").is_file()):
+        if not args.val and has_val(name):
             val_names.append(name)
         elif not args.val:
             if not 0 < share < 1 or len(pairs) < 2:

@@ -25,7 +25,7 @@ from chat import printable, render
 from common import UserError, sha256
 from data import held_out
 from training import toybox
-from training.exam import keeps, read_questions
+from training.exam import has_val, keeps, read_questions
 
 
 class Reward(NamedTuple):
@@ -55,7 +55,7 @@ TERMS = {  # what an answer looks like, whatever was asked
 
 def read_reward(spec):
     """'toybox', 'style:0.2' or 'file.py:function:0.5' -> Reward"""
-    name, weight = re.fullmatch(r"(.+?)(?::([-+]?\d*\.?\d+))?", spec).groups()
+    name, weight = re.fullmatch(r"(.*?)(?::([-+]?\d*\.?\d+))?", spec).groups()
     known = RULES | TERMS
     path, _, function = name.rpartition(":")
     if name in known:
@@ -171,7 +171,7 @@ def read_split(args, tok, rewards, split):
         kept = enumerate(questions)
         questions = [q for i, q in kept if q.family in args.families or held_out(0.1, i)]
     check_rules(questions, rewards)
-    prompts = [render(tok, question.messages, True)[0] for question in questions]
+    prompts = [render(tok, q.messages, True, q.tools)[0] for q in questions]
     fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
     if len(fitting) < len(prompts):
         print(
@@ -183,7 +183,7 @@ def read_split(args, tok, rewards, split):
 
 def load_questions(args, tok, rewards):
     """-> Questions to train on, and to validate on"""
-    names = args.val or [n for n in args.data if n == "toybox" or (Path(n) / "val.jsonl").is_file()]
+    names = args.val or list(filter(has_val, args.data))
     train = read_split(args, tok, rewards, "train")
     if names:
         everything = replace(args, data=names, examples=200, families=())
