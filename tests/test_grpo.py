@@ -421,7 +421,10 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
             "--reward toybox or checks has no rule for the question 'Who?'",
         ),
         (command(base, out, "--sample", 9), "unknown argument --sample"),
-        (command(tmp_path / "adapter", out), "is an adapter, and the reference has to be a whole"),
+        (
+            command(tmp_path / "adapter", out, "--reward", "short", "--data", base / "q.jsonl"),
+            "is an adapter, and the reference has to be a whole model",
+        ),
         ([base, "--resume", "--out", trained, "--loss", "dapo"], "--loss was 'grpo'"),
     ):
         with pytest.raises(UserError) as error:
