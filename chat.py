@@ -71,9 +71,9 @@ def read_chat(tok, messages, tools=None, prompt=False, options=None):
 # `annotations` say nothing to a model.
 LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: this turn is not in the loss
 MESSAGE_KEYS = (
-    *"role from content value tool_calls reasoning_content reasoning name tool_call_id".split(),
+    *"role from content value tool_calls reasoning_content reasoning".split(),
+    *"name tool_call_id id annotations".split(),
     *LOSS_KEYS,
-    *("id", "annotations"),
 )
 KEY_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
@@ -448,8 +448,8 @@ def split_thoughts(m):
     return thoughts, text
 
 
-def json_text(value, ensure_ascii=False, **options):
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def json_text(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
 
 
 class Format(NamedTuple):
@@ -743,10 +743,10 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 ANSWERS = ("output", "completion", "response", "answer")
 # Keys of a record that say nothing to a model. Those of the last line say something to an exam.
 SAYS_NOTHING = (
-    *"id idx index uuid prompt_id hash source dataset meta metadata category".split(),
-    *"language url license timestamp".split(),
-    *"family kind answer checks".split(),
-)
+    "id idx index uuid prompt_id hash source dataset meta metadata category "
+    "language url license timestamp "
+    "family kind answer checks"
+).split()
 
 
 def read_each(path, read, ignore=""):
