@@ -463,6 +463,12 @@ def test_a_field_of_a_batch_is_applied_or_refused(record, words, engine, tmp_pat
         raise UserError(row["error"])
 
 
+def test_an_answer_has_one_form():
+    args = generate.Args(regex="a", json_schema="any")
+    with pytest.raises(UserError, match="--regex and --json-schema"):
+        generate.read_constraint(args, None)
+
+
 def test_a_batch_stops_at_a_text_and_writes_the_logprobs_it_was_asked_for(engine, tmp_path):
     texts = [{"prompt": "the", "max_tokens": 20, "logprobs": 1, "seed": None}]
     texts.append({**texts[0], "stop": "zz", "logit_bias": {"40": 100.0}})
