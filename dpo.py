@@ -27,7 +27,7 @@ import chat
 import finetune
 import lora
 from common import UserError
-from data import moved
+from data import PackedRows, moved
 from formats.peft import base_sha256
 from model import Transformer
 from runtime import resolve
@@ -232,6 +232,8 @@ def pair_ids(tok, preference, context):
     for answer in answers:
         talk = chat.read_chat(tok, [*prompt, answer], tools)
         ids, mask = chat.training_ids(tok, talk)
+        if 1 not in mask[len(head) :]:
+            raise UserError("the chat format has no answer in the loss")
         end = len(mask) - mask[::-1].index(1)
         if ids[: len(head)] != head or not all(mask[len(head) : end]):
             raise UserError(
@@ -359,7 +361,7 @@ class Pairs:
 
     def plan(self, context, seed, epoch):
         order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
-        return finetune.PackedRows([*range(len(order))], order)
+        return PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
         """Numbers of pairs -> PairBatch."""

@@ -16,7 +16,6 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from common import UserError, cli, parse_flags, sha256  # isort: skip
 
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 import chat
-from data import Split, held_out, open_shards
+from data import PackedRows, Split, hold_out, open_shards
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
@@ -95,16 +94,6 @@ def best_fit(sizes, context):
         if room - size >= smallest:  # else the row is full: nothing fits any more
             insort(unfilled, (room - size, -i, row))
     return rows
-
-
-class PackedRows(NamedTuple):
-    """The rows of an epoch, each (starts, sizes) of its pieces; Batches takes them in `order`."""
-
-    rows: list
-    order: np.ndarray
-
-    def row(self, r):
-        return self.rows[self.order[r]]
 
 
 class Conversations:
@@ -232,8 +221,8 @@ def load_data(args, tok):
                     f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be "
                     "held out: give --val FILE"
                 )
-            val += [pair for i, pair in enumerate(pairs) if held_out(share, i)]
-            pairs = [pair for i, pair in enumerate(pairs) if not held_out(share, i)]
+            pairs, held = hold_out(share, pairs)
+            val += held
         sources.append((weight, pairs))
     for name in val_names:
         val += read(name, "val", 500)

@@ -279,6 +279,15 @@ def test_a_preferred_call_is_learned_as_a_call(folder):
         dpo.pair_ids(tok, preference, 4096)
 
 
+def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
+    tok = Tok(
+        "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    )
+    preference = dpo.as_preference({"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match="no answer in the loss"):
+        dpo.pair_ids(tok, preference, 99)
+
+
 @pytest.mark.parametrize(
     "record, words",
     [

@@ -23,7 +23,7 @@ import torch
 
 from chat import printable, render
 from common import UserError, sha256
-from data import held_out
+from data import PackedRows, held_out, hold_out
 from training import toybox
 from training.exam import has_val, keeps, read_questions
 
@@ -130,15 +130,6 @@ class Asked(NamedTuple):
     x: torch.Tensor  # (R,) numbers of questions
 
 
-class Order(NamedTuple):
-    """The questions of an epoch."""
-
-    order: np.ndarray
-
-    def row(self, r):
-        return int(self.order[r])
-
-
 class Questions:
     """A split for data.Batches: a row is a question's number."""
 
@@ -155,7 +146,7 @@ class Questions:
 
     def plan(self, context, seed, epoch):
         order = np.random.default_rng([seed, epoch]).permutation(len(self.prompts))
-        return Order(order)
+        return PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
         return Asked(torch.tensor(rows))
@@ -189,9 +180,8 @@ def load_questions(args, tok, rewards):
         everything = replace(args, data=names, examples=200, families=())
         val = read_split(everything, tok, rewards, "val")
     else:
-        numbers = range(len(train.prompts))
-        val = train.part([i for i in numbers if held_out(0.05, i)])
-        train = train.part([i for i in numbers if not held_out(0.05, i)])
+        numbers, held = hold_out(0.05, range(len(train.prompts)))
+        train, val = train.part(numbers), train.part(held)
     for name, found in (("training", train), ("validation", val)):
         least = args.batch if name == "training" else 1
         if len(found.prompts) < least:
