@@ -20,16 +20,7 @@ from itertools import accumulate, compress, cycle, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (
-    Parser,
-    UserError,
-    cli,
-    json_records,
-    parse_json,
-    sha256,
-    well_formed,
-    write_atomic,
-)
+from common import Parser, UserError, cli, json_records, parse_json, sha256, well_formed, write_text
 
 CHAT_ROLES = "system user assistant tool".split()
 RESUME = "\ufdd3"  # a noncharacter, behind the text that an answer goes on from
@@ -80,9 +71,9 @@ def read_chat(tok, messages, tools=None, prompt=False, options=None):
 # `annotations` say nothing to a model.
 LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: this turn is not in the loss
 MESSAGE_KEYS = (
-    *"role from content value tool_calls reasoning_content reasoning name tool_call_id".split(),
+    *"role from content value tool_calls reasoning_content reasoning".split(),
+    *"name tool_call_id id annotations".split(),
     *LOSS_KEYS,
-    *("id", "annotations"),
 )
 KEY_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
@@ -457,8 +448,8 @@ def split_thoughts(m):
     return thoughts, text
 
 
-def json_text(value, ensure_ascii=False, **options):
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def json_text(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
 
 
 class Format(NamedTuple):
@@ -752,10 +743,10 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 ANSWERS = ("output", "completion", "response", "answer")
 # Keys of a record that say nothing to a model. Those of the last line say something to an exam.
 SAYS_NOTHING = (
-    *"id idx index uuid prompt_id hash source dataset meta metadata category".split(),
-    *"language url license timestamp".split(),
-    *"family kind answer checks".split(),
-)
+    "id idx index uuid prompt_id hash source dataset meta metadata category "
+    "language url license timestamp "
+    "family kind answer checks"
+).split()
 
 
 def read_each(path, read, ignore=""):
@@ -847,10 +838,14 @@ def as_turns(role, said):
     return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
+def asked_in(messages):
+    """What comes before the last answer: all of it where a conversation ends with the user."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def write_records(path, rows):
-    """Rows -> JSONL, all or nothing."""
-    text = "".join(json_text(row) + "\n" for row in rows)
-    write_atomic(path, lambda path: path.write_text(text, encoding="utf-8"))
+    """Rows -> JSONL, all or nothing. What JSON has not, as a date out of parquet, becomes text."""
+    write_text(path, "".join(json_text(row, default=str) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------ the commands
@@ -872,6 +867,8 @@ def show_conversations(args):
     """Print conversations as they are trained on, and the share that is in the loss."""
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
 
+    if args.limit < 1:
+        raise UserError(f"--limit {args.limit}: show at least 1 conversation")
     tok = Tokenizer.load(args.tokenizer)
     counts = Counter()
     records = islice(read_records(args.file, args.ignore_keys), args.limit)
@@ -894,7 +891,7 @@ def convert_records(args):
     splits = {"train": [], "val": [], "test": []}
     for path in args.files:
         for record, messages, tools in read_records(path, args.ignore_keys):
-            asked = json_text(messages[:-1]).encode()
+            asked = json_text(asked_in(messages)).encode()
             place = int(sha256(asked)[:16], 16) / 2**64 * bounds[-1]  # at least 0, below the last
             row = {"messages": messages}
             if tools:

@@ -190,9 +190,12 @@ def write_atomic(path, write):
     sync_dir(path.parent)
 
 
-def write_json(path, value):
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+def write_text(path, text):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer in use (Gemma 3, 262K tokens) has 33 MB
@@ -536,7 +539,7 @@ class Metrics:
         with naming(path):
             self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomic(path, lambda temporary: temporary.write_text(text))
+        write_text(path, text)
         self.file = open(path, "a", buffering=1)
 
     def log(self, step, **values):

@@ -152,6 +152,14 @@ def held_out(share, i):
     return math.ceil((i + 1) * share) > math.ceil(i * share)
 
 
+def hold_out(share, items):
+    """-> (the items to train on, those held out)"""
+    sides = [], []
+    for i, item in enumerate(items):
+        sides[held_out(share, i)].append(item)
+    return sides
+
+
 def share_of(parts, split, val_share):
     """Of documents that train and val share, the parts of those that are the split's."""
     number = -1
@@ -412,6 +420,18 @@ class Plan(NamedTuple):
         row = self.order[r]
         pieces = slice(self.first[row], self.first[row + 1])
         return self.starts[pieces], self.sizes[pieces]
+
+
+class PackedRows(NamedTuple):
+    """The rows of an epoch as a list; `order` is that in which Batches takes them.
+
+    Of conversations a row is (starts, sizes) of its pieces, of pairs or questions a number."""
+
+    rows: list
+    order: np.ndarray
+
+    def row(self, r):
+        return self.rows[self.order[r]]
 
 
 class Split:

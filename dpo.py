@@ -27,7 +27,7 @@ import chat
 import finetune
 import lora
 from common import UserError
-from data import moved
+from data import PackedRows, moved
 from formats.peft import base_sha256
 from model import Transformer
 from runtime import resolve
@@ -232,6 +232,8 @@ def pair_ids(tok, preference, context):
     for answer in answers:
         talk = chat.read_chat(tok, [*prompt, answer], tools)
         ids, mask = chat.training_ids(tok, talk)
+        if 1 not in mask[len(head) :]:
+            raise UserError("the chat format has no answer in the loss")
         end = len(mask) - mask[::-1].index(1)
         if ids[: len(head)] != head or not all(mask[len(head) : end]):
             raise UserError(
@@ -359,7 +361,7 @@ class Pairs:
 
     def plan(self, context, seed, epoch):
         order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
-        return finetune.PackedRows([*range(len(order))], order)
+        return PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
         """Numbers of pairs -> PairBatch."""
@@ -480,21 +482,9 @@ def prepare_preferences(args, checkpoint):
             f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
             f"0.5, --val-share {args.val_share} between 0 and 1"
         )
-    if (Path(args.model) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
-            f"first, with python lora.py merge BASE {args.model} --out D"
-        )
-    runtime = resolve(args.device, args.dtype, args.compile)
-    # frozen weights need no more bits than products do
-    dtype = runtime.dtype if args.lora else torch.float32
-    tok, model = finetune.open_model(args.model, runtime.device, dtype)
-    args.context = min(args.context, model.config.max_position_embeddings)
+    runtime, tok, model = open_reference(args)
     base_hash = base_sha256(model)
     data, val = load_pairs(args, tok, base_hash)
-    if not args.micro_batch and runtime.device.type == "cpu":
-        # short passes of pairs alike in length waste little on padding
-        args.micro_batch = math.gcd(8, args.batch // runtime.world)
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
             fill_reference(pairs, model, runtime, args.micro_batch or 8)
@@ -518,6 +508,24 @@ def prepare_preferences(args, checkpoint):
         validate=validate_preferences,
         write=write,
     )
+
+
+def open_reference(args):
+    """-> (Runtime, tokenizer, the model of --model); flags that hang on these are set."""
+    if (Path(args.model) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
+            f"first, with python lora.py merge BASE {args.model} --out D"
+        )
+    runtime = resolve(args.device, args.dtype, args.compile)
+    # frozen weights need no more bits than products do
+    dtype = runtime.dtype if args.lora else torch.float32
+    tok, model = finetune.open_model(args.model, runtime.device, dtype)
+    args.context = min(args.context, model.config.max_position_embeddings)
+    if not args.micro_batch and runtime.device.type == "cpu":
+        # short passes of rows alike in length waste little on padding
+        args.micro_batch = math.gcd(8, args.batch // runtime.world)
+    return runtime, tok, model
 
 
 def make_policy(args, checkpoint, model, base_hash, runtime):

@@ -16,7 +16,6 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from common import UserError, cli, parse_flags, sha256  # isort: skip
 
@@ -25,12 +24,12 @@ import torch
 from torch import nn
 
 import chat
-from data import Split, held_out, open_shards
+from data import PackedRows, Split, hold_out, open_shards
 from model import Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
 from training.corpora import read_text
-from training.exam import mark_answers, read_questions, source_records, split_file, write_marks
+from training.exam import has_val, mark_answers, read_questions, source_records, write_marks
 from training.loop import (
     LoopArgs,
     backward,
@@ -62,6 +61,7 @@ class Args(LoopArgs):
     batch: int = 16  # rows per optimizer step, over all ranks and passes
     muon_lr: float = 0.01  # learning rate of the hidden matrices under Muon
     lr: float = 0.002  # learning rate of everything under AdamW
+    sample: int = 400  # tokens that an answer may have at the end; 0 tries none out
     cooldown: float = 0.8  # share of the steps in which wsd falls to zero
 
 
@@ -94,16 +94,6 @@ def best_fit(sizes, context):
         if room - size >= smallest:  # else the row is full: nothing fits any more
             insort(unfilled, (room - size, -i, row))
     return rows
-
-
-class PackedRows(NamedTuple):
-    """The rows of an epoch, each (starts, sizes) of its pieces; Batches takes them in `order`."""
-
-    rows: list
-    order: np.ndarray
-
-    def row(self, r):
-        return self.rows[self.order[r]]
 
 
 class Conversations:
@@ -223,7 +213,7 @@ def load_data(args, tok):
     for spec in args.data:
         name, weight = parse_source(spec)
         pairs = read(name, "train", args.examples)
-        if not args.val and (name == "toybox" or split_file(name, "val").is_file()):
+        if not args.val and has_val(name):
             val_names.append(name)
         elif not args.val:
             if not 0 < share < 1 or len(pairs) < 2:
@@ -231,8 +221,8 @@ def load_data(args, tok):
                     f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be "
                     "held out: give --val FILE"
                 )
-            val += [pair for i, pair in enumerate(pairs) if held_out(share, i)]
-            pairs = [pair for i, pair in enumerate(pairs) if not held_out(share, i)]
+            pairs, held = hold_out(share, pairs)
+            val += held
         sources.append((weight, pairs))
     for name in val_names:
         val += read(name, "val", 500)

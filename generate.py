@@ -548,6 +548,8 @@ def read_constraint(args, tok):
     """--regex or --json-schema -> what the answers must match, or None."""
     if not args.regex and not args.json_schema:
         return None
+    if args.regex and args.json_schema:
+        raise UserError("--regex and --json-schema: an answer can match only one, give one")
     from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 
     if args.regex:
@@ -603,10 +605,9 @@ def talk(engine, sampling, adapter, question):
 
 
 # -- a file of prompts
-def read_request(record, number, sampling, tok):
-    """A record of a batch file -> (id, prompt, Sampling); its own fields go before the flags."""
+def read_request(record, sampling, tok):
+    """A record of a batch file -> (prompt, Sampling); its own fields go before the flags."""
     fields = chat.known_keys("the record", record, record)
-    name = fields.pop("id", number)
     if ("prompt" in fields) == any(key in fields for key in chat.TALKS):
         raise UserError('the record must have either "prompt" or "messages"')
     prompt = fields.pop("prompt", None)
@@ -623,7 +624,7 @@ def read_request(record, number, sampling, tok):
     if isinstance(fields.get("logit_bias"), dict):  # whose keys are strings in JSON
         bias = fields["logit_bias"].items()
         fields["logit_bias"] = {int(i) if i.isdecimal() else i: value for i, value in bias}
-    return name, prompt, replace(sampling, **{key: fields[key] for key in known if key in fields})
+    return prompt, replace(sampling, **{key: fields[key] for key in known if key in fields})
 
 
 def answered_lines(path):
@@ -684,17 +685,17 @@ def run_batch(engine, args, sampling, adapter):
         while waiting or engine.has_work:
             while waiting and len(asked) < 2 * engine.scheduler.max_seqs:  # keeps the engine busy
                 number, _, record, fault = waiting.pop()
+                record = chat.without(record, ignored)
+                name = number
+                if isinstance(record, dict) and record.get("id") is not None:
+                    name = record["id"]
                 try:
                     if fault:
                         raise UserError(fault)
-                    record = chat.without(record, ignored)
-                    name, prompt, own = read_request(record, number, sampling, engine.tok)
+                    prompt, own = read_request(record, sampling, engine.tok)
                     engine.submit(prompt, own, request_id=number, adapter=adapter)
                 except UserError as error:
-                    named = (
-                        {"id": record["id"]} if isinstance(record, dict) and "id" in record else {}
-                    )
-                    write(number, **named, error=str(error))
+                    write(number, id=name, error=str(error))
                     continue
                 asked[number] = name, [Output(number, i, "", [], []) for i in range(own.n)]
             for delta in engine.step():

@@ -23,13 +23,11 @@ from common import UserError  # isort: skip
 
 import torch
 
-import finetune
 import lora
-from dpo import make_policy, padded_rows, prompt_row, trimmed
+from dpo import make_policy, open_reference, padded_rows, prompt_row, trimmed
 from formats.peft import base_sha256
 from generate import Engine, Sampling
 from model import Transformer
-from runtime import resolve
 from tokenizer import Tokenizer
 from training.loop import (
     LoopArgs,
@@ -325,13 +323,8 @@ def prepare_grpo(args, checkpoint):
     """Flags and checkpoint -> Run"""
     check_grpo_args(args)
     rewards = [read_reward(spec) for spec in args.reward]
-    runtime = resolve(args.device, args.dtype, args.compile)
-    dtype = runtime.dtype if args.lora else torch.float32
-    tok, model = finetune.open_model(args.model, runtime.device, dtype)
-    args.context = min(args.context, model.config.max_position_embeddings)
+    runtime, tok, model = open_reference(args)
     data, val = load_questions(args, tok, rewards)
-    if not args.micro_batch and runtime.device.type == "cpu":
-        args.micro_batch = math.gcd(8, args.batch // runtime.world)
     reference = None
     if args.beta and not args.lora:
         reference = copy.deepcopy(model).requires_grad_(False)

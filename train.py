@@ -60,6 +60,7 @@ class Args(LoopArgs):
     tie: bool = False  # one matrix for embedding and head: saves memory with a large vocabulary
     dropout: float = 0.0  # for small texts and many epochs
     doc_mask: bool = False  # no attention across documents packed into one row
+    sample: int = 400  # tokens of the sample at the end
 
 
 # What each reaches was measured: README.md and `python bench.py train`.

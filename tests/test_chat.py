@@ -500,6 +500,12 @@ def test_convert_moves_no_record_when_there_are_more(tmp_path, monkeypatch):
     assert of_half == [row for row in of_all if int(row["messages"][1]["content"]) < 500]
 
 
+def test_convert_splits_questions_without_an_answer_by_the_question(tmp_path, monkeypatch):
+    talks = [{"messages": say(f"question {i}")} for i in range(100)]
+    made = convert(tmp_path, talks, monkeypatch, "50/25/25")
+    assert all(made.values())
+
+
 @pytest.mark.parametrize("split", ["85/15", "a/b/c", "0/0/0", "90/-5/15"])
 def test_shares_that_are_none_are_refused(split, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--split"):
@@ -525,3 +531,5 @@ def test_show_prints_the_conversation_and_the_share_supervised(tmp_path):
     assert "<|im_start|>assistant\n«there<|im_end|>»\n" in run.stdout
     assert "--- 1: " in run.stdout and "--- 2: " not in run.stdout
     assert "1 left out: no assistant turn" in run.stdout
+    run = subprocess.run([*command, "--limit", "-1"], cwd=ROOT, capture_output=True, text=True)
+    assert run.stderr == "error: --limit -1: show at least 1 conversation\n"

@@ -510,6 +510,7 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for arguments, message in (
         (flags(base, out, "--loss", "dpo"), "unknown loss 'dpo': use sigmoid"),
+        (flags(base, out, "--sample", 9), "unknown argument --sample"),
         (flags(base, out, "--beta", 0), "--beta 0.0 must be above 0"),
         (flags(base, out, "--loss", "kto"), "unknown loss 'kto': use sigmoid, ipo, simpo, orpo"),
         (flags(base, out, "--data", tmp_path / "same.jsonl"), "0 usable pairs for training"),

@@ -1,6 +1,7 @@
 """grpo.py: advantages and losses by hand, the engine over weights in training, rewards that fail,
 resuming, ranks, bad input."""
 
+import gzip
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import common
 import grpo
 import lora
+from chat import CHATML_TEMPLATE
 from common import UserError
 from engine import native
 from generate import Engine, Sampling
@@ -215,6 +217,7 @@ def test_rewards_by_rule_by_function_and_their_weights(tmp_path):
 @pytest.mark.parametrize(
     "spec, told",
     [
+        ("", "use toybox"),
         ("toybux", "use toybox, checks, style, short or an existing FILE.py:FUNCTION"),
         ("none.py:f", "an existing FILE.py:FUNCTION"),
         ("mine.py:absent", "mine.py has no function absent"),
@@ -227,6 +230,24 @@ def test_a_reward_that_is_none_is_named(spec, told, tmp_path, monkeypatch):
         rewards.read_reward(spec)
 
 
+def test_questions_are_read_with_their_tools_and_a_folders_val_in_any_format(tmp_path):
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    row = {"prompt": "Who?", "completion": "Me.", "tools": tools, "mood": 1}
+    data = json.dumps(row).encode()
+    (tmp_path / "train.json").write_bytes(data + b"\n" + data)
+    (tmp_path / "val.jsonl.gz").write_bytes(gzip.compress(data))
+    special = ["<|im_start|>", "<|im_end|>"]
+    tok = Tokenizer.train(["who me"], 300, special_tokens=special)
+    qwen = ROOT / "tests" / "chat_templates" / "qwen3.jinja"
+    tok.chat_template = qwen.read_text()
+    args = grpo.Args(data=(str(tmp_path),), batch=2, context=4096, ignore_keys="mood")
+    train, val = rewards.load_questions(args, tok, [])
+    assert (len(train.prompts), len(val.prompts)) == (2, 1)
+    assert "look_up" in tok.decode(val.prompts[0])
+    with pytest.raises(UserError, match="unknown key 'mood'; .*--ignore-keys"):
+        rewards.load_questions(replace(args, ignore_keys=""), tok, [])
+
+
 # ----------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -234,7 +255,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     tok = Tokenizer.train([toybox.world_text(20_000)], 300, special_tokens=special)
-    tok.chat_template = grpo.finetune.chat.CHATML_TEMPLATE
+    tok.chat_template = CHATML_TEMPLATE
     tok.save(folder)
     moved_model(CONFIGS["qwen3"]).save_pretrained(folder)
     rows = toybox.conversations("train", 60)
@@ -382,6 +403,8 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
     tok.chat_template = None
     tok.save(tmp_path / "plain")
     moved_model(CONFIGS["qwen3"]).save_pretrained(tmp_path / "plain")
+    Tokenizer.load(base).save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "bare.jsonl").write_text('{"prompt": "Who?", "completion": "Me."}\n' * 40)
     out = tmp_path / "o"
     for arguments, message in (
@@ -396,6 +419,11 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
         (
             command(base, out, "--data", tmp_path / "bare.jsonl", "--reward", "toybox", "checks"),
             "--reward toybox or checks has no rule for the question 'Who?'",
+        ),
+        (command(base, out, "--sample", 9), "unknown argument --sample"),
+        (
+            command(tmp_path / "adapter", out, "--reward", "short", "--data", base / "q.jsonl"),
+            "is an adapter, and the reference has to be a whole model",
         ),
         ([base, "--resume", "--out", trained, "--loss", "dapo"], "--loss was 'grpo'"),
     ):

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -278,6 +279,15 @@ def test_a_preferred_call_is_learned_as_a_call(folder):
         dpo.pair_ids(tok, preference, 4096)
 
 
+def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
+    tok = Tok(
+        "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    )
+    preference = dpo.as_preference({"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match="no answer in the loss"):
+        dpo.pair_ids(tok, preference, 99)
+
+
 @pytest.mark.parametrize(
     "record, words",
     [
@@ -300,7 +310,7 @@ ODD = "a\u2028b\x85c\x0cd\x1ee é"  # what other splitters of lines take for the
 
 def write_rows(path, rows, how):
     """Rows as JSON Lines, or as `how` says: bom, crlf, gz, list, parquet, one after the other."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
     text = "\n".join(lines) + "\n"
     if "list" in how:
         text = "\n [" + ",\n".join(lines) + "]"
@@ -405,6 +415,15 @@ def test_half_a_surrogate_pair_in_a_file_is_a_replacement_character(tmp_path):
     assert list(chat.read_records(tmp_path / "train.jsonl")) == list(chat.read_records(path))
 
 
+def test_what_parquet_has_and_json_has_not_is_written_as_text(tmp_path):
+    row = {"messages": say("q", "a"), "timestamp": datetime(2026, 1, 2)}
+    path = write_rows(tmp_path / "x.parquet", [row], "parquet")
+    options = SimpleNamespace(files=[path], out=tmp_path, split="1/0/0", ignore_keys="")
+    chat.convert_records(options)
+    [(record, _, _)] = chat.read_records(tmp_path / "train.jsonl")
+    assert record["timestamp"] == "2026-01-02 00:00:00"
+
+
 def test_an_empty_tokenizer_file_is_called_empty(tmp_path):
     (tmp_path / "tokenizer.json").touch()
     with pytest.raises(UserError, match="tokenizer.json is empty"):
@@ -451,6 +470,12 @@ def test_a_field_of_a_batch_is_applied_or_refused(record, words, engine, tmp_pat
     [row] = answers(engine, path, tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=words):
         raise UserError(row["error"])
+
+
+def test_an_answer_has_one_form():
+    args = generate.Args(regex="a", json_schema="any")
+    with pytest.raises(UserError, match="--regex and --json-schema"):
+        generate.read_constraint(args, None)
 
 
 def test_a_batch_stops_at_a_text_and_writes_the_logprobs_it_was_asked_for(engine, tmp_path):

@@ -93,6 +93,11 @@ def split_file(folder, split):
     return found[0] if found else Path(folder, f"{split}.jsonl")
 
 
+def has_val(name):
+    """Whether a source brings questions of its own to validate on."""
+    return name == "toybox" or split_file(name, "val").is_file()
+
+
 def source_records(name, split, count, ignore=""):
     """Yield (record, messages, tools): of a file, of a FOLDER's split, or `count` of toybox's."""
     if name == "toybox":
@@ -110,13 +115,16 @@ def read_questions(args, split="test"):
         for n, (record, talk, tools) in enumerate(islice(records, args.examples), 1):
             where = f"{name}: record {n}"
             checks = read_checks(record, where)
-            asked, expected = talk, None
-            if talk[-1]["role"] == "assistant":
-                asked, expected = talk[:-1], talk[-1]["content"]
+            asked = chat.asked_in(talk)
+            if not asked:
+                raise UserError(f"{where} asks nothing")
+            expected = None
+            if len(asked) < len(talk):
+                expected = talk[-1]["content"]
                 more = ", ".join(talk[-1].keys() - {"role", "content"})
                 if more:
                     raise UserError(f"{where}: an exam expects a text, not an answer's {more}")
-            family = str(record.get("family", ""))
+            family = str(record.get("family") or "")
             questions.append(Question(asked, expected, family, checks, tools))
     if not questions:
         raise UserError(f"{' '.join(args.data)}: no questions")
@@ -126,9 +134,11 @@ def read_questions(args, split="test"):
 def read_checks(record, where):
     """A record's checks -> [(kind, value)]; UserError for a kind or a type that is unknown."""
     checks = []
-    for check in record.get("checks") or []:
+    for check in chat.as_list(record.get("checks")):
         match check:
-            case {"kind": str(kind), "value": value} if type(value) is CHECKS.get(kind):
+            case {"kind": str(kind), "value": value, **more} if not more and (
+                type(value) is CHECKS.get(kind)
+            ):
                 checks.append((kind, value))
             case _:
                 known = ", ".join(f"{kind} ({of.__name__})" for kind, of in CHECKS.items())

@@ -80,7 +80,6 @@ class LoopArgs:
     eval_every: int = 200  # steps between evaluations on the whole validation split
     save_every: int = 500  # steps between checkpoints; one is also written at the end and on Ctrl-C
     keep: int = 1  # how many checkpoints to keep under state/
-    sample: int = 400  # tokens of the sample at the end
 
 
 # Flags that may differ between a run and its resumption without making it another run.

@@ -15,16 +15,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import NamedTuple
 
-from common import (
-    Metrics,
-    UserError,
-    cli,
-    curve,
-    json_records,
-    parse_flags,
-    read_json,
-    write_atomic,
-)
+from common import Metrics, UserError, cli, curve, json_records, parse_flags, read_json, write_text
 from training import toybox
 
 # Whose answers are compared: the end of their folder's name.
@@ -234,7 +225,7 @@ def markdown_table(header, rows):
 
 def write_page(out, blocks):
     text = "\n\n".join(blocks) + "\n"
-    write_atomic(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "report.md", text)
 
 
 def main():

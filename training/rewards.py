@@ -23,9 +23,9 @@ import torch
 
 from chat import printable, render
 from common import UserError, sha256
-from data import held_out
+from data import PackedRows, held_out, hold_out
 from training import toybox
-from training.exam import keeps, read_questions
+from training.exam import has_val, keeps, read_questions
 
 
 class Reward(NamedTuple):
@@ -55,7 +55,7 @@ TERMS = {  # what an answer looks like, whatever was asked
 
 def read_reward(spec):
     """'toybox', 'style:0.2' or 'file.py:function:0.5' -> Reward"""
-    name, weight = re.fullmatch(r"(.+?)(?::([-+]?\d*\.?\d+))?", spec).groups()
+    name, weight = re.fullmatch(r"(.*?)(?::([-+]?\d*\.?\d+))?", spec).groups()
     known = RULES | TERMS
     path, _, function = name.rpartition(":")
     if name in known:
@@ -130,15 +130,6 @@ class Asked(NamedTuple):
     x: torch.Tensor  # (R,) numbers of questions
 
 
-class Order(NamedTuple):
-    """The questions of an epoch."""
-
-    order: np.ndarray
-
-    def row(self, r):
-        return int(self.order[r])
-
-
 class Questions:
     """A split for data.Batches: a row is a question's number."""
 
@@ -155,7 +146,7 @@ class Questions:
 
     def plan(self, context, seed, epoch):
         order = np.random.default_rng([seed, epoch]).permutation(len(self.prompts))
-        return Order(order)
+        return PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
         return Asked(torch.tensor(rows))
@@ -171,7 +162,7 @@ def read_split(args, tok, rewards, split):
         kept = enumerate(questions)
         questions = [q for i, q in kept if q.family in args.families or held_out(0.1, i)]
     check_rules(questions, rewards)
-    prompts = [render(tok, question.messages, True)[0] for question in questions]
+    prompts = [render(tok, q.messages, True, q.tools)[0] for q in questions]
     fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
     if len(fitting) < len(prompts):
         print(
@@ -183,15 +174,14 @@ def read_split(args, tok, rewards, split):
 
 def load_questions(args, tok, rewards):
     """-> Questions to train on, and to validate on"""
-    names = args.val or [n for n in args.data if n == "toybox" or (Path(n) / "val.jsonl").is_file()]
+    names = args.val or list(filter(has_val, args.data))
     train = read_split(args, tok, rewards, "train")
     if names:
         everything = replace(args, data=names, examples=200, families=())
         val = read_split(everything, tok, rewards, "val")
     else:
-        numbers = range(len(train.prompts))
-        val = train.part([i for i in numbers if held_out(0.05, i)])
-        train = train.part([i for i in numbers if not held_out(0.05, i)])
+        numbers, held = hold_out(0.05, range(len(train.prompts)))
+        train, val = train.part(numbers), train.part(held)
     for name, found in (("training", train), ("validation", val)):
         least = args.batch if name == "training" else 1
         if len(found.prompts) < least:

@@ -22,7 +22,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from chat import write_records
-from common import UserError, sha256, write_atomic, write_json
+from common import UserError, sha256, write_json, write_text
 
 # --------------------------------------------------------------------------------------- the world
 KINDS = """
@@ -644,7 +644,7 @@ def write_toybox(
             prompt = {"id": f"{row['family']}-{n}", "messages": row["messages"][:1]}
             sets["prompts"].append(prompt)
     text = interleave(random.Random(seed), world_text(text_bytes, seed), plays)
-    write_atomic(out / "text.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "text.txt", text)
     for name, rows in sets.items():
         write_records(out / f"{name}.jsonl", rows)
     meta = {"seed": seed, "counts": counts, "text_bytes": len(text.encode())}

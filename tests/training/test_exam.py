@@ -1,11 +1,22 @@
 """training/exam.py: what the checks verify, what is right, the intervals, the report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from common import UserError
 from training import toybox
-from training.exam import CHECKS, Question, is_right, keeps, mark_answers, wilson, write_marks
+from training.exam import (
+    CHECKS,
+    Question,
+    is_right,
+    keeps,
+    mark_answers,
+    read_questions,
+    wilson,
+    write_marks,
+)
 
 
 def test_wilson_intervals_are_the_published_ones():
@@ -55,6 +66,38 @@ def test_toybox_questions_are_marked_by_its_own_checker():
 def test_other_questions_are_marked_by_equality_but_for_outer_space():
     assert is_right(Question([], "Yes. ", "", []), "Yes.")
     assert not is_right(Question([], "Yes", "", []), "yes")
+
+
+CHECK = {"kind": "max_words", "value": 1}
+
+
+def read_one(record, folder):
+    """The question of a file that has only this record."""
+    path = folder / "q.jsonl"
+    path.write_text(json.dumps(record))
+    args = SimpleNamespace(data=[str(path)], examples=1, ignore_keys="mood")
+    [question] = read_questions(args)
+    return question
+
+
+def test_a_question_is_all_before_the_answer_and_a_null_is_as_good_as_absent(tmp_path):
+    record = {"prompt": "q", "completion": "a", "family": None, "checks": [CHECK], "mood": 1}
+    found = read_one(record, tmp_path)
+    assert found == ([{"role": "user", "content": "q"}], "a", "", [("max_words", 1)], None)
+
+
+@pytest.mark.parametrize(
+    "record, told",
+    [
+        ({"checks": 5}, "record 1 has a check 5; known kinds"),
+        ({"checks": [{**CHECK, "unit": "lines"}]}, "record 1 has a check .*'unit'"),
+        ({"checks": [{"kind": "max_words", "value": True}]}, "record 1 has a check .*True"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "record 1 asks nothing"),
+    ],
+)
+def test_a_question_that_cannot_be_marked_is_named(record, told, tmp_path):
+    with pytest.raises(UserError, match=told):
+        read_one({"messages": [{"role": "user", "content": "q"}], **record}, tmp_path)
 
 
 EVIL = "<script>alert(1)</script> | red\n\nblue & green"
