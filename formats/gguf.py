@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import UserError, cli, model_name, naming, parse_flags, warn, write_atomic
-from formats.hub import GPT2_KEYS
+from formats.hub import GPT2_KEYS, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -377,11 +377,6 @@ class PackedLinear(QuantLinear):
 # ---- Names, types and order of the tensors.
 
 
-def two_columns(text):
-    """A table of words -> {first: second}"""
-    return dict(line.split() for line in text.strip().splitlines())
-
-
 GGUF_NAMES = two_columns("""
     embed_tokens              token_embd
     embed_positions           position_embd
@@ -498,7 +493,7 @@ def norm_key(arch):
 
 
 def shape_metadata(config):
-    """Config -> ({key: value}, rope_freqs or None). UserError for what llama.cpp cannot run."""
+    """Config -> {key: value}. UserError for what llama.cpp cannot run."""
     arch = gguf_architecture(config)
     heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
     if arch == "qwen2" and heads * head_dim != channels:
@@ -512,7 +507,6 @@ def shape_metadata(config):
             f"llama.cpp's {arch} has no sliding window; the context ends where it would begin to "
             f"matter, at {config.sliding_window:,} tokens"
         )
-    freqs = None
     if not config.is_gpt2:
         kind = config.rope["rope_type"]
         meta["rope.dimension_count"] = head_dim
@@ -520,13 +514,12 @@ def shape_metadata(config):
         if kind == "llama3" and arch == "llama":
             original = config.rope["original_max_position_embeddings"]
             meta["rope.scaling.original_context_length"] = int(original)
-            freqs = slowed_down(head_dim, config.rope)
         elif kind != "default":
             raise UserError(
                 f"{arch} with rope scaling {kind!r} cannot be written; Llama 3's can, and "
                 "only in Llama models"
             )
-    return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}, freqs
+    return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}
 
 
 def slowed_down(head_dim, rope):
@@ -537,16 +530,15 @@ def slowed_down(head_dim, rope):
 
 
 def metadata_reader(values, prefix):
-    """get(key, default, types) of untrusted values; numbers are finite and from 0 to 2^31."""
+    """get(key, default, types) of untrusted values; numbers are from 0 to 2^31, or 1e12 if float
+    (published rope_theta go up to 5e10)."""
 
     def get(key, default=None, types=(int, float)):
         value = values.get(f"{prefix}.{key}")
         if value is None:
             return default
-        sane = isinstance(value, types)
-        if isinstance(value, (int, float)):
-            sane = sane and 0 <= value < 1 << 31  # not true of nan
-        if not sane:
+        most = {int: 1 << 31, float: 1e12}.get(type(value))
+        if not isinstance(value, types) or most and not 0 <= value < most:  # so is not nan
             raise UserError(f"{prefix}.{key} is {str(value)[:40]}, which makes no sense")
         if isinstance(value, float):
             return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
@@ -730,8 +722,8 @@ def pieces_metadata(tok, rows):
 
 def special_metadata(tok, config):
     """Which ids begin and end a text, and whether a beginning is put before every prompt."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [i for i in dict.fromkeys([tok.eos_id, *ends]) if i is not None]
+    ends = dict.fromkeys([tok.eos_id, *config.end_ids])
+    ends.pop(None, None)
     meta = dict(zip(END_KEYS, ends))
     # A tokenizer without a beginning has its end do that work, as GPT-2 does.
     bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
@@ -962,9 +954,8 @@ def open_parts(path):
     missing = [part.name for part in parts if not part.is_file()]
     if missing or count > MOST_PARTS:
         raise UserError(f"one of {count:,} parts, which lacks beside it {', '.join(missing[:4])}")
-    meta, _ = open_gguf(parts[0])
-    tensors = {}
-    for part in parts:
+    meta, tensors = open_gguf(parts[0])
+    for part in parts[1:]:
         tensors |= open_gguf(part)[1]
     return meta, tensors
 
@@ -1023,8 +1014,7 @@ def write(folder, path, mix):
         raise UserError(f"{folder} is quantized already ({method}); start from the original model")
     tok = Tokenizer.load(folder)
     with naming(folder):
-        meta, freqs = shape_metadata(config)
-        meta |= tokenizer_metadata(tok, config)
+        meta = shape_metadata(config) | tokenizer_metadata(tok, config)
     meta["general.name"] = model_name(folder)
     for key, name in SAMPLING_NAMES.items():
         if config.generation.get(name) is not None:
@@ -1034,9 +1024,9 @@ def write(folder, path, mix):
     plan = []
     for name, parts in by_gguf_name(model.state_dict(), config).items():
         plan.append(plan_tensor(name, list(parts.values()), mix, config))
-    if freqs is not None:
-        make = as_bytes(freqs, torch.float32).numpy
-        plan.append(PlannedTensor("rope_freqs.weight", "F32", tuple(freqs.shape), make))
+    if config.rope.get("rope_type") == "llama3":
+        freqs = slowed_down(config.head_dim, config.rope)
+        plan.append(PlannedTensor("rope_freqs.weight", "F32", freqs.shape, freqs.numpy))
     write_container(path, meta, plan)
     sizes = Counter()
     for tensor in plan:
@@ -1077,9 +1067,8 @@ def read_gguf(path):
         state = by_our_names(tensors, config)
         ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
         sampling = metadata_reader(meta, "general.sampling")
-        for key, name in SAMPLING_NAMES.items():
-            if sampling(key) is not None:
-                config.generation[name] = sampling(key)
+        said = {name: sampling(key) for key, name in SAMPLING_NAMES.items()}
+    config.generation = {name: value for name, value in said.items() if value is not None}
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
