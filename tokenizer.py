@@ -615,7 +615,7 @@ class Tokenizer:
             token = token.get("content")
         if not isinstance(token, str):
             return None
-        return (self.added | self.special).get(token)
+        return self.special.get(token, self.added.get(token))
 
     def _required(self, role):
         i = getattr(self, role + "_id")

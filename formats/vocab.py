@@ -155,6 +155,8 @@ def tokens_beside(config, added):
     named = [config.get(key) for key in ROLE_KEYS]
     for key in MORE_TOKENS:
         more = config.get(key) or []
+        if isinstance(more, str):  # its letters are no tokens
+            raise UserError(f"{key} is {more!r}, expected a list")
         named += more.values() if isinstance(more, dict) else more
     for token in filter(None, named):
         text = token["content"] if isinstance(token, dict) else token
@@ -225,6 +227,15 @@ def unsupported(what):
     return UserError(f"{what} is not supported")
 
 
+def ordinary_tokens(vocab, names):
+    """{text: id} of a file, without the special and added tokens `names`, whose ids must agree."""
+    ids = dict(vocab)
+    for text, i in names.items():
+        if ids.pop(text, i) != i:
+            raise UserError(f"{text!r} has two ids: {i} and {vocab[text]}")
+    return ids
+
+
 def read_bpe(vocab, merges, names, byte_level):
     """Tokens by text and merges by text -> (vocab, merges) as Tokenizer wants them.
 
@@ -232,10 +243,7 @@ def read_bpe(vocab, merges, names, byte_level):
     added tokens, which may be in `vocab` and are not in what is returned."""
     if len(merges) > LARGEST_ID:
         raise UserError(f"{len(merges):,} merges, more than {LARGEST_ID:,}")
-    ids = dict(vocab)
-    for text, i in names.items():
-        if ids.pop(text, i) != i:
-            raise UserError(f"{text!r} has two ids: {i} and {vocab[text]}")
+    ids = ordinary_tokens(vocab, names)
     by_ids = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -305,6 +313,10 @@ def from_json(content, beside=()):
     special, added = read_added(listed, normalizer + spaces)
     vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
     unknown = model.get("unk_token")
+    if kind == "pieces":  # bytes are used where there are any, one unknown token for a run else
+        option = "byte_fallback" if "<0x00>" in vocab else "fuse_unk"
+        if unknown and not model.get(option):
+            raise unsupported(f"model option {option} = {model.get(option)!r}")
     scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
     before, after = read_post_processor(content.get("post_processor"), special | added)
     return Tokenizer(
@@ -438,8 +450,7 @@ def tokenizer_file(tokenizer):
         content = json.loads(tokenizer.source)
         listed = content.get("added_tokens") or []
         known = {token["content"] for token in listed}
-        more = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
-        more = [token for token in more if token["content"] not in known]
+        more = [token for token in list_added(tokenizer) if token["content"] not in known]
         if not more:
             return tokenizer.source
         # HF takes ids from there
@@ -448,10 +459,14 @@ def tokenizer_file(tokenizer):
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def list_added(ids, special):
-    """{text: id} as a tokenizer.json lists added tokens."""
+def list_added(tokenizer):
+    """Its special and added tokens as a tokenizer.json lists them, by id."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [{"id": i, "content": name, **plain, "special": special} for name, i in ids.items()]
+    listed = []
+    for name, i in (tokenizer.special | tokenizer.added).items():
+        special = name in tokenizer.special
+        listed.append({"id": i, "content": name, **plain, "special": special})
+    return sorted(listed, key=lambda token: token["id"])
 
 
 def to_json(tokenizer):
@@ -463,7 +478,6 @@ def to_json(tokenizer):
     clash = set(names.values()) & set(spelled.values())
     if clash:
         raise UserError(f"the file would have two tokens spelled {clash.pop()!r}, one special")
-    added = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
     pieces = tokenizer.kind == "pieces"
     pairs = sorted(tokenizer.merges, key=tokenizer.merges.get)
     model = {
@@ -478,7 +492,7 @@ def to_json(tokenizer):
     }
     return {
         "version": "1.0",
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "added_tokens": list_added(tokenizer),
         **text_steps(tokenizer),
         "post_processor": post_processor(tokenizer, names),
         "model": model,
@@ -588,38 +602,37 @@ def from_ranks(path, data, pattern, tokens):
         token, rank = line.split()
         ranked.append((base64.b64decode(token, validate=True), int(rank)))
     added = read_added(join_added([], tokens, dict(ranked), ()))
-    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added, before=())
+    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added)
 
 
 def from_tekken(content):
     """tekken.json: ids are ranks after the special tokens; only the first of the ranks are used."""
     config = content["config"]
     n_special = config["default_num_special_tokens"]
-    listed = sorted(content.get("special_tokens") or [], key=lambda token: token["rank"])
-    names = [token["token_str"] for token in listed] or TEKKEN_SPECIAL
-    unnamed = range(len(names), min(n_special, LARGEST_ID))
-    names = [*names, *(f"<SPECIAL_{i}>" for i in unnamed)]
-    special = {name: i for i, name in enumerate(names)}
-    if len(special) != n_special:
+    listed = content.get("special_tokens") or []
+    named = {token["rank"]: token["token_str"] for token in listed}
+    named = named or dict(enumerate(TEKKEN_SPECIAL))
+    ids = range(min(n_special, LARGEST_ID))
+    special = {named.get(i, f"<SPECIAL_{i}>"): i for i in ids}
+    if len(special) != n_special or named.keys() - ids:
         raise UserError(f"{len(special)} special tokens, it should have {n_special}")
     ranked = sorted(content["vocab"], key=lambda token: token["rank"])
     tokens = []
     for token in ranked[: config["default_vocab_size"] - n_special]:
         tokens.append((base64.b64decode(token["token_bytes"]), token["rank"] + n_special))
-    before = (special["<s>"],) if "<s>" in special else ()
-    return rank_tokenizer(tokens, config["pattern"], special, before=before)
+    tokenizer = rank_tokenizer(tokens, config["pattern"], special, {})
+    if "<s>" in special:
+        tokenizer.before = (special["<s>"],)
+    return tokenizer
 
 
-def rank_tokenizer(tokens, pattern, special, added=(), **options):
-    """tokens [(bytes, id)]"""
+def rank_tokenizer(tokens, pattern, special, added):
+    """tokens [(bytes, id)]; nothing goes round a prompt."""
     vocab = dict(tokens)
     missing = {bytes([b]) for b in range(256)} - vocab.keys()
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
-    split = [pattern]
-    return Tokenizer(
-        "bytes", vocab, None, split, special, dict(added), whole_chunks=True, **options
-    )
+    return Tokenizer("bytes", vocab, None, [pattern], special, added, whole_chunks=True, before=())
 
 
 # ---- SentencePiece's file.
@@ -633,25 +646,25 @@ def from_sentencepiece(path, beside):
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"it is no vocabulary file that is known: {str(error)[:100]}") from None
-    special, vocab = {}, {}
-    if sp.get_piece_size() > LARGEST_ID:
-        raise UserError(f"{sp.get_piece_size():,} tokens, more than {LARGEST_ID:,}")
-    for i in range(sp.get_piece_size()):
+    size = sp.get_piece_size()
+    if size > LARGEST_ID:
+        raise UserError(f"{size:,} tokens, more than {LARGEST_ID:,}")
+    pieces, special = {}, {}
+    for i in range(size):
+        piece = sp.id_to_piece(i)
+        if not sp.is_unused(i):
+            pieces[piece] = i
         if sp.is_control(i) or sp.is_unknown(i):
-            special[sp.id_to_piece(i)] = i
-        elif not sp.is_unused(i):
-            vocab[sp.id_to_piece(i)] = i
-    own, added = read_added(join_added([], beside.tokens, vocab | special, ()))
-    for text, i in (own | added).items():
-        if (vocab | special).get(text, i) != i:
-            raise UserError(f"{text!r} has two ids: {i} and {(vocab | special)[text]}")
-        vocab.pop(text, None)
+            special[piece] = i
+    own, added = read_added(join_added([], beside.tokens, pieces, ()))
+    special |= own
+    vocab = ordinary_tokens(pieces, special | added)
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
     tokenizer = Tokenizer(
         "pieces",
         vocab,
-        merges_by_score(vocab, list(map(sp.get_score, range(sp.get_piece_size())))),
-        special=special | own,
+        merges_by_score(vocab, list(map(sp.get_score, range(size)))),
+        special=special,
         normalizer=space_steps(prefix),
         strip_space=prefix,
         unknown=sp.unk_id(),
