@@ -249,10 +249,11 @@ def sliding_from_dict(d, where):
     kind = d["model_type"]
     if kind == "llama":
         return None, ()
+    d = {"sliding_window": 4096} | d  # null is no window, and not the default
+    if d["sliding_window"] is None:
+        return None, ()
+    window = read_value(d, "sliding_window", where, 1 << 24)
     layers = tuple(range(d["num_hidden_layers"]))
-    window = d.get("sliding_window", 4096)
-    if window is not None:
-        window = read_value(d, "sliding_window", where, 1 << 24, 4096)
     if kind == "mistral":
         sliding = layers
     elif not read_value(d, "use_sliding_window", where, bool):
@@ -265,7 +266,7 @@ def sliding_from_dict(d, where):
         sliding = tuple(i for i in layers if kinds[i] == "sliding_attention")
     else:
         sliding = layers[read_value(d, "max_window_layers", where, int, 28) :]
-    return (window, sliding) if window and sliding else (None, ())
+    return (window, sliding) if sliding else (None, ())
 
 
 def config_to_dict(config):
