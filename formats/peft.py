@@ -26,6 +26,8 @@ PLAIN: dict = {
     "peft_type": ["LORA"],
     "bias": ["none", None],
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
+    "use_rslora": [True, False, None],
+    "use_dora": [True, False, None],
     **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
 }
 # The types of the numbers in SETTINGS, and the most that they may be.
