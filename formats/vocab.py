@@ -49,7 +49,7 @@ MERGES_CLASSES = {
     "Qwen2Tokenizer": ("qwen2", [("unicode", "NFC")], ("eos_token", "unk_token", "pad_token")),
 }
 CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
-ANY_CLASS = ("", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+ANY_CLASS = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 # What tokenizer_config.json may hold: special tokens, what is applied besides, and what says
 # nothing about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes).
 # Any other key is named in a warning.
@@ -129,7 +129,7 @@ def read_beside(folder):
     own = files["tokenizer_config"]
     said = own.get("tokenizer_class") or ""
     kind = said.removesuffix("Fast")
-    if said in ANY_CLASS:
+    if not said or said in ANY_CLASS:
         kind = CLASS_OF_MODEL.get(files["config"].get("model_type"), "")
     config = files["special_tokens_map"] | own
     unknown = config.keys() - KNOWN_KEYS
@@ -137,7 +137,7 @@ def read_beside(folder):
         if isinstance(token, dict) and "content" in token:
             unknown |= token.keys() - TOKEN_KEYS
     warn_of_unknown(unknown, folder / "tokenizer_config.json")
-    if kind in MERGES_CLASSES and said not in ANY_CLASS[1:]:
+    if kind in MERGES_CLASSES and said not in ANY_CLASS:
         config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
     jinja = folder / "chat_template.jinja"  # where newer folders keep it
     if jinja.is_file():
@@ -414,6 +414,9 @@ def read_post_processor(part, ids):
         if step["type"] == "TemplateProcessing":
             names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
             at = names.index(None)  # there is the text
+            for name in names[:at] + names[at + 1 :]:
+                if step["special_tokens"][name]["ids"] != [ids[name]]:
+                    raise unsupported(f"{name!r} round a prompt with other ids than its own")
             before += [ids[name] for name in names[:at]]
             after += [ids[name] for name in names[at + 1 :]]
         elif step["type"] != "ByteLevel":  # that one is about offsets

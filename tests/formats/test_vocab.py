@@ -208,6 +208,13 @@ def test_special_tokens_of_tekken_have_the_ids_of_their_ranks(tmp_path):
     assert tok.encode_prompt("a") == [1, 6 + ord("a")]
 
 
+def test_a_token_round_a_prompt_that_has_another_id_there_is_refused(tmp_path):
+    files = with_bos()
+    files["tokenizer"]["post_processor"]["special_tokens"]["<BOS>"]["ids"] = [3]
+    with pytest.raises(UserError, match="'<BOS>' round a prompt with other ids"):
+        Tokenizer.load(write(tmp_path, **files))
+
+
 def test_an_unknown_post_processor_is_refused(tmp_path):
     files = with_bos()
     files["tokenizer"]["post_processor"] = {"type": "BertProcessing"}
