@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import UserError, cli, model_name, naming, parse_flags, warn, write_atomic
-from formats.hub import GPT2_KEYS, two_columns
+from formats.hub import GPT2_KEYS, LLAMA_KEYS, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -361,7 +361,7 @@ class PackedLinear(QuantLinear):
 
     def groups(self):
         """As GroupLinear's; w = scale * (code - zero), up to float32's rounding."""
-        kind, rows = BLOCK_TYPES[self.format], self.out_features
+        kind = BLOCK_TYPES[self.format]
         codes, scale, low = split_blocks(self.data.reshape(-1, kind.bytes), kind)
         zero = torch.full_like(scale, kind.zero)
         if low is not None:
@@ -370,7 +370,7 @@ class PackedLinear(QuantLinear):
             codes = codes.masked_fill(flat[:, :, None], 0)
             scale = torch.where(flat, low, scale)
             zero = torch.where(scale == 0, 0.0, low / scale)
-        by_row = (part.reshape(rows, -1) for part in (codes, scale, zero))
+        by_row = (part.reshape(self.out_features, -1) for part in (codes, scale, zero))
         return (*by_row, codes.size(2), None, 4 if sum(kind.bits) <= 4 else 8)
 
 
@@ -449,9 +449,10 @@ def type_in_mix(name, shape, mix, config):
     part = name.split(".")[-2]
     if part == ("token_embd" if config.tie_word_embeddings else "output"):
         return "Q8_0" if kind == "Q8_0" else "Q6_K"
-    if mix in ("q4_k_m", "q5_k_m") and part in ("attn_v", "attn_qkv", "ffn_down"):
+    if mix.endswith("_k_m") and part in ("attn_v", "attn_qkv", "ffn_down"):
         # the first and last eighth of the layers, and every third between, get more bits
-        layer, layers = int(name.split(".")[1]), config.num_hidden_layers
+        layer = int(name.split(".")[1])
+        layers = config.num_hidden_layers
         between = range(layers // 8, 7 * layers // 8)
         if layer not in between or between.index(layer) % 3 == 2:
             return "Q6_K"
@@ -495,7 +496,9 @@ def norm_key(arch):
 def shape_metadata(config):
     """Config -> {key: value}. UserError for what llama.cpp cannot run."""
     arch = gguf_architecture(config)
-    heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
+    heads = config.num_attention_heads
+    head_dim = config.head_dim
+    channels = config.hidden_size
     if arch == "qwen2" and heads * head_dim != channels:
         raise UserError(f"llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels")
     meta = {key: getattr(config, field) for key, field in SHAPE_KEYS.items()}
@@ -556,8 +559,8 @@ def read_config(meta, tensors):
             f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
     get = metadata_reader(meta, arch)
-    channels, heads = get("embedding_length", 0), get("attention.head_count", 0, int)
-    head_dim = get("attention.key_length", channels // max(1, heads))
+    heads = get("attention.head_count", 0, int)
+    head_dim = get("attention.key_length", get("embedding_length", 0) // max(1, heads))
     sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
     if get("expert_count", 0) or sizes != {head_dim}:
         raise UserError(
@@ -572,7 +575,7 @@ def read_config(meta, tensors):
             f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
             "must be above 0, the scaling Llama 3's"
         )
-    words = GPT2_KEYS if arch == "gpt2" else {}
+    words = GPT2_KEYS if arch == "gpt2" else LLAMA_KEYS
     shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
     shape |= {
         "model_type": arch,
@@ -580,7 +583,7 @@ def read_config(meta, tensors):
         "tie_word_embeddings": "output.weight" not in tensors,
         "head_dim": head_dim,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        words.get("norm_eps", "rms_norm_eps"): get(norm_key(arch), 1e-5),
+        words["norm_eps"]: get(norm_key(arch), 1e-5),
         "rope_theta": theta,
     }
     config = Config.from_dict(shape, arch)
@@ -760,9 +763,7 @@ def read_vocabulary(get):
     tok.chat_template = get("chat_template", None, str)
     # llama.cpp's own defaults are SentencePiece's, and those of Llama 3's and Mistral's files
     add_bos = get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool)
-    tok.before = (tok.bos_id,) if add_bos and tok.bos_id is not None else ()
-    if get("ggml.add_eos_token", False, bool) and tok.eos_id is not None:
-        tok.after = (tok.eos_id,)
+    tok.set_prompt_ends(add_bos, get("ggml.add_eos_token", False, bool))
     return tok
 
 
@@ -800,8 +801,9 @@ def read_pieces_tokenizer(get, vocab, **options):
     if len(scores) <= max(vocab.values(), default=0) or not all(map(math.isfinite, scores)):
         raise UserError(f"{len(scores):,} scores, too few for the tokens, or some are no numbers")
     prefix = get("ggml.add_space_prefix", True, bool)
-    merges, steps = merges_by_score(vocab, scores), space_steps(prefix)
-    return Tokenizer("pieces", vocab, merges, normalizer=steps, strip_space=prefix, **options)
+    merges = merges_by_score(vocab, scores)
+    options["normalizer"] = space_steps(prefix)
+    return Tokenizer("pieces", vocab, merges, strip_space=prefix, **options)
 
 
 # ---- The container.
@@ -928,7 +930,8 @@ def open_gguf(path):
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
                 f"unknown type {UNREAD_TYPES.get(number, number)}"
             )
-        begin, nbytes = start + offset, kind.size(shape)
+        begin = start + offset
+        nbytes = kind.size(shape)
         if offset % alignment or begin < end or begin + nbytes > size:
             refuse(
                 f"tensor {name[:80]!r} with {nbytes:,} bytes at {begin:,} overlaps another or "
@@ -979,7 +982,8 @@ def write_container(path, meta, plan):
     header += [text_bytes(key) + value_bytes(value) for key, value in meta.items()]
     offset = 0
     for tensor in plan:
-        dims, number = tensor.shape[::-1], BLOCK_TYPES[tensor.type].number
+        dims = tensor.shape[::-1]
+        number = BLOCK_TYPES[tensor.type].number
         info = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)
         header.append(text_bytes(tensor.name) + info)
         offset += -(-tensor.size // ALIGNMENT) * ALIGNMENT
@@ -1164,8 +1168,8 @@ def show_gguf(path):
     for key, value in meta.items():
         print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
     for name, tensor in tensors.items():
-        weights, size = math.prod(tensor.shape), tensor.data.numel()
-        print(f"{name} {tensor.type} {tensor.shape} {8 * size / weights:.2f} bits a weight")
+        bits = 8 * tensor.data.numel() / math.prod(tensor.shape)
+        print(f"{name} {tensor.type} {tensor.shape} {bits:.2f} bits a weight")
 
 
 def main():

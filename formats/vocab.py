@@ -192,9 +192,7 @@ def add_ends(tokenizer, beside):
     """add_bos_token and add_eos_token go before what the vocabulary's file puts round a prompt."""
     flags = [beside.flag("add_bos_token"), beside.flag("add_eos_token")]
     if flags != [None, None]:
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        tokenizer.before = (bos,) if flags[0] and bos is not None else ()
-        tokenizer.after = (eos,) if flags[1] and eos is not None else ()
+        tokenizer.set_prompt_ends(*flags)
     space = beside.flag("add_prefix_space")
     added = any(kind == "prepend" for kind, *_ in tokenizer.normalizer)
     if space is not None and space != added:
@@ -376,7 +374,8 @@ def read_normalizer(step):
 
 def read_pre_tokenizer(part):
     """-> (patterns to split by in turn, what is done to spaces before, whether it is byte-level)"""
-    patterns, spaces = [], []
+    patterns = []
+    spaces = []
     byte_level = False
     for step in flat_steps(part, "pretokenizers"):
         kind = step["type"]
@@ -409,7 +408,8 @@ def read_pre_tokenizer(part):
 
 def read_post_processor(part, ids):
     """-> (ids put before a prompt, ids put after it); ids {text: id} of special and added tokens"""
-    before, after = [], []
+    before = []
+    after = []
     for step in flat_steps(part, "processors"):
         if step["type"] == "TemplateProcessing":
             names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
@@ -428,7 +428,8 @@ def read_added(tokens, normalizer=()):
     """-> (special {text: id}, other added tokens {text: id}).
 
     How a special token would be matched does not matter, since it is never matched in text."""
-    special, added = {}, {}
+    special = {}
+    added = {}
     if len(tokens) > MOST_NAMED:
         raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
@@ -652,7 +653,8 @@ def from_sentencepiece(path, beside):
     size = sp.get_piece_size()
     if size > LARGEST_ID:
         raise UserError(f"{size:,} tokens, more than {LARGEST_ID:,}")
-    pieces, special = {}, {}
+    pieces = {}
+    special = {}
     for i in range(size):
         piece = sp.id_to_piece(i)
         if not sp.is_unused(i):
