@@ -67,7 +67,8 @@ def write_gptq(layer, name, version):
     groups = torch.arange(layer.in_features, device=codes.device) // size
     if order is not None:
         back = order.argsort()
-        codes, groups = codes[:, back], groups[back]
+        codes = codes[:, back]
+        groups = groups[back]
     if version == "gptq":
         zeros = zeros - 1
     return {
@@ -211,7 +212,8 @@ def check_config(config, where):
             return own
     elif method != "gptq":
         version = own.get("format") or own.get("fmt") or own.get("version") or own.get("bits")
-    bits, group = config.get("bits"), config["group_size"]
+    bits = config.get("bits")
+    group = config["group_size"]
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
             f"{where}: weights quantized as {method!r} ({version}) are not supported; "
@@ -234,7 +236,8 @@ def expect_packed(model, config, files):
     """
     gptq = config["quant_method"] == "gptq"
     mark = "qweight" if gptq else f"weight.{NF4_MARK}"
-    state, packed = model.state_dict(), {}
+    state = model.state_dict()
+    packed = {}
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
@@ -243,10 +246,12 @@ def expect_packed(model, config, files):
         all_packed = gptq and model.config.is_gpt2 and name != "lm_head"
         if not all_packed and f"{there}.{mark}" not in files:
             continue
-        N, K = packed[name] = tuple(linear.weight.shape)
+        N, K = linear.weight.shape
+        packed[name] = (N, K)
         del state[f"{name}.weight"]
         if gptq:
-            bits, group = config["bits"], config["group_size"]
+            bits = config["bits"]
+            group = config["group_size"]
             G = 1 if group == -1 else -(-K // group)
             shapes = {
                 "qweight": (-(-K // 32) * bits, N),

@@ -201,7 +201,9 @@ def write_layers(folder, model, settings, layers, base_hash=None):
     of other rank or scale go into the patterns."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, ranks, alphas = {}, {}, {}
+    tensors = {}
+    ranks = {}
+    alphas = {}
     for name, (A, B, scale, magnitude) in layers.items():
         module = folder_module(name)
         key = f"base_model.model.{module}.lora_"
