@@ -145,8 +145,7 @@ class Engine:
         self.vocab_size = self.config.vocab_size
         if self.tok:
             self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
-        eos = self.config.eos_token_id  # one, a list or None
-        self.eos = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        self.eos = frozenset(self.config.end_ids)
         said = self.config.generation
         self.sampling_defaults = {k: said[k] for k in SAMPLING_KEYS if said.get(k) is not None}
         Sampling(**self.sampling_defaults).check(self.vocab_size)

@@ -49,6 +49,12 @@ class Config:
     dropout: float = 0.0  # a matter of training: not part of the folder
 
     @property
+    def end_ids(self):
+        """The ids that end a text, as a list whatever eos_token_id is."""
+        ends = self.eos_token_id
+        return [i for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
+
+    @property
     def is_gpt2(self):
         """LayerNorm, learned positions and a GELU MLP; the others have RMSNorm, RoPE and SwiGLU."""
         return self.model_type == "gpt2"
@@ -453,7 +459,6 @@ class Transformer(nn.Module):
             raise UserError("the prompt has no tokens; give at least one character")
         c = self.config
         context = c.max_position_embeddings
-        ends = c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id]
         device = self.embed_tokens.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         ids = list(ids)
@@ -467,7 +472,7 @@ class Transformer(nn.Module):
             hidden = self.hidden(torch.tensor([unread], device=device), caches=caches)  # (1, T, C)
             logits = self.lm_head(hidden[0, -1]).float()  # (V,): of the last position only
             token = draw(logits[:vocab_size], temperature, top_k, generator)
-            if token in ends:
+            if token in c.end_ids:
                 return
             yield token
             ids.append(token)

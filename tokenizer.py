@@ -380,6 +380,11 @@ class Tokenizer:
             before = (self.bos_id,) if wanted and self.bos_id is not None else ()
         return before, self.after
 
+    def set_prompt_ends(self, bos, eos):
+        """Whether a prompt begins with bos and ends with eos, where there are such tokens."""
+        self.before = (self.bos_id,) if bos and self.bos_id is not None else ()
+        self.after = (self.eos_id,) if eos and self.eos_id is not None else ()
+
     def encode_prompt(self, text):
         """A prompt that is no conversation -> ids, with what the tokenizer's files put round it."""
         before, after = self.prompt_ends()
@@ -615,7 +620,7 @@ class Tokenizer:
             token = token.get("content")
         if not isinstance(token, str):
             return None
-        return (self.added | self.special).get(token)
+        return self.special.get(token, self.added.get(token))
 
     def _required(self, role):
         i = getattr(self, role + "_id")

@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import UserError, cli, model_name, naming, parse_flags, warn, write_atomic
-from formats.hub import GPT2_KEYS
+from formats.hub import GPT2_KEYS, LLAMA_KEYS, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -361,7 +361,7 @@ class PackedLinear(QuantLinear):
 
     def groups(self):
         """As GroupLinear's; w = scale * (code - zero), up to float32's rounding."""
-        kind, rows = BLOCK_TYPES[self.format], self.out_features
+        kind = BLOCK_TYPES[self.format]
         codes, scale, low = split_blocks(self.data.reshape(-1, kind.bytes), kind)
         zero = torch.full_like(scale, kind.zero)
         if low is not None:
@@ -370,16 +370,11 @@ class PackedLinear(QuantLinear):
             codes = codes.masked_fill(flat[:, :, None], 0)
             scale = torch.where(flat, low, scale)
             zero = torch.where(scale == 0, 0.0, low / scale)
-        by_row = (part.reshape(rows, -1) for part in (codes, scale, zero))
+        by_row = (part.reshape(self.out_features, -1) for part in (codes, scale, zero))
         return (*by_row, codes.size(2), None, 4 if sum(kind.bits) <= 4 else 8)
 
 
 # ---- Names, types and order of the tensors.
-
-
-def two_columns(text):
-    """A table of words -> {first: second}"""
-    return dict(line.split() for line in text.strip().splitlines())
 
 
 GGUF_NAMES = two_columns("""
@@ -454,9 +449,10 @@ def type_in_mix(name, shape, mix, config):
     part = name.split(".")[-2]
     if part == ("token_embd" if config.tie_word_embeddings else "output"):
         return "Q8_0" if kind == "Q8_0" else "Q6_K"
-    if mix in ("q4_k_m", "q5_k_m") and part in ("attn_v", "attn_qkv", "ffn_down"):
+    if mix.endswith("_k_m") and part in ("attn_v", "attn_qkv", "ffn_down"):
         # the first and last eighth of the layers, and every third between, get more bits
-        layer, layers = int(name.split(".")[1]), config.num_hidden_layers
+        layer = int(name.split(".")[1])
+        layers = config.num_hidden_layers
         between = range(layers // 8, 7 * layers // 8)
         if layer not in between or between.index(layer) % 3 == 2:
             return "Q6_K"
@@ -498,9 +494,11 @@ def norm_key(arch):
 
 
 def shape_metadata(config):
-    """Config -> ({key: value}, rope_freqs or None). UserError for what llama.cpp cannot run."""
+    """Config -> {key: value}. UserError for what llama.cpp cannot run."""
     arch = gguf_architecture(config)
-    heads, head_dim, channels = config.num_attention_heads, config.head_dim, config.hidden_size
+    heads = config.num_attention_heads
+    head_dim = config.head_dim
+    channels = config.hidden_size
     if arch == "qwen2" and heads * head_dim != channels:
         raise UserError(f"llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels")
     meta = {key: getattr(config, field) for key, field in SHAPE_KEYS.items()}
@@ -512,7 +510,6 @@ def shape_metadata(config):
             f"llama.cpp's {arch} has no sliding window; the context ends where it would begin to "
             f"matter, at {config.sliding_window:,} tokens"
         )
-    freqs = None
     if not config.is_gpt2:
         kind = config.rope["rope_type"]
         meta["rope.dimension_count"] = head_dim
@@ -520,13 +517,12 @@ def shape_metadata(config):
         if kind == "llama3" and arch == "llama":
             original = config.rope["original_max_position_embeddings"]
             meta["rope.scaling.original_context_length"] = int(original)
-            freqs = slowed_down(head_dim, config.rope)
         elif kind != "default":
             raise UserError(
                 f"{arch} with rope scaling {kind!r} cannot be written; Llama 3's can, and "
                 "only in Llama models"
             )
-    return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}, freqs
+    return {"general.architecture": arch} | {f"{arch}.{key}": meta[key] for key in meta}
 
 
 def slowed_down(head_dim, rope):
@@ -537,16 +533,15 @@ def slowed_down(head_dim, rope):
 
 
 def metadata_reader(values, prefix):
-    """get(key, default, types) of untrusted values; numbers are finite and from 0 to 2^31."""
+    """get(key, default, types) of untrusted values; numbers are from 0 to 2^31, or 1e12 if float
+    (published rope_theta go up to 5e10)."""
 
     def get(key, default=None, types=(int, float)):
         value = values.get(f"{prefix}.{key}")
         if value is None:
             return default
-        sane = isinstance(value, types)
-        if isinstance(value, (int, float)):
-            sane = sane and 0 <= value < 1 << 31  # not true of nan
-        if not sane:
+        most = {int: 1 << 31, float: 1e12}.get(type(value))
+        if not isinstance(value, types) or most and not 0 <= value < most:  # so is not nan
             raise UserError(f"{prefix}.{key} is {str(value)[:40]}, which makes no sense")
         if isinstance(value, float):
             return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
@@ -564,8 +559,8 @@ def read_config(meta, tensors):
             f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
     get = metadata_reader(meta, arch)
-    channels, heads = get("embedding_length", 0), get("attention.head_count", 0, int)
-    head_dim = get("attention.key_length", channels // max(1, heads))
+    heads = get("attention.head_count", 0, int)
+    head_dim = get("attention.key_length", get("embedding_length", 0) // max(1, heads))
     sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
     if get("expert_count", 0) or sizes != {head_dim}:
         raise UserError(
@@ -580,7 +575,7 @@ def read_config(meta, tensors):
             f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
             "must be above 0, the scaling Llama 3's"
         )
-    words = GPT2_KEYS if arch == "gpt2" else {}
+    words = GPT2_KEYS if arch == "gpt2" else LLAMA_KEYS
     shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
     shape |= {
         "model_type": arch,
@@ -588,7 +583,7 @@ def read_config(meta, tensors):
         "tie_word_embeddings": "output.weight" not in tensors,
         "head_dim": head_dim,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        words.get("norm_eps", "rms_norm_eps"): get(norm_key(arch), 1e-5),
+        words["norm_eps"]: get(norm_key(arch), 1e-5),
         "rope_theta": theta,
     }
     config = Config.from_dict(shape, arch)
@@ -730,8 +725,8 @@ def pieces_metadata(tok, rows):
 
 def special_metadata(tok, config):
     """Which ids begin and end a text, and whether a beginning is put before every prompt."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [i for i in dict.fromkeys([tok.eos_id, *ends]) if i is not None]
+    ends = dict.fromkeys([tok.eos_id, *config.end_ids])
+    ends.pop(None, None)
     meta = dict(zip(END_KEYS, ends))
     # A tokenizer without a beginning has its end do that work, as GPT-2 does.
     bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
@@ -768,9 +763,7 @@ def read_vocabulary(get):
     tok.chat_template = get("chat_template", None, str)
     # llama.cpp's own defaults are SentencePiece's, and those of Llama 3's and Mistral's files
     add_bos = get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool)
-    tok.before = (tok.bos_id,) if add_bos and tok.bos_id is not None else ()
-    if get("ggml.add_eos_token", False, bool) and tok.eos_id is not None:
-        tok.after = (tok.eos_id,)
+    tok.set_prompt_ends(add_bos, get("ggml.add_eos_token", False, bool))
     return tok
 
 
@@ -808,8 +801,9 @@ def read_pieces_tokenizer(get, vocab, **options):
     if len(scores) <= max(vocab.values(), default=0) or not all(map(math.isfinite, scores)):
         raise UserError(f"{len(scores):,} scores, too few for the tokens, or some are no numbers")
     prefix = get("ggml.add_space_prefix", True, bool)
-    merges, steps = merges_by_score(vocab, scores), space_steps(prefix)
-    return Tokenizer("pieces", vocab, merges, normalizer=steps, strip_space=prefix, **options)
+    merges = merges_by_score(vocab, scores)
+    options["normalizer"] = space_steps(prefix)
+    return Tokenizer("pieces", vocab, merges, strip_space=prefix, **options)
 
 
 # ---- The container.
@@ -936,7 +930,8 @@ def open_gguf(path):
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
                 f"unknown type {UNREAD_TYPES.get(number, number)}"
             )
-        begin, nbytes = start + offset, kind.size(shape)
+        begin = start + offset
+        nbytes = kind.size(shape)
         if offset % alignment or begin < end or begin + nbytes > size:
             refuse(
                 f"tensor {name[:80]!r} with {nbytes:,} bytes at {begin:,} overlaps another or "
@@ -962,9 +957,8 @@ def open_parts(path):
     missing = [part.name for part in parts if not part.is_file()]
     if missing or count > MOST_PARTS:
         raise UserError(f"one of {count:,} parts, which lacks beside it {', '.join(missing[:4])}")
-    meta, _ = open_gguf(parts[0])
-    tensors = {}
-    for part in parts:
+    meta, tensors = open_gguf(parts[0])
+    for part in parts[1:]:
         tensors |= open_gguf(part)[1]
     return meta, tensors
 
@@ -988,7 +982,8 @@ def write_container(path, meta, plan):
     header += [text_bytes(key) + value_bytes(value) for key, value in meta.items()]
     offset = 0
     for tensor in plan:
-        dims, number = tensor.shape[::-1], BLOCK_TYPES[tensor.type].number
+        dims = tensor.shape[::-1]
+        number = BLOCK_TYPES[tensor.type].number
         info = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)
         header.append(text_bytes(tensor.name) + info)
         offset += -(-tensor.size // ALIGNMENT) * ALIGNMENT
@@ -1023,8 +1018,7 @@ def write(folder, path, mix):
         raise UserError(f"{folder} is quantized already ({method}); start from the original model")
     tok = Tokenizer.load(folder)
     with naming(folder):
-        meta, freqs = shape_metadata(config)
-        meta |= tokenizer_metadata(tok, config)
+        meta = shape_metadata(config) | tokenizer_metadata(tok, config)
     meta["general.name"] = model_name(folder)
     for key, name in SAMPLING_NAMES.items():
         if config.generation.get(name) is not None:
@@ -1034,9 +1028,9 @@ def write(folder, path, mix):
     plan = []
     for name, parts in by_gguf_name(model.state_dict(), config).items():
         plan.append(plan_tensor(name, list(parts.values()), mix, config))
-    if freqs is not None:
-        make = as_bytes(freqs, torch.float32).numpy
-        plan.append(PlannedTensor("rope_freqs.weight", "F32", tuple(freqs.shape), make))
+    if config.rope.get("rope_type") == "llama3":
+        freqs = slowed_down(config.head_dim, config.rope)
+        plan.append(PlannedTensor("rope_freqs.weight", "F32", freqs.shape, freqs.numpy))
     write_container(path, meta, plan)
     sizes = Counter()
     for tensor in plan:
@@ -1077,9 +1071,8 @@ def read_gguf(path):
         state = by_our_names(tensors, config)
         ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
         sampling = metadata_reader(meta, "general.sampling")
-        for key, name in SAMPLING_NAMES.items():
-            if sampling(key) is not None:
-                config.generation[name] = sampling(key)
+        said = {name: sampling(key) for key, name in SAMPLING_NAMES.items()}
+    config.generation = {name: value for name, value in said.items() if value is not None}
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
@@ -1175,8 +1168,8 @@ def show_gguf(path):
     for key, value in meta.items():
         print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
     for name, tensor in tensors.items():
-        weights, size = math.prod(tensor.shape), tensor.data.numel()
-        print(f"{name} {tensor.type} {tensor.shape} {8 * size / weights:.2f} bits a weight")
+        bits = 8 * tensor.data.numel() / math.prod(tensor.shape)
+        print(f"{name} {tensor.type} {tensor.shape} {bits:.2f} bits a weight")
 
 
 def main():

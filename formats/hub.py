@@ -16,13 +16,19 @@ from common import UserError, naming, read_json, warn, warn_of_unknown, write_js
 from model import Config, Transformer
 from runtime import DTYPES, write_tensors
 
-HF_CLASSES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+
+def two_columns(text):
+    """A table of words -> {first: second}"""
+    return dict(line.split() for line in text.strip().splitlines())
+
+
+HF_CLASSES = two_columns("""
+    gpt2     GPT2LMHeadModel
+    llama    LlamaForCausalLM
+    mistral  MistralForCausalLM
+    qwen2    Qwen2ForCausalLM
+    qwen3    Qwen3ForCausalLM
+""")
 ROPE_TYPES = "default linear llama3 yarn".split()
 ROPE_KEYS = """rope_type type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
     original_max_position_embeddings truncate mscale mscale_all_dim attention_factor
@@ -46,16 +52,14 @@ CONFIG_FIELDS = {
 }
 # Their names in the file, where these differ.
 LLAMA_KEYS = {"norm_eps": "rms_norm_eps"}
-GPT2_KEYS = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-}
-
-
+GPT2_KEYS = two_columns("""
+    hidden_size              n_embd
+    intermediate_size        n_inner
+    num_hidden_layers        n_layer
+    num_attention_heads      n_head
+    max_position_embeddings  n_positions
+    norm_eps                 layer_norm_epsilon
+""")
 # What else is read below, for one family or both.
 APPLIED_KEYS = {
     "gpt": ["activation_function"],
@@ -143,11 +147,11 @@ def gpt2_config(d, where):
     if activation != "gelu_new":
         raise UserError(f"{where}: activation {activation!r} is not supported, only gelu_new")
     C = read_value(d, "n_embd", where, 1 << 24)
-    H = read_value(d, "n_head", where, 4096)
-    if C % H:
-        raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
     defaults = {"intermediate_size": 4 * C, "norm_eps": 1e-5, "tie_word_embeddings": True}
     fields = read_fields(d, GPT2_KEYS, defaults, where)
+    H = fields["num_attention_heads"]
+    if C % H:
+        raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
     fields |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
     return Config(**fields, num_key_value_heads=H, head_dim=C // H, rope={})
 
@@ -204,11 +208,12 @@ def read_value(d, key, where, kind, default=None):
         expected = f"an integer from 1 to {kind:,}"
     elif value is None:
         return None
-    elif kind is float:
-        if type(value) in (int, float) and 0 <= value < 1e12:
+    elif kind in (int, float):
+        most = 1 << 31 if kind is int else 1e12  # published rope_theta go up to 5e10
+        if type(value) in (int, kind) and 0 <= value < most:
             return value
-        expected = "a number that is not negative"
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        expected = f"{'int' if kind is int else 'a number'} from 0 to {most:,.0f}"
+    elif isinstance(value, kind):
         return value
     else:
         expected = getattr(kind, "__name__", "an id or a list of ids")
@@ -244,10 +249,11 @@ def sliding_from_dict(d, where):
     kind = d["model_type"]
     if kind == "llama":
         return None, ()
+    d = {"sliding_window": 4096} | d  # null is no window, and not the default
+    if d["sliding_window"] is None:
+        return None, ()
+    window = read_value(d, "sliding_window", where, 1 << 24)
     layers = tuple(range(d["num_hidden_layers"]))
-    window = d.get("sliding_window", 4096)
-    if window is not None:
-        window = read_value(d, "sliding_window", where, 1 << 24, 4096)
     if kind == "mistral":
         sliding = layers
     elif not read_value(d, "use_sliding_window", where, bool):
@@ -260,7 +266,7 @@ def sliding_from_dict(d, where):
         sliding = tuple(i for i in layers if kinds[i] == "sliding_attention")
     else:
         sliding = layers[read_value(d, "max_window_layers", where, int, 28) :]
-    return (window, sliding) if window and sliding else (None, ())
+    return (window, sliding) if sliding else (None, ())
 
 
 def config_to_dict(config):
@@ -294,19 +300,19 @@ def config_to_dict(config):
 # ------------------------------------------------------------------------------------ tensor names
 # Ours are Llama's without the leading "model.". GPT-2's folder has its own names, its matrices
 # transposed (Conv1D) and the three attention inputs in one.
-GPT2_NAMES = {
-    "embed_tokens": "wte",
-    "embed_positions": "wpe",
-    "norm": "ln_f",
-    "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2",
-    "self_attn.q_proj": "attn.c_attn",
-    "self_attn.k_proj": "attn.c_attn",
-    "self_attn.v_proj": "attn.c_attn",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
+GPT2_NAMES = two_columns("""
+    embed_tokens              wte
+    embed_positions           wpe
+    norm                      ln_f
+    input_layernorm           ln_1
+    post_attention_layernorm  ln_2
+    self_attn.q_proj          attn.c_attn
+    self_attn.k_proj          attn.c_attn
+    self_attn.v_proj          attn.c_attn
+    self_attn.o_proj          attn.c_proj
+    mlp.up_proj               mlp.c_fc
+    mlp.down_proj             mlp.c_proj
+""")
 # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
 TENSOR_NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")
 

@@ -18,13 +18,13 @@ from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
 NF4_MARK = "quant_state.bitsandbytes__nf4"
 # Of quantization_config: what is applied, and what tells how the codes were found, or is for other
 # programs' kernels.
-QUANTIZATION_KEYS = """activations backend batch_size bits
-    block_name_to_quantize cache_block_outputs
-    checkpoint_format damp_auto_increment damp_percent dataset desc_act exllama_config group_size
-    lm_head load_in_4bit load_in_8bit max_input_length meta model_file_base_name model_name_or_path
-    model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
-    modules_to_not_convert mse pack_dtype pad_token_id quant_method quantizer static_groups sym
-    tokenizer true_sequential use_cuda_fp16 use_exllama""".split()
+QUANTIZATION_KEYS = """activations backend batch_size bits block_name_to_quantize
+    cache_block_outputs checkpoint_format damp_auto_increment damp_percent dataset desc_act
+    exllama_config format group_size lm_head load_in_4bit load_in_8bit max_input_length meta
+    model_file_base_name model_name_or_path model_seqlen module_name_preceding_first_block
+    modules_in_block_to_quantize modules_to_not_convert mse pack_dtype pad_token_id
+    quant_method quantizer static_groups sym tokenizer true_sequential use_cuda_fp16
+    use_exllama""".split()
 
 
 # ------------------------------------------------------------------------------------------- GPTQ
@@ -67,7 +67,8 @@ def write_gptq(layer, name, version):
     groups = torch.arange(layer.in_features, device=codes.device) // size
     if order is not None:
         back = order.argsort()
-        codes, groups = codes[:, back], groups[back]
+        codes = codes[:, back]
+        groups = groups[back]
     if version == "gptq":
         zeros = zeros - 1
     return {
@@ -198,8 +199,9 @@ def check_config(config, where):
     UserError names what is not supported.
     """
     own = config if isinstance(config, dict) else {}
-    config = {"checkpoint_format": "gptq", "group_size": 128} | own
-    method, version = config.get("quant_method"), config["checkpoint_format"]
+    method = own.get("quant_method")
+    version = own.get("checkpoint_format") or own.get("format") or "gptq"
+    config = {"group_size": 128} | own | {"checkpoint_format": version}
     known = [key for key in own if key.startswith(("bnb_4bit_", "llm_int8_"))]
     warn_of_unknown(own.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
     if method == "bitsandbytes":
@@ -210,13 +212,15 @@ def check_config(config, where):
             return own
     elif method != "gptq":
         version = own.get("format") or own.get("fmt") or own.get("version") or own.get("bits")
-    bits, group = config.get("bits"), config["group_size"]
+    bits = config.get("bits")
+    group = config["group_size"]
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
             f"{where}: weights quantized as {method!r} ({version}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
-    if bits not in range(2, 9) or not isinstance(group, int) or (group < 1 and group != -1):
+    whole = type(bits) is type(group) is int  # True and 4.0 are neither
+    if not whole or not 2 <= bits <= 8 or (group < 1 and group != -1):
         raise UserError(
             f"{where}: bits {bits!r} and group_size {group!r}: "
             "expected 2 to 8 and a positive number or -1"
@@ -232,7 +236,8 @@ def expect_packed(model, config, files):
     """
     gptq = config["quant_method"] == "gptq"
     mark = "qweight" if gptq else f"weight.{NF4_MARK}"
-    state, packed = model.state_dict(), {}
+    state = model.state_dict()
+    packed = {}
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
@@ -241,10 +246,12 @@ def expect_packed(model, config, files):
         all_packed = gptq and model.config.is_gpt2 and name != "lm_head"
         if not all_packed and f"{there}.{mark}" not in files:
             continue
-        N, K = packed[name] = tuple(linear.weight.shape)
+        N, K = linear.weight.shape
+        packed[name] = (N, K)
         del state[f"{name}.weight"]
         if gptq:
-            bits, group = config["bits"], config["group_size"]
+            bits = config["bits"]
+            group = config["group_size"]
             G = 1 if group == -1 else -(-K // group)
             shapes = {
                 "qweight": (-(-K // 32) * bits, N),

@@ -26,6 +26,8 @@ PLAIN: dict = {
     "peft_type": ["LORA"],
     "bias": ["none", None],
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
+    "use_rslora": [True, False, None],
+    "use_dora": [True, False, None],
     **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
 }
 # The types of the numbers in SETTINGS, and the most that they may be.
@@ -199,7 +201,9 @@ def write_layers(folder, model, settings, layers, base_hash=None):
     of other rank or scale go into the patterns."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, ranks, alphas = {}, {}, {}
+    tensors = {}
+    ranks = {}
+    alphas = {}
     for name, (A, B, scale, magnitude) in layers.items():
         module = folder_module(name)
         key = f"base_model.model.{module}.lora_"

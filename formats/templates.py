@@ -44,11 +44,15 @@ def pieces_of_template(tok, chat, template):
             if "".join(piece.text for piece in pieces) == text:
                 return pieces
     markers = marker_pattern(tuple(tok.special))
-    given = {
-        name: defused(getattr(chat, name), markers) for name in ("messages", "tools", "options")
-    }
-    rendered = run_template(template, replace(chat, **given))
-    pieces, said = [], False if OPEN in rendered else None
+    safe = replace(
+        chat,
+        messages=defused(chat.messages, markers),
+        tools=defused(chat.tools, markers),
+        options=defused(chat.options, markers),
+    )
+    rendered = run_template(template, safe)
+    pieces = []
+    said = False if OPEN in rendered else None
     for part in re.split(f"([{OPEN}{CLOSE}])", rendered):
         if part in (OPEN, CLOSE):
             said = part == OPEN

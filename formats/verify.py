@@ -80,19 +80,15 @@ def compare_weights(source, written, bits):
     return faults
 
 
-def end_ids(model):
-    ends = model.config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
-
-
 def compare_words(source, written):
     """-> a line for each thing besides weights that an export must not change, and did."""
     (model, tok), (again, tok_again) = source, written
+    config, config_again = model.config, again.config
     faults = []
-    size, size_again = model.config.vocab_size, again.config.vocab_size
-    if size != size_again:
-        faults.append(f"a vocabulary of {size_again:,} ids, not {size:,}")
-    lost = end_ids(model) - end_ids(again)
+    if config.vocab_size != config_again.vocab_size:
+        sizes = f"{config_again.vocab_size:,} ids, not {config.vocab_size:,}"
+        faults.append(f"a vocabulary of {sizes}")
+    lost = {*config.end_ids} - {*config_again.end_ids}
     if lost:
         faults.append(f"end ids {sorted(lost)} are lost")
     if tok:

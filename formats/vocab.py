@@ -49,7 +49,7 @@ MERGES_CLASSES = {
     "Qwen2Tokenizer": ("qwen2", [("unicode", "NFC")], ("eos_token", "unk_token", "pad_token")),
 }
 CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
-ANY_CLASS = ("", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+ANY_CLASS = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 # What tokenizer_config.json may hold: special tokens, what is applied besides, and what says
 # nothing about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes).
 # Any other key is named in a warning.
@@ -129,7 +129,7 @@ def read_beside(folder):
     own = files["tokenizer_config"]
     said = own.get("tokenizer_class") or ""
     kind = said.removesuffix("Fast")
-    if said in ANY_CLASS:
+    if not said or said in ANY_CLASS:
         kind = CLASS_OF_MODEL.get(files["config"].get("model_type"), "")
     config = files["special_tokens_map"] | own
     unknown = config.keys() - KNOWN_KEYS
@@ -137,7 +137,7 @@ def read_beside(folder):
         if isinstance(token, dict) and "content" in token:
             unknown |= token.keys() - TOKEN_KEYS
     warn_of_unknown(unknown, folder / "tokenizer_config.json")
-    if kind in MERGES_CLASSES and said not in ANY_CLASS[1:]:
+    if kind in MERGES_CLASSES and said not in ANY_CLASS:
         config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
     jinja = folder / "chat_template.jinja"  # where newer folders keep it
     if jinja.is_file():
@@ -155,6 +155,8 @@ def tokens_beside(config, added):
     named = [config.get(key) for key in ROLE_KEYS]
     for key in MORE_TOKENS:
         more = config.get(key) or []
+        if isinstance(more, str):  # its letters are no tokens
+            raise UserError(f"{key} is {more!r}, expected a list")
         named += more.values() if isinstance(more, dict) else more
     for token in filter(None, named):
         text = token["content"] if isinstance(token, dict) else token
@@ -190,9 +192,7 @@ def add_ends(tokenizer, beside):
     """add_bos_token and add_eos_token go before what the vocabulary's file puts round a prompt."""
     flags = [beside.flag("add_bos_token"), beside.flag("add_eos_token")]
     if flags != [None, None]:
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        tokenizer.before = (bos,) if flags[0] and bos is not None else ()
-        tokenizer.after = (eos,) if flags[1] and eos is not None else ()
+        tokenizer.set_prompt_ends(*flags)
     space = beside.flag("add_prefix_space")
     added = any(kind == "prepend" for kind, *_ in tokenizer.normalizer)
     if space is not None and space != added:
@@ -225,6 +225,15 @@ def unsupported(what):
     return UserError(f"{what} is not supported")
 
 
+def ordinary_tokens(vocab, names):
+    """{text: id} of a file, without the special and added tokens `names`, whose ids must agree."""
+    ids = dict(vocab)
+    for text, i in names.items():
+        if ids.pop(text, i) != i:
+            raise UserError(f"{text!r} has two ids: {i} and {vocab[text]}")
+    return ids
+
+
 def read_bpe(vocab, merges, names, byte_level):
     """Tokens by text and merges by text -> (vocab, merges) as Tokenizer wants them.
 
@@ -232,10 +241,7 @@ def read_bpe(vocab, merges, names, byte_level):
     added tokens, which may be in `vocab` and are not in what is returned."""
     if len(merges) > LARGEST_ID:
         raise UserError(f"{len(merges):,} merges, more than {LARGEST_ID:,}")
-    ids = dict(vocab)
-    for text, i in names.items():
-        if ids.pop(text, i) != i:
-            raise UserError(f"{text!r} has two ids: {i} and {vocab[text]}")
+    ids = ordinary_tokens(vocab, names)
     by_ids = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -305,6 +311,10 @@ def from_json(content, beside=()):
     special, added = read_added(listed, normalizer + spaces)
     vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
     unknown = model.get("unk_token")
+    if kind == "pieces":  # bytes are used where there are any, one unknown token for a run else
+        option = "byte_fallback" if "<0x00>" in vocab else "fuse_unk"
+        if unknown and not model.get(option):
+            raise unsupported(f"model option {option} = {model.get(option)!r}")
     scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
     before, after = read_post_processor(content.get("post_processor"), special | added)
     return Tokenizer(
@@ -364,7 +374,8 @@ def read_normalizer(step):
 
 def read_pre_tokenizer(part):
     """-> (patterns to split by in turn, what is done to spaces before, whether it is byte-level)"""
-    patterns, spaces = [], []
+    patterns = []
+    spaces = []
     byte_level = False
     for step in flat_steps(part, "pretokenizers"):
         kind = step["type"]
@@ -397,11 +408,15 @@ def read_pre_tokenizer(part):
 
 def read_post_processor(part, ids):
     """-> (ids put before a prompt, ids put after it); ids {text: id} of special and added tokens"""
-    before, after = [], []
+    before = []
+    after = []
     for step in flat_steps(part, "processors"):
         if step["type"] == "TemplateProcessing":
             names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
             at = names.index(None)  # there is the text
+            for name in names[:at] + names[at + 1 :]:
+                if step["special_tokens"][name]["ids"] != [ids[name]]:
+                    raise unsupported(f"{name!r} round a prompt with other ids than its own")
             before += [ids[name] for name in names[:at]]
             after += [ids[name] for name in names[at + 1 :]]
         elif step["type"] != "ByteLevel":  # that one is about offsets
@@ -413,7 +428,8 @@ def read_added(tokens, normalizer=()):
     """-> (special {text: id}, other added tokens {text: id}).
 
     How a special token would be matched does not matter, since it is never matched in text."""
-    special, added = {}, {}
+    special = {}
+    added = {}
     if len(tokens) > MOST_NAMED:
         raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
@@ -438,8 +454,7 @@ def tokenizer_file(tokenizer):
         content = json.loads(tokenizer.source)
         listed = content.get("added_tokens") or []
         known = {token["content"] for token in listed}
-        more = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
-        more = [token for token in more if token["content"] not in known]
+        more = [token for token in list_added(tokenizer) if token["content"] not in known]
         if not more:
             return tokenizer.source
         # HF takes ids from there
@@ -448,10 +463,14 @@ def tokenizer_file(tokenizer):
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def list_added(ids, special):
-    """{text: id} as a tokenizer.json lists added tokens."""
+def list_added(tokenizer):
+    """Its special and added tokens as a tokenizer.json lists them, by id."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [{"id": i, "content": name, **plain, "special": special} for name, i in ids.items()]
+    listed = []
+    for name, i in (tokenizer.special | tokenizer.added).items():
+        special = name in tokenizer.special
+        listed.append({"id": i, "content": name, **plain, "special": special})
+    return sorted(listed, key=lambda token: token["id"])
 
 
 def to_json(tokenizer):
@@ -463,7 +482,6 @@ def to_json(tokenizer):
     clash = set(names.values()) & set(spelled.values())
     if clash:
         raise UserError(f"the file would have two tokens spelled {clash.pop()!r}, one special")
-    added = list_added(tokenizer.special, True) + list_added(tokenizer.added, False)
     pieces = tokenizer.kind == "pieces"
     pairs = sorted(tokenizer.merges, key=tokenizer.merges.get)
     model = {
@@ -478,7 +496,7 @@ def to_json(tokenizer):
     }
     return {
         "version": "1.0",
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "added_tokens": list_added(tokenizer),
         **text_steps(tokenizer),
         "post_processor": post_processor(tokenizer, names),
         "model": model,
@@ -588,38 +606,37 @@ def from_ranks(path, data, pattern, tokens):
         token, rank = line.split()
         ranked.append((base64.b64decode(token, validate=True), int(rank)))
     added = read_added(join_added([], tokens, dict(ranked), ()))
-    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added, before=())
+    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added)
 
 
 def from_tekken(content):
     """tekken.json: ids are ranks after the special tokens; only the first of the ranks are used."""
     config = content["config"]
     n_special = config["default_num_special_tokens"]
-    listed = sorted(content.get("special_tokens") or [], key=lambda token: token["rank"])
-    names = [token["token_str"] for token in listed] or TEKKEN_SPECIAL
-    unnamed = range(len(names), min(n_special, LARGEST_ID))
-    names = [*names, *(f"<SPECIAL_{i}>" for i in unnamed)]
-    special = {name: i for i, name in enumerate(names)}
-    if len(special) != n_special:
+    listed = content.get("special_tokens") or []
+    named = {token["rank"]: token["token_str"] for token in listed}
+    named = named or dict(enumerate(TEKKEN_SPECIAL))
+    ids = range(min(n_special, LARGEST_ID))
+    special = {named.get(i, f"<SPECIAL_{i}>"): i for i in ids}
+    if len(special) != n_special or named.keys() - ids:
         raise UserError(f"{len(special)} special tokens, it should have {n_special}")
     ranked = sorted(content["vocab"], key=lambda token: token["rank"])
     tokens = []
     for token in ranked[: config["default_vocab_size"] - n_special]:
         tokens.append((base64.b64decode(token["token_bytes"]), token["rank"] + n_special))
-    before = (special["<s>"],) if "<s>" in special else ()
-    return rank_tokenizer(tokens, config["pattern"], special, before=before)
+    tokenizer = rank_tokenizer(tokens, config["pattern"], special, {})
+    if "<s>" in special:
+        tokenizer.before = (special["<s>"],)
+    return tokenizer
 
 
-def rank_tokenizer(tokens, pattern, special, added=(), **options):
-    """tokens [(bytes, id)]"""
+def rank_tokenizer(tokens, pattern, special, added):
+    """tokens [(bytes, id)]; nothing goes round a prompt."""
     vocab = dict(tokens)
     missing = {bytes([b]) for b in range(256)} - vocab.keys()
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
-    split = [pattern]
-    return Tokenizer(
-        "bytes", vocab, None, split, special, dict(added), whole_chunks=True, **options
-    )
+    return Tokenizer("bytes", vocab, None, [pattern], special, added, whole_chunks=True, before=())
 
 
 # ---- SentencePiece's file.
@@ -633,25 +650,26 @@ def from_sentencepiece(path, beside):
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"it is no vocabulary file that is known: {str(error)[:100]}") from None
-    special, vocab = {}, {}
-    if sp.get_piece_size() > LARGEST_ID:
-        raise UserError(f"{sp.get_piece_size():,} tokens, more than {LARGEST_ID:,}")
-    for i in range(sp.get_piece_size()):
+    size = sp.get_piece_size()
+    if size > LARGEST_ID:
+        raise UserError(f"{size:,} tokens, more than {LARGEST_ID:,}")
+    pieces = {}
+    special = {}
+    for i in range(size):
+        piece = sp.id_to_piece(i)
+        if not sp.is_unused(i):
+            pieces[piece] = i
         if sp.is_control(i) or sp.is_unknown(i):
-            special[sp.id_to_piece(i)] = i
-        elif not sp.is_unused(i):
-            vocab[sp.id_to_piece(i)] = i
-    own, added = read_added(join_added([], beside.tokens, vocab | special, ()))
-    for text, i in (own | added).items():
-        if (vocab | special).get(text, i) != i:
-            raise UserError(f"{text!r} has two ids: {i} and {(vocab | special)[text]}")
-        vocab.pop(text, None)
+            special[piece] = i
+    own, added = read_added(join_added([], beside.tokens, pieces, ()))
+    special |= own
+    vocab = ordinary_tokens(pieces, special | added)
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")
     tokenizer = Tokenizer(
         "pieces",
         vocab,
-        merges_by_score(vocab, list(map(sp.get_score, range(sp.get_piece_size())))),
-        special=special | own,
+        merges_by_score(vocab, list(map(sp.get_score, range(size)))),
+        special=special,
         normalizer=space_steps(prefix),
         strip_space=prefix,
         unknown=sp.unk_id(),

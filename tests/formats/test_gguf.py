@@ -719,6 +719,13 @@ def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_pa
         refused(tmp_path / "x.gguf", (tmp_path / "x.gguf").read_bytes(), match)
 
 
+def test_the_largest_published_rope_theta_comes_back(tmp_path):
+    theta = 45845162328.0  # of a Llama 3 with a context of four million
+    make_folder(tmp_path / "m", SIZE | dict(rope=dict(rope_type="default", rope_theta=theta)))
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "f16")
+    assert gguf.read_gguf(tmp_path / "m.gguf")[0].rope["rope_theta"] == pytest.approx(theta)
+
+
 def test_missing_extra_and_misshapen_tensors_are_named(good, tmp_path):
     (tmp_path / "good.gguf").write_bytes(good)
     meta, tensors = gguf.open_gguf(tmp_path / "good.gguf")

@@ -63,6 +63,7 @@ def read(content):
         (QWEN | {"layer_types": ["full_attention"]}, "layer_types"),
         (QWEN | {"layer_types": ["linear_attention"] * 2}, "linear_attention"),
         (QWEN | {"use_sliding_window": "yes"}, "use_sliding_window is 'yes'"),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers is -1"),
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights False"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention"),
@@ -166,6 +167,8 @@ def test_what_generation_config_asks_for_in_vain_is_named(folder, capsys):
     [
         ({"temperature": "0.7"}, "temperature is '0.7', expected a number"),
         ({"top_k": 2.5}, "top_k is 2.5, expected int"),
+        ({"top_k": 1 << 40}, "top_k is 1099511627776, expected int"),
+        ({"top_k": -1}, "top_k is -1, expected int"),
         ({"top_p": -0.5}, "top_p is -0.5"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"eos_token_id": [3, "5"]}, "eos_token_id '5' is not an id"),

@@ -103,6 +103,18 @@ def test_nf4_may_be_stored_under_another_type(storage, dtype, tmp_path):
     assert torch.equal(again(ids()), model(ids()))
 
 
+def test_the_version_may_be_named_format_alone(tmp_path):
+    model = small_model()
+    model.layers[0].self_attn.q_proj.weight.data.abs_()  # which needs version 2
+    quant.quantize(model, "int4", 32, sym=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = config["quantization_config"]
+    said["format"] = said.pop("checkpoint_format")
+    assert said["format"] == "gptq_v2"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(Transformer.from_pretrained(tmp_path)(ids()), model(ids()))
+
+
 # --------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "change,words",
@@ -110,6 +122,8 @@ def test_nf4_may_be_stored_under_another_type(storage, dtype, tmp_path):
         ({"bits": 3}, "of another shape"),
         ({"group_size": 64}, "of another shape"),
         ({"bits": 99}, "bits 99"),
+        ({"bits": 4.0}, "bits 4.0"),
+        ({"group_size": True}, "group_size True"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes' .FP4"),

@@ -34,6 +34,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
         ("r", -1, "r -1"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("use_qalora", True, "use_qalora True"),
+        ("use_rslora", "false", "use_rslora 'false'"),
         ("alpha_pattern", {"(": 3}, "alpha_pattern"),
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern"),
         ("alpha_pattern", {f"q{i}": 3 for i in range(10**4)}, "4,097 keys"),

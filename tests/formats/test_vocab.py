@@ -1,5 +1,6 @@
 """A tokenizer in the layouts that it is published in, and what stands beside it."""
 
+import base64
 import contextlib
 import io
 import json
@@ -140,6 +141,7 @@ def test_an_ordinary_token_that_is_named_stays_an_ordinary_one(tmp_path):
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template is no text"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "y"}}}}, "is not a"),
         ({"tokenizer_config": ["x"]}, "not a JSON object"),
+        ({"tokenizer_config": {"additional_special_tokens": "<x>"}}, "'<x>', expected a list"),
         ({"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}},
          "add_prefix_space of Qwen2Tokenizer"),
     ],
@@ -175,6 +177,42 @@ def test_what_goes_round_a_prompt_is_what_the_files_say(tmp_path):
         assert tok.encode_prompt("(foo)") == before + plain + behind
         tok.save(tmp_path / "again")
         assert Tokenizer.load(tmp_path / "again").encode_prompt("(foo)") == before + plain + behind
+
+
+@pytest.mark.parametrize("option", ["byte_fallback", "fuse_unk"])
+def test_unknown_characters_that_would_get_other_ids_are_refused(tmp_path, option):
+    """An unknown token each, or in place of bytes that are there."""
+    vocab = {"<unk>": 0, "\u2581": 1, "a": 2, "\u2581a": 3}
+    if option == "byte_fallback":
+        vocab |= {f"<0x{b:02X}>": 4 + b for b in range(256)}
+    tok = Tokenizer("pieces", vocab, {(1, 2): (0, 3)}, normalizer=[("replace", " ", "\u2581")])
+    content = to_json(tok)
+    content["model"] |= {"unk_token": "<unk>", option: False}
+    with pytest.raises(UserError, match=f"{option} = False is not supported"):
+        Tokenizer.load(write(tmp_path, tokenizer=content))
+    content["model"][option] = True
+    assert Tokenizer.load(write(tmp_path, tokenizer=content)).encode("a a") == [2, 3]
+
+
+def test_special_tokens_of_tekken_have_the_ids_of_their_ranks(tmp_path):
+    named = {"<s>": 1, "</s>": 2, "[INST]": 4}
+    vocab = []
+    for b in range(256):
+        token = base64.b64encode(bytes([b])).decode()
+        vocab.append({"rank": b, "token_bytes": token})
+    config = {"default_num_special_tokens": 6, "default_vocab_size": 262, "pattern": r"\w+|\W"}
+    special = [{"rank": i, "token_str": name} for name, i in named.items()]
+    content = {"config": config, "vocab": vocab, "special_tokens": special}
+    tok = Tokenizer.load(write(tmp_path, tekken=content))
+    assert named.items() <= tok.special.items() and tok.special["<SPECIAL_3>"] == 3
+    assert tok.encode_prompt("a") == [1, 6 + ord("a")]
+
+
+def test_a_token_round_a_prompt_that_has_another_id_there_is_refused(tmp_path):
+    files = with_bos()
+    files["tokenizer"]["post_processor"]["special_tokens"]["<BOS>"]["ids"] = [3]
+    with pytest.raises(UserError, match="'<BOS>' round a prompt with other ids"):
+        Tokenizer.load(write(tmp_path, **files))
 
 
 def test_an_unknown_post_processor_is_refused(tmp_path):
