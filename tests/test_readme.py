@@ -45,7 +45,7 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python finetune.py eval": "--max-tokens 2 --examples 4 --device cpu",
     "python lora.py train": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
     "python lora.py merge": "--overwrite",
-    "python dpo.py": "--steps 1 --context 64 --batch 2 --sample 0 --overwrite --device cpu",
+    "python dpo.py": "--steps 1 --context 64 --batch 2 --overwrite --device cpu",
     "python grpo.py": "--steps 1 --context 64 --max-tokens 8 --batch 2 --overwrite --device cpu",
     "python quant.py": f"{CALIBRATE} --group-size 32",
     "python -m formats.gguf": "",
