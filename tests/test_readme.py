@@ -139,7 +139,8 @@ def workspace(tmp_path_factory):
         run("lora.py", f"train runs/demo-sft {quick} --out runs/demo-lora")
         for name in ("runs/tokenizer", "runs/tokenizer-32k", "T"):
             shutil.copytree("runs/demo-tokenizer", name)
-        for name in ("demo-merged", "demo-dpo", "demo-int4", "shakespeare-char", "125m"):
+        copies = "demo-merged demo-dpo demo-int4 shakespeare-char 125m half half-grpo"
+        for name in copies.split():  # any order of the commands is right
             shutil.copytree("runs/demo-sft", f"runs/{name}", ignore=shutil.ignore_patterns("state"))
         write_gpt2_tokenizer(Path("gpt2"))
     return folder
