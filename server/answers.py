@@ -190,8 +190,6 @@ class Choice:
         logprobs = delta.logprobs or []
         if self.decoder and (self.cut or logprobs):
             text = self.mend(text, self.place(self.decoder, delta.token_ids))
-        if delta.finish_reason:
-            text = text.removesuffix("\ufffd")  # what ends within a character ends before it
         text = self.calls.push(text)
         if delta.finish_reason:
             rest, self.found = self.calls.finish()

@@ -262,6 +262,8 @@ class Worker:
             if number not in self.unfinished:
                 continue  # it was cancelled
             name = number, delta.index
+            if delta.finish_reason:  # what ends within a character ends before it
+                delta.text = delta.text.removesuffix("\ufffd")
             if name in self.outbox:
                 self.outbox[name].add(delta)
             else:
