@@ -689,6 +689,14 @@ def check_data_args(args):
             "shards of your own text need --tokenizer T (python tokenizer.py train makes one) "
             "and --out D"
         )
+    unread = ["val", "val_share", "split_on", "field", "skip_bad"]  # without documents to shards
+    if "toybox" in named:
+        unread.append("tokenizer")
+    if "toybox" in named or not args.tokenizer:
+        given = [name for name in unread if getattr(args, name) != getattr(Args, name)]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise UserError(f"{named[0]} does nothing with {flags}: leave it out")
     if not 0 < args.val_share < 1 or args.processes < 0:
         raise UserError(
             f"--val-share {args.val_share} must be between 0 and 1, "

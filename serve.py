@@ -499,7 +499,7 @@ async def docs(request: Request):
 async def page():
     if not CHAT_PAGE.is_file():
         raise Refusal(404, "this server has no page; its API is at /v1, described at /docs")
-    text = CHAT_PAGE.read_text()
+    text = CHAT_PAGE.read_text(encoding="utf-8")
     hashes = []  # only the page's own scripts may run, whatever a model makes it show
     for script in re.findall(r"<script>(.*?)</script>", text, re.S):
         digest = hashlib.sha256(script.encode()).digest()

@@ -20,7 +20,16 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from common import UserError, cli, model_name, naming, parse_flags, warn, write_atomic
+from common import (
+    UserError,
+    cli,
+    model_name,
+    naming,
+    parse_flags,
+    warn,
+    warn_of_unknown,
+    write_atomic,
+)
 from formats.hub import GPT2_KEYS, LLAMA_KEYS, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
@@ -959,7 +968,11 @@ def open_parts(path):
         raise UserError(f"one of {count:,} parts, which lacks beside it {', '.join(missing[:4])}")
     meta, tensors = open_gguf(parts[0])
     for part in parts[1:]:
-        tensors |= open_gguf(part)[1]
+        own = open_gguf(part)[1]
+        twice = sorted(own.keys() & tensors.keys())
+        if twice:
+            raise UserError(f"{part.name} has {twice[0]}, which a part before it has too")
+        tensors |= own
     return meta, tensors
 
 
@@ -1072,6 +1085,8 @@ def read_gguf(path):
         ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
         sampling = metadata_reader(meta, "general.sampling")
         said = {name: sampling(key) for key, name in SAMPLING_NAMES.items()}
+        known = {f"general.sampling.{key}" for key in SAMPLING_NAMES}
+        warn_of_unknown({key for key in meta if "general.sampling." in key} - known, path)
     config.generation = {name: value for name, value in said.items() if value is not None}
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)

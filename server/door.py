@@ -28,7 +28,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from common import UserError
+from common import UserError, read_utf8
 from server.answers import compact_json, json_bytes, json_pieces
 from server.api import Refusal
 
@@ -58,7 +58,7 @@ def read_keys(args):
             raise UserError(f"--api-key-file {path}: no such file")
         if os.name == "posix" and path.stat().st_mode & 0o077:
             print(f"warning: {path} can be read by others; chmod 600 {path}", file=sys.stderr)
-        lines += path.read_text().splitlines()
+        lines += read_utf8(path).splitlines()
     keys = {}
     for line in map(str.strip, lines):
         if not line or line.startswith("#"):

@@ -569,3 +569,17 @@ def test_a_plan_of_a_million_documents_takes_no_time():
     start = time.process_time()
     split.plan(1024, 1, 0)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["toybox", "--tokenizer", "T"], "toybox does nothing with --tokenizer"),
+        (["toybox", "--field", "x", "--skip-bad"], "with --field, --skip-bad"),
+        (["wikitext-2", "--val-share", "0.2"], "wikitext-2 does nothing with --val-share"),
+    ],
+)
+def test_a_flag_that_a_named_corpus_does_not_read_is_refused(flags, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+    with pytest.raises(UserError, match=told):
+        data.main()

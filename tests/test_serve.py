@@ -4,15 +4,18 @@
 import asyncio
 import contextlib
 import json
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import httpx
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401  (puts the root on the path)
+from conftest import ROOT
 from serving import (  # noqa: F401  (fixtures, and what test_deploy.py takes from here)
     HTTP,
     SAID,
@@ -305,3 +308,13 @@ def test_embeddings_of_a_real_model_have_length_one(real):
     ]
     assert sum(x * x for x in vectors[0]) == pytest.approx(1, abs=1e-4)
     assert vectors[0] == vectors[2] != vectors[1]
+
+
+def test_the_page_is_served_whatever_the_locale():
+    program = "import asyncio, serve; print(len(asyncio.run(serve.page()).body))"
+    latin = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | latin, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert int(done.stdout) > 10_000

@@ -510,6 +510,23 @@ def test_a_split_gguf_is_read_with_its_neighbours(first_empty, good, tmp_path):
     refused(parts[0], parts[0].read_bytes(), f"{lacking} {parts[-1].name}")
 
 
+def test_a_tensor_in_two_parts_of_a_split_gguf_is_refused(good, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(good)
+    names = list(gguf.open_gguf(path)[1])
+    with pytest.raises(UserError, match=f"00002.gguf has {names[0]}, which a part before"):
+        gguf.load(split(path, [names, names[:1]])[0])
+
+
+def test_a_default_of_sampling_that_is_not_known_is_named(good, tmp_path, capsys):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(good)
+    meta, tensors = gguf.open_gguf(path)
+    gguf.write_container(path, meta | {"general.sampling.mirostat": 2}, planned(tensors))
+    gguf.load(path)
+    assert "ignored: 'general.sampling.mirostat'" in capsys.readouterr().err
+
+
 # ---- what cannot be written
 
 

@@ -253,7 +253,7 @@ def test_bad_flags_are_one_clear_line(tmp_path, capsys):
             serve.Args(certificate=str(tmp_path / "a.pem"), certificate_key=str(tmp_path / "a.pem"))
         )
     keys = tmp_path / "keys"
-    keys.write_text("# mine\nann:k1\nk2\n")
+    keys.write_text("ann:k1\n# mine\nk2\n", encoding="utf-8-sig")  # begins with a BOM
     keys.chmod(0o644)
     found = door.read_keys(serve.Args(api_key_file=str(keys)))
     assert found["k1"] == "ann"

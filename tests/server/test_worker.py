@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 (a fixture's name is also the argument's)
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from serving import HTTP, Stub, ask, error_of, json_schema, real, running, until
 import generate
 from common import UserError
 from engine.sampler import Sampling
+from engine.scheduler import Delta
 from server import worker
 from server.worker import Worker, message
 
@@ -37,6 +39,20 @@ def test_keys_take_turns_in_the_queue():
         loop.collect(engine.step())
     assert not loop.take_orders()  # nobody can ask any more
     assert engine.order == [1, 11, 21, 2, 12, 3]
+
+
+@pytest.mark.parametrize("last, shown", [("", "a\ufffd"), ("\ufffd", "a\ufffd")])
+@pytest.mark.parametrize("told", [0, math.inf], ids=["sent apart", "sent together"])
+def test_half_a_character_at_the_end_is_dropped_however_deltas_are_sent(told, last, shown):
+    """A byte that is no character is shown; what ends within one ends before it."""
+    loop = Worker(Stub("x"), None, 1)
+    loop.told = told
+    loop.unfinished[1] = 1
+    said = []
+    loop.tell = lambda names: said.extend(loop.outbox.pop(name).text for name in list(names))
+    loop.collect([Delta(1, 0, "a\ufffd", [5])])
+    loop.collect([Delta(1, 0, last, [], finish_reason="stop")])
+    assert "".join(said) == shown
 
 
 def test_texts_that_are_only_read_take_turns_and_end_with_who_leaves():
