@@ -366,7 +366,7 @@ def try_out(run):
 
 
 @dataclass
-class EvalArgs:
+class ExamArgs:
     model: str = ""  # the model folder to examine
     data: tuple = ("toybox",)  # FILE, FOLDER (its test.jsonl) or toybox; the last turn is expected
     ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
@@ -380,7 +380,7 @@ class EvalArgs:
 
 def exam_command(argv):
     """Let a model answer held-out questions and mark it."""
-    args = EvalArgs(**parse_flags(EvalArgs, exam_command.__doc__, argv, positional=("model",)))
+    args = ExamArgs(**parse_flags(ExamArgs, exam_command.__doc__, argv, positional=("model",)))
     if min(args.examples, args.max_tokens) < 1:
         raise UserError("--examples and --max-tokens of at least 1 make an exam")
     questions, runtime = read_questions(args), resolve(args.device, args.dtype, "off")

@@ -172,7 +172,7 @@ def test_a_command_that_computes_imports_common_before_torch(path):
 def test_every_top_level_name_means_one_thing():
     owners = {}
     for path, tree in SOURCES.items():
-        for name in set(top_level(tree)) - {"main", "Args", "EvalArgs"}:
+        for name in set(top_level(tree)) - {"main", "Args"}:
             owners.setdefault(name, []).append(path)
     assert not {name: paths for name, paths in owners.items() if len(paths) > 1}
 
