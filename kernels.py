@@ -44,6 +44,19 @@ def use_kernel(x):
     if triton is None or not x.is_cuda:
         return INTERPRET
     torch.cuda.set_device(x.device)
+    return compiles(x.device)
+
+
+@functools.cache
+def compiles(device):
+    """Whether Triton runs on the device at all; if not, a line says why."""
+    x = torch.zeros(1, 1, 16, device=device)
+    try:
+        store_rows(x, x[None].clone(), None, torch.zeros(1, dtype=torch.int64, device=device))
+    except Exception as error:  # no C compiler, a card that is too old, whatever it trips over
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"kernels  Triton fails here ({why}); plain torch computes", file=sys.stderr)
+        return False
     return True
 
 
@@ -63,15 +76,63 @@ def parts_of_work(programs, wanted, most):
     return parts
 
 
+class TuningTable:
+    """{key: configuration}, kept in a file: one for each card and Triton version."""
+
+    def __init__(self, device):
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-kernels"
+        name = card(device).name.replace(" ", "-")
+        self.path = folder / f"{name}-triton-{triton.__version__}.json"
+        self.closed = False  # what is not in it is not tuned any more
+        self.doubted = False
+        self.choices = {}
+        try:
+            self.choices = read_json(self.path)
+        except FileNotFoundError:
+            pass
+        except (OSError, UserError) as error:
+            self.doubt(error)
+
+    def choice(self, key, configs):
+        """What was chosen among configs, or "twin"; None if it was not, or by another version."""
+        choice = self.choices.get(key)
+        if choice in [None, "twin", *configs]:
+            return choice
+        self.doubt(f"{self.path}: another version wrote it")
+
+    def doubt(self, why):
+        if not self.doubted:
+            print(f"kernels  tuning again: {why}", file=sys.stderr)
+        self.doubted = True
+
+    def tune(self, key, configs, launch):
+        """Time them all, which takes seconds, and keep the fastest."""
+        times = [milliseconds(launch, config) for config in configs]
+        self.choices[key] = configs[times.index(min(times))]
+        if min(times) == float("inf"):
+            self.leave_to_twin(key)
+        with contextlib.suppress(OSError):  # a folder that is read-only: every run tunes again
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.choices)
+
+    def take_first(self, key, configs, launch):
+        """Without tuning: the first that the card has room for -> its result."""
+        for config in configs:
+            with contextlib.suppress(triton.TritonError):
+                result = launch(config)
+                self.choices[key] = config
+                return result
+        self.leave_to_twin(key)
+
+    def leave_to_twin(self, key):
+        self.choices[key] = "twin"
+        message = f"{key}: no configuration compiles for this card; plain torch computes"
+        print(f"kernels  {message}", file=sys.stderr)
+
+
 @functools.cache
 def tuning_table(device):
-    """(path, {key: configuration}) of earlier runs: one file for each card and Triton version."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-kernels"
-    path = folder / f"{card(device).name.replace(' ', '-')}-triton-{triton.__version__}.json"
-    try:
-        return path, read_json(path)
-    except (OSError, UserError):  # no file yet, or a broken one: tune again
-        return path, {}
+    return TuningTable(device)
 
 
 def milliseconds(launch, config):
@@ -82,37 +143,33 @@ def milliseconds(launch, config):
         )
     except torch.OutOfMemoryError:
         raise  # it says nothing about the card
-    except (triton.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError):
+    except (triton.TritonError, RuntimeError):
         return float("inf")
 
 
 def tuned(key, configs, launch, device):
     """launch(config) with the fastest of `configs` (the last is the smallest) -> its result.
 
-    None if the card has room for none of them. The first call with a new key times them all, which
-    takes seconds; the choice is kept on disk. Shapes whose sizes share the next power of two share
-    a key. While a CUDA graph is captured, or without the 256 MB that timing takes, an unknown key
-    runs the smallest: call once before capturing.
+    None if the card has room for none of them. The first call with a new key tunes it, unless the
+    table is closed: then, while requests wait, the first that runs serves. Shapes whose sizes share
+    the next power of two share a key. While a CUDA graph is captured, or without the 256 MB that
+    timing takes, an unknown key runs the smallest: call once before capturing.
     """
     if INTERPRET:
         return launch(configs[0])
-    path, table = tuning_table(device)
-    if table.get(key) not in [*configs, "twin"]:  # also an entry that an older version wrote
+    table = tuning_table(device)
+    choice = table.choice(key, configs)
+    if choice is None:
         if torch.cuda.is_current_stream_capturing():
             return launch(configs[-1])
+        if table.closed:
+            return table.take_first(key, configs, launch)
         try:
-            times = [milliseconds(launch, config) for config in configs]
+            table.tune(key, configs, launch)
         except torch.OutOfMemoryError:
             return launch(configs[-1])
-        table[key] = configs[times.index(min(times))]
-        if min(times) == float("inf"):
-            table[key] = "twin"
-            message = f"{key}: no configuration compiles for this card; plain torch computes"
-            print(f"kernels  {message}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # a folder that is read-only: every run tunes again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, table)
-    return None if table[key] == "twin" else launch(table[key])
+        choice = table.choices[key]
+    return None if choice == "twin" else launch(choice)
 
 
 # ----------------------------------------------------------------------------- tiles of a matrix
@@ -529,7 +586,7 @@ def dequantize(w, dtype):
 # number the rows of the cache seen as (blocks * block_size, Kh, D). An int8 cache comes with
 # k_scale, v_scale (blocks, block_size, Kh) float32, one scale for each token and head:
 # value = stored * scale.
-@jit
+@jit(do_not_specialize_on_alignment=["slots"])
 def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D: constexpr):
     """One token's H rows of D values to its slot, quantized where there are scales."""
     token = tl.program_id(0).to(tl.int64)
@@ -660,7 +717,10 @@ def _weigh(scores, most, total):
 # rows of a tile are (query row, query head of this key head) pairs, so that grouped heads read
 # their keys once. With SPLIT > 1 a program takes a part of the context (flash-decoding);
 # `_combine` joins the parts.
-@jit(do_not_specialize=["window", "S", "T", "table_stride"])
+@jit(
+    do_not_specialize=["window", "S", "T", "table_stride"],
+    do_not_specialize_on_alignment=["tables", "lengths", "starts"],  # parts of one tensor
+)
 def _attend(
     q,
     k_cache,

@@ -291,11 +291,17 @@ def test_every_configuration_computes_the_same(monkeypatch):
 def gpu_tuning(monkeypatch):
     """`tuned` as on a GPU: with tables on disk, outside a graph's capture."""
     monkeypatch.setattr(K, "INTERPRET", False)
-    monkeypatch.setattr(K, "triton", K.triton or SimpleNamespace(__version__="none"))
+    triton = SimpleNamespace(__version__="none", TritonError=RuntimeError)
+    monkeypatch.setattr(K, "triton", K.triton or triton)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
-def test_the_fastest_configuration_is_kept_on_disk(gpu_tuning, monkeypatch, tmp_path):
+CONFIGS = [dict(BLOCK=1), dict(BLOCK=2), dict(BLOCK=3)]
+
+
+@pytest.fixture
+def tried(gpu_tuning, monkeypatch):
+    """The configurations that were timed; the second is the fastest."""
     times = {1: 3.0, 2: 1.0, 3: 2.0}
     tried = []
 
@@ -303,21 +309,59 @@ def test_the_fastest_configuration_is_kept_on_disk(gpu_tuning, monkeypatch, tmp_
         tried.append(config)
         return times[config["BLOCK"]]
 
-    def tune_in_a_new_process():
-        K.tuning_table.cache_clear()
-        configs = [dict(BLOCK=n) for n in times]
-        return K.tuned("some kernel", configs, lambda c: c["BLOCK"], torch.device("cpu"))
-
     monkeypatch.setattr(K, "milliseconds", milliseconds)
-    assert tune_in_a_new_process() == 2 and tune_in_a_new_process() == 2
-    assert len(tried) == 3
+    return tried
+
+
+def use_in_a_new_process(launch=lambda config: config["BLOCK"], closed=False):
+    K.tuning_table.cache_clear()
+    device = torch.device("cpu")
+    K.tuning_table(device).closed = closed
+    return K.tuned("some kernel", CONFIGS, launch, device)
+
+
+def test_the_fastest_configuration_is_kept_on_disk(tried, tmp_path):
+    assert use_in_a_new_process() == 2 and use_in_a_new_process() == 2
+    assert tried == CONFIGS
     (file,) = (tmp_path / "llm-kernels").iterdir()
     assert json.loads(file.read_text()) == {"some kernel": {"BLOCK": 2}}
-    file.write_text("{broken")
-    assert tune_in_a_new_process() == 2 and len(tried) == 6
+
+
+@pytest.mark.parametrize(
+    "text,why", [("{broken", "not valid JSON"), ('{"some kernel": {"TILE": 7}}', "another version")]
+)
+def test_a_file_of_choices_that_cannot_be_used_costs_a_line(tried, tmp_path, capsys, text, why):
+    use_in_a_new_process()
+    (file,) = (tmp_path / "llm-kernels").iterdir()
+    file.write_text(text)
+    assert use_in_a_new_process() == 2 and tried == CONFIGS * 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line and str(file) in line
+
+
+def test_a_closed_table_takes_the_first_configuration_that_runs(tried, capsys):
+    def launch(config):
+        if config["BLOCK"] < room:
+            raise K.triton.TritonError
+        return config["BLOCK"]
+
+    room = 2
+    assert use_in_a_new_process(launch, closed=True) == 2
+    room = 9
+    assert use_in_a_new_process(launch, closed=True) is None
+    assert "no configuration compiles" in capsys.readouterr().err and not tried
 
 
 def test_a_card_without_room_says_so_and_the_twin_serves(gpu_tuning, monkeypatch, capsys):
     monkeypatch.setattr(K, "milliseconds", lambda launch, config: float("inf"))
     assert K.tuned("some kernel", [dict(BLOCK=1)], None, torch.device("cpu")) is None
     assert "some kernel: no configuration compiles" in capsys.readouterr().err
+
+
+def test_a_triton_that_does_not_work_says_so_and_the_twins_serve(monkeypatch, capsys):
+    def store_rows(*inputs):
+        raise RuntimeError("Failed to find C compiler.\nand more")
+
+    monkeypatch.setattr(K, "store_rows", store_rows)
+    assert not K.compiles.__wrapped__(torch.device(DEVICE))
+    assert capsys.readouterr().err.count("\n") == 1
