@@ -39,7 +39,7 @@ import torch
 import chat
 from engine.native import quiet_torch
 from engine.parallel import shard_model
-from engine.runner import Runner, StepBatch, pool_size
+from engine.runner import Runner, StepBatch, pool_size, warm_up
 from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniforms
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from formats import peft
@@ -152,6 +152,19 @@ class Engine:
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
+        self.heard = 0.0  # when there was last a step, or work began
+        self.longest_wait = 0.0  # seconds between two steps, or from then to the first
+
+    def warm_up(self, tune=True):
+        """On a GPU, before the first request: compute a step of each kind, so that no request waits
+        for a kernel to be tuned or a graph to be recorded. Without `tune` no request waits for
+        tuning either, but then kernels have the configurations that an earlier start chose, or the
+        first that run."""
+        scheduler = self.scheduler
+        limits = scheduler.max_seqs, scheduler.step_tokens, self.max_model_len
+        if tune:
+            warm_up(self.runner, len(scheduler.pool.refs), *limits)
+        self.runner.everywhere("close_tuning")
 
     @classmethod
     def of(cls, model, tok, dtype="auto", **options):
@@ -206,6 +219,8 @@ class Engine:
         if not sampling.ignore_eos:
             ends |= self.eos
         adapter = self.runner.adapter_index(adapter)
+        if not self.has_work:
+            self.heard = time.monotonic()
         request = Request(request_id, ids, sampling, adapter, ends, SamplingRow(sampling))
         full = min(len(ids) + sampling.max_tokens, self.max_model_len)
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
@@ -246,6 +261,9 @@ class Engine:
                 drafts = self.propose(plan)
                 logits, owners = self.compute(plan, drafts)
                 deltas += self.accept(plan, drafts, logits, owners)
+        now = time.monotonic()
+        self.longest_wait = max(self.longest_wait, now - self.heard)
+        self.heard = now
         return deltas
 
     def propose(self, plan):
@@ -434,6 +452,7 @@ class Engine:
             "waiting": len(s.waiting),
             "blocks_total": len(s.pool.refs),
             "blocks_used": len(s.pool.refs) - len(s.pool.free),
+            "longest_wait": self.longest_wait,
             **s.counts,
         }
 

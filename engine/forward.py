@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import kernels
 import quant
+from engine.graphs import Graphs, graph_size
 from engine.parallel import ShardedLinear
 from engine.weights import rope_tables, stack_adapters
 from quant import QuantLinear
@@ -158,7 +159,9 @@ class TorchForward(nn.Module):
         self.keys = torch.zeros(*shape, c.head_dim, dtype=dtype, device=self.device)
         self.values = torch.zeros_like(self.keys)
         self.scales = torch.zeros(2, *shape, device=self.device) if dtype.itemsize == 1 else None
-        self.graphs = {}  # {sequences of a decode step: (graph, its inputs, its logits)}
+        # of a decode step: (graph, its inputs, its logits) for each number of sequences
+        self.graphs = Graphs() if self.device.type == "cuda" else None
+        self.logits = None  # (R, V) float32, where the largest of these graphs writes
 
     def with_cache(self, blocks, dtype):
         """The same weights with another cache."""
@@ -186,7 +189,7 @@ class TorchForward(nn.Module):
         """
         S, T, R = len(batch.counts), len(batch.ids), len(batch.rows)
         page = self.block_size
-        pad = graph_size(S) - S if self.device.type == "cuda" and S == T == R else 0
+        pad = graph_size(S) - S if self.graphs and S == T == R else 0
         counts, pasts, starts, sizes = batch.layout()
         width = table_width(int(sizes.max()))
         tables = np.zeros((S + pad, width), np.int32)
@@ -211,39 +214,37 @@ class TorchForward(nn.Module):
         for the device: the inputs go over in one pinned copy, and the logits stay there.
         """
         S, T, R = longs[:3].tolist()
-        longs = longs[3:]
-        if self.device.type != "cuda":
-            return self.compute(longs, ints, S, T, R, hidden)
-        longs = longs.pin_memory().to(self.device, non_blocking=True)
-        ints = ints.pin_memory().to(self.device, non_blocking=True)
-        if hidden or not S == T == R:
-            return self.compute(longs, ints, S, T, R, hidden)
-        if S not in self.graphs:
-            blocks = -(-self.config.max_position_embeddings // self.block_size)
-            room = ints.new_zeros(2 * S + 1 + S * table_width(blocks))
-            put_ints(room, ints, S)
-            self.graphs[S] = self.capture(longs.clone(), room, S)
-        graph, static_longs, static_ints, logits = self.graphs[S]
+        longs = sent(longs[3:], self.device)
+        ints = sent(ints, self.device)
+        recorded = None
+        if self.graphs and S == T == R and not hidden:
+            recorded = self.graphs.get(f"{S} sequences", self.decode_graph, longs, ints, S)
+        if recorded is None:
+            result = self.compute(longs, ints, S, T, R, hidden)
+            return None if result is None else result.float()
+        graph, static_longs, static_ints, logits = recorded
         static_longs.copy_(longs)
         put_ints(static_ints, ints, S)
         graph.replay()
         return logits
 
-    def capture(self, longs, ints, S):
+    def decode_graph(self, longs, ints, S):
         """Record a decode step of S sequences -> (graph, its inputs, its logits)."""
-        stream = torch.cuda.Stream()  # the kernels are tuned and warmed up outside the capture
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.compute(longs, ints, S, S, S)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.compute(longs, ints, S, S, S)
-        return graph, longs, ints, logits
+        blocks = -(-self.config.max_position_embeddings // self.block_size)
+        room = ints.new_zeros(2 * S + 1 + S * table_width(blocks))
+        put_ints(room, ints, S)
+        longs = longs.clone()
+        if self.logits is None or len(self.logits) < S:
+            self.logits = torch.empty(S, self.config.vocab_size, device=self.device)
+        logits = self.logits[:S]
+        graph = self.graphs.record(lambda: logits.copy_(self.compute(longs, room, S, S, S)))
+        return graph, longs, room, logits
 
     def compute(self, longs, ints, S, T, R, hidden=False):
-        """S sequences, T tokens, R rows wanted; the parts of longs and ints as `inputs` says."""
+        """S sequences, T tokens, R rows wanted; the parts of longs and ints as `inputs` says.
+
+        -> logits (R, V) of the head's type; with hidden (T, C) float32.
+        """
         c = self.config
         ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
         lengths = ints[:S]
@@ -272,7 +273,7 @@ class TorchForward(nn.Module):
             return None
         if R != T:
             x, adapters = x[rows], adapters[rows]
-        return self.head(self.norm(x), adapters).float()
+        return self.head(self.norm(x), adapters)
 
     def attend(self, i, layer, qkv, rope, slots, tables, lengths, starts):
         """Layer i's queries, keys and values (T, (H + 2K) D) -> (T, H D), over the paged cache."""
@@ -293,6 +294,13 @@ class TorchForward(nn.Module):
         return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
 
 
+def sent(tensor, device):
+    """A CPU tensor on the device, in one pinned copy that nothing waits for."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def table_width(blocks):
     """Columns of the block tables of a step: a power of two, so kernels are not compiled anew."""
     return max(16, 1 << (blocks - 1).bit_length())
@@ -304,10 +312,3 @@ def put_ints(into, ints, S):
     tables = ints[first:].view(S, -1)
     into[:first] = ints[:first]
     into[first:].view(S, -1)[:, : tables.size(1)] = tables
-
-
-def graph_size(sequences):
-    """Decode steps share a CUDA graph with the next of 1, 2, 4, 8, 16, 24, 32, ... sequences."""
-    if sequences > 4:
-        return -(-sequences // 8) * 8
-    return 4 if sequences == 3 else sequences

@@ -115,6 +115,7 @@ class Measures:
             "num_requests_running": stats["running"],
             "num_requests_waiting": self.client.queue_length(),
             "kv_cache_usage_perc": stats["blocks_used"] / max(stats["blocks_total"], 1),
+            "longest_wait_between_steps_seconds": stats.get("longest_wait", 0.0),
         }
         for name, value in gauges.items():
             yield GaugeMetricFamily(f"llm:{name}", name, value)

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import json
 import marshal
 import os
 import select
@@ -33,9 +32,11 @@ from common import UserError
 from engine.sampler import Sampling
 from engine.scheduler import Delta, TokenLogprob
 from server.api import Refusal
+from server.door import log_line
 
 PULSE_SECONDS = 1.0  # after which an engine without work says that it lives
 SILENT_SECONDS = 30.0  # after which one that says nothing counts as hung
+LONG_WAIT = 1.0  # seconds between two steps that are told in the log
 
 
 def message(*values):
@@ -114,6 +115,7 @@ class Worker:
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
         self.told = 0.0  # when all of it last was
+        self.waited = 0.0  # the longest wait between two steps that the log knows
         self.builder = ThreadPoolExecutor(1, "grammar")
 
     def run(self):
@@ -132,13 +134,21 @@ class Worker:
             pass
         except Exception as error:
             why = f"the engine failed: {type(error).__name__}: {error}"
-            print(json.dumps({"event": "engine_failed", "error": why}), file=sys.stderr, flush=True)
+            log_line({"event": "engine_failed", "error": why})
             self.send("failed", why)
+        self.log_wait(self.engine.stats(), 0)
         self.builder.shutdown(wait=False, cancel_futures=True)
         self.sock.close()
 
     def send(self, *values):
         self.sock.sendall(message(*values))
+
+    def log_wait(self, stats, at_least):
+        """Say how long there was no step though there was work, where that is a new record."""
+        longest = stats.get("longest_wait", 0.0)
+        if longest > max(self.waited, at_least):
+            log_line({"event": "longest_wait_between_steps", "seconds": round(longest, 3)})
+            self.waited = longest
 
     # -- orders come in
     def idle_seconds(self):
@@ -292,6 +302,7 @@ class Worker:
             items.append(list(vars(delta).values()))
         active = len(self.unfinished) + bool(self.reading)
         stats = self.engine.stats() | {"active": active}
+        self.log_wait(stats, LONG_WAIT)
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
 

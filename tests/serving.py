@@ -134,6 +134,7 @@ class Stub:
             "preemptions": 0,
             "generated_tokens": self.made,
             "prompt_tokens": 0,
+            "longest_wait": 0.0,
         }
 
 

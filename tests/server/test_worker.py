@@ -55,6 +55,19 @@ def test_half_a_character_at_the_end_is_dropped_however_deltas_are_sent(told, la
     assert "".join(said) == shown
 
 
+def test_the_longest_wait_between_steps_is_in_the_log_and_in_the_figures(capsys):
+    class Waiting(Stub):
+        def stats(self):
+            return {**super().stats(), "longest_wait": 0.5 if self.made < 2 else 2.5}
+
+    with running(Waiting()) as server:
+        ask(server)
+        shown = HTTP.get(server.url + "/metrics").text
+    assert "llm:longest_wait_between_steps_seconds 2.5" in shown
+    said = capsys.readouterr().err
+    assert said.count("longest_wait_between_steps") == 1 and '"seconds":2.5' in said
+
+
 def test_texts_that_are_only_read_take_turns_and_end_with_who_leaves():
     engine = Stub("x")
     read = []

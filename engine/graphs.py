@@ -1,0 +1,51 @@
+"""CUDA graphs: the launches of a step, recorded once and replayed without Python."""
+
+import sys
+
+import torch
+
+
+class Graphs:
+    """What was recorded, by key. All graphs share one pool of memory, as one runs at a time."""
+
+    def __init__(self):
+        self.known = {}
+        self.pool = None
+
+    def count(self):
+        return sum(graph is not None for graph in self.known.values())
+
+    def get(self, key, make, *inputs):
+        """make(*inputs), kept under the key. If recording fails, a line says so, and it is None
+        from then on: the caller computes without a graph."""
+        if key not in self.known:
+            self.known[key] = None
+            try:
+                self.known[key] = make(*inputs)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+                why = (str(error).splitlines() or [type(error).__name__])[0][:150]
+                print(f"graphs   {key}: not recorded, runs without ({why})", file=sys.stderr)
+        return self.known[key]
+
+    def record(self, function):
+        """The function's launches as a torch.cuda.CUDAGraph; it has run before, so that kernels
+        are compiled and tuned."""
+        before = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):  # which also comes back to `before` if recording fails
+            for _ in range(2):
+                function()
+            before.wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self.pool):
+                function()
+        self.pool = graph.pool()
+        return graph
+
+
+def graph_size(sequences):
+    """Decode steps share a CUDA graph with the next of 1, 2, 4, 8, 16, 24, 32, ... sequences."""
+    if sequences > 4:
+        return -(-sequences // 8) * 8
+    return 4 if sequences == 3 else sequences

@@ -1,0 +1,138 @@
+"""Before the first request all is tuned and recorded; a GPU is played by what needs none."""
+
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_scheduler import engine_of, fuzz, make_model, random_request
+
+import kernels
+from engine.forward import TorchForward
+from engine.graphs import Graphs
+from engine.sampler import Sampling
+from quant import QuantLinear
+
+
+class PlayedGraphs(Graphs):
+    """What a recorded function launches is what it does, once more."""
+
+    replays = 0
+
+    def record(self, function):
+
+        def replay():
+            self.replays += 1
+            function()
+
+        return SimpleNamespace(replay=replay)
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Every torch forward pass gets PlayedGraphs -> the list of them."""
+    made = []
+    allocate = TorchForward.allocate
+
+    def allocate_and_play(self, *sizes):
+        allocate(self, *sizes)
+        self.graphs = PlayedGraphs()
+        made.append(self.graphs)
+
+    monkeypatch.setattr(TorchForward, "allocate", allocate_and_play)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """The keys that kernels asked `tuned` for, each of which the twin then computes."""
+    if kernels.triton is None:
+        pytest.skip("no Triton")
+    asked = []
+
+    def tuned(key, configs, launch, device):
+        asked.append(key)
+
+    plain = QuantLinear.plain
+
+    def asking(self, rows):
+        assert self.on_gpu(rows) is None
+        return plain(self, rows)
+
+    monkeypatch.setattr(QuantLinear, "plain", asking)
+    monkeypatch.setattr(kernels, "use_kernel", lambda x: True)
+    monkeypatch.setattr(kernels, "tuned", tuned)
+    monkeypatch.setattr(kernels, "store_rows", kernels.store_rows_twin)
+    return asked
+
+
+def serve_some(engine, requests, seed):
+    rng = random.Random(seed)
+    prefixes = [[rng.randrange(4, 20) for _ in range(20)] for _ in range(2)]
+    for _ in range(requests):
+        engine.submit(*random_request(rng, prefixes, 4))
+        for _ in range(rng.choice([0, 1, 5])):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+
+
+@pytest.mark.parametrize("max_seqs,step_tokens", [(3, 9), (9, 64), (16, 30)])
+def test_no_request_asks_for_a_kernel_that_the_warm_up_did_not_tune(
+    folder, keys, played, max_seqs, step_tokens
+):
+    limits = dict(max_seqs=max_seqs, step_tokens=step_tokens, kv_tokens=600)
+    engine = engine_of(folder, quant="int8", **limits)
+    engine.warm_up()
+    known = set(keys)
+    recorded = dict(engine.runner.forward.graphs.known)
+    keys.clear()
+    for seed in range(4):
+        serve_some(engine, 12, seed)
+    assert len(keys) > 900 and {key.split()[0] for key in keys} == {"attention", "int8"}
+    assert set(keys) <= known
+    assert engine.runner.forward.graphs.known == recorded
+
+
+def test_a_step_that_replays_a_graph_gives_the_same_answers(folder, played):
+    fuzz(folder, 6)
+    assert sum(graphs.replays for graphs in played) > 100
+
+
+def test_what_cannot_be_recorded_costs_a_line_and_is_computed(folder, played, capsys):
+    engine = engine_of(folder, max_seqs=4)
+    (graphs,) = played
+    record = graphs.record
+
+    def small_only(function):
+        if len(graphs.known) > 1:
+            return record(function)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate more")
+
+    graphs.record = small_only
+    engine.warm_up()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "4 sequences" in line and "out of memory" in line
+    assert graphs.known.pop("4 sequences") is None and all(graphs.known.values())
+    sampling = Sampling(max_tokens=9, temperature=0)
+    together = engine.generate([[5, 6], [7], [8], [9]], sampling)
+    assert together[0].token_ids == engine.generate([5, 6], sampling)[0].token_ids
+
+
+def test_the_longest_wait_is_between_steps_and_not_between_requests(folder, monkeypatch):
+    engine = engine_of(folder)
+    engine.generate([5], Sampling(max_tokens=2, ignore_eos=True))
+    quick = engine.stats()["longest_wait"]
+    time.sleep(quick + 0.05)  # nobody waits
+    engine.submit([5], Sampling(max_tokens=2, ignore_eos=True))
+    engine.step()
+    assert engine.stats()["longest_wait"] < quick + 0.05
+    time.sleep(quick + 0.1)
+    engine.step()
+    assert engine.stats()["longest_wait"] >= quick + 0.1
