@@ -39,9 +39,10 @@ import torch
 import chat
 from engine.native import quiet_torch
 from engine.parallel import shard_model
-from engine.runner import Runner, StepBatch, pool_size, warm_up
+from engine.runner import Runner, StepBatch, pool_size
 from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniforms
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
+from engine.warm_up import warm_up
 from formats import peft
 from formats.hub import SAMPLING_KEYS
 from formats.vocab import find_tokenizer
@@ -135,7 +136,7 @@ class Engine:
         max_seqs = max_seqs or usual[0]
         step_tokens = step_tokens or usual[1]
         blocks = pool_size(self.runner, kv_tokens, max_seqs, self.max_model_len)
-        self.runner.allocate(blocks)
+        self.runner.allocate(blocks, max_seqs)
         if runtime.rank:
             self.runner.follow()
         self.max_model_len = min(self.max_model_len, blocks * block_size)
@@ -155,15 +156,13 @@ class Engine:
         self.heard = 0.0  # when there was last a step, or work began
         self.longest_wait = 0.0  # seconds between two steps, or from then to the first
 
+    @torch.inference_mode()
     def warm_up(self, tune=True):
-        """On a GPU, before the first request: compute a step of each kind, so that no request waits
-        for a kernel to be tuned or a graph to be recorded. Without `tune` no request waits for
-        tuning either, but then kernels have the configurations that an earlier start chose, or the
-        first that run."""
-        scheduler = self.scheduler
-        limits = scheduler.max_seqs, scheduler.step_tokens, self.max_model_len
+        """On a GPU, before the first request: tune the kernels and record the CUDA graphs of all
+        steps, so that none is held up by it. Without `tune` no kernel is tuned later, either: those
+        that no earlier start has tuned take their first configuration that runs."""
         if tune:
-            warm_up(self.runner, len(scheduler.pool.refs), *limits)
+            warm_up(self)
         self.runner.everywhere("close_tuning")
 
     @classmethod
@@ -323,7 +322,7 @@ class Engine:
                 rows.append(self.sampling_row(seq, draft[:i]))
                 seeds.append(seq.seed)
                 positions.append(len(seq.ids) + i)
-        drawn = draw_with_logprobs(logits, rows, uniforms(seeds, positions))
+        drawn = self.draw(logits, rows, uniforms(seeds, positions))
         deltas = []
         for seq in owners:
             draft = drafts.get(seq, [])
@@ -332,6 +331,22 @@ class Engine:
             self.scheduler.counts["generated_tokens"] += len(delta.token_ids)
             deltas.append(delta)
         return deltas
+
+    def draw(self, logits, rows, u):
+        """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
+        counts = [row.sampling.logprobs for row in rows]
+        asked = [r for r, count in enumerate(counts) if count is not None]
+        if not asked:
+            tokens, failed = self.runner.draw(logits, rows, u)
+            return zip(tokens.tolist(), failed.tolist(), itertools.repeat(None))
+        own = logits[asked]  # a copy: the draw overwrites logits
+        tokens, failed = draw_tokens(logits, rows, u)
+        parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
+        tokens = tokens.tolist()
+        found: list = [None] * len(rows)
+        for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
+            found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
+        return zip(tokens, failed.tolist(), found)
 
     # -- tokens become text
     def extend(self, seq, draft, drawn):
@@ -461,22 +476,6 @@ def child_seed(seed, index):
     """The seed of one of n answers: a number of its own, the same in every run."""
     digest = hashlib.blake2b(b"%d/%d" % (seed, index), digest_size=6).digest()
     return int.from_bytes(digest, "little")
-
-
-def draw_with_logprobs(logits, rows, u):
-    """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
-    counts = [row.sampling.logprobs for row in rows]
-    asked = [r for r, count in enumerate(counts) if count is not None]
-    own = logits[asked] if asked else None  # a copy: the draw overwrites logits
-    tokens, failed = draw_tokens(logits, rows, u)
-    found: list = [None] * len(rows)
-    parts = ()
-    if asked:
-        parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
-    tokens = tokens.tolist()
-    for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
-        found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
-    return zip(tokens, failed.tolist(), found)
 
 
 def lookup_draft(ids, most):

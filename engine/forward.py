@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import kernels
 import quant
-from engine.graphs import Graphs, graph_size
+from engine.graphs import Graphs, graph_size, pinned
 from engine.parallel import ShardedLinear
 from engine.weights import rope_tables, stack_adapters
 from quant import QuantLinear
@@ -161,7 +161,8 @@ class TorchForward(nn.Module):
         self.scales = torch.zeros(2, *shape, device=self.device) if dtype.itemsize == 1 else None
         # of a decode step: (graph, its inputs, its logits) for each number of sequences
         self.graphs = Graphs() if self.device.type == "cuda" else None
-        self.logits = None  # (R, V) float32, where the largest of these graphs writes
+        self.most_sequences = 0  # of a decode step
+        self.logits = None  # (most_sequences, V) float32, where these graphs write
 
     def with_cache(self, blocks, dtype):
         """The same weights with another cache."""
@@ -214,8 +215,8 @@ class TorchForward(nn.Module):
         for the device: the inputs go over in one pinned copy, and the logits stay there.
         """
         S, T, R = longs[:3].tolist()
-        longs = sent(longs[3:], self.device)
-        ints = sent(ints, self.device)
+        longs = pinned(longs[3:], self.device).to(self.device, non_blocking=True)
+        ints = pinned(ints, self.device).to(self.device, non_blocking=True)
         recorded = None
         if self.graphs and S == T == R and not hidden:
             recorded = self.graphs.get(f"{S} sequences", self.decode_graph, longs, ints, S)
@@ -234,8 +235,9 @@ class TorchForward(nn.Module):
         room = ints.new_zeros(2 * S + 1 + S * table_width(blocks))
         put_ints(room, ints, S)
         longs = longs.clone()
-        if self.logits is None or len(self.logits) < S:
-            self.logits = torch.empty(S, self.config.vocab_size, device=self.device)
+        if self.logits is None:
+            most = graph_size(self.most_sequences)
+            self.logits = torch.empty(most, self.config.vocab_size, device=self.device)
         logits = self.logits[:S]
         graph = self.graphs.record(lambda: logits.copy_(self.compute(longs, room, S, S, S)))
         return graph, longs, room, logits
@@ -292,13 +294,6 @@ class TorchForward(nn.Module):
         where = tables, lengths, starts
         y = kernels.paged_attention(qk[:, :H], *cache, *where, D**-0.5, layer.window, *scales)
         return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
-
-
-def sent(tensor, device):
-    """A CPU tensor on the device, in one pinned copy that nothing waits for."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def table_width(blocks):

@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from engine.sampler import draw_by_settings
+
 
 class Graphs:
     """What was recorded, by key. All graphs share one pool of memory, as one runs at a time."""
@@ -42,6 +44,19 @@ class Graphs:
                 function()
         self.pool = graph.pool()
         return graph
+
+
+def record_draw(graphs, kind, logits):
+    """`draw_by_settings` from these logits -> (graph, its settings, its result)."""
+    settings = torch.zeros(len(logits), 5, device=logits.device)
+    drawn = torch.zeros(2, len(logits), dtype=torch.int64, device=logits.device)
+    graph = graphs.record(lambda: drawn.copy_(draw_by_settings(kind, logits, settings)))
+    return graph, settings, drawn
+
+
+def pinned(tensor, device):
+    """A CPU tensor from which a GPU can copy while Python goes on."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def graph_size(sequences):

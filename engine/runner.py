@@ -7,25 +7,23 @@ several ranks the first has the requests, the scheduler and the sampler; the oth
 import atexit
 import os
 import sys
-import time
 from array import array
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import kernels
 from common import Interrupt, UserError
 from engine import native
 from engine.forward import TorchForward
-from engine.graphs import graph_size
-from engine.sampler import top_logprobs
+from engine.graphs import graph_size, pinned, record_draw
+from engine.sampler import draw_kind, draw_settings, draw_tokens, top_logprobs
 from runtime import DTYPES, free_memory
 
 MIB = 2**20
+GRAPH_LOGITS = 1 << 24  # beyond so many, launching a draw takes no time beside its work
 
 
 class StepBatch:
@@ -140,8 +138,9 @@ class Runner:
             size += 4 / self.config.head_dim
         return int(self.config.kv_bytes_per_token(size))
 
-    def allocate(self, blocks):
+    def allocate(self, blocks, max_seqs=1):
         self.forward.allocate(blocks, self.kv_dtype)
+        self.forward.most_sequences = max_seqs
         self.idle = True  # from here on the other ranks wait for orders
 
     def refresh(self, model):
@@ -191,6 +190,26 @@ class Runner:
         logits = self.everywhere("step", *self.forward.inputs(batch))
         return None if logits is None else logits[: len(batch.rows)]
 
+    def draw(self, logits, rows, u):
+        """`draw_tokens`; by a CUDA graph where the logits are those of one."""
+        static = None if self.native else self.forward.logits
+        kind = draw_kind(rows)
+        if static is None or kind is None or logits.data_ptr() != static.data_ptr():
+            return draw_tokens(logits, rows, u)
+        size = graph_size(len(rows))
+        static = static[:size, : logits.size(1)]
+        recorded = None
+        if static.numel() <= GRAPH_LOGITS:
+            graphs = self.forward.graphs
+            recorded = graphs.get(f"{kind} tokens of {size}", record_draw, graphs, kind, static)
+        if recorded is None:
+            return draw_tokens(logits, rows, u)
+        graph, settings, drawn = recorded
+        settings.copy_(pinned(draw_settings(rows, u, size), self.device), non_blocking=True)
+        graph.replay()
+        tokens, failed = drawn[:, : len(rows)].cpu()
+        return tokens, failed.bool()
+
     # -- several ranks
     ORDERS = ("end", "step", "read", "close_tuning")
 
@@ -239,71 +258,6 @@ class Runner:
                     os._exit(128 + interrupt.signal)
                 raise
         sys.exit()
-
-
-# ----------------------------------------------------------------------- before the first request
-@dataclass
-class MadeUpStep:
-    """A step of made-up sequences, to warm up with."""
-
-    sequences: int
-    tokens: int  # new ones, of all together
-    context: int  # tokens of a sequence, at least its new ones
-
-    def batch(self, blocks, block_size):
-        """-> StepBatch, in a pool of so many blocks that nobody uses yet."""
-        batch = StepBatch()
-        for i in range(self.sequences):
-            new = self.tokens // self.sequences
-            new += i < self.tokens % self.sequences
-            past = max(self.context - new, 0)
-            size = -(-(past + new) // block_size)
-            table = array("i", (block % blocks for block in range(i * size, (i + 1) * size)))
-            batch.add(table, [0] * new, past, [new - 1])
-        return batch
-
-
-def made_up_steps(max_seqs, step_tokens, max_len, room):
-    """Yield a MadeUpStep for every kernel and CUDA graph that a scheduler's steps can need.
-
-    Decodes come first, the largest in front, whose memory the graphs of the others share. Kernels
-    are tuned for powers of two: of sequences the fewest that share one are taken, which leaves the
-    most new tokens to each. A step of few new tokens divides the context among programs, in more
-    parts the longer it is. room: tokens that the cache holds.
-    """
-    usual = min(1024, max_len)
-    for size in sorted({graph_size(n + 1) for n in range(max_seqs)}, reverse=True):
-        yield MadeUpStep(size, size, usual)
-    power = 1
-    while power < 2 * max_seqs:
-        sequences = power // 2 + 1
-        most = min(step_tokens, sequences * (max_len - 1))
-        tokens = 2 * sequences - 1
-        while tokens < 2 * most:
-            new = min(tokens, most)
-            yield MadeUpStep(sequences, new, usual)
-            context = 256
-            while new <= 4 * sequences and context < min(2 * max_len, 2 * room // sequences):
-                yield MadeUpStep(sequences, new, min(context, max_len))
-                context *= 2
-            tokens = 2 * tokens + 1
-        power *= 2
-
-
-def warm_up(runner, blocks, max_seqs, step_tokens, max_len):
-    """Tune the kernels and record the CUDA graphs of all steps, so that no request waits for it."""
-    if runner.native or runner.forward.graphs is None:
-        return
-    begin = time.monotonic()
-    room = blocks * runner.block_size
-    steps = list(made_up_steps(max_seqs, step_tokens, max_len, room))
-    print(f"warm-up  {len(steps)} kinds of steps: kernels are tuned (the first time), graphs made")
-    with tqdm(steps, unit="step", disable=None) as bar:
-        for step in bar:
-            bar.set_description(f"{step.tokens} new tokens of {step.sequences} texts")
-            runner(step.batch(blocks, runner.block_size))
-    seconds = time.monotonic() - begin
-    print(f"warm-up  {runner.forward.graphs.count()} CUDA graphs after {seconds:.1f} s", flush=True)
 
 
 def pool_size(runner, kv_tokens, max_seqs, max_len):

@@ -102,6 +102,11 @@ class Sampling:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @functools.cached_property
+    def limits(self):
+        """What decides the draw, beside the random number."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+    @functools.cached_property
     def stop_beginnings(self):
         """What a text may end with while a stop string comes."""
         return tuple(stop[:n] for stop in self.stop for n in range(1, len(stop)))
@@ -202,26 +207,34 @@ def kept_tokens(logits, rows):
     vocabulary is slow, a few are tried first (test_candidates_and_the_whole_vocabulary_agree).
     """
     V = logits.size(1)
-    device = logits.device
-    asked = [row.sampling for row in rows]
-    limits = [(sampling.top_k or V, sampling.top_p, sampling.min_p) for sampling in asked]
-    k, top_p, min_p = torch.tensor(limits, device=device).T[..., None]  # (R, 1) each
+    limits = torch.tensor([row.sampling.limits for row in rows], device=logits.device)
     few = V
-    if device.type == "cpu":
-        few = max(CANDIDATES, *(sampling.top_k for sampling in asked if sampling.top_k < V), 0)
-        few = min(few + 1, V)
-    for count in (few, V):
-        values, ids = logits.topk(count)  # (R, count), falling
-        values = values.masked_fill(torch.arange(count, device=device) >= k, -torch.inf)
-        total = values.logsumexp(-1, keepdim=True)
-        if count < V:  # a row without top-k has mass beyond the candidates
-            total = torch.where(k < V, total, logits.logsumexp(-1, keepdim=True))
-        p = (values - total).exp()
-        before = p.cumsum(-1) - p  # the mass of everything likelier: the first is always kept
-        keep = (p > 0) & ((before < top_p) | (top_p == 1)) & (p >= min_p * p[:, :1])
-        if count == V or not keep[:, -1].any():
-            break
+    if logits.device.type == "cpu":
+        few = max(CANDIDATES, *(row.sampling.top_k for row in rows if row.sampling.top_k < V), 0)
+    if few + 1 < V:
+        keep, ids = kept_of_largest(few + 1, logits, limits)
+    if few + 1 >= V or keep[:, -1].any():
+        keep, ids = kept_of_largest(V, logits, limits)
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
+
+
+def kept_of_largest(count, logits, limits):
+    """Which of the `count` largest logits of a row are kept -> (R, count) bool, their ids.
+
+    limits: (R, 4), as Sampling.limits
+    """
+    V = logits.size(1)
+    _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
+    k = torch.where(k > 0, k, V)
+    values, ids = logits.topk(count)  # (R, count), falling
+    hidden = torch.arange(count, device=logits.device) >= k
+    values = values.masked_fill(hidden, -torch.inf)
+    total = values.logsumexp(-1, keepdim=True)
+    if count < V:  # a row without top-k has mass beyond the candidates
+        total = torch.where(k < V, total, logits.logsumexp(-1, keepdim=True))
+    p = (values - total).exp()
+    before = p.cumsum(-1) - p  # the mass of everything likelier: the first is always kept
+    return (p > 0) & ((before < top_p) | (top_p == 1)) & (p >= min_p * p[:, :1]), ids
 
 
 def draw_tokens(logits, rows, u):
@@ -237,20 +250,65 @@ def draw_tokens(logits, rows, u):
     if not any(temperatures):
         return greedy, failed
     temperature = torch.tensor(temperatures, device=logits.device)  # (R,)
-    hot = temperature > 0
-    tempered = (logits - best[:, None]) / torch.where(hot, temperature, 1.0)[:, None]
+    tempered = tempered_logits(logits, best, temperature)
     p = tempered.softmax(-1)
     filtered = [r for r, row in enumerate(rows) if row.sampling.filters]
     if filtered:
         # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
         p[filtered] *= kept_tokens(tempered[filtered], [rows[r] for r in filtered])
-    # The inverse of the distribution function at u: the first token at which the sum exceeds u.
+    token = token_at(p, u.to(logits.device))
+    return torch.where(temperature > 0, token, greedy), failed
+
+
+def tempered_logits(logits, best, temperature):
+    return (logits - best[:, None]) / torch.where(temperature > 0, temperature, 1.0)[:, None]
+
+
+def token_at(p, u):
+    """The inverse of the distribution function at u: the first token at which the sum of the
+    weights p (R, V) exceeds u (R,) of their total."""
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
-    u = u.to(logits.device)[:, None]
-    below = torch.minimum(u * total, total * (1 - 2**-23))
-    token = torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)
-    return torch.where(hot, token, greedy), failed
+    below = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
+    return torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)
+
+
+# ---------------------------------------------------------------- the draw without Python (a GPU)
+def draw_kind(rows):
+    """Which draw serves all of these rows, or None: what edits logits takes `draw_tokens`."""
+    if any(row.sampling.edits_logits for row in rows):
+        return None
+    if any(row.sampling.filters for row in rows):
+        return "filtered"
+    return "drawn" if any(row.sampling.temperature for row in rows) else "greedy"
+
+
+def draw_settings(rows, u, size):
+    """-> (size, 5) float32: Sampling.limits and u of each row, zeros where there is none."""
+    settings = np.zeros((size, 5), np.float32)
+    settings[: len(rows), :4] = [row.sampling.limits for row in rows]
+    settings[: len(rows), 4] = u
+    return torch.from_numpy(settings)
+
+
+def draw_by_settings(kind, logits, settings):
+    """`draw_tokens` as one chain of operations whose shapes depend on no value, so that a CUDA
+    graph can hold it -> (2, R) int64: the tokens, and 1 where nothing was allowed."""
+    best, greedy = logits.max(-1)
+    token = greedy
+    if kind != "greedy":
+        limits = settings[:, :4]
+        temperature = settings[:, 0]
+        tempered = tempered_logits(logits, best, temperature)
+        p = tempered.softmax(-1)
+        if kind == "filtered":
+            keep, ids = kept_of_largest(logits.size(1), tempered, limits)
+            keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
+            _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
+            unlimited = (k == 0) & (top_p == 1) & (min_p == 0)
+            p = p * (keep | unlimited)
+        token = torch.where(temperature > 0, token_at(p, settings[:, 4]), greedy)
+    return torch.stack((token, best == -torch.inf))
 
 
 def top_logprobs(logits, tokens, count):

@@ -11,7 +11,15 @@ from test_scheduler import engine_of, fuzz, make_model, random_request
 import kernels
 from engine.forward import TorchForward
 from engine.graphs import Graphs
-from engine.sampler import Sampling
+from engine.sampler import (
+    Sampling,
+    SamplingRow,
+    draw_by_settings,
+    draw_kind,
+    draw_settings,
+    draw_tokens,
+    uniforms,
+)
 from quant import QuantLinear
 
 
@@ -120,9 +128,34 @@ def test_what_cannot_be_recorded_costs_a_line_and_is_computed(folder, played, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert "4 sequences" in line and "out of memory" in line
     assert graphs.known.pop("4 sequences") is None and all(graphs.known.values())
+    assert sorted(graphs.known) == sorted(
+        f"{kind} of {n}" if kind else f"{n} sequences"
+        for n in (1, 2)
+        for kind in ("", "greedy tokens", "drawn tokens", "filtered tokens")
+    )
     sampling = Sampling(max_tokens=9, temperature=0)
     together = engine.generate([[5, 6], [7], [8], [9]], sampling)
     assert together[0].token_ids == engine.generate([5, 6], sampling)[0].token_ids
+
+
+def test_a_draw_without_python_is_the_draw():
+    """The chain of operations that a CUDA graph holds, against draw_tokens."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(8, 500)
+    logits[7] = -torch.inf
+    plain = [Sampling(temperature=0), Sampling(temperature=0.7), Sampling(temperature=2.0)]
+    limited = [Sampling(top_k=9), Sampling(top_p=0.6), Sampling(min_p=0.1, temperature=1.3)]
+    for several in (plain[:1], plain, plain + limited):
+        rows = [SamplingRow(several[i % len(several)]) for i in range(8)]
+        kind = draw_kind(rows)
+        for seed in range(40):
+            u = uniforms([seed] * 8, range(8))
+            settings = draw_settings(rows, u, 10)[:8]
+            tokens, failed = draw_by_settings(kind, logits, settings)
+            expected, nothing = draw_tokens(logits.clone(), rows, u)
+            assert failed.tolist() == nothing.tolist() == [0] * 7 + [1]
+            assert tokens[:7].tolist() == expected[:7].tolist()
+    assert draw_kind([*rows, SamplingRow(Sampling(min_tokens=1))]) is None
 
 
 def test_the_longest_wait_is_between_steps_and_not_between_requests(folder, monkeypatch):
