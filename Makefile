@@ -1,10 +1,10 @@
-# make demo | test | test-peers | test-browser | docker-test | bench | bench-gpu | clean
+# make demo | test | test-peers | test-browser | test-gpu | docker-test | bench | bench-gpu | clean
 # Each sets itself up in .venv and touches nothing else on the machine. make demo SERVE=0 stops before
 # it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-peers test-browser docker-test bench bench-gpu clean
+.PHONY: demo test test-peers test-browser test-gpu docker-test bench bench-gpu clean
 
 demo: .venv/runtime
 	@bash demo.sh $(ARGS)
@@ -25,8 +25,7 @@ docker-test:
 	$(PYTHON) deploy/docker_test.py $(if $(MODEL),--model $(MODEL))
 
 # bench: every table that needs no other program, on the models that `make demo` made; figures also in
-# runs/bench/*.json. A line that fails says why, and the next one is run. make bench-gpu PY=python3
-# takes another Python than the one in .venv.
+# runs/bench/*.json. A line that fails says why, and the next one is run.
 PY = $(BIN)/python
 measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) bench.py $(2) --json runs/bench/$(1).json
 
@@ -39,16 +38,15 @@ bench: .venv/runtime
 	$(call measure,serve,serve runs/demo-dpo --requests 768 --concurrency 256 --seqs 64 --rounds 12)
 	$(call measure,optimizers,optimizers)
 
+# At most ten minutes: everything compiles side by side, then each program is timed alone. Sources of
+# the peers by path: NANOGPT=../nanoGPT GPTFAST=../gpt-fast make bench-gpu; DRY=--dry shows the plan.
 bench-gpu: $(if $(findstring .venv,$(PY)),.venv/peers)
-	-$(PY) -m pytest -q tests/test_kernels.py
-	$(call measure,kernels,kernels)
-	$(call measure,gpu-train,train --presets shakespeare-char-10m --target 1.4697)
-	$(call measure,gpu-pretrain,pretrain)
-	$(call measure,gpu-qlora,qlora --shape 7b)
-	$(call measure,gpu-decode,decode 7b --formats bfloat16 int8 int4)
-	$(call measure,gpu-throughput,throughput qwen3-0.6b --requests 256 --low 100 --high 1024 \
-		--transformers bfloat16)
-	$(call measure,gpu-prefix,prefix qwen3-0.6b)
+	$(call measure,gpu,gpu --nanogpt "$(NANOGPT)" --gptfast "$(GPTFAST)" $(DRY))
+
+# The tests with CUDA as the device. PY=python3 takes another Python than the one in .venv.
+test-gpu: $(if $(findstring .venv,$(PY)),.venv/dev)
+	OMP_NUM_THREADS=2 $(PY) -m pytest -q -n 4 -m "not peers and not slow and not browser" tests \
+		$(addprefix --ignore tests/test_,deploy.py demo.py readme.py serve.py)
 
 clean:
 	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .mypy_cache  # not runs/: those are your models

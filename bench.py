@@ -16,6 +16,7 @@
     python bench.py overhead                     # Python's share of a step: the model costs nothing
     python bench.py prefix FOLDER                # first token of 64 requests that begin alike
     python bench.py serve FOLDER                 # the server under load, and what it costs
+    python bench.py gpu --nanogpt DIR --gptfast DIR  # all that needs a GPU, beside the peers
     python bench.py compare before.json after.json    # two measurements, written with --json FILE
 
 A measurement is a generator: it yields its figures, a dict a row, which are printed under their
@@ -75,6 +76,7 @@ def machine_facts():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         cpu = found[1] if found else cpu
     return dict(
+        date=time.strftime("%Y-%m-%d"),
         platform=platform.platform(),
         cpu=cpu,
         cores=usable_cpus(),
@@ -146,6 +148,12 @@ def memory_held(reset=False):
     status = Path("/proc/self/status").read_text()
     now, most = (re.search(rf"{name}:\s*(\d+)", status) for name in ("VmRSS", "VmHWM"))
     return int(now[1]) * 1024, int(most[1]) * 1024
+
+
+def read_bandwidth(device):
+    """Bytes a second at which a sum reads more than any cache holds."""
+    big = torch.ones((4 if device.type == "cuda" else 1) << 27, dtype=torch.int64, device=device)
+    return big.nbytes / seconds_of(big.sum, repeats=3, warm_up=3)
 
 
 # type, vocabulary, width, MLP, layers, heads, key/value heads, head dim, context
@@ -456,27 +464,28 @@ def attention_cases(S, rows, length=4096):
     return cases
 
 
-def bench_kernels():
-    """Every kernel at Llama's shapes: microseconds, GB/s, share of the card's copy bandwidth, speed
-    over the first of its group."""
+def bench_kernels(only=""):
+    """Every kernel at Llama's shapes: microseconds, GB/s, share of the rate at which the card's
+    memory is read, speed over the first of its group. --only: the groups whose name has this."""
     if not torch.cuda.is_available() or kernels.triton is None:
         raise UserError(
             "bench.py kernels times the Triton kernels on a CUDA device, and here is none; that "
             "they compute the right thing is shown by: python -m pytest tests/test_kernels.py"
         )
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    copying = graph_seconds(source.nbytes, torch.empty_like(source).copy_, lambda: (source,))
-    copy = 2 * source.nbytes / copying
-    yield dict(group="copy, read + written", gb_per_s=copy / 1e9)
     groups = {
-        "linear, 1 row": linear_cases(1),
-        "linear, 16 rows": linear_cases(16),
-        "decode, 16 x 4096 tokens": attention_cases(16, 1),
-        "prefill, 4096 tokens": attention_cases(1, 4096),
+        "linear, 1 row": partial(linear_cases, 1),
+        "linear, 16 rows": partial(linear_cases, 16),
+        "decode, 16 x 4096 tokens": partial(attention_cases, 16, 1),
+        "prefill, 4096 tokens": partial(attention_cases, 1, 4096),
     }
-    for group, cases in groups.items():
+    chosen = {group: cases for group, cases in groups.items() if only in group}
+    if not chosen:
+        raise UserError(f"--only {only}: the groups are {'; '.join(groups)}")
+    reading = read_bandwidth(torch.device("cuda"))
+    yield dict(group="memory, read", gb_per_s=reading / 1e9)
+    for group, cases in chosen.items():
         first = None
-        for name, case in cases.items():
+        for name, case in cases().items():
             with torch.inference_mode():
                 seconds = graph_seconds(*case)
             first = first or seconds
@@ -486,7 +495,7 @@ def bench_kernels():
                 name=name,
                 us=seconds * 1e6,
                 gb_per_s=rate / 1e9,
-                of_copy=rate / copy,
+                of_reading=rate / reading,
                 speed_up=first / seconds,
             )
 
@@ -538,10 +547,23 @@ def greedy(new):
     return Sampling(max_tokens=new, temperature=0, ignore_eos=True)
 
 
+def open_engine(model, quant=None, dtype="auto", **options):
+    """An engine over a folder, a file or a shape, warmed up."""
+    loaded = None
+    if model in SHAPES and torch.cuda.is_available():  # random weights, made where they are used
+        runtime = resolve("auto", dtype, "off")
+        loaded = random_base(SHAPES[model], False, runtime).eval(), None, runtime
+    else:
+        model = folder_of(model)
+    engine = Engine(model, "auto", dtype, quant, loaded=loaded, **options)
+    engine.warm_up()
+    return engine
+
+
 def engine_writer(model, quant=None, dtype="auto"):
     """-> (a function (texts, tokens of a prompt, new tokens) that writes so much; bytes of the
     weights that a decode step reads)"""
-    engine = Engine(model, "auto", dtype, quant, kv_tokens=16 * 1024)
+    engine = open_engine(model, quant, dtype, kv_tokens=16 * 1024, max_seqs=8)
 
     def write(texts, prompt, new):
         prompts = torch.randint(1, engine.vocab_size, (texts, prompt)).tolist()
@@ -572,14 +594,13 @@ def bench_decode(
     MODEL: a folder or a shape (7b, 1b, qwen3-0.6b, 135m); --formats of our weights; --gguf: the
     model as files, for llama.cpp and for us; --transformers: its dtypes to measure too."""
     device = resolve().device
-    big = torch.ones((4 if device.type == "cuda" else 1) << 27, dtype=torch.int64, device=device)
-    bandwidth = big.nbytes / seconds_of(big.sum, repeats=3, warm_up=3)
+    bandwidth = read_bandwidth(device)
     yield dict(memory="read", gb_per_s=bandwidth / 1e9)
-    folder = folder_of(model)
     programs, size = {}, {}
+    packed_from = "auto" if device.type == "cuda" else "float32"
     for name in formats:
-        how = (name, "float32") if name in ("int8", "int4") else (None, name)
-        programs[name], size[name] = engine_writer(folder, *how)
+        how = (name, packed_from) if name in ("int8", "int4") else (None, name)
+        programs[name], size[name] = engine_writer(model, *how)
     for path in map(Path, gguf):
         from peers.llama_cpp import llama_writer
 
@@ -588,7 +609,7 @@ def bench_decode(
     for dtype in transformers:
         from peers.hf import transformers_writer
 
-        programs[f"transformers {dtype}"] = transformers_writer(folder, dtype, device)
+        programs[f"transformers {dtype}"] = transformers_writer(folder_of(model), dtype, device)
     figures = {name: [] for name in programs}
     for _ in range(rounds):
         for name, write in programs.items():
@@ -605,27 +626,44 @@ def bench_decode(
         }
 
 
+def random_requests(count, low, high, vocab_size):
+    """-> (prompts, numbers of new tokens), both of --low to --high tokens, always the same."""
+    rng = random.Random(0)
+    prompts = []
+    for _ in range(count):
+        prompts.append([rng.randrange(1, vocab_size) for _ in range(rng.randint(low, high))])
+    return prompts, [rng.randint(low, high) for _ in range(count)]
+
+
 def bench_throughput(model, requests=64, low=16, high=128, transformers=()):
     """Requests of random lengths (prompts and answers of --low to --high tokens), all there at the
-    start: output tok/s, beside transformers' static batches of 32 of the same, in its dtypes."""
-    folder = folder_of(model)
-    engine = Engine(folder)
-    sizes = torch.randint(low, high + 1, (requests, 2)).tolist()
-    prompts = [torch.randint(1, engine.vocab_size, (n,)).tolist() for n, _ in sizes]
-    new = [tokens for _, tokens in sizes]
+    start: output tok/s, greedy and drawn, beside transformers' static batches of 32 of the same, in
+    its dtypes. The engine's longest wait is between two of its steps."""
+    engine = open_engine(model)
+    prompts, new = random_requests(requests, low, high, engine.vocab_size)
     engine.generate(prompts[0], greedy(4))
-    ours = seconds_of(engine.generate, prompts, list(map(greedy, new)))
-    yield dict(program="engine", seconds=ours, tokens_per_s=sum(new) / ours, engine_is_faster=1.0)
+    speeds = []
+    for name, temperature in (("greedy", 0), ("temperature 0.6", 0.6)):
+        engine.scheduler.pool.forget()
+        asked = [replace(greedy(tokens), temperature=temperature, seed=1) for tokens in new]
+        seconds = seconds_of(engine.generate, prompts, asked)
+        speeds.append(sum(new) / seconds)
+        yield dict(
+            program=name,
+            seconds=seconds,
+            tokens_per_s=speeds[-1],
+            longest_wait=engine.stats()["longest_wait"],
+        )
     for dtype in transformers:
         from peers.hf import transformers_writer, write_in_static_batches
 
-        write = transformers_writer(folder, dtype, engine.runner.device)
+        write = transformers_writer(folder_of(model), dtype, engine.runner.device)
         seconds = seconds_of(write_in_static_batches, write, prompts, new, 32)
         yield dict(
             program=f"transformers {dtype}, batches of 32",
             seconds=seconds,
             tokens_per_s=sum(new) / seconds,
-            engine_is_faster=seconds / ours,
+            engine_is_faster=speeds[0] * seconds / sum(new),
         )
 
 
@@ -675,10 +713,9 @@ def bench_overhead(steps=200):
 def bench_prefix(model, requests=64, length=1000):
     """Requests with the same --length tokens in front: seconds to their first token on average and
     at the latest, without and with the prefix cache."""
-    folder = folder_of(model)
     means = []
     for cached in (False, True):
-        engine = Engine(folder, kv_tokens=128 * 1024, max_seqs=64, prefix_cache=cached)
+        engine = open_engine(model, kv_tokens=128 * 1024, max_seqs=64, prefix_cache=cached)
         prefix = [1 + i % (engine.vocab_size - 1) for i in range(length)]
         begin = time.perf_counter()
         for i in range(requests):
@@ -806,6 +843,28 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         yield dict(beside="the engine by itself", tokens_per_s=made / min(alone), server_costs=cost)
 
 
+# ------------------------------------------------------------------------------ what needs a GPU
+def bench_gpu(nanogpt="", gptfast="", minutes=10, dry=False):
+    """One table of all that is timed on a GPU, ours beside the peers that are at hand: all programs
+    compile side by side, then each is timed alone. What fails says why, and the next one runs.
+
+    --nanogpt, --gptfast: folders of their sources; --dry prints the commands."""
+    from peers import side_by_side
+
+    todo = side_by_side.timings(nanogpt, gptfast)
+    if dry:
+        for timing in todo:
+            yield dict(program=timing.program, command=timing.command, compiled_by=timing.compile)
+        return
+    if not torch.cuda.is_available():
+        raise UserError("bench.py gpu needs a CUDA device, and here is none; --dry shows the plan")
+    free_gib = torch.cuda.mem_get_info()[0] / 2**30
+    table, failed = side_by_side.measure(todo, free_gib, minutes)
+    yield from side_by_side.rows_of(table)
+    for program, command, why in failed:
+        yield dict(failed=program, command=command, why=why)
+
+
 # --------------------------------------------------------------------------------- two measurements
 def read_measurement(path):
     """A file that --json wrote -> its content."""
@@ -863,6 +922,7 @@ MEASUREMENTS: dict = {
     "overhead": bench_overhead,
     "prefix": bench_prefix,
     "serve": bench_serve,
+    "gpu": bench_gpu,
     "compare": bench_compare,
 }
 
@@ -880,6 +940,8 @@ def parse_command(argv):
             options = dict(default=default, help=f"[{default}]")
             if default is parameter.empty:
                 own.add_argument(name)
+            elif isinstance(default, bool):
+                own.add_argument(f"--{name}", action="store_true")
             elif isinstance(default, tuple):
                 own.add_argument(f"--{name}", nargs="+", **options)
             else:

@@ -1,7 +1,7 @@
 """The Triton kernels of the GPU path, each beside the plain torch twin that defines it.
 
     python -m pytest tests/test_kernels.py   # without a GPU they run in Triton's interpreter
-    python bench.py kernels                  # GB/s of each, beside the card's copy bandwidth
+    python bench.py kernels                  # GB/s of each, beside the rate at which it reads
 
 A twin has the kernel's signature. A public function runs the kernel for CUDA tensors (for any
 tensor if TRITON_INTERPRET=1) and its `_twin` otherwise. `linear` and `dequantize` leave that to

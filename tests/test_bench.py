@@ -1,12 +1,16 @@
 """bench.py compare: rows find each other by what they are called, figures by their names."""
 
 import json
+import shlex
 import sys
 
 import pytest
+import torch
+from conftest import ROOT
 
 import bench
 from common import UserError
+from peers.side_by_side import Timing, measure, request_figures, rows_of
 
 
 def compare(tmp_path, capsys, a, b):
@@ -75,3 +79,57 @@ def test_the_json_says_what_it_was_measured_on(tmp_path, monkeypatch):
         and machine["torch"].startswith("2.")
         and machine["platform"]
     )
+
+
+# -------------------------------------------------------------------------------- beside the peers
+def speaking(program, code, **options):
+    """A Timing of a program that is a line of Python; FILE is where its figures go."""
+    return Timing(program, f"-c {shlex.quote(code)}", request_figures, **options)
+
+
+def test_a_program_that_fails_says_why_and_the_next_one_is_timed(tmp_path):
+    written = "import sys; open(sys.argv[-1], 'w').write('{\"rows\": %s}')"
+    rows = '[{"program": "greedy", "tokens_per_s": %d}]'
+    marked = tmp_path / "compiled"
+    todo = [
+        speaking("gpt-fast", "x", sources=""),
+        speaking("nanoGPT", "x", sources=str(tmp_path)),
+        speaking("broken", "raise SystemExit('no such card')"),
+        speaking("ours", written % rows % 300, compile=f"-m zipfile -c {marked} {__file__}"),
+        speaking("transformers", written % rows % 200),
+    ]
+    table, failed = measure(todo, 80, 1)
+    assert list(rows_of(table)) == [
+        {
+            "work": "256 requests, greedy: tok/s",
+            "ours": 300,
+            "peer": "transformers",
+            "theirs": 200,
+            "ours_over_theirs": 1.5,
+        }
+    ]
+    why = {program: reason for program, _, reason in failed}
+    assert "not at hand" in why["gpt-fast"] and str(tmp_path) in why["nanoGPT"]
+    assert "no such card" in why["broken"] and marked.exists()
+
+
+def test_every_program_that_is_timed_beside_the_peers_can_be_started():
+    flags = bench.parse_command(["gpu", "--dry", "--nanogpt", "a b"])
+    assert flags.pop("command") == "gpu" and flags.pop("json") is None
+    rows = list(bench.bench_gpu(**flags))
+    assert len(rows) == 11 and any("'a b'" in row["command"] for row in rows)
+    for row in rows:
+        for command in filter(None, (row["command"], row["compiled_by"])):
+            script, *words = shlex.split(command)
+            if script == "bench.py":
+                assert bench.parse_command(words)["command"] in bench.MEASUREMENTS
+            elif script == "-m":
+                assert (ROOT / f"{words[0].replace('.', '/')}.py").is_file()
+
+
+def test_kernels_are_timed_on_a_gpu_only():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="CUDA device, and here is none"):
+            list(bench.bench_kernels())
+        with pytest.raises(UserError, match="--dry"):
+            list(bench.bench_gpu())

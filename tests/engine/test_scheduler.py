@@ -87,8 +87,8 @@ class CheckedEngine(Engine):
         return deltas
 
 
-def engine_of(folder, **options):
-    return CheckedEngine(folder, "cpu", "float32", **{"block_size": 4, **options})
+def engine_of(folder, device="cpu", **options):
+    return CheckedEngine(folder, device, "float32", **{"block_size": 4, **options})
 
 
 def random_request(rng, prefixes, block):
@@ -110,11 +110,11 @@ def random_request(rng, prefixes, block):
     )
 
 
-def fuzz(folder, schedules, first=0, block=4, **options):
+def fuzz(folder, schedules, first=0, block=4, device="cpu", **options):
     """Random arrivals, a tiny pool, preemption, shared prefixes, aborts, chunked prefill;
     afterwards no block is in use."""
     options["block_size"] = block
-    alone = engine_of(folder, prefix_cache=False, max_seqs=8, block_size=block)
+    alone = engine_of(folder, device, prefix_cache=False, max_seqs=8, block_size=block)
     preemptions = hits = 0
     for number in range(first, first + schedules):
         rng = random.Random(number)
@@ -125,6 +125,7 @@ def fuzz(folder, schedules, first=0, block=4, **options):
         max_seqs = rng.choice([3, 4, 8])
         engine = engine_of(
             folder,
+            device,
             kv_tokens=block * rng.choice([11, 12, 16, 24]),
             max_seqs=max_seqs,
             step_tokens=rng.choice([1, 5, 9, 64]),
