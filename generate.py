@@ -13,7 +13,7 @@ of Sampling as it likes; "tools", "system" and "history" go with messages. From 
 
 The Engine answers many requests at once over one paged key/value cache (Kwon et al. 2023), each
 as if it were alone. `Engine.step` is the loop's body: Scheduler.schedule picks the tokens and gives
-them pages, `compute` runs the model, `accept` draws the next tokens, `extend` makes text of them; a
+them pages, `compute` runs the model, `draw` draws the next tokens, `extend` makes text of them; a
 stop string ends an answer in `shown_text`, and its pages are freed by Scheduler.remove at the end
 of `extend`. Transformer.generate in model.py is the plain way, one token of one text at a time, and
 tests/engine/test_scheduler.py holds the two equal.
@@ -31,6 +31,7 @@ from array import array
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
+from typing import Any
 
 from common import UserError, cli, file_rows, parse_flags, read_json  # isort: skip
 
@@ -103,6 +104,17 @@ def read_adapter_tensors(folders, model, runtime):
 
 
 # ------------------------------------------------------------------------------------------- engine
+@dataclass
+class Launched:
+    """A step that the device has been told to compute."""
+
+    plan: dict  # {sequence: its tokens in this step}
+    drafts: dict  # {sequence: guessed ids that follow}
+    owners: list  # the sequences that get a token
+    drawn: Any = ()  # an iterator over what `extend` takes, which waits for the device
+    tokens: Any = None  # the same ids where the device has them, for the next step
+
+
 class Engine:
     """Many requests over one model: `submit`, `step` and `cancel`, or `generate` for whole answers.
 
@@ -153,6 +165,7 @@ class Engine:
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
+        self.launched = None  # the step that the device computes while the last one is looked at
         self.heard = 0.0  # when there was last a step, or work began
         self.longest_wait = 0.0  # seconds between two steps, or from then to the first
 
@@ -251,19 +264,62 @@ class Engine:
     # -- one step
     @torch.inference_mode()
     def step(self):
-        """Compute one batch -> list of Delta. Waits for nothing but the computation."""
+        """Compute one batch -> list of Delta. Waits for nothing but the computation.
+
+        On a GPU the step that follows a step of decodes is launched before the tokens of that one
+        are looked at: a sequence that has ended by then computed a token too many.
+        """
         deltas = self.outbox
         self.outbox = []
         with quiet_torch() if self.runner.native else contextlib.nullcontext():
-            plan = self.scheduler.schedule()
-            if plan:
-                drafts = self.propose(plan)
-                logits, owners = self.compute(plan, drafts)
-                deltas += self.accept(plan, drafts, logits, owners)
+            launched = self.launched or self.launch()
+            self.launched = None
+            if launched:
+                self.launched = self.launch_next(launched)
+                deltas += self.accept(launched)
+        if not self.scheduler.running:
+            self.launched = None  # its sequences have all ended
         now = time.monotonic()
         self.longest_wait = max(self.longest_wait, now - self.heard)
         self.heard = now
         return deltas
+
+    def launch(self):
+        """Schedule a step and start to compute it -> Launched, or None where nothing is to do."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return None
+        drafts = self.propose(plan)
+        logits, owners = self.compute(plan, drafts)
+        if not owners:
+            return Launched(plan, drafts, owners)
+        return Launched(plan, drafts, owners, *self.draw(logits, owners, drafts))
+
+    def launch_next(self, launched):
+        """The step after one whose tokens only the device knows -> Launched, or None.
+
+        It is sure to be this: a token for each of the same sequences, but for those that reach
+        their length now. So nobody may wait to run, and nobody may have to wait for a block.
+        """
+        scheduler = self.scheduler
+        alive = [seq for seq in launched.owners if seq.blocks]
+        if launched.tokens is None or scheduler.waiting or len(alive) < len(scheduler.running):
+            return None
+        batch = StepBatch()
+        owners, places = [], []
+        for place, seq in enumerate(launched.owners):
+            if not seq.blocks or len(seq.ids) + 1 == seq.full:
+                continue
+            if not scheduler.reserve(seq, len(seq.ids) + 1):
+                return None
+            batch.add(seq.blocks, [0], len(seq.ids), (0,), seq.request.adapter)
+            owners.append(seq)
+            places.append(place)
+        if not owners:
+            return None
+        logits = self.runner(batch, launched.tokens[places])[:, : self.vocab_size]
+        plan = dict.fromkeys(owners, 1)
+        return Launched(plan, {}, owners, *self.draw(logits, owners, {}, ahead=1))
 
     def propose(self, plan):
         """-> {sequence: ids that may come next}, no more than the plan has room for."""
@@ -302,51 +358,52 @@ class Engine:
         output = seq.ids[len(request.prompt) :] + draft
         return SamplingRow(sampling, output, request.prompt, request.ends, seq.constraint)
 
-    def accept(self, plan, drafts, logits, owners):
-        """Draw the next tokens, and keep a draft as far as it is what was drawn -> deltas.
+    def accept(self, launched):
+        """Take the tokens that were drawn, and keep a draft as far as it is what was drawn
+        -> deltas.
 
         A draft is right exactly where it equals the token that the model itself drew with that
         position's random number, so speculation changes how many steps are taken and nothing else
         (test_speculation_changes_no_answer).
         """
-        for seq, n in plan.items():
+        for seq, n in launched.plan.items():
+            if not seq.blocks:
+                continue  # it ended, or was cancelled, after this step had been launched
             seq.computed = min(seq.computed + n, len(seq.ids))
             if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
                 self.scheduler.publish(seq)
-        if not owners:
-            return []
-        rows, seeds, positions = [], [], []  # of each row of logits
-        for seq in owners:
-            draft = drafts.get(seq, [])
-            for i in range(len(draft) + 1):
-                rows.append(self.sampling_row(seq, draft[:i]))
-                seeds.append(seq.seed)
-                positions.append(len(seq.ids) + i)
-        drawn = self.draw(logits, rows, uniforms(seeds, positions))
         deltas = []
-        for seq in owners:
-            draft = drafts.get(seq, [])
-            own = list(itertools.islice(drawn, len(draft) + 1))
+        for seq in launched.owners:
+            draft = launched.drafts.get(seq, [])
+            own = list(itertools.islice(launched.drawn, len(draft) + 1))
+            if not seq.blocks:
+                continue
             delta = self.extend(seq, draft, own)
             self.scheduler.counts["generated_tokens"] += len(delta.token_ids)
             deltas.append(delta)
         return deltas
 
-    def draw(self, logits, rows, u):
-        """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
-        counts = [row.sampling.logprobs for row in rows]
-        asked = [r for r, count in enumerate(counts) if count is not None]
-        if not asked:
-            tokens, failed = self.runner.draw(logits, rows, u)
-            return zip(tokens.tolist(), failed.tolist(), itertools.repeat(None))
-        own = logits[asked]  # a copy: the draw overwrites logits
-        tokens, failed = draw_tokens(logits, rows, u)
-        parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
-        tokens = tokens.tolist()
-        found: list = [None] * len(rows)
-        for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
-            found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
-        return zip(tokens, failed.tolist(), found)
+    def draw(self, logits, owners, drafts, ahead=0):
+        """Draw the next tokens of sequences, each with the random number of its place.
+
+        ahead: how many of a sequence's tokens are not known here yet
+        -> an iterator over (token, whether nothing was allowed, TokenLogprob or None) for each row
+        of logits; the tokens on the device, or None where the next step cannot begin with them.
+        """
+        rows, seeds, positions = [], [], []
+        for seq in owners:
+            draft = drafts.get(seq, [])
+            for i in range(len(draft) + 1):
+                rows.append(self.sampling_row(seq, draft[:i]))
+                seeds.append(seq.seed)
+                positions.append(len(seq.ids) + ahead + i)
+        u = uniforms(seeds, positions)
+        if any(row.sampling.logprobs is not None for row in rows):
+            return draw_with_logprobs(logits, rows, u), None
+        drawn, tokens = self.runner.draw(logits, rows, u)
+        if self.scheduler.max_draft:
+            tokens = None
+        return drawn, tokens
 
     # -- tokens become text
     def extend(self, seq, draft, drawn):
@@ -476,6 +533,20 @@ def child_seed(seed, index):
     """The seed of one of n answers: a number of its own, the same in every run."""
     digest = hashlib.blake2b(b"%d/%d" % (seed, index), digest_size=6).digest()
     return int.from_bytes(digest, "little")
+
+
+def draw_with_logprobs(logits, rows, u):
+    """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
+    counts = [row.sampling.logprobs for row in rows]
+    asked = [r for r, count in enumerate(counts) if count is not None]
+    own = logits[asked]  # a copy: the draw overwrites logits
+    tokens, failed = draw_tokens(logits, rows, u)
+    parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
+    tokens = tokens.tolist()
+    found: list = [None] * len(rows)
+    for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
+        found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
+    return zip(tokens, failed.tolist(), found)
 
 
 def lookup_draft(ids, most):

@@ -208,8 +208,8 @@ class TorchForward(nn.Module):
         ints = np.concatenate(ints, dtype=np.int32, casting="unsafe")
         return torch.from_numpy(longs), torch.from_numpy(np.append(ints, tables))
 
-    def step(self, longs, ints, hidden=False):
-        """What `inputs` made -> logits (R, V), or None.
+    def step(self, longs, ints, hidden=False, ids=None):
+        """What `inputs` made -> logits (R, V), or None. ids: those of its tokens, on the device.
 
         On a GPU a step of decodes alone replays a CUDA graph, with NCCL's part in it. Nothing waits
         for the device: the inputs go over in one pinned copy, and the logits stay there.
@@ -217,6 +217,8 @@ class TorchForward(nn.Module):
         S, T, R = longs[:3].tolist()
         longs = pinned(longs[3:], self.device).to(self.device, non_blocking=True)
         ints = pinned(ints, self.device).to(self.device, non_blocking=True)
+        if ids is not None:
+            longs[: len(ids)] = ids
         recorded = None
         if self.graphs and S == T == R and not hidden:
             recorded = self.graphs.get(f"{S} sequences", self.decode_graph, longs, ints, S)

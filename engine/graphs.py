@@ -1,5 +1,6 @@
 """CUDA graphs: the launches of a step, recorded once and replayed without Python."""
 
+import itertools
 import sys
 
 import torch
@@ -57,6 +58,27 @@ def record_draw(graphs, kind, logits):
 def pinned(tensor, device):
     """A CPU tensor from which a GPU can copy while Python goes on."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def on_their_way(drawn, count):
+    """What `record_draw` draws goes to the CPU while Python goes on -> an iterator over (token,
+    whether nothing was allowed, None), which waits for it."""
+    event = None
+    if drawn.is_cuda:
+        here = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+        here.copy_(drawn, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    else:
+        here = drawn.clone()
+
+    def rows():
+        if event:
+            event.synchronize()
+        tokens, failed = here[:, :count].tolist()
+        yield from zip(tokens, failed, itertools.repeat(None))
+
+    return rows()
 
 
 def graph_size(sequences):

@@ -5,6 +5,7 @@ several ranks the first has the requests, the scheduler and the sampler; the oth
 """
 
 import atexit
+import itertools
 import os
 import sys
 from array import array
@@ -18,7 +19,7 @@ import kernels
 from common import Interrupt, UserError
 from engine import native
 from engine.forward import TorchForward
-from engine.graphs import graph_size, pinned, record_draw
+from engine.graphs import graph_size, on_their_way, pinned, record_draw
 from engine.sampler import draw_kind, draw_settings, draw_tokens, top_logprobs
 from runtime import DTYPES, free_memory
 
@@ -148,8 +149,8 @@ class Runner:
         self.forward.refresh(model)
 
     # -- what every rank does, in the first one's order
-    def step(self, longs, ints):
-        return self.forward.step(longs, ints)
+    def step(self, longs, ints, ids=None):
+        return self.forward.step(longs, ints, ids=ids)
 
     @torch.inference_mode()
     def read(self, longs):
@@ -183,32 +184,42 @@ class Runner:
         if self.device.type == "cuda" and kernels.triton is not None:
             kernels.tuning_table(self.forward.embedding.device).closed = True
 
-    def __call__(self, batch):
-        """-> logits (R, V) float32, on the device, or None where no row is wanted."""
+    def __call__(self, batch, ids=None):
+        """-> logits (R, V) float32, on the device, or None where no row is wanted.
+
+        ids: those of the batch, where only the device knows them
+        """
         if self.native:
             return self.forward(batch)
-        logits = self.everywhere("step", *self.forward.inputs(batch))
+        longs, ints = self.forward.inputs(batch)
+        if ids is None:
+            logits = self.everywhere("step", longs, ints)
+        else:
+            logits = self.step(longs, ints, ids)
         return None if logits is None else logits[: len(batch.rows)]
 
     def draw(self, logits, rows, u):
-        """`draw_tokens`; by a CUDA graph where the logits are those of one."""
+        """`draw_tokens`, by a CUDA graph where the logits are those of one and nothing edits them.
+
+        -> an iterator over (token, whether nothing was allowed, None); the tokens on the device
+        where a graph drew them: they are there until the next draw
+        """
         static = None if self.native else self.forward.logits
-        kind = draw_kind(rows)
-        if static is None or kind is None or logits.data_ptr() != static.data_ptr():
-            return draw_tokens(logits, rows, u)
-        size = graph_size(len(rows))
-        static = static[:size, : logits.size(1)]
+        kind = draw_kind(rows) if static is not None else None
         recorded = None
-        if static.numel() <= GRAPH_LOGITS:
-            graphs = self.forward.graphs
-            recorded = graphs.get(f"{kind} tokens of {size}", record_draw, graphs, kind, static)
+        if kind and logits.data_ptr() == static.data_ptr():
+            size = graph_size(len(rows))
+            static = static[:size, : logits.size(1)]
+            if static.numel() <= GRAPH_LOGITS:
+                graphs = self.forward.graphs
+                recorded = graphs.get(f"{kind} tokens of {size}", record_draw, graphs, kind, static)
         if recorded is None:
-            return draw_tokens(logits, rows, u)
+            tokens, failed = draw_tokens(logits, rows, u)
+            return zip(tokens.tolist(), failed.tolist(), itertools.repeat(None)), None
         graph, settings, drawn = recorded
         settings.copy_(pinned(draw_settings(rows, u, size), self.device), non_blocking=True)
         graph.replay()
-        tokens, failed = drawn[:, : len(rows)].cpu()
-        return tokens, failed.bool()
+        return on_their_way(drawn, len(rows)), None if self.orders else drawn[0]
 
     # -- several ranks
     ORDERS = ("end", "step", "read", "close_tuning")

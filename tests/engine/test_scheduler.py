@@ -110,11 +110,12 @@ def random_request(rng, prefixes, block):
     )
 
 
-def fuzz(folder, schedules, first=0, block=4, device="cpu", **options):
+def fuzz(folder, schedules, first=0, block=4, device="cpu", alone=None, **options):
     """Random arrivals, a tiny pool, preemption, shared prefixes, aborts, chunked prefill;
     afterwards no block is in use."""
     options["block_size"] = block
-    alone = engine_of(folder, device, prefix_cache=False, max_seqs=8, block_size=block)
+    if alone is None:
+        alone = engine_of(folder, device, prefix_cache=False, max_seqs=8, block_size=block)
     preemptions = hits = 0
     for number in range(first, first + schedules):
         rng = random.Random(number)

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from engine.sampler import (
     draw_tokens,
     uniforms,
 )
+from generate import Engine
 from quant import QuantLinear
 
 
@@ -108,9 +110,45 @@ def test_no_request_asks_for_a_kernel_that_the_warm_up_did_not_tune(
     assert engine.runner.forward.graphs.known == recorded
 
 
-def test_a_step_that_replays_a_graph_gives_the_same_answers(folder, played):
-    fuzz(folder, 6)
-    assert sum(graphs.replays for graphs in played) > 100
+def test_steps_launched_ahead_of_their_tokens_give_each_request_what_it_gets_alone(
+    folder, played, monkeypatch
+):
+    """Graphs replayed, tokens drawn in them, sequences that end while the next step runs: equal to
+    the plain loop, which looks at a step's tokens before it schedules the next."""
+    ahead = []
+    launch_next = Engine.launch_next
+
+    def counting(self, launched):
+        following = launch_next(self, launched)
+        ahead.append(following is not None)
+        return following
+
+    def seldom_edited(rng, prefixes, block):
+        prompt, sampling = random_request(rng, prefixes, block)
+        return prompt, replace(sampling, repetition_penalty=rng.choice([1.0] * 9 + [1.3]))
+
+    alone = engine_of(folder, prefix_cache=False, max_seqs=8)
+    alone.launch_next = lambda launched: None
+    monkeypatch.setattr(Engine, "launch_next", counting)
+    monkeypatch.setattr("test_scheduler.random_request", seldom_edited)
+    fuzz(folder, 15, alone=alone)
+    assert sum(graphs.replays for graphs in played) > 700 and sum(ahead) > 60
+
+
+def test_who_comes_while_steps_are_launched_ahead_waits_for_one_of_them(folder, played):
+    engine = engine_of(folder)
+    long = Sampling(max_tokens=50, ignore_eos=True)
+    first = engine.submit([5, 6], long)
+    for _ in range(3):
+        engine.step()
+    assert engine.launched
+    second = engine.submit([7, 8], long)
+    assert [d.request_id for d in engine.step()] == [first]
+    assert sorted(d.request_id for d in engine.step()) == [first, second]
+    engine.cancel(first)
+    engine.cancel(second)
+    assert [d.finish_reason for d in engine.step()] == ["abort"] * 2
+    assert not engine.launched and not engine.has_work and engine.stats()["blocks_used"] == 0
 
 
 def test_what_cannot_be_recorded_costs_a_line_and_is_computed(folder, played, capsys):
