@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -676,7 +677,7 @@ def idle_engine(sequences, tok):
         sizes = dict(kv_tokens=room, max_seqs=sequences, step_tokens=room)
         engine = Engine.of(model, tok, "float32", **sizes)
     constant = torch.randn(sequences, config.vocab_size)
-    engine.runner.forward.step = lambda longs, ints: constant[: longs[2]].clone()
+    engine.runner.forward.step = lambda longs, ints, ids: constant[: longs[2]].clone()
     return engine
 
 
@@ -805,9 +806,10 @@ def read_answer(came):
 
 def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
     """Completions of random words by a server, --concurrency at once, --seqs of them in its engine
-    (0: all), --new tokens each: time to the first token, per token, end to end, tok/s; and
-    what the server costs over the engine: both do the same work in turns, and the best round of
-    each counts. MODEL: a folder, or the http:// address of a running server."""
+    (0: all), --new tokens each: time to the first token, per token, end to end, tok/s, the longest
+    time between two steps since the start; and what the server costs over the engine: both do the
+    same work in turns, and the best round of each counts. MODEL: a folder, or the http:// address
+    of a running server."""
     rng = random.Random(1)
     words = "the of and a to in is you that it he was for on are as with his they at".split()
     prompts = [" ".join(rng.choices(words, k=32)) for _ in range(requests)]
@@ -827,6 +829,10 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
             measured.append(asyncio.run(send_load(url, bodies, concurrency)))
             if engine:
                 alone.append(seconds_of(engine.generate, prompts, sampling))
+        longest_wait = None
+        if not running:
+            with urllib.request.urlopen(f"{url}/stats") as answer:
+                longest_wait = json.load(answer)["longest_wait"]
     seconds, answers = min(measured, key=lambda result: result[0])
     rows = list(map(read_answer, answers))
     for name in ("ttft", "tpot", "e2e"):
@@ -837,6 +843,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         load=f"{requests} requests, {concurrency} at once",
         seconds=seconds,
         tokens_per_s=made / seconds,
+        longest_wait=longest_wait,
     )
     if alone:
         cost = 1 - min(alone) / seconds

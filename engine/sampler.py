@@ -104,7 +104,7 @@ class Sampling:
     @functools.cached_property
     def limits(self):
         """What decides the draw, beside the random number."""
-        return self.temperature, self.top_k, self.top_p, self.min_p
+        return self.temperature, self.top_k or UNLIMITED, self.top_p, self.min_p
 
     @functools.cached_property
     def stop_beginnings(self):
@@ -225,7 +225,6 @@ def kept_of_largest(count, logits, limits):
     """
     V = logits.size(1)
     _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
-    k = torch.where(k > 0, k, V)
     values, ids = logits.topk(count)  # (R, count), falling
     hidden = torch.arange(count, device=logits.device) >= k
     values = values.masked_fill(hidden, -torch.inf)
@@ -305,7 +304,7 @@ def draw_by_settings(kind, logits, settings):
             keep, ids = kept_of_largest(logits.size(1), tempered, limits)
             keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
             _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
-            unlimited = (k == 0) & (top_p == 1) & (min_p == 0)
+            unlimited = (k >= logits.size(1)) & (top_p == 1) & (min_p == 0)
             p = p * (keep | unlimited)
         token = torch.where(temperature > 0, token_at(p, settings[:, 4]), greedy)
     return torch.stack((token, best == -torch.inf))
