@@ -38,6 +38,7 @@ from common import UserError, cli, file_rows, parse_flags, read_json  # isort: s
 import torch
 
 import chat
+from engine.graphs import sent
 from engine.native import quiet_torch
 from engine.parallel import shard_model
 from engine.runner import Runner, StepBatch, pool_size
@@ -302,8 +303,10 @@ class Engine:
         their length now. So nobody may wait to run, and nobody may have to wait for a block.
         """
         scheduler = self.scheduler
+        if launched.tokens is None or scheduler.waiting:
+            return None
         alive = [seq for seq in launched.owners if seq.blocks]
-        if launched.tokens is None or scheduler.waiting or len(alive) < len(scheduler.running):
+        if len(alive) < len(scheduler.running):
             return None
         batch = StepBatch()
         owners, places = [], []
@@ -317,7 +320,8 @@ class Engine:
             places.append(place)
         if not owners:
             return None
-        logits = self.runner(batch, launched.tokens[places])[:, : self.vocab_size]
+        ids = launched.tokens[sent(torch.tensor(places), self.runner.device)]
+        logits = self.runner(batch, ids)[:, : self.vocab_size]
         plan = dict.fromkeys(owners, 1)
         return Launched(plan, {}, owners, *self.draw(logits, owners, {}, ahead=1))
 

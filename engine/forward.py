@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import kernels
 import quant
-from engine.graphs import Graphs, graph_size, pinned
+from engine.graphs import Graphs, graph_size, sent
 from engine.parallel import ShardedLinear
 from engine.weights import rope_tables, stack_adapters
 from quant import QuantLinear
@@ -215,8 +215,8 @@ class TorchForward(nn.Module):
         for the device: the inputs go over in one pinned copy, and the logits stay there.
         """
         S, T, R = longs[:3].tolist()
-        longs = pinned(longs[3:], self.device).to(self.device, non_blocking=True)
-        ints = pinned(ints, self.device).to(self.device, non_blocking=True)
+        longs = sent(longs[3:], self.device)
+        ints = sent(ints, self.device)
         if ids is not None:
             longs[: len(ids)] = ids
         recorded = None
