@@ -45,6 +45,7 @@ bench-gpu: $(if $(findstring .venv,$(PY)),.venv/peers)
 
 # The tests with CUDA as the device. PY=python3 takes another Python than the one in .venv.
 test-gpu: $(if $(findstring .venv,$(PY)),.venv/dev)
+	@$(PY) -c "import torch; torch.cuda.is_available() or exit('make test-gpu: no CUDA device here')"
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q -n 4 -m "not peers and not slow and not browser" tests \
 		$(addprefix --ignore tests/test_,deploy.py demo.py readme.py serve.py)
 

@@ -57,6 +57,7 @@ import grpo
 import kernels
 import lora
 import train
+from engine.graphs import Graphs
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
@@ -668,7 +669,14 @@ def bench_throughput(model, requests=64, low=16, high=128, transformers=()):
         )
 
 
-def idle_engine(sequences, tok):
+class IdleGraphs(Graphs):
+    """A replay costs nothing, and computes nothing."""
+
+    def record(self, function):
+        return SimpleNamespace(replay=lambda: None)
+
+
+def idle_engine(sequences, tok, graphs=None):
     """An engine whose model computes nothing: a step's inputs are made, its logits are constant."""
     config = Config("qwen3", 512, 16, 16, 1, 1, 1, 8, 4096)  # forward.cpp does no heads of 8
     model = Transformer(config)
@@ -677,13 +685,19 @@ def idle_engine(sequences, tok):
         sizes = dict(kv_tokens=room, max_seqs=sequences, step_tokens=room)
         engine = Engine.of(model, tok, "float32", **sizes)
     constant = torch.randn(sequences, config.vocab_size)
-    engine.runner.forward.step = lambda longs, ints, ids: constant[: longs[2]].clone()
+    forward = engine.runner.forward
+    forward.step = lambda longs, ints, ids: constant[: longs[2]].clone()
+    if graphs:
+        forward.graphs = graphs
+        forward.logits = constant
+        forward.step = lambda longs, ints, ids: constant[: longs[2]]
     return engine
 
 
 def bench_overhead(steps=200):
     """Microseconds of a decode step and of each of its sequences that are not the model's: the
-    scheduler, the inputs of forward.py, sampling from 512 logits, text. It needs no GPU."""
+    scheduler, the inputs of forward.py, sampling from 512 logits, text. It needs no GPU: the last
+    rows are what a GPU's steps cost, launched ahead, where replaying a graph costs nothing."""
     text = "".join(random.choices(string.ascii_letters + " ", k=20_000))
     tok = Tokenizer.train([text], 512)
     drawn = Sampling(max_tokens=steps + 8, ignore_eos=True, seed=1)
@@ -693,10 +707,12 @@ def bench_overhead(steps=200):
         "top-p": (None, replace(drawn, top_p=0.9)),
         "streaming": (tok, drawn),
         "stop strings": (tok, replace(drawn, stop=("never seen", "nor this"))),
+        "drawn in a CUDA graph": (None, drawn),
     }
     for name, (tokenizer, sampling) in requests.items():
         for sequences in (1, 16, 64, 256):
-            engine = idle_engine(sequences, tokenizer)
+            graphs = IdleGraphs() if "graph" in name else None
+            engine = idle_engine(sequences, tokenizer, graphs)
             for i in range(sequences):
                 engine.submit([i + 1] * 256, sampling)
             for _ in range(4):  # the prompts, the caches
