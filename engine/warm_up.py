@@ -1,5 +1,6 @@
 """Before the first request on a GPU: kernels are tuned and CUDA graphs recorded, for all steps."""
 
+import sys
 import time
 from array import array
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ class MadeUpStep:
     sequences: int
     tokens: int  # new ones, of all together
     context: int  # tokens of a sequence, at least its new ones
+
+    def __str__(self):
+        return f"{self.tokens} new tokens of {self.sequences} texts"
 
     def batch(self, blocks, block_size):
         """-> StepBatch, in a pool of so many blocks that nobody uses yet."""
@@ -72,12 +76,19 @@ def warm_up(engine):
     limits = scheduler.max_seqs, scheduler.step_tokens, engine.max_model_len
     steps = list(made_up_steps(*limits, room))
     print(f"warm-up  {len(steps)} kinds of steps: kernels are tuned (the first time), graphs made")
+    too_large = []
     with tqdm(steps, unit="step", disable=None) as bar:
         for step in bar:
-            bar.set_description(f"{step.tokens} new tokens of {step.sequences} texts")
-            logits = engine.runner(step.batch(blocks, scheduler.block_size))
-            if step.tokens == step.sequences:
-                draw_all_ways(engine, logits)
+            bar.set_description(str(step))
+            try:
+                logits = engine.runner(step.batch(blocks, scheduler.block_size))
+                if step.tokens == step.sequences:
+                    draw_all_ways(engine, logits)
+            except torch.OutOfMemoryError:
+                too_large.append(str(step))
+    if too_large:
+        found = f"no memory for {len(too_large)} of them, as for {too_large[0]}"
+        print(f"warm-up  {found}; lower --kv-tokens", file=sys.stderr)
     seconds = time.monotonic() - begin
     print(f"warm-up  {forward.graphs.count()} CUDA graphs after {seconds:.1f} s", flush=True)
 

@@ -176,6 +176,25 @@ def test_what_cannot_be_recorded_costs_a_line_and_is_computed(folder, played, ca
     assert together[0].token_ids == engine.generate([5, 6], sampling)[0].token_ids
 
 
+def test_a_step_without_memory_costs_a_line_and_others_are_warmed_up(
+    folder, played, monkeypatch, capsys
+):
+    compute = TorchForward.compute
+
+    def small_only(self, longs, ints, S, T, *how):
+        if T > 20:
+            raise torch.OutOfMemoryError
+        return compute(self, longs, ints, S, T, *how)
+
+    monkeypatch.setattr(TorchForward, "compute", small_only)
+    engine = engine_of(folder, max_seqs=2, step_tokens=64)
+    engine.warm_up(tune=False)
+    assert not played[0].known
+    engine.warm_up()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "31 new tokens of 1 texts; lower --kv-tokens" in line and played[0].count() == 8
+
+
 def test_a_draw_without_python_is_the_draw():
     """The chain of operations that a CUDA graph holds, against draw_tokens."""
     torch.manual_seed(0)
