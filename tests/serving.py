@@ -70,6 +70,9 @@ class Stub:
         self.tok, self.said, self.delay = tok or make_tokenizer(), said, delay
         self.live, self.order, self.cancelled, self.fails, self.made = {}, [], [], None, 0
 
+    def warm_up(self, tune):
+        pass
+
     def submit(self, prompt, sampling, request_id=None, adapter=None):
         if request_id in self.live:
             raise UserError("request id in use")
