@@ -191,6 +191,9 @@ import serve, serving
 from server import door
 
 class Engine(serving.Stub):
+    def warm_up(self, tune):
+        print("warm-up", tune)
+
     def step(self):
         time.sleep(0.05)
         if {fails}:
@@ -209,6 +212,8 @@ def process(fails):
     command = [sys.executable, "-c", FAILING.format(root=str(ROOT), fails=fails)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
+        before_it = next(line for line in child.stdout if line.startswith(("ready", "warm-up")))
+        assert before_it == "warm-up True\n"
         ready = next(line for line in child.stdout if line.startswith("ready"))
         yield child, ready.split()[1]
     finally:
