@@ -19,15 +19,17 @@ class Graphs:
         return sum(graph is not None for graph in self.known.values())
 
     def get(self, key, make, *inputs):
-        """make(*inputs), kept under the key. If recording fails, a line says so, and it is None
-        from then on: the caller computes without a graph."""
+        """make(*inputs), kept under the key; None if that could not be recorded, and the caller
+        computes without a graph. The first time a line says why."""
         if key not in self.known:
+            told = None in self.known.values()
             self.known[key] = None
             try:
                 self.known[key] = make(*inputs)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, too
                 why = (str(error).splitlines() or [type(error).__name__])[0][:150]
-                print(f"graphs   {key}: not recorded, runs without ({why})", file=sys.stderr)
+                if not told:
+                    print(f"graphs   {key}: not recorded, runs without ({why})", file=sys.stderr)
         return self.known[key]
 
     def record(self, function):
