@@ -446,6 +446,34 @@ def _multiply(weights, columns, live, acc, FIRST: constexpr, COUNT: constexpr):
     return acc
 
 
+@jit
+def _group(
+    weights,
+    columns,
+    live,
+    zeros,
+    inside,
+    acc,
+    FORMAT: constexpr,
+    OFFSET: constexpr,
+    FIRST: constexpr,
+    COUNT: constexpr,
+):
+    """The product with the parts of a tile that share a scale, before it, in acc's shape.
+
+    int4's offset and zero point leave through the sum of x: the product of x with a constant, which
+    is the same for all rows of W and so takes but one row's instructions.
+    """
+    part = tl.zeros_like(acc)
+    if FORMAT == "int4":
+        number: constexpr = -8 - OFFSET if zeros is None else -1
+        zero = tl.full(weights[0].shape, number, columns.dtype.element_ty)
+        part = _multiply((zero, zero, zero, zero), columns, live, part, FIRST, COUNT)
+        if zeros is not None:
+            part *= OFFSET + _read(zeros, inside)[:, None]
+    return _multiply(weights, columns, live, part, FIRST, COUNT)
+
+
 # Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
 # otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @jit(do_not_specialize=["M"])
@@ -472,22 +500,21 @@ def _product(
     """The transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores for one row of x, too.
 
     W is the left operand because that one may come from registers, where it is unpacked; x may be
-    as narrow as 16 rows. int4's offset and zero point leave through the sum of x: the product of x
-    with a constant, which is the same for all rows of W and so costs but one row's instructions.
+    as narrow as 16 rows.
     """
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
     WIDTH: constexpr = COLUMNS // PARTS
     OFFSET: constexpr = 128 if x.dtype.element_ty == tl.bfloat16 else 1024
     n = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * BLOCK_N
-    inside = first + n < N
+    rows = first + n
+    inside = rows < N
     m = tl.arange(0, BLOCK_M)
     live = (m < M)[None, :]
     i = tl.arange(0, WIDTH)
     in_words = n[:, None] * WIDTH + i[None, :]
     in_x = m[None, :] * K + i[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    zero = tl.full((BLOCK_N, WIDTH), -8 - OFFSET if zeros is None else -1, x.dtype.element_ty)
     for t in range(tl.program_id(1), K // COLUMNS, SPLIT):
         piece = words + (t * N + first).to(tl.int64) * WIDTH
         packed = tl.load(piece + in_words, mask=inside[:, None], other=0)
@@ -497,24 +524,22 @@ def _product(
             acc = _multiply(weights, columns, live, acc, 0, PARTS)
         else:
             for q in tl.static_range(0, PARTS, TOGETHER):
-                at = (t * COLUMNS + q * WIDTH) // GROUP * N + first + n
-                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                if FORMAT == "int4":
-                    part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
-                    if zeros is not None:
-                        part *= OFFSET + _read(zeros + at, inside)[:, None]
-                part = _multiply(weights, columns, live, part, q, TOGETHER)
+                at = (t * COLUMNS + q * WIDTH) // GROUP * N + rows
+                points = zeros if zeros is None else zeros + at
+                part = _group(
+                    weights, columns, live, points, inside, acc, FORMAT, OFFSET, q, TOGETHER
+                )
                 acc += _read(scales + at, inside)[:, None] * part
-    at = m[None, :] * N + first + n[:, None]
+    at = m[None, :] * N + rows[:, None]
     mask = live & inside[:, None]
     last = True
     if SPLIT > 1:
         acc, last = _finish(acc, parts, done, M, N, at, mask, SPLIT)
     if last:
         if FORMAT == "int8":
-            acc *= _read(scales + first + n, inside)[:, None]
+            acc *= _read(scales + rows, inside)[:, None]
         if bias is not None:
-            acc += _read(bias + first + n, inside)[:, None]
+            acc += _read(bias + rows, inside)[:, None]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
