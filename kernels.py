@@ -447,31 +447,39 @@ def _multiply(weights, columns, live, acc, FIRST: constexpr, COUNT: constexpr):
 
 
 @jit
-def _group(
+def _add_groups(
+    acc,
     weights,
     columns,
     live,
+    scales,
     zeros,
+    rows,
     inside,
-    acc,
+    first,
+    N,
     FORMAT: constexpr,
+    GROUP: constexpr,
+    TOGETHER: constexpr,
     OFFSET: constexpr,
-    FIRST: constexpr,
-    COUNT: constexpr,
 ):
-    """The product with the parts of a tile that share a scale, before it, in acc's shape.
+    """acc + a tile of 4-bit weights times its columns of x; the tile's first column is `first`.
 
     int4's offset and zero point leave through the sum of x: the product of x with a constant, which
     is the same for all rows of W and so takes but one row's instructions.
     """
-    part = tl.zeros_like(acc)
-    if FORMAT == "int4":
-        number: constexpr = -8 - OFFSET if zeros is None else -1
-        zero = tl.full(weights[0].shape, number, columns.dtype.element_ty)
-        part = _multiply((zero, zero, zero, zero), columns, live, part, FIRST, COUNT)
-        if zeros is not None:
-            part *= OFFSET + _read(zeros, inside)[:, None]
-    return _multiply(weights, columns, live, part, FIRST, COUNT)
+    number: constexpr = -8 - OFFSET if zeros is None else -1
+    zero = tl.full(weights[0].shape, number, columns.dtype.element_ty)
+    for q in tl.static_range(0, 4, TOGETHER):
+        at = (first + q * 32) // GROUP * N + rows
+        part = tl.zeros_like(acc)
+        if FORMAT == "int4":
+            part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
+            if zeros is not None:
+                part *= OFFSET + _read(zeros + at, inside)[:, None]
+        part = _multiply(weights, columns, live, part, q, TOGETHER)
+        acc += _read(scales + at, inside)[:, None] * part
+    return acc
 
 
 # Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
@@ -505,31 +513,26 @@ def _product(
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
     WIDTH: constexpr = COLUMNS // PARTS
     OFFSET: constexpr = 128 if x.dtype.element_ty == tl.bfloat16 else 1024
-    n = tl.arange(0, BLOCK_N)
-    first = tl.program_id(0) * BLOCK_N
-    rows = first + n
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     m = tl.arange(0, BLOCK_M)
     live = (m < M)[None, :]
     i = tl.arange(0, WIDTH)
-    in_words = n[:, None] * WIDTH + i[None, :]
+    in_words = rows[:, None] * WIDTH + i[None, :]
     in_x = m[None, :] * K + i[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for t in range(tl.program_id(1), K // COLUMNS, SPLIT):
-        piece = words + (t * N + first).to(tl.int64) * WIDTH
+        piece = words + tl.cast(t, tl.int64) * N * WIDTH
         packed = tl.load(piece + in_words, mask=inside[:, None], other=0)
         weights = _unpack(packed, x, table, FORMAT, OFFSET)
         columns = x + t * COLUMNS + in_x
         if FORMAT == "int8":
             acc = _multiply(weights, columns, live, acc, 0, PARTS)
         else:
-            for q in tl.static_range(0, PARTS, TOGETHER):
-                at = (t * COLUMNS + q * WIDTH) // GROUP * N + rows
-                points = zeros if zeros is None else zeros + at
-                part = _group(
-                    weights, columns, live, points, inside, acc, FORMAT, OFFSET, q, TOGETHER
-                )
-                acc += _read(scales + at, inside)[:, None] * part
+            acc = _add_groups(
+                acc, weights, columns, live, scales, zeros, rows, inside, t * COLUMNS, N,
+                FORMAT, GROUP, TOGETHER, OFFSET,
+            )  # fmt: skip
     at = m[None, :] * N + rows[:, None]
     mask = live & inside[:, None]
     last = True
