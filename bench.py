@@ -584,7 +584,7 @@ def bench_sass(rows=(16, 64)):
         for M in map(int, rows):
             for config in kernels.product_configs(M)[:2]:
                 loop = longest_loop(product_machine_code(format, group, zeros, config))
-                weights = config["BLOCK_N"] * kernels.COLUMNS.value / 32 / config["num_warps"]
+                weights = config["BLOCK_N"] * kernels.COLUMNS / 32 / config["num_warps"]
                 yield dict(
                     product=name,
                     rows=M,

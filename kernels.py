@@ -29,7 +29,9 @@ try:
     from triton.language import constexpr
 except ImportError:  # Windows, macOS: the twins serve
     triton = None
-    constexpr = int
+
+    def constexpr(value):
+        return value
 
     def jit(kernel=None, **options):
         return kernel or jit
@@ -220,7 +222,8 @@ def nf4_table(device):
 # 16-bit words: word i holds the columns i, i + 32, i + 64, i + 96 (int8: i, i + 64), and the same
 # part of neighbouring words is neighbouring columns. 16 bits also make Triton lay out x for the
 # tensor cores without moving registers, which it does not with bytes.
-COLUMNS = constexpr(128)
+COLUMNS = 128
+TILE = constexpr(COLUMNS)  # the same for kernels
 # How a pair of words has the eight 4-bit codes of columns 32 q + 2 h + e: the dimensions (q, h, e)
 # behind those of tile and row, in their order in memory. NF4's codes lie as `prmt` needs them.
 ORDER = {"int4": (3, 4, 2), "nf4": (3, 2, 4)}
@@ -252,12 +255,12 @@ def tile(format, codes, scales, group, zeros=None):
     None if the groups are not of multiples of 32 columns, or int8 has more than one a row.
     """
     N, K = codes.shape
-    padding = -K % COLUMNS.value
+    padding = -K % COLUMNS
     if scales.size(1) == 1:
         group = 1 << 30
     if group % 32 or (format == "int8" and scales.size(1) > 1):
         return None
-    codes = F.pad(codes, (0, padding)).view(N, -1, COLUMNS.value).transpose(0, 1)  # (T, N, 128)
+    codes = F.pad(codes, (0, padding)).view(N, -1, COLUMNS).transpose(0, 1)  # (T, N, 128)
     if format == "int8":
         codes = (codes ^ 128).unflatten(2, (2, 64)).transpose(2, 3)  # (T, N, 64, 2) bytes
     else:
@@ -511,7 +514,7 @@ def _product(
     as narrow as 16 rows.
     """
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
-    WIDTH: constexpr = COLUMNS // PARTS
+    WIDTH: constexpr = TILE // PARTS
     OFFSET: constexpr = 128 if x.dtype.element_ty == tl.bfloat16 else 1024
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
@@ -521,16 +524,16 @@ def _product(
     in_words = rows[:, None] * WIDTH + i[None, :]
     in_x = m[None, :] * K + i[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for t in range(tl.program_id(1), K // COLUMNS, SPLIT):
+    for t in range(tl.program_id(1), K // TILE, SPLIT):
         piece = words + tl.cast(t, tl.int64) * N * WIDTH
         packed = tl.load(piece + in_words, mask=inside[:, None], other=0)
         weights = _unpack(packed, x, table, FORMAT, OFFSET)
-        columns = x + t * COLUMNS + in_x
+        columns = x + t * TILE + in_x
         if FORMAT == "int8":
             acc = _multiply(weights, columns, live, acc, 0, PARTS)
         else:
             acc = _add_groups(
-                acc, weights, columns, live, scales, zeros, rows, inside, t * COLUMNS, N,
+                acc, weights, columns, live, scales, zeros, rows, inside, t * TILE, N,
                 FORMAT, GROUP, TOGETHER, OFFSET,
             )  # fmt: skip
     at = m[None, :] * N + rows[:, None]
@@ -562,13 +565,13 @@ def product_configs(M):
 def parts_together(format, group):
     """How many neighbouring parts of a tile share a scale."""
     parts = 2 if format == "int8" else 4
-    return math.gcd(group, COLUMNS.value) * parts // COLUMNS.value
+    return math.gcd(group, COLUMNS) * parts // COLUMNS
 
 
 def product(x, w, bias):
     """`linear` by `_product`, or None where this card has no room for it."""
     M, K = x.shape
-    x = F.pad(x, (0, -K % COLUMNS.value)).contiguous()
+    x = F.pad(x, (0, -K % COLUMNS)).contiguous()
 
     def launch(config):
         blocks = triton.cdiv(w.N, config["BLOCK_N"])
@@ -603,14 +606,14 @@ def _dequantize(
 ):
     """The weights of BLOCK_N rows of a tile written out."""
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
-    WIDTH: constexpr = COLUMNS // PARTS
+    WIDTH: constexpr = TILE // PARTS
     t = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     i = tl.arange(0, WIDTH)
     parts = _parts(_tile(words, t * N + rows, i, WIDTH, inside), table, FORMAT)
     for q in tl.static_range(PARTS):
-        column = t * COLUMNS + q * WIDTH
+        column = t * TILE + q * WIDTH
         at = column // GROUP * N + rows
         value = parts[q]
         if FORMAT == "int4":
