@@ -398,29 +398,26 @@ def _unpack(words, x, table, FORMAT: constexpr, OFFSET: constexpr):
         if FORMAT == "int4":
             parts = (parts[0] + OFFSET, parts[1] + OFFSET, parts[2] + OFFSET, parts[3] + OFFSET)
         return parts
-    BF16: constexpr = x.dtype.element_ty == tl.bfloat16
-    if FORMAT == "int8":
-        CODE: constexpr = BF16_INT8 if BF16 else FP16_INT8
+    elif FORMAT == "int8":
         return tl.inline_asm_elementwise(
-            CODE,
+            FP16_INT8 if OFFSET == 1024 else BF16_INT8,
             "=&r,=&r,r",
             [words],
             (x.dtype.element_ty, x.dtype.element_ty),
             is_pure=True,
             pack=2,
         )
-    elif FORMAT == "int4":
-        CODE: constexpr = BF16_INT4 if BF16 else FP16_INT4
     else:
-        CODE: constexpr = BF16_NF4 if BF16 else FP16_NF4
-    return tl.inline_asm_elementwise(
-        CODE,
-        "=&r,=&r,=&r,=&r,r",
-        [words],
-        (x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty),
-        is_pure=True,
-        pack=2,
-    )
+        INT4: constexpr = FP16_INT4 if OFFSET == 1024 else BF16_INT4
+        NF4: constexpr = FP16_NF4 if OFFSET == 1024 else BF16_NF4
+        return tl.inline_asm_elementwise(
+            INT4 if FORMAT == "int4" else NF4,
+            "=&r,=&r,=&r,=&r,r",
+            [words],
+            (x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty),
+            is_pure=True,
+            pack=2,
+        )
 
 
 @jit
