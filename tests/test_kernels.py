@@ -77,6 +77,24 @@ def linear_equals(M, w, weight, dtype, bias=True):
     assert not w.done.any()  # for the next launch
 
 
+@pytest.fixture
+def each_configuration(monkeypatch):
+    """All configurations are launched, and must agree."""
+
+    def each(key, configs, launch, device):
+        results = []
+        for config in configs:
+            try:
+                results.append(launch(config))
+            except K.triton.OutOfResources:  # tuning leaves such a one out
+                print(f"{key}: no room for {config}")
+        for result in results:
+            same(result, results[0], result.dtype, limit=2e-5)
+        return results[0]
+
+    monkeypatch.setattr(K, "tuned", each)
+
+
 # ------------------------------------------------------------------------------------ linear layers
 FORMATS = {
     "int8": ("int8", 10_000),
@@ -105,13 +123,10 @@ def test_a_quantized_product_equals_its_twin(name):
 @pytest.mark.skipif(not CUDA, reason="what only a GPU runs: the inline assembly")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_unpacking_in_assembly_equals_the_twin_for_all_rows_and_configurations(name, dtype):
+def test_unpacking_in_assembly_equals_the_twin_for_all_rows(name, dtype, each_configuration):
     format, *how = FORMATS[name]
     for M in (1, 2, 16, 17, 64):
-        w, weight = tiles(format, 777, 2048, *how)
-        for config in K.product_configs(M):
-            K.tuned = lambda key, configs, launch, device, config=config: launch(config)
-            linear_equals(M, w, weight, dtype)
+        linear_equals(M, *tiles(format, 777, 2048, *how), dtype)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -348,19 +363,7 @@ def test_paged_attention_twin_equals_torch_attention():
 
 
 @kernel
-def test_every_configuration_computes_the_same(monkeypatch):
-    def each(key, configs, launch, device):
-        results = []
-        for config in configs:
-            try:
-                results.append(launch(config))
-            except K.triton.OutOfResources:  # tuning leaves such a one out
-                print(f"{key}: no room for {config}")
-        for result in results:
-            same(result, results[0], limit=2e-5)
-        return results[0]
-
-    monkeypatch.setattr(K, "tuned", each)
+def test_every_configuration_computes_the_same(each_configuration):
     for M in (1, 17):
         linear_equals(M, *tiles("int4", 9, 300, 64), torch.float16)
     attend([1, 1], [70, 9], H=4, KH=2, D=32)
