@@ -400,8 +400,7 @@ class TiledLinear(QuantLinear):
 
     def __init__(self, layer, tiles):
         super().__init__((layer.out_features, layer.in_features), layer.bias)
-        self.format = layer.format
-        self.packed_as = tiles.format
+        self.format = tiles.format
         self.group = tiles.group
         for name in ("words", "scales", "zeros", "done"):
             self.register_buffer(name, getattr(tiles, name))
@@ -409,7 +408,7 @@ class TiledLinear(QuantLinear):
 
     def tiles(self):
         tensors = self.words, self.scales, self.zeros, self.in_features, self.group, self.done
-        return kernels.Tiles(self.packed_as, *tensors)
+        return kernels.Tiles(self.format, *tensors)
 
     def dequantize(self, dtype=torch.float32):
         weight = kernels.dequantize(self.tiles(), dtype)
