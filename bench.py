@@ -9,6 +9,7 @@
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py grpo MODEL                   # reinforcement learning beside TRL's GRPOTrainer
     python bench.py kernels                      # on a GPU: GB/s of each kernel beside the card's
+    python bench.py sass                         # without one: instructions a weight of products
     python bench.py tokenizer corpus.txt --vocab-size 32000     # beside HF tokenizers and tiktoken
     python bench.py decode 7b                    # one text and eight; random weights, or:
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # with peers
@@ -32,6 +33,7 @@ import json
 import platform
 import random
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -61,7 +63,7 @@ from engine.graphs import Graphs
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
-from quant import NF4Linear
+from quant import NF4Linear, tiled
 from runtime import peak_flops, resolve
 from tokenizer import Tokenizer
 from training.memory import print_estimate
@@ -177,7 +179,7 @@ def random_base(config, packed, runtime):
         for p in module.parameters(recurse=False):
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.02)  # a norm's are around 1
         if packed and isinstance(module, torch.nn.Linear) and name != "lm_head":
-            model.set_submodule(name, NF4Linear.from_linear(module))
+            model.set_submodule(name, tiled(NF4Linear.from_linear(module)))
     return model.to(runtime.device)
 
 
@@ -407,23 +409,15 @@ def bf16(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def codes(*shape):
-    return torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
-
-
 def linear_cases(M, N=12_288, K=4096):
     """Products of M rows with a layer (N, K) -> {name: (bytes, function, function that draws its
     arguments)}; the first is what the others are measured against."""
 
     def packed(kind):
-        if kind == "nf4":
-            scales = torch.rand(N * K // 64, device="cuda")
-            weight = kernels.Packed(kind, codes(N * K // 2), scales, N, K, 64)
-        elif kind == "int4":
-            weight = kernels.Packed(kind, codes(N, K // 2), bf16(N, K // 128), N, K, 128)
-        else:
-            weight = kernels.Packed(kind, codes(N, K), bf16(N), N, K)
-        return bf16(M, K), weight
+        groups = {"int8": 1, "int4": K // 128, "nf4": K // 64}[kind]
+        codes = torch.randint(0, 256 if kind == "int8" else 16, (N, K), device="cuda")
+        scales = torch.rand(N, groups, device="cuda", dtype=torch.float16)
+        return bf16(M, K), kernels.tile(kind, codes.to(torch.uint8), scales, K // groups)
 
     rows = 2 * M * (N + K)
     cases = {"cuBLAS bf16": (2 * N * K + rows, F.linear, lambda: (bf16(M, K), bf16(N, K)))}
@@ -466,26 +460,31 @@ def attention_cases(S, rows, length=4096):
     return cases
 
 
+KERNEL_GROUPS = {
+    "linear, 1 row": partial(linear_cases, 1),
+    "linear, 1 row, 22016 x 4096": partial(linear_cases, 1, 22_016),
+    "linear, 1 row, 4096 x 4096": partial(linear_cases, 1, 4096),
+    "linear, 16 rows": partial(linear_cases, 16),
+    "linear, 64 rows": partial(linear_cases, 64),
+    "decode, 16 x 4096 tokens": partial(attention_cases, 16, 1),
+    "prefill, 4096 tokens": partial(attention_cases, 1, 4096),
+}
+
+
 def bench_kernels(only=""):
-    """Every kernel at Llama's shapes: microseconds, GB/s, share of the rate at which the card's
-    memory is read, speed over the first of its group. --only: the groups whose name has this."""
+    """Every kernel at Llama's shapes: microseconds, GB/s, share of the bandwidth at which the card
+    reads, speed over the first of its group. --only: those groups whose name contains it."""
+    groups = {name: cases for name, cases in KERNEL_GROUPS.items() if only in name}
+    if not groups:
+        raise UserError(f"--only {only}: a part of one of these: {'; '.join(KERNEL_GROUPS)}")
     if not torch.cuda.is_available() or kernels.triton is None:
         raise UserError(
             "bench.py kernels times the Triton kernels on a CUDA device, and here is none; that "
             "they compute the right thing is shown by: python -m pytest tests/test_kernels.py"
         )
-    groups = {
-        "linear, 1 row": partial(linear_cases, 1),
-        "linear, 16 rows": partial(linear_cases, 16),
-        "decode, 16 x 4096 tokens": partial(attention_cases, 16, 1),
-        "prefill, 4096 tokens": partial(attention_cases, 1, 4096),
-    }
-    chosen = {group: cases for group, cases in groups.items() if only in group}
-    if not chosen:
-        raise UserError(f"--only {only}: the groups are {'; '.join(groups)}")
-    reading = read_bandwidth(torch.device("cuda"))
-    yield dict(group="memory, read", gb_per_s=reading / 1e9)
-    for group, cases in chosen.items():
+    peak = read_bandwidth(torch.device("cuda"))
+    yield dict(group="sum, read", gb_per_s=peak / 1e9)
+    for group, cases in groups.items():
         first = None
         for name, case in cases().items():
             with torch.inference_mode():
@@ -497,9 +496,108 @@ def bench_kernels(only=""):
                 name=name,
                 us=seconds * 1e6,
                 gb_per_s=rate / 1e9,
-                of_reading=rate / reading,
+                of_read=rate / peak,
                 speed_up=first / seconds,
             )
+
+
+# A Hopper SM issues 128 lanes a clock: 132 of them at 1.75 GHz take 3 microseconds for 90M weights
+# and each instruction a weight, where memory delivers as many in 4 bits within 10.
+INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5}  # a weight, of up to 16 rows
+
+
+def disassembler():
+    found = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    found = found if found.exists() else shutil.which("nvdisasm")
+    if not found:
+        raise UserError(
+            "no nvdisasm in Triton's package or on the PATH: pip install triton, or CUDA's own "
+            "(cuda-nvdisasm)"
+        )
+    return found
+
+
+def product_machine_code(format, group, zeros, config):
+    """kernels._product for sm_90, bf16, as lines of SASS; this needs no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
+    pointers["scales"] = "fp32" if format == "nf4" else "fp16"
+    if zeros:
+        pointers["zeros"] = "u8"
+    constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
+    constants["TOGETHER"] = kernels.parts_together(format, group)
+    options = dict(enable_fp_fusion=True)
+    for name in ("num_warps", "num_stages"):
+        options[name] = constants.pop(name)
+    signature = {}
+    names = kernels._product.arg_names
+    for name in names:
+        if name in pointers:
+            signature[name] = "*" + pointers[name]
+        elif name in "MNK":
+            signature[name] = "i32"
+        else:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+    # what Triton finds at a launch: addresses and the sizes of layers are multiples of 16
+    aligned = [names.index(name) for name in (*pointers, "N", "K")]
+    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
+    source = ASTSource(kernels._product, signature, constants, attributes)
+    compiled = kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [disassembler(), "-c", file.name]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+
+def longest_loop(lines):
+    """Lines of SASS -> the instructions from a label to the branch back to it, of the longest."""
+    labels = {}
+    instructions = []
+    longest = []
+    for line in lines:
+        label = re.match(r"\s*(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/.*;", line):
+            instructions.append(line)
+            target = re.search(r"\bBRA.*`\((\.L_\w+)\)", line)
+            body = instructions[labels.get(target[1], len(instructions)) :] if target else []
+            longest = max(longest, body, key=len)
+    return longest
+
+
+def bench_sass(rows=(16, 64)):
+    """Instructions a weight in the loop of each quantized product, in machine code for sm_90.
+
+    It needs no GPU. The weights are those that a lane of a warp unpacks in one pass of the loop.
+    """
+    if kernels.triton is None or kernels.INTERPRET:
+        raise UserError("bench.py sass compiles with Triton: install it; unset TRITON_INTERPRET")
+    cases = ("int4", 128, False), ("int4", 128, True), ("int4", 64, False), ("int4", 32, False)
+    cases += ("int8", 1 << 30, False), ("nf4", 64, False)
+    for format, group, zeros in cases:
+        columns = "" if format == "int8" else f" in groups of {group}"
+        name = f"{format}{columns}{', zero points' * zeros}"
+        for M in map(int, rows):
+            for config in kernels.product_configs(M)[:2]:
+                loop = longest_loop(product_machine_code(format, group, zeros, config))
+                weights = config["BLOCK_N"] * kernels.COLUMNS / 32 / config["num_warps"]
+                yield dict(
+                    product=name,
+                    rows=M,
+                    block=config["BLOCK_N"],
+                    warps=config["num_warps"],
+                    stages=config["num_stages"],
+                    spilled=sum("LDL" in line or "STL" in line for line in loop),
+                    per_weight=len(loop) / weights,
+                    goal=INSTRUCTIONS_GOAL[format] if M <= 16 else None,
+                )
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -939,6 +1037,7 @@ MEASUREMENTS: dict = {
     "dpo": bench_dpo,
     "grpo": bench_grpo,
     "kernels": bench_kernels,
+    "sass": bench_sass,
     "tokenizer": bench_tokenizer,
     "decode": bench_decode,
     "throughput": bench_throughput,

@@ -4,12 +4,13 @@
     python bench.py kernels                  # GB/s of each, beside the rate at which it reads
 
 A twin has the kernel's signature. A public function runs the kernel for CUDA tensors (for any
-tensor if TRITON_INTERPRET=1) and its `_twin` otherwise. `linear` and `dequantize` leave that to
-their caller: their twins are `plain` and `dequantize` of quant.QuantLinear.
+tensor if TRITON_INTERPRET=1) and its `_twin` otherwise. `linear`'s twin is torch's product with
+`dequantize`d weights.
 """
 
 import contextlib
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -28,7 +29,9 @@ try:
     from triton.language import constexpr
 except ImportError:  # Windows, macOS: the twins serve
     triton = None
-    constexpr = int
+
+    def constexpr(value):
+        return value
 
     def jit(kernel=None, **options):
         return kernel or jit
@@ -54,10 +57,17 @@ def compiles(device):
     try:
         store_rows(x, x[None].clone(), None, torch.zeros(1, dtype=torch.int64, device=device))
     except Exception as error:  # no C compiler, a card that is too old, whatever it trips over
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"kernels  Triton fails here ({why}); plain torch computes", file=sys.stderr)
+        say(f"Triton fails here ({first_line(error)}); plain torch computes")
         return False
     return True
+
+
+def say(text):
+    print(f"kernels  {text}", file=sys.stderr)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @functools.cache
@@ -102,7 +112,7 @@ class TuningTable:
 
     def doubt(self, why):
         if not self.doubted:
-            print(f"kernels  tuning again: {why}", file=sys.stderr)
+            say(f"tuning again: {why}")
         self.doubted = True
 
     def tune(self, key, configs, launch):
@@ -118,7 +128,7 @@ class TuningTable:
     def take_first(self, key, configs, launch):
         """Without tuning: the first that the card has room for -> its result."""
         for config in configs:
-            with contextlib.suppress(triton.TritonError):
+            with contextlib.suppress(Exception):  # no room, or Triton cannot compile it
                 result = launch(config)
                 self.choices[key] = config
                 return result
@@ -126,8 +136,7 @@ class TuningTable:
 
     def leave_to_twin(self, key):
         self.choices[key] = "twin"
-        message = f"{key}: no configuration compiles for this card; plain torch computes"
-        print(f"kernels  {message}", file=sys.stderr)
+        say(f"{key}: no configuration compiles for this card; plain torch computes")
 
 
 @functools.cache
@@ -143,7 +152,7 @@ def milliseconds(launch, config):
         )
     except torch.OutOfMemoryError:
         raise  # it says nothing about the card
-    except (triton.TritonError, RuntimeError):
+    except Exception:  # no room on the card, or Triton cannot compile it
         return float("inf")
 
 
@@ -206,51 +215,26 @@ def _dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-# A byte becomes a float by placing its bits under the exponent of 1: one shift and one logical
-# operation. The conversion instruction for bytes runs at an eighth of an addition's rate, slower
-# than memory delivers bytes. These masks keep the low or the high nibble of such a float.
-LOW_NIBBLE = constexpr(0x3F878000)
-HIGH_NIBBLE = constexpr(0x3FF80000)
-
-
-@jit
-def _one_and(byte):
-    """A byte b -> the float32 1 + b / 256; of an int8 b: 1.5 + b / 256."""
-    bits = (byte.to(tl.uint8, bitcast=True).to(tl.int32) << 15) | 0x3F800000
-    if byte.dtype == tl.int8:
-        bits = bits ^ 0x400000  # + 128: two's complement as unsigned
-    return bits.to(tl.float32, bitcast=True)
-
-
-@jit
-def _keep(value, BITS):
-    """1 + byte / 256 -> 1 + low / 256 or 1 + high / 16."""
-    return (value.to(tl.int32, bitcast=True) & BITS).to(tl.float32, bitcast=True)
-
-
 @jit
 def _values(tile, like):
-    """A tile in the type of another; int8 by its bits, too."""
-    if tile.dtype == tl.int8:
-        value = _one_and(tile) * 256 - 384
+    """A tile in the type of another; int8 by its bits, too: the conversion instruction for bytes
+    runs at an eighth of an addition's rate, slower than memory delivers bytes."""
+    if tile.dtype == tl.int8:  # unsigned 128 + b under the exponent of 1: 1.5 + b / 256
+        bits = (tile.to(tl.uint8, bitcast=True).to(tl.int32) << 15) ^ 0x3FC00000
+        value = bits.to(tl.float32, bitcast=True) * 256 - 384
     else:
         value = tile.to(tl.float32)
     return value.to(like.dtype)
 
 
-@jit
-def _nf4(byte, table):
-    """Bytes -> (even columns, odd columns), float32. The table's 16 values are one line of the L1.
-
-    bitsandbytes has the even column in the high nibble; int4 has it in the low one."""
-    return tl.load(table + (byte >> 4)), tl.load(table + (byte & 15))
-
-
 # ------------------------------------------------------------------------ weight-only linear layers
 # Decoding reads every weight once per token, so a layer takes at least (bytes of packed weights) /
-# (memory bandwidth). Up to about 64 rows of x share that one reading. From DEQUANTIZE_ABOVE rows on
-# the products take longer than writing the weights out in 16 bits, and cuBLAS multiplies faster.
-DEQUANTIZE_ABOVE = 512
+# (memory bandwidth), if its instructions take no longer: at 3.35 TB/s or more an SM has time for
+# about 3 instructions a 4-bit weight (`python bench.py sass` counts them). Up to FUSED_ROWS rows of
+# x share that one reading. More rows make the tensor cores the limit, which a kernel that unpacks
+# between its products cannot keep busy: writing the weights out in 16 bits costs 31 microseconds
+# for 22,016 x 4,096 on an H200, and cuBLAS makes good for that.
+FUSED_ROWS = 64
 
 # NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of N(0, 1), 0 exact, ends +-1
 NF4 = (
@@ -278,307 +262,428 @@ def nf4_table(device):
     return torch.tensor(NF4, device=device)
 
 
-class Packed(NamedTuple):
-    """Packed weights of an (N, K) layer. The rows of W follow each other:
+# A tile is 128 columns of all rows, so that a program reads contiguous memory. A row of it is a few
+# 16-bit words: word i holds the columns i, i + 32, i + 64, i + 96 (int8: i, i + 64), and the same
+# part of neighbouring words is neighbouring columns. 16 bits also make Triton lay out x for the
+# tensor cores without moving registers, which it does not with bytes.
+COLUMNS = 128
+TILE = constexpr(COLUMNS)  # the same for kernels
+# How a pair of words has the eight 4-bit codes of columns 32 q + 2 h + e: the dimensions (q, h, e)
+# behind those of tile and row, in their order in memory. NF4's codes lie as `prmt` needs them.
+ORDER = {"int4": (3, 4, 2), "nf4": (3, 2, 4)}
 
-    int8   byte k = W[n, k]                                       W = (byte - 128) * scale[n]
-    int4   byte j = W[n, 2j] low nibble, W[n, 2j+1] high nibble   W = (nibble - zero) * scale,
-           both at [n, k // group]
-    nf4    byte j = W[n, 2j] HIGH nibble, W[n, 2j+1] low nibble   W = NF4[nibble] * scale,
-           at [(n*K + k) // group]
+
+class Tiles(NamedTuple):
+    """Packed weights of an (N, K) layer, laid out by `tile`:
+
+    int4 W = (code - zero) * scale, int8 W = code * scale, nf4 W = NF4[code] * scale,
+    with the scale and the zero point at [k // group, n].
     """
 
     format: str
-    weight: torch.Tensor  # uint8 (N, K), int4: (N, ceil(K/2)), nf4: (N*K/2,), bitsandbytes' order
-    scales: torch.Tensor  # N of them; int4: (N, ceil(K/group)); nf4: (ceil(N*K/group),) float32
-    N: int
+    words: torch.Tensor  # int16 (ceil(K / 128), N, 32), int8: (ceil(K / 128), N, 64)
+    scales: torch.Tensor  # (ceil(K / group), N)
+    zeros: torch.Tensor | None  # as scales; None: all are 8, or the format has none
     K: int
-    group: int = 256  # columns that share a scale; the last group may be short
-    zeros: torch.Tensor | None = None  # as int4's scales; None: all are 8
+    group: int  # columns of a scale, a multiple of 32; 1 << 30 where a whole row has one
+    done: torch.Tensor  # int32: parts of a block of rows that are computed; 0 between launches
 
     @property
-    def pack(self):
-        """Weights a byte."""
-        return 1 if self.format == "int8" else 2
+    def N(self):
+        return self.words.size(1)
 
 
-@jit
-def _sums(tile, SUB):
-    """(R, B) -> (R, B / SUB): sums of SUB neighbours, which lie in the registers of one thread."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // SUB, SUB)), 2)
+def tile(format, codes, scales, group, zeros=None):
+    """codes uint8 (N, K), scales (N, G), zeros (N, G) or None -> Tiles; int8 codes are W + 128.
 
-
-@jit
-def _vector_sums(x, SUB):
-    """The same of a vector: (B,) -> (1, B / SUB); as a tile it would make a loop longer."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // SUB, SUB)), 1)[None, :]
-
-
-@jit
-def _int4_sums(byte, x0, x1, zeros, where, inside, SUB):
-    """Sums over SUB bytes of (low - zero) x0 + (high - zero) x1, divided by 256.
-
-    low x0 + high x1 = low (x0 - x1/16) + byte x1/16: no shift, and low comes by clearing bits. What
-    the ones of the bytes and the zero point add leaves the loop: sum (w - z) x = sum w x - z sum x.
+    None if the groups are not of multiples of 32 columns, or int8 has more than one a row.
     """
-    both = _one_and(byte)
-    low = _keep(both, LOW_NIBBLE)
-    x1 /= 16
-    part = _sums(low * (x0 - x1)[None, :] + both * x1[None, :], SUB)
-    if zeros is None:  # the ones and the eights
-        part -= _vector_sums(x0 * (1 + 8 / 256) + x1 / 2, SUB)
+    N, K = codes.shape
+    padding = -K % COLUMNS
+    if scales.size(1) == 1:
+        group = 1 << 30
+    if group % 32 or (format == "int8" and scales.size(1) > 1):
+        return None
+    codes = F.pad(codes, (0, padding)).view(N, -1, COLUMNS).transpose(0, 1)  # (T, N, 128)
+    if format == "int8":
+        codes = (codes ^ 128).unflatten(2, (2, 64)).transpose(2, 3)  # (T, N, 64, 2) bytes
     else:
-        zero = _read(zeros + where, inside[:, None]) / 256
-        part -= _vector_sums(x0, SUB)
-        part -= zero * _vector_sums(x0 + 16 * x1, SUB)
-    return part
+        codes = codes.unflatten(2, (4, 16, 2)).permute(0, 1, *ORDER[format])
+        codes = codes.flatten(2)  # (T, N, 128)
+        codes = codes[..., ::2] | codes[..., 1::2] << 4  # (T, N, 64) bytes
+    words = codes.flatten(2).view(torch.int16)
+    missing = -(-(K + padding) // group) - scales.size(1)  # groups of padding alone
+    scales, zeros = (
+        t if t is None else F.pad(t, (0, missing)).t().contiguous() for t in (scales, zeros)
+    )
+    done = torch.zeros(-(-N // 16), dtype=torch.int32, device=words.device)
+    return Tiles(format, words, scales, zeros, K, group, done)
+
+
+def tiled_codes(w):
+    """What `tile` was given -> uint8 (N, K)."""
+    found = w.words.view(torch.uint8)  # (T, N, bytes)
+    if w.format == "int8":
+        found = found.unflatten(2, (64, 2)).transpose(2, 3) ^ 128  # (T, N, 2, 64)
+    else:
+        found = torch.stack((found & 15, found >> 4), -1)  # (T, N, 64, 2)
+        order = ORDER[w.format]
+        sizes = [(4, 16, 2)[at - 2] for at in order]
+        back = [2 + order.index(at) for at in (2, 3, 4)]
+        found = found.flatten(2).unflatten(2, sizes).permute(0, 1, *back)  # (T, N, 4, 16, 2)
+    return found.flatten(2).transpose(0, 1).flatten(1)[:, : w.K]
+
+
+# A code's bits under a fixed exponent are a number: 0x4300 | n is 128 + n in bfloat16, 0x6400 | n
+# is 1024 + n in float16, both exact. One logical operation so converts two codes, where the
+# conversion instruction does one at an eighth of the rate. lop3's 0xEA is (a & b) | c.
+def int4_asm(exponent):
+    """A register of two words -> 4 registers of two numbers, exponent + code."""
+    return f"""{{
+        .reg .b32 a, b, c;
+        shr.b32 a, $4, 4;
+        shr.b32 b, $4, 8;
+        shr.b32 c, $4, 12;
+        lop3.b32 $0, $4, 0x000f000f, {exponent}, 0xEA;
+        lop3.b32 $1, a, 0x000f000f, {exponent}, 0xEA;
+        lop3.b32 $2, b, 0x000f000f, {exponent}, 0xEA;
+        lop3.b32 $3, c, 0x000f000f, {exponent}, 0xEA;
+    }}"""
+
+
+def int8_asm(exponent, negative, one, number):
+    """A register of two words -> 2 registers of two numbers.
+
+    Bfloat16 has no room for 8 bits. Of two's complement the low seven make 128 + n, and the sign
+    bit, as the last one of a negative exponent, -128 or -256: their sum is the weight."""
+    return f"""{{
+        .reg .b32 a, b, c, one;
+        mov.b32 one, {one};
+        shr.b32 a, $2, 8;
+        lop3.b32 $0, $2, 0x007f007f, {exponent}, 0xEA;
+        lop3.b32 $1, a, 0x007f007f, {exponent}, 0xEA;
+        lop3.b32 b, $2, 0x00800080, {negative}, 0xEA;
+        lop3.b32 c, a, 0x00800080, {negative}, 0xEA;
+        fma.rn.{number} $0, $0, one, b;
+        fma.rn.{number} $1, $1, one, c;
+    }}"""
+
+
+def nf4_asm(dtype):
+    """A register of two words -> 4 registers of two of NF4's values.
+
+    prmt looks four codes up at once: each digit of its third operand chooses one of the 8 bytes of
+    the first two by its low three bits. Two look-ups and a choice by the fourth bit give the low
+    bytes of four values, as many their high ones.
+    """
+    value = torch.tensor(NF4).to(dtype).view(torch.uint8).view(16, 2)  # low and high byte
+    low, high = [bytes(column.tolist()) for column in value.unbind(1)]
+    words = {}
+    for name, data in (("L", low), ("H", high)):
+        for i in range(4):
+            words[f"{name}{i}"] = int.from_bytes(data[4 * i : 4 * i + 4], "little")
+    four = """
+        and.b32 i, {codes}, 0x7777;
+        shr.b32 s, {codes}, 1;
+        lop3.b32 s, s, 0x4444, 0x3210, 0xEA;
+        prmt.b32 a, {L0}, {L1}, i;
+        prmt.b32 b, {L2}, {L3}, i;
+        prmt.b32 a, a, b, s;
+        prmt.b32 b, {H0}, {H1}, i;
+        prmt.b32 c, {H2}, {H3}, i;
+        prmt.b32 b, b, c, s;
+        prmt.b32 {first}, a, b, 0x5140;
+        prmt.b32 {second}, a, b, 0x7362;"""
+    lower = four.format(codes="$4", first="$0", second="$1", **words)
+    upper = four.format(codes="h", first="$2", second="$3", **words)
+    return f"{{ .reg .b32 a, b, c, h, i, s; shr.b32 h, $4, 16; {lower} {upper} }}"
+
+
+BF16_INT4 = constexpr(int4_asm("0x43004300"))
+FP16_INT4 = constexpr(int4_asm("0x64006400"))
+BF16_INT8 = constexpr(int8_asm("0x43004300", "0xC300C300", "0x3F803F80", "bf16x2"))
+FP16_INT8 = constexpr(int8_asm("0x64006400", "0xE400E400", "0x3C003C00", "f16x2"))
+BF16_NF4 = constexpr(nf4_asm(torch.bfloat16))
+FP16_NF4 = constexpr(nf4_asm(torch.float16))
 
 
 @jit
-def _gemv(
-    x,
-    weight,
+def _nf4_pair(word, SHIFT: constexpr, table):
+    """Two neighbouring columns' codes in each of (R, 16) words -> their values (R, 32)."""
+    pair = tl.join((word >> SHIFT) & 15, (word >> SHIFT + 4) & 15)  # (R, 16, 2)
+    return tl.load(table + tl.reshape(pair, (word.shape[0], 32)))
+
+
+@jit
+def _parts(words, table, FORMAT: constexpr):
+    """(R, 32) words -> 4 parts (R, 32) float32, int4's codes or nf4's values.
+
+    int8's (R, 64) words -> 2 parts (R, 64)."""
+    bits = words.to(tl.int32)
+    if FORMAT == "int8":
+        return (bits << 24 >> 24).to(tl.float32), (bits >> 8).to(tl.float32)
+    elif FORMAT == "int4":
+        part0 = (bits & 15).to(tl.float32)
+        part1 = (bits >> 4 & 15).to(tl.float32)
+        part2 = (bits >> 8 & 15).to(tl.float32)
+        return part0, part1, part2, (bits >> 12 & 15).to(tl.float32)
+    else:
+        even, odd = tl.split(tl.reshape(bits, (words.shape[0], 16, 2)))
+        part0 = _nf4_pair(even, 0, table)
+        part1 = _nf4_pair(even, 8, table)
+        return part0, part1, _nf4_pair(odd, 0, table), _nf4_pair(odd, 8, table)
+
+
+@jit
+def _unpack(words, x, table, FORMAT: constexpr, OFFSET: constexpr):
+    """`_parts` in x's type, int4's plus OFFSET; on a GPU by the instructions above."""
+    if INTERPRET:
+        parts = _parts(words, table, FORMAT)
+        if FORMAT == "int4":
+            parts = (parts[0] + OFFSET, parts[1] + OFFSET, parts[2] + OFFSET, parts[3] + OFFSET)
+        return parts
+    elif FORMAT == "int8":
+        return tl.inline_asm_elementwise(
+            FP16_INT8 if OFFSET == 1024 else BF16_INT8,
+            "=&r,=&r,r",
+            [words],
+            (x.dtype.element_ty, x.dtype.element_ty),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        INT4: constexpr = FP16_INT4 if OFFSET == 1024 else BF16_INT4
+        NF4: constexpr = FP16_NF4 if OFFSET == 1024 else BF16_NF4
+        return tl.inline_asm_elementwise(
+            INT4 if FORMAT == "int4" else NF4,
+            "=&r,=&r,=&r,=&r,r",
+            [words],
+            (x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@jit
+def _finish(acc, parts, done, M, N, at, mask, SPLIT: constexpr):
+    """The sum over the SPLIT programs that share this block of rows, in the last one to end.
+
+    -> (the sum, whether this is that program). The order of the sum is always the same."""
+    tl.store(parts + tl.program_id(1) * M * N + at, acc, mask=mask)
+    tl.debug_barrier()  # all of this program's stores come before the count
+    last = tl.atomic_add(done + tl.program_id(0), 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        acc = tl.zeros_like(acc)
+        for part in range(SPLIT):
+            # .cg: past the L1, which may hold what an earlier launch left at this address
+            acc += tl.load(parts + part * M * N + at, mask=mask, other=0, cache_modifier=".cg")
+        tl.store(done + tl.program_id(0), 0)
+    return acc, last
+
+
+@jit
+def _multiply(weights, columns, live, acc, FIRST: constexpr, COUNT: constexpr):
+    """acc + some parts of a tile times their columns of x."""
+    for p in tl.static_range(FIRST, FIRST + COUNT):
+        xs = tl.load(columns + p * weights[p].shape[1], mask=live, other=0.0)
+        acc = _dot(weights[p], xs, acc)
+    return acc
+
+
+@jit
+def _add_groups(
+    acc,
+    weights,
+    columns,
+    live,
     scales,
     zeros,
-    bias,
-    table,
-    out,
-    M,
+    rows,
+    inside,
+    first,
     N,
-    K,
-    width,
-    groups,
     FORMAT: constexpr,
     GROUP: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_B: constexpr,
-    SUB: constexpr,
-    SPLIT: constexpr,
+    TOGETHER: constexpr,
+    OFFSET: constexpr,
 ):
-    """One row of x: out[split, n] = sum over this split's columns of W[n, k] x[k], on plain cores.
+    """acc + a tile of 4-bit weights times its columns of x; the tile's first column is `first`.
 
-    A thread loads SUB = 16 neighbouring bytes at once, multiplies and adds them up in its
-    registers, and then applies their one scale: some 3 instructions a weight, which a Hopper SM
-    issues faster than memory delivers weights. M is only there for `_gemm`'s sake.
+    int4's offset and zero point leave through the sum of x: the product of x with a constant, which
+    is the same for all rows of W and so takes but one row's instructions.
     """
-    PACK: constexpr = 1 if FORMAT == "int8" else 2
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
-    acc = tl.zeros((BLOCK_N, BLOCK_B // SUB), tl.float32)
-    for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
-        cols = begin + tl.arange(0, BLOCK_B)
-        byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
-        k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = _read(x + k, k < K)
-        if FORMAT == "int8":
-            acc += _sums(_one_and(byte) * xs[None, :], SUB)
-            acc -= 1.5 * _vector_sums(xs, SUB)
-        else:
-            x0, x1 = tl.split(tl.reshape(xs, (BLOCK_B, 2)))  # even and odd columns of x
-            sub = begin + tl.arange(0, BLOCK_B // SUB) * SUB
-            where = rows[:, None] * groups + tl.minimum(sub * 2 // GROUP, groups - 1)[None, :]
-            if FORMAT == "nf4":
-                even, odd = _nf4(byte, table)
-                part = _sums(even * x0[None, :] + odd * x1[None, :], SUB)
-            else:
-                part = _int4_sums(byte, x0, x1, zeros, where, inside, SUB)
-            acc += part * _read(scales + where, inside[:, None])
-    y = tl.sum(acc, 1) * (1 if FORMAT == "nf4" else 256)
-    if FORMAT == "int8":
-        y *= _read(scales + rows, inside)
-    if bias is not None:
-        y += _read(bias + rows, inside)
-    tl.store(out + tl.program_id(2) * N + rows, y.to(out.dtype.element_ty), mask=inside)
-
-
-@jit
-def _four_bits(byte, scales, zeros, where, mask, table, FORMAT):
-    """A tile of bytes whose rows have one scale each -> (even columns, odd columns) of W."""
-    scale = _read(scales + where, mask)[:, None]
-    if FORMAT == "nf4":
-        even, odd = _nf4(byte, table)
-        even *= scale
-        odd *= scale
-    else:  # (n - zero) * scale as one multiply-add each of 1 + low/256 and 1 + high/16
-        zero = 8.0
-        if zeros is not None:
-            zero = _read(zeros + where, mask)[:, None]
-        both = _one_and(byte)
-        even = _keep(both, LOW_NIBBLE) * (256 * scale) - (256 + zero) * scale
-        odd = _keep(both, HIGH_NIBBLE) * (16 * scale) - (16 + zero) * scale
-    return even, odd
+    number: constexpr = -8 - OFFSET if zeros is None else -1
+    zero = tl.full(weights[0].shape, number, columns.dtype.element_ty)
+    for q in tl.static_range(0, 4, TOGETHER):
+        at = (first + q * 32) // GROUP * N + rows
+        part = tl.zeros_like(acc)
+        if FORMAT == "int4":
+            part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
+            if zeros is not None:
+                part *= OFFSET + _read(zeros + at, inside)[:, None]
+        part = _multiply(weights, columns, live, part, q, TOGETHER)
+        acc += _read(scales + at, inside)[:, None] * part
+    return acc
 
 
 # Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
 # otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @jit(do_not_specialize=["M"])
-def _gemm(
+def _product(
     x,
-    weight,
+    words,
     scales,
     zeros,
     bias,
     table,
+    parts,
+    done,
     out,
     M,
     N,
     K,
-    width,
-    groups,
     FORMAT: constexpr,
     GROUP: constexpr,
-    BLOCK_M: constexpr,
+    TOGETHER: constexpr,
     BLOCK_N: constexpr,
-    BLOCK_B: constexpr,
+    BLOCK_M: constexpr,
     SPLIT: constexpr,
 ):
-    """Several rows of x: the transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores.
+    """The transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores for one row of x, too.
 
-    W is the left operand because that one may come from registers, where it is unpacked; x, the
-    right one, may be as narrow as 16 rows. Even and odd columns are two products, so nibbles are
-    never interleaved. A 4-bit tile lies in one group.
+    W is the left operand because that one may come from registers, where it is unpacked; x may be
+    as narrow as 16 rows.
     """
-    PACK: constexpr = 1 if FORMAT == "int8" else 2
+    PARTS: constexpr = 2 if FORMAT == "int8" else 4
+    WIDTH: constexpr = TILE // PARTS
+    OFFSET: constexpr = 128 if x.dtype.element_ty == tl.bfloat16 else 1024
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
-    ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    live = (m < M)[None, :]
+    i = tl.arange(0, WIDTH)
+    in_words = rows[:, None] * WIDTH + i[None, :]
+    in_x = m[None, :] * K + i[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for begin in range(tl.program_id(2) * BLOCK_B, width, SPLIT * BLOCK_B):
-        cols = begin + tl.arange(0, BLOCK_B)
-        byte = _tile(weight, rows, cols, width, inside)  # (BLOCK_N, BLOCK_B)
-        k = begin * PACK + tl.arange(0, BLOCK_B * PACK)
-        xs = _tile(x, ms, k, K, ms < M)  # (BLOCK_M, BLOCK_B * PACK)
+    for t in range(tl.program_id(1), K // TILE, SPLIT):
+        piece = words + tl.cast(t, tl.int64) * N * WIDTH
+        packed = tl.load(piece + in_words, mask=inside[:, None], other=0)
+        weights = _unpack(packed, x, table, FORMAT, OFFSET)
+        columns = x + t * TILE + in_x
         if FORMAT == "int8":
-            acc = _dot((_one_and(byte) * 256 - 384).to(xs.dtype), tl.trans(xs), acc)
+            acc = _multiply(weights, columns, live, acc, 0, PARTS)
         else:
-            where = rows * groups + begin * 2 // GROUP
-            even, odd = _four_bits(byte, scales, zeros, where, inside, table, FORMAT)
-            x0, x1 = tl.split(tl.reshape(xs, (BLOCK_M, BLOCK_B, 2)))  # even and odd columns of x
-            acc = _dot(even.to(xs.dtype), tl.trans(x0), acc)
-            acc = _dot(odd.to(xs.dtype), tl.trans(x1), acc)
-    if FORMAT == "int8":
-        acc *= _read(scales + rows, inside)[:, None]
-    if bias is not None:
-        acc += _read(bias + rows, inside)[:, None]
-    _put(out, tl.trans(acc), tl.program_id(2) * M + ms, rows, N, ms < M)
+            acc = _add_groups(
+                acc, weights, columns, live, scales, zeros, rows, inside, t * TILE, N,
+                FORMAT, GROUP, TOGETHER, OFFSET,
+            )  # fmt: skip
+    at = m[None, :] * N + rows[:, None]
+    mask = live & inside[:, None]
+    last = True
+    if SPLIT > 1:
+        acc, last = _finish(acc, parts, done, M, N, at, mask, SPLIT)
+    if last:
+        if FORMAT == "int8":
+            acc *= _read(scales + rows, inside)[:, None]
+        if bias is not None:
+            acc += _read(bias + rows, inside)[:, None]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def gemv_configs(group):
-    """(rows, bytes, warps) of a program: 8 x 1024 keeps 4 loads of 16 bytes in flight a thread."""
-    sub = min(16, (group & -group) // 2)  # bytes of one scale that a thread adds up
-    tiles = (8, 1024, 4), (4, 1024, 4), (4, 2048, 4), (16, 512, 4)
-    tiles += (8, 2048, 8), (4, 512, 2), (2, 1024, 2)
-    return [dict(BLOCK_N=n, BLOCK_B=b, SUB=sub, num_warps=warps) for n, b, warps in tiles]
+def product_configs(M):
+    """Blocks of weight rows by all rows of x, warps, and stages of the pipeline.
+
+    Up to 16 rows fewer than four warps: Triton then takes mma.sync, whose left operand costs no
+    shuffles as wgmma's does. More rows need wgmma, or there are too few registers for the sums.
+    """
+    m = max(16, next_power_of_2(M))
+    blocks = (64, 1, 4), (128, 2, 4), (64, 1, 6), (128, 1, 3), (256, 4, 4), (32, 1, 3)
+    if m > 16:
+        blocks = (128, 4, 4), (256, 8, 3), (128, 4, 3), (64, 4, 4), (64, 2, 3), (32, 1, 3)
+    return [dict(BLOCK_N=n, BLOCK_M=m, num_warps=w, num_stages=s) for n, w, s in blocks]
 
 
-def gemm_configs(M, group, pack):
-    """Tiles of weight rows, rows of x and columns, warps, and stages of the pipeline."""
-    m = min(max(16, next_power_of_2(M)), 128)
-    most = min(group & -group, 256) // pack  # a 4-bit tile lies in one group
-    tiles = (64, m, 128, 4, 4), (64, m, 256, 4, 3), (128, m, 128, 4, 4), (128, m, 64, 8, 4)
-    tiles += (32, m, 128, 2, 4), (32, m, 64, 4, 3), (32, m, 32, 2, 2), (32, 16, 32, 2, 2)
-    return [
-        dict(BLOCK_N=n, BLOCK_M=m, BLOCK_B=max(16, min(k // pack, most)), num_warps=w, num_stages=s)
-        for n, m, k, w, s in tiles
-    ]
+def parts_together(format, group):
+    """How many neighbouring parts of a tile share a scale."""
+    parts = 2 if format == "int8" else 4
+    return math.gcd(group, COLUMNS) * parts // COLUMNS
 
 
-def has_kernel(w):
-    """Whether the 16 bytes that a thread reads, and the rows of a tile, have one scale."""
-    return w.group & -w.group >= 32 and (w.format != "nf4" or w.K % w.group == 0)
+def product(x, w, bias):
+    """`linear` by `_product`, or None where this card has no room for it."""
+    M, K = x.shape
+    x = F.pad(x, (0, -K % COLUMNS)).contiguous()
+
+    def launch(config):
+        blocks = triton.cdiv(w.N, config["BLOCK_N"])
+        # parts of K, so that 8 warps on every multiprocessor have bytes on their way from memory
+        wanted = 8 * card(x.device).multi_processor_count // config["num_warps"]
+        split = parts_of_work(blocks, wanted, min(16, len(w.words)))
+        out = torch.empty(M, w.N, dtype=x.dtype, device=x.device)
+        sums = torch.empty(split, M, w.N, device=x.device) if split > 1 else None
+        tensors = x, w.words, w.scales, w.zeros, bias, nf4_table(x.device), sums, w.done, out
+        shape = M, w.N, x.size(1), w.format, w.group, parts_together(w.format, w.group)
+        _product[blocks, split](*tensors, *shape, SPLIT=split, **config)
+        return out
+
+    shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} {w.zeros is None}"
+    return tuned(f"product {w.format} {x.dtype} {shape}", product_configs(M), launch, x.device)
 
 
 def linear(x, w, bias=None):
-    """x (M, K) @ W.T + bias (N,) of Packed weights -> (M, N) in x's dtype.
-
-    None where no kernel does it; then QuantLinear.plain does.
-    """
-    if not use_kernel(x) or not has_kernel(w):
-        return None
-    M, K = x.shape
-    dtype = x.dtype
-    x = x.contiguous()
-    if M > DEQUANTIZE_ABOVE:
-        return F.linear(x, dequantize(w, dtype), None if bias is None else bias.to(dtype))
-    width = w.weight.numel() // w.N
-    groups = w.scales.numel() // w.N
-
-    def launch(config):
-        row_tiles = triton.cdiv(w.N, config["BLOCK_N"])
-        x_tiles = triton.cdiv(M, config.get("BLOCK_M", 1))
-        # Parts of K, so that few rows of weights still keep every multiprocessor busy; their
-        # float32 sums are added up in a fixed order.
-        most = min(16, width // config["BLOCK_B"])
-        split = parts_of_work(row_tiles * x_tiles, card(x.device).multi_processor_count, most)
-        whole = split == 1
-        out = torch.empty(split, M, w.N, dtype=dtype if whole else torch.float32, device=x.device)
-        tensors = w.scales, w.zeros, bias if whole else None, nf4_table(x.device), out
-        shape = M, w.N, K, width, groups, w.format, w.group
-        kernel = _gemm if "BLOCK_M" in config else _gemv
-        kernel[row_tiles, x_tiles, split](x, w.weight, *tensors, *shape, SPLIT=split, **config)
-        if whole:
-            return out[0]
-        y = out.sum(0)  # (split, M, N) -> (M, N)
-        return (y if bias is None else y + bias).to(dtype)
-
-    configs = gemv_configs(w.group) if M == 1 else gemm_configs(M, w.group, w.pack)
-    shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} {w.zeros is None}"
-    return tuned(f"{w.format} {dtype} {shape}", configs, launch, x.device)
+    """x (M, K) @ W.T + bias (N,) of tiled weights -> (M, N) in x's dtype."""
+    y = None
+    if len(x) <= FUSED_ROWS and x.element_size() == 2 and use_kernel(x):
+        y = product(x, w, bias)
+    if y is None:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.linear(x, dequantize(w, x.dtype), bias)
+    return y
 
 
 @jit
 def _dequantize(
-    weight,
-    scales,
-    zeros,
-    table,
-    out,
-    K,
-    width,
-    group,
-    groups,
-    blocks,
-    FORMAT: constexpr,
-    BLOCK_B: constexpr,
+    words, scales, zeros, table, out, N, K, FORMAT: constexpr, GROUP: constexpr, BLOCK_N: constexpr
 ):
-    """Packed weights written out; one program per BLOCK_B bytes of a row."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    begin = tl.program_id(0) % blocks * BLOCK_B
-    cols = begin + tl.arange(0, BLOCK_B)
-    there = cols < width
-    byte = tl.load(weight + row * width + cols, mask=there, other=0)
-    if FORMAT == "int8":
-        value = (byte.to(tl.float32) - 128) * tl.load(scales + row).to(tl.float32)
-        k = cols
-    else:
-        where = row * groups + cols * 2 // group  # both columns of a byte lie in one group
-        scale = _read(scales + where, there)
-        if FORMAT == "nf4":
-            even, odd = _nf4(byte, table)
-        else:
-            zero = 8.0
-            if zeros is not None:
-                zero = _read(zeros + where, there)
-            even = (byte & 15).to(tl.float32) - zero
-            odd = (byte >> 4).to(tl.float32) - zero
-        value = tl.interleave(even * scale, odd * scale)
-        k = begin * 2 + tl.arange(0, BLOCK_B * 2)
-    tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
+    """The weights of BLOCK_N rows of a tile written out."""
+    PARTS: constexpr = 2 if FORMAT == "int8" else 4
+    WIDTH: constexpr = TILE // PARTS
+    t = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    i = tl.arange(0, WIDTH)
+    parts = _parts(_tile(words, t * N + rows, i, WIDTH, inside), table, FORMAT)
+    for q in tl.static_range(PARTS):
+        column = t * TILE + q * WIDTH
+        at = column // GROUP * N + rows
+        value = parts[q]
+        if FORMAT == "int4":
+            value -= 8 if zeros is None else _read(zeros + at, inside)[:, None]
+        value *= _read(scales + at, inside)[:, None]
+        _put(out, value, rows, column + i, K, inside)
 
 
 def dequantize(w, dtype):
-    """Packed -> (N, K) in dtype, or None where there is no kernel; then QuantLinear does it."""
-    if not use_kernel(w.weight):
-        return None
-    out = torch.empty(w.N, w.K, dtype=dtype, device=w.weight.device)
-    rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
-    width = w.weight.numel() // rows
-    groups = w.scales.numel() // rows
-    blocks = triton.cdiv(width, 1024)
-    tensors = w.weight, w.scales, w.zeros, nf4_table(out.device), out
-    shape = out.numel() // rows, width, w.group, groups, blocks
-    _dequantize[(rows * blocks,)](*tensors, *shape, w.format, 1024)
+    """Tiles -> (N, K) in dtype."""
+    if not use_kernel(w.words):
+        return dequantize_twin(w, dtype)
+    out = torch.empty(w.N, w.K, dtype=dtype, device=w.words.device)
+    tensors = w.words, w.scales, w.zeros, nf4_table(out.device), out
+    grid = len(w.words), triton.cdiv(w.N, 64)
+    _dequantize[grid](*tensors, w.N, w.K, w.format, w.group, 64)
     return out
+
+
+def dequantize_twin(w, dtype):
+    codes = tiled_codes(w)
+    group = torch.arange(w.K, device=codes.device) // w.group  # of each column
+    if w.format == "nf4":
+        values = nf4_table(codes.device)[codes.int()]
+    elif w.format == "int8":
+        values = codes.float() - 128
+    else:
+        values = codes.float() - (8 if w.zeros is None else w.zeros[group].t())
+    return (values * w.scales[group].t()).to(dtype)
 
 
 # ------------------------------------------------------------------------------- the paged KV cache

@@ -36,7 +36,7 @@ from formats.peft import (
 from formats.verify import WrongExport, verify
 from formats.vocab import find_tokenizer, read_beside
 from model import Config, Transformer
-from quant import QuantLinear, quantize
+from quant import QuantLinear, quantize, tile_layers
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
 from training.loop import describe, launch, read_args, start_run
@@ -330,7 +330,7 @@ def prepare_adapter(args, checkpoint):
     place = "cpu" if args.quant else runtime.device
     model = Transformer.from_pretrained(args.model, place, runtime.dtype)
     if args.quant:
-        model = quantize(model, args.quant).to(runtime.device)
+        model = tile_layers(quantize(model, args.quant).to(runtime.device))
     torch.manual_seed(args.seed)
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)

@@ -236,8 +236,8 @@ def joined(layers, name):
 class QuantLinear(nn.Module):
     """A linear layer with packed weights: x (..., K) -> (..., N).
 
-    `dequantize` and `plain` say what it computes, in torch on any device. On a GPU `product` takes
-    a kernel where there is one; on a CPU the engine packs the weights for forward.cpp instead.
+    `dequantize` and `plain` say what it computes, in torch on any device. For a GPU `tiled` makes a
+    layer of it that the kernels read; on a CPU the engine packs the weights for forward.cpp.
     """
 
     format = ""
@@ -264,21 +264,13 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         return F.linear(rows, self.dequantize(rows.dtype), bias)
 
-    def for_gpu(self):
-        """-> kernels.Packed, or None where there is no kernel."""
-
-    def on_gpu(self, rows):
-        """`plain` by a kernel, or None where there is none."""
-        packed = self.for_gpu()
-        return None if packed is None else kernels.linear(rows, packed, self.bias)
+    def tiles(self):
+        """-> kernels.Tiles, or None where the kernels cannot take this layer."""
 
     def product(self, x):
         """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = self.on_gpu(rows) if x.is_cuda else None
-        if y is None:
-            y = self.plain(rows)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
+        return self.plain(rows).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
@@ -340,17 +332,13 @@ class GroupLinear(QuantLinear):
             weight = weight[:, self.order.argsort()]
         return weight.to(dtype)
 
-    def for_gpu(self):
-        weights = self.packed, self.scales, self.out_features, self.in_features
-        if self.bits == 8 and self.symmetric and self.scales.size(1) == 1:
-            return kernels.Packed("int8", *weights)
+    def tiles(self):
+        if self.bits == 8 and self.symmetric:
+            return kernels.tile("int8", self.codes(), self.scales, self.group)
         if self.bits > 4:
             return None
-        eights = self.bits == 4 and self.symmetric
-        return kernels.Packed("int4", *weights, self.group, None if eights else self.zeros)
-
-    def on_gpu(self, rows):
-        return super().on_gpu(rows if self.order is None else rows[:, self.order])
+        zeros = None if self.bits == 4 and self.symmetric else self.zeros
+        return kernels.tile("int4", self.codes(), self.scales, self.group, zeros)
 
     def kind(self):
         order = None if self.order is None else self.order.tolist()
@@ -382,14 +370,14 @@ class NF4Linear(QuantLinear):
         scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
         return values * scale + self.offset
 
-    def for_gpu(self):
-        shape = self.out_features, self.in_features
-        return kernels.Packed("nf4", self.packed, self.block_scales(), *shape, self.block)
+    def tiles(self):
+        if self.in_features % self.block:  # blocks run on across the ends of rows
+            return None
+        codes = torch.stack((self.packed >> 4, self.packed & 15), -1)  # (N*K/2, 2)
+        shape = self.out_features, -1
+        return kernels.tile("nf4", codes.view(shape), self.block_scales().view(shape), self.block)
 
     def dequantize(self, dtype=torch.float32):
-        weights = kernels.dequantize(self.for_gpu(), dtype) if self.packed.is_cuda else None
-        if weights is not None:
-            return weights
         table = nf4_pairs(self.packed.device)
         pairs = table.index_select(0, self.packed.int())  # (N*K/2,)
         flat = pairs.view(torch.float32)  # (N*K,)
@@ -402,6 +390,51 @@ class NF4Linear(QuantLinear):
         absmax = torch.cat([layer.block_scales() for layer in layers])
         packed = joined(layers, "packed")
         return {"packed": packed, "absmax": absmax, "nested_absmax": None, "offset": None}
+
+
+class TiledLinear(QuantLinear):
+    """A packed layer on a GPU: its weights as the kernels read them, and only so.
+
+    The buffers are kernels.Tiles' of the same names; order as GroupLinear's.
+    """
+
+    def __init__(self, layer, tiles):
+        super().__init__((layer.out_features, layer.in_features), layer.bias)
+        self.format = tiles.format
+        self.group = tiles.group
+        for name in ("words", "scales", "zeros", "done"):
+            self.register_buffer(name, getattr(tiles, name))
+        self.register_buffer("order", getattr(layer, "order", None))
+
+    def tiles(self):
+        tensors = self.words, self.scales, self.zeros, self.in_features, self.group, self.done
+        return kernels.Tiles(self.format, *tensors)
+
+    def dequantize(self, dtype=torch.float32):
+        weight = kernels.dequantize(self.tiles(), dtype)
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def plain(self, rows):
+        if self.order is not None:
+            rows = rows[:, self.order]
+        return kernels.linear(rows, self.tiles(), self.bias)
+
+
+def tiled(layer):
+    """A packed layer on a GPU in the layout of its kernels; any other, or one that they cannot
+    take, as it is."""
+    if not isinstance(layer, QuantLinear) or not any(b.is_cuda for b in layer.buffers()):
+        return layer
+    tiles = layer.tiles()
+    return layer if tiles is None else TiledLinear(layer, tiles)
+
+
+def tile_layers(model):
+    """`tiled` for all layers of a model, in place -> the model."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            model.set_submodule(name, tiled(layer))
+    return model
 
 
 def pack_linear(linear, format, group_size, sym=True):

@@ -18,7 +18,7 @@ import quant
 from engine.graphs import Graphs, graph_size, sent
 from engine.parallel import ShardedLinear
 from engine.weights import rope_tables, stack_adapters
-from quant import QuantLinear
+from quant import QuantLinear, TiledLinear
 
 
 # ------------------------------------------------------------------------ weights, fused and packed
@@ -62,12 +62,12 @@ def fused_layers(layers, kind):
     if len(formats) > 1:
         return [fused_layers([layer], kind)[0] for layer in layers]
     packed = isinstance(first, QuantLinear)
-    if not packed and type(first) is not nn.Linear:
+    if isinstance(first, TiledLinear) or (not packed and type(first) is not nn.Linear):
         return layers
     fused = first
     if len(layers) > 1:
         fused = quant.fuse(layers) if packed else fuse_floats(layers)
-    return [quant.in_kind(fused, kind)]
+    return [quant.tiled(quant.in_kind(fused, kind))]
 
 
 class FusedProduct(nn.Module):

@@ -58,7 +58,7 @@ def request_figures(row):
 def kernel_figures(row):
     if "us" not in row:
         return {"memory, read: GB/s": row["gb_per_s"]}
-    return {f"{row['group']}, {row['name']}: of reading": row["of_reading"]}
+    return {f"{row['group']}, {row['name']}: of reading": row["of_read"]}
 
 
 def char_figures(row):

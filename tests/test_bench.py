@@ -59,6 +59,39 @@ def test_a_parameter_of_a_measurement_is_a_flag():
         bench.parse_command(["kernels", "--rows", "2"])
 
 
+def test_groups_of_kernels_are_chosen_by_name():
+    flags = bench.parse_command(["kernels", "--only", "linear"])
+    assert flags["only"] == "linear"
+    with pytest.raises(UserError, match="--only matmul: a part of one of these: linear, 1 row;"):
+        next(bench.bench_kernels("matmul"))
+
+
+def test_the_longest_loop_of_machine_code_is_found():
+    code = """
+.L_x_0:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0010*/                   FADD R1, R1, R2 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/               @P2 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0050*/                   EXIT ;
+"""
+    loop = bench.longest_loop(code.splitlines())
+    assert len(loop) == 5 and "MOV" in loop[0] and "L_x_0" in loop[-1]
+
+
+@pytest.mark.slow
+def test_a_products_loop_takes_few_instructions_a_weight():
+    try:
+        rows = list(bench.bench_sass([1]))
+    except UserError as error:
+        pytest.skip(str(error))
+    over = [row for row in rows if row["per_weight"] > row["goal"] or row["spilled"]]
+    assert len(rows) == 12 and not over
+
+
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "a").write_text('{"rows": []}')
     with pytest.raises(UserError, match="--json"):

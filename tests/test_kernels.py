@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
-from quant import FrozenProduct
+import quant
 
 CUDA = torch.cuda.is_available()
 RUNS = CUDA or K.INTERPRET
@@ -55,113 +55,210 @@ def same(ours, twin, dtype=torch.float32, limit=1e-5 if CUDA else 2e-6):
     assert error < LIMITS.get(dtype, limit), error.item()
 
 
-def int8(N, C):
-    weight = torch.randint(1, 256, (N, C), dtype=torch.uint8, device=DEVICE)
-    return K.Packed("int8", weight, random(N).abs(), N, C)
-
-
-def int4(N, C, group, symmetric):
+def tiles(format, N, C, group, zeros=False):
+    """-> (Tiles of random codes, the weights that they stand for (N, C) float64)."""
+    codes = torch.randint(0, 256 if format == "int8" else 16, (N, C), dtype=torch.uint8)
     groups = -(-C // group)
-    packed = torch.randint(0, 256, (N, -(-C // 2)), dtype=torch.uint8, device=DEVICE)
-    zeros = None
-    if not symmetric:
-        zeros = torch.randint(0, 16, (N, groups), device=DEVICE).float()
-    return K.Packed("int4", packed, random(N, groups).abs() / 8, N, C, group, zeros)
+    scales = random(N, groups).abs() / 8
+    points = torch.randint(0, 16, (N, groups), dtype=torch.uint8).to(DEVICE) if zeros else None
+    codes = codes.to(DEVICE)
+    column = torch.arange(C, device=DEVICE) // group
+    middle = {"int8": 128, "int4": 8, "nf4": 0}[format]
+    values = K.nf4_table(codes.device)[codes.int()] if format == "nf4" else codes
+    weight = values.double() - (points.double()[:, column] if zeros else middle)
+    return K.tile(format, codes, scales, group, points), weight * scales.double()[:, column]
 
 
-def nf4(N, C, block):
-    packed = torch.randint(0, 256, (N * C // 2,), dtype=torch.uint8, device=DEVICE)
-    return K.Packed("nf4", packed, random(-(-N * C // block)).abs(), N, C, block)
+def linear_equals(M, w, weight, dtype, bias=True):
+    x = random(M, w.K, dtype=dtype)
+    b = random(w.N) if bias else None
+    expected = x.double() @ weight.T
+    same(K.linear(x, w, b), (expected + b if bias else expected).to(dtype), dtype)
+    assert not w.done.any()  # for the next launch
 
 
-def dequantize_twin(w, dtype):
-    if w.pack == 1:
-        return ((w.weight.float() - 128) * w.scales.float().view(-1, 1)).to(dtype)
-    rows = 1 if w.format == "nf4" else w.N  # NF4's groups run on across the ends of rows
-    group = torch.arange(w.N * w.K // rows, device=w.weight.device) // w.group  # of each column
-    scales = w.scales.view(rows, -1)[:, group].float()  # (rows, G) -> (rows, columns)
-    low = w.weight & 15
-    high = w.weight >> 4
-    zeros = 0
-    if w.format == "nf4":
-        values = K.nf4_table(low.device)[torch.stack((high, low), -1).long()]
-    else:
-        values = torch.stack((low, high), -1)
-        zeros = 8.0 if w.zeros is None else w.zeros[:, group].float()
-    values = values.view(rows, -1)[:, : len(group)]  # (bytes, 2) -> (rows, columns), even first
-    return ((values - zeros) * scales).view(w.N, w.K).to(dtype)
+@pytest.fixture
+def each_configuration(monkeypatch):
+    """All configurations are launched, and must agree."""
 
+    def each(key, configs, launch, device):
+        results = []
+        for config in configs:
+            try:
+                results.append(launch(config))
+            except K.triton.OutOfResources:  # tuning leaves such a one out
+                print(f"{key}: no room for {config}")
+        for result in results:
+            same(result, results[0], result.dtype, limit=2e-5)
+        return results[0]
 
-def linear_twin(x, w, bias=None):
-    y = x.double() @ dequantize_twin(w, torch.float64).T
-    return (y if bias is None else y + bias).to(x.dtype)
+    monkeypatch.setattr(K, "tuned", each)
 
 
 # ------------------------------------------------------------------------------------ linear layers
-@kernel
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M,N,C", [(1, 7, 4097), (1, 64, 128), (3, 33, 100), (16, 40, 96)])
-def test_int8_linear_equals_its_twin(M, N, C, dtype):
-    args = random(M, C, dtype=dtype), int8(N, C), random(N)
-    same(K.linear(*args), linear_twin(*args), dtype)
+FORMATS = {
+    "int8": ("int8", 10_000),
+    "int4": ("int4", 128),
+    "int4, zero points": ("int4", 128, True),
+    "int4 in groups of 64": ("int4", 64, True),
+    "int4 in groups of 32": ("int4", 32),
+    "int4 in groups of 96": ("int4", 96, True),
+    "int4 in rows": ("int4", 10_000, True),
+    "nf4": ("nf4", 64),
+    "nf4 in blocks of 128": ("nf4", 128),
+}
+HALVES = [torch.bfloat16, torch.float16]
 
 
 @kernel
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    "M,N,C,group", [(1, 5, 4097, 128), (1, 9, 100, 32), (2, 33, 100, 64), (17, 20, 256, 32)]
-)
-def test_int4_linear_equals_its_twin(M, N, C, group, symmetric):
-    x = random(M, C)
-    w = int4(N, C, group, symmetric)
-    for bias in (None, random(N)):  # the offsets of the packed bytes cost four bits
-        same(K.linear(x, w, bias), linear_twin(x, w, bias), limit=2e-5)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantized_product_equals_its_twin(name):
+    """Odd rows of weights, columns that fill no tile, columns in parts of several programs."""
+    format, *how = FORMATS[name]
+    for i, (M, N, C) in enumerate([(1, 33, 640), (3, 130, 128), (16, 7, 320), (64, 20, 192)]):
+        linear_equals(M, *tiles(format, N, C, *how), HALVES[i % 2], bias=i > 0)
 
 
 @kernel
-def test_int4_linear_in_16_bits_equals_its_twin():
-    for dtype in DTYPES[1:]:
-        for M in (1, 4):
-            args = random(M, 256, dtype=dtype), int4(12, 256, 64, False), random(12, dtype=dtype)
-            same(K.linear(*args), linear_twin(*args), dtype)
+@pytest.mark.skipif(not CUDA, reason="what only a GPU runs: the inline assembly")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpacking_in_assembly_equals_the_twin_for_all_rows(name, dtype, each_configuration):
+    format, *how = FORMATS[name]
+    for M in (1, 2, 16, 17, 64):
+        linear_equals(M, *tiles(format, 777, 2048, *how), dtype)
 
 
-@kernel
-def test_many_rows_take_dequantized_weights():
-    x = random(K.DEQUANTIZE_ABOVE + 1, 100)
-    for args in ((x, int4(6, 100, 32, False)), (x, int8(6, 100), random(6))):
-        same(K.linear(*args), linear_twin(*args))
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantized_tiles_equal_the_weights(name):
+    """On the CPU this is the twin, in the interpreter the kernel."""
+    format, *how = FORMATS[name]
+    for N, C in ((5, 320), (70, 128)):
+        w, weight = tiles(format, N, C, *how)
+        same(K.dequantize(w, torch.float32), weight.float())
+        same(K.dequantize_twin(w, torch.float32), weight.float())
 
 
-@kernel
-@pytest.mark.parametrize("M,N,C", [(1, 6, 256), (3, 10, 128)])
-def test_nf4_forward_and_backward_equal_the_twin(M, N, C):
-    x = random(M, C).requires_grad_()
-    w = nf4(N, C, 64)
-    bias = random(N)
-    layer = SimpleNamespace(
-        product=lambda x: K.linear(x, w, bias), dequantize=lambda dtype: K.dequantize(w, dtype)
-    )
-    ours = FrozenProduct.apply(x, layer)
-    twin = linear_twin(x, w, bias)
-    same(ours, twin)
-    weigh = random(M, N)
-    gradients = [torch.autograd.grad((y * weigh).sum(), x)[0] for y in (ours, twin)]
-    same(*gradients)
+def test_many_rows_and_float32_take_dequantized_weights():
+    w, weight = tiles("int4", 6, 100, 32)
+    for x in (random(K.FUSED_ROWS + 1, 100, dtype=torch.bfloat16), random(2, 100)):
+        same(K.linear(x, w), (x.double() @ weight.T).to(x.dtype), x.dtype)
 
 
-@kernel
-@pytest.mark.parametrize("N,C", [(6, 256), (10, 128), (6, 100), (5, 4098)])
-def test_dequantized_weights_equal_the_twin(N, C):
-    """Also where NF4's blocks run on across the ends of rows."""
-    for w in (int8(N, C), int4(N, C, 64, True), int4(N, C, 20, False), nf4(N, C, 64)):
-        same(K.dequantize(w, torch.float32), dequantize_twin(w, torch.float32))
+def test_groups_that_parts_of_tiles_would_cross_have_no_tiles():
+    codes = torch.zeros(4, 60, dtype=torch.uint8)
+    assert K.tile("int4", codes, torch.ones(4, 3), 20) is None
+    assert K.tile("int8", codes, torch.ones(4, 3), 20) is None
 
 
-@kernel
-def test_groups_that_tiles_would_cross_are_left_to_torch():
-    for w in (int4(4, 30, 15, True), int4(8, 60, 20, False), nf4(6, 100, 64)):
-        assert K.linear(random(2, w.K), w) is None
+@pytest.mark.parametrize("name", ["int4", "nf4"])
+def test_a_tiled_layer_has_the_product_and_the_gradient_of_the_layer(name):
+    linear = torch.nn.Linear(192, 24)
+    layer = quant.pack_linear(linear, name, 64, sym=False).to(DEVICE)
+    tiled = quant.TiledLinear(layer, layer.tiles())
+    assert quant.tiled(layer) is layer or CUDA
+    x = random(3, 192).requires_grad_()
+    results = []
+    for one in (tiled, layer):
+        y = one(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x), one.dequantize()))
+    for ours, twin in zip(*results):
+        same(ours, twin)
+
+
+def test_a_tiled_layer_keeps_the_order_of_its_columns():
+    order = torch.randperm(64)
+    codes = torch.randint(0, 16, (8, 64), dtype=torch.uint8)
+    layer = quant.GroupLinear(codes, torch.rand(8, 2), torch.full((8, 2), 3), 4, 32, order)
+    tiled = quant.TiledLinear(layer, layer.tiles())
+    x = torch.randn(2, 64)
+    same(tiled.dequantize(), layer.dequantize())
+    same(tiled(x), layer(x))
+
+
+# ----------------------------------------------------------- the assembly, emulated without a GPU
+def prmt(a, b, selector):
+    """Each digit of the selector chooses a byte of b:a; with its bit 3 only that byte's sign."""
+    found = (a | b << 32).to_bytes(8, "little")
+    digits = [selector >> 4 * i & 15 for i in range(4)]
+    chosen = [found[d & 7] if d < 8 else 255 * (found[d & 7] >> 7) for d in digits]
+    return int.from_bytes(bytes(chosen), "little")
+
+
+def lop3(a, b, c, table):
+    """The three operands' bits, together a number of 3 bits, choose one of the table's."""
+    bits = [(a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1) for i in range(32)]
+    return sum((table >> which & 1) << i for i, which in enumerate(bits))
+
+
+def halves(register, dtype):
+    """A register as two 16-bit numbers -> float32 (2,)"""
+    data = register.to_bytes(4, "little")
+    return torch.frombuffer(bytearray(data), dtype=dtype).float()
+
+
+def fma(a, b, c, dtype):
+    value = halves(a, dtype) * halves(b, dtype) + halves(c, dtype)
+    return int.from_bytes(bytes(value.to(dtype).view(torch.uint8).tolist()), "little")
+
+
+def emulate(assembly, outputs, word):
+    """What the instructions make of a register -> [its output registers]"""
+    registers = {f"${outputs}": word}
+
+    def read(text):
+        return registers[text] if text in registers else int(text, 0)
+
+    code = assembly.strip().strip("{}")
+    for line in code.split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if not name or name == ".reg":
+            continue
+        target, *operands = [text.strip() for text in rest.split(",")]
+        values = [read(text) for text in operands]
+        if name == "mov.b32":
+            registers[target] = values[0]
+        elif name == "and.b32":
+            registers[target] = values[0] & values[1]
+        elif name == "shr.b32":
+            registers[target] = values[0] >> values[1]
+        elif name == "lop3.b32":
+            registers[target] = lop3(*values)
+        elif name == "prmt.b32":
+            registers[target] = prmt(*values)
+        else:
+            dtype = {"fma.rn.bf16x2": torch.bfloat16, "fma.rn.f16x2": torch.float16}[name]
+            registers[target] = fma(*values, dtype)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("format", ["int4", "int8", "nf4"])
+def test_the_assembly_unpacks_every_byte_as_the_tiles_say(format, dtype):
+    """Each byte value stands at each of the four places of a register of two words."""
+    assembly = {
+        ("int4", torch.bfloat16): K.BF16_INT4,
+        ("int4", torch.float16): K.FP16_INT4,
+        ("int8", torch.bfloat16): K.BF16_INT8,
+        ("int8", torch.float16): K.FP16_INT8,
+        ("nf4", torch.bfloat16): K.BF16_NF4,
+        ("nf4", torch.float16): K.FP16_NF4,
+    }[format, dtype]
+    assembly = getattr(assembly, "value", assembly)  # a constexpr, where there is Triton
+    offset = {"int4": 128 if dtype == torch.bfloat16 else 1024}.get(format, 0)
+    size, outputs = (256, 2) if format == "int8" else (16, 4)
+    for byte in range(256):
+        codes = torch.randint(0, size, (1, 128), dtype=torch.uint8)
+        w = K.tile(format, codes, torch.ones(1, 1), 128)
+        at = byte % 16  # some pair of words
+        w.words.view(torch.uint8)[0, 0, 4 * at : 4 * at + 4] = torch.arange(byte, byte + 4).byte()
+        (pair,) = w.words[0, 0, 2 * at : 2 * at + 2].view(torch.int32).tolist()
+        found = emulate(assembly, outputs, pair & 0xFFFFFFFF)
+        parts = K.dequantize_twin(w, torch.float32).view(outputs, -1)[:, 2 * at : 2 * at + 2]
+        if format == "int4":
+            parts = parts + 8 + offset
+        for register, values in zip(found, parts):
+            assert torch.equal(halves(register, dtype), values.to(dtype).float()), byte
 
 
 # ---------------------------------------------------------------------------------- the paged cache
@@ -266,23 +363,9 @@ def test_paged_attention_twin_equals_torch_attention():
 
 
 @kernel
-def test_every_configuration_computes_the_same(monkeypatch):
-    def each(key, configs, launch, device):
-        results = []
-        for config in configs:
-            try:
-                results.append(launch(config))
-            except K.triton.OutOfResources:  # tuning leaves such a one out
-                print(f"{key}: no room for {config}")
-        for result in results:
-            same(result, results[0], limit=2e-5)
-        return results[0]
-
-    monkeypatch.setattr(K, "tuned", each)
-    for M in (1, 3):
-        x = random(M, 300)
-        for w in (int4(9, 300, 64, False), int8(9, 300)):
-            same(K.linear(x, w), linear_twin(x, w), limit=2e-5)
+def test_every_configuration_computes_the_same(each_configuration):
+    for M in (1, 17):
+        linear_equals(M, *tiles("int4", 9, 300, 64), torch.float16)
     attend([1, 1], [70, 9], H=4, KH=2, D=32)
     attend([70], [90], H=2, KH=1, D=16)
 
