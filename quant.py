@@ -275,7 +275,8 @@ class QuantLinear(nn.Module):
     def product(self, x):
         """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = self.on_gpu(rows) if x.is_cuda else None
+        compiling = torch.compiler.is_compiling()  # it fuses the unpacking into one kernel
+        y = self.on_gpu(rows) if x.is_cuda and not compiling else None
         if y is None:
             y = self.plain(rows)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
@@ -368,6 +369,10 @@ class NF4Linear(QuantLinear):
         self.block = block
         for name in ("packed", "absmax", "nested_absmax", "offset"):
             self.register_buffer(name, state.get(name))
+        # Tables that a compiler sees as tensors, where it would break off at the cached functions.
+        device = self.packed.device
+        self.register_buffer("table", torch.tensor(kernels.NF4, device=device), persistent=False)
+        self.register_buffer("scale_table", dynamic_map(device), persistent=False)
 
     @classmethod
     def from_linear(cls, linear):
@@ -378,7 +383,7 @@ class NF4Linear(QuantLinear):
         """-> float32 (blocks,), double quantization undone."""
         if self.nested_absmax is None:
             return self.absmax
-        values = dynamic_map(self.absmax.device)[self.absmax.int()]
+        values = self.scale_table[self.absmax.int()]
         scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
         return values * scale + self.offset
 
@@ -387,12 +392,17 @@ class NF4Linear(QuantLinear):
         return kernels.Packed("nf4", self.packed, self.block_scales(), *shape, self.block)
 
     def dequantize(self, dtype=torch.float32):
-        weights = kernels.dequantize(self.for_gpu(), dtype) if self.packed.is_cuda else None
-        if weights is not None:
-            return weights
-        table = nf4_pairs(self.packed.device)
-        pairs = table.index_select(0, self.packed.int())  # (N*K/2,)
-        flat = pairs.view(torch.float32)  # (N*K,)
+        compiling = torch.compiler.is_compiling()  # then all below is one kernel
+        if self.packed.is_cuda and not compiling:
+            weights = kernels.dequantize(self.for_gpu(), dtype)
+            if weights is not None:
+                return weights
+        if compiling:
+            codes = torch.stack((self.packed >> 4, self.packed & 15), 1)  # (N*K/2, 2)
+            flat = self.table[codes.int()].flatten()  # (N*K,)
+        else:
+            pairs = nf4_pairs(self.packed.device).index_select(0, self.packed.int())  # (N*K/2,)
+            flat = pairs.view(torch.float32)  # (N*K,)
         blocks = in_groups(flat, self.block).mul_(self.block_scales()[:, None])  # (blocks, block)
         weights = blocks.view(-1)[: flat.numel()]
         return weights.view(self.out_features, -1).to(dtype)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import UserError, sync_dir, write_atomic, write_json
+from common import UserError, first_words, sync_dir, write_atomic, write_json
 
 
 # --------------------------------------------------------------------------- device, dtype, compile
@@ -146,7 +146,7 @@ def compile_or_say_why(function, runtime, warm_up):
         warm_up(compiled)
         return compiled
     except Exception as error:  # whatever a compiler can trip over
-        print(f"compile  failed, continuing without: {error}")
+        print(f"compile  failed, continuing without: {first_words(error)}")
         return function
     finally:
         set_rng_state(before)

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError
+from common import UserError, first_words
 from data import Batches, Split, moved
-from model import Transformer
+from model import Transformer, give_up_flex
 from runtime import (
     Runtime,
     all_rng_states,
@@ -298,9 +298,15 @@ def halve_until_a_pass_fits(run):
     failed alone would leave the others waiting for its gradients."""
     before = rng_state()
     while True:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            trial_pass(run, run.step_model)
-            break
+        try:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                trial_pass(run, run.step_model)
+                break
+        except RuntimeError as error:  # FlexAttention's backward is compiled on its first use
+            if not run.model.config.flex:
+                raise
+            give_up_flex(run.model.config, first_words(error))
+            continue
         # An except block would be too early: its exception keeps the pass's activations alive.
         run.optimizer.zero_grad()
         if run.runtime.world > 1 or run.rows == 1:
