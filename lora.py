@@ -77,9 +77,12 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         x = F.dropout(x, self.settings["lora_dropout"], self.training)
         low = F.linear(x, self.A.to(x.dtype))  # (..., K) -> (..., r)
-        change = F.linear(low, (self.B * self.scale).to(x.dtype))  # s B A x: (..., r) -> (..., N)
-        if self.m is None:
-            return y + change
+        B = self.B.to(x.dtype)
+        if self.m is None:  # W x + s B A x: the second product adds itself to what is there
+            rows = y.view(-1, self.out_features)  # (..., N) -> (M, N)
+            low = low.view(len(rows), -1)  # (..., r) -> (M, r)
+            return torch.addmm(rows, low, B.t(), alpha=self.scale).view_as(y)
+        change = self.scale * F.linear(low, B)  # (..., r) -> (..., N)
         bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
         with torch.no_grad():
             changed = self.changed_weight()

@@ -42,7 +42,7 @@ class Runtime:
         """A number added up over all ranks (every rank must call it)."""
         if self.world == 1:
             return number
-        total = torch.tensor(number, dtype=torch.float64, device=self.device)
+        total = torch.tensor(number, dtype=torch.float64)  # on the CPU: no GPU is waited for
         dist.all_reduce(total, getattr(dist.ReduceOp, how))
         return total.item()
 
@@ -101,7 +101,7 @@ def join_ranks(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 

@@ -310,7 +310,7 @@ class LossScale:
 
 @dataclass
 class Guard:
-    """Which steps to skip: those whose gradient is not finite, or far above its running mean."""
+    """Which gradients to skip: those that are not finite, or far above their running mean."""
 
     factor: float  # how far; 0 never
     mean: float = 0.0  # of the gradients' norms
@@ -319,20 +319,21 @@ class Guard:
     in_a_row: int = 0
     limit: int = 10  # skipped steps in a row after which the loop stops the run
 
-    def accepts(self, norm):
-        """Whether to take a step whose gradient has this norm; it is counted either way."""
-        finite = math.isfinite(norm)
-        most = self.factor * self.mean
-        spike = self.factor and self.seen > 50 and norm > most
-        if finite:
+    @property
+    def most(self):
+        """The largest norm of a gradient that is taken."""
+        spikes = self.factor and self.seen > 50
+        return self.factor * self.mean if spikes else torch.finfo(torch.float32).max
+
+    def count(self, norm, good):
+        """Take note of a gradient's norm, and whether the step took it."""
+        if math.isfinite(norm):
             # Of a spike counts what is believed, so that a lasting change is accepted in time.
-            believed = min(norm, most) if spike else norm
+            believed = min(norm, self.most)
             self.mean = self.mean * 0.98 + believed * 0.02 if self.seen else believed
             self.seen += 1
-        good = finite and not spike
         self.in_a_row = 0 if good else self.in_a_row + 1
         self.skipped += not good
-        return good
 
 
 def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6):
