@@ -165,22 +165,21 @@ def test_backward_keeps_no_unpacked_weight_alive():
 
 BASES = {
     "whole model": lambda: tiny(tied=False),
-    "lora": lambda: shake(lora.apply(tiny(), 4, 8)),
-    "qlora": lambda: shake(lora.apply(quantize(tiny(), "nf4"), 4, 8)),
+    "lora": lambda: shake(lora.apply(tiny(), 4, 8, "q_proj,up_proj")),
+    "qlora": lambda: shake(lora.apply(quantize(tiny(), "nf4"), 4, 8, "q_proj,up_proj")),
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_a_compiled_training_step_has_no_graph_break_and_the_gradients_of_an_eager_one(
-    base, recompute, monkeypatch
+    base, monkeypatch
 ):
-    """Packed documents, a loss in chunks; fullgraph makes a break an error."""
+    """Packed documents, recomputed layers, a loss in chunks; fullgraph makes a break an error."""
     monkeypatch.setattr("model.LOGITS_AT_ONCE", 61 * 10)
     docs = torch.arange(12).expand(2, 12) // 5
     positions = torch.arange(12) % 5
     model = BASES[base]().train()
-    model.recompute = recompute
+    model.recompute = True
     torch._dynamo.reset()
     grads = []
     for step in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
@@ -197,14 +196,9 @@ def test_an_adapter_adds_two_products_to_a_layer_and_nothing_else():
     x = torch.randn(3, 32)
     with torch.no_grad(), torch.profiler.profile() as profile:
         layer(x)
-    ran = [event.name for event in profile.events() if event.name in PRODUCTS]
-    assert sorted(ran) == ["aten::addmm", "aten::mm", "aten::mm"]
-    assert not [
-        event.name for event in profile.events() if event.name in ("aten::mul", "aten::add")
-    ]
-
-
-PRODUCTS = "aten::mm aten::addmm".split()
+    ran = [event.name.removeprefix("aten::") for event in profile.events()]
+    assert (ran.count("mm"), ran.count("addmm")) == (2, 1)
+    assert not {"mul", "add"} & set(ran)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -244,6 +238,8 @@ def trained(monkeypatch, base, out, *flags):
         128,
         "--batch",
         4,
+        "--dtype",
+        "float32",
         "--steps",
         4,
         "--eval-every",
