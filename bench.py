@@ -342,7 +342,9 @@ def bench_pretrain(
 
                 model, optimizer = nanogpt_program(nanogpt, config, runtime.device)
             how = replace(runtime, compile="compiled" in way)
-            model = compile_or_say_why(model, how, lambda it: it(ids[:, 1:], ids[:, 1:]))
+            model = compile_or_say_why(
+                model, how, lambda it: training_step(it, optimizer, runtime, ids)()
+            )
             for n in dict.fromkeys((1, passes)):
                 step = training_step(model, optimizer, runtime, ids, n)
                 seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)

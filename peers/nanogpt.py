@@ -1,6 +1,7 @@
 """nanoGPT's model and optimizer, from its own source, for bench.py pretrain."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from common import UserError
@@ -15,6 +16,7 @@ def nanogpt_program(path, config, device):
         raise UserError(f"--nanogpt {path}: no model.py there; give nanoGPT's folder")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile looks it up
     spec.loader.exec_module(module)
     shape = module.GPTConfig(
         block_size=config.max_position_embeddings,

@@ -279,7 +279,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     )
     if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
         halve_until_a_pass_fits(run)
-    run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_pass(run, it))
+    run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_of_both(run, it))
     if state:
         restore_run(run, checkpoint, state)
     elif rank:
@@ -292,13 +292,28 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     return run
 
 
-def trial_pass(run, model):
-    """One pass of full rows as the loop makes it, forward and backward; no gradients remain."""
+def trial_loss(run, model):
+    """The loss of one pass of full rows, as the loop makes it."""
     plan = run.batches.plan(0)
     batch = run.batches.split.fill([plan.row(r) for r in range(run.rows)], run.args.context)
     with run.runtime.autocast():
-        run.loss(model, moved(batch, run.runtime.device), run.args).backward()
+        return run.loss(model, moved(batch, run.runtime.device), run.args)
+
+
+def trial_pass(run, model):
+    """A pass, forward and backward; no gradients remain."""
+    trial_loss(run, model).backward()
     run.optimizer.zero_grad()
+
+
+def trial_of_both(run, model):
+    """What gets compiled, so that no evaluation in the middle of a run can fail: a pass, and the
+    forward of an evaluation."""
+    trial_pass(run, model)
+    model.eval()
+    with torch.no_grad():
+        trial_loss(run, model)
+    model.train()
 
 
 def halve_until_a_pass_fits(run):
