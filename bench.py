@@ -3,7 +3,8 @@
     python bench.py train                        # the CPU presets' seconds and validation loss
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW
-    python bench.py pretrain --rows 32           # tokens/s, memory: eager, compiled, recomputing
+    python bench.py pretrain                     # tokens/s, memory, where the time goes
+    python bench.py pretrain --arch gpt2 --nanogpt ../nanoGPT    # beside nanoGPT, at its shape
     python bench.py qlora --shape 7b             # QLoRA, estimated and measured; 1b for a CPU
     python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
@@ -247,6 +248,12 @@ def training_step(model, optimizer, runtime, ids, passes=1):
     return step
 
 
+def try_compiling(model, compiled, optimizer, runtime, ids):
+    """The model, compiled where that is wanted and a step works."""
+    how = replace(runtime, compile=compiled)
+    return compile_or_say_why(model, how, lambda it: training_step(it, optimizer, runtime, ids)())
+
+
 KERNELS = {  # by a part of their names: a GPU's kernels, a CPU's operations
     "attention": "attention|flash|fmha|flex",
     "matrix products": "gemm|cutlass|nvjet|xmma|::mm|addmm|bmm",
@@ -341,10 +348,7 @@ def bench_pretrain(
                 from peers.nanogpt import nanogpt_program
 
                 model, optimizer = nanogpt_program(nanogpt, config, runtime.device)
-            how = replace(runtime, compile="compiled" in way)
-            model = compile_or_say_why(
-                model, how, lambda it: training_step(it, optimizer, runtime, ids)()
-            )
+            model = try_compiling(model, "compiled" in way, optimizer, runtime, ids)
             for n in dict.fromkeys((1, passes)):
                 step = training_step(model, optimizer, runtime, ids, n)
                 seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
@@ -364,12 +368,16 @@ def bench_pretrain(
 
 def bench_qlora(shape="7b"):
     """The memory and speed of QLoRA (rank 32, a row of 512 tokens, 8-bit AdamW), estimated and
-    measured; on a GPU also LoRA's on a 16-bit base. --shape: 7b, 1b, qwen3-0.6b or 135m."""
+    measured; on a GPU also compiled, and LoRA's on a 16-bit base. --shape: 7b, 1b, qwen3-0.6b or
+    135m."""
     if shape not in SHAPES:
         raise UserError(f"--shape {shape}: use one of {', '.join(SHAPES)}")
     runtime = resolve(compile="off")
     config = SHAPES[shape]
-    for quant in ("nf4", "") if runtime.device.type == "cuda" else ("nf4",):
+    ways = [("nf4", False)]
+    if runtime.device.type == "cuda":
+        ways += [("nf4", True), ("", True)]
+    for quant, compiled in ways:
         args = lora.Args(
             r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1
         )
@@ -382,11 +390,12 @@ def bench_qlora(shape="7b"):
         optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
         optimizer.set_lr(1.0)
         ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
+        model = try_compiling(model, compiled, optimizer, runtime, ids)
         step = training_step(model, optimizer, runtime, ids)
         seconds = seconds_of(step, repeats=3, warm_up=1)
         _, peak = memory_held()
         yield dict(
-            base=quant or str(runtime.dtype),
+            base=(quant or str(runtime.dtype)) + ", compiled" * compiled,
             estimated_gib=sum(parts.values()) / 2**30,
             base_gib=loaded / 2**30,
             peak_gib=peak / 2**30,

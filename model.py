@@ -152,20 +152,6 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-class Rotation(torch.autograd.Function):
-    """`rotate`, with the rotation back as its gradient, which costs no more than the forward."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
-
-
 # ------------------------------------------------------------------------------------ who sees whom
 def visible(gap, window=None, query_doc=None, key_doc=None):
     """Whether a query sees a key that is `gap` positions before it.
@@ -270,8 +256,8 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
-            q = Rotation.apply(q, *rope)
-            k = Rotation.apply(k, *rope)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         q = q.transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)

@@ -279,7 +279,9 @@ class QuantLinear(nn.Module):
         y = self.on_gpu(rows) if x.is_cuda and not compiling else None
         if y is None:
             y = self.plain(rows)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
+        y = y.to(x.dtype)
+        # (M, N) -> (..., N); not a view where it need not be, so that an adapter can add to it
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)

@@ -17,7 +17,6 @@ from common import UserError
 from model import (
     Config,
     RMSNorm,
-    Rotation,
     Transformer,
     attention_mask,
     block_mask,
@@ -170,13 +169,13 @@ def test_documents_with_small_heads_or_dropout_take_a_dense_mask(head_dim, dropo
     assert config.flex == flex
 
 
-def test_turning_back_is_the_gradient_of_turning():
-    cos, sin = torch.rand(2, 6, 1, 4, dtype=torch.float64)
-    x = torch.randn(2, 6, 3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: Rotation.apply(x, cos, sin), x)
-    assert torch.equal(Rotation.apply(x, cos, sin), rotate(x, cos, sin))
-    half = x.detach().bfloat16()
-    assert Rotation.apply(half, cos, sin).dtype == torch.bfloat16  # its memory is not doubled
+def test_what_is_turned_in_16_bits_stays_there():
+    """The angles are float32; queries and keys would take twice the memory, and so backward."""
+    cos, sin = torch.rand(2, 6, 1, 4)
+    x = torch.randn(2, 6, 3, 8)
+    half = rotate(x.bfloat16(), cos, sin)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), rotate(x, cos, sin), atol=0.03)
 
 
 def test_layers_that_read_the_same_are_one_product():
