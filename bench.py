@@ -3,7 +3,8 @@
     python bench.py train                        # the CPU presets' seconds and validation loss
     python bench.py train --presets shakespeare-char-10m --target 1.4697        # on a GPU
     python bench.py optimizers                   # Muon at 0.7 of the steps against AdamW
-    python bench.py pretrain --rows 32           # tokens/s, memory: eager, compiled, recomputing
+    python bench.py pretrain                     # tokens/s, memory, where the time goes
+    python bench.py pretrain --arch gpt2 --nanogpt ../nanoGPT    # beside nanoGPT, at its shape
     python bench.py qlora --shape 7b             # QLoRA, estimated and measured; 1b for a CPU
     python bench.py sft MODEL --data D           # fine-tuning beside TRL's SFTTrainer
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
@@ -64,7 +65,7 @@ from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
 from quant import NF4Linear, tiled
-from runtime import peak_flops, resolve
+from runtime import compile_or_say_why, peak_flops, resolve
 from tokenizer import Tokenizer
 from training.memory import print_estimate
 from training.optim import MuonAdamW
@@ -243,55 +244,153 @@ def bench_optimizers():
         yield row
 
 
-def training_step(model, optimizer, runtime, ids):
-    """-> a function that takes one step on ids (B, T + 1)."""
-    optimizer.set_lr(1.0)
+def training_step(model, optimizer, runtime, ids, passes=1):
+    """-> a function that takes one step on ids (B, T + 1), as often as there are passes."""
+    x = ids[:, :-1].contiguous()
+    y = ids[:, 1:].contiguous()
 
     def step():
-        with runtime.autocast():
-            loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
-        loss.backward()
+        for _ in range(passes):
+            with runtime.autocast():
+                loss = model(x, y) / (passes * y.numel())
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def bench_pretrain(rows=32):
-    """Whole training steps of the preset 125m (forward, backward, optimizer) on random tokens:
-    tokens/s, share of the device's peak rate where that is known, peak memory."""
-    runtime = resolve(compile="off")
-    peak = peak_flops(runtime.device)
-    settings = train.Args(**train.PRESETS["125m"])
-    tok = SimpleNamespace(vocab_size=32_768, bos_id=None, eos_id=None)
+def try_compiling(model, compiled, optimizer, runtime, ids):
+    """The model, compiled where that is wanted and a step works."""
+    how = replace(runtime, compile=compiled)
+    return compile_or_say_why(model, how, lambda it: training_step(it, optimizer, runtime, ids)())
+
+
+KERNELS = {  # by a part of their names: a GPU's kernels, a CPU's operations
+    "attention": "attention|flash|fmha|flex",
+    "matrix products": "gemm|cutlass|nvjet|xmma|::mm|addmm|bmm",
+    "softmax, loss": "softmax|logsumexp|nll_loss|cross_entropy",
+    "optimizer's lists": "multi_tensor|foreach|adam",
+    "norms": "norm",
+    "fused by the compiler": "triton|cpp_fused",
+    "copies, casts": "copy|memcpy|memset|cat|fill|zero",
+}
+
+
+def time_by_kind(step):
+    """Where a step's time goes, the device's or the CPU's -> rows, the longest first."""
+    with torch.profiler.profile() as profile:
+        begin = time.perf_counter()
+        step()
+        wait_for_gpu()
+        wall = time.perf_counter() - begin
+    on_gpu = torch.cuda.is_available()
+    spent: Counter = Counter()
+    calls: Counter = Counter()
+    for event in profile.key_averages():
+        took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if took == 0:
+            continue
+        found = (kind for kind, names in KERNELS.items() if re.search(names, event.key.lower()))
+        kind = next(found, "other")
+        spent[kind] += took / 1000
+        calls[kind] += event.count
+    for kind, ms in spent.most_common():
+        yield dict(kind=kind, ms=ms, share=ms / sum(spent.values()), calls=calls[kind])
+    yield dict(kind="a profiled step", ms=1000 * wall, share=1.0, calls=calls.total())
+
+
+def pretrain_shape(arch, layers, dim, context):
+    """-> Config of the preset 125m, or of nanoGPT's GPT-2, in these sizes."""
+    gpt2 = arch == "gpt2"
+    heads = dim // (64 if gpt2 else 128)
+    shape = dict(arch=arch, layers=layers, dim=dim, heads=heads, context=context)
+    shape["mlp"] = dim * 4 if gpt2 else dim * 10 // 3
+    settings = train.Args(**train.PRESETS["125m"] | shape)
+    tok = SimpleNamespace(vocab_size=50_304 if gpt2 else 32_768, bos_id=None, eos_id=None)
     config = train.model_config(settings, tok)
-    for compiled, recompute in itertools.product((False, True), repeat=2):
-        memory_held(reset=True)
-        model = Transformer(config).to(runtime.device)
-        model.init_weights()
-        model.train().recompute = recompute
-        ids = torch.randint(tok.vocab_size, (rows, settings.context + 1), device=runtime.device)
-        step_model = torch.compile(model, dynamic=False) if compiled else model
-        step = training_step(step_model, MuonAdamW(model), runtime, ids)
-        seconds = seconds_of(step, repeats=20, warm_up=3)
-        rate = rows * settings.context / seconds
-        yield dict(
-            name=("compiled" if compiled else "eager") + ", recomputing" * recompute,
-            seconds=seconds,
-            tokens_per_s=rate,
-            mfu=rate * model.flops_per_token(settings.context) / peak if peak else None,
-            peak_mib=memory_held()[1] / 2**20,
-        )
+    if gpt2:  # nanoGPT has no biases
+        config = replace(config, qkv_bias=False, out_bias=False, mlp_bias=False)
+    return config
+
+
+def our_program(config, runtime, recompute):
+    """-> (a fresh model, the optimizer that goes with its shape)."""
+    model = Transformer(config).to(runtime.device)
+    model.init_weights()
+    model.train().recompute = recompute
+    optimizer = MuonAdamW(model, kind="adamw" if config.is_gpt2 else "muon")
+    optimizer.set_lr(1.0)
+    return model, optimizer
+
+
+def bench_pretrain(
+    arch="qwen3",
+    rows=32,
+    passes=16,
+    steps=20,
+    layers=12,
+    dim=768,
+    context=1024,
+    ways=("eager", "compiled", "compiled recomputing"),
+    nanogpt="",
+):
+    """Whole training steps (forward, backward, optimizer) of one pass and of --passes on random
+    tokens: tokens/s, share of the device's peak rate where that is known, peak memory; then where
+    the time of a step goes.
+
+    --arch qwen3: the preset 125m under Muon; gpt2: nanoGPT's shape under AdamW, beside which
+    --nanogpt runs its own source (a folder with its model.py)."""
+    if arch not in ("qwen3", "gpt2") or (nanogpt and arch != "gpt2"):
+        raise UserError(f"--arch {arch}: use qwen3 or gpt2, the one that goes with --nanogpt")
+    runtime = resolve()
+    peak = peak_flops(runtime.device)
+    config = pretrain_shape(arch, layers, dim, context)
+    ids = torch.randint(config.vocab_size, (rows, context + 1), device=runtime.device)
+
+    flops = Transformer(config).flops_per_token(context)
+    rates = {}
+    for way in ways:
+        recompute = "recomputing" in way
+        for program in ["ours"] + ["nanoGPT"] * (nanogpt != "" and not recompute):
+            memory_held(reset=True)
+            if program == "ours":
+                model, optimizer = our_program(config, runtime, recompute)
+            else:
+                from peers.nanogpt import nanogpt_program
+
+                model, optimizer = nanogpt_program(nanogpt, config, runtime.device)
+            model = try_compiling(model, "compiled" in way, optimizer, runtime, ids)
+            for n in dict.fromkeys((1, passes)):
+                step = training_step(model, optimizer, runtime, ids, n)
+                seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
+                rate = rates[program, way, n] = n * rows * context / seconds
+                yield dict(
+                    name=f"{program}, {way}",
+                    arch=arch,
+                    passes=n,
+                    seconds=seconds,
+                    tokens_per_s=rate,
+                    mfu=rate * flops / peak if peak else None,
+                    peak_mib=memory_held()[1] / 2**20,
+                    over_nanogpt=None if program == "ours" else rates["ours", way, n] / rate,
+                )
+            if not recompute:
+                yield from time_by_kind(training_step(model, optimizer, runtime, ids))
 
 
 def bench_qlora(shape="7b"):
     """The memory and speed of QLoRA (rank 32, a row of 512 tokens, 8-bit AdamW), estimated and
-    measured; on a GPU also LoRA's on a 16-bit base. --shape: 7b, 1b, qwen3-0.6b or 135m."""
+    measured; on a GPU also compiled, and LoRA's on a 16-bit base. --shape: 7b, 1b, qwen3-0.6b or
+    135m."""
     if shape not in SHAPES:
         raise UserError(f"--shape {shape}: use one of {', '.join(SHAPES)}")
     runtime = resolve(compile="off")
     config = SHAPES[shape]
-    for quant in ("nf4", "") if runtime.device.type == "cuda" else ("nf4",):
+    ways = [("nf4", False)]
+    if runtime.device.type == "cuda":
+        ways += [("nf4", True), ("", True)]
+    for quant, compiled in ways:
         args = lora.Args(
             r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1
         )
@@ -302,12 +401,14 @@ def bench_qlora(shape="7b"):
         loaded, _ = memory_held(reset=True)
         lora.apply(model, args.r).train().recompute = True
         optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
+        optimizer.set_lr(1.0)
         ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
+        model = try_compiling(model, compiled, optimizer, runtime, ids)
         step = training_step(model, optimizer, runtime, ids)
         seconds = seconds_of(step, repeats=3, warm_up=1)
         _, peak = memory_held()
         yield dict(
-            base=quant or str(runtime.dtype),
+            base=(quant or str(runtime.dtype)) + ", compiled" * compiled,
             estimated_gib=sum(parts.values()) / 2**30,
             base_gib=loaded / 2**30,
             peak_gib=peak / 2**30,

@@ -76,6 +76,11 @@ def cli(main):
         sys.exit(130)
 
 
+def first_words(error):
+    """What an exception of some library says, in one line of bounded length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 

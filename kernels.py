@@ -43,7 +43,10 @@ INTERPRET = constexpr(triton is not None and os.environ.get("TRITON_INTERPRET") 
 
 # ------------------------------------------------------------------------------ choosing and tuning
 def use_kernel(x):
-    """Whether a kernel computes x here. If so on a GPU, Triton launches on x's device."""
+    """Whether a kernel computes x here. If so on a GPU, Triton launches on x's device. While torch
+    compiles none does: it fuses the twin."""
+    if torch.compiler.is_compiling():
+        return False
     if triton is None or not x.is_cuda:
         return INTERPRET
     torch.cuda.set_device(x.device)

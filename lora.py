@@ -72,18 +72,22 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x (..., K) -> W' x + bias (..., N)."""
+        rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
         # W x. Of a base in 4 bits only the packed bytes are kept for the gradient of x, which
         # unpacks them again (quant.FrozenProduct).
-        y = self.base(x)
-        x = F.dropout(x, self.settings["lora_dropout"], self.training)
-        low = F.linear(x, self.A.to(x.dtype))  # (..., K) -> (..., r)
-        change = F.linear(low, (self.B * self.scale).to(x.dtype))  # s B A x: (..., r) -> (..., N)
-        if self.m is None:
-            return y + change
-        bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
-        with torch.no_grad():
-            changed = self.changed_weight()
-        return bias + self.gain(changed).to(y.dtype) * (y - bias + change)
+        y = self.base(rows)
+        rows = F.dropout(rows, self.settings["lora_dropout"], self.training)
+        low = F.linear(rows, self.A.to(x.dtype)).to(y.dtype)  # (M, K) -> (M, r)
+        B = self.B.to(y.dtype)
+        if self.m is None:  # the product adds itself to what is there: W x + s B A x
+            y = y.addmm_(low, B.t(), alpha=self.scale)  # (M, r) -> (M, N)
+        else:
+            bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
+            with torch.no_grad():
+                changed = self.changed_weight()
+            change = self.scale * F.linear(low, B)
+            y = bias + self.gain(changed).to(y.dtype) * (y - bias + change)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def changed_weight(self):
         """-> W + s B A (N, K) float32."""

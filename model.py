@@ -16,9 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from common import UserError, first_words
 
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
+FLEX_HEAD_DIM = 16  # the smallest that FlexAttention does
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Config:
     eos_token_id: int | list | None = None
     generation: dict = field(default_factory=dict)  # generation_config.json, without these two
     dropout: float = 0.0  # a matter of training: not part of the folder
+    flex: bool = True  # FlexAttention for packed documents on a GPU, until it fails; nor is this
 
     @property
     def end_ids(self):
@@ -147,7 +149,7 @@ def rotate(x, cos, sin):
     neighbouring channels, form the pairs: that is the row order of Hugging Face's checkpoints.
     """
     a, b = x.chunk(2, -1)  # (B, T, H, D) -> two of (B, T, H, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------ who sees whom
@@ -205,6 +207,20 @@ def flex(q, k, v, mask):
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
+def dense(mask):
+    """A block mask as the dense one that it stands for, (B, 1, T, T)."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    B, _, T, _ = mask.shape
+    return create_mask(mask.mask_mod, B, 1, T, T, mask.kv_indices.device)
+
+
+def give_up_flex(config, why):
+    """The model's attention takes dense masks from now on; this is said once."""
+    print(f"mask     packed documents take dense masks instead of FlexAttention: {why}")
+    config.flex = False
+
+
 # -------------------------------------------------------------------------------------- the network
 class Attention(nn.Module):
     """Causal self-attention whose query heads share the key/value heads in groups of H/K."""
@@ -215,16 +231,16 @@ class Attention(nn.Module):
         D = config.head_dim
         queries = config.num_attention_heads * D
         keys = config.num_key_value_heads * D
+        self.config = config
         self.heads = -1, D  # what a row of H*D or K*D channels is cut into
-        self.dropout = config.dropout
         self.q_proj = nn.Linear(C, queries, config.qkv_bias)
         self.k_proj = nn.Linear(C, keys, config.qkv_bias)
         self.v_proj = nn.Linear(C, keys, config.qkv_bias)
         self.o_proj = nn.Linear(queries, C, config.out_bias)
         self.q_norm = None
         if config.model_type == "qwen3":  # bounds the attention logits: higher learning rates hold
-            self.q_norm = nn.RMSNorm(D, config.norm_eps)
-            self.k_norm = nn.RMSNorm(D, config.norm_eps)
+            self.q_norm = RMSNorm(D, config.norm_eps)
+            self.k_norm = RMSNorm(D, config.norm_eps)
 
     def forward(self, x, rope, mask, cache=None):
         """x (B, T, C) -> (B, T, C).
@@ -232,9 +248,10 @@ class Attention(nn.Module):
         rope: (cos, sin) or None. mask: dense, a block mask, or None for plain causal attention.
         cache: this layer's KVCache, if x only continues what is in there.
         """
-        q = self.q_proj(x).unflatten(2, self.heads)  # (B, T, H*D) -> (B, T, H, D)
-        k = self.k_proj(x).unflatten(2, self.heads)  # (B, T, K*D) -> (B, T, K, D)
-        v = self.v_proj(x).unflatten(2, self.heads)
+        q, k, v = outputs(x, (self.q_proj, self.k_proj, self.v_proj))
+        q = q.unflatten(2, self.heads)  # (B, T, H*D) -> (B, T, H, D)
+        k = k.unflatten(2, self.heads)  # (B, T, K*D) -> (B, T, K, D)
+        v = v.unflatten(2, self.heads)
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -246,19 +263,31 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, T, D) -> (B, K, T so far, D)
-        if mask is None or isinstance(mask, torch.Tensor):
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                mask,
-                self.dropout if self.training else 0.0,
-                is_causal=mask is None and q.size(2) > 1,  # a single query sees all keys there are
-                enable_gqa=q.size(1) != k.size(1),
-            )
-        else:
-            y = flex(q, k, v, mask)
+        y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H*D)
+
+    def attend(self, q, k, v, mask):
+        """q (B, H, Tq, D), k and v (B, K, Tk, D) -> (B, H, Tq, D)."""
+        if mask is not None and not isinstance(mask, torch.Tensor):  # a block mask
+            if torch.compiler.is_compiling():
+                return flex(q, k, v, mask)
+            if self.config.flex:
+                try:
+                    return flex(q, k, v, mask)
+                except torch.OutOfMemoryError:
+                    raise  # it says nothing about FlexAttention
+                except Exception as error:  # whatever a compiler can trip over
+                    give_up_flex(self.config, first_words(error))
+            mask = dense(mask)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            self.config.dropout if self.training else 0.0,
+            is_causal=mask is None and q.size(2) > 1,  # a single query sees all keys there are
+            enable_gqa=q.size(1) != k.size(1),
+        )
 
 
 @dataclass
@@ -291,11 +320,41 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = outputs(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(F.silu(gate) * up)
+
+
+def outputs(x, layers):
+    """What linear layers make of the same x (..., K): [(..., N) of each].
+
+    Where a GPU trains them they are one product. Their weights are cast for every pass in any case,
+    and the gradients of x need not be added up."""
+    trained = all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in layers)
+    if x.is_cuda and trained and torch.is_grad_enabled():
+        return one_product(x, layers)
+    return [layer(x) for layer in layers]
+
+
+def one_product(x, layers):
+    weight = torch.cat([layer.weight for layer in layers])  # (sum of N, K)
+    bias = None
+    if layers[0].bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], -1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the dtype of x: with weights of another it would not be one kernel."""
+
+    def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):  # which would make x float32 first
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config):
-    norm = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
+    norm = nn.LayerNorm if config.is_gpt2 else RMSNorm
     return norm(config.hidden_size, config.norm_eps)
 
 
@@ -408,10 +467,15 @@ class Transformer(nn.Module):
             if docs is None:
                 at = torch.arange(past + T, device=positions.device)
                 return attention_mask(at[past:], at, window)
-            if docs.is_cuda:
+            if docs.is_cuda and c.flex:
                 return block_mask(positions, window, docs)
             return attention_mask(positions, positions, window, docs)
 
+        if docs is not None and docs.is_cuda and c.flex:
+            if c.head_dim < FLEX_HEAD_DIM:
+                give_up_flex(c, f"it refuses heads of {c.head_dim} channels, below {FLEX_HEAD_DIM}")
+            elif c.dropout:
+                give_up_flex(c, f"it has no dropout, which is {c.dropout:g}")
         full = mask(None)
         return full, mask(c.sliding_window) if slides else full
 
@@ -539,10 +603,18 @@ def cross_entropy_sum(hidden, weight, targets):
         if not wanted.all():
             hidden = hidden[wanted]
             targets = targets[wanted]
-    rows = max(1, LOGITS_AT_ONCE // len(weight))
+    rows = max(1, logits_at_once(hidden.device) // len(weight))
     if len(hidden) <= rows:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
     return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
+
+
+def logits_at_once(device):
+    """The most logits that the loss holds at a time; on a GPU they take a twentieth of its memory,
+    since many small chunks keep it waiting."""
+    if device.type != "cuda":
+        return LOGITS_AT_ONCE
+    return torch.cuda.get_device_properties(device).total_memory // 256
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -562,9 +634,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         total = 0.0
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None
-        if learning and ctx.needs_input_grad[1]:  # a frozen head's would be half a GB of a 7B model
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = None  # also a frozen head's: it would be half a GB of a 7B model
         for i in range(0, len(hidden), rows):
             h = hidden[i : i + rows].to(dtype)  # (rows, C)
             t = targets[i : i + rows, None]  # (rows, 1)
@@ -575,12 +645,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total += ((lse - logits.gather(1, t)) * counts).sum()
             if not learning:
                 continue
-            d = logits.sub_(lse).exp_()  # softmax
-            d = d.scatter_add_(1, t, torch.full_like(lse, -1.0))  # - one_hot
-            d = d.mul_(counts).to(exact)
+            if torch.compiler.is_compiling():  # all of it becomes one pass over the logits
+                softmax = (logits - lse).exp()
+                is_target = torch.arange(len(w), device=t.device) == t  # (rows, V)
+                d = torch.where(is_target, softmax - 1, softmax) * counts
+            else:
+                d = logits.sub_(lse).exp_()  # softmax
+                d = d.scatter_add_(1, t, torch.full_like(lse, -1.0))  # - one_hot
+                d = d.mul_(counts)
+            d = d.to(exact)
             grad_hidden[i : i + rows] = d @ w.to(exact)
-            if grad_weight is not None:
-                grad_weight += d.t() @ h.to(exact)
+            if ctx.needs_input_grad[1]:
+                grad = d.t() @ h.to(exact)  # (V, C)
+                grad_weight = grad.float() if grad_weight is None else grad_weight.add_(grad)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -605,7 +682,7 @@ def token_losses(hidden, head, targets):
 
     at = targets != -100
     wanted = hidden[at]  # (B, T, C) -> (N, C)
-    rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    rows = max(1, logits_at_once(hidden.device) // head.out_features)
     parts = zip(wanted.split(rows), targets[at].split(rows))
     if len(wanted) <= rows:
         each = [losses(h, t) for h, t in parts]

@@ -270,7 +270,9 @@ class QuantLinear(nn.Module):
     def product(self, x):
         """x (..., K) -> (..., N) with the bias, in x's dtype."""
         rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        return self.plain(rows).view(*x.shape[:-1], self.out_features)  # (M, N) -> (..., N)
+        y = self.plain(rows)
+        # (M, N) -> (..., N); not a view where it need not be, so that an adapter can add to it
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
@@ -356,6 +358,10 @@ class NF4Linear(QuantLinear):
         self.block = block
         for name in ("packed", "absmax", "nested_absmax", "offset"):
             self.register_buffer(name, state.get(name))
+        # Tables that a compiler sees as tensors, where it would break off at the cached functions.
+        device = self.packed.device
+        self.register_buffer("table", torch.tensor(kernels.NF4, device=device), persistent=False)
+        self.register_buffer("scale_table", dynamic_map(device), persistent=False)
 
     @classmethod
     def from_linear(cls, linear):
@@ -366,7 +372,7 @@ class NF4Linear(QuantLinear):
         """-> float32 (blocks,), double quantization undone."""
         if self.nested_absmax is None:
             return self.absmax
-        values = dynamic_map(self.absmax.device)[self.absmax.int()]
+        values = self.scale_table[self.absmax.int()]
         scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
         return values * scale + self.offset
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import UserError, sync_dir, write_atomic, write_json
+from common import UserError, first_words, sync_dir, write_atomic, write_json
 
 
 # --------------------------------------------------------------------------- device, dtype, compile
@@ -42,7 +42,7 @@ class Runtime:
         """A number added up over all ranks (every rank must call it)."""
         if self.world == 1:
             return number
-        total = torch.tensor(number, dtype=torch.float64, device=self.device)
+        total = torch.tensor(number, dtype=torch.float64)  # on the CPU: no GPU is waited for
         dist.all_reduce(total, getattr(dist.ReduceOp, how))
         return total.item()
 
@@ -101,7 +101,7 @@ def join_ranks(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -146,7 +146,7 @@ def compile_or_say_why(function, runtime, warm_up):
         warm_up(compiled)
         return compiled
     except Exception as error:  # whatever a compiler can trip over
-        print(f"compile  failed, continuing without: {error}")
+        print(f"compile  failed, continuing without: {first_words(error)}")
         return function
     finally:
         set_rng_state(before)

@@ -187,7 +187,7 @@ def packed_state(model):
     for name, layer in model.layers.named_modules(prefix="layers"):
         if isinstance(layer, QuantLinear):
             for key, _ in layer.named_buffers():
-                del state[f"{name}.{key}"]
+                state.pop(f"{name}.{key}", None)  # a table is in no file
             version = model.quantization.get("checkpoint_format")
             state |= write_bnb(layer, name) if nf4 else write_gptq(layer, name, version)
     return state

@@ -37,7 +37,16 @@ class Timing:
 
 
 def train_figures(row):
-    return {f"125m, {row['name']}: tok/s": row["tokens_per_s"]}
+    """Of `bench.py pretrain`: a row of ours or of nanoGPT's, or one of where the time goes."""
+    name = row.get("name", "")
+    if not name.startswith("ours"):
+        return {}
+    return {f"{row['arch']} 124M, {row['passes']} passes a step: tok/s": row["tokens_per_s"]}
+
+
+def nanogpt_figures(row):
+    name = row.get("name", "")
+    return train_figures(row | {"name": "ours"}) if name.startswith("nanoGPT") else {}
 
 
 def decode_figures(row):
@@ -72,15 +81,19 @@ def qlora_figures(row):
 
 def timings(nanogpt="", gptfast=""):
     """What is timed, in this order; nanogpt, gptfast: folders of their sources."""
-    gpt = f"-m peers.nanogpt {shlex.quote(nanogpt)}"
+    pretrain = "bench.py pretrain --ways compiled"
+    gpt2 = f"{pretrain} --arch gpt2"
+    beside = f"{gpt2} --nanogpt {shlex.quote(nanogpt)}"
+    few = "--steps 2 --passes 1"
     continuous = "-m peers.continuous_batching qwen3-0.6b"
     decode = "bench.py decode 7b --rounds 1 --formats bfloat16 int8 int4"
     requests = "bench.py throughput qwen3-0.6b --low 100 --high 1024 --requests"
     char = "shakespeare-char-10m"
     few_steps = f"train.py --preset {char} --out {tempfile.gettempdir()}/{char} --steps 3"
     planned = [
-        Timing(OURS, "bench.py pretrain", train_figures, "bench.py pretrain", 24),
-        Timing("nanoGPT", gpt, train_figures, gpt, 24, sources=nanogpt),
+        Timing(OURS, pretrain, train_figures, f"{pretrain} {few}", 24),
+        Timing(OURS, gpt2, train_figures, f"{gpt2} {few}", 24),
+        Timing("nanoGPT", beside, nanogpt_figures, f"{beside} {few}", 24, sources=nanogpt),
         Timing(OURS, decode, decode_figures, decode, 40, seconds=150),
     ]
     for kind, gib in (("bfloat16", 15), ("int8", 9), ("int4", 6)):

@@ -150,7 +150,7 @@ def test_every_program_that_is_timed_beside_the_peers_can_be_started():
     flags = bench.parse_command(["gpu", "--dry", "--nanogpt", "a b"])
     assert flags.pop("command") == "gpu" and flags.pop("json") is None
     rows = list(bench.bench_gpu(**flags))
-    assert len(rows) == 11 and any("'a b'" in row["command"] for row in rows)
+    assert len(rows) == 12 and any("'a b'" in row["command"] for row in rows)
     for row in rows:
         for command in filter(None, (row["command"], row["compiled_by"])):
             script, *words = shlex.split(command)
@@ -166,3 +166,48 @@ def test_kernels_are_timed_on_a_gpu_only():
             list(bench.bench_kernels())
         with pytest.raises(UserError, match="--dry"):
             list(bench.bench_gpu())
+
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert (config.n_layer, config.n_head, config.bias) == (1, 2, False)
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+"""
+
+
+def test_pretraining_is_measured_beside_nanogpts_own_source(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    sizes = dict(rows=1, passes=2, steps=1, layers=1, dim=128, context=16, ways=("eager",))
+    found = list(bench.bench_pretrain("gpt2", nanogpt=str(tmp_path), **sizes))
+    steps = [(row["name"], row["passes"]) for row in found if "name" in row]
+    assert steps == [(f"{who}, eager", n) for who in ("ours", "nanoGPT") for n in (1, 2)]
+    assert all(row["tokens_per_s"] > 0 for row in found if "name" in row)
+    kinds = {row["kind"] for row in found if "kind" in row}
+    assert {"matrix products", "attention", "optimizer's lists"} <= kinds
+    with pytest.raises(UserError, match="no model.py there"):
+        list(bench.bench_pretrain("gpt2", nanogpt=str(tmp_path / "nowhere"), **sizes))
+    with pytest.raises(UserError, match="the one that goes with --nanogpt"):
+        list(bench.bench_pretrain("qwen3", nanogpt=str(tmp_path), **sizes))

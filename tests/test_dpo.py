@@ -380,6 +380,8 @@ def flags(base, out, *more):
             1,
             "--device",
             "cpu",
+            "--dtype",
+            "float32",
             *more,
         )
     ]

@@ -111,6 +111,7 @@ def conversations(tok, n=40, context=64, **kw):
 
 
 START = "--context 64 --batch 4 --eval-every 9 --save-every 5 --sample 8 --log-every 1".split()
+START += ["--dtype", "float32"]
 
 
 def command(base, out, flags):
@@ -236,7 +237,8 @@ def test_no_conversation_sees_another(tok):
 def test_a_batch_without_a_target_costs_nothing_and_divides_by_nothing(base, tmp_path):
     data = (str(write(tmp_path / "a.jsonl", talks(40))),)
     out = str(tmp_path / "b")
-    args = finetune.Args(model=str(base), data=data, out=out, context=64, batch=4, device="cpu")
+    args = finetune.Args(model=str(base), data=data, out=out, context=64, batch=4)
+    args.device, args.dtype = "cpu", "float32"
     with contextlib.redirect_stdout(io.StringIO()):
         state = finetune.prepare_finetuning(args, None)
     batch = state.batches.next()
@@ -559,13 +561,14 @@ def test_answering_and_evaluating_leave_training_mode_and_random_numbers_alone(b
     state = torch.get_rng_state()
     greedy_answers(model, tok, [[7, 8]], 3)
     args, split = finetune.Args(context=64), conversations(tok)
-    evaluate(model, split, 4, args, finetune.resolve("cpu"), loss=packed_loss)
+    evaluate(model, split, 4, args, finetune.resolve("cpu", "float32"), loss=packed_loss)
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
 
 
 def exam(folder, data, *flags):
-    return ["finetune.py", "eval", folder, "--data", data, "--device", "cpu", *flags]
+    cpu = ["--device", "cpu", "--dtype", "float32"]
+    return ["finetune.py", "eval", folder, "--data", data, *cpu, *flags]
 
 
 def test_the_exam_marks_a_model_and_writes_it_down(base, tmp_path):

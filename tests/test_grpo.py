@@ -267,7 +267,8 @@ def base(tmp_path_factory):
 def command(base, out, *more, reward="letters"):
     words = [base, "--data", base / "q.jsonl", "--reward", f"{base}/mine.py:{reward}", "--out", out]
     words += ["--batch", 8, "--group", 4, "--steps", 8, "--max-tokens", 10, "--context", 120]
-    words += ["--lr", 1e-2, "--eval-every", 4, "--save-every", 2, "--device", "cpu", *more]
+    words += ["--lr", 1e-2, "--eval-every", 4, "--save-every", 2, "--device", "cpu"]
+    words += ["--dtype", "float32", *more]
     return [str(word) for word in words]
 
 

@@ -163,6 +163,44 @@ def test_backward_keeps_no_unpacked_weight_alive():
     assert (64, 32) not in kept and (32, 64) not in kept  # the MLP's matrices, either way round
 
 
+BASES = {
+    "whole model": lambda: tiny(tied=False),
+    "lora": lambda: shake(lora.apply(tiny(), 4, 8, "q_proj,up_proj")),
+    "qlora": lambda: shake(lora.apply(quantize(tiny(), "nf4"), 4, 8, "q_proj,up_proj")),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_compiled_training_step_has_no_graph_break_and_the_gradients_of_an_eager_one(
+    base, monkeypatch
+):
+    """Packed documents, recomputed layers, a loss in chunks; fullgraph makes a break an error."""
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 61 * 10)
+    docs = torch.arange(12).expand(2, 12) // 5
+    positions = torch.arange(12) % 5
+    model = BASES[base]().train()
+    model.recompute = True
+    torch._dynamo.reset()
+    grads = []
+    for step in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        step(ids(), ids().roll(-1, 1), docs=docs, positions=positions.expand(2, 12)).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for eager, compiled in zip(*grads):
+        assert eager.abs().sum() > 0
+        torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_adds_two_products_to_a_layer_and_nothing_else():
+    layer = lora.apply(tiny(), 4, 8).layers[0].mlp.up_proj
+    x = torch.randn(3, 32)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        layer(x)
+    ran = [event.name.removeprefix("aten::") for event in profile.events()]
+    assert (ran.count("mm"), ran.count("addmm_")) == (2, 1)
+    assert not {"mul", "add", "copy_"} & set(ran)
+
+
 # --------------------------------------------------------------------------------- the command line
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -200,6 +238,8 @@ def trained(monkeypatch, base, out, *flags):
         128,
         "--batch",
         4,
+        "--dtype",
+        "float32",
         "--steps",
         4,
         "--eval-every",

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,18 @@ from conftest import ROOT, within
 from safetensors.torch import load_file, save_file
 
 from common import UserError
-from model import Config, Transformer, attention_mask, block_mask, cross_entropy_sum, draw, flex
+from model import (
+    Config,
+    RMSNorm,
+    Transformer,
+    attention_mask,
+    block_mask,
+    cross_entropy_sum,
+    draw,
+    flex,
+    one_product,
+    rotate,
+)
 
 SHAPES = {
     "qwen3": Config("qwen3", 50, 32, 64, 2, 4, 2, 16, 64),
@@ -122,6 +134,67 @@ def test_flex_attention_of_documents_equals_the_dense_mask(window):
     mask = attention_mask(at, at, window, docs)
     dense = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, attn_mask=mask)
     assert torch.allclose(flex(q, k, v, block_mask(at, window, docs)), dense, atol=1e-5)
+
+
+def test_where_flex_attention_fails_a_dense_mask_computes_the_same_and_says_so_once(
+    monkeypatch, capsys
+):
+    """As on a GPU, whose block mask is made for documents whatever then becomes of it."""
+    model = random_model(SHAPES["first slides"])
+    docs = torch.tensor([[0] * 12 + [1] * 20])
+    want = model(tokens(1, 32), docs=docs)
+
+    def block_masks(T, past, docs, positions):
+        return block_mask(positions, None, docs), block_mask(positions, 8, docs)
+
+    def no_compiler(*_):
+        raise RuntimeError("no Triton here\nlong story")
+
+    monkeypatch.setattr(model, "masks", block_masks)
+    monkeypatch.setattr("model.flex", no_compiler)
+    assert torch.allclose(model(tokens(1, 32), docs=docs), want, atol=1e-5)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("dense masks instead of FlexAttention: no Triton here long story")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention is for GPUs")
+@pytest.mark.parametrize(
+    "head_dim, dropout, flex", [(8, 0, False), (16, 0.1, False), (16, 0, True)]
+)
+def test_documents_with_small_heads_or_dropout_take_a_dense_mask(head_dim, dropout, flex):
+    config = Config("qwen3", 50, 32, 64, 1, 2, 2, head_dim, 64, dropout=dropout)
+    model = random_model(config).cuda().train()
+    ids = tokens(1, 32).cuda()
+    model(ids, ids, docs=torch.zeros_like(ids)).backward()
+    assert config.flex == flex
+
+
+def test_what_is_turned_in_16_bits_stays_there():
+    """The angles are float32; queries and keys would take twice the memory, and so backward."""
+    cos, sin = torch.rand(2, 6, 1, 4)
+    x = torch.randn(2, 6, 3, 8)
+    half = rotate(x.bfloat16(), cos, sin)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), rotate(x, cos, sin), atol=0.03)
+
+
+def test_layers_that_read_the_same_are_one_product():
+    layers = [torch.nn.Linear(8, n) for n in (6, 4, 4)]
+    x = torch.randn(2, 5, 8)
+    for together, layer in zip(one_product(x, layers), layers):
+        assert torch.allclose(together, layer(x), atol=1e-6)
+    sum(y.square().sum() for y in one_product(x, layers)).backward()
+    assert all(layer.weight.grad.any() and layer.bias.grad.any() for layer in layers)
+
+
+def test_a_norm_of_16_bits_stays_there_whatever_its_weights_are():
+    norm = RMSNorm(32, 1e-6)
+    x = torch.randn(4, 32).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own warns that it is not fused
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), norm(x.float()), atol=0.02)
 
 
 def test_folder_round_trip_is_exact(model, tmp_path):

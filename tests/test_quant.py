@@ -361,3 +361,15 @@ def test_a_folder_written_by_the_script_itself_opens(tmp_path, data_dir):
     command = [sys.executable, ROOT / "quant.py", data_dir / "stories260K", "--format", "int8"]
     subprocess.run([*command, "--out", tmp_path / "q", *few], check=True, cwd=tmp_path)
     assert Transformer.from_pretrained(tmp_path / "q").quantization["bits"] == 8
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "nf4"])
+def test_a_tiled_layer_compiles_without_a_graph_break(format):
+    layer = quant.pack_linear(nn.Linear(256, 128), format, 64)
+    tiled = quant.TiledLinear(layer, layer.tiles())
+    compiled = torch.compile(lambda x: tiled(x), fullgraph=True, backend="eager")
+    x = torch.randn(70, 256)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad.isfinite().all()

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError
+from common import UserError, first_words
 from data import Batches, Split, moved
-from model import Transformer
+from model import Transformer, give_up_flex
 from runtime import (
     Runtime,
     all_rng_states,
@@ -197,6 +197,15 @@ def write_model(run, folder, weights):
 
 
 @dataclass
+class Found:
+    """What a step's gradient was like: it comes from the device while the next step begins."""
+
+    step: int
+    values: torch.Tensor  # (2,) its norm, and 1 where that is good
+    arrived: torch.cuda.Event | None  # when `values` may be read; None is now
+
+
+@dataclass
 class Run:
     """A training under way. Three of its fields are functions that a stage may bring."""
 
@@ -212,6 +221,7 @@ class Run:
     guard: Guard
     scaler: LossScale
     lock: object  # held while the run lives, so that no second process writes to --out
+    found: Found | None = None  # of the step before, until it is counted
     start: int = 0  # the step it begins or goes on at
     metrics: common.Metrics | None = None  # rank 0 only
     loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; start_run tries it too
@@ -269,7 +279,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     )
     if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
         halve_until_a_pass_fits(run)
-    run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_pass(run, it))
+    run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_of_both(run, it))
     if state:
         restore_run(run, checkpoint, state)
     elif rank:
@@ -282,13 +292,28 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     return run
 
 
-def trial_pass(run, model):
-    """One pass of full rows as the loop makes it, forward and backward; no gradients remain."""
+def trial_loss(run, model):
+    """The loss of one pass of full rows, as the loop makes it."""
     plan = run.batches.plan(0)
     batch = run.batches.split.fill([plan.row(r) for r in range(run.rows)], run.args.context)
     with run.runtime.autocast():
-        run.loss(model, moved(batch, run.runtime.device), run.args).backward()
+        return run.loss(model, moved(batch, run.runtime.device), run.args)
+
+
+def trial_pass(run, model):
+    """A pass, forward and backward; no gradients remain."""
+    trial_loss(run, model).backward()
     run.optimizer.zero_grad()
+
+
+def trial_of_both(run, model):
+    """What gets compiled, so that no evaluation in the middle of a run can fail: a pass, and the
+    forward of an evaluation."""
+    trial_pass(run, model)
+    model.eval()
+    with torch.no_grad():
+        trial_loss(run, model)
+    model.train()
 
 
 def halve_until_a_pass_fits(run):
@@ -298,9 +323,15 @@ def halve_until_a_pass_fits(run):
     failed alone would leave the others waiting for its gradients."""
     before = rng_state()
     while True:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            trial_pass(run, run.step_model)
-            break
+        try:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                trial_pass(run, run.step_model)
+                break
+        except RuntimeError as error:  # FlexAttention's backward is compiled on its first use
+            if not run.model.config.flex:
+                raise
+            give_up_flex(run.model.config, first_words(error))
+            continue
         # An except block would be too early: its exception keeps the pass's activations alive.
         run.optimizer.zero_grad()
         if run.runtime.world > 1 or run.rows == 1:
@@ -415,30 +446,55 @@ def backward(run, loss, count):
 def update(run, step):
     """The optimizer's part of a step: unscale, clip, move -> what to log.
 
-    A step whose gradient is not sane is skipped; UserError after too many in a row."""
+    A gradient that is not sane counts as 0, so that nothing it holds reaches a weight. That is
+    decided on the device and not waited for: it is counted when the next step is here."""
+    args = run.args
+    scale = run.scaler.scale
+    count_found(run)
+    params = [p for p in run.model.parameters() if p.grad is not None]
+    grads = [local(p.grad) for p in params]
+    norm = grad_norm(params) / scale
+    good = norm <= run.guard.most  # false of NaN, too
+    if args.grad_clip or scale != 1:
+        clip = (args.grad_clip / (norm + 1e-6)).clamp(max=1) if args.grad_clip else 1.0
+        torch._foreach_mul_(grads, clip / scale)
+    if norm.is_cuda or not good:  # elsewhere asking costs nothing
+        # as integers, since 0 * NaN is NaN
+        torch._foreach_mul_([grad.view(torch.int32) for grad in grads], good.int())
+    found = torch.stack((norm, good.float())).to("cpu", non_blocking=norm.is_cuda)
+    run.found = Found(step, found, torch.cuda.Event() if norm.is_cuda else None)
+    if run.found.arrived:
+        run.found.arrived.record()
+    if run.scaler.on:  # the next step needs its scale
+        count_found(run)
+    factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
+    run.optimizer.set_lr(factor)
+    run.optimizer.step()
+    return dict(lr=factor, grad_norm=norm)
+
+
+def count_found(run):
+    """Count what the step before found; UserError after too many bad gradients in a row."""
+    found = run.found
+    if found is None:
+        return
+    run.found = None
+    if found.arrived:
+        found.arrived.synchronize()
+    norm, good = found.values.tolist()
     args = run.args
     guard = run.guard
-    params = [p for p in run.model.parameters() if p.grad is not None]
-    scale = run.scaler.scale
-    norm = grad_norm(params).item() / scale
-    factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
     run.scaler.update(math.isfinite(norm))
-    if guard.accepts(norm):
-        clip = min(1.0, args.grad_clip / (norm + 1e-6)) if args.grad_clip else 1.0
-        if clip != scale:
-            torch._foreach_mul_([local(p.grad) for p in params], clip / scale)
-        run.optimizer.set_lr(factor)
-        run.optimizer.step()
-    else:
+    guard.count(norm, bool(good))
+    if not good:
         skipped = f"gradient norm {norm:.3g}, mean {guard.mean:.3g}; {guard.skipped} skipped so far"
-        print(f"step {step:6,}  skipped: {skipped}", file=sys.stderr)
+        print(f"step {found.step:6,}  skipped: {skipped}", file=sys.stderr)
     if guard.in_a_row >= guard.limit:
         go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
         raise UserError(
-            f"stopped at step {step:,}: {guard.limit} steps in a row had unusable gradients; lower "
-            f"the rates: {go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
+            f"stopped at step {found.step:,}: {guard.limit} steps in a row had unusable gradients; "
+            f"lower the rates: {go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
         )
-    return dict(lr=factor, grad_norm=norm)
 
 
 def log_step(run, step, total, count, tokens=0, **values):
@@ -449,11 +505,14 @@ def log_step(run, step, total, count, tokens=0, **values):
     args = run.args
     if step % args.log_every:
         return
+    count_found(run)
     loss = run.runtime.sum(total.item()) / max(count, 1)
     now = time.time()
     processed = args.batch * (tokens or args.context) * (step + 1 - run.timed_from)
     rate = processed / max(now - run.timed_since, 1e-9)
     row = dict(loss=loss, tokens_per_s=round(rate), skipped=run.guard.skipped, **values)
+    if "grad_norm" in row:
+        row["grad_norm"] = row["grad_norm"].item()
     peak = peak_flops(run.runtime.device)
     if peak:
         flops = rate * run.model.flops_per_token(args.context)
@@ -488,9 +547,21 @@ def print_sample(run):
 
 
 def save_run(run, step):
-    """A checkpoint and the model folder. All ranks gather what is sharded; rank 0 writes."""
+    """A checkpoint and the model folder. All ranks gather what is sharded; rank 0 writes.
+
+    UserError where a number in it is not finite: what was saved before stays."""
+    count_found(run)
     weights = {k: gather(local(v.detach()), v) for k, v in run.model.state_dict().items()}
     moments = run.optimizer.tensors()
+    broken = [name for name, t in (weights | moments).items() if not t.isfinite().all()]
+    if broken:
+        args = run.args
+        before = latest_checkpoint(args.out)
+        raise UserError(
+            f"step {step:,} is not saved, {len(broken)} tensors are not finite ({broken[0]}, ...): "
+            f"the rates are too high; go on from {before.name if before else 'the start'} with "
+            f"--lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
+        )
     rng = all_rng_states()
     if run.runtime.rank:
         return
@@ -508,9 +579,22 @@ def save_run(run, step):
 
 
 # ---------------------------------------------------------------------------------------- launching
+@contextlib.contextmanager
+def out_of_memory_explained():
+    """Context: that a device has no memory left, in the optimizer or wherever, is one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{first_words(error)}: use a smaller --micro-batch, --recompute, "
+            "--optimizer adamw8bit, or --shard over more ranks"
+        ) from None
+
+
 def launch(args, checkpoint, prepare, loop):
     """A whole training: prepare(args, checkpoint) -> a Run, or None after --fit; then loop(run)."""
-    with lost_rank_explained(f"Go on from the last checkpoint: --resume --out {args.out}"):
+    go_on = f"Go on from the last checkpoint: --resume --out {args.out}"
+    with lost_rank_explained(go_on), out_of_memory_explained():
         run = prepare(args, checkpoint)
         if run is None:
             return

@@ -5,7 +5,7 @@ import math
 import torch
 
 from common import UserError
-from model import LOGITS_AT_ONCE
+from model import logits_at_once
 from runtime import free_memory
 
 
@@ -33,7 +33,7 @@ def estimate_memory(model, args, runtime, rows):
     if args.recompute:  # one layer's, and each layer's input
         per_token = per_token // config.num_hidden_layers
         per_token += config.num_hidden_layers * config.hidden_size * 4
-    logits = min(rows * args.context * config.vocab_size, LOGITS_AT_ONCE)
+    logits = min(rows * args.context * config.vocab_size, logits_at_once(runtime.device))
     ranks = runtime.world if args.shard else 1
     return {
         "weights": size // ranks,

@@ -63,7 +63,11 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
 
     m <- b1 m + (1 - b1) g
     v <- b2 v + (1 - b2) g^2
-    w <- (1 - lr weight_decay) w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)"""
+    w <- (1 - lr weight_decay) w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    On a GPU this is one kernel of torch's over all tensors."""
+    if params[0].is_cuda:
+        return fused_adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay)
     torch._foreach_lerp_(means, grads, 1 - betas[0])
     torch._foreach_mul_(squares, betas[1])
     torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
@@ -74,56 +78,107 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
     torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - betas[0] ** step))
 
 
+def fused_adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay):
+    """The same; adamw_step is its plain twin."""
+    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
+    settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+    never = dict(amsgrad=False, maximize=False)
+    torch._fused_adamw_(params, grads, means, squares, [], steps, **settings, **never)
+
+
 # -------------------------------------------------------------------------------- moments in 8 bits
 MOMENT_BLOCK = 256  # values that share a scale
 LEAST_8_BIT = 4096  # smaller parameters keep float32 moments, as in bitsandbytes
+# The most values whose moments are there in float32 at a time: what a CPU's cache holds, or enough
+# for a GPU that an adapter of rank 8 in a 7B model takes one pass.
+UNPACKED_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 @lru_cache
-def moment_values(signed, device):
-    """The 256 values that a packed moment can have (quant.dynamic_map), and their midpoints."""
+def moment_values(device):
+    """The values that packed moments can have (quant.dynamic_map), 256 signed ones of a mean and
+    256 of a square, one behind the other; and the midpoints of each."""
     from quant import dynamic_map
 
-    values = dynamic_map(device, signed)
-    return values, (values[1:] + values[:-1]) / 2
+    maps = [dynamic_map(device, signed) for signed in (True, False)]
+    return torch.cat(maps), [(values[1:] + values[:-1]) / 2 for values in maps]
 
 
-def pack_moment(x, codes, tops, signed):
-    """Write x into codes (blocks, 256) uint8 and tops (blocks, 1) float32, each block's largest
-    magnitude.
+def pack_moments(moments, codes, tops):
+    """Write moments (2, blocks, 256) into codes, uint8 of that shape, and tops (2, blocks, 1), each
+    block's largest magnitude; the moments are no longer good for anything.
 
-    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization". Unsigned is for squares,
-    none of which may become 0: the step divides by their roots."""
-    x = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % MOMENT_BLOCK))
-    x = x.view(-1, MOMENT_BLOCK)  # (values,) -> (blocks, 256)
-    torch.amax(x.abs(), 1, keepdim=True, out=tops)
-    _, midpoints = moment_values(signed, x.device)
-    nearest = torch.bucketize(x / tops.clamp(min=1e-38), midpoints, out_int32=True)
-    codes.copy_(nearest.clamp_(min=0 if signed else 1))
-
-
-def unpack_moment(codes, tops, signed, like):
-    """The inverse of `pack_moment` -> float32 of the shape of `like`."""
-    values, _ = moment_values(signed, codes.device)
-    x = values[codes.int()] * tops  # (blocks, 256)
-    return x.view(-1)[: like.numel()].view(like.shape)
+    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization". No square may become 0:
+    the step divides by their roots."""
+    torch.linalg.vector_norm(moments, torch.inf, -1, keepdim=True, out=tops)
+    moments /= tops.clamp(min=1e-38)
+    _, midpoints = moment_values(moments.device)
+    for i in range(2):
+        codes[i] = torch.bucketize(moments[i], midpoints[i], out_int32=True)
+    codes[1].clamp_(min=1)
 
 
-def packed_zeros(p):
-    """The state of a parameter whose moments are zero, in 8 bits."""
-    if is_sharded(p):
-        raise UserError(
-            "moments in 8 bits are for unsharded parameters: drop --shard, or use --optimizer adamw"
-        )
-    blocks = -(-p.numel() // MOMENT_BLOCK)
-    codes = torch.ones(blocks, MOMENT_BLOCK, dtype=torch.uint8, device=p.device)
-    tops = torch.zeros(blocks, 1, device=p.device)
-    return {
-        "mean": 127 * codes,  # the code of 0.0
-        "mean_top": tops,
-        "square": codes,
-        "square_top": tops.clone(),
-    }
+def unpack_moments(codes, tops):
+    """The inverse of `pack_moments` -> (2, blocks, 256) float32."""
+    values, _ = moment_values(codes.device)
+    index = codes.int()
+    index[1] += 256
+    return values[index].mul_(tops)
+
+
+class PackedMoments:
+    """Parameters with AdamW's moments in 8 bits. They lie end to end, each from the start of a
+    block, so that all of them move at once; the parameters' own memory is moved there, too."""
+
+    def __init__(self, params):
+        blocks = [-(-p.numel() // MOMENT_BLOCK) for p in params]
+        device = params[0].device
+        self.params = params
+        self.weights = params[0].new_zeros(sum(blocks), MOMENT_BLOCK)
+        self.codes = torch.ones(2, *self.weights.shape, dtype=torch.uint8, device=device)
+        self.codes[0] = 127  # the code of 0.0
+        self.tops = torch.zeros(2, sum(blocks), 1, device=device)
+        self.padding = torch.zeros(MOMENT_BLOCK, device=device)
+        self.state = {}  # {parameter: its part, as `MuonAdamW.state` has it}
+        parts = self.weights, *self.codes, *self.tops
+        for p, *mine in zip(params, *(part.split(blocks) for part in parts)):
+            home, mean, square, mean_top, square_top = mine
+            home = home.view(-1)[: p.numel()].view_as(p)
+            p.data = home.copy_(p.detach())
+            state = dict(mean=mean, mean_top=mean_top, square=square, square_top=square_top)
+            self.state[p] = state
+
+    def step(self, *settings):
+        """adamw_step, whose last arguments are given; a parameter without gradient has one of 0."""
+        grads = []
+        for p in self.params:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads.append(grad.flatten())
+            if p.numel() % MOMENT_BLOCK:
+                grads.append(self.padding[: -p.numel() % MOMENT_BLOCK])
+        grads = torch.cat(grads).view_as(self.weights)
+        moments = unpack_moments(self.codes, self.tops)
+        adamw_step([self.weights], [grads], [moments[0]], [moments[1]], *settings)
+        pack_moments(moments, self.codes, self.tops)
+
+
+def packed_together(params):
+    """Parameters -> [PackedMoments] of as many as may be unpacked at once."""
+    most = UNPACKED_AT_ONCE.get(params[0].device.type, 1 << 18)
+    parts = []
+    size = most
+    for p in params:
+        if is_sharded(p):
+            raise UserError(
+                "moments in 8 bits are for unsharded parameters: drop --shard, or use "
+                "--optimizer adamw"
+            )
+        if size + p.numel() > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(p)
+        size += p.numel()
+    return [PackedMoments(part) for part in parts]
 
 
 # ------------------------------------------------------------------------------------ the optimizer
@@ -156,15 +211,14 @@ class MuonAdamW:
         groups = {}
         for p, name in self.names.items():
             matrix = p.ndim == 2
-            zeros = torch.zeros_like(local(p))
             if kind == "muon" and matrix and name.startswith("layers."):
                 rule = "muon", p.shape  # one batched product for those of one shape
-                self.state[p] = {"momentum": zeros}
+                self.state[p] = {"momentum": torch.zeros_like(local(p))}
             elif kind == "adamw8bit" and p.numel() >= LEAST_8_BIT:
                 rule = "adamw8bit", matrix
-                self.state[p] = packed_zeros(p)
             else:
                 rule = "adamw", matrix
+                zeros = torch.zeros_like(local(p))
                 self.state[p] = {"mean": zeros, "square": zeros.clone()}
             # Matrices are pulled towards zero; norms and biases have no reason to be small.
             decay = weight_decay if matrix else 0.0
@@ -172,6 +226,11 @@ class MuonAdamW:
             new = dict(rule=rule[0], lr=lr, weight_decay=decay, params=[])
             groups.setdefault(rule, new)["params"].append(p)
         self.param_groups = list(groups.values())
+        for group in self.param_groups:
+            if group["rule"] == "adamw8bit":
+                group["packed"] = packed_together(group["params"])
+                for packed in group["packed"]:
+                    self.state |= packed.state
 
     def set_lr(self, factor):
         """The next steps take the groups' learning rates times this."""
@@ -202,13 +261,9 @@ class MuonAdamW:
                 means = [state["mean"] for state in states]
                 squares = [state["square"] for state in states]
                 adamw_step([local(p) for p in params], grads, means, squares, *settings)
-            else:  # one at a time, so that only one's moments are ever there in float32
-                for p, grad, state in zip(params, grads, states):
-                    mean = unpack_moment(state["mean"], state["mean_top"], True, p)
-                    square = unpack_moment(state["square"], state["square_top"], False, p)
-                    adamw_step([p], [grad], [mean], [square], *settings)
-                    pack_moment(mean, state["mean"], state["mean_top"], True)
-                    pack_moment(square, state["square"], state["square_top"], False)
+            else:
+                for packed in group["packed"]:
+                    packed.step(*settings)
 
     def tensors(self):
         """The state for a file, {parameter.name: tensor}. Under FSDP all ranks must call it."""
@@ -255,7 +310,7 @@ class LossScale:
 
 @dataclass
 class Guard:
-    """Which steps to skip: those whose gradient is not finite, or far above its running mean."""
+    """Which gradients to skip: those that are not finite, or far above their running mean."""
 
     factor: float  # how far; 0 never
     mean: float = 0.0  # of the gradients' norms
@@ -264,20 +319,21 @@ class Guard:
     in_a_row: int = 0
     limit: int = 10  # skipped steps in a row after which the loop stops the run
 
-    def accepts(self, norm):
-        """Whether to take a step whose gradient has this norm; it is counted either way."""
-        finite = math.isfinite(norm)
-        most = self.factor * self.mean
-        spike = self.factor and self.seen > 50 and norm > most
-        if finite:
+    @property
+    def most(self):
+        """The largest norm of a gradient that is taken."""
+        spikes = self.factor and self.seen > 50
+        return self.factor * self.mean if spikes else torch.finfo(torch.float32).max
+
+    def count(self, norm, good):
+        """Take note of a gradient's norm, and whether the step took it."""
+        if math.isfinite(norm):
             # Of a spike counts what is believed, so that a lasting change is accepted in time.
-            believed = min(norm, most) if spike else norm
+            believed = min(norm, self.most)
             self.mean = self.mean * 0.98 + believed * 0.02 if self.seen else believed
             self.seen += 1
-        good = finite and not spike
         self.in_a_row = 0 if good else self.in_a_row + 1
         self.skipped += not good
-        return good
 
 
 def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6):

@@ -24,7 +24,8 @@ def text(tmp_path_factory):
 
 
 def start(ranks, text, out, *flags):
-    flags = ["--out", out, "--device", "cpu", "--log-every", 1, "--save-every", 10, *flags]
+    own = ["--device", "cpu", "--dtype", "float32", "--log-every", 1, "--save-every", 10]
+    flags = ["--out", out, *own, *flags]
     if "--resume" not in flags:
         tiny = "--layers 2 --dim 32 --heads 2 --context 32 --batch 8 --eval-every 10 --sample 5"
         flags += ["--data", text, *tiny.split(), "--steps", 20]
