@@ -13,7 +13,6 @@ import torch
 from common import UserError
 from training.ranks import gather, is_sharded, local, own_rows
 
-
 # ---------------------------------------------------------------------------------------- the rules
 # Each iteration's a x + b x^3 + c x^5 is the best for the singular values that those before leave
 # of 0.001..1 (Amsel et al. 2025, "The Polar Express"). As there, each takes x a hundredth smaller
