@@ -669,7 +669,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad, grad_weight, None, None, None
 
 
-@torch.compiler.disable  # the number of targets, and with it every shape, differs between batches
+# The number of targets, and with it every shape, differs between batches. torch.compiler.disable
+# would do the same, but load the compiler right here, which takes as long as loading torch.
+@torch._disable_dynamo
 def token_losses(hidden, head, targets):
     """Cross-entropy of each target in nats: hidden (B, T, C), targets (B, T) -> (B, T) float32.
 

@@ -65,17 +65,20 @@ class Args(LoopArgs):
 
 # What each reaches was measured: README.md and `python bench.py train`.
 PRESETS: dict = {
-    # 0.77M parameters, a minute on two CPU cores
-    "shakespeare-char": dict(),
-    # 0.38M, seconds
+    # 0.58M parameters, a minute on two CPU cores
+    "shakespeare-char": dict(layers=3, steps=830, muon_lr=0.025, embed_lr=0.024, eval_every=500),
+    # 0.20M, seconds
     "shakespeare-char-fast": dict(
         out="runs/shakespeare-char-fast",
+        layers=2,
         dim=96,
         mlp=192,
         batch=16,
-        steps=200,
+        steps=250,
         muon_lr=0.03,
+        embed_lr=0.024,
         cooldown=0.5,
+        eval_every=500,
     ),
     # for a GPU: nanoGPT's size
     "shakespeare-char-10m": dict(

@@ -129,7 +129,7 @@ def test_there_is_no_circle():
 
 
 @pytest.mark.parametrize("script", ["train.py", "tokenizer.py", "data.py"])
-def test_a_small_command_loads_neither_engine_nor_gguf_nor_server(script):
+def test_a_small_command_loads_neither_engine_nor_gguf_nor_server_nor_a_compiler(script):
     code = (
         "import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -143,6 +143,7 @@ def test_a_small_command_loads_neither_engine_nor_gguf_nor_server(script):
     unwanted = ("engine", "server", "formats.gguf", "generate", "serve", "peers")
     assert "common" in loaded
     assert not [name for name in loaded if name.startswith(unwanted) and name in MODULES]
+    assert "torch._dynamo" not in loaded  # as long again as torch itself
 
 
 def top_level(tree):

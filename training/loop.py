@@ -60,6 +60,7 @@ class LoopArgs:
     optimizer: str = "muon"  # muon (hidden matrices; AdamW the rest), adamw, adamw8bit
     muon_lr: float = 0.02  # learning rate of the hidden matrices under Muon
     lr: float = 0.008  # learning rate of everything under AdamW
+    embed_lr: float = 0.0  # learning rate of embedding, norms and biases; 0 is --lr
     momentum: float = 0.9  # Muon's; longer runs like 0.95
     weight_decay: float = 0.0  # pull of the matrices towards zero, relative to the learning rate
     warmup: int = 0  # steps of linear warm-up
@@ -268,7 +269,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         tok,
         model,
         step_model,
-        MuonAdamW(model, *rates, kind=args.optimizer),
+        MuonAdamW(model, *rates, kind=args.optimizer, embed_lr=args.embed_lr),
         Batches(data, args.batch // world, args.context, args.seed, rank, world, runtime.device),
         val,
         rows,

@@ -61,7 +61,8 @@ def test_the_kernel_that_a_gpu_takes_for_adamw_equals_its_plain_twin():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_muon_equals_torch_muon(shape):
+def test_muon_with_torchs_iteration_equals_torch_muon(shape, monkeypatch):
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * [(3.4445, -4.7750, 2.0315)])
     ours, theirs = two_copies(shape, shape)
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
     momentums = [torch.zeros(shape) for _ in ours]
@@ -80,12 +81,12 @@ def test_orthogonalized_singular_values_lie_near_one(shape):
     G = torch.randn(shape)
     O = orthogonalize(G)
     values = torch.linalg.svdvals(O)
-    assert values.min() > 0.3  # a random square matrix has a few tiny singular values
-    assert values.max() < 1.3
+    assert values.min() > 0.1  # three iterations are not exact
+    assert values.max() < 1.9
     U, _, V = torch.linalg.svd(G, full_matrices=False)
     exact = U @ V
     cosine = (O * exact).sum() / exact.norm() / O.norm()
-    assert cosine > 0.97
+    assert cosine > 0.85
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():
@@ -102,6 +103,18 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
     }
     without = MuonAdamW(model, kind="adamw")
     assert {group["rule"] for group in without.param_groups} == {"adamw"}
+
+
+def test_embedding_norms_and_biases_may_have_a_rate_of_their_own():
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.RMSNorm(4)])
+    head = nn.Linear(4, 10, bias=False)
+    embedding = nn.Embedding(10, 4)
+    model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "lm_head": head})
+    for embed_lr, rate in ((0.3, 0.3), (0.0, 0.1)):
+        optimizer = MuonAdamW(model, 0.2, 0.1, embed_lr=embed_lr)
+        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates[embedding.weight] == rates[layers[0].bias] == rates[layers[1].weight] == rate
+        assert (rates[head.weight], rates[layers[0].weight]) == (0.1, 0.2)
 
 
 def test_only_matrices_are_pulled_towards_zero():
