@@ -227,11 +227,8 @@ class Choice:
 
 def decoder_behind(tok, prompt):
     """A Stream for what follows a prompt, which may end within a character."""
-    before = tok.stream()
-    for i in prompt[-4:]:  # no character is longer
-        before.push(i)
     stream = tok.stream(skip_special=True)
-    stream.decoder.setstate(before.decoder.getstate())
+    stream.decoder.decode(tok.decode_bytes(prompt[-4:], skip_special=False))  # no character is longer
     return stream
 
 
@@ -258,6 +255,8 @@ class Generation:
             "model": model,
             "system_fingerprint": None,
         }
+        begun = json_bytes({**self.head, "object": self.event_object})
+        self.event_head = b"data: " + begun[:-1] + b","  # the same in every event
         self.choices = []
         for prompt in prompts:
             for _ in range(self.n):
@@ -280,7 +279,7 @@ class Generation:
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
                     out = b""
-            if self.body.stream_options.get("include_usage"):
+            if (self.body.stream_options or {}).get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
         except Refusal as refusal:  # the status line is long gone: the error is an event
             out += server_sent_event(refusal.body)
@@ -308,7 +307,7 @@ class Generation:
         }
 
     def event(self, **what):
-        return server_sent_event({**self.head, "object": self.event_object, **what})
+        return self.event_head + json_bytes(what)[1:] + b"\n\n"
 
     def shown(self, choice, what, logprobs=None, reason=None, ids=()):
         """A choice in OpenAI's shape; what: its field for the text."""
