@@ -229,7 +229,8 @@ class Choice:
 def decoder_behind(tok, prompt):
     """A Stream for what follows a prompt, which may end within a character."""
     stream = tok.stream(skip_special=True)
-    stream.decoder.decode(tok.decode_bytes(prompt[-4:], skip_special=False))  # no character is longer
+    before = tok.decode_bytes(prompt[-4:], skip_special=False)  # no character is longer
+    stream.decoder.decode(before)
     return stream
 
 
