@@ -44,10 +44,6 @@ def json_bytes(value):
     return compact_json(value).encode("utf-8", "replace")
 
 
-def server_sent_event(value):
-    return b"data: " + json_bytes(value) + b"\n\n"
-
-
 # ------------------------------------------------------------------------------------- tool calls
 TOOL_CALL = "<tool_call>"
 
@@ -284,7 +280,7 @@ class Generation:
             if (self.body.stream_options or {}).get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
         except Refusal as refusal:  # the status line is long gone: the error is an event
-            out += server_sent_event(refusal.body)
+            out += b"data: " + json_bytes(refusal.body) + b"\n\n"
         yield out + DONE
 
     async def whole(self, batches):
