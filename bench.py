@@ -973,53 +973,65 @@ def served(folder, concurrency):
         child.wait()
 
 
-async def post_completion(reader, writer, host, body):
-    """POST one completion -> [(seconds since the call, bytes that came)], to be read when nothing
-    is measured any more.
+class Client(asyncio.Protocol):
+    """POSTs a completion over its connection and keeps what comes as it comes, to be read when
+    nothing is measured any more. HTTP by hand: the load runs on the server's cores."""
 
-    HTTP by hand, so that the load's own cost is small and no client library's."""
-    begin = time.perf_counter()
-    content = json.dumps(body)
-    writer.write(
-        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
-    )
-    head = await reader.readuntil(b"\r\n\r\n")
-    if b" 200 " not in head.splitlines()[0]:
-        raise UserError(f"{host} answered {head.splitlines()[0].decode()}")
-    came = []
-    while True:  # each chunk: its size in hexadecimal, its bytes; the last is empty
-        size = int(await reader.readuntil(b"\n"), 16)
-        chunk = await reader.readexactly(size + 2)
-        if size == 0:
-            return came
-        came.append((time.perf_counter() - begin, chunk))
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def ask(self, host, body):
+        """-> a future of [(seconds since the call, bytes that came)]"""
+        self.begin = time.perf_counter()
+        self.came = []
+        self.end = b""  # the last bytes that came
+        self.answer = asyncio.get_running_loop().create_future()
+        content = json.dumps(body)
+        self.transport.write(
+            f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
+        )
+        return self.answer
+
+    def data_received(self, data):
+        self.came.append((time.perf_counter() - self.begin, data))
+        self.end = (self.end + data)[-7:]
+        # A chunk without bytes is the last; what was refused is no stream.
+        if self.end.endswith(b"\r\n0\r\n\r\n") or b" 200 " not in self.came[0][1].splitlines()[0]:
+            self.answer.set_result(self.came)
+
+    def connection_lost(self, error):
+        if not self.answer.done():
+            self.answer.set_result(self.came)
 
 
 async def send_load(url, bodies, concurrency):
     """All bodies as requests over so many connections, on each one after the other
-    -> (seconds, what post_completion returned for each)."""
+    -> (seconds, what came for each (see Client), the load's own seconds of CPU)."""
     host = url.split("/")[2]
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     left = iter(bodies)  # a client that is free takes the next
     answers = []
 
     async def client():
-        reader, writer = await asyncio.open_connection(*host.split(":"), limit=1 << 24)
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(Client, *host.split(":"))
         for body in left:
-            answers.append(await post_completion(reader, writer, host, body))
-        writer.close()
+            answers.append(await connection.ask(host, body))
+        connection.transport.close()
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
-    return time.perf_counter() - begin, answers
+    return time.perf_counter() - begin, answers, time.process_time() - busy
 
 
 def read_answer(came):
-    """What post_completion returned -> {ttft, tpot, e2e in seconds, tokens}"""
-    ttft, e2e = came[0][0], came[-1][0]
-    used = re.search(rb'"completion_tokens": ?(\d+)', b"".join(chunk for _, chunk in came))
+    """What came for a completion -> {ttft, tpot, e2e in seconds, tokens}"""
+    whole = b"".join(data for _, data in came)
+    used = re.search(rb'"completion_tokens": ?(\d+)', whole)
     if not used:
-        raise UserError(f"the server broke an answer off: {came[-1][1][:200]!r}")
+        raise UserError(f"the server answered {whole[-200:]!r}")
+    ttft = next(seconds for seconds, data in came if b"data:" in data)  # heads may come before
+    e2e = came[-1][0]
     tokens = int(used[1])
     return dict(ttft=ttft, tpot=(e2e - ttft) / max(tokens - 1, 1), e2e=e2e, tokens=tokens)
 
@@ -1053,7 +1065,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         if not running:
             with urllib.request.urlopen(f"{url}/stats") as answer:
                 longest_wait = json.load(answer)["longest_wait"]
-    seconds, answers = min(measured, key=lambda result: result[0])
+    seconds, answers, busy = min(measured, key=lambda result: result[0])
     rows = list(map(read_answer, answers))
     for name in ("ttft", "tpot", "e2e"):
         values = sorted(row[name] for row in rows)
@@ -1064,6 +1076,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         seconds=seconds,
         tokens_per_s=made / seconds,
         longest_wait=longest_wait,
+        load_cpu_seconds=busy,
     )
     if alone:
         cost = 1 - min(alone) / seconds

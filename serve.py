@@ -37,7 +37,6 @@ from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect
 
 from common import UserError, cli, distinct, parse_flags  # isort: skip
 
@@ -307,13 +306,13 @@ async def read_body(request, kind):
         # A page of another origin may send other types without asking.
         raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
-        body = await request.body()
+        body = await request.receive.read()  # door.Body
         if body.count(b"[") + body.count(b"{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
         return api.parse_body(json.loads(body, object_pairs_hook=distinct), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
-    except (ValueError, RecursionError, ClientDisconnect) as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(400, f"body: not JSON ({error})", "invalid_request") from None
 
 
@@ -545,7 +544,8 @@ def create_app(engine, args=None, keys=None, sock=None):
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
-    app.add_middleware(Door, service=service, keys=keys or {})
+    posts = {route.path: route.app for route in routes.routes if "POST" in route.methods}
+    app.add_middleware(Door, service=service, keys=keys or {}, posts=posts)
     if service.args.cors:
         app.add_middleware(
             CORSMiddleware,

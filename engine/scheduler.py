@@ -43,9 +43,10 @@ class Delta:
         self.token_ids += later.token_ids
         if later.logprobs:
             self.logprobs += later.logprobs
-        self.finish_reason = later.finish_reason
-        self.error = later.error
-        self.end = later.end
+        if later.finish_reason:
+            self.finish_reason = later.finish_reason
+            self.error = later.error
+            self.end = later.end
 
 
 @dataclass

@@ -44,10 +44,6 @@ def json_bytes(value):
     return compact_json(value).encode("utf-8", "replace")
 
 
-def server_sent_event(value):
-    return b"data: " + json_bytes(value) + b"\n\n"
-
-
 # ------------------------------------------------------------------------------------- tool calls
 TOOL_CALL = "<tool_call>"
 
@@ -183,6 +179,7 @@ class Choice:
     end: int = 0  # characters that the tokens up to here decode to
     found: list = field(default_factory=list)  # tool calls, when all is said
     reason: str | None = None  # why it ended
+    around: list | None = None  # the bytes of an event before its text and after it
 
     def take(self, delta):
         """-> (new visible text, logprobs of its tokens)"""
@@ -227,11 +224,9 @@ class Choice:
 
 def decoder_behind(tok, prompt):
     """A Stream for what follows a prompt, which may end within a character."""
-    before = tok.stream()
-    for i in prompt[-4:]:  # no character is longer
-        before.push(i)
     stream = tok.stream(skip_special=True)
-    stream.decoder.setstate(before.decoder.getstate())
+    before = tok.decode_bytes(prompt[-4:], skip_special=False)  # no character is longer
+    stream.decoder.decode(before)
     return stream
 
 
@@ -258,6 +253,8 @@ class Generation:
             "model": model,
             "system_fingerprint": None,
         }
+        begun = json_bytes({**self.head, "object": self.event_object})
+        self.event_head = b"data: " + begun[:-1] + b","  # the same in every event
         self.choices = []
         for prompt in prompts:
             for _ in range(self.n):
@@ -280,10 +277,10 @@ class Generation:
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
                     out = b""
-            if self.body.stream_options.get("include_usage"):
+            if (self.body.stream_options or {}).get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
         except Refusal as refusal:  # the status line is long gone: the error is an event
-            out += server_sent_event(refusal.body)
+            out += b"data: " + json_bytes(refusal.body) + b"\n\n"
         yield out + DONE
 
     async def whole(self, batches):
@@ -308,7 +305,7 @@ class Generation:
         }
 
     def event(self, **what):
-        return server_sent_event({**self.head, "object": self.event_object, **what})
+        return self.event_head + json_bytes(what)[1:] + b"\n\n"
 
     def shown(self, choice, what, logprobs=None, reason=None, ids=()):
         """A choice in OpenAI's shape; what: its field for the text."""
@@ -322,13 +319,24 @@ class Generation:
     def choice_event(self, *shown):
         return self.event(choices=[self.shown(*shown)])
 
+    def text_event(self, choice, text):
+        """The same for nothing but text, which most events are: what is around it stays."""
+        if not choice.around:
+            mark = "\0"
+            event = self.choice_event(choice, self.text_field(mark))
+            choice.around = event.rsplit(json_bytes(mark), 1)
+        before, after = choice.around
+        return before + json_bytes(text) + after
+
     def events(self, choice, delta):
         """What a choice's new delta is as events; finish_reason comes once."""
         text, logprobs = choice.take(delta)
         ids = delta.token_ids if self.body.return_token_ids else ()
         out = b""
-        if text or logprobs or ids:
+        if logprobs or ids:
             out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
+        elif text:
+            out += self.text_event(choice, text)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:

@@ -147,7 +147,8 @@ class ModelRequest(BaseModel):
 class GenerationRequest(ModelRequest):
     """What both endpoints take.
 
-    Most bounds are Sampling's (see Sampling.check); here are those that keep a request small."""
+    Most bounds are Sampling's (see Sampling.check); here are those that keep a request small. No
+    default can be changed: pydantic would copy it for every request."""
 
     temperature: float = None
     top_p: float = None
@@ -160,19 +161,19 @@ class GenerationRequest(ModelRequest):
     n: int = Field(1, ge=1, le=16)
     seed: int = None
     ignore_eos: bool = False
-    logit_bias: Annotated[dict[TokenId, float], at_most(1024)] = {}
+    logit_bias: Annotated[dict[TokenId, float], at_most(1024)] = None
     max_tokens: int = -1  # no limit
     max_completion_tokens: int = -1
-    stop: str | Annotated[list[str], at_most(64)] = []
-    stop_token_ids: Annotated[list[int], at_most(1024)] = []
+    stop: str | Annotated[list[str], at_most(64)] = None
+    stop_token_ids: Annotated[list[int], at_most(1024)] = None
     stream: bool = False
-    stream_options: StreamOptions = {}
-    response_format: TextFormat | ObjectFormat | SchemaFormat = Field({}, discriminator="type")
+    stream_options: StreamOptions = None
+    response_format: TextFormat | ObjectFormat | SchemaFormat = Field(None, discriminator="type")
     regex: str = None
     guided_regex: str = None
     guided_json: SchemaOrText = None
     guided_choice: Choices = None
-    structured_outputs: StructuredOutputs = {}
+    structured_outputs: StructuredOutputs = None
     return_token_ids: bool = False
 
 
@@ -180,10 +181,10 @@ class ChatRequest(GenerationRequest):
     messages: Messages  # which chat.py reads
     logprobs: bool = False
     top_logprobs: int = 0
-    tools: Annotated[list[Tool], at_most(1024)] = []
+    tools: Annotated[list[Tool], at_most(1024)] = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
-    chat_template_kwargs: dict = {}
+    chat_template_kwargs: dict = None
     add_generation_prompt: bool = None
     continue_final_message: bool = False
 
@@ -217,9 +218,10 @@ def parse_body(body, kind):
     for name, other in NEEDS.items():
         if body.get(name) and not body.get(other):
             raise Refusal(400, f"{name} needs {other}: true", param=name)
+    fields = kind.model_fields
     given = {}
     for name, value in body.items():
-        if name in kind.model_fields:
+        if name in fields:
             silent = value is None
         elif name in DEFAULTS:
             default = DEFAULTS[name]
@@ -270,8 +272,8 @@ def chat_prompt(tok, body):
 # -------------------------------------------------------------------------- what binds the answers
 def offered_functions(body):
     """The functions that the model may call: {name: Function}."""
-    tools = [] if body.tool_choice == "none" else body.tools
-    return {tool["function"]["name"]: tool["function"] for tool in tools}
+    tools = None if body.tool_choice == "none" else body.tools
+    return {tool["function"]["name"]: tool["function"] for tool in tools or ()}
 
 
 def forced_call(body, tok):
@@ -302,8 +304,8 @@ def forced_call(body, tok):
 def grammar_of(body):
     """The one field that binds the answer -> what Worker.constraint takes: ("regex", pattern) or
     ("json", (schema,)). None: the model may say what it likes."""
-    form = body.response_format
-    more = body.structured_outputs
+    form = body.response_format or {}
+    more = body.structured_outputs or {}
     schemas = [body.guided_json, more.get("json"), form.get("json_schema", {}).get("schema")]
     if form.get("type") == "json_object":
         schemas.append(form.get("schema") or {"type": "object"})
@@ -331,15 +333,16 @@ def request_sampling(body, prompt, service, logprobs, ends=()):
         message += f"{service.context:,}"
         raise Refusal(400, message, "context_length_exceeded", "messages")
     limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n != -1]
-    given = service.defaults | body.model_dump(include=SAME_IN_SAMPLING, exclude_unset=True)
+    asked = body.model_fields_set & SAME_IN_SAMPLING
+    given = service.defaults | {name: getattr(body, name) for name in asked}
     if given.get("top_k") == -1:  # vLLM's word for all
         given["top_k"] = 0
     sampling = Sampling(
         **given,
         max_tokens=min([*limits, room]),
         logit_bias=body.logit_bias,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
-        stop_ids=(*body.stop_token_ids, *(() if body.ignore_eos else ends)),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_ids=(*(body.stop_token_ids or ()), *(() if body.ignore_eos else ends)),
         logprobs=logprobs,
     )
     sampling.check(service.tok.vocab_size)

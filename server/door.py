@@ -24,7 +24,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -150,10 +149,6 @@ async def json_later(content):
     return Response("".join(pieces).encode("utf-8", "replace"), 200, None, "application/json")
 
 
-def refused(refusal):
-    return json_response(refusal.body, refusal.status_code, refusal.headers)
-
-
 def invalid(errors):
     """pydantic's findings -> Refusal"""
     found = []
@@ -165,25 +160,35 @@ def invalid(errors):
     return Refusal(400, "; ".join(found), "invalid_request", param)
 
 
-async def show_error(request, error):
-    """Any error that FastAPI hands us -> the answer in OpenAI's shape."""
+def refusal_of(error, request_id):
+    """Any exception -> the Refusal that its client gets."""
+    if isinstance(error, Refusal):
+        return error
     if isinstance(error, (UserError, RecursionError)):
-        error = Refusal(400, str(error))
-    elif isinstance(error, RequestValidationError):
-        error = invalid(error.errors())
-    elif not isinstance(error, Refusal):
+        return Refusal(400, str(error))
+    if isinstance(error, RequestValidationError):
+        return invalid(error.errors())
+    if isinstance(error, HTTPException):
         message = f"{error.detail}: see /docs for what there is"
-        error = Refusal(error.status_code, message, headers=error.headers)
-    return refused(error)
+        return Refusal(error.status_code, message, headers=error.headers)
+    # Where it happened, and of what kind it is: what it says may hold a request's text.
+    kind = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+    log_line({"event": "error", "id": request_id, "error": kind, "at": places})
+    return Refusal(500, f"internal error ({kind}); its id is {request_id}")
 
 
-ERROR_HANDLERS = dict.fromkeys(
-    (HTTPException, UserError, RequestValidationError, RecursionError), show_error
-)
+async def to_the_door(request, error):
+    """FastAPI would answer some errors itself; the Door answers all."""
+    raise error
+
+
+ERROR_HANDLERS = dict.fromkeys((HTTPException, RequestValidationError), to_the_door)
 
 
 def log_line(row):
-    print(compact_json(row), file=sys.stderr, flush=True)
+    sys.stderr.write(compact_json(row) + "\n")  # which is flushed at the end of a line
 
 
 # -------------------------------------------------------------------------------------- the door
@@ -232,6 +237,13 @@ class Body:
             raise Refusal(413, f"the body is over {self.most:,} bytes (--max-body)")
         return message
 
+    async def read(self):
+        """-> all of it"""
+        data = bytearray()
+        while not self.arrived:
+            data += (await self()).get("body", b"")
+        return data
+
     async def drop(self):
         """Read the rest for a while. Protocol hangs up on a client that then still sends."""
         self.deadline = self.loop.time() + LINGER_SECONDS
@@ -246,8 +258,10 @@ class Door:
     checks host, key and limits, and at the end closes the request's jobs and writes one line of
     log."""
 
-    def __init__(self, app, service, keys):
+    def __init__(self, app, service, keys, posts):
+        """posts: {path: the ASGI app of its POST}, which FastAPI need not look for."""
         self.app = app
+        self.posts = posts
         self.service = service
         self.keys = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
         allowed = listed(service.args.allowed_hosts or ("*" if keys else ""))
@@ -261,7 +275,8 @@ class Door:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begin = time.monotonic()
-        headers = Headers(scope=scope)
+        pairs = reversed(scope["headers"])  # of two with a name the first counts
+        headers = {name.decode("latin1"): value.decode("latin1") for name, value in pairs}
         given = headers.get("x-request-id", "")
         named = re.fullmatch(r"[\w.:-]{1,100}", given, re.ASCII)
         state = scope.setdefault("state", {})
@@ -283,18 +298,17 @@ class Door:
 
         try:
             self.check(scope, headers, state)
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # but for the body
-            await self.app({**scope, "method": method}, body, tagged)
+            method = scope["method"]
+            if method == "POST" and scope["path"] in self.posts:
+                await self.posts[scope["path"]](scope, body, tagged)
+            else:
+                method = "GET" if method == "HEAD" else method  # but for the body
+                await self.app({**scope, "method": method}, body, tagged)
         except Exception as error:
-            if not isinstance(error, Refusal):
-                # Where it happened, and of what kind it is: what it says may hold a request's text.
-                kind = type(error).__name__
-                frames = traceback.extract_tb(error.__traceback__)
-                places = [f"{frame.filename}:{frame.lineno}" for frame in frames]
-                log_line({"event": "error", "id": state["id"], "error": kind, "at": places})
-                error = Refusal(500, f"internal error ({kind}); its id is {state['id']}")
+            refusal = refusal_of(error, state["id"])
             if not status:  # else it is too late for another answer, and uvicorn hangs up
-                await refused(error)(scope, body, tagged)
+                response = json_response(refusal.body, refusal.status_code, refusal.headers)
+                await response(scope, body, tagged)
         finally:
             # Whether the answer ended, failed, or lost its client (see serve.BodyRoute).
             self.service.close(state["jobs"])
@@ -374,6 +388,33 @@ class Door:
 
 
 # ----------------------------------------------------------------------------------- HTTP itself
+class Gatherer:
+    """A transport that sends at once what is written in one turn of the event loop: uvicorn writes
+    an answer's head by itself, which would be a packet and a system call of its own."""
+
+    def __init__(self, transport, loop):
+        self.transport = transport
+        self.loop = loop
+        self.unsent = []
+
+    def __getattr__(self, name):
+        return getattr(self.transport, name)
+
+    def write(self, data):
+        if not self.unsent:
+            self.loop.call_soon(self.flush)
+        self.unsent.append(data)
+
+    def flush(self):
+        if self.unsent and not self.transport.is_closing():
+            self.transport.write(b"".join(self.unsent))
+        self.unsent.clear()
+
+    def close(self):
+        self.flush()
+        self.transport.close()
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with bounds on what anyone may cost before a key is asked for: it hangs up
     on a client that sends its head slowly or without an end, or does not read its answers, on too
@@ -381,6 +422,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.transport = Gatherer(transport, self.loop)
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: without it the
         # second write of an answer waits 40 ms for the client's delayed ACK.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -269,13 +269,17 @@ class Worker:
         urgent = set()
         for delta in deltas:
             number = delta.request_id
+            name = number, delta.index
+            held = self.outbox.get(name)
+            if held and not delta.finish_reason:  # most are so
+                held.add(delta)
+                continue
             if number not in self.unfinished:
                 continue  # it was cancelled
-            name = number, delta.index
             if delta.finish_reason:  # what ends within a character ends before it
                 delta.text = delta.text.removesuffix("\ufffd")
-            if name in self.outbox:
-                self.outbox[name].add(delta)
+            if held:
+                held.add(delta)
             else:
                 self.outbox[name] = delta
             if delta.finish_reason:
@@ -388,6 +392,7 @@ class EngineClient(asyncio.Protocol):
         self.jobs = {}  # {number: Job}
         self.buffer = bytearray()
         self.transport = None
+        self.orders = []  # that go out together: a system call each would cost more than they do
         self.stats = {}  # the engine's, as they last came
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
@@ -409,14 +414,23 @@ class EngineClient(asyncio.Protocol):
         """what: "submit" or "read", as of Worker"""
         job.number = next(self.numbers)
         job.unfinished = job.answers
-        self.transport.write(message(what, job.number, job.key, *request))
+        self.order(what, job.number, job.key, *request)
         self.jobs[job.number] = job
+
+    def order(self, *values):
+        self.orders.append(message(*values))
+        if len(self.orders) == 1:
+            asyncio.get_running_loop().call_soon(self.write_orders)
+
+    def write_orders(self):
+        self.transport.write(b"".join(self.orders))
+        self.orders.clear()
 
     def close(self, job):
         """A job is over, in whatever way: what is left of it goes out of the engine."""
         known = self.jobs.pop(job.number, None)
         if known and job.unfinished and not self.broken:
-            self.transport.write(message("cancel", job.number))
+            self.order("cancel", job.number)
 
     # -- answers come in
     def deltas(self, stats, admitted, items):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -521,3 +522,22 @@ def test_the_pages_of_the_server_fetch_nothing_from_elsewhere(stub):
         assert "cdn." not in text
     assert "/v1/embeddings" in text
     assert HTTP.get(stub.url + "/redoc").status_code == 404
+
+
+def test_what_is_written_in_one_turn_goes_out_at_once():
+    async def write():
+        sent = []
+        transport = SimpleNamespace(
+            write=sent.append, is_closing=lambda: False, close=lambda: sent.append("closed")
+        )
+        gatherer = door.Gatherer(transport, asyncio.get_running_loop())
+        gatherer.write(b"head ")
+        gatherer.write(b"body")
+        assert sent == []
+        await asyncio.sleep(0)
+        gatherer.write(b"last")
+        gatherer.close()
+        await asyncio.sleep(0)
+        return sent
+
+    assert asyncio.run(write()) == [b"head body", b"last", "closed"]
