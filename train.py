@@ -216,7 +216,8 @@ def check_shape(args, config):
     for flag, field in SHAPE.items():
         here = getattr(args, flag)
         there = getattr(config, field)
-        if here not in (there, getattr(Args, flag)):
+        usual = PRESETS[args.preset].get(flag, getattr(Args, flag))
+        if here not in (there, usual):
             differs.append(f"{flag} {there} there, {here} here")
     if args.context > config.max_position_embeddings:
         differs.append(f"context {config.max_position_embeddings:,} there, {args.context:,} here")

@@ -200,8 +200,8 @@ def test_init_from_starts_a_new_run_from_weights_only(text, tmp_path):
 def test_init_from_needs_no_flags_of_shape_and_refuses_others(text, tmp_path):
     a = tmp_path / "a"
     done(text, a, "--steps", 1)
-    line = refused(text, tmp_path / "b", "--init-from", a, "--layers", 3)
-    assert "layers 2 there, 3 here" in line
+    line = refused(text, tmp_path / "b", "--init-from", a, "--layers", 4)
+    assert "layers 2 there, 4 here" in line
     flags = ["--data", text, "--init-from", a, "--steps", 1, "--batch", 2, "--context", 16]
     argv = list(map(str, ["train.py", "--out", tmp_path / "c", "--device", "cpu", *flags]))
     with pytest.MonkeyPatch.context() as patch:
