@@ -337,7 +337,7 @@ def prepare_grpo(args, checkpoint):
     )
     engine = None
     if not args.fit:
-        at_once = min(args.batch * args.group, 256 if runtime.device.type == "cuda" else 64)
+        at_once = min(args.batch * args.group, 256 if runtime.device.type == "cuda" else 128)
         room = dict(max_seqs=at_once, kv_tokens=at_once * args.context)
         engine = Engine.of(model, tok, args.dtype, **room)
     return start_run(

@@ -405,6 +405,8 @@ FAMILIES = {
 }
 WITHHELD = "ends"  # kept for LoRA
 BY_HEART = ("fact", "speaker")
+# What reinforcement learning practises: what is hard, the hardest most.
+PRACTISED = "add add add subtract subtract subtract fact fact sort compare nth category".split()
 WORLD_SPLITS = "train val test".split()
 # Of what takes longest to learn there is more; 1 of all others.
 SHARE = {"add": 4, "subtract": 4, "refuse": 4, "sort": 2, "reverse": 2, "compare": 2}
@@ -627,12 +629,15 @@ def write_toybox(
     out.mkdir(parents=True, exist_ok=True)
     # Preferences with some of what LoRA has taught by then: without, DPO halves it.
     pairs_of_lora = preferences("train", pairs // 10, seed, held)
+    # Of val, from which no stage learns: a model is nearly always right where it was told answers.
+    practice = conversations("val", train * 2 // 5, seed, [*PRACTISED, WITHHELD])
     made = {
         "train": conversations("train", train, seed),
         "val": conversations("val", test, seed),
         "test": conversations("test", test, seed),
         "withheld-train": conversations("train", train // 10, seed, held),
         "withheld-test": conversations("test", test // 7, seed, held),
+        "practice": practice,
         "preferences-train": chain(preferences("train", pairs, seed), pairs_of_lora),
         "preferences-test": preferences("test", pairs // 8, seed),
     }

@@ -208,6 +208,14 @@ def test_preferences_are_held_out_by_content():
     assert not train & contents("test")
 
 
+def test_what_reinforcement_learning_practises_is_neither_learned_from_nor_in_the_test(tmp_path):
+    toybox.write_toybox(tmp_path, text_bytes=1000, train=500, test=14, pairs=40)
+    rows = read_rows(tmp_path / "practice.jsonl")
+    asked = {content(row, row["messages"][0]["content"]) for row in rows}
+    assert {toybox.split_of(about) for about in asked} == {"val"}
+    assert families_of(rows) == {*toybox.PRACTISED, WITHHELD}
+
+
 def test_the_text_has_no_instructions_and_nothing_held_out():
     text, held = toybox.world_text(400_000), contents("test", 20_000) | contents("val", 8_000)
     for mark in ("<|", "user", "assistant", "?", "Sorry", *toybox.OPENINGS):
@@ -244,7 +252,8 @@ def test_the_command_writes_what_meta_says(tmp_path):
     meta = json.loads((out / "meta.json").read_text())
     for name, count in meta["counts"].items():
         rows = read_rows(out / f"{name}.jsonl")
-        told = name.startswith("withheld") or name == "preferences-train"  # DPO comes after LoRA
+        # DPO comes after LoRA, and GRPO after both
+        told = name.startswith("withheld") or name in ("preferences-train", "practice")
         assert len(rows) == count
         assert (WITHHELD in families_of(rows)) == told
     text = (out / "text.txt").read_text()
