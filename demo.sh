@@ -41,7 +41,7 @@ demo)
     SFT=${SFT:---context 128 --batch 8 --steps 2200 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 1100 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 200 --batch 8 --context 128}
     DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 3e-4 --batch 16 --steps 280 --context 128 --eval-every 120}
-    GRPO=${GRPO:---steps 300 --lr 3e-4 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}
+    GRPO=${GRPO:---steps 400 --lr 3e-4 --schedule wsd --cooldown 0 --average 0.995 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}
     EVAL=${EVAL:---max-tokens 40} ;;
 fast)
     vocabulary=1536 data=$text group=64
@@ -49,7 +49,7 @@ fast)
     SFT=${SFT:---context 128 --batch 8 --steps 1000 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 500 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 100 --batch 8 --context 128}
     DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 2e-4 --batch 16 --steps 80 --context 128 --eval-every 40}
-    GRPO=${GRPO:---examples 5000 --steps 60 --lr 3e-4 --max-tokens 40 --context 128 --log-every 5}
+    GRPO=${GRPO:---examples 5000 --steps 60 --lr 3e-4 --schedule wsd --cooldown 0 --average 0.98 --max-tokens 40 --context 128 --log-every 5}
     EVAL=${EVAL:---max-tokens 40 --examples 280} ;;
 125m)
     vocabulary=32768 data=data/wikitext-103 text=data/wikitext-103/train.txt group=128

@@ -365,6 +365,7 @@ def longest_row_loss(model, asked, args):
 @torch.no_grad()
 def validate_answers(run):
     """The mean reward of likeliest answers to held-out questions; samples.txt gets a few."""
+    run.own.engine.refresh(run.model)  # with --average these are the mean weights
     numbers = range(run.runtime.rank, len(run.val.prompts), run.runtime.world)
     answers = [output.text for (output,) in ask(run, run.val, numbers, temperature=0.0)]
     asked = [run.val.questions[n] for n in numbers]
@@ -408,12 +409,13 @@ PATIENCE = 5  # steps without a single group whose rewards differ, from the star
 
 
 def train_policy(run):
-    """The loop: the engine answers, the trainer updates --epochs times, the engine is refreshed."""
+    """The loop: the engine gets the weights and answers, the trainer updates --epochs times."""
     args = run.args
     learned = run.start > 0
     for step, asked in steps(run):
         began = time.time()
         totals: Counter = Counter()
+        run.own.engine.refresh(run.model)
         groups = roll_out(run, asked.x.tolist(), totals)
         batch, count = batch_of(groups, args, run.runtime)
         learned = learned or batch is not None
@@ -430,7 +432,6 @@ def train_policy(run):
                 backward(run, loss, count)
                 total += loss.detach()
             values = update(run, step)
-        run.own.engine.refresh(run.model)
         values |= step_means(run, totals, time.time() - began, time.time() - trained)
         log_step(run, step, total, count, tokens=totals["drawn"] / args.batch, **values)
         if not learned and step + 1 == PATIENCE:

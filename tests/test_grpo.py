@@ -289,7 +289,7 @@ def rows_of(out, key="loss"):
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    rl(*command(base, out, "--epochs", 2, "--beta", 0.01))
+    rl(*command(base, out, "--epochs", 2, "--beta", 0.01, "--average", 0.8))
     return out
 
 
@@ -328,7 +328,7 @@ def assert_same_weights(out, other):
 
 def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(base, trained, tmp_path):
     out = tmp_path / "run"
-    process = start(1, *command(base, out, "--epochs", "2", "--beta", "0.01"))
+    process = start(1, *command(base, out, "--epochs", "2", "--beta", "0.01", "--average", "0.8"))
     while latest_checkpoint(out) is None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -345,7 +345,9 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(base, trained, 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(base, trained, tmp_path):
-    process = start(2, *command(base, tmp_path / "run", "--epochs", "2", "--beta", "0.01"))
+    process = start(
+        2, *command(base, tmp_path / "run", "--epochs", "2", "--beta", "0.01", "--average", "0.8")
+    )
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     for mine, theirs in zip(rows_of(tmp_path / "run"), rows_of(trained), strict=True):

@@ -131,8 +131,8 @@ def test_killed_and_resumed_equals_never_stopped_to_the_bit(text, tmp_path):
     """2N steps == N steps, kill -9 somewhere after a checkpoint, --resume to 2N; dropout on."""
     whole = tmp_path / "whole"
     cut = tmp_path / "cut"
-    done(text, whole, "--steps", 40)
-    process = start(text, cut, "--steps", 40)
+    done(text, whole, "--steps", 40, "--average", 0.9)
+    process = start(text, cut, "--steps", 40, "--average", 0.9)
     wait_for_step(process, cut, 10)
     process.kill()
     process.communicate()

@@ -62,6 +62,7 @@ class LoopArgs:
     lr: float = 0.008  # learning rate of everything under AdamW
     embed_lr: float = 0.0  # learning rate of embedding, norms and biases; 0 is --lr
     momentum: float = 0.9  # Muon's; longer runs like 0.95
+    average: float = 0.0  # evaluate and save the mean of the last weights: 0.99 is of about 100
     weight_decay: float = 0.0  # pull of the matrices towards zero, relative to the learning rate
     warmup: int = 0  # steps of linear warm-up
     schedule: str = "wsd"  # wsd (stable, then linear to zero) or cosine
@@ -89,7 +90,7 @@ HOUSEKEEPING = set(
     "fit shard micro_batch recompute device compile".split()
 )
 AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
-BELOW_ONE = "momentum dropout".split()
+BELOW_ONE = "momentum dropout average".split()
 FLAG_CHOICES = {
     "optimizer": "muon adamw adamw8bit".split(),
     "schedule": "wsd cosine".split(),
@@ -269,7 +270,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         tok,
         model,
         step_model,
-        MuonAdamW(model, *rates, kind=args.optimizer, embed_lr=args.embed_lr),
+        MuonAdamW(model, *rates, kind=args.optimizer, embed_lr=args.embed_lr, average=args.average),
         Batches(data, args.batch // world, args.context, args.seed, rank, world, runtime.device),
         val,
         rows,
@@ -527,7 +528,8 @@ def log_step(run, step, total, count, tokens=0, **values):
 # ---------------------------------------------------------------- evaluations, samples, checkpoints
 def log_validation(run, step):
     """Evaluate, print what came out, and add it to metrics.jsonl."""
-    values = run.validate(run)
+    with run.optimizer.averaged():
+        values = run.validate(run)
     losses = [(name.removeprefix("val_"), v) for name, v in values.items() if isinstance(v, float)]
     told = ", ".join(f"{name} {value:.4f}" for name, value in losses)
     run.bar.write(f"step {step:6,}  validation {told}", file=sys.stdout)
@@ -543,8 +545,9 @@ def print_sample(run):
     if first is None:  # a tokenizer without one: as the validation text begins
         first = next(run.val.validation(1, run.args.context)).x[0, 0].item()
     run.model.eval()
-    ids = run.model.generate([first], run.args.sample, seed=run.args.seed)
-    print(run.tok.decode(list(ids)) + "\n")
+    with run.optimizer.averaged():
+        ids = list(run.model.generate([first], run.args.sample, seed=run.args.seed))
+    print(run.tok.decode(ids) + "\n")
 
 
 def save_run(run, step):
@@ -552,7 +555,12 @@ def save_run(run, step):
 
     UserError where a number in it is not finite: what was saved before stays."""
     count_found(run)
-    weights = {k: gather(local(v.detach()), v) for k, v in run.model.state_dict().items()}
+    weights = {}
+    mean = set(run.optimizer.names.values()) if run.args.average else ()
+    with run.optimizer.averaged():
+        for name, v in run.model.state_dict().items():
+            whole = gather(local(v.detach()), v)
+            weights[name] = whole.clone() if name in mean else whole
     moments = run.optimizer.tensors()
     broken = [name for name, t in (weights | moments).items() if not t.isfinite().all()]
     if broken:

@@ -27,6 +27,8 @@ def estimate_memory(model, args, runtime, rows):
             muon = args.optimizer == "muon" and p.ndim == 2 and name.startswith("layers.")
             moments = 1 if muon else 2
             state += moments * p.numel() * (1 if args.optimizer == "adamw8bit" else 4)
+            if args.average:
+                state += 4 * p.numel()
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     width = 8 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
     per_token = config.num_hidden_layers * width * (4 if runtime.dtype == torch.float32 else 3)

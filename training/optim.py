@@ -4,6 +4,7 @@ optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
 optimizer.set_lr(schedule(step, total)); optimizer.step()
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -213,6 +214,7 @@ class MuonAdamW:
         eps=1e-10,
         kind="muon",
         embed_lr=0.0,
+        average=0.0,
     ):
         self.momentum = momentum
         self.eps = eps
@@ -245,6 +247,8 @@ class MuonAdamW:
                 group["packed"] = packed_together(group["params"])
                 for packed in group["packed"]:
                     self.state |= packed.state
+        self.average = average
+        self.means = {p: local(p).detach().clone() for p in self.names if average}
 
     def set_lr(self, factor):
         """The next steps take the groups' learning rates times this."""
@@ -278,6 +282,25 @@ class MuonAdamW:
             else:
                 for packed in group["packed"]:
                     packed.step(*settings)
+        if self.average:
+            # of the first steps a plain mean, so that where it began does not stay in it
+            weight = max(1 - self.average, 1 / self.steps)
+            weights = [local(p) for p in self.means]
+            torch._foreach_lerp_([*self.means.values()], weights, weight)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self):
+        """Context: the parameters are their running means (Polyak and Juditsky 1992), where
+        --average keeps them."""
+        weights = {p: local(p).clone() for p in self.means}
+        for p, mean in self.means.items():
+            local(p).copy_(mean)
+        try:
+            yield
+        finally:
+            for p, weight in weights.items():
+                local(p).copy_(weight)
 
     def tensors(self):
         """The state for a file, {parameter.name: tensor}. Under FSDP all ranks must call it."""
@@ -285,8 +308,11 @@ class MuonAdamW:
         for p, state in self.state.items():
             for name, tensor in state.items():
                 tensors[f"{self.names[p]}.{name}"] = gather(tensor, p)
+        for p in self.means:  # which the model folder has
+            tensors[f"{self.names[p]}.weight"] = gather(local(p.detach()), p)
         return tensors
 
+    @torch.no_grad()
     def load_tensors(self, tensors):
         """The inverse of `tensors`; names and shapes must be those of this model."""
         self.steps = int(tensors["steps"])
@@ -294,6 +320,9 @@ class MuonAdamW:
             for name, tensor in state.items():
                 stored = tensors[f"{self.names[p]}.{name}"].to(tensor.device)
                 tensor.copy_(own_rows(stored, p))
+        for p, mean in self.means.items():
+            mean.copy_(local(p))
+            local(p).copy_(own_rows(tensors[f"{self.names[p]}.weight"].to(mean.device), p))
 
 
 # ------------------------------------------------------------ around a step: scale, guard, schedule

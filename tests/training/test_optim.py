@@ -1,8 +1,11 @@
 """optim.py against torch's own optimizers and the definition of orthogonality."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training import optim
 from training.optim import (
@@ -258,3 +261,34 @@ def test_a_parameter_of_any_size_keeps_its_moments_apart_from_its_neighbours(mon
             optimizer.step()
         found.append(list(model))
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw8bit"])
+def test_the_running_mean_equals_torchs_and_is_what_averaged_shows(kind):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(64, 64)])})
+    optimizer = MuonAdamW(model, 0.1, 0.1, kind=kind, average=0.75)
+    optimizer.set_lr(1.0)
+    plain = AveragedModel(model)  # of the first four steps each counts as much
+    for step in range(12):
+        if step == 4:
+            plain = AveragedModel(plain.module, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+            plain.n_averaged += 1
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        plain.update_parameters(model)
+    live = {name: p.clone() for name, p in model.named_parameters()}
+    with optimizer.averaged():
+        shown = {name: p.clone() for name, p in model.named_parameters()}
+    for name, p in plain.module.named_parameters():
+        assert torch.allclose(shown[name], p, atol=1e-6)
+        assert torch.equal(dict(model.named_parameters())[name], live[name])
+
+    resumed = copy.deepcopy(model)  # as it is loaded from the folder that was saved
+    resumed.load_state_dict(shown)
+    other = MuonAdamW(resumed, 0.1, 0.1, kind=kind, average=0.75)
+    other.load_tensors(optimizer.tensors())
+    for name, p in resumed.named_parameters():
+        assert torch.equal(p, live[name])
+        assert torch.equal(other.means[p], shown[name])
