@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from training import optim
 from training.optim import (
     MuonAdamW,
     adamw_step,
@@ -64,8 +63,7 @@ def test_the_kernel_that_a_gpu_takes_for_adamw_equals_its_plain_twin():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_muon_with_torchs_iteration_equals_torch_muon(shape, monkeypatch):
-    monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * [(3.4445, -4.7750, 2.0315)])
+def test_muon_equals_torch_muon(shape):
     ours, theirs = two_copies(shape, shape)
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
     momentums = [torch.zeros(shape) for _ in ours]
@@ -84,12 +82,12 @@ def test_orthogonalized_singular_values_lie_near_one(shape):
     G = torch.randn(shape)
     O = orthogonalize(G)
     values = torch.linalg.svdvals(O)
-    assert values.min() > 0.1  # three iterations are not exact
-    assert values.max() < 1.9
+    assert values.min() > 0.3  # a random square matrix has a few tiny singular values
+    assert values.max() < 1.3
     U, _, V = torch.linalg.svd(G, full_matrices=False)
     exact = U @ V
     cosine = (O * exact).sum() / exact.norm() / O.norm()
-    assert cosine > 0.85
+    assert cosine > 0.97
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():
