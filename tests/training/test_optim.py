@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from training import optim
 from training.optim import (
     MuonAdamW,
     adamw_step,
