@@ -41,7 +41,7 @@ demo)
     SFT=${SFT:---context 128 --batch 8 --steps 2200 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 1100 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 200 --batch 8 --context 128}
     DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 3e-4 --batch 16 --steps 280 --context 128 --eval-every 120}
-    GRPO=${GRPO:---steps 400 --lr 3e-4 --schedule wsd --cooldown 0 --average 0.995 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}
+    GRPO=${GRPO:---steps 500 --lr 3e-4 --schedule wsd --cooldown 0 --average 0.995 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}
     EVAL=${EVAL:---max-tokens 40} ;;
 fast)
     vocabulary=1536 data=$text group=64
@@ -61,7 +61,6 @@ fast)
     EVAL=${EVAL:---max-tokens 128} ;;
 *) echo "error: no size $size: --preset takes demo, fast or 125m" >&2; exit 2 ;;
 esac
-practise="add subtract sort compare nth category fact ends"  # what DPO leaves lowest, and what LoRA taught
 learn=python where="$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) cores"
 chats=$world questions="$world $world/withheld-test.jsonl"
 prefs="--data $world/preferences-train.jsonl --val $world/preferences-test.jsonl"
@@ -175,7 +174,7 @@ stage eval-dpo "Courteous now, and still right?" \
     python finetune.py eval $P-dpo --data $questions $EVAL --out $P-report/dpo
 stage grpo "Reinforcement learning: no more worked answers, only whether an answer is right" \
     $learn grpo.py $P-dpo --data $world/practice.jsonl $world $world/withheld-train.jsonl \
-    --val $world/test.jsonl --families $practise $GRPO --out $P-grpo
+    --val $world/test.jsonl $GRPO --out $P-grpo
 stage eval-grpo "Are the families better that were the worst?" \
     python finetune.py eval $P-grpo --data $questions $EVAL --out $P-report/grpo
 stage int8 "In 8 bits: one scale a row, rounded to the nearest" \

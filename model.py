@@ -48,7 +48,8 @@ class Config:
     eos_token_id: int | list | None = None
     generation: dict = field(default_factory=dict)  # generation_config.json, without these two
     dropout: float = 0.0  # a matter of training: not part of the folder
-    flex: bool = True  # FlexAttention for packed documents on a GPU, until it fails; nor is this
+    # FlexAttention for packed documents on a GPU, until it fails; nor is this
+    flex: bool = field(default=True, compare=False)
 
     @property
     def end_ids(self):
@@ -381,6 +382,13 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+def embedding(rows, width):
+    """nn.Embedding; where there is no memory behind it, it draws no values: on the meta device that
+    would load torch's compiler, 150 MB."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else None)
+
+
 class Transformer(nn.Module):
     """Token ids -> logits, a loss, or more token ids."""
 
@@ -391,9 +399,9 @@ class Transformer(nn.Module):
         self.quantization = None  # the folder's quantization_config, if layers are packed
         self.recompute = False  # whether backward computes a layer again, from its input alone
         C = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, C)
+        self.embed_tokens = embedding(config.vocab_size, C)
         if config.is_gpt2:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, C)
+            self.embed_positions = embedding(config.max_position_embeddings, C)
         else:
             frequency, self.rope_scale = rope_frequencies(config)
             self.register_buffer("rope_frequency", frequency, persistent=False)  # (D/2,)
