@@ -216,21 +216,26 @@ class Body:
         self.most = most
         self.loop = asyncio.get_running_loop()
         self.deadline = self.loop.time() + ARRIVAL_SECONDS
+        self.late = False
         self.seen = 0
         self.arrived = False
+
+    def expire(self, task):
+        self.late = True  # a clock would not tell: uvloop's timers may fire a little early
+        task.cancel()
 
     async def __call__(self):
         if self.arrived:  # what comes now is only that the client has left
             return await self.receive()
-        late = self.loop.call_at(self.deadline, asyncio.current_task().cancel)
+        timer = self.loop.call_at(self.deadline, self.expire, asyncio.current_task())
         try:
             message = await self.receive()
         except asyncio.CancelledError:
-            if self.loop.time() < self.deadline:
+            if not self.late:
                 raise
             raise Refusal(408, f"the body did not arrive within {ARRIVAL_SECONDS:g} s") from None
         finally:
-            late.cancel()
+            timer.cancel()
         self.arrived = not message.get("more_body")
         self.seen += len(message.get("body", b""))
         if self.seen > self.most:
@@ -247,6 +252,7 @@ class Body:
     async def drop(self):
         """Read the rest for a while. Protocol hangs up on a client that then still sends."""
         self.deadline = self.loop.time() + LINGER_SECONDS
+        self.late = False
         self.most = math.inf
         with contextlib.suppress(Refusal):
             while not self.arrived:
