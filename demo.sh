@@ -173,8 +173,7 @@ stage dpo "Preference tuning: courteous over curt, right over wrong" \
 stage eval-dpo "Courteous now, and still right?" \
     python finetune.py eval $P-dpo --data $questions $EVAL --out $P-report/dpo
 stage grpo "Reinforcement learning: no more worked answers, only whether an answer is right" \
-    $learn grpo.py $P-dpo --data $world/practice.jsonl $world $world/withheld-train.jsonl \
-    --val $world/test.jsonl $GRPO --out $P-grpo
+    $learn grpo.py $P-dpo --data $world/practice.jsonl --val $world/test.jsonl $GRPO --out $P-grpo
 stage eval-grpo "Are the families better that were the worst?" \
     python finetune.py eval $P-grpo --data $questions $EVAL --out $P-report/grpo
 stage int8 "In 8 bits: one scale a row, rounded to the nearest" \

@@ -405,7 +405,8 @@ FAMILIES = {
 }
 WITHHELD = "ends"  # kept for LoRA
 BY_HEART = ("fact", "speaker")
-# What reinforcement learning practises: what is hard, the hardest most.
+HARDEST = ("fact", "add", "subtract")
+# What reinforcement learning asks of new content: what is hard, the hardest most.
 PRACTISED = "add add add subtract subtract subtract fact fact sort compare nth category".split()
 WORLD_SPLITS = "train val test".split()
 # Of what takes longest to learn there is more; 1 of all others.
@@ -629,8 +630,14 @@ def write_toybox(
     out.mkdir(parents=True, exist_ok=True)
     # Preferences with some of what LoRA has taught by then: without, DPO halves it.
     pairs_of_lora = preferences("train", pairs // 10, seed, held)
-    # Of val, from which no stage learns: a model is nearly always right where it was told answers.
-    practice = conversations("val", train * 2 // 5, seed, [*PRACTISED, WITHHELD])
+    # What reinforcement learning asks. Where a model was told answers it is nearly always right, so
+    # a third is of val, from which no stage learns; the rest is against forgetting.
+    practice = chain(
+        conversations("val", train * 7 // 50, seed, [*PRACTISED, WITHHELD]),
+        conversations("train", train * 4 // 50, seed, HARDEST),
+        conversations("train", train * 7 // 50, seed),
+        conversations("train", train * 2 // 50, seed, held),
+    )
     made = {
         "train": conversations("train", train, seed),
         "val": conversations("val", test, seed),
