@@ -358,10 +358,8 @@ class NF4Linear(QuantLinear):
         self.block = block
         for name in ("packed", "absmax", "nested_absmax", "offset"):
             self.register_buffer(name, state.get(name))
-        # Tables that a compiler sees as tensors, where it would break off at the cached functions.
-        device = self.packed.device
-        self.register_buffer("table", torch.tensor(kernels.NF4, device=device), persistent=False)
-        self.register_buffer("scale_table", dynamic_map(device), persistent=False)
+        # a tensor to a compiler, which would break off at the cached function
+        self.register_buffer("scale_table", dynamic_map(self.packed.device), persistent=False)
 
     @classmethod
     def from_linear(cls, linear):

@@ -110,7 +110,7 @@ def timings(nanogpt="", gptfast=""):
 
 
 # ----------------------------------------------------------------------------------------- running
-def last_line(path):
+def last_words(path):
     lines = Path(path).read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no word")[:160]
 
@@ -153,8 +153,8 @@ def run_timing(timing, seconds, folder):
             for row in json.loads(file.read_text())["rows"]:
                 figures |= timing.figures(row)
             return figures
-        raise RuntimeError(f"status {done.returncode}: {last_line(log)}")
-    raise RuntimeError(f"stopped after {seconds:.0f} s: {last_line(log)}")
+        raise RuntimeError(f"status {done.returncode}: {last_words(log)}")
+    raise RuntimeError(f"stopped after {seconds:.0f} s: {last_words(log)}")
 
 
 def measure(todo, free_gib, minutes):

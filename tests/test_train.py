@@ -598,3 +598,4 @@ def test_resuming_with_fewer_steps_or_another_optimizer_is_refused(text, tmp_pat
     done(text, out, "--steps", 6)
     assert "is at step 6 already, --steps 4 is less" in refused(text, out, "--resume", "--steps", 4)
     assert "--optimizer was 'muon'" in refused(text, out, "--resume", "--optimizer", "adamw")
+    assert "--average was 0.0" in refused(text, out, "--resume", "--average", 0.9)

@@ -121,7 +121,7 @@ def resumed_args(cls, typed, out, state):
     A stage's own flags (its data, its model) and what the order of rows hangs on may not change."""
     flags = cls.__dataclass_fields__.keys()
     own = flags - LoopArgs.__dataclass_fields__
-    fixed = own - {"dropout"} | {"context", "batch", "seed", "optimizer"}
+    fixed = own - {"dropout"} | {"context", "batch", "seed", "optimizer", "average"}
     before = {k: v for k, v in state["args"].items() if k in flags}  # an old run may have had more
     for name, new in typed.items():
         old = before.get(name, new)
