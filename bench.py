@@ -55,11 +55,9 @@ import torch.nn.functional as F
 
 import chat
 import dpo
-import finetune
 import grpo
 import kernels
 import lora
-import train
 from engine.graphs import Graphs
 from engine.sampler import Sampling
 from generate import Engine
@@ -167,6 +165,8 @@ SHAPES = {
     "1b": Config("llama", 32000, 2048, 5632, 22, 32, 4, 64, 2048, tie_word_embeddings=False),
     "qwen3-0.6b": Config("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, 40_960),
     "135m": Config("llama", 49_152, 576, 1536, 30, 9, 3, 64, 8192),
+    "qwen3": Config("qwen3", 32_768, 768, 2560, 12, 6, 6, 128, 1024),  # the preset 125m
+    "gpt2": Config("gpt2", 50_304, 768, 3072, 12, 12, 12, 64, 1024, norm_eps=1e-5),  # nanoGPT's
 }
 
 
@@ -212,6 +212,14 @@ def run_stage(command):
 def number_before(words, text):
     """Where a stage printed `1,234 words` -> 1234."""
     return int(re.search(rf"([\d,]+) {words}", text)[1].replace(",", ""))
+
+
+def tuning_step(command):
+    """A fine-tuning on the CPU -> (its seconds a step, after twelve; what it printed)."""
+    flags = "--device cpu --dtype float32 --steps 25 --log-every 12"
+    _, rows, said = run_stage(f"{command} {flags}")
+    first, last = [row["seconds"] for row in rows if "loss" in row][-2:]
+    return (last - first) / 12, said
 
 
 def bench_train(presets=("shakespeare-char-fast", "shakespeare-char"), target=1.886):
@@ -305,20 +313,6 @@ def time_by_kind(step):
     yield dict(kind="a profiled step", ms=1000 * wall, share=1.0, calls=calls.total())
 
 
-def pretrain_shape(arch, layers, dim, context):
-    """-> Config of the preset 125m, or of nanoGPT's GPT-2, in these sizes."""
-    gpt2 = arch == "gpt2"
-    heads = dim // (64 if gpt2 else 128)
-    shape = dict(arch=arch, layers=layers, dim=dim, heads=heads, context=context)
-    shape["mlp"] = dim * 4 if gpt2 else dim * 10 // 3
-    settings = train.Args(**train.PRESETS["125m"] | shape)
-    tok = SimpleNamespace(vocab_size=50_304 if gpt2 else 32_768, bos_id=None, eos_id=None)
-    config = train.model_config(settings, tok)
-    if gpt2:  # nanoGPT has no biases
-        config = replace(config, qkv_bias=False, out_bias=False, mlp_bias=False)
-    return config
-
-
 def our_program(config, runtime, recompute):
     """-> (a fresh model, the optimizer that goes with its shape)."""
     model = Transformer(config).to(runtime.device)
@@ -334,9 +328,6 @@ def bench_pretrain(
     rows=32,
     passes=16,
     steps=20,
-    layers=12,
-    dim=768,
-    context=1024,
     ways=("eager", "compiled", "compiled recomputing"),
     nanogpt="",
 ):
@@ -350,7 +341,8 @@ def bench_pretrain(
         raise UserError(f"--arch {arch}: use qwen3 or gpt2, the one that goes with --nanogpt")
     runtime = resolve()
     peak = peak_flops(runtime.device)
-    config = pretrain_shape(arch, layers, dim, context)
+    config = SHAPES[arch]
+    context = config.max_position_embeddings
     ids = torch.randint(config.vocab_size, (rows, context + 1), device=runtime.device)
 
     flops = Transformer(config).flops_per_token(context)
@@ -426,44 +418,46 @@ def bench_sft(model, data="data/toybox/train.jsonl"):
     """Conversations a second through whole steps of fine-tuning on the CPU: packed rows beside
     TRL's SFTTrainer, which pads; the same model, conversations, optimizer (AdamW) and number of
     conversations a step; start-up is not counted."""
-    from peers.trl import sft_trainer_speed
+    from peers.trl import trainer_speed
 
-    flags = "--context 256 --batch 16 --optimizer adamw --device cpu --dtype float32 --sample 0"
-    _, rows, said = run_stage(
-        f"finetune.py {model} --data {data} {flags} --steps 25 --log-every 12"
-    )
-    per_row = number_before("to train on", said) / number_before("rows of", said)
-    rate = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row][-1]
-    conversations = round(16 * per_row)
-    speed = rate / 256 * per_row
+    flags = "--context 256 --batch 16 --optimizer adamw --sample 0"
+    seconds, said = tuning_step(f"finetune.py {model} --data {data} {flags}")
+    per_step = 16 * number_before("to train on", said) / number_before("rows of", said)
+    conversations = round(per_step)
+    speed = per_step / seconds
     yield dict(name="finetune.py, packed", per_step=conversations, conversations_per_s=speed)
-    with tempfile.TemporaryDirectory() as folder:
-        save_chat_model(model, folder)
-        talks = [messages for _, messages, _ in chat.read_records(data)]
-        speed = sft_trainer_speed(folder, talks, conversations, 256, 12)
+    speed = trainer_speed(
+        "SFT",
+        model,
+        [{"messages": messages} for _, messages, _ in chat.read_records(data)],
+        max_steps=12,
+        per_device_train_batch_size=conversations,
+        max_length=256,
+        assistant_only_loss=True,
+    )
     yield dict(name="SFTTrainer", per_step=conversations, conversations_per_s=speed)
 
 
 def bench_dpo(model, data="data/toybox/preferences-train.jsonl"):
     """Seconds a step of 32 pairs, 8 at a time, on the CPU: rows that share their prompt, beside
     TRL's DPOTrainer on the same model and pairs. Both have the reference's log-probs already."""
-    from peers.trl import dpo_trainer_speed
+    from peers.trl import trainer_speed
 
-    flags = "--batch 32 --micro-batch 8 --device cpu --dtype float32 --steps 25 --log-every 12"
-    _, rows, _ = run_stage(f"dpo.py {model} --data {data} {flags}")
-    first, last = [row["seconds"] for row in rows if "loss" in row][-2:]
-    yield dict(name="dpo.py", seconds=(last - first) / 12)
-    pairs = list(itertools.islice(dpo.read_preferences(data), 12 * 32))
-    with tempfile.TemporaryDirectory() as folder:
-        save_chat_model(model, folder)
-        yield dict(name="DPOTrainer", seconds=32 / dpo_trainer_speed(folder, pairs, 12))
-
-
-def save_chat_model(model, folder):
-    """A model folder as fine-tuning opens it, in FOLDER for another program."""
-    tok, net = finetune.open_model(model, "cpu", torch.float32)
-    tok.save(folder)
-    net.save_pretrained(folder)
+    seconds, _ = tuning_step(f"dpo.py {model} --data {data} --batch 32 --micro-batch 8")
+    yield dict(name="dpo.py", seconds=seconds)
+    pairs = []
+    for prompt, chosen, rejected, _ in itertools.islice(dpo.read_preferences(data), 12 * 32):
+        pairs.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    speed = trainer_speed(
+        "DPO",
+        model,
+        pairs,
+        max_steps=12,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+        precompute_ref_log_probs=True,
+    )
+    yield dict(name="DPOTrainer", seconds=32 / speed)
 
 
 def bench_grpo(model, data="toybox", questions=16, steps=6):

@@ -30,7 +30,7 @@ from common import (
     warn_of_unknown,
     write_atomic,
 )
-from formats.hub import GPT2_KEYS, LLAMA_KEYS, two_columns
+from formats.hub import GPT2_KEYS, LLAMA_KEYS, TENSOR_NAME, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -107,15 +107,10 @@ def split_blocks(blocks, kind):
         codes = codes | unpack_bits(field["h"], high_bits, kind.high_run) << bits
     if bits == 8:
         codes = codes ^ 128  # -128..127 -> 0..255
-    scale = from_half(field["d"])  # (n, 1)
-    low = from_half(field["m"]) if "m" in field else None
-    if kind.scales:
-        multiples, low_multiples = kind.scales(field["s"])
-        scale = multiples * scale
-        if low is not None:
-            low = low_multiples * low
-    elif low is not None:
-        low = -low  # Q4_1 and Q5_1 add their minimum
+    # of a block with one scale; Q4_1 and Q5_1 add their minimum
+    multiples, low_multiples = kind.scales(field["s"]) if kind.scales else (1, -1)
+    scale = multiples * from_half(field["d"])  # (n, G)
+    low = low_multiples * from_half(field["m"]) if "m" in field else None
     return codes.view(len(blocks), scale.size(1), -1), scale, low
 
 
@@ -320,9 +315,10 @@ def read_block_types():
 
 
 BLOCK_TYPES = read_block_types()
-TYPE_NAMES = {kind.number: name for name, kind in BLOCK_TYPES.items()}
-UNREAD_TYPES = dict(enumerate("IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS".split(), 16))
-UNREAD_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
+UNREAD_TYPES = """IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M
+    30 31 32 33 TQ1_0 TQ2_0 36 37 38 MXFP4 NVFP4""".split()
+TYPE_NAMES = dict(enumerate(UNREAD_TYPES, 16))
+TYPE_NAMES |= {kind.number: name for name, kind in BLOCK_TYPES.items()}
 
 
 def by_rows(function, rows, out):
@@ -356,8 +352,6 @@ class GGUFTensor:
 
 class PackedLinear(QuantLinear):
     """A linear layer whose weights stay as they are in the file."""
-
-    by_row = ("data",)
 
     def __init__(self, tensor, bias=None):
         super().__init__(tensor.shape, bias)
@@ -419,7 +413,7 @@ MIXES = {
 
 def gguf_name(name, config):
     """layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight; GPT-2's q, k and v all -> attn_qkv."""
-    layer, module, leaf = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    layer, module, leaf = TENSOR_NAME.fullmatch(name).groups()
     part = GGUF_NAMES[module]
     if config.is_gpt2 and part in ("attn_q", "attn_k", "attn_v"):
         part = "attn_qkv"
@@ -485,21 +479,20 @@ def gguf_architecture(config):
     return "llama" if config.model_type == "mistral" else config.model_type
 
 
-# After the architecture's name -> the field of Config.
-SHAPE_KEYS = two_columns("""
-    context_length           max_position_embeddings
-    embedding_length         hidden_size
-    block_count              num_hidden_layers
-    feed_forward_length      intermediate_size
-    attention.head_count     num_attention_heads
-    attention.head_count_kv  num_key_value_heads
-    attention.key_length     head_dim
-    attention.value_length   head_dim
-""")
-
-
-def norm_key(arch):
-    return f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"
+def shape_keys(arch):
+    """-> {key after the architecture's name: field of Config}"""
+    return two_columns(f"""
+        context_length           max_position_embeddings
+        embedding_length         hidden_size
+        block_count              num_hidden_layers
+        feed_forward_length      intermediate_size
+        attention.head_count     num_attention_heads
+        attention.head_count_kv  num_key_value_heads
+        attention.key_length     head_dim
+        attention.value_length   head_dim
+        vocab_size               vocab_size
+        attention.layer_norm{"" if arch == "gpt2" else "_rms"}_epsilon  norm_eps
+    """)
 
 
 def shape_metadata(config):
@@ -510,9 +503,7 @@ def shape_metadata(config):
     channels = config.hidden_size
     if arch == "qwen2" and heads * head_dim != channels:
         raise UserError(f"llama.cpp's qwen2 needs {heads} heads x {head_dim} = {channels} channels")
-    meta = {key: getattr(config, field) for key, field in SHAPE_KEYS.items()}
-    meta["vocab_size"] = config.vocab_size
-    meta[norm_key(arch)] = config.norm_eps
+    meta = {key: getattr(config, field) for key, field in shape_keys(arch).items()}
     if config.sliding_layers and config.sliding_window < config.max_position_embeddings:
         meta["context_length"] = config.sliding_window
         warn(
@@ -541,17 +532,17 @@ def slowed_down(head_dim, rope):
     return plain / stretched
 
 
-def metadata_reader(values, prefix):
+def metadata_reader(values, prefix=""):
     """get(key, default, types) of untrusted values; numbers are from 0 to 2^31, or 1e12 if float
     (published rope_theta go up to 5e10)."""
 
     def get(key, default=None, types=(int, float)):
-        value = values.get(f"{prefix}.{key}")
+        value = values.get(prefix + key)
         if value is None:
             return default
         most = {int: 1 << 31, float: 1e12}.get(type(value))
         if not isinstance(value, types) or most and not 0 <= value < most:  # so is not nan
-            raise UserError(f"{prefix}.{key} is {str(value)[:40]}, which makes no sense")
+            raise UserError(f"{prefix}{key} is {str(value)[:40]}, which makes no sense")
         if isinstance(value, float):
             return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
         return value
@@ -567,7 +558,7 @@ def read_config(meta, tensors):
             f"architecture {str(arch)[:40]!r} is not supported, or token_embd.weight is "
             f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
-    get = metadata_reader(meta, arch)
+    get = metadata_reader(meta, f"{arch}.")
     heads = get("attention.head_count", 0, int)
     head_dim = get("attention.key_length", get("embedding_length", 0) // max(1, heads))
     sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
@@ -585,14 +576,12 @@ def read_config(meta, tensors):
             "must be above 0, the scaling Llama 3's"
         )
     words = GPT2_KEYS if arch == "gpt2" else LLAMA_KEYS
-    shape = {words.get(field, field): get(key) for key, field in SHAPE_KEYS.items()}
+    shape = {words.get(field, field): get(key) for key, field in shape_keys(arch).items()}
     shape |= {
         "model_type": arch,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "head_dim": head_dim,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        words["norm_eps"]: get(norm_key(arch), 1e-5),
         "rope_theta": theta,
     }
     config = Config.from_dict(shape, arch)
@@ -630,11 +619,11 @@ def llama3_rope(config, slowed, original):
 # The keys of ids that end a text, and of Sampling's defaults -> generation_config.json's names.
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 SAMPLING_NAMES = two_columns("""
-    temp            temperature
-    top_p           top_p
-    top_k           top_k
-    min_p           min_p
-    penalty_repeat  repetition_penalty
+    general.sampling.temp            temperature
+    general.sampling.top_p           top_p
+    general.sampling.top_k           top_k
+    general.sampling.min_p           min_p
+    general.sampling.penalty_repeat  repetition_penalty
 """)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
@@ -783,7 +772,7 @@ def read_token_types(get, tokens):
         raise UserError("a token is there twice")
     if len(types) != len(tokens):
         raise UserError(f"{len(tokens):,} tokens with {len(types):,} types")
-    groups = {kind: {} for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)}
+    groups = {kind: {} for kind in range(NORMAL, BYTE + 1)}
     for i, (token, kind) in enumerate(zip(tokens, types)):
         groups[kind][token] = i
     return groups
@@ -937,7 +926,7 @@ def open_gguf(path):
         if kind is None or name in tensors or not math.prod(shape) or shape[-1] % kind.block:
             refuse(
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
-                f"unknown type {UNREAD_TYPES.get(number, number)}"
+                f"unknown type {TYPE_NAMES.get(number, number)}"
             )
         begin = start + offset
         nbytes = kind.size(shape)
@@ -1035,7 +1024,7 @@ def write(folder, path, mix):
     meta["general.name"] = model_name(folder)
     for key, name in SAMPLING_NAMES.items():
         if config.generation.get(name) is not None:
-            meta[f"general.sampling.{key}"] = config.generation[name]
+            meta[key] = config.generation[name]
     meta["general.file_type"] = MIXES[mix]
     meta["general.quantization_version"] = 2
     plan = []
@@ -1079,14 +1068,14 @@ def read_gguf(path):
     with naming(Path(path)):
         meta, tensors = open_parts(path)
         config = read_config(meta, tensors)
-        get = metadata_reader(meta, "tokenizer")
+        get = metadata_reader(meta, "tokenizer.")
         tok = read_vocabulary(get)
         state = by_our_names(tensors, config)
         ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
-        sampling = metadata_reader(meta, "general.sampling")
+        sampling = metadata_reader(meta)
         said = {name: sampling(key) for key, name in SAMPLING_NAMES.items()}
-        known = {f"general.sampling.{key}" for key in SAMPLING_NAMES}
-        warn_of_unknown({key for key in meta if "general.sampling." in key} - known, path)
+    asked = {key for key in meta if key.startswith("general.sampling.")}
+    warn_of_unknown(asked - SAMPLING_NAMES.keys(), path)
     config.generation = {name: value for name, value in said.items() if value is not None}
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
@@ -1127,7 +1116,7 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
         state["lm_head.weight"] = state["embed_tokens.weight"]
     if keep_packed:
         install_packed_linears(model, state)
-    own = {"F16": torch.float16, "BF16": torch.bfloat16} if keep_packed else {}
+    own = FLOATS | {"F32": dtype} if keep_packed else {}
     floats = {name: t.dequantize(own.get(t.type, dtype)) for name, t in state.items()}
     model.load_state_dict(floats, strict=False, assign=True)
     if isinstance(model.lm_head, torch.nn.Linear):

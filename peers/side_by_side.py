@@ -10,10 +10,24 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 OURS = "ours"
+# {column of a program's rows: what is called so in the table, by the row's other columns}
+TRAINING = {"tokens_per_s": "{arch} 124M, {passes} passes a step: tok/s"}
+DECODING = {
+    "gb_per_s": "memory, {memory}: GB/s",
+    "1 text": "7b {program}, 1 text: tok/s",
+    "8 texts": "7b {program}, 8 texts: tok/s",
+    "prompt of 512": "7b {program}, prompt of 512: tok/s",
+}
+REQUESTS = {
+    "tokens_per_s": "256 requests, {program}: tok/s",
+    "longest_wait": "256 requests, {program}: longest s between steps",
+}
+KERNEL_SHARES = {"of_read": "{group}, {name}: of reading"}
+CHARACTERS = {"reached": "10.7M characters: s to nanoGPT's loss"}
+QLORA = {"tokens_per_s": "QLoRA 7b, {base}: tok/s", "peak_gib": "QLoRA 7b, {base}: peak GiB"}
 
 
 @dataclass
@@ -22,7 +36,7 @@ class Timing:
 
     program: str  # whose it is
     command: str
-    figures: Any  # a row -> {work: figure}
+    figures: dict  # those of its rows that count, as above
     compile: str = ""  # a command that compiles what it needs, in the background with others
     gib: int = 8  # of the card's memory that compiling takes
     seconds: int = 90  # that it may take, once all is compiled
@@ -35,48 +49,15 @@ class Timing:
         if self.sources and not Path(self.sources, "model.py").is_file():
             return f"{self.sources} has no model.py, so these are not its sources"
 
-
-def train_figures(row):
-    """Of `bench.py pretrain`: a row of ours or of nanoGPT's, or one of where the time goes."""
-    name = row.get("name", "")
-    if not name.startswith("ours"):
-        return {}
-    return {f"{row['arch']} 124M, {row['passes']} passes a step: tok/s": row["tokens_per_s"]}
-
-
-def nanogpt_figures(row):
-    name = row.get("name", "")
-    return train_figures(row | {"name": "ours"}) if name.startswith("nanoGPT") else {}
-
-
-def decode_figures(row):
-    figures = {}
-    for column in ("1 text", "8 texts", "prompt of 512"):
-        if column in row:
-            figures[f"7b {row['program']}, {column}: tok/s"] = row[column]
-    return figures
-
-
-def request_figures(row):
-    figures = {f"256 requests, {row['program']}: tok/s": row["tokens_per_s"]}
-    if "longest_wait" in row:
-        figures[f"256 requests, {row['program']}: longest s between steps"] = row["longest_wait"]
-    return figures
-
-
-def kernel_figures(row):
-    if "us" not in row:
-        return {"memory, read: GB/s": row["gb_per_s"]}
-    return {f"{row['group']}, {row['name']}: of reading": row["of_read"]}
-
-
-def char_figures(row):
-    return {"10.7M characters: s to nanoGPT's loss": row["reached"]}
-
-
-def qlora_figures(row):
-    name = f"QLoRA 7b, {row['base']}"
-    return {f"{name}: tok/s": row["tokens_per_s"], f"{name}: peak GiB": row["peak_gib"]}
+    def read(self, file):
+        """The rows that it wrote -> {work: figure}; of works that are called alike the last
+        counts, which beside nanoGPT is nanoGPT's and not ours."""
+        found = {}
+        for row in json.loads(file.read_text())["rows"]:
+            for column, work in self.figures.items():
+                if column in row:
+                    found[work.format(**row)] = row[column]
+        return found
 
 
 def timings(nanogpt="", gptfast=""):
@@ -91,21 +72,21 @@ def timings(nanogpt="", gptfast=""):
     char = "shakespeare-char-10m"
     few_steps = f"train.py --preset {char} --out {tempfile.gettempdir()}/{char} --steps 3"
     planned = [
-        Timing(OURS, pretrain, train_figures, f"{pretrain} {few}", 24),
-        Timing(OURS, gpt2, train_figures, f"{gpt2} {few}", 24),
-        Timing("nanoGPT", beside, nanogpt_figures, f"{beside} {few}", 24, sources=nanogpt),
-        Timing(OURS, decode, decode_figures, decode, 40, seconds=150),
+        Timing(OURS, pretrain, TRAINING, f"{pretrain} {few}", 24),
+        Timing(OURS, gpt2, TRAINING, f"{gpt2} {few}", 24),
+        Timing("nanoGPT", beside, TRAINING, f"{beside} {few}", 24, sources=nanogpt),
+        Timing(OURS, decode, DECODING, decode, 40, seconds=150),
     ]
     for kind, gib in (("bfloat16", 15), ("int8", 9), ("int4", 6)):
         fast = f"-m peers.gpt_fast {shlex.quote(gptfast)} {kind}"
-        planned.append(Timing("gpt-fast", fast, decode_figures, fast, gib, sources=gptfast))
+        planned.append(Timing("gpt-fast", fast, DECODING, fast, gib, sources=gptfast))
     return [
         *planned,
-        Timing(OURS, f"{requests} 256", request_figures, f"{requests} 16", 40, seconds=120),
-        Timing("transformers", continuous, request_figures, continuous, 40),
-        Timing(OURS, "bench.py kernels", kernel_figures, "bench.py kernels"),
-        Timing(OURS, f"bench.py train --presets {char} --target 1.4697", char_figures, few_steps),
-        Timing(OURS, "bench.py qlora --shape 7b", qlora_figures, gib=20),
+        Timing(OURS, f"{requests} 256", REQUESTS, f"{requests} 16", 40, seconds=120),
+        Timing("transformers", continuous, REQUESTS, continuous, 40),
+        Timing(OURS, "bench.py kernels", KERNEL_SHARES, "bench.py kernels"),
+        Timing(OURS, f"bench.py train --presets {char} --target 1.4697", CHARACTERS, few_steps),
+        Timing(OURS, "bench.py qlora --shape 7b", QLORA, gib=20),
     ]
 
 
@@ -119,22 +100,21 @@ def compile_all(todo, free_gib, deadline, folder):
     """Run what compiles, as many at once as the card has room for. What a program chooses while
     others keep the card busy does not count: it lands in a cache that is thrown away."""
     waiting = [timing for timing in todo if timing.compile]
-    running = []
+    running = {}  # process: GiB
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
     while (waiting or running) and time.monotonic() < deadline:
-        used = sum(timing.gib for timing, _ in running)
-        if waiting and (not running or used + waiting[0].gib <= free_gib):
+        if waiting and (not running or sum(running.values()) + waiting[0].gib <= free_gib):
             timing = waiting.pop(0)
             command = [sys.executable, *shlex.split(timing.compile)]
             nowhere = subprocess.DEVNULL
             child = subprocess.Popen(
                 command, cwd=HERE, env=environment, stdout=nowhere, stderr=nowhere
             )
-            running.append((timing, child))
+            running[child] = timing.gib
             continue
         time.sleep(0.2)
-        running = [(timing, child) for timing, child in running if child.poll() is None]
-    for _, child in running:
+        running = {child: gib for child, gib in running.items() if child.poll() is None}
+    for child in running:
         child.kill()
         child.wait()
 
@@ -144,33 +124,27 @@ def run_timing(timing, seconds, folder):
     file = Path(folder, "figures.json")
     file.unlink(missing_ok=True)
     log = Path(folder, "log")
+    command = [sys.executable, *shlex.split(timing.command)]
+    command += ["--json"] * (timing.program == OURS) + [str(file)]
     with open(log, "w") as said, contextlib.suppress(subprocess.TimeoutExpired):
-        command = [sys.executable, *shlex.split(timing.command)]
-        command += ["--json"] * (timing.program == OURS) + [str(file)]
-        done = subprocess.run(command, cwd=HERE, stdout=said, stderr=said, timeout=seconds)
-        if done.returncode == 0 and file.exists():
-            figures = {}
-            for row in json.loads(file.read_text())["rows"]:
-                figures |= timing.figures(row)
-            return figures
-        raise RuntimeError(f"status {done.returncode}: {last_words(log)}")
-    raise RuntimeError(f"stopped after {seconds:.0f} s: {last_words(log)}")
+        subprocess.run(command, cwd=HERE, stdout=said, stderr=said, timeout=seconds)
+    if file.exists():
+        return timing.read(file)
+    raise RuntimeError(f"no figures within {seconds:.0f} s; its last line: {last_words(log)}")
 
 
 def measure(todo, free_gib, minutes):
     """-> (the figures of all programs, {work: {program: figure}}; (program, command, why) of those
     that failed)."""
-    deadline = time.monotonic() + 60 * minutes
-    table, failed = {}, []
     begin = time.monotonic()
+    deadline = begin + 60 * minutes
+    table = {}
+    failed = [(timing.program, timing.command, timing.fault()) for timing in todo if timing.fault()]
+    able = [timing for timing in todo if not timing.fault()]
 
     def say(what):
         print(f"[{time.monotonic() - begin:4.0f} s] {what}", file=sys.stderr, flush=True)
 
-    able = [timing for timing in todo if timing.fault() is None]
-    for timing in todo:
-        if timing.fault():
-            failed.append((timing.program, timing.command, timing.fault()))
     with tempfile.TemporaryDirectory() as folder:
         say(f"compiling for {len(able)} programs side by side")
         compile_all(able, free_gib, begin + 60 * minutes * 0.35, folder)
@@ -190,8 +164,7 @@ def measure(todo, free_gib, minutes):
 def rows_of(table):
     """{work: {program: figure}} -> rows: ours, and of each peer its figure and ours over it."""
     for work, figures in table.items():
-        ours = figures.get(OURS)
-        peers = {name: figure for name, figure in figures.items() if name != OURS}
-        for name, figure in (peers or {"": None}).items():
+        ours = figures.pop(OURS, None)
+        for name, figure in (figures or {"": None}).items():
             ratio = ours / figure if ours and figure else None
             yield dict(work=work, ours=ours, peer=name, theirs=figure, ours_over_theirs=ratio)

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 import bench
 from common import UserError
-from peers.side_by_side import Timing, measure, request_figures, rows_of
+from model import Config
+from peers.side_by_side import REQUESTS, Timing, measure, rows_of
 
 
 def compare(tmp_path, capsys, a, b):
@@ -117,7 +118,7 @@ def test_the_json_says_what_it_was_measured_on(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- beside the peers
 def speaking(program, code, **options):
     """A Timing of a program that is a line of Python; FILE is where its figures go."""
-    return Timing(program, f"-c {shlex.quote(code)}", request_figures, **options)
+    return Timing(program, f"-c {shlex.quote(code)}", REQUESTS, **options)
 
 
 def test_a_program_that_fails_says_why_and_the_next_one_is_timed(tmp_path):
@@ -198,9 +199,10 @@ class GPT(torch.nn.Module):
 """
 
 
-def test_pretraining_is_measured_beside_nanogpts_own_source(tmp_path, capsys):
+def test_pretraining_is_measured_beside_nanogpts_own_source(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(NANOGPT)
-    sizes = dict(rows=1, passes=2, steps=1, layers=1, dim=128, context=16, ways=("eager",))
+    monkeypatch.setitem(bench.SHAPES, "gpt2", Config("gpt2", 512, 128, 512, 1, 2, 2, 64, 16))
+    sizes = dict(rows=1, passes=2, steps=1, ways=("eager",))
     found = list(bench.bench_pretrain("gpt2", nanogpt=str(tmp_path), **sizes))
     steps = [(row["name"], row["passes"]) for row in found if "name" in row]
     assert steps == [(f"{who}, eager", n) for who in ("ours", "nanoGPT") for n in (1, 2)]

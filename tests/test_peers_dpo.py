@@ -67,11 +67,16 @@ def some_words():
 
 def trainer_of(kind, models, tmp_path, **settings):
     """One of TRL's trainers around the policy, with the reference if it takes one."""
-    from peers.trl import preference_trainer
+    from transformers import AutoModelForCausalLM
 
+    from peers.trl import make_trainer
+
+    parts = {}
+    if kind == "DPO":
+        parts["ref_model"] = AutoModelForCausalLM.from_pretrained(models / "ref")
+    settings |= {"max_length": None, "per_device_train_batch_size": 4}
     tok = some_words()
-    ref = models / "ref" if kind == "DPO" else None
-    return preference_trainer(kind, models / "policy", tok, tmp_path / "trl", ref, **settings)
+    return make_trainer(kind, models / "policy", tok, tmp_path, parts=parts, **settings)
 
 
 def compare(trainer, inputs, mine, atol=1e-5):

@@ -92,13 +92,16 @@ def theirs(trainer, reference, groups):
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 @pytest.mark.parametrize("loss, high", [("grpo", 0.2), ("dr_grpo", 0.2), ("dapo", 0.28)])
 def test_loss_kl_clipping_and_gradients_equal_trls_grpo_trainer(loss, high, beta, models, tmp_path):  # noqa: F811
-    from peers.trl import policy_trainer
+    from peers.trl import make_trainer
 
-    trainer = policy_trainer(
+    trainer = make_trainer(
+        "GRPO",
         models / "policy",
         some_words(),
         tmp_path,
-        GROUP,
+        parts={"reward_funcs": lambda completions, **_: [0.0] * len(completions)},
+        per_device_train_batch_size=GROUP,
+        num_generations=GROUP,
         loss_type=loss,
         beta=beta,
         epsilon=0.2,
@@ -106,6 +109,7 @@ def test_loss_kl_clipping_and_gradients_equal_trls_grpo_trainer(loss, high, beta
         max_completion_length=16,
         scale_rewards="none" if loss == "dr_grpo" else "group",
     )
+    trainer.current_gradient_accumulation_steps = 1
     groups = some_groups()
     args = Args(loss=loss, beta=beta, group=GROUP, max_tokens=16)
     value, kl, clipped, gradients = ours(models / "policy", models / "ref", groups, args)
