@@ -279,38 +279,16 @@ def try_compiling(model, compiled, optimizer, runtime, ids):
     return compile_or_say_why(model, how, lambda it: training_step(it, optimizer, runtime, ids)())
 
 
-KERNELS = {  # by a part of their names: a GPU's kernels, a CPU's operations
-    "attention": "attention|flash|fmha|flex",
-    "matrix products": "gemm|cutlass|nvjet|xmma|::mm|addmm|bmm",
-    "softmax, loss": "softmax|logsumexp|nll_loss|cross_entropy",
-    "optimizer's lists": "multi_tensor|foreach|adam",
-    "norms": "norm",
-    "fused by the compiler": "triton|cpp_fused",
-    "copies, casts": "copy|memcpy|memset|cat|fill|zero",
-}
-
-
-def time_by_kind(step):
-    """Where a step's time goes, the device's or the CPU's -> rows, the longest first."""
+def time_by_operation(step):
+    """Where a step's time goes: the GPU's kernels or the CPU's operations that take longest."""
     with torch.profiler.profile() as profile:
-        begin = time.perf_counter()
         step()
         wait_for_gpu()
-        wall = time.perf_counter() - begin
-    on_gpu = torch.cuda.is_available()
-    spent: Counter = Counter()
-    calls: Counter = Counter()
-    for event in profile.key_averages():
-        took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if took == 0:
-            continue
-        found = (kind for kind, names in KERNELS.items() if re.search(names, event.key.lower()))
-        kind = next(found, "other")
-        spent[kind] += took / 1000
-        calls[kind] += event.count
-    for kind, ms in spent.most_common():
-        yield dict(kind=kind, ms=ms, share=ms / sum(spent.values()), calls=calls[kind])
-    yield dict(kind="a profiled step", ms=1000 * wall, share=1.0, calls=calls.total())
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    spent = {event: getattr(event, own) for event in profile.key_averages()}
+    for event in sorted(spent, key=spent.get, reverse=True)[:12]:
+        share = spent[event] / sum(spent.values())
+        yield dict(operation=event.key[:60], ms=spent[event] / 1000, share=share, calls=event.count)
 
 
 def our_program(config, runtime, recompute):
@@ -373,7 +351,7 @@ def bench_pretrain(
                     over_nanogpt=None if program == "ours" else rates["ours", way, n] / rate,
                 )
             if not recompute:
-                yield from time_by_kind(training_step(model, optimizer, runtime, ids))
+                yield from time_by_operation(training_step(model, optimizer, runtime, ids))
 
 
 def bench_qlora(shape="7b"):

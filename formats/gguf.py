@@ -30,7 +30,7 @@ from common import (
     warn_of_unknown,
     write_atomic,
 )
-from formats.hub import GPT2_KEYS, LLAMA_KEYS, TENSOR_NAME, two_columns
+from formats.hub import SAMPLING_KEYS, TENSOR_NAME, read_value, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -532,20 +532,11 @@ def slowed_down(head_dim, rope):
     return plain / stretched
 
 
-def metadata_reader(values, prefix=""):
-    """get(key, default, types) of untrusted values; numbers are from 0 to 2^31, or 1e12 if float
-    (published rope_theta go up to 5e10)."""
+def metadata_reader(meta, prefix=""):
+    """get(key, kind, default) of untrusted metadata, as hub.read_value."""
 
-    def get(key, default=None, types=(int, float)):
-        value = values.get(prefix + key)
-        if value is None:
-            return default
-        most = {int: 1 << 31, float: 1e12}.get(type(value))
-        if not isinstance(value, types) or most and not 0 <= value < most:  # so is not nan
-            raise UserError(f"{prefix}{key} is {str(value)[:40]}, which makes no sense")
-        if isinstance(value, float):
-            return float(f"{value:.7g}")  # float32 1e-05 reads as 9.99999974e-06
-        return value
+    def get(key, kind, default=None):
+        return read_value(meta, prefix + key, "metadata", kind, default)
 
     return get
 
@@ -559,39 +550,38 @@ def read_config(meta, tensors):
             f"missing; this program knows {', '.join(GGUF_ARCHITECTURES)}"
         )
     get = metadata_reader(meta, f"{arch}.")
-    heads = get("attention.head_count", 0, int)
-    head_dim = get("attention.key_length", get("embedding_length", 0) // max(1, heads))
-    sizes = {get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
-    if get("expert_count", 0) or sizes != {head_dim}:
+    heads = get("attention.head_count", int, 0)
+    head_dim = get("attention.key_length", int, get("embedding_length", int, 0) // max(1, heads))
+    others = "attention.value_length", "rope.dimension_count"
+    if get("expert_count", int, 0) or {get(key, int, head_dim) for key in others} != {head_dim}:
         raise UserError(
             f"experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
             "are not of one size, are not supported"
         )
-    theta = float(get("rope.freq_base", 10000.0))
-    kind = get("rope.scaling.type", "none", str)
-    factor = get("rope.scaling.factor", get("rope.scale_linear", 1))
+    theta = float(get("rope.freq_base", float, 10000.0))
+    kind = get("rope.scaling.type", str, "none")
+    factor = get("rope.scaling.factor", float, get("rope.scale_linear", float, 1))
     if theta <= 0 or kind not in ("none", "linear") or factor != 1:
         raise UserError(
             f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
             "must be above 0, the scaling Llama 3's"
         )
-    words = GPT2_KEYS if arch == "gpt2" else LLAMA_KEYS
-    shape = {words.get(field, field): get(key) for key, field in shape_keys(arch).items()}
+    shape = {field: get(key, float) for key, field in shape_keys(arch).items()}
     shape |= {
         "model_type": arch,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "head_dim": head_dim,
-        "rope_theta": theta,
+        "rope": {"rope_type": "default", "rope_theta": theta},
     }
-    config = Config.from_dict(shape, arch)
+    config = Config.from_dict(Config(**shape).to_dict(), arch)  # which checks it
     if arch != "gpt2":
         config.qkv_bias = "blk.0.attn_q.bias" in tensors
         config.out_bias = "blk.0.attn_output.bias" in tensors
         config.mlp_bias = "blk.0.ffn_up.bias" in tensors
         if "rope_freqs.weight" in tensors:
             slowed = tensors.pop("rope_freqs.weight").dequantize()
-            original = get("rope.scaling.original_context_length", 8192)
+            original = get("rope.scaling.original_context_length", float, 8192)
             config.rope = llama3_rope(config, slowed, original)
     return config
 
@@ -739,12 +729,12 @@ def special_metadata(tok, config):
 
 def read_vocabulary(get):
     """tokenizer.* metadata -> Tokenizer, or None for a file without one."""
-    model = get("ggml.model", "none", str)
+    model = get("ggml.model", str, "none")
     if model in ("no_vocab", "none"):
         return None
     if model not in ("gpt2", "llama"):
         raise UserError(f"tokenizer model {model!r} is not supported, only gpt2 and llama")
-    tokens = get("ggml.tokens", [], list)
+    tokens = get("ggml.tokens", list, [])
     groups = read_token_types(get, tokens)
     read = read_bytes_tokenizer if model == "gpt2" else read_pieces_tokenizer
     tok = read(
@@ -755,19 +745,19 @@ def read_vocabulary(get):
         unknown=next(iter(groups[UNKNOWN].values()), None),
     )
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        i = get(f"ggml.{key}_token_id", len(tokens), int)
+        i = get(f"ggml.{key}_token_id", int, len(tokens))
         if i < len(tokens):
             tok.config[f"{role}_token"] = tokens[i]
-    tok.chat_template = get("chat_template", None, str)
+    tok.chat_template = get("chat_template", str)
     # llama.cpp's own defaults are SentencePiece's, and those of Llama 3's and Mistral's files
-    add_bos = get("ggml.add_bos_token", tok.kind == "pieces" or tok.whole_chunks, bool)
-    tok.set_prompt_ends(add_bos, get("ggml.add_eos_token", False, bool))
+    add_bos = get("ggml.add_bos_token", bool, tok.kind == "pieces" or tok.whole_chunks)
+    tok.set_prompt_ends(add_bos, get("ggml.add_eos_token", bool, False))
     return tok
 
 
 def read_token_types(get, tokens):
     """-> {token type: {token: id}}"""
-    types = get("ggml.token_type", [NORMAL] * len(tokens), list)
+    types = get("ggml.token_type", list, [NORMAL] * len(tokens))
     if len(set(tokens)) < len(tokens):
         raise UserError("a token is there twice")
     if len(types) != len(tokens):
@@ -779,13 +769,13 @@ def read_token_types(get, tokens):
 
 
 def read_bytes_tokenizer(get, vocab, **options):
-    pre = get("ggml.pre", "", str)
+    pre = get("ggml.pre", str, "")
     split = SPLITS.get(pre)
     if split is None:
         raise UserError(
             f"pre-tokenizer {pre!r} is not supported; this program knows {', '.join(SPLITS)}"
         )
-    merges = get("ggml.merges", [], list)
+    merges = get("ggml.merges", list, [])
     for merge in merges:
         if not isinstance(merge, str) or merge.count(" ") != 1:
             raise UserError(f"merge {str(merge)[:40]!r} is not two tokens")
@@ -795,10 +785,10 @@ def read_bytes_tokenizer(get, vocab, **options):
 
 
 def read_pieces_tokenizer(get, vocab, **options):
-    scores = get("ggml.scores", [], list)
+    scores = get("ggml.scores", list, [])
     if len(scores) <= max(vocab.values(), default=0) or not all(map(math.isfinite, scores)):
         raise UserError(f"{len(scores):,} scores, too few for the tokens, or some are no numbers")
-    prefix = get("ggml.add_space_prefix", True, bool)
+    prefix = get("ggml.add_space_prefix", bool, True)
     merges = merges_by_score(vocab, scores)
     options["normalizer"] = space_steps(prefix)
     return Tokenizer("pieces", vocab, merges, strip_space=prefix, **options)
@@ -865,7 +855,9 @@ class HeaderReader:
     def value(self):
         (kind,) = self.take("I")
         if kind != LIST:
-            return self.items(kind, 1)[0]
+            value = self.items(kind, 1)[0]
+            # float32's 1e-05 reads as 9.99999974e-06
+            return float(f"{value:.7g}") if isinstance(value, float) else value
         kind, n = self.take("IQ")
         return self.items(kind, n)
 
@@ -1071,9 +1063,9 @@ def read_gguf(path):
         get = metadata_reader(meta, "tokenizer.")
         tok = read_vocabulary(get)
         state = by_our_names(tensors, config)
-        ends = [get(f"ggml.{key}", config.vocab_size, int) for key in END_KEYS]
+        ends = [get(f"ggml.{key}", int, config.vocab_size) for key in END_KEYS]
         sampling = metadata_reader(meta)
-        said = {name: sampling(key) for key, name in SAMPLING_NAMES.items()}
+        said = {name: sampling(key, SAMPLING_KEYS[name]) for key, name in SAMPLING_NAMES.items()}
     asked = {key for key in meta if key.startswith("general.sampling.")}
     warn_of_unknown(asked - SAMPLING_NAMES.keys(), path)
     config.generation = {name: value for name, value in said.items() if value is not None}
