@@ -55,7 +55,6 @@ import torch.nn.functional as F
 
 import chat
 import dpo
-import grpo
 import kernels
 import lora
 from engine.graphs import Graphs
@@ -65,6 +64,7 @@ from model import Config, Transformer
 from quant import NF4Linear, tiled
 from runtime import compile_or_say_why, peak_flops, resolve
 from tokenizer import Tokenizer
+from training.exam import read_questions
 from training.memory import print_estimate
 from training.optim import MuonAdamW
 
@@ -324,7 +324,6 @@ def bench_pretrain(
     ids = torch.randint(config.vocab_size, (rows, context + 1), device=runtime.device)
 
     flops = Transformer(config).flops_per_token(context)
-    rates = {}
     for way in ways:
         recompute = "recomputing" in way
         for program in ["ours"] + ["nanoGPT"] * (nanogpt != "" and not recompute):
@@ -339,7 +338,7 @@ def bench_pretrain(
             for n in dict.fromkeys((1, passes)):
                 step = training_step(model, optimizer, runtime, ids, n)
                 seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
-                rate = rates[program, way, n] = n * rows * context / seconds
+                rate = n * rows * context / seconds
                 yield dict(
                     name=f"{program}, {way}",
                     arch=arch,
@@ -348,7 +347,6 @@ def bench_pretrain(
                     tokens_per_s=rate,
                     mfu=rate * flops / peak if peak else None,
                     peak_mib=memory_held()[1] / 2**20,
-                    over_nanogpt=None if program == "ours" else rates["ours", way, n] / rate,
                 )
             if not recompute:
                 yield from time_by_operation(training_step(model, optimizer, runtime, ids))
@@ -444,28 +442,16 @@ def bench_grpo(model, data="toybox", questions=16, steps=6):
     with transformers' generation. The first step of each is not counted."""
     from peers.trl import policy_trainer_speed
 
-    with tempfile.TemporaryDirectory() as out:
-        args = grpo.Args(
-            model=model,
-            data=(data,),
-            out=f"{out}/run",
-            batch=questions,
-            max_tokens=40,
-            context=128,
-            steps=steps,
-            eval_every=steps,
-            device="cpu",
-            dtype="float32",
-        )
-        run = grpo.prepare_grpo(args, None)
-        grpo.train_policy(run)
-        rows = [row for row in Metrics.read(f"{out}/run/metrics.jsonl") if "reward" in row][1:]
-        share = fmean(row["generate_share"] for row in rows)
-        ours = fmean(row["tokens_per_s"] for row in rows)
-        yield dict(name="grpo.py", tokens_per_s=ours, generate_share=share)
-        asked = run.batches.split.questions[: questions * steps]
-        theirs = policy_trainer_speed(f"{out}/run", asked, questions, 8, steps)
-        yield dict(name="GRPOTrainer", tokens_per_s=theirs, grpo_is_faster=ours / theirs)
+    flags = f"--batch {questions} --steps {steps} --eval-every {steps} --max-tokens 40"
+    flags += " --context 128 --device cpu --dtype float32"
+    _, rows, _ = run_stage(f"grpo.py {model} --data {data} {flags}")
+    rows = [row for row in rows if "reward" in row][1:]
+    share = fmean(row["generate_share"] for row in rows)
+    ours = fmean(row["tokens_per_s"] for row in rows)
+    yield dict(name="grpo.py", tokens_per_s=ours, generate_share=share)
+    source = SimpleNamespace(data=[data], examples=questions * steps, ignore_keys="")
+    theirs = policy_trainer_speed(model, read_questions(source, "train"), questions, 8, steps)
+    yield dict(name="GRPOTrainer", tokens_per_s=theirs, grpo_is_faster=ours / theirs)
 
 
 # ------------------------------------------------------------------------------------------ kernels

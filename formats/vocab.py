@@ -50,14 +50,15 @@ MERGES_CLASSES = {
 }
 CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 ANY_CLASS = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
-# What tokenizer_config.json may hold: special tokens, what is applied besides, and what says
-# nothing about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes).
-# Any other key is named in a warning.
+# What tokenizer_config.json may hold: special tokens, what else is applied, and what says nothing
+# about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes). Any other
+# key is named in a warning.
 ROLE_KEYS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-APPLIED_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
-    tokenizer_class""".split()
-SILENT_WORDS = """auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
+KNOWN_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
+    tokenizer_class
+
+    auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
     legacy local_files_only max_length model_input_names model_max_length
     model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id
     padding padding_side processor_class return_token_type_ids sp_model_kwargs
@@ -65,7 +66,7 @@ SILENT_WORDS = """auto_map backend clean_up_tokenization_spaces device_map error
     tokenizer_file truncation truncation_side truncation_strategy trust_remote_code
     use_default_system_prompt""".split()
 TOKEN_KEYS = set("__type content id lstrip normalized rstrip single_word special".split())
-KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_WORDS, *SILENT_WORDS}
+KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *KNOWN_WORDS}
 
 
 # ---- What every reader needs.
@@ -162,30 +163,6 @@ def tokens_beside(config, added):
         text = token["content"] if isinstance(token, dict) else token
         tokens.setdefault(text, {"content": text, "id": None})["special"] = True
     return sorted(tokens.values(), key=lambda token: (token["id"] is None, token["id"] or 0))
-
-
-def join_added(listed, beside, vocab, merges):
-    """The added tokens of a tokenizer.json, then those that only the files beside it have.
-
-    Whether one is special, these say. One without an id has the vocabulary's or, as in
-    transformers, the next free one; if text becomes it anyway, it stays an ordinary token."""
-    check_ids(vocab.values())
-    joined = {token["content"]: token for token in listed}
-    known = [token["id"] for token in (*listed, *beside) if isinstance(token["id"], int)]
-    free = max([*vocab.values(), *known], default=-1) + 1
-    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
-    more = []
-    for token in beside:
-        text = token["content"]
-        ordinary = len(text) == 1 or text in made
-        if text in joined and token["id"] in (None, joined[text]["id"]):
-            joined[text]["special"] = token.get("special")
-        elif token["id"] is not None:
-            more.append(token)
-        elif not ordinary:
-            more.append(token | {"id": vocab.get(text, free)})
-            free += text not in vocab
-    return listed + more
 
 
 def add_ends(tokenizer, beside):
@@ -306,10 +283,10 @@ def from_json(content, beside=()):
         kind = "pieces"
     else:
         kind = "chars"
+    own = model["vocab"], model["merges"]
     listed = content.get("added_tokens") or []
-    listed = join_added(listed, beside, model["vocab"], model["merges"])
-    special, added = read_added(listed, normalizer + spaces)
-    vocab, merges = read_bpe(model["vocab"], model["merges"], special | added, byte_level)
+    special, added = read_added(listed, beside, *own, normalizer + spaces)
+    vocab, merges = read_bpe(*own, special | added, byte_level)
     unknown = model.get("unk_token")
     if kind == "pieces":  # bytes are used where there are any, one unknown token for a run else
         option = "byte_fallback" if "<0x00>" in vocab else "fuse_unk"
@@ -424,10 +401,12 @@ def read_post_processor(part, ids):
     return tuple(before), tuple(after)
 
 
-def read_added(tokens, normalizer=()):
-    """-> (special {text: id}, other added tokens {text: id}).
+def read_added(listed, beside, vocab, merges=(), normalizer=()):
+    """The added tokens of a file and those that the files beside it have
+    -> (special {text: id}, others {text: id}).
 
     How a special token would be matched does not matter, since it is never matched in text."""
+    tokens = join_added(listed, beside, vocab, merges)
     special = {}
     added = {}
     if len(tokens) > MOST_NAMED:
@@ -444,6 +423,30 @@ def read_added(tokens, normalizer=()):
             raise unsupported(f"added token {text!r}, which changes or takes in what is around it,")
         added[text] = token["id"]
     return special, added
+
+
+def join_added(listed, beside, vocab, merges):
+    """The added tokens of a tokenizer.json, then those that only the files beside it have.
+
+    Whether one is special, these say. One without an id has the vocabulary's or, as in
+    transformers, the next free one; if text becomes it anyway, it stays an ordinary token."""
+    check_ids(vocab.values())
+    joined = {token["content"]: token for token in listed}
+    known = [token["id"] for token in (*listed, *beside) if isinstance(token["id"], int)]
+    free = max([*vocab.values(), *known], default=-1) + 1
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
+    more = []
+    for token in beside:
+        text = token["content"]
+        ordinary = len(text) == 1 or text in made
+        if text in joined and token["id"] in (None, joined[text]["id"]):
+            joined[text]["special"] = token.get("special")
+        elif token["id"] is not None:
+            more.append(token)
+        elif not ordinary:
+            more.append(token | {"id": vocab.get(text, free)})
+            free += text not in vocab
+    return listed + more
 
 
 def tokenizer_file(tokenizer):
@@ -575,7 +578,7 @@ def from_merges(path, data, beside):
         if normalizer:  # Qwen2's would put one before each part of a text
             raise unsupported(f"add_prefix_space of {beside.kind}")
         normalizer = [("prepend", " ", "always")]
-    own, added = read_added(join_added([], beside.tokens, vocab, merges), normalizer)
+    own, added = read_added([], beside.tokens, vocab, merges, normalizer)
     special = {token: vocab[token] for token in vocab.keys() - made - added.keys()} | own
     vocab, merges = read_bpe(vocab, merges, special | added, byte_level=True)
     return Tokenizer(
@@ -605,7 +608,7 @@ def from_ranks(path, data, pattern, tokens):
     for line in data.splitlines():
         token, rank = line.split()
         ranked.append((base64.b64decode(token, validate=True), int(rank)))
-    added = read_added(join_added([], tokens, dict(ranked), ()))
+    added = read_added([], tokens, dict(ranked))
     return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added)
 
 
@@ -661,7 +664,7 @@ def from_sentencepiece(path, beside):
             pieces[piece] = i
         if sp.is_control(i) or sp.is_unknown(i):
             special[piece] = i
-    own, added = read_added(join_added([], beside.tokens, pieces, ()))
+    own, added = read_added([], beside.tokens, pieces)
     special |= own
     vocab = ordinary_tokens(pieces, special | added)
     prefix = sp.encode("a", out_type=str)[0].startswith("▁")

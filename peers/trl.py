@@ -30,13 +30,13 @@ TRAINERS = {
 UNSEEN = [{"prompt": "a", "chosen": "b", "rejected": "a b"}] * 4
 
 
-def make_trainer(kind, model, tok, out, rows=UNSEEN, parts=None, **settings):
+def make_trainer(kind, model, tok, rows=UNSEEN, parts=None, **settings):
     """TRL's trainer of one kind around a model folder, on the CPU.
 
     parts: what its constructor takes besides; settings: its Config's."""
     trainer, config = TRAINERS[kind]
     args = config(
-        output_dir=f"{out}/trl",
+        output_dir=f"{tempfile.gettempdir()}/trl",
         optim="adamw_torch",
         report_to="none",
         use_cpu=True,
@@ -71,7 +71,7 @@ def trainer_speed(kind, model, rows, **settings):
         tok = chat_tokenizer(folder)
         if kind == "SFT":
             tok.chat_template = CHATML_GENERATION
-        trainer = make_trainer(kind, folder, tok, folder, rows, **settings)
+        trainer = make_trainer(kind, folder, tok, rows, **settings)
         return trainer.train().metrics["train_samples_per_second"]
 
 
@@ -90,7 +90,6 @@ def policy_trainer_speed(folder, questions, batch, group, steps):
         "GRPO",
         folder,
         chat_tokenizer(folder),
-        folder,
         [{"prompt": q.messages, "family": q.family} for q in questions],
         {"reward_funcs": reward},
         per_device_train_batch_size=batch * group,

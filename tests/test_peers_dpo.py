@@ -65,7 +65,7 @@ def some_words():
     )
 
 
-def trainer_of(kind, models, tmp_path, **settings):
+def trainer_of(kind, models, **settings):
     """One of TRL's trainers around the policy, with the reference if it takes one."""
     from transformers import AutoModelForCausalLM
 
@@ -75,8 +75,7 @@ def trainer_of(kind, models, tmp_path, **settings):
     if kind == "DPO":
         parts["ref_model"] = AutoModelForCausalLM.from_pretrained(models / "ref")
     settings |= {"max_length": None, "per_device_train_batch_size": 4}
-    tok = some_words()
-    return make_trainer(kind, models / "policy", tok, tmp_path, parts=parts, **settings)
+    return make_trainer(kind, models / "policy", some_words(), parts=parts, **settings)
 
 
 def compare(trainer, inputs, mine, atol=1e-5):
@@ -108,9 +107,9 @@ def compare(trainer, inputs, mine, atol=1e-5):
     "types, ours_is",
     [(["sigmoid"], {}), (["ipo"], dict(loss="ipo")), (["sigmoid", "sft"], dict(sft_weight=0.7))],
 )
-def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models, tmp_path):
+def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, models):
     weights = dict(loss_weights=[1.0, 0.7]) if len(types) == 2 else {}
-    trainer = trainer_of("DPO", models, tmp_path, loss_type=types, beta=0.3, **weights)
+    trainer = trainer_of("DPO", models, loss_type=types, beta=0.3, **weights)
     pairs = some_pairs(
         4, (5, 7) if weights else None
     )  # TRL's SFT term is a mean over tokens, ours over pairs: equal lengths
@@ -121,10 +120,10 @@ def test_loss_rewards_and_gradients_equal_trls_dpo_trainer(types, ours_is, model
     assert "rewards/accuracies" in logged and logged == {k: metrics[k] for k in logged}
 
 
-def test_label_smoothing_equals_trls(models, tmp_path):
+def test_label_smoothing_equals_trls(models):
     """The installed DPOTrainer smooths the sigmoid loss only under the name aot, which on a batch
     of one sorts nothing."""
-    trainer = trainer_of("DPO", models, tmp_path, loss_type=["aot"], beta=0.3, label_smoothing=0.2)
+    trainer = trainer_of("DPO", models, loss_type=["aot"], beta=0.3, label_smoothing=0.2)
     pairs = some_pairs(1)
     inputs = trainer.data_collator(
         [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in pairs]
@@ -152,11 +151,10 @@ def concatenated(pairs):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
+def test_simpo_equals_trls_cpo_trainer(smoothing, models):
     trainer = trainer_of(
         "CPO",
         models,
-        tmp_path,
         loss_type="simpo",
         beta=2.0,
         simpo_gamma=0.7,
@@ -170,10 +168,10 @@ def test_simpo_equals_trls_cpo_trainer(smoothing, models, tmp_path):
         assert metrics[k] == logged[k]
 
 
-def test_orpo_equals_trls_orpo_trainer(models, tmp_path):
+def test_orpo_equals_trls_orpo_trainer(models):
     """Its SFT loss is a mean over all tokens, the prompt's too: prompts of one token and equal
     lengths make that ours."""
-    trainer = trainer_of("ORPO", models, tmp_path, beta=0.4)
+    trainer = trainer_of("ORPO", models, beta=0.4)
     pairs = some_pairs(4, (6, 9), prompt=1)
     logged, metrics = compare(
         trainer, concatenated(pairs), ours(models, pairs, Args(loss="orpo", beta=0.4))

@@ -91,14 +91,13 @@ def theirs(trainer, reference, groups):
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 @pytest.mark.parametrize("loss, high", [("grpo", 0.2), ("dr_grpo", 0.2), ("dapo", 0.28)])
-def test_loss_kl_clipping_and_gradients_equal_trls_grpo_trainer(loss, high, beta, models, tmp_path):  # noqa: F811
+def test_loss_kl_clipping_and_gradients_equal_trls_grpo_trainer(loss, high, beta, models):  # noqa: F811
     from peers.trl import make_trainer
 
     trainer = make_trainer(
         "GRPO",
         models / "policy",
         some_words(),
-        tmp_path,
         parts={"reward_funcs": lambda completions, **_: [0.0] * len(completions)},
         per_device_train_batch_size=GROUP,
         num_generations=GROUP,
