@@ -239,6 +239,31 @@ def read_json(path):
     return content
 
 
+MOST = {int: 1 << 31, float: 1e12}  # published rope_theta go up to 5e10
+
+
+def read_value(d, key, where, kind, default=None):
+    """d[key], or the default where that is missing or null. UserError where it is of another kind.
+
+    kind: a type; or of a number that must be there the most that it may be, from 1 of an int."""
+    value = d.get(key)
+    if value is None:
+        value = default
+    if value is None and not isinstance(kind, int | float):
+        return None
+    most = MOST.get(kind, kind)
+    if isinstance(most, int | float):
+        least = int(type(kind) is int)
+        fits = type(value) in (int, type(most)) and least <= value <= most
+        expected = f"{type(most).__name__} from {least} to {most:,.0f}"
+    else:
+        fits = isinstance(value, kind)
+        expected = getattr(kind, "__name__", "an id or a list of ids")
+    if fits:
+        return value
+    raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
+
+
 # What code that expects a right file raises over a wrong one.
 STUMBLES = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
 

@@ -26,11 +26,12 @@ from common import (
     model_name,
     naming,
     parse_flags,
+    read_value,
     warn,
     warn_of_unknown,
     write_atomic,
 )
-from formats.hub import SAMPLING_KEYS, TENSOR_NAME, read_value, two_columns
+from formats.hub import SAMPLING_KEYS, TENSOR_NAME, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -533,7 +534,7 @@ def slowed_down(head_dim, rope):
 
 
 def metadata_reader(meta, prefix=""):
-    """get(key, kind, default) of untrusted metadata, as hub.read_value."""
+    """get(key, kind, default) of untrusted metadata, as common.read_value."""
 
     def get(key, kind, default=None):
         return read_value(meta, prefix + key, "metadata", kind, default)
@@ -558,21 +559,17 @@ def read_config(meta, tensors):
             f"experts, or {heads} heads whose keys ({head_dim}), values and rotary part "
             "are not of one size, are not supported"
         )
-    theta = float(get("rope.freq_base", float, 10000.0))
     kind = get("rope.scaling.type", str, "none")
     factor = get("rope.scaling.factor", float, get("rope.scale_linear", float, 1))
-    if theta <= 0 or kind not in ("none", "linear") or factor != 1:
-        raise UserError(
-            f"rope scaling {kind!r} by {factor} of base {theta} is not supported; the base "
-            "must be above 0, the scaling Llama 3's"
-        )
+    if kind not in ("none", "linear") or factor != 1:
+        raise UserError(f"rope scaling {kind!r} by {factor} is not supported, only Llama 3's")
     shape = {field: get(key, float) for key, field in shape_keys(arch).items()}
     shape |= {
         "model_type": arch,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "head_dim": head_dim,
-        "rope": {"rope_type": "default", "rope_theta": theta},
+        "rope": {"rope_type": "default", "rope_theta": get("rope.freq_base", float, 10000.0)},
     }
     config = Config.from_dict(Config(**shape).to_dict(), arch)  # which checks it
     if arch != "gpt2":

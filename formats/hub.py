@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, naming, read_json, warn, warn_of_unknown, write_json
+from common import UserError, naming, read_json, read_value, warn, warn_of_unknown, write_json
 from model import Config, Transformer
 from runtime import DTYPES, write_tensors
 
@@ -62,8 +62,8 @@ GPT2_KEYS = two_columns("""
 """)
 # What else is read below, for one family or both.
 APPLIED_KEYS = {
-    "gpt": ["activation_function"],
-    "llama": """num_key_value_heads head_dim hidden_act attention_bias mlp_bias rope_parameters
+    "gpt": [],
+    "llama": """num_key_value_heads head_dim attention_bias mlp_bias rope_parameters
         rope_theta rope_scaling original_max_position_embeddings""".split(),
     "qwen": "sliding_window use_sliding_window layer_types max_window_layers".split(),
     "mistral": ["sliding_window"],
@@ -78,6 +78,7 @@ PLAIN_VALUES: dict = dict.fromkeys(
     rope_interleaved scale_attn_by_inverse_layer_idx use_mrope use_qk_norm""".split(),
     False,
 )
+PLAIN_VALUES |= {"activation_function": "gelu_new", "hidden_act": "silu"}
 PLAIN_VALUES |= dict.fromkeys(
     """embedding_multiplier logit_scale logits_scaling partial_rotary_factor residual_multiplier
     scale_attn_weights""".split(),
@@ -114,7 +115,7 @@ def config_from_dict(d, where="config.json"):
     for key, plain in PLAIN_VALUES.items():
         value = d.get(key)
         if value not in (None, plain, [], {}):
-            raise UserError(f"{where}: {key} {str(value)[:80]} is not supported")
+            raise UserError(f"{where}: {key} {value!r:.80} is not supported, only {plain}")
     keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS
     known = {*PLAIN_VALUES, *SILENT_KEYS, *APPLIED_KEYS[kind.rstrip("23")]}
     known.update(keys.get(field, field) for field in CONFIG_FIELDS)
@@ -143,9 +144,6 @@ def read_ends(ids, config, where):
 
 def gpt2_config(d, where):
     """GPT-2 has its own words, a bias everywhere, and neither RoPE nor grouped heads."""
-    activation = d.get("activation_function") or "gelu_new"
-    if activation != "gelu_new":
-        raise UserError(f"{where}: activation {activation!r} is not supported, only gelu_new")
     C = read_value(d, "n_embd", where, 1 << 24)
     defaults = {"intermediate_size": 4 * C, "norm_eps": 1e-5, "tie_word_embeddings": True}
     fields = read_fields(d, GPT2_KEYS, defaults, where)
@@ -158,9 +156,6 @@ def gpt2_config(d, where):
 
 def llama_config(d, where):
     """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3."""
-    activation = d.get("hidden_act") or "silu"
-    if activation not in ("silu", "swish"):  # one function
-        raise UserError(f"{where}: hidden_act {activation!r} is not supported, only silu")
     kind = d["model_type"]
     defaults = {"norm_eps": 1e-6, "tie_word_embeddings": False}
     fields = read_fields(d, LLAMA_KEYS, defaults, where)
@@ -193,31 +188,6 @@ def read_fields(d, keys, defaults, where):
     for field, kind in CONFIG_FIELDS.items():
         fields[field] = read_value(d, keys.get(field, field), where, kind, defaults.get(field))
     return fields
-
-
-def read_value(d, key, where, kind, default=None):
-    """d[key], or the default where that is missing or null. UserError where it is of another kind.
-
-    kind: a type or, of a whole number from 1, the most that it may be."""
-    value = d.get(key)
-    if value is None:
-        value = default
-    if isinstance(kind, int):
-        if type(value) is int and 1 <= value <= kind:  # True is no int here
-            return value
-        expected = f"an integer from 1 to {kind:,}"
-    elif value is None:
-        return None
-    elif kind in (int, float):
-        most = 1 << 31 if kind is int else 1e12  # published rope_theta go up to 5e10
-        if type(value) in (int, kind) and 0 <= value < most:
-            return value
-        expected = f"{'int' if kind is int else 'a number'} from 0 to {most:,.0f}"
-    elif isinstance(value, kind):
-        return value
-    else:
-        expected = getattr(kind, "__name__", "an id or a list of ids")
-    raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
 
 
 def rope_from_dict(d, where):

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, warn_of_unknown
+from common import UserError, read_value, warn_of_unknown
 from kernels import NF4
 from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
 
@@ -212,19 +212,14 @@ def check_config(config, where):
             return own
     elif method != "gptq":
         version = own.get("format") or own.get("fmt") or own.get("version") or own.get("bits")
-    bits = config.get("bits")
-    group = config["group_size"]
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
             f"{where}: weights quantized as {method!r} ({version}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
-    whole = type(bits) is type(group) is int  # True and 4.0 are neither
-    if not whole or not 2 <= bits <= 8 or (group < 1 and group != -1):
-        raise UserError(
-            f"{where}: bits {bits!r} and group_size {group!r}: "
-            "expected 2 to 8 and a positive number or -1"
-        )
+    read_value(config, "bits", where, 8)
+    if config["group_size"] != -1:  # which is a whole row
+        read_value(config, "group_size", where, 1 << 24)
     return config
 
 

@@ -30,12 +30,7 @@ PLAIN: dict = {
     "use_dora": [True, False, None],
     **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
 }
-# The types of the numbers in SETTINGS, and the most that they may be.
-RANGES = {
-    "r": ((int,), 1 << 16),
-    "lora_alpha": ((int, float), 1e6),
-    "lora_dropout": ((int, float), 1),
-}
+MOST_OF = {"r": 1 << 16, "lora_alpha": 1e6, "lora_dropout": 1.0}
 ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)"
 )
@@ -117,11 +112,9 @@ def read_adapter_config(folder):
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
     config = common.read_json(path)
     wrong = [key for key, plain in PLAIN.items() if config.get(key) not in plain]
-    for key, (kinds, most) in RANGES.items():
-        value = config.get(key)
-        if type(value) not in kinds or not 0 <= value <= most:
-            wrong.append(key)
     refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
+    for key, most in MOST_OF.items():
+        common.read_value(config, key, path, most)
     return config
 
 

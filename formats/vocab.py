@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from common import UserError, naming, read_json, read_limited, warn, warn_of_unknown
+from common import UserError, naming, read_json, read_limited, read_value, warn, warn_of_unknown
 from tokenizer import (
     BYTES,
     LARGEST_ID,
@@ -82,10 +82,7 @@ class Beside:
 
     def flag(self, key):
         """A key's true or false; None where nothing is said."""
-        value = self.config.get(key)
-        if not isinstance(value, bool | None):
-            raise UserError(f"tokenizer_config.json: {key} is {value!r}, expected true or false")
-        return value
+        return read_value(self.config, key, "tokenizer_config.json", bool)
 
 
 def find_tokenizer(folder):

@@ -350,7 +350,7 @@ LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embedd
     [
         (GPT2 | {"n_positions": 64, "n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
         (GPT2 | {"activation_function": "relu"}, "gelu_new"),
-        (GPT2, "n_positions is None, expected an integer from 1 to 16,777,216"),
+        (GPT2, "n_positions is None, expected int from 1 to 16,777,216"),
         (LLAMA | {"head_dim": 9}, "head_dim 9 is odd"),
         (LLAMA | {"num_key_value_heads": True}, "num_key_value_heads is True"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without its factor"),

@@ -270,7 +270,7 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
         (["--steps", -1], "--steps"),
         (
             ["--layers", 999999999],
-            "num_hidden_layers is 999999999, expected an integer from 1 to 1,024",
+            "num_hidden_layers is 999999999, expected int from 1 to 1,024",
         ),
         (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
         (["--lr", "nan"], "--lr nan must not be negative"),

@@ -707,7 +707,7 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
         ("llama.embedding_length", "wide", "wide"),
         ("llama.attention.head_count", 0, "heads"),
         ("llama.attention.key_length", 1 << 30, "one size"),
-        ("llama.feed_forward_length", 1 << 30, "expected an integer"),
+        ("llama.feed_forward_length", 1 << 30, "expected int"),
         ("llama.rope.freq_base", 0, "above 0"),
         ("llama.rope.scaling.factor", float("inf"), "inf"),
         ("general.architecture", ["llama"], "llama"),

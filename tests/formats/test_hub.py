@@ -37,10 +37,10 @@ def read(content):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (LLAMA | {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected a number"),
+        (LLAMA | {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected float"),
         (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         (LLAMA | {"rms_norm_eps": True}, "rms_norm_eps is True"),
-        (LLAMA | {"hidden_size": 32.0}, "hidden_size is 32.0, expected an integer"),
+        (LLAMA | {"hidden_size": 32.0}, "hidden_size is 32.0, expected int"),
         (LLAMA | {"hidden_size": "32"}, "hidden_size is '32'"),
         (LLAMA | {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
         (LLAMA | {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected bool"),
@@ -165,7 +165,7 @@ def test_what_generation_config_asks_for_in_vain_is_named(folder, capsys):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"temperature": "0.7"}, "temperature is '0.7', expected a number"),
+        ({"temperature": "0.7"}, "temperature is '0.7', expected float"),
         ({"top_k": 2.5}, "top_k is 2.5, expected int"),
         ({"top_k": 1 << 40}, "top_k is 1099511627776, expected int"),
         ({"top_k": -1}, "top_k is -1, expected int"),

@@ -121,9 +121,9 @@ def test_the_version_may_be_named_format_alone(tmp_path):
     [
         ({"bits": 3}, "of another shape"),
         ({"group_size": 64}, "of another shape"),
-        ({"bits": 99}, "bits 99"),
-        ({"bits": 4.0}, "bits 4.0"),
-        ({"group_size": True}, "group_size True"),
+        ({"bits": 99}, "bits is 99"),
+        ({"bits": 4.0}, "bits is 4.0"),
+        ({"group_size": True}, "group_size is True"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes' .FP4"),
