@@ -42,13 +42,6 @@ LONGEST_TEMPLATE = 1 << 18  # characters; the longest in use have 20,000
 MOST_STEPS = 64  # of a component; those in use have at most ten
 MOST_GROWTH = 16  # times the characters, by all replacements together; in use it is 1
 DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
-# transformers' classes whose vocab.json and merges.txt are read: what they do to a text before it
-# is merged, and the tokens that they have where no file names others.
-MERGES_CLASSES = {
-    "GPT2Tokenizer": ("gpt2", [], ("bos_token", "eos_token", "unk_token")),
-    "Qwen2Tokenizer": ("qwen2", [("unicode", "NFC")], ("eos_token", "unk_token", "pad_token")),
-}
-CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 ANY_CLASS = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 # What tokenizer_config.json may hold: special tokens, what else is applied, and what says nothing
 # about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes). Any other
@@ -78,7 +71,7 @@ class Beside:
 
     config: dict  # tokenizer_config.json, over special_tokens_map.json
     tokens: list  # added tokens as a tokenizer.json lists them; "id" is None where no file says it
-    kind: str  # transformers' class
+    kind: str | None  # transformers' class or, where that can be any, the model's
 
     def flag(self, key):
         """A key's true or false; None where nothing is said."""
@@ -125,18 +118,15 @@ def read_beside(folder):
         path = folder / f"{name}.json"
         files[name] = read_json(path) if path.is_file() else {}
     own = files["tokenizer_config"]
-    said = own.get("tokenizer_class") or ""
-    kind = said.removesuffix("Fast")
-    if not said or said in ANY_CLASS:
-        kind = CLASS_OF_MODEL.get(files["config"].get("model_type"), "")
+    kind = own.get("tokenizer_class") or ANY_CLASS[0]
+    if kind in ANY_CLASS:
+        kind = files["config"].get("model_type")
     config = files["special_tokens_map"] | own
     unknown = config.keys() - KNOWN_KEYS
     for token in (*(config.get("added_tokens_decoder") or {}).values(), *config.values()):
         if isinstance(token, dict) and "content" in token:
             unknown |= token.keys() - TOKEN_KEYS
     warn_of_unknown(unknown, folder / "tokenizer_config.json")
-    if kind in MERGES_CLASSES and said not in ANY_CLASS:
-        config = dict.fromkeys(MERGES_CLASSES[kind][2], "<|endoftext|>") | config
     jinja = folder / "chat_template.jinja"  # where newer folders keep it
     if jinja.is_file():
         config["chat_template"] = read_limited(jinja).decode("utf-8", "replace")
@@ -560,9 +550,8 @@ def replace_json(old, new):
 
 def from_merges(path, data, beside):
     """merges.txt with vocab.json, or vocab.bpe with encoder.json, the same under older names."""
-    if beside.kind not in ("", *MERGES_CLASSES):
+    if beside.kind not in (None, "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast"):
         raise unsupported(f"tokenizer_class {beside.kind!r} without a tokenizer.json")
-    pattern, normalizer, _ = MERGES_CLASSES[beside.kind or "GPT2Tokenizer"]
     lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     made = {*CHAR_TO_BYTE, *(merge.replace(" ", "") for merge in merges)}
@@ -571,22 +560,12 @@ def from_merges(path, data, beside):
         raise UserError(f"there is no {vocab_file.name} beside it, with the ids")
     with naming(vocab_file):
         vocab = read_json(vocab_file)
-    if beside.flag("add_prefix_space"):
-        if normalizer:  # Qwen2's would put one before each part of a text
-            raise unsupported(f"add_prefix_space of {beside.kind}")
-        normalizer = [("prepend", " ", "always")]
+    normalizer = [("prepend", " ", "always")] if beside.flag("add_prefix_space") else []
     own, added = read_added([], beside.tokens, vocab, merges, normalizer)
     special = {token: vocab[token] for token in vocab.keys() - made - added.keys()} | own
     vocab, merges = read_bpe(vocab, merges, special | added, byte_level=True)
     return Tokenizer(
-        "bytes",
-        vocab,
-        merges,
-        [PATTERNS[pattern]],
-        special,
-        added,
-        normalizer=normalizer,
-        before=(),
+        "bytes", vocab, merges, [PATTERNS["gpt2"]], special, added, normalizer=normalizer, before=()
     )
 
 

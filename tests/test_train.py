@@ -268,10 +268,7 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
         (["--preset", "900b"], "unknown preset '900b'"),
         (["--batch", 6, "--micro-batch", 4], "--micro-batch 4 does not divide the 6 rows"),
         (["--steps", -1], "--steps"),
-        (
-            ["--layers", 999999999],
-            "num_hidden_layers is 999999999, expected int from 1 to 1,024",
-        ),
+        (["--layers", 999999999], "num_hidden_layers is 999999999, expected int from 1 to 1,024"),
         (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
         (["--lr", "nan"], "--lr nan must not be negative"),
         (["--grad-clip", -1], "--grad-clip -1.0"),

@@ -28,7 +28,7 @@ def write(folder, **files):
 
 def merges_folder(folder, change=lambda merges: merges, **files):
     """vocab.json and merges.txt of a byte-level BPE without special tokens, and files beside."""
-    tok = Tokenizer.train(TEXTS, 280, "qwen2", special_tokens=[])
+    tok = Tokenizer.train(TEXTS, 280, "gpt2", special_tokens=[])
     model = to_json(tok)["model"]
     write(folder, vocab=model["vocab"], **files)
     text = change("".join(merge + "\n" for merge in model["merges"]))
@@ -51,11 +51,10 @@ def ids_of(tok, text="(foo).append(item) I'LL 123 Cafe\u0301"):
     ],
     ids=["plain", "version", "crlf", "both", "last merge twice"],
 )
-def test_merges_of_qwen2_are_read_however_they_are_written(tmp_path, change):
-    plain = merges_folder(tmp_path, change, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
+def test_merges_are_read_however_they_are_written(tmp_path, change):
+    plain = merges_folder(tmp_path, change)
     tok = Tokenizer.load(tmp_path)
-    assert ids_of(tok) == plain.encode("(foo).append(item) I'LL 123 Caf\xe9")  # NFC
-    assert tok.special == {"<|endoftext|>": plain.vocab_size}  # the class's own
+    assert ids_of(tok) == ids_of(plain)
     assert Tokenizer.load(tmp_path / "vocab.json").sha256 == tok.sha256
 
 
@@ -66,19 +65,23 @@ def test_of_a_merge_that_is_listed_twice_the_last_place_counts(tmp_path):
     assert ids_of(last) == ids_of(Tokenizer.load(tmp_path))
 
 
-def test_the_class_or_else_the_model_says_how_text_is_split(tmp_path):
-    qwen = {"tokenizer_class": "Qwen2TokenizerFast"}
-    plain = merges_folder(tmp_path / "a", tokenizer_config=qwen)
-    anyone = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    merges_folder(tmp_path / "b", tokenizer_config=anyone, config={"model_type": "qwen3"})
-    merges_folder(tmp_path / "c", tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
-    for name in "ab":
-        assert ids_of(Tokenizer.load(tmp_path / name), "I'LL") == plain.encode("I'LL")
-    gpt2 = Tokenizer.load(tmp_path / "c")
-    assert ids_of(gpt2, "I'LL") != plain.encode("I'LL") and gpt2.bos_id == gpt2.eos_id == 280
-    merges_folder(tmp_path / "d", tokenizer_config={"tokenizer_class": "RobertaTokenizer"})
-    with pytest.raises(UserError, match="tokenizer_class 'RobertaTokenizer'"):
-        Tokenizer.load(tmp_path / "d")
+@pytest.mark.parametrize(
+    "tokenizer_class, model, fault",
+    [
+        ("GPT2TokenizerFast", "llama", None),
+        ("PreTrainedTokenizerFast", "gpt2", None),
+        (None, "qwen2", "'qwen2'"),
+        ("Qwen2Tokenizer", "gpt2", "'Qwen2Tokenizer'"),
+    ],
+)
+def test_merges_that_may_not_be_gpt2s_are_refused(tokenizer_class, model, fault, tmp_path):
+    said = {"tokenizer_class": tokenizer_class}
+    plain = merges_folder(tmp_path, tokenizer_config=said, config={"model_type": model})
+    if fault:
+        with pytest.raises(UserError, match=f"{fault} without a tokenizer.json"):
+            Tokenizer.load(tmp_path)
+    else:
+        assert ids_of(Tokenizer.load(tmp_path), "I'LL") == ids_of(plain, "I'LL")
 
 
 LISTED = {str(i): {"content": text, "special": True} for text, i in IM.items()}
@@ -142,10 +145,8 @@ def test_an_ordinary_token_that_is_named_stays_an_ordinary_one(tmp_path):
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "y"}}}}, "is not a"),
         ({"tokenizer_config": ["x"]}, "not a JSON object"),
         ({"tokenizer_config": {"additional_special_tokens": "<x>"}}, "'<x>', expected a list"),
-        ({"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}},
-         "add_prefix_space of Qwen2Tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_beside_a_vocabulary_is_one_line(tmp_path, files, message):
     merges_folder(tmp_path, **files)
     with pytest.raises(UserError, match=message) as error:
