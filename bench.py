@@ -149,8 +149,7 @@ def memory_held(reset=False):
     if reset:  # the high-water mark falls to what is held now
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    now, most = (re.search(rf"{name}:\s*(\d+)", status) for name in ("VmRSS", "VmHWM"))
-    return int(now[1]) * 1024, int(most[1]) * 1024
+    return tuple(1024 * int(re.search(rf"{n}:\s*(\d+)", status)[1]) for n in ("VmRSS", "VmHWM"))
 
 
 def read_bandwidth(device):

@@ -201,8 +201,8 @@ def rope_from_dict(d, where):
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         known = ", ".join(ROPE_TYPES)
         raise UserError(f"{where}: rope scaling {rope} is not supported, only {known}")
-    if kind != "default" and rope.get("factor") is None:
-        raise UserError(f"{where}: rope scaling {kind!r} without its factor")
+    if kind != "default":
+        read_value(rope, "factor", where, 1e12)
     if kind in ("llama3", "yarn"):  # they need the length before it was stretched
         key = "original_max_position_embeddings"
         rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
@@ -292,13 +292,18 @@ def is_conv1d(number, leaf, tensor):
     return number and leaf == "weight" and tensor.ndim == 2
 
 
+def folder_module(name):
+    """Our name of a layer or a tensor -> the folder's, but GPT-2's."""
+    return name if name.startswith("lm_head") else "model." + name
+
+
 def to_folder_names(state, config):
     """Our state dict -> {name in the folder: tensor}; a tied head is left to the reader to tie."""
     out = {}
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        theirs = name if name.startswith("lm_head.") else "model." + name
+        theirs = folder_module(name)
         if config.is_gpt2 and theirs != name:
             number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
             layer = f"h.{number}." if number else ""

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, read_value, warn_of_unknown
+from formats.hub import folder_module
 from kernels import NF4
 from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
 
@@ -199,24 +200,19 @@ def check_config(config, where):
     UserError names what is not supported.
     """
     own = config if isinstance(config, dict) else {}
-    method = own.get("quant_method")
-    version = own.get("checkpoint_format") or own.get("format") or "gptq"
-    config = {"group_size": 128} | own | {"checkpoint_format": version}
     known = [key for key in own if key.startswith(("bnb_4bit_", "llm_int8_"))]
     warn_of_unknown(own.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
-    if method == "bitsandbytes":
-        version = str(config.get("bnb_4bit_quant_type", "fp4")).upper()  # its default
-        if not config.get("load_in_4bit", True):
-            version = "LLM.int8()"
-        if version == "NF4":
-            return own
-    elif method != "gptq":
-        version = own.get("format") or own.get("fmt") or own.get("version") or own.get("bits")
+    method = own.get("quant_method")
+    nf4 = own.get("load_in_4bit", True) and own.get("bnb_4bit_quant_type") == "nf4"
+    if method == "bitsandbytes" and nf4:
+        return own
+    version = own.get("checkpoint_format") or own.get("format") or "gptq"
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
-            f"{where}: weights quantized as {method!r} ({version}) are not supported; "
+            f"{where}: weights quantized as {method!r} ({str(own)[:200]}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
+    config = {"group_size": 128} | own | {"checkpoint_format": version}
     read_value(config, "bits", where, 8)
     if config["group_size"] != -1:  # which is a whole row
         read_value(config, "group_size", where, 1 << 24)
@@ -236,7 +232,7 @@ def expect_packed(model, config, files):
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
-        there = name if name == "lm_head" else f"model.{name}"
+        there = folder_module(name)
         # GPT-2's folders have names of their own, and all of its layers are packed
         all_packed = gptq and model.config.is_gpt2 and name != "lm_head"
         if not all_packed and f"{there}.{mark}" not in files:

@@ -11,7 +11,7 @@ import torch
 
 import common
 from common import UserError
-from formats.hub import open_weights, to_folder_names
+from formats.hub import folder_module, open_weights, to_folder_names
 from runtime import read_tensors, write_tensors
 
 # What an adapter is besides its tensors.
@@ -67,11 +67,6 @@ def linear_layers(model):
         for name, layer in model.named_modules()
         if name.endswith("_proj") or name == "lm_head"
     }
-
-
-def folder_module(name):
-    """Our name of a linear layer -> the folder's."""
-    return name if name == "lm_head" else "model." + name
 
 
 def base_sha256(model):

@@ -353,7 +353,7 @@ LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embedd
         (GPT2, "n_positions is None, expected int from 1 to 16,777,216"),
         (LLAMA | {"head_dim": 9}, "head_dim 9 is odd"),
         (LLAMA | {"num_key_value_heads": True}, "num_key_value_heads is True"),
-        (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without its factor"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "factor is None"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "is not supported"),
         (LLAMA | {"rope_parameters": 5}, "rope_parameters is 5, expected dict"),
         (LLAMA | {"rope_theta": float("nan")}, "rope_theta is nan"),
