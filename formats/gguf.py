@@ -12,7 +12,6 @@ import math
 import mmap
 import re
 import struct
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -996,9 +995,8 @@ def write_container(path, meta, plan):
 def write(folder, path, mix):
     """Model folder -> GGUF file, in a mix of MIXES ("f16", "q4_k_m", ...), one tensor at a time.
 
-    -> Counter {type: bytes}. UserError: what is wrong with the folder, or what llama.cpp cannot
-    run. On stderr a warning for each tensor whose rows do not fit the mix's type, and where ids
-    would differ."""
+    UserError: what is wrong with the folder, or what llama.cpp cannot run. On stderr a warning for
+    each tensor whose rows do not fit the mix's type, and where ids would differ."""
     if mix not in MIXES:
         raise UserError(f"unknown type {mix!r}: choose one of {', '.join(MIXES)}")
     folder = Path(folder)
@@ -1023,10 +1021,6 @@ def write(folder, path, mix):
         freqs = slowed_down(config.head_dim, config.rope)
         plan.append(PlannedTensor("rope_freqs.weight", "F32", freqs.shape, freqs.numpy))
     write_container(path, meta, plan)
-    sizes = Counter()
-    for tensor in plan:
-        sizes[tensor.type] += tensor.size
-    return sizes
 
 
 def plan_tensor(name, parts, mix, config):
@@ -1148,8 +1142,8 @@ def gguf_path(out):
 def export(folder, out, mix):
     """Model folder -> OUT or OUT.gguf; what was written is said, read back and verified."""
     out = gguf_path(out)
-    sizes = write(folder, out, mix)
-    print(f"{out}: " + ", ".join(f"{size:,} bytes of {kind}" for kind, size in sizes.most_common()))
+    write(folder, out, mix)
+    print(f"{out}: {out.stat().st_size:,} bytes")
     source = Transformer.from_pretrained(folder), Tokenizer.load(folder)
     verify(out, mix, source, load(out, keep_packed=True))
 

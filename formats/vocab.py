@@ -98,13 +98,14 @@ def read_tokenizer(path, pattern):
         raise UserError(f"there is no tokenizer at {path}")
     if not path.stat().st_size:
         raise UserError(f"{path} is empty: copy it again")
-    with naming(path.with_name("tokenizer_config.json")):
+    config = path.with_name("tokenizer_config.json")
+    with naming(config):
         beside = read_beside(path.parent)
     with naming(path):
         tokenizer = read_vocabulary_file(path, pattern, beside)
         tokenizer.config |= beside.config
         add_ends(tokenizer, beside)
-    with naming(path.with_name("tokenizer_config.json")):
+    with naming(config):
         template = tokenizer.chat_template
         if not isinstance(template, str | None) or len(template or "") > LONGEST_TEMPLATE:
             raise UserError(f"its chat_template is no text of at most {LONGEST_TEMPLATE:,} letters")

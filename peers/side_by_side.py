@@ -92,8 +92,8 @@ def timings(nanogpt="", gptfast=""):
 
 # ----------------------------------------------------------------------------------------- running
 def last_words(path):
-    lines = Path(path).read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no word")[:160]
+    said = Path(path).read_text(errors="replace").strip() or "no word"
+    return said.splitlines()[-1][:160]
 
 
 def compile_all(todo, free_gib, deadline, folder):
@@ -137,7 +137,6 @@ def measure(todo, free_gib, minutes):
     """-> (the figures of all programs, {work: {program: figure}}; (program, command, why) of those
     that failed)."""
     begin = time.monotonic()
-    deadline = begin + 60 * minutes
     table = {}
     failed = [(timing.program, timing.command, timing.fault()) for timing in todo if timing.fault()]
     able = [timing for timing in todo if not timing.fault()]
@@ -150,7 +149,7 @@ def measure(todo, free_gib, minutes):
         compile_all(able, free_gib, begin + 60 * minutes * 0.35, folder)
         for timing in able:
             say(f"{timing.program}: {timing.command}")
-            seconds = min(timing.seconds, deadline - time.monotonic())
+            seconds = min(timing.seconds, begin + 60 * minutes - time.monotonic())
             try:
                 if seconds < 5:
                     raise RuntimeError(f"no time is left of {minutes} minutes")

@@ -26,6 +26,17 @@ TRAINERS = {
     "ORPO": (orpo.ORPOTrainer, orpo.ORPOConfig),
     "GRPO": (GRPOTrainer, GRPOConfig),
 }
+QUIETLY = dict(
+    output_dir=f"{tempfile.gettempdir()}/trl",
+    optim="adamw_torch",
+    report_to="none",
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    save_strategy="no",
+    logging_steps=10**6,
+    disable_tqdm=True,
+)
 # For a trainer whose records only its constructor sees: compute_loss gets batches of ours.
 UNSEEN = [{"prompt": "a", "chosen": "b", "rejected": "a b"}] * 4
 
@@ -35,21 +46,9 @@ def make_trainer(kind, model, tok, rows=UNSEEN, parts=None, **settings):
 
     parts: what its constructor takes besides; settings: its Config's."""
     trainer, config = TRAINERS[kind]
-    args = config(
-        output_dir=f"{tempfile.gettempdir()}/trl",
-        optim="adamw_torch",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=10**6,
-        disable_tqdm=True,
-        **settings,
-    )
     return trainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=args,
+        args=config(**QUIETLY | settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=tok,
         **parts or {},

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from test_finetune import WORDS, base, encoded, question_and_answer, run, tok, write  # noqa: F401
 
 import chat
@@ -64,42 +63,31 @@ def test_masks_on_real_tokenizers_that_got_chat_tokens_are_transformers_own(
         assert theirs.decode([i for i, m in zip(ids, mask) if m]).endswith("<|im_end|>")
 
 
-def their_config(folder):
-    from trl import SFTConfig
-
-    return SFTConfig(
-        output_dir=str(folder),
-        max_steps=20,
-        per_device_train_batch_size=4,
-        learning_rate=0.003,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-10,
-        weight_decay=0.05,
-        max_grad_norm=0.0,
-        optim="adamw_torch",
-        assistant_only_loss=True,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        max_length=None,
-    )
+THEIR_SETTINGS = dict(
+    max_steps=20,
+    per_device_train_batch_size=4,
+    learning_rate=0.003,
+    lr_scheduler_type="cosine",
+    warmup_steps=0,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    adam_epsilon=1e-10,
+    weight_decay=0.05,
+    max_grad_norm=0.0,
+    assistant_only_loss=True,
+    train_sampling_strategy="sequential",
+    logging_steps=1,
+    max_length=None,
+)
 
 
 def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
     """20 steps of SFTTrainer on the same weights, conversations and order.
 
     One conversation fills more than half a row, so that neither packs."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTTrainer
+    from transformers import AutoTokenizer
+
+    from peers.trl import make_trainer
 
     rng, talks = random.Random(5), []
     while len(talks) < 80:
@@ -119,12 +107,8 @@ def test_the_loss_curve_is_trls(base, tok, tmp_path):  # noqa: F811
 
     theirs = AutoTokenizer.from_pretrained(base)
     theirs.chat_template, theirs.pad_token = TEMPLATE, "<PAD>"
-    trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        their_config(tmp_path / "theirs"),
-        train_dataset=Dataset.from_list([{"messages": talks[i]} for i in order]),
-        processing_class=theirs,
-    )
+    rows = [{"messages": talks[i]} for i in order]
+    trainer = make_trainer("SFT", base, theirs, rows, **THEIR_SETTINGS)
     trainer.train()
     curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(ours) == len(curve) == 20 and ours[0] - ours[-1] > 1
