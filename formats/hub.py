@@ -120,8 +120,15 @@ def config_from_dict(d, where="config.json"):
     known = {*PLAIN_VALUES, *SILENT_KEYS, *APPLIED_KEYS[kind.rstrip("23")]}
     known.update(keys.get(field, field) for field in CONFIG_FIELDS)
     warn_of_unknown((key for key in d.keys() - known if d[key] is not None), where)
+    defaults: dict = {"norm_eps": 1e-6, "tie_word_embeddings": False}
+    if kind == "gpt2":
+        width = read_value(d, "n_embd", where, 1 << 24)
+        defaults = {"norm_eps": 1e-5, "tie_word_embeddings": True, "intermediate_size": 4 * width}
+    fields = {}
+    for field, bound in CONFIG_FIELDS.items():
+        fields[field] = read_value(d, keys.get(field, field), where, bound, defaults.get(field))
     with naming(where):
-        config = gpt2_config(d, where) if kind == "gpt2" else llama_config(d, where)
+        config = gpt2_config(fields, where) if kind == "gpt2" else llama_config(fields, d, where)
     config.eos_token_id = read_ends(config.eos_token_id, config, where)
     return config
 
@@ -142,11 +149,9 @@ def read_ends(ids, config, where):
     return known if isinstance(ids, list) else next(iter(known), None)
 
 
-def gpt2_config(d, where):
-    """GPT-2 has its own words, a bias everywhere, and neither RoPE nor grouped heads."""
-    C = read_value(d, "n_embd", where, 1 << 24)
-    defaults = {"intermediate_size": 4 * C, "norm_eps": 1e-5, "tie_word_embeddings": True}
-    fields = read_fields(d, GPT2_KEYS, defaults, where)
+def gpt2_config(fields, where):
+    """GPT-2 has a bias everywhere, and neither RoPE nor grouped heads."""
+    C = fields["hidden_size"]
     H = fields["num_attention_heads"]
     if C % H:
         raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
@@ -154,11 +159,9 @@ def gpt2_config(d, where):
     return Config(**fields, num_key_value_heads=H, head_dim=C // H, rope={})
 
 
-def llama_config(d, where):
+def llama_config(fields, d, where):
     """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3."""
-    kind = d["model_type"]
-    defaults = {"norm_eps": 1e-6, "tie_word_embeddings": False}
-    fields = read_fields(d, LLAMA_KEYS, defaults, where)
+    kind = fields["model_type"]
     H = fields["num_attention_heads"]
     K = read_value(d, "num_key_value_heads", where, 4096, H)
     D = 128 if kind == "qwen3" else fields["hidden_size"] // H
@@ -180,14 +183,6 @@ def llama_config(d, where):
         out_bias=bias and kind != "qwen2",
         mlp_bias=read_value(d, "mlp_bias", where, bool, False),
     )
-
-
-def read_fields(d, keys, defaults, where):
-    """-> {field of CONFIG_FIELDS: its value in the file, or the default}"""
-    fields = {}
-    for field, kind in CONFIG_FIELDS.items():
-        fields[field] = read_value(d, keys.get(field, field), where, kind, defaults.get(field))
-    return fields
 
 
 def rope_from_dict(d, where):
