@@ -30,7 +30,7 @@ from common import (
     warn_of_unknown,
     write_atomic,
 )
-from formats.hub import SAMPLING_KEYS, TENSOR_NAME, two_columns
+from formats.hub import SAMPLING_KEYS, TENSOR_NAME, compare_shapes, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -911,7 +911,8 @@ def open_gguf(path):
     tensors = {}
     for offset, name, shape, number in sorted(infos):
         kind = BLOCK_TYPES.get(TYPE_NAMES.get(number))
-        if kind is None or name in tensors or not math.prod(shape) or shape[-1] % kind.block:
+        whole = kind and shape[-1] % kind.block == 0 and (kind.dtype or len(shape) > 1)
+        if not whole or name in tensors or not math.prod(shape):
             refuse(
                 f"tensor {name[:80]!r} of {shape} is twice there, empty, no whole blocks, or of "
                 f"unknown type {TYPE_NAMES.get(number, number)}"
@@ -925,8 +926,7 @@ def open_gguf(path):
             )
         end = begin + nbytes
         flat = torch.frombuffer(data, dtype=torch.uint8, offset=begin, count=nbytes)
-        rows = shape[0] if len(shape) > 1 or kind.dtype else 1
-        tensors[name] = GGUFTensor(TYPE_NAMES[number], shape, flat.view(rows, -1))
+        tensors[name] = GGUFTensor(TYPE_NAMES[number], shape, flat.view(shape[0], -1))
     return meta, tensors
 
 
@@ -1070,21 +1070,14 @@ def by_our_names(tensors, config):
     """{GGUF name: tensor} -> {our name: tensor}, rows in our order. UserError for what is amiss."""
     with torch.device("meta"):
         expected = by_gguf_name(Transformer(config).state_dict(), config)
-    faults = [f"{name} is not part of this model" for name in tensors if name not in expected]
+    shapes = {n: tuple(torch.cat([*parts.values()]).shape) for n, parts in expected.items()}
+    compare_shapes(shapes, {name: tensor.shape for name, tensor in tensors.items()})
     state = {}
     for name, parts in expected.items():
-        shape = tuple(torch.cat(list(parts.values())).shape)
-        tensor = tensors.get(name)
-        if tensor is None:
-            faults.append(f"{name} is missing")
-        elif tensor.shape != shape or len(tensor.data) != shape[0]:  # a packed vector is one row
-            faults.append(f"{name} is {tensor.shape} {tensor.type}, expected {shape}")
-        else:
-            data = reorder_rows(tensor.data, name, config, back=True)
-            for ours, rows in zip(parts, data.split(list(map(len, parts.values())))):
-                state[ours] = GGUFTensor(tensor.type, tuple(parts[ours].shape), rows)
-    if faults:
-        raise UserError(f"{len(faults)} faults: {'; '.join(faults[:8])}")
+        kind = tensors[name].type
+        data = reorder_rows(tensors[name].data, name, config, back=True)
+        for ours, rows in zip(parts, data.split(list(map(len, parts.values())))):
+            state[ours] = GGUFTensor(kind, tuple(parts[ours].shape), rows)
     return state
 
 

@@ -362,7 +362,8 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         quantization = check_config(content["quantization_config"], path)
         expected, packed = expect_packed(model, quantization, files)
     expected = to_folder_names(expected, config)
-    check_tensors(expected, files, folder)
+    with naming(folder):
+        check_tensors(expected, files)
     state = {}
     for name in expected:
         tensor = read_weight(files, name)
@@ -436,36 +437,31 @@ def read_weight(files, name):
 OLD_BUFFERS = ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"
 
 
-def check_tensors(expected, files, folder):
-    """Names and shapes in the folder against the model's; one error for all (8 of each kind)."""
-    missing = []
-    wrong = []
-    for name, tensor in expected.items():
-        if name not in files:
-            missing.append(name)
-            continue
-        file, key = files[name]
-        shape = file.get_slice(key).get_shape()
-        if shape != list(tensor.shape):
-            wrong.append(f"{name} is {tuple(shape)}, expected {tuple(tensor.shape)}")
-    extra = [n for n in files if n not in expected and not n.endswith(OLD_BUFFERS)]
-    head = "lm_head.weight"
-    if head in extra:  # tied, yet saved: fine if it is the embedding, which comes first
-        extra.remove(head)
-        embedding = next(iter(expected))
-        if not missing and not torch.equal(read_weight(files, head), read_weight(files, embedding)):
-            wrong.append(f"{head} differs from the embedding it is tied to in config.json")
-    faults = []
-    kinds = {
-        "missing": missing,
-        "not part of this model": extra,
-        "of another shape or value": wrong,
-    }
-    for kind, names in kinds.items():
-        if names:
-            faults.append(f"{len(names)} tensors {kind}: {', '.join(names[:8])}")
+def compare_shapes(expected, found):
+    """{name: shape} of a model and of its file. UserError names what is extra, missing or other."""
+    faults = [f"{name} is not part of this model" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name not in found:
+            faults.append(f"{name} is missing")
+        elif found[name] != shape:
+            faults.append(f"{name} is {found[name]}, expected {shape}")
     if faults:
-        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
+        raise UserError(f"its tensors have {len(faults)} faults: {'; '.join(faults[:8])}")
+
+
+def check_tensors(expected, files):
+    """Names and shapes in the folder against the model's; one error for all."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    found = {}
+    for name, (file, key) in files.items():
+        if not name.endswith(OLD_BUFFERS):
+            found[name] = tuple(file.get_slice(key).get_shape())
+    head = "lm_head.weight"
+    spare = head not in expected and found.pop(head, None)
+    compare_shapes(shapes, found)
+    embedding = next(iter(expected))  # which comes first
+    if spare and not torch.equal(read_weight(files, head), read_weight(files, embedding)):
+        raise UserError(f"{head} differs from the embedding it is tied to in config.json")
 
 
 # ----------------------------------------------------------------------------------------- saving
