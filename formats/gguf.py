@@ -772,9 +772,6 @@ def read_bytes_tokenizer(get, vocab, **options):
             f"pre-tokenizer {pre!r} is not supported; this program knows {', '.join(SPLITS)}"
         )
     merges = get("ggml.merges", list, [])
-    for merge in merges:
-        if not isinstance(merge, str) or merge.count(" ") != 1:
-            raise UserError(f"merge {str(merge)[:40]!r} is not two tokens")
     vocab, merges = read_bpe(vocab, merges, options["special"], byte_level=True)
     patterns = [PATTERNS.get(pattern, pattern) for pattern in split.patterns]
     return Tokenizer("bytes", vocab, merges, patterns, whole_chunks=split.whole_chunks, **options)
@@ -812,16 +809,14 @@ def text_bytes(text):
 
 def value_bytes(value):
     """A metadata value with its type in front."""
-    if not isinstance(value, list):
-        number = VALUE_TYPES[type(value)]
-        return struct.pack("<I", number) + untyped_bytes(value, number)
-    number = ITEM_TYPES[type(value[0])] if value else TEXT
-    items = b"".join(untyped_bytes(item, number) for item in value)
-    return struct.pack("<IIQ", LIST, number, len(value)) + items
-
-
-def untyped_bytes(value, number):
-    return text_bytes(value) if number == TEXT else struct.pack("<" + NUMBER_CODES[number], value)
+    listed = isinstance(value, list)
+    items = value if listed else [value]
+    types = ITEM_TYPES if listed else VALUE_TYPES
+    number = types[type(items[0])] if items else TEXT
+    head = struct.pack("<IIQ", LIST, number, len(items)) if listed else struct.pack("<I", number)
+    if number == TEXT:
+        return head + b"".join(map(text_bytes, items))
+    return head + struct.pack(f"<{len(items)}{NUMBER_CODES[number]}", *items)
 
 
 class HeaderReader:

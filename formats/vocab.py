@@ -209,7 +209,10 @@ def read_bpe(vocab, merges, names, byte_level):
     ids = ordinary_tokens(vocab, names)
     by_ids = {}
     for rank, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        texts = merge.split(" ") if isinstance(merge, str) else merge
+        if len(texts) != 2:
+            raise UserError(f"merge {str(merge)[:40]!r} is not two tokens")
+        left, right = texts
         pair = ids.get(left), ids.get(right)
         new = ids.get(left + right)
         if None in pair or new is None or new in pair:
