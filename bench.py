@@ -623,34 +623,26 @@ def disassembler():
     return found
 
 
-def product_machine_code(format, group, zeros, config):
-    """kernels._product for sm_90, bf16, as lines of SASS; this needs no GPU."""
+def machine_code(kernel, pointers, numbers, constants, unaligned=()):
+    """A kernel for sm_90 as lines of SASS; this needs no GPU.
+
+    pointers, numbers: {argument: type, of what is there}; all others are constants, None where not
+    given. What is not named in `unaligned` is a multiple of 16, as Triton finds it at a launch.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
-    pointers["scales"] = "fp32" if format == "nf4" else "fp16"
-    if zeros:
-        pointers["zeros"] = "u8"
-    constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
-    constants["TOGETHER"] = kernels.parts_together(format, group)
     options = dict(enable_fp_fusion=True)
     for name in ("num_warps", "num_stages"):
         options[name] = constants.pop(name)
-    signature = {}
-    names = kernels._product.arg_names
-    for name in names:
-        if name in pointers:
-            signature[name] = "*" + pointers[name]
-        elif name in "MNK":
-            signature[name] = "i32"
-        else:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-    # what Triton finds at a launch: addresses and the sizes of layers are multiples of 16
-    aligned = [names.index(name) for name in (*pointers, "N", "K")]
-    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
-    source = ASTSource(kernels._product, signature, constants, attributes)
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | numbers
+    for name, kind in pointers.items():
+        signature[name] = "*" + kind
+    constants = {name: constants.get(name) for name in names if signature[name] == "constexpr"}
+    aligned = [name for name in (*pointers, *numbers) if name not in unaligned]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -659,6 +651,29 @@ def product_machine_code(format, group, zeros, config):
         return subprocess.run(
             command, capture_output=True, text=True, check=True
         ).stdout.splitlines()
+
+
+def product_machine_code(format, group, zeros, config):
+    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
+    pointers["scales"] = "fp32" if format == "nf4" else "fp16"
+    if zeros:
+        pointers["zeros"] = "u8"
+    constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
+    constants["TOGETHER"] = kernels.parts_together(format, group)
+    numbers = dict.fromkeys("MNK", "i32")
+    return machine_code(kernels._product, pointers, numbers, constants, "M")
+
+
+def attention_machine_code(cached, config, query="bf16", KH=8, D=128):
+    """kernels._attend of 32 heads over a cache of type `cached`."""
+    pointers = dict(q=query, k_cache=cached, v_cache=cached, out="fp32", lses="fp32")
+    pointers |= dict.fromkeys(("tables", "lengths", "starts"), "i32")
+    if cached != query:
+        pointers |= dict(k_scale="fp32", v_scale="fp32")
+    numbers = dict(scale="fp32", S="i32", T="i32", table_stride="i32")
+    constants = dict(H=32, KH=KH, D=D, PAGE=16, BLOCK_D=D, SPLIT=4, **config)
+    unaligned = ("tables", "lengths", "starts", *numbers)
+    return machine_code(kernels._attend, pointers, numbers, constants, unaligned)
 
 
 def longest_loop(lines):

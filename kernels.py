@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
@@ -56,9 +57,9 @@ def use_kernel(x):
 @functools.cache
 def compiles(device):
     """Whether Triton runs on the device at all; if not, a line says why."""
-    x = torch.zeros(1, 1, 16, device=device)
+    x = torch.zeros(32, device=device)
     try:
-        store_rows(x, x[None].clone(), None, torch.zeros(1, dtype=torch.int64, device=device))
+        _swiglu[1, 1](x, x.clone(), 16, 16)
     except Exception as error:  # no C compiler, a card that is too old, whatever it trips over
         say(f"Triton fails here ({first_line(error)}); plain torch computes")
         return False
@@ -689,38 +690,157 @@ def dequantize_twin(w, dtype):
     return (values * w.scales[group].t()).to(dtype)
 
 
+# ------------------------------------------------------------------------ between the products
+# What a step does beside its products and attention is about bytes and launches: each of these
+# reads its inputs once, where torch takes two to eight kernels. They compute in float32.
+@jit
+def _add_norm(x, y, gain, out, eps, C, BLOCK: constexpr):
+    """One row of `add_norm`."""
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    at = tl.program_id(0).to(tl.int64) * C + c
+    total = (_read(x + at, inside) + _read(y + at, inside)).to(x.dtype.element_ty)
+    tl.store(x + at, total, mask=inside)
+    value = total.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / C + eps) * _read(gain + c, inside)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(x, y, norm):
+    """x += y, in place; both (T, C) -> norm(x), of which the kernel does nn.RMSNorm."""
+    if not isinstance(norm, nn.RMSNorm) or not use_kernel(x):
+        return add_norm_twin(x, y, norm)
+    T, C = x.shape
+    out = torch.empty_like(x)
+    _add_norm[(T,)](x, y, norm.weight, out, norm.eps, C, next_power_of_2(C), num_warps=8)
+    return out
+
+
+def add_norm_twin(x, y, norm):
+    x += y
+    return norm(x)
+
+
+@jit
+def _swiglu(h, out, M, BLOCK: constexpr):
+    """A part of one row of `swiglu`."""
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = _read(h + row * 2 * M + m, m < M)
+    up = _read(h + row * 2 * M + M + m, m < M)
+    value = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out + row * M + m, value.to(out.dtype.element_ty), mask=m < M)
+
+
+def swiglu(h):
+    """h (T, 2M), gate beside up -> silu(gate) * up (T, M)."""
+    if not use_kernel(h):
+        return swiglu_twin(h)
+    T, M = h.size(0), h.size(1) // 2
+    out = torch.empty(T, M, dtype=h.dtype, device=h.device)
+    _swiglu[T, triton.cdiv(M, 1024)](h, out, M, 1024)
+    return out
+
+
+def swiglu_twin(h):
+    gate, up = h.chunk(2, -1)  # (T, 2M) -> (T, M), (T, M)
+    return F.silu(gate).mul_(up)
+
+
 # ------------------------------------------------------------------------------- the paged KV cache
-# k_cache, v_cache (blocks, block_size, Kh, D): a slot is block * block_size + offset, so slots
-# number the rows of the cache seen as (blocks * block_size, Kh, D). An int8 cache comes with
-# k_scale, v_scale (blocks, block_size, Kh) float32, one scale for each token and head:
+# k_cache, v_cache (blocks, block_size, K, D): a slot is block * block_size + offset, so slots
+# number the rows of the cache seen as (blocks * block_size, K, D). An int8 cache comes with
+# k_scale, v_scale (blocks, block_size, K) float32, one scale for each token and head:
 # value = stored * scale.
-@jit(do_not_specialize_on_alignment=["slots"])
-def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D: constexpr):
-    """One token's H rows of D values to its slot, quantized where there are scales."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    if slot < 0:
-        return
-    heads = tl.arange(0, BLOCK_H)
-    there = heads < H
-    d = tl.arange(0, BLOCK_D)
-    value = _tile(x + token * stride, heads, d, D, there)
+@jit
+def _store(value, cache, scales, rows, d, D, mask):
+    """Heads (R, D) float32 to rows of the cache, quantized where there are scales."""
     if scales is not None:
-        value = value.to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
-        tl.store(scales + slot * H + heads, largest / 127, mask=there)
+        tl.store(scales + rows, largest / 127, mask=mask)
         value *= (127 / tl.maximum(largest, 1e-30))[:, None]
         value = tl.floor(value + 0.5)
-    _put(out + slot * H * D, value, heads, d, D, there)
+    _put(cache, value, rows, d, D, mask)
 
 
-def store_rows(x, out, scales, slots):
-    """x (T, H, D) -> rows `slots` of out (..., H, D), in out's type."""
-    T, H, D = x.shape
-    if x.stride(2) != 1 or x.stride(1) != D:
-        x = x.contiguous()
-    blocks = next_power_of_2(H), next_power_of_2(D)
-    _store_rows[(T,)](x, out, scales, slots, H, D, x.stride(0), *blocks)
+@jit
+def _gained(row, gain, factor, heads, d, D, mask):
+    """Columns d of some heads in a row of qkv, normed where there is a gain."""
+    value = _tile(row, heads, d, D, mask).to(tl.float32)
+    if gain is not None:
+        value *= factor * _tile(gain, heads, d, D, mask).to(tl.float32)
+    return value
+
+
+@jit(do_not_specialize_on_alignment=["slots"])
+def _store_heads(
+    qkv, gain, cos, sin, slots, q, k_cache, v_cache, k_scale, v_scale, eps, H, KH, D,
+    BLOCK_H: constexpr, BLOCK_D: constexpr,
+):  # fmt: skip
+    """BLOCK_H of one token's heads: queries to q, keys and values to the token's slot."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    row = qkv + token * (H + 2 * KH) * D
+    value = _tile(row, heads, d, D, heads < H + 2 * KH).to(tl.float32)
+    turns = heads < H + KH  # which values do not
+    factor = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+    turned = _gained(row, gain, factor, heads, d, D, turns)
+    if cos is not None:
+        partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        other = _gained(row, gain, factor, heads, partner, D, turns)
+        turned *= _read(cos + token * D + d, d < D)[None, :]
+        turned += other * _read(sin + token * D + d, d < D)[None, :]
+    value = tl.where(turns[:, None], turned, value)
+    _put(q + token * H * D, value, heads, d, D, heads < H)
+    key = tl.where(slot < 0, -1, heads - H)  # then value; below 0 is not stored
+    _store(value, k_cache, k_scale, slot * KH + key, d, D, (key >= 0) & (key < KH))
+    key -= KH
+    _store(value, v_cache, v_scale, slot * KH + key, d, D, (key >= 0) & (key < KH))
+
+
+def store_heads(qkv, gain, eps, rope, slots, k_cache, v_cache, k_scale=None, v_scale=None):
+    """qkv (T, H + 2K, D): norm and turn queries and keys, store keys and values -> q (T, H, D).
+
+    gain (H + K, D), or None: no norm. rope: cos and sin (T, 1, D), the first half of sin negated,
+    or None. slots (T,) int64; -1 = nothing is stored. The pages are written to in place; quantized
+    where the cache is.
+    """
+    if not use_kernel(qkv):
+        inputs = k_cache, v_cache, k_scale, v_scale
+        return store_heads_twin(qkv, gain, eps, rope, slots, *inputs)
+    T, heads, D = qkv.shape
+    K = k_cache.size(2)
+    q = torch.empty(T, heads - 2 * K, D, dtype=qkv.dtype, device=qkv.device)
+    tensors = qkv.contiguous(), gain, *(rope or (None, None)), slots, q, k_cache, v_cache
+    shape = heads - 2 * K, K, D, 8, next_power_of_2(D)
+    _store_heads[T, triton.cdiv(heads, 8)](*tensors, k_scale, v_scale, eps, *shape)
+    return q
+
+
+def store_heads_twin(qkv, gain, eps, rope, slots, k_cache, v_cache, k_scale=None, v_scale=None):
+    K, D = k_cache.shape[2:]
+    qk = qkv[:, :-K]  # queries and keys are treated alike
+    if gain is not None:
+        qk = F.rms_norm(qk, (D,), eps=eps) * gain
+    if rope is not None:
+        cos, sin = rope
+        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+    store_rows(qk[:, -K:], k_cache, k_scale, slots)
+    store_rows(qkv[:, -K:], v_cache, v_scale, slots)
+    return qk[:, :-K]
+
+
+def store_rows(x, cache, scales, slots):
+    """x (T, K, D) -> rows `slots` of a cache."""
+    keep = slots >= 0
+    slots = slots[keep]
+    x = x[keep]
+    if scales is not None:
+        x, scale = quantize_rows(x)
+        scales.flatten(0, 1)[slots] = scale  # (blocks * block_size, K) is a view
+    cache.flatten(0, 1)[slots] = x.to(cache.dtype)
 
 
 def quantize_rows(x):
@@ -731,26 +851,6 @@ def quantize_rows(x):
     largest = x.abs().amax(-1)
     x = x * (127 / largest.clamp(min=1e-30))[..., None]
     return torch.floor(x + 0.5).to(torch.int8), largest / 127
-
-
-def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
-    """Scatter new keys and values into the pages, in place; quantized where the cache is.
-
-    k, v (T, Kh, D), also strided views of a fused q, k, v; slots (T,) int64, -1 = skip this token.
-    """
-    store = store_rows if use_kernel(k) else store_rows_twin
-    store(k, k_cache, k_scale, slots)
-    store(v, v_cache, v_scale, slots)
-
-
-def store_rows_twin(x, cache, scales, slots):
-    keep = slots >= 0
-    slots = slots[keep]
-    x = x[keep]  # (T, Kh, D)
-    if scales is not None:
-        x, scale = quantize_rows(x)
-        scales.flatten(0, 1)[slots] = scale  # (blocks * block_size, Kh) is a view
-    cache.flatten(0, 1)[slots] = x.to(cache.dtype)
 
 
 @jit

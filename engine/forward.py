@@ -257,45 +257,36 @@ class TorchForward(nn.Module):
         x = F.embedding(ids, self.embedding)  # (T, C)
         rope = None
         if c.is_gpt2:
-            x = x + F.embedding(positions, self.embed_positions.weight)
+            added = F.embedding(positions, self.embed_positions.weight)
         else:
+            added = torch.zeros_like(x)
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.attention_norm(x), adapters)
+            qkv = layer.qkv(kernels.add_norm(x, added, layer.attention_norm), adapters)
             y = self.attend(i, layer, qkv, rope, slots, tables, lengths, starts)
-            x += layer.out(y, adapters)
-            h = layer.up(layer.mlp_norm(x), adapters)
-            if c.is_gpt2:
-                h = F.gelu(h, approximate="tanh")
-            else:
-                gate, up = h.chunk(2, -1)  # (T, 2M) -> (T, M), (T, M)
-                h = F.silu(gate).mul_(up)
-            x += layer.down(h, adapters)
+            added = layer.out(y, adapters)
+            h = layer.up(kernels.add_norm(x, added, layer.mlp_norm), adapters)
+            h = F.gelu(h, approximate="tanh") if c.is_gpt2 else kernels.swiglu(h)
+            added = layer.down(h, adapters)
         if hidden:
-            return self.norm(x).float()
+            return kernels.add_norm(x, added, self.norm).float()
         if R == 0:
             return None
         if R != T:
-            x, adapters = x[rows], adapters[rows]
-        return self.head(self.norm(x), adapters)
+            x, added, adapters = x[rows], added[rows], adapters[rows]
+        return self.head(kernels.add_norm(x, added, self.norm), adapters)
 
     def attend(self, i, layer, qkv, rope, slots, tables, lengths, starts):
         """Layer i's queries, keys and values (T, (H + 2K) D) -> (T, H D), over the paged cache."""
-        c = self.config
-        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        qkv = qkv.view(-1, H + 2 * K, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
-        qk = qkv[:, : H + K]  # queries and keys are treated alike
-        if layer.qk_gain is not None:
-            qk = F.rms_norm(qk, (D,), eps=c.norm_eps) * layer.qk_gain
-        if rope is not None:
-            cos, sin = rope
-            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+        D = self.config.head_dim
         cache = self.keys[i], self.values[i]
         scales = (None, None) if self.scales is None else self.scales[:, i]
-        kernels.kv_store(qk[:, H:], qkv[:, H + K :], *cache, slots, *scales)
+        qkv = qkv.view(len(qkv), -1, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
+        eps = self.config.norm_eps
+        q = kernels.store_heads(qkv, layer.qk_gain, eps, rope, slots, *cache, *scales)
         where = tables, lengths, starts
-        y = kernels.paged_attention(qk[:, :H], *cache, *where, D**-0.5, layer.window, *scales)
-        return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
+        y = kernels.paged_attention(q, *cache, *where, D**-0.5, layer.window, *scales)
+        return y.flatten(1)  # (T, H, D) -> (T, H D)
 
 
 def table_width(blocks):

@@ -267,7 +267,7 @@ def zeros(*shape, dtype=torch.float32):
 
 
 def pages(lengths, page, KH, D, dtype, cache_dtype=None):
-    """A cache whose pages are dealt out in random order, filled through kv_store.
+    """A cache whose pages are dealt out in random order, filled by `store_rows`.
 
     -> (caches, scales, block_tables)"""
     S = len(lengths)
@@ -282,8 +282,8 @@ def pages(lengths, page, KH, D, dtype, cache_dtype=None):
         at = torch.arange(length)
         slots.append(table[at // page] * page + at % page)
     slots = torch.cat(slots).to(DEVICE)
-    k, v = (random(len(slots), KH, D, dtype=dtype) for _ in range(2))
-    K.kv_store(k, v, *caches, slots, *scales)
+    for cache, scale in zip(caches, scales):
+        K.store_rows(random(len(slots), KH, D, dtype=dtype), cache, scale, slots)
     wider = F.pad(tables, (0, 3), value=-1).to(DEVICE)
     return caches, scales, wider[:, :width]
 
@@ -299,18 +299,49 @@ def attend(rows, lengths, H, KH, D, page=16, window=None, dtype=torch.float32, c
 
 @kernel
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
-def test_kv_store_equals_its_twin_and_skips_slot_minus_one(cache_dtype):
-    qkv = random(5, 3, 3, 24)
+@pytest.mark.parametrize("how", ["norm and rotation", "rotation", "neither"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_normed_turned_and_stored_as_the_twin_does(dtype, how, cache_dtype):
+    """Groups of 4 query heads, head_dim 24; a token of slot -1 is turned but not stored."""
+    T, H, KH, D = 5, 8, 2, 24
+    qkv = random(T, H + 2 * KH, D, dtype=dtype)
+    gain = random(H + KH, D, dtype=dtype) if "norm" in how else None
+    rope = [random(T, 1, D, dtype=dtype) for _ in range(2)] if "rotation" in how else None
     slots = torch.tensor([3, -1, 17, 0, 9], device=DEVICE)
+    before = qkv.clone()
     results = []
-    for store in (K.store_rows, K.store_rows_twin):
-        tensors = [zeros(5, 4, 3, 24, dtype=cache_dtype or torch.float32)]
-        tensors.append(zeros(5, 4, 3) if cache_dtype else None)
-        store(qkv[:, 1], *tensors, slots)
-        results.append([t.float() for t in tensors if t is not None])
+    for store in (K.store_heads, K.store_heads_twin):
+        caches = [zeros(5, 4, KH, D, dtype=cache_dtype or dtype) for _ in range(2)]
+        scales = [zeros(5, 4, KH) for _ in range(2)] if cache_dtype else (None, None)
+        q = store(qkv, gain, 1e-5, rope, slots, *caches, *scales)
+        rows = [(K.read_pages(c, s, torch.arange(5))) for c, s in zip(caches, scales)]
+        results.append((q.float(), *rows))
+    assert torch.equal(qkv, before)
     for ours, twin in zip(*results):
-        assert (ours.flatten(0, 1)[slots[slots >= 0]] != 0).any()
-        assert (ours - twin).abs().max() < 1e-6
+        same(ours, twin, dtype, limit=1e-3 if cache_dtype else 2e-6)
+    for cache in results[0][1:]:  # (KH, 20, D)
+        assert cache[:, slots[slots >= 0]].any(-1).all() and cache.any(-1).sum() == 4 * KH
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_and_its_norm_equal_the_twins(dtype):
+    norm = torch.nn.RMSNorm(90, 1e-5).to(DEVICE, dtype)
+    torch.nn.init.normal_(norm.weight)
+    y = random(7, 90, dtype=dtype)
+    results = []
+    for add_norm in (K.add_norm, K.add_norm_twin):
+        x = torch.arange(7 * 90, device=DEVICE).view(7, 90).sin().to(dtype)
+        results.append((add_norm(x, y, norm), x))
+    for ours, twin in zip(*results):
+        same(ours, twin, dtype)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_equals_its_twin(dtype):
+    h = 30 * random(3, 2 * 1030, dtype=dtype)  # also where exp overflows
+    same(K.swiglu(h), K.swiglu_twin(h), dtype)
 
 
 @kernel
@@ -353,7 +384,8 @@ def test_paged_attention_twin_equals_torch_attention():
     caches = [torch.zeros(3, 4, 2, 8) for _ in range(2)]
     tables = torch.tensor([[2, 0, 1]], dtype=torch.int32)
     at = torch.arange(11)
-    K.kv_store(k, v, *caches, tables[0, at // 4].long() * 4 + at % 4)
+    for x, cache in zip((k, v), caches):
+        K.store_rows(x, cache, None, tables[0, at // 4].long() * 4 + at % 4)
     starts = torch.tensor([0, 6])
     ours = K.paged_attention_twin(q, *caches, tables, torch.tensor([11]), starts, 8**-0.5)
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (T, H, D) -> (1, H, T, D)
@@ -442,9 +474,10 @@ def test_a_card_without_room_says_so_and_the_twin_serves(gpu_tuning, monkeypatch
 
 
 def test_a_triton_that_does_not_work_says_so_and_the_twins_serve(monkeypatch, capsys):
-    def store_rows(*inputs):
-        raise RuntimeError("Failed to find C compiler.\nand more")
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nand more")
 
-    monkeypatch.setattr(K, "store_rows", store_rows)
+    monkeypatch.setattr(K, "_swiglu", Broken())
     assert not K.compiles.__wrapped__(torch.device(DEVICE))
     assert capsys.readouterr().err.count("\n") == 1

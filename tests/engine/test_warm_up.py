@@ -79,7 +79,8 @@ def keys(monkeypatch):
     monkeypatch.setattr(QuantLinear, "plain", asking)
     monkeypatch.setattr(kernels, "use_kernel", lambda x: True)
     monkeypatch.setattr(kernels, "tuned", tuned)
-    monkeypatch.setattr(kernels, "store_rows", kernels.store_rows_twin)
+    for name in ("add_norm", "store_heads", "swiglu"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, f"{name}_twin"))
     return asked
 
 
