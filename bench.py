@@ -10,7 +10,7 @@
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py grpo MODEL                   # reinforcement learning beside TRL's GRPOTrainer
     python bench.py kernels                      # on a GPU: GB/s of each kernel beside the card's
-    python bench.py sass                         # without one: instructions a weight of products
+    python bench.py sass                         # without one: instructions a weight
     python bench.py tokenizer corpus.txt --vocab-size 32000     # beside HF tokenizers and tiktoken
     python bench.py decode 7b                    # one text and eight; random weights, or:
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # with peers
@@ -609,7 +609,8 @@ def bench_kernels(only=""):
 
 # A Hopper SM issues 128 lanes a clock: 132 of them at 1.75 GHz take 3 microseconds for 90M weights
 # and each instruction a weight, where memory delivers as many in 4 bits within 10.
-INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5}  # a weight, of up to 16 rows
+# A byte a value leaves it 6 at an H200's bandwidth, if there is never a pause.
+INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5, "attention": 4.5}  # up to 16 rows
 
 
 def disassembler():
@@ -664,14 +665,14 @@ def product_machine_code(format, group, zeros, config):
     return machine_code(kernels._product, pointers, numbers, constants, "M")
 
 
-def attention_machine_code(cached, config, query="bf16", KH=8, D=128):
-    """kernels._attend of 32 heads over a cache of type `cached`."""
+def attention_machine_code(cached, config, query="bf16"):
+    """kernels._attend for 32 heads of 128 on 8 key heads, over a cache of the type `cached`."""
     pointers = dict(q=query, k_cache=cached, v_cache=cached, out="fp32", lses="fp32")
     pointers |= dict.fromkeys(("tables", "lengths", "starts"), "i32")
-    if cached != query:
+    if cached == "i16":  # pairs of int8
         pointers |= dict(k_scale="fp32", v_scale="fp32")
     numbers = dict(scale="fp32", S="i32", T="i32", table_stride="i32")
-    constants = dict(H=32, KH=KH, D=D, PAGE=16, BLOCK_D=D, SPLIT=4, **config)
+    constants = dict(H=32, KH=8, D=128, PAGE=16, BLOCK_D=128, SPLIT=4, **config)
     unaligned = ("tables", "lengths", "starts", *numbers)
     return machine_code(kernels._attend, pointers, numbers, constants, unaligned)
 
@@ -693,11 +694,19 @@ def longest_loop(lines):
     return longest
 
 
-def bench_sass(rows=(16, 64)):
-    """Instructions a weight in the loop of each quantized product, in machine code for sm_90.
+def counted(lines, config, values, goal):
+    """What a lane of a warp does for each of the values that one pass of the loop takes."""
+    loop = longest_loop(lines)
+    warps = config["num_warps"]
+    spilled = sum("LDL" in line or "STL" in line for line in loop)
+    each = len(loop) / (values / 32 / warps)
+    stages = config["num_stages"]
+    return dict(warps=warps, stages=stages, spilled=spilled, per_value=each, goal=goal)
 
-    It needs no GPU. The weights are those that a lane of a warp unpacks in one pass of the loop.
-    """
+
+def bench_sass(rows=(16, 64)):
+    """Instructions a weight in the loop of each quantized product, and a cached value (keys and
+    values together) in attention's of one new token, in machine code for sm_90. It needs no GPU."""
     if kernels.triton is None or kernels.INTERPRET:
         raise UserError("bench.py sass compiles with Triton: install it; unset TRITON_INTERPRET")
     cases = ("int4", 128, False), ("int4", 128, True), ("int4", 64, False), ("int4", 32, False)
@@ -706,19 +715,18 @@ def bench_sass(rows=(16, 64)):
         columns = "" if format == "int8" else f" in groups of {group}"
         name = f"{format}{columns}{', zero points' * zeros}"
         for M in map(int, rows):
+            goal = INSTRUCTIONS_GOAL[format] if M <= 16 else None
             for config in kernels.product_configs(M)[:2]:
-                loop = longest_loop(product_machine_code(format, group, zeros, config))
-                weights = config["BLOCK_N"] * kernels.COLUMNS / 32 / config["num_warps"]
-                yield dict(
-                    product=name,
-                    rows=M,
-                    block=config["BLOCK_N"],
-                    warps=config["num_warps"],
-                    stages=config["num_stages"],
-                    spilled=sum("LDL" in line or "STL" in line for line in loop),
-                    per_weight=len(loop) / weights,
-                    goal=INSTRUCTIONS_GOAL[format] if M <= 16 else None,
-                )
+                code = product_machine_code(format, group, zeros, config)
+                weights = config["BLOCK_N"] * kernels.COLUMNS
+                figures = counted(code, config, weights, goal)
+                yield dict(loop=name, rows=M, block=config["BLOCK_N"], **figures)
+    for cached, name in (("bf16", "bf16"), ("i16", "int8")):
+        for config in kernels.attention_configs(4, 4)[:2]:
+            code = attention_machine_code(cached, config)
+            goal = INSTRUCTIONS_GOAL["attention"]
+            figures = counted(code, config, 2 * config["BLOCK_N"] * 128, goal)
+            yield dict(loop=f"attention, {name}", rows=1, block=config["BLOCK_N"], **figures)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer

@@ -219,18 +219,6 @@ def _dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@jit
-def _values(tile, like):
-    """A tile in the type of another; int8 by its bits, too: the conversion instruction for bytes
-    runs at an eighth of an addition's rate, slower than memory delivers bytes."""
-    if tile.dtype == tl.int8:  # unsigned 128 + b under the exponent of 1: 1.5 + b / 256
-        bits = (tile.to(tl.uint8, bitcast=True).to(tl.int32) << 15) ^ 0x3FC00000
-        value = bits.to(tl.float32, bitcast=True) * 256 - 384
-    else:
-        value = tile.to(tl.float32)
-    return value.to(like.dtype)
-
-
 # ------------------------------------------------------------------------ weight-only linear layers
 # Decoding reads every weight once per token, so a layer takes at least (bytes of packed weights) /
 # (memory bandwidth), if its instructions take no longer: at 3.35 TB/s or more an SM has time for
@@ -440,8 +428,8 @@ def _parts(words, table, FORMAT: constexpr):
 
 @jit
 def _unpack(words, x, table, FORMAT: constexpr, OFFSET: constexpr):
-    """`_parts` in x's type, int4's plus OFFSET; on a GPU by the instructions above."""
-    if INTERPRET:
+    """`_parts` in x's type, int4's plus OFFSET; 16 bits on a GPU by the instructions above."""
+    if INTERPRET or x.dtype.element_ty == tl.float32:
         parts = _parts(words, table, FORMAT)
         if FORMAT == "int4":
             parts = (parts[0] + OFFSET, parts[1] + OFFSET, parts[2] + OFFSET, parts[3] + OFFSET)
@@ -898,16 +886,31 @@ def _slots(table, j, there, KH, PAGE):
 
 
 @jit
-def _scores(query, k, k_scale, slot, there, gap, window, scale):
+def _cached(cache, rows, D, mask, q, BLOCK_D: constexpr):
+    """Rows of the cache in the type of q (R, BLOCK_D), twice; of int8, which comes as pairs in 16
+    bits, the even and the odd columns (R, BLOCK_D / 2).
+
+    Apart they stay in the registers where the tensor cores want them, as `_product`'s weights do.
+    """
+    if cache.dtype.element_ty == tl.int16:
+        words = _tile(cache, rows, tl.arange(0, BLOCK_D // 2), D // 2, mask)
+        OFFSET: constexpr = 1024 if q.dtype.element_ty == tl.float16 else 128
+        return _unpack(words, q, None, "int8", OFFSET)
+    else:
+        values = _tile(cache, rows, tl.arange(0, BLOCK_D), D, mask)
+        return values, values
+
+
+@jit
+def _visible(scores, k_scale, slot, there, gap, window, scale):
     """q.k * scale * log2 e, for exp2 below; -inf where the key, `gap` positions back, is hidden."""
-    scores = _dot(query, tl.trans(k), tl.zeros((query.shape[0], k.shape[0]), tl.float32))
-    scores *= scale * 1.4426950408889634
+    factor = scale * 1.4426950408889634
     if k_scale is not None:
-        scores *= _read(k_scale + slot, there)[None, :]
+        factor *= _read(k_scale + slot, there)[None, :]
     seen = (gap >= 0) & there[None, :]
     if window is not None:
         seen &= gap < window
-    return tl.where(seen, scores, -float("inf"))
+    return tl.where(seen, scores * factor, -float("inf"))
 
 
 @jit
@@ -962,30 +965,43 @@ def _attend(
         return
     length = tl.load(lengths + seq)
     pair = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    PAIRS: constexpr = k_scale is not None
+    WIDTH: constexpr = BLOCK_D // 2 if PAIRS else BLOCK_D
+    d = tl.arange(0, WIDTH) * (BLOCK_D // WIDTH)
     row = first + pair // GROUP
     mine = (row < rows) & (pair < ROWS * GROUP)
     past = length - rows  # the new tokens are the last ones of the context
     at = (start + row) * H + tl.program_id(1) * GROUP + pair % GROUP
     query = _tile(q, at, d, D, mine)
+    odd_query = _tile(q, at, d + 1, D, mine)
     most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    odd_acc = acc
     begin, stop = _key_range(past + first, length, window, ROWS, BLOCK_N, SPLIT)
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
         there = j < stop
         slot = _slots(tables + seq * table_stride, j, there, KH, PAGE)
-        k = _values(_tile(k_cache, slot, d, D, there), query)
+        k, odd_k = _cached(k_cache, slot, D, there, q, BLOCK_D)
+        scores = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if PAIRS:
+            scores = _dot(odd_query, tl.trans(odd_k), scores)
         gap = (past + row)[:, None] - j[None, :]
-        scores = _scores(query, k, k_scale, slot, there, gap, window, scale)
+        scores = _visible(scores, k_scale, slot, there, gap, window, scale)
         p, fade, most, total = _weigh(scores, most, total)
-        v = _values(_tile(v_cache, slot, d, D, there), query)
-        if v_scale is not None:
+        if PAIRS:
             p *= _read(v_scale + slot, there)[None, :]
-        acc = _dot(p.to(query.dtype), v, acc * fade[:, None])
+        p = p.to(query.dtype)
+        v, odd_v = _cached(v_cache, slot, D, there, q, BLOCK_D)
+        acc = _dot(p, v, acc * fade[:, None])
+        if PAIRS:
+            odd_acc = _dot(p, odd_v, odd_acc * fade[:, None])
     at += tl.program_id(2) * T * H
-    _put(out, acc / tl.where(total > 0, total, 1.0)[:, None], at, d, D, mine)
+    share = (1 / tl.where(total > 0, total, 1.0))[:, None]
+    _put(out, acc * share, at, d, D, mine)
+    if PAIRS:
+        _put(out, odd_acc * share, at, d + 1, D, mine)
     if SPLIT > 1:
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
@@ -1013,7 +1029,7 @@ def attention_configs(pairs, group):
     """
     least = next_power_of_2(max(group, 16))
     m = max(least, min(next_power_of_2(pairs), 128))
-    w = 4 if m < 128 else 8
+    w = max(2, m // 16)
     tiles = (m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2)
     tiles += (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3), (least, 16, 2, 2)
     return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in tiles]
@@ -1032,10 +1048,10 @@ def paged_attention(
     see nothing give 0. On a GPU nothing is read back, so a CUDA graph can capture the call.
     """
     inputs = k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale
-    if not use_kernel(q):
-        return paged_attention_twin(q, *inputs)
-    q = q.contiguous()
     T, H, D = q.shape
+    if not use_kernel(q) or (k_scale is not None and D % 2):
+        return paged_attention_twin(q, *inputs)
+    caches = [c if k_scale is None else c.view(torch.int16) for c in (k_cache, v_cache)]
     S, width = tables.shape
     page, KH = k_cache.shape[1:3]
     group = H // KH
@@ -1043,10 +1059,11 @@ def paged_attention(
     # decoding, and only while a part has more than 64 keys.
     longest = width * page if window is None else min(width * page, window + T)
     most = min(64, (longest - 1) // 64) if T <= 4 * S else 1
-    split = parts_of_work(S * KH, 3 * card(q.device).multi_processor_count, most)
+    warps = 12 * card(q.device).multi_processor_count
     block = next_power_of_2(D)
 
     def launch(config):
+        split = parts_of_work(S * KH, warps // config["num_warps"], most)
         out = torch.empty_like(q)
         parts, lses = out, None
         if split > 1:
@@ -1054,7 +1071,7 @@ def paged_attention(
             lses = torch.empty(split, T, H, device=q.device)
         grid = T // (config["BLOCK_M"] // group) + S, KH, split
         shape = S, T, tables.stride(0), H, KH, D, page, max(16, block)
-        _attend[grid](q, *inputs, parts, lses, *shape, SPLIT=split, **config)
+        _attend[grid](q, *caches, *inputs[2:], parts, lses, *shape, SPLIT=split, **config)
         if split > 1:
             _combine[(T * H,)](parts, lses, out, T * H, D, split, block, num_warps=2)
         return out

@@ -359,8 +359,10 @@ def test_prefill_attention_equals_its_twin():
 
 
 @kernel
-def test_attention_over_an_int8_cache_equals_its_twin():
-    attend([1, 6], [200, 12], H=4, KH=2, D=32, cache_dtype=torch.int8)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_an_int8_cache_equals_its_twin(dtype):
+    attend([1, 6], [200, 12], H=4, KH=2, D=32, dtype=dtype, cache_dtype=torch.int8)
+    attend([1, 70], [9, 80], H=3, KH=1, D=40, window=30, dtype=dtype, cache_dtype=torch.int8)
 
 
 @kernel
