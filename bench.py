@@ -541,16 +541,14 @@ def attention_cases(S, rows, length=4096):
     pages = S * length // page
 
     def paged(dtype):
-        shape = (pages, page, KH, D)
-        keys, values = (torch.randint(-99, 99, shape, device="cuda").to(dtype) for _ in range(2))
-        scales = []
-        if dtype == torch.int8:
-            scales = [torch.rand(shape[:-1], device="cuda") for _ in range(2)]
+        shape = (2, pages, page, KH, D)
+        cache = torch.randint(-99, 99, shape, device="cuda").to(dtype)
+        scales = torch.rand(shape[:-1], device="cuda") if dtype == torch.int8 else None
         table = torch.randperm(pages, device="cuda").int().view(S, -1)
         lengths = torch.full((S,), length, dtype=torch.int32, device="cuda")
         starts = torch.arange(0, S * rows + 1, rows, dtype=torch.int32, device="cuda")
         q = bf16(S * rows, H, D)
-        return q, keys, values, table, lengths, starts, D**-0.5, None, *scales
+        return q, cache, table, lengths, starts, D**-0.5, None, scales
 
     def unpaged():
         return bf16(S, H, rows, D), bf16(S, KH, length, D), bf16(S, KH, length, D)

@@ -61,17 +61,14 @@ def compiles(device):
     try:
         _swiglu[1, 1](x, x.clone(), 16, 16)
     except Exception as error:  # no C compiler, a card that is too old, whatever it trips over
-        say(f"Triton fails here ({first_line(error)}); plain torch computes")
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"Triton fails here ({why}); plain torch computes")
         return False
     return True
 
 
 def say(text):
     print(f"kernels  {text}", file=sys.stderr)
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @functools.cache
@@ -736,109 +733,89 @@ def swiglu_twin(h):
 
 
 # ------------------------------------------------------------------------------- the paged KV cache
-# k_cache, v_cache (blocks, block_size, K, D): a slot is block * block_size + offset, so slots
-# number the rows of the cache seen as (blocks * block_size, K, D). An int8 cache comes with
-# k_scale, v_scale (blocks, block_size, K) float32, one scale for each token and head:
-# value = stored * scale.
+# cache (2, blocks, block_size, K, D), keys and values: a slot is block * block_size + offset, so
+# slots number the rows of each seen as (blocks * block_size, K, D). An int8 cache comes with scales
+# (2, blocks, block_size, K) float32, one for each token and head: value = stored * scale.
 @jit
-def _store(value, cache, scales, rows, d, D, mask):
-    """Heads (R, D) float32 to rows of the cache, quantized where there are scales."""
-    if scales is not None:
-        largest = tl.max(tl.abs(value), 1)
-        tl.store(scales + rows, largest / 127, mask=mask)
-        value *= (127 / tl.maximum(largest, 1e-30))[:, None]
-        value = tl.floor(value + 0.5)
-    _put(cache, value, rows, d, D, mask)
-
-
-@jit
-def _gained(row, gain, factor, heads, d, D, mask):
-    """Columns d of some heads in a row of qkv, normed where there is a gain."""
+def _times_gain(row, gain, heads, d, D, mask):
+    """Columns d of some heads in a row of qkv, times theirs of the gain if there is one."""
     value = _tile(row, heads, d, D, mask).to(tl.float32)
     if gain is not None:
-        value *= factor * _tile(gain, heads, d, D, mask).to(tl.float32)
+        value *= _tile(gain, heads, d, D, mask).to(tl.float32)
     return value
 
 
 @jit(do_not_specialize_on_alignment=["slots"])
 def _store_heads(
-    qkv, gain, cos, sin, slots, q, k_cache, v_cache, k_scale, v_scale, eps, H, KH, D,
+    qkv, gain, cos, sin, slots, q, cache, scales, eps, rows, H, KH, D,
     BLOCK_H: constexpr, BLOCK_D: constexpr,
 ):  # fmt: skip
-    """BLOCK_H of one token's heads: queries to q, keys and values to the token's slot."""
+    """BLOCK_H of one token's heads: queries to q, keys and values to the token's slot.
+
+    Keys and values lie `rows` heads apart."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     row = qkv + token * (H + 2 * KH) * D
     value = _tile(row, heads, d, D, heads < H + 2 * KH).to(tl.float32)
     turns = heads < H + KH  # which values do not
-    factor = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
-    turned = _gained(row, gain, factor, heads, d, D, turns)
+    turned = _times_gain(row, gain, heads, d, D, turns)
     if cos is not None:
         partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
-        other = _gained(row, gain, factor, heads, partner, D, turns)
+        other = _times_gain(row, gain, heads, partner, D, turns)
         turned *= _read(cos + token * D + d, d < D)[None, :]
         turned += other * _read(sin + token * D + d, d < D)[None, :]
+    if gain is not None:
+        turned *= tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
     value = tl.where(turns[:, None], turned, value)
     _put(q + token * H * D, value, heads, d, D, heads < H)
-    key = tl.where(slot < 0, -1, heads - H)  # then value; below 0 is not stored
-    _store(value, k_cache, k_scale, slot * KH + key, d, D, (key >= 0) & (key < KH))
-    key -= KH
-    _store(value, v_cache, v_scale, slot * KH + key, d, D, (key >= 0) & (key < KH))
+    slot = tl.load(slots + token)
+    stored = tl.where(slot < 0, -1, heads - H)  # number of a key or, behind these, of a value
+    mask = (stored >= 0) & (stored < 2 * KH)
+    at = stored // KH * rows + slot * KH + stored % KH
+    if scales is not None:
+        largest = tl.max(tl.abs(value), 1)
+        tl.store(scales + at, largest / 127, mask=mask)
+        value *= (127 / tl.maximum(largest, 1e-30))[:, None]
+        value = tl.floor(value + 0.5)
+    _put(cache, value, at, d, D, mask)
 
 
-def store_heads(qkv, gain, eps, rope, slots, k_cache, v_cache, k_scale=None, v_scale=None):
+def store_heads(qkv, gain, eps, rope, slots, cache, scales=None):
     """qkv (T, H + 2K, D): norm and turn queries and keys, store keys and values -> q (T, H, D).
 
     gain (H + K, D), or None: no norm. rope: cos and sin (T, 1, D), the first half of sin negated,
-    or None. slots (T,) int64; -1 = nothing is stored. The pages are written to in place; quantized
-    where the cache is.
+    or None. slots (T,) int64; -1 = nothing is stored. An int8 cache is quantized to.
     """
     if not use_kernel(qkv):
-        inputs = k_cache, v_cache, k_scale, v_scale
-        return store_heads_twin(qkv, gain, eps, rope, slots, *inputs)
+        return store_heads_twin(qkv, gain, eps, rope, slots, cache, scales)
     T, heads, D = qkv.shape
-    K = k_cache.size(2)
-    q = torch.empty(T, heads - 2 * K, D, dtype=qkv.dtype, device=qkv.device)
-    tensors = qkv.contiguous(), gain, *(rope or (None, None)), slots, q, k_cache, v_cache
-    shape = heads - 2 * K, K, D, 8, next_power_of_2(D)
-    _store_heads[T, triton.cdiv(heads, 8)](*tensors, k_scale, v_scale, eps, *shape)
+    K = cache.size(3)
+    H = heads - 2 * K
+    q = torch.empty(T, H, D, dtype=qkv.dtype, device=qkv.device)
+    tensors = qkv.contiguous(), gain, *(rope or (None, None)), slots, q, cache, scales
+    numbers = eps, cache.stride(0) // D, H, K, D, 8, next_power_of_2(D)
+    _store_heads[T, triton.cdiv(heads, 8)](*tensors, *numbers)
     return q
 
 
-def store_heads_twin(qkv, gain, eps, rope, slots, k_cache, v_cache, k_scale=None, v_scale=None):
-    K, D = k_cache.shape[2:]
+def store_heads_twin(qkv, gain, eps, rope, slots, cache, scales=None):
+    K, D = cache.shape[3:]
     qk = qkv[:, :-K]  # queries and keys are treated alike
     if gain is not None:
         qk = F.rms_norm(qk, (D,), eps=eps) * gain
     if rope is not None:
         cos, sin = rope
         qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-    store_rows(qk[:, -K:], k_cache, k_scale, slots)
-    store_rows(qkv[:, -K:], v_cache, v_scale, slots)
-    return qk[:, :-K]
-
-
-def store_rows(x, cache, scales, slots):
-    """x (T, K, D) -> rows `slots` of a cache."""
-    keep = slots >= 0
-    slots = slots[keep]
-    x = x[keep]
+    kv = torch.stack((qk[:, -K:], qkv[:, -K:]))[:, slots >= 0]  # (2, T, K, D)
+    slots = slots[slots >= 0]
     if scales is not None:
-        x, scale = quantize_rows(x)
-        scales.flatten(0, 1)[slots] = scale  # (blocks * block_size, K) is a view
-    cache.flatten(0, 1)[slots] = x.to(cache.dtype)
-
-
-def quantize_rows(x):
-    """x (..., C) -> values (..., C) int8, scales (...) float32: value * scale is about x.
-
-    Halves round up."""
-    x = x.float()
-    largest = x.abs().amax(-1)
-    x = x * (127 / largest.clamp(min=1e-30))[..., None]
-    return torch.floor(x + 0.5).to(torch.int8), largest / 127
+        largest = kv.abs().amax(-1).float()
+        scales.flatten(1, 2)[:, slots] = largest / 127  # (2, blocks * block_size, K) is a view
+        kv = kv * (127 / largest.clamp(min=1e-30))[..., None]
+        kv = torch.floor(kv + 0.5)  # halves round up
+    cache.flatten(1, 2)[:, slots] = kv.to(cache.dtype)
+    return qk[:, :-K]
 
 
 @jit
@@ -873,16 +850,6 @@ def _key_range(position, length, window, ROWS, BLOCK_N, SPLIT):
     part = tl.cdiv(tl.cdiv(stop - begin, SPLIT), BLOCK_N) * BLOCK_N
     begin += tl.program_id(2) * part
     return begin, tl.minimum(stop, begin + part)
-
-
-@jit
-def _slots(table, j, there, KH, PAGE):
-    """Keys j of a sequence -> their rows of the cache, for this program's key head.
-
-    Key j is number j % PAGE of the page that the sequence's block table has at j // PAGE.
-    """
-    page = tl.load(table + j // PAGE, mask=there, other=0)
-    return (page * PAGE + j % PAGE) * KH + tl.program_id(1)
 
 
 @jit
@@ -933,30 +900,10 @@ def _weigh(scores, most, total):
     do_not_specialize_on_alignment=["tables", "lengths", "starts"],  # parts of one tensor
 )
 def _attend(
-    q,
-    k_cache,
-    v_cache,
-    tables,
-    lengths,
-    starts,
-    scale,
-    window,
-    k_scale,
-    v_scale,
-    out,
-    lses,
-    S,
-    T,
-    table_stride,
-    H: constexpr,
-    KH: constexpr,
-    D: constexpr,
-    PAGE: constexpr,
-    BLOCK_D: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_N: constexpr,
-    SPLIT: constexpr,
-):
+    q, k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale, out, lses,
+    S, T, table_stride, H: constexpr, KH: constexpr, D: constexpr, PAGE: constexpr,
+    BLOCK_D: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, SPLIT: constexpr,
+):  # fmt: skip
     """One tile of queries against one part of its context (see above) -> out, and lses if SPLIT."""
     GROUP: constexpr = H // KH
     ROWS: constexpr = BLOCK_M // GROUP
@@ -982,7 +929,8 @@ def _attend(
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
         there = j < stop
-        slot = _slots(tables + seq * table_stride, j, there, KH, PAGE)
+        page = tl.load(tables + seq * table_stride + j // PAGE, mask=there, other=0)
+        slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)  # its row of the cache
         k, odd_k = _cached(k_cache, slot, D, there, q, BLOCK_D)
         scores = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if PAIRS:
@@ -1030,14 +978,12 @@ def attention_configs(pairs, group):
     least = next_power_of_2(max(group, 16))
     m = max(least, min(next_power_of_2(pairs), 128))
     w = max(2, m // 16)
-    tiles = (m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2)
+    tiles = (m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4)
     tiles += (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3), (least, 16, 2, 2)
     return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in tiles]
 
 
-def paged_attention(
-    q, k_cache, v_cache, tables, lengths, starts, scale, window=None, k_scale=None, v_scale=None
-):
+def paged_attention(q, cache, tables, lengths, starts, scale, window=None, scales=None):
     """Causal attention of new tokens to their sequences' pages -> (T, H, D).
 
     One call serves decoding, prefill and both mixed. q (T, H, D): the new tokens of all sequences,
@@ -1047,11 +993,12 @@ def paged_attention(
     Kh key heads; keys further back than the window are hidden; the caches are contiguous. Rows that
     see nothing give 0. On a GPU nothing is read back, so a CUDA graph can capture the call.
     """
-    inputs = k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale
+    inputs = tables, lengths, starts, scale, window
     T, H, D = q.shape
-    if not use_kernel(q) or (k_scale is not None and D % 2):
-        return paged_attention_twin(q, *inputs)
-    caches = [c if k_scale is None else c.view(torch.int16) for c in (k_cache, v_cache)]
+    if not use_kernel(q) or (scales is not None and D % 2):
+        return paged_attention_twin(q, cache, *inputs, scales)
+    k_cache, v_cache = cache if scales is None else cache.view(torch.int16)
+    k_scale, v_scale = (None, None) if scales is None else scales
     S, width = tables.shape
     page, KH = k_cache.shape[1:3]
     group = H // KH
@@ -1071,7 +1018,19 @@ def paged_attention(
             lses = torch.empty(split, T, H, device=q.device)
         grid = T // (config["BLOCK_M"] // group) + S, KH, split
         shape = S, T, tables.stride(0), H, KH, D, page, max(16, block)
-        _attend[grid](q, *caches, *inputs[2:], parts, lses, *shape, SPLIT=split, **config)
+        _attend[grid](
+            q,
+            k_cache,
+            v_cache,
+            *inputs,
+            k_scale,
+            v_scale,
+            parts,
+            lses,
+            *shape,
+            SPLIT=split,
+            **config,
+        )
         if split > 1:
             _combine[(T * H,)](parts, lses, out, T * H, D, split, block, num_warps=2)
         return out
@@ -1081,14 +1040,12 @@ def paged_attention(
     shape = f"H{H} KH{KH} D{D} page{page} S{next_power_of_2(S)} rows{pairs} {window is None}"
     key = f"attention {q.dtype} {k_cache.dtype} {shape}"
     y = tuned(key, attention_configs(pairs, group), launch, q.device)
-    return paged_attention_twin(q, *inputs) if y is None else y
+    return paged_attention_twin(q, cache, *inputs, scales) if y is None else y
 
 
-def paged_attention_twin(
-    q, k_cache, v_cache, tables, lengths, starts, scale, window=None, k_scale=None, v_scale=None
-):
+def paged_attention_twin(q, cache, tables, lengths, starts, scale, window=None, scales=None):
     out = torch.zeros_like(q)
-    page = k_cache.size(1)
+    page = cache.size(2)
     starts = starts.tolist()
     for table, length, begin, end in zip(tables, lengths.tolist(), starts, starts[1:]):
         if begin == end or length == 0:
@@ -1101,8 +1058,7 @@ def paged_attention_twin(
             mask &= gap < window
         y = F.scaled_dot_product_attention(
             q[begin:end].float().transpose(0, 1),  # (rows, H, D) -> (H, rows, D)
-            read_pages(k_cache, k_scale, blocks)[:, :length],
-            read_pages(v_cache, v_scale, blocks)[:, :length],
+            *read_pages(cache, scales, blocks)[:, :, :length],
             mask,
             scale=scale,
             enable_gqa=True,
@@ -1112,8 +1068,8 @@ def paged_attention_twin(
 
 
 def read_pages(cache, scales, blocks):
-    """The tokens in some pages -> (Kh, len(blocks) * block_size, D) float32."""
-    values = cache[blocks].float()  # (n, block_size, Kh, D)
+    """The tokens in some pages -> keys and values (2, K, len(blocks) * block_size, D) float32."""
+    values = cache[:, blocks].float()  # (2, n, block_size, K, D)
     if scales is not None:
-        values = values * scales[blocks][..., None]
-    return values.flatten(0, 1).transpose(0, 1)
+        values = values * scales[:, blocks][..., None]
+    return values.flatten(1, 2).transpose(1, 2)

@@ -34,17 +34,15 @@ def in_dtype(model, dtype):
 
 def fuse_floats(layers):
     """nn.Linear layers over one input -> one layer. Their weights become views of its weight."""
-    weight = torch.cat([layer.weight.data for layer in layers])  # N x (n, K) -> (sum of n, K)
-    fused = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
-    fused.weight = nn.Parameter(weight, requires_grad=False)
-    sizes = [layer.out_features for layer in layers]
-    for layer, rows in zip(layers, weight.split(sizes)):
-        layer.weight.data = rows
-    if layers[0].bias is not None:
-        bias = torch.cat([layer.bias.data for layer in layers])
-        fused.bias = nn.Parameter(bias, requires_grad=False)
-        for layer, rows in zip(layers, bias.split(sizes)):
-            layer.bias.data = rows
+    N = sum(layer.out_features for layer in layers)
+    fused = nn.Linear(layers[0].in_features, N, bias=False, device="meta")
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is not None:
+            whole = torch.cat([part.data for part in parts])  # N x (n, K) -> (sum of n, K)
+            setattr(fused, name, nn.Parameter(whole, requires_grad=False))
+            for part, rows in zip(parts, whole.split(list(map(len, parts)))):
+                part.data = rows
     return fused
 
 
@@ -103,12 +101,13 @@ class ForwardLayer(nn.Module):
         self.mlp_norm = block.post_attention_layernorm
         products = [FusedProduct(layers, kind, stacks) for layers in block.products()]
         self.qkv, self.out, self.up, self.down = products
-        normed = getattr(block.self_attn, "q_norm", None) is not None
-        self.qk_gain = head_gains(block, config) if normed else None
+        self.qk_gain = head_gains(block, config)
 
 
 def head_gains(block, config):
-    """-> (H + K, D): queries and keys are normalized alike."""
+    """-> (H + K, D): queries and keys are normalized alike; None where they are not."""
+    if block.self_attn.q_norm is None:
+        return None
     gains = [block.self_attn.q_norm.weight] * config.num_attention_heads
     gains += [block.self_attn.k_norm.weight] * config.num_key_value_heads
     return torch.stack(gains).detach()
@@ -150,15 +149,14 @@ class TorchForward(nn.Module):
         return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     def allocate(self, blocks, dtype):
-        """Room for keys and values: (layers, blocks, block_size, K, D) each.
+        """Room for keys and values: (2, layers, blocks, block_size, K, D).
 
         int8 ones have a scale for each token and head: (2, layers, blocks, block_size, K).
         """
         c = self.config
-        shape = c.num_hidden_layers, blocks, self.block_size, c.num_key_value_heads
-        self.keys = torch.zeros(*shape, c.head_dim, dtype=dtype, device=self.device)
-        self.values = torch.zeros_like(self.keys)
-        self.scales = torch.zeros(2, *shape, device=self.device) if dtype.itemsize == 1 else None
+        shape = 2, c.num_hidden_layers, blocks, self.block_size, c.num_key_value_heads
+        self.cache = torch.zeros(*shape, c.head_dim, dtype=dtype, device=self.device)
+        self.scales = torch.zeros(shape, device=self.device) if dtype.itemsize == 1 else None
         # of a decode step: (graph, its inputs, its logits) for each number of sequences
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.most_sequences = 0  # of a decode step
@@ -279,13 +277,13 @@ class TorchForward(nn.Module):
     def attend(self, i, layer, qkv, rope, slots, tables, lengths, starts):
         """Layer i's queries, keys and values (T, (H + 2K) D) -> (T, H D), over the paged cache."""
         D = self.config.head_dim
-        cache = self.keys[i], self.values[i]
-        scales = (None, None) if self.scales is None else self.scales[:, i]
-        qkv = qkv.view(len(qkv), -1, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
         eps = self.config.norm_eps
-        q = kernels.store_heads(qkv, layer.qk_gain, eps, rope, slots, *cache, *scales)
+        cache = self.cache[:, i]
+        scales = None if self.scales is None else self.scales[:, i]
+        qkv = qkv.view(len(qkv), -1, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
+        q = kernels.store_heads(qkv, layer.qk_gain, eps, rope, slots, cache, scales)
         where = tables, lengths, starts
-        y = kernels.paged_attention(q, *cache, *where, D**-0.5, layer.window, *scales)
+        y = kernels.paged_attention(q, cache, *where, D**-0.5, layer.window, scales)
         return y.flatten(1)  # (T, H, D) -> (T, H D)
 
 

@@ -94,17 +94,17 @@ def test_the_kernels_between_products_compile_for_a_gpu(dtype):
         pointers = dict.fromkeys(names.split(), dtype)
         if "slots" in pointers:
             pointers["slots"] = "i64"
-        if "k_scale" in pointers:
-            pointers |= dict(k_cache="i8", v_cache="i8", k_scale="fp32", v_scale="fp32")
+        if "scales" in pointers:
+            pointers |= dict(cache="i8", scales="fp32")
         return bench.machine_code(kernel, pointers, numbers, constants | how)
 
     eps = dict(eps="fp32")
     assert compiled(kernels._add_norm, "x y gain out", eps | dict(C="i32"), BLOCK=4096)
     assert compiled(kernels._swiglu, "h out", dict(M="i32"), BLOCK=1024)
-    plain = "qkv slots q k_cache v_cache"
-    numbers = eps | dict.fromkeys(("H", "KH", "D"), "i32")
+    plain = "qkv slots q cache"
+    numbers = eps | dict.fromkeys(("rows", "H", "KH", "D"), "i32")
     blocks = dict(BLOCK_H=8, BLOCK_D=128)
-    for names in (plain, f"{plain} cos sin", f"{plain} gain cos sin k_scale v_scale"):
+    for names in (plain, f"{plain} cos sin", f"{plain} gain cos sin scales"):
         assert compiled(kernels._store_heads, names, numbers, **blocks)
     config = kernels.attention_configs(4, 4)[0]
     for cached in (dtype, "i16"):

@@ -267,33 +267,36 @@ def zeros(*shape, dtype=torch.float32):
 
 
 def pages(lengths, page, KH, D, dtype, cache_dtype=None):
-    """A cache whose pages are dealt out in random order, filled by `store_rows`.
+    """A cache whose pages are dealt out in random order, filled with random keys and values.
 
-    -> (caches, scales, block_tables)"""
+    -> (cache, scales, block_tables)"""
     S = len(lengths)
     width = -(-max(lengths) // page) + 1
     tables = torch.randperm(S * width).view(S, width).int()
-    caches = [zeros(S * width, page, KH, D, dtype=cache_dtype or dtype) for _ in range(2)]
-    scales = [None, None]
-    if cache_dtype:
-        scales = [zeros(S * width, page, KH) for _ in range(2)]
+    cache, scales = empty_cache(S * width, page, KH, D, dtype, cache_dtype)
     slots = []
     for table, length in zip(tables.long(), lengths):
         at = torch.arange(length)
         slots.append(table[at // page] * page + at % page)
     slots = torch.cat(slots).to(DEVICE)
-    for cache, scale in zip(caches, scales):
-        K.store_rows(random(len(slots), KH, D, dtype=dtype), cache, scale, slots)
+    kv = random(len(slots), 2 * KH, D, dtype=dtype)
+    K.store_heads_twin(kv, None, 0, None, slots, cache, scales)
     wider = F.pad(tables, (0, 3), value=-1).to(DEVICE)
-    return caches, scales, wider[:, :width]
+    return cache, scales, wider[:, :width]
+
+
+def empty_cache(blocks, page, KH, D, dtype, cache_dtype=None):
+    """As the engine has one for a layer -> cache, scales"""
+    scales = zeros(2, 3, blocks, page, KH)[:, 1] if cache_dtype else None
+    return zeros(2, 3, blocks, page, KH, D, dtype=cache_dtype or dtype)[:, 1], scales
 
 
 def attend(rows, lengths, H, KH, D, page=16, window=None, dtype=torch.float32, cache_dtype=None):
-    caches, scales, tables = pages(lengths, page, KH, D, dtype, cache_dtype)
+    cache, scales, tables = pages(lengths, page, KH, D, dtype, cache_dtype)
     starts = torch.tensor([0, *rows], device=DEVICE).cumsum(0).int()
     q = random(sum(rows), H, D, dtype=dtype)
     lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    args = q, *caches, tables, lengths, starts, D**-0.5, window, *scales
+    args = q, cache, tables, lengths, starts, D**-0.5, window, scales
     same(K.paged_attention(*args), K.paged_attention_twin(*args), dtype)
 
 
@@ -311,16 +314,14 @@ def test_heads_are_normed_turned_and_stored_as_the_twin_does(dtype, how, cache_d
     before = qkv.clone()
     results = []
     for store in (K.store_heads, K.store_heads_twin):
-        caches = [zeros(5, 4, KH, D, dtype=cache_dtype or dtype) for _ in range(2)]
-        scales = [zeros(5, 4, KH) for _ in range(2)] if cache_dtype else (None, None)
-        q = store(qkv, gain, 1e-5, rope, slots, *caches, *scales)
-        rows = [(K.read_pages(c, s, torch.arange(5))) for c, s in zip(caches, scales)]
-        results.append((q.float(), *rows))
+        cache, scales = empty_cache(5, 4, KH, D, dtype, cache_dtype)
+        q = store(qkv, gain, 1e-5, rope, slots, cache, scales)
+        results.append((q.float(), K.read_pages(cache, scales, torch.arange(5))))
     assert torch.equal(qkv, before)
     for ours, twin in zip(*results):
         same(ours, twin, dtype, limit=1e-3 if cache_dtype else 2e-6)
-    for cache in results[0][1:]:  # (KH, 20, D)
-        assert cache[:, slots[slots >= 0]].any(-1).all() and cache.any(-1).sum() == 4 * KH
+    filled = results[0][1].any(-1)  # (2, KH, 20)
+    assert filled[..., slots[slots >= 0]].all() and filled.sum() == 2 * KH * 4
 
 
 @kernel
@@ -375,21 +376,21 @@ def test_attention_in_16_bits_equals_its_twin():
 @kernel
 def test_an_empty_context_gives_zeros():
     q = random(1, 2, 16)
-    cache = random(2, 4, 2, 16)
+    cache = random(2, 2, 4, 2, 16)
     ints = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([[0, 1]], [0], [0, 1])]
-    assert not K.paged_attention(q, cache, cache, *ints, 1.0).any()
+    assert not K.paged_attention(q, cache, *ints, 1.0).any()
 
 
 # --------------------------------------------------------------------- what holds without a GPU too
 def test_paged_attention_twin_equals_torch_attention():
     q, k, v = torch.randn(6, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
-    caches = [torch.zeros(3, 4, 2, 8) for _ in range(2)]
+    cache = torch.zeros(2, 3, 4, 2, 8)
     tables = torch.tensor([[2, 0, 1]], dtype=torch.int32)
     at = torch.arange(11)
-    for x, cache in zip((k, v), caches):
-        K.store_rows(x, cache, None, tables[0, at // 4].long() * 4 + at % 4)
+    slots = tables[0, at // 4].long() * 4 + at % 4
+    K.store_heads_twin(torch.cat((k, v), 1), None, 0, None, slots, cache)
     starts = torch.tensor([0, 6])
-    ours = K.paged_attention_twin(q, *caches, tables, torch.tensor([11]), starts, 8**-0.5)
+    ours = K.paged_attention_twin(q, cache, tables, torch.tensor([11]), starts, 8**-0.5)
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (T, H, D) -> (1, H, T, D)
     mask = at[5:, None] >= at
     theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
