@@ -479,69 +479,19 @@ def _multiply(weights, columns, live, acc, FIRST: constexpr, COUNT: constexpr):
     return acc
 
 
-@jit
-def _add_groups(
-    acc,
-    weights,
-    columns,
-    live,
-    scales,
-    zeros,
-    rows,
-    inside,
-    first,
-    N,
-    FORMAT: constexpr,
-    GROUP: constexpr,
-    TOGETHER: constexpr,
-    OFFSET: constexpr,
-):
-    """acc + a tile of 4-bit weights times its columns of x; the tile's first column is `first`.
-
-    int4's offset and zero point leave through the sum of x: the product of x with a constant, which
-    is the same for all rows of W and so takes but one row's instructions.
-    """
-    number: constexpr = -8 - OFFSET if zeros is None else -1
-    zero = tl.full(weights[0].shape, number, columns.dtype.element_ty)
-    for q in tl.static_range(0, 4, TOGETHER):
-        at = (first + q * 32) // GROUP * N + rows
-        part = tl.zeros_like(acc)
-        if FORMAT == "int4":
-            part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
-            if zeros is not None:
-                part *= OFFSET + _read(zeros + at, inside)[:, None]
-        part = _multiply(weights, columns, live, part, q, TOGETHER)
-        acc += _read(scales + at, inside)[:, None] * part
-    return acc
-
-
 # Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
 # otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @jit(do_not_specialize=["M"])
 def _product(
-    x,
-    words,
-    scales,
-    zeros,
-    bias,
-    table,
-    parts,
-    done,
-    out,
-    M,
-    N,
-    K,
-    FORMAT: constexpr,
-    GROUP: constexpr,
-    TOGETHER: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_M: constexpr,
-    SPLIT: constexpr,
-):
+    x, words, scales, zeros, bias, table, parts, done, out, M, N, K,
+    FORMAT: constexpr, GROUP: constexpr, TOGETHER: constexpr,
+    BLOCK_N: constexpr, BLOCK_M: constexpr, SPLIT: constexpr,
+):  # fmt: skip
     """The transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores for one row of x, too.
 
     W is the left operand because that one may come from registers, where it is unpacked; x may be
-    as narrow as 16 rows.
+    as narrow as 16 rows. int4's offset and zero point leave through the sum of x: the product of x
+    with a constant, which is the same for all rows of W and so takes but one row's instructions.
     """
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
     WIDTH: constexpr = TILE // PARTS
@@ -553,6 +503,8 @@ def _product(
     i = tl.arange(0, WIDTH)
     in_words = rows[:, None] * WIDTH + i[None, :]
     in_x = m[None, :] * K + i[:, None]
+    number: constexpr = -8 - OFFSET if zeros is None else -1
+    zero = tl.full((BLOCK_N, WIDTH), number, x.dtype.element_ty)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for t in range(tl.program_id(1), K // TILE, SPLIT):
         piece = words + tl.cast(t, tl.int64) * N * WIDTH
@@ -562,10 +514,15 @@ def _product(
         if FORMAT == "int8":
             acc = _multiply(weights, columns, live, acc, 0, PARTS)
         else:
-            acc = _add_groups(
-                acc, weights, columns, live, scales, zeros, rows, inside, t * TILE, N,
-                FORMAT, GROUP, TOGETHER, OFFSET,
-            )  # fmt: skip
+            for q in tl.static_range(0, 4, TOGETHER):
+                group = (t * TILE + q * 32) // GROUP * N + rows
+                part = tl.zeros_like(acc)
+                if FORMAT == "int4":
+                    part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
+                    if zeros is not None:
+                        part *= OFFSET + _read(zeros + group, inside)[:, None]
+                part = _multiply(weights, columns, live, part, q, TOGETHER)
+                acc += _read(scales + group, inside)[:, None] * part
     at = m[None, :] * N + rows[:, None]
     mask = live & inside[:, None]
     last = True

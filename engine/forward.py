@@ -175,8 +175,7 @@ class TorchForward(nn.Module):
 
     def logits_of(self, x):
         """What the head reads (R, C) -> logits (R, V) float32, without adapters."""
-        nobody = torch.full((len(x),), -1, device=x.device)
-        return self.head(x.to(self.embedding.dtype), nobody).float()
+        return self.head.layers[0](x.to(self.embedding.dtype)).float()
 
     def inputs(self, batch):
         """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
@@ -249,9 +248,8 @@ class TorchForward(nn.Module):
         """
         c = self.config
         ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
-        lengths = ints[:S]
-        starts = ints[S : 2 * S + 1]
-        tables = ints[2 * S + 1 :].view(S, -1)  # (S, blocks)
+        lengths, starts, tables = ints.split((S, S + 1, len(ints) - 2 * S - 1))
+        where = tables.view(S, -1), lengths, starts  # (S, blocks), (S,), (S + 1,)
         x = F.embedding(ids, self.embedding)  # (T, C)
         rope = None
         if c.is_gpt2:
@@ -261,7 +259,7 @@ class TorchForward(nn.Module):
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(kernels.add_norm(x, added, layer.attention_norm), adapters)
-            y = self.attend(i, layer, qkv, rope, slots, tables, lengths, starts)
+            y = self.attend(i, layer, qkv, rope, slots, where)
             added = layer.out(y, adapters)
             h = layer.up(kernels.add_norm(x, added, layer.mlp_norm), adapters)
             h = F.gelu(h, approximate="tanh") if c.is_gpt2 else kernels.swiglu(h)
@@ -274,7 +272,7 @@ class TorchForward(nn.Module):
             x, added, adapters = x[rows], added[rows], adapters[rows]
         return self.head(kernels.add_norm(x, added, self.norm), adapters)
 
-    def attend(self, i, layer, qkv, rope, slots, tables, lengths, starts):
+    def attend(self, i, layer, qkv, rope, slots, where):
         """Layer i's queries, keys and values (T, (H + 2K) D) -> (T, H D), over the paged cache."""
         D = self.config.head_dim
         eps = self.config.norm_eps
@@ -282,7 +280,6 @@ class TorchForward(nn.Module):
         scales = None if self.scales is None else self.scales[:, i]
         qkv = qkv.view(len(qkv), -1, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
         q = kernels.store_heads(qkv, layer.qk_gain, eps, rope, slots, cache, scales)
-        where = tables, lengths, starts
         y = kernels.paged_attention(q, cache, *where, D**-0.5, layer.window, scales)
         return y.flatten(1)  # (T, H, D) -> (T, H D)
 
