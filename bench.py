@@ -564,7 +564,30 @@ def attention_cases(S, rows, length=4096):
     return cases
 
 
-KERNEL_GROUPS = {
+def between_cases(T=8192, C=4096, K=8, D=128, page=16):
+    """What a layer does between its products, for T tokens -> as linear_cases."""
+    norm = torch.nn.RMSNorm(C, 1e-6, device="cuda", dtype=torch.bfloat16)
+    heads = C // D + 2 * K
+
+    def heads_to_store():
+        slots = torch.randperm(T, device="cuda")
+        cache = bf16(2, T // page, page, K, D)
+        rope = bf16(T, 1, D), bf16(T, 1, D)
+        return bf16(T, heads, D), bf16(heads - K, D), 1e-6, rope, slots, cache
+
+    def rows():
+        return bf16(T, C), bf16(T, C), norm
+
+    size = 2 * T * C
+    return {
+        "residual + RMSNorm, torch": (4 * size, kernels.add_norm_twin, rows),
+        "residual + RMSNorm": (4 * size, kernels.add_norm, rows),
+        "q/k norm + RoPE + store": (4 * T * (heads + 1) * D, kernels.store_heads, heads_to_store),
+        "SwiGLU": (3 * size, kernels.swiglu, lambda: (bf16(T, 2 * C),)),
+    }
+
+
+KERNEL_GROUPS: dict = {
     "linear, 1 row": partial(linear_cases, 1),
     "linear, 1 row, 22016 x 4096": partial(linear_cases, 1, 22_016),
     "linear, 1 row, 4096 x 4096": partial(linear_cases, 1, 4096),
@@ -572,6 +595,7 @@ KERNEL_GROUPS = {
     "linear, 64 rows": partial(linear_cases, 64),
     "decode, 16 x 4096 tokens": partial(attention_cases, 16, 1),
     "prefill, 4096 tokens": partial(attention_cases, 1, 4096),
+    "between products, 8192 tokens": between_cases,
 }
 
 

@@ -280,7 +280,8 @@ class TorchForward(nn.Module):
         scales = None if self.scales is None else self.scales[:, i]
         qkv = qkv.view(len(qkv), -1, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
         q = kernels.store_heads(qkv, layer.qk_gain, eps, rope, slots, cache, scales)
-        y = kernels.paged_attention(q, cache, *where, D**-0.5, layer.window, scales)
+        how = dict(scale=D**-0.5, window=layer.window, scales=scales)
+        y = kernels.paged_attention(q, cache, *where, **how)
         return y.flatten(1)  # (T, H, D) -> (T, H D)
 
 
