@@ -974,7 +974,8 @@ def paged_attention(q, cache, tables, lengths, starts, scale, window=None, scale
             parts = torch.empty(split, T, H, D, device=q.device)
             lses = torch.empty(split, T, H, device=q.device)
         grid = T // (config["BLOCK_M"] // group) + S, KH, split
-        shape = S, T, tables.stride(0), H, KH, D, page, max(16, block)
+        # a product takes 16 columns or more, and int8's are halved
+        shape = S, T, tables.stride(0), H, KH, D, page, max(32, block)
         _attend[grid](
             q,
             k_cache,
