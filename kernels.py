@@ -821,7 +821,7 @@ def _cached(cache, rows, D, mask, q, BLOCK_D: constexpr):
         OFFSET: constexpr = 1024 if q.dtype.element_ty == tl.float16 else 128
         return _unpack(words, q, None, "int8", OFFSET)
     else:
-        values = _tile(cache, rows, tl.arange(0, BLOCK_D), D, mask)
+        values = _tile(cache, rows, tl.arange(0, BLOCK_D), D, mask).to(q.dtype.element_ty)
         return values, values
 
 

@@ -287,7 +287,7 @@ def pages(lengths, page, KH, D, dtype, cache_dtype=None):
 
 def empty_cache(blocks, page, KH, D, dtype, cache_dtype=None):
     """As the engine has one for a layer -> cache, scales"""
-    scales = zeros(2, 3, blocks, page, KH)[:, 1] if cache_dtype else None
+    scales = zeros(2, 3, blocks, page, KH)[:, 1] if cache_dtype == torch.int8 else None
     return zeros(2, 3, blocks, page, KH, D, dtype=cache_dtype or dtype)[:, 1], scales
 
 
@@ -366,6 +366,13 @@ def test_prefill_attention_equals_its_twin():
 def test_attention_over_an_int8_cache_equals_its_twin(dtype):
     attend([1, 6], [200, 12], H=4, KH=2, D=32, dtype=dtype, cache_dtype=torch.int8)
     attend([1, 70], [9, 80], H=3, KH=1, D=40, window=30, dtype=dtype, cache_dtype=torch.int8)
+
+
+@kernel
+def test_attention_over_a_cache_of_another_type_equals_its_twin():
+    for cache_dtype in DTYPES[1:]:
+        attend([1, 3], [50, 9], H=4, KH=2, D=32, cache_dtype=cache_dtype)
+    attend([1, 3], [50, 9], H=4, KH=2, D=32, dtype=torch.bfloat16, cache_dtype=torch.float16)
 
 
 @kernel
