@@ -10,7 +10,7 @@
     python bench.py dpo MODEL --data prefs.jsonl # preference tuning beside TRL's DPOTrainer
     python bench.py grpo MODEL                   # reinforcement learning beside TRL's GRPOTrainer
     python bench.py kernels                      # on a GPU: GB/s of each kernel beside the card's
-    python bench.py sass                         # without one: instructions a weight of products
+    python bench.py sass                         # without one: instructions a weight
     python bench.py tokenizer corpus.txt --vocab-size 32000     # beside HF tokenizers and tiktoken
     python bench.py decode 7b                    # one text and eight; random weights, or:
     python bench.py decode FOLDER --gguf f16.gguf q8_0.gguf --transformers bfloat16    # with peers
@@ -498,16 +498,14 @@ def attention_cases(S, rows, length=4096):
     pages = S * length // page
 
     def paged(dtype):
-        shape = (pages, page, KH, D)
-        keys, values = (torch.randint(-99, 99, shape, device="cuda").to(dtype) for _ in range(2))
-        scales = []
-        if dtype == torch.int8:
-            scales = [torch.rand(shape[:-1], device="cuda") for _ in range(2)]
+        shape = (2, pages, page, KH, D)
+        cache = torch.randint(-99, 99, shape, device="cuda").to(dtype)
+        scales = torch.rand(shape[:-1], device="cuda") if dtype == torch.int8 else None
         table = torch.randperm(pages, device="cuda").int().view(S, -1)
         lengths = torch.full((S,), length, dtype=torch.int32, device="cuda")
         starts = torch.arange(0, S * rows + 1, rows, dtype=torch.int32, device="cuda")
         q = bf16(S * rows, H, D)
-        return q, keys, values, table, lengths, starts, D**-0.5, None, *scales
+        return q, cache, table, lengths, starts, D**-0.5, None, scales
 
     def unpaged():
         return bf16(S, H, rows, D), bf16(S, KH, length, D), bf16(S, KH, length, D)
@@ -523,7 +521,30 @@ def attention_cases(S, rows, length=4096):
     return cases
 
 
-KERNEL_GROUPS = {
+def between_cases(T=8192, C=4096, K=8, D=128, page=16):
+    """What a layer does between its products, for T tokens -> as linear_cases."""
+    norm = torch.nn.RMSNorm(C, 1e-6, device="cuda", dtype=torch.bfloat16)
+    heads = C // D + 2 * K
+
+    def heads_to_store():
+        slots = torch.randperm(T, device="cuda")
+        cache = bf16(2, T // page, page, K, D)
+        rope = bf16(T, 1, D), bf16(T, 1, D)
+        return bf16(T, heads, D), bf16(heads - K, D), 1e-6, rope, slots, cache
+
+    def rows():
+        return bf16(T, C), bf16(T, C), norm
+
+    size = 2 * T * C
+    return {
+        "residual + RMSNorm, torch": (4 * size, kernels.add_norm_twin, rows),
+        "residual + RMSNorm": (4 * size, kernels.add_norm, rows),
+        "q/k norm + RoPE + store": (4 * T * (heads + 1) * D, kernels.store_heads, heads_to_store),
+        "SwiGLU": (3 * size, kernels.swiglu, lambda: (bf16(T, 2 * C),)),
+    }
+
+
+KERNEL_GROUPS: dict = {
     "linear, 1 row": partial(linear_cases, 1),
     "linear, 1 row, 22016 x 4096": partial(linear_cases, 1, 22_016),
     "linear, 1 row, 4096 x 4096": partial(linear_cases, 1, 4096),
@@ -531,6 +552,7 @@ KERNEL_GROUPS = {
     "linear, 64 rows": partial(linear_cases, 64),
     "decode, 16 x 4096 tokens": partial(attention_cases, 16, 1),
     "prefill, 4096 tokens": partial(attention_cases, 1, 4096),
+    "between products, 8192 tokens": between_cases,
 }
 
 
@@ -566,7 +588,8 @@ def bench_kernels(only=""):
 
 # A Hopper SM issues 128 lanes a clock: 132 of them at 1.75 GHz take 3 microseconds for 90M weights
 # and each instruction a weight, where memory delivers as many in 4 bits within 10.
-INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5}  # a weight, of up to 16 rows
+# A byte a value leaves it 6 at an H200's bandwidth, if there is never a pause.
+INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5, "attention": 4.5}  # up to 16 rows
 
 
 def disassembler():
@@ -580,34 +603,26 @@ def disassembler():
     return found
 
 
-def product_machine_code(format, group, zeros, config):
-    """kernels._product for sm_90, bf16, as lines of SASS; this needs no GPU."""
+def machine_code(kernel, pointers, numbers, constants, unaligned=()):
+    """A kernel for sm_90 as lines of SASS; this needs no GPU.
+
+    pointers, numbers: {argument: type, of what is there}; all others are constants, None where not
+    given. What is not named in `unaligned` is a multiple of 16, as Triton finds it at a launch.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
-    pointers["scales"] = "fp32" if format == "nf4" else "fp16"
-    if zeros:
-        pointers["zeros"] = "u8"
-    constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
-    constants["TOGETHER"] = kernels.parts_together(format, group)
     options = dict(enable_fp_fusion=True)
     for name in ("num_warps", "num_stages"):
         options[name] = constants.pop(name)
-    signature = {}
-    names = kernels._product.arg_names
-    for name in names:
-        if name in pointers:
-            signature[name] = "*" + pointers[name]
-        elif name in "MNK":
-            signature[name] = "i32"
-        else:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-    # what Triton finds at a launch: addresses and the sizes of layers are multiples of 16
-    aligned = [names.index(name) for name in (*pointers, "N", "K")]
-    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
-    source = ASTSource(kernels._product, signature, constants, attributes)
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | numbers
+    for name, kind in pointers.items():
+        signature[name] = "*" + kind
+    constants = {name: constants.get(name) for name in names if signature[name] == "constexpr"}
+    aligned = [name for name in (*pointers, *numbers) if name not in unaligned]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -616,6 +631,29 @@ def product_machine_code(format, group, zeros, config):
         return subprocess.run(
             command, capture_output=True, text=True, check=True
         ).stdout.splitlines()
+
+
+def product_machine_code(format, group, zeros, config):
+    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
+    pointers["scales"] = "fp32" if format == "nf4" else "fp16"
+    if zeros:
+        pointers["zeros"] = "u8"
+    constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
+    constants["TOGETHER"] = kernels.parts_together(format, group)
+    numbers = dict.fromkeys("MNK", "i32")
+    return machine_code(kernels._product, pointers, numbers, constants, "M")
+
+
+def attention_machine_code(cached, config, query="bf16"):
+    """kernels._attend for 32 heads of 128 on 8 key heads, over a cache of the type `cached`."""
+    pointers = dict(q=query, k_cache=cached, v_cache=cached, out="fp32", lses="fp32")
+    pointers |= dict.fromkeys(("tables", "lengths", "starts"), "i32")
+    if cached == "i16":  # pairs of int8
+        pointers |= dict(k_scale="fp32", v_scale="fp32")
+    numbers = dict(scale="fp32", S="i32", T="i32", table_stride="i32")
+    constants = dict(H=32, KH=8, D=128, PAGE=16, BLOCK_D=128, SPLIT=4, **config)
+    unaligned = ("tables", "lengths", "starts", *numbers)
+    return machine_code(kernels._attend, pointers, numbers, constants, unaligned)
 
 
 def longest_loop(lines):
@@ -635,11 +673,19 @@ def longest_loop(lines):
     return longest
 
 
-def bench_sass(rows=(16, 64)):
-    """Instructions a weight in the loop of each quantized product, in machine code for sm_90.
+def counted(lines, config, values, goal):
+    """What a lane of a warp does for each of the values that one pass of the loop takes."""
+    loop = longest_loop(lines)
+    warps = config["num_warps"]
+    spilled = sum("LDL" in line or "STL" in line for line in loop)
+    each = len(loop) / (values / 32 / warps)
+    stages = config["num_stages"]
+    return dict(warps=warps, stages=stages, spilled=spilled, per_value=each, goal=goal)
 
-    It needs no GPU. The weights are those that a lane of a warp unpacks in one pass of the loop.
-    """
+
+def bench_sass(rows=(16, 64)):
+    """Instructions a weight in the loop of each quantized product, and a cached value (keys and
+    values together) in attention's of one new token, in machine code for sm_90. It needs no GPU."""
     if kernels.triton is None or kernels.INTERPRET:
         raise UserError("bench.py sass compiles with Triton: install it; unset TRITON_INTERPRET")
     cases = ("int4", 128, False), ("int4", 128, True), ("int4", 64, False), ("int4", 32, False)
@@ -648,19 +694,18 @@ def bench_sass(rows=(16, 64)):
         columns = "" if format == "int8" else f" in groups of {group}"
         name = f"{format}{columns}{', zero points' * zeros}"
         for M in map(int, rows):
+            goal = INSTRUCTIONS_GOAL[format] if M <= 16 else None
             for config in kernels.product_configs(M)[:2]:
-                loop = longest_loop(product_machine_code(format, group, zeros, config))
-                weights = config["BLOCK_N"] * kernels.COLUMNS / 32 / config["num_warps"]
-                yield dict(
-                    product=name,
-                    rows=M,
-                    block=config["BLOCK_N"],
-                    warps=config["num_warps"],
-                    stages=config["num_stages"],
-                    spilled=sum("LDL" in line or "STL" in line for line in loop),
-                    per_weight=len(loop) / weights,
-                    goal=INSTRUCTIONS_GOAL[format] if M <= 16 else None,
-                )
+                code = product_machine_code(format, group, zeros, config)
+                weights = config["BLOCK_N"] * kernels.COLUMNS
+                figures = counted(code, config, weights, goal)
+                yield dict(loop=name, rows=M, block=config["BLOCK_N"], **figures)
+    for cached, name in (("bf16", "bf16"), ("i16", "int8")):
+        for config in kernels.attention_configs(4, 4)[:2]:
+            code = attention_machine_code(cached, config)
+            goal = INSTRUCTIONS_GOAL["attention"]
+            figures = counted(code, config, 2 * config["BLOCK_N"] * 128, goal)
+            yield dict(loop=f"attention, {name}", rows=1, block=config["BLOCK_N"], **figures)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, read_json, write_json
@@ -56,21 +57,18 @@ def use_kernel(x):
 @functools.cache
 def compiles(device):
     """Whether Triton runs on the device at all; if not, a line says why."""
-    x = torch.zeros(1, 1, 16, device=device)
+    x = torch.zeros(32, device=device)
     try:
-        store_rows(x, x[None].clone(), None, torch.zeros(1, dtype=torch.int64, device=device))
+        _swiglu[1, 1](x, x.clone(), 16, 16)
     except Exception as error:  # no C compiler, a card that is too old, whatever it trips over
-        say(f"Triton fails here ({first_line(error)}); plain torch computes")
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"Triton fails here ({why}); plain torch computes")
         return False
     return True
 
 
 def say(text):
     print(f"kernels  {text}", file=sys.stderr)
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @functools.cache
@@ -216,18 +214,6 @@ def _dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@jit
-def _values(tile, like):
-    """A tile in the type of another; int8 by its bits, too: the conversion instruction for bytes
-    runs at an eighth of an addition's rate, slower than memory delivers bytes."""
-    if tile.dtype == tl.int8:  # unsigned 128 + b under the exponent of 1: 1.5 + b / 256
-        bits = (tile.to(tl.uint8, bitcast=True).to(tl.int32) << 15) ^ 0x3FC00000
-        value = bits.to(tl.float32, bitcast=True) * 256 - 384
-    else:
-        value = tile.to(tl.float32)
-    return value.to(like.dtype)
 
 
 # ------------------------------------------------------------------------ weight-only linear layers
@@ -439,8 +425,8 @@ def _parts(words, table, FORMAT: constexpr):
 
 @jit
 def _unpack(words, x, table, FORMAT: constexpr, OFFSET: constexpr):
-    """`_parts` in x's type, int4's plus OFFSET; on a GPU by the instructions above."""
-    if INTERPRET:
+    """`_parts` in x's type, int4's plus OFFSET; 16 bits on a GPU by the instructions above."""
+    if INTERPRET or x.dtype.element_ty == tl.float32:
         parts = _parts(words, table, FORMAT)
         if FORMAT == "int4":
             parts = (parts[0] + OFFSET, parts[1] + OFFSET, parts[2] + OFFSET, parts[3] + OFFSET)
@@ -493,69 +479,19 @@ def _multiply(weights, columns, live, acc, FIRST: constexpr, COUNT: constexpr):
     return acc
 
 
-@jit
-def _add_groups(
-    acc,
-    weights,
-    columns,
-    live,
-    scales,
-    zeros,
-    rows,
-    inside,
-    first,
-    N,
-    FORMAT: constexpr,
-    GROUP: constexpr,
-    TOGETHER: constexpr,
-    OFFSET: constexpr,
-):
-    """acc + a tile of 4-bit weights times its columns of x; the tile's first column is `first`.
-
-    int4's offset and zero point leave through the sum of x: the product of x with a constant, which
-    is the same for all rows of W and so takes but one row's instructions.
-    """
-    number: constexpr = -8 - OFFSET if zeros is None else -1
-    zero = tl.full(weights[0].shape, number, columns.dtype.element_ty)
-    for q in tl.static_range(0, 4, TOGETHER):
-        at = (first + q * 32) // GROUP * N + rows
-        part = tl.zeros_like(acc)
-        if FORMAT == "int4":
-            part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
-            if zeros is not None:
-                part *= OFFSET + _read(zeros + at, inside)[:, None]
-        part = _multiply(weights, columns, live, part, q, TOGETHER)
-        acc += _read(scales + at, inside)[:, None] * part
-    return acc
-
-
 # Numbers that change from step to step (rows, sequences) are marked do_not_specialize: Triton would
 # otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @jit(do_not_specialize=["M"])
 def _product(
-    x,
-    words,
-    scales,
-    zeros,
-    bias,
-    table,
-    parts,
-    done,
-    out,
-    M,
-    N,
-    K,
-    FORMAT: constexpr,
-    GROUP: constexpr,
-    TOGETHER: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_M: constexpr,
-    SPLIT: constexpr,
-):
+    x, words, scales, zeros, bias, table, parts, done, out, M, N, K,
+    FORMAT: constexpr, GROUP: constexpr, TOGETHER: constexpr,
+    BLOCK_N: constexpr, BLOCK_M: constexpr, SPLIT: constexpr,
+):  # fmt: skip
     """The transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores for one row of x, too.
 
     W is the left operand because that one may come from registers, where it is unpacked; x may be
-    as narrow as 16 rows.
+    as narrow as 16 rows. int4's offset and zero point leave through the sum of x: the product of x
+    with a constant, which is the same for all rows of W and so takes but one row's instructions.
     """
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
     WIDTH: constexpr = TILE // PARTS
@@ -567,6 +503,8 @@ def _product(
     i = tl.arange(0, WIDTH)
     in_words = rows[:, None] * WIDTH + i[None, :]
     in_x = m[None, :] * K + i[:, None]
+    number: constexpr = -8 - OFFSET if zeros is None else -1
+    zero = tl.full((BLOCK_N, WIDTH), number, x.dtype.element_ty)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for t in range(tl.program_id(1), K // TILE, SPLIT):
         piece = words + tl.cast(t, tl.int64) * N * WIDTH
@@ -576,10 +514,15 @@ def _product(
         if FORMAT == "int8":
             acc = _multiply(weights, columns, live, acc, 0, PARTS)
         else:
-            acc = _add_groups(
-                acc, weights, columns, live, scales, zeros, rows, inside, t * TILE, N,
-                FORMAT, GROUP, TOGETHER, OFFSET,
-            )  # fmt: skip
+            for q in tl.static_range(0, 4, TOGETHER):
+                group = (t * TILE + q * 32) // GROUP * N + rows
+                part = tl.zeros_like(acc)
+                if FORMAT == "int4":
+                    part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
+                    if zeros is not None:
+                        part *= OFFSET + _read(zeros + group, inside)[:, None]
+                part = _multiply(weights, columns, live, part, q, TOGETHER)
+                acc += _read(scales + group, inside)[:, None] * part
     at = m[None, :] * N + rows[:, None]
     mask = live & inside[:, None]
     last = True
@@ -689,68 +632,147 @@ def dequantize_twin(w, dtype):
     return (values * w.scales[group].t()).to(dtype)
 
 
+# ------------------------------------------------------------------------ between the products
+# What a step does beside its products and attention is about bytes and launches: each of these
+# reads its inputs once, where torch takes two to eight kernels. They compute in float32.
+@jit
+def _add_norm(x, y, gain, out, eps, C, BLOCK: constexpr):
+    """One row of `add_norm`."""
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    at = tl.program_id(0).to(tl.int64) * C + c
+    total = (_read(x + at, inside) + _read(y + at, inside)).to(x.dtype.element_ty)
+    tl.store(x + at, total, mask=inside)
+    value = total.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / C + eps) * _read(gain + c, inside)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(x, y, norm):
+    """x += y, in place; both (T, C) -> norm(x), of which the kernel does nn.RMSNorm."""
+    if not isinstance(norm, nn.RMSNorm) or not use_kernel(x):
+        return add_norm_twin(x, y, norm)
+    T, C = x.shape
+    out = torch.empty_like(x)
+    _add_norm[(T,)](x, y, norm.weight, out, norm.eps, C, next_power_of_2(C), num_warps=8)
+    return out
+
+
+def add_norm_twin(x, y, norm):
+    x += y
+    return norm(x)
+
+
+@jit
+def _swiglu(h, out, M, BLOCK: constexpr):
+    """A part of one row of `swiglu`."""
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = _read(h + row * 2 * M + m, m < M)
+    up = _read(h + row * 2 * M + M + m, m < M)
+    value = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out + row * M + m, value.to(out.dtype.element_ty), mask=m < M)
+
+
+def swiglu(h):
+    """h (T, 2M), gate beside up -> silu(gate) * up (T, M)."""
+    if not use_kernel(h):
+        return swiglu_twin(h)
+    T, M = h.size(0), h.size(1) // 2
+    out = torch.empty(T, M, dtype=h.dtype, device=h.device)
+    _swiglu[T, triton.cdiv(M, 1024)](h, out, M, 1024)
+    return out
+
+
+def swiglu_twin(h):
+    gate, up = h.chunk(2, -1)  # (T, 2M) -> (T, M), (T, M)
+    return F.silu(gate).mul_(up)
+
+
 # ------------------------------------------------------------------------------- the paged KV cache
-# k_cache, v_cache (blocks, block_size, Kh, D): a slot is block * block_size + offset, so slots
-# number the rows of the cache seen as (blocks * block_size, Kh, D). An int8 cache comes with
-# k_scale, v_scale (blocks, block_size, Kh) float32, one scale for each token and head:
-# value = stored * scale.
+# cache (2, blocks, block_size, K, D), keys and values: a slot is block * block_size + offset, so
+# slots number the rows of each seen as (blocks * block_size, K, D). An int8 cache comes with scales
+# (2, blocks, block_size, K) float32, one for each token and head: value = stored * scale.
+@jit
+def _times_gain(row, gain, heads, d, D, mask):
+    """Columns d of some heads in a row of qkv, times theirs of the gain if there is one."""
+    value = _tile(row, heads, d, D, mask).to(tl.float32)
+    if gain is not None:
+        value *= _tile(gain, heads, d, D, mask).to(tl.float32)
+    return value
+
+
 @jit(do_not_specialize_on_alignment=["slots"])
-def _store_rows(x, out, scales, slots, H, D, stride, BLOCK_H: constexpr, BLOCK_D: constexpr):
-    """One token's H rows of D values to its slot, quantized where there are scales."""
+def _store_heads(
+    qkv, gain, cos, sin, slots, q, cache, scales, eps, rows, H, KH, D,
+    BLOCK_H: constexpr, BLOCK_D: constexpr,
+):  # fmt: skip
+    """BLOCK_H of one token's heads: queries to q, keys and values to the token's slot.
+
+    Keys and values lie `rows` heads apart."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    if slot < 0:
-        return
-    heads = tl.arange(0, BLOCK_H)
-    there = heads < H
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    value = _tile(x + token * stride, heads, d, D, there)
+    row = qkv + token * (H + 2 * KH) * D
+    value = _tile(row, heads, d, D, heads < H + 2 * KH).to(tl.float32)
+    turns = heads < H + KH  # which values do not
+    turned = _times_gain(row, gain, heads, d, D, turns)
+    if cos is not None:
+        partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        other = _times_gain(row, gain, heads, partner, D, turns)
+        turned *= _read(cos + token * D + d, d < D)[None, :]
+        turned += other * _read(sin + token * D + d, d < D)[None, :]
+    if gain is not None:
+        turned *= tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+    value = tl.where(turns[:, None], turned, value)
+    _put(q + token * H * D, value, heads, d, D, heads < H)
+    slot = tl.load(slots + token)
+    stored = tl.where(slot < 0, -1, heads - H)  # number of a key or, behind these, of a value
+    mask = (stored >= 0) & (stored < 2 * KH)
+    at = stored // KH * rows + slot * KH + stored % KH
     if scales is not None:
-        value = value.to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
-        tl.store(scales + slot * H + heads, largest / 127, mask=there)
+        tl.store(scales + at, largest / 127, mask=mask)
         value *= (127 / tl.maximum(largest, 1e-30))[:, None]
         value = tl.floor(value + 0.5)
-    _put(out + slot * H * D, value, heads, d, D, there)
+    _put(cache, value, at, d, D, mask)
 
 
-def store_rows(x, out, scales, slots):
-    """x (T, H, D) -> rows `slots` of out (..., H, D), in out's type."""
-    T, H, D = x.shape
-    if x.stride(2) != 1 or x.stride(1) != D:
-        x = x.contiguous()
-    blocks = next_power_of_2(H), next_power_of_2(D)
-    _store_rows[(T,)](x, out, scales, slots, H, D, x.stride(0), *blocks)
+def store_heads(qkv, gain, eps, rope, slots, cache, scales=None):
+    """qkv (T, H + 2K, D): norm and turn queries and keys, store keys and values -> q (T, H, D).
 
-
-def quantize_rows(x):
-    """x (..., C) -> values (..., C) int8, scales (...) float32: value * scale is about x.
-
-    Halves round up."""
-    x = x.float()
-    largest = x.abs().amax(-1)
-    x = x * (127 / largest.clamp(min=1e-30))[..., None]
-    return torch.floor(x + 0.5).to(torch.int8), largest / 127
-
-
-def kv_store(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
-    """Scatter new keys and values into the pages, in place; quantized where the cache is.
-
-    k, v (T, Kh, D), also strided views of a fused q, k, v; slots (T,) int64, -1 = skip this token.
+    gain (H + K, D), or None: no norm. rope: cos and sin (T, 1, D), the first half of sin negated,
+    or None. slots (T,) int64; -1 = nothing is stored. An int8 cache is quantized to.
     """
-    store = store_rows if use_kernel(k) else store_rows_twin
-    store(k, k_cache, k_scale, slots)
-    store(v, v_cache, v_scale, slots)
+    if not use_kernel(qkv):
+        return store_heads_twin(qkv, gain, eps, rope, slots, cache, scales)
+    T, heads, D = qkv.shape
+    K = cache.size(3)
+    H = heads - 2 * K
+    q = torch.empty(T, H, D, dtype=qkv.dtype, device=qkv.device)
+    tensors = qkv.contiguous(), gain, *(rope or (None, None)), slots, q, cache, scales
+    numbers = eps, cache.stride(0) // D, H, K, D, 8, next_power_of_2(D)
+    _store_heads[T, triton.cdiv(heads, 8)](*tensors, *numbers)
+    return q
 
 
-def store_rows_twin(x, cache, scales, slots):
-    keep = slots >= 0
-    slots = slots[keep]
-    x = x[keep]  # (T, Kh, D)
+def store_heads_twin(qkv, gain, eps, rope, slots, cache, scales=None):
+    K, D = cache.shape[3:]
+    qk = qkv[:, :-K]  # queries and keys are treated alike
+    if gain is not None:
+        qk = F.rms_norm(qk, (D,), eps=eps) * gain
+    if rope is not None:
+        cos, sin = rope
+        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+    kv = torch.stack((qk[:, -K:], qkv[:, -K:]))[:, slots >= 0]  # (2, T, K, D)
+    slots = slots[slots >= 0]
     if scales is not None:
-        x, scale = quantize_rows(x)
-        scales.flatten(0, 1)[slots] = scale  # (blocks * block_size, Kh) is a view
-    cache.flatten(0, 1)[slots] = x.to(cache.dtype)
+        largest = kv.abs().amax(-1).float()
+        scales.flatten(1, 2)[:, slots] = largest / 127  # (2, blocks * block_size, K) is a view
+        kv = kv * (127 / largest.clamp(min=1e-30))[..., None]
+        kv = torch.floor(kv + 0.5)  # halves round up
+    cache.flatten(1, 2)[:, slots] = kv.to(cache.dtype)
+    return qk[:, :-K]
 
 
 @jit
@@ -788,26 +810,31 @@ def _key_range(position, length, window, ROWS, BLOCK_N, SPLIT):
 
 
 @jit
-def _slots(table, j, there, KH, PAGE):
-    """Keys j of a sequence -> their rows of the cache, for this program's key head.
+def _cached(cache, rows, D, mask, q, BLOCK_D: constexpr):
+    """Rows of the cache in the type of q (R, BLOCK_D), twice; of int8, which comes as pairs in 16
+    bits, the even and the odd columns (R, BLOCK_D / 2).
 
-    Key j is number j % PAGE of the page that the sequence's block table has at j // PAGE.
+    Apart they stay in the registers where the tensor cores want them, as `_product`'s weights do.
     """
-    page = tl.load(table + j // PAGE, mask=there, other=0)
-    return (page * PAGE + j % PAGE) * KH + tl.program_id(1)
+    if cache.dtype.element_ty == tl.int16:
+        words = _tile(cache, rows, tl.arange(0, BLOCK_D // 2), D // 2, mask)
+        OFFSET: constexpr = 1024 if q.dtype.element_ty == tl.float16 else 128
+        return _unpack(words, q, None, "int8", OFFSET)
+    else:
+        values = _tile(cache, rows, tl.arange(0, BLOCK_D), D, mask).to(q.dtype.element_ty)
+        return values, values
 
 
 @jit
-def _scores(query, k, k_scale, slot, there, gap, window, scale):
+def _visible(scores, k_scale, slot, there, gap, window, scale):
     """q.k * scale * log2 e, for exp2 below; -inf where the key, `gap` positions back, is hidden."""
-    scores = _dot(query, tl.trans(k), tl.zeros((query.shape[0], k.shape[0]), tl.float32))
-    scores *= scale * 1.4426950408889634
+    factor = scale * 1.4426950408889634
     if k_scale is not None:
-        scores *= _read(k_scale + slot, there)[None, :]
+        factor *= _read(k_scale + slot, there)[None, :]
     seen = (gap >= 0) & there[None, :]
     if window is not None:
         seen &= gap < window
-    return tl.where(seen, scores, -float("inf"))
+    return tl.where(seen, scores * factor, -float("inf"))
 
 
 @jit
@@ -830,30 +857,10 @@ def _weigh(scores, most, total):
     do_not_specialize_on_alignment=["tables", "lengths", "starts"],  # parts of one tensor
 )
 def _attend(
-    q,
-    k_cache,
-    v_cache,
-    tables,
-    lengths,
-    starts,
-    scale,
-    window,
-    k_scale,
-    v_scale,
-    out,
-    lses,
-    S,
-    T,
-    table_stride,
-    H: constexpr,
-    KH: constexpr,
-    D: constexpr,
-    PAGE: constexpr,
-    BLOCK_D: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_N: constexpr,
-    SPLIT: constexpr,
-):
+    q, k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale, out, lses,
+    S, T, table_stride, H: constexpr, KH: constexpr, D: constexpr, PAGE: constexpr,
+    BLOCK_D: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, SPLIT: constexpr,
+):  # fmt: skip
     """One tile of queries against one part of its context (see above) -> out, and lses if SPLIT."""
     GROUP: constexpr = H // KH
     ROWS: constexpr = BLOCK_M // GROUP
@@ -862,30 +869,44 @@ def _attend(
         return
     length = tl.load(lengths + seq)
     pair = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    PAIRS: constexpr = k_scale is not None
+    WIDTH: constexpr = BLOCK_D // 2 if PAIRS else BLOCK_D
+    d = tl.arange(0, WIDTH) * (BLOCK_D // WIDTH)
     row = first + pair // GROUP
     mine = (row < rows) & (pair < ROWS * GROUP)
     past = length - rows  # the new tokens are the last ones of the context
     at = (start + row) * H + tl.program_id(1) * GROUP + pair % GROUP
     query = _tile(q, at, d, D, mine)
+    odd_query = _tile(q, at, d + 1, D, mine)
     most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    odd_acc = acc
     begin, stop = _key_range(past + first, length, window, ROWS, BLOCK_N, SPLIT)
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
         there = j < stop
-        slot = _slots(tables + seq * table_stride, j, there, KH, PAGE)
-        k = _values(_tile(k_cache, slot, d, D, there), query)
+        page = tl.load(tables + seq * table_stride + j // PAGE, mask=there, other=0)
+        slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)  # its row of the cache
+        k, odd_k = _cached(k_cache, slot, D, there, q, BLOCK_D)
+        scores = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if PAIRS:
+            scores = _dot(odd_query, tl.trans(odd_k), scores)
         gap = (past + row)[:, None] - j[None, :]
-        scores = _scores(query, k, k_scale, slot, there, gap, window, scale)
+        scores = _visible(scores, k_scale, slot, there, gap, window, scale)
         p, fade, most, total = _weigh(scores, most, total)
-        v = _values(_tile(v_cache, slot, d, D, there), query)
-        if v_scale is not None:
+        if PAIRS:
             p *= _read(v_scale + slot, there)[None, :]
-        acc = _dot(p.to(query.dtype), v, acc * fade[:, None])
+        p = p.to(query.dtype)
+        v, odd_v = _cached(v_cache, slot, D, there, q, BLOCK_D)
+        acc = _dot(p, v, acc * fade[:, None])
+        if PAIRS:
+            odd_acc = _dot(p, odd_v, odd_acc * fade[:, None])
     at += tl.program_id(2) * T * H
-    _put(out, acc / tl.where(total > 0, total, 1.0)[:, None], at, d, D, mine)
+    share = (1 / tl.where(total > 0, total, 1.0))[:, None]
+    _put(out, acc * share, at, d, D, mine)
+    if PAIRS:
+        _put(out, odd_acc * share, at, d + 1, D, mine)
     if SPLIT > 1:
         tl.store(lses + at, most + tl.log2(total), mask=mine)  # -inf where this part saw nothing
 
@@ -913,15 +934,13 @@ def attention_configs(pairs, group):
     """
     least = next_power_of_2(max(group, 16))
     m = max(least, min(next_power_of_2(pairs), 128))
-    w = 4 if m < 128 else 8
-    tiles = (m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4), (m, 128, w, 2)
+    w = max(2, m // 16)
+    tiles = (m, 64, w, 3), (m, 64, w, 4), (m, 32, w, 4)
     tiles += (max(m // 2, least), 64, 4, 2), (m, 32, w // 2, 3), (least, 16, 2, 2)
     return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in tiles]
 
 
-def paged_attention(
-    q, k_cache, v_cache, tables, lengths, starts, scale, window=None, k_scale=None, v_scale=None
-):
+def paged_attention(q, cache, tables, lengths, starts, scale, window=None, scales=None):
     """Causal attention of new tokens to their sequences' pages -> (T, H, D).
 
     One call serves decoding, prefill and both mixed. q (T, H, D): the new tokens of all sequences,
@@ -931,11 +950,12 @@ def paged_attention(
     Kh key heads; keys further back than the window are hidden; the caches are contiguous. Rows that
     see nothing give 0. On a GPU nothing is read back, so a CUDA graph can capture the call.
     """
-    inputs = k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale
-    if not use_kernel(q):
-        return paged_attention_twin(q, *inputs)
-    q = q.contiguous()
+    inputs = tables, lengths, starts, scale, window
     T, H, D = q.shape
+    if not use_kernel(q) or (scales is not None and D % 2):
+        return paged_attention_twin(q, cache, *inputs, scales)
+    k_cache, v_cache = cache if scales is None else cache.view(torch.int16)
+    k_scale, v_scale = (None, None) if scales is None else scales
     S, width = tables.shape
     page, KH = k_cache.shape[1:3]
     group = H // KH
@@ -943,18 +963,32 @@ def paged_attention(
     # decoding, and only while a part has more than 64 keys.
     longest = width * page if window is None else min(width * page, window + T)
     most = min(64, (longest - 1) // 64) if T <= 4 * S else 1
-    split = parts_of_work(S * KH, 3 * card(q.device).multi_processor_count, most)
+    warps = 12 * card(q.device).multi_processor_count
     block = next_power_of_2(D)
 
     def launch(config):
+        split = parts_of_work(S * KH, warps // config["num_warps"], most)
         out = torch.empty_like(q)
         parts, lses = out, None
         if split > 1:
             parts = torch.empty(split, T, H, D, device=q.device)
             lses = torch.empty(split, T, H, device=q.device)
         grid = T // (config["BLOCK_M"] // group) + S, KH, split
-        shape = S, T, tables.stride(0), H, KH, D, page, max(16, block)
-        _attend[grid](q, *inputs, parts, lses, *shape, SPLIT=split, **config)
+        # a product takes 16 columns or more, and int8's are halved
+        shape = S, T, tables.stride(0), H, KH, D, page, max(32, block)
+        _attend[grid](
+            q,
+            k_cache,
+            v_cache,
+            *inputs,
+            k_scale,
+            v_scale,
+            parts,
+            lses,
+            *shape,
+            SPLIT=split,
+            **config,
+        )
         if split > 1:
             _combine[(T * H,)](parts, lses, out, T * H, D, split, block, num_warps=2)
         return out
@@ -964,14 +998,12 @@ def paged_attention(
     shape = f"H{H} KH{KH} D{D} page{page} S{next_power_of_2(S)} rows{pairs} {window is None}"
     key = f"attention {q.dtype} {k_cache.dtype} {shape}"
     y = tuned(key, attention_configs(pairs, group), launch, q.device)
-    return paged_attention_twin(q, *inputs) if y is None else y
+    return paged_attention_twin(q, cache, *inputs, scales) if y is None else y
 
 
-def paged_attention_twin(
-    q, k_cache, v_cache, tables, lengths, starts, scale, window=None, k_scale=None, v_scale=None
-):
+def paged_attention_twin(q, cache, tables, lengths, starts, scale, window=None, scales=None):
     out = torch.zeros_like(q)
-    page = k_cache.size(1)
+    page = cache.size(2)
     starts = starts.tolist()
     for table, length, begin, end in zip(tables, lengths.tolist(), starts, starts[1:]):
         if begin == end or length == 0:
@@ -984,8 +1016,7 @@ def paged_attention_twin(
             mask &= gap < window
         y = F.scaled_dot_product_attention(
             q[begin:end].float().transpose(0, 1),  # (rows, H, D) -> (H, rows, D)
-            read_pages(k_cache, k_scale, blocks)[:, :length],
-            read_pages(v_cache, v_scale, blocks)[:, :length],
+            *read_pages(cache, scales, blocks)[:, :, :length],
             mask,
             scale=scale,
             enable_gqa=True,
@@ -995,8 +1026,8 @@ def paged_attention_twin(
 
 
 def read_pages(cache, scales, blocks):
-    """The tokens in some pages -> (Kh, len(blocks) * block_size, D) float32."""
-    values = cache[blocks].float()  # (n, block_size, Kh, D)
+    """The tokens in some pages -> keys and values (2, K, len(blocks) * block_size, D) float32."""
+    values = cache[:, blocks].float()  # (2, n, block_size, K, D)
     if scales is not None:
-        values = values * scales[blocks][..., None]
-    return values.flatten(0, 1).transpose(0, 1)
+        values = values * scales[:, blocks][..., None]
+    return values.flatten(1, 2).transpose(1, 2)

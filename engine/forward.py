@@ -34,17 +34,15 @@ def in_dtype(model, dtype):
 
 def fuse_floats(layers):
     """nn.Linear layers over one input -> one layer. Their weights become views of its weight."""
-    weight = torch.cat([layer.weight.data for layer in layers])  # N x (n, K) -> (sum of n, K)
-    fused = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
-    fused.weight = nn.Parameter(weight, requires_grad=False)
-    sizes = [layer.out_features for layer in layers]
-    for layer, rows in zip(layers, weight.split(sizes)):
-        layer.weight.data = rows
-    if layers[0].bias is not None:
-        bias = torch.cat([layer.bias.data for layer in layers])
-        fused.bias = nn.Parameter(bias, requires_grad=False)
-        for layer, rows in zip(layers, bias.split(sizes)):
-            layer.bias.data = rows
+    N = sum(layer.out_features for layer in layers)
+    fused = nn.Linear(layers[0].in_features, N, bias=False, device="meta")
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is not None:
+            whole = torch.cat([part.data for part in parts])  # N x (n, K) -> (sum of n, K)
+            setattr(fused, name, nn.Parameter(whole, requires_grad=False))
+            for part, rows in zip(parts, whole.split(list(map(len, parts)))):
+                part.data = rows
     return fused
 
 
@@ -103,12 +101,13 @@ class ForwardLayer(nn.Module):
         self.mlp_norm = block.post_attention_layernorm
         products = [FusedProduct(layers, kind, stacks) for layers in block.products()]
         self.qkv, self.out, self.up, self.down = products
-        normed = getattr(block.self_attn, "q_norm", None) is not None
-        self.qk_gain = head_gains(block, config) if normed else None
+        self.qk_gain = head_gains(block, config)
 
 
 def head_gains(block, config):
-    """-> (H + K, D): queries and keys are normalized alike."""
+    """-> (H + K, D): queries and keys are normalized alike; None where they are not."""
+    if block.self_attn.q_norm is None:
+        return None
     gains = [block.self_attn.q_norm.weight] * config.num_attention_heads
     gains += [block.self_attn.k_norm.weight] * config.num_key_value_heads
     return torch.stack(gains).detach()
@@ -150,15 +149,14 @@ class TorchForward(nn.Module):
         return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     def allocate(self, blocks, dtype):
-        """Room for keys and values: (layers, blocks, block_size, K, D) each.
+        """Room for keys and values: (2, layers, blocks, block_size, K, D).
 
         int8 ones have a scale for each token and head: (2, layers, blocks, block_size, K).
         """
         c = self.config
-        shape = c.num_hidden_layers, blocks, self.block_size, c.num_key_value_heads
-        self.keys = torch.zeros(*shape, c.head_dim, dtype=dtype, device=self.device)
-        self.values = torch.zeros_like(self.keys)
-        self.scales = torch.zeros(2, *shape, device=self.device) if dtype.itemsize == 1 else None
+        shape = 2, c.num_hidden_layers, blocks, self.block_size, c.num_key_value_heads
+        self.cache = torch.zeros(*shape, c.head_dim, dtype=dtype, device=self.device)
+        self.scales = torch.zeros(shape, device=self.device) if dtype.itemsize == 1 else None
         # of a decode step: (graph, its inputs, its logits) for each number of sequences
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.most_sequences = 0  # of a decode step
@@ -177,8 +175,7 @@ class TorchForward(nn.Module):
 
     def logits_of(self, x):
         """What the head reads (R, C) -> logits (R, V) float32, without adapters."""
-        nobody = torch.full((len(x),), -1, device=x.device)
-        return self.head(x.to(self.embedding.dtype), nobody).float()
+        return self.head.layers[0](x.to(self.embedding.dtype)).float()
 
     def inputs(self, batch):
         """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
@@ -251,51 +248,41 @@ class TorchForward(nn.Module):
         """
         c = self.config
         ids, positions, slots, adapters, rows = longs.split((T, T, T, T, R))
-        lengths = ints[:S]
-        starts = ints[S : 2 * S + 1]
-        tables = ints[2 * S + 1 :].view(S, -1)  # (S, blocks)
+        lengths, starts, tables = ints.split((S, S + 1, len(ints) - 2 * S - 1))
+        where = tables.view(S, -1), lengths, starts  # (S, blocks), (S,), (S + 1,)
         x = F.embedding(ids, self.embedding)  # (T, C)
         rope = None
         if c.is_gpt2:
-            x = x + F.embedding(positions, self.embed_positions.weight)
+            added = F.embedding(positions, self.embed_positions.weight)
         else:
+            added = torch.zeros_like(x)
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.attention_norm(x), adapters)
-            y = self.attend(i, layer, qkv, rope, slots, tables, lengths, starts)
-            x += layer.out(y, adapters)
-            h = layer.up(layer.mlp_norm(x), adapters)
-            if c.is_gpt2:
-                h = F.gelu(h, approximate="tanh")
-            else:
-                gate, up = h.chunk(2, -1)  # (T, 2M) -> (T, M), (T, M)
-                h = F.silu(gate).mul_(up)
-            x += layer.down(h, adapters)
+            qkv = layer.qkv(kernels.add_norm(x, added, layer.attention_norm), adapters)
+            y = self.attend(i, layer, qkv, rope, slots, where)
+            added = layer.out(y, adapters)
+            h = layer.up(kernels.add_norm(x, added, layer.mlp_norm), adapters)
+            h = F.gelu(h, approximate="tanh") if c.is_gpt2 else kernels.swiglu(h)
+            added = layer.down(h, adapters)
         if hidden:
-            return self.norm(x).float()
+            return kernels.add_norm(x, added, self.norm).float()
         if R == 0:
             return None
         if R != T:
-            x, adapters = x[rows], adapters[rows]
-        return self.head(self.norm(x), adapters)
+            x, added, adapters = x[rows], added[rows], adapters[rows]
+        return self.head(kernels.add_norm(x, added, self.norm), adapters)
 
-    def attend(self, i, layer, qkv, rope, slots, tables, lengths, starts):
+    def attend(self, i, layer, qkv, rope, slots, where):
         """Layer i's queries, keys and values (T, (H + 2K) D) -> (T, H D), over the paged cache."""
-        c = self.config
-        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        qkv = qkv.view(-1, H + 2 * K, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
-        qk = qkv[:, : H + K]  # queries and keys are treated alike
-        if layer.qk_gain is not None:
-            qk = F.rms_norm(qk, (D,), eps=c.norm_eps) * layer.qk_gain
-        if rope is not None:
-            cos, sin = rope
-            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-        cache = self.keys[i], self.values[i]
-        scales = (None, None) if self.scales is None else self.scales[:, i]
-        kernels.kv_store(qk[:, H:], qkv[:, H + K :], *cache, slots, *scales)
-        where = tables, lengths, starts
-        y = kernels.paged_attention(qk[:, :H], *cache, *where, D**-0.5, layer.window, *scales)
-        return y.view(-1, H * D)  # (T, H, D) -> (T, H D)
+        D = self.config.head_dim
+        eps = self.config.norm_eps
+        cache = self.cache[:, i]
+        scales = None if self.scales is None else self.scales[:, i]
+        qkv = qkv.view(len(qkv), -1, D)  # (T, (H + 2K) D) -> (T, H + 2K, D)
+        q = kernels.store_heads(qkv, layer.qk_gain, eps, rope, slots, cache, scales)
+        how = dict(scale=D**-0.5, window=layer.window, scales=scales)
+        y = kernels.paged_attention(q, cache, *where, **how)
+        return y.flatten(1)  # (T, H, D) -> (T, H D)
 
 
 def table_width(blocks):

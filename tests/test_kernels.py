@@ -267,50 +267,84 @@ def zeros(*shape, dtype=torch.float32):
 
 
 def pages(lengths, page, KH, D, dtype, cache_dtype=None):
-    """A cache whose pages are dealt out in random order, filled through kv_store.
+    """A cache whose pages are dealt out in random order, filled with random keys and values.
 
-    -> (caches, scales, block_tables)"""
+    -> (cache, scales, block_tables)"""
     S = len(lengths)
     width = -(-max(lengths) // page) + 1
     tables = torch.randperm(S * width).view(S, width).int()
-    caches = [zeros(S * width, page, KH, D, dtype=cache_dtype or dtype) for _ in range(2)]
-    scales = [None, None]
-    if cache_dtype:
-        scales = [zeros(S * width, page, KH) for _ in range(2)]
+    cache, scales = empty_cache(S * width, page, KH, D, dtype, cache_dtype)
     slots = []
     for table, length in zip(tables.long(), lengths):
         at = torch.arange(length)
         slots.append(table[at // page] * page + at % page)
     slots = torch.cat(slots).to(DEVICE)
-    k, v = (random(len(slots), KH, D, dtype=dtype) for _ in range(2))
-    K.kv_store(k, v, *caches, slots, *scales)
+    kv = random(len(slots), 2 * KH, D, dtype=dtype)
+    K.store_heads_twin(kv, None, 0, None, slots, cache, scales)
     wider = F.pad(tables, (0, 3), value=-1).to(DEVICE)
-    return caches, scales, wider[:, :width]
+    return cache, scales, wider[:, :width]
+
+
+def empty_cache(blocks, page, KH, D, dtype, cache_dtype=None):
+    """As the engine has one for a layer -> cache, scales"""
+    scales = zeros(2, 3, blocks, page, KH)[:, 1] if cache_dtype == torch.int8 else None
+    return zeros(2, 3, blocks, page, KH, D, dtype=cache_dtype or dtype)[:, 1], scales
 
 
 def attend(rows, lengths, H, KH, D, page=16, window=None, dtype=torch.float32, cache_dtype=None):
-    caches, scales, tables = pages(lengths, page, KH, D, dtype, cache_dtype)
+    cache, scales, tables = pages(lengths, page, KH, D, dtype, cache_dtype)
     starts = torch.tensor([0, *rows], device=DEVICE).cumsum(0).int()
     q = random(sum(rows), H, D, dtype=dtype)
     lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    args = q, *caches, tables, lengths, starts, D**-0.5, window, *scales
+    args = q, cache, tables, lengths, starts, D**-0.5, window, scales
     same(K.paged_attention(*args), K.paged_attention_twin(*args), dtype)
 
 
 @kernel
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
-def test_kv_store_equals_its_twin_and_skips_slot_minus_one(cache_dtype):
-    qkv = random(5, 3, 3, 24)
+@pytest.mark.parametrize("how", ["norm and rotation", "rotation", "neither"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_normed_turned_and_stored_as_the_twin_does(dtype, how, cache_dtype):
+    """Groups of 4 query heads, head_dim 24; a token of slot -1 is turned but not stored."""
+    T, H, KH, D = 5, 8, 2, 24
+    qkv = random(T, H + 2 * KH, D, dtype=dtype)
+    gain = random(H + KH, D, dtype=dtype) if "norm" in how else None
+    rope = [random(T, 1, D, dtype=dtype) for _ in range(2)] if "rotation" in how else None
     slots = torch.tensor([3, -1, 17, 0, 9], device=DEVICE)
-    results = []
-    for store in (K.store_rows, K.store_rows_twin):
-        tensors = [zeros(5, 4, 3, 24, dtype=cache_dtype or torch.float32)]
-        tensors.append(zeros(5, 4, 3) if cache_dtype else None)
-        store(qkv[:, 1], *tensors, slots)
-        results.append([t.float() for t in tensors if t is not None])
+    before = qkv.clone()
+    results, everywhere = [], []
+    for store in (K.store_heads, K.store_heads_twin):
+        cache, scales = empty_cache(5, 4, KH, D, dtype, cache_dtype)
+        q = store(qkv, gain, 1e-5, rope, slots, cache, scales)
+        results.append((q.float(), K.read_pages(cache, scales, torch.arange(5))))
+        everywhere.append(cache._base)
+    assert torch.equal(qkv, before)
     for ours, twin in zip(*results):
-        assert (ours.flatten(0, 1)[slots[slots >= 0]] != 0).any()
-        assert (ours - twin).abs().max() < 1e-6
+        same(ours, twin, dtype, limit=1e-3 if cache_dtype else 2e-6)
+    filled = results[0][1].any(-1)  # (2, KH, 20)
+    assert filled[..., slots[slots >= 0]].all()
+    assert everywhere[0].any(-1).sum() == 2 * KH * 4  # not in another layer's cache either
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_and_its_norm_equal_the_twins(dtype):
+    norm = torch.nn.RMSNorm(90, 1e-5).to(DEVICE, dtype)
+    torch.nn.init.normal_(norm.weight)
+    y = random(7, 90, dtype=dtype)
+    results = []
+    for add_norm in (K.add_norm, K.add_norm_twin):
+        x = torch.arange(7 * 90, device=DEVICE).view(7, 90).sin().to(dtype)
+        results.append((add_norm(x, y, norm), x))
+    for ours, twin in zip(*results):
+        same(ours, twin, dtype)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_equals_its_twin(dtype):
+    h = 30 * random(3, 2 * 1030, dtype=dtype)  # also where exp overflows
+    same(K.swiglu(h), K.swiglu_twin(h), dtype)
 
 
 @kernel
@@ -328,8 +362,17 @@ def test_prefill_attention_equals_its_twin():
 
 
 @kernel
-def test_attention_over_an_int8_cache_equals_its_twin():
-    attend([1, 6], [200, 12], H=4, KH=2, D=32, cache_dtype=torch.int8)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_an_int8_cache_equals_its_twin(dtype):
+    attend([1, 6], [200, 12], H=4, KH=2, D=32, dtype=dtype, cache_dtype=torch.int8)
+    attend([1, 70], [9, 80], H=3, KH=1, D=40, window=30, dtype=dtype, cache_dtype=torch.int8)
+
+
+@kernel
+def test_attention_over_a_cache_of_another_type_equals_its_twin():
+    for cache_dtype in DTYPES[1:]:
+        attend([1, 3], [50, 9], H=4, KH=2, D=32, cache_dtype=cache_dtype)
+    attend([1, 3], [50, 9], H=4, KH=2, D=32, dtype=torch.bfloat16, cache_dtype=torch.float16)
 
 
 @kernel
@@ -342,20 +385,21 @@ def test_attention_in_16_bits_equals_its_twin():
 @kernel
 def test_an_empty_context_gives_zeros():
     q = random(1, 2, 16)
-    cache = random(2, 4, 2, 16)
+    cache = random(2, 2, 4, 2, 16)
     ints = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([[0, 1]], [0], [0, 1])]
-    assert not K.paged_attention(q, cache, cache, *ints, 1.0).any()
+    assert not K.paged_attention(q, cache, *ints, 1.0).any()
 
 
 # --------------------------------------------------------------------- what holds without a GPU too
 def test_paged_attention_twin_equals_torch_attention():
     q, k, v = torch.randn(6, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
-    caches = [torch.zeros(3, 4, 2, 8) for _ in range(2)]
+    cache = torch.zeros(2, 3, 4, 2, 8)
     tables = torch.tensor([[2, 0, 1]], dtype=torch.int32)
     at = torch.arange(11)
-    K.kv_store(k, v, *caches, tables[0, at // 4].long() * 4 + at % 4)
+    slots = tables[0, at // 4].long() * 4 + at % 4
+    K.store_heads_twin(torch.cat((k, v), 1), None, 0, None, slots, cache)
     starts = torch.tensor([0, 6])
-    ours = K.paged_attention_twin(q, *caches, tables, torch.tensor([11]), starts, 8**-0.5)
+    ours = K.paged_attention_twin(q, cache, tables, torch.tensor([11]), starts, 8**-0.5)
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (T, H, D) -> (1, H, T, D)
     mask = at[5:, None] >= at
     theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
@@ -442,9 +486,10 @@ def test_a_card_without_room_says_so_and_the_twin_serves(gpu_tuning, monkeypatch
 
 
 def test_a_triton_that_does_not_work_says_so_and_the_twins_serve(monkeypatch, capsys):
-    def store_rows(*inputs):
-        raise RuntimeError("Failed to find C compiler.\nand more")
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nand more")
 
-    monkeypatch.setattr(K, "store_rows", store_rows)
+    monkeypatch.setattr(K, "_swiglu", Broken())
     assert not K.compiles.__wrapped__(torch.device(DEVICE))
     assert capsys.readouterr().err.count("\n") == 1

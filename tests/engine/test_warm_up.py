@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_scheduler import engine_of, fuzz, make_model, random_request
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from engine.forward import TorchForward
 from engine.graphs import Graphs
+from engine.runner import StepBatch
 from engine.sampler import (
     Sampling,
     SamplingRow,
@@ -79,7 +81,8 @@ def keys(monkeypatch):
     monkeypatch.setattr(QuantLinear, "plain", asking)
     monkeypatch.setattr(kernels, "use_kernel", lambda x: True)
     monkeypatch.setattr(kernels, "tuned", tuned)
-    monkeypatch.setattr(kernels, "store_rows", kernels.store_rows_twin)
+    for name in ("add_norm", "store_heads", "swiglu"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, f"{name}_twin"))
     return asked
 
 
@@ -109,6 +112,43 @@ def test_no_request_asks_for_a_kernel_that_the_warm_up_did_not_tune(
     assert len(keys) > 900 and {key.split()[0] for key in keys} == {"attention", "product"}
     assert set(keys) <= known
     assert engine.runner.forward.graphs.known == recorded
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's operations but views and allocations, and what stands for Triton's kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not (operation.is_view or "empty" in str(operation))
+        return operation(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid):
+        def launch(*inputs, **options):
+            self.count += 1
+
+        return launch
+
+
+def test_a_layer_takes_six_launches_beside_its_four_products(folder, monkeypatch):
+    if kernels.triton is None:
+        pytest.skip("no Triton")
+    forward = engine_of(folder, block_size=8).runner.forward
+    launches = Launches()
+    for name in ("_add_norm", "_store_heads", "_attend", "_combine", "_swiglu"):
+        monkeypatch.setattr(kernels, name, launches)
+    monkeypatch.setattr(kernels, "use_kernel", lambda x: True)
+    monkeypatch.setattr(kernels, "tuned", lambda key, configs, launch, _: launch(configs[0]))
+    batch = StepBatch()
+    batch.add(range(17), [5], 60, [0])  # a table so long that the context is divided
+    counts = []
+    for _ in range(2):
+        launches.count = 0
+        with launches, torch.inference_mode():
+            forward(batch)
+        counts.append(launches.count)
+        del forward.layers[1:]
+    assert counts[0] - counts[1] == 4 + 6
 
 
 def test_steps_launched_ahead_of_their_tokens_give_each_request_what_it_gets_alone(
