@@ -28,18 +28,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from common import (
-    BLOCK,
-    Parser,
-    UserError,
-    blocks_of,
-    cli,
-    in_processes,
-    read_block,
-    well_formed,
-    write_atomic,
-    write_json,
-)
+from common import Parser, UserError, cli, well_formed, write_atomic, write_json
 
 # ---- Split: text is cut into chunks (about: words) first.
 
@@ -545,21 +534,7 @@ class Tokenizer:
         pairs = chain.from_iterable(halves(token, self.vocab) for token in unreached)
         return all(pair in merges for pair in pairs)
 
-    # -- encoding of files in parts
-
-    def encode_corpus(self, paths, processes=None):
-        """All ids of the files as one array of `dtype`, each file's as encode_bytes has them.
-
-        Blocks of the files are encoded in parallel processes."""
-        _ = self.fast  # built here once, not in every process
-        blocks = blocks_of(paths, BLOCK if self.cuts else sys.maxsize)
-        encoded = in_processes(self._encode_block, blocks, processes)
-        return np.concatenate([np.zeros(0, self.dtype), *encoded])
-
-    def _encode_block(self, block: tuple[str, int, int]):
-        _, start, _ = block
-        data = read_block(block, self.cuts)
-        return np.array(self.encode_bytes(data, "inside" if start else "first"), self.dtype)
+    # -- ids in files
 
     @property
     def dtype(self):

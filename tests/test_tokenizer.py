@@ -9,7 +9,6 @@ import time
 import unicodedata
 from collections import Counter
 
-import numpy as np
 import pytest
 import regex
 import tiktoken
@@ -22,7 +21,7 @@ from common import UserError, cli
 from deploy.docker_test import ROOT
 from formats.vocab import CHAR_TO_BYTE, to_json
 from tokenizer import PATTERNS, Tokenizer, main
-from training import bpe
+from training import bpe, corpora
 
 # Characters that every Unicode table in use agrees on: newer ones are letters to one library and
 # unassigned to another.
@@ -323,31 +322,32 @@ def test_a_megabyte_of_one_character_takes_seconds(ours, text):
     assert ours.encode_slowly(text[:10_000]) == ours.encode(text[:10_000])
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
-def test_a_corpus_in_processes_has_the_ids_of_the_whole_text(corpus, pattern, monkeypatch):
-    monkeypatch.setattr(bpe, "BLOCK", 100_001)
+def ids_in_parts(tok, path, monkeypatch):
+    """The ids of a file as data.py makes them: part by part, cut where the tokenizer lets it."""
+    monkeypatch.setattr(corpora, "BLOCK", 10_001)
+    parts = list(corpora.documents([path], tok.cuts))
+    assert len(parts) > 10 or not tok.cuts
+    ids = []
+    for text, begins, _ in parts:
+        ids += tok.encode_bytes(text, "first" if begins else "inside")
+    return ids
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_file_in_parts_has_the_ids_of_the_whole_text(corpus, pattern, monkeypatch):
     tok = Tokenizer.train([PROSE, CODE], 1000, pattern)
-    corpus.write_bytes(corpus.read_bytes()[:300_000] + b"\n\n  x \xff\xfe y" + PROSE.encode())
-    whole = tok.encode_bytes(corpus.read_bytes())
-    for processes in (1, 2):
-        ids = tok.encode_corpus([corpus, corpus], processes)
-        assert ids.dtype == np.uint16 and ids.tolist() == whole * 2
+    assert ids_in_parts(tok, corpus, monkeypatch) == tok.encode_bytes(corpus.read_bytes())
 
 
-def test_a_corpus_of_pieces_has_the_ids_of_the_whole_text(corpus, llama, monkeypatch):
-    monkeypatch.setattr(bpe, "BLOCK", 50_001)
-    corpus.write_bytes(corpus.read_bytes()[:200_000])
-    assert llama.encode_corpus([corpus], 2).tolist() == llama.encode(
-        corpus.read_text(encoding="utf-8")
-    )
+def test_a_file_of_pieces_in_parts_has_the_ids_of_the_whole_text(corpus, llama, monkeypatch):
+    assert ids_in_parts(llama, corpus, monkeypatch) == llama.encode_bytes(corpus.read_bytes())
 
 
-def test_a_file_is_cut_only_where_the_pattern_would(tmp_path):
-    assert all(Tokenizer.train([PROSE], 270, pattern).cuts for pattern in PATTERNS)
+def test_a_file_is_cut_only_where_the_pattern_would(tmp_path, monkeypatch):
     tok = Tokenizer.train(["ab ab ab\n" * 9], 270, pattern=r"[^\n]+|\n")
     assert tok.cuts == ()
     (tmp_path / "x").write_text("ab ab ab " * 20_000)
-    assert tok.encode_corpus([tmp_path / "x"], 2).tolist() == tok.encode("ab ab ab " * 20_000)
+    assert ids_in_parts(tok, tmp_path / "x", monkeypatch) == tok.encode("ab ab ab " * 20_000)
 
 
 @pytest.mark.parametrize("pattern", ["[a-z]+", r"(?=b)|[a-z]+|\s+", r"\w+(?= )", r"\b|\w+"])

