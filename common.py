@@ -143,8 +143,8 @@ def parse_flags(cls, description, argv=None, positional=()):
         options = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif kind is tuple:
-            options = {"nargs": "+", "metavar": "str"}
+        elif kind is tuple:  # what is something by default may be nothing
+            options = {"nargs": "*" if field.default else "+", "metavar": "str"}
         if field.name not in positional:
             help = f"{help} [{field.default}]".replace("%", "%%")
             parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help, **options)
@@ -154,6 +154,16 @@ def parse_flags(cls, description, argv=None, positional=()):
             options |= {"nargs": "?", "default": argparse.SUPPRESS}
         parser.add_argument(field.name, help=help, **options)
     return vars(parser.parse_args(argv))
+
+
+def run_command(description, commands):
+    """`python x.py COMMAND ...`: commands is {COMMAND: a function of the arguments behind it}."""
+    name = "".join(sys.argv[1:2])
+    if name in commands:
+        return commands[name](sys.argv[2:])
+    print(description)
+    if name not in ("-h", "--help"):
+        raise UserError(f"no command {name!r}: use {', '.join(commands)} (each has --help)")
 
 
 def from_preset(cls, presets, typed):
@@ -180,9 +190,8 @@ def write_atomic(path, write):
     path = Path(path)
     # In a folder that others write to, nobody may lay a link where this file is about to be made.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    only_new = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        os.close(os.open(temporary, only_new, 0o666))
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from common import Parser, UserError, cli, well_formed, write_atomic, write_json
+from common import UserError, cli, parse_flags, run_command, well_formed, write_atomic, write_json
 
 # ---- Split: text is cut into chunks (about: words) first.
 
@@ -740,9 +740,21 @@ def check_lengths(tokens):
 # ---- The commands.
 
 
-def train_command(args):
+@dataclass
+class LearnArgs:
+    data: tuple = ("data/wikitext-2",)  # files of text or of records with a text, folders, globs
+    vocab_size: int = 10_000  # ids, with bytes and special tokens
+    pattern: str = "gpt4"  # gpt2, gpt4, llama3, qwen2, tekken, or a regular expression
+    special_tokens: tuple = tuple(SPECIAL_TOKENS)  # they get the first ids
+    processes: int = 0  # to split text in; 0 is one per usable CPU
+    out: str = "runs/tokenizer"  # folder to write
+
+
+def train_command(argv):
+    """Learn a byte-level BPE vocabulary."""
     from training.corpora import expand, plain_texts
 
+    args = LearnArgs(**parse_flags(LearnArgs, train_command.__doc__, argv))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         files = plain_texts(expand(args.data), folder)
@@ -763,7 +775,15 @@ def train_command(args):
     )
 
 
-def show_command(args):
+@dataclass
+class ShowArgs:
+    text: str = ""  # what to encode
+    tokenizer: str = "runs/tokenizer"  # folder or file
+
+
+def show_command(argv):
+    """Print a text's tokens, coloured, and their ids."""
+    args = ShowArgs(**parse_flags(ShowArgs, show_command.__doc__, argv, ("text",)))
     tokenizer = Tokenizer.load(args.tokenizer)
     text = well_formed(args.text)
     ids = tokenizer.encode(text)
@@ -774,9 +794,18 @@ def show_command(args):
     print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
 
 
-def compare_command(args):
+@dataclass
+class CompareArgs:
+    tokenizers: tuple = ()  # folders or files
+    data: tuple = ("data/wikitext-2",)  # as for train
+
+
+def compare_command(argv):
+    """Bytes per token, and speed, of several tokenizers on one text."""
     from training.corpora import expand, plain_texts
 
+    doc = compare_command.__doc__
+    args = CompareArgs(**parse_flags(CompareArgs, doc, argv, ("tokenizers",)))
     files = expand(args.data)
     with tempfile.TemporaryDirectory() as folder:
         data = b"".join(file.read_bytes() for file in plain_texts(files, folder))
@@ -793,30 +822,8 @@ def compare_command(args):
 
 
 def main():
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|show|compare")
-
-    def command(name, run, about):
-        made = commands.add_parser(name, help=about)
-        made.set_defaults(run=run)
-        return made.add_argument
-
-    data = "files of text or of records with a text, folders of them, or globs"
-    add = command("train", train_command, "learn a byte-level BPE vocabulary")
-    add("--data", nargs="+", default=["data/wikitext-2"], help=data)
-    add("--vocab-size", type=int, default=10_000, help="ids, with bytes and special tokens")
-    add("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)}, or a regular expression")
-    add("--special-tokens", nargs="*", default=SPECIAL_TOKENS, help="they get the first ids")
-    add("--processes", type=int, help="to split text in; default: one per usable CPU")
-    add("--out", default="runs/tokenizer", help="folder to write")
-    add = command("show", show_command, "print a text's tokens, coloured, and their ids")
-    add("text")
-    add("--tokenizer", default="runs/tokenizer", help="folder or file")
-    add = command("compare", compare_command, "bytes per token of several tokenizers on one text")
-    add("tokenizers", nargs="+", help="folders or files")
-    add("--data", nargs="+", required=True, help=data)
-    args = parser.parse_args()
-    args.run(args)
+    commands = {"train": train_command, "show": show_command, "compare": compare_command}
+    run_command(__doc__, commands)
 
 
 if __name__ == "__main__":
