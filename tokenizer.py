@@ -11,12 +11,10 @@ formats/vocab.py reads and writes the tokenizer files that other programs use.
 
 import codecs
 import functools
-import hashlib
 import heapq
 import json
 import re
 import sys
-import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -28,7 +26,16 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from common import UserError, cli, parse_flags, run_command, well_formed, write_atomic, write_json
+from common import (
+    UserError,
+    cli,
+    parse_flags,
+    run_command,
+    sha256,
+    well_formed,
+    write_atomic,
+    write_json,
+)
 
 # ---- Split: text is cut into chunks (about: words) first.
 
@@ -542,7 +549,7 @@ class Tokenizer:
 
     @functools.cached_property
     def cuts(self):
-        """Regular expressions for common.border: where a file may be cut without changing any id.
+        """Regular expressions for corpora.border: where a file may be cut without changing any id.
 
         () if that is not certain: for unknown patterns, or if an added token is cut."""
         cuts = BETWEEN_CHUNKS
@@ -662,7 +669,7 @@ class Tokenizer:
             self.unknown,
             sorted((rank, *pair) for pair, (rank, _) in self.merges.items()),
         ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return sha256(json.dumps(parts).encode())
 
 
 class Stream:
@@ -752,23 +759,21 @@ class LearnArgs:
 
 def train_command(argv):
     """Learn a byte-level BPE vocabulary."""
-    from training.corpora import expand, plain_texts
+    from training.corpora import expand
 
     args = LearnArgs(**parse_flags(LearnArgs, train_command.__doc__, argv))
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        files = plain_texts(expand(args.data), folder)
-        size = sum(file.stat().st_size for file in files)
-        tokenizer = Tokenizer.train(
-            files=files,
-            vocab_size=args.vocab_size,
-            pattern=args.pattern,
-            special_tokens=args.special_tokens,
-            processes=args.processes,
-        )
+    files = expand(args.data)
+    tokenizer = Tokenizer.train(
+        files=files,
+        vocab_size=args.vocab_size,
+        pattern=args.pattern,
+        special_tokens=args.special_tokens,
+        processes=args.processes,
+    )
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start
-    megabytes = size / 1e6
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
     print(
         f"{tokenizer.vocab_size:,} ids from {megabytes:.1f} MB in {seconds:.2f} s "
         f"({megabytes / seconds:.1f} MB/s) -> {args.out}, sha256 {tokenizer.sha256[:12]}"
@@ -802,13 +807,12 @@ class CompareArgs:
 
 def compare_command(argv):
     """Bytes per token, and speed, of several tokenizers on one text."""
-    from training.corpora import expand, plain_texts
+    from training.corpora import expand, text_parts
 
     doc = compare_command.__doc__
     args = CompareArgs(**parse_flags(CompareArgs, doc, argv, ("tokenizers",)))
     files = expand(args.data)
-    with tempfile.TemporaryDirectory() as folder:
-        data = b"".join(file.read_bytes() for file in plain_texts(files, folder))
+    data = b"".join(text_parts(files, ()))
     print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n")
     print("| tokenizer | ids | tokens | bytes per token | MB/s |\n|---|---|---|---|---|")
     for path in args.tokenizers:

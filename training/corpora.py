@@ -4,6 +4,7 @@ data.py is the command (`python data.py wikitext-103`); it turns what is here in
 """
 
 import codecs
+import functools
 import glob
 import http.client
 import io
@@ -26,7 +27,6 @@ from common import (
     BLOCK,
     RECORD_FILES,
     UserError,
-    border,
     file_rows,
     full_disk_explained,
     holds_records,
@@ -262,26 +262,20 @@ def expand(names):
     return list(dict.fromkeys(files))
 
 
-def plain_texts(paths, folder):
-    """Files of UTF-8 text alone: text files as they are, of all others the documents, a newline
-    after each, in new files of the folder."""
-    plain = []
-    for n, path in enumerate(paths):
-        with open_data(path) as file:
-            as_it_is = isinstance(file, io.BufferedReader) and file.tell() == 0
-            zeros = b"\0" in file.read(BLOCK)
+def text_parts(paths, cuts):
+    """The text of files in parts of bytes: text files as they are, UTF-8 or not, and of all others
+    the documents, a newline after each."""
+    for path in paths:
         if holds_records(path):
-            as_it_is = False
-        elif zeros:
-            raise UserError(f"{path} is a binary file: it has zero bytes")
-        if not as_it_is:
-            made = Path(folder, f"{n}.txt")
-            with open(made, "wb") as out:
-                for part, _, ends in documents([path], ()):
-                    out.write(part + b"\n" if ends else part)
-            path = made
-        plain.append(path)
-    return plain
+            for part, _, ends in documents([path], cuts):
+                yield part + b"\n" if ends else part
+            continue
+        with open_data(path) as file:
+            blocks = iter(functools.partial(file.read, BLOCK), b"")
+            for part, begins, _ in parts_of(blocks, cuts):
+                if begins and b"\0" in part:
+                    raise UserError(f"{path} is a binary file: it has zero bytes")
+                yield part
 
 
 def documents(files, cuts, separator=None, field="text", bad=None):
@@ -327,12 +321,25 @@ def parts_of(blocks, cuts, separator=None):
             begins = True
         # What stays is longer than any separator that goes on in the next block.
         while cuts and len(held) > 2 * BLOCK:
-            at = border(io.BytesIO(held), BLOCK, cuts)
+            at = border(held, cuts)
             yield held[:at], begins, False
             held = held[at:]
             begins = False
     if held.strip() or not begins:
         yield held, begins, True
+
+
+def border(text, cuts):
+    """The first place after a BLOCK of bytes where a text may be cut.
+
+    `cuts`, bytes patterns, are tried in turn on the BLOCK behind; if none is found, the cut is
+    between two characters, which is always possible."""
+    begin = BLOCK - 1
+    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
+        found = re.compile(cut).search(text, begin, begin + BLOCK)
+        if found:
+            return found.end()
+    return begin + BLOCK
 
 
 def utf8_blocks(file):
