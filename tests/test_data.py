@@ -243,6 +243,23 @@ def test_only_the_first_part_of_a_document_gets_the_space_that_sentencepiece_put
     )
 
 
+def test_a_document_that_would_fill_two_shards_is_cut_so_that_each_fits_into_memory(
+    corpus, tmp_path
+):
+    _, tok = corpus
+    text = "".join(TEXTS)
+    (tmp_path / "x.txt").write_text(text)
+    (tmp_path / "v.txt").write_text("short")
+    files = {"train": [tmp_path / "x.txt"], "val": [tmp_path / "v.txt"]}
+    make_shards(files, tok, tmp_path / "out", processes=1)
+    split = open_shards(tmp_path / "out")["train"]
+    stored = token_documents(split)
+    assert 1 < len(stored) == len(split.tokens)
+    texts = [tok.decode(ids, skip_special=True) for ids in stored]
+    assert "".join(texts) == text
+    assert max(map(len, texts)) < 2 * data.SHARD_BYTES + 3 * data.BLOCK
+
+
 def test_one_document_cannot_be_split_by_documents(tmp_path):
     (tmp_path / "x.txt").write_text("all in one")
     with pytest.raises(UserError, match="train: no documents; .*--split-on.*--val FILE"):
