@@ -345,14 +345,12 @@ class Tokenizer:
         return cls("bytes", vocab, ranked, [pattern], special)
 
     @classmethod
-    def char(cls, text: str, special_tokens=()) -> "Tokenizer":
-        """One id per distinct character, in code point order, after the special tokens."""
+    def char(cls, text: str) -> "Tokenizer":
+        """One id per distinct character, in code point order."""
         if not text:
             raise UserError("there is no text to take the characters from")
-        special = number_special(special_tokens)
-        characters = sorted(set(well_formed(text)))
-        vocab = {c: i for i, c in enumerate(characters, len(special))}
-        return cls("chars", vocab, {}, special=special)
+        vocab = {c: i for i, c in enumerate(sorted(set(well_formed(text))))}
+        return cls("chars", vocab, {})
 
     # -- encoding
 
@@ -387,20 +385,10 @@ class Tokenizer:
         return [*before, *self.encode(text), *after]
 
     def encode_bytes(self, data, where="first"):
-        """bytes -> ids; what is no UTF-8 becomes byte tokens, and survives decode_bytes.
+        """Bytes of UTF-8 -> ids, without ends.
 
         where: "first" at the beginning of a text, "inside" further on, as for normalize."""
-        try:
-            return self._encode(data.decode(), where)
-        except UnicodeDecodeError:
-            parts = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
-        ids = []
-        for i, part in enumerate(parts):  # every second part is bytes that are no text
-            if i % 2 == 0:
-                ids += self._encode(part, "inside" if i else where)
-            else:
-                ids += map(self.byte_id, part.encode("utf-8", "surrogateescape"))
-        return ids
+        return self._encode(data.decode(), where)
 
     def _encode(self, text, where="first"):
         text = well_formed(text)
@@ -482,9 +470,7 @@ class Tokenizer:
     def byte_id(self, byte):
         token = f"<0x{byte:02X}>" if self.kind == "pieces" else bytes([byte])
         if token not in self.vocab:
-            raise UserError(
-                f"byte {byte:#04x} is no UTF-8 text, and this tokenizer has no tokens for bytes"
-            )
+            raise UserError(f"this vocabulary has no token for the byte {byte:#04x}")
         return self.vocab[token]
 
     @functools.cached_property
@@ -573,7 +559,7 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strip_space else text
 
     def decode_bytes(self, ids, skip_special=True):
-        """ids -> the bytes that encode_bytes was given (for pieces, after the space they add)."""
+        """ids -> the bytes of their text (for pieces, after the space that they add)."""
         table = self._bytes if skip_special else self._shown
         ids = list(ids)
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
@@ -812,16 +798,17 @@ def compare_command(argv):
     doc = compare_command.__doc__
     args = CompareArgs(**parse_flags(CompareArgs, doc, argv, ("tokenizers",)))
     files = expand(args.data)
-    data = b"".join(text_parts(files, ()))
-    print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n")
+    text = b"".join(text_parts(files, ())).decode("utf-8", "replace")
+    size = len(text.encode())
+    print(f"{size:,} bytes of {', '.join(map(str, files))}\n")
     print("| tokenizer | ids | tokens | bytes per token | MB/s |\n|---|---|---|---|---|")
     for path in args.tokenizers:
         tokenizer = Tokenizer.load(path)
         tokenizer.encode("warm up")
         start = time.perf_counter()
-        n = len(tokenizer.encode_bytes(data))
-        speed = len(data) / 1e6 / (time.perf_counter() - start)
-        ratio = len(data) / max(1, n)
+        n = len(tokenizer.encode(text))
+        speed = size / 1e6 / (time.perf_counter() - start)
+        ratio = size / max(1, n)
         print(f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {ratio:.3f} | {speed:.1f} |")
 
 

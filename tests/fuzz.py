@@ -356,7 +356,7 @@ def copied(rng, base, place, names=None):
 
 
 def use_tokenizer(tok):
-    ids = tok.encode_bytes(b"Hello  w\xc3\xb6rld 12 aaaaaaaaaaaaaaaaaaaaaaaaaaaa!\xff\n" * 3)
+    ids = tok.encode_bytes(b"Hello  w\xc3\xb6rld 12 aaaaaaaaaaaaaaaaaaaaaaaaaaaa!\n" * 3)
     tok.decode(ids)
     with contextlib.suppress(UserError):
         chat.render(tok, MESSAGES, add_generation_prompt=True)

@@ -277,12 +277,6 @@ def test_text_survives_and_never_makes_a_special_id(ours, gpt2, llama, text):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.binary(max_size=6) | TEXT.map(str.encode), max_size=8).map(b"".join))
-def test_bytes_that_are_no_text_survive(ours, data):
-    assert ours.decode_bytes(ours.encode_bytes(data)) == data
-
-
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 599), max_size=30))
 def test_streaming_equals_decoding_for_any_ids(ours, ids):
     stream = ours.stream()
@@ -357,16 +351,16 @@ def test_text_a_pattern_leaves_out_is_kept(pattern):
 
 
 def test_a_character_tokenizer_has_one_id_per_character(tmp_path):
-    tok = Tokenizer.char("hello world\n", special_tokens=["<EOS>"])
+    tok = Tokenizer.char("hello world\n").with_special(["<EOS>"])
     assert (
         tok.vocab_size == 10
-        and tok.encode("\n") == [1]
+        and tok.encode("\n") == [0]
         and tok.decode(tok.encode("low\nroll")) == "low\nroll"
     )
     tok.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert again.sha256 == tok.sha256 and again.kind == "chars"
-    assert again.encode("dew", eos=True) == tok.encode("dew") + [0]
+    assert again.encode("dew", eos=True) == tok.encode("dew") + [9]
     with pytest.raises(
         UserError, match=r"2 of the text's characters not in this tokenizer's 9: 'z', 'é'"
     ):

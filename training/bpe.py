@@ -70,7 +70,7 @@ def parts_of_texts(texts, pattern):
 def count_job(job, pattern):
     """Counter of the chunks of a job: a list of texts, or of parts of files, which are bytes."""
     texts = job
-    if isinstance(job[0], bytes):
+    if not isinstance(job[0], str):
         text = b"".join(job).decode("utf-8", "surrogateescape")
         texts = list(io.StringIO(text, newline="\n"))  # lines
     in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))

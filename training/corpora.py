@@ -230,11 +230,7 @@ def read_text(name, data_dir=None):
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
     if not path.is_file():
         raise UserError(f"--data {name}: no such file (or use: shakespeare)")
-    if holds_records(path):
-        text = b"\n".join(part for part, _, _ in documents([path], ())).decode()
-    else:
-        with open_data(path) as file:
-            text = b"".join(utf8_blocks(file)).decode()
+    text = b"\n".join(part for part, _, _ in documents([path], ())).decode()
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
     return text
@@ -294,9 +290,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
         for row in file_rows(path, [field]):
             fault = row.fault or fault_of(row.record, field)
             if not fault:
-                data = well_formed(row.record[field]).encode()
-                blocks = (data[i : i + BLOCK] for i in range(0, len(data), BLOCK))
-                yield from parts_of(blocks, cuts)
+                yield from parts_of([well_formed(row.record[field]).encode()], cuts)
             elif bad is None:
                 raise UserError(
                     f"{row.where}: {fault}; mend it, or leave out and "
@@ -308,7 +302,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
 
 def parts_of(blocks, cuts, separator=None):
     """Yield (bytes, begins, ends) of a text in blocks; it holds three at most, if it may cut."""
-    held = b""
+    held = bytearray()  # which grows in place
     begins = True
     for block in blocks:
         held += block

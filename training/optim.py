@@ -16,7 +16,7 @@ from training.ranks import gather, is_sharded, local, own_rows
 
 
 # ---------------------------------------------------------------------------------------- the rules
-def orthogonalize(G, steps=5):
+def orthogonalize(G):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly.
 
     U V^T of its singular value decomposition, with singular values in 0.7..1.2 in place of 1: a
@@ -27,7 +27,7 @@ def orthogonalize(G, steps=5):
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
     X = X.mT if tall else X  # so that X X^T is the small Gram matrix
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT  # (N, R, R)
         X = a * X + (b * A + c * A @ A) @ X
     X = X.mT if tall else X
