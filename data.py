@@ -603,7 +603,7 @@ class Batches:
         self.pool.shutdown(cancel_futures=True)
         self.pool = ThreadPoolExecutor(1)
         self.made = deque()
-        self.ahead = self.epoch, self.row  # where the next batch to be made begins
+        self.ahead: tuple = self.epoch, self.row  # where the next batch to be made begins
 
 
 # -------------------------------------------------------------------------------------- the command
