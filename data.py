@@ -542,6 +542,8 @@ class Batches:
     ranks with the same rows in all. A thread works `prefetch` batches ahead. For a CUDA `device`
     batches are in pinned memory."""
 
+    ahead: tuple  # (epoch, row) at which the next batch to be made begins
+
     def __init__(self, split, rows, context, seed, rank=0, world=1, device="cpu", prefetch=2):
         self.split = split
         self.rows = rows
@@ -603,7 +605,7 @@ class Batches:
         self.pool.shutdown(cancel_futures=True)
         self.pool = ThreadPoolExecutor(1)
         self.made = deque()
-        self.ahead: tuple = self.epoch, self.row  # where the next batch to be made begins
+        self.ahead = self.epoch, self.row
 
 
 # -------------------------------------------------------------------------------------- the command
