@@ -340,13 +340,12 @@ class Tokenizer:
                 file=sys.stderr,
             )
         tokens = [bytes([b]) for b in BYTES]
-        for left, right in merges:
-            tokens.append(tokens[left] + tokens[right])
         first = len(special)  # special tokens come first, then the bytes, then what merges make
-        vocab = {token: first + i for i, token in enumerate(tokens)}
         ranked = {}
         for rank, (left, right) in enumerate(merges):
+            tokens.append(tokens[left] + tokens[right])
             ranked[first + left, first + right] = (rank, least + rank)
+        vocab = {token: first + i for i, token in enumerate(tokens)}
         return cls("bytes", vocab, ranked, [pattern], special)
 
     @classmethod
