@@ -56,13 +56,13 @@ TOTALS = ("tokens", "documents", "bytes", "words", "lines")
 
 
 def ends_of(tok):
-    """(first, last) special ids of a stored document: [BOS] tokens [EOS]; None where there is none.
+    """([first], [last]) special ids of a stored document: [BOS] tokens [EOS]; [] where none is.
 
     If a tokenizer has only one, or the same for both (GPT-2), it stands in front, and what ends a
     document is that the next one begins."""
-    ids = {i: None for i in (tok.bos_id, tok.eos_id) if i is not None}  # each once, in order
-    first, last, *_ = *ids, None, None
-    return first, last
+    known = [i for i in (tok.bos_id, tok.eos_id) if i is not None]
+    ids = list(dict.fromkeys(known))
+    return ids[:1], ids[1:]
 
 
 def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.01, processes=None):
@@ -98,8 +98,7 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
             parts = share_of(parts, name, val_share)
         write_split(out, name, parts, tok, processes)
         meta["splits"][name] = summary_of(out, name, bad)
-    first, last = ends_of(tok)
-    meta |= {"complete": True, "first_id": first, "last_id": last, "vocab_size": tok.vocab_size}
+    meta |= {"complete": True, "ends": ends_of(tok)}
     write_json(out / "meta.json", meta)
     return meta
 
@@ -217,11 +216,10 @@ def encode_job(job, tok, ends):
     for text, begins, done in parts:
         if begins:
             starts.append(len(ids))
-            if first is not None:
-                ids.append(first)
+            ids += first
         ids += tok.encode_bytes(text, "first" if begins else "inside")
-        if done and last is not None:
-            ids.append(last)
+        if done:
+            ids += last
     texts = [text for text, _, _ in parts]
     space = IS_SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]
     words = np.count_nonzero(space[:-1] & ~space[1:])  # a word begins after white space
@@ -295,9 +293,10 @@ def read_splits(folder, meta, tokenizer_sha256):
             "the ids would mean other text: use the tokenizer in the folder, or make shards with "
             "yours"
         )
-    end_id = meta["first_id"] if meta["last_id"] is None else None
+    first, last = meta["ends"]
+    end_id = first[0] if first and not last else None
     if not isinstance(end_id, int | None):
-        raise UserError(f"first_id is {end_id!r}, expected a token's id")
+        raise UserError(f"a document's end is {end_id!r}, expected a token's id")
     splits = {}
     for name, counts in meta["splits"].items():
         if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):

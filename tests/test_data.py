@@ -190,7 +190,7 @@ def test_unusable_shards_are_refused(corpus, tmp_path, break_it, words):
         {"splits": {"../train": {"shards": 1}}},
         {"splits": 5},
         {"job": 5},
-        {"last_id": None, "first_id": []},
+        {"ends": [[[]], []]},
     ],
 )
 def test_an_odd_meta_json_is_one_line(corpus, tmp_path, changes):

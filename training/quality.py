@@ -25,7 +25,7 @@ def sample_rows(engine, sampling, count, length, seed):
     Each row begins as a document does, or with token 0 where nothing marks a document's beginning.
     """
     first, _ = ends_of(engine.tok)
-    prompt = [first or 0]
+    prompt = first or [0]
     how = {"max_tokens": length - 1, "ignore_eos": True}
     samplings = [sampling(seed=seed + i, **how) for i in range(count)]
     outputs = engine.generate([prompt] * count, samplings)
