@@ -229,7 +229,9 @@ def write_marks(out, names, marks, questions, command):
     ]
     write_page(out, blocks)
     chat.write_records(out / "answers.jsonl", rows)
-    log_scores(out, marks[0])
+    metrics = Metrics(out, math.inf)
+    shares = {what: k / n for what, (k, n) in marks[0].scores.items()}
+    metrics.log(metrics.step, eval=shares)  # where the training that it tells of ended
     for what, count, *cells in scores:
         print(f"{what:36s}{count:>7s}  " + "  ".join(f"{cell:28s}" for cell in cells))
     print(f"wrote    {out}/report.md, answers.jsonl, metrics.jsonl")
@@ -246,9 +248,3 @@ def score_rows(marks):
             row.append(f"{k / n:.1%} ({low:.1%} to {high:.1%})")
         rows.append(row)
     return rows
-
-
-def log_scores(out, marks):
-    """Add the scores to metrics.jsonl, at the step where the training that it tells of ended."""
-    metrics = Metrics(out, math.inf)
-    metrics.log(metrics.step, eval={what: k / n for what, (k, n) in marks.scores.items()})
