@@ -508,7 +508,8 @@ def test_kill_9_at_any_moment_loses_nothing(text, tmp_path):
     for _ in range(10):
         flags = ["--resume"] if saved >= 0 else [*flags, "--overwrite"]
         process = start(text, out, *flags)
-        while saved_step(out) <= saved and process.poll() is None:
+        published = out / "config.json"  # before the first there is no model folder yet
+        while (saved_step(out) <= saved or not published.exists()) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.05)  # anywhere in the next steps and saves
         process.kill()
