@@ -216,7 +216,7 @@ def read_preferences(path, split="train", count=0, seed=0, ignore=""):
     """Yields the Preferences of a file, or `count` of toybox; UserError names the record that is
     none."""
     if path == "toybox":
-        yield from map(as_preference, toybox.preferences(split, count, seed))
+        yield from map(as_preference, toybox.preferences(split, count, seed=seed))
         return
     for _, preference in chat.read_each(path, as_preference, ignore):
         yield preference

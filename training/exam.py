@@ -229,7 +229,9 @@ def write_marks(out, names, marks, questions, command):
     ]
     write_page(out, blocks)
     chat.write_records(out / "answers.jsonl", rows)
-    log_scores(out / "metrics.jsonl", marks[0])
+    metrics = Metrics(out, math.inf)
+    shares = {what: k / n for what, (k, n) in marks[0].scores.items()}
+    metrics.log(metrics.step, eval=shares)  # where the training that it tells of ended
     for what, count, *cells in scores:
         print(f"{what:36s}{count:>7s}  " + "  ".join(f"{cell:28s}" for cell in cells))
     print(f"wrote    {out}/report.md, answers.jsonl, metrics.jsonl")
@@ -246,14 +248,3 @@ def score_rows(marks):
             row.append(f"{k / n:.1%} ({low:.1%} to {high:.1%})")
         rows.append(row)
     return rows
-
-
-def log_scores(path, marks):
-    """Append the scores to metrics.jsonl, at the step where the training that it tells of ended."""
-    rows = [{"step": 0, "seconds": 0.0}]
-    if path.is_file():
-        rows += Metrics.read(path)
-    values = {what: k / n for what, (k, n) in marks.scores.items()}
-    row = {"step": rows[-1]["step"], "seconds": rows[-1]["seconds"], "eval": values}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

@@ -27,16 +27,15 @@ from data import Batches, Split, moved
 from model import Transformer, give_up_flex
 from runtime import (
     Runtime,
-    all_rng_states,
     compile_or_say_why,
+    fork_rng,
     latest_checkpoint,
     lost_rank_explained,
     peak_flops,
     read_tensors,
-    rng_state,
+    rng_states,
     save_checkpoint,
-    set_all_rng_states,
-    set_rng_state,
+    set_rng_states,
 )
 from tokenizer import Tokenizer
 from training.memory import choose_micro_batch
@@ -89,12 +88,15 @@ HOUSEKEEPING = set(
     "resume overwrite out log_every eval_every save_every keep sample on_error reward_seconds "
     "fit shard micro_batch recompute device compile".split()
 )
-AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
+AT_LEAST_ONE = (
+    "context batch log_every eval_every save_every keep heads max_tokens examples".split()
+)
 BELOW_ONE = "momentum dropout average".split()
 FLAG_CHOICES = {
     "optimizer": "muon adamw adamw8bit".split(),
     "schedule": "wsd cosine".split(),
     "arch": "qwen3 llama gpt2".split(),
+    "on_error": "stop skip".split(),
 }
 
 
@@ -279,9 +281,11 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         lock,
         **own,
     )
-    if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
-        halve_until_a_pass_fits(run)
-    run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_of_both(run, it))
+    with fork_rng():  # as if nothing had been tried
+        if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
+            halve_until_a_pass_fits(run)
+        tried = functools.partial(try_pass, run)
+        run.step_model = compile_or_say_why(step_model, runtime, tried)
     if state:
         restore_run(run, checkpoint, state)
     elif rank:
@@ -294,40 +298,34 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     return run
 
 
-def trial_loss(run, model):
-    """The loss of one pass of full rows, as the loop makes it."""
+def try_pass(run, model):
+    """A pass of full rows as the loop makes it, forward and backward, then the forward of an
+    evaluation, so that none in the middle of a run can fail. No gradients remain."""
     plan = run.batches.plan(0)
     batch = run.batches.split.fill([plan.row(r) for r in range(run.rows)], run.args.context)
-    with run.runtime.autocast():
-        return run.loss(model, moved(batch, run.runtime.device), run.args)
+    batch = moved(batch, run.runtime.device)
 
+    def loss():
+        with run.runtime.autocast():
+            return run.loss(model, batch, run.args)
 
-def trial_pass(run, model):
-    """A pass, forward and backward; no gradients remain."""
-    trial_loss(run, model).backward()
+    loss().backward()
     run.optimizer.zero_grad()
-
-
-def trial_of_both(run, model):
-    """What gets compiled, so that no evaluation in the middle of a run can fail: a pass, and the
-    forward of an evaluation."""
-    trial_pass(run, model)
     model.eval()
     with torch.no_grad():
-        trial_loss(run, model)
+        loss()
     model.train()
 
 
 def halve_until_a_pass_fits(run):
     """Memory is only estimated: try a pass, and halve its rows until it does fit.
 
-    Random numbers are as before. With several ranks there is no second try, since a rank that
-    failed alone would leave the others waiting for its gradients."""
-    before = rng_state()
+    With several ranks there is no second try, since a rank that failed alone would leave the others
+    waiting for its gradients."""
     while True:
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
-                trial_pass(run, run.step_model)
+                try_pass(run, run.step_model)
                 break
         except RuntimeError as error:  # FlexAttention's backward is compiled on its first use
             if not run.model.config.flex:
@@ -345,7 +343,6 @@ def halve_until_a_pass_fits(run):
         print(f"memory   {run.rows} rows a pass did not fit, going on with {fewer}")
         run.rows = fewer
         torch.cuda.empty_cache()
-    set_rng_state(before)
 
 
 def restore_run(run, checkpoint, state):
@@ -369,7 +366,7 @@ def restore_run(run, checkpoint, state):
         run.scaler.scale = scale
         run.scaler.good = good
     rng = read_tensors(checkpoint / "rng.safetensors")
-    set_all_rng_states(rng, run.runtime.rank, run.args.seed + run.start)
+    set_rng_states(rng, run.runtime.rank, run.args.seed + run.start)
 
 
 RUN_FILES = (
@@ -470,8 +467,7 @@ def update(run, step):
     if run.scaler.on:  # the next step needs its scale
         count_found(run)
     factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
-    run.optimizer.set_lr(factor)
-    run.optimizer.step()
+    run.optimizer.step(factor)
     return dict(lr=factor, grad_norm=norm)
 
 
@@ -571,7 +567,7 @@ def save_run(run, step):
             f"the rates are too high; go on from {before.name if before else 'the start'} with "
             f"--lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
         )
-    rng = all_rng_states()
+    rng = rng_states(run.runtime.rank)
     if run.runtime.rank:
         return
     info = {
