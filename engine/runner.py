@@ -20,7 +20,7 @@ from common import Interrupt, UserError
 from engine import native
 from engine.forward import TorchForward
 from engine.graphs import graph_size, on_their_way, pinned, record_draw
-from engine.sampler import draw_kind, draw_settings, draw_tokens, top_logprobs
+from engine.sampler import draw_kind, draw_settings, draw_tokens
 from runtime import DTYPES, free_memory
 
 MIB = 2**20
@@ -123,8 +123,8 @@ class Runner:
         return made
 
     def adapter_index(self, name):
-        """A request's adapter as a batch counts it, -1 for None."""
-        if name is None:
+        """A request's adapter as a batch counts it, -1 where it names none."""
+        if not name:
             return -1
         if name not in self.adapter_names:
             loaded = ", ".join(self.adapter_names) or "none"
@@ -137,16 +137,13 @@ class Runner:
         size = self.kv_dtype.itemsize
         if size == 1:  # a float32 scale for each head's values
             size += 4 / self.config.head_dim
-        return int(self.config.kv_bytes_per_token(size))
+        c = self.config
+        return int(2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size)
 
     def allocate(self, blocks, max_seqs=1):
         self.forward.allocate(blocks, self.kv_dtype)
         self.forward.most_sequences = max_seqs
         self.idle = True  # from here on the other ranks wait for orders
-
-    def refresh(self, model):
-        """Compute with the values that the model's weights have now."""
-        self.forward.refresh(model)
 
     # -- what every rank does, in the first one's order
     def step(self, longs, ints, ids=None):
@@ -156,25 +153,20 @@ class Runner:
     def read(self, longs):
         """The next chunk of a text by itself, in a cache of its own.
 
-        longs: the tokens in the chunk, before it, in all; how many of the likeliest (-1: none);
-        the vocabulary's size; the chunk's ids, and the one behind it if there is one
-        -> `top_logprobs` of all these ids but the first, or the sum of what the head reads, (C,).
+        longs: how many of its tokens came before, and are read in all; whether hidden states are
+        wanted; the chunk's ids -> logits (T, V), or what the head reads (T, C)
         """
-        size, past, total, count, vocab_size = longs[:5].tolist()
-        ids = longs[5:]
+        past, total, hidden, *ids = longs.tolist()
         blocks = -(-total // self.block_size)
         if past == 0:
             self.alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
+            self.alone.graphs = None  # also for a chunk of one token, which looks like a decode
         batch = StepBatch()
-        batch.add(array("i", range(blocks)), ids[:size].tolist(), past, range(size))
-        hidden = self.alone(batch, hidden=True)  # (T, C) float32
-        if past + size == total:
+        batch.add(array("i", range(blocks)), ids, past, range(len(ids)))
+        found = self.alone(batch, hidden)
+        if past + len(ids) == total:
             self.alone = None
-        if count < 0:
-            return hidden.sum(0)  # (T, C) -> (C,)
-        said = ids[1:].to(self.device)
-        logits = self.forward.logits_of(hidden[: len(said)])[:, :vocab_size]
-        return top_logprobs(logits, said, count)
+        return found
 
     def end(self):
         dist.destroy_process_group()
@@ -205,17 +197,18 @@ class Runner:
         where a graph drew them: they are there until the next draw
         """
         static = None if self.native else self.forward.logits
-        kind = draw_kind(rows) if static is not None else None
+        in_place = static is not None and logits.data_ptr() == static.data_ptr()
         recorded = None
-        if kind and logits.data_ptr() == static.data_ptr():
+        if in_place and not any(row.sampling.edits_logits for row in rows):
+            kind = draw_kind(rows)
             size = graph_size(len(rows))
             static = static[:size, : logits.size(1)]
             if static.numel() <= GRAPH_LOGITS:
                 graphs = self.forward.graphs
                 recorded = graphs.get(f"{kind} tokens of {size}", record_draw, graphs, kind, static)
         if recorded is None:
-            tokens, failed = draw_tokens(logits, rows, u)
-            return zip(tokens.tolist(), failed.tolist(), itertools.repeat(None)), None
+            tokens, failed = draw_tokens(logits, rows, u).tolist()
+            return zip(tokens, failed, itertools.repeat(None)), None
         graph, settings, drawn = recorded
         settings.copy_(pinned(draw_settings(rows, u, size), self.device), non_blocking=True)
         graph.replay()

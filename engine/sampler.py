@@ -199,21 +199,22 @@ def allowed_by_constraint(row, V):
 
 
 # --------------------------------------------------------------------------------------- the draw
-def kept_tokens(logits, rows):
+def kept_tokens(logits, limits):
     """Top-k, top-p and min-p over tempered logits (R, V) -> (R, V) bool, what may be drawn.
 
-    Each filter sees what the one before it left, renormalised, and keeps a beginning of the
-    ranking. So a row whose last candidate is dropped needs no others: on a CPU, where sorting a
-    vocabulary is slow, a few are tried first (test_candidates_and_the_whole_vocabulary_agree).
+    limits: (R, 4), as Sampling.limits. Each filter sees what the one before it left, renormalised,
+    and keeps a beginning of the ranking. So a row whose last candidate is dropped needs no others:
+    on a CPU, where sorting a vocabulary is slow, a few are tried first
+    (test_candidates_and_the_whole_vocabulary_agree).
     """
     V = logits.size(1)
-    limits = torch.tensor([row.sampling.limits for row in rows], device=logits.device)
     few = V
     if logits.device.type == "cpu":
-        few = max(CANDIDATES, *(row.sampling.top_k for row in rows if row.sampling.top_k < V), 0)
-    if few + 1 < V:
-        keep, ids = kept_of_largest(few + 1, logits, limits)
-    if few + 1 >= V or keep[:, -1].any():
+        k = limits[:, 1]
+        few = 1 + max(CANDIDATES, int((k * (k < V)).max()))
+    if few < V:
+        keep, ids = kept_of_largest(few, logits, limits)
+    if few >= V or keep[:, -1].any():
         keep, ids = kept_of_largest(V, logits, limits)
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
 
@@ -233,50 +234,23 @@ def kept_of_largest(count, logits, limits):
         total = torch.where(k < V, total, logits.logsumexp(-1, keepdim=True))
     p = (values - total).exp()
     before = p.cumsum(-1) - p  # the mass of everything likelier: the first is always kept
-    return (p > 0) & ((before < top_p) | (top_p == 1)) & (p >= min_p * p[:, :1]), ids
+    return ~hidden & ((before < top_p) | (top_p == 1)) & (p >= min_p * p[:, :1]), ids
 
 
 def draw_tokens(logits, rows, u):
     """One token for each row of logits (R, V) float32, which is overwritten, at u (R,) in [0, 1).
 
-    -> ((R,) int64, (R,) bool: nothing was allowed)
+    -> (2, R) int64: the tokens, and 1 where nothing was allowed
     """
     if any(row.sampling.edits_logits for row in rows):
         edit_logits(logits, rows)
-    best, greedy = logits.max(-1)
-    failed = best == -torch.inf
-    temperatures = [row.sampling.temperature for row in rows]
-    if not any(temperatures):
-        return greedy, failed
-    temperature = torch.tensor(temperatures, device=logits.device)  # (R,)
-    tempered = tempered_logits(logits, best, temperature)
-    p = tempered.softmax(-1)
     filtered = [r for r, row in enumerate(rows) if row.sampling.filters]
-    if filtered:
-        # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
-        p[filtered] *= kept_tokens(tempered[filtered], [rows[r] for r in filtered])
-    token = token_at(p, u.to(logits.device))
-    return torch.where(temperature > 0, token, greedy), failed
+    settings = draw_settings(rows, u, len(rows)).to(logits.device)
+    return draw_by_settings(draw_kind(rows), logits, settings, filtered)
 
 
-def tempered_logits(logits, best, temperature):
-    return (logits - best[:, None]) / torch.where(temperature > 0, temperature, 1.0)[:, None]
-
-
-def token_at(p, u):
-    """The inverse of the distribution function at u: the first token at which the sum of the
-    weights p (R, V) exceeds u (R,) of their total."""
-    cdf = p.cumsum(-1)
-    total = cdf[:, -1:]
-    below = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
-    return torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)
-
-
-# ---------------------------------------------------------------- the draw without Python (a GPU)
 def draw_kind(rows):
-    """Which draw serves all of these rows, or None: what edits logits takes `draw_tokens`."""
-    if any(row.sampling.edits_logits for row in rows):
-        return None
+    """Which draw serves all of these rows."""
     if any(row.sampling.filters for row in rows):
         return "filtered"
     return "drawn" if any(row.sampling.temperature for row in rows) else "greedy"
@@ -290,31 +264,30 @@ def draw_settings(rows, u, size):
     return torch.from_numpy(settings)
 
 
-def draw_by_settings(kind, logits, settings):
-    """`draw_tokens` as one chain of operations whose shapes depend on no value, so that a CUDA
-    graph can hold it -> (2, R) int64: the tokens, and 1 where nothing was allowed."""
+def draw_by_settings(kind, logits, settings, filtered=slice(None)):
+    """The draw as one chain of operations -> (2, R) int64, as `draw_tokens`.
+
+    filtered: the rows that have filters. Without it no shape depends on a value, so that a CUDA
+    graph can hold the chain.
+    """
     best, greedy = logits.max(-1)
     token = greedy
     if kind != "greedy":
-        limits = settings[:, :4]
         temperature = settings[:, 0]
-        tempered = tempered_logits(logits, best, temperature)
+        above_zero = temperature > 0
+        tempered = (logits - best[:, None]) / torch.where(above_zero, temperature, 1.0)[:, None]
         p = tempered.softmax(-1)
         if kind == "filtered":
-            keep, ids = kept_of_largest(logits.size(1), tempered, limits)
-            keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
-            _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
-            unlimited = (k >= logits.size(1)) & (top_p == 1) & (min_p == 0)
-            p = p * (keep | unlimited)
-        token = torch.where(temperature > 0, token_at(p, settings[:, 4]), greedy)
+            # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
+            p[filtered] *= kept_tokens(tempered[filtered], settings[filtered, :4])
+        token = torch.where(above_zero, token_at(p, settings[:, 4]), greedy)
     return torch.stack((token, best == -torch.inf))
 
 
-def top_logprobs(logits, tokens, count):
-    """Log-probabilities by the model itself, before any penalty or temperature.
-
-    logits (R, V), tokens (R,) -> (R,) of the tokens; values and ids (R, count) of the likeliest.
-    """
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(count)
-    return logprobs.gather(-1, tokens[:, None])[:, 0], values, ids  # (R, V) -> (R, 1) -> (R,)
+def token_at(p, u):
+    """The inverse of the distribution function at u: the first token at which the sum of the
+    weights p (R, V) exceeds u (R,) of their total."""
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    below = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
+    return torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)

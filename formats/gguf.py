@@ -30,7 +30,7 @@ from common import (
     warn_of_unknown,
     write_atomic,
 )
-from formats.hub import GPT2_KEYS, LLAMA_KEYS, two_columns
+from formats.hub import GPT2_KEYS, LLAMA_KEYS, config_from_dict, two_columns
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -595,7 +595,7 @@ def read_config(meta, tensors):
         words["norm_eps"]: get(norm_key(arch), 1e-5),
         "rope_theta": theta,
     }
-    config = Config.from_dict(shape, arch)
+    config = config_from_dict(shape, arch)
     if arch != "gpt2":
         config.qkv_bias = "blk.0.attn_q.bias" in tensors
         config.out_bias = "blk.0.attn_output.bias" in tensors

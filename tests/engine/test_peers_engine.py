@@ -73,7 +73,7 @@ def test_filters_and_penalties_equal_transformers():
         dict(min_p=0.05),
         dict(top_k=100, top_p=0.7, min_p=0.02),
     ]
-    mine = kept_tokens(logits, [row(Sampling(**o)) for o in options])
+    mine = kept_tokens(logits, torch.tensor([Sampling(**o).limits for o in options]))
     for scores, o, keep in zip(logits, options, mine):
         chain = LogitsProcessorList()
         for name, kind in (
