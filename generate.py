@@ -232,7 +232,7 @@ class Engine:
         adapter = self.runner.adapter_index(adapter)
         if not self.has_work:
             self.heard = time.monotonic()
-        request = Request(request_id, ids, sampling, adapter, ends, SamplingRow(sampling))
+        request = Request(request_id, ids, sampling, adapter, ends)
         full = min(len(ids) + sampling.max_tokens, self.max_model_len)
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
         self.requests[request_id] = []
@@ -274,6 +274,7 @@ class Engine:
             launched = self.launched or self.launch()
             self.launched = None
             if launched:
+                self.count_computed(launched.plan)
                 self.launched = self.launch_next(launched)
                 deltas += self.accept(launched)
         if not self.scheduler.running:
@@ -289,8 +290,7 @@ class Engine:
         if not plan:
             return None
         self.propose(plan)
-        logits, owners = self.compute(plan)
-        return Launched(plan, owners, *self.draw(logits, owners))
+        return self.compute(plan)
 
     def launch_next(self, launched):
         """The step after one whose tokens only the device knows -> Launched, or None.
@@ -299,27 +299,22 @@ class Engine:
         their length now. So nobody may wait to run, and nobody may have to wait for a block.
         """
         scheduler = self.scheduler
-        if launched.tokens is None or scheduler.waiting:
+        if launched.tokens is None or scheduler.waiting or scheduler.max_draft:
             return None
         alive = [seq for seq in launched.owners if seq.blocks]
         if len(alive) < len(scheduler.running):
             return None
-        batch = StepBatch()
-        owners, places = [], []
+        plan, places = {}, []
         for place, seq in enumerate(launched.owners):
             if not seq.blocks or len(seq.ids) + 1 == seq.full:
                 continue
             if not scheduler.reserve(seq, len(seq.ids) + 1):
                 return None
-            batch.add(seq.blocks, [0], len(seq.ids), (0,), seq.request.adapter)
-            owners.append(seq)
+            plan[seq] = 1
             places.append(place)
-        if not owners:
+        if not plan:
             return None
-        ids = launched.tokens[sent(torch.tensor(places), self.runner.device)]
-        logits = self.runner(batch, ids)
-        plan = dict.fromkeys(owners, 1)
-        return Launched(plan, owners, *self.draw(logits, owners, ahead=1))
+        return self.compute(plan, launched.tokens[sent(torch.tensor(places), self.runner.device)])
 
     def propose(self, plan):
         """Guess what comes next in each sequence, no more than the plan has room for."""
@@ -328,31 +323,41 @@ class Engine:
             if room > 0 and seq.remaining == 1 and seq.constraint is None:
                 seq.draft = lookup_draft(seq.ids, room)
 
-    def compute(self, plan):
-        """Run the plan's tokens -> logits (R, V), and the sequences that get a token from them.
+    def compute(self, plan, ids=None):
+        """Run the plan's tokens and draw those that come next -> Launched.
 
-        Each of those has one row, and one more after each id of its draft.
+        ids: the tokens, one of each sequence, where only the device knows them. Of a sequence whose
+        tokens are then all computed the last one has a row of logits, as has each id of its draft.
         """
         batch = StepBatch()
         owners = []
         for seq, n in plan.items():
-            new = seq.ids[seq.computed : seq.computed + n]
-            end = seq.computed + len(new)
+            new = seq.ids[seq.computed : seq.computed + n] or [0]
             rows = ()
-            if end == len(seq.ids):  # all known tokens: the next one can be drawn
+            if seq.computed + len(new) >= len(seq.ids):
                 rows = range(len(new) - 1, len(new) + len(seq.draft))
                 owners.append(seq)
             batch.add(seq.blocks, new + seq.draft, seq.computed, rows, seq.request.adapter)
-        return self.runner(batch), owners
+        logits = self.runner(batch, ids)
+        return Launched(plan, owners, *self.draw(logits, owners, ahead=ids is not None))
 
     def sampling_row(self, seq, further):
         """The sampler's view of one answer, so many ids of its draft further on."""
         request = seq.request
-        sampling = request.sampling
-        if not sampling.edits_logits:
-            return request.row
+        if not request.sampling.edits_logits:
+            return request  # of which only the sampling is read
         output = seq.ids[len(request.prompt) :] + seq.draft[:further]
-        return SamplingRow(sampling, output, request.prompt, request.ends, seq.constraint)
+        return SamplingRow(request.sampling, output, request.prompt, request.ends, seq.constraint)
+
+    def count_computed(self, plan):
+        """The keys and values of a launched step's tokens count as there: who reads them comes
+        after it."""
+        for seq, n in plan.items():
+            if not seq.blocks:
+                continue  # it ended, or was cancelled, after this step had been launched
+            seq.computed = min(seq.computed + n, len(seq.ids))
+            if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
+                self.scheduler.publish(seq)
 
     def accept(self, launched):
         """Take the tokens that were drawn, and keep a draft as far as it is what was drawn
@@ -362,12 +367,6 @@ class Engine:
         position's random number, so speculation changes how many steps are taken and nothing else
         (test_speculation_changes_no_answer).
         """
-        for seq, n in launched.plan.items():
-            if not seq.blocks:
-                continue  # it ended, or was cancelled, after this step had been launched
-            seq.computed = min(seq.computed + n, len(seq.ids))
-            if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
-                self.scheduler.publish(seq)
         deltas = []
         for seq in launched.owners:
             own = list(itertools.islice(launched.drawn, len(seq.draft) + 1))
@@ -382,7 +381,7 @@ class Engine:
     def draw(self, logits, owners, ahead=0):
         """Draw the next tokens of sequences, each with the random number of its place.
 
-        ahead: how many of a sequence's tokens are not known here yet
+        ahead: whether a token of each sequence is not known here yet
         -> an iterator over (token, whether nothing was allowed, TokenLogprob or None) for each row
         of logits; the tokens on the device, or None where the next step cannot begin with them.
         """
@@ -398,10 +397,7 @@ class Engine:
         u = uniforms(seeds, positions)
         if any(row.sampling.logprobs is not None for row in rows):
             return draw_with_logprobs(logits, rows, u), None
-        drawn, tokens = self.runner.draw(logits, rows, u)
-        if self.scheduler.max_draft:
-            tokens = None
-        return drawn, tokens
+        return self.runner.draw(logits, rows, u)
 
     # -- tokens become text
     def extend(self, seq, drawn):
@@ -439,8 +435,7 @@ class Engine:
             self.requests[request.id].remove(seq)
             if not self.requests[request.id]:
                 del self.requests[request.id]
-        reason = seq.finish_reason
-        return Delta(request.id, seq.index, text, ids, logprobs, reason, seq.error, end)
+        return Delta(request.id, seq.index, text, ids, logprobs, seq.finish_reason, seq.error, end)
 
     def advance(self, seq, token):
         """Take a token that was appended: its text, and whether the answer ends with it -> text."""
@@ -498,8 +493,7 @@ class Engine:
             yield [TokenLogprob(ids[0], None, [])]  # and nothing before the first
         for past in range(0, total, size):
             end = min(past + size, total)
-            longs = torch.tensor([past, total, embed, *ids[past:end]])
-            found = self.runner.everywhere("read", longs)
+            found = self.runner.everywhere("read", ids[past:end], past, total, embed)
             if embed:
                 states = states.to(found.device) + found.sum(0)  # (T, C) -> (C,)
                 yield []
@@ -805,7 +799,7 @@ def main():
     if defaults:
         print(f"sampling {defaults}, as generation_config.json says", file=sys.stderr)
     sampling = Sampling(
-        **named(replace(args, **defaults), SAMPLING_FLAGS),
+        **named(args, SAMPLING_FLAGS) | defaults,
         stop=(args.stop,) if args.stop else (),
         constraint=read_constraint(args, engine.tok),
     )

@@ -194,12 +194,6 @@ def return_memory(module, kind):
 
 
 # ------------------------------------------------------------------------------------------ packing
-def in_panels(t, lanes):
-    """(N, K, ...) -> (N/lanes, K, lanes, ...), rows padded with zeros."""
-    t = torch.cat((t, t.new_zeros(-t.size(0) % lanes, *t.shape[1:])))
-    return t.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
-
-
 class Native:
     """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""
 
@@ -294,6 +288,11 @@ class Native:
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
 
+    def panels(self, t):
+        """(N, K, ...) -> where C++ finds it as (N/lanes, K, lanes, ...), rows padded with zeros."""
+        t = torch.cat((t, t.new_zeros(-t.size(0) % self.lanes, *t.shape[1:])))
+        return self.keep(t.unflatten(0, (-1, self.lanes)).transpose(1, 2).contiguous())
+
     def linear(self, layer, stacks):
         """A layer in the order in which forward.cpp reads it, in the format that it has or, if it
         is in floats, in that of `kind`; with its AdapterStack, if it has one."""
@@ -311,7 +310,7 @@ class Native:
         if stack is not None:
             made.rank = len(stack.A)
             made.a = self.floats(stack.A)
-            made.b = self.floats(in_panels(stack.B, self.lanes))
+            made.b = self.panels(stack.B)
             made.keep = self.floats(stack.keep)
         return made
 
@@ -321,8 +320,8 @@ class Native:
         N, K = weight.shape
         small = self.kind == "16" or weight.dtype != torch.float32
         if small and weight.abs().max() < 65504:
-            return Linear(FLOAT16, N, K, K, self.keep(in_panels(weight.half(), self.lanes)))
-        return Linear(FLOAT32, N, K, K, self.keep(in_panels(weight.float(), self.lanes)))
+            return Linear(FLOAT16, N, K, K, self.panels(weight.half()))
+        return Linear(FLOAT32, N, K, K, self.panels(weight.float()))
 
     def packed_linear(self, layer):
         codes, scale, zero, group, order, bits = layer.groups()  # codes (N, K)
@@ -344,8 +343,7 @@ class Native:
             kind = INT4
             low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4) each
             codes = low | high << 4
-        tensors = codes, scale.half(), zero.half()
-        pointers = [self.keep(in_panels(tensor, self.lanes)) for tensor in tensors]
+        pointers = map(self.panels, (codes, scale.half(), zero.half()))
         if order is not None:
             order = self.keep(order.int())
         return Linear(kind, N, -(-K // size) * size, size, *pointers, order)

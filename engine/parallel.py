@@ -126,5 +126,4 @@ def shard_model(model, runtime, dtype):
     model.to(runtime.device)  # packed weights keep their types
     names = "num_attention_heads num_key_value_heads intermediate_size".split()
     model.config = replace(c, **{name: getattr(c, name) // ranks for name in names})
-    if runtime.rank == 0:
-        print(f"ranks    {ranks} share {parts}")
+    print(f"ranks    {ranks} share {parts}")

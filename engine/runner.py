@@ -133,12 +133,12 @@ class Runner:
 
     # -- the cache
     @property
-    def bytes_per_token(self):
-        size = self.kv_dtype.itemsize
-        if size == 1:  # a float32 scale for each head's values
-            size += 4 / self.config.head_dim
+    def block_bytes(self):
+        """A key and a value for each token, layer and head; in int8 each has a float32 scale."""
         c = self.config
-        return int(2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size)
+        size = self.kv_dtype.itemsize
+        head = c.head_dim * size + 4 * (size == 1)
+        return 2 * self.block_size * c.num_hidden_layers * c.num_key_value_heads * head
 
     def allocate(self, blocks, max_seqs=1):
         self.forward.allocate(blocks, self.kv_dtype)
@@ -146,17 +146,16 @@ class Runner:
         self.idle = True  # from here on the other ranks wait for orders
 
     # -- what every rank does, in the first one's order
-    def step(self, longs, ints, ids=None):
-        return self.forward.step(longs, ints, ids=ids)
+    def step(self, longs, ints):
+        return self.forward.step(torch.from_numpy(longs), torch.from_numpy(ints))
 
     @torch.inference_mode()
-    def read(self, longs):
+    def read(self, ids, past, total, hidden):
         """The next chunk of a text by itself, in a cache of its own.
 
-        longs: how many of its tokens came before, and are read in all; whether hidden states are
-        wanted; the chunk's ids -> logits (T, V), or what the head reads (T, C)
+        past, total: how many of its tokens came before, and are read in all
+        -> logits (T, V), or with hidden what the head reads (T, C)
         """
-        past, total, hidden, *ids = longs.tolist()
         blocks = -(-total // self.block_size)
         if past == 0:
             self.alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
@@ -185,9 +184,9 @@ class Runner:
             return self.forward(batch)
         longs, ints = self.forward.inputs(batch)
         if ids is None:
-            logits = self.everywhere("step", longs, ints)
+            logits = self.everywhere("step", longs.numpy(), ints.numpy())
         else:
-            logits = self.step(longs, ints, ids)
+            logits = self.forward.step(longs, ints, ids=ids)
         return None if logits is None else logits[: len(batch.rows)]
 
     def draw(self, logits, rows, u):
@@ -215,29 +214,17 @@ class Runner:
         return on_their_way(drawn, len(rows)), None if self.orders else drawn[0]
 
     # -- several ranks
-    ORDERS = ("end", "step", "read", "close_tuning")
-
     def join_ranks(self):
         # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.
         self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         if self.runtime.rank == 0:  # a rank that dies says it by its closed connection
             atexit.register(lambda: self.idle and self.everywhere("end"))
 
-    def broadcast(self, tensor):
-        dist.broadcast(tensor, 0, group=self.orders)
-        return tensor
-
     def everywhere(self, order, *inputs):
-        """Do one of ORDERS, a method, on every rank -> its result here.
-
-        inputs: at most two flat CPU tensors, the first int64, the second int32
-        """
+        """Call one of the methods above on every rank -> its result here."""
         if self.orders:
             self.idle = False
-            sizes = [len(tensor) for tensor in inputs] + [0, 0]
-            self.broadcast(torch.tensor([self.ORDERS.index(order), *sizes[:2]]))
-            for tensor in inputs:
-                self.broadcast(tensor)
+            dist.broadcast_object_list([(order, inputs)], 0, self.orders)
         result = getattr(self, order)(*inputs)
         self.idle = True
         return result
@@ -250,12 +237,9 @@ class Runner:
             try:
                 order = None
                 while order != "end":
-                    number, *sizes = self.broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
-                    order = self.ORDERS[number]
-                    inputs = []
-                    for size, dtype in zip(sizes, (torch.int64, torch.int32)):
-                        if size:
-                            inputs.append(self.broadcast(torch.zeros(size, dtype=dtype)))
+                    told: list = [None]
+                    dist.broadcast_object_list(told, 0, self.orders)
+                    order, inputs = told[0]
                     getattr(self, order)(*inputs)
             except RuntimeError:
                 if interrupt.signal:  # so has the first rank, and it could not say so any more
@@ -272,7 +256,7 @@ def pool_size(runner, kv_tokens, max_seqs, max_len):
     """
     runtime = runner.runtime
     size = runner.block_size
-    block_bytes = runner.bytes_per_token * size
+    block_bytes = runner.block_bytes
     free = free_memory(runtime.device)
     fits = 4096
     if free and runtime.device.type == "cuda":
@@ -287,9 +271,8 @@ def pool_size(runner, kv_tokens, max_seqs, max_len):
             f"a cache of {blocks:,} blocks does not fit into {free / 2**30:.2f} GiB: at most "
             f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
         )
-    if runtime.rank == 0:
-        print(
-            f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "
-            f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
-        )
+    print(
+        f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "
+        f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
+    )
     return blocks

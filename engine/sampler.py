@@ -69,11 +69,11 @@ class Sampling:
             kind = type(high)
             if type(value) not in (int, kind) or not low <= value <= high:
                 raise UserError(f"{name} is {value!r}, not {kind.__name__} {low:g} to {high:g}")
-        kinds: dict[str, tuple] = {
-            "stop": (list, tuple),
-            "stop_ids": (list, tuple),
-            "ignore_eos": (bool,),
-            "logit_bias": (dict, type(None)),
+        kinds: dict = {
+            "stop": list | tuple,
+            "stop_ids": list | tuple,
+            "ignore_eos": bool,
+            "logit_bias": dict | None,
         }
         for name, allowed in kinds.items():
             value = getattr(self, name)
@@ -176,13 +176,13 @@ def edit_logits(logits, rows):
     flat = logits.view(-1)  # (R, V) -> (R * V,)
     if scale_at:  # a penalty makes a likely token less likely, whatever the sign of its logit
         at = torch.tensor(scale_at, device=logits.device)
-        by = torch.tensor(scale_by, device=logits.device, dtype=logits.dtype)
+        by = logits.new_tensor(scale_by)
         now = flat[at]
         flat[at] = torch.where(now > 0, now / by, now * by)
     if add_at:
         at = torch.tensor(add_at, device=logits.device)
-        flat[at] += torch.tensor(add_by, device=logits.device, dtype=logits.dtype)
-    bound = [r for r, row in enumerate(rows) if row.constraint is not None]
+        flat[at] += logits.new_tensor(add_by)
+    bound = [r for r, row in enumerate(rows) if row.sampling.constraint is not None]
     if bound:
         allowed = torch.stack([allowed_by_constraint(rows[r], V) for r in bound])
         logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)

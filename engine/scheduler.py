@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.sampler import Sampling, SamplingRow
+from engine.sampler import Sampling
 
 
 # ------------------------------------------------------------------------- requests and answers
@@ -62,7 +62,6 @@ class Request:
     sampling: Sampling
     adapter: int  # which LoRA adapter, -1 is none
     ends: frozenset  # token ids that end an answer
-    row: SamplingRow  # for the sampler, while nothing edits logits
 
 
 @dataclass(eq=False)
