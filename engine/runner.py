@@ -147,7 +147,7 @@ class Runner:
 
     # -- what every rank does, in the first one's order
     def step(self, longs, ints):
-        return self.forward.step(torch.from_numpy(longs), torch.from_numpy(ints))
+        return self.forward.step(torch.from_numpy(longs), torch.from_numpy(ints), ids=None)
 
     @torch.inference_mode()
     def read(self, ids, past, total, hidden):
@@ -206,8 +206,8 @@ class Runner:
                 graphs = self.forward.graphs
                 recorded = graphs.get(f"{kind} tokens of {size}", record_draw, graphs, kind, static)
         if recorded is None:
-            tokens, failed = draw_tokens(logits, rows, u).tolist()
-            return zip(tokens, failed, itertools.repeat(None)), None
+            tokens, failed = draw_tokens(logits, rows, u)
+            return zip(tokens.tolist(), failed.tolist(), itertools.repeat(None)), None
         graph, settings, drawn = recorded
         settings.copy_(pinned(draw_settings(rows, u, size), self.device), non_blocking=True)
         graph.replay()

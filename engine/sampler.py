@@ -103,8 +103,9 @@ class Sampling:
 
     @functools.cached_property
     def limits(self):
-        """What decides the draw, beside the random number."""
-        return self.temperature, self.top_k or UNLIMITED, self.top_p, self.min_p
+        """What decides the draw, beside the random number, as four float32."""
+        limits = self.temperature, self.top_k or UNLIMITED, self.top_p, self.min_p
+        return np.array(limits, np.float32).tobytes()
 
     @functools.cached_property
     def stop_beginnings(self):
@@ -199,33 +200,29 @@ def allowed_by_constraint(row, V):
 
 
 # --------------------------------------------------------------------------------------- the draw
-def kept_tokens(logits, limits):
+def kept_tokens(logits, settings):
     """Top-k, top-p and min-p over tempered logits (R, V) -> (R, V) bool, what may be drawn.
 
-    limits: (R, 4), as Sampling.limits. Each filter sees what the one before it left, renormalised,
-    and keeps a beginning of the ranking. So a row whose last candidate is dropped needs no others:
-    on a CPU, where sorting a vocabulary is slow, a few are tried first
+    settings: (R, 5), as of `draw_settings`. Each filter sees what the one before it left,
+    renormalised, and keeps a beginning of the ranking. So a row whose last candidate is dropped
+    needs no others: on a CPU, where sorting a vocabulary is slow, a few are tried first
     (test_candidates_and_the_whole_vocabulary_agree).
     """
     V = logits.size(1)
     few = V
     if logits.device.type == "cpu":
-        k = limits[:, 1]
-        few = 1 + max(CANDIDATES, int((k * (k < V)).max()))
+        few = 1 + max([CANDIDATES, *(int(k) for k in settings[:, 1].tolist() if k < V)])
     if few < V:
-        keep, ids = kept_of_largest(few, logits, limits)
+        keep, ids = kept_of_largest(few, logits, settings)
     if few >= V or keep[:, -1].any():
-        keep, ids = kept_of_largest(V, logits, limits)
+        keep, ids = kept_of_largest(V, logits, settings)
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
 
 
-def kept_of_largest(count, logits, limits):
-    """Which of the `count` largest logits of a row are kept -> (R, count) bool, their ids.
-
-    limits: (R, 4), as Sampling.limits
-    """
+def kept_of_largest(count, logits, settings):
+    """Which of the `count` largest logits of a row are kept -> (R, count) bool, their ids."""
     V = logits.size(1)
-    _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
+    _, k, top_p, min_p, _ = settings.T[..., None]  # (R, 1) each
     values, ids = logits.topk(count)  # (R, count), falling
     hidden = torch.arange(count, device=logits.device) >= k
     values = values.masked_fill(hidden, -torch.inf)
@@ -240,13 +237,18 @@ def kept_of_largest(count, logits, limits):
 def draw_tokens(logits, rows, u):
     """One token for each row of logits (R, V) float32, which is overwritten, at u (R,) in [0, 1).
 
-    -> (2, R) int64: the tokens, and 1 where nothing was allowed
+    -> ((R,) int64, (R,) bool: nothing was allowed)
     """
     if any(row.sampling.edits_logits for row in rows):
         edit_logits(logits, rows)
-    filtered = [r for r, row in enumerate(rows) if row.sampling.filters]
+    kind = draw_kind(rows)
+    if kind == "greedy":
+        return drawn_rows(kind, logits)
     settings = draw_settings(rows, u, len(rows)).to(logits.device)
-    return draw_by_settings(draw_kind(rows), logits, settings, filtered)
+    filtered = [r for r, row in enumerate(rows) if row.sampling.filters]
+    if len(filtered) == len(rows):
+        return drawn_rows(kind, logits, settings)
+    return drawn_rows(kind, logits, settings, filtered)
 
 
 def draw_kind(rows):
@@ -259,17 +261,14 @@ def draw_kind(rows):
 def draw_settings(rows, u, size):
     """-> (size, 5) float32: Sampling.limits and u of each row, zeros where there is none."""
     settings = np.zeros((size, 5), np.float32)
-    settings[: len(rows), :4] = [row.sampling.limits for row in rows]
+    limits = b"".join([row.sampling.limits for row in rows])
+    settings[: len(rows), :4] = np.frombuffer(limits, np.float32).reshape(-1, 4)
     settings[: len(rows), 4] = u
     return torch.from_numpy(settings)
 
 
-def draw_by_settings(kind, logits, settings, filtered=slice(None)):
-    """The draw as one chain of operations -> (2, R) int64, as `draw_tokens`.
-
-    filtered: the rows that have filters. Without it no shape depends on a value, so that a CUDA
-    graph can hold the chain.
-    """
+def drawn_rows(kind, logits, settings=None, filtered=slice(None)):
+    """The draw, as `draw_tokens`; filtered: the rows that have filters."""
     best, greedy = logits.max(-1)
     token = greedy
     if kind != "greedy":
@@ -279,9 +278,15 @@ def draw_by_settings(kind, logits, settings, filtered=slice(None)):
         p = tempered.softmax(-1)
         if kind == "filtered":
             # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
-            p[filtered] *= kept_tokens(tempered[filtered], settings[filtered, :4])
+            p[filtered] *= kept_tokens(tempered[filtered], settings[filtered])
         token = torch.where(above_zero, token_at(p, settings[:, 4]), greedy)
-    return torch.stack((token, best == -torch.inf))
+    return token, best == -torch.inf
+
+
+def draw_by_settings(kind, logits, settings):
+    """The draw as one chain of operations whose shapes depend on no value, so that a CUDA graph can
+    hold it -> (2, R) int64: the tokens, and 1 where nothing was allowed."""
+    return torch.stack(drawn_rows(kind, logits, settings))
 
 
 def token_at(p, u):
