@@ -315,8 +315,7 @@ struct Model {
     float eps;
     int32_t cached;       // FLOAT32 or FLOAT16: the type of keys and values
     int64_t layer_bytes;  // of a layer's keys, and of its values
-    char *keys;           // pages (L, blocks, KV, D, PAGE)
-    char *values;         // pages (L, blocks, KV, PAGE, D)
+    char *cache;          // keys (L, blocks, KV, D, PAGE), then values (L, blocks, KV, PAGE, D)
     const float *embed;   // (V, C)
     const float *places;  // embeddings of positions (P, C), or null
     const float *cos;     // (P, D), or null
@@ -921,8 +920,8 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
         });
         for (int i = 0; i < m.L; i++) {
             Layer layer = m.layers[i];
-            layer.keys = m.keys + i * m.layer_bytes;
-            layer.values = m.values + i * m.layer_bytes;
+            layer.keys = m.cache + i * m.layer_bytes;
+            layer.values = m.cache + (m.L + i) * m.layer_bytes;
             // Attention: x += out(attend(qkv(norm1(x)))).
             each(T, [&](int t) {
                 normalize(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);

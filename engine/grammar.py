@@ -45,17 +45,17 @@ BUILT = b"built "  # what the process of a trial says if it lives
 WHITE_SPACE = " |\n {0,16}"
 # What llguidance applies. Most others it refuses, but it ignores those that it does not know.
 SUBSCHEMA = {"items", "additionalProperties"}
-SUBSCHEMAS: dict = dict.fromkeys("anyOf oneOf allOf prefixItems".split(), list)
-SUBSCHEMAS |= dict.fromkeys("properties patternProperties $defs definitions".split(), dict)
+SUBSCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
+SUBSCHEMA_DICTS = {"properties", "patternProperties", "$defs", "definitions"}
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-OTHERS = (
+OTHERS = set(
     "type required minItems maxItems enum const $ref minLength maxLength pattern format multipleOf "
-    "minProperties maxProperties"
-).split()
-KEYWORDS = {*SUBSCHEMA, *SUBSCHEMAS, *BOUNDS, *OTHERS}
-ANNOTATIONS = (  # they bind nothing
-    "title description default examples $comment deprecated strict readOnly writeOnly"
-).split()
+    "minProperties maxProperties".split()
+)
+KEYWORDS = SUBSCHEMA | SUBSCHEMA_LISTS | SUBSCHEMA_DICTS | BOUNDS | OTHERS
+ANNOTATIONS = set(  # they bind nothing
+    "title description default examples $comment deprecated strict readOnly writeOnly".split()
+)
 
 
 # ---------------------------------------------------------------------------------------- grammars
@@ -102,18 +102,19 @@ def check_schema(root):
             inner = f"{where}/{key}"
             if key in SUBSCHEMA:
                 todo.append((inner, value))
-            elif key in SUBSCHEMAS:
-                if not isinstance(value, SUBSCHEMAS[key]):
-                    refuse_schema(inner, f"{value!r} has no schemas in it")
-                parts = value.items() if isinstance(value, dict) else enumerate(value)
-                todo += [(f"{inner}/{name}", part) for name, part in parts]
+            elif key in SUBSCHEMA_LISTS and isinstance(value, list):
+                todo += [(f"{inner}/{i}", item) for i, item in enumerate(value)]
+            elif key in SUBSCHEMA_DICTS and isinstance(value, dict):
+                todo += [(f"{inner}/{name}", item) for name, item in value.items()]
+            elif key in SUBSCHEMA_LISTS | SUBSCHEMA_DICTS:
+                refuse_schema(inner, f"{value!r} has no schemas in it")
             elif key == "$ref":
                 references.append((where, value))
             elif key in BOUNDS and isinstance(value, bool):
                 refuse_schema(inner, f"{value} is not a number")
             elif key == "minProperties" and value not in (0, 1):
                 refuse_schema(where, "minProperties above 1 is not supported, as names may repeat")
-            elif not (key in KEYWORDS or key in ANNOTATIONS or inner in ("#/$schema", "#/$id")):
+            elif key not in KEYWORDS | ANNOTATIONS and inner not in ("#/$schema", "#/$id"):
                 refuse_schema(where, f"{key} is not supported")
     for where, reference in references:
         if str(reference) not in places:

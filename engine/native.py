@@ -80,7 +80,7 @@ class Model(Structure):
         ("eps", c_float),
         ("cached", c_int32),
         ("layer_bytes", c_int64),
-        *fields(c_void_p, "keys values embed places cos sin"),
+        *fields(c_void_p, "cache embed places cos sin"),
         ("norm", Norm),
         ("layers", POINTER(Layer)),
         ("head", Linear),
@@ -356,13 +356,11 @@ class Native:
     def allocate(self, blocks, dtype):
         """Make keys (layers, blocks, KV, D, PAGE) and values (layers, blocks, KV, PAGE, D)."""
         c = self.config
-        shape = len(self.layers), blocks, c.num_key_value_heads, c.head_dim * PAGE
-        self.keys = torch.zeros(shape, dtype=dtype)
-        self.values = torch.zeros(shape, dtype=dtype)
+        shape = 2, len(self.layers), blocks, c.num_key_value_heads, c.head_dim * PAGE
+        self.cache = torch.zeros(shape, dtype=dtype)
         self.model.cached = KV_KINDS[dtype]
-        self.model.layer_bytes = self.keys.stride(0) * dtype.itemsize
-        self.model.keys = self.keys.data_ptr()
-        self.model.values = self.values.data_ptr()
+        self.model.layer_bytes = self.cache.stride(1) * dtype.itemsize
+        self.model.cache = self.cache.data_ptr()
 
     def with_cache(self, blocks, dtype):
         """The same weights with another cache."""
