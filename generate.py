@@ -19,7 +19,6 @@ of `extend`. Transformer.generate in model.py is the plain way, one token of one
 tests/engine/test_scheduler.py holds the two equal.
 """
 
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -270,7 +269,7 @@ class Engine:
         """
         deltas = self.outbox
         self.outbox = []
-        with quiet_torch() if self.runner.native else contextlib.nullcontext():
+        with quiet_torch(self.runner.native):
             launched = self.launched or self.launch()
             self.launched = None
             if launched:
@@ -536,8 +535,8 @@ def draw_with_logprobs(logits, rows, u):
 
 
 def top_logprobs(logits, tokens, count):
-    """A TokenLogprob for each of tokens (R,), which logits (R, V) are of, with so many likeliest:
-    by the model itself, before any penalty or temperature."""
+    """-> a TokenLogprob for each of tokens (R,), with the `count` likeliest beside it, by the logits
+    of the model itself (R, V): before any penalty or temperature."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(count)  # (R, count)
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]  # (R, V) -> (R, 1) -> (R,)

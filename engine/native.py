@@ -162,13 +162,13 @@ def library():
 
 
 @contextlib.contextmanager
-def quiet_torch():
-    """Inside, torch computes with one thread.
+def quiet_torch(native):
+    """Inside, torch computes with one thread, where forward.cpp computes too.
 
     Its other threads would spin for milliseconds on cores that forward.cpp's threads need.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if native else threads)
     try:
         yield
     finally:

@@ -100,7 +100,7 @@ class Runner:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")
         self.kv_dtype = kinds[kv_dtype]
         self.forward = None
-        if on_cpu:
+        if on_cpu and not self.orders:
             small = kind or ("16" if runtime.dtype != torch.float32 else None)
             self.forward = self.native_forward(model, small, adapters)
             if self.forward and kv_dtype == "auto" and (small or model.quantization):
@@ -112,8 +112,6 @@ class Runner:
 
     def native_forward(self, model, kind, adapters):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
-        if self.orders:
-            return None
         try:
             made = native.Native(model, kind, adapters, self.kv_dtype, self.block_size)
         except native.Unavailable as reason:
