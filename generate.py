@@ -535,8 +535,10 @@ def draw_with_logprobs(logits, rows, u):
 
 
 def top_logprobs(logits, tokens, count):
-    """-> a TokenLogprob for each of tokens (R,), with the `count` likeliest beside it, by the logits
-    of the model itself (R, V): before any penalty or temperature."""
+    """-> a TokenLogprob for each of tokens (R,), with the `count` likeliest beside it.
+
+    logits (R, V): those of the model itself, before any penalty or temperature
+    """
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(count)  # (R, count)
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]  # (R, V) -> (R, 1) -> (R,)
