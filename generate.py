@@ -150,8 +150,9 @@ class Engine:
         if runtime.rank:
             self.runner.follow()
         self.max_model_len = min(context, blocks * block_size)
-        limits = max_seqs, step_tokens, draft_tokens
-        self.scheduler = Scheduler(blocks, block_size, *limits, prefix_cache)
+        self.scheduler = Scheduler(
+            blocks, block_size, max_seqs, step_tokens, draft_tokens, prefix_cache
+        )
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
         self.vocab_size = self.config.vocab_size
         if self.tok:

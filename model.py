@@ -437,11 +437,14 @@ class Transformer(nn.Module):
         if c.is_gpt2:
             x = x + self.embed_positions(positions)  # (T, C) or (B, T, C)
         else:  # (T,) -> (T, 1, D/2) or (B, T) -> (B, T, 1, D/2)
-            angle = positions[..., None, None].float() * self.rope_frequency
-            cos = (angle.cos() * self.rope_scale).to(x.dtype)
-            sin = (angle.sin() * self.rope_scale).to(x.dtype)
-            rope = cos, sin
+            cos, sin = self.cos_and_sin(positions[..., None])
+            rope = cos.to(x.dtype), sin.to(x.dtype)
         return self.dropout(x), rope, self.masks(T, past, docs, positions)
+
+    def cos_and_sin(self, positions):
+        """Positions (...) -> (..., D/2) each, of the angles by which pairs of channels turn."""
+        angle = positions[..., None].float() * self.rope_frequency
+        return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
     def masks(self, T, past, docs, positions):
         """(mask of full layers, of sliding ones); None where plain causal attention is the same.
