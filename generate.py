@@ -339,7 +339,7 @@ class Engine:
                 owners.append(seq)
             batch.add(seq.blocks, new + seq.draft, seq.computed, rows, seq.request.adapter)
         logits = self.runner(batch, ids)
-        return Launched(plan, owners, *self.draw(logits, owners, ahead=ids is not None))
+        return Launched(plan, owners, *self.draw(logits, owners, ids is not None))
 
     def sampling_row(self, seq, further):
         """The sampler's view of one answer, so many ids of its draft further on."""
@@ -378,7 +378,7 @@ class Engine:
             deltas.append(delta)
         return deltas
 
-    def draw(self, logits, owners, ahead=0):
+    def draw(self, logits, owners, ahead):
         """Draw the next tokens of sequences, each with the random number of its place.
 
         ahead: whether a token of each sequence is not known here yet
