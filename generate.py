@@ -19,7 +19,6 @@ of `extend`. Transformer.generate in model.py is the plain way, one token of one
 tests/engine/test_scheduler.py holds the two equal.
 """
 
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -29,7 +28,6 @@ import sys
 import time
 from array import array
 from dataclasses import dataclass, replace
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ from engine.graphs import sent
 from engine.native import quiet_torch
 from engine.parallel import shard_model
 from engine.runner import Runner, StepBatch, pool_size
-from engine.sampler import Sampling, SamplingRow, draw_tokens, top_logprobs, uniforms
+from engine.sampler import Sampling, SamplingRow, draw_tokens, uniforms
 from engine.scheduler import Delta, Output, Request, Scheduler, Sequence, TokenLogprob
 from engine.warm_up import warm_up
 from formats import peft
@@ -110,10 +108,9 @@ class Launched:
     """A step that the device has been told to compute."""
 
     plan: dict  # {sequence: its tokens in this step}
-    drafts: dict  # {sequence: guessed ids that follow}
     owners: list  # the sequences that get a token
-    drawn: Any = ()  # an iterator over what `extend` takes, which waits for the device
-    tokens: Any = None  # the same ids where the device has them, for the next step
+    drawn: Any  # an iterator over what `extend` takes, which waits for the device
+    tokens: Any  # the same ids where the device has them, for the next step
 
 
 class Engine:
@@ -144,17 +141,18 @@ class Engine:
         self.runner = Runner(model, runtime, quant, kv_dtype, block_size, tensors)
         self.config = model.config
         del model  # its weights are packed, and the cache may take their room
-        self.max_model_len = self.config.max_position_embeddings
+        context = self.config.max_position_embeddings
         usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
         max_seqs = max_seqs or usual[0]
         step_tokens = step_tokens or usual[1]
-        blocks = pool_size(self.runner, kv_tokens, max_seqs, self.max_model_len)
+        blocks = pool_size(self.runner, kv_tokens, max_seqs, context)
         self.runner.allocate(blocks, max_seqs)
         if runtime.rank:
             self.runner.follow()
-        self.max_model_len = min(self.max_model_len, blocks * block_size)
-        limits = max_seqs, step_tokens, draft_tokens
-        self.scheduler = Scheduler(blocks, block_size, *limits, prefix_cache)
+        self.max_model_len = min(context, blocks * block_size)
+        self.scheduler = Scheduler(
+            blocks, block_size, max_seqs, step_tokens, draft_tokens, prefix_cache
+        )
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
         self.vocab_size = self.config.vocab_size
         if self.tok:
@@ -192,7 +190,7 @@ class Engine:
     def refresh(self, model):
         """The weights of the model that the engine was made `of` have changed: between requests,
         pack them again where they lie, and forget the keys and values that the old ones made."""
-        self.runner.refresh(model)
+        self.runner.forward.refresh(model)
         self.scheduler.pool.forget()
 
     # -- requests come in
@@ -234,7 +232,7 @@ class Engine:
         adapter = self.runner.adapter_index(adapter)
         if not self.has_work:
             self.heard = time.monotonic()
-        request = Request(request_id, ids, sampling, adapter, ends, SamplingRow(sampling))
+        request = Request(request_id, ids, sampling, adapter, ends)
         full = min(len(ids) + sampling.max_tokens, self.max_model_len)
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
         self.requests[request_id] = []
@@ -256,7 +254,7 @@ class Engine:
         """
         for seq in self.requests.pop(request_id, ()):
             self.scheduler.remove(seq)
-            self.outbox.append(Delta(request_id, seq.index, "", [], None, "abort"))
+            self.outbox.append(Delta(request_id, seq.index, finish_reason="abort"))
 
     @property
     def has_work(self):
@@ -272,10 +270,11 @@ class Engine:
         """
         deltas = self.outbox
         self.outbox = []
-        with quiet_torch() if self.runner.native else contextlib.nullcontext():
+        with quiet_torch(self.runner.native):
             launched = self.launched or self.launch()
             self.launched = None
             if launched:
+                self.count_computed(launched.plan)
                 self.launched = self.launch_next(launched)
                 deltas += self.accept(launched)
         if not self.scheduler.running:
@@ -290,11 +289,8 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return None
-        drafts = self.propose(plan)
-        logits, owners = self.compute(plan, drafts)
-        if not owners:
-            return Launched(plan, drafts, owners)
-        return Launched(plan, drafts, owners, *self.draw(logits, owners, drafts))
+        self.propose(plan)
+        return self.compute(plan)
 
     def launch_next(self, launched):
         """The step after one whose tokens only the device knows -> Launched, or None.
@@ -303,64 +299,65 @@ class Engine:
         their length now. So nobody may wait to run, and nobody may have to wait for a block.
         """
         scheduler = self.scheduler
-        if launched.tokens is None or scheduler.waiting:
+        if launched.tokens is None or scheduler.waiting or scheduler.max_draft:
             return None
         alive = [seq for seq in launched.owners if seq.blocks]
         if len(alive) < len(scheduler.running):
             return None
-        batch = StepBatch()
-        owners, places = [], []
+        plan, places = {}, []
         for place, seq in enumerate(launched.owners):
             if not seq.blocks or len(seq.ids) + 1 == seq.full:
                 continue
             if not scheduler.reserve(seq, len(seq.ids) + 1):
                 return None
-            batch.add(seq.blocks, [0], len(seq.ids), (0,), seq.request.adapter)
-            owners.append(seq)
+            plan[seq] = 1
             places.append(place)
-        if not owners:
+        if not plan:
             return None
-        ids = launched.tokens[sent(torch.tensor(places), self.runner.device)]
-        logits = self.runner(batch, ids)[:, : self.vocab_size]
-        plan = dict.fromkeys(owners, 1)
-        return Launched(plan, {}, owners, *self.draw(logits, owners, {}, ahead=1))
+        return self.compute(plan, launched.tokens[sent(torch.tensor(places), self.runner.device)])
 
     def propose(self, plan):
-        """-> {sequence: ids that may come next}, no more than the plan has room for."""
-        drafts = {}
+        """Guess what comes next in each sequence, no more than the plan has room for."""
         for seq, n in plan.items():
             room = min(n - 1, self.max_model_len - len(seq.ids) - 1)
             if room > 0 and seq.remaining == 1 and seq.constraint is None:
-                drafts[seq] = lookup_draft(seq.ids, room)
-        return drafts
+                seq.draft = lookup_draft(seq.ids, room)
 
-    def compute(self, plan, drafts):
-        """Run the plan's tokens -> logits (R, V), and the sequences that get a token from them.
+    def compute(self, plan, ids=None):
+        """Run the plan's tokens and draw those that come next -> Launched.
 
-        Each of those has one row, and one more after each id of its draft.
+        ids: the tokens, one of each sequence, where only the device knows them. Of a sequence whose
+        tokens are then all computed the last one has a row of logits, as has each id of its draft.
         """
         batch = StepBatch()
         owners = []
         for seq, n in plan.items():
-            draft = drafts.get(seq, [])
-            new = seq.ids[seq.computed : seq.computed + n]
-            end = seq.computed + len(new)
+            new = seq.ids[seq.computed : seq.computed + n] or [0]
             rows = ()
-            if end == len(seq.ids):  # all known tokens: the next one can be drawn
-                rows = range(len(new) - 1, len(new) + len(draft))
+            if seq.computed + len(new) >= len(seq.ids):
+                rows = range(len(new) - 1, len(new) + len(seq.draft))
                 owners.append(seq)
-            batch.add(seq.blocks, new + draft, seq.computed, rows, seq.request.adapter)
-        logits = self.runner(batch)
-        return (None if logits is None else logits[:, : self.vocab_size]), owners
+            batch.add(seq.blocks, new + seq.draft, seq.computed, rows, seq.request.adapter)
+        logits = self.runner(batch, ids)
+        return Launched(plan, owners, *self.draw(logits, owners, ids is not None))
 
-    def sampling_row(self, seq, draft):
-        """The sampler's view of one answer, `draft` further on."""
+    def sampling_row(self, seq, further):
+        """The sampler's view of one answer, so many ids of its draft further on."""
         request = seq.request
-        sampling = request.sampling
-        if not sampling.edits_logits:
-            return request.row
-        output = seq.ids[len(request.prompt) :] + draft
-        return SamplingRow(sampling, output, request.prompt, request.ends, seq.constraint)
+        if not request.sampling.edits_logits:
+            return request  # of which only the sampling is read
+        output = seq.ids[len(request.prompt) :] + seq.draft[:further]
+        return SamplingRow(request.sampling, output, request.prompt, request.ends, seq.constraint)
+
+    def count_computed(self, plan):
+        """The keys and values of a launched step's tokens count as there: who reads them comes
+        after it."""
+        for seq, n in plan.items():
+            if not seq.blocks:
+                continue  # it ended, or was cancelled, after this step had been launched
+            seq.computed = min(seq.computed + n, len(seq.ids))
+            if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
+                self.scheduler.publish(seq)
 
     def accept(self, launched):
         """Take the tokens that were drawn, and keep a draft as far as it is what was drawn
@@ -370,47 +367,40 @@ class Engine:
         position's random number, so speculation changes how many steps are taken and nothing else
         (test_speculation_changes_no_answer).
         """
-        for seq, n in launched.plan.items():
-            if not seq.blocks:
-                continue  # it ended, or was cancelled, after this step had been launched
-            seq.computed = min(seq.computed + n, len(seq.ids))
-            if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
-                self.scheduler.publish(seq)
         deltas = []
         for seq in launched.owners:
-            draft = launched.drafts.get(seq, [])
-            own = list(itertools.islice(launched.drawn, len(draft) + 1))
+            own = list(itertools.islice(launched.drawn, len(seq.draft) + 1))
             if not seq.blocks:
                 continue
-            delta = self.extend(seq, draft, own)
+            delta = self.extend(seq, own)
+            seq.draft = []
             self.scheduler.counts["generated_tokens"] += len(delta.token_ids)
             deltas.append(delta)
         return deltas
 
-    def draw(self, logits, owners, drafts, ahead=0):
+    def draw(self, logits, owners, ahead):
         """Draw the next tokens of sequences, each with the random number of its place.
 
-        ahead: how many of a sequence's tokens are not known here yet
+        ahead: whether a token of each sequence is not known here yet
         -> an iterator over (token, whether nothing was allowed, TokenLogprob or None) for each row
         of logits; the tokens on the device, or None where the next step cannot begin with them.
         """
+        if not owners:
+            return (), None
         rows, seeds, positions = [], [], []
         for seq in owners:
-            draft = drafts.get(seq, [])
-            for i in range(len(draft) + 1):
-                rows.append(self.sampling_row(seq, draft[:i]))
+            for i in range(len(seq.draft) + 1):
+                rows.append(self.sampling_row(seq, i))
                 seeds.append(seq.seed)
                 positions.append(len(seq.ids) + ahead + i)
+        logits = logits[:, : self.vocab_size]
         u = uniforms(seeds, positions)
         if any(row.sampling.logprobs is not None for row in rows):
             return draw_with_logprobs(logits, rows, u), None
-        drawn, tokens = self.runner.draw(logits, rows, u)
-        if self.scheduler.max_draft:
-            tokens = None
-        return drawn, tokens
+        return self.runner.draw(logits, rows, u)
 
     # -- tokens become text
-    def extend(self, seq, draft, drawn):
+    def extend(self, seq, drawn):
         """Append drawn tokens up to the first that is not the draft's, or ends the answer -> Delta.
 
         drawn: (id, nothing was allowed, logprob) for each. An answer that ends frees its blocks.
@@ -418,7 +408,7 @@ class Engine:
         request = seq.request
         known = len(seq.ids)
         text, logprobs, end = "", [], None
-        for guess, (token, nothing_allowed, logprob) in zip([*draft, None], drawn):
+        for guess, (token, nothing_allowed, logprob) in zip([*seq.draft, None], drawn):
             if nothing_allowed:
                 seq.finish_reason = "error"
                 seq.error = "no token is allowed: constraint and min_tokens contradict each other"
@@ -429,26 +419,23 @@ class Engine:
                 end = logprob and (token, logprob.logprob)
             else:
                 seq.ids.append(token)
-                logprobs.append(logprob)
+                if logprob:
+                    logprobs.append(logprob)
                 text += self.advance(seq, token)
             if seq.finish_reason or token != guess:
                 break
         ids = seq.ids[known:]
-        if draft and ids:
+        if ids:
             seq.computed += len(ids) - 1  # keys of the accepted part of a draft are there
         if seq.finish_reason:
-            if seq.stream and not seq.cut:
+            if seq.stream:
                 text += shown_text(seq, seq.stream.flush())
-            if not seq.cut:
-                text += seq.held
+            text += seq.held
             self.scheduler.remove(seq)
             self.requests[request.id].remove(seq)
             if not self.requests[request.id]:
                 del self.requests[request.id]
-        if request.sampling.logprobs is None:
-            logprobs = None
-        reason = seq.finish_reason
-        return Delta(request.id, seq.index, text, ids, logprobs, reason, seq.error, end)
+        return Delta(request.id, seq.index, text, ids, logprobs, seq.finish_reason, seq.error, end)
 
     def advance(self, seq, token):
         """Take a token that was appended: its text, and whether the answer ends with it -> text."""
@@ -471,20 +458,19 @@ class Engine:
             prompts = [prompts]
         if not isinstance(sampling, (list, tuple)):
             sampling = [sampling or Sampling()] * len(prompts)
-        requests, outputs = set(), {}
-        for prompt, own in zip(prompts, sampling, strict=True):
-            i = self.submit(prompt, own)
-            requests.add(i)
-            for index in range(own.n):
-                logprobs = None if own.logprobs is None else []
-                outputs[i, index] = Output(i, index, "", [], logprobs)
+        outputs = {}
         try:
-            while self.outbox or not self.requests.keys().isdisjoint(requests):
+            for prompt, own in zip(prompts, sampling, strict=True):
+                i = self.submit(prompt, own)
+                for index in range(own.n):
+                    outputs[i, index] = Output(i, index)
+            requests = {i for i, _ in outputs}
+            while not requests.isdisjoint(self.requests):
                 for delta in self.step():
                     if delta.request_id in requests:
                         outputs[delta.request_id, delta.index].add(delta)
         except BaseException:  # an interrupt leaves the engine as it was
-            for i in requests:
+            for i, _ in outputs:
                 self.cancel(i)
             raise
         return list(outputs.values())
@@ -497,28 +483,25 @@ class Engine:
         model thought of the text; or without a count the mean over the text of the hidden states
         after the last norm, at length 1: C floats.
         """
-        size = min(READ_TOKENS, max(self.scheduler.step_tokens // 4, 1))
-        total = torch.zeros(())  # the sum of hidden states, (C,)
         self.scheduler.counts["prompt_tokens"] += len(ids)
-        if count is not None:
-            count = min(count, self.vocab_size)
-            yield [TokenLogprob(ids[0], None, [])]  # nothing comes before it
-        for past in range(0, len(ids), size):
-            part = ids[past : past + size + 1]
-            order = [min(size, len(part)), past, len(ids), -1 if count is None else count]
-            longs = torch.tensor([*order, self.vocab_size, *part])
-            found = self.runner.everywhere("read", longs)
-            if count is None:
-                total = total.to(found.device) + found
+        size = min(READ_TOKENS, max(self.scheduler.step_tokens // 4, 1))
+        embed = count is None
+        total = len(ids)
+        states = torch.zeros(())  # the sum of hidden states, (C,)
+        if not embed:
+            total -= 1  # nothing comes after the last token
+            yield [TokenLogprob(ids[0], None, [])]  # and nothing before the first
+        for past in range(0, total, size):
+            end = min(past + size, total)
+            found = self.runner.everywhere("read", ids[past:end], past, total, embed)
+            if embed:
+                states = states.to(found.device) + found.sum(0)  # (T, C) -> (C,)
                 yield []
             else:
-                scores = zip(part[1:], *(tensor.tolist() for tensor in found))
-                yield [
-                    TokenLogprob(i, chosen, list(zip(likeliest, values)))
-                    for i, chosen, values, likeliest in scores
-                ]
-        if count is None:
-            yield (total / total.norm()).tolist()
+                said = torch.tensor(ids[past + 1 : end + 1], device=found.device)
+                yield top_logprobs(found[:, : self.vocab_size], said, min(count, self.vocab_size))
+        if embed:
+            yield (states / states.norm()).tolist()
 
     def stats(self):
         """Counters since the start and the state now, for /metrics."""
@@ -541,16 +524,27 @@ def child_seed(seed, index):
 
 def draw_with_logprobs(logits, rows, u):
     """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
-    counts = [row.sampling.logprobs for row in rows]
-    asked = [r for r, count in enumerate(counts) if count is not None]
+    asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None]
     own = logits[asked]  # a copy: the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows, u)
-    parts = top_logprobs(own, tokens[asked], max(counts[r] for r in asked))
-    tokens = tokens.tolist()
     found: list = [None] * len(rows)
-    for r, chosen, values, ids in zip(asked, *(part.tolist() for part in parts)):
-        found[r] = TokenLogprob(tokens[r], chosen, list(zip(ids, values))[: counts[r]])
-    return zip(tokens, failed.tolist(), found)
+    most = max(rows[r].sampling.logprobs for r in asked)
+    for r, logprob in zip(asked, top_logprobs(own, tokens[asked], most)):
+        del logprob.top[rows[r].sampling.logprobs :]
+        found[r] = logprob
+    return zip(tokens.tolist(), failed.tolist(), found)
+
+
+def top_logprobs(logits, tokens, count):
+    """-> a TokenLogprob for each of tokens (R,), with the `count` likeliest beside it.
+
+    logits (R, V): those of the model itself, before any penalty or temperature
+    """
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(count)  # (R, count)
+    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]  # (R, V) -> (R, 1) -> (R,)
+    rows = zip(*(tensor.tolist() for tensor in (tokens, chosen, ids, values)))
+    return [TokenLogprob(i, own, list(zip(top, by))) for i, own, top, by in rows]
 
 
 def lookup_draft(ids, most):
@@ -579,7 +573,8 @@ def shown_text(seq, text):
     found = [text.find(stop) for stop in stops if stop in text]
     if found:
         seq.finish_reason = "stop"
-        seq.cut = True
+        seq.stream = None  # nothing after it is shown
+        seq.held = ""
         return text[: min(found)]
     shown = len(text)
     beginnings = seq.request.sampling.stop_beginnings
@@ -627,15 +622,6 @@ def named(args, names):
     return {name: getattr(args, name) for name in names.split()}
 
 
-def read_sampling(args, engine):
-    """The flags as a Sampling."""
-    return Sampling(
-        **named(args, SAMPLING_FLAGS),
-        stop=(args.stop,) if args.stop else (),
-        constraint=read_constraint(args, engine.tok),
-    )
-
-
 def read_constraint(args, tok):
     """--regex or --json-schema -> what the answers must match, or None."""
     if not args.regex and not args.json_schema:
@@ -655,7 +641,7 @@ def print_answer(engine, prompt, sampling, adapter):
     """Print an answer as it is made -> its text; ends with a line of speed on stderr."""
     begin = time.monotonic()
     first = None  # when the first token came
-    answer = Output(None, 0, "", [])
+    answer = Output(None, 0)
     engine.submit(prompt, sampling, adapter=adapter)
     while engine.has_work:
         for delta in engine.step():
@@ -709,7 +695,7 @@ def read_request(record, sampling, tok):
         fields.setdefault("stop_ids", turn_ends(tok))
     if not isinstance(prompt, (str, list)):
         raise UserError(f"prompt is {prompt!r}, not a text or a list of ids")
-    known = [field.name for field in fields_of(Sampling) if field.name != "constraint"]
+    known = [name for name in Sampling.__annotations__ if name != "constraint"]
     fields = chat.known_keys("the record", fields, (*known, *chat.SAYS_NOTHING))
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
@@ -750,7 +736,7 @@ def answer_row(answer):
     return row
 
 
-def run_batch(engine, args, sampling, adapter):
+def run_batch(engine, args, sampling):
     """Answer the lines of args.batch into args.out as they are finished, or say what is wrong."""
     from tqdm import tqdm
 
@@ -785,11 +771,11 @@ def run_batch(engine, args, sampling, adapter):
                     if fault:
                         raise UserError(fault)
                     prompt, own = read_request(record, sampling, engine.tok)
-                    engine.submit(prompt, own, request_id=number, adapter=adapter)
+                    engine.submit(prompt, own, number, args.adapter)
                 except UserError as error:
                     write(number, id=name, error=str(error))
                     continue
-                asked[number] = name, [Output(number, i, "", [], []) for i in range(own.n)]
+                asked[number] = name, [Output(number, i) for i in range(own.n)]
             for delta in engine.step():
                 number = delta.request_id
                 name, answers = asked[number]
@@ -809,20 +795,23 @@ def run_batch(engine, args, sampling, adapter):
 def main():
     typed = parse_flags(Args, __doc__, positional=("model", "prompt"))
     args = Args(**typed)
-    adapter = args.adapter or None
-    adapters = {adapter: adapter} if adapter else {}
+    adapters = {args.adapter: args.adapter} if args.adapter else {}
     engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
     defaults = {k: v for k, v in engine.sampling_defaults.items() if k not in typed}
     if defaults:
         print(f"sampling {defaults}, as generation_config.json says", file=sys.stderr)
-    sampling = read_sampling(replace(args, **defaults), engine)
+    sampling = Sampling(
+        **named(args, SAMPLING_FLAGS) | defaults,
+        stop=(args.stop,) if args.stop else (),
+        constraint=read_constraint(args, engine.tok),
+    )
     if args.batch:
-        run_batch(engine, args, sampling, adapter)
+        run_batch(engine, args, sampling)
     elif args.chat:
-        talk(engine, sampling, adapter, args.prompt.strip())
+        talk(engine, sampling, args.adapter, args.prompt.strip())
     else:
         print(args.prompt, end="", flush=True)
-        print_answer(engine, args.prompt, sampling, adapter)
+        print_answer(engine, args.prompt, sampling, args.adapter)
 
 
 if __name__ == "__main__":

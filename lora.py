@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import finetune
 from common import UserError
-from formats.hub import read_generation
+from formats.hub import config_from_dict, read_generation
 from formats.peft import (
     SETTINGS,
     AdapterTensors,
@@ -34,7 +34,7 @@ from formats.peft import (
 )
 from formats.verify import WrongExport, verify
 from formats.vocab import find_tokenizer, read_beside
-from model import Config, Transformer
+from model import Transformer
 from quant import QuantLinear, quantize, tile_layers
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
@@ -314,7 +314,7 @@ def prepare_adapter(args, checkpoint):
     check_adapter_args(args)
     runtime = resolve(args.device, args.dtype, args.compile)
     path = Path(args.model) / "config.json"
-    config = Config.from_dict(common.read_json(path), str(path))
+    config = config_from_dict(common.read_json(path), str(path))
     args.context = min(args.context, config.max_position_embeddings)
     if args.fit:
         rows = args.micro_batch or args.batch // runtime.world

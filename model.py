@@ -62,24 +62,6 @@ class Config:
         """LayerNorm, learned positions and a GELU MLP; the others have RMSNorm, RoPE and SwiGLU."""
         return self.model_type == "gpt2"
 
-    @staticmethod
-    def from_dict(d, where="config.json"):
-        """A parsed config.json -> Config; see formats.hub."""
-        from formats.hub import config_from_dict
-
-        return config_from_dict(d, where)
-
-    def to_dict(self):
-        """-> config.json's content; see formats.hub."""
-        from formats.hub import config_to_dict
-
-        return config_to_dict(self)
-
-    def kv_bytes_per_token(self, bytes_per_value):
-        """Bytes that one token adds to the key/value cache."""
-        values = self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-        return 2 * values * bytes_per_value  # a key and a value
-
 
 # -------------------------------------------------------------------------------- rotary positions
 def rope_frequencies(config):
@@ -238,7 +220,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, keys, config.qkv_bias)
         self.v_proj = nn.Linear(C, keys, config.qkv_bias)
         self.o_proj = nn.Linear(queries, C, config.out_bias)
-        self.q_norm = None
+        self.q_norm = self.k_norm = None
         if config.model_type == "qwen3":  # bounds the attention logits: higher learning rates hold
             self.q_norm = RMSNorm(D, config.norm_eps)
             self.k_norm = RMSNorm(D, config.norm_eps)
@@ -455,11 +437,14 @@ class Transformer(nn.Module):
         if c.is_gpt2:
             x = x + self.embed_positions(positions)  # (T, C) or (B, T, C)
         else:  # (T,) -> (T, 1, D/2) or (B, T) -> (B, T, 1, D/2)
-            angle = positions[..., None, None].float() * self.rope_frequency
-            cos = (angle.cos() * self.rope_scale).to(x.dtype)
-            sin = (angle.sin() * self.rope_scale).to(x.dtype)
-            rope = cos, sin
+            cos, sin = self.cos_and_sin(positions[..., None])
+            rope = cos.to(x.dtype), sin.to(x.dtype)
         return self.dropout(x), rope, self.masks(T, past, docs, positions)
+
+    def cos_and_sin(self, positions):
+        """Positions (...) -> (..., D/2) each, of the angles by which pairs of channels turn."""
+        angle = positions[..., None].float() * self.rope_frequency
+        return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
     def masks(self, T, past, docs, positions):
         """(mask of full layers, of sliding ones); None where plain causal attention is the same.
@@ -470,20 +455,20 @@ class Transformer(nn.Module):
         slides = c.sliding_layers and past + T > c.sliding_window
         if docs is None and not slides and (past == 0 or T == 1):
             return None, None
+        blocks = docs is not None and docs.is_cuda and c.flex
+        if blocks and (c.dropout or c.head_dim < FLEX_HEAD_DIM):
+            why = f"it has neither dropout ({c.dropout:g}) nor heads below {FLEX_HEAD_DIM} channels"
+            give_up_flex(c, f"{why} ({c.head_dim})")
+            blocks = False
+        keys_at = positions
+        if docs is None:
+            keys_at = torch.arange(past + T, device=positions.device)
 
         def mask(window):
-            if docs is None:
-                at = torch.arange(past + T, device=positions.device)
-                return attention_mask(at[past:], at, window)
-            if docs.is_cuda and c.flex:
+            if blocks:
                 return block_mask(positions, window, docs)
-            return attention_mask(positions, positions, window, docs)
+            return attention_mask(positions, keys_at, window, docs)
 
-        if docs is not None and docs.is_cuda and c.flex:
-            if c.head_dim < FLEX_HEAD_DIM:
-                give_up_flex(c, f"it refuses heads of {c.head_dim} channels, below {FLEX_HEAD_DIM}")
-            elif c.dropout:
-                give_up_flex(c, f"it has no dropout, which is {c.dropout:g}")
         full = mask(None)
         return full, mask(c.sliding_window) if slides else full
 

@@ -23,6 +23,7 @@ import torch
 
 from common import UserError
 from data import Split, open_shards, split_tokens
+from formats.hub import config_from_dict, config_to_dict
 from model import Config, Transformer
 from runtime import resolve
 from tokenizer import Tokenizer
@@ -192,7 +193,9 @@ def model_config(args, tok):
         eos_token_id=tok.eos_id,
         dropout=args.dropout,
     )
-    Config.from_dict(config.to_dict(), "the flags of shape")  # checks it as any folder's config
+    config_from_dict(
+        config_to_dict(config), "the flags of shape"
+    )  # checks it as any folder's config
     return config
 
 

@@ -21,7 +21,6 @@
 #include <mutex>
 #include <thread>
 #include <vector>
-#include <omp.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -307,8 +306,7 @@ struct Norm {
 struct Layer {
     Norm norm1, norm2, q_norm, k_norm;  // of C, C, D, D; without a gain there is no norm
     Linear qkv[3], out, up[2], down;    // up: gate and value, or without a gate (GPT-2) one alone
-    void *keys;                         // pages (blocks, KV, D, PAGE)
-    void *values;                       // pages (blocks, KV, PAGE, D)
+    void *keys, *values;                // of the cache, where the pass has put them
     int64_t window;                     // keys a query sees, itself included; 0: all
 };
 
@@ -316,6 +314,8 @@ struct Model {
     int32_t L, C, H, KV, D, M;
     float eps;
     int32_t cached;       // FLOAT32 or FLOAT16: the type of keys and values
+    int64_t layer_bytes;  // of a layer's keys, and of its values
+    char *cache;          // keys (L, blocks, KV, D, PAGE), then values (L, blocks, KV, PAGE, D)
     const float *embed;   // (V, C)
     const float *places;  // embeddings of positions (P, C), or null
     const float *cos;     // (P, D), or null
@@ -820,23 +820,6 @@ static void activate(float *gate, const float *value, int n) {
 
 extern "C" int lanes() { return W; }
 
-// One layer alone: x (T, inputs) -> y (T, N). It runs on OpenMP's threads, which are torch's: torch
-// computes before and after this, and they are awake.
-extern "C" void linear(const Linear *w, int T, const float *x, float *y, int threads) {
-    Prepared prepared[1];
-    make_room(w, 1, T, nullptr, prepared);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (int t = 0; t < T; t++)
-            prepare_row(w, 1, x + size_t(t) * w->inputs, t, prepared);
-        const int64_t count = panels_of(*w);
-        const int64_t me = omp_get_thread_num();
-        const int64_t all = omp_get_num_threads();
-        products(w, 1, x, prepared, T, y, w->N, false, count * me / all, count * (me + 1) / all);
-    }
-}
-
 // Work for attention: tokens first..last-1 of a sequence, with one key head.
 struct Unit {
     int span, first, last, head;
@@ -891,10 +874,10 @@ struct Step {
 };
 
 // ids, adapters (T,); spans (S,); blocks: their lists one after the other; rows (R,): the tokens
-// that are wanted. Writes their logits (R, V) or, if `hidden` is given, what the head reads (R, C).
+// that are wanted. Writes their logits (R, V) or, with `hidden`, what the head reads (R, C).
 extern "C" void forward(const Model *model, int T, const int64_t *ids, const int32_t *adapters,
                         int S, const Span *spans, const int32_t *blocks, int R, const int64_t *rows,
-                        float *logits, float *hidden, int threads) {
+                        float *out, int hidden, int threads) {
     const Model &m = *model;
     Step step(m, T, adapters, S, spans, R, threads);
     const int C = m.C;
@@ -936,7 +919,9 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
                 x[size_t(t) * C + k] = m.embed[ids[t] * C + k] + (place ? place[k] : 0);
         });
         for (int i = 0; i < m.L; i++) {
-            const Layer &layer = m.layers[i];
+            Layer layer = m.layers[i];
+            layer.keys = m.cache + i * m.layer_bytes;
+            layer.values = m.cache + (m.L + i) * m.layer_bytes;
             // Attention: x += out(attend(qkv(norm1(x)))).
             each(T, [&](int t) {
                 normalize(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);
@@ -985,8 +970,8 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
             prepare_row(&m.head, 1, &normed[size_t(r) * C], r, for_head);
         });
         if (!hidden)
-            multiply(&m.head, 1, normed.data(), for_head, R, logits, m.head.N, false);
+            multiply(&m.head, 1, normed.data(), for_head, R, out, m.head.N, false);
     });
     if (hidden)
-        memcpy(hidden, normed.data(), size_t(R) * C * sizeof(float));
+        memcpy(out, normed.data(), size_t(R) * C * sizeof(float));
 }

@@ -173,10 +173,6 @@ class TorchForward(nn.Module):
         longs, ints = self.inputs(batch)
         return self.step(longs, ints, hidden)
 
-    def logits_of(self, x):
-        """What the head reads (R, C) -> logits (R, V) float32, without adapters."""
-        return self.head.layers[0](x.to(self.embedding.dtype)).float()
-
     def inputs(self, batch):
         """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
 

@@ -79,7 +79,8 @@ class Model(Structure):
         *fields(c_int32, "L C H KV D M"),
         ("eps", c_float),
         ("cached", c_int32),
-        *fields(c_void_p, "embed places cos sin"),
+        ("layer_bytes", c_int64),
+        *fields(c_void_p, "cache embed places cos sin"),
         ("norm", Norm),
         ("layers", POINTER(Layer)),
         ("head", Linear),
@@ -108,7 +109,7 @@ def compile_to(path, name):
     if not compiler:
         raise Unavailable("there is no C++ compiler (g++) on this machine")
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *LEVELS[name].split()]
+    flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", *LEVELS[name].split()]
     command = [*compiler.split(), *flags, str(SOURCE), "-o"]
 
     def make(temporary):
@@ -155,20 +156,19 @@ def library():
     except OSError as error:  # of a folder that cannot be written, too
         raise Unavailable(f"{path} does not load ({error}): delete it or set CXX") from None
     i, p = c_int32, c_void_p
-    lib.linear.argtypes = [POINTER(Linear), i, p, p, i]
-    lib.forward.argtypes = [POINTER(Model), i, p, p, i, p, p, i, p, p, p, i]
-    lib.linear.restype = lib.forward.restype = None
+    lib.forward.argtypes = [POINTER(Model), i, p, p, i, p, p, i, p, p, i, i]
+    lib.forward.restype = None
     return lib
 
 
 @contextlib.contextmanager
-def quiet_torch():
-    """Inside, torch computes with one thread.
+def quiet_torch(native):
+    """Inside, torch computes with one thread, where forward.cpp computes too.
 
     Its other threads would spin for milliseconds on cores that forward.cpp's threads need.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if native else threads)
     try:
         yield
     finally:
@@ -194,20 +194,88 @@ def return_memory(module, kind):
 
 
 # ------------------------------------------------------------------------------------------ packing
-def in_panels(t, lanes):
-    """(N, K, ...) -> (N/lanes, K, lanes, ...), rows padded with zeros."""
-    t = torch.cat((t, t.new_zeros(-t.size(0) % lanes, *t.shape[1:])))
-    return t.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
+class Native:
+    """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""
 
-
-class Panels:
-    """Linear layers in the order in which forward.cpp reads them."""
-
-    def __init__(self):
+    def __init__(self, model, kind=None, adapters=None, kv_dtype=torch.float32, block_size=PAGE):
+        """kind: None, "16", "int8", "int4"; adapters as in weights.stack_adapters."""
+        c = self.config = model.config
+        for problem, found in (
+            (f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
+            (f"a width of {c.hidden_size}", c.hidden_size % 16),
+            (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16),
+            (f"a cache of {kv_dtype}", kv_dtype not in KV_KINDS),
+            (f"blocks of {block_size}", block_size != PAGE),
+        ):
+            if found:
+                raise Unavailable(f"forward.cpp does not do {problem}")
         self.lib = library()
         self.lanes = self.lib.lanes()
         self.kept = []  # tensors whose memory C++ reads
         self.before = iter(())  # what `kept` was, while weights are packed anew
+        self.adapter_count = len(adapters or {})
+        self.threads = torch.get_num_threads()
+        self.kind = kind
+        self.layers, self.model = self.pack(model, stack_adapters(model, adapters or {}))
+
+    def refresh(self, model):
+        """Pack the weights of a model that was trained on, in place; it has no adapter stacks."""
+        self.before = iter(self.kept)
+        self.kept = []
+        self.pack(model, {})
+
+    def pack(self, model, stacks):
+        """-> (its Layers, its Model), which point at the packed weights."""
+        c = self.config
+        # the largest first, while memory is still free for what its packing takes for a moment
+        head = self.linear(model.lm_head, stacks)
+        return_memory(model.lm_head, self.kind)
+        layers = [self.layer(i, block, stacks) for i, block in enumerate(model.layers)]
+        layers = (Layer * len(layers))(*layers)
+        embed = self.floats(model.embed_tokens.weight)
+        self.embedding = self.kept[-1]
+        return_memory(model.embed_tokens, self.kind)
+        cos, sin = map(self.floats, rope_tables(model))
+        return layers, Model(
+            L=len(layers),
+            C=c.hidden_size,
+            H=c.num_attention_heads,
+            KV=c.num_key_value_heads,
+            D=c.head_dim,
+            M=c.intermediate_size,
+            eps=c.norm_eps,
+            embed=embed,
+            places=self.floats(model.embed_positions.weight) if c.is_gpt2 else None,
+            cos=cos,
+            sin=sin,
+            norm=self.norm(model.norm),
+            layers=layers,
+            head=head,
+        )
+
+    def norm(self, norm):
+        if norm is None:
+            return Norm()
+        return Norm(self.floats(norm.weight), self.floats(getattr(norm, "bias", None)))
+
+    def layer(self, i, block, stacks):
+        products = []
+        for layers in block.products():
+            products.append([self.linear(layer, stacks) for layer in layers])
+        qkv, (out,), up, (down,) = products
+        return_memory(block, self.kind)
+        c = self.config
+        return Layer(
+            norm1=self.norm(block.input_layernorm),
+            norm2=self.norm(block.post_attention_layernorm),
+            q_norm=self.norm(block.self_attn.q_norm),
+            k_norm=self.norm(block.self_attn.k_norm),
+            qkv=tuple(qkv),
+            out=out,
+            up=tuple(up),
+            down=down,
+            window=c.sliding_window if i in c.sliding_layers else 0,
+        )
 
     def keep(self, tensor):
         """-> where C++ finds these values: the memory of before, if there was any."""
@@ -220,15 +288,19 @@ class Panels:
     def floats(self, tensor):
         return None if tensor is None else self.keep(tensor.detach().float().contiguous())
 
-    def linear(self, layer, kind=None, stack=None):
-        """A layer in panels, in the format it has or, if it is in floats, in that of `kind`.
+    def panels(self, t):
+        """(N, K, ...) -> where C++ finds it as (N/lanes, K, lanes, ...), rows padded with zeros."""
+        t = torch.cat((t, t.new_zeros(-t.size(0) % self.lanes, *t.shape[1:])))
+        return self.keep(t.unflatten(0, (-1, self.lanes)).transpose(1, 2).contiguous())
 
-        stack: the AdapterStack of this layer, or None.
-        """
-        layer = in_kind(layer, kind)
+    def linear(self, layer, stacks):
+        """A layer in the order in which forward.cpp reads it, in the format that it has or, if it
+        is in floats, in that of `kind`; with its AdapterStack, if it has one."""
+        stack = stacks.get(layer)
+        layer = in_kind(layer, self.kind)
         base = getattr(layer, "base", layer)  # the weight of an adapted layer is the merged one
         if type(base) is nn.Linear:
-            made = self.float_linear(layer, kind)
+            made = self.float_linear(layer)
         elif isinstance(layer, QuantLinear) and not isinstance(layer, NF4Linear):
             made = self.packed_linear(layer)
         else:
@@ -238,18 +310,18 @@ class Panels:
         if stack is not None:
             made.rank = len(stack.A)
             made.a = self.floats(stack.A)
-            made.b = self.floats(in_panels(stack.B, self.lanes))
+            made.b = self.panels(stack.B)
             made.keep = self.floats(stack.keep)
         return made
 
-    def float_linear(self, layer, kind):
-        """kind "16": float16, if all weights fit it."""
+    def float_linear(self, layer):
+        """Of kind "16" or in 16 bits: float16, if all weights fit it."""
         weight = layer.weight.detach()  # (N, K)
         N, K = weight.shape
-        small = kind == "16" or weight.dtype != torch.float32
+        small = self.kind == "16" or weight.dtype != torch.float32
         if small and weight.abs().max() < 65504:
-            return Linear(FLOAT16, N, K, K, self.keep(in_panels(weight.half(), self.lanes)))
-        return Linear(FLOAT32, N, K, K, self.keep(in_panels(weight.float(), self.lanes)))
+            return Linear(FLOAT16, N, K, K, self.panels(weight.half()))
+        return Linear(FLOAT32, N, K, K, self.panels(weight.float()))
 
     def packed_linear(self, layer):
         codes, scale, zero, group, order, bits = layer.groups()  # codes (N, K)
@@ -271,101 +343,10 @@ class Panels:
             kind = INT4
             low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4) each
             codes = low | high << 4
-        tensors = codes, scale.half(), zero.half()
-        pointers = [self.keep(in_panels(tensor, self.lanes)) for tensor in tensors]
+        pointers = map(self.panels, (codes, scale.half(), zero.half()))
         if order is not None:
             order = self.keep(order.int())
         return Linear(kind, N, -(-K // size) * size, size, *pointers, order)
-
-    def multiply(self, linear, x):
-        """x (M, K) float32 by a Linear -> (M, N)."""
-        x = x.contiguous()
-        y = x.new_empty(len(x), linear.N)
-        self.lib.linear(linear, len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
-
-
-# --------------------------------------------------------------------------------- the whole model
-class Native(Panels):
-    """A model as forward.cpp reads it, with its cache; forward.TorchForward is its twin."""
-
-    def __init__(self, model, kind=None, adapters=None, kv_dtype=torch.float32, block_size=PAGE):
-        """kind: None, "16", "int8", "int4"; adapters as in weights.stack_adapters."""
-        c = self.config = model.config
-        for problem, found in (
-            (f"heads of {c.head_dim}", c.head_dim % 16 or c.head_dim > 512),
-            (f"a width of {c.hidden_size}", c.hidden_size % 16),
-            (f"an inner width of {c.intermediate_size}", c.intermediate_size % 16),
-            (f"a cache of {kv_dtype}", kv_dtype not in KV_KINDS),
-            (f"blocks of {block_size}", block_size != PAGE),
-        ):
-            if found:
-                raise Unavailable(f"forward.cpp does not do {problem}")
-        super().__init__()
-        self.adapter_count = len(adapters or {})
-        self.threads = torch.get_num_threads()
-        self.kind = kind
-        self.layers, self.model = self.pack(model, stack_adapters(model, adapters or {}))
-
-    def refresh(self, model):
-        """Pack the weights of a model that was trained on, in place; it has no adapter stacks."""
-        self.before = iter(self.kept)
-        self.kept = []
-        self.pack(model, {})
-
-    def pack(self, model, stacks):
-        """-> (its Layers, its Model), which point at the packed weights."""
-        c = self.config
-        # the largest first, while memory is still free for what its packing takes for a moment
-        head = self.linear(model.lm_head, self.kind, stacks.get(model.lm_head))
-        return_memory(model.lm_head, self.kind)
-        layers = [self.layer(i, block, stacks) for i, block in enumerate(model.layers)]
-        layers = (Layer * len(layers))(*layers)
-        embed = self.floats(model.embed_tokens.weight)
-        self.embedding = self.kept[-1]
-        return_memory(model.embed_tokens, self.kind)
-        places = model.embed_positions.weight if c.is_gpt2 else None
-        cos, sin = map(self.floats, rope_tables(model))
-        return layers, Model(
-            L=len(layers),
-            C=c.hidden_size,
-            H=c.num_attention_heads,
-            KV=c.num_key_value_heads,
-            D=c.head_dim,
-            M=c.intermediate_size,
-            eps=c.norm_eps,
-            embed=embed,
-            places=self.floats(places),
-            cos=cos,
-            sin=sin,
-            norm=self.norm(model.norm),
-            layers=layers,
-            head=head,
-        )
-
-    def norm(self, norm):
-        if norm is None:
-            return Norm()
-        return Norm(self.floats(norm.weight), self.floats(getattr(norm, "bias", None)))
-
-    def layer(self, i, block, stacks):
-        products = []
-        for layers in block.products():
-            products.append([self.linear(it, self.kind, stacks.get(it)) for it in layers])
-        qkv, (out,), up, (down,) = products
-        return_memory(block, self.kind)
-        c = self.config
-        return Layer(
-            norm1=self.norm(block.input_layernorm),
-            norm2=self.norm(block.post_attention_layernorm),
-            q_norm=self.norm(getattr(block.self_attn, "q_norm", None)),
-            k_norm=self.norm(getattr(block.self_attn, "k_norm", None)),
-            qkv=tuple(qkv),
-            out=out,
-            up=tuple(up),
-            down=down,
-            window=c.sliding_window if i in c.sliding_layers else 0,
-        )
 
     @property
     def weight_bytes(self):
@@ -374,26 +355,22 @@ class Native(Panels):
     # -- the cache and a step
     def allocate(self, blocks, dtype):
         """Make keys (layers, blocks, KV, D, PAGE) and values (layers, blocks, KV, PAGE, D)."""
-        self.model.cached = KV_KINDS[dtype]
         c = self.config
-        shape = len(self.layers), blocks, c.num_key_value_heads
-        self.keys = torch.zeros(*shape, c.head_dim, PAGE, dtype=dtype)
-        self.values = torch.zeros(*shape, PAGE, c.head_dim, dtype=dtype)
-        for i, layer in enumerate(self.layers):
-            layer.keys = self.keys[i].data_ptr()
-            layer.values = self.values[i].data_ptr()
+        shape = 2, len(self.layers), blocks, c.num_key_value_heads, c.head_dim * PAGE
+        self.cache = torch.zeros(shape, dtype=dtype)
+        self.model.cached = KV_KINDS[dtype]
+        self.model.layer_bytes = self.cache.stride(1) * dtype.itemsize
+        self.model.cache = self.cache.data_ptr()
 
     def with_cache(self, blocks, dtype):
         """The same weights with another cache."""
         twin = copy.copy(self)
-        twin.layers = type(self.layers).from_buffer_copy(self.layers)
         twin.model = Model.from_buffer_copy(self.model)
-        twin.model.layers = twin.layers
         twin.allocate(blocks, dtype)
         return twin
 
     def __call__(self, batch, hidden=False):
-        """A runner.StepBatch -> logits (R, V) or None; with hidden what the head reads, (R, C)."""
+        """A runner.StepBatch -> logits (R, V), or with hidden what the head reads, (R, C)."""
         counts, pasts, starts, sizes = batch.layout()
         first_blocks = np.cumsum(sizes) - sizes
         spans = np.stack((starts, counts, pasts, first_blocks), 1).astype(np.int32)  # (S, 4)
@@ -406,17 +383,12 @@ class Native(Panels):
             own = [nobody if a < 0 else a for a in batch.adapters]
             adapters = np.repeat(np.array(own, np.int32), counts)
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
-        outputs = (None, out.data_ptr()) if hidden else (out.data_ptr(), None)
 
         tokens = len(ids), ids.buffer_info()[0], adapters.ctypes.data
         sequences = len(spans), spans.ctypes.data, blocks.ctypes.data
-        wanted = len(rows), rows.buffer_info()[0]
-        self.lib.forward(self.model, *tokens, *sequences, *wanted, *outputs, self.threads)
-        return out if rows else None
-
-    def logits_of(self, x):
-        """What the head reads (R, C) -> logits (R, V), without adapters."""
-        return self.multiply(self.model.head, x)
+        wanted = len(rows), rows.buffer_info()[0], out.data_ptr(), hidden
+        self.lib.forward(self.model, *tokens, *sequences, *wanted, self.threads)
+        return out
 
 
 # ------------------------------------------------------------------------------------------ command

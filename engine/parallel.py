@@ -124,7 +124,10 @@ def shard_model(model, runtime, dtype):
     for p in model.parameters():
         p.data = p.data.to(runtime.device, dtype)
     model.to(runtime.device)  # packed weights keep their types
-    names = "num_attention_heads num_key_value_heads intermediate_size".split()
-    model.config = replace(c, **{name: getattr(c, name) // ranks for name in names})
-    if runtime.rank == 0:
-        print(f"ranks    {ranks} share {parts}")
+    model.config = replace(
+        c,
+        num_attention_heads=H // ranks,
+        num_key_value_heads=K // ranks,
+        intermediate_size=M // ranks,
+    )
+    print(f"ranks    {ranks} share {parts}")

@@ -20,7 +20,7 @@ from common import Interrupt, UserError
 from engine import native
 from engine.forward import TorchForward
 from engine.graphs import graph_size, on_their_way, pinned, record_draw
-from engine.sampler import draw_kind, draw_settings, draw_tokens, top_logprobs
+from engine.sampler import draw_kind, draw_settings, draw_tokens
 from runtime import DTYPES, free_memory
 
 MIB = 2**20
@@ -100,7 +100,7 @@ class Runner:
             raise UserError(f"--kv-dtype {kv_dtype}: use {', '.join(kinds)}")
         self.kv_dtype = kinds[kv_dtype]
         self.forward = None
-        if on_cpu:
+        if on_cpu and not self.orders:
             small = kind or ("16" if runtime.dtype != torch.float32 else None)
             self.forward = self.native_forward(model, small, adapters)
             if self.forward and kv_dtype == "auto" and (small or model.quantization):
@@ -112,8 +112,6 @@ class Runner:
 
     def native_forward(self, model, kind, adapters):
         """-> native.Native, or None, with a line that says why, where only torch can do it."""
-        if self.orders:
-            return None
         try:
             made = native.Native(model, kind, adapters, self.kv_dtype, self.block_size)
         except native.Unavailable as reason:
@@ -123,8 +121,8 @@ class Runner:
         return made
 
     def adapter_index(self, name):
-        """A request's adapter as a batch counts it, -1 for None."""
-        if name is None:
+        """A request's adapter as a batch counts it, -1 where it names none."""
+        if not name:
             return -1
         if name not in self.adapter_names:
             loaded = ", ".join(self.adapter_names) or "none"
@@ -133,48 +131,39 @@ class Runner:
 
     # -- the cache
     @property
-    def bytes_per_token(self):
+    def block_bytes(self):
+        """A key and a value for each token, layer and head; in int8 each has a float32 scale."""
+        c = self.config
         size = self.kv_dtype.itemsize
-        if size == 1:  # a float32 scale for each head's values
-            size += 4 / self.config.head_dim
-        return int(self.config.kv_bytes_per_token(size))
+        head = c.head_dim * size + 4 * (size == 1)
+        return 2 * self.block_size * c.num_hidden_layers * c.num_key_value_heads * head
 
     def allocate(self, blocks, max_seqs=1):
         self.forward.allocate(blocks, self.kv_dtype)
         self.forward.most_sequences = max_seqs
         self.idle = True  # from here on the other ranks wait for orders
 
-    def refresh(self, model):
-        """Compute with the values that the model's weights have now."""
-        self.forward.refresh(model)
-
     # -- what every rank does, in the first one's order
-    def step(self, longs, ints, ids=None):
-        return self.forward.step(longs, ints, ids=ids)
+    def step(self, longs, ints):
+        return self.forward.step(torch.from_numpy(longs), torch.from_numpy(ints), ids=None)
 
     @torch.inference_mode()
-    def read(self, longs):
+    def read(self, ids, past, total, hidden):
         """The next chunk of a text by itself, in a cache of its own.
 
-        longs: the tokens in the chunk, before it, in all; how many of the likeliest (-1: none);
-        the vocabulary's size; the chunk's ids, and the one behind it if there is one
-        -> `top_logprobs` of all these ids but the first, or the sum of what the head reads, (C,).
+        past, total: how many of its tokens came before, and are read in all
+        -> logits (T, V), or with hidden what the head reads (T, C)
         """
-        size, past, total, count, vocab_size = longs[:5].tolist()
-        ids = longs[5:]
         blocks = -(-total // self.block_size)
         if past == 0:
             self.alone = self.forward.with_cache(blocks, self.exact_kv_dtype)
+            self.alone.graphs = None  # also for a chunk of one token, which looks like a decode
         batch = StepBatch()
-        batch.add(array("i", range(blocks)), ids[:size].tolist(), past, range(size))
-        hidden = self.alone(batch, hidden=True)  # (T, C) float32
-        if past + size == total:
+        batch.add(array("i", range(blocks)), ids, past, range(len(ids)))
+        found = self.alone(batch, hidden)
+        if past + len(ids) == total:
             self.alone = None
-        if count < 0:
-            return hidden.sum(0)  # (T, C) -> (C,)
-        said = ids[1:].to(self.device)
-        logits = self.forward.logits_of(hidden[: len(said)])[:, :vocab_size]
-        return top_logprobs(logits, said, count)
+        return found
 
     def end(self):
         dist.destroy_process_group()
@@ -193,9 +182,9 @@ class Runner:
             return self.forward(batch)
         longs, ints = self.forward.inputs(batch)
         if ids is None:
-            logits = self.everywhere("step", longs, ints)
+            logits = self.everywhere("step", longs.numpy(), ints.numpy())
         else:
-            logits = self.step(longs, ints, ids)
+            logits = self.forward.step(longs, ints, ids=ids)
         return None if logits is None else logits[: len(batch.rows)]
 
     def draw(self, logits, rows, u):
@@ -205,9 +194,10 @@ class Runner:
         where a graph drew them: they are there until the next draw
         """
         static = None if self.native else self.forward.logits
-        kind = draw_kind(rows) if static is not None else None
+        in_place = static is not None and logits.data_ptr() == static.data_ptr()
         recorded = None
-        if kind and logits.data_ptr() == static.data_ptr():
+        if in_place and not any(row.sampling.edits_logits for row in rows):
+            kind = draw_kind(rows)
             size = graph_size(len(rows))
             static = static[:size, : logits.size(1)]
             if static.numel() <= GRAPH_LOGITS:
@@ -222,29 +212,17 @@ class Runner:
         return on_their_way(drawn, len(rows)), None if self.orders else drawn[0]
 
     # -- several ranks
-    ORDERS = ("end", "step", "read", "close_tuning")
-
     def join_ranks(self):
         # Orders are small and on the CPU; a rank that waits for one sleeps, however long it takes.
         self.orders = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         if self.runtime.rank == 0:  # a rank that dies says it by its closed connection
             atexit.register(lambda: self.idle and self.everywhere("end"))
 
-    def broadcast(self, tensor):
-        dist.broadcast(tensor, 0, group=self.orders)
-        return tensor
-
     def everywhere(self, order, *inputs):
-        """Do one of ORDERS, a method, on every rank -> its result here.
-
-        inputs: at most two flat CPU tensors, the first int64, the second int32
-        """
+        """Call one of the methods above on every rank -> its result here."""
         if self.orders:
             self.idle = False
-            sizes = [len(tensor) for tensor in inputs] + [0, 0]
-            self.broadcast(torch.tensor([self.ORDERS.index(order), *sizes[:2]]))
-            for tensor in inputs:
-                self.broadcast(tensor)
+            dist.broadcast_object_list([(order, inputs)], 0, self.orders)
         result = getattr(self, order)(*inputs)
         self.idle = True
         return result
@@ -257,12 +235,9 @@ class Runner:
             try:
                 order = None
                 while order != "end":
-                    number, *sizes = self.broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
-                    order = self.ORDERS[number]
-                    inputs = []
-                    for size, dtype in zip(sizes, (torch.int64, torch.int32)):
-                        if size:
-                            inputs.append(self.broadcast(torch.zeros(size, dtype=dtype)))
+                    told: list = [None]
+                    dist.broadcast_object_list(told, 0, self.orders)
+                    order, inputs = told[0]
                     getattr(self, order)(*inputs)
             except RuntimeError:
                 if interrupt.signal:  # so has the first rank, and it could not say so any more
@@ -279,7 +254,7 @@ def pool_size(runner, kv_tokens, max_seqs, max_len):
     """
     runtime = runner.runtime
     size = runner.block_size
-    block_bytes = runner.bytes_per_token * size
+    block_bytes = runner.block_bytes
     free = free_memory(runtime.device)
     fits = 4096
     if free and runtime.device.type == "cuda":
@@ -294,9 +269,8 @@ def pool_size(runner, kv_tokens, max_seqs, max_len):
             f"a cache of {blocks:,} blocks does not fit into {free / 2**30:.2f} GiB: at most "
             f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
         )
-    if runtime.rank == 0:
-        print(
-            f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "
-            f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
-        )
+    print(
+        f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "
+        f"{blocks * block_bytes / MIB:,.0f} MiB = {blocks * size:,} tokens"
+    )
     return blocks

@@ -69,11 +69,11 @@ class Sampling:
             kind = type(high)
             if type(value) not in (int, kind) or not low <= value <= high:
                 raise UserError(f"{name} is {value!r}, not {kind.__name__} {low:g} to {high:g}")
-        kinds: dict[str, tuple] = {
-            "stop": (list, tuple),
-            "stop_ids": (list, tuple),
-            "ignore_eos": (bool,),
-            "logit_bias": (dict, type(None)),
+        kinds: dict = {
+            "stop": list | tuple,
+            "stop_ids": list | tuple,
+            "ignore_eos": bool,
+            "logit_bias": dict | None,
         }
         for name, allowed in kinds.items():
             value = getattr(self, name)
@@ -103,8 +103,9 @@ class Sampling:
 
     @functools.cached_property
     def limits(self):
-        """What decides the draw, beside the random number."""
-        return self.temperature, self.top_k or UNLIMITED, self.top_p, self.min_p
+        """What decides the draw, beside the random number, as four float32."""
+        limits = self.temperature, self.top_k or UNLIMITED, self.top_p, self.min_p
+        return np.array(limits, np.float32).tobytes()
 
     @functools.cached_property
     def stop_beginnings(self):
@@ -176,13 +177,13 @@ def edit_logits(logits, rows):
     flat = logits.view(-1)  # (R, V) -> (R * V,)
     if scale_at:  # a penalty makes a likely token less likely, whatever the sign of its logit
         at = torch.tensor(scale_at, device=logits.device)
-        by = torch.tensor(scale_by, device=logits.device, dtype=logits.dtype)
+        by = logits.new_tensor(scale_by)
         now = flat[at]
         flat[at] = torch.where(now > 0, now / by, now * by)
     if add_at:
         at = torch.tensor(add_at, device=logits.device)
-        flat[at] += torch.tensor(add_by, device=logits.device, dtype=logits.dtype)
-    bound = [r for r, row in enumerate(rows) if row.constraint is not None]
+        flat[at] += logits.new_tensor(add_by)
+    bound = [r for r, row in enumerate(rows) if row.sampling.constraint is not None]
     if bound:
         allowed = torch.stack([allowed_by_constraint(rows[r], V) for r in bound])
         logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
@@ -199,32 +200,29 @@ def allowed_by_constraint(row, V):
 
 
 # --------------------------------------------------------------------------------------- the draw
-def kept_tokens(logits, rows):
+def kept_tokens(logits, settings):
     """Top-k, top-p and min-p over tempered logits (R, V) -> (R, V) bool, what may be drawn.
 
-    Each filter sees what the one before it left, renormalised, and keeps a beginning of the
-    ranking. So a row whose last candidate is dropped needs no others: on a CPU, where sorting a
-    vocabulary is slow, a few are tried first (test_candidates_and_the_whole_vocabulary_agree).
+    settings: (R, 5), as of `draw_settings`. Each filter sees what the one before it left,
+    renormalised, and keeps a beginning of the ranking. So a row whose last candidate is dropped
+    needs no others: on a CPU, where sorting a vocabulary is slow, a few are tried first
+    (test_candidates_and_the_whole_vocabulary_agree).
     """
     V = logits.size(1)
-    limits = torch.tensor([row.sampling.limits for row in rows], device=logits.device)
     few = V
     if logits.device.type == "cpu":
-        few = max(CANDIDATES, *(row.sampling.top_k for row in rows if row.sampling.top_k < V), 0)
-    if few + 1 < V:
-        keep, ids = kept_of_largest(few + 1, logits, limits)
-    if few + 1 >= V or keep[:, -1].any():
-        keep, ids = kept_of_largest(V, logits, limits)
+        few = 1 + max([CANDIDATES, *(int(k) for k in settings[:, 1].tolist() if k < V)])
+    if few < V:
+        keep, ids = kept_of_largest(few, logits, settings)
+    if few >= V or keep[:, -1].any():
+        keep, ids = kept_of_largest(V, logits, settings)
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
 
 
-def kept_of_largest(count, logits, limits):
-    """Which of the `count` largest logits of a row are kept -> (R, count) bool, their ids.
-
-    limits: (R, 4), as Sampling.limits
-    """
+def kept_of_largest(count, logits, settings):
+    """Which of the `count` largest logits of a row are kept -> (R, count) bool, their ids."""
     V = logits.size(1)
-    _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
+    _, k, top_p, min_p, _ = settings.T[..., None]  # (R, 1) each
     values, ids = logits.topk(count)  # (R, count), falling
     hidden = torch.arange(count, device=logits.device) >= k
     values = values.masked_fill(hidden, -torch.inf)
@@ -233,7 +231,7 @@ def kept_of_largest(count, logits, limits):
         total = torch.where(k < V, total, logits.logsumexp(-1, keepdim=True))
     p = (values - total).exp()
     before = p.cumsum(-1) - p  # the mass of everything likelier: the first is always kept
-    return (p > 0) & ((before < top_p) | (top_p == 1)) & (p >= min_p * p[:, :1]), ids
+    return ~hidden & ((before < top_p) | (top_p == 1)) & (p >= min_p * p[:, :1]), ids
 
 
 def draw_tokens(logits, rows, u):
@@ -243,24 +241,52 @@ def draw_tokens(logits, rows, u):
     """
     if any(row.sampling.edits_logits for row in rows):
         edit_logits(logits, rows)
-    best, greedy = logits.max(-1)
-    failed = best == -torch.inf
-    temperatures = [row.sampling.temperature for row in rows]
-    if not any(temperatures):
-        return greedy, failed
-    temperature = torch.tensor(temperatures, device=logits.device)  # (R,)
-    tempered = tempered_logits(logits, best, temperature)
-    p = tempered.softmax(-1)
+    kind = draw_kind(rows)
+    if kind == "greedy":
+        return drawn_rows(kind, logits)
+    settings = draw_settings(rows, u, len(rows)).to(logits.device)
     filtered = [r for r, row in enumerate(rows) if row.sampling.filters]
-    if filtered:
-        # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
-        p[filtered] *= kept_tokens(tempered[filtered], [rows[r] for r in filtered])
-    token = token_at(p, u.to(logits.device))
-    return torch.where(temperature > 0, token, greedy), failed
+    if len(filtered) == len(rows):
+        return drawn_rows(kind, logits, settings)
+    return drawn_rows(kind, logits, settings, filtered)
 
 
-def tempered_logits(logits, best, temperature):
-    return (logits - best[:, None]) / torch.where(temperature > 0, temperature, 1.0)[:, None]
+def draw_kind(rows):
+    """Which draw serves all of these rows."""
+    if any(row.sampling.filters for row in rows):
+        return "filtered"
+    return "drawn" if any(row.sampling.temperature for row in rows) else "greedy"
+
+
+def draw_settings(rows, u, size):
+    """-> (size, 5) float32: Sampling.limits and u of each row, zeros where there is none."""
+    settings = np.zeros((size, 5), np.float32)
+    limits = b"".join([row.sampling.limits for row in rows])
+    settings[: len(rows), :4] = np.frombuffer(limits, np.float32).reshape(-1, 4)
+    settings[: len(rows), 4] = u
+    return torch.from_numpy(settings)
+
+
+def drawn_rows(kind, logits, settings=None, filtered=slice(None)):
+    """The draw, as `draw_tokens`; filtered: the rows that have filters."""
+    best, greedy = logits.max(-1)
+    token = greedy
+    if kind != "greedy":
+        temperature = settings[:, 0]
+        above_zero = temperature > 0
+        tempered = (logits - best[:, None]) / torch.where(above_zero, temperature, 1.0)[:, None]
+        p = tempered.softmax(-1)
+        if kind == "filtered":
+            # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
+            p[filtered] *= kept_tokens(tempered[filtered], settings[filtered])
+        token = torch.where(above_zero, token_at(p, settings[:, 4]), greedy)
+    return token, best == -torch.inf
+
+
+def draw_by_settings(kind, logits, settings):
+    """The draw as one chain of operations whose shapes depend on no value, so that a CUDA graph can
+    hold it -> (2, R) int64: the tokens, and 1 where nothing was allowed."""
+    return torch.stack(drawn_rows(kind, logits, settings))
 
 
 def token_at(p, u):
@@ -270,51 +296,3 @@ def token_at(p, u):
     total = cdf[:, -1:]
     below = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
     return torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)
-
-
-# ---------------------------------------------------------------- the draw without Python (a GPU)
-def draw_kind(rows):
-    """Which draw serves all of these rows, or None: what edits logits takes `draw_tokens`."""
-    if any(row.sampling.edits_logits for row in rows):
-        return None
-    if any(row.sampling.filters for row in rows):
-        return "filtered"
-    return "drawn" if any(row.sampling.temperature for row in rows) else "greedy"
-
-
-def draw_settings(rows, u, size):
-    """-> (size, 5) float32: Sampling.limits and u of each row, zeros where there is none."""
-    settings = np.zeros((size, 5), np.float32)
-    settings[: len(rows), :4] = [row.sampling.limits for row in rows]
-    settings[: len(rows), 4] = u
-    return torch.from_numpy(settings)
-
-
-def draw_by_settings(kind, logits, settings):
-    """`draw_tokens` as one chain of operations whose shapes depend on no value, so that a CUDA
-    graph can hold it -> (2, R) int64: the tokens, and 1 where nothing was allowed."""
-    best, greedy = logits.max(-1)
-    token = greedy
-    if kind != "greedy":
-        limits = settings[:, :4]
-        temperature = settings[:, 0]
-        tempered = tempered_logits(logits, best, temperature)
-        p = tempered.softmax(-1)
-        if kind == "filtered":
-            keep, ids = kept_of_largest(logits.size(1), tempered, limits)
-            keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, keep)
-            _, k, top_p, min_p = limits.T[..., None]  # (R, 1) each
-            unlimited = (k >= logits.size(1)) & (top_p == 1) & (min_p == 0)
-            p = p * (keep | unlimited)
-        token = torch.where(temperature > 0, token_at(p, settings[:, 4]), greedy)
-    return torch.stack((token, best == -torch.inf))
-
-
-def top_logprobs(logits, tokens, count):
-    """Log-probabilities by the model itself, before any penalty or temperature.
-
-    logits (R, V), tokens (R,) -> (R,) of the tokens; values and ids (R, count) of the likeliest.
-    """
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(count)
-    return logprobs.gather(-1, tokens[:, None])[:, 0], values, ids  # (R, V) -> (R, 1) -> (R,)

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.sampler import Sampling, SamplingRow
+from engine.sampler import Sampling
 
 
 # ------------------------------------------------------------------------- requests and answers
@@ -31,9 +31,9 @@ class Delta:
 
     request_id: Any
     index: int  # which of the request's n answers
-    text: str
-    token_ids: list
-    logprobs: list | None = None  # of TokenLogprob, where the request asked for them
+    text: str = ""
+    token_ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of TokenLogprob, where the request asks for them
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     error: str | None = None  # why, where it is "error"
     end: tuple | None = None  # (id, logprob) of the token that ended it, where logprobs are asked
@@ -41,8 +41,7 @@ class Delta:
     def add(self, later):
         self.text += later.text
         self.token_ids += later.token_ids
-        if later.logprobs:
-            self.logprobs += later.logprobs
+        self.logprobs += later.logprobs
         if later.finish_reason:
             self.finish_reason = later.finish_reason
             self.error = later.error
@@ -63,7 +62,6 @@ class Request:
     sampling: Sampling
     adapter: int  # which LoRA adapter, -1 is none
     ends: frozenset  # token ids that end an answer
-    row: SamplingRow  # for the sampler, while nothing edits logits
 
 
 @dataclass(eq=False)
@@ -83,8 +81,8 @@ class Sequence:
     blocks: array = field(default_factory=lambda: array("i"))
     hashes: list = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # how many of its blocks other requests may share
+    draft: list = field(default_factory=list)  # guessed ids that this step computes, too
     held: str = ""  # text held back, because a stop string may begin in it
-    cut: bool = False  # a stop string was found: nothing after it is shown
     finish_reason: str | None = None
     error: str | None = None
 
@@ -288,10 +286,9 @@ class Scheduler:
     def publish(self, seq):
         """Offer the blocks that the step has filled; the next turn of a chat begins with them."""
         self.hash_blocks(seq, seq.computed)
-        for i in range(seq.published, len(seq.hashes)):
-            if (i + 1) * self.block_size > seq.computed:
-                break  # hashed when it was admitted, and not computed yet
-            self.pool.publish(seq.blocks[i], seq.hashes[i])
+        # More may have been hashed when it was admitted, and not be computed yet.
+        for key in seq.hashes[seq.published : seq.computed // self.block_size]:
+            self.pool.publish(seq.blocks[seq.published], key)
             seq.published += 1
 
     def release(self, seq):

@@ -17,9 +17,7 @@ def rope_tables(model, dtype=torch.float32):
         return None, None
     device = model.rope_frequency.device
     positions = torch.arange(config.max_position_embeddings, device=device)
-    angle = positions[:, None].float() * model.rope_frequency  # (P, D/2)
-    cos = angle.cos() * model.rope_scale
-    sin = angle.sin() * model.rope_scale
+    cos, sin = model.cos_and_sin(positions)  # (P, D/2)
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 

@@ -30,7 +30,14 @@ from common import (
     warn_of_unknown,
     write_atomic,
 )
-from formats.hub import SAMPLING_KEYS, TENSOR_NAME, compare_shapes, two_columns
+from formats.hub import (
+    SAMPLING_KEYS,
+    TENSOR_NAME,
+    compare_shapes,
+    config_from_dict,
+    config_to_dict,
+    two_columns,
+)
 from formats.verify import verify
 from formats.vocab import merges_by_score, read_bpe, space_steps, to_json
 from model import Config, Transformer, rope_frequencies
@@ -570,7 +577,7 @@ def read_config(meta, tensors):
         "head_dim": head_dim,
         "rope": {"rope_type": "default", "rope_theta": get("rope.freq_base", float, 10000.0)},
     }
-    config = Config.from_dict(Config(**shape).to_dict(), arch)  # which checks it
+    config = config_from_dict(config_to_dict(Config(**shape)), arch)  # which checks it
     if arch != "gpt2":
         config.qkv_bias = "blk.0.attn_q.bias" in tensors
         config.out_bias = "blk.0.attn_output.bias" in tensors

@@ -233,7 +233,7 @@ class Worker:
                 self.silent.add(number)
                 self.admitted.append((number, time.monotonic()))
             except UserError as error:
-                self.outbox[number, 0] = Delta(number, 0, "", [], None, "error", str(error))
+                self.outbox[number, 0] = Delta(number, 0, finish_reason="error", error=str(error))
 
     def read_on(self):
         """Read a chunk of the text whose turn it is: nobody's next token waits for more than that.
@@ -246,7 +246,7 @@ class Worker:
             if index == 0:
                 self.admitted.append((number, time.monotonic()))
         number, index, parts = self.reading
-        delta = Delta(number, index, "", [])
+        delta = Delta(number, index)
         try:
             delta.logprobs = next(parts)
         except StopIteration:

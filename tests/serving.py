@@ -103,12 +103,7 @@ class Stub:
             text = stream.push(ids[at]) + (stream.flush() if last else "")
             deltas += [
                 Delta(
-                    number,
-                    i,
-                    text,
-                    [ids[at]],
-                    None,
-                    ("length" if cut else "stop") if last else None,
+                    number, i, text, [ids[at]], [], ("length" if cut else "stop") if last else None
                 )
                 for i in range(sampling.n)
             ]

@@ -184,7 +184,7 @@ class StubEngine:
                 else None
             )
             text = stream.push(i) + (stream.flush() if reason else "")
-            logprobs = [self.logprob(i, at, sampling.logprobs)] if sampling.logprobs else None
+            logprobs = [self.logprob(i, at, sampling.logprobs)] if sampling.logprobs else []
             deltas.append(Delta(rid, 0, text, [i], logprobs, reason))
             if reason:
                 del self.running[rid]

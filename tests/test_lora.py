@@ -11,6 +11,7 @@ import torch
 import chat
 import lora
 from common import Metrics, UserError
+from formats.hub import config_to_dict
 from model import Config, Transformer
 from quant import NF4Linear, quantize
 from runtime import read_tensors, write_tensors
@@ -365,7 +366,7 @@ def test_adapters_that_do_not_move_stop_the_run(monkeypatch, tmp_path, base):
 
 def test_fit_prints_parts_without_weights(monkeypatch, tmp_path, capsys):
     config = Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(config)))
     command(
         monkeypatch,
         "train",

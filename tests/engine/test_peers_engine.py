@@ -8,7 +8,7 @@ import torch
 from test_peers_model import FAMILIES, theirs
 from test_scheduler import CheckedEngine, make_model, row
 
-from engine.sampler import Sampling, draw_tokens, edit_logits, kept_tokens
+from engine.sampler import Sampling, draw_settings, draw_tokens, edit_logits, kept_tokens
 from generate import Engine
 from tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def test_filters_and_penalties_equal_transformers():
         dict(min_p=0.05),
         dict(top_k=100, top_p=0.7, min_p=0.02),
     ]
-    mine = kept_tokens(logits, [row(Sampling(**o)) for o in options])
+    mine = kept_tokens(logits, draw_settings([row(Sampling(**o)) for o in options], 0, 4))
     for scores, o, keep in zip(logits, options, mine):
         chain = LogitsProcessorList()
         for name, kind in (

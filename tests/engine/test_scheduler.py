@@ -14,7 +14,15 @@ import torch
 import generate
 import lora
 from common import UserError
-from engine.sampler import Sampling, SamplingRow, draw_tokens, kept_tokens, mixed_bits, uniforms
+from engine.sampler import (
+    Sampling,
+    SamplingRow,
+    draw_settings,
+    draw_tokens,
+    kept_tokens,
+    mixed_bits,
+    uniforms,
+)
 from generate import Engine, child_seed, load_engine_model
 from model import Config, Transformer
 from tokenizer import Tokenizer
@@ -448,7 +456,8 @@ def test_filters_keep_what_their_definitions_say():
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
 
     def left(**options):
-        return kept_tokens(logits, [row(Sampling(**options))])[0].nonzero()[:, 0].tolist()
+        settings = draw_settings([row(Sampling(**options))], 0, 1)
+        return kept_tokens(logits, settings)[0].nonzero()[:, 0].tolist()
 
     assert left(top_k=2) == [0, 1] and left(top_p=0.69) == [0, 1] and left(top_p=1e-6) == [0]
     assert left(min_p=0.25) == [0, 1, 2] and left(top_k=3, top_p=0.8) == [
@@ -464,20 +473,12 @@ def test_candidates_and_the_whole_vocabulary_agree(monkeypatch):
         torch.randn(6, 3000, generator=torch.Generator().manual_seed(0))
         * torch.tensor([0.01, 1, 2, 4, 8, 8])[:, None]
     )
-    rows = [
-        row(Sampling(top_p=p, top_k=k, min_p=m))
-        for p, k, m in (
-            (0.9, 0, 0),
-            (0.5, 0, 0),
-            (1, 7, 0),
-            (1, 0, 0.1),
-            (0.9, 50, 0),
-            (1, 2999, 0),
-        )
-    ]
-    wide = kept_tokens(logits, rows)
+    filters = (0.9, 0, 0), (0.5, 0, 0), (1, 7, 0), (1, 0, 0.1), (0.9, 50, 0), (1, 2999, 0)
+    rows = [row(Sampling(top_p=p, top_k=k, min_p=m)) for p, k, m in filters]
+    settings = draw_settings(rows, 0, 6)
+    wide = kept_tokens(logits, settings)
     monkeypatch.setattr(sampler, "CANDIDATES", 16)
-    assert torch.equal(kept_tokens(logits, rows), wide)
+    assert torch.equal(kept_tokens(logits, settings), wide)
 
 
 def test_the_hash_of_a_position_is_splitmix64s():

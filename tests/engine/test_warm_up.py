@@ -251,7 +251,6 @@ def test_a_draw_without_python_is_the_draw():
             expected, nothing = draw_tokens(logits.clone(), rows, u)
             assert failed.tolist() == nothing.tolist() == [0] * 7 + [1]
             assert tokens[:7].tolist() == expected[:7].tolist()
-    assert draw_kind([*rows, SamplingRow(Sampling(min_tokens=1))]) is None
 
 
 def test_the_longest_wait_is_between_steps_and_not_between_requests(folder, monkeypatch):
