@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import accumulate, compress, cycle, groupby, islice, pairwise
+from itertools import accumulate, compress, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,11 +86,15 @@ def known_keys(what, value, keys):
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object")
     found = {key: each for key, each in value.items() if each is not None}
-    unknown = [repr(key)[:40] for key in found if key not in keys]
+    unknown = [key for key in found if key not in keys]
     if unknown:
-        several = ", ".join(unknown[:12])
-        raise UserError(f"{what} has the unknown key {several}; known: {', '.join(keys)}")
+        raise UserError(f"{what} has the unknown key {quoted(unknown)}; known: {', '.join(keys)}")
     return found
+
+
+def quoted(keys):
+    """Keys that somebody else chose, as an error names them."""
+    return ", ".join(repr(key)[:40] for key in list(keys)[:12])
 
 
 def yes_or_no(what, value):
@@ -118,8 +122,7 @@ def read_message(i, message):
         if fields.setdefault(key, value) != value:
             raise UserError(f"message {i} says twice what its {key} is")
     role = fields.get("role")
-    if isinstance(role, str):
-        role = ROLE_NAMES.get(role, role)
+    role = ROLE_NAMES.get(str(role), role)
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
     what = f"message {i} ({role})"
@@ -225,23 +228,19 @@ def content(text, said=False):
     return Piece(text, said, False)
 
 
-def enclosed(before, text, after, said=False):
-    """A text between the template's words. What the assistant says includes the words after it."""
-    yield words(before)
+def turn(head, text, end, said=False, tail=""):
+    """A text between the template's words, its end and what follows a message. What the assistant
+    says includes its end."""
+    yield words(head)
     yield content(text, said)
-    yield words(after, said)
-
-
-def turn(head, message, end, tail=""):
-    """One message: its head, its text, its end, and what the template puts between two messages."""
-    said = message["role"] == "assistant"
-    yield from enclosed(head, message["content"], end, said)
+    yield words(end, said)
     yield words(tail)
 
 
 def chatml(chat, head="<|im_start|>{}\n", end="<|im_end|>"):
     for m in chat.messages:
-        yield from turn(head.format(m["role"]), m, end, "\n")
+        said = m["role"] == "assistant"
+        yield from turn(head.format(m["role"]), m["content"], end, said, "\n")
     if chat.prompt:
         yield words(head.format("assistant"))
 
@@ -257,12 +256,12 @@ def alpaca(chat):
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request."
     )
-    yield from enclosed(chat.bos, task if chat.system is None else chat.system, "\n\n")
+    yield from turn(chat.bos, task if chat.system is None else chat.system, "\n\n")
     for m in chat.turns:
         if m["role"] == "user":
-            yield from turn("### Instruction:\n", m, "", "\n\n")
+            yield from turn("### Instruction:\n", m["content"], "\n\n")
         else:
-            yield from turn("### Response:\n", m, chat.eos, "\n\n")
+            yield from turn("### Response:\n", m["content"], chat.eos, True, "\n\n")
     if chat.prompt:
         yield words("### Response:\n")
 
@@ -273,9 +272,9 @@ def llama2(chat):
         if i == 0 and chat.system is not None:
             text = f"<<SYS>>\n{chat.system}\n<</SYS>>\n\n{text}"
         if m["role"] == "user":
-            yield from enclosed(chat.bos + "[INST] ", text.strip(), " [/INST]")
+            yield from turn(chat.bos + "[INST] ", text.strip(), " [/INST]")
         else:
-            yield from enclosed("", f" {text.strip()} ", chat.eos, True)
+            yield from turn("", f" {text.strip()} ", chat.eos, True)
 
 
 def llama3(chat, date=""):
@@ -290,7 +289,7 @@ def llama3(chat, date=""):
         environment = "Environment: ipython\n" if chat.tools else ""
         dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
         before = head.format("system") + environment + dates
-        yield from enclosed(before, (chat.system or "").strip(), end)
+        yield from turn(before, (chat.system or "").strip(), end)
     if chat.tools:
         if not messages:
             raise UserError("llama3.1 puts the tools in the first user message, and there is none")
@@ -303,7 +302,7 @@ def llama3(chat, date=""):
         )
         tools = "".join(json_text(tool, indent=4) + "\n\n" for tool in chat.tools)
         text = tools + asked["content"].strip()
-        yield from enclosed(head.format("user") + task, text, end)
+        yield from turn(head.format("user") + task, text, end)
     for m in messages:
         role, text = m["role"], m["content"].strip()
         calls = m.get("tool_calls", [])
@@ -313,7 +312,7 @@ def llama3(chat, date=""):
             role, text = "ipython", json_text(m["content"])
         elif calls:
             text = call_text(calls[0], "parameters")
-        yield from enclosed(head.format(role), text, end, role == "assistant")
+        yield from turn(head.format(role), text, end, role == "assistant")
     if chat.prompt:
         yield words(head.format("assistant"))
 
@@ -337,19 +336,19 @@ def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
         if m["role"] == "user":
             if chat.tools and m == users[-1]:
                 tools = ", ".join(mistral_tool(tool["function"]) for tool in chat.tools)
-                yield from enclosed("[AVAILABLE_TOOLS]" + space, f"[{tools}]", "[/AVAILABLE_TOOLS]")
+                yield from turn("[AVAILABLE_TOOLS]" + space, f"[{tools}]", "[/AVAILABLE_TOOLS]")
             if chat.system is not None and m is chat.turns[system_at]:
                 text = f"{chat.system}\n\n{text}"
-            yield from enclosed(f"{lead}[INST]{space}", text, f"{lead}[/INST]")
+            yield from turn(f"{lead}[INST]{space}", text, f"{lead}[/INST]")
         elif m["role"] == "tool":
             result = f'{{"content": {text}, "call_id": "{mistral_id(m.get("tool_call_id"))}"}}'
-            yield from enclosed("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
+            yield from turn("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
         else:
             if "tool_calls" in m:
                 yield words("[TOOL_CALLS]", True)
                 text = "[" + ", ".join(map(mistral_call, m["tool_calls"])) + "]"
             text = text.strip() if trim else text
-            yield from enclosed("", space + text, chat.eos, True)
+            yield from turn("", space + text, chat.eos, True)
 
 
 def mistral_tool(function):
@@ -386,7 +385,7 @@ def qwen(chat, default_system=None, think=False):
         if role == "tool":  # results that follow one another share one user turn
             yield words("<|im_start|>user")
             for _, m in run:
-                yield from enclosed("\n<tool_response>\n", m["content"], "\n</tool_response>")
+                yield from turn("\n<tool_response>\n", m["content"], "\n</tool_response>")
             yield words("<|im_end|>\n")
             continue
         for i, m in run:
@@ -397,7 +396,7 @@ def qwen(chat, default_system=None, think=False):
                 shown = think and i > asked and (thoughts or i == last)
                 yield from qwen_answer(m, thoughts if shown else None, text)
             else:
-                yield from turn(f"<|im_start|>{role}\n", m, "<|im_end|>", "\n")
+                yield from turn(f"<|im_start|>{role}\n", m["content"], "<|im_end|>\n")
     if chat.prompt:
         yield words("<|im_start|>assistant\n")
 
@@ -501,7 +500,8 @@ def named_pieces(name, tok, chat):
         raise UserError(f"chat format {name} has no tools, nor their calls and results")
     if form.alternates:
         roles = [m["role"] for m in chat.turns if m["role"] != "tool" and "tool_calls" not in m]
-        if any(role != wanted for role, wanted in zip(roles, cycle(("user", "assistant")))):
+        taking_turns = ["user", "assistant"] * len(roles)
+        if roles != taking_turns[: len(roles)]:
             raise UserError(
                 f"chat format {name}: after a system prompt user and assistant take turns, "
                 f"not {roles}"
@@ -603,31 +603,24 @@ def out_of_the_loss(pieces, learned):
     """The pieces, of which the assistant's n-th turn is only said if learned[n].
 
     No format has to know: between two turns of the assistant there is always something else."""
-    stretches = []
-    pieces = (piece for piece in pieces if piece.text)
+    pieces = [piece for piece in pieces if piece.text]
+    spoken = 0  # turns of the assistant so far
+    kept = []
     for said, run in groupby(pieces, key=lambda piece: piece.said):
-        stretches.append((said, list(run)))
-    if sum(bool(said) for said, _ in stretches) != len(learned):
+        if said:
+            said = spoken < len(learned) and learned[spoken]
+            spoken += 1
+        kept += [piece._replace(said=said) for piece in run]
+    if spoken != len(learned):
         raise UserError(
             "this format does not tell turns apart, so none of weight 0 can be left out"
         )
-    turns = iter(learned)
-    kept = []
-    for said, run in stretches:
-        said = bool(said and next(turns))
-        kept += [piece._replace(said=said) for piece in run]
     return kept
 
 
 def render(
-    tok,
-    messages: list[dict],
-    add_generation_prompt=False,
-    tools=None,
-    format=None,
-    options=None,
-    resume=False,
-) -> tuple[list[int], list[int]]:
+    tok, messages, add_generation_prompt=False, tools=None, format=None, options=None, resume=False
+):
     """OpenAI-style messages -> (ids, mask), two lists of one length.
 
     mask is 1 for what the assistant has to produce: what it said and its end token. Text in
@@ -642,9 +635,8 @@ def render(
     if resume and add_generation_prompt:
         raise UserError("a generation prompt begins an answer, and so none can be continued")
     chat = read_chat(tok, messages, tools, add_generation_prompt, options)
-    if resume:
-        return assemble(tok, pieces_to_resume(tok, chat, format), False)
-    return assemble(tok, pieces_of(tok, chat, format), not add_generation_prompt)
+    pieces = pieces_to_resume(tok, chat, format) if resume else pieces_of(tok, chat, format)
+    return assemble(tok, pieces, must_know=not (add_generation_prompt or resume))
 
 
 def pieces_to_resume(tok, chat, format):
@@ -654,25 +646,27 @@ def pieces_to_resume(tok, chat, format):
         raise UserError("only an assistant's text can be continued, and the last message is none")
     last["content"] += RESUME
     pieces = pieces_of(tok, chat, format)
-    for n in reversed(range(len(pieces))):
-        text, found, _ = pieces[n].text.rpartition(RESUME)
+    while pieces:
+        piece = pieces.pop()
+        text, found, _ = piece.text.rpartition(RESUME)
         if found:
-            return [*pieces[:n], pieces[n]._replace(text=text)]
+            return [*pieces, piece._replace(text=text)]
     raise UserError("this chat format does not show the last message")
 
 
 def training_ids(tok, chat, format=None):
     """A Chat -> (ids, mask) to train on. UserError if the format loses some of it."""
     pieces = pieces_of(tok, chat, format)
-    wanted = {"system prompt": [chat.system or ""], "answer": [], "reasoning_content": []}
+    wanted = [("system prompt", chat.system or "")]
+    thoughts = []
     for m in chat.messages:
         if m["role"] == "assistant":
-            wanted["answer"].append(m["content"].rpartition("</think>")[2])
-            if "reasoning_content" in m:  # only the last: formats drop earlier thoughts
-                wanted["reasoning_content"] = [m["reasoning_content"]]
+            wanted.append(("answer", m["content"].rpartition("</think>")[2]))
+        if "reasoning_content" in m:
+            thoughts.append(("reasoning_content", m["reasoning_content"]))
     spelled = "".join(piece.text for piece in pieces)
-    for what, texts in wanted.items():
-        if not all(text.strip() in spelled for text in texts):
+    for what, text in wanted + thoughts[-1:]:  # formats drop earlier thoughts
+        if text.strip() not in spelled:
             raise UserError(
                 f"the format loses the {what} here: put it where the format has a place"
             )
@@ -791,16 +785,15 @@ def as_messages(record):
     return found
 
 
-def take_messages(fields, answered=True):
-    """Take its conversation out of a record's fields -> (messages, tools or None).
-
-    answered: a question must have its answer beside it."""
+def take_messages(fields):
+    """Take its conversation out of a record's fields -> (messages, tools or None)."""
 
     def take(*names):
-        found = [name for name in names if name in fields]
-        return fields.pop(found[0]) if found else None
+        for name in names:
+            if name in fields:
+                return fields.pop(name)
 
-    keys = ", ".join(repr(key)[:40] for key in list(fields)[:12])
+    keys = quoted(fields)
     system = take("system", "system_prompt")
     talk = [] if system in (None, "") else as_turns("system", system)
     for turn in as_list(take("history")):
@@ -812,7 +805,7 @@ def take_messages(fields, answered=True):
     given, repeated = take(*TALKS), []
     if given is None:
         asked = take(*QUESTIONS)
-        answer = take(*ANSWERS) if answered else []
+        answer = take(*ANSWERS)
         context = take("input", "context")
         if asked is None or answer is None:
             raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
@@ -823,11 +816,12 @@ def take_messages(fields, answered=True):
         given = as_turns("user", asked) + as_turns("assistant", answer)
     elif "prompt" in fields:
         repeated = read_messages(as_turns("user", take("prompt")))
-    messages = read_messages(talk + given if given and isinstance(given, list) else given)
-    if system and [m["role"] for m in messages[:2]] == ["system", "system"]:
-        if messages[0] != messages[1]:
+    messages = read_messages(given)
+    before = read_messages(talk) if talk else []
+    if system and messages[0]["role"] == "system":
+        if messages.pop(0) != before[0]:
             raise UserError("it has two system prompts, which differ")
-        del messages[0]
+    messages = before + messages
     if not all(m in messages for m in repeated):
         raise UserError("its prompt is no part of its conversation")
     return messages, read_tools(take("tools"))
@@ -841,6 +835,11 @@ def as_turns(role, said):
 def asked_in(messages):
     """What comes before the last answer: all of it where a conversation ends with the user."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def place_of(messages):
+    """A number in [0, 1) that hangs on these messages alone."""
+    return int(sha256(json_text(messages).encode())[:13], 16) / 16**13
 
 
 def write_records(path, rows):
@@ -891,12 +890,11 @@ def convert_records(args):
     splits = {"train": [], "val": [], "test": []}
     for path in args.files:
         for record, messages, tools in read_records(path, args.ignore_keys):
-            asked = json_text(asked_in(messages)).encode()
-            place = int(sha256(asked)[:16], 16) / 2**64 * bounds[-1]  # at least 0, below the last
             row = {"messages": messages}
             if tools:
                 row["tools"] = tools
             row |= {key: record[key] for key in record if key in SAYS_NOTHING}
+            place = place_of(asked_in(messages)) * bounds[-1]
             split = next(name for name, bound in zip(splits, bounds) if place < bound)
             splits[split].append(row)
     Path(args.out).mkdir(parents=True, exist_ok=True)

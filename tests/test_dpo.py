@@ -268,7 +268,7 @@ def test_a_row_has_the_prompt_once_and_each_answer_begins_with_its_last_token():
         (batch.positions, [0, 1, 2, 1]),
     ):
         assert found.tolist()[0][:4] == row
-    assert (batch.docs[0, 4:] == 2).all() and (batch.y[0, 4:] == -100).all()
+    assert (batch.docs[0, 4:] == dpo.PADDING).all() and (batch.y[0, 4:] == -100).all()
 
 
 @pytest.mark.parametrize("kind, window", [("qwen3", None), ("gpt2", None), ("mistral", 6)])

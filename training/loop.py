@@ -89,12 +89,15 @@ HOUSEKEEPING = set(
     "resume overwrite out log_every eval_every save_every keep sample on_error reward_seconds "
     "fit shard micro_batch recompute device compile".split()
 )
-AT_LEAST_ONE = "context batch log_every eval_every save_every keep heads".split()
-BELOW_ONE = "momentum dropout average".split()
+AT_LEAST_ONE = (
+    "context batch log_every eval_every save_every keep heads max_tokens examples".split()
+)
+BELOW_ONE = "momentum dropout average val_share text_share".split()
 FLAG_CHOICES = {
     "optimizer": "muon adamw adamw8bit".split(),
     "schedule": "wsd cosine".split(),
     "arch": "qwen3 llama gpt2".split(),
+    "on_error": "stop skip".split(),
 }
 
 

@@ -153,7 +153,7 @@ def test_groups_that_are_not_of_the_stated_size_are_refused():
 
 
 def test_damaged_bitsandbytes_statistics_are_refused():
-    layer = quant.NF4Linear.from_linear(nn.Linear(64, 64))
+    layer = quant.pack_linear(nn.Linear(64, 64), "nf4", 64)
     good = packed.write_bnb(layer, "q")
     statistics = f"q.weight.{packed.NF4_MARK}"
     for key, value in (
