@@ -69,13 +69,17 @@ def read_chat(tok, messages, tools=None, prompt=False, options=None):
 
 # The keys of a message. `name` and `tool_call_id` are for a folder's own template; `id` and
 # `annotations` say nothing to a model.
-LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: this turn is not in the loss
 MESSAGE_KEYS = (
-    *"role from content value tool_calls reasoning_content reasoning".split(),
-    *"name tool_call_id id annotations".split(),
-    *LOSS_KEYS,
-)
-KEY_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
+    "role from content value tool_calls reasoning_content reasoning weight train loss "
+    "name tool_call_id id annotations"
+).split()
+KEY_NAMES = {
+    "from": "role",
+    "value": "content",
+    "reasoning": "reasoning_content",
+    "train": "weight",
+    "loss": "weight",
+}
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
 # Keys whose value is a text, and the roles that have them.
 TEXT_KEYS = {"reasoning_content": ["assistant"], "tool_call_id": ["tool"], "name": CHAT_ROLES}
@@ -139,12 +143,11 @@ def read_message(i, message):
             if role not in roles or not isinstance(fields[key], str):
                 raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
             checked[key] = fields[key]
-    learned = {yes_or_no(f"{what}: {key}", fields[key]) for key in LOSS_KEYS if key in fields}
-    if len(learned) > 1 or (True in learned and role != "assistant"):
-        raise UserError(
-            f"{what}: {', '.join(LOSS_KEYS)} must agree, and only the assistant's turns are learned"
-        )
-    if learned == {False} and role == "assistant":
+    speaks = role == "assistant"
+    learned = yes_or_no(f"{what}: weight", fields.get("weight", speaks))
+    if learned and not speaks:
+        raise UserError(f"{what}: only the assistant's turns are learned")
+    if speaks and not learned:
         checked["weight"] = 0
     return checked
 

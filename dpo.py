@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +37,6 @@ from training.loop import (
     launch,
     log_step,
     passes,
-    read_args,
     start_run,
     steps,
     update,
@@ -336,8 +334,8 @@ def padded_columns(rows):
     which the shorter rows come first."""
     rows = sorted(rows, key=lambda row: len(row[0]))
     width = power_of_two(len(rows[-1][0]))
-    fillers = (0, -100, PADDING, 0)
-    for column, filler in zip_longest(zip(*rows), fillers, fillvalue=0.0):
+    fillers = [0, -100, PADDING, 0] + [0.0] * (len(rows[0]) - 4)
+    for column, filler in zip(zip(*rows), fillers):
         padded = torch.full((len(rows), width), filler)
         for i, values in enumerate(column):
             padded[i, : len(values)] = torch.tensor(values)
@@ -421,9 +419,16 @@ def pair_loss(model, batch, args):
     """PairBatch -> (its summed loss, {what is logged: its sum over the batch, float64})."""
     batch = trimmed(batch)
     nats, policy, ref, lengths = log_probs(model, batch)
-    how = args.beta, args.label_smoothing, args.loss
     losses, chosen, rejected = preference_loss(
-        *policy, *ref, *how, lengths=lengths, gamma=args.gamma
+        policy[0],
+        policy[1],
+        ref[0],
+        ref[1],
+        args.beta,
+        args.label_smoothing,
+        args.loss,
+        lengths=lengths,
+        gamma=args.gamma,
     )
     answered = batch.y != -100  # (R, T)
     real = answered.any(1)  # not a row that only fills the batch
@@ -466,8 +471,8 @@ def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
     computed before the model changes."""
     # a mistake in these flags is said now, before the reference is computed
-    zeros = torch.zeros(4, 1)
-    preference_loss(*zeros, args.beta, args.label_smoothing, args.loss)
+    zero = torch.zeros(1)
+    preference_loss(zero, zero, zero, zero, args.beta, args.label_smoothing, args.loss)
     if not args.beta > 0 or not args.label_smoothing < 0.5:
         raise UserError(
             f"--beta {args.beta} must be above 0, "
@@ -579,8 +584,7 @@ def train_preferences(run):
 
 
 def main():
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    launch(args, checkpoint, prepare_preferences, train_preferences)
+    launch(Args, __doc__, prepare_preferences, train_preferences)
 
 
 if __name__ == "__main__":

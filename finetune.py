@@ -37,7 +37,6 @@ from training.loop import (
     launch,
     log_step,
     passes,
-    read_args,
     start_run,
     steps,
     update,
@@ -403,8 +402,7 @@ def exam_command(argv):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return exam_command(sys.argv[2:])
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    launch(args, checkpoint, prepare_finetuning, finetune)
+    launch(Args, __doc__, prepare_finetuning, finetune)
 
 
 if __name__ == "__main__":

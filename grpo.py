@@ -29,17 +29,7 @@ from dpo import make_policy, open_reference, padded_columns, prompt_row, trimmed
 from formats.peft import base_sha256
 from generate import Engine, Sampling
 from model import Transformer
-from training.loop import (
-    LoopArgs,
-    backward,
-    launch,
-    log_step,
-    passes,
-    read_args,
-    start_run,
-    steps,
-    update,
-)
+from training.loop import LoopArgs, backward, launch, log_step, passes, start_run, steps, update
 from training.rewards import judge, load_questions, read_reward
 
 
@@ -420,8 +410,7 @@ def train_policy(run):
 
 
 def main():
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    launch(args, checkpoint, prepare_grpo, train_policy)
+    launch(Args, __doc__, prepare_grpo, train_policy)
 
 
 if __name__ == "__main__":

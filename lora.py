@@ -39,7 +39,7 @@ from model import Config, Transformer
 from quant import QuantLinear, quantize, tiled
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
-from training.loop import describe, launch, read_args, start_run
+from training.loop import describe, launch, start_run
 from training.memory import estimate_memory, print_estimate
 
 
@@ -459,8 +459,7 @@ def main():
     if command != "train":
         print(__doc__)
         raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
-    args, checkpoint = read_args(Args, __doc__, positional=("model",), argv=argv)
-    launch(args, checkpoint, prepare_adapter, finetune.finetune)
+    launch(Args, __doc__, prepare_adapter, finetune.finetune, argv=argv)
 
 
 if __name__ == "__main__":

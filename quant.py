@@ -235,8 +235,8 @@ def joined(layers, name):
 class QuantLinear(nn.Module):
     """A linear layer with packed weights: x (..., K) -> (..., N).
 
-    `dequantize` and `plain` say what it computes, in torch on any device. For a GPU `tiled` makes a
-    layer of it that the kernels read; on a CPU the engine packs the weights for forward.cpp.
+    `dequantize` and `product` say what it computes, in torch on any device. For a GPU `tiled` makes
+    a layer of it that the kernels read; on a CPU the engine packs the weights for forward.cpp.
     """
 
     format = ""
@@ -257,20 +257,13 @@ class QuantLinear(nn.Module):
         """
         raise NotImplementedError
 
-    def plain(self, rows):
-        """What a product is: unpack, then multiply. (M, K) -> (M, N)."""
-        bias = None if self.bias is None else self.bias.to(rows.dtype)
-        return F.linear(rows, self.dequantize(rows.dtype), bias)
+    def product(self, x):
+        """What a product is: unpack, then multiply. x (..., K) -> (..., N), in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
 
     def tiles(self):
         """-> kernels.Tiles, or None where the kernels cannot take this layer."""
-
-    def product(self, x):
-        """x (..., K) -> (..., N) with the bias, in x's dtype."""
-        rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = self.plain(rows)
-        # (M, N) -> (..., N); not a view where it need not be, so that an adapter can add to it
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
@@ -412,10 +405,13 @@ class TiledLinear(QuantLinear):
         weight = kernels.dequantize(self.tiles(), dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
-    def plain(self, rows):
+    def product(self, x):
+        rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
         if self.order is not None:
             rows = rows[:, self.order]
-        return kernels.linear(rows, self.tiles(), self.bias)
+        y = kernels.linear(rows, self.tiles(), self.bias)
+        # (M, N) -> (..., N); not a view where it need not be, so that an adapter can add to it
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
 
 def tiled(layer):

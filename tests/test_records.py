@@ -214,8 +214,11 @@ def test_weights_that_say_nothing_clear_are_refused():
     for weight in (0.5, 2, "yes", "", [], "1e0"):
         with pytest.raises(UserError, match="weight is .*neither yes nor no"):
             chat.example(tok, [*say("q"), {**say("q", "a")[1], "weight": weight}])
-    for odd in ({"weight": 1, "train": False}, {"role": "user", "train": True}):
-        with pytest.raises(UserError, match="must agree"):
+    for odd, told in (
+        ({"weight": 1, "train": False}, "twice what its weight is"),
+        ({"role": "user", "train": True}, "only the assistant's turns are learned"),
+    ):
+        with pytest.raises(UserError, match=told):
             chat.example(tok, [*say("q"), {**say("q", "a")[1], **odd}])
     with pytest.raises(UserError, match="no turn is in the loss"):
         chat.example(tok, [*say("q"), {**say("q", "a")[1], "weight": 0}])
