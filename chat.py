@@ -831,8 +831,8 @@ def take_messages(fields):
 
 
 def as_turns(role, said):
-    """A text as one message of the role; a list is messages already."""
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
+    """A text as one message of the role; a list is messages already, an object one."""
+    return as_list(said) if isinstance(said, (list, dict)) else [{"role": role, "content": said}]
 
 
 def asked_in(messages):

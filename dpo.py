@@ -9,7 +9,6 @@ log-probs and the reference's, training.
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +148,9 @@ class PairIds(NamedTuple):
 
 
 PREFERENCE_LAYOUTS = (
-    "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations "
-    "or HH-RLHF's text; Alpaca {instruction, input, chosen, rejected}; "
-    "ShareGPT {conversations, chosen, rejected}; beside any system, history, tools"
+    "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations; "
+    "Alpaca {instruction, input, chosen, rejected}; ShareGPT {conversations, chosen, rejected}; "
+    "beside any system, history, tools"
 )
 
 
@@ -161,7 +160,7 @@ def as_preference(record):
     An `output` beside the two answers, which both were made from, says nothing."""
     fields = chat.known_keys("the record", record, record)
     if not {"chosen", "rejected"} <= fields.keys():
-        keys = ", ".join(fields)[:200]
+        keys = chat.quoted(fields)
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
     sides = fields.pop("chosen"), fields.pop("rejected")
     fields.pop("output", None)
@@ -178,36 +177,16 @@ def as_preference(record):
 
 def as_talk(fields, answer):
     """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
-    answer = as_preference_messages(answer, "assistant")
-    beside = [key for key in chat.TALKS if key in fields]
-    if "prompt" in fields:
-        fields = {**fields, "prompt": as_preference_messages(fields["prompt"], "user")}
-    if len(answer) > 1:  # it is a whole conversation; a single message answers the prompt
-        if beside:
-            raise UserError(f"beside whole conversations {beside[0]!r} is an unknown key")
-        return chat.as_messages({**fields, "messages": answer})
-    if beside:
-        prompt = as_preference_messages(fields[beside[0]], "user")
-        return chat.as_messages({**fields, beside[0]: prompt + answer})
-    if not fields.keys() & set(chat.QUESTIONS):
-        return answer, None
-    return chat.as_messages({**fields, "completion": answer})
-
-
-def as_preference_messages(value, role):
-    """A text, HH-RLHF's "\\n\\nHuman: ... \\n\\nAssistant: ...", a message or a list of them
-    -> list of messages."""
-    if isinstance(value, str):
-        start, *said = re.split(r"\n\n(Human|Assistant):", value)
-        if not said or start.strip():
-            return chat.as_turns(role, value)
-        value = [
-            {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
-            for who, text in zip(said[::2], said[1::2])
-        ]
-        if role == "user" and not value[-1]["content"]:  # a prompt may end in "Assistant:"
-            value.pop()
-    return chat.as_list(value)
+    answer = chat.as_turns("assistant", answer)
+    for key in chat.TALKS:
+        if key in fields:
+            if len(answer) > 1:
+                raise UserError(f"beside whole conversations {key!r} is an unknown key")
+            talk = chat.as_turns("user", fields[key]) + answer
+            return chat.as_messages({**fields, key: talk})
+    asks = fields.keys() & set(chat.QUESTIONS)
+    whole = len(answer) > 1 or not asks  # a single message answers the question
+    return chat.as_messages({**fields, "messages" if whole else "completion": answer})
 
 
 def read_preferences(path, split="train", count=0, ignore=""):

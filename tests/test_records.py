@@ -297,8 +297,8 @@ def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
         ({"prompt": "other", "chosen": say("q", "a"), "rejected": say("q", "b")}, "no part of"),
         ({"messages": say("q"), "chosen": say("q", "a"), "rejected": say("q", "b")}, "unknown key"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "unknown key 'label'"),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "its keys are prompt, chosen;"),
-        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "message 1 is a int"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "its keys are .prompt., .chosen.;"),
+        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "content must be a string"),
         ({"prompt": "q", "chosen": [], "rejected": "b"}, "differ before their last"),
     ],
 )
