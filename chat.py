@@ -214,16 +214,14 @@ def as_list(value):
 
 
 # ------------------------------------------------------------ the formats: a conversation to pieces
-# Each format walks the messages once and yields pieces. "said" begins where the generation prompt
+# Each format walks the messages once and yields pieces; a str among them is words of the template
+# that nobody says, `<|im_start|>` in it the marker. "said" begins where the generation prompt
 # ends, so the mask is exactly what the model will have to produce: its words, the spaces its format
 # puts round them, the end.
 class Piece(NamedTuple):
     text: str
     said: bool | None = False  # the assistant has to produce this: it is in the loss; None: unknown
     template: bool = True  # the template's own words, in which a marker's name means its id
-
-
-words = Piece  # the template's own: `<|im_start|>` in here is the marker
 
 
 def content(text, said=False):
@@ -234,10 +232,10 @@ def content(text, said=False):
 def turn(head, text, end, said=False, tail=""):
     """A text between the template's words, its end and what follows a message. What the assistant
     says includes its end."""
-    yield words(head)
+    yield head
     yield content(text, said)
-    yield words(end, said)
-    yield words(tail)
+    yield Piece(end, said)
+    yield tail
 
 
 def chatml(chat, head="<|im_start|>{}\n", end="<|im_end|>"):
@@ -245,7 +243,7 @@ def chatml(chat, head="<|im_start|>{}\n", end="<|im_end|>"):
         said = m["role"] == "assistant"
         yield from turn(head.format(m["role"]), m["content"], end, said, "\n")
     if chat.prompt:
-        yield words(head.format("assistant"))
+        yield head.format("assistant")
 
 
 def zephyr(chat):
@@ -266,7 +264,7 @@ def alpaca(chat):
         else:
             yield from turn("### Response:\n", m["content"], chat.eos, True, "\n\n")
     if chat.prompt:
-        yield words("### Response:\n")
+        yield "### Response:\n"
 
 
 def llama2(chat):
@@ -285,7 +283,7 @@ def llama3(chat, date=""):
     put the tools into the first user turn, and know calls and results."""
     head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
     messages = chat.messages
-    yield words(chat.bos)
+    yield chat.bos
     if date:
         messages = chat.turns
         today = datetime.now().strftime(date)
@@ -317,7 +315,7 @@ def llama3(chat, date=""):
             text = call_text(calls[0], "parameters")
         yield from turn(head.format(role), text, end, role == "assistant")
     if chat.prompt:
-        yield words(head.format("assistant"))
+        yield head.format("assistant")
 
 
 def call_text(call, arguments="arguments"):
@@ -332,7 +330,7 @@ def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
 
     Where the system prompt goes (v3 loses it if the assistant spoke last) and that the tools stand
     before every message that equals the last user's is as published."""
-    yield words(chat.bos)
+    yield chat.bos
     users = [m for m in chat.turns if m["role"] == "user"]
     for m in chat.turns:
         text = m["content"]
@@ -348,7 +346,7 @@ def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
             yield from turn("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
         else:
             if "tool_calls" in m:
-                yield words("[TOOL_CALLS]", True)
+                yield Piece("[TOOL_CALLS]", True)
                 text = "[" + ", ".join(map(mistral_call, m["tool_calls"])) + "]"
             text = text.strip() if trim else text
             yield from turn("", space + text, chat.eos, True)
@@ -386,10 +384,10 @@ def qwen(chat, default_system=None, think=False):
             asked = i
     for role, run in groupby(enumerate(chat.turns), lambda turn: turn[1]["role"]):
         if role == "tool":  # results that follow one another share one user turn
-            yield words("<|im_start|>user")
+            yield "<|im_start|>user"
             for _, m in run:
                 yield from turn("\n<tool_response>\n", m["content"], "\n</tool_response>")
-            yield words("<|im_end|>\n")
+            yield "<|im_end|>\n"
             continue
         for i, m in run:
             if role == "assistant":
@@ -401,44 +399,45 @@ def qwen(chat, default_system=None, think=False):
             else:
                 yield from turn(f"<|im_start|>{role}\n", m["content"], "<|im_end|>\n")
     if chat.prompt:
-        yield words("<|im_start|>assistant\n")
+        yield "<|im_start|>assistant\n"
 
 
 def qwen_answer(m, thoughts, text):
     """An assistant's turn: its thoughts unless they are None, its text, its tool calls."""
-    yield words("<|im_start|>assistant\n")
+    yield "<|im_start|>assistant\n"
     if thoughts is not None:
-        yield words("<think>", True)
+        yield Piece("<think>", True)
         yield content("\n" + thoughts.strip("\n") + "\n", True)
-        yield words("</think>\n\n", True)
+        yield Piece("</think>\n\n", True)
         text = text.lstrip("\n")
     yield content(text, True)
     for n, call in enumerate(m.get("tool_calls", [])):
-        yield words("\n<tool_call>" if n or text else "<tool_call>", True)
+        yield Piece("\n<tool_call>" if n or text else "<tool_call>", True)
         yield content(f"\n{call_text(call)}\n", True)
-        yield words("</tool_call>", True)
-    yield words("<|im_end|>", True)
-    yield words("\n")
+        yield Piece("</tool_call>", True)
+    yield Piece("<|im_end|>", True)
+    yield "\n"
 
 
 def qwen_system(chat, system):
     if system is None and not chat.tools:
         return
-    yield words("<|im_start|>system\n")
+    yield "<|im_start|>system\n"
     yield content(system or "")
     if chat.tools:
-        yield words(
-            ("" if system is None else "\n\n")
-            + "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        if system is not None:
+            yield "\n\n"
+        yield (
+            "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
             "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
         )
         yield content("".join("\n" + json_text(tool) for tool in chat.tools))
-        yield words(
+        yield (
             "\n</tools>\n\nFor each function call, return a json object with function name and "
             "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
             '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
         )
-    yield words("<|im_end|>\n")
+    yield "<|im_end|>\n"
 
 
 def split_thoughts(m):
@@ -509,7 +508,7 @@ def named_pieces(name, tok, chat):
                 f"chat format {name}: after a system prompt user and assistant take turns, "
                 f"not {roles}"
             )
-    return list(form.pieces(chat))
+    return [Piece(each) if isinstance(each, str) else each for each in form.pieces(chat)]
 
 
 # ------------------------------------------------------------------------- pieces to ids and mask
