@@ -48,7 +48,15 @@ from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
 
-from common import Metrics, Parser, UserError, cli, read_json, usable_cpus  # isort: skip
+from common import (  # isort: skip
+    Metrics,
+    Parser,
+    UserError,
+    cli,
+    in_processes,
+    read_json,
+    usable_cpus,
+)
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +68,7 @@ import grpo
 import kernels
 import lora
 import train
+from data import encode_job, shard_jobs
 from engine.graphs import Graphs
 from engine.sampler import Sampling
 from generate import Engine
@@ -67,6 +76,7 @@ from model import Config, Transformer
 from quant import pack_linear, tiled
 from runtime import compile_or_say_why, peak_flops, resolve
 from tokenizer import Tokenizer
+from training.corpora import documents
 from training.memory import print_estimate
 from training.optim import MuonAdamW
 
@@ -324,9 +334,7 @@ def our_program(config, runtime, recompute):
     model = Transformer(config).to(runtime.device)
     model.init_weights()
     model.train().recompute = recompute
-    optimizer = MuonAdamW(model, kind="adamw" if config.is_gpt2 else "muon")
-    optimizer.set_lr(1.0)
-    return model, optimizer
+    return model, MuonAdamW(model, kind="adamw" if config.is_gpt2 else "muon")
 
 
 def bench_pretrain(
@@ -406,7 +414,6 @@ def bench_qlora(shape="7b"):
         loaded, _ = memory_held(reset=True)
         lora.apply(model, args.r).train().recompute = True
         optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
-        optimizer.set_lr(1.0)
         ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
         model = try_compiling(model, compiled, optimizer, runtime, ids)
         step = training_step(model, optimizer, runtime, ids)
@@ -707,6 +714,13 @@ def bench_sass(rows=(16, 64)):
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
+def encode_file(tok, file, processes):
+    """A file's ids, as data.py makes them."""
+    parts = documents([Path(file)], tok.cuts)
+    encode = partial(encode_job, tok=tok, ends=(None, None))
+    return list(in_processes(encode, shard_jobs(parts, ()), processes))
+
+
 def bench_tokenizer(file, vocab_size=10_000):
     """Train and encode with ours, HF tokenizers and tiktoken on the same text, best of 10 MB or
     more: the first 5 MB as a string, in turns, and the whole file by ours in one process and in
@@ -738,8 +752,8 @@ def bench_tokenizer(file, vocab_size=10_000):
         "tiktoken": (encode_tiktoken, text),
         "ours, plain Python": (tok.encode_slowly, text),
         "HF": (encode_hf, text),
-        "ours, file to array": (tok.encode_corpus, [file], 1),
-        "ours, file to array, two processes": (tok.encode_corpus, [file], 2),
+        "ours, file to array": (encode_file, tok, file, 1),
+        "ours, file to array, two processes": (encode_file, tok, file, 2),
     }
     rounds = [{name: seconds_of(*call) for name, call in encoders.items()} for _ in range(3)]
     for name in encoders:

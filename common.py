@@ -143,8 +143,8 @@ def parse_flags(cls, description, argv=None, positional=()):
         options = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif kind is tuple:
-            options = {"nargs": "+", "metavar": "str"}
+        elif kind is tuple:  # what is something by default may be nothing
+            options = {"nargs": "*" if field.default else "+", "metavar": "str"}
         if field.name not in positional:
             help = f"{help} [{field.default}]".replace("%", "%%")
             parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help, **options)
@@ -154,6 +154,16 @@ def parse_flags(cls, description, argv=None, positional=()):
             options |= {"nargs": "?", "default": argparse.SUPPRESS}
         parser.add_argument(field.name, help=help, **options)
     return vars(parser.parse_args(argv))
+
+
+def run_command(description, commands):
+    """`python x.py COMMAND ...`: commands is {COMMAND: a function of the arguments behind it}."""
+    name = "".join(sys.argv[1:2])
+    if name in commands:
+        return commands[name](sys.argv[2:])
+    print(description)
+    if name not in ("-h", "--help"):
+        raise UserError(f"no command {name!r}: use {', '.join(commands)} (each has --help)")
 
 
 def from_preset(cls, presets, typed):
@@ -180,9 +190,8 @@ def write_atomic(path, write):
     path = Path(path)
     # In a folder that others write to, nobody may lay a link where this file is about to be made.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    only_new = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        os.close(os.open(temporary, only_new, 0o666))
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)
@@ -384,43 +393,8 @@ def json_records(path):
         yield row.where, row.record
 
 
-# -------------------------------------------------------------------------- text, a block at a time
+# -------------------------------------------------------------------------------------------- text
 BLOCK = 1 << 20  # bytes of a file read at a time
-
-
-def border(file, at, cuts):
-    """The first place at or after byte `at` where a block may end. It depends on the file alone.
-
-    `cuts`, bytes patterns, are tried in turn on the next BLOCK bytes; if none is found, the block
-    ends between two characters, which is always possible."""
-    if at == 0:
-        return 0
-    file.seek(at - 1)
-    window = file.read(BLOCK)
-    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
-        found = re.search(cut, window)
-        if found:
-            return at - 1 + found.end()
-    return at - 1 + len(window)
-
-
-def blocks_of(paths, step):
-    """[(path, start, end)]: the files in parts of `step` bytes."""
-    blocks = []
-    for path in paths:
-        size = os.path.getsize(path)
-        blocks += [(path, start, min(start + step, size)) for start in range(0, size, step)]
-    return blocks
-
-
-def read_block(block, cuts):
-    """The bytes of a block (path, start, end): from the border after start to that after end."""
-    path, start, end = block
-    with open(path, "rb") as file:
-        first = border(file, start, cuts)
-        last = border(file, end, cuts)
-        file.seek(first)
-        return file.read(last - first)
 
 
 def well_formed(text):
@@ -541,8 +515,10 @@ class Metrics:
             at_save = row["step"] == resume_step and any(name.startswith("val_") for name in row)
             if row["step"] < resume_step or at_save:
                 rows.append(row)
+        last = rows[-1] if rows else {"step": 0, "seconds": 0.0}
+        self.step = last["step"]  # of the newest row
         with naming(path):
-            self.start = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+            self.start = time.time() - last["seconds"]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(path, text)
         self.file = open(path, "a", buffering=1)

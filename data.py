@@ -15,9 +15,7 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import re
-import struct
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,12 +24,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from common import (
     BLOCK,
     UserError,
     cli,
+    flag,
     full_disk_explained,
     in_processes,
     naming,
@@ -41,29 +41,18 @@ from common import (
     write_atomic,
     write_json,
 )
+from runtime import read_tensors
 from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------- shards of tokens
-# A shard: header; token ids (uint16, or uint32 above 65,536 ids), padded to 8 bytes; where
-# documents start (uint64).
-MAGIC = b"TOKSHARD"
-VERSION = 1
-SHARD_HEADER = struct.Struct("<8sII5Q32s32s8x")  # 128 bytes
+# A shard is a safetensors file of three arrays: ids (uint16, or uint32 above 65,536 ids), starts,
+# where documents start among them, and counts, the TOTALS of the shard.
+VERSION = 2
 SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
 MOST_SHARDS = 10**5  # their names have five digits
-
-
-class Header(NamedTuple):
-    magic: bytes
-    version: int
-    itemsize: int  # bytes a token id takes: 2 or 4
-    tokens: int
-    documents: int
-    bytes: int  # of UTF-8 text, for bits per byte
-    words: int  # between white space; the papers' word count of WikiText is words + lines (<eos>)
-    lines: int
-    tokenizer: bytes  # sha256 of what decides ids
-    content: bytes  # sha256 of all that follows the header
+# Bytes are of UTF-8 text, for bits per byte. Words stand between white space; the papers' word
+# count of WikiText is words + lines (<eos>).
+TOTALS = ("tokens", "documents", "bytes", "words", "lines")
 
 
 def ends_of(tok):
@@ -76,12 +65,11 @@ def ends_of(tok):
     return first, last
 
 
-def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=None):
+def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.01, processes=None):
     """Tokenize {split: [path]}: shards, meta.json and the tokenizer in OUT -> what is in meta.json.
 
-    documents(paths, bad) yields the text in parts (bytes, begins, ends), as
-    training.corpora.documents does, and counts in `bad` what it left out; how: {"field",
-    "skip_bad", "separator"}, which that function goes by, kept in meta.json. Without a split "val",
+    documents(paths, cuts, bad=bad, **how) yields the text in parts (bytes, begins, ends), as
+    training.corpora.documents does, and counts in `bad` what it left out. Without a split "val",
     every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on
     text and tokenizer alone, not on `processes`. Run again after a crash it keeps the finished
     shards. UserError: another job's shards are in OUT, a split without documents, a full disk."""
@@ -89,8 +77,9 @@ def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=No
     shared = "val" not in files
     if shared:
         files = {"val": files["train"], **files}
-    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES, **how}
-    job["val_share"] = val_share if shared else None
+    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES}
+    job |= {"skip_bad": skip_bad, "val_share": val_share if shared else None}
+    job |= {key: str(value) for key, value in how.items()}
     job["files"] = {}
     for name, paths in files.items():  # a file is the same if its path, size and time are
         status = [(path, path.stat()) for path in paths]
@@ -102,8 +91,9 @@ def make_shards(files, tok, out, documents, how, *, val_share=0.01, processes=No
     tok.save(out)
     _ = tok.fast  # built here once, not in every process
     for name, paths in files.items():
-        bad = Counter() if how["skip_bad"] else None
-        parts = with_progress(documents(paths, bad), name, sum(f.stat().st_size for f in paths))
+        bad = Counter() if skip_bad else None
+        parts = documents(paths, tok.cuts, bad=bad, **how)
+        parts = with_progress(parts, name, sum(path.stat().st_size for path in paths))
         if shared and name != "test":
             parts = share_of(parts, name, val_share)
         write_split(out, name, parts, tok, processes)
@@ -129,14 +119,14 @@ def begin_or_continue(out, job):
             f"{out} has shards of another job (other {', '.join(differ)}): choose another --out, "
             "or throw them away with --overwrite"
         )
-    for stale in out.glob("*.bin.*.tmp"):
+    for stale in out.glob("*.safetensors.*.tmp"):
         stale.unlink()
     write_json(path, meta)
     return meta
 
 
 def shard_paths(out, split="*"):
-    return sorted(Path(out).glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].bin"))
+    return sorted(Path(out).glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
 
 
 def with_progress(parts, name, total):
@@ -172,25 +162,25 @@ def share_of(parts, split, val_share):
 
 def write_split(out, name, parts, tok, processes):
     """The shards of a split that are not there yet, encoded in several processes."""
-    done = {int(p.stem[-5:]) for p in shard_paths(out, name) if read_header(p, tok.sha256)}
+    done = {int(path.stem[-5:]) for path in shard_paths(out, name)}
     encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
     with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes)) as results:
         for number, pieces in itertools.groupby(results, key=lambda piece: piece.shard):
-            write_shard(out / f"{name}-{number:05d}.bin", pieces, tok)
+            write_shard(out / f"{name}-{number:05d}.safetensors", pieces)
 
 
 def shard_jobs(parts, done):
     """Yield (shard number, parts) of about a BLOCK of text each.
 
-    A shard ends with the document that fills it. So which text is in which shard depends on the
-    text alone, and that of the shards in `done` is only read over."""
+    A shard ends with the document that fills it; one that would fill two is cut into several, so
+    that a shard fits into memory. Which text is in which shard depends on the text alone, and that
+    of the shards in `done` is only read over."""
     number = 0
     filled = 0  # bytes in this shard
     job = []
     size = 0  # bytes in this job
-    for part in parts:
-        text, begins, _ = part
-        full = begins and filled >= SHARD_BYTES
+    for text, begins, ends in parts:
+        full = filled >= (SHARD_BYTES if begins else 2 * SHARD_BYTES)
         if job and (full or size >= BLOCK):
             yield number, job
             job = []
@@ -200,7 +190,7 @@ def shard_jobs(parts, done):
             filled = 0
         filled += len(text)
         if number not in done:
-            job.append(part)
+            job.append((text, begins or full, ends))
             size += len(text)
     if job:
         yield number, job
@@ -212,7 +202,7 @@ class Encoded(NamedTuple):
     shard: int
     ids: np.ndarray  # (tokens,) uint16 or uint32
     starts: np.ndarray  # where documents start among them
-    counts: np.ndarray  # (3,) bytes, words and lines of text
+    counts: np.ndarray  # its TOTALS
 
 
 IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # (256,) bool: is this byte white space?
@@ -235,87 +225,44 @@ def encode_job(job, tok, ends):
     texts = [text for text, _, _ in parts]
     space = IS_SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]
     words = np.count_nonzero(space[:-1] & ~space[1:])  # a word begins after white space
-    counts = sum(map(len, texts)), words, sum(text.count(b"\n") for text in texts)
+    lines = sum(text.count(b"\n") for text in texts)
+    counts = len(ids), len(starts), sum(map(len, texts)), words, lines
     return Encoded(shard, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts))
 
 
-def write_shard(path, pieces, tok):
-    """Stream the pieces of one shard to disk; the file appears when it is whole."""
-    dtype = np.dtype(tok.dtype).newbyteorder("<")
-
-    def write(temporary):
-        size = 0
-        starts = []
-        counts = np.zeros(3, np.int64)
-        with open(temporary, "wb") as file:
-            file.write(bytes(SHARD_HEADER.size))  # its place, until its numbers are known
-            for piece in pieces:
-                file.write(piece.ids.astype(dtype))
-                starts.append(piece.starts + size)
-                size += len(piece.ids)
-                counts += piece.counts
-            starts = np.concatenate(starts).astype("<u8")
-            file.write(bytes(-size * dtype.itemsize % 8))
-            file.write(starts)
-            file.flush()
-            content = sha256(np.memmap(temporary, np.uint8, "r", SHARD_HEADER.size))
-            hashes = bytes.fromhex(tok.sha256), bytes.fromhex(content)
-            numbers = dtype.itemsize, size, len(starts), *counts
-            file.seek(0)
-            file.write(SHARD_HEADER.pack(MAGIC, VERSION, *numbers, *hashes))
-
+def write_shard(path, pieces):
+    """The pieces of a shard -> a file that appears when it is whole."""
+    ids = []
+    starts = []
+    counts = np.zeros(len(TOTALS), np.int64)
+    for piece in pieces:
+        ids.append(piece.ids)
+        starts.append(piece.starts + counts[0])
+        counts += piece.counts
+    content = save({"ids": np.concatenate(ids), "starts": np.concatenate(starts), "counts": counts})
     advice = "finished shards are kept: make room and run the same command again"
     with full_disk_explained(path, advice):
-        write_atomic(path, write)
+        write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 def summary_of(out, name, bad):
-    """Print and return the sums over the shards of a split, {name: number}."""
-    headers = [read_header(path) for path in shard_paths(out, name)]
-    total = {"shards": len(headers)}
-    for key in ("tokens", "documents", "bytes", "words", "lines"):
-        total[key] = sum(getattr(header, key) for header in headers)
-    if not total["documents"]:
+    """Print and return what is known of a split: its TOTALS, and the sha256 of its content."""
+    paths = shard_paths(out, name)
+    if not paths:
         raise UserError(
             f"{name}: no documents; give more text, say with --split-on what stands between "
             "documents, or name other validation text with --val FILE"
         )
-    total["skipped"] = sum(bad.values()) if bad else 0
+    counts = sum(read_tensors(path)["counts"] for path in paths)
+    total = dict(zip(TOTALS, counts.tolist()))
+    skipped = sum(bad.values()) if bad else 0
     print(
         f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, "
         f"{total['bytes']:,} bytes ({total['bytes'] / total['tokens']:.2f} a token)"
-        + (f", {total['skipped']:,} bad records left out" if bad else "")
+        + (f", {skipped:,} bad records left out" if bad else "")
     )
-    return total
-
-
-def read_header(path, tokenizer_sha256=None):
-    """The Header of a shard. UserError: no shard, another version, size, or tokenizer."""
-    with open(path, "rb") as file:
-        raw = file.read(SHARD_HEADER.size)
-    if not raw.startswith(MAGIC) or len(raw) < SHARD_HEADER.size:
-        raise UserError(f"{path}: not a shard of tokens, it begins with {raw[:8]!r}")
-    header = Header(*SHARD_HEADER.unpack(raw))
-    if header.version != VERSION or header.itemsize not in (2, 4):
-        raise UserError(
-            f"{path}: format version {header.version} with ids of {header.itemsize} bytes; this "
-            f"program reads version {VERSION} with 2 or 4: make the shards again"
-        )
-    ids = header.tokens * header.itemsize
-    expected = SHARD_HEADER.size + ids + -ids % 8 + 8 * header.documents
-    size = os.path.getsize(path)
-    if size != expected:
-        raise UserError(
-            f"{path}: {size:,} bytes, but its header says {expected:,}; "
-            "delete it and run data.py again"
-        )
-    if tokenizer_sha256 not in (None, header.tokenizer.hex()):
-        raise UserError(
-            f"{path}: made with tokenizer {header.tokenizer.hex()[:12]}, not "
-            f"{tokenizer_sha256[:12]}; the ids would mean other text: use the tokenizer in its "
-            "folder, or make shards with yours"
-        )
-    return header
+    hashes = "".join(sha256(np.memmap(path, np.uint8)) for path in paths)
+    return total | {"shards": len(paths), "skipped": skipped, "sha256": sha256(hashes.encode())}
 
 
 def open_shards(folder, tokenizer_sha256=None):
@@ -333,7 +280,8 @@ def open_shards(folder, tokenizer_sha256=None):
 
 def read_splits(folder, meta, tokenizer_sha256):
     """meta.json's content -> {split: Split}"""
-    if meta.get("job", {}).get("version") != VERSION:
+    job = meta.get("job", {})
+    if job.get("version") != VERSION:
         raise UserError(
             f"{folder}/meta.json is not that of shards of version {VERSION}: make them with data.py"
         )
@@ -342,6 +290,12 @@ def read_splits(folder, meta, tokenizer_sha256):
             f"{folder}: unfinished; run the data.py command that makes it again, "
             "it goes on where it was"
         )
+    if tokenizer_sha256 not in (None, job["tokenizer"]):
+        raise UserError(
+            f"{folder}: made with tokenizer {job['tokenizer'][:12]}, not {tokenizer_sha256[:12]}; "
+            "the ids would mean other text: use the tokenizer in the folder, or make shards with "
+            "yours"
+        )
     end_id = meta["first_id"] if meta["last_id"] is None else None
     if not isinstance(end_id, int | None):
         raise UserError(f"first_id is {end_id!r}, expected a token's id")
@@ -349,12 +303,12 @@ def read_splits(folder, meta, tokenizer_sha256):
     for name, counts in meta["splits"].items():
         if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):
             raise UserError(f"split {name[:40]!r} of {counts['shards']!r} shards")
-        paths = [folder / f"{name}-{i:05d}.bin" for i in range(counts["shards"])]
-        splits[name] = map_split(paths, name, end_id, counts, tokenizer_sha256)
+        paths = [folder / f"{name}-{i:05d}.safetensors" for i in range(counts["shards"])]
+        splits[name] = map_split(paths, name, end_id, counts)
     return splits
 
 
-def map_split(paths, name, end_id, counts, tokenizer_sha256):
+def map_split(paths, name, end_id, counts):
     """The Split of these shards."""
     lost = [path.name for path in paths if not path.is_file()]
     if lost:
@@ -364,18 +318,17 @@ def map_split(paths, name, end_id, counts, tokenizer_sha256):
         )
     tokens = []
     starts = []
-    hashes = b""
     for path in paths:
-        header = read_header(path, tokenizer_sha256)
-        hashes += header.tokenizer + header.content
-        starts_at = path.stat().st_size - 8 * header.documents
-        ids = np.memmap(path, f"<u{header.itemsize}", "r", SHARD_HEADER.size, (header.tokens,))
-        begin = np.memmap(path, "<u8", "r", starts_at).astype(np.int64)
-        if not len(begin) or begin[0] != 0 or begin[-1] >= len(ids) or (np.diff(begin) < 0).any():
-            raise UserError(f"{path}: damaged, its document starts are out of order; make it again")
+        with naming(path):
+            shard = read_tensors(path)
+            ids = shard["ids"].numpy()
+            begin = shard["starts"].numpy()
+            ordered = begin[0] == 0 and begin[-1] < len(ids) and (np.diff(begin) >= 0).all()
+            if not ordered or (ids.ndim, ids.dtype.kind) != (1, "u"):
+                raise UserError("damaged, its documents or ids are out of order; make it again")
         tokens.append(ids)
         starts.append(begin)
-    return Split(tokens, starts, end_id, counts, sha256(hashes))
+    return Split(tokens, starts, end_id, counts, counts["sha256"])
 
 
 # ----------------------------------------------------------------------------------- tokens to rows
@@ -398,7 +351,7 @@ class Batch(NamedTuple):
 
     x: torch.Tensor  # (rows, context) int64
     y: torch.Tensor  # (rows, context) int64; -100 only in validation, where nothing is scored
-    docs: torch.Tensor  # (rows, context) int32: 0, 1, 2, ... along a row
+    docs: torch.Tensor  # (rows, context) int64: 0, 1, 2, ... along a row
     positions: torch.Tensor  # (rows, context) int64: 0 where a piece begins
 
 
@@ -524,11 +477,8 @@ class Split:
         """[(starts, sizes) of the pieces of a row] -> Batch.
 
         Rows that are not full end in tokens 0 with target -100, which are a piece of their own."""
-        shape = (len(rows), context)
-        x = np.zeros(shape, np.int64)
-        y = np.full(shape, -100, np.int64)
-        docs = np.zeros(shape, np.int32)
-        positions = np.zeros(shape, np.int64)
+        x, docs, positions = np.zeros((3, len(rows), context), np.int64)
+        y = np.full_like(x, -100)
         for i, (starts, sizes) in enumerate(rows):
             at = 0
             for piece, (start, size) in enumerate(zip(starts, sizes)):
@@ -554,20 +504,19 @@ class Split:
                 f"a stride of {stride:,} does not suit a context of {context:,}: "
                 f"use 1 to {context:,}"
             )
-        total = int(self.pair_ends[-1])
-        windows = 1 + -(-max(0, total - context) // stride)
-        lefts = range(0, windows * stride, stride)
-        batches = -(-windows // (rows * world)) * world
+        step = rows * stride  # pairs that a batch scores
+        batches = -(-int(self.pair_ends[-1]) // (step * world)) * world
         for b in range(rank, batches, world):
-            row_of = [self.pieces_from(left, context) for left in lefts[b * rows :][:rows]]
-            row_of += [((), ())] * (rows - len(row_of))
-            batch = self.fill(row_of, context)
+            lefts = range(b * step, (b + 1) * step, stride)
+            batch = self.fill([self.pieces_from(left, context) for left in lefts], context)
             looks_back = batch.y[1:] if b == 0 else batch.y  # all but the very first window
             looks_back[:, : context - stride] = -100
             yield batch
 
     def pieces_from(self, left, context):
-        """Where the `context` pairs from `left` on lie -> (starts, sizes), a piece a document."""
+        """Where the `context` pairs from `left` on lie -> (starts, sizes), a piece a document.
+
+        There are less at the end, and none behind it."""
         begin, pairs = self.documents
         ends = self.pair_ends
         right = min(left + context, int(ends[-1]))
@@ -604,9 +553,7 @@ class Batches:
         plan = functools.partial(split.plan, context, seed)
         self.plan = functools.lru_cache(2)(plan)  # a batch can span two epochs
         self.pool = ThreadPoolExecutor(1)
-        self.made = deque()
-        self.epoch, self.row = 0, 0  # where the next batch to be handed out begins
-        self.ahead = 0, 0  # and where the next to be made
+        self.load_state({"epoch": 0, "row": 0})
         have = len(self.plan(0).order)
         if have < rows * world:
             raise UserError(
@@ -656,8 +603,7 @@ class Batches:
         self.pool.shutdown(cancel_futures=True)
         self.pool = ThreadPoolExecutor(1)
         self.made = deque()
-        self.epoch, self.row = self.locate(self.epoch, self.row)
-        self.ahead = self.epoch, self.row
+        self.ahead = self.epoch, self.row  # where the next batch to be made begins
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -689,14 +635,11 @@ def check_data_args(args):
             "shards of your own text need --tokenizer T (python tokenizer.py train makes one) "
             "and --out D"
         )
-    unread = ["val", "val_share", "split_on", "field", "skip_bad"]  # without documents to shards
-    if "toybox" in named:
-        unread.append("tokenizer")
-    if "toybox" in named or not args.tokenizer:
-        given = [name for name in unread if getattr(args, name) != getattr(Args, name)]
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise UserError(f"{named[0]} does nothing with {flags}: leave it out")
+    # What is not read where no documents become shards.
+    unread = "tokenizer val val_share split_on field skip_bad".split()
+    given = [flag(name) for name in unread if getattr(args, name) != getattr(Args, name)]
+    if given and ("toybox" in named or not args.tokenizer):
+        raise UserError(f"{named[0]} does nothing with {', '.join(given)}: leave it out")
     if not 0 < args.val_share < 1 or args.processes < 0:
         raise UserError(
             f"--val-share {args.val_share} must be between 0 and 1, "
@@ -712,8 +655,7 @@ def main():
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
-        shakespeare, _ = corpora.read_text("shakespeare", args.data_dir)
-        return toybox.write_toybox(out, shakespeare)
+        return toybox.write_toybox(out, corpora.read_text("shakespeare", args.data_dir))
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     split_on = args.split_on.replace(r"\n", "\n").encode()
     separator = re.compile(re.escape(split_on)) if split_on else None
@@ -732,14 +674,9 @@ def main():
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)
-    pattern = separator and separator.pattern.decode()
-    how = {"field": args.field, "skip_bad": args.skip_bad, "separator": pattern}
-
-    def documents(paths, bad):
-        return corpora.documents(paths, tok.cuts, separator, args.field, bad)
-
+    how = {"separator": separator, "field": args.field}
     shares = dict(val_share=args.val_share, processes=args.processes)
-    make_shards(files, tok, out, documents, how, **shares)
+    make_shards(files, tok, out, corpora.documents, how, args.skip_bad, **shares)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def load_text(args, tok):
         # The shards are of the tokenizer that --model has; ours may have got chat tokens since.
         text = open_shards(args.text, Tokenizer.load(args.model).sha256)["train"]
     else:
-        ids = np.array(tok.encode(read_text(args.text)[0]), tok.dtype)
+        ids = np.array(tok.encode(read_text(args.text)), tok.dtype)
         text = Split([ids], sha256=sha256(ids.tobytes()))
     if not len(text.plan(args.context, 0, 0).order):
         raise UserError(

@@ -10,7 +10,6 @@ Top to bottom: the adapted layer, adapters on and off a model, what is trained, 
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -436,14 +435,12 @@ def merge_checked(model, dtype):
     return merged.to(DTYPES[dtype])
 
 
-def main():
-    command, argv = "".join(sys.argv[1:2]), sys.argv[2:]
-    if command == "merge":
-        return merge_command(argv)
-    if command != "train":
-        print(__doc__)
-        raise UserError("use one of: lora.py train, lora.py merge (each has --help)")
+def train_adapter(argv):
     launch(Args, __doc__, prepare_adapter, finetune.finetune, argv=argv)
+
+
+def main():
+    common.run_command(__doc__, {"train": train_adapter, "merge": merge_command})
 
 
 if __name__ == "__main__":

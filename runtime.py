@@ -77,17 +77,13 @@ def choose(what, asked, choices, best):
 
 def choose_device(device):
     """--device -> (torch.device, why)."""
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    cpu = torch.device("cpu")
+    gpu = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        best = next(filter(present.get, present))
-        return torch.device(best), "no GPU found" if best == "cpu" else "found"
+        return (gpu, "found") if gpu else (cpu, "no GPU found")
     with contextlib.suppress(RuntimeError):  # torch's for a word that is no device
         chosen = torch.device(device)
-        if present.get(chosen.type):
+        if chosen.type in ("cpu", gpu and gpu.type):
             return chosen, "asked for"
     raise UserError(
         f"--device {device}: torch {torch.__version__} has no such device here; "

@@ -11,12 +11,10 @@ formats/vocab.py reads and writes the tokenizer files that other programs use.
 
 import codecs
 import functools
-import hashlib
 import heapq
 import json
 import re
 import sys
-import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -29,13 +27,11 @@ import numpy as np
 import regex
 
 from common import (
-    BLOCK,
-    Parser,
     UserError,
-    blocks_of,
     cli,
-    in_processes,
-    read_block,
+    parse_flags,
+    run_command,
+    sha256,
     well_formed,
     write_atomic,
     write_json,
@@ -349,14 +345,12 @@ class Tokenizer:
         return cls("bytes", vocab, ranked, [pattern], special)
 
     @classmethod
-    def char(cls, text: str, special_tokens=()) -> "Tokenizer":
-        """One id per distinct character, in code point order, after the special tokens."""
+    def char(cls, text: str) -> "Tokenizer":
+        """One id per distinct character, in code point order."""
         if not text:
             raise UserError("there is no text to take the characters from")
-        special = number_special(special_tokens)
-        characters = sorted(set(well_formed(text)))
-        vocab = {c: i for i, c in enumerate(characters, len(special))}
-        return cls("chars", vocab, {}, special=special)
+        vocab = {c: i for i, c in enumerate(sorted(set(well_formed(text))))}
+        return cls("chars", vocab, {})
 
     # -- encoding
 
@@ -391,20 +385,10 @@ class Tokenizer:
         return [*before, *self.encode(text), *after]
 
     def encode_bytes(self, data, where="first"):
-        """bytes -> ids; what is no UTF-8 becomes byte tokens, and survives decode_bytes.
+        """Bytes of UTF-8 -> ids, without ends.
 
         where: "first" at the beginning of a text, "inside" further on, as for normalize."""
-        try:
-            return self._encode(data.decode(), where)
-        except UnicodeDecodeError:
-            parts = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
-        ids = []
-        for i, part in enumerate(parts):  # every second part is bytes that are no text
-            if i % 2 == 0:
-                ids += self._encode(part, "inside" if i else where)
-            else:
-                ids += map(self.byte_id, part.encode("utf-8", "surrogateescape"))
-        return ids
+        return self._encode(data.decode(), where)
 
     def _encode(self, text, where="first"):
         text = well_formed(text)
@@ -486,9 +470,7 @@ class Tokenizer:
     def byte_id(self, byte):
         token = f"<0x{byte:02X}>" if self.kind == "pieces" else bytes([byte])
         if token not in self.vocab:
-            raise UserError(
-                f"byte {byte:#04x} is no UTF-8 text, and this tokenizer has no tokens for bytes"
-            )
+            raise UserError(f"this vocabulary has no token for the byte {byte:#04x}")
         return self.vocab[token]
 
     @functools.cached_property
@@ -545,21 +527,7 @@ class Tokenizer:
         pairs = chain.from_iterable(halves(token, self.vocab) for token in unreached)
         return all(pair in merges for pair in pairs)
 
-    # -- encoding of files in parts
-
-    def encode_corpus(self, paths, processes=None):
-        """All ids of the files as one array of `dtype`, each file's as encode_bytes has them.
-
-        Blocks of the files are encoded in parallel processes."""
-        _ = self.fast  # built here once, not in every process
-        blocks = blocks_of(paths, BLOCK if self.cuts else sys.maxsize)
-        encoded = in_processes(self._encode_block, blocks, processes)
-        return np.concatenate([np.zeros(0, self.dtype), *encoded])
-
-    def _encode_block(self, block: tuple[str, int, int]):
-        _, start, _ = block
-        data = read_block(block, self.cuts)
-        return np.array(self.encode_bytes(data, "inside" if start else "first"), self.dtype)
+    # -- ids in files
 
     @property
     def dtype(self):
@@ -567,7 +535,7 @@ class Tokenizer:
 
     @functools.cached_property
     def cuts(self):
-        """Regular expressions for common.border: where a file may be cut without changing any id.
+        """Regular expressions for corpora.border: where a file may be cut without changing any id.
 
         () if that is not certain: for unknown patterns, or if an added token is cut."""
         cuts = BETWEEN_CHUNKS
@@ -591,7 +559,7 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strip_space else text
 
     def decode_bytes(self, ids, skip_special=True):
-        """ids -> the bytes that encode_bytes was given (for pieces, after the space they add)."""
+        """ids -> the bytes of their text (for pieces, after the space that they add)."""
         table = self._bytes if skip_special else self._shown
         ids = list(ids)
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
@@ -687,7 +655,7 @@ class Tokenizer:
             self.unknown,
             sorted((rank, *pair) for pair, (rank, _) in self.merges.items()),
         ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return sha256(json.dumps(parts).encode())
 
 
 class Stream:
@@ -765,30 +733,48 @@ def check_lengths(tokens):
 # ---- The commands.
 
 
-def train_command(args):
-    from training.corpora import expand, plain_texts
+@dataclass
+class LearnArgs:
+    data: tuple = ("data/wikitext-2",)  # files of text or of records with a text, folders, globs
+    vocab_size: int = 10_000  # ids, with bytes and special tokens
+    pattern: str = "gpt4"  # gpt2, gpt4, llama3, qwen2, tekken, or a regular expression
+    special_tokens: tuple = tuple(SPECIAL_TOKENS)  # they get the first ids
+    processes: int = 0  # to split text in; 0 is one per usable CPU
+    out: str = "runs/tokenizer"  # folder to write
 
+
+def train_command(argv):
+    """Learn a byte-level BPE vocabulary."""
+    from training.corpora import expand
+
+    args = LearnArgs(**parse_flags(LearnArgs, train_command.__doc__, argv))
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        files = plain_texts(expand(args.data), folder)
-        size = sum(file.stat().st_size for file in files)
-        tokenizer = Tokenizer.train(
-            files=files,
-            vocab_size=args.vocab_size,
-            pattern=args.pattern,
-            special_tokens=args.special_tokens,
-            processes=args.processes,
-        )
+    files = expand(args.data)
+    tokenizer = Tokenizer.train(
+        files=files,
+        vocab_size=args.vocab_size,
+        pattern=args.pattern,
+        special_tokens=args.special_tokens,
+        processes=args.processes,
+    )
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start
-    megabytes = size / 1e6
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
     print(
         f"{tokenizer.vocab_size:,} ids from {megabytes:.1f} MB in {seconds:.2f} s "
         f"({megabytes / seconds:.1f} MB/s) -> {args.out}, sha256 {tokenizer.sha256[:12]}"
     )
 
 
-def show_command(args):
+@dataclass
+class ShowArgs:
+    text: str = ""  # what to encode
+    tokenizer: str = "runs/tokenizer"  # folder or file
+
+
+def show_command(argv):
+    """Print a text's tokens, coloured, and their ids."""
+    args = ShowArgs(**parse_flags(ShowArgs, show_command.__doc__, argv, ("text",)))
     tokenizer = Tokenizer.load(args.tokenizer)
     text = well_formed(args.text)
     ids = tokenizer.encode(text)
@@ -799,49 +785,36 @@ def show_command(args):
     print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
 
 
-def compare_command(args):
-    from training.corpora import expand, plain_texts
+@dataclass
+class CompareArgs:
+    tokenizers: tuple = ()  # folders or files
+    data: tuple = ("data/wikitext-2",)  # as for train
 
+
+def compare_command(argv):
+    """Bytes per token, and speed, of several tokenizers on one text."""
+    from training.corpora import expand, text_parts
+
+    doc = compare_command.__doc__
+    args = CompareArgs(**parse_flags(CompareArgs, doc, argv, ("tokenizers",)))
     files = expand(args.data)
-    with tempfile.TemporaryDirectory() as folder:
-        data = b"".join(file.read_bytes() for file in plain_texts(files, folder))
-    print(f"{len(data):,} bytes of {', '.join(map(str, files))}\n")
+    text = b"".join(text_parts(files, ())).decode("utf-8", "replace")
+    size = len(text.encode())
+    print(f"{size:,} bytes of {', '.join(map(str, files))}\n")
     print("| tokenizer | ids | tokens | bytes per token | MB/s |\n|---|---|---|---|---|")
     for path in args.tokenizers:
         tokenizer = Tokenizer.load(path)
         tokenizer.encode("warm up")
         start = time.perf_counter()
-        n = len(tokenizer.encode_bytes(data))
-        speed = len(data) / 1e6 / (time.perf_counter() - start)
-        ratio = len(data) / max(1, n)
+        n = len(tokenizer.encode(text))
+        speed = size / 1e6 / (time.perf_counter() - start)
+        ratio = size / max(1, n)
         print(f"| {path} | {tokenizer.vocab_size:,} | {n:,} | {ratio:.3f} | {speed:.1f} |")
 
 
 def main():
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|show|compare")
-
-    def command(name, run, about):
-        made = commands.add_parser(name, help=about)
-        made.set_defaults(run=run)
-        return made.add_argument
-
-    data = "files of text or of records with a text, folders of them, or globs"
-    add = command("train", train_command, "learn a byte-level BPE vocabulary")
-    add("--data", nargs="+", default=["data/wikitext-2"], help=data)
-    add("--vocab-size", type=int, default=10_000, help="ids, with bytes and special tokens")
-    add("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)}, or a regular expression")
-    add("--special-tokens", nargs="*", default=SPECIAL_TOKENS, help="they get the first ids")
-    add("--processes", type=int, help="to split text in; default: one per usable CPU")
-    add("--out", default="runs/tokenizer", help="folder to write")
-    add = command("show", show_command, "print a text's tokens, coloured, and their ids")
-    add("text")
-    add("--tokenizer", default="runs/tokenizer", help="folder or file")
-    add = command("compare", compare_command, "bytes per token of several tokenizers on one text")
-    add("tokenizers", nargs="+", help="folders or files")
-    add("--data", nargs="+", required=True, help=data)
-    args = parser.parse_args()
-    args.run(args)
+    commands = {"train": train_command, "show": show_command, "compare": compare_command}
+    run_command(__doc__, commands)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def open_corpus(args, source):
         tok = Tokenizer.load(args.data if source == "char" else source)
         splits = open_shards(args.data, tok.sha256)
         return tok, splits["train"], splits["val"]
-    text, _ = read_text(args.data)
+    text = read_text(args.data)
     tok = Tokenizer.char(text) if source == "char" else Tokenizer.load(source)
     if tok.bos_id is not None:
         print(
@@ -277,7 +277,7 @@ def open_scored_text(args, tok):
             raise UserError(f"{args.data}: no split {args.split!r}, only {', '.join(splits)}")
         split = splits[args.split]
         return split, split.counts["bytes"], split.counts["words"] + split.counts["lines"]
-    text, _ = read_text(args.data)
+    text = read_text(args.data)
     words = len(text.split()) + text.count("\n")
     return Split([text_ids(text, tok)]), len(text.encode()), words
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import within
+from safetensors.numpy import load_file, save_file
 
 import data
 from common import UserError
@@ -42,12 +43,7 @@ def corpus(tmp_path, monkeypatch):
 def make_shards(files, tok, out, separator=None, **options):
     """data.make_shards with the documents that its command gives it."""
 
-    def parts(paths, bad):
-        return documents(paths, tok.cuts, separator, bad=bad)
-
-    pattern = separator and separator.pattern.decode()
-    how = {"field": "text", "skip_bad": False, "separator": pattern}
-    return data.make_shards(files, tok, out, parts, how, **options)
+    return data.make_shards(files, tok, out, documents, {"separator": separator}, **options)
 
 
 def contents(folder):
@@ -106,7 +102,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(corpus, tmp_path, monkey
         put = data.write_atomic
 
         def die(path, write):
-            if Path(path).name == "train-00002.bin":
+            if Path(path).name == "train-00002.safetensors":
                 Path(f"{path}.{os.getpid()}.tmp").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
             put(path, write)
@@ -118,10 +114,10 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(corpus, tmp_path, monkey
     assert any(name.endswith(".tmp") for name in contents(tmp_path / "killed"))
     with pytest.raises(UserError, match="unfinished"):
         open_shards(tmp_path / "killed")
-    kept = (tmp_path / "killed" / "train-00001.bin").stat().st_mtime_ns
+    kept = (tmp_path / "killed" / "train-00001.safetensors").stat().st_mtime_ns
     make_shards(files, tok, tmp_path / "killed", processes=2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert (tmp_path / "killed" / "train-00001.bin").stat().st_mtime_ns == kept
+    assert (tmp_path / "killed" / "train-00001.safetensors").stat().st_mtime_ns == kept
     capsys.readouterr()
     make_shards(files, tok, tmp_path / "killed")
     assert "all there already" in capsys.readouterr().out
@@ -132,11 +128,11 @@ def test_a_full_disk_while_sharding_keeps_what_is_finished(corpus, tmp_path, ful
     make_shards(files, tok, tmp_path / "whole", processes=1)
     tok.save(tmp_path / "out")
     tok.save = lambda folder: None  # the tokenizer's files are larger than the shards
-    limit = (tmp_path / "whole" / "train-00000.bin").stat().st_size - 8
+    limit = (tmp_path / "whole" / "train-00000.safetensors").stat().st_size - 8
     with (
         full_disk(limit),
         pytest.raises(
-            UserError, match=r"train-0000\d.bin: File too large \(.* free there\); finished"
+            UserError, match=r"train-0000\d.safetensors: File too large \(.* free there\); finished"
         ),
     ):
         make_shards(files, tok, tmp_path / "out", processes=1)
@@ -159,35 +155,31 @@ def test_shards_of_another_job_are_not_mixed_in(corpus, tmp_path):
         make_shards(files, tok, tmp_path / "out", processes=1)
 
 
+def with_arrays(path, **changes):
+    """The shard with some of its arrays replaced."""
+    save_file(load_file(path) | {name: np.array(value) for name, value in changes.items()}, path)
+
+
 @pytest.mark.parametrize(
     "break_it, words",
     [
-        (
-            lambda p: p.write_bytes(b"PK\x03\x04" + p.read_bytes()[4:]),
-            r"not a shard of tokens, it begins with b'PK",
-        ),
-        (lambda p: p.write_bytes(b""), "not a shard of tokens"),
-        (
-            lambda p: p.write_bytes(p.read_bytes()[:8] + b"\x09" + p.read_bytes()[9:]),
-            "format version 9.*reads version 1",
-        ),
-        (
-            lambda p: p.write_bytes(p.read_bytes()[:-8]),
-            r"[\d,]+ bytes, but its header says [\d,]+; delete it",
-        ),
-        (lambda p: p.unlink(), "train-00001.bin of .* train shards missing"),
-        (
-            lambda p: p.write_bytes(p.read_bytes()[:-8] + b"\xff" * 8),
-            "damaged, its document starts are out of order",
-        ),
+        (lambda p: p.write_bytes(b"PK\x03\x04" + p.read_bytes()[4:]), "not a readable safetensors"),
+        (lambda p: p.write_bytes(b""), "not a readable safetensors"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-8]), "not a readable safetensors"),
+        (lambda p: p.unlink(), "train-00001.safetensors of .* train shards missing"),
+        (lambda p: with_arrays(p, starts=[5, 0]), "damaged, its documents or ids"),
+        (lambda p: with_arrays(p, starts=[0, 10**6]), "damaged, its documents or ids"),
+        (lambda p: with_arrays(p, ids=[0.5]), "damaged, its documents or ids"),
+        (lambda p: with_arrays(p, starts=[]), "is not a train-00001.safetensors"),
+        (lambda p: save_file({"ids": np.zeros(3)}, p), "is not a train-00001.safetensors"),
     ],
 )
 def test_unusable_shards_are_refused(corpus, tmp_path, break_it, words):
     files, tok = corpus
     make_shards(files, tok, tmp_path, processes=1)
-    break_it(tmp_path / "train-00001.bin")
-    with pytest.raises(UserError, match=words):
-        _ = open_shards(tmp_path, tok.sha256)["train"].documents
+    break_it(tmp_path / "train-00001.safetensors")
+    with pytest.raises(UserError, match=f"train-00001.*{words}|{words}"):
+        open_shards(tmp_path, tok.sha256)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +210,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="no shards here"):
         open_shards(tmp_path / "nothing")
     (tmp_path / "meta.json").write_text('{"complete": true}')
-    with pytest.raises(UserError, match="not that of shards of version 1"):
+    with pytest.raises(UserError, match="not that of shards of version 2"):
         open_shards(tmp_path)
 
 
@@ -249,6 +241,23 @@ def test_only_the_first_part_of_a_document_gets_the_space_that_sentencepiece_put
     check_long_document(
         Tokenizer.load(data_dir / "stories260K" / "tokenizer.model"), tmp_path, monkeypatch
     )
+
+
+def test_a_document_that_would_fill_two_shards_is_cut_so_that_each_fits_into_memory(
+    corpus, tmp_path
+):
+    _, tok = corpus
+    text = "".join(TEXTS)
+    (tmp_path / "x.txt").write_text(text)
+    (tmp_path / "v.txt").write_text("short")
+    files = {"train": [tmp_path / "x.txt"], "val": [tmp_path / "v.txt"]}
+    make_shards(files, tok, tmp_path / "out", processes=1)
+    split = open_shards(tmp_path / "out")["train"]
+    stored = token_documents(split)
+    assert 1 < len(stored) == len(split.tokens)
+    texts = [tok.decode(ids, skip_special=True) for ids in stored]
+    assert "".join(texts) == text
+    assert max(map(len, texts)) < 2 * data.SHARD_BYTES + 3 * data.BLOCK
 
 
 def test_one_document_cannot_be_split_by_documents(tmp_path):

@@ -139,7 +139,7 @@ def test_transformers_opens_what_we_save(tmp_path):
 
 def test_transformers_opens_a_character_tokenizer(tmp_path):
     text = "First Citizen:\nBefore we proceed any further, hear me speak. Zürich 日本 🙂 ▁"
-    ours = Tokenizer.char(text, ["<EOS>"])
+    ours = Tokenizer.char(text).with_special(["<EOS>"])
     ours.save(tmp_path)
     for part in (text, " h\n\n"):
         assert transformers_ids(tmp_path)(part) == ours.encode(part)

@@ -97,7 +97,7 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("LLM_DATA_DIR", raising=False)
-        toybox.write_toybox("data/toybox", "", 0, 30_000, 120, 40, 40)
+        toybox.write_toybox("data/toybox", "", 30_000, 120, 40, 40)
         text = Path("data/toybox/text.txt").read_text()
         article = "".join(
             f" \n = Title {i} = \n \n {' '.join(rng.sample(text.split(), 60))} \n"

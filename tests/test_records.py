@@ -360,9 +360,8 @@ def test_a_file_means_the_same_to_every_command(name, how, tmp_path, engine):
     assert [row["id"] for row in rows] == ["a", "b"] and all("answers" in row for row in rows)
     path = write_rows(tmp_path / name, [{"text": ODD, "n": 1}, {"text": "two", "n": 2}], how)
     assert [text.decode() for text, _, _ in corpora.documents([path], ())] == [ODD, "two"]
-    assert corpora.read_text(str(path))[0] == f"{ODD}\ntwo"
-    [plain] = corpora.plain_texts([path], tmp_path)
-    assert plain.read_text(encoding="utf-8") == f"{ODD}\ntwo\n"
+    assert corpora.read_text(str(path)) == f"{ODD}\ntwo"
+    assert b"".join(corpora.text_parts([path], ())).decode() == f"{ODD}\ntwo\n"
     if "." in name and name != "x.dat":
         assert corpora.expand([str(tmp_path)])[-1].name.lower() == name.lower() or "out" in name
 
@@ -373,13 +372,11 @@ def test_a_text_may_be_gzip_or_begin_with_a_bom_and_look_like_anything(tmp_path)
     (tmp_path / "z.txt").write_bytes(b"one")
     paths = [tmp_path / name for name in ("x.txt", "y.txt", "z.txt")]
     for path in paths:
-        assert corpora.read_text(str(path))[0] == "one"
-    plain = corpora.plain_texts(paths, tmp_path)
-    assert [path.read_text().strip() for path in plain] == ["one"] * 3
-    assert plain[2] == paths[2]
+        assert corpora.read_text(str(path)) == "one"
+    assert list(corpora.text_parts(paths, ())) == [b"one"] * 3
     for name, text in (("a.txt", '{"text": "x"}'), ("a", "[Enter Hamlet]"), ("a.md", "{ x }")):
         (tmp_path / name).write_text(text)
-        assert corpora.read_text(str(tmp_path / name))[0] == text
+        assert corpora.read_text(str(tmp_path / name)) == text
 
 
 @pytest.mark.parametrize(

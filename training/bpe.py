@@ -2,13 +2,14 @@
 
     python tokenizer.py train --data corpus.txt --vocab-size 10000 --out runs/tokenizer    # runs it
 
-Two steps. First every distinct chunk (about: word) is counted, over blocks of the files in several
+Two steps. First every distinct chunk (about: word) is counted, over parts of the files in several
 processes. Then the chunks lie end to end in flat arrays, and many merges are done at once.
 """
 
 import functools
 import heapq
 import io
+import os
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -18,60 +19,63 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from common import BLOCK, blocks_of, in_processes, read_block, usable_cpus, well_formed
+from common import BLOCK, in_processes, usable_cpus, well_formed
 from tokenizer import BETWEEN_CHUNKS, BYTES, PATTERNS, splitter
+from training.corpora import text_parts
 
 # ---- Counting chunks.
 
 
 def count_chunks(texts, paths, pattern, processes=None):
-    """Counter of the chunks of texts and of files."""
-    blocks = blocks_of(paths, BLOCK)
+    """Counter of the chunks of texts, and of files, each line of which is a text, as in HF
+    tokenizers."""
+    size = sum(map(os.path.getsize, paths))
     n_jobs = 4 * (processes or usable_cpus())
-    group = min(16, len(blocks) // n_jobs + 1)  # blocks a job: few, so that Counters stay small
-    jobs = [blocks[i : i + group] for i in range(0, len(blocks), group)]
+    most = min(16 * BLOCK, size // n_jobs)  # in a job: few jobs, so that Counters stay small
+    of_files = batches(text_parts(paths, (rb"\n", BETWEEN_CHUNKS)), max(BLOCK, most))
+    jobs = chain(of_files, batches(parts_of_texts(texts, pattern), BLOCK))
     count = functools.partial(count_job, pattern=pattern)
-    counters = in_processes(count, chain(jobs, text_batches(texts, pattern)), processes)
+    counters = in_processes(count, jobs, processes)
     total = Counter()
-    for counter in tqdm(counters, "counting chunks", len(jobs) or None, unit="job", disable=None):
+    for counter in tqdm(counters, "counting chunks", unit="job", disable=None):
         total.update(counter)
     return total
 
 
-def text_batches(texts, pattern):
-    """Lists of texts, about a BLOCK of characters in each; a longer text is cut into parts, if the
-    pattern is one of ours, for which a letter before a space always ends a chunk."""
-    known = pattern in PATTERNS.values()
-    parts = re.compile(rf"(?s).{{{BLOCK},}}?[a-zA-Z](?= )|.+" if known else "(?s).+")
-    batch, size = [], 0
-    for text in texts:
-        for part in parts.finditer(well_formed(text)):
-            batch.append(part[0])
-            size += len(part[0])
-            if size > BLOCK:
-                yield batch
-                batch, size = [], 0
+def batches(parts, size):
+    """Lists of parts that are `size` long together, or a little more."""
+    batch = []
+    held = 0
+    for part in parts:
+        batch.append(part)
+        held += len(part)
+        if held >= size:
+            yield batch
+            batch = []
+            held = 0
     if batch:
         yield batch
 
 
+def parts_of_texts(texts, pattern):
+    """The texts; a long one in parts of about a BLOCK of characters, if the pattern is one of ours,
+    for which a letter before a space always ends a chunk."""
+    known = pattern in PATTERNS.values()
+    parts = re.compile(rf"(?s).{{{BLOCK},}}?[a-zA-Z](?= )|.+" if known else "(?s).+")
+    for text in texts:
+        for part in parts.finditer(well_formed(text)):
+            yield part[0]
+
+
 def count_job(job, pattern):
-    """Counter of the chunks of a job: a list of texts, or of blocks (path, start, end)."""
-    if isinstance(job[0], str):
-        parts = [job]
-    else:
-        parts = map(lines_of_block, job)  # line by line, as HF tokenizers does
-    counts = Counter()
-    for texts in parts:
-        in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))
-        others = map(splitter(pattern), filterfalse(str.isascii, texts))
-        counts.update(chain.from_iterable(chain(in_ascii, others)))
-    return counts
-
-
-def lines_of_block(block):
-    data = read_block(block, (rb"\n", BETWEEN_CHUNKS))
-    return list(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="\n"))
+    """Counter of the chunks of a job: a list of texts, or of parts of files, which are bytes."""
+    texts = job
+    if not isinstance(job[0], str):
+        text = b"".join(job).decode("utf-8", "surrogateescape")
+        texts = list(io.StringIO(text, newline="\n"))  # lines
+    in_ascii = map(ascii_splitter(pattern), filter(str.isascii, texts))
+    others = map(splitter(pattern), filterfalse(str.isascii, texts))
+    return Counter(chain.from_iterable(chain(in_ascii, others)))
 
 
 @functools.lru_cache

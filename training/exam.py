@@ -229,7 +229,7 @@ def write_marks(out, names, marks, questions, command):
     ]
     write_page(out, blocks)
     chat.write_records(out / "answers.jsonl", rows)
-    log_scores(out / "metrics.jsonl", marks[0])
+    log_scores(out, marks[0])
     for what, count, *cells in scores:
         print(f"{what:36s}{count:>7s}  " + "  ".join(f"{cell:28s}" for cell in cells))
     print(f"wrote    {out}/report.md, answers.jsonl, metrics.jsonl")
@@ -248,12 +248,7 @@ def score_rows(marks):
     return rows
 
 
-def log_scores(path, marks):
-    """Append the scores to metrics.jsonl, at the step where the training that it tells of ended."""
-    rows = [{"step": 0, "seconds": 0.0}]
-    if path.is_file():
-        rows += Metrics.read(path)
-    values = {what: k / n for what, (k, n) in marks.scores.items()}
-    row = {"step": rows[-1]["step"], "seconds": rows[-1]["seconds"], "eval": values}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def log_scores(out, marks):
+    """Add the scores to metrics.jsonl, at the step where the training that it tells of ended."""
+    metrics = Metrics(out, math.inf)
+    metrics.log(metrics.step, eval={what: k / n for what, (k, n) in marks.scores.items()})

@@ -284,7 +284,7 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     )
     if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
         halve_until_a_pass_fits(run)
-    run.step_model = compile_or_say_why(step_model, runtime, lambda it: trial_of_both(run, it))
+    run.step_model = compile_or_say_why(step_model, runtime, lambda model: try_pass(run, model))
     if state:
         restore_run(run, checkpoint, state)
     elif rank:
@@ -297,27 +297,22 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
     return run
 
 
-def trial_loss(run, model):
-    """The loss of one pass of full rows, as the loop makes it."""
+def try_pass(run, model):
+    """A pass of full rows as the loop makes it, forward and backward, then the forward of an
+    evaluation, so that none in the middle of a run can fail. No gradients remain."""
     plan = run.batches.plan(0)
     batch = run.batches.split.fill([plan.row(r) for r in range(run.rows)], run.args.context)
-    with run.runtime.autocast():
-        return run.loss(model, moved(batch, run.runtime.device), run.args)
+    batch = moved(batch, run.runtime.device)
 
+    def loss():
+        with run.runtime.autocast():
+            return run.loss(model, batch, run.args)
 
-def trial_pass(run, model):
-    """A pass, forward and backward; no gradients remain."""
-    trial_loss(run, model).backward()
+    loss().backward()
     run.optimizer.zero_grad()
-
-
-def trial_of_both(run, model):
-    """What gets compiled, so that no evaluation in the middle of a run can fail: a pass, and the
-    forward of an evaluation."""
-    trial_pass(run, model)
     model.eval()
     with torch.no_grad():
-        trial_loss(run, model)
+        loss()
     model.train()
 
 
@@ -330,7 +325,7 @@ def halve_until_a_pass_fits(run):
     while True:
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
-                trial_pass(run, run.step_model)
+                try_pass(run, run.step_model)
                 break
         except RuntimeError as error:  # FlexAttention's backward is compiled on its first use
             if not run.model.config.flex:
@@ -473,8 +468,7 @@ def update(run, step):
     if run.scaler.on:  # the next step needs its scale
         count_found(run)
     factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
-    run.optimizer.set_lr(factor)
-    run.optimizer.step()
+    run.optimizer.step(factor)
     return dict(lr=factor, grad_norm=norm)
 
 

@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for everything else; loss scale, guard and schedule.
 
 optimizer = MuonAdamW(model, muon_lr=0.02, adam_lr=0.004)
-optimizer.set_lr(schedule(step, total)); optimizer.step()
+optimizer.step(schedule(step, total))
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from training.ranks import gather, is_sharded, local, own_rows
 
 
 # ---------------------------------------------------------------------------------------- the rules
-def orthogonalize(G, steps=5):
+def orthogonalize(G):
     """The nearest semi-orthogonal matrix to each of G (N, R, C), roughly.
 
     U V^T of its singular value decomposition, with singular values in 0.7..1.2 in place of 1: a
@@ -27,7 +27,7 @@ def orthogonalize(G, steps=5):
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
     X = X.mT if tall else X  # so that X X^T is the small Gram matrix
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT  # (N, R, R)
         X = a * X + (b * A + c * A @ A) @ X
     X = X.mT if tall else X
@@ -59,7 +59,12 @@ def muon_step(params, grads, momentums, lr, momentum, weight_decay):
     torch._foreach_add_(weights, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
-def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay):
+# AdamW's: betas as is usual for language models, and an epsilon below their smallest gradients.
+BETA1, BETA2 = 0.9, 0.95
+EPS = 1e-10
+
+
+def adamw_step(params, grads, means, squares, step, lr, weight_decay):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2); `step` t counts from 1.
 
     m <- b1 m + (1 - b1) g
@@ -68,21 +73,21 @@ def adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay
 
     On a GPU this is one kernel of torch's over all tensors."""
     if params[0].is_cuda:
-        return fused_adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay)
-    torch._foreach_lerp_(means, grads, 1 - betas[0])
-    torch._foreach_mul_(squares, betas[1])
-    torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
-    denominators = torch._foreach_div(squares, 1 - betas[1] ** step)
+        return fused_adamw_step(params, grads, means, squares, step, lr, weight_decay)
+    torch._foreach_lerp_(means, grads, 1 - BETA1)
+    torch._foreach_mul_(squares, BETA2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - BETA2)
+    denominators = torch._foreach_div(squares, 1 - BETA2**step)
     torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_add_(denominators, EPS)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - betas[0] ** step))
+    torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - BETA1**step))
 
 
-def fused_adamw_step(params, grads, means, squares, step, lr, betas, eps, weight_decay):
+def fused_adamw_step(params, grads, means, squares, step, lr, weight_decay):
     """The same; adamw_step is its plain twin."""
     steps = [torch.full((), float(step), device=params[0].device)] * len(params)
-    settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+    settings = dict(lr=lr, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=weight_decay)
     never = dict(amsgrad=False, maximize=False)
     torch._fused_adamw_(params, grads, means, squares, [], steps, **settings, **never)
 
@@ -183,9 +188,6 @@ def packed_together(params):
 
 
 # ------------------------------------------------------------------------------------ the optimizer
-BETAS = (0.9, 0.95)  # AdamW's, as is usual for language models
-
-
 class MuonAdamW:
     """One optimizer, two rules: Muon for the layers' matrices, AdamW for all other parameters.
 
@@ -200,14 +202,11 @@ class MuonAdamW:
         adam_lr=0.004,
         weight_decay=0.0,
         momentum=0.95,
-        eps=1e-10,
         kind="muon",
         embed_lr=0.0,
         average=0.0,
     ):
         self.momentum = momentum
-        self.eps = eps
-        self.factor = 0.0  # of the learning rates, as the schedule says
         self.steps = 0
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.state = {}  # {parameter: {name: tensor}}
@@ -239,18 +238,14 @@ class MuonAdamW:
         self.average = average
         self.means = {p: local(p).detach().clone() for p in self.names if average}
 
-    def set_lr(self, factor):
-        """The next steps take the groups' learning rates times this."""
-        self.factor = factor
-
     def zero_grad(self):
         """Drop all gradients."""
         for p in self.state:
             p.grad = None
 
     @torch.no_grad()
-    def step(self):
-        """Move all parameters that have a gradient."""
+    def step(self, factor=1.0):
+        """Move all parameters that have a gradient, at the learning rates times `factor`."""
         self.steps += 1
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -258,9 +253,9 @@ class MuonAdamW:
                 continue
             grads = [local(p.grad) for p in params]
             states = [self.state[p] for p in params]
-            lr = group["lr"] * self.factor
+            lr = group["lr"] * factor
             decay = group["weight_decay"]
-            settings = self.steps, lr, BETAS, self.eps, decay
+            settings = self.steps, lr, decay
             if group["rule"] == "muon":
                 momentums = [state["momentum"] for state in states]
                 muon_step(params, grads, momentums, lr, self.momentum, decay)

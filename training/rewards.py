@@ -182,8 +182,7 @@ def load_questions(args, tok, rewards):
     else:
         numbers, held = hold_out(0.05, range(len(train.prompts)))
         train, val = train.part(numbers), train.part(held)
-    for name, found in (("training", train), ("validation", val)):
-        least = args.batch if name == "training" else 1
+    for name, found, least in (("training", train, args.batch), ("validation", val, 1)):
         if len(found.prompts) < least:
             raise UserError(f"{len(found.prompts)} questions for {name}; --batch needs {least}")
     return train, val

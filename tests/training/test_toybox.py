@@ -46,7 +46,7 @@ def contents(split, count=6000):
 def test_same_seed_same_world_and_another_seed_another_one():
     for split in WORLD_SPLITS:
         for make in (conversations, preferences):
-            first, again, other = (list(make(split, 60, seed)) for seed in (3, 3, 4))
+            first, again, other = (list(make(split, 60, seed=n)) for n in (3, 3, 4))
             assert first == again != other
     assert toybox.world_text(5000, 1) == toybox.world_text(5000, 1) != toybox.world_text(5000, 2)
 
@@ -76,9 +76,9 @@ def test_the_world_does_not_depend_on_the_hash_seed_of_python():
 
 def test_the_published_figures_world_is_still_the_same_to_the_byte():
     made = [
-        [*conversations("train", 3000, 5)],
+        [*conversations("train", 3000, seed=5)],
         [*conversations("val", 500, families=["ends"])],
-        [*preferences("test", 2000, 9)],
+        [*preferences("test", 2000, seed=9)],
         [[[*key], value] for key, value in toybox.FACTS.items()],
         toybox.world_text(50000, 3),
     ]
