@@ -20,7 +20,17 @@ from itertools import accumulate, compress, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, UserError, cli, json_records, parse_json, sha256, well_formed, write_text
+from common import (
+    UserError,
+    cli,
+    json_records,
+    parse_flags,
+    parse_json,
+    run_command,
+    sha256,
+    well_formed,
+    write_text,
+)
 
 CHAT_ROLES = "system user assistant tool".split()
 RESUME = "\ufdd3"  # a noncharacter, behind the text that an answer goes on from
@@ -864,10 +874,19 @@ def printable(text):
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
-def show_conversations(args):
+@dataclass
+class PaintArgs:
+    file: str = ""  # {messages}, ShareGPT, Alpaca, {prompt, completion}, {question, answer}, ...
+    tokenizer: str = "runs/tokenizer"  # a model folder or tokenizer file
+    limit: int = 10  # how many conversations
+    ignore_keys: str = ""  # KEY,KEY: leave these keys out
+
+
+def paint_command(argv):
     """Print conversations as they are trained on, and the share that is in the loss."""
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
 
+    args = PaintArgs(**parse_flags(PaintArgs, paint_command.__doc__, argv, ("file",)))
     if args.limit < 1:
         raise UserError(f"--limit {args.limit}: show at least 1 conversation")
     tok = Tokenizer.load(args.tokenizer)
@@ -880,11 +899,20 @@ def show_conversations(args):
         print(f"{times} {what}")
 
 
-def convert_records(args):
+@dataclass
+class ConvertArgs:
+    files: tuple = ()  # {messages}, ShareGPT, Alpaca, {prompt, completion}, ...: any layout
+    out: str = "data/chats"  # the folder to write
+    split: str = "85/5/10"  # shares of train, val, test
+    ignore_keys: str = ""  # KEY,KEY: leave these keys out
+
+
+def convert_command(argv):
     """Records of any layout -> DIR/{train,val,test}.jsonl of {messages}.
 
     What comes before the last answer decides, by its hash, where a record goes: the same question
     is never in two splits, and more records move none."""
+    args = ConvertArgs(**parse_flags(ConvertArgs, convert_command.__doc__, argv, ("files",)))
     shares = re.fullmatch(r"(\d+)/(\d+)/(\d+)", args.split)
     bounds = list(accumulate(map(int, shares.groups()))) if shares else [0]
     if not bounds[-1]:
@@ -907,22 +935,7 @@ def convert_records(args):
 
 
 def main():
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="show|convert")
-    show = commands.add_parser("show", help="print conversations as they are trained on")
-    show.add_argument("file", help=LAYOUTS)
-    show.add_argument("--tokenizer", required=True, help="a model folder or tokenizer file")
-    show.add_argument("--limit", type=int, default=10, help="how many conversations [10]")
-    show.set_defaults(run=show_conversations)
-    convert = commands.add_parser("convert", help="to train.jsonl, val.jsonl, test.jsonl")
-    convert.add_argument("files", nargs="+", help=LAYOUTS)
-    convert.add_argument("--out", required=True, help="the folder to write")
-    convert.add_argument("--split", default="85/5/10", help="shares of train, val, test [85/5/10]")
-    convert.set_defaults(run=convert_records)
-    for command in (show, convert):
-        command.add_argument("--ignore-keys", default="", help="KEY,KEY: leave these keys out")
-    args = parser.parse_args()
-    args.run(args)
+    run_command(__doc__, {"show": paint_command, "convert": convert_command})
 
 
 if __name__ == "__main__":

@@ -409,17 +409,15 @@ def test_half_a_surrogate_pair_in_a_file_is_a_replacement_character(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(line % (text, text) + "\n" for text in said))
     assert [talk for _, talk, _ in chat.read_records(path)] == [say(m, m) for m in meant]
-    options = SimpleNamespace(files=[path], out=tmp_path, split="1/0/0", ignore_keys="")
     with contextlib.redirect_stdout(io.StringIO()):
-        chat.convert_records(options)
+        chat.convert_command([str(path), "--out", str(tmp_path), "--split", "1/0/0"])
     assert list(chat.read_records(tmp_path / "train.jsonl")) == list(chat.read_records(path))
 
 
 def test_what_parquet_has_and_json_has_not_is_written_as_text(tmp_path):
     row = {"messages": say("q", "a"), "timestamp": datetime(2026, 1, 2)}
     path = write_rows(tmp_path / "x.parquet", [row], "parquet")
-    options = SimpleNamespace(files=[path], out=tmp_path, split="1/0/0", ignore_keys="")
-    chat.convert_records(options)
+    chat.convert_command([str(path), "--out", str(tmp_path), "--split", "1/0/0"])
     [(record, _, _)] = chat.read_records(tmp_path / "train.jsonl")
     assert record["timestamp"] == "2026-01-02 00:00:00"
 
