@@ -489,9 +489,6 @@ CHAT_FORMATS = {
     "qwen3": Format(partial(qwen, think=True), IM, tools=True),
     "alpaca": Format(alpaca, alternates=True),
 }
-# The name people say means this variant here.
-CHAT_FORMATS["mistral"] = CHAT_FORMATS["mistral-v3"]
-CHAT_FORMATS["qwen"] = CHAT_FORMATS["qwen2.5"]
 
 
 def named_pieces(name, tok, chat):
@@ -499,9 +496,8 @@ def named_pieces(name, tok, chat):
     if name not in CHAT_FORMATS:
         raise UserError(f"unknown chat format {name!r}; there are {', '.join(CHAT_FORMATS)}")
     form = CHAT_FORMATS[name]
-    missing = [marker for marker in form.markers if marker not in tok.special]
-    if not chat.eos and not form.markers:
-        missing = ["EOS"]
+    needed = form.markers or [chat.eos or "EOS"]
+    missing = [marker for marker in needed if marker not in tok.special]
     if missing:
         raise UserError(
             f"chat format {name} needs the special token {', '.join(missing)}, "

@@ -239,7 +239,7 @@ def test_a_call_without_arguments_has_none(arguments):
     tok = Tok()
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     talk = [*say("q"), {"role": "assistant", "content": None, "tool_calls": [call]}]
-    [said] = supervised(tok, *chat.example(tok, talk, TOOLS, format="qwen"))
+    [said] = supervised(tok, *chat.example(tok, talk, TOOLS, format="qwen2.5"))
     assert '{"name": "f", "arguments": {}}' in said
 
 
@@ -247,10 +247,10 @@ def test_a_call_without_arguments_has_none(arguments):
 def test_arguments_that_are_no_object_are_refused(arguments):
     call = {"function": {"name": "f", "arguments": arguments}}
     with pytest.raises(UserError, match="arguments a JSON object"):
-        chat.render(Tok(), [{"role": "assistant", "tool_calls": [call]}], True, format="qwen")
+        chat.render(Tok(), [{"role": "assistant", "tool_calls": [call]}], True, format="qwen2.5")
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral"])
+@pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral-v3"])
 def test_training_refuses_a_format_that_loses_what_was_said(name):
     thinking = [*say("q"), {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
     with pytest.raises(UserError, match="loses the reasoning_content"):
