@@ -111,15 +111,6 @@ def quoted(keys):
     return ", ".join(repr(key)[:40] for key in list(keys)[:12])
 
 
-def yes_or_no(what, value):
-    """True, 1 or "true", False, 0 or "false" -> bool. UserError for anything else."""
-    meant = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    spelled = str(value).lower()
-    if spelled not in meant:
-        raise UserError(f"{what} is {value!r}, which is neither yes nor no: use 1 or 0")
-    return meant[spelled]
-
-
 def read_messages(messages):
     """Messages as people write them -> the same as read_message makes them."""
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -154,10 +145,12 @@ def read_message(i, message):
                 raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
             checked[key] = fields[key]
     speaks = role == "assistant"
-    learned = yes_or_no(f"{what}: weight", fields.get("weight", speaks))
-    if learned and not speaks:
+    weight = fields.get("weight", speaks)
+    if weight not in (0, 1):  # True and 1.0 are 1
+        raise UserError(f"{what}: weight is {weight!r}, which is neither yes nor no: use 1 or 0")
+    if weight and not speaks:
         raise UserError(f"{what}: only the assistant's turns are learned")
-    if speaks and not learned:
+    if speaks and not weight:
         checked["weight"] = 0
     return checked
 
