@@ -16,6 +16,7 @@ from common import UserError, cli, parse_flags  # isort: skip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import kernels
 from model import Transformer
@@ -674,21 +675,14 @@ def round_block(block, now, then, where, recipe):
             block.set_submodule(name, layer)
 
 
-def relative_change(states, originals):
-    """|states - originals|^2 / |originals|^2 over all batches."""
-    pairs = zip(states, originals)
-    change = sum(F.mse_loss(x, y, reduction="sum").item() for x, y in pairs)
-    return change / sum(y.square().sum().item() for y in originals)
-
-
 @torch.no_grad()
-def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **recipe):
+def gptq(model, batches, bits=4, group_size=128, act_order=False, **recipe):
     """Quantize a model's linear layers by GPTQ, in place -> the model.
 
     batches: a list of (B, T) int64 token ids, all of one T. Block after block: beside the model
     only one block's Hessians and the hidden states in front of it, with and without the rounding so
-    far, are alive. Further keywords: fields of Recipe. `log` gets a line a block. UserError: NaN, a
-    model that is quantized already.
+    far, are alive. Further keywords: fields of Recipe. UserError: NaN, a model that is quantized
+    already.
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
     if not 2 <= bits <= 8:
@@ -699,10 +693,9 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
         x, rope, (full, sliding) = model.start(ids.to(model.embed_tokens.weight.device))
         now.append(x)
     then = now.copy()
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(tqdm(model.layers, "gptq", disable=None)):
         mask = sliding if i in model.config.sliding_layers else full
         round_block(block, now, then, (rope, mask), recipe)
-        log(f"block {i:2d}: its output changes by {relative_change(now, then):.2e}")
     model.quantization = gptq_config(model, bits, group_size, recipe.sym, act_order)
     return model
 
