@@ -267,15 +267,14 @@ def summary_of(out, name, bad):
 
 def open_shards(folder, tokenizer_sha256=None):
     """{split: Split} of a folder of shards: ids are mapped, not read; the rest is checked."""
-    folder = Path(folder)
-    if not (folder / "meta.json").is_file():
+    path = Path(folder, "meta.json")
+    if not path.is_file():
         raise UserError(
             f"{folder}: no shards here (no meta.json); "
             f"python data.py FILE... --tokenizer T --out {folder}"
         )
-    meta = read_json(folder / "meta.json")
-    with naming(folder / "meta.json"):
-        return read_splits(folder, meta, tokenizer_sha256)
+    with naming(path):
+        return read_splits(path.parent, read_json(path), tokenizer_sha256)
 
 
 def read_splits(folder, meta, tokenizer_sha256):
@@ -542,6 +541,8 @@ class Batches:
     ranks with the same rows in all. A thread works `prefetch` batches ahead. For a CUDA `device`
     batches are in pinned memory."""
 
+    ahead: tuple  # (epoch, row) at which the next batch to be made begins
+
     def __init__(self, split, rows, context, seed, rank=0, world=1, device="cpu", prefetch=2):
         self.split = split
         self.rows = rows
@@ -603,7 +604,7 @@ class Batches:
         self.pool.shutdown(cancel_futures=True)
         self.pool = ThreadPoolExecutor(1)
         self.made = deque()
-        self.ahead = self.epoch, self.row  # where the next batch to be made begins
+        self.ahead = self.epoch, self.row
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -288,11 +288,8 @@ def check_grpo_args(args):
         raise UserError(f"unknown loss {args.loss!r}: use {', '.join(VARIANTS)}")
     if args.group < 2:
         raise UserError(f"--group {args.group}: an answer is judged against others; use at least 2")
-    if args.epochs < 1 or not args.reward_seconds > 0:
-        raise UserError(
-            f"--epochs {args.epochs} must be at least 1, "
-            f"--reward-seconds {args.reward_seconds} above 0"
-        )
+    if not args.epochs or not args.reward_seconds:
+        raise UserError("--epochs must be at least 1, --reward-seconds above 0")
     if args.shard:
         raise UserError("--shard: the engine needs the whole model on each rank; leave it out")
     finetune.tuned_tokenizer(args.model)  # whose answers end

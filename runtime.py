@@ -131,12 +131,9 @@ def best_compile(device):
 
 def compile_or_say_why(function, runtime, warm_up):
     """torch.compile(function), tried by warm_up(compiled); if that fails, why is printed and it
-    stays eager.
-
-    The trial leaves the random number generators as they were."""
+    stays eager."""
     if not runtime.compile:
         return function
-    before = rng_state()
     try:
         compiled = torch.compile(function, dynamic=False)
         warm_up(compiled)
@@ -144,8 +141,6 @@ def compile_or_say_why(function, runtime, warm_up):
     except Exception as error:  # whatever a compiler can trip over
         print(f"compile  failed, continuing without: {first_words(error)}")
         return function
-    finally:
-        set_rng_state(before)
 
 
 # --------------------------------------------------------------------------- what the device can do
@@ -225,35 +220,34 @@ def read_tensors(path):
 
 
 # ------------------------------------------------------------------------- random number generators
-def rng_state():
-    """torch's generators, on the CPU and every GPU: nothing in a training draws from any other."""
-    gpus = enumerate(torch.cuda.get_rng_state_all())
-    return {"torch": torch.get_rng_state()} | {f"cuda{i}": state for i, state in gpus}
+def fork_rng():
+    """Context: what draws random numbers inside changes none that are drawn after it."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
-def set_rng_state(state):
-    """The inverse of `rng_state`; a GPU that the state does not know goes on as it is."""
-    torch.set_rng_state(state["torch"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda{i}" in state:
-            torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+def rng_states(rank):
+    """The generators of every rank -> {rank.name: tensor}; all ranks must call it.
 
-
-def all_rng_states():
-    """The generators of every rank -> {rank.name: tensor}; all ranks must call it."""
-    states = [rng_state()]
+    They are torch's, on the CPU and every GPU: nothing in a training draws from any other."""
+    states = {f"{rank}.torch": torch.get_rng_state()}
+    for i, state in enumerate(torch.cuda.get_rng_state_all()):
+        states[f"{rank}.cuda{i}"] = state
     if dist.is_initialized():
-        states *= dist.get_world_size()
-        dist.all_gather_object(states, rng_state())
-    ranks = enumerate(states)
-    return {f"{rank}.{name}": tensor for rank, state in ranks for name, tensor in state.items()}
+        gathered = [states] * dist.get_world_size()
+        dist.all_gather_object(gathered, states)
+        for other in gathered:
+            states |= other
+    return states
 
 
-def set_all_rng_states(states, rank, seed):
+def set_rng_states(states, rank, seed):
     """The inverse. A rank unknown to the states, when there are more now, starts from the seed."""
     torch.manual_seed(seed + rank)
     if f"{rank}.torch" in states:
-        set_rng_state({name.removeprefix(f"{rank}."): state for name, state in states.items()})
+        torch.set_rng_state(states[f"{rank}.torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"{rank}.cuda{i}" in states:
+            torch.cuda.set_rng_state(states[f"{rank}.cuda{i}"], i)
 
 
 # -------------------------------------------------------------------------------------- checkpoints

@@ -312,7 +312,12 @@ class Tokenizer:
         tokenizers' BpeTrainer, for any number of processes.
         UserError: a vocabulary too small for bytes and special tokens, no text, a bad pattern."""
         pattern = PATTERNS.get(pattern, pattern)
-        special = number_special(special_tokens)
+        for name in special_tokens:
+            if len(name) < 2 or special_tokens.count(name) > 1:
+                raise UserError(
+                    f"special token {name!r} is listed twice or shorter than 2 characters"
+                )
+        special = {name: i for i, name in enumerate(special_tokens)}
         least = 256 + len(special)
         if vocab_size < least:
             raise UserError(
@@ -335,13 +340,12 @@ class Tokenizer:
                 file=sys.stderr,
             )
         tokens = [bytes([b]) for b in BYTES]
-        for left, right in merges:
-            tokens.append(tokens[left] + tokens[right])
         first = len(special)  # special tokens come first, then the bytes, then what merges make
-        vocab = {token: first + i for i, token in enumerate(tokens)}
         ranked = {}
         for rank, (left, right) in enumerate(merges):
+            tokens.append(tokens[left] + tokens[right])
             ranked[first + left, first + right] = (rank, least + rank)
+        vocab = {token: first + i for i, token in enumerate(tokens)}
         return cls("bytes", vocab, ranked, [pattern], special)
 
     @classmethod
@@ -701,14 +705,6 @@ def normalize(text, operations, where="first"):
             if wanted or when == "every":
                 text = prefix + text
     return text
-
-
-def number_special(names):
-    """A list of special tokens -> {text: id}, from 0."""
-    for name in names:
-        if len(name) < 2 or names.count(name) > 1:
-            raise UserError(f"special token {name!r} is listed twice or shorter than 2 characters")
-    return {name: i for i, name in enumerate(names)}
 
 
 def check_ids(ids):

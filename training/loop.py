@@ -27,16 +27,15 @@ from data import Batches, Split, moved
 from model import Transformer, give_up_flex
 from runtime import (
     Runtime,
-    all_rng_states,
     compile_or_say_why,
+    fork_rng,
     latest_checkpoint,
     lost_rank_explained,
     peak_flops,
     read_tensors,
-    rng_state,
+    rng_states,
     save_checkpoint,
-    set_all_rng_states,
-    set_rng_state,
+    set_rng_states,
 )
 from tokenizer import Tokenizer
 from training.memory import choose_micro_batch
@@ -282,9 +281,11 @@ def start_run(args, checkpoint, runtime, tok, model, data, val, **own):
         lock,
         **own,
     )
-    if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
-        halve_until_a_pass_fits(run)
-    run.step_model = compile_or_say_why(step_model, runtime, lambda model: try_pass(run, model))
+    with fork_rng():  # as if nothing had been tried
+        if runtime.device.type == "cuda":  # a CPU that is out of memory raises nothing
+            halve_until_a_pass_fits(run)
+        tried = functools.partial(try_pass, run)
+        run.step_model = compile_or_say_why(step_model, runtime, tried)
     if state:
         restore_run(run, checkpoint, state)
     elif rank:
@@ -319,9 +320,8 @@ def try_pass(run, model):
 def halve_until_a_pass_fits(run):
     """Memory is only estimated: try a pass, and halve its rows until it does fit.
 
-    Random numbers are as before. With several ranks there is no second try, since a rank that
-    failed alone would leave the others waiting for its gradients."""
-    before = rng_state()
+    With several ranks there is no second try, since a rank that failed alone would leave the others
+    waiting for its gradients."""
     while True:
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -343,7 +343,6 @@ def halve_until_a_pass_fits(run):
         print(f"memory   {run.rows} rows a pass did not fit, going on with {fewer}")
         run.rows = fewer
         torch.cuda.empty_cache()
-    set_rng_state(before)
 
 
 def restore_run(run, checkpoint, state):
@@ -367,7 +366,7 @@ def restore_run(run, checkpoint, state):
         run.scaler.scale = scale
         run.scaler.good = good
     rng = read_tensors(checkpoint / "rng.safetensors")
-    set_all_rng_states(rng, run.runtime.rank, run.args.seed + run.start)
+    set_rng_states(rng, run.runtime.rank, run.args.seed + run.start)
 
 
 RUN_FILES = (
@@ -568,7 +567,7 @@ def save_run(run, step):
             f"the rates are too high; go on from {before.name if before else 'the start'} with "
             f"--lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
         )
-    rng = all_rng_states()
+    rng = rng_states(run.runtime.rank)
     if run.runtime.rank:
         return
     info = {

@@ -59,7 +59,7 @@ def muon_step(params, grads, momentums, lr, momentum, weight_decay):
     torch._foreach_add_(weights, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
-# AdamW's: betas as is usual for language models, and an epsilon below their smallest gradients.
+# AdamW's betas, as is usual for language models, and its epsilon.
 BETA1, BETA2 = 0.9, 0.95
 EPS = 1e-10
 

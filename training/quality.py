@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from chat import examples, read_records
 from common import UserError, file_rows, holds_records, write_json
-from data import ends_of
+from data import encode_job, ends_of
 from runtime import read_tensors
 from training.corpora import documents
 
@@ -43,10 +43,8 @@ def read_rows(path, tok, count, length):
         for conversation, _ in examples(tok, path, read_records(path), Counter()):
             ids += conversation
     else:
-        first, last = ends_of(tok)
-        for document, _, _ in documents([Path(path)], ()):
-            whole = [first, *tok.encode(document.decode()), last]
-            ids += [i for i in whole if i is not None]
+        parts = list(documents([Path(path)], ()))
+        ids = encode_job((0, parts), tok, ends_of(tok)).ids.tolist()
     if len(ids) < 2 * length:  # one to calibrate, one held out
         raise UserError(
             f"{path}: {len(ids):,} tokens are less than two rows of {length:,}; "

@@ -290,7 +290,7 @@ def test_parquet_is_read_by_pyarrow(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="x.parquet: not a readable parquet file"):
         texts_of([path])
     table.write_table(arrow.table({"body": ["one", None, "two"], "n": [1, 2, 3]}), path)
-    with pytest.raises(UserError, match="no column 'text', only 'body', 'n'"):
+    with pytest.raises(UserError, match="no field 'text', only 'body', 'n'"):
         texts_of([path])
     with pytest.raises(UserError, match="x.parquet: record 2: field 'body' is NoneType, not text"):
         texts_of([path], field="body")
