@@ -10,7 +10,6 @@ in one call; then records of files, and the two commands.
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,8 +76,8 @@ def read_chat(tok, messages, tools=None, prompt=False, options=None):
     return Chat(checked, system, turns, tools, prompt, bos, eos, options or {}, learned)
 
 
-# The keys of a message. `name` and `tool_call_id` are for a folder's own template; `id` and
-# `annotations` say nothing to a model.
+# The keys of a message. With a `weight` (or `train`, `loss`) of 0 a turn is not in the loss. `name`
+# and `tool_call_id` are for a folder's own template; `id` and `annotations` say nothing to a model.
 MESSAGE_KEYS = (
     "role from content value tool_calls reasoning_content reasoning weight train loss "
     "name tool_call_id id annotations"
@@ -692,7 +691,7 @@ def example(tok, messages, tools=None, format=None):
     return ids, mask
 
 
-def examples(tok, name, records, counts, most=sys.maxsize):
+def examples(tok, name, records, counts, most=None):
     """Yield example() of each (record, messages, tools), of at most `most` tokens.
 
     What is cut or left out is counted in `counts` by reason. A conversation that is too long keeps
@@ -708,7 +707,7 @@ def examples(tok, name, records, counts, most=sys.maxsize):
         except UserError as reason:
             counts[f"left out: {reason}"] += 1
             continue
-        if len(ids) > most:
+        if most and len(ids) > most:
             counts["cut to the context"] += 1
         good += 1
         yield ids[:most], mask[:most]

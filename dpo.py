@@ -423,7 +423,6 @@ def pair_loss(model, batch, args):
         "rewards/accuracies": chosen > rejected,
         "logps/chosen": policy[0],
         "logps/rejected": policy[1],
-        "tokens": (batch.docs != PADDING).sum(1),
         "pairs": real,
         "kl": (torch.expm1(log_ratio) - log_ratio).sum(1),
         "targets": answered.sum(1),

@@ -357,13 +357,11 @@ MEANS = {  # what a row of the metrics has: {mean: of how many}
 }
 
 
-def step_means(run, totals, seconds, train_seconds):
+def step_means(run, totals, seconds):
     """The step's sums -> what is logged, over all ranks."""
     total = {name: run.runtime.sum(totals[name]) for name in (*MEANS, *MEANS.values())}
     values = {name: total[name] / max(total[by], 1) for name, by in MEANS.items()}
     values["gap_max"] = run.runtime.sum(totals["gap_max"], "MAX")
-    values["generate_tokens_per_s"] = round(totals["answer_tokens"] / totals["generate_seconds"])
-    values["train_tokens_per_s"] = round(totals["pushed"] / train_seconds)
     values["generate_share"] = totals["generate_seconds"] / seconds
     return values
 
@@ -385,7 +383,6 @@ def train_policy(run):
         total = torch.zeros(())
         values = {}
         old = {}  # {pass: the trainer's log-probs before the step}
-        trained = time.time()
         for _ in range(args.epochs if batch else 0):
             run.optimizer.zero_grad()
             total = 0
@@ -395,7 +392,7 @@ def train_policy(run):
                 backward(run, loss, count)
                 total += loss.detach()
             values = update(run, step)
-        values |= step_means(run, totals, time.time() - began, time.time() - trained)
+        values |= step_means(run, totals, time.time() - began)
         tokens = totals["answer_tokens"] / args.batch
         log_step(run, step, total, count, tokens, **values)
         if not learned and step + 1 == PATIENCE:
