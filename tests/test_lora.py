@@ -392,7 +392,7 @@ def test_mistakes_on_the_command_line_are_named(monkeypatch, tmp_path, base):
     tok.save(tmp_path / "bare")
     with pytest.raises(UserError, match="no chat template"):
         trained(monkeypatch, tmp_path / "bare", tmp_path / "a")
-    with pytest.raises(UserError, match="no command 'fuse': use train, merge"):
+    with pytest.raises(UserError, match="no command .*: use train, merge"):
         command(monkeypatch, "fuse")
 
 
