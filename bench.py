@@ -70,7 +70,7 @@ from engine.graphs import Graphs
 from engine.sampler import Sampling
 from generate import Engine
 from model import Config, Transformer
-from quant import NF4Linear, tiled
+from quant import pack_linear, tiled
 from runtime import compile_or_say_why, peak_flops, resolve
 from tokenizer import Tokenizer
 from training.corpora import documents
@@ -189,7 +189,7 @@ def random_base(config, packed, runtime):
         for p in module.parameters(recurse=False):
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.02)  # a norm's are around 1
         if packed and isinstance(module, torch.nn.Linear) and name != "lm_head":
-            model.set_submodule(name, tiled(NF4Linear.from_linear(module)))
+            model.set_submodule(name, tiled(pack_linear(module, "nf4", 64)))
     return model.to(runtime.device)
 
 

@@ -10,17 +10,26 @@ in one call; then records of files, and the two commands.
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import accumulate, compress, cycle, groupby, islice, pairwise
+from itertools import accumulate, compress, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, UserError, cli, json_records, parse_json, sha256, well_formed, write_text
+from common import (
+    UserError,
+    cli,
+    json_records,
+    parse_flags,
+    parse_json,
+    run_command,
+    sha256,
+    well_formed,
+    write_text,
+)
 
 CHAT_ROLES = "system user assistant tool".split()
 RESUME = "\ufdd3"  # a noncharacter, behind the text that an answer goes on from
@@ -67,15 +76,19 @@ def read_chat(tok, messages, tools=None, prompt=False, options=None):
     return Chat(checked, system, turns, tools, prompt, bos, eos, options or {}, learned)
 
 
-# The keys of a message. `name` and `tool_call_id` are for a folder's own template; `id` and
-# `annotations` say nothing to a model.
-LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: this turn is not in the loss
+# The keys of a message. With a `weight` (or `train`, `loss`) of 0 a turn is not in the loss. `name`
+# and `tool_call_id` are for a folder's own template; `id` and `annotations` say nothing to a model.
 MESSAGE_KEYS = (
-    *"role from content value tool_calls reasoning_content reasoning".split(),
-    *"name tool_call_id id annotations".split(),
-    *LOSS_KEYS,
-)
-KEY_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
+    "role from content value tool_calls reasoning_content reasoning weight train loss "
+    "name tool_call_id id annotations"
+).split()
+KEY_NAMES = {
+    "from": "role",
+    "value": "content",
+    "reasoning": "reasoning_content",
+    "train": "weight",
+    "loss": "weight",
+}
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
 # Keys whose value is a text, and the roles that have them.
 TEXT_KEYS = {"reasoning_content": ["assistant"], "tool_call_id": ["tool"], "name": CHAT_ROLES}
@@ -86,20 +99,15 @@ def known_keys(what, value, keys):
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object")
     found = {key: each for key, each in value.items() if each is not None}
-    unknown = [repr(key)[:40] for key in found if key not in keys]
+    unknown = [key for key in found if key not in keys]
     if unknown:
-        several = ", ".join(unknown[:12])
-        raise UserError(f"{what} has the unknown key {several}; known: {', '.join(keys)}")
+        raise UserError(f"{what} has the unknown key {quoted(unknown)}; known: {', '.join(keys)}")
     return found
 
 
-def yes_or_no(what, value):
-    """True, 1 or "true", False, 0 or "false" -> bool. UserError for anything else."""
-    meant = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    spelled = str(value).lower()
-    if spelled not in meant:
-        raise UserError(f"{what} is {value!r}, which is neither yes nor no: use 1 or 0")
-    return meant[spelled]
+def quoted(keys):
+    """Keys that somebody else chose, as an error names them."""
+    return ", ".join(repr(key)[:40] for key in list(keys)[:12])
 
 
 def read_messages(messages):
@@ -118,8 +126,7 @@ def read_message(i, message):
         if fields.setdefault(key, value) != value:
             raise UserError(f"message {i} says twice what its {key} is")
     role = fields.get("role")
-    if isinstance(role, str):
-        role = ROLE_NAMES.get(role, role)
+    role = ROLE_NAMES.get(str(role), role)
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
     what = f"message {i} ({role})"
@@ -136,12 +143,13 @@ def read_message(i, message):
             if role not in roles or not isinstance(fields[key], str):
                 raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
             checked[key] = fields[key]
-    learned = {yes_or_no(f"{what}: {key}", fields[key]) for key in LOSS_KEYS if key in fields}
-    if len(learned) > 1 or (True in learned and role != "assistant"):
-        raise UserError(
-            f"{what}: {', '.join(LOSS_KEYS)} must agree, and only the assistant's turns are learned"
-        )
-    if learned == {False} and role == "assistant":
+    speaks = role == "assistant"
+    weight = fields.get("weight", speaks)
+    if weight not in (0, 1):  # True and 1.0 are 1
+        raise UserError(f"{what}: weight is {weight!r}, which is neither yes nor no: use 1 or 0")
+    if weight and not speaks:
+        raise UserError(f"{what}: only the assistant's turns are learned")
+    if speaks and not weight:
         checked["weight"] = 0
     return checked
 
@@ -208,7 +216,8 @@ def as_list(value):
 
 
 # ------------------------------------------------------------ the formats: a conversation to pieces
-# Each format walks the messages once and yields pieces. "said" begins where the generation prompt
+# Each format walks the messages once and yields pieces; a str among them is words of the template
+# that nobody says, `<|im_start|>` in it the marker. "said" begins where the generation prompt
 # ends, so the mask is exactly what the model will have to produce: its words, the spaces its format
 # puts round them, the end.
 class Piece(NamedTuple):
@@ -217,33 +226,26 @@ class Piece(NamedTuple):
     template: bool = True  # the template's own words, in which a marker's name means its id
 
 
-words = Piece  # the template's own: `<|im_start|>` in here is the marker
-
-
 def content(text, said=False):
     """What a person or a model wrote: `<|im_start|>` in here is text, whoever typed it."""
     return Piece(text, said, False)
 
 
-def enclosed(before, text, after, said=False):
-    """A text between the template's words. What the assistant says includes the words after it."""
-    yield words(before)
+def turn(head, text, end, said=False, tail=""):
+    """A text between the template's words, its end and what follows a message. What the assistant
+    says includes its end."""
+    yield head
     yield content(text, said)
-    yield words(after, said)
-
-
-def turn(head, message, end, tail=""):
-    """One message: its head, its text, its end, and what the template puts between two messages."""
-    said = message["role"] == "assistant"
-    yield from enclosed(head, message["content"], end, said)
-    yield words(tail)
+    yield Piece(end, said)
+    yield tail
 
 
 def chatml(chat, head="<|im_start|>{}\n", end="<|im_end|>"):
     for m in chat.messages:
-        yield from turn(head.format(m["role"]), m, end, "\n")
+        said = m["role"] == "assistant"
+        yield from turn(head.format(m["role"]), m["content"], end, said, "\n")
     if chat.prompt:
-        yield words(head.format("assistant"))
+        yield head.format("assistant")
 
 
 def zephyr(chat):
@@ -257,14 +259,14 @@ def alpaca(chat):
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request."
     )
-    yield from enclosed(chat.bos, task if chat.system is None else chat.system, "\n\n")
+    yield from turn(chat.bos, task if chat.system is None else chat.system, "\n\n")
     for m in chat.turns:
         if m["role"] == "user":
-            yield from turn("### Instruction:\n", m, "", "\n\n")
+            yield from turn("### Instruction:\n", m["content"], "\n\n")
         else:
-            yield from turn("### Response:\n", m, chat.eos, "\n\n")
+            yield from turn("### Response:\n", m["content"], chat.eos, True, "\n\n")
     if chat.prompt:
-        yield words("### Response:\n")
+        yield "### Response:\n"
 
 
 def llama2(chat):
@@ -273,9 +275,9 @@ def llama2(chat):
         if i == 0 and chat.system is not None:
             text = f"<<SYS>>\n{chat.system}\n<</SYS>>\n\n{text}"
         if m["role"] == "user":
-            yield from enclosed(chat.bos + "[INST] ", text.strip(), " [/INST]")
+            yield from turn(chat.bos + "[INST] ", text.strip(), " [/INST]")
         else:
-            yield from enclosed("", f" {text.strip()} ", chat.eos, True)
+            yield from turn("", f" {text.strip()} ", chat.eos, True)
 
 
 def llama3(chat, date=""):
@@ -283,14 +285,14 @@ def llama3(chat, date=""):
     put the tools into the first user turn, and know calls and results."""
     head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
     messages = chat.messages
-    yield words(chat.bos)
+    yield chat.bos
     if date:
         messages = chat.turns
         today = datetime.now().strftime(date)
         environment = "Environment: ipython\n" if chat.tools else ""
         dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
         before = head.format("system") + environment + dates
-        yield from enclosed(before, (chat.system or "").strip(), end)
+        yield from turn(before, (chat.system or "").strip(), end)
     if chat.tools:
         if not messages:
             raise UserError("llama3.1 puts the tools in the first user message, and there is none")
@@ -303,7 +305,7 @@ def llama3(chat, date=""):
         )
         tools = "".join(json_text(tool, indent=4) + "\n\n" for tool in chat.tools)
         text = tools + asked["content"].strip()
-        yield from enclosed(head.format("user") + task, text, end)
+        yield from turn(head.format("user") + task, text, end)
     for m in messages:
         role, text = m["role"], m["content"].strip()
         calls = m.get("tool_calls", [])
@@ -313,9 +315,9 @@ def llama3(chat, date=""):
             role, text = "ipython", json_text(m["content"])
         elif calls:
             text = call_text(calls[0], "parameters")
-        yield from enclosed(head.format(role), text, end, role == "assistant")
+        yield from turn(head.format(role), text, end, role == "assistant")
     if chat.prompt:
-        yield words(head.format("assistant"))
+        yield head.format("assistant")
 
 
 def call_text(call, arguments="arguments"):
@@ -330,26 +332,26 @@ def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
 
     Where the system prompt goes (v3 loses it if the assistant spoke last) and that the tools stand
     before every message that equals the last user's is as published."""
-    yield words(chat.bos)
+    yield chat.bos
     users = [m for m in chat.turns if m["role"] == "user"]
     for m in chat.turns:
         text = m["content"]
         if m["role"] == "user":
             if chat.tools and m == users[-1]:
                 tools = ", ".join(mistral_tool(tool["function"]) for tool in chat.tools)
-                yield from enclosed("[AVAILABLE_TOOLS]" + space, f"[{tools}]", "[/AVAILABLE_TOOLS]")
+                yield from turn("[AVAILABLE_TOOLS]" + space, f"[{tools}]", "[/AVAILABLE_TOOLS]")
             if chat.system is not None and m is chat.turns[system_at]:
                 text = f"{chat.system}\n\n{text}"
-            yield from enclosed(f"{lead}[INST]{space}", text, f"{lead}[/INST]")
+            yield from turn(f"{lead}[INST]{space}", text, f"{lead}[/INST]")
         elif m["role"] == "tool":
             result = f'{{"content": {text}, "call_id": "{mistral_id(m.get("tool_call_id"))}"}}'
-            yield from enclosed("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
+            yield from turn("[TOOL_RESULTS]" + space, result, "[/TOOL_RESULTS]")
         else:
             if "tool_calls" in m:
-                yield words("[TOOL_CALLS]", True)
+                yield Piece("[TOOL_CALLS]", True)
                 text = "[" + ", ".join(map(mistral_call, m["tool_calls"])) + "]"
             text = text.strip() if trim else text
-            yield from enclosed("", space + text, chat.eos, True)
+            yield from turn("", space + text, chat.eos, True)
 
 
 def mistral_tool(function):
@@ -384,10 +386,10 @@ def qwen(chat, default_system=None, think=False):
             asked = i
     for role, run in groupby(enumerate(chat.turns), lambda turn: turn[1]["role"]):
         if role == "tool":  # results that follow one another share one user turn
-            yield words("<|im_start|>user")
+            yield "<|im_start|>user"
             for _, m in run:
-                yield from enclosed("\n<tool_response>\n", m["content"], "\n</tool_response>")
-            yield words("<|im_end|>\n")
+                yield from turn("\n<tool_response>\n", m["content"], "\n</tool_response>")
+            yield "<|im_end|>\n"
             continue
         for i, m in run:
             if role == "assistant":
@@ -397,46 +399,47 @@ def qwen(chat, default_system=None, think=False):
                 shown = think and i > asked and (thoughts or i == last)
                 yield from qwen_answer(m, thoughts if shown else None, text)
             else:
-                yield from turn(f"<|im_start|>{role}\n", m, "<|im_end|>", "\n")
+                yield from turn(f"<|im_start|>{role}\n", m["content"], "<|im_end|>\n")
     if chat.prompt:
-        yield words("<|im_start|>assistant\n")
+        yield "<|im_start|>assistant\n"
 
 
 def qwen_answer(m, thoughts, text):
     """An assistant's turn: its thoughts unless they are None, its text, its tool calls."""
-    yield words("<|im_start|>assistant\n")
+    yield "<|im_start|>assistant\n"
     if thoughts is not None:
-        yield words("<think>", True)
+        yield Piece("<think>", True)
         yield content("\n" + thoughts.strip("\n") + "\n", True)
-        yield words("</think>\n\n", True)
+        yield Piece("</think>\n\n", True)
         text = text.lstrip("\n")
     yield content(text, True)
     for n, call in enumerate(m.get("tool_calls", [])):
-        yield words("\n<tool_call>" if n or text else "<tool_call>", True)
+        yield Piece("\n<tool_call>" if n or text else "<tool_call>", True)
         yield content(f"\n{call_text(call)}\n", True)
-        yield words("</tool_call>", True)
-    yield words("<|im_end|>", True)
-    yield words("\n")
+        yield Piece("</tool_call>", True)
+    yield Piece("<|im_end|>", True)
+    yield "\n"
 
 
 def qwen_system(chat, system):
     if system is None and not chat.tools:
         return
-    yield words("<|im_start|>system\n")
+    yield "<|im_start|>system\n"
     yield content(system or "")
     if chat.tools:
-        yield words(
-            ("" if system is None else "\n\n")
-            + "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        if system is not None:
+            yield "\n\n"
+        yield (
+            "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
             "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
         )
         yield content("".join("\n" + json_text(tool) for tool in chat.tools))
-        yield words(
+        yield (
             "\n</tools>\n\nFor each function call, return a json object with function name and "
             "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
             '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
         )
-    yield words("<|im_end|>\n")
+    yield "<|im_end|>\n"
 
 
 def split_thoughts(m):
@@ -478,9 +481,6 @@ CHAT_FORMATS = {
     "qwen3": Format(partial(qwen, think=True), IM, tools=True),
     "alpaca": Format(alpaca, alternates=True),
 }
-# The name people say means this variant here.
-CHAT_FORMATS["mistral"] = CHAT_FORMATS["mistral-v3"]
-CHAT_FORMATS["qwen"] = CHAT_FORMATS["qwen2.5"]
 
 
 def named_pieces(name, tok, chat):
@@ -488,9 +488,8 @@ def named_pieces(name, tok, chat):
     if name not in CHAT_FORMATS:
         raise UserError(f"unknown chat format {name!r}; there are {', '.join(CHAT_FORMATS)}")
     form = CHAT_FORMATS[name]
-    missing = [marker for marker in form.markers if marker not in tok.special]
-    if not chat.eos and not form.markers:
-        missing = ["EOS"]
+    needed = form.markers or [chat.eos or "EOS"]
+    missing = [marker for marker in needed if marker not in tok.special]
     if missing:
         raise UserError(
             f"chat format {name} needs the special token {', '.join(missing)}, "
@@ -501,12 +500,13 @@ def named_pieces(name, tok, chat):
         raise UserError(f"chat format {name} has no tools, nor their calls and results")
     if form.alternates:
         roles = [m["role"] for m in chat.turns if m["role"] != "tool" and "tool_calls" not in m]
-        if any(role != wanted for role, wanted in zip(roles, cycle(("user", "assistant")))):
+        taking_turns = ["user", "assistant"] * len(roles)
+        if roles != taking_turns[: len(roles)]:
             raise UserError(
                 f"chat format {name}: after a system prompt user and assistant take turns, "
                 f"not {roles}"
             )
-    return list(form.pieces(chat))
+    return [Piece(each) if isinstance(each, str) else each for each in form.pieces(chat)]
 
 
 # ------------------------------------------------------------------------- pieces to ids and mask
@@ -603,31 +603,24 @@ def out_of_the_loss(pieces, learned):
     """The pieces, of which the assistant's n-th turn is only said if learned[n].
 
     No format has to know: between two turns of the assistant there is always something else."""
-    stretches = []
-    pieces = (piece for piece in pieces if piece.text)
+    pieces = [piece for piece in pieces if piece.text]
+    spoken = 0  # turns of the assistant so far
+    kept = []
     for said, run in groupby(pieces, key=lambda piece: piece.said):
-        stretches.append((said, list(run)))
-    if sum(bool(said) for said, _ in stretches) != len(learned):
+        if said:
+            said = spoken < len(learned) and learned[spoken]
+            spoken += 1
+        kept += [piece._replace(said=said) for piece in run]
+    if spoken != len(learned):
         raise UserError(
             "this format does not tell turns apart, so none of weight 0 can be left out"
         )
-    turns = iter(learned)
-    kept = []
-    for said, run in stretches:
-        said = bool(said and next(turns))
-        kept += [piece._replace(said=said) for piece in run]
     return kept
 
 
 def render(
-    tok,
-    messages: list[dict],
-    add_generation_prompt=False,
-    tools=None,
-    format=None,
-    options=None,
-    resume=False,
-) -> tuple[list[int], list[int]]:
+    tok, messages, add_generation_prompt=False, tools=None, format=None, options=None, resume=False
+):
     """OpenAI-style messages -> (ids, mask), two lists of one length.
 
     mask is 1 for what the assistant has to produce: what it said and its end token. Text in
@@ -642,9 +635,8 @@ def render(
     if resume and add_generation_prompt:
         raise UserError("a generation prompt begins an answer, and so none can be continued")
     chat = read_chat(tok, messages, tools, add_generation_prompt, options)
-    if resume:
-        return assemble(tok, pieces_to_resume(tok, chat, format), False)
-    return assemble(tok, pieces_of(tok, chat, format), not add_generation_prompt)
+    pieces = pieces_to_resume(tok, chat, format) if resume else pieces_of(tok, chat, format)
+    return assemble(tok, pieces, must_know=not (add_generation_prompt or resume))
 
 
 def pieces_to_resume(tok, chat, format):
@@ -654,25 +646,27 @@ def pieces_to_resume(tok, chat, format):
         raise UserError("only an assistant's text can be continued, and the last message is none")
     last["content"] += RESUME
     pieces = pieces_of(tok, chat, format)
-    for n in reversed(range(len(pieces))):
-        text, found, _ = pieces[n].text.rpartition(RESUME)
+    while pieces:
+        piece = pieces.pop()
+        text, found, _ = piece.text.rpartition(RESUME)
         if found:
-            return [*pieces[:n], pieces[n]._replace(text=text)]
+            return [*pieces, piece._replace(text=text)]
     raise UserError("this chat format does not show the last message")
 
 
 def training_ids(tok, chat, format=None):
     """A Chat -> (ids, mask) to train on. UserError if the format loses some of it."""
     pieces = pieces_of(tok, chat, format)
-    wanted = {"system prompt": [chat.system or ""], "answer": [], "reasoning_content": []}
+    wanted = [("system prompt", chat.system or "")]
+    thoughts = []
     for m in chat.messages:
         if m["role"] == "assistant":
-            wanted["answer"].append(m["content"].rpartition("</think>")[2])
-            if "reasoning_content" in m:  # only the last: formats drop earlier thoughts
-                wanted["reasoning_content"] = [m["reasoning_content"]]
+            wanted.append(("answer", m["content"].rpartition("</think>")[2]))
+        if "reasoning_content" in m:
+            thoughts.append(("reasoning_content", m["reasoning_content"]))
     spelled = "".join(piece.text for piece in pieces)
-    for what, texts in wanted.items():
-        if not all(text.strip() in spelled for text in texts):
+    for what, text in wanted + thoughts[-1:]:  # formats drop earlier thoughts
+        if text.strip() not in spelled:
             raise UserError(
                 f"the format loses the {what} here: put it where the format has a place"
             )
@@ -697,7 +691,7 @@ def example(tok, messages, tools=None, format=None):
     return ids, mask
 
 
-def examples(tok, name, records, counts, most=sys.maxsize):
+def examples(tok, name, records, counts, most=None):
     """Yield example() of each (record, messages, tools), of at most `most` tokens.
 
     What is cut or left out is counted in `counts` by reason. A conversation that is too long keeps
@@ -713,7 +707,7 @@ def examples(tok, name, records, counts, most=sys.maxsize):
         except UserError as reason:
             counts[f"left out: {reason}"] += 1
             continue
-        if len(ids) > most:
+        if most and len(ids) > most:
             counts["cut to the context"] += 1
         good += 1
         yield ids[:most], mask[:most]
@@ -791,16 +785,15 @@ def as_messages(record):
     return found
 
 
-def take_messages(fields, answered=True):
-    """Take its conversation out of a record's fields -> (messages, tools or None).
-
-    answered: a question must have its answer beside it."""
+def take_messages(fields):
+    """Take its conversation out of a record's fields -> (messages, tools or None)."""
 
     def take(*names):
-        found = [name for name in names if name in fields]
-        return fields.pop(found[0]) if found else None
+        for name in names:
+            if name in fields:
+                return fields.pop(name)
 
-    keys = ", ".join(repr(key)[:40] for key in list(fields)[:12])
+    keys = quoted(fields)
     system = take("system", "system_prompt")
     talk = [] if system in (None, "") else as_turns("system", system)
     for turn in as_list(take("history")):
@@ -812,7 +805,7 @@ def take_messages(fields, answered=True):
     given, repeated = take(*TALKS), []
     if given is None:
         asked = take(*QUESTIONS)
-        answer = take(*ANSWERS) if answered else []
+        answer = take(*ANSWERS)
         context = take("input", "context")
         if asked is None or answer is None:
             raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
@@ -823,24 +816,30 @@ def take_messages(fields, answered=True):
         given = as_turns("user", asked) + as_turns("assistant", answer)
     elif "prompt" in fields:
         repeated = read_messages(as_turns("user", take("prompt")))
-    messages = read_messages(talk + given if given and isinstance(given, list) else given)
-    if system and [m["role"] for m in messages[:2]] == ["system", "system"]:
-        if messages[0] != messages[1]:
+    messages = read_messages(given)
+    before = read_messages(talk) if talk else []
+    if system and messages[0]["role"] == "system":
+        if messages.pop(0) != before[0]:
             raise UserError("it has two system prompts, which differ")
-        del messages[0]
+    messages = before + messages
     if not all(m in messages for m in repeated):
         raise UserError("its prompt is no part of its conversation")
     return messages, read_tools(take("tools"))
 
 
 def as_turns(role, said):
-    """A text as one message of the role; a list is messages already."""
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
+    """A text as one message of the role; a list is messages already, an object one."""
+    return as_list(said) if isinstance(said, (list, dict)) else [{"role": role, "content": said}]
 
 
 def asked_in(messages):
     """What comes before the last answer: all of it where a conversation ends with the user."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def place_of(messages):
+    """A number in [0, 1) that hangs on these messages alone."""
+    return int(sha256(json_text(messages).encode())[:13], 16) / 16**13
 
 
 def write_records(path, rows):
@@ -863,10 +862,19 @@ def printable(text):
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
-def show_conversations(args):
+@dataclass
+class PaintArgs:
+    file: str = ""  # {messages}, ShareGPT, Alpaca, {prompt, completion}, {question, answer}, ...
+    tokenizer: str = "runs/tokenizer"  # a model folder or tokenizer file
+    limit: int = 10  # how many conversations
+    ignore_keys: str = ""  # KEY,KEY: leave these keys out
+
+
+def paint_command(argv):
     """Print conversations as they are trained on, and the share that is in the loss."""
     from tokenizer import Tokenizer  # here, for the formats above need no tokenizer of ours
 
+    args = PaintArgs(**parse_flags(PaintArgs, paint_command.__doc__, argv, ("file",)))
     if args.limit < 1:
         raise UserError(f"--limit {args.limit}: show at least 1 conversation")
     tok = Tokenizer.load(args.tokenizer)
@@ -879,11 +887,20 @@ def show_conversations(args):
         print(f"{times} {what}")
 
 
-def convert_records(args):
+@dataclass
+class ConvertArgs:
+    files: tuple = ()  # {messages}, ShareGPT, Alpaca, {prompt, completion}, ...: any layout
+    out: str = "data/chats"  # the folder to write
+    split: str = "85/5/10"  # shares of train, val, test
+    ignore_keys: str = ""  # KEY,KEY: leave these keys out
+
+
+def convert_command(argv):
     """Records of any layout -> DIR/{train,val,test}.jsonl of {messages}.
 
     What comes before the last answer decides, by its hash, where a record goes: the same question
     is never in two splits, and more records move none."""
+    args = ConvertArgs(**parse_flags(ConvertArgs, convert_command.__doc__, argv, ("files",)))
     shares = re.fullmatch(r"(\d+)/(\d+)/(\d+)", args.split)
     bounds = list(accumulate(map(int, shares.groups()))) if shares else [0]
     if not bounds[-1]:
@@ -891,12 +908,11 @@ def convert_records(args):
     splits = {"train": [], "val": [], "test": []}
     for path in args.files:
         for record, messages, tools in read_records(path, args.ignore_keys):
-            asked = json_text(asked_in(messages)).encode()
-            place = int(sha256(asked)[:16], 16) / 2**64 * bounds[-1]  # at least 0, below the last
             row = {"messages": messages}
             if tools:
                 row["tools"] = tools
             row |= {key: record[key] for key in record if key in SAYS_NOTHING}
+            place = place_of(asked_in(messages)) * bounds[-1]
             split = next(name for name, bound in zip(splits, bounds) if place < bound)
             splits[split].append(row)
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -907,22 +923,7 @@ def convert_records(args):
 
 
 def main():
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="show|convert")
-    show = commands.add_parser("show", help="print conversations as they are trained on")
-    show.add_argument("file", help=LAYOUTS)
-    show.add_argument("--tokenizer", required=True, help="a model folder or tokenizer file")
-    show.add_argument("--limit", type=int, default=10, help="how many conversations [10]")
-    show.set_defaults(run=show_conversations)
-    convert = commands.add_parser("convert", help="to train.jsonl, val.jsonl, test.jsonl")
-    convert.add_argument("files", nargs="+", help=LAYOUTS)
-    convert.add_argument("--out", required=True, help="the folder to write")
-    convert.add_argument("--split", default="85/5/10", help="shares of train, val, test [85/5/10]")
-    convert.set_defaults(run=convert_records)
-    for command in (show, convert):
-        command.add_argument("--ignore-keys", default="", help="KEY,KEY: leave these keys out")
-    args = parser.parse_args()
-    args.run(args)
+    run_command(__doc__, {"show": paint_command, "convert": convert_command})
 
 
 if __name__ == "__main__":

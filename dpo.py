@@ -8,9 +8,7 @@ Top to bottom: the loss, records of any layout into pairs of ids, rows that shar
 log-probs and the reference's, training.
 """
 
-import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,6 @@ from training.loop import (
     launch,
     log_step,
     passes,
-    read_args,
     start_run,
     steps,
     update,
@@ -151,9 +148,9 @@ class PairIds(NamedTuple):
 
 
 PREFERENCE_LAYOUTS = (
-    "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations "
-    "or HH-RLHF's text; Alpaca {instruction, input, chosen, rejected}; "
-    "ShareGPT {conversations, chosen, rejected}; beside any system, history, tools"
+    "{prompt, chosen, rejected} as strings or messages; {chosen, rejected} as whole conversations; "
+    "Alpaca {instruction, input, chosen, rejected}; ShareGPT {conversations, chosen, rejected}; "
+    "beside any system, history, tools"
 )
 
 
@@ -163,7 +160,7 @@ def as_preference(record):
     An `output` beside the two answers, which both were made from, says nothing."""
     fields = chat.known_keys("the record", record, record)
     if not {"chosen", "rejected"} <= fields.keys():
-        keys = ", ".join(fields)[:200]
+        keys = chat.quoted(fields)
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
     sides = fields.pop("chosen"), fields.pop("rejected")
     fields.pop("output", None)
@@ -180,43 +177,23 @@ def as_preference(record):
 
 def as_talk(fields, answer):
     """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
-    answer = as_preference_messages(answer, "assistant")
-    beside = [key for key in chat.TALKS if key in fields]
-    if "prompt" in fields:
-        fields = {**fields, "prompt": as_preference_messages(fields["prompt"], "user")}
-    if len(answer) > 1:  # it is a whole conversation; a single message answers the prompt
-        if beside:
-            raise UserError(f"beside whole conversations {beside[0]!r} is an unknown key")
-        return chat.as_messages({**fields, "messages": answer})
-    if beside:
-        prompt = as_preference_messages(fields[beside[0]], "user")
-        return chat.as_messages({**fields, beside[0]: prompt + answer})
-    if not fields.keys() & set(chat.QUESTIONS):
-        return answer, None
-    return chat.as_messages({**fields, "completion": answer})
+    answer = chat.as_turns("assistant", answer)
+    for key in chat.TALKS:
+        if key in fields:
+            if len(answer) > 1:
+                raise UserError(f"beside whole conversations {key!r} is an unknown key")
+            talk = chat.as_turns("user", fields[key]) + answer
+            return chat.as_messages({**fields, key: talk})
+    asks = fields.keys() & set(chat.QUESTIONS)
+    whole = len(answer) > 1 or not asks  # a single message answers the question
+    return chat.as_messages({**fields, "messages" if whole else "completion": answer})
 
 
-def as_preference_messages(value, role):
-    """A text, HH-RLHF's "\\n\\nHuman: ... \\n\\nAssistant: ...", a message or a list of them
-    -> list of messages."""
-    if isinstance(value, str):
-        start, *said = re.split(r"\n\n(Human|Assistant):", value)
-        if not said or start.strip():
-            return chat.as_turns(role, value)
-        value = [
-            {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
-            for who, text in zip(said[::2], said[1::2])
-        ]
-        if role == "user" and not value[-1]["content"]:  # a prompt may end in "Assistant:"
-            value.pop()
-    return chat.as_list(value)
-
-
-def read_preferences(path, split="train", count=0, seed=0, ignore=""):
+def read_preferences(path, split="train", count=0, ignore=""):
     """Yields the Preferences of a file, or `count` of toybox; UserError names the record that is
     none."""
     if path == "toybox":
-        yield from map(as_preference, toybox.preferences(split, count, seed=seed))
+        yield from map(as_preference, toybox.preferences(split, count))
         return
     for _, preference in chat.read_each(path, as_preference, ignore):
         yield preference
@@ -266,13 +243,12 @@ def usable_pairs(tok, preferences, context):
 def load_pairs(args, tok, model_sha):
     """-> (training Pairs, validation Pairs). A share is held out by prompt, so that no prompt is
     on both sides."""
-    options = args.seed, args.ignore_keys
-    train = list(read_preferences(args.data, "train", args.pairs, *options))
+    train = list(read_preferences(args.data, "train", args.pairs, args.ignore_keys))
     if args.val or args.data == "toybox":
-        val = read_preferences(args.val or args.data, "val", 200, 0, args.ignore_keys)
+        val = read_preferences(args.val or args.data, "val", 200, args.ignore_keys)
     else:
-        val = [p for p in train if prompt_number(p) < args.val_share]
-        train = [p for p in train if prompt_number(p) >= args.val_share]
+        val = [p for p in train if chat.place_of(p.prompt) < args.val_share]
+        train = [p for p in train if chat.place_of(p.prompt) >= args.val_share]
     splits = []
     for name, preferences in (("training", train), ("validation", val)):
         found = usable_pairs(tok, preferences, args.context)
@@ -282,15 +258,13 @@ def load_pairs(args, tok, model_sha):
     return splits
 
 
-def prompt_number(preference):
-    """A number in [0, 1) that hangs on the prompt alone."""
-    return int(common.sha256(json.dumps(preference.prompt).encode())[:8], 16) / 2**32
-
-
 # ------------------------------------------------------------------------- rows that share a prompt
+PADDING = 1 << 20  # the document that fills a row: no answer has this number
+
+
 class PairBatch(NamedTuple):
     """Rows of one prompt and two answers, which both look back at it but not at each other: the
-    prompt is computed once.
+    prompt is computed once. The shorter rows come first.
 
     The prompt without its last token is document -1, which all may look at; an answer is a document
     that begins with that last token and predicts the answer's tokens, in the positions they would
@@ -301,15 +275,15 @@ class PairBatch(NamedTuple):
 
     x: torch.Tensor  # (R, T) int64
     y: torch.Tensor  # (R, T) int64: the answers' tokens, else -100
-    docs: torch.Tensor  # (R, T) int64: -1 prompt, 0 chosen answer, 1 rejected, 2 padding
+    docs: torch.Tensor  # (R, T) int64: -1 prompt, 0 chosen answer, 1 rejected, or PADDING
     positions: torch.Tensor  # (R, T) int64
     ref: torch.Tensor  # (R, T) float32: the reference's log-prob of y, else 0
 
 
-def trimmed(batch, answers=2):
-    """Without the columns after the longest row, which end in documents of number `answers`; on a
-    GPU to a power of two, so that there are few shapes to compile for."""
-    longest = int((batch.docs < answers).sum(1).max())
+def trimmed(batch):
+    """Without the columns after the longest row; on a GPU to a power of two, so that there are few
+    shapes to compile for."""
+    longest = int((batch.docs != PADDING).sum(1).max())
     width = power_of_two(longest) if batch.x.is_cuda else -(-longest // 8) * 8
     return batch._make(t[:, :width] for t in batch)
 
@@ -334,12 +308,17 @@ def prompt_row(prompt, answers):
     return x, y, docs, positions
 
 
-def padded_rows(rows, width, value):
-    """Lists -> (R, width), filled up with the value."""
-    padded = torch.full((len(rows), width), value)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row)
-    return padded
+def padded_columns(rows):
+    """Rows of x, y, docs, positions and of floats, each a list -> a tensor (R, T) of each, in
+    which the shorter rows come first."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    width = power_of_two(len(rows[-1][0]))
+    fillers = [0, -100, PADDING, 0] + [0.0] * (len(rows[0]) - 4)
+    for column, filler in zip(zip(*rows), fillers):
+        padded = torch.full((len(rows), width), filler)
+        for i, values in enumerate(column):
+            padded[i, : len(values)] = torch.tensor(values)
+        yield padded
 
 
 class Pairs:
@@ -365,11 +344,7 @@ class Pairs:
 
     def fill(self, rows, context):
         """Numbers of pairs -> PairBatch."""
-        rows = sorted(rows, key=lambda r: self.ends[r])
-        width = power_of_two(int(self.ends[rows[-1]]))
-        columns = zip(*map(self.pair_row, rows))
-        padding = (0, -100, 2, 0, 0.0)  # of x, y, docs, positions and ref
-        return PairBatch(*(padded_rows(c, width, value) for c, value in zip(columns, padding)))
+        return PairBatch(*padded_columns(map(self.pair_row, rows)))
 
     def pair_row(self, r):
         """The pair of number r -> its row of x, y, docs, positions and ref, as in PairBatch."""
@@ -448,7 +423,6 @@ def pair_loss(model, batch, args):
         "rewards/accuracies": chosen > rejected,
         "logps/chosen": policy[0],
         "logps/rejected": policy[1],
-        "tokens": (batch.docs < 2).sum(1),
         "pairs": real,
         "kl": (torch.expm1(log_ratio) - log_ratio).sum(1),
         "targets": answered.sum(1),
@@ -477,10 +451,10 @@ def prepare_preferences(args, checkpoint):
     # a mistake in these flags is said now, before the reference is computed
     zero = torch.zeros(1)
     preference_loss(zero, zero, zero, zero, args.beta, args.label_smoothing, args.loss)
-    if not args.beta > 0 or not args.label_smoothing < 0.5 or not 0 < args.val_share < 1:
+    if not args.beta > 0 or not args.label_smoothing < 0.5:
         raise UserError(
-            f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} below "
-            f"0.5, --val-share {args.val_share} between 0 and 1"
+            f"--beta {args.beta} must be above 0, "
+            f"--label-smoothing {args.label_smoothing} below 0.5"
         )
     runtime, tok, model = open_reference(args)
     base_hash = base_sha256(model)
@@ -488,26 +462,14 @@ def prepare_preferences(args, checkpoint):
     if args.loss not in REFERENCE_FREE and not args.fit:
         for pairs in (data, val):
             fill_reference(pairs, model, runtime, args.micro_batch or 8)
-    model, write = make_policy(args, checkpoint, model, base_hash, runtime)
-    trained, total = lora.count_params(model)
     print(
         f"data     {len(data.pairs):,} pairs to train on, {len(val.pairs):,} held out; "
-        f"{len(data):,} tokens, prompts once\n"
-        f"model    {trained:,} of {total:,} parameters are trained: {args.loss}, "
-        f"beta {args.beta:g}"
+        f"{len(data):,} tokens, prompts once"
     )
-    return start_run(
-        args,
-        checkpoint,
-        runtime,
-        tok,
-        model,
-        data,
-        val,
-        loss=lambda *given: pair_loss(*given)[0],
-        validate=validate_preferences,
-        write=write,
-    )
+    model, write = make_policy(args, checkpoint, model, base_hash, runtime)
+    own = dict(validate=validate_preferences, write=write)
+    own["loss"] = lambda *given: pair_loss(*given)[0]
+    return start_run(args, checkpoint, runtime, tok, model, data, val, **own)
 
 
 def open_reference(args):
@@ -531,16 +493,17 @@ def open_reference(args):
 def make_policy(args, checkpoint, model, base_hash, runtime):
     """What is trained, fresh or as the checkpoint has it: the model, or with --lora an adapter in
     it -> (model, the function that writes its files)."""
-    if not args.lora:
-        if checkpoint:
-            model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
-        return model, write_model
-    if checkpoint:
+    write = lora.adapter_writer(base_hash) if args.lora else write_model
+    if checkpoint and args.lora:
         lora.load_adapter(model, checkpoint, trainable=True)
-    else:
+    elif checkpoint:
+        model = Transformer.from_pretrained(checkpoint, runtime.device, torch.float32)
+    elif args.lora:
         torch.manual_seed(args.seed)
         lora.apply(model, args.lora, args.alpha or 2 * args.lora, args.targets)
-    return model, lora.adapter_writer(base_hash)
+    trained, total = lora.count_params(model)
+    print(f"model    {trained:,} of {total:,} parameters are trained: {args.loss}")
+    return model, write
 
 
 @torch.no_grad()
@@ -599,8 +562,7 @@ def train_preferences(run):
 
 
 def main():
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    launch(args, checkpoint, prepare_preferences, train_preferences)
+    launch(Args, __doc__, prepare_preferences, train_preferences)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from training.loop import (
     launch,
     log_step,
     passes,
-    read_args,
     start_run,
     steps,
     update,
@@ -123,8 +122,7 @@ class Conversations:
         shards, end_id = (text.tokens, text.end_id) if text else ([], None)
         self.signed = Split([signed, *shards], end_id=end_id)
         mixture = [weight for weight, _ in sources], text and (text.sha256, text_share)
-        content = ids.tobytes() + said.tobytes() + self.sizes.tobytes()
-        self.sha256 = sha256(content + repr(mixture).encode())
+        self.sha256 = sha256(signed.tobytes() + self.sizes.tobytes() + repr(mixture).encode())
 
     def __len__(self):
         """Tokens of the conversations."""
@@ -184,8 +182,6 @@ def parse_source(spec):
 
 def load_text(args, tok):
     """--text as a Split: shards, or a text that becomes one document."""
-    if not 0 < args.text_share < 1:
-        raise UserError(f"--text-share {args.text_share} must be between 0 and 1")
     if (Path(args.text) / "meta.json").is_file():
         # The shards are of the tokenizer that --model has; ours may have got chat tokens since.
         text = open_shards(args.text, Tokenizer.load(args.model).sha256)["train"]
@@ -216,7 +212,7 @@ def load_data(args, tok):
         if not args.val and has_val(name):
             val_names.append(name)
         elif not args.val:
-            if not 0 < share < 1 or len(pairs) < 2:
+            if not share or len(pairs) < 2:
                 raise UserError(
                     f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be "
                     "held out: give --val FILE"
@@ -283,12 +279,19 @@ def open_model(folder, device, dtype=None):
     return tok, model
 
 
+def tuned_tokenizer(folder):
+    """The tokenizer of a model that knows how a conversation is written, and an answer ends."""
+    tok = Tokenizer.load(folder)
+    if not tok.chat_template:
+        raise UserError(f"{folder} has no chat template: first run finetune.py on it")
+    return tok
+
+
 def end_turns(tok, config):
     """The token that ends a turn of a conversation ends what the model generates, too."""
-    stop, ends = chat.stop_id(tok), config.eos_token_id
-    known = ends if isinstance(ends, list) else [ends]
-    if stop is not None and stop not in known:
-        config.eos_token_id = stop if ends is None else [stop, *known]
+    stop = chat.stop_id(tok)
+    if stop is not None and stop not in config.end_ids:
+        config.eos_token_id = [stop, *config.end_ids]
 
 
 def packed_loss(model, batch, args):
@@ -399,8 +402,7 @@ def exam_command(argv):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return exam_command(sys.argv[2:])
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    launch(args, checkpoint, prepare_finetuning, finetune)
+    launch(Args, __doc__, prepare_finetuning, finetune)
 
 
 if __name__ == "__main__":

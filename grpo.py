@@ -23,23 +23,13 @@ from common import UserError  # isort: skip
 
 import torch
 
+import finetune
 import lora
-from dpo import make_policy, open_reference, padded_rows, prompt_row, trimmed
+from dpo import make_policy, open_reference, padded_columns, prompt_row, trimmed
 from formats.peft import base_sha256
 from generate import Engine, Sampling
 from model import Transformer
-from tokenizer import Tokenizer
-from training.loop import (
-    LoopArgs,
-    backward,
-    launch,
-    log_step,
-    passes,
-    read_args,
-    start_run,
-    steps,
-    update,
-)
+from training.loop import LoopArgs, backward, launch, log_step, passes, start_run, steps, update
 from training.rewards import judge, load_questions, read_reward
 
 
@@ -145,7 +135,7 @@ class AnswerBatch(NamedTuple):
 
     x: torch.Tensor  # (R, T) int64
     y: torch.Tensor  # (R, T) int64: the answers' tokens, else -100
-    docs: torch.Tensor  # (R, T) int64: -1 prompt, then the answer's number, padding has --group
+    docs: torch.Tensor  # (R, T) int64: -1 prompt, then the answer's number, or dpo.PADDING
     positions: torch.Tensor  # (R, T) int64
     sampled: torch.Tensor  # (R, T) float32: the engine's log-prob of y
     advantage: torch.Tensor  # (R, T) float32: of the answer
@@ -200,7 +190,7 @@ def roll_out(run, numbers, totals):
             alike=alike,
             failed=failed,
             cut=sum(output.end is None for output in outputs),
-            drawn=sum(map(len, group.answers)),
+            answer_tokens=sum(map(len, group.answers)),
             entropy=-sum(map(sum, group.log_probs)),
         )
     return groups
@@ -240,11 +230,7 @@ def batch_of(groups, args, runtime):
     if not most:
         return None, 0
     rows += [NOTHING] * (most - len(rows))
-    rows.sort(key=lambda row: len(row[0]))
-    width = len(rows[-1][0]) + 7  # `trimmed` rounds up to a multiple of 8
-    padding = (0, -100, args.group, 0, 0.0, 0.0, 0.0)
-    columns = zip(zip(*rows), padding)
-    batch = AnswerBatch(*(padded_rows(column, width, value) for column, value in columns))
+    batch = AnswerBatch(*padded_columns(rows))
     return batch, runtime.sum(sum(count for _, count in made))
 
 
@@ -274,15 +260,11 @@ def answer_loss(run, batch, old, totals):
     disagree by more than GAP_BOUND, a token counts p / p_sampler times, at most twice (truncated
     importance sampling, Yao et al. 2025)."""
     args = run.args
-    batch = trimmed(batch, args.group)
+    batch = trimmed(batch)
     said = batch.y != -100
     log_p = log_probs_of(run.step_model, batch)
     if old is None:
         old = log_p.detach()
-        gaps = (old - batch.sampled[said]).abs().tolist()
-        totals["targets"] += len(gaps)
-        totals["gap_mean"] += sum(gaps)
-        totals["gap_max"] = max([totals["gap_max"], *gaps])
     gap = old - batch.sampled[said]
     weight = batch.weight[said]
     weight = torch.where(gap.abs() > GAP_BOUND, weight * gap.exp().clamp(max=2), weight)
@@ -291,6 +273,9 @@ def answer_loss(run, batch, old, totals):
     losses, clipped, kl = policy_loss(
         log_p, old, batch.advantage[said], args.clip, high, ref, args.beta
     )
+    gaps = gap.abs().tolist()
+    totals["gap_mean"] += sum(gaps)
+    totals["gap_max"] = max([totals["gap_max"], *gaps])
     totals["pushed"] += len(old)
     totals["clipped"] += clipped.sum().item()
     totals["kl"] += kl.sum().item()
@@ -307,11 +292,7 @@ def check_grpo_args(args):
         raise UserError("--epochs must be at least 1, --reward-seconds above 0")
     if args.shard:
         raise UserError("--shard: the engine needs the whole model on each rank; leave it out")
-    if not Tokenizer.load(args.model).chat_template:
-        raise UserError(
-            f"{args.model} has no chat template, so no token that ends an answer: first run "
-            "finetune.py on it"
-        )
+    finetune.tuned_tokenizer(args.model)  # whose answers end
 
 
 def prepare_grpo(args, checkpoint):
@@ -323,31 +304,19 @@ def prepare_grpo(args, checkpoint):
     reference = None
     if args.beta and not args.lora:
         reference = copy.deepcopy(model).requires_grad_(False)
-    model, write = make_policy(args, checkpoint, model, base_sha256(model), runtime)
-    trained, total = lora.count_params(model)
     print(
-        f"data     {len(data.prompts):,} questions to train on, {len(val.prompts):,} held out\n"
-        f"model    {trained:,} of {total:,} parameters are trained: {args.loss}, "
+        f"data     {len(data.prompts):,} questions to train on, {len(val.prompts):,} held out; "
         f"{args.batch} x {args.group} answers a step"
     )
+    model, write = make_policy(args, checkpoint, model, base_sha256(model), runtime)
     engine = None
     if not args.fit:
         at_once = min(args.batch * args.group, 256 if runtime.device.type == "cuda" else 128)
         room = dict(max_seqs=at_once, kv_tokens=at_once * args.context)
         engine = Engine.of(model, tok, args.dtype, **room)
-    return start_run(
-        args,
-        checkpoint,
-        runtime,
-        tok,
-        model,
-        data,
-        val,
-        loss=longest_row_loss,
-        validate=validate_answers,
-        write=write,
-        own=Environment(engine, rewards, reference),
-    )
+    own = dict(loss=longest_row_loss, validate=validate_answers, write=write)
+    own["own"] = Environment(engine, rewards, reference)
+    return start_run(args, checkpoint, runtime, tok, model, data, val, **own)
 
 
 def longest_row_loss(model, asked, args):
@@ -368,7 +337,7 @@ def validate_answers(run):
     good = [r for r in rewards if not math.isnan(r)]
     if run.metrics:
         with open(Path(run.args.out) / "samples.txt", "a", encoding="utf-8") as file:
-            for question, answer, reward in list(zip(asked, answers, rewards))[:8]:
+            for question, answer, reward in zip(asked[:8], answers, rewards):
                 asked_for = question.messages[-1]["content"]
                 print(f"{run.optimizer.steps}\t{reward:.3g}\t{asked_for!r}\t{answer!r}", file=file)
     return {"val_reward": run.runtime.sum(sum(good)) / max(run.runtime.sum(len(good)), 1)}
@@ -380,22 +349,19 @@ MEANS = {  # what a row of the metrics has: {mean: of how many}
     "alike": "questions",  # share of groups whose rewards are all alike, which are dropped
     "failed": "answers",  # share of answers that a reward function failed on
     "cut": "answers",  # share that never ended
-    "drawn": "answers",  # tokens of an answer
-    "entropy": "drawn",  # nats: -log p of what was drawn, whose mean is the entropy
-    "gap_mean": "targets",  # nats between the sampler's log-probs and the trainer's
+    "answer_tokens": "answers",  # tokens of an answer
+    "entropy": "answer_tokens",  # nats: -log p of what was drawn, whose mean is the entropy
+    "gap_mean": "pushed",  # nats between the sampler's log-probs and the trainer's
     "clipped": "pushed",  # share of tokens
     "kl": "pushed",  # nats
 }
 
 
-def step_means(run, totals, seconds, train_seconds):
+def step_means(run, totals, seconds):
     """The step's sums -> what is logged, over all ranks."""
     total = {name: run.runtime.sum(totals[name]) for name in (*MEANS, *MEANS.values())}
     values = {name: total[name] / max(total[by], 1) for name, by in MEANS.items()}
-    values["answer_tokens"] = values.pop("drawn")
     values["gap_max"] = run.runtime.sum(totals["gap_max"], "MAX")
-    values["generate_tokens_per_s"] = round(totals["drawn"] / totals["generate_seconds"])
-    values["train_tokens_per_s"] = round(totals["pushed"] / train_seconds)
     values["generate_share"] = totals["generate_seconds"] / seconds
     return values
 
@@ -417,7 +383,6 @@ def train_policy(run):
         total = torch.zeros(())
         values = {}
         old = {}  # {pass: the trainer's log-probs before the step}
-        trained = time.time()
         for _ in range(args.epochs if batch else 0):
             run.optimizer.zero_grad()
             total = 0
@@ -427,8 +392,9 @@ def train_policy(run):
                 backward(run, loss, count)
                 total += loss.detach()
             values = update(run, step)
-        values |= step_means(run, totals, time.time() - began, time.time() - trained)
-        log_step(run, step, total, count, tokens=totals["drawn"] / args.batch, **values)
+        values |= step_means(run, totals, time.time() - began)
+        tokens = totals["answer_tokens"] / args.batch
+        log_step(run, step, total, count, tokens, **values)
         if not learned and step + 1 == PATIENCE:
             raise UserError(
                 f"{PATIENCE} steps, and the rewards of every group of {args.group} answers are "
@@ -438,8 +404,7 @@ def train_policy(run):
 
 
 def main():
-    args, checkpoint = read_args(Args, __doc__, positional=("model",))
-    launch(args, checkpoint, prepare_grpo, train_policy)
+    launch(Args, __doc__, prepare_grpo, train_policy)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from formats.peft import (
 from formats.verify import WrongExport, verify
 from formats.vocab import find_tokenizer, read_beside
 from model import Transformer
-from quant import QuantLinear, quantize, tile_layers
+from quant import QuantLinear, quantize, tiled
 from runtime import DTYPES, resolve
 from tokenizer import Tokenizer
-from training.loop import describe, launch, read_args, start_run
+from training.loop import describe, launch, start_run
 from training.memory import estimate_memory, print_estimate
 
 
@@ -77,15 +77,13 @@ class LoRALinear(nn.Module):
         y = self.base(rows)
         rows = F.dropout(rows, self.settings["lora_dropout"], self.training)
         low = F.linear(rows, self.A.to(x.dtype)).to(y.dtype)  # (M, K) -> (M, r)
-        B = self.B.to(y.dtype)
-        if self.m is None:  # the product adds itself to what is there: W x + s B A x
-            y = y.addmm_(low, B.t(), alpha=self.scale)  # (M, r) -> (M, N)
-        else:
+        # the product adds itself to what is there: W x + s B A x
+        y = y.addmm_(low, self.B.to(y.dtype).t(), alpha=self.scale)  # (M, r) -> (M, N)
+        if self.m is not None:
             bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
             with torch.no_grad():
                 changed = self.changed_weight()
-            change = self.scale * F.linear(low, B)
-            y = bias + self.gain(changed).to(y.dtype) * (y - bias + change)
+            y = bias + self.gain(changed).to(y.dtype) * (y - bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def changed_weight(self):
@@ -216,12 +214,7 @@ def save_adapter(model, folder, base_hash=None):
 
 def adapter_writer(base_hash):
     """What a training's checkpoint writes (loop.Run.write) where an adapter is trained."""
-
-    def write(run, folder, weights):
-        check_moved(run)
-        save_adapter(run.model, folder, base_hash)
-
-    return write
+    return lambda run, folder, weights: save_adapter(run.model, folder, base_hash)
 
 
 @contextlib.contextmanager
@@ -322,18 +315,15 @@ def prepare_adapter(args, checkpoint):
         print_adapter(model, args)
         print_estimate(parts, rows, args, runtime)
         return None
-    tok = Tokenizer.load(args.model)
-    if not tok.chat_template:
-        raise UserError(
-            f"{args.model} has no chat template, and an adapter trains no new tokens: "
-            "first run finetune.py on it"
-        )
+    tok = finetune.tuned_tokenizer(args.model)  # an adapter trains no new tokens
     data, val = finetune.load_data(args, tok)
     # QLoRA packs on the CPU (Dettmers et al. 2023): the device never holds the model in 16 bits
     place = "cpu" if args.quant else runtime.device
     model = Transformer.from_pretrained(args.model, place, runtime.dtype)
     if args.quant:
-        model = tile_layers(quantize(model, args.quant).to(runtime.device))
+        quantize(model, args.quant).to(runtime.device)
+        for name, layer in linear_layers(model).items():
+            model.set_submodule(name, tiled(layer))
     torch.manual_seed(args.seed)
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)
@@ -358,17 +348,6 @@ def check_adapter_args(args):
         raise UserError(
             "--shard is for whole models; here each rank holds the frozen base "
             "(--quant nf4 makes it small)"
-        )
-
-
-def check_moved(run):
-    """After a step every B has left zero. One that has not is not being trained, whatever the loss
-    says."""
-    still = [name for name, layer in adapted_layers(run.model).items() if not layer.B.any()]
-    if still and run.guard.seen > run.guard.skipped:
-        raise UserError(
-            f"training moved nothing in {len(still)} adapters ({', '.join(still[:4])}, ...): "
-            "no gradient reaches them; is the base trained, and --lr above 0?"
         )
 
 
@@ -457,8 +436,7 @@ def merge_checked(model, dtype):
 
 
 def train_adapter(argv):
-    args, checkpoint = read_args(Args, __doc__, positional=("model",), argv=argv)
-    launch(args, checkpoint, prepare_adapter, finetune.finetune)
+    launch(Args, __doc__, prepare_adapter, finetune.finetune, argv=argv)
 
 
 def main():

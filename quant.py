@@ -8,7 +8,6 @@ round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`
 
 import copy
 import functools
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from common import UserError, cli, parse_flags  # isort: skip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import kernels
 from model import Transformer
@@ -236,12 +236,11 @@ def joined(layers, name):
 class QuantLinear(nn.Module):
     """A linear layer with packed weights: x (..., K) -> (..., N).
 
-    `dequantize` and `plain` say what it computes, in torch on any device. For a GPU `tiled` makes a
-    layer of it that the kernels read; on a CPU the engine packs the weights for forward.cpp.
+    `dequantize` and `product` say what it computes, in torch on any device. For a GPU `tiled` makes
+    a layer of it that the kernels read; on a CPU the engine packs the weights for forward.cpp.
     """
 
     format = ""
-    symmetric = False  # all zero points are the middle code: the GPU need not read them
 
     def __init__(self, shape, bias=None):
         super().__init__()
@@ -259,20 +258,13 @@ class QuantLinear(nn.Module):
         """
         raise NotImplementedError
 
-    def plain(self, rows):
-        """What a product is: unpack, then multiply. (M, K) -> (M, N)."""
-        bias = None if self.bias is None else self.bias.to(rows.dtype)
-        return F.linear(rows, self.dequantize(rows.dtype), bias)
+    def product(self, x):
+        """What a product is: unpack, then multiply. x (..., K) -> (..., N), in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
 
     def tiles(self):
         """-> kernels.Tiles, or None where the kernels cannot take this layer."""
-
-    def product(self, x):
-        """x (..., K) -> (..., N) with the bias, in x's dtype."""
-        rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
-        y = self.plain(rows)
-        # (M, N) -> (..., N); not a view where it need not be, so that an adapter can add to it
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
@@ -302,7 +294,6 @@ class GroupLinear(QuantLinear):
         self.bits = bits
         self.group = group if group > 0 else self.in_features
         self.format = f"int{bits}"
-        self.symmetric = bool((zeros == 2 ** (bits - 1)).all())
         if bits <= 4:
             codes = F.pad(codes, (0, codes.size(1) % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -335,11 +326,13 @@ class GroupLinear(QuantLinear):
         return weight.to(dtype)
 
     def tiles(self):
-        if self.bits == 8 and self.symmetric:
+        # where all zero points are the middle code, the GPU need not read them
+        symmetric = bool((self.zeros == 2 ** (self.bits - 1)).all())
+        if self.bits == 8 and symmetric:
             return kernels.tile("int8", self.codes(), self.scales, self.group)
         if self.bits > 4:
             return None
-        zeros = None if self.bits == 4 and self.symmetric else self.zeros
+        zeros = None if self.bits == 4 and symmetric else self.zeros
         return kernels.tile("int4", self.codes(), self.scales, self.group, zeros)
 
     def kind(self):
@@ -360,11 +353,6 @@ class NF4Linear(QuantLinear):
             self.register_buffer(name, state.get(name))
         # a tensor to a compiler, which would break off at the cached function
         self.register_buffer("scale_table", dynamic_map(self.packed.device), persistent=False)
-
-    @classmethod
-    def from_linear(cls, linear):
-        state = nf4_quantize(linear.weight)
-        return cls(state, linear.weight.shape, linear.bias)
 
     def block_scales(self):
         """-> float32 (blocks,), double quantization undone."""
@@ -418,10 +406,13 @@ class TiledLinear(QuantLinear):
         weight = kernels.dequantize(self.tiles(), dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
-    def plain(self, rows):
+    def product(self, x):
+        rows = x.reshape(-1, self.in_features)  # (..., K) -> (M, K)
         if self.order is not None:
             rows = rows[:, self.order]
-        return kernels.linear(rows, self.tiles(), self.bias)
+        y = kernels.linear(rows, self.tiles(), self.bias)
+        # (M, N) -> (..., N); not a view where it need not be, so that an adapter can add to it
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
 
 def tiled(layer):
@@ -433,20 +424,12 @@ def tiled(layer):
     return layer if tiles is None else TiledLinear(layer, tiles)
 
 
-def tile_layers(model):
-    """`tiled` for all layers of a model, in place -> the model."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLinear):
-            model.set_submodule(name, tiled(layer))
-    return model
-
-
 def pack_linear(linear, format, group_size, sym=True):
     """nn.Linear -> a layer in one of FORMATS."""
     if format == "int8":
         return GroupLinear.from_linear(linear, 8, -1)
     if format == "nf4":
-        return NF4Linear.from_linear(linear)
+        return NF4Linear(nf4_quantize(linear.weight), linear.weight.shape, linear.bias)
     return GroupLinear.from_linear(linear, 4, group_size, sym)
 
 
@@ -465,12 +448,10 @@ def fuse(layers):
     or column orders, or of which only some have a bias.
     """
     first = layers[0]
-    kinds = [layer.kind() for layer in layers]
-    if any(kind != kinds[0] for kind in kinds):
+    if any(layer.kind() != first.kind() for layer in layers):
         raise UserError("layers of different formats or column orders cannot be one")
     fused = copy.copy(first)
     fused.out_features = sum(layer.out_features for layer in layers)
-    fused.symmetric = all(layer.symmetric for layer in layers)
     fused._buffers = first._buffers | first.stacked(layers)
     bias = None if first.bias is None else nn.Parameter(joined(layers, "bias"), False)
     fused._parameters = {"bias": bias}
@@ -694,21 +675,14 @@ def round_block(block, now, then, where, recipe):
             block.set_submodule(name, layer)
 
 
-def relative_change(states, originals):
-    """|states - originals|^2 / |originals|^2 over all batches."""
-    pairs = zip(states, originals)
-    change = sum(F.mse_loss(x, y, reduction="sum").item() for x, y in pairs)
-    return change / sum(y.square().sum().item() for y in originals)
-
-
 @torch.no_grad()
-def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **recipe):
+def gptq(model, batches, bits=4, group_size=128, act_order=False, **recipe):
     """Quantize a model's linear layers by GPTQ, in place -> the model.
 
     batches: a list of (B, T) int64 token ids, all of one T. Block after block: beside the model
     only one block's Hessians and the hidden states in front of it, with and without the rounding so
-    far, are alive. Further keywords: fields of Recipe. `log` gets a line a block. UserError: NaN, a
-    model that is quantized already.
+    far, are alive. Further keywords: fields of Recipe. UserError: NaN, a model that is quantized
+    already.
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
     if not 2 <= bits <= 8:
@@ -719,12 +693,9 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, log=print, **r
         x, rope, (full, sliding) = model.start(ids.to(model.embed_tokens.weight.device))
         now.append(x)
     then = now.copy()
-    for i, block in enumerate(model.layers):
-        begin = time.time()
+    for i, block in enumerate(tqdm(model.layers, "gptq", disable=None)):
         mask = sliding if i in model.config.sliding_layers else full
         round_block(block, now, then, (rope, mask), recipe)
-        change = relative_change(now, then)
-        log(f"block {i:2d}: its output changes by {change:.2e}, {time.time() - begin:.1f} s")
     model.quantization = gptq_config(model, bits, group_size, recipe.sym, act_order)
     return model
 
@@ -761,24 +732,20 @@ def read_quant_args(argv=None):
     return args
 
 
-def cast_parameters(model, dtype):
-    """Embeddings, norms and biases to dtype, in place; packed weights and their scales stay."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def quantize_command(args):
+@torch.inference_mode()
+def main():
     """Write a quantized model folder, and say what it costs."""
     from formats import verify
     from generate import Engine, Sampling
     from training import quality
 
+    args = read_quant_args()
     original = Transformer.from_pretrained(args.model, args.device)
     float_layers(original, args.group_size)  # for its checks
     stored = working = original.embed_tokens.weight.dtype
     if args.device.type == "cpu":  # 16-bit products are slow there
         working = torch.float32
-        cast_parameters(original, working)
+        original.float()
     tok = Tokenizer.load(args.model)
 
     def engine():
@@ -791,7 +758,8 @@ def quantize_command(args):
         gptq(model, calibration.split(8), **recipe)
     else:
         quantize(model, args.format, args.group_size, args.sym)
-    cast_parameters(model, stored)
+    for parameter in model.parameters():  # packed weights and their scales are none
+        parameter.data = parameter.data.to(stored)
     model.save_pretrained(args.out)
     tok.save(args.out)
     model = Transformer.from_pretrained(args.out, args.device, working)
@@ -800,11 +768,6 @@ def quantize_command(args):
     bits = args.bits - 1 if args.format == "gptq" else None
     written = model, Tokenizer.load(args.out)
     verify.verify(args.out, args.format, (original, tok), written, bits)
-
-
-@torch.inference_mode()
-def main():
-    quantize_command(read_quant_args())
 
 
 if __name__ == "__main__":

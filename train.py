@@ -38,7 +38,6 @@ from training.loop import (
     next_token_loss,
     passes,
     print_sample,
-    read_args,
     start_run,
     steps,
     update,
@@ -315,8 +314,7 @@ def eval_text(argv):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return eval_text(sys.argv[2:])
-    args, checkpoint = read_args(Args, __doc__, PRESETS)
-    launch(args, checkpoint, prepare_training, train)
+    launch(Args, __doc__, prepare_training, train, PRESETS)
 
 
 if __name__ == "__main__":

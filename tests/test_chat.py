@@ -307,7 +307,7 @@ CALL = {"id": "123456789", "function": {"name": "f", "arguments": '{"x": "é"}'}
         (say("a"), {"tools": [{}]}, "tools must be"),
         (say("a"), {"format": "vicuna"}, "unknown chat format 'vicuna'; there are chatml"),
         (say("a", "b")[1:], {"format": "llama2"}, "take turns"),
-        (say("a") * 2, {"format": "mistral"}, "take turns"),
+        (say("a") * 2, {"format": "mistral-v3"}, "take turns"),
         (
             say("a") + [{"role": "tool", "content": "1"}],
             {"format": "zephyr"},
@@ -318,7 +318,7 @@ CALL = {"id": "123456789", "function": {"name": "f", "arguments": '{"x": "é"}'}
             {"format": "llama3.1"},
             "one tool call",
         ),
-        (say("a") + [{"role": "tool", "content": "1"}], {"format": "mistral"}, "9 characters"),
+        (say("a") + [{"role": "tool", "content": "1"}], {"format": "mistral-v3"}, "9 characters"),
     ],
 )
 def test_what_a_format_cannot_say_is_one_clear_line(messages, options, reason):
@@ -377,7 +377,7 @@ def test_content_may_be_text_parts_and_arguments_a_string():
     ]
     assert chat.render(tok, parts, True) == chat.render(tok, say("ab"), True)
     called = say("q") + [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
-    ids, mask = chat.render(tok, called, format="qwen")
+    ids, mask = chat.render(tok, called, format="qwen2.5")
     assert supervised(tok, ids, mask) == [
         '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>'
     ]
@@ -411,7 +411,7 @@ def test_a_file_of_which_nothing_can_be_trained_on_is_refused_by_reason():
 
 def test_training_refuses_a_format_that_loses_the_system_prompt():
     with pytest.raises(UserError, match="loses the system prompt"):
-        chat.example(Tok(), say("q", "a", system="Be brief."), format="mistral")
+        chat.example(Tok(), say("q", "a", system="Be brief."), format="mistral-v3")
     chat.example(Tok(), say("q", "a", system="Be brief."), format="mistral-v1")
 
 

@@ -93,7 +93,7 @@ def test_an_unknown_loss_and_smoothing_where_it_means_nothing_are_refused():
 
 
 # ------------------------------------------------------------------------------------------ layouts
-HH = ["\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman: Who?\n\nAssistant: " + a for a in ANSWERS]
+
 TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}, *PROMPT]
 SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
 
@@ -119,8 +119,6 @@ SAID = [[{"role": "assistant", "content": a}] for a in ANSWERS]
             [{"role": "system", "content": "Be brief."}, *PROMPT],
         ),
         (dict(instruction="Who?", input="", output="?", chosen="Me.", rejected="You."), PROMPT),
-        (dict(chosen=HH[0], rejected=HH[1]), TALK),
-        (dict(prompt=HH[0][:-4], chosen="Me.", rejected="You."), TALK),
     ],
 )
 def test_every_layout_gives_the_same_prompt_and_answers(record, prompt):
@@ -132,9 +130,9 @@ def test_every_layout_gives_the_same_prompt_and_answers(record, prompt):
     [
         (
             dict(question="Who?", best="Me."),
-            "its keys are question, best; known layouts: {prompt, chosen, rejected}",
+            "its keys are 'question', 'best'; known layouts: {prompt, chosen, rejected}",
         ),
-        (dict(prompt="Who?", completion="Me."), "its keys are prompt, completion"),
+        (dict(prompt="Who?", completion="Me."), "its keys are 'prompt', 'completion'"),
         (["Who?"], "a list, not an object"),
         (dict(chosen="Me.", rejected="You."), "there must be a prompt"),
         (
@@ -268,7 +266,7 @@ def test_a_row_has_the_prompt_once_and_each_answer_begins_with_its_last_token():
         (batch.positions, [0, 1, 2, 1]),
     ):
         assert found.tolist()[0][:4] == row
-    assert (batch.docs[0, 4:] == 2).all() and (batch.y[0, 4:] == -100).all()
+    assert (batch.docs[0, 4:] == dpo.PADDING).all() and (batch.y[0, 4:] == -100).all()
 
 
 @pytest.mark.parametrize("kind, window", [("qwen3", None), ("gpt2", None), ("mistral", 6)])

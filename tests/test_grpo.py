@@ -297,7 +297,7 @@ def test_a_run_raises_its_reward_logs_what_it_did_and_its_sampler_agrees_with_it
     rows = rows_of(trained)
     assert len(rows) == 8
     names = "reward spread alike failed cut entropy gap_mean gap_max clipped kl answer_tokens"
-    names += " generate_tokens_per_s train_tokens_per_s generate_share"
+    names += " generate_share"
     assert all(set(names.split()) <= row.keys() for row in rows)
     assert max(row["gap_max"] for row in rows) <= 1e-4
     assert rows[0]["kl"] < rows[-1]["kl"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_quant import ids, silent, small_model
+from test_quant import ids, small_model
 
 import quant
 from formats import packed
@@ -105,7 +105,7 @@ def test_we_open_the_nf4_folder_that_transformers_writes(tmp_path):
 def test_transformers_reads_our_gptq_config(tmp_path, sym, act_order):
     from transformers import AutoConfig, GPTQConfig
 
-    model = quant.gptq(small_model(), [ids()], 4, 32, act_order, sym=sym, log=silent)
+    model = quant.gptq(small_model(), [ids()], 4, 32, act_order, sym=sym)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path).quantization_config
     parsed = GPTQConfig.from_dict(config)
@@ -118,7 +118,7 @@ def test_gptq_tensors_have_the_layout_that_autogptq_unpacks(tmp_path, sym, act_o
     """Dequantized as its own torch code does: shifts of 0, 4, .. 28 along the packed dimension."""
     from safetensors.torch import load_file
 
-    model = quant.gptq(small_model(), [ids()], 4, 32, act_order, sym=sym, log=silent)
+    model = quant.gptq(small_model(), [ids()], 4, 32, act_order, sym=sym)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     prefix = "model.layers.0.self_attn.q_proj"  # 64 -> 64

@@ -42,10 +42,6 @@ def ids(rows=4, length=48, seed=1):
     return torch.randint(96, (rows, length), generator=generator)
 
 
-def silent(line):
-    pass
-
-
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -72,20 +68,21 @@ def test_groups_of_zeros_stay_zero(sym):
 
 
 # ------------------------------------------------------------------------------------------ layers
-LAYERS = {  # class, arguments of from_linear
-    "int8": (quant.GroupLinear, (8, -1)),
-    "nf4": (quant.NF4Linear, ()),
-    "int4": (quant.GroupLinear, (4, 64)),
-    "int4 with zeros": (quant.GroupLinear, (4, 32, False)),
-    "groups of 48": (quant.GroupLinear, (4, 48)),
-    "int3 rows": (quant.GroupLinear, (3, -1)),
-    "int6": (quant.GroupLinear, (6, 128)),
+LAYERS = {  # arguments of GroupLinear.from_linear
+    "int8": (8, -1),
+    "nf4": None,
+    "int4": (4, 64),
+    "int4 with zeros": (4, 32, False),
+    "groups of 48": (4, 48),
+    "int3 rows": (3, -1),
+    "int6": (6, 128),
 }
 
 
 def packed_layer(name, linear):
-    kind, how = LAYERS[name]
-    return kind.from_linear(linear, *how)
+    if name == "nf4":
+        return quant.pack_linear(linear, "nf4", 64)
+    return quant.GroupLinear.from_linear(linear, *LAYERS[name])
 
 
 def twin_of(layer, x):
@@ -119,13 +116,13 @@ def test_fused_layers_are_their_parts_stacked(name, bias):
     assert torch.allclose(fused(x), torch.cat(outputs, -1), atol=1e-5)
 
 
-def test_a_fused_layer_is_symmetric_only_if_all_are():
+def test_a_fused_layer_leaves_its_zero_points_out_only_if_all_are_in_the_middle():
     torch.manual_seed(0)
     symmetric = quant.GroupLinear.from_linear(nn.Linear(64, 8))
     skewed = quant.GroupLinear.from_linear(nn.Linear(64, 8), sym=False)
-    assert symmetric.symmetric
-    assert quant.fuse([symmetric, symmetric]).symmetric
-    assert not quant.fuse([symmetric, skewed]).symmetric
+    assert symmetric.tiles().zeros is None
+    assert quant.fuse([symmetric, symmetric]).tiles().zeros is None
+    assert quant.fuse([symmetric, skewed]).tiles().zeros is not None
 
 
 def test_what_cannot_be_one_layer_is_refused():
@@ -145,7 +142,7 @@ def test_what_cannot_be_one_layer_is_refused():
 
 def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
     torch.manual_seed(0)
-    layer = quant.NF4Linear.from_linear(nn.Linear(64, 24))
+    layer = quant.pack_linear(nn.Linear(64, 24), "nf4", 64)
     x = torch.randn(5, 64, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
     y = layer(x)
@@ -277,7 +274,7 @@ def test_gptq_recovers_half_of_what_rounding_loses_and_int8_loses_next_to_nothin
 
     def rounded(model):
         batches = rows[:64].split(8)
-        return quant.gptq(model, batches, 4, 64, act_order=True, log=silent)
+        return quant.gptq(model, batches, 4, 64, act_order=True)
 
     def nearest(model):
         return quant.quantize(model, "int4", 64)
@@ -300,7 +297,7 @@ def test_nan_in_weights_is_refused():
     model = small_model()
     model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(UserError, match="mlp.down_proj.*NaN or infinite"):
-        quant.gptq(copy.deepcopy(model), [ids()], log=silent)
+        quant.gptq(copy.deepcopy(model), [ids()])
     with pytest.raises(UserError, match="mlp.down_proj.*NaN or infinite"):
         quant.quantize(model, "int4")
 

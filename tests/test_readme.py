@@ -219,9 +219,10 @@ def parse(words, monkeypatch):
     """Give a command's flags to its own parser, and go no further."""
     if words[0] == "torchrun":
         import train
+        from training import loop
 
         at = words.index("train.py")
-        train.read_args(train.Args, "", train.PRESETS, argv=words[at + 1 :])
+        loop.read_args(train.Args, "", train.PRESETS, argv=words[at + 1 :])
         return
     import bench
 

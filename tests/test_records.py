@@ -194,12 +194,7 @@ def test_what_cannot_be_used_is_said(record, words):
 def test_a_turn_of_weight_0_is_context_alone(name):
     tok = Tok()
     plain, _ = chat.example(tok, say("q1", "bad", "q2", "good"), format=name)
-    spelled = [
-        ("weight", 0, 1),
-        ("train", False, True),
-        ("loss", "false", "True"),
-        ("weight", 0.0, 1.0),
-    ]
+    spelled = [("weight", 0, 1), ("train", False, True), ("loss", False, 1), ("weight", 0.0, 1.0)]
     for key, no, yes in spelled:
         talk = say("q1", "bad", "q2", "good")
         for message, value in zip(talk, (no, no, no, yes)):
@@ -211,11 +206,14 @@ def test_a_turn_of_weight_0_is_context_alone(name):
 
 def test_weights_that_say_nothing_clear_are_refused():
     tok = Tok()
-    for weight in (0.5, 2, "yes", "", [], "1e0"):
+    for weight in (0.5, 2, "yes", "", [], "1"):
         with pytest.raises(UserError, match="weight is .*neither yes nor no"):
             chat.example(tok, [*say("q"), {**say("q", "a")[1], "weight": weight}])
-    for odd in ({"weight": 1, "train": False}, {"role": "user", "train": True}):
-        with pytest.raises(UserError, match="must agree"):
+    for odd, told in (
+        ({"weight": 1, "train": False}, "twice what its weight is"),
+        ({"role": "user", "train": True}, "only the assistant's turns are learned"),
+    ):
+        with pytest.raises(UserError, match=told):
             chat.example(tok, [*say("q"), {**say("q", "a")[1], **odd}])
     with pytest.raises(UserError, match="no turn is in the loss"):
         chat.example(tok, [*say("q"), {**say("q", "a")[1], "weight": 0}])
@@ -236,7 +234,7 @@ def test_a_call_without_arguments_has_none(arguments):
     tok = Tok()
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     talk = [*say("q"), {"role": "assistant", "content": None, "tool_calls": [call]}]
-    [said] = supervised(tok, *chat.example(tok, talk, TOOLS, format="qwen"))
+    [said] = supervised(tok, *chat.example(tok, talk, TOOLS, format="qwen2.5"))
     assert '{"name": "f", "arguments": {}}' in said
 
 
@@ -244,10 +242,10 @@ def test_a_call_without_arguments_has_none(arguments):
 def test_arguments_that_are_no_object_are_refused(arguments):
     call = {"function": {"name": "f", "arguments": arguments}}
     with pytest.raises(UserError, match="arguments a JSON object"):
-        chat.render(Tok(), [{"role": "assistant", "tool_calls": [call]}], True, format="qwen")
+        chat.render(Tok(), [{"role": "assistant", "tool_calls": [call]}], True, format="qwen2.5")
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral"])
+@pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral-v3"])
 def test_training_refuses_a_format_that_loses_what_was_said(name):
     thinking = [*say("q"), {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
     with pytest.raises(UserError, match="loses the reasoning_content"):
@@ -294,8 +292,8 @@ def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
         ({"prompt": "other", "chosen": say("q", "a"), "rejected": say("q", "b")}, "no part of"),
         ({"messages": say("q"), "chosen": say("q", "a"), "rejected": say("q", "b")}, "unknown key"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "unknown key 'label'"),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "its keys are prompt, chosen;"),
-        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "message 1 is a int"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "its keys are .prompt., .chosen.;"),
+        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "content must be a string"),
         ({"prompt": "q", "chosen": [], "rejected": "b"}, "differ before their last"),
     ],
 )
@@ -406,17 +404,15 @@ def test_half_a_surrogate_pair_in_a_file_is_a_replacement_character(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(line % (text, text) + "\n" for text in said))
     assert [talk for _, talk, _ in chat.read_records(path)] == [say(m, m) for m in meant]
-    options = SimpleNamespace(files=[path], out=tmp_path, split="1/0/0", ignore_keys="")
     with contextlib.redirect_stdout(io.StringIO()):
-        chat.convert_records(options)
+        chat.convert_command([str(path), "--out", str(tmp_path), "--split", "1/0/0"])
     assert list(chat.read_records(tmp_path / "train.jsonl")) == list(chat.read_records(path))
 
 
 def test_what_parquet_has_and_json_has_not_is_written_as_text(tmp_path):
     row = {"messages": say("q", "a"), "timestamp": datetime(2026, 1, 2)}
     path = write_rows(tmp_path / "x.parquet", [row], "parquet")
-    options = SimpleNamespace(files=[path], out=tmp_path, split="1/0/0", ignore_keys="")
-    chat.convert_records(options)
+    chat.convert_command([str(path), "--out", str(tmp_path), "--split", "1/0/0"])
     [(record, _, _)] = chat.read_records(tmp_path / "train.jsonl")
     assert record["timestamp"] == "2026-01-02 00:00:00"
 

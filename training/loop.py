@@ -91,7 +91,7 @@ HOUSEKEEPING = set(
 AT_LEAST_ONE = (
     "context batch log_every eval_every save_every keep heads max_tokens examples".split()
 )
-BELOW_ONE = "momentum dropout average".split()
+BELOW_ONE = "momentum dropout average val_share text_share".split()
 FLAG_CHOICES = {
     "optimizer": "muon adamw adamw8bit".split(),
     "schedule": "wsd cosine".split(),
@@ -100,9 +100,9 @@ FLAG_CHOICES = {
 }
 
 
-def read_args(cls, doc, presets=None, positional=(), argv=None):
+def read_args(cls, doc, presets=None, argv=None):
     """Flags -> (an instance of cls, the checkpoint's folder to resume or None)."""
-    typed = common.parse_flags(cls, doc, argv, positional)
+    typed = common.parse_flags(cls, doc, argv, positional=("model",))
     args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
     if args.resume:
@@ -596,8 +596,10 @@ def out_of_memory_explained():
         ) from None
 
 
-def launch(args, checkpoint, prepare, loop):
-    """A whole training: prepare(args, checkpoint) -> a Run, or None after --fit; then loop(run)."""
+def launch(cls, doc, prepare, loop, presets=None, argv=None):
+    """A whole training: flags, as read_args has them; prepare(args, checkpoint) -> a Run, or None
+    after --fit; then loop(run)."""
+    args, checkpoint = read_args(cls, doc, presets, argv)
     go_on = f"Go on from the last checkpoint: --resume --out {args.out}"
     with lost_rank_explained(go_on), out_of_memory_explained():
         run = prepare(args, checkpoint)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
-from test_quant import ids, silent, small_model
+from test_quant import ids, small_model
 
 import quant
 from common import UserError
@@ -55,7 +55,7 @@ def quantized(kind, format, recipe):
     model = small_model(kind)
     if format != "gptq":
         return quant.quantize(model, format, 48, **recipe)
-    return quant.gptq(model, ids().split(2), group_size=48, log=silent, **recipe)
+    return quant.gptq(model, ids().split(2), group_size=48, **recipe)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -153,7 +153,7 @@ def test_groups_that_are_not_of_the_stated_size_are_refused():
 
 
 def test_damaged_bitsandbytes_statistics_are_refused():
-    layer = quant.NF4Linear.from_linear(nn.Linear(64, 64))
+    layer = quant.pack_linear(nn.Linear(64, 64), "nf4", 64)
     good = packed.write_bnb(layer, "q")
     statistics = f"q.weight.{packed.NF4_MARK}"
     for key, value in (
