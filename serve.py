@@ -211,8 +211,7 @@ class Service:
         """Yield lists of (the prompt's number, Delta) of all jobs as they come, [] when nothing has
         come for a while. Raises Refusal for what failed, and when the time is up."""
         deadline = time.monotonic() + self.args.timeout
-        unfinished = sum(job.answers for job in jobs)
-        while unfinished:
+        while any(job.unfinished or job.inbox.items for job in jobs):
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
                 raise Refusal(504, f"not finished within {self.args.timeout:g} s", "timeout")
@@ -223,8 +222,6 @@ class Service:
                 _, delta = item
                 if delta.finish_reason == "error":
                     raise Refusal(400, delta.error)
-                if delta.finish_reason:
-                    unfinished -= 1
             yield batch
 
 
@@ -263,18 +260,12 @@ def event_stream(pieces):
     return respond
 
 
-async def cancel_if_left(receive, writer):
-    """Wait until the server says that the client has hung up, and end the task that writes."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    writer.cancel()
-
-
 # --------------------------------------------------------------------------- from HTTP to a route
 class BodyRoute(APIRoute):
     """FastAPI's route, but what takes (body, request, service) gets them in one step: FastAPI's
     general way to a function's arguments costs a fifth of the time of a short answer. And it ends
-    when the client leaves: then this returns to the Door, which closes the request's jobs."""
+    when the client leaves: door.Protocol cancels the state's `writer`, this returns to the Door,
+    and that closes the request's jobs."""
 
     def __init__(self, path, endpoint, **options):
         super().__init__(path, endpoint, **options)
@@ -283,17 +274,16 @@ class BodyRoute(APIRoute):
         async def answer(scope, receive, send):
             request = Request(scope, receive)
             body = await read_body(request, kind)
-            # This task writes the answer by itself: so its jobs are closed before the client, who
-            # has the answer then, can ask again, and a full queue never counts one that is over.
-            gone = asyncio.ensure_future(cancel_if_left(receive, asyncio.current_task()))
+            state = scope["state"]
+            state["writer"] = asyncio.current_task()
             try:
                 response = await endpoint(body, request, await shared(request))
                 await response(scope, receive, send)
             except asyncio.CancelledError:
-                if not gone.done():
+                if "writer" in state:
                     raise  # somebody else ends this task
             finally:
-                gone.cancel()
+                state.pop("writer", None)
 
         if kind:
             self.app = answer
@@ -593,6 +583,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def spare_the_collector():
+    """What is in memory now stays: the collector need not go through it again and again."""
+    gc.set_threshold(20_000, 10, 10)
+    gc.collect()
+    gc.freeze()
+
+
 @lost_rank_explained("Start it again.")
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model",)))
@@ -622,10 +619,7 @@ def main():
     if engine.tok.chat_template is None:
         print("note     no chat template: only /v1/completions works, chats get 400")
     engine.warm_up(tune=not args.no_warm_up)
-    # What is in memory now stays: the collector need not go through it again and again.
-    gc.set_threshold(20_000, 10, 10)
-    gc.collect()
-    gc.freeze()
+    spare_the_collector()
     # The engine no longer waits for Python while another thread of its process computes.
     sys.setswitchinterval(0.001)
     # Elsewhere a process that forks may not compute, so the engine gets a thread.

@@ -436,6 +436,7 @@ class Protocol(HttpToolsProtocol):
             transport.set_write_buffer_limits(0)  # pause_writing is called once bytes must wait
         self.running = None  # the RequestResponseCycle that answers now
         self.framing = 0  # bytes that came since the last one of a body: a head, or trailers
+        self.in_head = True
         self.late = self.hang_up_later()  # on a client whose head does not come
         self.stalled = self.late  # the same for one that does not read
         self.address = address_of(self.client)
@@ -449,6 +450,10 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data):
         self.framing += len(data)
         super().data_received(data)
+        if not self.in_head:
+            self.late.cancel()
+        elif self.late.cancelled():
+            self.late = self.hang_up_later()
         if self.framing > HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"a head or trailers of over {HEAD_BYTES:,} bytes")
 
@@ -456,11 +461,10 @@ class Protocol(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINE:
             raise ValueError("too many requests wait")  # then uvicorn answers 400 and hangs up
         super().on_message_begin()
-        self.late.cancel()
-        self.late = self.hang_up_later()
+        self.in_head = True
 
     def on_headers_complete(self):
-        self.late.cancel()
+        self.in_head = False
         self.framing = 0
         super().on_headers_complete()
 
@@ -492,6 +496,9 @@ class Protocol(HttpToolsProtocol):
         self.pipeline.clear()
         self.cycle = self.running
         super().connection_lost(error)
+        writer = self.cycle and self.cycle.scope["state"].pop("writer", None)
+        if writer:
+            writer.cancel()
 
 
 def listen(args):

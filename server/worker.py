@@ -37,6 +37,7 @@ from server.door import log_line
 PULSE_SECONDS = 1.0  # after which an engine without work says that it lives
 SILENT_SECONDS = 30.0  # after which one that says nothing counts as hung
 LONG_WAIT = 1.0  # seconds between two steps that are told in the log
+PAUSE = 0.005  # seconds between two messages to the other half, at least, while there is work
 
 
 def message(*values):
@@ -114,7 +115,9 @@ class Worker:
         self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
-        self.told = 0.0  # when all of it last was
+        self.urgent = set()  # names of those in it that go out with the next message
+        self.said = 0.0  # when the last message went out
+        self.told = 0.0  # when all of the outbox last did
         self.waited = 0.0  # the longest wait between two steps that the log knows
         self.builder = ThreadPoolExecutor(1, "grammar")
 
@@ -265,8 +268,8 @@ class Worker:
 
         Several steps' tokens of an answer go out as one, more often than an eye can tell; the more
         streams there are, the more, as what the other half does with them costs the machine time.
-        A first token and an end never wait."""
-        urgent = set()
+        A first token and an end wait for nothing but the pause: a message costs both processes a
+        turn, and a small model's steps are shorter than that."""
         for delta in deltas:
             number = delta.request_id
             name = number, delta.index
@@ -288,19 +291,20 @@ class Worker:
                     del self.unfinished[number]
             if delta.finish_reason or number in self.silent:
                 self.silent.discard(number)
-                urgent.add(name)
+                self.urgent.add(name)
         now = time.monotonic()
-        if now - self.told >= min(0.005 * len(self.unfinished), 0.05):
+        if now - self.told >= min(PAUSE * len(self.unfinished), 0.05):
             self.told = now
             self.tell(self.outbox)
-        elif urgent:
-            self.tell(urgent)
+        elif self.urgent and now - self.said >= PAUSE:
+            self.tell(self.urgent)
 
     def tell(self, names):
         """Send what these answers have got, and how the engine is."""
         items = []
         for name in list(names):
             delta = self.outbox.pop(name)
+            self.urgent.discard(name)
             if delta.logprobs and isinstance(delta.logprobs[0], TokenLogprob):
                 delta.logprobs = plain_logprobs(delta.logprobs)
             items.append(list(vars(delta).values()))
@@ -309,6 +313,7 @@ class Worker:
         self.log_wait(stats, LONG_WAIT)
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
+        self.said = time.monotonic()
 
 
 def fork_front(engine, concurrency):
@@ -372,7 +377,7 @@ class Job:
 
     key: str  # whose it is: keys take turns
     prompt_tokens: int
-    answers: int  # that end, each for itself
+    unfinished: int  # answers, which end each for itself
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
     number: int | None = None  # its name in the engine, once it is submitted
@@ -380,7 +385,6 @@ class Job:
     admitted: float = 0.0  # when it left the queue
     first: float = 0.0  # when its first token came
     tokens: int = 0
-    unfinished: int = 0  # answers
     reason: str = "abort"  # why it ended
 
 
@@ -413,7 +417,6 @@ class EngineClient(asyncio.Protocol):
     def send(self, job, what, *request):
         """what: "submit" or "read", as of Worker"""
         job.number = next(self.numbers)
-        job.unfinished = job.answers
         self.order(what, job.number, job.key, *request)
         self.jobs[job.number] = job
 
