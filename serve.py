@@ -63,6 +63,7 @@ CHAT_PAGE = Path(__file__).with_name("ui.html")
 LATER = {"Retry-After": "5"}
 LOGPROBS = 1 << 18  # that the tokens of one request's prompts may ask for
 PARTS = 100_000  # lists and objects in a request: each costs much more than its two bytes
+read_json = json.JSONDecoder(object_pairs_hook=distinct).decode  # of str
 RUN_BYTES = 2_000_000  # at the end of a training run's metrics that are read
 
 
@@ -299,7 +300,7 @@ async def read_body(request, kind):
         body = await request.receive.read()  # door.Body
         if body.count(b"[") + body.count(b"{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
-        return api.parse_body(json.loads(body, object_pairs_hook=distinct), kind)
+        return api.parse_body(read_json(body.decode()), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError) as error:
@@ -443,7 +444,7 @@ async def stats(service: Shared):
 
 @routes.get("/metrics")
 async def metrics(service: Shared):
-    text = generate_latest(service.measures.registry)
+    text = generate_latest(service.measures)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
@@ -529,6 +530,7 @@ def create_app(engine, args=None, keys=None, sock=None):
         title="LLM server",
         docs_url=None,  # FastAPI's pages load scripts from elsewhere, onto the origin of the keys
         redoc_url=None,
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), False),  # Measures is ours
         lifespan=lifespan,
         routes=routes.routes,
         exception_handlers=ERROR_HANDLERS,

@@ -17,6 +17,8 @@ import struct
 import time
 from dataclasses import dataclass, field
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from server.api import Refusal, offered_functions
 from tokenizer import Stream
 
@@ -40,8 +42,11 @@ json_pieces = encoder(default=LazyList).iterencode  # of what may be large
 
 
 def json_bytes(value):
-    """JSON that any decoder takes, whatever half characters a caller put into what is repeated."""
-    return compact_json(value).encode("utf-8", "replace")
+    """JSON that any decoder takes."""
+    try:
+        return to_json(value, fallback=list)
+    except PydanticSerializationError:  # for half a character that a caller wants repeated
+        return compact_json(value).encode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------------------------- tool calls
