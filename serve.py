@@ -537,15 +537,16 @@ def create_app(engine, args=None, keys=None, sock=None):
     )
     app.state.service = service
     posts = {route.path: route.app for route in routes.routes if "POST" in route.methods}
-    app.add_middleware(Door, service=service, keys=keys or {}, posts=posts)
+    stack = Door(app.build_middleware_stack(), service, keys or {}, posts)
     if service.args.cors:
-        app.add_middleware(
-            CORSMiddleware,
+        stack = CORSMiddleware(
+            stack,
             allow_origins=listed(service.args.cors),
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients have many of their own: x-stainless-os, ...
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.middleware_stack = stack  # add_middleware would put it behind layers of FastAPI's
     return app
 
 

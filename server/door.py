@@ -193,7 +193,7 @@ async def to_the_door(request, error):
     raise error
 
 
-ERROR_HANDLERS = dict.fromkeys((HTTPException, RequestValidationError), to_the_door)
+ERROR_HANDLERS = dict.fromkeys((HTTPException, RequestValidationError, Exception), to_the_door)
 
 
 def log_line(row):
