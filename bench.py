@@ -979,6 +979,8 @@ class Client(asyncio.Protocol):
     """POSTs a completion over its connection and keeps what comes as it comes, to be read when
     nothing is measured any more. HTTP by hand: the load runs on the server's cores."""
 
+    answer: asyncio.Future | None = None  # once it has asked
+
     def connection_made(self, transport):
         self.transport = transport
 
@@ -999,7 +1001,7 @@ class Client(asyncio.Protocol):
             self.answer.set_result(self.came)
 
     def connection_lost(self, error):
-        if not self.answer.done():
+        if self.answer and not self.answer.done():
             self.answer.set_result(self.came)
 
 
@@ -1044,6 +1046,8 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
     time between two steps since the start; and what the server costs over the engine: both do the
     same work in turns, and the median over the rounds counts. MODEL: a folder, or the http://
     address of a running server."""
+    import uvloop
+
     from serve import spare_the_collector
 
     rng = random.Random(1)
@@ -1062,7 +1066,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         engine = None if running else Engine(model, max_seqs=seqs)
         spare_the_collector()  # as in the server
         for _ in range(rounds + 1):
-            measured.append(asyncio.run(send_load(url, bodies, concurrency)))
+            measured.append(uvloop.run(send_load(url, bodies, concurrency)))
             if engine:
                 alone.append(seconds_of(engine.generate, prompts, sampling))
         gc.unfreeze()

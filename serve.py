@@ -51,7 +51,6 @@ from server.door import (
     Door,
     Measures,
     invalid,
-    json_later,
     json_response,
     listed,
     listen,
@@ -63,7 +62,7 @@ CHAT_PAGE = Path(__file__).with_name("ui.html")
 LATER = {"Retry-After": "5"}
 LOGPROBS = 1 << 18  # that the tokens of one request's prompts may ask for
 PARTS = 100_000  # lists and objects in a request: each costs much more than its two bytes
-read_json = json.JSONDecoder(object_pairs_hook=distinct).decode  # of str
+BODIES = json.JSONDecoder(object_pairs_hook=distinct)
 RUN_BYTES = 2_000_000  # at the end of a training run's metrics that are read
 
 
@@ -238,7 +237,13 @@ async def reply(service, answer, jobs):
     batches = service.batches(jobs)
     if answer.body.stream:
         return event_stream(answer.stream(batches))
-    return await json_later(await answer.whole(batches))
+    await answer.gather(batches)
+
+    def respond():
+        return json_response(answer.whole())
+
+    # Of logprobs there may be thousands: others' turns on the event loop come in between.
+    return await asyncio.to_thread(respond) if answer.scores else respond()
 
 
 def event_stream(pieces):
@@ -300,7 +305,7 @@ async def read_body(request, kind):
         body = await request.receive.read()  # door.Body
         if body.count(b"[") + body.count(b"{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
-        return api.parse_body(read_json(body.decode()), kind)
+        return api.parse_body(BODIES.decode(body.decode()), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError) as error:
@@ -382,7 +387,7 @@ async def embeddings(body: api.EmbeddingRequest, request: Request, service: Shar
         data.append({"object": "embedding", "index": i, "embedding": shown})
     used = sum(map(len, prompts))
     usage = {"prompt_tokens": used, "total_tokens": used}
-    return await json_later({"object": "list", "model": model, "usage": usage, "data": data})
+    return json_response({"object": "list", "model": model, "usage": usage, "data": data})
 
 
 @routes.get("/v1/models")
@@ -462,7 +467,7 @@ async def read_run(service: Shared, name: str, after: int = -1):
     if name not in known["runs"]:  # only what was listed: a name is not a path
         raise Refusal(404, f"no run {name!r}")
     path = Path(service.args.runs) / name / "metrics.jsonl"
-    return await json_later({"rows": await asyncio.to_thread(last_rows, path, after)})
+    return json_response({"rows": await asyncio.to_thread(last_rows, path, after)})
 
 
 def last_rows(path, after):
