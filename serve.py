@@ -121,7 +121,7 @@ class Service:
         path = os.path.abspath(args.model or "model")
         own = re.sub(r"\.gguf$", "", os.path.basename(path), flags=re.I)
         self.names = [args.name or own, *self.adapters]
-        self.defaults = getattr(engine, "sampling_defaults", {})  # of Sampling, as the folder says
+        self.defaults = engine.sampling_defaults  # of Sampling, as the folder says
         self.turn_ends = ()
         with contextlib.suppress(UserError):  # a format unknown to us, or none
             self.turn_ends = turn_ends(self.tok)
@@ -129,7 +129,6 @@ class Service:
         self.measures = Measures(self.client)
         self.draining = False
         self.created = int(time.time())
-        self.started = time.monotonic()
 
     def model(self, name):
         if name and name not in self.names:
@@ -440,7 +439,7 @@ async def stats(service: Shared):
     return {
         **service.client.stats,
         "queue": service.client.queue_length(),
-        "uptime": round(time.monotonic() - service.started, 1),
+        "uptime": round(time.time() - service.created, 1),
         "models": service.names,
         "max_model_len": service.context,
         "chat": service.tok.chat_template is not None,

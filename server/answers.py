@@ -166,7 +166,6 @@ class Choice:
     end: int = 0  # characters that the tokens up to here decode to
     found: list = field(default_factory=list)  # tool calls, when all is said
     reason: str | None = None  # why it ended
-    around: list | None = None  # the bytes of an event before its text and after it
 
     def take(self, delta):
         """-> (new visible text, logprobs of its tokens)"""
@@ -309,24 +308,13 @@ class Generation:
     def choice_event(self, *shown):
         return self.event(choices=[self.shown(*shown)])
 
-    def text_event(self, choice, text):
-        """The same for nothing but text, which most events are: what is around it stays."""
-        if not choice.around:
-            mark = "\0"
-            event = self.choice_event(choice, self.text_field(mark))
-            choice.around = event.rsplit(json_bytes(mark), 1)
-        before, after = choice.around
-        return before + json_bytes(text) + after
-
     def events(self, choice, delta):
         """What a choice's new delta is as events; finish_reason comes once."""
         text, logprobs = choice.take(delta)
         ids = delta.token_ids if self.body.return_token_ids else ()
         out = b""
-        if logprobs or ids:
+        if text or logprobs or ids:
             out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
-        elif text:
-            out += self.text_event(choice, text)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:

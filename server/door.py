@@ -119,8 +119,14 @@ class Measures:
         for name, counts in self.buckets.items():
             buckets = list(zip(map(floatToGoString, (*SECONDS, math.inf)), accumulate(counts)))
             yield HistogramMetricFamily(f"llm:{name}_seconds", name, buckets, self.seconds[name])
-        yield counter_by("finished_reason", "request_success", self.finished)
-        yield counter_by("status", "http_requests", self.http)
+        for name, label, counts in (
+            ("request_success", "finished_reason", self.finished),
+            ("http_requests", "status", self.http),
+        ):
+            family = CounterMetricFamily(f"llm:{name}", f"requests by {label}", labels=[label])
+            for value, count in counts.items():
+                family.add_metric([value], count)
+            yield family
         stats = self.client.stats
         if not stats:
             return
@@ -128,19 +134,12 @@ class Measures:
             "num_requests_running": stats["running"],
             "num_requests_waiting": self.client.queue_length(),
             "kv_cache_usage_perc": stats["blocks_used"] / max(stats["blocks_total"], 1),
-            "longest_wait_between_steps_seconds": stats.get("longest_wait", 0.0),
+            "longest_wait_between_steps_seconds": stats["longest_wait"],
         }
         for name, value in gauges.items():
             yield GaugeMetricFamily(f"llm:{name}", name, value)
         for ours, theirs in COUNTERS.items():
             yield CounterMetricFamily(f"llm:{theirs}", theirs, stats[ours])
-
-
-def counter_by(label, name, counts):
-    family = CounterMetricFamily(f"llm:{name}", f"requests by {label}", labels=[label])
-    for value, count in counts.items():
-        family.add_metric([value], count)
-    return family
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -397,9 +396,9 @@ class Gatherer:
     """A transport that sends at once what is written in one turn of the event loop: uvicorn writes
     an answer's head by itself, which would be a packet and a system call of its own."""
 
-    def __init__(self, transport, loop):
+    def __init__(self, transport):
         self.transport = transport
-        self.loop = loop
+        self.loop = asyncio.get_running_loop()
         self.unsent = []
 
     def __getattr__(self, name):
@@ -427,7 +426,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.transport = Gatherer(transport, self.loop)
+        self.transport = Gatherer(transport)
         # asyncio does this for sockets that say IPPROTO_TCP, and uvicorn's do not: without it the
         # second write of an answer waits 40 ms for the client's delayed ACK.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

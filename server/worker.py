@@ -13,7 +13,6 @@ bytes of length and then plain values in `marshal`, the interpreter's own format
 
 import asyncio
 import contextlib
-import functools
 import gc
 import itertools
 import marshal
@@ -32,7 +31,7 @@ from common import UserError
 from engine.sampler import Sampling
 from engine.scheduler import Delta, TokenLogprob
 from server.api import Refusal
-from server.door import log_line
+from server.door import Gatherer, log_line
 
 PULSE_SECONDS = 1.0  # after which an engine without work says that it lives
 SILENT_SECONDS = 30.0  # after which one that says nothing counts as hung
@@ -120,6 +119,7 @@ class Worker:
         self.told = 0.0  # when all of the outbox last did
         self.waited = 0.0  # the longest wait between two steps that the log knows
         self.builder = ThreadPoolExecutor(1, "grammar")
+        self.vocabulary = None  # of grammars, once there is one
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on:
@@ -148,7 +148,7 @@ class Worker:
 
     def log_wait(self, stats, at_least):
         """Say how long there was no step though there was work, where that is a new record."""
-        longest = stats.get("longest_wait", 0.0)
+        longest = stats["longest_wait"]
         if longest > max(self.waited, at_least):
             log_line({"event": "longest_wait_between_steps", "seconds": round(longest, 3)})
             self.waited = longest
@@ -192,17 +192,12 @@ class Worker:
             self.building[-1].cancel()  # unless the thread is at it: the next one waits for that
             self.building = None
 
-    @functools.cached_property
-    def vocabulary(self):
-        from engine.grammar import Vocabulary
-
-        return Vocabulary(self.engine.tok)
-
     def constraint(self, kind, *what):
         """("regex", pattern), or ("json", (schema, and perhaps the texts before and after it), ...)
         of which the answer is one -> Constraint"""
-        from engine.grammar import Constraint, json_grammar, regex_grammar
+        from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 
+        self.vocabulary = self.vocabulary or Vocabulary(self.engine.tok)
         if kind == "regex":
             grammar = regex_grammar(*what)
         else:
@@ -396,14 +391,14 @@ class EngineClient(asyncio.Protocol):
         self.jobs = {}  # {number: Job}
         self.buffer = bytearray()
         self.transport = None
-        self.orders = []  # that go out together: a system call each would cost more than they do
         self.stats = {}  # the engine's, as they last came
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
         self.heard = time.monotonic()  # when something last came from it
 
     def connection_made(self, transport):
-        self.transport = transport
+        # Orders of one turn go out together: a system call each would cost more than they do.
+        self.transport = Gatherer(transport)
         self.broken = None
 
     def connection_lost(self, error):
@@ -417,23 +412,14 @@ class EngineClient(asyncio.Protocol):
     def send(self, job, what, *request):
         """what: "submit" or "read", as of Worker"""
         job.number = next(self.numbers)
-        self.order(what, job.number, job.key, *request)
+        self.transport.write(message(what, job.number, job.key, *request))
         self.jobs[job.number] = job
-
-    def order(self, *values):
-        self.orders.append(message(*values))
-        if len(self.orders) == 1:
-            asyncio.get_running_loop().call_soon(self.write_orders)
-
-    def write_orders(self):
-        self.transport.write(b"".join(self.orders))
-        self.orders.clear()
 
     def close(self, job):
         """A job is over, in whatever way: what is left of it goes out of the engine."""
         known = self.jobs.pop(job.number, None)
         if known and job.unfinished and not self.broken:
-            self.order("cancel", job.number)
+            self.transport.write(message("cancel", job.number))
 
     # -- answers come in
     def deltas(self, stats, admitted, items):

@@ -529,7 +529,7 @@ def test_what_is_written_in_one_turn_goes_out_at_once():
         transport = SimpleNamespace(
             write=sent.append, is_closing=lambda: False, close=lambda: sent.append("closed")
         )
-        gatherer = door.Gatherer(transport, asyncio.get_running_loop())
+        gatherer = door.Gatherer(transport)
         gatherer.write(b"head ")
         gatherer.write(b"body")
         assert sent == []
