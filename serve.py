@@ -51,6 +51,7 @@ from server.door import (
     Door,
     Measures,
     invalid,
+    json_later,
     json_response,
     listed,
     listen,
@@ -236,13 +237,7 @@ async def reply(service, answer, jobs):
     batches = service.batches(jobs)
     if answer.body.stream:
         return event_stream(answer.stream(batches))
-    await answer.gather(batches)
-
-    def respond():
-        return json_response(answer.whole())
-
-    # Of logprobs there may be thousands: others' turns on the event loop come in between.
-    return await asyncio.to_thread(respond) if answer.scores else respond()
+    return await json_later(await answer.whole(batches))
 
 
 def event_stream(pieces):
@@ -386,7 +381,7 @@ async def embeddings(body: api.EmbeddingRequest, request: Request, service: Shar
         data.append({"object": "embedding", "index": i, "embedding": shown})
     used = sum(map(len, prompts))
     usage = {"prompt_tokens": used, "total_tokens": used}
-    return json_response({"object": "list", "model": model, "usage": usage, "data": data})
+    return await json_later({"object": "list", "model": model, "usage": usage, "data": data})
 
 
 @routes.get("/v1/models")
@@ -466,7 +461,7 @@ async def read_run(service: Shared, name: str, after: int = -1):
     if name not in known["runs"]:  # only what was listed: a name is not a path
         raise Refusal(404, f"no run {name!r}")
     path = Path(service.args.runs) / name / "metrics.jsonl"
-    return json_response({"rows": await asyncio.to_thread(last_rows, path, after)})
+    return await json_later({"rows": await asyncio.to_thread(last_rows, path, after)})
 
 
 def last_rows(path, after):

@@ -2,12 +2,13 @@
 
     answer = ChatAnswer(tok, body, request_id, model, [prompt])
     async for events in answer.stream(batches): ...    # bytes of server-sent events
-    await answer.gather(batches); answer.whole()       # or the same at once, as a dict
+    body = await answer.whole(batches)                 # or the same at once, as a dict
 
 batches is an async iterator of lists of (number of the prompt, Delta).
 """
 
 import base64
+import itertools
 import json
 import re
 import secrets
@@ -23,12 +24,27 @@ from tokenizer import Stream
 DONE = b"data: [DONE]\n\n"  # where a stream ends
 
 
+class LazyList(list):
+    """An iterator that the encoder takes for a list, so that its items are made one by one."""
+
+    def __init__(self, items):
+        super().__init__(itertools.islice(items, 1))  # what is empty must count as empty
+        self.items = items
+
+    def __iter__(self):
+        return itertools.chain(super().__iter__(), self.items)
+
+
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=LazyList)
+json_pieces = encoder.iterencode  # of what may be large
+
+
 def json_bytes(value):
     """JSON that any decoder takes."""
     try:
-        return to_json(value)
+        return to_json(value, fallback=list)
     except PydanticSerializationError:  # for half a character that a caller wants repeated
-        return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        return "".join(json_pieces(value)).encode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------------------------- tool calls
@@ -121,7 +137,7 @@ def chat_logprobs(tok, logprobs):
         i, logprob, top = token
         return {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in top]}
 
-    return {"content": list(map(entry_with_top, logprobs)), "refusal": None}
+    return {"content": map(entry_with_top, logprobs), "refusal": None}
 
 
 def completion_logprobs(tok, logprobs, offsets, with_ids):
@@ -138,13 +154,13 @@ def completion_logprobs(tok, logprobs, offsets, with_ids):
         return by_text([(i, finite(logprob)) for i, logprob in pairs]) or None
 
     shown = {
-        "tokens": [spell(tok, token)[0] for token, _, _ in logprobs],
-        "token_logprobs": [finite(logprob) for _, logprob, _ in logprobs],
-        "top_logprobs": [top(pairs) for _, _, pairs in logprobs],
+        "tokens": (spell(tok, token)[0] for token, _, _ in logprobs),
+        "token_logprobs": (finite(logprob) for _, logprob, _ in logprobs),
+        "top_logprobs": (top(pairs) for _, _, pairs in logprobs),
         "text_offset": offsets,
     }
     if with_ids:
-        shown["top_token_ids"] = [by_text([(i, i) for i, _ in pairs]) for _, _, pairs in logprobs]
+        shown["top_token_ids"] = (by_text([(i, i) for i, _ in pairs]) for _, _, pairs in logprobs)
     return shown
 
 
@@ -218,8 +234,7 @@ def decoder_behind(tok, prompt):
 
 # ------------------------------------------------------------------------------- all of an answer
 class Generation:
-    """All choices of one request: `stream` shows their deltas as they come, and `whole` what
-    `gather` has gathered.
+    """All choices of one request: `stream` and `whole` gather their deltas and show them.
 
     A chat and a completion differ in the class's three names (what an id begins with, and what
     OpenAI calls the body and its events) and in five methods: `new_choice`; `opening`, the bytes of
@@ -270,13 +285,11 @@ class Generation:
             out += b"data: " + json_bytes(refusal.body) + b"\n\n"
         yield out + DONE
 
-    async def gather(self, batches):
+    async def whole(self, batches):
+        """-> the body of a request that is not streamed, as a dict."""
         async for batch in batches:
             for position, delta in batch:
                 self.choice_of(position, delta).take(delta)
-
-    def whole(self):
-        """What was gathered -> the body of a request that is not streamed, as a dict."""
         choices = []
         for choice in self.choices:
             reason = choice.reason or "length"  # an echo of nothing but the prompt

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common import UserError, read_utf8
-from server.answers import json_bytes
+from server.answers import json_bytes, json_pieces
 from server.api import Refusal
 
 ARRIVAL_SECONDS = 30.0  # that a head, a body, or the reading of what was sent may take
@@ -145,6 +145,16 @@ class Measures:
 # ------------------------------------------------------------------------------------------ errors
 def json_response(content, status=200, headers=None):
     return Response(json_bytes(content), status, headers, "application/json")
+
+
+async def json_later(content):
+    """The same for what may be large: others' turns on the event loop come in between."""
+    pieces = []
+    for i, piece in enumerate(json_pieces(content), 1):
+        pieces.append(piece)
+        if i % 1000 == 0:
+            await asyncio.sleep(0)
+    return Response("".join(pieces).encode("utf-8", "replace"), 200, None, "application/json")
 
 
 def invalid(errors):

@@ -289,9 +289,10 @@ class Worker:
                 self.urgent.add(name)
         now = time.monotonic()
         if now - self.told >= min(PAUSE * len(self.unfinished), 0.05):
-            self.told = now
+            self.told = self.said = now
             self.tell(self.outbox)
         elif self.urgent and now - self.said >= PAUSE:
+            self.said = now
             self.tell(self.urgent)
 
     def tell(self, names):
@@ -308,7 +309,6 @@ class Worker:
         self.log_wait(stats, LONG_WAIT)
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
-        self.said = time.monotonic()
 
 
 def fork_front(engine, concurrency):
