@@ -45,7 +45,6 @@ import urllib.request
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -1076,7 +1075,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
             with urllib.request.urlopen(f"{url}/stats") as answer:
                 longest_wait = json.load(answer)["longest_wait"]
     costs = [1 - own / seconds for own, (seconds, _, _) in zip(alone, measured)]
-    seconds, answers, busy = sorted(measured, key=itemgetter(0))[rounds // 2]
+    seconds, answers, busy = sorted(measured)[rounds // 2]
     rows = list(map(read_answer, answers))
     for name in ("ttft", "tpot", "e2e"):
         values = sorted(row[name] for row in rows)

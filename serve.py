@@ -601,7 +601,6 @@ def main():
     if bool(args.certificate) != bool(args.certificate_key):
         raise UserError("TLS needs both --certificate and --certificate-key")
     keys = read_keys(args)
-    adapters = adapter_folders(args)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print("warning: reachable from elsewhere without keys (--api-key-file)", file=sys.stderr)
     config = sock = None
@@ -614,7 +613,7 @@ def main():
         args.quant or None,
         args.kv_tokens or None,
         max_seqs=args.concurrency,
-        adapters=adapters or None,
+        adapters=adapter_folders(args),
     )
     if engine.tok is None:
         raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")

@@ -102,17 +102,16 @@ class Measures:
         """Count a job that is over."""
         now = time.monotonic()
         self.finished[job.reason] += 1
-        self.count("e2e_request_latency", now - job.created)
+        found = {"e2e_request_latency": now - job.created}
         if job.admitted:
-            self.count("request_queue_time", job.admitted - job.created)
+            found["request_queue_time"] = job.admitted - job.created
         if job.first:
-            self.count("time_to_first_token", job.first - job.created)
+            found["time_to_first_token"] = job.first - job.created
             if job.tokens > 1:  # the first aside, mean of a request
-                self.count("time_per_output_token", (now - job.first) / (job.tokens - 1))
-
-    def count(self, name, seconds):
-        self.seconds[name] += seconds
-        self.buckets[name][bisect_left(SECONDS, seconds)] += 1
+                found["time_per_output_token"] = (now - job.first) / (job.tokens - 1)
+        for name, seconds in found.items():
+            self.seconds[name] += seconds
+            self.buckets[name][bisect_left(SECONDS, seconds)] += 1
 
     def collect(self):
         """All figures, as prometheus-client asks for them."""
