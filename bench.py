@@ -28,6 +28,7 @@ to add a figure, put it into the dict. The programs that some run beside ours ar
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import itertools
 import json
@@ -993,31 +994,29 @@ class Client(asyncio.Protocol):
     """POSTs a completion over its connection and keeps what comes as it comes, to be read when
     nothing is measured any more. HTTP by hand: the load runs on the server's cores."""
 
+    answer: asyncio.Future | None = None  # once it has asked
+
     def connection_made(self, transport):
         self.transport = transport
 
-    def ask(self, host, body):
+    def ask(self, request):
         """-> a future of [(seconds since the call, bytes that came)]"""
         self.begin = time.perf_counter()
         self.came = []
         self.end = b""  # the last bytes that came
         self.answer = asyncio.get_running_loop().create_future()
-        content = json.dumps(body)
-        self.transport.write(
-            f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
-        )
+        self.transport.write(request)
         return self.answer
 
     def data_received(self, data):
         self.came.append((time.perf_counter() - self.begin, data))
         self.end = (self.end + data)[-7:]
         # A chunk without bytes is the last; what was refused is no stream.
-        if self.end.endswith(b"\r\n0\r\n\r\n") or b" 200 " not in self.came[0][1].splitlines()[0]:
+        if self.end == b"\r\n0\r\n\r\n" or not self.came[0][1].startswith(b"HTTP/1.1 200"):
             self.answer.set_result(self.came)
 
     def connection_lost(self, error):
-        if not self.answer.done():
+        if self.answer and not self.answer.done():
             self.answer.set_result(self.came)
 
 
@@ -1025,15 +1024,19 @@ async def send_load(url, bodies, concurrency):
     """All bodies as requests over so many connections, on each one after the other
     -> (seconds, what came for each (see Client), the load's own seconds of CPU)."""
     host = url.split("/")[2]
+    requests = []
+    for content in map(json.dumps, bodies):
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"
+        requests.append(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode())
     begin, busy = time.perf_counter(), time.process_time()
-    left = iter(bodies)  # a client that is free takes the next
+    left = iter(requests)  # a client that is free takes the next
     answers = []
 
     async def client():
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(Client, *host.split(":"))
-        for body in left:
-            answers.append(await connection.ask(host, body))
+        for request in left:
+            answers.append(await connection.ask(request))
         connection.transport.close()
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
@@ -1056,8 +1059,12 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
     """Completions of random words by a server, --concurrency at once, --seqs of them in its engine
     (0: all), --new tokens each: time to the first token, per token, end to end, tok/s, the longest
     time between two steps since the start; and what the server costs over the engine: both do the
-    same work in turns, and the best round of each counts. MODEL: a folder, or the http:// address
-    of a running server."""
+    same work in turns, and the median over the rounds counts. MODEL: a folder, or the http://
+    address of a running server."""
+    import uvloop
+
+    from serve import spare_the_collector
+
     rng = random.Random(1)
     words = "the of and a to in is you that it he was for on are as with his they at".split()
     prompts = [" ".join(rng.choices(words, k=32)) for _ in range(requests)]
@@ -1072,16 +1079,19 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
     measured, alone = [], []
     with contextlib.nullcontext(model) if running else served(model, seqs) as url:
         engine = None if running else Engine(model, max_seqs=seqs)
-        asyncio.run(send_load(url, bodies[:concurrency], concurrency))  # the first is slower
-        for _ in range(rounds):
-            measured.append(asyncio.run(send_load(url, bodies, concurrency)))
+        spare_the_collector()  # as in the server
+        for _ in range(rounds + 1):
+            measured.append(uvloop.run(send_load(url, bodies, concurrency)))
             if engine:
                 alone.append(seconds_of(engine.generate, prompts, sampling))
+        gc.unfreeze()
+        del measured[0], alone[:1]  # the first is slower
         longest_wait = None
         if not running:
             with urllib.request.urlopen(f"{url}/stats") as answer:
                 longest_wait = json.load(answer)["longest_wait"]
-    seconds, answers, busy = min(measured, key=lambda result: result[0])
+    costs = [1 - own / seconds for own, (seconds, _, _) in zip(alone, measured)]
+    seconds, answers, busy = sorted(measured)[rounds // 2]
     rows = list(map(read_answer, answers))
     for name in ("ttft", "tpot", "e2e"):
         values = sorted(row[name] for row in rows)
@@ -1095,8 +1105,12 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         load_cpu_seconds=busy,
     )
     if alone:
-        cost = 1 - min(alone) / seconds
-        yield dict(beside="the engine by itself", tokens_per_s=made / min(alone), server_costs=cost)
+        yield dict(
+            beside="the engine by itself",
+            tokens_per_s=made / median(alone),
+            server_costs=median(costs),
+            of_it_load=busy / seconds / usable_cpus(),  # as all cores compute all the time
+        )
 
 
 # ------------------------------------------------------------------------------ what needs a GPU

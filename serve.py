@@ -63,6 +63,7 @@ CHAT_PAGE = Path(__file__).with_name("ui.html")
 LATER = {"Retry-After": "5"}
 LOGPROBS = 1 << 18  # that the tokens of one request's prompts may ask for
 PARTS = 100_000  # lists and objects in a request: each costs much more than its two bytes
+BODIES = json.JSONDecoder(object_pairs_hook=distinct)
 RUN_BYTES = 2_000_000  # at the end of a training run's metrics that are read
 
 
@@ -121,7 +122,7 @@ class Service:
         path = os.path.abspath(args.model or "model")
         own = re.sub(r"\.gguf$", "", os.path.basename(path), flags=re.I)
         self.names = [args.name or own, *self.adapters]
-        self.defaults = getattr(engine, "sampling_defaults", {})  # of Sampling, as the folder says
+        self.defaults = engine.sampling_defaults  # of Sampling, as the folder says
         self.turn_ends = ()
         with contextlib.suppress(UserError):  # a format unknown to us, or none
             self.turn_ends = turn_ends(self.tok)
@@ -129,7 +130,6 @@ class Service:
         self.measures = Measures(self.client)
         self.draining = False
         self.created = int(time.time())
-        self.started = time.monotonic()
 
     def model(self, name):
         if name and name not in self.names:
@@ -211,8 +211,7 @@ class Service:
         """Yield lists of (the prompt's number, Delta) of all jobs as they come, [] when nothing has
         come for a while. Raises Refusal for what failed, and when the time is up."""
         deadline = time.monotonic() + self.args.timeout
-        unfinished = sum(job.answers for job in jobs)
-        while unfinished:
+        while any(job.unfinished or job.inbox.items for job in jobs):
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
                 raise Refusal(504, f"not finished within {self.args.timeout:g} s", "timeout")
@@ -223,8 +222,6 @@ class Service:
                 _, delta = item
                 if delta.finish_reason == "error":
                     raise Refusal(400, delta.error)
-                if delta.finish_reason:
-                    unfinished -= 1
             yield batch
 
 
@@ -263,18 +260,12 @@ def event_stream(pieces):
     return respond
 
 
-async def cancel_if_left(receive, writer):
-    """Wait until the server says that the client has hung up, and end the task that writes."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    writer.cancel()
-
-
 # --------------------------------------------------------------------------- from HTTP to a route
 class BodyRoute(APIRoute):
     """FastAPI's route, but what takes (body, request, service) gets them in one step: FastAPI's
     general way to a function's arguments costs a fifth of the time of a short answer. And it ends
-    when the client leaves: then this returns to the Door, which closes the request's jobs."""
+    when the client leaves: door.Protocol cancels the state's `writer`, this returns to the Door,
+    and that closes the request's jobs."""
 
     def __init__(self, path, endpoint, **options):
         super().__init__(path, endpoint, **options)
@@ -283,17 +274,16 @@ class BodyRoute(APIRoute):
         async def answer(scope, receive, send):
             request = Request(scope, receive)
             body = await read_body(request, kind)
-            # This task writes the answer by itself: so its jobs are closed before the client, who
-            # has the answer then, can ask again, and a full queue never counts one that is over.
-            gone = asyncio.ensure_future(cancel_if_left(receive, asyncio.current_task()))
+            state = scope["state"]
+            state["writer"] = asyncio.current_task()
             try:
                 response = await endpoint(body, request, await shared(request))
                 await response(scope, receive, send)
             except asyncio.CancelledError:
-                if not gone.done():
+                if "writer" in state:
                     raise  # somebody else ends this task
             finally:
-                gone.cancel()
+                state.pop("writer", None)
 
         if kind:
             self.app = answer
@@ -309,7 +299,7 @@ async def read_body(request, kind):
         body = await request.receive.read()  # door.Body
         if body.count(b"[") + body.count(b"{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
-        return api.parse_body(json.loads(body, object_pairs_hook=distinct), kind)
+        return api.parse_body(BODIES.decode(body.decode()), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError) as error:
@@ -444,7 +434,7 @@ async def stats(service: Shared):
     return {
         **service.client.stats,
         "queue": service.client.queue_length(),
-        "uptime": round(time.monotonic() - service.started, 1),
+        "uptime": round(time.time() - service.created, 1),
         "models": service.names,
         "max_model_len": service.context,
         "chat": service.tok.chat_template is not None,
@@ -453,7 +443,7 @@ async def stats(service: Shared):
 
 @routes.get("/metrics")
 async def metrics(service: Shared):
-    text = generate_latest(service.measures.registry)
+    text = generate_latest(service.measures)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
@@ -539,21 +529,23 @@ def create_app(engine, args=None, keys=None, sock=None):
         title="LLM server",
         docs_url=None,  # FastAPI's pages load scripts from elsewhere, onto the origin of the keys
         redoc_url=None,
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), False),  # Measures is ours
         lifespan=lifespan,
         routes=routes.routes,
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
     posts = {route.path: route.app for route in routes.routes if "POST" in route.methods}
-    app.add_middleware(Door, service=service, keys=keys or {}, posts=posts)
+    stack = Door(app.build_middleware_stack(), service, keys or {}, posts)
     if service.args.cors:
-        app.add_middleware(
-            CORSMiddleware,
+        stack = CORSMiddleware(
+            stack,
             allow_origins=listed(service.args.cors),
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients have many of their own: x-stainless-os, ...
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.middleware_stack = stack  # add_middleware would put it behind layers of FastAPI's
     return app
 
 
@@ -593,6 +585,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def spare_the_collector():
+    """What is in memory now stays: the collector need not go through it again and again."""
+    gc.set_threshold(20_000, 10, 10)
+    gc.collect()
+    gc.freeze()
+
+
 @lost_rank_explained("Start it again.")
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model",)))
@@ -602,7 +601,6 @@ def main():
     if bool(args.certificate) != bool(args.certificate_key):
         raise UserError("TLS needs both --certificate and --certificate-key")
     keys = read_keys(args)
-    adapters = adapter_folders(args)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print("warning: reachable from elsewhere without keys (--api-key-file)", file=sys.stderr)
     config = sock = None
@@ -615,17 +613,14 @@ def main():
         args.quant or None,
         args.kv_tokens or None,
         max_seqs=args.concurrency,
-        adapters=adapters or None,
+        adapters=adapter_folders(args),
     )
     if engine.tok is None:
         raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")
     if engine.tok.chat_template is None:
         print("note     no chat template: only /v1/completions works, chats get 400")
     engine.warm_up(tune=not args.no_warm_up)
-    # What is in memory now stays: the collector need not go through it again and again.
-    gc.set_threshold(20_000, 10, 10)
-    gc.collect()
-    gc.freeze()
+    spare_the_collector()
     # The engine no longer waits for Python while another thread of its process computes.
     sys.setswitchinterval(0.001)
     # Elsewhere a process that forks may not compute, so the engine gets a thread.

@@ -8,7 +8,6 @@ batches is an async iterator of lists of (number of the prompt, Delta).
 """
 
 import base64
-import functools
 import itertools
 import json
 import re
@@ -16,6 +15,8 @@ import secrets
 import struct
 import time
 from dataclasses import dataclass, field
+
+from pydantic_core import PydanticSerializationError, to_json
 
 from server.api import Refusal, offered_functions
 from tokenizer import Stream
@@ -34,14 +35,16 @@ class LazyList(list):
         return itertools.chain(super().__iter__(), self.items)
 
 
-encoder = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
-compact_json = encoder(default=list).encode
-json_pieces = encoder(default=LazyList).iterencode  # of what may be large
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=LazyList)
+json_pieces = encoder.iterencode  # of what may be large
 
 
 def json_bytes(value):
-    """JSON that any decoder takes, whatever half characters a caller put into what is repeated."""
-    return compact_json(value).encode("utf-8", "replace")
+    """JSON that any decoder takes."""
+    try:
+        return to_json(value, fallback=list)
+    except PydanticSerializationError:  # for half a character that a caller wants repeated
+        return "".join(json_pieces(value)).encode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------------------------- tool calls
@@ -179,7 +182,6 @@ class Choice:
     end: int = 0  # characters that the tokens up to here decode to
     found: list = field(default_factory=list)  # tool calls, when all is said
     reason: str | None = None  # why it ended
-    around: list | None = None  # the bytes of an event before its text and after it
 
     def take(self, delta):
         """-> (new visible text, logprobs of its tokens)"""
@@ -319,24 +321,13 @@ class Generation:
     def choice_event(self, *shown):
         return self.event(choices=[self.shown(*shown)])
 
-    def text_event(self, choice, text):
-        """The same for nothing but text, which most events are: what is around it stays."""
-        if not choice.around:
-            mark = "\0"
-            event = self.choice_event(choice, self.text_field(mark))
-            choice.around = event.rsplit(json_bytes(mark), 1)
-        before, after = choice.around
-        return before + json_bytes(text) + after
-
     def events(self, choice, delta):
         """What a choice's new delta is as events; finish_reason comes once."""
         text, logprobs = choice.take(delta)
         ids = delta.token_ids if self.body.return_token_ids else ()
         out = b""
-        if logprobs or ids:
+        if text or logprobs or ids:
             out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
-        elif text:
-            out += self.text_event(choice, text)
         if choice.found:
             out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
         if choice.reason:

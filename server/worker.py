@@ -13,7 +13,6 @@ bytes of length and then plain values in `marshal`, the interpreter's own format
 
 import asyncio
 import contextlib
-import functools
 import gc
 import itertools
 import marshal
@@ -32,11 +31,12 @@ from common import UserError
 from engine.sampler import Sampling
 from engine.scheduler import Delta, TokenLogprob
 from server.api import Refusal
-from server.door import log_line
+from server.door import Gatherer, log_line
 
 PULSE_SECONDS = 1.0  # after which an engine without work says that it lives
 SILENT_SECONDS = 30.0  # after which one that says nothing counts as hung
 LONG_WAIT = 1.0  # seconds between two steps that are told in the log
+PAUSE = 0.005  # seconds between two messages to the other half, at least, while there is work
 
 
 def message(*values):
@@ -114,9 +114,12 @@ class Worker:
         self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
-        self.told = 0.0  # when all of it last was
+        self.urgent = set()  # names of those in it that go out with the next message
+        self.said = 0.0  # when the last message went out
+        self.told = 0.0  # when all of the outbox last did
         self.waited = 0.0  # the longest wait between two steps that the log knows
         self.builder = ThreadPoolExecutor(1, "grammar")
+        self.vocabulary = None  # of grammars, once there is one
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on:
@@ -145,7 +148,7 @@ class Worker:
 
     def log_wait(self, stats, at_least):
         """Say how long there was no step though there was work, where that is a new record."""
-        longest = stats.get("longest_wait", 0.0)
+        longest = stats["longest_wait"]
         if longest > max(self.waited, at_least):
             log_line({"event": "longest_wait_between_steps", "seconds": round(longest, 3)})
             self.waited = longest
@@ -189,17 +192,12 @@ class Worker:
             self.building[-1].cancel()  # unless the thread is at it: the next one waits for that
             self.building = None
 
-    @functools.cached_property
-    def vocabulary(self):
-        from engine.grammar import Vocabulary
-
-        return Vocabulary(self.engine.tok)
-
     def constraint(self, kind, *what):
         """("regex", pattern), or ("json", (schema, and perhaps the texts before and after it), ...)
         of which the answer is one -> Constraint"""
-        from engine.grammar import Constraint, json_grammar, regex_grammar
+        from engine.grammar import Constraint, Vocabulary, json_grammar, regex_grammar
 
+        self.vocabulary = self.vocabulary or Vocabulary(self.engine.tok)
         if kind == "regex":
             grammar = regex_grammar(*what)
         else:
@@ -265,8 +263,8 @@ class Worker:
 
         Several steps' tokens of an answer go out as one, more often than an eye can tell; the more
         streams there are, the more, as what the other half does with them costs the machine time.
-        A first token and an end never wait."""
-        urgent = set()
+        A first token and an end wait for nothing but the pause: a message costs both processes a
+        turn, and a small model's steps are shorter than that."""
         for delta in deltas:
             number = delta.request_id
             name = number, delta.index
@@ -288,19 +286,21 @@ class Worker:
                     del self.unfinished[number]
             if delta.finish_reason or number in self.silent:
                 self.silent.discard(number)
-                urgent.add(name)
+                self.urgent.add(name)
         now = time.monotonic()
-        if now - self.told >= min(0.005 * len(self.unfinished), 0.05):
-            self.told = now
+        if now - self.told >= min(PAUSE * len(self.unfinished), 0.05):
+            self.told = self.said = now
             self.tell(self.outbox)
-        elif urgent:
-            self.tell(urgent)
+        elif self.urgent and now - self.said >= PAUSE:
+            self.said = now
+            self.tell(self.urgent)
 
     def tell(self, names):
         """Send what these answers have got, and how the engine is."""
         items = []
         for name in list(names):
             delta = self.outbox.pop(name)
+            self.urgent.discard(name)
             if delta.logprobs and isinstance(delta.logprobs[0], TokenLogprob):
                 delta.logprobs = plain_logprobs(delta.logprobs)
             items.append(list(vars(delta).values()))
@@ -372,7 +372,7 @@ class Job:
 
     key: str  # whose it is: keys take turns
     prompt_tokens: int
-    answers: int  # that end, each for itself
+    unfinished: int  # answers, which end each for itself
     inbox: Inbox  # of (position, Delta), or of a Refusal
     position: int = 0  # among the prompts of its request
     number: int | None = None  # its name in the engine, once it is submitted
@@ -380,7 +380,6 @@ class Job:
     admitted: float = 0.0  # when it left the queue
     first: float = 0.0  # when its first token came
     tokens: int = 0
-    unfinished: int = 0  # answers
     reason: str = "abort"  # why it ended
 
 
@@ -392,14 +391,14 @@ class EngineClient(asyncio.Protocol):
         self.jobs = {}  # {number: Job}
         self.buffer = bytearray()
         self.transport = None
-        self.orders = []  # that go out together: a system call each would cost more than they do
         self.stats = {}  # the engine's, as they last came
         self.broken = "not serving"  # why there is no engine, or None
         self.lost = False  # the engine's process is gone
         self.heard = time.monotonic()  # when something last came from it
 
     def connection_made(self, transport):
-        self.transport = transport
+        # Orders of one turn go out together: a system call each would cost more than they do.
+        self.transport = Gatherer(transport)
         self.broken = None
 
     def connection_lost(self, error):
@@ -413,24 +412,14 @@ class EngineClient(asyncio.Protocol):
     def send(self, job, what, *request):
         """what: "submit" or "read", as of Worker"""
         job.number = next(self.numbers)
-        job.unfinished = job.answers
-        self.order(what, job.number, job.key, *request)
+        self.transport.write(message(what, job.number, job.key, *request))
         self.jobs[job.number] = job
-
-    def order(self, *values):
-        self.orders.append(message(*values))
-        if len(self.orders) == 1:
-            asyncio.get_running_loop().call_soon(self.write_orders)
-
-    def write_orders(self):
-        self.transport.write(b"".join(self.orders))
-        self.orders.clear()
 
     def close(self, job):
         """A job is over, in whatever way: what is left of it goes out of the engine."""
         known = self.jobs.pop(job.number, None)
         if known and job.unfinished and not self.broken:
-            self.order("cancel", job.number)
+            self.transport.write(message("cancel", job.number))
 
     # -- answers come in
     def deltas(self, stats, admitted, items):

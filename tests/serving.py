@@ -65,6 +65,7 @@ class Stub:
     """Says what it is told to: a token a step for each request, in n equal answers."""
 
     max_model_len = 4096
+    sampling_defaults: dict = {}
 
     def __init__(self, said=SAID, delay=0.0, tok=None):
         self.tok, self.said, self.delay = tok or make_tokenizer(), said, delay

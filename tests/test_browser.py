@@ -101,6 +101,7 @@ class StubEngine:
     with a poem, greedy or not."""
 
     max_model_len = 4096
+    sampling_defaults: dict = {}
 
     def __init__(self, chat=True, delay=0.002):
         text = "\n".join(

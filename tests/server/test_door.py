@@ -502,9 +502,13 @@ def test_json_in_pieces_is_the_json_of_the_whole():
     def value():
         return {"a": [1.5, None, {}, []], "b": map(str, range(2)), "c": iter(['ü"', iter([1])])}
 
-    whole = answers.compact_json(value())
+    whole = answers.json_bytes(value()).decode()
     assert whole == '{"a":[1.5,null,{},[]],"b":["0","1"],"c":["ü\\"",[1]]}'
     assert "".join(answers.json_pieces(value())) == whole
+
+
+def test_half_a_character_in_json_is_replaced():
+    assert answers.json_bytes({"a": ["ü\ud800", 1.5, None]}) == '{"a":["ü?",1.5,null]}'.encode()
 
 
 @pytest.mark.slow
@@ -530,7 +534,7 @@ def test_what_is_written_in_one_turn_goes_out_at_once():
         transport = SimpleNamespace(
             write=sent.append, is_closing=lambda: False, close=lambda: sent.append("closed")
         )
-        gatherer = door.Gatherer(transport, asyncio.get_running_loop())
+        gatherer = door.Gatherer(transport)
         gatherer.write(b"head ")
         gatherer.write(b"body")
         assert sent == []

@@ -55,6 +55,20 @@ def test_half_a_character_at_the_end_is_dropped_however_deltas_are_sent(told, la
     assert "".join(said) == shown
 
 
+def test_ends_within_a_pause_go_out_together():
+    loop = Worker(Stub("x"), None, 4)
+    loop.unfinished = {1: 1, 2: 1, 3: 1}
+    loop.told = loop.said = math.inf
+    sent = []
+    loop.send = lambda what, stats, admitted, items: sent.append([item[0] for item in items])
+    loop.collect([Delta(1, 0, "a", [5], finish_reason="stop")])
+    loop.collect([Delta(2, 0, "b", [5], finish_reason="stop"), Delta(3, 0, "c", [5])])
+    assert sent == []
+    loop.said = 0.0  # long ago
+    loop.collect([])
+    assert [sorted(numbers) for numbers in sent] == [[1, 2]]
+
+
 def test_the_longest_wait_between_steps_is_in_the_log_and_in_the_figures(capsys):
     class Waiting(Stub):
         def stats(self):
