@@ -198,7 +198,7 @@ class Service:
         found = [[] for _ in prompts]
         async for batch in self.batches([job]):
             for _, delta in batch:
-                found[delta.index] += delta.logprobs or []
+                found[delta.index] += delta.logprobs
         return found
 
     def close(self, jobs):

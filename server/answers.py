@@ -186,7 +186,7 @@ class Choice:
     def take(self, delta):
         """-> (new visible text, logprobs of its tokens)"""
         text = delta.text
-        logprobs = delta.logprobs or []
+        logprobs = delta.logprobs
         if self.decoder and (self.cut or logprobs):
             text = self.mend(text, self.place(self.decoder, delta.token_ids))
         text = self.calls.push(text)
