@@ -63,8 +63,8 @@ def engine(folder):
 
 def answers(engine, path, out, **flags):
     """The rows that `generate.py --batch` writes."""
-    args = SimpleNamespace(batch=str(path), out=str(out), ignore_keys="", **flags)
-    generate.run_batch(engine, args, Sampling(max_tokens=1, temperature=0), None)
+    args = SimpleNamespace(batch=str(path), out=str(out), ignore_keys="", adapter=None, **flags)
+    generate.run_batch(engine, args, Sampling(max_tokens=1, temperature=0))
     rows = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     return [row for _, row in sorted((row["line"], row) for row in rows)]
 

@@ -71,14 +71,14 @@ def keys(monkeypatch):
     def tuned(key, configs, launch, device):
         asked.append(key)
 
-    plain = QuantLinear.plain
+    product = QuantLinear.product
 
     def asking(self, rows):
         if len(rows) <= kernels.FUSED_ROWS:
             assert kernels.product(rows, self.tiles(), self.bias) is None
-        return plain(self, rows)
+        return product(self, rows)
 
-    monkeypatch.setattr(QuantLinear, "plain", asking)
+    monkeypatch.setattr(QuantLinear, "product", asking)
     monkeypatch.setattr(kernels, "use_kernel", lambda x: True)
     monkeypatch.setattr(kernels, "tuned", tuned)
     for name in ("add_norm", "store_heads", "swiglu"):
