@@ -254,7 +254,7 @@ def bench_optimizers():
     its own for embedding and norms; and does the last reach Muon's end in 0.9 of the steps? Same
     model, text, batch, order, for each seed. AdamW's schedule and rate are the best of those in
     NOTES.md."""
-    shape = "--layers 4 --dim 96 --mlp 192 --save-every 1000000 --sample 1"
+    shape = "--layers 4 --dim 96 --heads 4 --kv-heads 4 --mlp 192 --save-every 1000000 --sample 1"
     tried = {
         "AdamW": "--steps 280 --eval-every 70 --embed-lr 0 --optimizer adamw --warmup 20",
         "Muon": "--steps 280 --eval-every 70 --embed-lr 0 --muon-lr 0.02",
