@@ -37,7 +37,7 @@ from pathlib import Path
 # Torch's threads on a CPU (libgomp's) wait for each other by spinning, by default so long that on a
 # core which another process wants, too, a training of small matrices takes three times as long. A
 # shorter wait costs little where nobody else is. It is read when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "600")
 
 
 # --------------------------------------------------------------------------------- errors and flags
