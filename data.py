@@ -321,8 +321,9 @@ def map_split(paths, name, end_id, counts):
             shard = read_tensors(path)
             ids = shard["ids"].numpy()
             begin = shard["starts"].numpy()
-            ordered = begin[0] == 0 and begin[-1] < len(ids) and (np.diff(begin) >= 0).all()
-            if not ordered or (ids.ndim, ids.dtype.kind) != (1, "u"):
+            lists = ids.ndim == begin.ndim == 1 and ids.dtype.kind == "u" and len(begin) > 0
+            ordered = lists and begin[0] == 0 and (np.diff(begin) >= 0).all()
+            if not (ordered and begin[-1] < len(ids)):
                 raise UserError("damaged, its documents or ids are out of order; make it again")
         tokens.append(ids)
         starts.append(begin)

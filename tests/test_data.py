@@ -170,7 +170,8 @@ def with_arrays(path, **changes):
         (lambda p: with_arrays(p, starts=[5, 0]), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, starts=[0, 10**6]), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, ids=[0.5]), "damaged, its documents or ids"),
-        (lambda p: with_arrays(p, starts=[]), "is not a train-00001.safetensors"),
+        (lambda p: with_arrays(p, starts=[[0], [1]]), "damaged, its documents or ids"),
+        (lambda p: with_arrays(p, starts=[]), "damaged, its documents or ids"),
         (lambda p: save_file({"ids": np.zeros(3)}, p), "is not a train-00001.safetensors"),
     ],
 )
