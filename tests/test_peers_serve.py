@@ -165,9 +165,8 @@ def test_a_forced_tool_call_of_an_untrained_model_is_valid(real):
     tok.chat_template = TEMPLATE_WITH_TOOLS
     try:
         for choice in ("required", {"type": "function", "function": {"name": "add"}}):
-            message = ask(real, tools=TOOLS, tool_choice=choice, max_tokens=100).json()["choices"][
-                0
-            ]
+            reply = ask(real, tools=TOOLS, tool_choice=choice, max_tokens=100, seed=1)
+            message = reply.json()["choices"][0]
             assert message["finish_reason"] == "tool_calls", message
             call = message["message"]["tool_calls"][0]["function"]
             assert call["name"] == "add"
