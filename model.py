@@ -128,11 +128,14 @@ def yarn_scale(rope):
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, H, D) -> the same shape.
 
-    cos, sin: (T, 1, D/2) or (B, T, 1, D/2), the same for every head. The two halves, not
-    neighbouring channels, form the pairs: that is the row order of Hugging Face's checkpoints.
+    cos, sin: (T, 1, D) or (B, T, 1, D) of `cos_and_sin`, the same for every head. The two halves,
+    not neighbouring channels, form the pairs: that is the row order of Hugging Face's checkpoints.
+
+        x[i]       -> x[i] cos - x[i + D/2] sin
+        x[i + D/2] -> x[i + D/2] cos + x[i] sin
     """
-    a, b = x.chunk(2, -1)  # (B, T, H, D) -> two of (B, T, H, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    swapped = x.roll(x.size(-1) // 2, -1)  # the other one of each pair
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------ who sees whom
@@ -327,13 +330,44 @@ def one_product(x, layers):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in the dtype of x: with weights of another it would not be one kernel."""
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension (Zhang & Sennrich 2019), in the dtype
+    of x: with a gain of another it would not be one kernel.
+
+    A GPU and the compiler have one kernel for it, a CPU takes RMSNormOnCPU in its place."""
 
     def forward(self, x):
-        if x.dtype == self.weight.dtype:
+        gain = self.weight
+        if x.device.type == "cpu" and x.dtype == gain.dtype == torch.float32:
+            if not torch.compiler.is_compiling():
+                return RMSNormOnCPU.apply(x, gain, self.eps)
+        if x.dtype == gain.dtype:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):  # which would make x float32 first
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+            return F.rms_norm(x, self.normalized_shape, gain.to(x.dtype), self.eps)
+
+
+class RMSNormOnCPU(torch.autograd.Function):
+    """The same for float32, in half as many passes over memory as torch's operations take.
+
+    With r = 1 / sqrt(mean(x^2) + eps), n = x r and the gradient g of n gain:
+    dx = r (g gain - n mean(g gain n)), and dgain is the sum of g n over all rows."""
+
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., C) -> (..., 1)
+        r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        n = x * r
+        ctx.save_for_backward(n, r, gain)
+        return n * gain
+
+    @staticmethod
+    def backward(ctx, g):
+        n, r, gain = ctx.saved_tensors
+        gn = g * n  # (..., C)
+        mean = (gn @ gain)[..., None] / len(gain)  # (..., 1)
+        dx = (g * gain).addcmul_(n, mean, value=-1).mul_(r)
+        dgain = gn.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dgain, None
 
 
 def make_norm(config):
@@ -436,15 +470,18 @@ class Transformer(nn.Module):
         rope = None
         if c.is_gpt2:
             x = x + self.embed_positions(positions)  # (T, C) or (B, T, C)
-        else:  # (T,) -> (T, 1, D/2) or (B, T) -> (B, T, 1, D/2)
+        else:  # (T,) -> (T, 1, D) or (B, T) -> (B, T, 1, D)
             cos, sin = self.cos_and_sin(positions[..., None])
             rope = cos.to(x.dtype), sin.to(x.dtype)
         return self.dropout(x), rope, self.masks(T, past, docs, positions)
 
     def cos_and_sin(self, positions):
-        """Positions (...) -> (..., D/2) each, of the angles by which pairs of channels turn."""
-        angle = positions[..., None].float() * self.rope_frequency
-        return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
+        """Positions (...) -> (..., D) each, of the angles by which pairs of channels turn; the sine
+        is negative for a pair's first channel, as `rotate` needs it."""
+        angle = positions[..., None].float() * self.rope_frequency  # (..., D/2)
+        cos = angle.cos() * self.rope_scale
+        sin = angle.sin() * self.rope_scale
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def masks(self, T, past, docs, positions):
         """(mask of full layers, of sliding ones); None where plain causal attention is the same.

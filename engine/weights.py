@@ -7,18 +7,14 @@ import torch.nn.functional as F
 
 
 def rope_tables(model, dtype=torch.float32):
-    """-> cos, sin (P, D) for all P positions, or (None, None) for a model without rotations.
-
-    The first half of the sine is negated, so that a head x (D,) is turned by
-    x * cos + roll(x, D / 2) * sin: the same as model.rotate.
-    """
+    """-> cos, sin (P, D) of model.rotate for all P positions, or (None, None) without rotations."""
     config = model.config
     if config.is_gpt2:
         return None, None
     device = model.rope_frequency.device
     positions = torch.arange(config.max_position_embeddings, device=device)
-    cos, sin = model.cos_and_sin(positions)  # (P, D/2)
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    cos, sin = model.cos_and_sin(positions)  # (P, D)
+    return cos.to(dtype), sin.to(dtype)
 
 
 @dataclass

@@ -172,11 +172,47 @@ def test_documents_with_small_heads_or_dropout_take_a_dense_mask(head_dim, dropo
 
 def test_what_is_turned_in_16_bits_stays_there():
     """The angles are float32; queries and keys would take twice the memory, and so backward."""
-    cos, sin = torch.rand(2, 6, 1, 4)
+    cos, sin = torch.rand(2, 6, 1, 8)
     x = torch.randn(2, 6, 3, 8)
     half = rotate(x.bfloat16(), cos, sin)
     assert half.dtype == torch.bfloat16
     assert torch.allclose(half.float(), rotate(x, cos, sin), atol=0.03)
+
+
+def test_a_rotation_is_a_product_of_complex_numbers():
+    model = Transformer(Config(head_dim=8))
+    x = torch.randn(2, 6, 3, 8)
+    positions = torch.arange(6)
+    cos, sin = model.cos_and_sin(positions[:, None])  # (T, 1, D)
+    angle = positions[:, None] * model.rope_frequency  # (T, D/2)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(()), angle)[:, None]
+    expected = torch.cat((turned.real, turned.imag), -1)
+    assert torch.allclose(rotate(x, cos, sin), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 4, 8)])
+def test_the_norm_of_a_cpu_and_its_gradients_are_torchs(shape):
+    gain = torch.rand(shape[-1]) + 0.5
+    x = torch.randn(shape)
+    g = torch.randn(shape)
+    x[0] = 0  # a row that only eps keeps from 0 / 0
+    ours = RMSNorm(shape[-1], 1e-5)
+    ours.weight.data = gain.clone()
+    theirs = torch.nn.RMSNorm(shape[-1], 1e-5).double()
+    theirs.weight.data = gain.double()
+    results = []
+    for norm, dtype in (ours, torch.float32), (theirs, torch.float64):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = norm(leaf)
+        y.backward(g.to(dtype))
+        results.append((y, leaf.grad, norm.weight.grad))
+    assert type(results[0][0].grad_fn).__name__ == "RMSNormOnCPUBackward"
+    for mine, reference in zip(*results):
+        assert torch.allclose(mine, reference.float(), rtol=1e-5, atol=1e-5)
+    ours.weight.requires_grad_(False)  # as under an adapter
+    leaf = x.clone().requires_grad_()
+    ours(leaf).backward(g)
+    assert torch.equal(leaf.grad, results[0][1])
 
 
 def test_layers_that_read_the_same_are_one_product():

@@ -29,7 +29,8 @@ def orthogonalize(G):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         A = X @ X.mT  # (N, R, R)
-        X = a * X + (b * A + c * A @ A) @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     X = X.mT if tall else X
     return X.to(G.dtype)
 
