@@ -330,44 +330,13 @@ def one_product(x, layers):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension (Zhang & Sennrich 2019), in the dtype
-    of x: with a gain of another it would not be one kernel.
-
-    A GPU and the compiler have one kernel for it, a CPU takes RMSNormOnCPU in its place."""
+    """torch's, in the dtype of x: with weights of another it would not be one kernel."""
 
     def forward(self, x):
-        gain = self.weight
-        if x.device.type == "cpu" and x.dtype == gain.dtype == torch.float32:
-            if not torch.compiler.is_compiling():
-                return RMSNormOnCPU.apply(x, gain, self.eps)
-        if x.dtype == gain.dtype:
+        if x.dtype == self.weight.dtype:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):  # which would make x float32 first
-            return F.rms_norm(x, self.normalized_shape, gain.to(x.dtype), self.eps)
-
-
-class RMSNormOnCPU(torch.autograd.Function):
-    """The same for float32, in half as many passes over memory as torch's operations take.
-
-    With r = 1 / sqrt(mean(x^2) + eps), n = x r and the gradient g of n gain:
-    dx = r (g gain - n mean(g gain n)), and dgain is the sum of g n over all rows."""
-
-    @staticmethod
-    def forward(ctx, x, gain, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., C) -> (..., 1)
-        r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        n = x * r
-        ctx.save_for_backward(n, r, gain)
-        return n * gain
-
-    @staticmethod
-    def backward(ctx, g):
-        n, r, gain = ctx.saved_tensors
-        gn = g * n  # (..., C)
-        mean = (gn @ gain)[..., None] / len(gain)  # (..., 1)
-        dx = (g * gain).addcmul_(n, mean, value=-1).mul_(r)
-        dgain = gn.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return dx, dgain, None
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config):
