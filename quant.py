@@ -435,7 +435,7 @@ def pack_linear(linear, format, group_size, sym=True):
 
 def in_kind(linear, kind):
     """A layer still in floats -> the format that --quant names, "int8" or "int4"; others as is."""
-    if type(linear) is not nn.Linear or kind not in ("int8", "int4"):
+    if not isinstance(linear, nn.Linear) or kind not in ("int8", "int4"):
         return linear
     group = 32 if linear.in_features % 64 == 32 else 64  # whole groups where they can be
     return pack_linear(linear, kind, group)

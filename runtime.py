@@ -62,6 +62,8 @@ def resolve(device="auto", dtype="auto", compile="auto") -> Runtime:
         chosen = join_ranks(chosen)
     print(f"device   {chosen}: {why}; rank {rank} of {world}")
     precision = choose("dtype", dtype, DTYPES, best_dtype(chosen.type))
+    if chosen.type == "cpu" and precision == "float32" and onednn_is_faster():
+        print("products oneDNN's in training: torch's own leave this AMD CPU's AVX-512 unused")
     compiled = choose("compile", compile, ("on", "off"), best_compile(chosen.type))
     return Runtime(chosen, DTYPES[precision], compiled == "on", rank, world)
 
@@ -127,6 +129,20 @@ def best_compile(device):
     if device == "cuda":
         return "on", "fuses the small kernels"
     return "off", "costs half a minute and gains a tenth on a CPU, and is not reliable on MPS"
+
+
+@functools.cache
+def onednn_is_faster():
+    """Whether float32 products of a CPU are torch's faster ones in oneDNN.
+
+    torch takes MKL for them, which leaves the AVX-512 units of AMD's CPUs unused."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    try:
+        vendor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def compile_or_say_why(function, runtime, warm_up):

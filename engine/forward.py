@@ -60,7 +60,7 @@ def fused_layers(layers, kind):
     if len(formats) > 1:
         return [fused_layers([layer], kind)[0] for layer in layers]
     packed = isinstance(first, QuantLinear)
-    if isinstance(first, TiledLinear) or (not packed and type(first) is not nn.Linear):
+    if isinstance(first, TiledLinear) or not (packed or isinstance(first, nn.Linear)):
         return layers
     fused = first
     if len(layers) > 1:

@@ -299,7 +299,7 @@ class Native:
         stack = stacks.get(layer)
         layer = in_kind(layer, self.kind)
         base = getattr(layer, "base", layer)  # the weight of an adapted layer is the merged one
-        if type(base) is nn.Linear:
+        if isinstance(base, nn.Linear):
             made = self.float_linear(layer)
         elif isinstance(layer, QuantLinear) and not isinstance(layer, NF4Linear):
             made = self.packed_linear(layer)

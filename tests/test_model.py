@@ -17,6 +17,7 @@ from common import UserError
 from formats.hub import config_from_dict
 from model import (
     Config,
+    FloatLinear,
     RMSNorm,
     Transformer,
     attention_mask,
@@ -26,6 +27,7 @@ from model import (
     flex,
     one_product,
     rotate,
+    takes_onednn,
 )
 
 SHAPES = {
@@ -188,6 +190,41 @@ def test_a_rotation_is_a_product_of_complex_numbers():
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(()), angle)[:, None]
     expected = torch.cat((turned.real, turned.imag), -1)
     assert torch.allclose(rotate(x, cos, sin), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("learns", [True, False])
+def test_onednns_products_are_torchs(bias, learns, monkeypatch):
+    layer = FloatLinear(48, 40, bias).requires_grad_(learns)
+    x = torch.randn(4, 64, 48)
+    g = torch.randn(4, 64, 40)
+    results = []
+    for faster in (True, False):
+        monkeypatch.setattr("model.onednn_is_faster", lambda: faster)
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = layer(leaf)
+        assert type(y.grad_fn).__name__.startswith("OneDNN") == faster
+        y.backward(g)
+        results.append([y, leaf.grad, *(p.grad for p in layer.parameters() if learns)])
+    for ours, reference in zip(*results):
+        assert torch.allclose(ours, reference, atol=1e-4)
+    assert all(p.grad is None for p in layer.parameters()) != learns
+
+
+def test_only_training_in_float32_takes_onednns_products(monkeypatch):
+    monkeypatch.setattr("model.onednn_is_faster", lambda: True)
+    weight = torch.zeros(8, 8)
+    x = torch.zeros(2, 128, 8)
+    assert takes_onednn(x, weight)
+    assert not takes_onednn(x[:, 1:], weight)  # fewer rows than are worth it
+    assert not takes_onednn(x.double(), weight.double())
+    assert not takes_onednn(x.to("meta"), weight)
+    with torch.inference_mode():
+        assert not takes_onednn(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_onednn(x, weight)
 
 
 def test_layers_that_read_the_same_are_one_product():
