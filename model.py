@@ -334,9 +334,14 @@ class FloatLinear(nn.Linear):
     """torch's; but training on some CPUs takes oneDNN's products, at half the time."""
 
     def forward(self, x):
-        if takes_onednn(x, self.weight):
-            return OneDNNLinear.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        return float_product(x, self.weight, self.bias)
+
+
+def float_product(x, weight, bias=None):
+    """x (..., K), weight (N, K), bias (N,) -> x W^T + b (..., N)."""
+    if takes_onednn(x, weight):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def takes_onednn(x, weight):
@@ -352,7 +357,7 @@ def takes_onednn(x, weight):
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """x (..., K) -> y = x W^T + b (..., N); dx = g W, dW = g^T x, db the sum of g over all rows."""
+    """`float_product` by oneDNN: dx = g W, dW = g^T x, db the sum of g over all rows."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -364,13 +369,18 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = g.flatten(0, -2)  # (..., N) -> (M, N)
-        dx = onednn_product(g, weight.t()) if needs_x else None
-        dweight = onednn_product(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
+        columns = x.flatten(0, -2).t()  # (..., K) -> (K, M)
+        dx = dweight = None
+        if needs_x:
+            dx = onednn_product(g, weight.t())
+        if needs_weight and len(weight) < len(columns):  # the first one is copied: the smaller
+            dweight = onednn_product(rows.t(), columns)
+        elif needs_weight:
+            dweight = onednn_product(columns, rows.t()).t()
         return dx, dweight, rows.sum(0) if needs_bias else None
 
 
 def onednn_product(x, weight, bias=None):
-    """F.linear: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -438,7 +448,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+        self.lm_head = FloatLinear(C, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self):
@@ -649,7 +659,7 @@ def cross_entropy_sum(hidden, weight, targets):
             targets = targets[wanted]
     rows = max(1, logits_at_once(hidden.device) // len(weight))
     if len(hidden) <= rows:
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+        return F.cross_entropy(float_product(hidden, weight).float(), targets, reduction="sum")
     return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
 
 

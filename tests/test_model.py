@@ -195,10 +195,11 @@ def test_a_rotation_is_a_product_of_complex_numbers():
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("learns", [True, False])
-def test_onednns_products_are_torchs(bias, learns, monkeypatch):
-    layer = FloatLinear(48, 40, bias).requires_grad_(learns)
+@pytest.mark.parametrize("outputs", [40, 56])
+def test_onednns_products_are_torchs(outputs, bias, learns, monkeypatch):
+    layer = FloatLinear(48, outputs, bias).requires_grad_(learns)
     x = torch.randn(4, 64, 48)
-    g = torch.randn(4, 64, 40)
+    g = torch.randn(4, 64, outputs)
     results = []
     for faster in (True, False):
         monkeypatch.setattr("model.onednn_is_faster", lambda: faster)
