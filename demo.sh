@@ -38,7 +38,7 @@ case $size in  # only the amounts differ; each can be given from outside
 demo)
     vocabulary=1536 data=$text group=64
     PRETRAIN=${PRETRAIN:---steps 750}
-    SFT=${SFT:---context 128 --batch 8 --steps 2200 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 1100 --save-every 200}
+    SFT=${SFT:---context 128 --batch 12 --steps 1800 --muon-lr 0.014 --lr 0.009 --cooldown 0.6 --eval-every 900 --save-every 200}
     LORA=${LORA:---r 2 --alpha 4 --lr 0.01 --steps 200 --batch 8 --context 128}
     DPO=${DPO:---beta 0.3 --sft-weight 4 --lr 3e-4 --batch 16 --steps 280 --context 128 --eval-every 120}
     GRPO=${GRPO:---steps 500 --lr 3e-4 --schedule wsd --cooldown 0 --average 0.995 --max-tokens 40 --context 128 --eval-every 100 --log-every 5}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from model import Transformer
+from model import Transformer, float_product
 from runtime import resolve
 from tokenizer import Tokenizer
 
@@ -225,7 +225,7 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+        return float_product(grad, ctx.layer.dequantize(grad.dtype).t()), None
 
 
 def joined(layers, name):
@@ -261,7 +261,7 @@ class QuantLinear(nn.Module):
     def product(self, x):
         """What a product is: unpack, then multiply. x (..., K) -> (..., N), in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize(x.dtype), bias)
+        return float_product(x, self.dequantize(x.dtype), bias)
 
     def tiles(self):
         """-> kernels.Tiles, or None where the kernels cannot take this layer."""

@@ -66,7 +66,7 @@ class Args(LoopArgs):
 # What each reaches was measured: README.md and `python bench.py train`.
 PRESETS: dict = {
     # 0.58M parameters, a minute on two CPU cores
-    "shakespeare-char": dict(layers=3, steps=900, muon_lr=0.025, embed_lr=0.024, eval_every=1000),
+    "shakespeare-char": dict(layers=3, steps=900, muon_lr=0.025, embed_lr=0.024, eval_every=500),
     # 0.20M, seconds
     "shakespeare-char-fast": dict(
         out="runs/shakespeare-char-fast",
