@@ -381,6 +381,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def onednn_product(x, weight, bias=None):
+    """`float_product`, called as torch's own compiler calls it; autograd does not know it."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -139,10 +139,10 @@ def onednn_is_faster():
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:
-        vendor = Path("/proc/cpuinfo").read_text()
+        cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "AuthenticAMD" in vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "AuthenticAMD" in cpuinfo and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def compile_or_say_why(function, runtime, warm_up):
