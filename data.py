@@ -110,6 +110,8 @@ def begin_or_continue(out, job):
     meta = {"complete": False, "job": job, "splits": {}}
     if path.is_file():
         meta = read_json(path)
+    elif Path(out, "config.json").is_file():
+        raise UserError(f"{out} holds a model, whose tokenizer would be lost: choose another --out")
     elif shard_paths(out):
         meta["job"] = {}  # of whatever job these shards are
     differ = [key for key in job if meta.get("job", {}).get(key) != job[key]]
@@ -124,8 +126,10 @@ def begin_or_continue(out, job):
     return meta
 
 
-def shard_paths(out, split="*"):
-    return sorted(Path(out).glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
+def shard_paths(out, split=r"\w+"):
+    """Files named as ours; the model-00001-of-00002.safetensors of a model folder is none."""
+    name = re.compile(rf"{split}-\d{{5}}\.safetensors")
+    return sorted(path for path in Path(out).glob("*") if name.fullmatch(path.name))
 
 
 def with_progress(parts, name, total):

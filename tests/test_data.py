@@ -155,6 +155,23 @@ def test_shards_of_another_job_are_not_mixed_in(corpus, tmp_path):
         make_shards(files, tok, tmp_path / "out", processes=1)
 
 
+def test_the_weights_of_a_model_folder_are_no_shards(tmp_path, monkeypatch):
+    """--overwrite takes shards away, and no model loses its tokenizer to them."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    Tokenizer.char("ab").save("tok")
+    names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.json"]
+    Path("model").mkdir()
+    for name in names:
+        Path("model", name).write_text("mine")
+    argv = ["data.py", "x.jsonl", "--tokenizer", "tok", "--out", "model", "--processes", "1"]
+    for flags in ([], ["--overwrite"]):
+        monkeypatch.setattr(sys, "argv", argv + flags)
+        with pytest.raises(UserError, match="model holds a model.*choose another --out"):
+            data.main()
+    assert contents("model") == dict.fromkeys(names, b"mine")
+
+
 def with_arrays(path, **changes):
     """The shard with some of its arrays replaced."""
     save_file(load_file(path) | {name: np.array(value) for name, value in changes.items()}, path)
