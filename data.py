@@ -48,7 +48,9 @@ from tokenizer import Tokenizer
 # A shard is a safetensors file of three arrays: ids (uint16, or uint32 above 65,536 ids), starts,
 # where documents start among them, and counts, the TOTALS of the shard.
 VERSION = 2
-SHARD_BYTES = 64 << 20  # of text in a shard: what a crash can cost
+# Bytes of text after which a shard ends with a document, or after twice as many inside one: what a
+# crash can cost.
+SHARD_BYTES = 64 << 20
 MOST_SHARDS = 10**5  # their names have five digits
 # Bytes are of UTF-8 text, for bits per byte. Words stand between white space; the papers' word
 # count of WikiText is words + lines (<eos>).
@@ -69,10 +71,11 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
     """Tokenize {split: [path]}: shards, meta.json and the tokenizer in OUT -> what is in meta.json.
 
     documents(paths, cuts, bad=bad, **how) yields the text in parts (bytes, begins, ends), as
-    training.corpora.documents does, and counts in `bad` what it left out. Without a split "val",
-    every 1/val_share-th document of "train" becomes it, the first among them. The bytes depend on
-    text and tokenizer alone, not on `processes`. Run again after a crash it keeps the finished
-    shards. UserError: another job's shards are in OUT, a split without documents, a full disk."""
+    training.corpora.documents does, and counts in `bad` what it left out. how: its other arguments.
+    Without a split "val", every 1/val_share-th document of "train" becomes it, the first among
+    them. The bytes depend on text and tokenizer alone, not on `processes`. Run again after a crash
+    it keeps the finished shards. UserError: another job's shards or a model are in OUT, a split
+    without documents, a full disk."""
     out = Path(out)
     shared = "val" not in files
     if shared:
@@ -93,10 +96,12 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
     for name, paths in files.items():
         bad = Counter() if skip_bad else None
         parts = documents(paths, tok.cuts, bad=bad, **how)
-        parts = with_progress(parts, name, sum(path.stat().st_size for path in paths))
+        parts = with_progress(parts, name, sum(size for _, size, _ in job["files"][name]))
         if shared and name != "test":
             parts = share_of(parts, name, val_share)
         write_split(out, name, parts, tok, processes)
+        if shared and name == "val":
+            bad = None  # they are found again, and counted, while "train" is read
         meta["splits"][name] = summary_of(out, name, bad)
     meta |= {"complete": True, "ends": ends_of(tok)}
     write_json(out / "meta.json", meta)
@@ -165,19 +170,20 @@ def share_of(parts, split, val_share):
 
 def write_split(out, name, parts, tok, processes):
     """The shards of a split that are not there yet, encoded in several processes."""
-    done = {int(path.stem[-5:]) for path in shard_paths(out, name)}
-    encode = functools.partial(encode_job, tok=tok, ends=ends_of(tok))
-    with contextlib.closing(in_processes(encode, shard_jobs(parts, done), processes)) as results:
+    finished = {int(path.stem[-5:]) for path in shard_paths(out, name)}
+    encode = functools.partial(encode_job, tok=tok)
+    jobs = shard_jobs(parts, finished)
+    with contextlib.closing(in_processes(encode, jobs, processes)) as results:
         for number, pieces in itertools.groupby(results, key=lambda piece: piece.shard):
             write_shard(out / f"{name}-{number:05d}.safetensors", pieces)
 
 
-def shard_jobs(parts, done):
+def shard_jobs(parts, finished):
     """Yield (shard number, parts) of about a BLOCK of text each.
 
-    A shard ends with the document that fills it; one that would fill two is cut into several, so
-    that a shard fits into memory. Which text is in which shard depends on the text alone, and that
-    of the shards in `done` is only read over."""
+    A shard ends with the document that fills it; one that would fill two is cut into several
+    documents, so that a shard fits into memory. Which text is in which shard depends on the text
+    alone, and that of the shards in `finished` is only read over."""
     number = 0
     filled = 0  # bytes in this shard
     job = []
@@ -192,7 +198,7 @@ def shard_jobs(parts, done):
             number += 1
             filled = 0
         filled += len(text)
-        if number not in done:
+        if number not in finished:
             job.append((text, begins or full, ends))
             size += len(text)
     if job:
@@ -211,18 +217,18 @@ class Encoded(NamedTuple):
 IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # (256,) bool: is this byte white space?
 
 
-def encode_job(job, tok, ends):
+def encode_job(job, tok):
     """(shard number, parts) -> Encoded."""
     shard, parts = job
-    first, last = ends
+    first, last = ends_of(tok)
     ids = []
     starts = []
-    for text, begins, done in parts:
+    for text, begins, ends in parts:
         if begins:
             starts.append(len(ids))
             ids += first
         ids += tok.encode_bytes(text, "first" if begins else "inside")
-        if done:
+        if ends:
             ids += last
     texts = [text for text, _, _ in parts]
     space = IS_SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]
@@ -325,9 +331,9 @@ def map_split(paths, name, end_id, counts):
             shard = read_tensors(path)
             ids = shard["ids"].numpy()
             begin = shard["starts"].numpy()
-            lists = ids.ndim == begin.ndim == 1 and ids.dtype.kind == "u" and len(begin) > 0
-            ordered = lists and begin[0] == 0 and (np.diff(begin) >= 0).all()
-            if not (ordered and begin[-1] < len(ids)):
+            sizes = np.diff(begin.astype(np.int64), prepend=0, append=len(ids))  # behind a 0
+            flat = ids.ndim == begin.ndim == 1 and ids.dtype.kind == "u"
+            if not flat or sizes[0] or sizes.min() < 0:
                 raise UserError("damaged, its documents or ids are out of order; make it again")
         tokens.append(ids)
         starts.append(begin)
@@ -338,15 +344,15 @@ def map_split(paths, name, end_id, counts):
 def split_tokens(tokens, context):
     """(training tokens, validation tokens): the last tenth is held out, as in nanoGPT."""
     cut = int(len(tokens) * 0.9)
-    parts = {"training": tokens[:cut], "validation": tokens[cut:]}
-    for name, part in parts.items():
-        if len(part) < context + 1:
-            most = min(map(len, parts.values())) - 1
-            raise UserError(
-                f"{len(part):,} {name} tokens, but a context of {context:,} needs at least "
-                f"{context + 1:,}: use --context {most:,} or less, or a longer text"
-            )
-    return parts.values()
+    train, val = tokens[:cut], tokens[cut:]
+    most = len(val) - 1
+    if most < context:
+        smaller = f"use --context {most:,} or less, or " if most else ""
+        raise UserError(
+            f"{len(val):,} validation tokens (the last tenth), but a context of {context:,} needs "
+            f"at least {context + 1:,}: {smaller}give a longer text"
+        )
+    return train, val
 
 
 class Batch(NamedTuple):
@@ -617,7 +623,7 @@ class Args:
     data: tuple = ()  # shakespeare, wikitext-2, wikitext-103, toybox, or files, folders and globs
     tokenizer: str = ""  # make shards with this tokenizer: a folder or file
     out: str = ""  # the folder to write, data/NAME for a named corpus
-    val: tuple = ()  # files to validate on, not a share of the documents
+    val: tuple = ()  # files to validate on, and not to train on, instead of a share
     val_share: float = 0.01  # share of the documents to validate on
     split_on: str = ""  # what stands between the documents of a text file; \n is a newline
     field: str = "text"  # where records (JSON Lines, a JSON list, parquet) have their text
@@ -627,12 +633,11 @@ class Args:
     data_dir: str = ""  # a folder that may hold a local copy of a named corpus, else $LLM_DATA_DIR
 
 
-NAMED = ("shakespeare", "toybox", "wikitext-2", "wikitext-103")
+def check_data_args(args, typed):
+    """UserError for flags that do not go together, or were typed and would do nothing."""
+    from training.corpora import WIKITEXT
 
-
-def check_data_args(args):
-    """UserError for flags that do not go together."""
-    named = [name for name in args.data if name in NAMED]
+    named = [name for name in args.data if name in ("shakespeare", "toybox", *WIKITEXT)]
     if named and len(args.data) > 1:
         raise UserError(f"{named[0]} goes alone")
     if not named and not (args.tokenizer and args.out):
@@ -640,11 +645,17 @@ def check_data_args(args):
             "shards of your own text need --tokenizer T (python tokenizer.py train makes one) "
             "and --out D"
         )
-    # What is not read where no documents become shards.
-    unread = "tokenizer val val_share split_on field skip_bad".split()
-    given = [flag(name) for name in unread if getattr(args, name) != getattr(Args, name)]
-    if given and ("toybox" in named or not args.tokenizer):
-        raise UserError(f"{named[0]} does nothing with {', '.join(given)}: leave it out")
+    name = args.data[0]
+    unread = {"val_share"} if args.val or name in WIKITEXT else set()
+    if not named:
+        unread.add("data_dir")
+    elif name == "toybox" or not args.tokenizer:  # no documents become shards
+        unread = typed.keys() - {"data", "data_dir", "out"}
+        if name == "shakespeare":
+            unread.add("out")
+    given = [flag(field) for field in typed if field in unread]
+    if given:
+        raise UserError(f"{name} does nothing with {', '.join(given)} here: leave it out")
     if not 0 < args.val_share < 1 or args.processes < 0:
         raise UserError(
             f"--val-share {args.val_share} must be between 0 and 1, "
@@ -655,8 +666,9 @@ def check_data_args(args):
 def main():
     from training import corpora, toybox
 
-    args = Args(**parse_flags(Args, __doc__, positional=("data",)))
-    check_data_args(args)
+    typed = parse_flags(Args, __doc__, positional=("data",))
+    args = Args(**typed)
+    check_data_args(args, typed)
     name = args.data[0]
     out = Path(args.out or f"data/{name}")
     if name == "toybox":
@@ -667,7 +679,7 @@ def main():
     if name in corpora.WIKITEXT:  # without a tokenizer --out is where the text goes, not the shards
         text = corpora.wikitext(name, f"data/{name}" if tok else out, args.data_dir)
         files = {"val": [text["valid"]], "test": [text["test"]], "train": [text["train"]]}
-        separator = corpora.ARTICLE
+        separator = separator or corpora.ARTICLE
     elif name == "shakespeare":
         files = {"train": [corpora.shakespeare(args.data_dir)]}
     else:
@@ -676,6 +688,8 @@ def main():
         return
     if args.val:
         files["val"] = corpora.expand(args.val)
+        held = {path.resolve() for path in files["val"]}
+        files["train"] = [path for path in files["train"] if path.resolve() not in held]
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)

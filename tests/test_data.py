@@ -185,6 +185,7 @@ def with_arrays(path, **changes):
         (lambda p: p.write_bytes(p.read_bytes()[:-8]), "not a readable safetensors"),
         (lambda p: p.unlink(), "train-00001.safetensors of .* train shards missing"),
         (lambda p: with_arrays(p, starts=[5, 0]), "damaged, its documents or ids"),
+        (lambda p: with_arrays(p, starts=np.uint64([0, 9, 5])), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, starts=[0, 10**6]), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, ids=[0.5]), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, starts=[[0], [1]]), "damaged, its documents or ids"),
@@ -314,9 +315,30 @@ def test_the_command_makes_shards_from_a_named_corpus(tmp_path, monkeypatch):
     flags = "--tokenizer tok --processes 1 --data-dir local".split()
     monkeypatch.setattr(sys, "argv", ["data.py", "wikitext-2", *flags])
     data.main()
-    splits = open_shards("data/wikitext-2")
-    found = {name: split.counts["documents"] for name, split in splits.items()}
-    assert found == {"train": 20, "val": 2, "test": 3}
+    flags += ["--split-on", "Section", "--out", "halves"]
+    monkeypatch.setattr(sys, "argv", ["data.py", "wikitext-2", *flags])
+    data.main()
+    for folder, counts in (("data/wikitext-2", (20, 2, 3)), ("halves", (21, 3, 4))):
+        splits = open_shards(folder)
+        found = {name: split.counts["documents"] for name, split in splits.items()}
+        assert found == dict(zip(("train", "val", "test"), counts))
+
+
+def test_validation_files_are_not_trained_on_and_a_bad_record_is_counted_once(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/v.txt").write_text("abc")
+    Path("mine/x.jsonl").write_text('{"text": "a"}\n{"bad": 1}\n{"text": "b"}\n')
+    Tokenizer.char("abc").save("tok")
+    flags = "--tokenizer tok --processes 1 --skip-bad --out".split()
+    for argv in (["mine", *flags, "given", "--val", "./mine/../mine/v.txt"], ["mine", *flags, "o"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+        data.main()
+        assert capsys.readouterr().out.count("1 bad records left out") == 1
+    found = {name: split.counts["bytes"] for name, split in open_shards("given").items()}
+    assert found == {"train": 2, "val": 3}
 
 
 @pytest.mark.parametrize(
@@ -350,9 +372,10 @@ def test_the_last_tenth_is_held_out():
         (
             2567,
             4096,
-            "2,310 training tokens, .* 4,096 needs at least 4,097: use --context 256 or less",
+            "257 validation tokens .* 4,096 needs at least 4,097: use --context 256 or less",
         ),
-        (30, 8, "3 validation tokens.* use --context 2 or less, or a longer text"),
+        (30, 8, "3 validation tokens.* use --context 2 or less, or give a longer text"),
+        (1, 8, "1 validation tokens .* at least 9: give a longer text"),
     ],
 )
 def test_too_short_text_says_how_short_and_what_fits(tokens, context, words):
@@ -601,12 +624,16 @@ def test_a_plan_of_a_million_documents_takes_no_time():
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["toybox", "--tokenizer", "T"], "toybox does nothing with --tokenizer"),
-        (["toybox", "--field", "x", "--skip-bad"], "with --field, --skip-bad"),
-        (["wikitext-2", "--val-share", "0.2"], "wikitext-2 does nothing with --val-share"),
+        ("toybox --tokenizer T", "toybox does nothing with --tokenizer here: leave it out"),
+        ("toybox --field x --skip-bad", "with --field, --skip-bad"),
+        ("wikitext-2 --overwrite --split-on x", "does nothing with --overwrite, --split-on"),
+        ("wikitext-2 --tokenizer T --val-share 0.01", "wikitext-2 does nothing with --val-share"),
+        ("shakespeare --out o --processes 2", "shakespeare does nothing with --out, --processes"),
+        ("x.txt --tokenizer T --out o --data-dir d", "x.txt does nothing with --data-dir"),
+        ("x.txt --tokenizer T --out o --val v.txt --val-share 0.1", "nothing with --val-share"),
     ],
 )
-def test_a_flag_that_a_named_corpus_does_not_read_is_refused(flags, told, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+def test_a_flag_that_would_do_nothing_is_refused(flags, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
     with pytest.raises(UserError, match=told):
         data.main()
