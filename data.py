@@ -94,15 +94,14 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
     tok.save(out)
     _ = tok.fast  # built here once, not in every process
     for name, paths in files.items():
-        bad = Counter() if skip_bad else None
-        parts = documents(paths, tok.cuts, bad=bad, **how)
+        bad = Counter()
+        parts = documents(paths, tok.cuts, bad=bad if skip_bad else None, **how)
         parts = with_progress(parts, name, sum(size for _, size, _ in job["files"][name]))
         if shared and name != "test":
             parts = share_of(parts, name, val_share)
         write_split(out, name, parts, tok, processes)
-        if shared and name == "val":
-            bad = None  # they are found again, and counted, while "train" is read
-        meta["splits"][name] = summary_of(out, name, bad)
+        again = shared and name == "val"  # what is bad in it is found, and counted, in train again
+        meta["splits"][name] = summary_of(out, name, 0 if again else bad.total())
     meta |= {"complete": True, "ends": ends_of(tok)}
     write_json(out / "meta.json", meta)
     return meta
@@ -253,7 +252,7 @@ def write_shard(path, pieces):
         write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
-def summary_of(out, name, bad):
+def summary_of(out, name, skipped):
     """Print and return what is known of a split: its TOTALS, and the sha256 of its content."""
     paths = shard_paths(out, name)
     if not paths:
@@ -263,11 +262,10 @@ def summary_of(out, name, bad):
         )
     counts = sum(read_tensors(path)["counts"] for path in paths)
     total = dict(zip(TOTALS, counts.tolist()))
-    skipped = sum(bad.values()) if bad else 0
     print(
         f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, "
         f"{total['bytes']:,} bytes ({total['bytes'] / total['tokens']:.2f} a token)"
-        + (f", {skipped:,} bad records left out" if bad else "")
+        + (f", {skipped:,} bad records left out" if skipped else "")
     )
     hashes = "".join(sha256(np.memmap(path, np.uint8)) for path in paths)
     return total | {"shards": len(paths), "skipped": skipped, "sha256": sha256(hashes.encode())}
@@ -370,7 +368,9 @@ def moved(batch, device):
 
 
 class Plan(NamedTuple):
-    """The rows of an epoch. Row r is the pieces first[order[r]] ... first[order[r] + 1] - 1."""
+    """The rows of an epoch. Row r is the pieces first[order[r]] ... first[order[r] + 1] - 1.
+
+    A piece is what a row has of one document: pairs (token, next token) that follow each other."""
 
     starts: np.ndarray  # (pieces,) where each begins, all shards end to end
     sizes: np.ndarray  # (pieces,) pairs in it
@@ -387,7 +387,8 @@ class Plan(NamedTuple):
 class PackedRows(NamedTuple):
     """The rows of an epoch as a list; `order` is that in which Batches takes them.
 
-    Of conversations a row is (starts, sizes) of its pieces, of pairs or questions a number."""
+    For chats a row is (starts, sizes) of its pieces, as in Plan; for preference pairs or questions
+    it is an index of one."""
 
     rows: list
     order: np.ndarray
@@ -449,33 +450,37 @@ class Split:
     def plan(self, context, seed, epoch):
         """What a row is: exactly `context` pairs, as a function of (seed, epoch) -> Plan.
 
-        A document gives as many full rows as it has, from its start. What remains of all documents
-        is shuffled, put end to end and cut into rows too; in such a row a piece that begins a
-        document goes first. So nothing is padded or masked, and nothing dropped but the less than
-        one row that is over in the end, other text each epoch. It is in whole arrays, for millions
-        of documents; tests/test_data.py has the same as plain loops."""
+        A document gives as many full rows as it has, from its start. The remainders of all
+        documents are shuffled, laid end to end and cut into rows too. In such a row a piece that
+        begins a document goes first: a row begins as every prompt does where it can. So nothing is
+        padded or masked, and nothing dropped but the less than one row that is over in the end,
+        other text each epoch. With a context of 4, remainders of 3, 2 and 3 pairs:
+
+            line    a0 a1 a2 b0 | b1 c0 c1 c2
+            rows    a0-a2 b0, and c0-c2 b1 if c0 begins its document (b1 cannot)
+
+        It is in whole arrays, for millions of documents; tests/test_data.py has the same as plain
+        loops."""
         rng = np.random.default_rng([seed, epoch])
         begin, pairs = self.documents_of_epoch(rng, context)
         full = pairs // context  # rows that each document fills alone
         alone = np.repeat(begin, full)  # where the document of each such row begins
         alone += context * (np.arange(len(alone)) - np.repeat(np.cumsum(full) - full, full))
-        # What remains of the others lies end to end on a line of pairs, where row r is at
-        # r * context. A piece begins where a remainder begins and where a row begins.
-        mixed = rng.permutation(np.flatnonzero(pairs % context))
-        rest = begin[mixed] + full[mixed] * context
+        mixed = rng.permutation(np.flatnonzero(pairs % context))  # documents with a remainder
         sizes = pairs[mixed] % context
-        ends = np.cumsum(sizes)
-        begins = ends - sizes
-        rows = int(sizes.sum()) // context
-        cuts = np.append(begins[begins < rows * context], np.arange(rows) * context)
+        right = np.cumsum(sizes)  # on the line, remainder i is the pairs left[i] ... right[i] - 1
+        left = right - sizes
+        rows = int(sizes.sum()) // context  # and row r begins at r * context
+        # A piece begins where a remainder begins and where a row begins.
+        cuts = np.append(left[left < rows * context], np.arange(rows) * context)
         cuts.sort(kind="stable")  # merges the two sorted runs; np.unique takes a second
         cuts = cuts[np.diff(cuts, prepend=-1) > 0]
-        part = np.searchsorted(ends, cuts, "right")  # that a piece is of
-        into = cuts - begins[part]
+        remainder = np.searchsorted(right, cuts, "right")  # that each piece is of
+        document = mixed[remainder]
+        into = full[document] * context + cuts - left[remainder]  # how far into its document
         row = cuts // context
-        fresh = (into == 0) & (full[mixed][part] == 0)  # the piece begins a document
-        by_row = np.argsort(row * 2 - fresh, kind="stable")  # within a row those go first
-        starts = np.append(alone, (rest[part] + into)[by_row])
+        by_row = np.argsort(row * 2 - (into == 0), kind="stable")  # within a row, beginnings first
+        starts = np.append(alone, (begin[document] + into)[by_row])
         sizes = np.diff(cuts, append=rows * context)[by_row]
         sizes = np.append(np.full(len(alone), context), sizes)
         first = len(alone) + np.searchsorted(row, np.arange(rows + 1))
@@ -518,7 +523,8 @@ class Split:
         for b in range(rank, batches, world):
             lefts = range(b * step, (b + 1) * step, stride)
             batch = self.fill([self.pieces_from(left, context) for left in lefts], context)
-            looks_back = batch.y[1:] if b == 0 else batch.y  # all but the very first window
+            # The split's first window has nothing before it, so it scores everything.
+            looks_back = batch.y[1:] if b == 0 else batch.y
             looks_back[:, : context - stride] = -100
             yield batch
 
@@ -531,10 +537,10 @@ class Split:
         right = min(left + context, int(ends[-1]))
         first = np.searchsorted(ends, left, "right")
         last = np.searchsorted(ends, right, "left")
-        these = np.arange(first, last + 1)
-        begins = ends[these] - pairs[these]
-        into = np.maximum(left - begins, 0)  # how far into the first document the window begins
-        return begin[these] + into, np.minimum(ends[these], right) - begins - into
+        these = slice(first, last + 1)
+        lefts = ends[these] - pairs[these]
+        into = np.maximum(left - lefts, 0)  # how far into the first document the window begins
+        return begin[these] + into, np.minimum(ends[these], right) - lefts - into
 
 
 # ---------------------------------------------------------------------------------- rows to batches

@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --
 python train.py eval MODEL --data wikitext-2          # loss, perplexity, bits per byte
 
 The loop is `train`, on one screen. What it calls is in training/loop.py: `steps` evaluates and
-saves (`save_run`), `backward` divides the gradient, `update` moves the weights.
+saves (`save_run`), `backward` divides the gradient, `update` clips it and moves the weights.
 """
 
 import json
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # isort: skip
+import common  # isort: skip  # before torch, whose threads read what it sets
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from training.loop import (
     log_step,
     next_token_loss,
     passes,
+    perplexity,
     print_sample,
     start_run,
     steps,
@@ -49,7 +50,7 @@ class Args(LoopArgs):
     preset: str = "shakespeare-char"  # a row of PRESETS; every other flag overrides it
     data: str = "shakespeare"  # a named corpus, a UTF-8 text file or a folder of shards (data.py)
     tokenizer: str = "char"  # a folder or tokenizer.json; char is of characters, or the shards' own
-    init_from: str = ""  # start a new run from this model folder's shape and weights (only)
+    init_from: str = ""  # start a new run from this model folder: its shape, weights and tokenizer
     # shape
     arch: str = "qwen3"  # qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), llama, gpt2 (LayerNorm, GELU)
     layers: int = 4  # Transformer blocks
@@ -65,7 +66,7 @@ class Args(LoopArgs):
 
 # What each reaches was measured: README.md and `python bench.py train`.
 PRESETS: dict = {
-    # 0.58M parameters, a minute on two CPU cores
+    # 0.58M parameters, a minute on two CPU cores; its `out` is the default
     "shakespeare-char": dict(layers=3, steps=900, muon_lr=0.025, embed_lr=0.024, eval_every=500),
     # 0.20M, seconds
     "shakespeare-char-fast": dict(
@@ -78,7 +79,7 @@ PRESETS: dict = {
         muon_lr=0.03,
         embed_lr=0.024,
         cooldown=0.5,
-        eval_every=500,
+        eval_every=500,  # at the end alone
     ),
     # for a GPU: nanoGPT's size
     "shakespeare-char-10m": dict(
@@ -148,7 +149,7 @@ def open_corpus(args, source):
     if tok.bos_id is not None:
         print(
             f"data     {args.data} is one document to the model; "
-            f"`python data.py {args.data} --tokenizer T --out D` makes many"
+            f"`python data.py {args.data} --split-on S --tokenizer T --out D` makes many"
         )
     train_ids, val_ids = split_tokens(text_ids(text, tok), args.context)
     return tok, Split([train_ids], sha256=common.sha256(text.encode())), Split([val_ids])
@@ -192,9 +193,8 @@ def model_config(args, tok):
         eos_token_id=tok.eos_id,
         dropout=args.dropout,
     )
-    config_from_dict(
-        config_to_dict(config), "the flags of shape"
-    )  # checks it as any folder's config
+    # This checks it as any folder's config.
+    config_from_dict(config_to_dict(config), "the flags of shape")
     return config
 
 
@@ -213,26 +213,25 @@ def build_model(args, checkpoint, tok, device):
 
 
 def check_shape(args, config):
-    """UserError if a flag of shape was given and is not the one that --init-from's model has."""
-    differs = []
-    for flag, field in SHAPE.items():
-        here = getattr(args, flag)
+    """UserError if a flag of shape was typed and is not what --init-from's model has."""
+    for name, field in SHAPE.items():
+        here = getattr(args, name)
         there = getattr(config, field)
-        usual = PRESETS[args.preset].get(flag, getattr(Args, flag))
-        if here not in (there, usual):
-            differs.append(f"{flag} {there} there, {here} here")
-    if args.context > config.max_position_embeddings:
-        differs.append(f"context {config.max_position_embeddings:,} there, {args.context:,} here")
-    if differs:
-        raise UserError(
-            f"--init-from {args.init_from} has another shape: {'; '.join(differs)}; "
-            "its shape needs no flags"
-        )
+        if name in args.typed and here != there:
+            raise UserError(
+                f"--init-from {args.init_from} has {common.flag(name)} {there}, not {here}: "
+                "its shape needs no flags"
+            )
+    most = config.max_position_embeddings
+    if args.context > most:
+        raise UserError(f"--context {args.context:,}: {args.init_from} has {most:,}, use no more")
 
 
 # ------------------------------------------------------------------------------------- the training
 def prepare_training(args, checkpoint):
-    """Everything from the flags and the checkpoint's folder -> Run, or None after `--fit`."""
+    """The flags and the checkpoint's folder -> Run, or None after `--fit`, a flag of LoopArgs."""
+    if args.init_from and "tokenizer" in args.typed:
+        raise UserError(f"--init-from {args.init_from} has its own: leave --tokenizer out")
     runtime = resolve(args.device, args.dtype, args.compile)
     tok, data, val = open_corpus(args, checkpoint or args.init_from or args.tokenizer)
     model = build_model(args, checkpoint, tok, runtime.device)
@@ -245,13 +244,13 @@ def train(run):
     for step, batch in steps(run):  # between two steps it evaluates, saves, or stops
         run.optimizer.zero_grad()
         count = run.runtime.sum((batch.y != -100).sum().item())  # targets, over all ranks
-        total = 0.0
+        total = 0.0  # loss of this rank; log_step adds up the ranks
         for part in passes(run, batch):  # as many rows at a time as fit into memory
             with run.runtime.autocast():
                 loss = next_token_loss(run.step_model, part, run.args)  # summed, in nats
-            backward(run, loss, count)  # divides: adds the gradients of loss / count
+            backward(run, loss, count)  # adds the gradients of loss / count, those of ranks, too
             total += loss.detach()
-        values = update(run, step)  # the optimizer's step
+        values = update(run, step)  # clips the gradient, then the optimizer's step
         log_step(run, step, total, count, **values)
     print_sample(run)
 
@@ -261,7 +260,7 @@ def train(run):
 class EvalArgs:
     model: str = ""  # model folder
     data: str = ""  # a UTF-8 text file, or a folder of shards
-    split: str = "val"  # which split of the shards
+    split: str = ""  # which split of shards; val if it is not said
     context: int = 0  # tokens in a window; 0 is the model's context
     doc_mask: bool = False  # no attention across documents, as in training with --doc-mask
     stride: int = 0  # tokens a window scores, the rest is context; 0 is half of it
@@ -276,13 +275,17 @@ def open_scored_text(args, tok):
     217,646 words in its validation split, 245,569 in its test split."""
     if (Path(args.data) / "meta.json").is_file():
         splits = open_shards(args.data, tok.sha256)
-        if args.split not in splits:
-            raise UserError(f"{args.data}: no split {args.split!r}, only {', '.join(splits)}")
-        split = splits[args.split]
-        return split, split.counts["bytes"], split.counts["words"] + split.counts["lines"]
+        name = args.split or "val"
+        if name not in splits:
+            raise UserError(f"{args.data}: no split {name!r}, only {', '.join(splits)}")
+        counts = splits[name].counts
+        return splits[name], counts["bytes"], counts["words"] + counts["lines"]
+    if args.split:
+        raise UserError(f"--split {args.split}: {args.data} has none, it is not a folder of shards")
     text = read_text(args.data)
-    words = len(text.split()) + text.count("\n")
-    return Split([text_ids(text, tok)]), len(text.encode()), words
+    content = text.encode()  # bytes, whose words end where those of shards do
+    words = len(content.split()) + content.count(b"\n")
+    return Split([text_ids(text, tok)]), len(content), words
 
 
 def eval_text(argv):
@@ -292,18 +295,24 @@ def eval_text(argv):
     tok = Tokenizer.load(args.model)
     model = Transformer.from_pretrained(args.model, runtime.device, runtime.dtype)
     split, size, words = open_scored_text(args, tok)
-    if len(split) < 2:
+    if not split.pair_ends[-1]:
         raise UserError(f"{args.data}: {len(split)} tokens leave nothing to predict")
-    args.context = args.context or model.config.max_position_embeddings
+    most = model.config.max_position_embeddings
+    args.context = args.context or most
+    if not 0 < args.context <= most:
+        raise UserError(f"--context {args.context:,}: use 1 to {most:,}, or 0 for all")
     stride = args.stride or max(1, args.context // 2)
-    nats, scored = evaluate(model, split, 8, args, runtime, stride)
+    nats, scored = evaluate(model, split, 8, args, runtime, stride)  # 8 windows at a time
+    if not math.isfinite(nats):
+        told = f"{args.model}: a loss of {nats} in {runtime.dtype}"
+        raise UserError(f"{told}: try another --dtype, or its weights are damaged")
     result = dict(
         tokens=scored,
         words=words,
         bytes=size,
         loss=nats / scored,
-        perplexity=math.exp(nats / scored),
-        word_perplexity=math.exp(min(700.0, nats / words)),
+        perplexity=perplexity(nats / scored),
+        word_perplexity=perplexity(nats / words),
         bits_per_byte=nats / math.log(2) / size,
     )
     print(json.dumps(result, indent=1))
@@ -314,6 +323,7 @@ def eval_text(argv):
 def main():
     if sys.argv[1:2] == ["eval"]:
         return eval_text(sys.argv[2:])
+    # A flag is what was typed, else what the preset says, else the default in Args.
     launch(Args, __doc__, prepare_training, train, PRESETS)
 
 

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 import common
 import train
 from common import Metrics
-from data import Batches, Split
+from data import Batches, Split, make_shards
 from model import Transformer
 from runtime import Runtime, latest_checkpoint, read_tensors, write_tensors
+from tokenizer import Tokenizer
 from training import loop, optim
+from training.corpora import documents
 
 TEXT = "".join(
     f"{who}:\nLine {i}, spoken by {who.lower()}.\n\n"
@@ -200,8 +202,13 @@ def test_init_from_starts_a_new_run_from_weights_only(text, tmp_path):
 def test_init_from_needs_no_flags_of_shape_and_refuses_others(text, tmp_path):
     a = tmp_path / "a"
     done(text, a, "--steps", 1)
-    line = refused(text, tmp_path / "b", "--init-from", a, "--layers", 4)
-    assert "layers 2 there, 4 here" in line
+    for typed, told in (
+        (["--layers", 3], "has --layers 2, not 3: its shape needs no flags"),  # the preset's
+        (["--kv-heads", 1], "has --kv-heads 2, not 1"),
+        (["--tokenizer", "char"], "has its own: leave --tokenizer out"),
+        (["--context", 24], f"--context 24: {a} has 16, use no more"),
+    ):
+        assert told in refused(text, tmp_path / "b", "--init-from", a, *typed)
     flags = ["--data", text, "--init-from", a, "--steps", 1, "--batch", 2, "--context", 16]
     argv = list(map(str, ["train.py", "--out", tmp_path / "c", "--device", "cpu", *flags]))
     with pytest.MonkeyPatch.context() as patch:
@@ -554,16 +561,54 @@ def test_eval_equals_scoring_each_token_with_its_own_window(text, tmp_path, stri
     assert nats == pytest.approx(scored_by_hand(model, ids, stride), rel=1e-5)
 
 
+def evaluated(folder, data, capsys):
+    capsys.readouterr()
+    train.eval_text([str(folder), "--data", str(data), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    return json.loads(printed[printed.index("{") :])
+
+
 def test_eval_reports_words_and_bytes(text, tmp_path, capsys):
     done(text, tmp_path / "run", "--steps", 3)
     short = tmp_path / "short.txt"
     short.write_text("ROMEO:\nLine 1, spoken by romeo.\n")
-    train.eval_text([str(tmp_path / "run"), "--data", str(short), "--device", "cpu"])
-    printed = capsys.readouterr().out
-    result = json.loads(printed[printed.index("{") :])
+    result = evaluated(tmp_path / "run", short, capsys)
     assert (result["tokens"], result["bytes"], result["words"]) == (31, 32, 6 + 2)
     bits = result["loss"] * 31 / 32 / 0.6931
     assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_a_text_has_as_many_words_as_its_shards(text, tmp_path, capsys):
+    """A no-break space is part of a word."""
+    text.write_text(TEXT.replace("Line ", "Line\xa0"))
+    done(text, tmp_path / "run", "--steps", 1)
+    tok = Tokenizer.load(tmp_path / "run")
+    make_shards({"val": [text], "train": [text]}, tok, tmp_path / "shards", documents, {})
+    results = [evaluated(tmp_path / "run", data, capsys) for data in (text, tmp_path / "shards")]
+    assert results[0] == results[1]
+
+
+def test_what_cannot_be_evaluated_is_one_line(text, tmp_path):
+    folder = tmp_path / "run"
+    done(text, folder, "--steps", 1)
+    letters = tmp_path / "letters.jsonl"  # documents of one token
+    letters.write_text('{"text": "R"}\n{"text": "O"}\n')
+    files = {"val": [letters], "train": [letters]}
+    shards = tmp_path / "shards"
+    make_shards(files, Tokenizer.load(folder), shards, documents, {})
+    weights = load_file(folder / "model.safetensors")
+    for data, flags, told in (
+        (text, ["--split", "test"], "--split test: .* has none"),
+        (text, ["--context", "-5"], "--context -5: use 1 to 16, or 0 for all"),
+        (text, ["--context", "17", "--doc-mask"], "--context 17: use 1 to 16"),
+        (shards, [], "2 tokens leave nothing to predict"),
+        (text, [], "a loss of nan in torch.float32: try another --dtype"),
+    ):
+        if "nan" in told:
+            weights["model.norm.weight"][0] = float("nan")
+            write_tensors(folder / "model.safetensors", weights)
+        with pytest.raises(common.UserError, match=told):
+            train.eval_text([str(folder), "--data", str(data), "--device", "cpu", *flags])
 
 
 def test_overwriting_removes_a_run_and_nothing_else(text, tmp_path):

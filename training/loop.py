@@ -81,6 +81,7 @@ class LoopArgs:
     eval_every: int = 200  # steps between evaluations on the whole validation split
     save_every: int = 500  # steps between checkpoints; one is also written at the end and on Ctrl-C
     keep: int = 1  # how many checkpoints to keep under state/
+    typed = ()  # names of the flags that the command line has, not of presets; it is none itself
 
 
 # Flags that may differ between a run and its resumption without making it another run.
@@ -113,6 +114,7 @@ def read_args(cls, doc, presets=None, argv=None):
         raise UserError(
             f"{args.out} already holds a run ({checkpoint.name}): --resume, --overwrite"
         )
+    args.typed = typed
     check_args(args)
     return args, checkpoint if args.resume else None
 
@@ -181,14 +183,17 @@ def evaluate(model, split, rows, args, runtime, stride=None, loss=next_token_los
     return runtime.sum(total), runtime.sum(count)
 
 
+def perplexity(nats):
+    return math.exp(min(nats, 700.0))  # e^710 is beyond float64; NaN stays
+
+
 def validate(run):
     """What an evaluation logs -> {name: value}."""
     nats, scored = evaluate(run.step_model, run.val, run.rows, run.args, run.runtime, loss=run.loss)
     if not scored:
         return {}
     mean = nats / scored
-    perplexity = math.exp(min(700.0, mean))  # e^710 is beyond float64
-    values = dict(val_loss=mean, perplexity=perplexity, epoch=run.batches.epoch)
+    values = dict(val_loss=mean, perplexity=perplexity(mean), epoch=run.batches.epoch)
     if isinstance(run.val, Split) and "bytes" in run.val.counts:  # only shards have counted them
         values["bits_per_byte"] = nats / math.log(2) / run.val.counts["bytes"]
     return values
