@@ -725,7 +725,7 @@ def bench_sass(rows=(16, 64)):
 def encode_file(tok, file, processes):
     """A file's ids, as data.py makes them."""
     parts = documents([Path(file)], tok.cuts)
-    encode = partial(encode_job, tok=tok, ends=([], []))
+    encode = partial(encode_job, tok=tok)
     return list(in_processes(encode, shard_jobs(parts, ()), processes))
 
 

@@ -639,11 +639,12 @@ class Args:
     data_dir: str = ""  # a folder that may hold a local copy of a named corpus, else $LLM_DATA_DIR
 
 
+NAMED = ("shakespeare", "toybox", "wikitext-2", "wikitext-103")
+
+
 def check_data_args(args, typed):
     """UserError for flags that do not go together, or were typed and would do nothing."""
-    from training.corpora import WIKITEXT
-
-    named = [name for name in args.data if name in ("shakespeare", "toybox", *WIKITEXT)]
+    named = [name for name in args.data if name in NAMED]
     if named and len(args.data) > 1:
         raise UserError(f"{named[0]} goes alone")
     if not named and not (args.tokenizer and args.out):
@@ -652,13 +653,15 @@ def check_data_args(args, typed):
             "and --out D"
         )
     name = args.data[0]
-    unread = {"val_share"} if args.val or name in WIKITEXT else set()
+    unread = {"val_share"} if args.val else set()
     if not named:
         unread.add("data_dir")
     elif name == "toybox" or not args.tokenizer:  # no documents become shards
         unread = typed.keys() - {"data", "data_dir", "out"}
         if name == "shakespeare":
             unread.add("out")
+    elif name != "shakespeare":  # WikiText brings a validation split
+        unread.add("val_share")
     given = [flag(field) for field in typed if field in unread]
     if given:
         raise UserError(f"{name} does nothing with {', '.join(given)} here: leave it out")

@@ -4,7 +4,7 @@ python train.py                                       # a character GPT on Shake
 python train.py --data my.txt --layers 6 --dim 384    # your text, your shape
 python train.py --resume --out runs/shakespeare-char  # go on exactly where it stopped
 torchrun --nproc-per-node 8 train.py --preset 125m    # on several GPUs (DDP; --shard for FSDP2)
-python train.py eval MODEL --data wikitext-2          # loss, perplexity, bits per byte
+python train.py eval MODEL --data data/wikitext-2     # loss, perplexity, bits per byte
 
 The loop is `train`, on one screen. What it calls is in training/loop.py: `steps` evaluates and
 saves (`save_run`), `backward` divides the gradient, `update` clips it and moves the weights.

@@ -44,7 +44,7 @@ def read_rows(path, tok, count, length):
             ids += conversation
     else:
         parts = list(documents([Path(path)], ()))
-        ids = encode_job((0, parts), tok, ends_of(tok)).ids.tolist()
+        ids = encode_job((0, parts), tok).ids.tolist()
     if len(ids) < 2 * length:  # one to calibrate, one held out
         raise UserError(
             f"{path}: {len(ids):,} tokens are less than two rows of {length:,}; "
