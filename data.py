@@ -51,7 +51,6 @@ VERSION = 2
 # Bytes of text after which a shard ends with a document, or after twice as many inside one: what a
 # crash can cost.
 SHARD_BYTES = 64 << 20
-MOST_SHARDS = 10**5  # their names have five digits
 # Bytes are of UTF-8 text, for bits per byte. Words stand between white space; the papers' word
 # count of WikiText is words + lines (<eos>).
 TOTALS = ("tokens", "documents", "bytes", "words", "lines")
@@ -62,8 +61,8 @@ def ends_of(tok):
 
     If a tokenizer has only one, or the same for both (GPT-2), it stands in front, and what ends a
     document is that the next one begins."""
-    known = [i for i in (tok.bos_id, tok.eos_id) if i is not None]
-    ids = list(dict.fromkeys(known))
+    distinct = dict.fromkeys((tok.bos_id, tok.eos_id))
+    ids = [i for i in distinct if i is not None]
     return ids[:1], ids[1:]
 
 
@@ -80,13 +79,19 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
     shared = "val" not in files
     if shared:
         files = {"val": files["train"], **files}
-    job = {"version": VERSION, "tokenizer": tok.sha256, "shard_bytes": SHARD_BYTES}
-    job |= {"skip_bad": skip_bad, "val_share": val_share if shared else None}
-    job |= {key: str(value) for key, value in how.items()}
-    job["files"] = {}
-    for name, paths in files.items():  # a file is the same if its path, size and time are
+    versions = {}  # of files: one is the same if its path, size and time are
+    for name, paths in files.items():
         status = [(path, path.stat()) for path in paths]
-        job["files"][name] = [[str(path), s.st_size, s.st_mtime_ns] for path, s in status]
+        versions[name] = [[str(path), s.st_size, s.st_mtime_ns] for path, s in status]
+    job = {
+        "version": VERSION,
+        "tokenizer": tok.sha256,
+        "shard_bytes": SHARD_BYTES,
+        "skip_bad": skip_bad,
+        "val_share": val_share if shared else None,
+        "files": versions,
+        **{key: str(value) for key, value in how.items()},
+    }
     meta = begin_or_continue(out, job)
     if meta["complete"]:
         print(f"{out}: all there already")
@@ -96,7 +101,7 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
     for name, paths in files.items():
         bad = Counter()
         parts = documents(paths, tok.cuts, bad=bad if skip_bad else None, **how)
-        parts = with_progress(parts, name, sum(size for _, size, _ in job["files"][name]))
+        parts = with_progress(parts, name, sum(size for _, size, _ in versions[name]))
         if shared and name != "test":
             parts = share_of(parts, name, val_share)
         write_split(out, name, parts, tok, processes)
@@ -229,11 +234,12 @@ def encode_job(job, tok):
         ids += tok.encode_bytes(text, "first" if begins else "inside")
         if ends:
             ids += last
-    texts = [text for text, _, _ in parts]
-    space = IS_SPACE[np.frombuffer(b"\n" + b"\n".join(texts), np.uint8)]
+    whole = b"".join(b"\n" + text for text, _, _ in parts)
+    space = IS_SPACE[np.frombuffer(whole, np.uint8)]
     words = np.count_nonzero(space[:-1] & ~space[1:])  # a word begins after white space
-    lines = sum(text.count(b"\n") for text in texts)
-    counts = len(ids), len(starts), sum(map(len, texts)), words, lines
+    size = len(whole) - len(parts)
+    lines = whole.count(b"\n") - len(parts)
+    counts = len(ids), len(starts), size, words, lines
     return Encoded(shard, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts))
 
 
@@ -307,7 +313,8 @@ def read_splits(folder, meta, tokenizer_sha256):
         raise UserError(f"a document's end is {end_id!r}, expected a token's id")
     splits = {}
     for name, counts in meta["splits"].items():
-        if counts["shards"] not in range(1, MOST_SHARDS) or not re.fullmatch(r"\w+", name):
+        # Their names have five digits.
+        if counts["shards"] not in range(1, 10**5 + 1) or not re.fullmatch(r"\w+", name):
             raise UserError(f"split {name[:40]!r} of {counts['shards']!r} shards")
         paths = [folder / f"{name}-{i:05d}.safetensors" for i in range(counts["shards"])]
         splits[name] = map_split(paths, name, end_id, counts)
@@ -345,10 +352,9 @@ def split_tokens(tokens, context):
     train, val = tokens[:cut], tokens[cut:]
     most = len(val) - 1
     if most < context:
-        smaller = f"use --context {most:,} or less, or " if most else ""
         raise UserError(
-            f"{len(val):,} validation tokens (the last tenth), but a context of {context:,} needs "
-            f"at least {context + 1:,}: {smaller}give a longer text"
+            f"{len(val):,} validation tokens (the last tenth) allow a --context of {most:,}, "
+            f"not {context:,}: lower it, or give a longer text"
         )
     return train, val
 
@@ -434,10 +440,10 @@ class Split:
 
     def read(self, start, size):
         """`size` tokens from `start` on and one more; after the end of a shard that is end_id."""
-        shard = int(np.searchsorted(self.bases, start, "right")) - 1
-        start = int(start - self.bases[shard])
+        shard = np.searchsorted(self.bases, start, "right") - 1
+        start = start - self.bases[shard]
         window = self.tokens[shard][start : start + size + 1]
-        return window if len(window) > size else np.append(window, window.dtype.type(self.end_id))
+        return window if len(window) > size else np.append(window, self.end_id)
 
     def documents_of_epoch(self, rng, context):
         """`documents`; a text that is a single one begins at a new offset each epoch."""
@@ -703,8 +709,16 @@ def main():
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)
     how = {"separator": separator, "field": args.field}
-    shares = dict(val_share=args.val_share, processes=args.processes)
-    make_shards(files, tok, out, corpora.documents, how, args.skip_bad, **shares)
+    make_shards(
+        files,
+        tok,
+        out,
+        corpora.documents,
+        how,
+        args.skip_bad,
+        val_share=args.val_share,
+        processes=args.processes,
+    )
 
 
 if __name__ == "__main__":

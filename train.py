@@ -219,19 +219,19 @@ def check_shape(args, config):
         there = getattr(config, field)
         if name in args.typed and here != there:
             raise UserError(
-                f"--init-from {args.init_from} has {common.flag(name)} {there}, not {here}: "
-                "its shape needs no flags"
+                f"{common.flag(name)} {here}: the model of --init-from has {there}, and its shape "
+                "needs no flags"
             )
     most = config.max_position_embeddings
     if args.context > most:
-        raise UserError(f"--context {args.context:,}: {args.init_from} has {most:,}, use no more")
+        raise UserError(f"--context {args.context:,}: use the {most:,} of --init-from, or less")
 
 
 # ------------------------------------------------------------------------------------- the training
 def prepare_training(args, checkpoint):
     """The flags and the checkpoint's folder -> Run, or None after `--fit`, a flag of LoopArgs."""
     if args.init_from and "tokenizer" in args.typed:
-        raise UserError(f"--init-from {args.init_from} has its own: leave --tokenizer out")
+        raise UserError("the model of --init-from has its own tokenizer: leave --tokenizer out")
     runtime = resolve(args.device, args.dtype, args.compile)
     tok, data, val = open_corpus(args, checkpoint or args.init_from or args.tokenizer)
     model = build_model(args, checkpoint, tok, runtime.device)
@@ -304,8 +304,7 @@ def eval_text(argv):
     stride = args.stride or max(1, args.context // 2)
     nats, scored = evaluate(model, split, 8, args, runtime, stride)  # 8 windows at a time
     if not math.isfinite(nats):
-        told = f"{args.model}: a loss of {nats} in {runtime.dtype}"
-        raise UserError(f"{told}: try another --dtype, or its weights are damaged")
+        raise UserError(f"{args.model}: a loss of {nats} in {runtime.dtype}: try another --dtype")
     result = dict(
         tokens=scored,
         words=words,

@@ -369,13 +369,9 @@ def test_the_last_tenth_is_held_out():
 @pytest.mark.parametrize(
     "tokens, context, words",
     [
-        (
-            2567,
-            4096,
-            "257 validation tokens .* 4,096 needs at least 4,097: use --context 256 or less",
-        ),
-        (30, 8, "3 validation tokens.* use --context 2 or less, or give a longer text"),
-        (1, 8, "1 validation tokens .* at least 9: give a longer text"),
+        (2567, 4096, r"257 .* \(the last tenth\) allow a --context of 256, not 4,096: lower it"),
+        (30, 8, "3 validation tokens.* --context of 2, not 8"),
+        (1, 8, "1 validation tokens .* --context of 0, not 8.* give a longer text"),
     ],
 )
 def test_too_short_text_says_how_short_and_what_fits(tokens, context, words):

@@ -203,10 +203,10 @@ def test_init_from_needs_no_flags_of_shape_and_refuses_others(text, tmp_path):
     a = tmp_path / "a"
     done(text, a, "--steps", 1)
     for typed, told in (
-        (["--layers", 3], "has --layers 2, not 3: its shape needs no flags"),  # the preset's
-        (["--kv-heads", 1], "has --kv-heads 2, not 1"),
-        (["--tokenizer", "char"], "has its own: leave --tokenizer out"),
-        (["--context", 24], f"--context 24: {a} has 16, use no more"),
+        (["--layers", 3], "--layers 3: the model of --init-from has 2"),  # the preset's
+        (["--kv-heads", 1], "--kv-heads 1: the model of --init-from has 2"),
+        (["--tokenizer", "char"], "has its own tokenizer: leave --tokenizer out"),
+        (["--context", 24], "--context 24: use the 16 of --init-from, or less"),
     ):
         assert told in refused(text, tmp_path / "b", "--init-from", a, *typed)
     flags = ["--data", text, "--init-from", a, "--steps", 1, "--batch", 2, "--context", 16]
@@ -269,7 +269,7 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--context", 1024], "needs at least 1,025: use --context"),
+        (["--context", 1024], "allow a --context of 630, not 1,024"),
         (["--dim", 15], "--dim 15 / --heads 2"),
         (["--laeyrs", 3], "unknown argument --laeyrs: did you mean --layers?"),
         (["--preset", "900b"], "unknown preset '900b'"),
