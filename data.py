@@ -313,22 +313,18 @@ def read_splits(folder, meta, tokenizer_sha256):
         raise UserError(f"a document's end is {end_id!r}, expected a token's id")
     splits = {}
     for name, counts in meta["splits"].items():
-        # Their names have five digits.
-        if counts["shards"] not in range(1, 10**5 + 1) or not re.fullmatch(r"\w+", name):
-            raise UserError(f"split {name[:40]!r} of {counts['shards']!r} shards")
-        paths = [folder / f"{name}-{i:05d}.safetensors" for i in range(counts["shards"])]
-        splits[name] = map_split(paths, name, end_id, counts)
+        paths = shard_paths(folder, re.escape(name))
+        if len(paths) != counts["shards"] or not paths:
+            raise UserError(
+                f"of {counts['shards']!r} {name[:40]!r} shards {len(paths):,} are there: copy the "
+                "others there, or make the shards again with --overwrite"
+            )
+        splits[name] = map_split(paths, end_id, counts)
     return splits
 
 
-def map_split(paths, name, end_id, counts):
+def map_split(paths, end_id, counts):
     """The Split of these shards."""
-    lost = [path.name for path in paths if not path.is_file()]
-    if lost:
-        raise UserError(
-            f"{paths[0].parent}: {', '.join(lost[:3])} of {len(paths)} {name} shards missing; copy "
-            "them there, or make the shards again with --overwrite"
-        )
     tokens = []
     starts = []
     for path in paths:

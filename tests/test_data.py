@@ -183,7 +183,10 @@ def with_arrays(path, **changes):
         (lambda p: p.write_bytes(b"PK\x03\x04" + p.read_bytes()[4:]), "not a readable safetensors"),
         (lambda p: p.write_bytes(b""), "not a readable safetensors"),
         (lambda p: p.write_bytes(p.read_bytes()[:-8]), "not a readable safetensors"),
-        (lambda p: p.unlink(), "train-00001.safetensors of .* train shards missing"),
+        (
+            lambda p: p.unlink(),
+            r"of \d 'train' shards \d are there: copy the others there, or make",
+        ),
         (lambda p: with_arrays(p, starts=[5, 0]), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, starts=np.uint64([0, 9, 5])), "damaged, its documents or ids"),
         (lambda p: with_arrays(p, starts=[0, 10**6]), "damaged, its documents or ids"),
