@@ -98,15 +98,16 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
         return meta
     tok.save(out)
     _ = tok.fast  # built here once, not in every process
+    bad = Counter()
     for name, paths in files.items():
-        bad = Counter()
         parts = documents(paths, tok.cuts, bad=bad if skip_bad else None, **how)
         parts = with_progress(parts, name, sum(size for _, size, _ in versions[name]))
         if shared and name != "test":
             parts = share_of(parts, name, val_share)
         write_split(out, name, parts, tok, processes)
-        again = shared and name == "val"  # what is bad in it is found, and counted, in train again
-        meta["splits"][name] = summary_of(out, name, 0 if again else bad.total())
+        meta["splits"][name] = summary_of(out, name)
+    if bad:  # of files that two splits share each is found twice
+        print(f"{bad.total() // (1 + shared):,} bad records left out")
     meta |= {"complete": True, "ends": ends_of(tok)}
     write_json(out / "meta.json", meta)
     return meta
@@ -122,7 +123,7 @@ def begin_or_continue(out, job):
     elif Path(out, "config.json").is_file():
         raise UserError(f"{out} holds a model, whose tokenizer would be lost: choose another --out")
     elif shard_paths(out):
-        meta["job"] = {}  # of whatever job these shards are
+        meta = {}  # whatever job these shards are of
     differ = [key for key in job if meta.get("job", {}).get(key) != job[key]]
     if differ:
         raise UserError(
@@ -136,7 +137,8 @@ def begin_or_continue(out, job):
 
 
 def shard_paths(out, split=r"\w+"):
-    """Files named as ours; the model-00001-of-00002.safetensors of a model folder is none."""
+    """Files named as ours, with `split` a regular expression. The model-00001-of-00002.safetensors
+    of a model folder is none."""
     name = re.compile(rf"{split}-\d{{5}}\.safetensors")
     return sorted(path for path in Path(out).glob("*") if name.fullmatch(path.name))
 
@@ -258,7 +260,7 @@ def write_shard(path, pieces):
         write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
-def summary_of(out, name, skipped):
+def summary_of(out, name):
     """Print and return what is known of a split: its TOTALS, and the sha256 of its content."""
     paths = shard_paths(out, name)
     if not paths:
@@ -271,14 +273,15 @@ def summary_of(out, name, skipped):
     print(
         f"{name:5}  {total['tokens']:,} tokens in {total['documents']:,} documents, "
         f"{total['bytes']:,} bytes ({total['bytes'] / total['tokens']:.2f} a token)"
-        + (f", {skipped:,} bad records left out" if skipped else "")
     )
     hashes = "".join(sha256(np.memmap(path, np.uint8)) for path in paths)
-    return total | {"shards": len(paths), "skipped": skipped, "sha256": sha256(hashes.encode())}
+    return total | {"shards": len(paths), "sha256": sha256(hashes.encode())}
 
 
-def open_shards(folder, tokenizer_sha256=None):
-    """{split: Split} of a folder of shards: ids are mapped, not read; the rest is checked."""
+def open_shards(folder, tok=None):
+    """{split: Split} of a folder of shards, which `tok` must have made if it is given.
+
+    Ids are mapped, not read; the rest is checked."""
     path = Path(folder, "meta.json")
     if not path.is_file():
         raise UserError(
@@ -286,10 +289,10 @@ def open_shards(folder, tokenizer_sha256=None):
             f"python data.py FILE... --tokenizer T --out {folder}"
         )
     with naming(path):
-        return read_splits(path.parent, read_json(path), tokenizer_sha256)
+        return read_splits(path.parent, read_json(path), tok)
 
 
-def read_splits(folder, meta, tokenizer_sha256):
+def read_splits(folder, meta, tok):
     """meta.json's content -> {split: Split}"""
     job = meta.get("job", {})
     if job.get("version") != VERSION:
@@ -301,9 +304,9 @@ def read_splits(folder, meta, tokenizer_sha256):
             f"{folder}: unfinished; run the data.py command that makes it again, "
             "it goes on where it was"
         )
-    if tokenizer_sha256 not in (None, job["tokenizer"]):
+    if tok and tok.sha256 != job["tokenizer"]:
         raise UserError(
-            f"{folder}: made with tokenizer {job['tokenizer'][:12]}, not {tokenizer_sha256[:12]}; "
+            f"{folder}: made with tokenizer {job['tokenizer'][:12]}, not {tok.sha256[:12]}; "
             "the ids would mean other text: use the tokenizer in the folder, or make shards with "
             "yours"
         )
@@ -414,7 +417,7 @@ class Split:
         self.bases = np.cumsum([0, *map(len, tokens)])  # of the shards, when laid end to end
 
     def __len__(self):
-        return int(self.bases[-1])
+        return self.bases[-1]
 
     @functools.cached_property
     def documents(self):
@@ -472,7 +475,7 @@ class Split:
         sizes = pairs[mixed] % context
         right = np.cumsum(sizes)  # on the line, remainder i is the pairs left[i] ... right[i] - 1
         left = right - sizes
-        rows = int(sizes.sum()) // context  # and row r begins at r * context
+        rows = sizes.sum() // context  # and row r begins at r * context
         # A piece begins where a remainder begins and where a row begins.
         cuts = np.append(left[left < rows * context], np.arange(rows) * context)
         cuts.sort(kind="stable")  # merges the two sorted runs; np.unique takes a second
@@ -521,7 +524,7 @@ class Split:
                 f"use 1 to {context:,}"
             )
         step = rows * stride  # pairs that a batch scores
-        batches = -(-int(self.pair_ends[-1]) // (step * world)) * world
+        batches = -(-self.pair_ends[-1] // (step * world)) * world
         for b in range(rank, batches, world):
             lefts = range(b * step, (b + 1) * step, stride)
             batch = self.fill([self.pieces_from(left, context) for left in lefts], context)
@@ -536,7 +539,7 @@ class Split:
         There are less at the end, and none behind it."""
         begin, pairs = self.documents
         ends = self.pair_ends
-        right = min(left + context, int(ends[-1]))
+        right = min(left + context, ends[-1])
         first = np.searchsorted(ends, left, "right")
         last = np.searchsorted(ends, right, "left")
         these = slice(first, last + 1)

@@ -184,7 +184,7 @@ def load_text(args, tok):
     """--text as a Split: shards, or a text that becomes one document."""
     if (Path(args.text) / "meta.json").is_file():
         # The shards are of the tokenizer that --model has; ours may have got chat tokens since.
-        text = open_shards(args.text, Tokenizer.load(args.model).sha256)["train"]
+        text = open_shards(args.text, Tokenizer.load(args.model))["train"]
     else:
         ids = np.array(tok.encode(read_text(args.text)), tok.dtype)
         text = Split([ids], sha256=sha256(ids.tobytes()))

@@ -142,7 +142,7 @@ def open_corpus(args, source):
     source: the folder whose tokenizer it is, or "char"."""
     if (Path(args.data) / "meta.json").is_file():
         tok = Tokenizer.load(args.data if source == "char" else source)
-        splits = open_shards(args.data, tok.sha256)
+        splits = open_shards(args.data, tok)
         return tok, splits["train"], splits["val"]
     text = read_text(args.data)
     tok = Tokenizer.char(text) if source == "char" else Tokenizer.load(source)
@@ -274,7 +274,7 @@ def open_scored_text(args, tok):
 
     217,646 words in its validation split, 245,569 in its test split."""
     if (Path(args.data) / "meta.json").is_file():
-        splits = open_shards(args.data, tok.sha256)
+        splits = open_shards(args.data, tok)
         name = args.split or "val"
         if name not in splits:
             raise UserError(f"{args.data}: no split {name!r}, only {', '.join(splits)}")
