@@ -73,8 +73,8 @@ def make_shards(files, tok, out, documents, how, skip_bad=False, *, val_share=0.
     training.corpora.documents does, and counts in `bad` what it left out. how: its other arguments.
     Without a split "val", every 1/val_share-th document of "train" becomes it, the first among
     them. The bytes depend on text and tokenizer alone, not on `processes`. Run again after a crash
-    it keeps the finished shards. UserError: another job's shards or a model are in OUT, a split
-    without documents, a full disk."""
+    it keeps the finished shards. UserError: another job's shards are in OUT, a split without
+    documents, a full disk."""
     out = Path(out)
     shared = "val" not in files
     if shared:
@@ -120,8 +120,6 @@ def begin_or_continue(out, job):
     meta = {"complete": False, "job": job, "splits": {}}
     if path.is_file():
         meta = read_json(path)
-    elif Path(out, "config.json").is_file():
-        raise UserError(f"{out} holds a model, whose tokenizer would be lost: choose another --out")
     elif shard_paths(out):
         meta = {}  # whatever job these shards are of
     differ = [key for key in job if meta.get("job", {}).get(key) != job[key]]
@@ -180,8 +178,8 @@ def write_split(out, name, parts, tok, processes):
     encode = functools.partial(encode_job, tok=tok)
     jobs = shard_jobs(parts, finished)
     with contextlib.closing(in_processes(encode, jobs, processes)) as results:
-        for number, pieces in itertools.groupby(results, key=lambda piece: piece.shard):
-            write_shard(out / f"{name}-{number:05d}.safetensors", pieces)
+        for number, encoded in itertools.groupby(results, key=lambda job: job.shard):
+            write_shard(out / f"{name}-{number:05d}.safetensors", encoded)
 
 
 def shard_jobs(parts, finished):
@@ -212,7 +210,7 @@ def shard_jobs(parts, finished):
 
 
 class Encoded(NamedTuple):
-    """The tokens of a job, a piece of a shard."""
+    """The tokens of a job, which are a part of a shard."""
 
     shard: int
     ids: np.ndarray  # (tokens,) uint16 or uint32
@@ -245,15 +243,15 @@ def encode_job(job, tok):
     return Encoded(shard, np.array(ids, tok.dtype), np.array(starts, np.int64), np.array(counts))
 
 
-def write_shard(path, pieces):
-    """The pieces of a shard -> a file that appears when it is whole."""
+def write_shard(path, encoded):
+    """The Encoded jobs of a shard -> a file that appears when it is whole."""
     ids = []
     starts = []
     counts = np.zeros(len(TOTALS), np.int64)
-    for piece in pieces:
-        ids.append(piece.ids)
-        starts.append(piece.starts + counts[0])
-        counts += piece.counts
+    for job in encoded:
+        ids.append(job.ids)
+        starts.append(job.starts + counts[0])
+        counts += job.counts
     content = save({"ids": np.concatenate(ids), "starts": np.concatenate(starts), "counts": counts})
     advice = "finished shards are kept: make room and run the same command again"
     with full_disk_explained(path, advice):
@@ -704,6 +702,8 @@ def main():
         files["val"] = corpora.expand(args.val)
         held = {path.resolve() for path in files["val"]}
         files["train"] = [path for path in files["train"] if path.resolve() not in held]
+    if Path(out, "config.json").is_file():
+        raise UserError(f"{out} holds a model, whose tokenizer would be lost: choose another --out")
     if args.overwrite:
         for path in [*shard_paths(out), out / "meta.json"]:
             path.unlink(missing_ok=True)

@@ -160,7 +160,7 @@ def test_the_weights_of_a_model_folder_are_no_shards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     Tokenizer.char("ab").save("tok")
-    names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.json"]
+    names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.json", "meta.json"]
     Path("model").mkdir()
     for name in names:
         Path("model", name).write_text("mine")
@@ -170,6 +170,7 @@ def test_the_weights_of_a_model_folder_are_no_shards(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="model holds a model.*choose another --out"):
             data.main()
     assert contents("model") == dict.fromkeys(names, b"mine")
+    assert not data.shard_paths("model")
 
 
 def with_arrays(path, **changes):
