@@ -1119,14 +1119,15 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
 
 
 # ------------------------------------------------------------------------------ what needs a GPU
-def bench_gpu(nanogpt="", gptfast="", minutes=10, dry=False):
+def bench_gpu(nanogpt="", gptfast="", model="runs/demo-dpo", minutes=10, dry=False):
     """One table of all that is timed on a GPU, ours beside the peers that are at hand: all programs
     compile side by side, then each is timed alone. What fails says why, and the next one runs.
 
-    --nanogpt, --gptfast: folders of their sources; --dry prints the commands."""
+    --nanogpt, --gptfast: folders of their sources; --model: the folder that is served; --dry prints
+    the commands."""
     from peers import side_by_side
 
-    todo = side_by_side.timings(nanogpt, gptfast)
+    todo = side_by_side.timings(nanogpt, gptfast, model)
     if dry:
         for timing in todo:
             yield dict(program=timing.program, command=timing.command, compiled_by=timing.compile)

@@ -155,8 +155,8 @@ def test_a_program_that_fails_says_why_and_the_next_one_is_timed(tmp_path):
     rows = '[{"program": "greedy", "tokens_per_s": %d}]'
     marked = tmp_path / "compiled"
     todo = [
-        speaking("gpt-fast", "x", sources=""),
-        speaking("nanoGPT", "x", sources=str(tmp_path)),
+        speaking("gpt-fast", "x", folder=""),
+        speaking("nanoGPT", "x", folder=str(tmp_path)),
         speaking("broken", "raise SystemExit('no such card')"),
         speaking("ours", written % rows % 300, compile=f"-m zipfile -c {marked} {__file__}"),
         speaking("transformers", written % rows % 200),
@@ -180,7 +180,7 @@ def test_every_program_that_is_timed_beside_the_peers_can_be_started():
     flags = bench.parse_command(["gpu", "--dry", "--nanogpt", "a b"])
     assert flags.pop("command") == "gpu" and flags.pop("json") is None
     rows = list(bench.bench_gpu(**flags))
-    assert len(rows) == 12 and any("'a b'" in row["command"] for row in rows)
+    assert len(rows) == 13 and any("'a b'" in row["command"] for row in rows)
     for row in rows:
         for command in filter(None, (row["command"], row["compiled_by"])):
             script, *words = shlex.split(command)
