@@ -647,12 +647,12 @@ def machine_code(kernel, pointers, numbers, constants, unaligned=()):
 
 
 def product_machine_code(format, group, zeros, config):
-    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
+    pointers = dict(x="bf16", words="i16", table="fp32", sums="fp32", done="i32", out="bf16")
     pointers["scales"] = "fp32" if format == "nf4" else "fp16"
     if zeros:
         pointers["zeros"] = "u8"
     constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
-    constants["TOGETHER"] = kernels.parts_together(format, group)
+    constants["TOGETHER"] = kernels.parts_together(group)
     numbers = dict.fromkeys("MNK", "i32")
     return machine_code(kernels._product, pointers, numbers, constants, "M")
 
@@ -664,7 +664,7 @@ def attention_machine_code(cached, config, query="bf16"):
     if cached == "i16":  # pairs of int8
         pointers |= dict(k_scale="fp32", v_scale="fp32")
     numbers = dict(scale="fp32", S="i32", T="i32", table_stride="i32")
-    constants = dict(H=32, KH=8, D=128, PAGE=16, BLOCK_D=128, SPLIT=4, **config)
+    constants = dict(H=32, KH=8, D=128, PAGE_SIZE=16, BLOCK_D=128, SPLIT=4, **config)
     unaligned = ("tables", "lengths", "starts", *numbers)
     return machine_code(kernels._attend, pointers, numbers, constants, unaligned)
 

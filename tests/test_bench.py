@@ -103,7 +103,7 @@ def test_the_kernels_between_products_compile_for_a_gpu(dtype):
     assert compiled(kernels._add_norm, "x y gain out", eps | dict(C="i32"), BLOCK=4096)
     assert compiled(kernels._swiglu, "h out", dict(M="i32"), BLOCK=1024)
     plain = "qkv slots q cache"
-    numbers = eps | dict.fromkeys(("rows", "H", "KH", "D"), "i32")
+    numbers = eps | dict.fromkeys(("v_offset", "H", "KH", "D"), "i32")
     blocks = dict(BLOCK_H=8, BLOCK_D=128)
     for names in (plain, f"{plain} cos sin", f"{plain} gain cos sin scales"):
         assert compiled(kernels._store_heads, names, numbers, **blocks)
