@@ -35,7 +35,6 @@ import json
 import platform
 import random
 import re
-import shutil
 import string
 import subprocess
 import sys
@@ -48,15 +47,18 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 from common import (  # isort: skip
     Metrics,
     Parser,
     UserError,
     cli,
+    flag,
     in_processes,
     read_json,
     usable_cpus,
+    write_json,
 )
 
 import torch
@@ -86,9 +88,8 @@ ROOT = Path(__file__).parent
 def machine_facts():
     """What a figure depends on beside the program."""
     cpu = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
+    with contextlib.suppress(OSError, TypeError):  # there is no such file, or no such line
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return dict(
         date=time.strftime("%Y-%m-%d"),
         platform=platform.platform(),
@@ -330,6 +331,9 @@ def bench_pretrain(
     --nanogpt runs its own source (a folder with its model.py)."""
     if arch not in ("qwen3", "gpt2") or (nanogpt and arch != "gpt2"):
         raise UserError(f"--arch {arch}: use qwen3 or gpt2, the one that goes with --nanogpt")
+    unknown = set(" ".join(ways).split()) - {"eager", "compiled", "recomputing"}
+    if unknown:
+        raise UserError(f"--ways {unknown.pop()}: use eager, compiled or 'compiled recomputing'")
     runtime = resolve()
     peak = peak_flops(runtime.device)
     config = SHAPES[arch]
@@ -452,6 +456,8 @@ def bench_grpo(model, data="toybox", questions=16, steps=6):
     """Answer tokens a second through whole steps of GRPO on the CPU, from eight answers to each
     question to the update: grpo.py, and what share of it the engine takes, beside TRL's GRPOTrainer
     with transformers' generation. The first step of each is not counted."""
+    if steps < 2:
+        raise UserError("--steps 1: the first step is not counted, so use 2 or more")
     from peers.trl import policy_trainer_speed
 
     flags = f"--batch {questions} --steps {steps} --eval-every {steps} --max-tokens 40"
@@ -605,19 +611,8 @@ def bench_kernels(only=""):
 INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5, "attention": 4.5}  # up to 16 rows
 
 
-def disassembler():
-    found = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    found = found if found.exists() else shutil.which("nvdisasm")
-    if not found:
-        raise UserError(
-            "no nvdisasm in Triton's package or on the PATH: pip install triton, or CUDA's own "
-            "(cuda-nvdisasm)"
-        )
-    return found
-
-
 def machine_code(kernel, pointers, numbers, constants, unaligned=()):
-    """A kernel for sm_90 as lines of SASS; this needs no GPU.
+    """A kernel for sm_90 as Triton lists its SASS; this needs no GPU.
 
     pointers, numbers: {argument: type, of what is there}; all others are constants, None where not
     given. What is not named in `unaligned` is a multiple of 16, as Triton finds it at a launch.
@@ -637,13 +632,7 @@ def machine_code(kernel, pointers, numbers, constants, unaligned=()):
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [disassembler(), "-c", file.name]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+    return compiled.asm["sass"]
 
 
 def product_machine_code(format, group, zeros, config):
@@ -669,26 +658,25 @@ def attention_machine_code(cached, config, query="bf16"):
     return machine_code(kernels._attend, pointers, numbers, constants, unaligned)
 
 
-def longest_loop(lines):
-    """Lines of SASS -> the instructions from a label to the branch back to it, of the longest."""
-    labels = {}
+def longest_loop(code):
+    """-> the instructions from a label to the branch back to it, of the longest loop."""
+    places = {}  # of the labels that came already
     instructions = []
     longest = []
-    for line in lines:
-        label = re.match(r"\s*(\.L_\w+):", line)
-        if label:
-            labels[label[1]] = len(instructions)
-        elif re.search(r"/\*[0-9a-f]{4,}\*/.*;", line):
+    for line in code.splitlines():
+        label = line.rstrip(":;").rpartition(" ")[2]  # "LBB7:", "BRA LBB7;"
+        if line.endswith(":"):
+            places[label] = len(instructions)
+        elif line.endswith(";"):
             instructions.append(line)
-            target = re.search(r"\bBRA.*`\((\.L_\w+)\)", line)
-            body = instructions[labels.get(target[1], len(instructions)) :] if target else []
-            longest = max(longest, body, key=len)
+            loop = instructions[places.get(label, len(instructions)) :]
+            longest = max(longest, loop, key=len)
     return longest
 
 
-def counted(lines, config, values, goal):
+def counted(code, config, values, goal):
     """What a lane of a warp does for each of the values that one pass of the loop takes."""
-    loop = longest_loop(lines)
+    loop = longest_loop(code)
     warps = config["num_warps"]
     spilled = sum("LDL" in line or "STL" in line for line in loop)
     each = len(loop) / (values / 32 / warps)
@@ -706,7 +694,7 @@ def bench_sass(rows=(16, 64)):
     for format, group, zeros in cases:
         columns = "" if format == "int8" else f" in groups of {group}"
         name = f"{format}{columns}{', zero points' * zeros}"
-        for M in map(int, rows):
+        for M in rows:
             goal = INSTRUCTIONS_GOAL[format] if M <= 16 else None
             for config in kernels.product_configs(M)[:2]:
                 code = product_machine_code(format, group, zeros, config)
@@ -867,6 +855,8 @@ def bench_throughput(model, requests=64, low=16, high=128, transformers=()):
     """Requests of random lengths (prompts and answers of --low to --high tokens), all there at the
     start: output tok/s, greedy and drawn, beside transformers' static batches of 32 of the same, in
     its dtypes. The engine's longest wait is between two of its steps."""
+    if low > high:
+        raise UserError(f"--low {low} is more than --high {high}")
     engine = open_engine(model)
     prompts, new = random_requests(requests, low, high, engine.vocab_size)
     engine.generate(prompts[0], greedy(4))
@@ -902,12 +892,13 @@ class IdleGraphs(Graphs):
         return SimpleNamespace(replay=lambda: None)
 
 
-def idle_engine(sequences, tok, graphs=None):
-    """An engine whose model computes nothing: a step's inputs are made, its logits are constant."""
+def idle_engine(sequences, room, tok, graphs):
+    """An engine whose model computes nothing: a step's inputs are made, its logits are constant.
+
+    room: tokens of all sequences together."""
     config = Config("qwen3", 512, 16, 16, 1, 1, 1, 8, 4096)  # forward.cpp does no heads of 8
     model = Transformer(config)
     with contextlib.redirect_stdout(None):
-        room = sequences * 512
         sizes = dict(kv_tokens=room, max_seqs=sequences, step_tokens=room)
         engine = Engine.of(model, tok, "float32", **sizes)
     constant = torch.randn(sequences, config.vocab_size)
@@ -938,7 +929,7 @@ def bench_overhead(steps=200):
     for name, (tokenizer, sampling) in requests.items():
         for sequences in (1, 16, 64, 256):
             graphs = IdleGraphs() if "graph" in name else None
-            engine = idle_engine(sequences, tokenizer, graphs)
+            engine = idle_engine(sequences, sequences * (steps + 312), tokenizer, graphs)
             for i in range(sequences):
                 engine.submit([i + 1] * 256, sampling)
             for _ in range(4):  # the prompts, the caches
@@ -1028,10 +1019,11 @@ class Client(asyncio.Protocol):
 async def send_load(url, bodies, concurrency):
     """All bodies as requests over so many connections, on each one after the other
     -> (seconds, what came for each (see Client), the load's own seconds of CPU)."""
-    host = url.split("/")[2]
+    host = urlsplit(url)
     requests = []
     for content in map(json.dumps, bodies):
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host.netloc}"
+        head += "\r\nContent-Type: application/json"
         requests.append(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode())
     begin, busy = time.perf_counter(), time.process_time()
     left = iter(requests)  # a client that is free takes the next
@@ -1039,7 +1031,7 @@ async def send_load(url, bodies, concurrency):
 
     async def client():
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Client, *host.split(":"))
+        _, connection = await loop.create_connection(Client, host.hostname, host.port or 80)
         for request in left:
             answers.append(await connection.ask(request))
         connection.transport.close()
@@ -1080,6 +1072,10 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         for i, prompt in enumerate(prompts)
     ]
     running = model.startswith("http://")
+    if running and seqs:
+        raise UserError(
+            "--seqs is a setting of the server, and that one runs already: leave it out"
+        )
     seqs = seqs or concurrency
     measured, alone = [], []
     with contextlib.nullcontext(model) if running else served(model, seqs) as url:
@@ -1203,9 +1199,24 @@ MEASUREMENTS: dict = {
 }
 
 
+def number_from_1(word):
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def reader_of(default):
+    """-> the function that makes a word a value of a parameter with that default."""
+    if isinstance(default, tuple):
+        return reader_of(default[0]) if default else str
+    return number_from_1 if type(default) is int and default else type(default)
+
+
 def parse_command(argv):
     """Command line -> {"command", "json", and the measurement's own parameters}. A parameter with a
-    default is a --flag of that type, a tuple a flag with several values."""
+    default is a --flag of that type (a number from 1 on, unless the default is 0), a tuple a flag
+    with several values."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command, measure in MEASUREMENTS.items():
@@ -1213,21 +1224,24 @@ def parse_command(argv):
         own.add_argument("--json", metavar="FILE", help="also write the rows to this file")
         for name, parameter in inspect.signature(measure).parameters.items():
             default = parameter.default
-            options = dict(default=default, help=f"[{default}]")
             if default is parameter.empty:
                 own.add_argument(name)
             elif isinstance(default, bool):
-                own.add_argument(f"--{name}", action="store_true")
-            elif isinstance(default, tuple):
-                own.add_argument(f"--{name}", nargs="+", **options)
+                own.add_argument(flag(name), action="store_true")
             else:
-                own.add_argument("--" + name.replace("_", "-"), type=type(default), **options)
+                options = dict(default=default, type=reader_of(default), help=f"[{default}]")
+                if isinstance(default, tuple):
+                    options["nargs"] = "+"
+                own.add_argument(flag(name), **options)
     return vars(parser.parse_args(argv))
 
 
 def main():
     flags = parse_command(sys.argv[1:])
-    command, file = flags.pop("command"), flags.pop("json")
+    command = flags.pop("command")
+    file = flags.pop("json")
+    if file and not Path(file).parent.is_dir():
+        raise UserError(f"--json {file}: there is no folder {Path(file).parent}")
     machine = machine_facts()
     if command != "compare":
         print(machine_text(machine), end="\n\n")
@@ -1236,7 +1250,7 @@ def main():
     except ImportError as error:
         raise UserError(f"{error}: install requirements-peers.txt") from None
     if file:
-        Path(file).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        write_json(file, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

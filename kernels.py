@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, read_json, write_json
+from common import UserError, first_words, read_json, write_json
 
 try:
     import triton
@@ -68,8 +68,7 @@ def compiles(device):
 
 
 def leave_to_twin(what, error):
-    why = f"{type(error).__name__}: {error}".splitlines()[0]
-    say(f"{what} ({why}); plain torch computes")
+    say(f"{what} ({type(error).__name__}: {first_words(error)}); plain torch computes")
 
 
 def say(text):

@@ -248,14 +248,8 @@ def emulate(assembly, outputs, word):
 @pytest.mark.parametrize("format", ["int4", "int8", "nf4"])
 def test_the_assembly_unpacks_every_byte_as_the_tiles_say(format, dtype):
     """Each byte value stands at each of the four places of a register of two words."""
-    assembly = {
-        ("int4", torch.bfloat16): K.BF16_INT4,
-        ("int4", torch.float16): K.FP16_INT4,
-        ("int8", torch.bfloat16): K.BF16_INT8,
-        ("int8", torch.float16): K.FP16_INT8,
-        ("nf4", torch.bfloat16): K.BF16_NF4,
-        ("nf4", torch.float16): K.FP16_NF4,
-    }[format, dtype]
+    kind = {torch.bfloat16: "BF16", torch.float16: "FP16"}[dtype]
+    assembly = getattr(K, f"{kind}_{format.upper()}")
     assembly = getattr(assembly, "value", assembly)  # a constexpr, where there is Triton
     offset = {"int4": 128 if dtype == torch.bfloat16 else 1024}.get(format, 0)
     size, outputs = (256, 2) if format == "int8" else (16, 4)
