@@ -152,6 +152,8 @@ def wait_for_gpu():
 
 def memory_held(reset=False):
     """(bytes held now, most since the reset), of the GPU or else of this process."""
+    if reset:
+        gc.collect()  # a compiled model that was measured before
     if torch.cuda.is_available():
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -266,11 +268,8 @@ def bench_optimizers():
         for name, flags in tried.items():
             _, rows, _ = run_stage(f"train.py {shape} --seed {seed} {flags}")
             losses = [row["val_loss"] for row in rows if "val_loss" in row]
-            yield {
-                "optimizer": name,
-                "seed": seed,
-                **dict(zip(("1/4", "1/2", "3/4", "end"), losses[-4:])),
-            }
+            quarters = dict(zip(("1/4", "1/2", "3/4", "end"), losses[-4:]))
+            yield dict(optimizer=name, seed=seed) | quarters
 
 
 def training_step(model, optimizer, runtime, ids, passes=1):
@@ -307,11 +306,10 @@ def time_by_operation(step):
         yield dict(operation=event.key[:60], ms=spent[event] / 1000, share=share, calls=event.count)
 
 
-def our_program(config, runtime, recompute):
+def our_program(config, device):
     """-> (a fresh model, the optimizer that goes with its shape)."""
-    model = Transformer(config).to(runtime.device)
+    model = Transformer(config).to(device).train()
     model.init_weights()
-    model.train().recompute = recompute
     return model, MuonAdamW(model, kind="adamw" if config.is_gpt2 else "muon")
 
 
@@ -341,32 +339,38 @@ def bench_pretrain(
     ids = torch.randint(config.vocab_size, (rows, context + 1), device=runtime.device)
 
     flops = Transformer(config).flops_per_token(context)
-    for way in ways:
-        recompute = "recomputing" in way
-        for program in ["ours"] + ["nanoGPT"] * (nanogpt != "" and not recompute):
-            memory_held(reset=True)
-            if program == "ours":
-                model, optimizer = our_program(config, runtime, recompute)
-            else:
-                from peers.nanogpt import nanogpt_program
+    programs = {"ours": our_program}
+    if nanogpt:
+        from peers.nanogpt import nanogpt_program
 
-                model, optimizer = nanogpt_program(nanogpt, config, runtime.device)
-            model = try_compiling(model, "compiled" in way, optimizer, runtime, ids)
-            for n in dict.fromkeys((1, passes)):
-                step = training_step(model, optimizer, runtime, ids, n)
-                seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
-                rate = n * rows * context / seconds
-                yield dict(
-                    name=f"{program}, {way}",
-                    arch=arch,
-                    passes=n,
-                    seconds=seconds,
-                    tokens_per_s=rate,
-                    mfu=rate * flops / peak if peak else None,
-                    peak_mib=memory_held()[1] / 2**20,
-                )
-            if not recompute:
-                yield from time_by_operation(training_step(model, optimizer, runtime, ids))
+        programs["nanoGPT"] = partial(nanogpt_program, nanogpt)
+
+    def measured(program, way):  # a function, so that no model is there while the next is measured
+        memory_held(reset=True)
+        model, optimizer = programs[program](config, runtime.device)
+        if "recomputing" in way:
+            model.recompute = True
+        model = try_compiling(model, "compiled" in way, optimizer, runtime, ids)
+        for n in dict.fromkeys((1, passes)):
+            step = training_step(model, optimizer, runtime, ids, n)
+            seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
+            rate = n * rows * context / seconds
+            yield dict(
+                name=f"{program}, {way}",
+                arch=arch,
+                passes=n,
+                seconds=seconds,
+                tokens_per_s=rate,
+                mfu=rate * flops / peak if peak else None,
+                peak_mib=memory_held()[1] / 2**20,
+            )
+        if "recomputing" not in way:
+            yield from time_by_operation(training_step(model, optimizer, runtime, ids))
+
+    for way in ways:
+        for program in programs:
+            if program == "ours" or "recomputing" not in way:  # nanoGPT cannot
+                yield from measured(program, way)
 
 
 def bench_qlora(shape="7b"):
@@ -381,29 +385,32 @@ def bench_qlora(shape="7b"):
     if runtime.device.type == "cuda":
         ways += [("nf4", True), ("", True)]
     for quant, compiled in ways:
-        args = lora.Args(
-            r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1
-        )
-        planned, parts = lora.estimate_adapter_memory(config, args, runtime, 1)
-        lora.print_adapter(planned, args)
-        print_estimate(parts, 1, args, runtime)
-        model = random_base(config, bool(quant), runtime)
-        loaded, _ = memory_held(reset=True)
-        lora.apply(model, args.r).train().recompute = True
-        optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
-        ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
-        model = try_compiling(model, compiled, optimizer, runtime, ids)
-        step = training_step(model, optimizer, runtime, ids)
-        seconds = seconds_of(step, repeats=3, warm_up=1)
-        _, peak = memory_held()
-        yield dict(
-            base=(quant or str(runtime.dtype)) + ", compiled" * compiled,
-            estimated_gib=sum(parts.values()) / 2**30,
-            base_gib=loaded / 2**30,
-            peak_gib=peak / 2**30,
-            to_train_gib=(peak - loaded) / 2**30,
-            tokens_per_s=512 / seconds,
-        )
+        yield qlora_figures(config, quant, compiled, runtime)
+
+
+def qlora_figures(config, quant, compiled, runtime):
+    """One row of `bench_qlora`; its model is gone when the next one is made."""
+    args = lora.Args(r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1)
+    planned, parts = lora.estimate_adapter_memory(config, args, runtime, 1)
+    lora.print_adapter(planned, args)
+    print_estimate(parts, 1, args, runtime)
+    model = random_base(config, bool(quant), runtime)
+    loaded, _ = memory_held(reset=True)
+    lora.apply(model, args.r).train().recompute = True
+    optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
+    ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
+    model = try_compiling(model, compiled, optimizer, runtime, ids)
+    step = training_step(model, optimizer, runtime, ids)
+    seconds = seconds_of(step, repeats=3, warm_up=1)
+    _, peak = memory_held()
+    return dict(
+        base=(quant or str(runtime.dtype)) + ", compiled" * compiled,
+        estimated_gib=sum(parts.values()) / 2**30,
+        base_gib=loaded / 2**30,
+        peak_gib=peak / 2**30,
+        to_train_gib=(peak - loaded) / 2**30,
+        tokens_per_s=512 / seconds,
+    )
 
 
 def bench_sft(model, data="data/toybox/train.jsonl"):
@@ -495,18 +502,18 @@ def linear_cases(M, N=12_288, K=4096):
     """Products of M rows with a layer (N, K) -> {name: (bytes, function, function that draws its
     arguments)}; the first is what the others are measured against."""
 
-    def packed(kind):
-        groups = {"int8": 1, "int4": K // 128, "nf4": K // 64}[kind]
+    def packed(kind, groups):
         codes = torch.randint(0, 256 if kind == "int8" else 16, (N, K), device="cuda")
         scales = torch.rand(N, groups, device="cuda", dtype=torch.float16)
         return bf16(M, K), kernels.tile(kind, codes.to(torch.uint8), scales, K // groups)
 
     rows = 2 * M * (N + K)
     cases = {"cuBLAS bf16": (2 * N * K + rows, F.linear, lambda: (bf16(M, K), bf16(N, K)))}
-    # bytes a weight, scales included
-    widths = {"int8": 1, "int4": 1 / 2 + 1 / 64, "nf4": 1 / 2 + 1 / 16}
-    for kind, width in widths.items():
-        cases[kind] = (int(N * K * width) + rows, kernels.linear, partial(packed, kind))
+    # scales of a row, and bytes of a weight with its part of them
+    formats = {"int8": (1, 1), "int4": (K // 128, 1 / 2 + 1 / 64), "nf4": (K // 64, 1 / 2 + 1 / 16)}
+    for kind, (groups, width) in formats.items():
+        size = int(N * K * width) + rows
+        cases[kind] = (size, kernels.linear, partial(packed, kind, groups))
     return cases
 
 
@@ -674,14 +681,22 @@ def longest_loop(code):
     return longest
 
 
-def counted(code, config, values, goal):
-    """What a lane of a warp does for each of the values that one pass of the loop takes."""
+def loop_figures(name, rows, code, config, values, goal):
+    """One row of `bench_sass`: what a lane of a warp does for each value. A pass of the loop takes
+    `values` for each of BLOCK_N."""
     loop = longest_loop(code)
+    block = config["BLOCK_N"]
     warps = config["num_warps"]
-    spilled = sum("LDL" in line or "STL" in line for line in loop)
-    each = len(loop) / (values / 32 / warps)
-    stages = config["num_stages"]
-    return dict(warps=warps, stages=stages, spilled=spilled, per_value=each, goal=goal)
+    return dict(
+        loop=name,
+        rows=rows,
+        block=block,
+        warps=warps,
+        stages=config["num_stages"],
+        spilled=sum("LDL" in line or "STL" in line for line in loop),
+        per_value=len(loop) * warps * 32 / (block * values),
+        goal=goal,
+    )
 
 
 def bench_sass(rows=(16, 64)):
@@ -698,15 +713,12 @@ def bench_sass(rows=(16, 64)):
             goal = INSTRUCTIONS_GOAL[format] if M <= 16 else None
             for config in kernels.product_configs(M)[:2]:
                 code = product_machine_code(format, group, zeros, config)
-                weights = config["BLOCK_N"] * kernels.COLUMNS
-                figures = counted(code, config, weights, goal)
-                yield dict(loop=name, rows=M, block=config["BLOCK_N"], **figures)
+                yield loop_figures(name, M, code, config, kernels.COLUMNS, goal)
     for cached, name in (("bf16", "bf16"), ("i16", "int8")):
         for config in kernels.attention_configs(4, 4)[:2]:
             code = attention_machine_code(cached, config)
             goal = INSTRUCTIONS_GOAL["attention"]
-            figures = counted(code, config, 2 * config["BLOCK_N"] * 128, goal)
-            yield dict(loop=f"attention, {name}", rows=1, block=config["BLOCK_N"], **figures)
+            yield loop_figures(f"attention, {name}", 1, code, config, 2 * 128, goal)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -892,7 +904,7 @@ class IdleGraphs(Graphs):
         return SimpleNamespace(replay=lambda: None)
 
 
-def idle_engine(sequences, room, tok, graphs):
+def idle_engine(sequences, room, tok, in_graph):
     """An engine whose model computes nothing: a step's inputs are made, its logits are constant.
 
     room: tokens of all sequences together."""
@@ -904,8 +916,8 @@ def idle_engine(sequences, room, tok, graphs):
     constant = torch.randn(sequences, config.vocab_size)
     forward = engine.runner.forward
     forward.step = lambda longs, ints, ids: constant[: longs[2]].clone()
-    if graphs:
-        forward.graphs = graphs
+    if in_graph:
+        forward.graphs = IdleGraphs()
         forward.logits = constant
         forward.step = lambda longs, ints, ids: constant[: longs[2]]
     return engine
@@ -928,8 +940,8 @@ def bench_overhead(steps=200):
     }
     for name, (tokenizer, sampling) in requests.items():
         for sequences in (1, 16, 64, 256):
-            graphs = IdleGraphs() if "graph" in name else None
-            engine = idle_engine(sequences, sequences * (steps + 312), tokenizer, graphs)
+            room = sequences * (steps + 312)
+            engine = idle_engine(sequences, room, tokenizer, "graph" in name)
             for i in range(sequences):
                 engine.submit([i + 1] * 256, sampling)
             for _ in range(4):  # the prompts, the caches
@@ -1073,9 +1085,7 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
     ]
     running = model.startswith("http://")
     if running and seqs:
-        raise UserError(
-            "--seqs is a setting of the server, and that one runs already: leave it out"
-        )
+        raise UserError("--seqs is a setting of the server, which runs already: leave it out")
     seqs = seqs or concurrency
     measured, alone = [], []
     with contextlib.nullcontext(model) if running else served(model, seqs) as url:

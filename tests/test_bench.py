@@ -4,6 +4,7 @@ import asyncio
 import json
 import shlex
 import sys
+import weakref
 
 import pytest
 import torch
@@ -255,6 +256,22 @@ class GPT(torch.nn.Module):
         logits = self.wte(idx) @ self.wte.weight.T
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 """
+
+
+def test_no_model_is_in_memory_while_the_next_is_measured(monkeypatch):
+    alive = weakref.WeakSet()
+    make = bench.our_program
+
+    def watched(*how):
+        assert not alive
+        model, optimizer = make(*how)
+        alive.add(model)
+        return model, optimizer
+
+    monkeypatch.setattr(bench, "our_program", watched)
+    monkeypatch.setitem(bench.SHAPES, "qwen3", Config("qwen3", 512, 64, 64, 1, 2, 2, 32, 16))
+    rows = list(bench.bench_pretrain(rows=1, passes=1, steps=1, ways=("eager", "recomputing")))
+    assert sum("peak_mib" in row for row in rows) == 2
 
 
 def test_pretraining_is_measured_beside_nanogpts_own_source(tmp_path, monkeypatch):
