@@ -123,7 +123,7 @@ class TuningTable:
         self.doubted = True
 
     def choose(self, key, configs, launch):
-        """Time them all, which takes seconds, and keep the fastest -> it; None if none runs.
+        """-> the fastest of configs, which takes seconds to find and is kept; None if none runs.
 
         A closed table takes the first that runs, until the process ends."""
         times = {}  # by the place in configs
@@ -137,7 +137,7 @@ class TuningTable:
             except torch.OutOfMemoryError:
                 raise  # it says nothing about the card
             except Exception as error:  # no room on the card, or Triton cannot compile it
-                failure = error
+                failure = error.with_traceback(None)  # whose frames hold tensors
         if not times:
             self.failed.add(key)
             leave_to_twin(f"{key}: no configuration runs on this card", failure)
