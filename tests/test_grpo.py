@@ -93,7 +93,7 @@ def test_a_token_counts_more_where_the_sampler_thought_it_less_likely_at_most_tw
         """-> (the loss where the sampler told these log-probs, the trainer's own)"""
         group = grpo.Group([5, 6, 7], [[1, 2, 3], [4]], [sampled[:3], sampled[3:]], [1.0, 0.0])
         loss, old = grpo.answer_loss(run, grpo.batch_of([group], args, cpu)[0], None, Counter())
-        return loss.item(), old.tolist()
+        return loss.item(), old[0].tolist()
 
     true = loss_of([0.0] * 4)[1]
     exact = loss_of(true)[0]
@@ -193,6 +193,7 @@ def hangs(question, answer):
         except Exception: pass
     return len(answer)
 def same(question, answer): return 2
+def fails(question, answer): return 1 / 0
 """
 
 
@@ -395,9 +396,34 @@ def test_a_run_that_stops_for_a_failed_reward_has_saved_and_goes_on(base, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------- bad input
-def test_rewards_alike_from_the_start_stop_the_run_with_what_to_change(base, tmp_path):
-    with pytest.raises(UserError, match="5 steps, and the rewards of every group of 4 answers are"):
-        rl(*command(base, tmp_path / "run", reward="same"))
+@pytest.mark.parametrize(
+    "kind, told", [("same", "100% alike, of mean 2; 0%"), ("fails", "0% alike, of mean 0; 100%")]
+)
+def test_five_steps_without_a_group_to_learn_from_stop_the_run_with_what_to_change(
+    kind, told, base, tmp_path
+):
+    told = rf"5 steps, and no group of 4 answers has rewards that differ \({told} of the answers"
+    with pytest.raises(UserError, match=told):
+        rl(*command(base, tmp_path / "run", "--on-error", "skip", reward=kind))
+
+
+def test_a_question_that_taught_nothing_is_answered_anew_in_the_next_step(
+    base, tmp_path, monkeypatch
+):
+    said = []  # to the eight questions of each step
+
+    def judge(rewards, question, answer, args):
+        said.append((question.messages[0]["content"], answer))
+        return 0.0
+
+    monkeypatch.setattr(grpo, "judge", judge)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((base / "q.jsonl").read_text().splitlines(True)[:9]))
+    more = ["--data", few, "--steps", 2, "--group", 2]
+    rl(*command(base, tmp_path / "run", *more))
+    first, second = said[:16], said[16:32]
+    assert {asked for asked, _ in first} == {asked for asked, _ in second}
+    assert set(first) != set(second)
 
 
 def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
@@ -424,6 +450,9 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
             "--reward toybox or checks has no rule for the question 'Who?'",
         ),
         (command(base, out, "--sample", 9), "unknown argument --sample"),
+        (command(base, out, "--clip", 0.1), "--clip 0.1 is for --epochs of 2 and more: leave"),
+        (command(base, out, "--alpha", 8), "--alpha 8.0 is for --lora: leave it out"),
+        (command(base, out, "--epochs", -1), "--epochs -1 must not be negative"),
         (
             command(tmp_path / "adapter", out, "--reward", "short", "--data", base / "q.jsonl"),
             "is an adapter, and the reference has to be a whole model",
