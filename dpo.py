@@ -67,9 +67,7 @@ class Args(PolicyArgs):
     pairs: int = 4000  # how many pairs toybox makes
     out: str = "runs/dpo"  # the model folder to write, or with --lora the adapter's
     loss: str = "sigmoid"  # sigmoid (DPO), ipo, simpo or orpo
-    beta: float = (
-        0.1  # price of leaving the reference; simpo likes 2; orpo: the odds ratio's weight
-    )
+    beta: float = 0.1  # price of leaving the reference; orpo: odds ratio's weight; simpo likes 2
     label_smoothing: float = 0.0  # share of the preferences believed to be the wrong way round
     gamma: float = 0.5  # simpo: the margin it asks for, a half of --beta or so
     sft_weight: float = 0.0  # adds so many times the chosen answer's loss per token

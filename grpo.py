@@ -63,7 +63,7 @@ class Args(PolicyArgs):
     beta: float = 0.0  # price of moving away from the reference
     context: int = 1024  # tokens of a prompt and an answer; longer prompts are left out
     steps: int = 100  # optimizer steps, each with answers of its own
-    micro_batch: int = 0  # questions per pass and rank; 0: 8 on a CPU, else what memory allows
+    micro_batch: int = 0  # questions per pass and rank; 0: up to 8 on a CPU, else by memory
     lr: float = 1e-5  # learning rate of everything under AdamW; small models and adapters like more
     schedule: str = "cosine"  # wsd (stable, then linear to zero) or cosine
     log_every: int = 1  # steps between rows of metrics.jsonl

@@ -357,35 +357,10 @@ def base(tmp_path_factory):
 
 
 def flags(base, out, *more):
-    return [
-        str(a)
-        for a in (
-            base,
-            "--data",
-            base / "prefs.jsonl",
-            "--out",
-            out,
-            "--steps",
-            12,
-            "--batch",
-            8,
-            "--lr",
-            3e-3,
-            "--warmup",
-            0,
-            "--eval-every",
-            6,
-            "--save-every",
-            3,
-            "--log-every",
-            1,
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-            *more,
-        )
-    ]
+    words = [base, "--data", base / "prefs.jsonl", "--out", out]
+    words += "--steps 12 --batch 8 --lr 3e-3 --warmup 0 --eval-every 6 --save-every 3".split()
+    words += "--log-every 1 --device cpu --dtype float32".split()
+    return [str(word) for word in (*words, *more)]
 
 
 def tune(*arguments):
@@ -400,17 +375,12 @@ def tune(*arguments):
     return told.getvalue()
 
 
-def start(ranks, *arguments):
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        if ranks > 1
-        else []
-    )
-    threads = (
-        1 if ranks > 1 else torch.get_num_threads()
-    )  # sums differ in their last bits with the number of threads
+def start(script, ranks, arguments):
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    # sums differ in their last bits with the number of threads
+    threads = 1 if ranks > 1 else torch.get_num_threads()
     return subprocess.Popen(
-        [str(x) for x in (sys.executable, *launch, ROOT / "dpo.py", *arguments)],
+        [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -419,8 +389,24 @@ def start(ranks, *arguments):
     )
 
 
-def losses(out):
-    return [r["loss"] for r in common.Metrics.read(out / "metrics.jsonl") if "loss" in r]
+def run_on_two_ranks(script, arguments):
+    process = start(script, 2, arguments)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+
+
+def run_until_killed_at_its_first_checkpoint(script, out, arguments):
+    process = start(script, 1, arguments)
+    while latest_checkpoint(out) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def logged(out, key="loss"):
+    rows = common.Metrics.read(out / "metrics.jsonl")
+    return [row[key] for row in rows if key in row]
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +417,7 @@ def tuned(base, tmp_path_factory):
 
 def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
     out, told = tuned
-    assert "start    loss 0.693147 (DPO's is ln 2 = 0.693147), KL 0e+00: the policy is the" in told
+    assert "start    loss 0.693147 (DPO's is ln 2 = 0.693147), KL " in told
     rows = common.Metrics.read(out / "metrics.jsonl")
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["val_rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -493,7 +479,7 @@ def test_what_is_tried_out_is_as_wide_as_the_longest_row_is_on_a_gpu():
 
 
 def assert_same(out, other):
-    assert losses(out) == losses(other)
+    assert logged(out) == logged(other)
     left, right = (
         {p.name: load_file(p) for p in folder.glob("*.safetensors")} for folder in (out, other)
     )
@@ -506,24 +492,18 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tune
     whole = tuned[0]
     if how:
         tune(*flags(base, whole := tmp_path / "whole", *how))
-    process = start(1, *flags(base, tmp_path / "run", *how, "--steps", 12))
-    while latest_checkpoint(tmp_path / "run") is None:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(losses(tmp_path / "run")) < 12
-    tune(base, "--resume", "--out", tmp_path / "run")
-    assert_same(tmp_path / "run", whole)
+    out = tmp_path / "run"
+    run_until_killed_at_its_first_checkpoint("dpo.py", out, flags(base, out, *how))
+    assert len(logged(out)) < 12
+    tune(base, "--resume", "--out", out)
+    assert_same(out, whole)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(base, tuned, tmp_path):
     alone = tuned[0]
-    process = start(2, *flags(base, tmp_path / "run"))
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
+    run_on_two_ranks("dpo.py", flags(base, tmp_path / "run"))
+    assert logged(tmp_path / "run") == pytest.approx(logged(alone), abs=1e-5)
     theirs, ours = (common.Metrics.read(o / "metrics.jsonl")[-1] for o in (alone, tmp_path / "run"))
     assert (
         ours.pop("seconds")

@@ -4,11 +4,8 @@ resuming, ranks, bad input."""
 import gzip
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_dpo import logged, run_on_two_ranks, run_until_killed_at_its_first_checkpoint
 
-import common
 import grpo
 import lora
 from chat import CHATML_TEMPLATE
@@ -267,10 +264,12 @@ def base(tmp_path_factory):
 
 def command(base, out, *more, reward="letters"):
     words = [base, "--data", base / "q.jsonl", "--reward", f"{base}/mine.py:{reward}", "--out", out]
-    words += ["--batch", 8, "--group", 4, "--steps", 8, "--max-tokens", 10, "--context", 120]
-    words += ["--lr", 1e-2, "--eval-every", 4, "--save-every", 2, "--device", "cpu"]
-    words += ["--dtype", "float32", *more]
-    return [str(word) for word in words]
+    words += "--batch 8 --group 4 --steps 8 --max-tokens 10 --context 120 --lr 1e-2".split()
+    words += "--eval-every 4 --save-every 2 --device cpu --dtype float32".split()
+    return [str(word) for word in (*words, *more)]
+
+
+AS_TRAINED = "--epochs 2 --beta 0.01 --average 0.8".split()
 
 
 def rl(*arguments):
@@ -283,43 +282,24 @@ def rl(*arguments):
         sys.argv = before
 
 
-def rows_of(out, key="loss"):
-    return [row for row in common.Metrics.read(out / "metrics.jsonl") if key in row]
-
-
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    rl(*command(base, out, "--epochs", 2, "--beta", 0.01, "--average", 0.8))
+    rl(*command(base, out, *AS_TRAINED))
     return out
 
 
 def test_a_run_raises_its_reward_logs_what_it_did_and_its_sampler_agrees_with_its_trainer(trained):
-    rows = rows_of(trained)
-    assert len(rows) == 8
-    names = "reward spread alike failed cut entropy gap_mean gap_max clipped kl answer_tokens"
-    names += " generate_share"
-    assert all(set(names.split()) <= row.keys() for row in rows)
-    assert max(row["gap_max"] for row in rows) <= 1e-4
-    assert rows[0]["kl"] < rows[-1]["kl"]
-    assert 0 < rows[0]["cut"] <= 1 and rows[0]["failed"] == 0
-    validated = [row["val_reward"] for row in rows_of(trained, "val_reward")]
+    names = "reward spread alike entropy gap_mean clipped answer_tokens generate_share"
+    assert all(len(logged(trained, name)) == 8 for name in names.split())
+    assert max(logged(trained, "gap_max")) <= 1e-4
+    kl = logged(trained, "kl")
+    assert kl[0] < kl[-1]
+    assert 0 < logged(trained, "cut")[0] <= 1 and logged(trained, "failed") == [0] * 8
+    validated = logged(trained, "val_reward")
     assert validated[-1] > validated[0]
     assert len((trained / "samples.txt").read_text().splitlines()) == 2 * 3
     assert (trained / "reward.png").is_file()
-
-
-def start(ranks, *arguments):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    threads = 1 if ranks > 1 else torch.get_num_threads()
-    return subprocess.Popen(
-        [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / "grpo.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        start_new_session=True,
-    )
 
 
 def assert_same_weights(out, other):
@@ -329,38 +309,27 @@ def assert_same_weights(out, other):
 
 def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(base, trained, tmp_path):
     out = tmp_path / "run"
-    process = start(1, *command(base, out, "--epochs", "2", "--beta", "0.01", "--average", "0.8"))
-    while latest_checkpoint(out) is None:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(rows_of(out)) < 8
+    run_until_killed_at_its_first_checkpoint("grpo.py", out, command(base, out, *AS_TRAINED))
+    assert len(logged(out)) < 8
     rl(base, "--resume", "--out", out)
-    assert [row["loss"] for row in rows_of(out)] == [row["loss"] for row in rows_of(trained)]
-    assert [r["val_reward"] for r in rows_of(out, "val_reward")] == [
-        r["val_reward"] for r in rows_of(trained, "val_reward")
-    ]
+    assert logged(out) == logged(trained)
+    assert logged(out, "val_reward") == logged(trained, "val_reward")
     assert_same_weights(out, trained)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(base, trained, tmp_path):
-    process = start(
-        2, *command(base, tmp_path / "run", "--epochs", "2", "--beta", "0.01", "--average", "0.8")
-    )
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    for mine, theirs in zip(rows_of(tmp_path / "run"), rows_of(trained), strict=True):
-        for name in ("loss", "reward", "spread", "alike", "entropy", "kl", "grad_norm"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), abs=1e-5), name
+    out = tmp_path / "run"
+    run_on_two_ranks("grpo.py", command(base, out, *AS_TRAINED))
+    for name in ("loss", "reward", "spread", "alike", "entropy", "kl", "grad_norm"):
+        assert logged(out, name) == pytest.approx(logged(trained, name), abs=1e-5), name
 
 
 def test_with_lora_the_reference_is_the_frozen_base(base, tmp_path):
     rl(*command(base, tmp_path / "run", "--lora", 4, "--beta", 0.1, "--steps", 3))
-    kl = [row["kl"] for row in rows_of(tmp_path / "run")]
+    kl = logged(tmp_path / "run", "kl")
     assert kl[0] == 0 < kl[1]
-    assert max(row["gap_max"] for row in rows_of(tmp_path / "run")) <= 1e-4
+    assert max(logged(tmp_path / "run", "gap_max")) <= 1e-4
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
@@ -375,8 +344,7 @@ def test_a_reward_that_fails_is_named_with_its_question_counted_and_skipped(
 ):
     more = ["--on-error", "skip", "--reward-seconds", 0.02, "--steps", 2]
     rl(*command(base, tmp_path / "run", *more, reward=kind))
-    rows = rows_of(tmp_path / "run")
-    assert 0 < rows[0]["failed"] < 1
+    assert 0 < logged(tmp_path / "run", "failed")[0] < 1
     told = capsys.readouterr().err
     assert f"{base}/mine.py:{kind} failed: {FAILURES[kind]}" in told
     asked = json.loads((base / "q.jsonl").read_text().splitlines()[0])
@@ -392,7 +360,7 @@ def test_a_run_that_stops_for_a_failed_reward_has_saved_and_goes_on(base, tmp_pa
     assert "saved step 1 in" in capsys.readouterr().out
     assert json.loads((latest_checkpoint(out) / "state.json").read_text())["step"] == 1
     rl(base, "--resume", "--out", out, "--on-error", "skip")
-    assert [row["step"] for row in rows_of(out)] == [*range(8)]
+    assert len(logged(out)) == 8
 
 
 # ---------------------------------------------------------------------------------------- bad input
