@@ -172,7 +172,7 @@ def as_preference(record):
     """One record of a dataset, in any of PREFERENCE_LAYOUTS -> Preference.
 
     The `output` of an Alpaca record, from which both answers were made, is not used."""
-    fields = chat.known_keys("the record", record, record)
+    fields = chat.known_keys("the record", record, record)  # of any keys: as_talk refuses unknown
     if not {"chosen", "rejected"} <= fields.keys():
         keys = chat.quoted(fields)
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
@@ -184,7 +184,7 @@ def as_preference(record):
     for talk in (chosen, rejected):
         if len(talk) < 2 or talk[-1]["role"] != "assistant":
             raise UserError("there must be a prompt, and after it an answer of the assistant's")
-        if "weight" in talk[-1]:
+        if "weight" in talk[-1]:  # as_messages keeps none but 0
             raise UserError("an answer of weight 0 teaches nothing")
     return Preference(chosen[:-1], chosen[-1], rejected[-1], tools)
 

@@ -409,7 +409,7 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
         (command(base, out, "--loss", "ppo"), "unknown loss 'ppo': use grpo, dr_grpo, dapo"),
         (command(base, out, "--on-error", "ask"), "--on-error ask: use stop or skip"),
         (command(base, out, "--shard"), "--shard: the engine needs the whole model"),
-        (command(base, out, "--batch", 200), "questions for training; --batch needs 200"),
+        (command(base, out, "--batch", 200), "questions for training of at least 200"),
         (command(base, out, "--families", "sums"), "--families sums: no question is"),
         (command(base, out, "--context", 12), "0 questions for training"),
         (command(tmp_path / "plain", out, "--data", base / "q.jsonl"), "has no chat template"),

@@ -183,5 +183,8 @@ def load_questions(args, tok, rewards):
         train, val = train.part(numbers), train.part(held)
     for name, found, least in (("training", train, args.batch), ("validation", val, 1)):
         if len(found.prompts) < least:
-            raise UserError(f"{len(found.prompts)} questions for {name}; --batch needs {least}")
+            raise UserError(
+                f"{len(found.prompts)} questions for {name} of at least {least}: give more of "
+                "them, or use a smaller --batch"
+            )
     return train, val
