@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -267,14 +268,14 @@ def test_a_preferred_call_is_learned_as_a_call(folder):
     tok = Tokenizer.load(folder)
     record = {"prompt": TALK, "chosen": [CALLING], "rejected": "b", "tools": TOOLS}
     preference = dpo.as_preference(json.loads(json.dumps(record)))
-    prompt, chosen, rejected = dpo.pair_ids(tok, preference, 4096)
+    prompt, chosen, rejected = dpo.pair_ids(tok, preference, 4096, Counter())
     assert '"name": "f", "parameters"' in tok.decode(prompt)
     assert tok.decode(prompt).count('{"name": "f", "arguments": {"x": "é"}}') == 1
     assert '{"name": "f", "arguments": {"x": "é"}}' in tok.decode(chosen)
     assert "hm" in tok.decode(chosen) and "b<|im_end|>" in tok.decode(rejected)
     tok.chat_template = chat.CHATML_TEMPLATE
     with pytest.raises(UserError, match="chatml has no tools"):
-        dpo.pair_ids(tok, preference, 4096)
+        dpo.pair_ids(tok, preference, 4096, Counter())
 
 
 def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
@@ -283,7 +284,7 @@ def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
     )
     preference = dpo.as_preference({"prompt": "q", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match="no answer in the loss"):
-        dpo.pair_ids(tok, preference, 99)
+        dpo.pair_ids(tok, preference, 99, Counter())
 
 
 @pytest.mark.parametrize(

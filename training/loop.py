@@ -230,6 +230,7 @@ class Run:
     lock: object  # held while the run lives, so that no second process writes to --out
     found: Found | None = None  # of the step before, until it is counted
     start: int = 0  # the step it begins or goes on at
+    step: int = 0  # the one that is under way, or before which it evaluates
     metrics: common.Metrics | None = None  # rank 0 only
     loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; start_run tries it too
     validate: Callable = validate  # (run) -> {name: value} to log
@@ -398,6 +399,7 @@ def steps(run):
     bar = tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden)
     with common.Interrupt() as interrupt, bar as run.bar:
         for step in range(run.start, args.steps + 1):
+            run.step = step
             began = time.time()
             last = step == args.steps
             fresh = step > run.start or args.steps == 0  # a run of no steps is evaluated, too
