@@ -572,7 +572,7 @@ def check_start(run):
         told = (
             f"loss {values['val_loss']:.6f} (DPO's is ln 2 = 0.693147), KL {values['val_kl']:.0e}"
         )
-        if not values["val_kl"] <= (1e-6 if run.runtime.dtype == torch.float32 else 1e-2):
+        if not values["val_kl"] <= (1e-9 if run.runtime.dtype == torch.float32 else 1e-2):
             raise UserError(f"step 0: {told}: the policy is not the reference; did dpo.py change?")
         print(f"start    {told}: the policy is the reference")
     if run.metrics:
