@@ -85,29 +85,41 @@ class ToolCalls:
         return text
 
     def finish(self):
-        """-> (text left over, calls in OpenAI's shape)."""
+        """-> (text left over, calls in OpenAI's shape). What only looked like a call is text."""
         if not self.calling:
             return self.held, []
-        tagged = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", self.held, re.S)
         calls = []
-        for text in tagged or [self.held]:
-            try:
-                parsed = json.loads(text)
-                for call in parsed if isinstance(parsed, list) else [parsed]:
-                    name = call["name"]
-                    arguments = call["arguments"] if "arguments" in call else call["parameters"]
-                    if tagged or name in self.names:
-                        written = json.dumps(arguments, ensure_ascii=False)
-                        shown = {
-                            "index": len(calls),
-                            "id": "call_" + secrets.token_hex(6),
-                            "type": "function",
-                            "function": {"name": str(name), "arguments": written},
-                        }
-                        calls.append(shown)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # it only looked like a call
-        return "" if calls else self.held, calls[: self.most]
+        rest = ""
+        for part in re.split(r"(<tool_call>.*?(?:</tool_call>|$))", self.held, flags=re.S):
+            found = read_calls(part.removeprefix(TOOL_CALL).removesuffix("</tool_call>"))
+            known = all(name in self.names for name, _ in found)
+            if found and (known or part.startswith(TOOL_CALL)):
+                calls += found
+            else:
+                rest += part
+        shown = []
+        for name, arguments in calls[: self.most]:
+            call = {
+                "index": len(shown),
+                "id": "call_" + secrets.token_hex(6),
+                "type": "function",
+                "function": {"name": name, "arguments": arguments},
+            }
+            shown.append(call)
+        return rest if rest.strip() or not calls else "", shown
+
+
+def read_calls(text):
+    """A call in JSON, or a list of them -> [(name, arguments in JSON)]; [] for anything else."""
+    calls = []
+    try:
+        parsed = json.loads(text)
+        for call in parsed if isinstance(parsed, list) else [parsed]:
+            arguments = call["arguments"] if "arguments" in call else call["parameters"]
+            calls.append((str(call["name"]), json.dumps(arguments, ensure_ascii=False)))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return calls
 
 
 # --------------------------------------------------------------------------------------- logprobs
@@ -193,7 +205,9 @@ class Choice:
         if delta.finish_reason:
             rest, self.found = self.calls.finish()
             text += rest
-            self.reason = "tool_calls" if self.found else delta.finish_reason
+            self.reason = delta.finish_reason
+            if self.found and self.reason == "stop":
+                self.reason = "tool_calls"
         self.text += text
         self.token_ids += delta.token_ids
         self.logprobs += logprobs
@@ -267,8 +281,11 @@ class Generation:
 
     async def stream(self, batches):
         """-> bytes of server-sent events: the opening, text as it comes, finish_reason once for
-        each choice, usage if asked for, and DONE, which ends the last piece and nothing else."""
+        each choice, usage if asked for, and DONE, which ends the last piece and nothing else.
+
+        Raises Refusal where that comes before anything has gone out."""
         out = self.opening()
+        begun = False
         try:
             async for batch in batches:
                 if not batch:
@@ -278,10 +295,14 @@ class Generation:
                 # The last events go out together with what ends the stream.
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
+                    begun = True
                     out = b""
             if (self.body.stream_options or {}).get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
-        except Refusal as refusal:  # the status line is long gone: the error is an event
+        except Refusal as refusal:
+            if not begun:
+                raise
+            # The status line is gone, so the error is an event.
             out += b"data: " + json_bytes(refusal.body) + b"\n\n"
         yield out + DONE
 
@@ -292,10 +313,9 @@ class Generation:
                 self.choice_of(position, delta).take(delta)
         choices = []
         for choice in self.choices:
-            reason = choice.reason or "length"  # an echo of nothing but the prompt
             logprobs = choice.logprobs if self.scores else None
             what = self.whole_field(choice)
-            choices.append(self.shown(choice, what, logprobs, reason, choice.token_ids))
+            choices.append(self.shown(choice, what, logprobs, choice.reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
     def usage(self):
@@ -385,6 +405,8 @@ class TextAnswer(Generation):
             text = text.removeprefix(self.tok.decode([self.tok.bos_id]))
             if prompt[0] == self.tok.bos_id:
                 scored = scored[1:]
+        if self.body.max_tokens == 0:  # then nothing comes after it
+            choice.reason = "length"
         choice.text = text.removesuffix("\ufffd") if choice.cut else text
         choice.logprobs = scored[:]  # a copy: n choices begin with them
         choice.place(self.tok.stream(), [token for token, *_ in scored])
@@ -393,9 +415,9 @@ class TextAnswer(Generation):
     def opening(self):
         out = b""
         for choice in self.choices:
-            if choice.text:
+            if choice.text or choice.reason:
                 prompt = self.text_field(choice.text)
-                out += self.choice_event(choice, prompt, choice.logprobs or None)
+                out += self.choice_event(choice, prompt, choice.logprobs or None, choice.reason)
         return out
 
     def text_field(self, text):
