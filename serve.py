@@ -169,21 +169,25 @@ class Service:
             message = f"{depth} requests are running or waiting, the most this server takes"
             raise Refusal(429, message, "queue_full", None, LATER)
 
-    def enter(self, request, job, *order):
-        """Send a job's order to the engine. Whatever happens to the request then, the Door calls
-        `close` with the job."""
-        request.state.jobs.append(job)
+    def enter(self, state, tokens, answers, offset, *order):
+        """Send an order to the engine -> its Job. Whatever happens to the request then, the Door
+        calls `close` with it."""
+        job = Job(state.key, tokens, answers, state.inbox, offset)
+        state.jobs.append(job)
         self.client.send(job, *order)
+        return job
 
-    def admit(self, request, model, prompts, samplings, grammar):
+    def admit(self, state, model, prompts, samplings, grammar):
         """Put a request's prompts into the queue."""
         self.check_room(len(samplings))
         adapter = model if model in self.adapters else None
-        for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            job = Job(request.state.key, len(prompt), sampling.n, request.state.inbox, position)
-            self.enter(request, job, "submit", prompt, vars(sampling), adapter, grammar)
+        offset = 0
+        for prompt, sampling in zip(prompts, samplings):
+            order = prompt, vars(sampling), adapter, grammar
+            self.enter(state, len(prompt), sampling.n, offset, "submit", *order)
+            offset += sampling.n
 
-    async def read(self, request, model, prompts, count=None):
+    async def read(self, state, model, prompts, count=None):
         """Have prompts read -> for each its embedding, or with a count plain_logprobs (see
         server/worker.py) with so many of the likeliest."""
         if model in self.adapters:
@@ -200,11 +204,10 @@ class Service:
             message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
             raise Refusal(400, message, param="logprobs")
         self.check_room(1)
-        job = Job(request.state.key, tokens, len(prompts), request.state.inbox)
-        self.enter(request, job, "read", prompts, count)
+        job = self.enter(state, tokens, len(prompts), 0, "read", prompts, count)
         found = [[] for _ in prompts]
-        async for batch in self.batches(request):
-            for _, delta in batch:
+        async for batch in self.batches(state):
+            for delta in batch:
                 found[delta.index] += delta.logprobs
         self.client.close(job)  # so that its place is free for what else the request wants
         return found
@@ -215,10 +218,9 @@ class Service:
             self.client.close(job)
             self.measures.observe(job)
 
-    async def batches(self, request):
-        """Yield lists of (the prompt's number, Delta) of all jobs as they come, [] when nothing has
-        come for a while. Raises Refusal for what failed, and when the time is up."""
-        state = request.state
+    async def batches(self, state):
+        """Yield lists of a request's Deltas as they come, [] when nothing has come for a while.
+        Raises Refusal for what failed, and when the time is up."""
         deadline = state.begin + self.args.timeout
         while state.inbox.items or any(job.unfinished for job in state.jobs):
             wait = min(deadline - time.monotonic(), self.keep_alive)
@@ -228,9 +230,8 @@ class Service:
             for item in batch:
                 if isinstance(item, Refusal):
                     raise item
-                _, delta = item
-                if delta.finish_reason == "error":
-                    raise Refusal(400, delta.error)
+                if item.finish_reason == "error":
+                    raise Refusal(400, item.error)
             yield batch
 
 
@@ -242,15 +243,10 @@ Shared: TypeAlias = Annotated[Service, Depends(shared)]  # what FastAPI hands to
 
 
 # ----------------------------------------------------------------------------- a reply on its way
-async def reply(request, service, answer):
-    batches = service.batches(request)
-    if answer.body.stream:
-        return event_stream(answer.stream(batches))
-    return await json_later(await answer.whole(batches))
-
-
-def event_stream(pieces):
-    """Bytes of server-sent events as they come -> the response that carries them to the client."""
+async def reply(batches, answer):
+    """What comes of a request -> the response that carries it to the client."""
+    if not answer.body.stream:
+        return await json_later(await answer.whole(batches))
 
     async def respond(scope, receive, send):
         headers = [
@@ -259,7 +255,7 @@ def event_stream(pieces):
             (b"x-accel-buffering", b"no"),  # or nginx would keep the events until there are many
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
-        async for events in pieces:
+        async for events in answer.stream(batches):
             if start:  # with the first token, in one packet
                 await send(start)
                 start = None
@@ -342,9 +338,9 @@ async def chat_completions(body: api.ChatRequest, request: Request, service: Sha
         message = "tool_choice and another field bind the answer: give one"
         raise Refusal(400, message, param="tool_choice")
     prompt, sampling = await aside(request, plan_chat, body, service)
-    service.admit(request, model, [prompt], [sampling], call or grammar)
+    service.admit(request.state, model, [prompt], [sampling], call or grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
-    return await reply(request, service, answer)
+    return await reply(service.batches(request.state), answer)
 
 
 def plan_chat(body, service):
@@ -361,18 +357,16 @@ async def completions(body: api.CompletionRequest, request: Request, service: Sh
     prompts, samplings = await aside(request, plan_completion, body, service)
     scored = []
     if body.echo and body.logprobs is not None:
-        scored = await service.read(request, model, prompts, body.logprobs)
-    service.admit(request, model, prompts, samplings, grammar)
+        scored = await service.read(request.state, model, prompts, body.logprobs)
+    service.admit(request.state, model, prompts, samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
-    return await reply(request, service, answer)
+    return await reply(service.batches(request.state), answer)
 
 
 def plan_completion(body, service):
     """-> (prompts, a Sampling for each, or for none where the prompts are only repeated)"""
     prompts = api.prompt_lists(body.prompt, service.tok, body.add_special_tokens)
-    if body.max_tokens == 0:
-        if not body.echo:
-            raise Refusal(400, "max_tokens 0 needs echo", param="max_tokens")
+    if body.echo and body.max_tokens == 0:
         return prompts, []
     return prompts, [api.request_sampling(body, ids, service, body.logprobs) for ids in prompts]
 
@@ -383,7 +377,7 @@ async def embeddings(body: api.EmbeddingRequest, request: Request, service: Shar
     model = service.model(body.model)
     prompts = await aside(request, api.prompt_lists, body.input, service.tok)
     data = []
-    for i, vector in enumerate(await service.read(request, model, prompts)):
+    for i, vector in enumerate(await service.read(request.state, model, prompts)):
         shown = encode_vector(vector, body.encoding_format)
         data.append({"object": "embedding", "index": i, "embedding": shown})
     used = sum(map(len, prompts))
@@ -541,7 +535,7 @@ def create_app(engine, args=None, keys=None, sock=None):
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
-    posts = {route.path: route.app for route in routes.routes if "POST" in route.methods}
+    posts = {("POST", route.path): route.app for route in routes.routes if "POST" in route.methods}
     stack = Door(app.build_middleware_stack(), service, keys or {}, posts)
     if service.args.cors:
         stack = CORSMiddleware(
@@ -559,14 +553,8 @@ class Server(uvicorn.Server):
     """uvicorn, which after a SIGTERM or Ctrl-C answers 503 to what is new until what runs has
     finished. A second one ends it at once, and so does an engine that is gone."""
 
-    ready = ""  # said as soon as it listens
     deadline = math.inf  # of the requests that run, once it drains
     status = 0  # that the process exits with
-
-    async def startup(self, sockets=None):
-        await super().startup(sockets)
-        if self.started:
-            print(self.ready, flush=True)
 
     def handle_exit(self, sig, frame):
         service = self.config.app.state.service
@@ -602,10 +590,8 @@ def spare_the_collector():
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model",)))
     begin = time.monotonic()
-    if not args.model:
-        raise UserError("which model? python serve.py MODEL, a model folder or a .gguf file")
     for name, value in vars(args).items():
-        least = 1 if name == "concurrency" else 0
+        least = int(name == "concurrency")
         if isinstance(value, (int, float)) and not value >= least:  # true of NaN as well
             raise UserError(f"{flag(name)} {value} must be at least {least}")
     if bool(args.certificate) != bool(args.certificate_key):
@@ -614,7 +600,7 @@ def main():
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         warn("reachable from elsewhere without keys (--api-key-file)")
     config = sock = None
-    if int(os.environ.get("RANK", 0)) == 0:  # of several ranks only the first listens
+    if os.environ.get("RANK", "0") == "0":  # of several ranks only the first listens
         config, sock = listen(args)  # before the model is read: a port in use is told at once
     engine = Engine(  # on other ranks it computes what the first one does, and never returns
         args.model,
@@ -639,8 +625,9 @@ def main():
     config.load()
     server = Server(config)
     url = f"{'https' if args.certificate else 'http'}://{args.host}:{sock.getsockname()[1]}"
-    after = f"after {time.monotonic() - begin:.1f} s"
-    server.ready = f"ready    {url} {after}; the page at /, the API at /v1, described at /docs"
+    sock.listen()  # who comes now waits for the server's start
+    there_is = "the page at /, the API at /v1, described at /docs"
+    print(f"ready    {url} after {time.monotonic() - begin:.1f} s; {there_is}", flush=True)
     server.run(sockets=[sock])
     sys.stdout.flush()
     if front:

@@ -4,7 +4,7 @@
     async for events in answer.stream(batches): ...    # bytes of server-sent events
     body = await answer.whole(batches)                 # or the same at once, as a dict
 
-batches is an async iterator of lists of (number of the prompt, Delta).
+batches is an async iterator of lists of Delta, whose indices count the choices of all prompts.
 """
 
 import base64
@@ -92,31 +92,25 @@ class ToolCalls:
         rest = ""
         for part in re.split(r"(<tool_call>.*?(?:</tool_call>|$))", self.held, flags=re.S):
             found = read_calls(part.removeprefix(TOOL_CALL).removesuffix("</tool_call>"))
-            known = all(name in self.names for name, _ in found)
+            known = all(call["function"]["name"] in self.names for call in found)
             if found and (known or part.startswith(TOOL_CALL)):
                 calls += found
             else:
                 rest += part
-        shown = []
-        for name, arguments in calls[: self.most]:
-            call = {
-                "index": len(shown),
-                "id": "call_" + secrets.token_hex(6),
-                "type": "function",
-                "function": {"name": name, "arguments": arguments},
-            }
-            shown.append(call)
-        return rest if rest.strip() or not calls else "", shown
+        return rest if rest.strip() or not calls else "", calls[: self.most]
 
 
 def read_calls(text):
-    """A call in JSON, or a list of them -> [(name, arguments in JSON)]; [] for anything else."""
+    """A call in JSON, or a list of them -> calls in OpenAI's shape; [] for anything else."""
     calls = []
     try:
         parsed = json.loads(text)
         for call in parsed if isinstance(parsed, list) else [parsed]:
             arguments = call["arguments"] if "arguments" in call else call["parameters"]
-            calls.append((str(call["name"]), json.dumps(arguments, ensure_ascii=False)))
+            written = json.dumps(arguments, ensure_ascii=False)
+            function = {"name": str(call["name"]), "arguments": written}
+            name = "call_" + secrets.token_hex(6)
+            calls.append({"id": name, "type": "function", "function": function})
     except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return calls
@@ -276,9 +270,6 @@ class Generation:
             for _ in range(self.n):
                 self.choices.append(self.new_choice(len(self.choices), prompt))
 
-    def choice_of(self, position, delta):
-        return self.choices[position * self.n + delta.index]
-
     async def stream(self, batches):
         """-> bytes of server-sent events: the opening, text as it comes, finish_reason once for
         each choice, usage if asked for, and DONE, which ends the last piece and nothing else.
@@ -290,8 +281,8 @@ class Generation:
             async for batch in batches:
                 if not batch:
                     out += b": keep-alive\n\n"
-                for position, delta in batch:
-                    out += self.events(self.choice_of(position, delta), delta)
+                for delta in batch:
+                    out += self.events(self.choices[delta.index], delta)
                 # The last events go out together with what ends the stream.
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
@@ -309,8 +300,8 @@ class Generation:
     async def whole(self, batches):
         """-> the body of a request that is not streamed, as a dict."""
         async for batch in batches:
-            for position, delta in batch:
-                self.choice_of(position, delta).take(delta)
+            for delta in batch:
+                self.choices[delta.index].take(delta)
         choices = []
         for choice in self.choices:
             logprobs = choice.logprobs if self.scores else None
@@ -349,7 +340,8 @@ class Generation:
         if text or logprobs or ids:
             out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
         if choice.found:
-            out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
+            calls = [{"index": i, **call} for i, call in enumerate(choice.found)]
+            out += self.choice_event(choice, {"delta": {"tool_calls": calls}})
         if choice.reason:
             out += self.choice_event(choice, self.text_field(""), None, choice.reason)
         choice.logprobs.clear()  # they are out
@@ -379,8 +371,6 @@ class ChatAnswer(Generation):
         content = choice.text or (None if choice.found else "")
         message = {"role": "assistant", "content": content, "refusal": None}
         if choice.found:
-            for call in choice.found:
-                del call["index"]  # which only a stream needs
             message["tool_calls"] = choice.found
         return {"message": message}
 

@@ -246,8 +246,7 @@ def prompt_lists(value, tok, special=True):
         if isinstance(prompt, str):
             prompt = tok.encode_prompt(prompt) if special else tok.encode(prompt)
         if not prompt or min(prompt) < 0 or max(prompt) >= tok.vocab_size:
-            last = tok.vocab_size - 1
-            raise Refusal(400, f"a prompt needs at least one token, with ids from 0 to {last}")
+            raise Refusal(400, f"a prompt needs at least one token, ids below {tok.vocab_size}")
         prompts.append(prompt)
     return prompts
 

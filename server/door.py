@@ -35,6 +35,7 @@ from server.api import Refusal
 
 ARRIVAL_SECONDS = 30.0  # that a head or a body may take, and a client that reads nothing
 LINGER_SECONDS = 5.0  # that the rest of a refused body is read, so that its sender reads why
+LATE = "late"  # what a task is told that waited for so long
 HEAD_BYTES = 65_536  # of a head, or of trailers
 PIPELINE = 16  # requests of a connection that may wait for their turn
 CONNECTIONS = 400  # of one address
@@ -59,8 +60,6 @@ def read_keys(args):
         sources["$LLM_API_KEYS"] = listed_keys.split(",")
     if args.api_key_file:
         path = Path(args.api_key_file)
-        if not path.is_file():
-            raise UserError(f"--api-key-file {path}: no such file")
         if os.name == "posix" and path.stat().st_mode & 0o077:
             warn(f"{path} can be read by others; chmod 600 {path}")
         text = re.sub(r"(?m)^\s*#.*", "", read_utf8(path))
@@ -71,10 +70,7 @@ def read_keys(args):
         if not lines:
             raise UserError(f"{source} holds no key: write KEY or NAME:KEY, or do not give it")
         for line in lines:
-            name, colon, key = line.partition(":")
-            if not colon:
-                name, key = "", line
-            key = key.strip()
+            name, key = re.fullmatch(r"(?:([^:]*):)?\s*(.*)", line).groups()
             if not key:
                 raise UserError(f"the key of {name!r} is empty, which would let everyone in")
             keys[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
@@ -159,7 +155,7 @@ async def json_later(content):
         pieces.append(piece)
         if i % 1000 == 0:
             await asyncio.sleep(0)
-    return Response("".join(pieces).encode("utf-8", "replace"), 200, None, "application/json")
+    return Response("".join(pieces).encode("utf-8", "replace"), media_type="application/json")
 
 
 def invalid(errors):
@@ -230,22 +226,17 @@ class Body:
         self.most = most
         self.loop = asyncio.get_running_loop()
         self.deadline = self.loop.time() + ARRIVAL_SECONDS
-        self.late = False
         self.seen = 0
         self.arrived = False
-
-    def expire(self, task):
-        self.late = True  # a clock would not tell: uvloop's timers may fire a little early
-        task.cancel()
 
     async def __call__(self):
         if self.arrived:  # what comes now is only that the client has left
             return await self.receive()
-        timer = self.loop.call_at(self.deadline, self.expire, asyncio.current_task())
+        timer = self.loop.call_at(self.deadline, asyncio.current_task().cancel, LATE)
         try:
             message = await self.receive()
-        except asyncio.CancelledError:
-            if not self.late:
+        except asyncio.CancelledError as error:
+            if error.args != (LATE,):
                 raise
             raise Refusal(408, f"the body did not arrive within {ARRIVAL_SECONDS:g} s") from None
         finally:
@@ -268,7 +259,6 @@ class Body:
     async def drop(self):
         """Read the rest for a while. Protocol hangs up on a client that then still sends."""
         self.deadline = self.loop.time() + LINGER_SECONDS
-        self.late = False
         self.most = math.inf
         with contextlib.suppress(Refusal):
             while not self.arrived:
@@ -281,7 +271,7 @@ class Door:
     log."""
 
     def __init__(self, app, service, keys, posts):
-        """posts: {path: the ASGI app of its POST}, which FastAPI need not look for."""
+        """posts: {("POST", path): its ASGI app}, which FastAPI need not look for."""
         self.app = app
         self.posts = posts
         self.service = service
@@ -320,12 +310,9 @@ class Door:
 
         try:
             self.check(scope, headers, state)
-            method = scope["method"]
-            if method == "POST" and scope["path"] in self.posts:
-                await self.posts[scope["path"]](scope, body, tagged)
-            else:
-                method = "GET" if method == "HEAD" else method  # but for the body
-                await self.app({**scope, "method": method}, body, tagged)
+            app = self.posts.get((scope["method"], scope["path"]), self.app)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # but for the body
+            await app({**scope, "method": method}, body, tagged)
         except Exception as error:
             refusal = refusal_of(error, state["id"])
             if not status:  # else it is too late for another answer, and uvicorn hangs up

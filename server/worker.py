@@ -298,8 +298,7 @@ class Worker:
             if delta.logprobs and isinstance(delta.logprobs[0], TokenLogprob):
                 delta.logprobs = plain_logprobs(delta.logprobs)
             items.append(list(vars(delta).values()))  # in the order in which Delta takes them
-        active = len(self.unfinished) + bool(self.reading)
-        stats = self.engine.stats() | {"active": active}
+        stats = self.engine.stats() | {"active": len(self.unfinished) + bool(self.reading)}
         self.log_wait(stats, LONG_WAIT)
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
@@ -367,8 +366,8 @@ class Job:
     key: str  # whose it is: keys take turns
     prompt_tokens: int
     unfinished: int  # answers, which end each for itself
-    inbox: Inbox  # of (position, Delta), or of a Refusal
-    position: int = 0  # among the prompts of its request
+    inbox: Inbox  # of Delta, or of a Refusal
+    offset: int = 0  # answers of the request's earlier prompts
     number: int | None = None  # its name in the engine, once it is submitted
     created: float = field(default_factory=time.monotonic)
     admitted: float = 0.0  # when it left the queue
@@ -435,7 +434,8 @@ class EngineClient(asyncio.Protocol):
                 job.unfinished -= 1
                 if job.unfinished == 0 or delta.error:
                     job.reason = delta.finish_reason
-            job.inbox.put((job.position, delta))
+            delta.index += job.offset
+            job.inbox.put(delta)
 
     def failed(self, why):
         self.broken = self.broken or why
