@@ -191,9 +191,7 @@ class Service:
         """Have prompts read -> for each its embedding, or with a count plain_logprobs (see
         server/worker.py) with so many of the likeliest."""
         if model in self.adapters:
-            message = (
-                "embeddings and the logprobs of an echo are the base model's, not an adapter's"
-            )
+            message = "embeddings and logprobs of an echo are the base model's, not an adapter's"
             raise Refusal(400, message, param="model")
         longest = max(map(len, prompts))
         if longest > self.context:

@@ -91,7 +91,7 @@ class ToolCalls:
         calls = []
         rest = ""
         for part in re.split(r"(<tool_call>.*?(?:</tool_call>|$))", self.held, flags=re.S):
-            found = read_calls(part.removeprefix(TOOL_CALL).removesuffix("</tool_call>"))
+            found = parse_calls(part.removeprefix(TOOL_CALL).removesuffix("</tool_call>"))
             known = all(call["function"]["name"] in self.names for call in found)
             if found and (known or part.startswith(TOOL_CALL)):
                 calls += found
@@ -100,7 +100,7 @@ class ToolCalls:
         return rest if rest.strip() or not calls else "", calls[: self.most]
 
 
-def read_calls(text):
+def parse_calls(text):
     """A call in JSON, or a list of them -> calls in OpenAI's shape; [] for anything else."""
     calls = []
     try:

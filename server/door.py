@@ -77,8 +77,8 @@ def read_keys(args):
     return keys
 
 
-# The upper bounds of the histograms' buckets, in seconds.
-BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Where the buckets of the histograms end, in seconds.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # The engine's counters, under our names and vLLM's.
 COUNTERS = {
     "prompt_tokens": "prompt_tokens",
@@ -96,7 +96,7 @@ class Measures:
     def __init__(self, client):
         self.client = client
         self.seconds = defaultdict(float)  # {name: sum}
-        self.buckets = defaultdict(lambda: [0] * (len(BOUNDS) + 1))
+        self.buckets = defaultdict(lambda: [0] * (len(BUCKETS) + 1))
         self.finished = Counter()  # {reason: jobs}
         self.http = Counter()  # {status: requests}
 
@@ -113,12 +113,12 @@ class Measures:
                 found["time_per_output_token"] = (now - job.first) / (job.tokens - 1)
         for name, seconds in found.items():
             self.seconds[name] += seconds
-            self.buckets[name][bisect_left(BOUNDS, seconds)] += 1
+            self.buckets[name][bisect_left(BUCKETS, seconds)] += 1
 
     def collect(self):
         """All figures, as prometheus-client asks for them."""
         for name, counts in self.buckets.items():
-            buckets = list(zip(map(floatToGoString, (*BOUNDS, math.inf)), accumulate(counts)))
+            buckets = list(zip(map(floatToGoString, (*BUCKETS, math.inf)), accumulate(counts)))
             yield HistogramMetricFamily(f"llm:{name}_seconds", name, buckets, self.seconds[name])
         for name, label, counts in (
             ("request_success", "finished_reason", self.finished),
