@@ -55,7 +55,9 @@ def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     assert whole["usage"] == usage["usage"]
 
 
-def test_the_docs_load_nothing_from_elsewhere(stub):
+def test_the_pages_load_nothing_from_elsewhere(stub):
+    page = HTTP.get(stub.url + "/")
+    assert not [word for word in ("<script src", "<link href=http", "@import") if word in page.text]
     page = HTTP.get(stub.url + "/docs")
     assert page.headers["content-type"].startswith("text/plain")  # no script runs in it
     assert "/v1/chat/completions" in page.text
