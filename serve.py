@@ -302,9 +302,8 @@ async def read_body(request, kind):
     try:
         body = await request.receive.read()  # the Door's receive is a door.Body
         text = body.decode()
-        bare = "".join(
-            text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
-        )  # without strings
+        # Without its strings: every other part between quotes that are not escaped.
+        bare = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
         if bare.count("[") + bare.count("{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
         return api.parse_body(BODIES.decode(text), kind)

@@ -109,8 +109,8 @@ def parse_calls(text):
             arguments = call["arguments"] if "arguments" in call else call["parameters"]
             written = json.dumps(arguments, ensure_ascii=False)
             function = {"name": str(call["name"]), "arguments": written}
-            name = "call_" + secrets.token_hex(6)
-            calls.append({"id": name, "type": "function", "function": function})
+            call_id = "call_" + secrets.token_hex(6)
+            calls.append({"id": call_id, "type": "function", "function": function})
     except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return calls

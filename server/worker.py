@@ -105,12 +105,11 @@ class Worker:
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
-        # A request is (number, key, prompt, fields of Sampling, adapter, what binds its answer):
-        self.grammars = FairQueue()  # of those that a grammar binds which is not built yet
-        self.building = (
-            None  # one of them, with the future of its Constraint in the grammar's place
-        )
-        self.waiting = FairQueue()  # of those that are like that, or bound by nothing: None
+        # A request is (number, key, prompt, fields of Sampling, adapter, what binds its answer: a
+        # grammar, then the future of its Constraint, or None).
+        self.grammars = FairQueue()  # of requests whose grammar is not built yet
+        self.building = None  # one of them, with its future
+        self.waiting = FairQueue()  # of requests for tokens
         self.texts = FairQueue()  # that are only to be read: (number, key, index, ids, count)
         self.reading = None  # (number, index, the generator of Engine.read) of one of them
         self.unfinished = {}  # {number of a request in the engine: answers still being made}
