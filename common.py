@@ -94,7 +94,7 @@ def warn_of_unknown(keys, where):
 
 def model_name(path):
     """A model folder's whole name, dots included, also of "."; of a file that without .gguf."""
-    return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
+    return re.sub(r"(?i)\.gguf$", "", os.path.basename(os.path.abspath(path)))
 
 
 class Parser(argparse.ArgumentParser):
