@@ -164,7 +164,7 @@ def as_preference(record):
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
     sides = fields.pop("chosen"), fields.pop("rejected")
     fields.pop("output", None)
-    (chosen, tools), (rejected, _) = (as_talk(fields, side) for side in sides)
+    (_, chosen, tools), (_, rejected, _) = (as_talk(fields, side) for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
@@ -176,7 +176,8 @@ def as_preference(record):
 
 
 def as_talk(fields, answer):
-    """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
+    """A record without its answers, and one of them -> (what else it says, messages of prompt and
+    answer, tools)."""
     answer = chat.as_turns("assistant", answer)
     for key in chat.TALKS:
         if key in fields:
@@ -195,8 +196,7 @@ def read_preferences(path, split="train", count=0, ignore=""):
     if path == "toybox":
         yield from map(as_preference, toybox.preferences(split, count))
         return
-    for _, preference in chat.read_each(path, as_preference, ignore):
-        yield preference
+    yield from chat.read_each(path, as_preference, ignore)
 
 
 def pair_ids(tok, preference, context):

@@ -154,7 +154,7 @@ PAST = say("q1", "a1", "q", "a")
     ],
 )
 def test_one_conversation_has_many_spellings(record, talk):
-    assert chat.as_messages(record) == (talk, None)
+    assert chat.as_messages(record)[1:] == (talk, None)
     *asked, said = talk
     answer = next((key for key in ("output", "completion", "response") if key in record), None)
     if answer:  # the same in a preference
