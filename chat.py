@@ -10,6 +10,7 @@ in one call; then records of files, and the two commands.
 
 import json
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -507,7 +508,7 @@ def named_pieces(name, tok, chat):
     if form.alternates:
         roles = [m["role"] for m in chat.turns if m["role"] != "tool" and "tool_calls" not in m]
         taking_turns = ["user", "assistant"] * len(roles)
-        if not chat.turns or roles != taking_turns[: len(roles)]:
+        if not roles or roles != taking_turns[: len(roles)]:
             raise UserError(
                 f"chat format {name}: after a system prompt user and assistant take turns, "
                 f"not {roles}"
@@ -678,11 +679,11 @@ def training_ids(tok, chat, format=None):
 def example(tok, messages, tools=None, format=None):
     """One conversation -> (ids, mask) to train on. UserError if it teaches nothing, or wrongly."""
     chat = read_chat(tok, messages, tools)
-    roles = [m["role"] for m in chat.messages]
-    if "assistant" not in roles:
+    if not chat.learned:
         raise UserError("no assistant turn")
-    if roles[-1] != "assistant":
-        raise UserError(f"ends with a {roles[-1]} turn")
+    last = chat.messages[-1]["role"]
+    if last != "assistant":
+        raise UserError(f"ends with a {last} turn")
     for m in chat.messages:
         empty = not m["content"].strip() and "tool_calls" not in m
         if empty and m["role"] in ("user", "assistant"):
@@ -908,21 +909,18 @@ def convert_command(argv):
     bounds = list(accumulate(map(int, shares.groups()))) if shares else [0]
     if not bounds[-1]:
         raise UserError(f"--split {args.split}: give the shares of train, val, test, as 85/5/10")
-    splits = {"train": [], "val": [], "test": []}
+    splits = [], [], []
     for path in args.files:
         for rest, messages, tools in read_records(path, args.ignore_keys):
-            row = {"messages": messages}
             if tools:
-                row["tools"] = tools
-            row |= rest
+                rest["tools"] = tools
             place = place_of(asked_in(messages)) * bounds[-1]
-            split = next(name for name, bound in zip(splits, bounds) if place < bound)
-            splits[split].append(row)
+            splits[bisect(bounds, place)].append({"messages": messages, **rest})
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
+    for name, rows in zip(("train", "val", "test"), splits):
         write_records(Path(args.out, f"{name}.jsonl"), rows)
-    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
-    print(f"{args.out}: {counts} conversations")
+    train, val, test = map(len, splits)
+    print(f"{args.out}: {train:,} train, {val:,} val, {test:,} test conversations")
 
 
 def main():
