@@ -738,7 +738,7 @@ LAYOUTS = (
 TALKS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 ANSWERS = ("output", "completion", "response", "answer")
-# Keys of a record that say nothing to a model. Those of the last line say something to an exam.
+# Keys of a record that say nothing to a model. To an exam family and checks say something.
 SAYS_NOTHING = (
     "id idx index uuid prompt_id hash source dataset meta metadata category "
     "language url license timestamp "
