@@ -134,12 +134,13 @@ def read_message(i, message):
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
     what = f"message {i} ({role})"
+    speaks = role == "assistant"
     calls = read_calls(what, fields.pop("tool_calls", []))
     may_lack_text = calls or "reasoning_content" in fields
     text = read_text_parts(what, fields.get("content", "" if may_lack_text else None))
     checked = {"role": role, "content": text}
     if calls:
-        if role != "assistant":
+        if not speaks:
             raise UserError(f"{what}: only the assistant makes tool_calls")
         checked["tool_calls"] = calls
     for key, roles in TEXT_KEYS.items():
@@ -147,7 +148,6 @@ def read_message(i, message):
             if role not in roles or not isinstance(fields[key], str):
                 raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
             checked[key] = fields[key]
-    speaks = role == "assistant"
     weight = fields.get("weight", speaks)
     if weight not in (0, 1):  # True and 1.0 are 1
         raise UserError(f"{what}: weight is {weight!r}, which is neither yes nor no: use 1 or 0")

@@ -397,13 +397,13 @@ class Tokenizer:
         if before is None:
             # No file says it. A model of conversations knows a bos only if its template writes one,
             # and our ChatML does not; but Llama 2's and Mistral's see one before every text.
-            before = end(self.bos_id, self.kind == "pieces" or not self.chat_template)
+            before = only_if(self.kind == "pieces" or not self.chat_template, self.bos_id)
         return before, self.after
 
     def set_prompt_ends(self, bos, eos):
         """Whether a prompt begins with bos and ends with eos, where there are such tokens."""
-        self.before = end(self.bos_id, bos)
-        self.after = end(self.eos_id, eos)
+        self.before = only_if(bos, self.bos_id)
+        self.after = only_if(eos, self.eos_id)
 
     def encode_prompt(self, text):
         """A prompt that is no conversation -> ids, with what the tokenizer's files put round it."""
@@ -627,10 +627,14 @@ class Tokenizer:
         return i
 
     def with_special(self, names):
-        """The same tokenizer with these special tokens besides, which get the next free ids; one
-        that it has keeps its own."""
-        more = [name for name in names if name not in self.special]
-        ids = {name: self.vocab_size + i for i, name in enumerate(more)}
+        """The same tokenizer with these special tokens besides, which get the next free ids.
+        UserError where it has one of that name, whose id would be lost."""
+        for name in names:
+            if name in self.special | self.added:
+                raise UserError(
+                    f"{name!r} is a token already; that it is special, its file must say"
+                )
+        ids = {name: self.vocab_size + i for i, name in enumerate(names)}
         return replace(self, special=self.special | ids, config=dict(self.config))
 
     @property
@@ -738,8 +742,8 @@ def normalize(text, operations, where="first"):
     return text
 
 
-def end(i, wanted):
-    """An id before or after a prompt, as a tuple: () if there is none, or none is wanted."""
+def only_if(wanted, i):
+    """(i,), or () where it is not wanted or is None."""
     return (i,) if wanted and i is not None else ()
 
 
@@ -827,8 +831,7 @@ def compare_command(argv):
     """Bytes per token, and speed, of several tokenizers on one text."""
     from training.corpora import expand, text_parts
 
-    doc = compare_command.__doc__
-    args = CompareArgs(**parse_flags(CompareArgs, doc, argv, ("tokenizers",)))
+    args = CompareArgs(**parse_flags(CompareArgs, compare_command.__doc__, argv, ("tokenizers",)))
     files = expand(args.data)
     text = b"".join(text_parts(files, ())).decode("utf-8", "replace")
     size = len(text.encode())

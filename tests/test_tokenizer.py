@@ -368,8 +368,10 @@ def test_a_character_tokenizer_has_one_id_per_character(tmp_path):
     again = Tokenizer.load(tmp_path)
     assert again.sha256 == tok.sha256 and again.kind == "chars"
     assert again.encode("dew", eos=True) == tok.encode("dew") + [9]
-    assert again.with_special(["<PAD>", "<EOS>"]).special == {"<EOS>": 9, "<PAD>": 10}
     assert again.with_special(["<PAD>"]).pad_id == 10
+    for known in (again, replace(again, special={}, added=again.special)):
+        with pytest.raises(UserError, match="'<EOS>' is a token already"):
+            known.with_special(["<PAD>", "<EOS>"])
     with pytest.raises(
         UserError, match=r"2 of the text's characters not in this tokenizer's 9: 'z', 'é'"
     ):
