@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import gzip
 import hashlib
 import inspect
@@ -431,6 +432,13 @@ def well_formed(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@functools.lru_cache(maxsize=8)
+def any_of(names):
+    """A regex that matches any of the names, the longest first; without names it never matches."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join([*map(re.escape, longest_first), "(?!)"]) + ")")
 
 
 # -------------------------------------------------------------------------------- several processes

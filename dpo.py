@@ -178,7 +178,7 @@ def as_preference(record):
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
     sides = fields.pop("chosen"), fields.pop("rejected")
     fields.pop("output", None)
-    (chosen, tools), (rejected, _) = (as_talk(fields, side) for side in sides)
+    (_, chosen, tools), (_, rejected, _) = (as_talk(fields, side) for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
@@ -190,7 +190,8 @@ def as_preference(record):
 
 
 def as_talk(fields, answer):
-    """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
+    """A record without its answers, and one of them -> (what else it says, messages of prompt and
+    answer, tools)."""
     answer = chat.as_turns("assistant", answer)
     for key in chat.TALKS:  # {conversations: [...]} and a message that goes on
         if key in fields:
@@ -208,7 +209,7 @@ def read_preferences(path, split="train", count=0, ignore=""):
     is none."""
     if path == "toybox":
         return map(as_preference, toybox.preferences(split, count))
-    return (preference for _, preference in chat.read_each(path, as_preference, ignore))
+    return chat.read_each(path, as_preference, ignore)
 
 
 def pair_ids(tok, preference, context, counts):

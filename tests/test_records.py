@@ -148,6 +148,7 @@ PAST = say("q1", "a1", "q", "a")
         ({"messages": say("q", "a"), "history": say("q1", "a1")}, PAST),
         ({"input": "q", "output": "a"}, say("q", "a")),
         ({"instruction": "q", "context": "i", "response": "a"}, say("q\n\n### Input:\ni", "a")),
+        ({"instruction": "", "input": "q", "output": "a"}, say("q", "a")),
         (
             {"prompt": "q", "prompt_id": "7", "messages": say("q", "a"), "tools": None},
             say("q", "a"),
@@ -155,7 +156,7 @@ PAST = say("q1", "a1", "q", "a")
     ],
 )
 def test_one_conversation_has_many_spellings(record, talk):
-    assert chat.as_messages(record) == (talk, None)
+    assert chat.as_messages(record)[1:] == (talk, None)
     *asked, said = talk
     answer = next((key for key in ("output", "completion", "response") if key in record), None)
     if answer:  # the same in a preference
@@ -175,6 +176,7 @@ def test_one_conversation_has_many_spellings(record, talk):
         ({"messages": json.dumps(say("q", "a"))}, "non-empty list"),
         ({"messages": say("q", "a"), "chosen": "x"}, "unknown key 'chosen'"),
         ({"instruction": "q", "prompt": "p", "output": "a"}, "unknown key 'prompt'"),
+        ({"question": "q", "response": "r", "answer": "a"}, "beside another .* key 'answer'"),
         ({"messages": say("q", "a"), "tools": "[{"}, "a tool is a str"),
         ({"messages": say("q", "a"), "tools": [{"type": "code", "function": {}}]}, "tools must be"),
         ({"messages": [{**say("q")[0], "from": "gpt"}]}, "says twice what its role is"),
@@ -252,6 +254,7 @@ def test_training_refuses_a_format_that_loses_what_was_said(name):
     with pytest.raises(UserError, match="loses the reasoning_content"):
         chat.example(Tok(), thinking, format=name)
     chat.example(Tok(), thinking, format="qwen3")
+    chat.example(Tok(), [*thinking, *say("q2", "a2")], format="qwen3")  # as it drops earlier ones
     calling = [*say("q"), {"role": "assistant", "content": "I look", "tool_calls": [CALL]}]
     if name != "chatml":
         with pytest.raises(UserError, match="loses the answer"):
