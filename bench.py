@@ -35,7 +35,6 @@ import json
 import platform
 import random
 import re
-import shutil
 import string
 import subprocess
 import sys
@@ -48,15 +47,18 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 from common import (  # isort: skip
     Metrics,
     Parser,
     UserError,
     cli,
+    flag,
     in_processes,
     read_json,
     usable_cpus,
+    write_json,
 )
 
 import torch
@@ -86,9 +88,8 @@ ROOT = Path(__file__).parent
 def machine_facts():
     """What a figure depends on beside the program."""
     cpu = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
+    with contextlib.suppress(OSError, TypeError):  # there is no such file, or no such line
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return dict(
         date=time.strftime("%Y-%m-%d"),
         platform=platform.platform(),
@@ -151,6 +152,8 @@ def wait_for_gpu():
 
 def memory_held(reset=False):
     """(bytes held now, most since the reset), of the GPU or else of this process."""
+    if reset:
+        gc.collect()  # a compiled model that was measured before
     if torch.cuda.is_available():
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -265,11 +268,8 @@ def bench_optimizers():
         for name, flags in tried.items():
             _, rows, _ = run_stage(f"train.py {shape} --seed {seed} {flags}")
             losses = [row["val_loss"] for row in rows if "val_loss" in row]
-            yield {
-                "optimizer": name,
-                "seed": seed,
-                **dict(zip(("1/4", "1/2", "3/4", "end"), losses[-4:])),
-            }
+            quarters = dict(zip(("1/4", "1/2", "3/4", "end"), losses[-4:]))
+            yield dict(optimizer=name, seed=seed) | quarters
 
 
 def training_step(model, optimizer, runtime, ids, passes=1):
@@ -306,11 +306,10 @@ def time_by_operation(step):
         yield dict(operation=event.key[:60], ms=spent[event] / 1000, share=share, calls=event.count)
 
 
-def our_program(config, runtime, recompute):
+def our_program(config, device):
     """-> (a fresh model, the optimizer that goes with its shape)."""
-    model = Transformer(config).to(runtime.device)
+    model = Transformer(config).to(device).train()
     model.init_weights()
-    model.train().recompute = recompute
     return model, MuonAdamW(model, kind="adamw" if config.is_gpt2 else "muon")
 
 
@@ -330,6 +329,9 @@ def bench_pretrain(
     --nanogpt runs its own source (a folder with its model.py)."""
     if arch not in ("qwen3", "gpt2") or (nanogpt and arch != "gpt2"):
         raise UserError(f"--arch {arch}: use qwen3 or gpt2, the one that goes with --nanogpt")
+    unknown = set(" ".join(ways).split()) - {"eager", "compiled", "recomputing"}
+    if unknown:
+        raise UserError(f"--ways {unknown.pop()}: use eager, compiled or 'compiled recomputing'")
     runtime = resolve()
     peak = peak_flops(runtime.device)
     config = SHAPES[arch]
@@ -337,32 +339,38 @@ def bench_pretrain(
     ids = torch.randint(config.vocab_size, (rows, context + 1), device=runtime.device)
 
     flops = Transformer(config).flops_per_token(context)
-    for way in ways:
-        recompute = "recomputing" in way
-        for program in ["ours"] + ["nanoGPT"] * (nanogpt != "" and not recompute):
-            memory_held(reset=True)
-            if program == "ours":
-                model, optimizer = our_program(config, runtime, recompute)
-            else:
-                from peers.nanogpt import nanogpt_program
+    programs = {"ours": our_program}
+    if nanogpt:
+        from peers.nanogpt import nanogpt_program
 
-                model, optimizer = nanogpt_program(nanogpt, config, runtime.device)
-            model = try_compiling(model, "compiled" in way, optimizer, runtime, ids)
-            for n in dict.fromkeys((1, passes)):
-                step = training_step(model, optimizer, runtime, ids, n)
-                seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
-                rate = n * rows * context / seconds
-                yield dict(
-                    name=f"{program}, {way}",
-                    arch=arch,
-                    passes=n,
-                    seconds=seconds,
-                    tokens_per_s=rate,
-                    mfu=rate * flops / peak if peak else None,
-                    peak_mib=memory_held()[1] / 2**20,
-                )
-            if not recompute:
-                yield from time_by_operation(training_step(model, optimizer, runtime, ids))
+        programs["nanoGPT"] = partial(nanogpt_program, nanogpt)
+
+    def measured(program, way):  # a function, so that no model is there while the next is measured
+        memory_held(reset=True)
+        model, optimizer = programs[program](config, runtime.device)
+        if "recomputing" in way:
+            model.recompute = True
+        model = try_compiling(model, "compiled" in way, optimizer, runtime, ids)
+        for n in dict.fromkeys((1, passes)):
+            step = training_step(model, optimizer, runtime, ids, n)
+            seconds = seconds_of(step, repeats=max(2, steps // n), warm_up=3 if n == 1 else 1)
+            rate = n * rows * context / seconds
+            yield dict(
+                name=f"{program}, {way}",
+                arch=arch,
+                passes=n,
+                seconds=seconds,
+                tokens_per_s=rate,
+                mfu=rate * flops / peak if peak else None,
+                peak_mib=memory_held()[1] / 2**20,
+            )
+        if "recomputing" not in way:
+            yield from time_by_operation(training_step(model, optimizer, runtime, ids))
+
+    for way in ways:
+        for program in programs:
+            if program == "ours" or "recomputing" not in way:  # nanoGPT cannot
+                yield from measured(program, way)
 
 
 def bench_qlora(shape="7b"):
@@ -377,29 +385,32 @@ def bench_qlora(shape="7b"):
     if runtime.device.type == "cuda":
         ways += [("nf4", True), ("", True)]
     for quant, compiled in ways:
-        args = lora.Args(
-            r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1
-        )
-        planned, parts = lora.estimate_adapter_memory(config, args, runtime, 1)
-        lora.print_adapter(planned, args)
-        print_estimate(parts, 1, args, runtime)
-        model = random_base(config, bool(quant), runtime)
-        loaded, _ = memory_held(reset=True)
-        lora.apply(model, args.r).train().recompute = True
-        optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
-        ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
-        model = try_compiling(model, compiled, optimizer, runtime, ids)
-        step = training_step(model, optimizer, runtime, ids)
-        seconds = seconds_of(step, repeats=3, warm_up=1)
-        _, peak = memory_held()
-        yield dict(
-            base=(quant or str(runtime.dtype)) + ", compiled" * compiled,
-            estimated_gib=sum(parts.values()) / 2**30,
-            base_gib=loaded / 2**30,
-            peak_gib=peak / 2**30,
-            to_train_gib=(peak - loaded) / 2**30,
-            tokens_per_s=512 / seconds,
-        )
+        yield qlora_figures(config, quant, compiled, runtime)
+
+
+def qlora_figures(config, quant, compiled, runtime):
+    """One row of `bench_qlora`; its model is gone when the next one is made."""
+    args = lora.Args(r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1)
+    planned, parts = lora.estimate_adapter_memory(config, args, runtime, 1)
+    lora.print_adapter(planned, args)
+    print_estimate(parts, 1, args, runtime)
+    model = random_base(config, bool(quant), runtime)
+    loaded, _ = memory_held(reset=True)
+    lora.apply(model, args.r).train().recompute = True
+    optimizer = MuonAdamW(model, adam_lr=1e-4, kind="adamw8bit")
+    ids = torch.randint(config.vocab_size, (1, 513), device=runtime.device)
+    model = try_compiling(model, compiled, optimizer, runtime, ids)
+    step = training_step(model, optimizer, runtime, ids)
+    seconds = seconds_of(step, repeats=3, warm_up=1)
+    _, peak = memory_held()
+    return dict(
+        base=(quant or str(runtime.dtype)) + ", compiled" * compiled,
+        estimated_gib=sum(parts.values()) / 2**30,
+        base_gib=loaded / 2**30,
+        peak_gib=peak / 2**30,
+        to_train_gib=(peak - loaded) / 2**30,
+        tokens_per_s=512 / seconds,
+    )
 
 
 def bench_sft(model, data="data/toybox/train.jsonl"):
@@ -452,6 +463,8 @@ def bench_grpo(model, data="toybox", questions=16, steps=6):
     """Answer tokens a second through whole steps of GRPO on the CPU, from eight answers to each
     question to the update: grpo.py, and what share of it the engine takes, beside TRL's GRPOTrainer
     with transformers' generation. The first step of each is not counted."""
+    if steps < 2:
+        raise UserError("--steps 1: the first step is not counted, so use 2 or more")
     from peers.trl import policy_trainer_speed
 
     flags = f"--batch {questions} --steps {steps} --eval-every {steps} --max-tokens 40"
@@ -489,18 +502,18 @@ def linear_cases(M, N=12_288, K=4096):
     """Products of M rows with a layer (N, K) -> {name: (bytes, function, function that draws its
     arguments)}; the first is what the others are measured against."""
 
-    def packed(kind):
-        groups = {"int8": 1, "int4": K // 128, "nf4": K // 64}[kind]
+    def packed(kind, groups):
         codes = torch.randint(0, 256 if kind == "int8" else 16, (N, K), device="cuda")
         scales = torch.rand(N, groups, device="cuda", dtype=torch.float16)
         return bf16(M, K), kernels.tile(kind, codes.to(torch.uint8), scales, K // groups)
 
     rows = 2 * M * (N + K)
     cases = {"cuBLAS bf16": (2 * N * K + rows, F.linear, lambda: (bf16(M, K), bf16(N, K)))}
-    # bytes a weight, scales included
-    widths = {"int8": 1, "int4": 1 / 2 + 1 / 64, "nf4": 1 / 2 + 1 / 16}
-    for kind, width in widths.items():
-        cases[kind] = (int(N * K * width) + rows, kernels.linear, partial(packed, kind))
+    # scales of a row, and bytes of a weight with its part of them
+    formats = {"int8": (1, 1), "int4": (K // 128, 1 / 2 + 1 / 64), "nf4": (K // 64, 1 / 2 + 1 / 16)}
+    for kind, (groups, width) in formats.items():
+        size = int(N * K * width) + rows
+        cases[kind] = (size, kernels.linear, partial(packed, kind, groups))
     return cases
 
 
@@ -605,19 +618,8 @@ def bench_kernels(only=""):
 INSTRUCTIONS_GOAL = {"int4": 2.6, "int8": 2.6, "nf4": 6.5, "attention": 4.5}  # up to 16 rows
 
 
-def disassembler():
-    found = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    found = found if found.exists() else shutil.which("nvdisasm")
-    if not found:
-        raise UserError(
-            "no nvdisasm in Triton's package or on the PATH: pip install triton, or CUDA's own "
-            "(cuda-nvdisasm)"
-        )
-    return found
-
-
 def machine_code(kernel, pointers, numbers, constants, unaligned=()):
-    """A kernel for sm_90 as lines of SASS; this needs no GPU.
+    """A kernel for sm_90 as Triton lists its SASS; this needs no GPU.
 
     pointers, numbers: {argument: type, of what is there}; all others are constants, None where not
     given. What is not named in `unaligned` is a multiple of 16, as Triton finds it at a launch.
@@ -637,22 +639,16 @@ def machine_code(kernel, pointers, numbers, constants, unaligned=()):
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [disassembler(), "-c", file.name]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+    return compiled.asm["sass"]
 
 
 def product_machine_code(format, group, zeros, config):
-    pointers = dict(x="bf16", words="i16", table="fp32", parts="fp32", done="i32", out="bf16")
+    pointers = dict(x="bf16", words="i16", table="fp32", sums="fp32", done="i32", out="bf16")
     pointers["scales"] = "fp32" if format == "nf4" else "fp16"
     if zeros:
         pointers["zeros"] = "u8"
     constants = dict(FORMAT=format, GROUP=group, SPLIT=8, **config)
-    constants["TOGETHER"] = kernels.parts_together(format, group)
+    constants["TOGETHER"] = kernels.parts_together(group)
     numbers = dict.fromkeys("MNK", "i32")
     return machine_code(kernels._product, pointers, numbers, constants, "M")
 
@@ -664,36 +660,43 @@ def attention_machine_code(cached, config, query="bf16"):
     if cached == "i16":  # pairs of int8
         pointers |= dict(k_scale="fp32", v_scale="fp32")
     numbers = dict(scale="fp32", S="i32", T="i32", table_stride="i32")
-    constants = dict(H=32, KH=8, D=128, PAGE=16, BLOCK_D=128, SPLIT=4, **config)
+    constants = dict(H=32, KH=8, D=128, PAGE_SIZE=16, BLOCK_D=128, SPLIT=4, **config)
     unaligned = ("tables", "lengths", "starts", *numbers)
     return machine_code(kernels._attend, pointers, numbers, constants, unaligned)
 
 
-def longest_loop(lines):
-    """Lines of SASS -> the instructions from a label to the branch back to it, of the longest."""
-    labels = {}
+def longest_loop(code):
+    """-> the instructions from a label to the branch back to it, of the longest loop."""
+    places = {}  # of the labels that came already
     instructions = []
     longest = []
-    for line in lines:
-        label = re.match(r"\s*(\.L_\w+):", line)
-        if label:
-            labels[label[1]] = len(instructions)
-        elif re.search(r"/\*[0-9a-f]{4,}\*/.*;", line):
+    for line in code.splitlines():
+        label = line.rstrip(":;").rpartition(" ")[2]  # "LBB7:", "BRA LBB7;"
+        if line.endswith(":"):
+            places[label] = len(instructions)
+        elif line.endswith(";"):
             instructions.append(line)
-            target = re.search(r"\bBRA.*`\((\.L_\w+)\)", line)
-            body = instructions[labels.get(target[1], len(instructions)) :] if target else []
-            longest = max(longest, body, key=len)
+            loop = instructions[places.get(label, len(instructions)) :]
+            longest = max(longest, loop, key=len)
     return longest
 
 
-def counted(lines, config, values, goal):
-    """What a lane of a warp does for each of the values that one pass of the loop takes."""
-    loop = longest_loop(lines)
+def loop_figures(name, rows, code, config, values, goal):
+    """One row of `bench_sass`: what a lane of a warp does for each value. A pass of the loop takes
+    `values` for each of BLOCK_N."""
+    loop = longest_loop(code)
+    block = config["BLOCK_N"]
     warps = config["num_warps"]
-    spilled = sum("LDL" in line or "STL" in line for line in loop)
-    each = len(loop) / (values / 32 / warps)
-    stages = config["num_stages"]
-    return dict(warps=warps, stages=stages, spilled=spilled, per_value=each, goal=goal)
+    return dict(
+        loop=name,
+        rows=rows,
+        block=block,
+        warps=warps,
+        stages=config["num_stages"],
+        spilled=sum("LDL" in line or "STL" in line for line in loop),
+        per_value=len(loop) * warps * 32 / (block * values),
+        goal=goal,
+    )
 
 
 def bench_sass(rows=(16, 64)):
@@ -706,19 +709,16 @@ def bench_sass(rows=(16, 64)):
     for format, group, zeros in cases:
         columns = "" if format == "int8" else f" in groups of {group}"
         name = f"{format}{columns}{', zero points' * zeros}"
-        for M in map(int, rows):
+        for M in rows:
             goal = INSTRUCTIONS_GOAL[format] if M <= 16 else None
             for config in kernels.product_configs(M)[:2]:
                 code = product_machine_code(format, group, zeros, config)
-                weights = config["BLOCK_N"] * kernels.COLUMNS
-                figures = counted(code, config, weights, goal)
-                yield dict(loop=name, rows=M, block=config["BLOCK_N"], **figures)
+                yield loop_figures(name, M, code, config, kernels.COLUMNS, goal)
     for cached, name in (("bf16", "bf16"), ("i16", "int8")):
         for config in kernels.attention_configs(4, 4)[:2]:
             code = attention_machine_code(cached, config)
             goal = INSTRUCTIONS_GOAL["attention"]
-            figures = counted(code, config, 2 * config["BLOCK_N"] * 128, goal)
-            yield dict(loop=f"attention, {name}", rows=1, block=config["BLOCK_N"], **figures)
+            yield loop_figures(f"attention, {name}", 1, code, config, 2 * 128, goal)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -867,6 +867,8 @@ def bench_throughput(model, requests=64, low=16, high=128, transformers=()):
     """Requests of random lengths (prompts and answers of --low to --high tokens), all there at the
     start: output tok/s, greedy and drawn, beside transformers' static batches of 32 of the same, in
     its dtypes. The engine's longest wait is between two of its steps."""
+    if low > high:
+        raise UserError(f"--low {low} is more than --high {high}")
     engine = open_engine(model)
     prompts, new = random_requests(requests, low, high, engine.vocab_size)
     engine.generate(prompts[0], greedy(4))
@@ -902,19 +904,20 @@ class IdleGraphs(Graphs):
         return SimpleNamespace(replay=lambda: None)
 
 
-def idle_engine(sequences, tok, graphs=None):
-    """An engine whose model computes nothing: a step's inputs are made, its logits are constant."""
+def idle_engine(sequences, room, tok, in_graph):
+    """An engine whose model computes nothing: a step's inputs are made, its logits are constant.
+
+    room: tokens of all sequences together."""
     config = Config("qwen3", 512, 16, 16, 1, 1, 1, 8, 4096)  # forward.cpp does no heads of 8
     model = Transformer(config)
     with contextlib.redirect_stdout(None):
-        room = sequences * 512
         sizes = dict(kv_tokens=room, max_seqs=sequences, step_tokens=room)
         engine = Engine.of(model, tok, "float32", **sizes)
     constant = torch.randn(sequences, config.vocab_size)
     forward = engine.runner.forward
     forward.step = lambda longs, ints, ids: constant[: longs[2]].clone()
-    if graphs:
-        forward.graphs = graphs
+    if in_graph:
+        forward.graphs = IdleGraphs()
         forward.logits = constant
         forward.step = lambda longs, ints, ids: constant[: longs[2]]
     return engine
@@ -937,8 +940,8 @@ def bench_overhead(steps=200):
     }
     for name, (tokenizer, sampling) in requests.items():
         for sequences in (1, 16, 64, 256):
-            graphs = IdleGraphs() if "graph" in name else None
-            engine = idle_engine(sequences, tokenizer, graphs)
+            room = sequences * (steps + 312)
+            engine = idle_engine(sequences, room, tokenizer, "graph" in name)
             for i in range(sequences):
                 engine.submit([i + 1] * 256, sampling)
             for _ in range(4):  # the prompts, the caches
@@ -1028,10 +1031,11 @@ class Client(asyncio.Protocol):
 async def send_load(url, bodies, concurrency):
     """All bodies as requests over so many connections, on each one after the other
     -> (seconds, what came for each (see Client), the load's own seconds of CPU)."""
-    host = url.split("/")[2]
+    host = urlsplit(url)
     requests = []
     for content in map(json.dumps, bodies):
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host.netloc}"
+        head += "\r\nContent-Type: application/json"
         requests.append(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode())
     begin, busy = time.perf_counter(), time.process_time()
     left = iter(requests)  # a client that is free takes the next
@@ -1039,7 +1043,7 @@ async def send_load(url, bodies, concurrency):
 
     async def client():
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Client, *host.split(":"))
+        _, connection = await loop.create_connection(Client, host.hostname, host.port or 80)
         for request in left:
             answers.append(await connection.ask(request))
         connection.transport.close()
@@ -1080,6 +1084,8 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
         for i, prompt in enumerate(prompts)
     ]
     running = model.startswith("http://")
+    if running and seqs:
+        raise UserError("--seqs is a setting of the server, which runs already: leave it out")
     seqs = seqs or concurrency
     measured, alone = [], []
     with contextlib.nullcontext(model) if running else served(model, seqs) as url:
@@ -1119,14 +1125,15 @@ def bench_serve(model, requests=64, concurrency=16, seqs=0, new=64, rounds=3):
 
 
 # ------------------------------------------------------------------------------ what needs a GPU
-def bench_gpu(nanogpt="", gptfast="", minutes=10, dry=False):
+def bench_gpu(nanogpt="", gptfast="", model="runs/demo-dpo", minutes=10, dry=False):
     """One table of all that is timed on a GPU, ours beside the peers that are at hand: all programs
     compile side by side, then each is timed alone. What fails says why, and the next one runs.
 
-    --nanogpt, --gptfast: folders of their sources; --dry prints the commands."""
+    --nanogpt, --gptfast: folders of their sources; --model: the folder that is served; --dry prints
+    the commands."""
     from peers import side_by_side
 
-    todo = side_by_side.timings(nanogpt, gptfast)
+    todo = side_by_side.timings(nanogpt, gptfast, model)
     if dry:
         for timing in todo:
             yield dict(program=timing.program, command=timing.command, compiled_by=timing.compile)
@@ -1203,9 +1210,24 @@ MEASUREMENTS: dict = {
 }
 
 
+def number_from_1(word):
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def reader_of(default):
+    """-> the function that makes a word a value of a parameter with that default."""
+    if isinstance(default, tuple):
+        return reader_of(default[0]) if default else str
+    return number_from_1 if type(default) is int and default else type(default)
+
+
 def parse_command(argv):
     """Command line -> {"command", "json", and the measurement's own parameters}. A parameter with a
-    default is a --flag of that type, a tuple a flag with several values."""
+    default is a --flag of that type (a number from 1 on, unless the default is 0), a tuple a flag
+    with several values."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command, measure in MEASUREMENTS.items():
@@ -1213,21 +1235,24 @@ def parse_command(argv):
         own.add_argument("--json", metavar="FILE", help="also write the rows to this file")
         for name, parameter in inspect.signature(measure).parameters.items():
             default = parameter.default
-            options = dict(default=default, help=f"[{default}]")
             if default is parameter.empty:
                 own.add_argument(name)
             elif isinstance(default, bool):
-                own.add_argument(f"--{name}", action="store_true")
-            elif isinstance(default, tuple):
-                own.add_argument(f"--{name}", nargs="+", **options)
+                own.add_argument(flag(name), action="store_true")
             else:
-                own.add_argument("--" + name.replace("_", "-"), type=type(default), **options)
+                options = dict(default=default, type=reader_of(default), help=f"[{default}]")
+                if isinstance(default, tuple):
+                    options["nargs"] = "+"
+                own.add_argument(flag(name), **options)
     return vars(parser.parse_args(argv))
 
 
 def main():
     flags = parse_command(sys.argv[1:])
-    command, file = flags.pop("command"), flags.pop("json")
+    command = flags.pop("command")
+    file = flags.pop("json")
+    if file and not Path(file).parent.is_dir():
+        raise UserError(f"--json {file}: there is no folder {Path(file).parent}")
     machine = machine_facts()
     if command != "compare":
         print(machine_text(machine), end="\n\n")
@@ -1236,7 +1261,7 @@ def main():
     except ImportError as error:
         raise UserError(f"{error}: install requirements-peers.txt") from None
     if file:
-        Path(file).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        write_json(file, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,17 +10,19 @@ in one call; then records of files, and the two commands.
 
 import json
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate, compress, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from common import (
     UserError,
+    any_of,
     cli,
     json_records,
     parse_flags,
@@ -32,7 +34,9 @@ from common import (
 )
 
 CHAT_ROLES = "system user assistant tool".split()
-RESUME = "\ufdd3"  # a noncharacter, behind the text that an answer goes on from
+# A noncharacter: appended to the text that an answer goes on from, and found again in the pieces,
+# which are cut there.
+RESUME = "\ufdd3"
 
 # What our own models are saved with (tokenizer_config.json, GGUF): ChatML as Jinja, as everyone
 # spells it.
@@ -130,12 +134,13 @@ def read_message(i, message):
     if role not in CHAT_ROLES:
         raise UserError(f"message {i}: unknown role {role!r}; roles are {', '.join(CHAT_ROLES)}")
     what = f"message {i} ({role})"
+    speaks = role == "assistant"
     calls = read_calls(what, fields.pop("tool_calls", []))
-    silent = calls or "reasoning_content" in fields
-    text = read_text_parts(what, fields.get("content", "" if silent else None))
+    may_lack_text = calls or "reasoning_content" in fields
+    text = read_text_parts(what, fields.get("content", "" if may_lack_text else None))
     checked = {"role": role, "content": text}
     if calls:
-        if role != "assistant":
+        if not speaks:
             raise UserError(f"{what}: only the assistant makes tool_calls")
         checked["tool_calls"] = calls
     for key, roles in TEXT_KEYS.items():
@@ -143,7 +148,6 @@ def read_message(i, message):
             if role not in roles or not isinstance(fields[key], str):
                 raise UserError(f"{what}: {key} must be a text, of role {' or '.join(roles)}")
             checked[key] = fields[key]
-    speaks = role == "assistant"
     weight = fields.get("weight", speaks)
     if weight not in (0, 1):  # True and 1.0 are 1
         raise UserError(f"{what}: weight is {weight!r}, which is neither yes nor no: use 1 or 0")
@@ -294,9 +298,9 @@ def llama3(chat, date=""):
         before = head.format("system") + environment + dates
         yield from turn(before, (chat.system or "").strip(), end)
     if chat.tools:
-        if not messages:
-            raise UserError("llama3.1 puts the tools in the first user message, and there is none")
-        asked, *messages = messages
+        asked, *messages = messages or [{"role": None}]
+        if asked["role"] != "user":
+            raise UserError("llama3.1 puts the tools in the first message, which is not the user's")
         task = (
             "Given the following functions, please respond with a JSON for a function call "
             "with its proper arguments that best answers the given prompt.\n\n"
@@ -330,8 +334,10 @@ def mistral(chat, space=" ", lead="", system_at=-1, trim=False):
     """v1's markers are plain text, led by a space; v3's tokens, with SentencePiece's spaces;
     tekken's without.
 
-    Where the system prompt goes (v3 loses it if the assistant spoke last) and that the tools stand
-    before every message that equals the last user's is as published."""
+    space: what follows a marker. lead: what stands before [INST] and [/INST]. system_at: the number
+    of the turn that the system prompt opens (v3 loses it if the assistant spoke last). trim:
+    whether answers lose outer spaces. These, and that the tools stand before every message that
+    equals the last user's, are as published."""
     yield chat.bos
     users = [m for m in chat.turns if m["role"] == "user"]
     for m in chat.turns:
@@ -384,7 +390,7 @@ def qwen(chat, default_system=None, think=False):
     for i, m in enumerate(chat.turns):
         if m["role"] == "user" and not disguised(m["content"]):
             asked = i
-    for role, run in groupby(enumerate(chat.turns), lambda turn: turn[1]["role"]):
+    for role, run in groupby(enumerate(chat.turns), lambda numbered: numbered[1]["role"]):
         if role == "tool":  # results that follow one another share one user turn
             yield "<|im_start|>user"
             for _, m in run:
@@ -456,14 +462,15 @@ def json_text(value, **options):
 
 
 class Format(NamedTuple):
-    pieces: Callable  # Chat -> Iterator[Piece]
-    markers: tuple = ()  # must be single tokens, or the format would be spelled out as text
+    pieces: Callable  # Chat -> Iterator[Piece | str]
+    # Must be single tokens, or the format would be spelled out as text. EOS is the tokenizer's own.
+    markers: tuple = ("EOS",)
     tools: bool = False  # knows tools, calls and results
     alternates: bool = False  # one leading system message at most, then user, assistant, user, ...
 
 
 IM = ("<|im_start|>", "<|im_end|>")
-INST = ("[INST]", "[/INST]")
+INST = ("[INST]", "[/INST]", "EOS")
 LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
@@ -488,8 +495,8 @@ def named_pieces(name, tok, chat):
     if name not in CHAT_FORMATS:
         raise UserError(f"unknown chat format {name!r}; there are {', '.join(CHAT_FORMATS)}")
     form = CHAT_FORMATS[name]
-    needed = form.markers or [chat.eos or "EOS"]
-    missing = [marker for marker in needed if marker not in tok.special]
+    own = {"EOS": chat.eos}
+    missing = [marker for marker in form.markers if own.get(marker, marker) not in tok.special]
     if missing:
         raise UserError(
             f"chat format {name} needs the special token {', '.join(missing)}, "
@@ -501,7 +508,7 @@ def named_pieces(name, tok, chat):
     if form.alternates:
         roles = [m["role"] for m in chat.turns if m["role"] != "tool" and "tool_calls" not in m]
         taking_turns = ["user", "assistant"] * len(roles)
-        if roles != taking_turns[: len(roles)]:
+        if not roles or roles != taking_turns[: len(roles)]:
             raise UserError(
                 f"chat format {name}: after a system prompt user and assistant take turns, "
                 f"not {roles}"
@@ -510,18 +517,12 @@ def named_pieces(name, tok, chat):
 
 
 # ------------------------------------------------------------------------- pieces to ids and mask
-@lru_cache(maxsize=8)
-def marker_pattern(names):
-    """A regex that matches any of the names, the longest first; without names it never matches."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("(" + "|".join([*map(re.escape, longest_first), "(?!)"]) + ")")
-
-
 def split_at_markers(tok, pieces):
     """Yield (said, text, id of the marker or None): only the template's own words name a marker.
 
-    Here a user's text becomes safe: what it spells stays text."""
-    split = marker_pattern(tuple(tok.special)).split
+    Here a user's text becomes safe: what it spells stays text (cut there too, to be joined by
+    encode_run)."""
+    split = any_of(tuple(tok.special)).split
     for piece in pieces:
         for text in filter(None, split(piece.text)):
             yield piece.said, text, tok.special.get(text) if piece.template else None
@@ -566,19 +567,20 @@ def encode_run(tok, texts, said, where):
         return ids, unknown
     # For each byte of the text whether the assistant said it.
     flags = b"".join(bytes([own]) * len(text) for own, text in zip(said, texts))
-    # Only the start of the last stretch matters, so a normalizer (NFC) may respell what is in it.
-    head = data[: len(flags.rstrip(flags[-1:]))]
-    if not head:  # all of it was said, or nothing
+    # The text up to the last change of who speaks. Behind it all bytes have one flag, and so a
+    # normalizer (NFC) may respell what is there.
+    mixed = data[: len(flags.rstrip(flags[-1:]))]
+    if not mixed:  # all of it was said, or nothing
         return ids, [flags[0]] * len(ids)
     spelled = [tok.token_bytes(i) for i in ids]
     whole = b"".join(spelled)
-    if not whole.startswith(head):
-        if not whole.startswith(b" " + head):
+    if not whole.startswith(mixed):
+        if not whole.startswith(b" " + mixed):
             return ids, unknown
         flags = flags[:1] + flags  # SentencePiece's space
     flags = flags.ljust(len(whole), flags[-1:])
     ends = accumulate(map(len, spelled), initial=0)
-    # The mask ends here: a token is in the loss if the assistant said all of its bytes.
+    # A token is in the loss only if the assistant said all of its bytes.
     return ids, [all(flags[begin:end]) for begin, end in pairwise(ends)]
 
 
@@ -594,7 +596,7 @@ def pieces_of(tok, chat, format=None):
         from formats.templates import pieces_of_template
 
         pieces = pieces_of_template(tok, chat, template)
-    if chat.prompt or all(chat.learned):
+    if chat.prompt or all(chat.learned):  # a prompt is answered, and nothing of it is learned
         return pieces
     return out_of_the_loss(pieces, chat.learned)
 
@@ -644,7 +646,7 @@ def pieces_to_resume(tok, chat, format):
     last = chat.messages[-1]
     if last["role"] != "assistant" or "tool_calls" in last:
         raise UserError("only an assistant's text can be continued, and the last message is none")
-    last["content"] += RESUME
+    last["content"] += RESUME  # in chat.turns, too, which has the same dicts
     pieces = pieces_of(tok, chat, format)
     while pieces:
         piece = pieces.pop()
@@ -660,12 +662,13 @@ def training_ids(tok, chat, format=None):
     wanted = [("system prompt", chat.system or "")]
     thoughts = []
     for m in chat.messages:
+        if m["role"] == "user":
+            thoughts = []  # formats drop those before the last question
         if m["role"] == "assistant":
             wanted.append(("answer", m["content"].rpartition("</think>")[2]))
-        if "reasoning_content" in m:
-            thoughts.append(("reasoning_content", m["reasoning_content"]))
+            thoughts.append(("reasoning_content", m.get("reasoning_content", "")))
     spelled = "".join(piece.text for piece in pieces)
-    for what, text in wanted + thoughts[-1:]:  # formats drop earlier thoughts
+    for what, text in wanted + thoughts:
         if text.strip() not in spelled:
             raise UserError(
                 f"the format loses the {what} here: put it where the format has a place"
@@ -676,11 +679,11 @@ def training_ids(tok, chat, format=None):
 def example(tok, messages, tools=None, format=None):
     """One conversation -> (ids, mask) to train on. UserError if it teaches nothing, or wrongly."""
     chat = read_chat(tok, messages, tools)
-    roles = [m["role"] for m in chat.messages]
-    if "assistant" not in roles:
+    if not chat.learned:
         raise UserError("no assistant turn")
-    if roles[-1] != "assistant":
-        raise UserError(f"ends with a {roles[-1]} turn")
+    last = chat.messages[-1]["role"]
+    if last != "assistant":
+        raise UserError(f"ends with a {last} turn")
     for m in chat.messages:
         empty = not m["content"].strip() and "tool_calls" not in m
         if empty and m["role"] in ("user", "assistant"):
@@ -702,7 +705,7 @@ def examples(tok, name, records, counts, most=None):
         read += 1
         try:
             ids, mask = example(tok, messages, tools)
-            if not any(mask[1:most]):
+            if not any(mask[1:most]):  # the first token is predicted from nothing
                 raise UserError("the prompt alone fills the context")
         except UserError as reason:
             counts[f"left out: {reason}"] += 1
@@ -717,14 +720,14 @@ def examples(tok, name, records, counts, most=None):
 
 
 def stop_id(tok, format=None):
-    """The id that ends an assistant's turn: what the engine stops at. None where a template that
-    nobody knows decides it."""
+    """The id that ends an assistant's turn: what the engine stops at. None where a template decides
+    it that nobody knows, or whose {% generation %} ends in a text or is empty."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         *_, end = compress(*render(tok, talk, format=format))
-    except UserError:
+    except ValueError:  # also a UserError
         return None
-    return end
+    return end if end in tok.special.values() else None
 
 
 # -------------------------------------------------------------------------------- records of files
@@ -735,7 +738,7 @@ LAYOUTS = (
 TALKS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 ANSWERS = ("output", "completion", "response", "answer")
-# Keys of a record that say nothing to a model. Those of the last line say something to an exam.
+# Keys of a record that say nothing to a model. To an exam family and checks say something.
 SAYS_NOTHING = (
     "id idx index uuid prompt_id hash source dataset meta metadata category "
     "language url license timestamp "
@@ -744,7 +747,7 @@ SAYS_NOTHING = (
 
 
 def read_each(path, read, ignore=""):
-    """Yield (record, read(record)) of a file; UserError names file, line and what is wrong.
+    """Yield read(record) for each of a file; UserError names file, line and what is wrong.
 
     ignore: "KEY,KEY", which are left out of records and messages."""
     ignored = set(filter(None, ignore.split(",")))
@@ -755,7 +758,7 @@ def read_each(path, read, ignore=""):
         except UserError as why:
             hint = "; --ignore-keys KEY,KEY leaves keys out" if "unknown key" in str(why) else ""
             raise UserError(f"{where}: {why}{hint}") from None
-        yield record, found
+        yield found
 
 
 def without(value, keys):
@@ -772,17 +775,16 @@ def without(value, keys):
 
 
 def read_records(path, ignore=""):
-    """Yield (record, messages, tools) of a file of records, each in any of the LAYOUTS."""
-    for record, (messages, tools) in read_each(path, as_messages, ignore):
-        yield record, messages, tools
+    """as_messages of each record of a file, in any of the LAYOUTS."""
+    return read_each(path, as_messages, ignore)
 
 
 def as_messages(record):
-    """One record -> (messages, tools or None). UserError names a key of which nothing is known."""
-    fields = known_keys("the record", record, record)
-    found = take_messages(fields)
-    known_keys("the record", fields, SAYS_NOTHING)
-    return found
+    """One record -> (what else it says, messages, tools or None). UserError names a key of which
+    nothing is known."""
+    fields = known_keys("the record", record, record)  # its own keys: all are known so far
+    messages, tools = take_messages(fields)
+    return known_keys("beside messages the record", fields, SAYS_NOTHING), messages, tools
 
 
 def take_messages(fields):
@@ -796,12 +798,12 @@ def take_messages(fields):
     keys = quoted(fields)
     system = take("system", "system_prompt")
     talk = [] if system in (None, "") else as_turns("system", system)
-    for turn in as_list(take("history")):
-        match turn:
+    for past in as_list(take("history")):
+        match past:
             case [asked, answer]:
                 talk = talk + as_turns("user", asked) + as_turns("assistant", answer)
             case _:
-                talk = [*talk, turn]
+                talk = [*talk, past]
     given, repeated = take(*TALKS), []
     if given is None:
         asked = take(*QUESTIONS)
@@ -809,10 +811,12 @@ def take_messages(fields):
         context = take("input", "context")
         if asked is None or answer is None:
             raise UserError(f"its keys are {keys or 'none'}; known layouts: {LAYOUTS}")
+        if "answer" in fields:  # which says nothing beside a whole conversation alone
+            raise UserError("beside another answer the record has the unknown key 'answer'")
         if context not in (None, ""):
             if not isinstance(asked, str) or not isinstance(context, str):
                 raise UserError("an input or context goes with a text that asks")
-            asked += f"\n\n### Input:\n{context}"
+            asked = f"{asked}\n\n### Input:\n{context}" if asked else context
         given = as_turns("user", asked) + as_turns("assistant", answer)
     elif "prompt" in fields:
         repeated = read_messages(as_turns("user", take("prompt")))
@@ -905,21 +909,18 @@ def convert_command(argv):
     bounds = list(accumulate(map(int, shares.groups()))) if shares else [0]
     if not bounds[-1]:
         raise UserError(f"--split {args.split}: give the shares of train, val, test, as 85/5/10")
-    splits = {"train": [], "val": [], "test": []}
+    splits = [], [], []
     for path in args.files:
-        for record, messages, tools in read_records(path, args.ignore_keys):
-            row = {"messages": messages}
+        for rest, messages, tools in read_records(path, args.ignore_keys):
             if tools:
-                row["tools"] = tools
-            row |= {key: record[key] for key in record if key in SAYS_NOTHING}
+                rest["tools"] = tools
             place = place_of(asked_in(messages)) * bounds[-1]
-            split = next(name for name, bound in zip(splits, bounds) if place < bound)
-            splits[split].append(row)
+            splits[bisect(bounds, place)].append({"messages": messages, **rest})
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
+    for name, rows in zip(("train", "val", "test"), splits):
         write_records(Path(args.out, f"{name}.jsonl"), rows)
-    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
-    print(f"{args.out}: {counts} conversations")
+    train, val, test = map(len, splits)
+    print(f"{args.out}: {train:,} train, {val:,} val, {test:,} test conversations")
 
 
 def main():

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import gzip
 import hashlib
 import inspect
@@ -94,7 +95,7 @@ def warn_of_unknown(keys, where):
 
 def model_name(path):
     """A model folder's whole name, dots included, also of "."; of a file that without .gguf."""
-    return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
+    return re.sub(r"(?i)\.gguf$", "", os.path.basename(os.path.abspath(path)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,18 +140,18 @@ def parse_flags(cls, description, argv=None, positional=()):
     for field in dataclasses.fields(cls):
         kind = kinds[field.name]
         kind = next(iter(typing.get_args(kind)), kind)  # `int | None` takes an int
-        help = comments.get(field.name, "")
+        help = comments.get(field.name, "").replace("%", "%%")
         options = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif kind is tuple:  # what is something by default may be nothing
+        elif kind is tuple:  # values are str; where there is a default, the empty list replaces it
             options = {"nargs": "*" if field.default else "+", "metavar": "str"}
         if field.name not in positional:
-            help = f"{help} [{field.default}]".replace("%", "%%")
+            help = f"{help} [{field.default}]"
             parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help, **options)
             continue
         options["metavar"] = None  # argparse shows the field's name
-        if field.default not in ("", ()):  # it may be left out
+        if field.default not in ("", ()):  # an empty default means that it must be given
             options |= {"nargs": "?", "default": argparse.SUPPRESS}
         parser.add_argument(field.name, help=help, **options)
     return vars(parser.parse_args(argv))
@@ -195,7 +196,7 @@ def write_atomic(path, write):
         mode = temporary.stat().st_mode  # the umask's; safetensors would let only the owner read
         write(temporary)
         temporary.chmod(mode)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes only what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -364,6 +365,8 @@ def file_rows(path, columns=None):
             found = [(None, fault)] if fault else ((record, None) for record in records)
         else:
             for number, line in enumerate(file, 1):
+                if line.strip() == b"{":
+                    raise UserError(f"{path}:{number}: write an object a line, or a list of them")
                 if line.strip():
                     yield Row(number, f"{path}:{number}", *parse_json(line))
             return
@@ -429,6 +432,13 @@ def well_formed(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@functools.lru_cache(maxsize=8)
+def any_of(names):
+    """A regex that matches any of the names, the longest first; without names it never matches."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join([*map(re.escape, longest_first), "(?!)"]) + ")")
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -527,7 +537,7 @@ def lock_folder(folder):
 class Metrics:
     """OUT/metrics.jsonl: one JSON object a line, flushed as it is written.
 
-    `seconds` in it is training time, also across resumes."""
+    `seconds` in it is the run's time, evaluations included, also across resumes."""
 
     def __init__(self, out, resume_step=-1):
         """Rows from `resume_step` on, which a crash undid, are dropped; a new run keeps none."""

@@ -47,30 +47,36 @@ REFERENCE_FREE = ("simpo", "orpo")
 
 
 @dataclass
-class Args(LoopArgs):
-    model: str = "runs/sft"  # the model folder to tune; as it is now it is also the reference
+class PolicyArgs(LoopArgs):
+    """What dpo.py and grpo.py have in common."""
+
+    model: str = "runs/sft"  # the model folder to train; as it is now it is also the reference
+    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
+    lora: int = 0  # train an adapter of this rank, not all weights
+    alpha: float = 0.0  # its scale [twice the rank]
+    targets: str = "all"  # its layers: all, attn, mlp or names
+    optimizer: str = "adamw"  # adamw, or muon (hidden matrices; AdamW for the rest)
+    grad_clip: float = 1.0  # clip the gradient's norm to this; 0 is off
+
+
+@dataclass
+class Args(PolicyArgs):
     data: str = "toybox"  # toybox, or a file of preferences
-    ignore_keys: str = ""  # KEY,KEY: keys of its records and messages to leave out
     val: str = ""  # held-out preferences [a share of the data's prompts, chosen by their hash]
     val_share: float = 0.1  # that share
     pairs: int = 4000  # how many pairs toybox makes
     out: str = "runs/dpo"  # the model folder to write, or with --lora the adapter's
     loss: str = "sigmoid"  # sigmoid (DPO), ipo, simpo or orpo
-    beta: float = 0.1  # price of moving away from the reference; orpo: weight of the odds ratio
+    beta: float = 0.1  # price of leaving the reference; orpo: odds ratio's weight; simpo likes 2
     label_smoothing: float = 0.0  # share of the preferences believed to be the wrong way round
-    gamma: float = 0.5  # simpo: the margin it asks for
+    gamma: float = 0.5  # simpo: the margin it asks for, a half of --beta or so
     sft_weight: float = 0.0  # adds so many times the chosen answer's loss per token
-    lora: int = 0  # train an adapter of this rank, not all weights
-    alpha: float = 0.0  # its scale [twice the rank]
-    targets: str = "all"  # its layers: all, attn, mlp or names
     context: int = 1024  # tokens of a prompt and an answer; a longer prompt loses its beginning
     steps: int = 200  # optimizer steps
     batch: int = 32  # pairs per step
-    micro_batch: int = 0  # pairs per forward pass and rank; 0: 8 on a CPU, else what memory allows
-    optimizer: str = "adamw"  # adamw, or muon (hidden matrices; AdamW for the rest)
-    lr: float = 3e-5  # learning rate of everything under AdamW; ten times that with --lora
+    micro_batch: int = 0  # pairs per pass and rank; 0: up to 8 on a CPU, else what memory allows
+    lr: float = 3e-5  # learning rate of everything under AdamW; --lora likes ten times as much
     warmup: int = 10  # steps of linear warm-up
-    grad_clip: float = 1.0  # clip the gradient's norm to this; 0 is off
     eval_every: int = 50  # steps between evaluations on the held-out pairs
 
 
@@ -104,10 +110,7 @@ def preference_loss(
 
     lengths: tokens of the (chosen, rejected) answers, (B,) each, for "per token"; 1 takes the
     log-probs as they are."""
-    if loss_type not in PREFERENCE_LOSSES:
-        raise UserError(f"unknown loss {loss_type!r}: use {', '.join(PREFERENCE_LOSSES)}")
-    if label_smoothing and loss_type not in ("sigmoid", "simpo"):
-        raise UserError(f"label smoothing is defined for sigmoid and simpo, not for {loss_type}")
+    check_loss(loss_type, beta, label_smoothing)
     if loss_type in REFERENCE_FREE:  # all others measure the policy against the reference
         chosen = policy_chosen / lengths[0]
         rejected = policy_rejected / lengths[1]
@@ -124,6 +127,17 @@ def preference_loss(
             h = h - gamma
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def check_loss(loss_type, beta, label_smoothing):
+    if loss_type not in PREFERENCE_LOSSES:
+        raise UserError(f"unknown loss {loss_type!r}: use {', '.join(PREFERENCE_LOSSES)}")
+    if not beta > 0 or not label_smoothing < 0.5:
+        raise UserError(
+            f"--beta {beta} must be above 0, --label-smoothing {label_smoothing} below 0.5"
+        )
+    if label_smoothing and loss_type not in ("sigmoid", "simpo"):
+        raise UserError(f"label smoothing is defined for sigmoid and simpo, not for {loss_type}")
 
 
 def log_odds(log_p):
@@ -157,86 +171,94 @@ PREFERENCE_LAYOUTS = (
 def as_preference(record):
     """One record of a dataset, in any of PREFERENCE_LAYOUTS -> Preference.
 
-    An `output` beside the two answers, which both were made from, says nothing."""
-    fields = chat.known_keys("the record", record, record)
+    The `output` of an Alpaca record, from which both answers were made, is not used."""
+    fields = chat.known_keys("the record", record, record)  # of any keys: as_talk refuses unknown
     if not {"chosen", "rejected"} <= fields.keys():
         keys = chat.quoted(fields)
         raise UserError(f"its keys are {keys}; known layouts: {PREFERENCE_LAYOUTS}")
     sides = fields.pop("chosen"), fields.pop("rejected")
     fields.pop("output", None)
-    (chosen, tools), (rejected, _) = (as_talk(fields, side) for side in sides)
+    (_, chosen, tools), (_, rejected, _) = (as_talk(fields, side) for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected differ before their last message")
     for talk in (chosen, rejected):
         if len(talk) < 2 or talk[-1]["role"] != "assistant":
             raise UserError("there must be a prompt, and after it an answer of the assistant's")
-        if "weight" in talk[-1]:
+        if "weight" in talk[-1]:  # as_messages keeps none but 0
             raise UserError("an answer of weight 0 teaches nothing")
     return Preference(chosen[:-1], chosen[-1], rejected[-1], tools)
 
 
 def as_talk(fields, answer):
-    """A record without its answers, and one of them -> (messages of prompt and answer, tools)."""
+    """A record without its answers, and one of them -> (what else it says, messages of prompt and
+    answer, tools)."""
     answer = chat.as_turns("assistant", answer)
-    for key in chat.TALKS:
+    for key in chat.TALKS:  # {conversations: [...]} and a message that goes on
         if key in fields:
             if len(answer) > 1:
                 raise UserError(f"beside whole conversations {key!r} is an unknown key")
             talk = chat.as_turns("user", fields[key]) + answer
             return chat.as_messages({**fields, key: talk})
-    asks = fields.keys() & set(chat.QUESTIONS)
-    whole = len(answer) > 1 or not asks  # a single message answers the question
-    return chat.as_messages({**fields, "messages" if whole else "completion": answer})
+    if len(answer) < 2 and fields.keys() & set(chat.QUESTIONS):
+        return chat.as_messages({**fields, "completion": answer})  # {prompt: ...} and a message
+    return chat.as_messages({**fields, "messages": answer})  # the answer is a whole conversation
 
 
 def read_preferences(path, split="train", count=0, ignore=""):
-    """Yields the Preferences of a file, or `count` of toybox; UserError names the record that is
-    none."""
+    """The Preferences of a file, or `count` of toybox, one by one; UserError names the record that
+    is none."""
     if path == "toybox":
-        yield from map(as_preference, toybox.preferences(split, count))
-        return
-    for _, preference in chat.read_each(path, as_preference, ignore):
-        yield preference
+        return map(as_preference, toybox.preferences(split, count))
+    return chat.read_each(path, as_preference, ignore)
 
 
-def pair_ids(tok, preference, context):
+def pair_ids(tok, preference, context, counts):
     """Preference -> PairIds. Raises UserError that says why it cannot be used.
 
-    The prompt's ids are those a server would send; a prompt too long is cut from the left."""
+    The prompt's ids are those a server would send. Of a prompt that is too long the end is kept:
+    the system prompt and a BOS token are lost first. `counts` counts those."""
     prompt, *answers, tools = preference
     head, _ = chat.render(tok, prompt, True, tools)
+    begin = len(head)
     ends = []
     for answer in answers:
         talk = chat.read_chat(tok, [*prompt, answer], tools)
         ids, mask = chat.training_ids(tok, talk)
-        if 1 not in mask[len(head) :]:
+        if 1 not in mask[begin:]:
             raise UserError("the chat format has no answer in the loss")
         end = len(mask) - mask[::-1].index(1)
-        if ids[: len(head)] != head or not all(mask[len(head) : end]):
+        if ids[:begin] != head or not all(mask[begin:end]):
             raise UserError(
-                "the tokenizer joins the prompt's end and the answer's beginning into one token"
+                "the answer's tokens do not follow the prompt's: the tokenizer makes one of both, "
+                "or the chat template writes something between them"
             )
-        ends.append(ids[len(head) : end])
+        ends.append(ids[begin:end])
     chosen, rejected = ends
     if chosen == rejected:
         raise UserError("chosen and rejected are the same")
     room = context - max(len(chosen), len(rejected))
     if room < 1:
         raise UserError(f"an answer alone fills the context of {context:,} tokens")
+    if begin > room:
+        counts["cut: of a prompt longer than --context only the end is left"] += 1
     return PairIds(head[-room:], chosen, rejected)
 
 
-def usable_pairs(tok, preferences, context):
-    """Preferences -> list of PairIds; those that cannot be used are counted by reason."""
+def usable_pairs(tok, preferences, context, name):
+    """Preferences -> list of PairIds; what is cut or cannot be used is counted by reason."""
     found = []
-    skipped: Counter = Counter()
+    counts = Counter()
     for preference in preferences:
         try:
-            found.append(pair_ids(tok, preference, context))
+            found.append(pair_ids(tok, preference, context, counts))
         except UserError as why:
-            skipped[str(why)] += 1
-    for why, count in skipped.most_common():
-        print(f"skipped  {count:,}: {why}")
+            counts[f"skipped: {why}"] += 1
+    for what, count in counts.most_common():
+        print(f"pairs    {name}: {count:,} {what}")
+    if len(found) < 2:
+        raise UserError(
+            f"{name}: {len(found)} usable pairs of at least 2; see --val and --val-share"
+        )
     return found
 
 
@@ -244,18 +266,15 @@ def load_pairs(args, tok, model_sha):
     """-> (training Pairs, validation Pairs). A share is held out by prompt, so that no prompt is
     on both sides."""
     train = list(read_preferences(args.data, "train", args.pairs, args.ignore_keys))
+    held_in = args.val or args.data
     if args.val or args.data == "toybox":
-        val = read_preferences(args.val or args.data, "val", 200, args.ignore_keys)
+        val = read_preferences(held_in, "val", 200, args.ignore_keys)
     else:
         val = [p for p in train if chat.place_of(p.prompt) < args.val_share]
         train = [p for p in train if chat.place_of(p.prompt) >= args.val_share]
-    splits = []
-    for name, preferences in (("training", train), ("validation", val)):
-        found = usable_pairs(tok, preferences, args.context)
-        if len(found) < 2:
-            raise UserError(f"{args.data}: {len(found)} usable pairs for {name}; see --val-share")
-        splits.append(Pairs(found, model_sha))
-    return splits
+    found = usable_pairs(tok, train, args.context, f"{args.data}, to train on")
+    held = usable_pairs(tok, val, args.context, f"{held_in}, held out")
+    return Pairs(found, model_sha), Pairs(held, model_sha)
 
 
 # ------------------------------------------------------------------------- rows that share a prompt
@@ -281,14 +300,15 @@ class PairBatch(NamedTuple):
 
 
 def trimmed(batch):
-    """Without the columns after the longest row; on a GPU to a power of two, so that there are few
-    shapes to compile for."""
+    """A pass without the columns after its longest row; on a GPU its width stays a power of two, so
+    that there are few shapes to compile for."""
     longest = int((batch.docs != PADDING).sum(1).max())
     width = power_of_two(longest) if batch.x.is_cuda else -(-longest // 8) * 8
     return batch._make(t[:, :width] for t in batch)
 
 
 def power_of_two(size):
+    """The next one that is not smaller, and at least 128: a block of FlexAttention."""
     return max(128, 1 << (size - 1).bit_length())
 
 
@@ -309,11 +329,11 @@ def prompt_row(prompt, answers):
 
 
 def padded_columns(rows):
-    """Rows of x, y, docs, positions and of floats, each a list -> a tensor (R, T) of each, in
-    which the shorter rows come first."""
+    """Rows of x, y, docs, positions and of floats, each a list -> a tensor (R, T) of each, in which
+    the shorter rows come first. T is a power of two: `trimmed` can only cut from it."""
     rows = sorted(rows, key=lambda row: len(row[0]))
     width = power_of_two(len(rows[-1][0]))
-    fillers = [0, -100, PADDING, 0] + [0.0] * (len(rows[0]) - 4)
+    fillers = 0, -100, PADDING, 0, 0.0, 0.0, 0.0  # zip takes as many as there are columns
     for column, filler in zip(zip(*rows), fillers):
         padded = torch.full((len(rows), width), filler)
         for i, values in enumerate(column):
@@ -336,6 +356,7 @@ class Pairs:
         self.sha256 = common.sha256(repr((model_sha, pairs)).encode())
 
     def __len__(self):
+        """Tokens of all rows."""
         return int(self.ends.sum())
 
     def plan(self, context, seed, epoch):
@@ -343,7 +364,7 @@ class Pairs:
         return PackedRows([*range(len(order))], order)
 
     def fill(self, rows, context):
-        """Numbers of pairs -> PairBatch."""
+        """Numbers of pairs -> PairBatch, whose rows are as long as they are, whatever `context`."""
         return PairBatch(*padded_columns(map(self.pair_row, rows)))
 
     def pair_row(self, r):
@@ -355,20 +376,25 @@ class Pairs:
     def validation(self, rows, context, rank=0, world=1):
         """Yield PairBatches that have every pair once, alike in length. Rank r gets every world-th
         batch; all ranks get as many, of as many rows: one without targets only fills the batch."""
-        batches = -(-len(self.pairs) // (rows * world))
-        for i in range(rank, batches * world, world):
-            these = self.by_size[i * rows : (i + 1) * rows]
-            filling = [self.by_size[-1]] * (rows - len(these))
-            batch = self.fill([*these, *filling], context)
-            batch.y[len(these) :] = -100
+        step = rows * world
+        filling = [self.by_size[-1]] * (-len(self.pairs) % step)
+        numbers = [*self.by_size, *filling]
+        for at in range(rank * rows, len(numbers), step):
+            batch = self.fill(numbers[at : at + rows], context)
+            batch.y[max(0, len(self.pairs) - at) :] = -100
             yield batch
 
 
 # ------------------------------------------------------------------------- log-probs and reference
+def target_nats(model, batch):
+    """-> -log p of each target (R, T), 0 elsewhere."""
+    return model(batch.x, batch.y, per_token=True, docs=batch.docs, positions=batch.positions)
+
+
 def log_probs(model, batch):
-    """PairBatch -> nats of each target (R, T), and by answer (2, R): the policy's summed log-probs,
-    the reference's, and counts of tokens."""
-    nats = model(batch.x, batch.y, per_token=True, docs=batch.docs, positions=batch.positions)
+    """PairBatch -> target_nats (R, T), and by answer (2, R): the policy's summed log-probs, the
+    reference's, and counts of tokens."""
+    nats = target_nats(model, batch)
     sides = torch.stack([batch.docs == 0, batch.docs == 1])  # (2, R, T)
     policy = -(nats * sides).sum(-1)
     ref = (batch.ref * sides).sum(-1)
@@ -386,7 +412,8 @@ def fill_reference(pairs, model, runtime, rows):
         these = pairs.by_size[at : at + rows]
         batch = trimmed(moved(pairs.fill(these, 0), runtime.device))
         with runtime.autocast():
-            nats = log_probs(model, batch)[0]
+            nats = target_nats(model, batch)
+        # `fill` sorts rows by length, and so did by_size: they are in the order of `these`
         for r, row, y in zip(these, nats, batch.y):
             found[pairs.first[r] : pairs.first[r + 1]] = -row[y != -100]
     if runtime.world > 1:
@@ -398,17 +425,8 @@ def pair_loss(model, batch, args):
     """PairBatch -> (its summed loss, {what is logged: its sum over the batch, float64})."""
     batch = trimmed(batch)
     nats, policy, ref, lengths = log_probs(model, batch)
-    losses, chosen, rejected = preference_loss(
-        policy[0],
-        policy[1],
-        ref[0],
-        ref[1],
-        args.beta,
-        args.label_smoothing,
-        args.loss,
-        lengths=lengths,
-        gamma=args.gamma,
-    )
+    given = *policy, *ref, args.beta, args.label_smoothing, args.loss
+    losses, chosen, rejected = preference_loss(*given, lengths=lengths, gamma=args.gamma)
     answered = batch.y != -100  # (R, T)
     real = answered.any(1)  # not a row that only fills the batch
     losses = (losses - args.sft_weight * policy[0] / lengths[0]) * real
@@ -420,6 +438,7 @@ def pair_loss(model, batch, args):
         "loss": losses,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
         "rewards/accuracies": chosen > rejected,
         "logps/chosen": policy[0],
         "logps/rejected": policy[1],
@@ -435,10 +454,9 @@ def pair_means(totals, args, runtime):
     """The sums of many batches -> {name: mean over the pairs of all ranks, of the KL over
     tokens}."""
     total = {name: runtime.sum(value.item()) for name, value in totals.items()}
-    kl = total.pop("kl") / max(total.pop("targets"), 1)
-    pairs = max(total.pop("pairs"), 1)
+    kl = total.pop("kl") / total.pop("targets")
+    pairs = total.pop("pairs")
     means = {name: value / pairs for name, value in total.items()}
-    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     if args.loss not in REFERENCE_FREE:
         means["kl"] = kl
     return means
@@ -448,15 +466,12 @@ def pair_means(totals, args, runtime):
 def prepare_preferences(args, checkpoint):
     """Flags and checkpoint -> Run. There is never a second model: the reference's log-probs are
     computed before the model changes."""
-    # a mistake in these flags is said now, before the reference is computed
-    zero = torch.zeros(1)
-    preference_loss(zero, zero, zero, zero, args.beta, args.label_smoothing, args.loss)
-    if not args.beta > 0 or not args.label_smoothing < 0.5:
-        raise UserError(
-            f"--beta {args.beta} must be above 0, "
-            f"--label-smoothing {args.label_smoothing} below 0.5"
-        )
-    runtime, tok, model = open_reference(args)
+    check_loss(args.loss, args.beta, args.label_smoothing)
+    from_file = args.data != "toybox"
+    refuse_idle(args, args.loss == "simpo", "--loss simpo", "gamma")
+    refuse_idle(args, not from_file, "--data toybox", "pairs")
+    refuse_idle(args, from_file and not args.val, "a file of --data without --val", "val_share")
+    runtime, tok, model = open_start_model(args)
     base_hash = base_sha256(model)
     data, val = load_pairs(args, tok, base_hash)
     if args.loss not in REFERENCE_FREE and not args.fit:
@@ -467,25 +482,55 @@ def prepare_preferences(args, checkpoint):
         f"{len(data):,} tokens, prompts once"
     )
     model, write = make_policy(args, checkpoint, model, base_hash, runtime)
-    own = dict(validate=validate_preferences, write=write)
-    own["loss"] = lambda *given: pair_loss(*given)[0]
-    return start_run(args, checkpoint, runtime, tok, model, data, val, **own)
+    return start_run(
+        args,
+        checkpoint,
+        runtime,
+        tok,
+        model,
+        data,
+        val,
+        loss=full_rows_loss(int(data.ends.max())),
+        validate=validate_preferences,
+        write=write,
+    )
 
 
-def open_reference(args):
-    """-> (Runtime, tokenizer, the model of --model); flags that hang on these are set."""
+def refuse_idle(args, used, where, *names):
+    """UserError for a flag that is not its default although nothing uses it here."""
+    for name in names:
+        value = getattr(args, name)
+        if not used and value != getattr(type(args), name):
+            raise UserError(f"{common.flag(name)} {value} is for {where}: leave it out")
+
+
+def full_rows_loss(width):
+    """-> a loss (model, batch, args) for start_run to try whether a GPU has room for rows of this
+    width."""
+
+    def loss(model, batch, args):
+        x = batch.x.new_zeros(len(batch.x), power_of_two(width))
+        return model(x, x, per_token=True, docs=x, positions=x).sum()
+
+    return loss
+
+
+def open_start_model(args):
+    """-> (Runtime, tokenizer, the model of --model, which is the reference and is then trained);
+    flags that hang on these are set."""
+    refuse_idle(args, args.lora, "--lora", "alpha", "targets")
     if (Path(args.model) / "adapter_config.json").is_file():
         raise UserError(
             f"{args.model} is an adapter, and the reference has to be a whole model: merge it "
             f"first, with python lora.py merge BASE {args.model} --out D"
         )
     runtime = resolve(args.device, args.dtype, args.compile)
-    # frozen weights need no more bits than products do
+    # what --lora freezes need not be finer than the products are; what is trained is float32
     dtype = runtime.dtype if args.lora else torch.float32
     tok, model = finetune.open_model(args.model, runtime.device, dtype)
     args.context = min(args.context, model.config.max_position_embeddings)
     if not args.micro_batch and runtime.device.type == "cpu":
-        # short passes of rows alike in length waste little on padding
+        # short passes of rows alike in length waste little on padding; a step is whole passes
         args.micro_batch = math.gcd(8, args.batch // runtime.world)
     return runtime, tok, model
 
@@ -511,7 +556,7 @@ def validate_preferences(run):
     """The loss over all held-out pairs and what goes with it -> {name: mean}."""
     runtime = run.runtime
     model = run.step_model.eval()
-    totals: Counter = Counter()
+    totals = Counter()
     for batch in run.val.validation(run.rows, run.args.context, runtime.rank, runtime.world):
         with runtime.autocast():
             totals.update(pair_loss(model, moved(batch, runtime.device), run.args)[1])
@@ -521,18 +566,16 @@ def validate_preferences(run):
 
 
 def check_start(run):
-    """At step 0 the policy is the reference, so DPO's loss is ln 2 and the margin 0, up to
-    rounding; all else is a mistake."""
+    """At step 0 the policy is the reference: whatever --beta and the length of answers, their KL
+    is 0 up to rounding, and DPO's loss is ln 2. All else is a mistake."""
     values = validate_preferences(run)
-    off = max(abs(values["val_loss"] - math.log(2)), abs(values["val_rewards/margins"]))
-    if run.args.loss == "sigmoid" and not run.args.sft_weight:
-        bound = 1e-6 if run.runtime.dtype == torch.float32 else 2e-2
-        if not off <= bound:
-            raise UserError(
-                f"step 0: loss and margin are {off:.2g} off ln 2 and 0: the policy is not the "
-                "reference; did dpo.py change?"
-            )
-        print(f"start    loss = ln 2 to {off:.0e}, margin 0: the policy is the reference")
+    if "val_kl" in values:
+        told = (
+            f"loss {values['val_loss']:.6f} (DPO's is ln 2 = 0.693147), KL {values['val_kl']:.0e}"
+        )
+        if not values["val_kl"] <= (1e-9 if run.runtime.dtype == torch.float32 else 1e-2):
+            raise UserError(f"step 0: {told}: the policy is not the reference; did dpo.py change?")
+        print(f"start    {told}: the policy is the reference")
     if run.metrics:
         run.metrics.log(0, **values)
 
@@ -545,6 +588,7 @@ def train_preferences(run):
         check_start(run)
     totals = Counter()
     for step, batch in steps(run):
+        tokens = (batch.docs != PADDING).sum().item() / len(batch.docs)  # of a row
         run.optimizer.zero_grad()
         total = 0
         for part in passes(run, batch):
@@ -558,7 +602,7 @@ def train_preferences(run):
             values |= pair_means(totals, args, run.runtime)
             del values["loss"]
             totals.clear()
-        log_step(run, step, total, args.batch, **values)
+        log_step(run, step, total, args.batch, tokens, **values)
 
 
 def main():

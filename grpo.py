@@ -25,44 +25,47 @@ import torch
 
 import finetune
 import lora
-from dpo import make_policy, open_reference, padded_columns, prompt_row, trimmed
+from dpo import (
+    PolicyArgs,
+    full_rows_loss,
+    make_policy,
+    open_start_model,
+    padded_columns,
+    prompt_row,
+    refuse_idle,
+    target_nats,
+    trimmed,
+)
 from formats.peft import base_sha256
 from generate import Engine, Sampling
 from model import Transformer
-from training.loop import LoopArgs, backward, launch, log_step, passes, start_run, steps, update
+from training.loop import backward, launch, log_step, passes, start_run, steps, update
 from training.rewards import judge, load_questions, read_reward
 
 
 @dataclass
-class Args(LoopArgs):
-    model: str = "runs/sft"  # the model folder to train; as it is now it is also the reference
+class Args(PolicyArgs):
     data: tuple = ("toybox",)  # questions: FILE, FOLDER (its train.jsonl) or toybox
     val: tuple = ()  # held-out questions [val.jsonl of a FOLDER, else a twentieth of --data]
     examples: int = 20_000  # questions of each source at most
-    ignore_keys: str = ""  # KEY,KEY: keys of records and messages to leave out
-    families: tuple = ()  # ask these, and against forgetting a tenth of all others' questions
-    reward: tuple = ("toybox",)  # toybox, checks, FILE.py:FUNCTION; style, short; NAME:2 weighs two
-    on_error: str = "stop"  # where a reward fails: stop (what was learned is saved), or skip
+    families: tuple = ()  # train on these alone, and against forgetting on a tenth of the others
+    reward: tuple = ("toybox",)  # toybox, checks, style, short, FILE.py:FUNCTION; any with :WEIGHT
+    on_error: str = "stop"  # where a reward fails: stop (what was learned is saved); skip its group
     reward_seconds: float = 5.0  # a reward function that takes longer has failed
     out: str = "runs/grpo"  # the model folder to write, or with --lora the adapter's
     loss: str = "grpo"  # grpo, dr_grpo or dapo
     group: int = 8  # answers to each question
     batch: int = 32  # questions per step
-    epochs: int = 1  # updates with the same answers
+    epochs: int = 1  # updates with the same answers; only from the second on does --clip matter
     max_tokens: int = 64  # of an answer; a longer one is cut
     clip: float = 0.2  # how far a token's probability may fall in a step and still be pushed
     clip_high: float = 0.0  # and how far it may rise; 0 is what the loss has
     beta: float = 0.0  # price of moving away from the reference
-    lora: int = 0  # train an adapter of this rank, not all weights
-    alpha: float = 0.0  # its scale [twice the rank]
-    targets: str = "all"  # its layers: all, attn, mlp or names
     context: int = 1024  # tokens of a prompt and an answer; longer prompts are left out
     steps: int = 100  # optimizer steps, each with answers of its own
-    micro_batch: int = 0  # questions per pass and rank; 0: 8 on a CPU, else what memory allows
-    optimizer: str = "adamw"  # adamw, or muon (hidden matrices; AdamW for the rest)
+    micro_batch: int = 0  # questions per pass and rank; 0: up to 8 on a CPU, else by memory
     lr: float = 1e-5  # learning rate of everything under AdamW; small models and adapters like more
     schedule: str = "cosine"  # wsd (stable, then linear to zero) or cosine
-    grad_clip: float = 1.0  # clip the gradient's norm to this; 0 is off
     log_every: int = 1  # steps between rows of metrics.jsonl
     eval_every: int = 25  # steps between evaluations on the held-out questions
     save_every: int = 50  # steps between checkpoints
@@ -72,7 +75,9 @@ class Args(LoopArgs):
 class Variant(NamedTuple):
     divide: bool  # advantages by the deviation of the group's rewards
     clip_high: float  # how far a ratio may rise
-    weigh: Callable  # tokens of an answer, most it may have -> (a token's weight, part of count)
+    # (tokens of an answer, --max-tokens) -> (the weight of each of its tokens, what it adds to the
+    # count that divides the step's loss)
+    weigh: Callable
 
 
 VARIANTS = {
@@ -86,7 +91,8 @@ def advantages_of(rewards, loss_type="grpo"):
     """Rewards (..., G) of the answers to a question -> how much better each is than its group.
 
     grpo, dapo   (r - mean(r)) / (std(r) + 1e-4)
-    dr_grpo      r - mean(r)                 a deviation would favour questions nearly solved"""
+    dr_grpo      r - mean(r)                 a small deviation would favour questions that are
+                                             nearly always, or nearly never, answered well"""
     advantages = rewards - rewards.mean(-1, keepdim=True)
     if VARIANTS[loss_type].divide:
         advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-4)
@@ -105,10 +111,16 @@ def policy_loss(log_p, old, advantages, clip=0.2, clip_high=0.2, ref=None, beta=
     KL's own (DeepSeek-V3.2, 2025). The step's loss is
 
     grpo     1 / answers  sum of  1 / |o|  sum of L          Shao et al. 2024, eq. 3
-    dr_grpo  1 / (answers max_tokens)  sum of L              Liu et al. 2025: long ones weigh more
-    dapo     1 / tokens  sum of L, clip_high 0.28            Yu et al. 2025, eq. 8: rare tokens rise
+    dr_grpo  1 / (answers max_tokens)  sum of L              Liu et al. 2025: a token of a long
+                                                             answer counts as one of a short one
+    dapo     1 / tokens  sum of L, clip_high 0.28            Yu et al. 2025, eq. 8: an unlikely
+                                                             token may rise further
 
-    and VARIANTS has each token's weight, and what an answer adds to the count in front."""
+    and VARIANTS has each token's weight, and what an answer adds to the count in front. Counted are
+    the answers of groups whose rewards differ. Others are dropped, as DAPO does; TRL counts them
+    with A = 0, so that few useful groups make a small step.
+
+    In the first update with new answers p_old is p: r is 1, and nothing is clipped."""
     ratio = torch.exp(log_p - old)
     bounded = ratio.clamp(1 - clip, 1 + clip_high)
     losses = -torch.minimum(ratio * advantages, bounded * advantages)
@@ -150,37 +162,37 @@ class Environment(NamedTuple):
     reference: Transformer | None  # for the KL, where all weights are trained
 
 
-def ask(run, questions, numbers, **sampling):
-    """The engine's answers to these questions -> lists of Output, a list a question.
+def ask(run, questions, numbers, n=1, **sampling):
+    """The engine's answers to these questions -> lists of n Outputs, a list a question.
 
     A seed hangs on the step and the question alone: neither ranks nor resuming change it."""
     each = []
-    for n in numbers:
-        key = f"{run.args.seed} {run.optimizer.steps} {n}"
+    for number in numbers:
+        key = f"{run.args.seed} {run.step} {number}"
         seed = int(common.sha256(key.encode())[:12], 16)
-        each.append(Sampling(max_tokens=run.args.max_tokens, seed=seed, **sampling))
-    outputs = run.own.engine.generate([questions.prompts[n] for n in numbers], each)
-    size = sampling.get("n", 1)
-    return [outputs[i : i + size] for i in range(0, len(outputs), size)]
+        each.append(Sampling(n=n, max_tokens=run.args.max_tokens, seed=seed, **sampling))
+    outputs = run.own.engine.generate([questions.prompts[number] for number in numbers], each)
+    return [outputs[i : i + n] for i in range(0, len(outputs), n)]
 
 
 def roll_out(run, numbers, totals):
-    """Ask each question --group times and judge the answers -> the Groups whose rewards differ."""
+    """Ask each question --group times and judge the answers -> the Groups whose rewards differ.
+
+    A group with an answer that a reward failed on is left out as well."""
     questions = run.batches.split
     began = time.time()
-    asked = ask(run, questions, numbers, n=run.args.group, logprobs=0)
+    answered = ask(run, questions, numbers, run.args.group, temperature=1.0, logprobs=0)
     totals["generate_seconds"] += time.time() - began
     groups = []
-    for number, outputs in zip(numbers, asked):
+    for number, outputs in zip(numbers, answered):
         question = questions.questions[number]
         rewards = [judge(run.own.rewards, question, out.text, run.args) for out in outputs]
         answers, log_probs = zip(*map(drawn_tokens, outputs))
-        group = Group(questions.prompts[number], answers, log_probs, rewards)
         good = [reward for reward in rewards if not math.isnan(reward)]
         failed = len(rewards) - len(good)
         alike = not failed and min(good) == max(good)
         if not failed and not alike:
-            groups.append(group)
+            groups.append(Group(questions.prompts[number], answers, log_probs, rewards))
             totals["spread"] += torch.tensor(rewards).std().item()
         totals.update(
             questions=1,
@@ -190,8 +202,8 @@ def roll_out(run, numbers, totals):
             alike=alike,
             failed=failed,
             cut=sum(output.end is None for output in outputs),
-            answer_tokens=sum(map(len, group.answers)),
-            entropy=-sum(map(sum, group.log_probs)),
+            answer_tokens=sum(map(len, answers)),
+            entropy=-sum(map(sum, log_probs)),
         )
     return groups
 
@@ -210,10 +222,10 @@ def group_row(group, args):
     sampled, advantage, weight = ([*blank] for _ in range(3))
     count = 0
     advantages = advantages_of(torch.tensor(group.rewards), args.loss).tolist()
-    for ids, log_p, own in zip(group.answers, group.log_probs, advantages):
+    for ids, log_p, better in zip(group.answers, group.log_probs, advantages):
         each, part = VARIANTS[args.loss].weigh(len(ids), args.max_tokens)
         sampled += log_p
-        advantage += [own] * len(ids)
+        advantage += [better] * len(ids)
         weight += [each] * len(ids)
         count += part
     return (*prompt_row(group.prompt, group.answers), sampled, advantage, weight), count
@@ -240,8 +252,7 @@ GAP_BOUND = 0.01  # nats between sampler and trainer above which a token is rewe
 
 def log_probs_of(model, batch):
     """-> (N,) of the batch's targets"""
-    nats = model(batch.x, batch.y, per_token=True, docs=batch.docs, positions=batch.positions)
-    return -nats[batch.y != -100]
+    return -target_nats(model, batch)[batch.y != -100]
 
 
 @torch.no_grad()
@@ -253,33 +264,33 @@ def reference_log_probs(run, batch):
     return log_probs_of(run.own.reference, batch)
 
 
-def answer_loss(run, batch, old, totals):
-    """A pass over an AnswerBatch -> (its summed, weighted loss, the log-probs before the step).
+def answer_loss(run, batch, before, totals):
+    """A pass over an AnswerBatch -> (its summed, weighted loss, the log-probs (N,) before the step:
+    the policy's, and the reference's if --beta asks for them).
 
-    old: None in the first of --epochs, then what this returned in it. Where sampler and trainer
-    disagree by more than GAP_BOUND, a token counts p / p_sampler times, at most twice (truncated
+    before: None in the first of --epochs, then what this returned in it. Where sampler and trainer
+    disagree by more than GAP_BOUND, a token counts p / p_sampled times, at most twice (truncated
     importance sampling, Yao et al. 2025)."""
     args = run.args
     batch = trimmed(batch)
     said = batch.y != -100
     log_p = log_probs_of(run.step_model, batch)
-    if old is None:
-        old = log_p.detach()
+    if before is None:
+        before = log_p.detach(), reference_log_probs(run, batch) if args.beta else None
+    old, ref = before
     gap = old - batch.sampled[said]
     weight = batch.weight[said]
     weight = torch.where(gap.abs() > GAP_BOUND, weight * gap.exp().clamp(max=2), weight)
-    ref = reference_log_probs(run, batch) if args.beta else None
     high = args.clip_high or VARIANTS[args.loss].clip_high
     losses, clipped, kl = policy_loss(
         log_p, old, batch.advantage[said], args.clip, high, ref, args.beta
     )
     gaps = gap.abs().tolist()
-    totals["gap_mean"] += sum(gaps)
     totals["gap_max"] = max([totals["gap_max"], *gaps])
-    totals["pushed"] += len(old)
-    totals["clipped"] += clipped.sum().item()
-    totals["kl"] += kl.sum().item()
-    return (losses * weight).sum(), old
+    totals.update(
+        gap_mean=sum(gaps), pushed=len(old), clipped=clipped.sum().item(), kl=kl.sum().item()
+    )
+    return (losses * weight).sum(), before
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -290,16 +301,17 @@ def check_grpo_args(args):
         raise UserError(f"--group {args.group}: an answer is judged against others; use at least 2")
     if not args.epochs or not args.reward_seconds:
         raise UserError("--epochs must be at least 1, --reward-seconds above 0")
+    refuse_idle(args, args.epochs > 1, "--epochs of 2 and more", "clip", "clip_high")
     if args.shard:
         raise UserError("--shard: the engine needs the whole model on each rank; leave it out")
-    finetune.tuned_tokenizer(args.model)  # whose answers end
+    finetune.tuned_tokenizer(args.model)  # refuses a model whose answers never end
 
 
 def prepare_grpo(args, checkpoint):
     """Flags and checkpoint -> Run"""
     check_grpo_args(args)
     rewards = [read_reward(spec) for spec in args.reward]
-    runtime, tok, model = open_reference(args)
+    runtime, tok, model = open_start_model(args)
     data, val = load_questions(args, tok, rewards)
     reference = None
     if args.beta and not args.lora:
@@ -312,18 +324,21 @@ def prepare_grpo(args, checkpoint):
     engine = None
     if not args.fit:
         at_once = min(args.batch * args.group, 256 if runtime.device.type == "cuda" else 128)
-        room = dict(max_seqs=at_once, kv_tokens=at_once * args.context)
-        engine = Engine.of(model, tok, args.dtype, **room)
-    own = dict(loss=longest_row_loss, validate=validate_answers, write=write)
-    own["own"] = Environment(engine, rewards, reference)
-    return start_run(args, checkpoint, runtime, tok, model, data, val, **own)
-
-
-def longest_row_loss(model, asked, args):
-    """The loss of rows as long as they can be: what start_run tries out on a GPU."""
-    x = asked.x.new_zeros(len(asked.x), args.context + (args.group - 1) * args.max_tokens)
-    positions = torch.arange(x.size(1), device=x.device) % args.context
-    return model(x, x, per_token=True, docs=x, positions=positions.expand_as(x)).sum()
+        room = at_once * args.context
+        engine = Engine.of(model, tok, args.dtype, max_seqs=at_once, kv_tokens=room)
+    return start_run(
+        args,
+        checkpoint,
+        runtime,
+        tok,
+        model,
+        data,
+        val,
+        loss=full_rows_loss(args.context + (args.group - 1) * args.max_tokens),
+        validate=validate_answers,
+        write=write,
+        own=Environment(engine, rewards, reference),
+    )
 
 
 @torch.no_grad()
@@ -332,14 +347,14 @@ def validate_answers(run):
     run.own.engine.refresh(run.model)  # with --average these are the mean weights
     numbers = range(run.runtime.rank, len(run.val.prompts), run.runtime.world)
     answers = [output.text for (output,) in ask(run, run.val, numbers, temperature=0.0)]
-    asked = [run.val.questions[n] for n in numbers]
-    rewards = [judge(run.own.rewards, *pair, run.args) for pair in zip(asked, answers)]
+    questions = [run.val.questions[n] for n in numbers]
+    rewards = [judge(run.own.rewards, *pair, run.args) for pair in zip(questions, answers)]
     good = [r for r in rewards if not math.isnan(r)]
     if run.metrics:
         with open(Path(run.args.out) / "samples.txt", "a", encoding="utf-8") as file:
-            for question, answer, reward in zip(asked[:8], answers, rewards):
-                asked_for = question.messages[-1]["content"]
-                print(f"{run.optimizer.steps}\t{reward:.3g}\t{asked_for!r}\t{answer!r}", file=file)
+            for question, answer, reward in zip(questions[:8], answers, rewards):
+                text = question.messages[-1]["content"]
+                print(f"{run.step}\t{reward:.3g}\t{text!r}\t{answer!r}", file=file)
     return {"val_reward": run.runtime.sum(sum(good)) / max(run.runtime.sum(len(good)), 1)}
 
 
@@ -373,33 +388,34 @@ def train_policy(run):
     """The loop: the engine gets the weights and answers, the trainer updates --epochs times."""
     args = run.args
     learned = run.start > 0
-    for step, asked in steps(run):
+    for step, drawn in steps(run):
         began = time.time()
-        totals: Counter = Counter()
-        run.own.engine.refresh(run.model)
-        groups = roll_out(run, asked.x.tolist(), totals)
+        totals = Counter()
+        run.own.engine.refresh(run.model)  # it packs the weights as they are now
+        groups = roll_out(run, drawn.x.tolist(), totals)
         batch, count = batch_of(groups, args, run.runtime)
-        learned = learned or batch is not None
+        learned = learned or count > 0
         total = torch.zeros(())
         values = {}
-        old = {}  # {pass: the trainer's log-probs before the step}
-        for _ in range(args.epochs if batch else 0):
+        before = {}  # {pass: log-probs before the step}
+        for _ in range(args.epochs if count else 0):
             run.optimizer.zero_grad()
             total = 0
             for i, part in enumerate(passes(run, batch)):
                 with run.runtime.autocast():
-                    loss, old[i] = answer_loss(run, part, old.get(i), totals)
+                    loss, before[i] = answer_loss(run, part, before.get(i), totals)
                 backward(run, loss, count)
                 total += loss.detach()
             values = update(run, step)
         values |= step_means(run, totals, time.time() - began)
-        tokens = totals["answer_tokens"] / args.batch
-        log_step(run, step, total, count, tokens, **values)
+        log_step(run, step, total, count, args.group * values["answer_tokens"], **values)
         if not learned and step + 1 == PATIENCE:
             raise UserError(
-                f"{PATIENCE} steps, and the rewards of every group of {args.group} answers are "
-                f"alike (mean {values['reward']:.3g}): nothing tells a better answer; take easier "
-                "or harder questions, a larger --group, another --reward or a model trained longer"
+                f"{PATIENCE} steps, and no group of {args.group} answers has rewards that differ "
+                f"({values['alike']:.0%} alike, of mean {values['reward']:.3g}; "
+                f"{values['failed']:.0%} of the answers failed): nothing tells a better answer; "
+                "mend --reward where it fails, or take easier or harder questions, a larger "
+                "--group, another --reward or a model trained longer"
             )
 
 

@@ -3,8 +3,8 @@
     python -m pytest tests/test_kernels.py   # without a GPU they run in Triton's interpreter
     python bench.py kernels                  # GB/s of each, beside the rate at which it reads
 
-A twin has the kernel's signature. A public function runs the kernel for CUDA tensors (for any
-tensor if TRITON_INTERPRET=1) and its `_twin` otherwise. `linear`'s twin is torch's product with
+A public function runs its kernel for CUDA tensors (for any tensor if TRITON_INTERPRET=1), and
+otherwise its `_twin`, which takes the same arguments. `linear`'s twin is torch's product with
 `dequantize`d weights.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, read_json, write_json
+from common import UserError, first_words, read_json, write_json
 
 try:
     import triton
@@ -44,9 +44,10 @@ INTERPRET = constexpr(triton is not None and os.environ.get("TRITON_INTERPRET") 
 
 # ------------------------------------------------------------------------------ choosing and tuning
 def use_kernel(x):
-    """Whether a kernel computes x here. If so on a GPU, Triton launches on x's device. While torch
-    compiles none does: it fuses the twin."""
-    if torch.compiler.is_compiling():
+    """Whether a kernel computes x here. If so on a GPU, x's device becomes the current one: Triton
+    launches there. While torch compiles, which fuses the twin, and where x needs a gradient, the
+    twin computes."""
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return False
     if triton is None or not x.is_cuda:
         return INTERPRET
@@ -61,10 +62,13 @@ def compiles(device):
     try:
         _swiglu[1, 1](x, x.clone(), 16, 16)
     except Exception as error:  # no C compiler, a card that is too old, whatever it trips over
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        say(f"Triton fails here ({why}); plain torch computes")
+        leave_to_twin("Triton fails here", error)
         return False
     return True
+
+
+def leave_to_twin(what, error):
+    say(f"{what} ({type(error).__name__}: {first_words(error)}); plain torch computes")
 
 
 def say(text):
@@ -91,11 +95,12 @@ class TuningTable:
     """{key: configuration}, kept in a file: one for each card and Triton version."""
 
     def __init__(self, device):
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-kernels"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-kernels"
         name = card(device).name.replace(" ", "-")
         self.path = folder / f"{name}-triton-{triton.__version__}.json"
-        self.closed = False  # what is not in it is not tuned any more
+        self.closed = False  # what is not in it is not timed any more
         self.doubted = False
+        self.failed = set()  # the keys of which no configuration runs; another process tries again
         self.choices = {}
         try:
             self.choices = read_json(self.path)
@@ -105,39 +110,44 @@ class TuningTable:
             self.doubt(error)
 
     def choice(self, key, configs):
-        """What was chosen among configs, or "twin"; None if it was not, or by another version."""
+        """What was chosen among configs; None if nothing was, or by another version."""
         choice = self.choices.get(key)
-        if choice in [None, "twin", *configs]:
+        if choice in [None, *configs]:
             return choice
         self.doubt(f"{self.path}: another version wrote it")
+        return None
 
     def doubt(self, why):
         if not self.doubted:
             say(f"tuning again: {why}")
         self.doubted = True
 
-    def tune(self, key, configs, launch):
-        """Time them all, which takes seconds, and keep the fastest."""
-        times = [milliseconds(launch, config) for config in configs]
-        self.choices[key] = configs[times.index(min(times))]
-        if min(times) == float("inf"):
-            self.leave_to_twin(key)
-        with contextlib.suppress(OSError):  # a folder that is read-only: every run tunes again
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.choices)
+    def choose(self, key, configs, launch):
+        """-> the fastest of configs, which takes seconds to find and is kept; None if none runs.
 
-    def take_first(self, key, configs, launch):
-        """Without tuning: the first that the card has room for -> its result."""
-        for config in configs:
-            with contextlib.suppress(Exception):  # no room, or Triton cannot compile it
-                result = launch(config)
-                self.choices[key] = config
-                return result
-        self.leave_to_twin(key)
-
-    def leave_to_twin(self, key):
-        self.choices[key] = "twin"
-        say(f"{key}: no configuration compiles for this card; plain torch computes")
+        A closed table takes the first that runs, until the process ends."""
+        times = {}  # by the place in configs
+        for i, config in enumerate(configs):
+            try:
+                if self.closed:
+                    launch(config)
+                    times[i] = 0
+                    break
+                times[i] = milliseconds(launch, config)
+            except torch.OutOfMemoryError:
+                raise  # it says nothing about the card
+            except Exception as error:  # no room on the card, or Triton cannot compile it
+                failure = error.with_traceback(None)  # whose frames hold tensors
+        if not times:
+            self.failed.add(key)
+            leave_to_twin(f"{key}: no configuration runs on this card", failure)
+            return None
+        self.choices[key] = configs[min(times, key=times.get)]
+        if not self.closed:
+            with contextlib.suppress(OSError):  # a folder that is read-only: every run tunes again
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.path, self.choices)
+        return self.choices[key]
 
 
 @functools.cache
@@ -146,40 +156,31 @@ def tuning_table(device):
 
 
 def milliseconds(launch, config):
-    """Median time of launch(config) with a cold L2; infinite where the card cannot run it."""
-    try:
-        return triton.testing.do_bench(
-            lambda: launch(config), warmup=5, rep=30, return_mode="median"
-        )
-    except torch.OutOfMemoryError:
-        raise  # it says nothing about the card
-    except Exception:  # no room on the card, or Triton cannot compile it
-        return float("inf")
+    """Median time of launch(config) with a cold L2."""
+    bench = triton.testing.do_bench
+    return bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
 
 
 def tuned(key, configs, launch, device):
     """launch(config) with the fastest of `configs` (the last is the smallest) -> its result.
 
-    None if the card has room for none of them. The first call with a new key tunes it, unless the
-    table is closed: then, while requests wait, the first that runs serves. Shapes whose sizes share
-    the next power of two share a key. While a CUDA graph is captured, or without the 256 MB that
-    timing takes, an unknown key runs the smallest: call once before capturing.
+    None if the card runs none of them. The first call with a new key tunes it, unless the table is
+    closed: then, while requests wait, the first that runs serves. Shapes whose sizes share the next
+    power of two share a key. While a CUDA graph is captured, or without the 256 MB that timing
+    takes, an unknown key runs the smallest: call once before capturing.
     """
     if INTERPRET:
         return launch(configs[0])
     table = tuning_table(device)
     choice = table.choice(key, configs)
-    if choice is None:
+    if choice is None and key not in table.failed:
         if torch.cuda.is_current_stream_capturing():
             return launch(configs[-1])
-        if table.closed:
-            return table.take_first(key, configs, launch)
         try:
-            table.tune(key, configs, launch)
+            choice = table.choose(key, configs, launch)
         except torch.OutOfMemoryError:
             return launch(configs[-1])
-        choice = table.choices[key]
-    return None if choice == "twin" else launch(choice)
+    return None if choice is None else launch(choice)
 
 
 # ----------------------------------------------------------------------------- tiles of a matrix
@@ -221,8 +222,8 @@ def _dot(a, b, acc):
 # (memory bandwidth), if its instructions take no longer: at 3.35 TB/s or more an SM has time for
 # about 3 instructions a 4-bit weight (`python bench.py sass` counts them). Up to FUSED_ROWS rows of
 # x share that one reading. More rows make the tensor cores the limit, which a kernel that unpacks
-# between its products cannot keep busy: writing the weights out in 16 bits costs 31 microseconds
-# for 22,016 x 4,096 on an H200, and cuBLAS makes good for that.
+# between its products cannot keep busy: writing the weights out in 16 bits first costs their bytes
+# (225 MB for 22,016 x 4,096: 47 microseconds at an H200's 4.8 TB/s), and cuBLAS makes good for it.
 FUSED_ROWS = 64
 
 # NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of N(0, 1), 0 exact, ends +-1
@@ -251,15 +252,17 @@ def nf4_table(device):
     return torch.tensor(NF4, device=device)
 
 
-# A tile is 128 columns of all rows, so that a program reads contiguous memory. A row of it is a few
-# 16-bit words: word i holds the columns i, i + 32, i + 64, i + 96 (int8: i, i + 64), and the same
-# part of neighbouring words is neighbouring columns. 16 bits also make Triton lay out x for the
-# tensor cores without moving registers, which it does not with bytes.
+# A tile is 128 columns of all rows, so that a program reads contiguous memory. Its columns are 4
+# parts of 32 neighbours (int8: 2 of 64), and a row of it is 16-bit words, each with codes from all
+# parts, so that taking the same bits of all words gives a part. 16 bits also make Triton lay out x
+# for the tensor cores without moving registers, which it does not with bytes.
 COLUMNS = 128
 TILE = constexpr(COLUMNS)  # the same for kernels
-# How a pair of words has the eight 4-bit codes of columns 32 q + 2 h + e: the dimensions (q, h, e)
-# behind those of tile and row, in their order in memory. NF4's codes lie as `prmt` needs them.
-ORDER = {"int4": (3, 4, 2), "nf4": (3, 2, 4)}
+# A row's columns as (parts, runs, neighbours); in memory runs come first. An int4 word i holds the
+# columns i, i + 32, i + 64, i + 96, lowest bits first, and int8's i and i + 64. NF4's codes lie in
+# pairs of neighbours, as `prmt` needs them: the words 2 h and 2 h + 1 hold the columns 2 h and
+# 2 h + 1 of the parts 0 and 1, and of the parts 2 and 3.
+LAYOUT = {"int8": (2, 64, 1), "int4": (4, 32, 1), "nf4": (4, 16, 2)}
 
 
 class Tiles(NamedTuple):
@@ -275,7 +278,7 @@ class Tiles(NamedTuple):
     zeros: torch.Tensor | None  # as scales; None: all are 8, or the format has none
     K: int
     group: int  # columns of a scale, a multiple of 32; 1 << 30 where a whole row has one
-    done: torch.Tensor  # int32: parts of a block of rows that are computed; 0 between launches
+    done: torch.Tensor  # int32: of the programs that share some rows those that ended (_finish)
 
     @property
     def N(self):
@@ -285,7 +288,8 @@ class Tiles(NamedTuple):
 def tile(format, codes, scales, group, zeros=None):
     """codes uint8 (N, K), scales (N, G), zeros (N, G) or None -> Tiles; int8 codes are W + 128.
 
-    None if the groups are not of multiples of 32 columns, or int8 has more than one a row.
+    G = ceil(K / group), or 1. None if the groups are not of multiples of 32 columns, or int8 has
+    more than one a row.
     """
     N, K = codes.shape
     padding = -K % COLUMNS
@@ -294,33 +298,30 @@ def tile(format, codes, scales, group, zeros=None):
     if group % 32 or (format == "int8" and scales.size(1) > 1):
         return None
     codes = F.pad(codes, (0, padding)).view(N, -1, COLUMNS).transpose(0, 1)  # (T, N, 128)
+    codes = codes.unflatten(2, LAYOUT[format]).transpose(2, 3).flatten(2)
     if format == "int8":
-        codes = (codes ^ 128).unflatten(2, (2, 64)).transpose(2, 3)  # (T, N, 64, 2) bytes
+        codes = codes ^ 128  # two's complement
     else:
-        codes = codes.unflatten(2, (4, 16, 2)).permute(0, 1, *ORDER[format])
-        codes = codes.flatten(2)  # (T, N, 128)
         codes = codes[..., ::2] | codes[..., 1::2] << 4  # (T, N, 64) bytes
-    words = codes.flatten(2).view(torch.int16)
+    words = codes.contiguous().view(torch.int16)
     missing = -(-(K + padding) // group) - scales.size(1)  # groups of padding alone
-    scales, zeros = (
-        t if t is None else F.pad(t, (0, missing)).t().contiguous() for t in (scales, zeros)
-    )
+    scales = F.pad(scales, (0, missing)).t().contiguous()
+    if zeros is not None:
+        zeros = F.pad(zeros, (0, missing)).t().contiguous()
     done = torch.zeros(-(-N // 16), dtype=torch.int32, device=words.device)
     return Tiles(format, words, scales, zeros, K, group, done)
 
 
 def tiled_codes(w):
     """What `tile` was given -> uint8 (N, K)."""
-    found = w.words.view(torch.uint8)  # (T, N, bytes)
+    codes = w.words.view(torch.uint8)  # (T, N, bytes)
     if w.format == "int8":
-        found = found.unflatten(2, (64, 2)).transpose(2, 3) ^ 128  # (T, N, 2, 64)
+        codes = codes ^ 128
     else:
-        found = torch.stack((found & 15, found >> 4), -1)  # (T, N, 64, 2)
-        order = ORDER[w.format]
-        sizes = [(4, 16, 2)[at - 2] for at in order]
-        back = [2 + order.index(at) for at in (2, 3, 4)]
-        found = found.flatten(2).unflatten(2, sizes).permute(0, 1, *back)  # (T, N, 4, 16, 2)
-    return found.flatten(2).transpose(0, 1).flatten(1)[:, : w.K]
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(2)
+    parts, runs, neighbours = LAYOUT[w.format]
+    codes = codes.unflatten(2, (runs, parts, neighbours)).transpose(2, 3)
+    return codes.flatten(2).transpose(0, 1).flatten(1)[:, : w.K]  # (T, N, 128) -> (N, K)
 
 
 # A code's bits under a fixed exponent are a number: 0x4300 | n is 128 + n in bfloat16, 0x6400 | n
@@ -344,7 +345,9 @@ def int8_asm(exponent, negative, one, number):
     """A register of two words -> 2 registers of two numbers.
 
     Bfloat16 has no room for 8 bits. Of two's complement the low seven make 128 + n, and the sign
-    bit, as the last one of a negative exponent, -128 or -256: their sum is the weight."""
+    bit, under the same exponent of a negative number, -128 or -256: their sum is the weight.
+    Float16 has 1024 for 128, and -1024 or -1152. The sum is an fma by one, as bf16x2 has an add
+    only from sm_90 on."""
     return f"""{{
         .reg .b32 a, b, c, one;
         mov.b32 one, {one};
@@ -426,46 +429,40 @@ def _parts(words, table, FORMAT: constexpr):
 @jit
 def _unpack(words, x, table, FORMAT: constexpr, OFFSET: constexpr):
     """`_parts` in x's type, int4's plus OFFSET; 16 bits on a GPU by the instructions above."""
-    if INTERPRET or x.dtype.element_ty == tl.float32:
+    TYPE = x.dtype.element_ty
+    if INTERPRET or TYPE == tl.float32:
         parts = _parts(words, table, FORMAT)
         if FORMAT == "int4":
             parts = (parts[0] + OFFSET, parts[1] + OFFSET, parts[2] + OFFSET, parts[3] + OFFSET)
         return parts
     elif FORMAT == "int8":
+        asm: constexpr = FP16_INT8 if TYPE == tl.float16 else BF16_INT8
         return tl.inline_asm_elementwise(
-            FP16_INT8 if OFFSET == 1024 else BF16_INT8,
-            "=&r,=&r,r",
-            [words],
-            (x.dtype.element_ty, x.dtype.element_ty),
-            is_pure=True,
-            pack=2,
+            asm, "=&r,=&r,r", [words], (TYPE, TYPE), is_pure=True, pack=2
         )
     else:
-        INT4: constexpr = FP16_INT4 if OFFSET == 1024 else BF16_INT4
-        NF4: constexpr = FP16_NF4 if OFFSET == 1024 else BF16_NF4
+        int4: constexpr = FP16_INT4 if TYPE == tl.float16 else BF16_INT4
+        nf4: constexpr = FP16_NF4 if TYPE == tl.float16 else BF16_NF4
+        asm: constexpr = int4 if FORMAT == "int4" else nf4
         return tl.inline_asm_elementwise(
-            INT4 if FORMAT == "int4" else NF4,
-            "=&r,=&r,=&r,=&r,r",
-            [words],
-            (x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty, x.dtype.element_ty),
-            is_pure=True,
-            pack=2,
+            asm, "=&r,=&r,=&r,=&r,r", [words], (TYPE, TYPE, TYPE, TYPE), is_pure=True, pack=2
         )
 
 
 @jit
-def _finish(acc, parts, done, M, N, at, mask, SPLIT: constexpr):
+def _finish(acc, sums, done, M, N, at, mask, SPLIT: constexpr):
     """The sum over the SPLIT programs that share this block of rows, in the last one to end.
 
-    -> (the sum, whether this is that program). The order of the sum is always the same."""
-    tl.store(parts + tl.program_id(1) * M * N + at, acc, mask=mask)
+    -> (the sum, whether this is that program). The order of the sum is always the same, and done is
+    0 again for the next launch."""
+    tl.store(sums + tl.program_id(1) * M * N + at, acc, mask=mask)
     tl.debug_barrier()  # all of this program's stores come before the count
     last = tl.atomic_add(done + tl.program_id(0), 1, sem="acq_rel") == SPLIT - 1
     if last:
         acc = tl.zeros_like(acc)
-        for part in range(SPLIT):
+        for program in range(SPLIT):
             # .cg: past the L1, which may hold what an earlier launch left at this address
-            acc += tl.load(parts + part * M * N + at, mask=mask, other=0, cache_modifier=".cg")
+            acc += tl.load(sums + program * M * N + at, mask=mask, other=0, cache_modifier=".cg")
         tl.store(done + tl.program_id(0), 0)
     return acc, last
 
@@ -483,15 +480,17 @@ def _multiply(weights, columns, live, acc, FIRST: constexpr, COUNT: constexpr):
 # otherwise compile a kernel again whenever one becomes or stops being a multiple of 16.
 @jit(do_not_specialize=["M"])
 def _product(
-    x, words, scales, zeros, bias, table, parts, done, out, M, N, K,
+    x, words, scales, zeros, bias, table, sums, done, out, M, N, K,
     FORMAT: constexpr, GROUP: constexpr, TOGETHER: constexpr,
     BLOCK_N: constexpr, BLOCK_M: constexpr, SPLIT: constexpr,
 ):  # fmt: skip
     """The transposed product W x^T, tile (BLOCK_N, BLOCK_M), on tensor cores for one row of x, too.
 
     W is the left operand because that one may come from registers, where it is unpacked; x may be
-    as narrow as 16 rows. int4's offset and zero point leave through the sum of x: the product of x
-    with a constant, which is the same for all rows of W and so takes but one row's instructions.
+    as narrow as 16 rows. int4's offset and zero point leave through the sum of x,
+    sum((code - zero) x) = sum((OFFSET + code) x) - (OFFSET + zero) sum(x):
+    that is the product of x with a constant, the same for all rows of W, and so takes but one row's
+    instructions. Without zero points the constant is -(OFFSET + 8) itself.
     """
     PARTS: constexpr = 2 if FORMAT == "int8" else 4
     WIDTH: constexpr = TILE // PARTS
@@ -516,18 +515,19 @@ def _product(
         else:
             for q in tl.static_range(0, 4, TOGETHER):
                 group = (t * TILE + q * 32) // GROUP * N + rows
-                part = tl.zeros_like(acc)
+                unscaled = tl.zeros_like(acc)
                 if FORMAT == "int4":
-                    part = _multiply((zero, zero, zero, zero), columns, live, part, q, TOGETHER)
+                    constant = (zero, zero, zero, zero)
+                    unscaled = _multiply(constant, columns, live, unscaled, q, TOGETHER)
                     if zeros is not None:
-                        part *= OFFSET + _read(zeros + group, inside)[:, None]
-                part = _multiply(weights, columns, live, part, q, TOGETHER)
-                acc += _read(scales + group, inside)[:, None] * part
+                        unscaled *= OFFSET + _read(zeros + group, inside)[:, None]
+                unscaled = _multiply(weights, columns, live, unscaled, q, TOGETHER)
+                acc += _read(scales + group, inside)[:, None] * unscaled
     at = m[None, :] * N + rows[:, None]
     mask = live & inside[:, None]
     last = True
     if SPLIT > 1:
-        acc, last = _finish(acc, parts, done, M, N, at, mask, SPLIT)
+        acc, last = _finish(acc, sums, done, M, N, at, mask, SPLIT)
     if last:
         if FORMAT == "int8":
             acc *= _read(scales + rows, inside)[:, None]
@@ -549,16 +549,17 @@ def product_configs(M):
     return [dict(BLOCK_N=n, BLOCK_M=m, num_warps=w, num_stages=s) for n, w, s in blocks]
 
 
-def parts_together(format, group):
-    """How many neighbouring parts of a tile share a scale."""
-    parts = 2 if format == "int8" else 4
-    return math.gcd(group, COLUMNS) * parts // COLUMNS
+def parts_together(group):
+    """How many neighbouring parts of a tile of 4-bit codes share a scale."""
+    return math.gcd(group, COLUMNS) // 32
 
 
 def product(x, w, bias):
     """`linear` by `_product`, or None where this card has no room for it."""
     M, K = x.shape
-    x = F.pad(x, (0, -K % COLUMNS)).contiguous()
+    x = x.contiguous()
+    if K % COLUMNS:  # F.pad copies even where it adds nothing
+        x = F.pad(x, (0, -K % COLUMNS))
 
     def launch(config):
         blocks = triton.cdiv(w.N, config["BLOCK_N"])
@@ -568,11 +569,11 @@ def product(x, w, bias):
         out = torch.empty(M, w.N, dtype=x.dtype, device=x.device)
         sums = torch.empty(split, M, w.N, device=x.device) if split > 1 else None
         tensors = x, w.words, w.scales, w.zeros, bias, nf4_table(x.device), sums, w.done, out
-        shape = M, w.N, x.size(1), w.format, w.group, parts_together(w.format, w.group)
+        shape = M, w.N, x.size(1), w.format, w.group, parts_together(w.group)
         _product[blocks, split](*tensors, *shape, SPLIT=split, **config)
         return out
 
-    shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} {w.zeros is None}"
+    shape = f"M{next_power_of_2(M)} N{w.N} K{K} group{w.group} zeros={w.zeros is not None}"
     return tuned(f"product {w.format} {x.dtype} {shape}", product_configs(M), launch, x.device)
 
 
@@ -649,12 +650,13 @@ def _add_norm(x, y, gain, out, eps, C, BLOCK: constexpr):
 
 
 def add_norm(x, y, norm):
-    """x += y, in place; both (T, C) -> norm(x), of which the kernel does nn.RMSNorm."""
-    if not isinstance(norm, nn.RMSNorm) or not use_kernel(x):
+    """x += y in place, both (T, C) -> norm(x), by the kernel if that is an nn.RMSNorm with eps."""
+    if not (isinstance(norm, nn.RMSNorm) and x.is_contiguous() and use_kernel(x)):
         return add_norm_twin(x, y, norm)
     T, C = x.shape
     out = torch.empty_like(x)
-    _add_norm[(T,)](x, y, norm.weight, out, norm.eps, C, next_power_of_2(C), num_warps=8)
+    tensors = x, y.contiguous(), norm.weight, out
+    _add_norm[(T,)](*tensors, norm.eps, C, next_power_of_2(C), num_warps=8)
     return out
 
 
@@ -680,7 +682,7 @@ def swiglu(h):
         return swiglu_twin(h)
     T, M = h.size(0), h.size(1) // 2
     out = torch.empty(T, M, dtype=h.dtype, device=h.device)
-    _swiglu[T, triton.cdiv(M, 1024)](h, out, M, 1024)
+    _swiglu[T, triton.cdiv(M, 1024)](h.contiguous(), out, M, 1024)
     return out
 
 
@@ -690,9 +692,10 @@ def swiglu_twin(h):
 
 
 # ------------------------------------------------------------------------------- the paged KV cache
-# cache (2, blocks, block_size, K, D), keys and values: a slot is block * block_size + offset, so
-# slots number the rows of each seen as (blocks * block_size, K, D). An int8 cache comes with scales
-# (2, blocks, block_size, K) float32, one for each token and head: value = stored * scale.
+# cache (2, pages, page_size, KH, D), keys and values of KH heads: a slot is page * page_size +
+# offset, so slots number the rows of each seen as (pages * page_size, KH, D). An int8 cache comes
+# with scales (2, pages, page_size, KH) float32, one for each token and head:
+# value = stored * scale.
 @jit
 def _times_gain(row, gain, heads, d, D, mask):
     """Columns d of some heads in a row of qkv, times theirs of the gain if there is one."""
@@ -704,12 +707,12 @@ def _times_gain(row, gain, heads, d, D, mask):
 
 @jit(do_not_specialize_on_alignment=["slots"])
 def _store_heads(
-    qkv, gain, cos, sin, slots, q, cache, scales, eps, rows, H, KH, D,
+    qkv, gain, cos, sin, slots, q, cache, scales, eps, v_offset, H, KH, D,
     BLOCK_H: constexpr, BLOCK_D: constexpr,
 ):  # fmt: skip
     """BLOCK_H of one token's heads: queries to q, keys and values to the token's slot.
 
-    Keys and values lie `rows` heads apart."""
+    A head's value lies v_offset heads behind its key."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -729,7 +732,7 @@ def _store_heads(
     slot = tl.load(slots + token)
     stored = tl.where(slot < 0, -1, heads - H)  # number of a key or, behind these, of a value
     mask = (stored >= 0) & (stored < 2 * KH)
-    at = stored // KH * rows + slot * KH + stored % KH
+    at = stored // KH * v_offset + slot * KH + stored % KH
     if scales is not None:
         largest = tl.max(tl.abs(value), 1)
         tl.store(scales + at, largest / 127, mask=mask)
@@ -739,40 +742,40 @@ def _store_heads(
 
 
 def store_heads(qkv, gain, eps, rope, slots, cache, scales=None):
-    """qkv (T, H + 2K, D): norm and turn queries and keys, store keys and values -> q (T, H, D).
+    """qkv (T, H + 2KH, D): norm and turn queries and keys, store keys and values -> q (T, H, D).
 
-    gain (H + K, D), or None: no norm. rope: cos and sin (T, 1, D), the first half of sin negated,
-    or None. slots (T,) int64; -1 = nothing is stored. An int8 cache is quantized to.
+    gain (H + KH, D), or None: no norm. rope: cos and sin (T, 1, D), the first half of sin negated,
+    or None. slots (T,) int64; -1 = nothing is stored. An int8 cache gets int8 and its scales.
     """
     if not use_kernel(qkv):
         return store_heads_twin(qkv, gain, eps, rope, slots, cache, scales)
     T, heads, D = qkv.shape
-    K = cache.size(3)
-    H = heads - 2 * K
+    KH = cache.size(3)
+    H = heads - 2 * KH
     q = torch.empty(T, H, D, dtype=qkv.dtype, device=qkv.device)
     tensors = qkv.contiguous(), gain, *(rope or (None, None)), slots, q, cache, scales
-    numbers = eps, cache.stride(0) // D, H, K, D, 8, next_power_of_2(D)
+    numbers = eps, cache.stride(0) // D, H, KH, D, 8, next_power_of_2(D)
     _store_heads[T, triton.cdiv(heads, 8)](*tensors, *numbers)
     return q
 
 
 def store_heads_twin(qkv, gain, eps, rope, slots, cache, scales=None):
-    K, D = cache.shape[3:]
-    qk = qkv[:, :-K]  # queries and keys are treated alike
+    KH, D = cache.shape[3:]
+    qk = qkv[:, :-KH]  # queries and keys are treated alike
     if gain is not None:
         qk = F.rms_norm(qk, (D,), eps=eps) * gain
     if rope is not None:
         cos, sin = rope
         qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-    kv = torch.stack((qk[:, -K:], qkv[:, -K:]))[:, slots >= 0]  # (2, T, K, D)
+    kv = torch.stack((qk[:, -KH:], qkv[:, -KH:]))[:, slots >= 0]  # (2, T, KH, D)
     slots = slots[slots >= 0]
     if scales is not None:
         largest = kv.abs().amax(-1).float()
-        scales.flatten(1, 2)[:, slots] = largest / 127  # (2, blocks * block_size, K) is a view
+        scales.flatten(1, 2)[:, slots] = largest / 127  # (2, pages * page_size, KH) is a view
         kv = kv * (127 / largest.clamp(min=1e-30))[..., None]
         kv = torch.floor(kv + 0.5)  # halves round up
     cache.flatten(1, 2)[:, slots] = kv.to(cache.dtype)
-    return qk[:, :-K]
+    return qk[:, :-KH]
 
 
 @jit
@@ -804,22 +807,21 @@ def _key_range(position, length, window, ROWS, BLOCK_N, SPLIT):
     if window is not None:
         begin = tl.maximum(0, position - window + 1)
     stop = tl.minimum(length, position + ROWS)
-    part = tl.cdiv(tl.cdiv(stop - begin, SPLIT), BLOCK_N) * BLOCK_N
-    begin += tl.program_id(2) * part
-    return begin, tl.minimum(stop, begin + part)
+    size = tl.cdiv(tl.cdiv(stop - begin, SPLIT), BLOCK_N) * BLOCK_N
+    begin += tl.program_id(2) * size
+    return begin, tl.minimum(stop, begin + size)
 
 
 @jit
 def _cached(cache, rows, D, mask, q, BLOCK_D: constexpr):
-    """Rows of the cache in the type of q (R, BLOCK_D), twice; of int8, which comes as pairs in 16
-    bits, the even and the odd columns (R, BLOCK_D / 2).
+    """Rows of the cache in the type of q: of int8, which comes as pairs in 16 bits, the even and
+    the odd columns (R, BLOCK_D / 2); else all (R, BLOCK_D), twice, as the caller expects a pair.
 
     Apart they stay in the registers where the tensor cores want them, as `_product`'s weights do.
     """
     if cache.dtype.element_ty == tl.int16:
         words = _tile(cache, rows, tl.arange(0, BLOCK_D // 2), D // 2, mask)
-        OFFSET: constexpr = 1024 if q.dtype.element_ty == tl.float16 else 128
-        return _unpack(words, q, None, "int8", OFFSET)
+        return _unpack(words, q, None, "int8", None)
     else:
         values = _tile(cache, rows, tl.arange(0, BLOCK_D), D, mask).to(q.dtype.element_ty)
         return values, values
@@ -858,7 +860,7 @@ def _weigh(scores, most, total):
 )
 def _attend(
     q, k_cache, v_cache, tables, lengths, starts, scale, window, k_scale, v_scale, out, lses,
-    S, T, table_stride, H: constexpr, KH: constexpr, D: constexpr, PAGE: constexpr,
+    S, T, table_stride, H: constexpr, KH: constexpr, D: constexpr, PAGE_SIZE: constexpr,
     BLOCK_D: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, SPLIT: constexpr,
 ):  # fmt: skip
     """One tile of queries against one part of its context (see above) -> out, and lses if SPLIT."""
@@ -886,8 +888,8 @@ def _attend(
     for key in range(begin, stop, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
         there = j < stop
-        page = tl.load(tables + seq * table_stride + j // PAGE, mask=there, other=0)
-        slot = (page * PAGE + j % PAGE) * KH + tl.program_id(1)  # its row of the cache
+        page = tl.load(tables + seq * table_stride + j // PAGE_SIZE, mask=there, other=0)
+        slot = (page * PAGE_SIZE + j % PAGE_SIZE) * KH + tl.program_id(1)  # its row of the cache
         k, odd_k = _cached(k_cache, slot, D, there, q, BLOCK_D)
         scores = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if PAIRS:
@@ -912,7 +914,7 @@ def _attend(
 
 
 @jit(do_not_specialize=["rows"])
-def _combine(parts, lses, out, rows, D, SPLIT: constexpr, BLOCK_D: constexpr):
+def _combine(partial, lses, out, rows, D, SPLIT: constexpr, BLOCK_D: constexpr):
     """Join the parts of one row's context: each weighs 2^lse, its share of the denominator."""
     row = tl.program_id(0)
     at = tl.arange(0, SPLIT) * rows + row
@@ -920,16 +922,16 @@ def _combine(parts, lses, out, rows, D, SPLIT: constexpr, BLOCK_D: constexpr):
     lse = tl.load(lses + at)
     most = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(most == -float("inf"), 0.0, most))
-    part = _tile(parts, at, d, D, at >= 0)  # (SPLIT, BLOCK_D)
+    values = _tile(partial, at, d, D, at >= 0)  # (SPLIT, BLOCK_D): all rows are there
     total = tl.sum(weight, 0)
-    value = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    value = tl.sum(values * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * D + d, value.to(out.dtype.element_ty), mask=d < D)
 
 
 def attention_configs(pairs, group):
     """BLOCK_M (query row, head) pairs by BLOCK_N keys, warps, and stages of the pipeline.
 
-    Decoding moves Kh * D * 2 values a key and hardly computes: 16 pairs and a deep pipeline of
+    Decoding moves KH * D * 2 values a key and hardly computes: 16 pairs and a deep pipeline of
     pages. Prefill computes: 64 or 128 pairs.
     """
     least = next_power_of_2(max(group, 16))
@@ -945,70 +947,61 @@ def paged_attention(q, cache, tables, lengths, starts, scale, window=None, scale
 
     One call serves decoding, prefill and both mixed. q (T, H, D): the new tokens of all sequences,
     one after the other; sequence s has rows starts[s]:starts[s+1], the last ones of its context of
-    lengths[s] tokens, whose keys and values are stored already. tables (S, max_blocks), the block
+    lengths[s] tokens, whose keys and values are stored already. tables (S, max_pages), the block
     table of each sequence, lengths (S,) and starts (S+1,) are int32. Query heads are grouped over
-    Kh key heads; keys further back than the window are hidden; the caches are contiguous. Rows that
-    see nothing give 0. On a GPU nothing is read back, so a CUDA graph can capture the call.
+    KH key heads; keys further back than the window are hidden; keys and values are contiguous. Rows
+    that see nothing give 0. On a GPU nothing is read back, so a CUDA graph can capture the call.
     """
     inputs = tables, lengths, starts, scale, window
     T, H, D = q.shape
     if not use_kernel(q) or (scales is not None and D % 2):
         return paged_attention_twin(q, cache, *inputs, scales)
+    q = q.contiguous()
     k_cache, v_cache = cache if scales is None else cache.view(torch.int16)
     k_scale, v_scale = (None, None) if scales is None else scales
     S, width = tables.shape
-    page, KH = k_cache.shape[1:3]
+    page_size, KH = k_cache.shape[1:3]
     group = H // KH
     # Parts of the context, so that few sequences still keep every multiprocessor busy; only in
     # decoding, and only while a part has more than 64 keys.
-    longest = width * page if window is None else min(width * page, window + T)
+    longest = width * page_size if window is None else min(width * page_size, window + T)
     most = min(64, (longest - 1) // 64) if T <= 4 * S else 1
     warps = 12 * card(q.device).multi_processor_count
-    block = next_power_of_2(D)
+    block_d = next_power_of_2(D)
+    given = q, k_cache, v_cache, *inputs, k_scale, v_scale
 
     def launch(config):
         split = parts_of_work(S * KH, warps // config["num_warps"], most)
         out = torch.empty_like(q)
-        parts, lses = out, None
+        partial, lses = out, None
         if split > 1:
-            parts = torch.empty(split, T, H, D, device=q.device)
+            partial = torch.empty(split, T, H, D, device=q.device)
             lses = torch.empty(split, T, H, device=q.device)
         grid = T // (config["BLOCK_M"] // group) + S, KH, split
         # a product takes 16 columns or more, and int8's are halved
-        shape = S, T, tables.stride(0), H, KH, D, page, max(32, block)
-        _attend[grid](
-            q,
-            k_cache,
-            v_cache,
-            *inputs,
-            k_scale,
-            v_scale,
-            parts,
-            lses,
-            *shape,
-            SPLIT=split,
-            **config,
-        )
+        shape = S, T, tables.stride(0), H, KH, D, page_size, max(32, block_d)
+        _attend[grid](*given, partial, lses, *shape, SPLIT=split, **config)
         if split > 1:
-            _combine[(T * H,)](parts, lses, out, T * H, D, split, block, num_warps=2)
+            _combine[(T * H,)](partial, lses, out, T * H, D, split, block_d, num_warps=2)
         return out
 
     rows = 1 if T == S else T // S + 1  # of a sequence, about
     pairs = next_power_of_2(rows * group)
-    shape = f"H{H} KH{KH} D{D} page{page} S{next_power_of_2(S)} rows{pairs} {window is None}"
-    key = f"attention {q.dtype} {k_cache.dtype} {shape}"
+    # The key leaves the context's length out, as it grows: warm_up.py tunes at 1,024 tokens.
+    shape = f"H{H} KH{KH} D{D} page{page_size} S{next_power_of_2(S)} rows{pairs}"
+    key = f"attention {q.dtype} {k_cache.dtype} {shape} window={window is not None}"
     y = tuned(key, attention_configs(pairs, group), launch, q.device)
     return paged_attention_twin(q, cache, *inputs, scales) if y is None else y
 
 
 def paged_attention_twin(q, cache, tables, lengths, starts, scale, window=None, scales=None):
     out = torch.zeros_like(q)
-    page = cache.size(2)
+    page_size = cache.size(2)
     starts = starts.tolist()
     for table, length, begin, end in zip(tables, lengths.tolist(), starts, starts[1:]):
         if begin == end or length == 0:
             continue
-        blocks = table[: -(-length // page)].long()
+        pages = table[: -(-length // page_size)].long()
         at = torch.arange(length, device=q.device)
         gap = at[begin - end :, None] - at  # (rows, length): the new tokens are the last ones
         mask = gap >= 0
@@ -1016,7 +1009,7 @@ def paged_attention_twin(q, cache, tables, lengths, starts, scale, window=None, 
             mask &= gap < window
         y = F.scaled_dot_product_attention(
             q[begin:end].float().transpose(0, 1),  # (rows, H, D) -> (H, rows, D)
-            *read_pages(cache, scales, blocks)[:, :, :length],
+            *read_pages(cache, scales, pages)[:, :, :length],
             mask,
             scale=scale,
             enable_gqa=True,
@@ -1025,9 +1018,9 @@ def paged_attention_twin(q, cache, tables, lengths, starts, scale, window=None, 
     return out
 
 
-def read_pages(cache, scales, blocks):
-    """The tokens in some pages -> keys and values (2, K, len(blocks) * block_size, D) float32."""
-    values = cache[:, blocks].float()  # (2, n, block_size, K, D)
+def read_pages(cache, scales, pages):
+    """The tokens in some pages -> keys and values (2, KH, len(pages) * page_size, D) float32."""
+    values = cache[:, pages].float()  # (2, n, page_size, KH, D)
     if scales is not None:
-        values = values * scales[:, blocks][..., None]
+        values = values * scales[:, pages][..., None]
     return values.flatten(1, 2).transpose(1, 2)

@@ -60,6 +60,8 @@ def resolve(device="auto", dtype="auto", compile="auto") -> Runtime:
     chosen, why = choose_device(device)
     if "WORLD_SIZE" in os.environ:
         chosen = join_ranks(chosen)
+    elif chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
     print(f"device   {chosen}: {why}; rank {rank} of {world}")
     precision = choose("dtype", dtype, DTYPES, best_dtype(chosen.type))
     if chosen.type == "cpu" and precision == "float32" and onednn_is_faster():
@@ -85,7 +87,8 @@ def choose_device(device):
         return (gpu, "found") if gpu else (cpu, "no GPU found")
     with contextlib.suppress(RuntimeError):  # torch's for a word that is no device
         chosen = torch.device(device)
-        if chosen.type in ("cpu", gpu and gpu.type):
+        known = gpu and chosen.type == gpu.type
+        if chosen.type == "cpu" or known and (chosen.index or 0) < torch.accelerator.device_count():
             return chosen, "asked for"
     raise UserError(
         f"--device {device}: torch {torch.__version__} has no such device here; "
@@ -96,6 +99,8 @@ def choose_device(device):
 def join_ranks(device):
     """Start the process group of torchrun's ranks -> this rank's device."""
     if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {device}: torchrun's ranks take a GPU each: use cuda")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -117,11 +122,16 @@ def best_dtype(device):
     return "float32", "16 bits may be slow here"
 
 
+def cpu_facts():
+    """What Linux says of this CPU; nothing on other systems."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text()
+    return ""
+
+
 def cpu_has_bf16_units():
     """Whether this CPU multiplies bf16 natively (AMX); else bf16 is 10x slower than float32."""
-    with contextlib.suppress(OSError):
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    return False
+    return "amx_bf16" in cpu_facts()
 
 
 def best_compile(device):
@@ -133,16 +143,12 @@ def best_compile(device):
 
 @functools.cache
 def onednn_is_faster():
-    """Whether float32 products of a CPU are torch's faster ones in oneDNN.
+    """Whether float32 products of a CPU are faster in oneDNN, where model.float_product takes them.
 
     torch takes MKL for them, which leaves the AVX-512 units of AMD's CPUs unused."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "AuthenticAMD" in cpuinfo and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "AuthenticAMD" in cpu_facts() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def compile_or_say_why(function, runtime, warm_up):
@@ -160,7 +166,9 @@ def compile_or_say_why(function, runtime, warm_up):
 
 
 # --------------------------------------------------------------------------- what the device can do
-PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; others have no MFU
+# Dense bf16 (fp16 before Ampere), from the makers' data sheets; others have no MFU. The first that
+# is part of the device's name counts.
+PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -244,10 +252,10 @@ def fork_rng():
 def rng_states(rank):
     """The generators of every rank -> {rank.name: tensor}; all ranks must call it.
 
-    They are torch's, on the CPU and every GPU: nothing in a training draws from any other."""
+    They are torch's, on the CPU and the rank's GPU: nothing in a training draws from any other."""
     states = {f"{rank}.torch": torch.get_rng_state()}
-    for i, state in enumerate(torch.cuda.get_rng_state_all()):
-        states[f"{rank}.cuda{i}"] = state
+    if torch.cuda.is_available():
+        states[f"{rank}.cuda"] = torch.cuda.get_rng_state()
     if dist.is_initialized():
         gathered = [states] * dist.get_world_size()
         dist.all_gather_object(gathered, states)
@@ -261,9 +269,8 @@ def set_rng_states(states, rank, seed):
     torch.manual_seed(seed + rank)
     if f"{rank}.torch" in states:
         torch.set_rng_state(states[f"{rank}.torch"])
-    for i in range(torch.cuda.device_count()):
-        if f"{rank}.cuda{i}" in states:
-            torch.cuda.set_rng_state(states[f"{rank}.cuda{i}"], i)
+    if torch.cuda.is_available() and f"{rank}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -282,7 +289,7 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
     states = out / "state"
     final = states / f"step-{step:08d}"
     temporary = states / f"writing-{step:08d}"
-    if final.is_dir():  # saved by a periodic save just now, or by a run that then crashed
+    if final.is_dir():  # the same step, saved just now or by a run that then crashed
         return publish(final, out)
     for stale in states.glob("writing-*"):  # of a crash
         shutil.rmtree(stale)
@@ -299,19 +306,24 @@ def save_checkpoint(out, step, save_model, optimizer_tensors, rng_tensors, info,
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     publish(final, out)
-    for old in sorted(states.glob("step-*"))[:-keep]:
+    for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
 
 def publish(checkpoint, out):
     """Make OUT's own model files those of `checkpoint`; config.json comes last."""
-    for stale in out.glob("*.tmp"):  # of a crash
+    for stale in out.glob(f"*.{'[0-9a-f]' * 16}.tmp"):  # write_atomic's, of a crash
         stale.unlink()
     files = [file for file in checkpoint.iterdir() if file.name not in STATE_FILES]
     for file in sorted(files, key=lambda file: file.name == "config.json"):
         write_atomic(out / file.name, functools.partial(shutil.copyfile, file))
 
 
+def checkpoints(out):
+    """The complete OUT/state/step-N, the newest last."""
+    return sorted(Path(out, "state").glob(f"step-{'[0-9]' * 8}"))
+
+
 def latest_checkpoint(out):
-    """The newest complete OUT/state/step-N, or None."""
-    return max(Path(out, "state").glob("step-*"), default=None)
+    """The newest of them, or None."""
+    return max(checkpoints(out), default=None)

@@ -38,7 +38,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
 from pydantic import ValidationError
 
-from common import UserError, cli, distinct, parse_flags  # isort: skip
+from common import UserError, cli, distinct, flag, model_name, parse_flags, warn  # isort: skip
 
 from chat import CHATML_TEMPLATE
 from generate import Engine, turn_ends
@@ -94,12 +94,17 @@ class Args:
     runs: str = "runs"  # training runs that the page may draw
 
 
+def base_name(args):
+    """What the model without an adapter is called."""
+    return args.name or model_name(args.model or "model")
+
+
 def adapter_folders(args):
     """--adapters name=folder,name=folder -> {name: folder}"""
     adapters = {}
     for pair in listed(args.adapters):
         name, _, folder = pair.partition("=")
-        if not name or not folder or name in adapters:
+        if not name or not folder or name in (base_name(args), *adapters):
             raise UserError(
                 f"--adapters {pair}: write name=folder, several apart by commas, each "
                 "with a name of its own"
@@ -119,9 +124,7 @@ class Service:
         self.context = engine.max_model_len  # tokens of prompt and answer
         self.args = args
         self.adapters = adapter_folders(args)
-        path = os.path.abspath(args.model or "model")
-        own = re.sub(r"\.gguf$", "", os.path.basename(path), flags=re.I)
-        self.names = [args.name or own, *self.adapters]
+        self.names = [base_name(args), *self.adapters]
         self.defaults = engine.sampling_defaults  # of Sampling, as the folder says
         self.turn_ends = ()
         with contextlib.suppress(UserError):  # a format unknown to us, or none
@@ -148,12 +151,8 @@ class Service:
             "max_model_len": self.context,
         }
 
-    def refuse_adapter(self, model, what):
-        if model in self.adapters:
-            raise Refusal(400, f"{what} are the base model's, not an adapter's", param="model")
-
     def check_room(self, count):
-        """Raise Refusal 503 or 429 unless so many jobs may come in."""
+        """Raise Refusal 503, 400 or 429 unless so many jobs may come in."""
         message = self.client.broken
         if self.draining:
             message = "shutting down: try another replica"
@@ -162,43 +161,53 @@ class Service:
         if message:
             raise Refusal(503, message, headers=LATER)
 
+        most = self.args.concurrency + self.args.queue
+        if count > most:  # there never will be room
+            raise Refusal(400, f"{count} prompts, but this server takes {most} at once")
         depth = len(self.client.jobs)
-        if depth + count > self.args.concurrency + self.args.queue:
+        if depth + count > most:
             message = f"{depth} requests are running or waiting, the most this server takes"
             raise Refusal(429, message, "queue_full", None, LATER)
 
-    def enter(self, request, job, *order):
-        """Send a job's order to the engine. Whatever happens to the request then, the Door calls
-        `close` with the job."""
-        request.state.jobs.append(job)
+    def enter(self, state, tokens, answers, offset, *order):
+        """Send an order to the engine -> its Job. Whatever happens to the request then, the Door
+        calls `close` with it."""
+        job = Job(state.key, tokens, answers, state.inbox, offset)
+        state.jobs.append(job)
         self.client.send(job, *order)
+        return job
 
-    async def admit(self, request, model, prompts, samplings, grammar):
-        """Put a request's prompts into the queue -> their jobs."""
+    def admit(self, state, model, prompts, samplings, grammar):
+        """Put a request's prompts into the queue."""
         self.check_room(len(samplings))
-        inbox = Inbox()
         adapter = model if model in self.adapters else None
-        jobs = []
-        for position, (prompt, sampling) in enumerate(zip(prompts, samplings)):
-            job = Job(request.state.key, len(prompt), sampling.n, inbox, position)
-            self.enter(request, job, "submit", prompt, vars(sampling), adapter, grammar)
-            jobs.append(job)
-        return jobs
+        offset = 0
+        for prompt, sampling in zip(prompts, samplings):
+            order = prompt, vars(sampling), adapter, grammar
+            self.enter(state, len(prompt), sampling.n, offset, "submit", *order)
+            offset += sampling.n
 
-    async def read(self, request, prompts, count=None):
+    async def read(self, state, model, prompts, count=None):
         """Have prompts read -> for each its embedding, or with a count plain_logprobs (see
         server/worker.py) with so many of the likeliest."""
+        if model in self.adapters:
+            message = "embeddings and logprobs of an echo are the base model's, not an adapter's"
+            raise Refusal(400, message, param="model")
+        longest = max(map(len, prompts))
+        if longest > self.context:
+            message = f"a prompt has {longest:,} tokens, the context is {self.context:,}"
+            raise Refusal(400, message, "context_length_exceeded")
         tokens = sum(map(len, prompts))
         if count is not None and tokens * (count + 1) > LOGPROBS:
             message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
             raise Refusal(400, message, param="logprobs")
         self.check_room(1)
-        job = Job(request.state.key, tokens, len(prompts), Inbox())
-        self.enter(request, job, "read", prompts, count)
+        job = self.enter(state, tokens, len(prompts), 0, "read", prompts, count)
         found = [[] for _ in prompts]
-        async for batch in self.batches([job]):
-            for _, delta in batch:
+        async for batch in self.batches(state):
+            for delta in batch:
                 found[delta.index] += delta.logprobs
+        self.client.close(job)  # so that its place is free for what else the request wants
         return found
 
     def close(self, jobs):
@@ -207,21 +216,20 @@ class Service:
             self.client.close(job)
             self.measures.observe(job)
 
-    async def batches(self, jobs):
-        """Yield lists of (the prompt's number, Delta) of all jobs as they come, [] when nothing has
-        come for a while. Raises Refusal for what failed, and when the time is up."""
-        deadline = time.monotonic() + self.args.timeout
-        while any(job.unfinished or job.inbox.items for job in jobs):
+    async def batches(self, state):
+        """Yield lists of a request's Deltas as they come, [] when nothing has come for a while.
+        Raises Refusal for what failed, and when the time is up."""
+        deadline = state.begin + self.args.timeout
+        while state.inbox.items or any(job.unfinished for job in state.jobs):
             wait = min(deadline - time.monotonic(), self.keep_alive)
             if wait <= 0:
                 raise Refusal(504, f"not finished within {self.args.timeout:g} s", "timeout")
-            batch = await jobs[0].inbox.get(wait)
+            batch = await state.inbox.get(wait)
             for item in batch:
                 if isinstance(item, Refusal):
                     raise item
-                _, delta = item
-                if delta.finish_reason == "error":
-                    raise Refusal(400, delta.error)
+                if item.finish_reason == "error":
+                    raise Refusal(400, item.error)
             yield batch
 
 
@@ -233,15 +241,10 @@ Shared: TypeAlias = Annotated[Service, Depends(shared)]  # what FastAPI hands to
 
 
 # ----------------------------------------------------------------------------- a reply on its way
-async def reply(service, answer, jobs):
-    batches = service.batches(jobs)
-    if answer.body.stream:
-        return event_stream(answer.stream(batches))
-    return await json_later(await answer.whole(batches))
-
-
-def event_stream(pieces):
-    """Bytes of server-sent events as they come -> the response that carries them to the client."""
+async def reply(batches, answer):
+    """What comes of a request -> the response that carries it to the client."""
+    if not answer.body.stream:
+        return await json_later(await answer.whole(batches))
 
     async def respond(scope, receive, send):
         headers = [
@@ -250,7 +253,7 @@ def event_stream(pieces):
             (b"x-accel-buffering", b"no"),  # or nginx would keep the events until there are many
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
-        async for events in pieces:
+        async for events in answer.stream(batches):
             if start:  # with the first token, in one packet
                 await send(start)
                 start = None
@@ -264,8 +267,8 @@ def event_stream(pieces):
 class BodyRoute(APIRoute):
     """FastAPI's route, but what takes (body, request, service) gets them in one step: FastAPI's
     general way to a function's arguments costs a fifth of the time of a short answer. And it ends
-    when the client leaves: door.Protocol cancels the state's `writer`, this returns to the Door,
-    and that closes the request's jobs."""
+    when the client leaves: door.Protocol takes the task `answering` out of the request's state and
+    cancels it, this returns to the Door, and that closes the request's jobs."""
 
     def __init__(self, path, endpoint, **options):
         super().__init__(path, endpoint, **options)
@@ -275,15 +278,16 @@ class BodyRoute(APIRoute):
             request = Request(scope, receive)
             body = await read_body(request, kind)
             state = scope["state"]
-            state["writer"] = asyncio.current_task()
+            state["inbox"] = Inbox()
+            state["answering"] = asyncio.current_task()
             try:
                 response = await endpoint(body, request, await shared(request))
                 await response(scope, receive, send)
             except asyncio.CancelledError:
-                if "writer" in state:
-                    raise  # somebody else ends this task
+                if "answering" in state:
+                    raise  # it was not Protocol: somebody else ends this task
             finally:
-                state.pop("writer", None)
+                state.pop("answering", None)
 
         if kind:
             self.app = answer
@@ -296,10 +300,13 @@ async def read_body(request, kind):
         # A page of another origin may send other types without asking.
         raise Refusal(400, f"{media_type!r} is not application/json", "invalid_request")
     try:
-        body = await request.receive.read()  # door.Body
-        if body.count(b"[") + body.count(b"{") > PARTS:
+        body = await request.receive.read()  # the Door's receive is a door.Body
+        text = body.decode()
+        # Without its strings: every other part between quotes that are not escaped.
+        bare = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+        if bare.count("[") + bare.count("{") > PARTS:
             raise Refusal(400, f"body: over {PARTS:,} lists and objects", "invalid_request")
-        return api.parse_body(BODIES.decode(body.decode()), kind)
+        return api.parse_body(BODIES.decode(text), kind)
     except ValidationError as error:
         raise invalid(error.errors()) from None
     except (ValueError, RecursionError) as error:
@@ -328,9 +335,9 @@ async def chat_completions(body: api.ChatRequest, request: Request, service: Sha
         message = "tool_choice and another field bind the answer: give one"
         raise Refusal(400, message, param="tool_choice")
     prompt, sampling = await aside(request, plan_chat, body, service)
-    jobs = await service.admit(request, model, [prompt], [sampling], call or grammar)
+    service.admit(request.state, model, [prompt], [sampling], call or grammar)
     answer = ChatAnswer(service.tok, body, request.state.id, model, [prompt])
-    return await reply(service, answer, jobs)
+    return await reply(service.batches(request.state), answer)
 
 
 def plan_chat(body, service):
@@ -347,20 +354,16 @@ async def completions(body: api.CompletionRequest, request: Request, service: Sh
     prompts, samplings = await aside(request, plan_completion, body, service)
     scored = []
     if body.echo and body.logprobs is not None:
-        service.refuse_adapter(model, "the logprobs of an echo")
-        scored = await service.read(request, prompts, body.logprobs)
-    jobs = await service.admit(request, model, prompts[: len(samplings)], samplings, grammar)
+        scored = await service.read(request.state, model, prompts, body.logprobs)
+    service.admit(request.state, model, prompts, samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
-    return await reply(service, answer, jobs)
+    return await reply(service.batches(request.state), answer)
 
 
 def plan_completion(body, service):
     """-> (prompts, a Sampling for each, or for none where the prompts are only repeated)"""
     prompts = api.prompt_lists(body.prompt, service.tok, body.add_special_tokens)
-    if body.max_tokens == 0:
-        if not body.echo or max(map(len, prompts)) > service.context:
-            message = f"max_tokens 0 needs echo, and prompts of at most {service.context:,} tokens"
-            raise Refusal(400, message, param="max_tokens")
+    if body.echo and body.max_tokens == 0:
         return prompts, []
     return prompts, [api.request_sampling(body, ids, service, body.logprobs) for ids in prompts]
 
@@ -370,13 +373,8 @@ async def embeddings(body: api.EmbeddingRequest, request: Request, service: Shar
     """The mean over an input's tokens of the last hidden states, scaled to length 1."""
     model = service.model(body.model)
     prompts = await aside(request, api.prompt_lists, body.input, service.tok)
-    service.refuse_adapter(model, "embeddings")
-    longest = max(map(len, prompts))
-    if longest > service.context:
-        message = f"an input has {longest:,} tokens, the context is {service.context:,}"
-        raise Refusal(400, message, "context_length_exceeded")
     data = []
-    for i, vector in enumerate(await service.read(request, prompts)):
+    for i, vector in enumerate(await service.read(request.state, model, prompts)):
         shown = encode_vector(vector, body.encoding_format)
         data.append({"object": "embedding", "index": i, "embedding": shown})
     used = sum(map(len, prompts))
@@ -412,8 +410,7 @@ async def tokenize(body: api.TokenizeRequest, request: Request, service: Shared)
 @routes.post("/detokenize")
 async def detokenize(body: api.DetokenizeRequest, request: Request, service: Shared):
     service.model(body.model)
-    (ids,) = api.prompt_lists(body.tokens, service.tok)
-    return json_response({"prompt": service.tok.decode(ids)})
+    return json_response({"prompt": service.tok.decode(body.tokens)})
 
 
 @routes.get("/health")
@@ -535,7 +532,7 @@ def create_app(engine, args=None, keys=None, sock=None):
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
-    posts = {route.path: route.app for route in routes.routes if "POST" in route.methods}
+    posts = {("POST", route.path): route.app for route in routes.routes if "POST" in route.methods}
     stack = Door(app.build_middleware_stack(), service, keys or {}, posts)
     if service.args.cors:
         stack = CORSMiddleware(
@@ -553,14 +550,8 @@ class Server(uvicorn.Server):
     """uvicorn, which after a SIGTERM or Ctrl-C answers 503 to what is new until what runs has
     finished. A second one ends it at once, and so does an engine that is gone."""
 
-    ready = ""  # said as soon as it listens
     deadline = math.inf  # of the requests that run, once it drains
     status = 0  # that the process exits with
-
-    async def startup(self, sockets=None):
-        await super().startup(sockets)
-        if self.started:
-            print(self.ready, flush=True)
 
     def handle_exit(self, sig, frame):
         service = self.config.app.state.service
@@ -596,17 +587,19 @@ def spare_the_collector():
 def main():
     args = Args(**parse_flags(Args, __doc__, positional=("model",)))
     begin = time.monotonic()
-    if not args.model:
-        raise UserError("which model? python serve.py MODEL, a model folder or a .gguf file")
+    for name, value in vars(args).items():
+        least = int(name == "concurrency")
+        if isinstance(value, (int, float)) and not value >= least:  # true of NaN as well
+            raise UserError(f"{flag(name)} {value} must be at least {least}")
     if bool(args.certificate) != bool(args.certificate_key):
         raise UserError("TLS needs both --certificate and --certificate-key")
     keys = read_keys(args)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
-        print("warning: reachable from elsewhere without keys (--api-key-file)", file=sys.stderr)
+        warn("reachable from elsewhere without keys (--api-key-file)")
     config = sock = None
-    if int(os.environ.get("RANK", 0)) == 0:  # of several ranks only the first listens
+    if os.environ.get("RANK", "0") == "0":  # of several ranks only the first listens
         config, sock = listen(args)  # before the model is read: a port in use is told at once
-    engine = Engine(
+    engine = Engine(  # on other ranks it computes what the first one does, and never returns
         args.model,
         args.device,
         args.dtype,
@@ -629,8 +622,9 @@ def main():
     config.load()
     server = Server(config)
     url = f"{'https' if args.certificate else 'http'}://{args.host}:{sock.getsockname()[1]}"
-    after = f"after {time.monotonic() - begin:.1f} s"
-    server.ready = f"ready    {url} {after}; the page at /, the API at /v1, described at /docs"
+    sock.listen()  # who comes now waits for the server's start
+    there_is = "the page at /, the API at /v1, described at /docs"
+    print(f"ready    {url} after {time.monotonic() - begin:.1f} s; {there_is}", flush=True)
     server.run(sockets=[sock])
     sys.stdout.flush()
     if front:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from chat import CHAT_FORMATS, Piece, marker_pattern, named_pieces
-from common import UserError
+from chat import CHAT_FORMATS, Piece, named_pieces
+from common import UserError, any_of
 
 # Unicode noncharacters, which no text contains: the first two stand around what {% generation %}
 # encloses, the third inside the name of a marker that somebody typed.
@@ -43,7 +43,7 @@ def pieces_of_template(tok, chat, template):
             pieces = named_pieces(name, tok, chat)
             if "".join(piece.text for piece in pieces) == text:
                 return pieces
-    markers = marker_pattern(tuple(tok.special))
+    markers = any_of(tuple(tok.special))
     safe = replace(
         chat,
         messages=defused(chat.messages, markers),

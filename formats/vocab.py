@@ -25,6 +25,7 @@ from tokenizer import (
     check_lengths,
     halves,
     normalize,
+    pattern_named,
 )
 
 # A byte is written as one visible character: itself if it is printable, else one from U+0100 on
@@ -589,7 +590,7 @@ def from_ranks(path, data, pattern, tokens):
         token, rank = line.split()
         ranked.append((base64.b64decode(token, validate=True), int(rank)))
     added = read_added([], tokens, dict(ranked))
-    return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added)
+    return rank_tokenizer(ranked, pattern_named(pattern), *added)
 
 
 def from_tekken(content):

@@ -2,6 +2,7 @@
 
 import torch
 
+from common import UserError
 from runtime import DTYPES
 
 
@@ -15,6 +16,8 @@ def open_transformers(folder, dtype="float32"):
 def transformers_writer(folder, dtype, device):
     """-> a function (texts, tokens of a prompt, new tokens) that writes so much, greedily, with
     transformers' default cache; ids (texts, prompt) instead of random ones, 0 is padding."""
+    if dtype not in DTYPES:
+        raise UserError(f"--transformers {dtype}: use {', '.join(DTYPES)}")
     model = open_transformers(folder, dtype).to(device)
 
     def write(texts, prompt, new, ids=None):

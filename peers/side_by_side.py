@@ -25,6 +25,7 @@ REQUESTS = {
     "tokens_per_s": "256 requests, {program}: tok/s",
     "longest_wait": "256 requests, {program}: longest s between steps",
 }
+SERVING = {"longest_wait": "64 requests right after ready: longest s between steps"}
 KERNEL_SHARES = {"of_read": "{group}, {name}: of reading"}
 CHARACTERS = {"reached": "10.7M characters: s to nanoGPT's loss"}
 QLORA = {"tokens_per_s": "QLoRA 7b, {base}: tok/s", "peak_gib": "QLoRA 7b, {base}: peak GiB"}
@@ -40,14 +41,15 @@ class Timing:
     compile: str = ""  # a command that compiles what it needs, in the background with others
     gib: int = 8  # of the card's memory that compiling takes
     seconds: int = 90  # that it may take, once all is compiled
-    sources: str | None = None  # the folder that it needs, "" where that is not given
+    folder: str | None = None  # that it needs, "" where that is not given
+    file: str = "model.py"  # which must lie there
 
     def fault(self):
         """Why it cannot run, or None."""
-        if self.sources == "":
+        if self.folder == "":
             return "not at hand: give the folder of its sources"
-        if self.sources and not Path(self.sources, "model.py").is_file():
-            return f"{self.sources} has no model.py, so these are not its sources"
+        if self.folder and not Path(self.folder, self.file).is_file():
+            return f"{self.folder} has no {self.file}, so it is not what this needs"
 
     def read(self, file):
         """The rows that it wrote -> {work: figure}; of works that are called alike the last
@@ -60,29 +62,32 @@ class Timing:
         return found
 
 
-def timings(nanogpt="", gptfast=""):
-    """What is timed, in this order; nanogpt, gptfast: folders of their sources."""
+def timings(nanogpt="", gptfast="", model="runs/demo-dpo"):
+    """What is timed, in this order; nanogpt, gptfast: folders of their sources; model: the folder
+    that is served."""
     pretrain = "bench.py pretrain --ways compiled"
     gpt2 = f"{pretrain} --arch gpt2"
     beside = f"{gpt2} --nanogpt {shlex.quote(nanogpt)}"
     few = "--steps 2 --passes 1"
     continuous = "-m peers.continuous_batching qwen3-0.6b"
     decode = "bench.py decode 7b --rounds 1 --formats bfloat16 int8 int4"
+    serve = f"bench.py serve {shlex.quote(model)} --requests 64 --concurrency 64 --rounds 1"
     requests = "bench.py throughput qwen3-0.6b --low 100 --high 1024 --requests"
     char = "shakespeare-char-10m"
     few_steps = f"train.py --preset {char} --out {tempfile.gettempdir()}/{char} --steps 3"
     planned = [
         Timing(OURS, pretrain, TRAINING, f"{pretrain} {few}", 24),
         Timing(OURS, gpt2, TRAINING, f"{gpt2} {few}", 24),
-        Timing("nanoGPT", beside, TRAINING, f"{beside} {few}", 24, sources=nanogpt),
+        Timing("nanoGPT", beside, TRAINING, f"{beside} {few}", 24, folder=nanogpt),
         Timing(OURS, decode, DECODING, decode, 40, seconds=150),
     ]
     for kind, gib in (("bfloat16", 15), ("int8", 9), ("int4", 6)):
         fast = f"-m peers.gpt_fast {shlex.quote(gptfast)} {kind}"
-        planned.append(Timing("gpt-fast", fast, DECODING, fast, gib, sources=gptfast))
+        planned.append(Timing("gpt-fast", fast, DECODING, fast, gib, folder=gptfast))
     return [
         *planned,
         Timing(OURS, f"{requests} 256", REQUESTS, f"{requests} 16", 40, seconds=120),
+        Timing(OURS, serve, SERVING, folder=model, file="config.json"),
         Timing("transformers", continuous, REQUESTS, continuous, 40),
         Timing(OURS, "bench.py kernels", KERNEL_SHARES, "bench.py kernels"),
         Timing(OURS, f"bench.py train --presets {char} --target 1.4697", CHARACTERS, few_steps),

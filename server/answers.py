@@ -4,7 +4,7 @@
     async for events in answer.stream(batches): ...    # bytes of server-sent events
     body = await answer.whole(batches)                 # or the same at once, as a dict
 
-batches is an async iterator of lists of (number of the prompt, Delta).
+batches is an async iterator of lists of Delta, whose indices count the choices of all prompts.
 """
 
 import base64
@@ -85,29 +85,35 @@ class ToolCalls:
         return text
 
     def finish(self):
-        """-> (text left over, calls in OpenAI's shape)."""
+        """-> (text left over, calls in OpenAI's shape). What only looked like a call is text."""
         if not self.calling:
             return self.held, []
-        tagged = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", self.held, re.S)
         calls = []
-        for text in tagged or [self.held]:
-            try:
-                parsed = json.loads(text)
-                for call in parsed if isinstance(parsed, list) else [parsed]:
-                    name = call["name"]
-                    arguments = call["arguments"] if "arguments" in call else call["parameters"]
-                    if tagged or name in self.names:
-                        written = json.dumps(arguments, ensure_ascii=False)
-                        shown = {
-                            "index": len(calls),
-                            "id": "call_" + secrets.token_hex(6),
-                            "type": "function",
-                            "function": {"name": str(name), "arguments": written},
-                        }
-                        calls.append(shown)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # it only looked like a call
-        return "" if calls else self.held, calls[: self.most]
+        rest = ""
+        for part in re.split(r"(<tool_call>.*?(?:</tool_call>|$))", self.held, flags=re.S):
+            found = parse_calls(part.removeprefix(TOOL_CALL).removesuffix("</tool_call>"))
+            known = all(call["function"]["name"] in self.names for call in found)
+            if found and (known or part.startswith(TOOL_CALL)):
+                calls += found
+            else:
+                rest += part
+        return rest if rest.strip() or not calls else "", calls[: self.most]
+
+
+def parse_calls(text):
+    """A call in JSON, or a list of them -> calls in OpenAI's shape; [] for anything else."""
+    calls = []
+    try:
+        parsed = json.loads(text)
+        for call in parsed if isinstance(parsed, list) else [parsed]:
+            arguments = call["arguments"] if "arguments" in call else call["parameters"]
+            written = json.dumps(arguments, ensure_ascii=False)
+            function = {"name": str(call["name"]), "arguments": written}
+            call_id = "call_" + secrets.token_hex(6)
+            calls.append({"id": call_id, "type": "function", "function": function})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return calls
 
 
 # --------------------------------------------------------------------------------------- logprobs
@@ -193,7 +199,9 @@ class Choice:
         if delta.finish_reason:
             rest, self.found = self.calls.finish()
             text += rest
-            self.reason = "tool_calls" if self.found else delta.finish_reason
+            self.reason = delta.finish_reason
+            if self.found and self.reason == "stop":
+                self.reason = "tool_calls"
         self.text += text
         self.token_ids += delta.token_ids
         self.logprobs += logprobs
@@ -262,40 +270,43 @@ class Generation:
             for _ in range(self.n):
                 self.choices.append(self.new_choice(len(self.choices), prompt))
 
-    def choice_of(self, position, delta):
-        return self.choices[position * self.n + delta.index]
-
     async def stream(self, batches):
         """-> bytes of server-sent events: the opening, text as it comes, finish_reason once for
-        each choice, usage if asked for, and DONE, which ends the last piece and nothing else."""
+        each choice, usage if asked for, and DONE, which ends the last piece and nothing else.
+
+        Raises Refusal where that comes before anything has gone out."""
         out = self.opening()
+        begun = False
         try:
             async for batch in batches:
                 if not batch:
                     out += b": keep-alive\n\n"
-                for position, delta in batch:
-                    out += self.events(self.choice_of(position, delta), delta)
+                for delta in batch:
+                    out += self.events(self.choices[delta.index], delta)
                 # The last events go out together with what ends the stream.
                 if out and not all(choice.reason for choice in self.choices):
                     yield out
+                    begun = True
                     out = b""
             if (self.body.stream_options or {}).get("include_usage"):
                 out += self.event(choices=[], usage=self.usage())
-        except Refusal as refusal:  # the status line is long gone: the error is an event
+        except Refusal as refusal:
+            if not begun:
+                raise
+            # The status line is gone, so the error is an event.
             out += b"data: " + json_bytes(refusal.body) + b"\n\n"
         yield out + DONE
 
     async def whole(self, batches):
         """-> the body of a request that is not streamed, as a dict."""
         async for batch in batches:
-            for position, delta in batch:
-                self.choice_of(position, delta).take(delta)
+            for delta in batch:
+                self.choices[delta.index].take(delta)
         choices = []
         for choice in self.choices:
-            reason = choice.reason or "length"  # an echo of nothing but the prompt
             logprobs = choice.logprobs if self.scores else None
             what = self.whole_field(choice)
-            choices.append(self.shown(choice, what, logprobs, reason, choice.token_ids))
+            choices.append(self.shown(choice, what, logprobs, choice.reason, choice.token_ids))
         return {**self.head, "object": self.body_object, "choices": choices, "usage": self.usage()}
 
     def usage(self):
@@ -329,7 +340,8 @@ class Generation:
         if text or logprobs or ids:
             out += self.choice_event(choice, self.text_field(text), logprobs or None, None, ids)
         if choice.found:
-            out += self.choice_event(choice, {"delta": {"tool_calls": choice.found}})
+            calls = [{"index": i, **call} for i, call in enumerate(choice.found)]
+            out += self.choice_event(choice, {"delta": {"tool_calls": calls}})
         if choice.reason:
             out += self.choice_event(choice, self.text_field(""), None, choice.reason)
         choice.logprobs.clear()  # they are out
@@ -359,8 +371,6 @@ class ChatAnswer(Generation):
         content = choice.text or (None if choice.found else "")
         message = {"role": "assistant", "content": content, "refusal": None}
         if choice.found:
-            for call in choice.found:
-                del call["index"]  # which only a stream needs
             message["tool_calls"] = choice.found
         return {"message": message}
 
@@ -385,6 +395,8 @@ class TextAnswer(Generation):
             text = text.removeprefix(self.tok.decode([self.tok.bos_id]))
             if prompt[0] == self.tok.bos_id:
                 scored = scored[1:]
+        if self.body.max_tokens == 0:  # then nothing comes after it
+            choice.reason = "length"
         choice.text = text.removesuffix("\ufffd") if choice.cut else text
         choice.logprobs = scored[:]  # a copy: n choices begin with them
         choice.place(self.tok.stream(), [token for token, *_ in scored])
@@ -393,9 +405,9 @@ class TextAnswer(Generation):
     def opening(self):
         out = b""
         for choice in self.choices:
-            if choice.text:
+            if choice.text or choice.reason:
                 prompt = self.text_field(choice.text)
-                out += self.choice_event(choice, prompt, choice.logprobs or None)
+                out += self.choice_event(choice, prompt, choice.logprobs or None, choice.reason)
         return out
 
     def text_field(self, text):

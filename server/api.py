@@ -32,13 +32,13 @@ DEFAULTS = {
     **dict.fromkeys(
         "echo add_special_tokens use_beam_search include_stop_str_in_output "
         "return_tokens_as_token_ids".split(),
-        False,  # the first two in chats
+        False,  # echo and add_special_tokens: in chats; completions apply them
     ),
     **dict.fromkeys("skip_special_tokens include_reasoning".split(), True),
     **dict.fromkeys("best_of typical_p length_penalty".split(), 1),
     "priority": 0,
 }
-NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}  # one field means the other
+NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}  # without it, it says nothing
 # These mean in Sampling what they mean in a request, and have its defaults.
 SAME_IN_SAMPLING = set(
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
@@ -137,7 +137,8 @@ class StreamOptions(TypedDict, total=False):
 
 
 class ModelRequest(BaseModel):
-    """A body. It has no fields but these, at any depth, whose values are of their types and no
+    """A body. It has no fields but these, at any depth (but in what is typed `dict`, which others
+    check: messages, schemas, parameters of templates), and their values are of these types and no
     others: 1 is not true, and "1" is not 1."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -222,14 +223,14 @@ def parse_body(body, kind):
     given = {}
     for name, value in body.items():
         if name in fields:
-            silent = value is None
+            dropped = value is None
         elif name in DEFAULTS:
             default = DEFAULTS[name]
             same = value == default and isinstance(value, bool) == isinstance(default, bool)
-            silent = same or value in (None, [], {}, "")
+            dropped = same or value in (None, [], {}, "")
         else:
-            silent = name in IGNORED
-        if not silent:
+            dropped = name in IGNORED
+        if not dropped:
             given[name] = value
     return kind.model_validate(given)
 
@@ -245,8 +246,7 @@ def prompt_lists(value, tok, special=True):
         if isinstance(prompt, str):
             prompt = tok.encode_prompt(prompt) if special else tok.encode(prompt)
         if not prompt or min(prompt) < 0 or max(prompt) >= tok.vocab_size:
-            last = tok.vocab_size - 1
-            raise Refusal(400, f"a prompt needs at least one token, with ids from 0 to {last}")
+            raise Refusal(400, f"a prompt needs at least one token, ids below {tok.vocab_size}")
         prompts.append(prompt)
     return prompts
 
@@ -329,9 +329,8 @@ def request_sampling(body, prompt, service, logprobs, ends=()):
     The answer's length is clamped to the context; only a prompt that fills it is refused."""
     room = service.context - len(prompt)
     if room < 1:
-        message = f"the prompt has {len(prompt):,} tokens, this model's context is "
-        message += f"{service.context:,}"
-        raise Refusal(400, message, "context_length_exceeded", "messages")
+        message = f"the prompt has {len(prompt):,} tokens, the context is {service.context:,}"
+        raise Refusal(400, message, "context_length_exceeded")
     limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n != -1]
     asked = body.model_fields_set & SAME_IN_SAMPLING
     given = service.defaults | {name: getattr(body, name) for name in asked}

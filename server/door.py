@@ -29,19 +29,20 @@ from prometheus_client.utils import floatToGoString
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from common import UserError, read_utf8
+from common import UserError, read_utf8, warn
 from server.answers import json_bytes, json_pieces
 from server.api import Refusal
 
-ARRIVAL_SECONDS = 30.0  # that a head, a body, or the reading of what was sent may take
+ARRIVAL_SECONDS = 30.0  # that a head or a body may take, and a client that reads nothing
 LINGER_SECONDS = 5.0  # that the rest of a refused body is read, so that its sender reads why
+LATE = "late"  # what a task is told that waited for so long
 HEAD_BYTES = 65_536  # of a head, or of trailers
 PIPELINE = 16  # requests of a connection that may wait for their turn
 CONNECTIONS = 400  # of one address
 WRONG_KEYS = 60  # in a minute, from one address
 WINDOWS = 10_000  # keys and addresses whose rate is remembered
 OPEN_PATHS = "/ /health /ready /docs /openapi.json /favicon.ico".split()  # need no key
-UNLOGGED_PATHS = "/health /ready /metrics /stats".split()  # what watches, asks all the time
+UNLOGGED_PATHS = "/health /ready /metrics /stats".split()  # unless refused: monitors ask often
 
 
 # ------------------------------------------------------------------------------- keys and figures
@@ -51,32 +52,33 @@ def listed(text):
 
 
 def read_keys(args):
-    """--api-key-file and $LLM_API_KEYS -> {key: name}; a file that others can read is warned of."""
-    lines = listed(os.environ.get("LLM_API_KEYS", ""))
+    """--api-key-file and $LLM_API_KEYS -> {key: name}; a file that others can read is warned of.
+    UserError where one of the two is given and holds no key: without keys everyone may come in."""
+    sources = {}
+    listed_keys = os.environ.get("LLM_API_KEYS")
+    if listed_keys:  # compose.yaml sets it to "" where there are none
+        sources["$LLM_API_KEYS"] = listed_keys.split(",")
     if args.api_key_file:
         path = Path(args.api_key_file)
-        if not path.is_file():
-            raise UserError(f"--api-key-file {path}: no such file")
         if os.name == "posix" and path.stat().st_mode & 0o077:
-            print(f"warning: {path} can be read by others; chmod 600 {path}", file=sys.stderr)
-        lines += read_utf8(path).splitlines()
+            warn(f"{path} can be read by others; chmod 600 {path}")
+        text = re.sub(r"(?m)^\s*#.*", "", read_utf8(path))
+        sources[f"--api-key-file {path}"] = text.splitlines()
     keys = {}
-    for line in map(str.strip, lines):
-        if not line or line.startswith("#"):
-            continue
-        name, colon, key = line.partition(":")
-        if not colon:
-            name, key = "", line
-        key = key.strip()
-        if not key:
-            raise UserError(f"the key of {name!r} is empty, which would let everyone in")
-        keys[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
-    if args.api_key_file and not keys:
-        raise UserError(f"--api-key-file {path} holds no key: one a line, or name:key")
+    for source, lines in sources.items():
+        lines = list(filter(None, map(str.strip, lines)))
+        if not lines:
+            raise UserError(f"{source} holds no key: write KEY or NAME:KEY, or do not give it")
+        for line in lines:
+            name, key = re.fullmatch(r"(?:([^:]*):)?\s*(.*)", line).groups()
+            if not key:
+                raise UserError(f"the key of {name!r} is empty, which would let everyone in")
+            keys[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
     return keys
 
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Where the buckets of the histograms end, in seconds.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # The engine's counters, under our names and vLLM's.
 COUNTERS = {
     "prompt_tokens": "prompt_tokens",
@@ -94,7 +96,7 @@ class Measures:
     def __init__(self, client):
         self.client = client
         self.seconds = defaultdict(float)  # {name: sum}
-        self.buckets = defaultdict(lambda: [0] * (len(SECONDS) + 1))
+        self.buckets = defaultdict(lambda: [0] * (len(BUCKETS) + 1))
         self.finished = Counter()  # {reason: jobs}
         self.http = Counter()  # {status: requests}
 
@@ -111,12 +113,12 @@ class Measures:
                 found["time_per_output_token"] = (now - job.first) / (job.tokens - 1)
         for name, seconds in found.items():
             self.seconds[name] += seconds
-            self.buckets[name][bisect_left(SECONDS, seconds)] += 1
+            self.buckets[name][bisect_left(BUCKETS, seconds)] += 1
 
     def collect(self):
         """All figures, as prometheus-client asks for them."""
         for name, counts in self.buckets.items():
-            buckets = list(zip(map(floatToGoString, (*SECONDS, math.inf)), accumulate(counts)))
+            buckets = list(zip(map(floatToGoString, (*BUCKETS, math.inf)), accumulate(counts)))
             yield HistogramMetricFamily(f"llm:{name}_seconds", name, buckets, self.seconds[name])
         for name, label, counts in (
             ("request_success", "finished_reason", self.finished),
@@ -153,7 +155,7 @@ async def json_later(content):
         pieces.append(piece)
         if i % 1000 == 0:
             await asyncio.sleep(0)
-    return Response("".join(pieces).encode("utf-8", "replace"), 200, None, "application/json")
+    return Response("".join(pieces).encode("utf-8", "replace"), media_type="application/json")
 
 
 def invalid(errors):
@@ -212,7 +214,8 @@ def address_of(client):
 
 
 # Hosts that nobody else can let a name of theirs resolve to: addresses, and names without a dot.
-LOCAL = r"\[.*\]|[\d.]+|[^.:/]*|[\w.-]+\.localhost"
+# A page in a sandbox says that its origin is null: that names nobody.
+LOCAL = r"\[.*\]|[\d.]+|(?!null$)[^.:/]*|[\w.-]+\.localhost"
 
 
 class Body:
@@ -223,26 +226,23 @@ class Body:
         self.most = most
         self.loop = asyncio.get_running_loop()
         self.deadline = self.loop.time() + ARRIVAL_SECONDS
-        self.late = False
         self.seen = 0
         self.arrived = False
-
-    def expire(self, task):
-        self.late = True  # a clock would not tell: uvloop's timers may fire a little early
-        task.cancel()
 
     async def __call__(self):
         if self.arrived:  # what comes now is only that the client has left
             return await self.receive()
-        timer = self.loop.call_at(self.deadline, self.expire, asyncio.current_task())
+        timer = self.loop.call_at(self.deadline, asyncio.current_task().cancel, LATE)
         try:
             message = await self.receive()
-        except asyncio.CancelledError:
-            if not self.late:
+        except asyncio.CancelledError as error:
+            if error.args != (LATE,):
                 raise
             raise Refusal(408, f"the body did not arrive within {ARRIVAL_SECONDS:g} s") from None
         finally:
             timer.cancel()
+        if message["type"] == "http.disconnect":
+            raise Refusal(400, "the client left before its body had arrived")
         self.arrived = not message.get("more_body")
         self.seen += len(message.get("body", b""))
         if self.seen > self.most:
@@ -259,7 +259,6 @@ class Body:
     async def drop(self):
         """Read the rest for a while. Protocol hangs up on a client that then still sends."""
         self.deadline = self.loop.time() + LINGER_SECONDS
-        self.late = False
         self.most = math.inf
         with contextlib.suppress(Refusal):
             while not self.arrived:
@@ -272,7 +271,7 @@ class Door:
     log."""
 
     def __init__(self, app, service, keys, posts):
-        """posts: {path: the ASGI app of its POST}, which FastAPI need not look for."""
+        """posts: {("POST", path): its ASGI app}, which FastAPI need not look for."""
         self.app = app
         self.posts = posts
         self.service = service
@@ -287,12 +286,12 @@ class Door:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begin = time.monotonic()
         pairs = reversed(scope["headers"])  # of two with a name the first counts
         headers = {name.decode("latin1"): value.decode("latin1") for name, value in pairs}
         given = headers.get("x-request-id", "")
         named = re.fullmatch(r"[\w.:-]{1,100}", given, re.ASCII)
         state = scope.setdefault("state", {})
+        state["begin"] = time.monotonic()
         state["id"] = given if named else secrets.token_hex(8)
         state["jobs"] = []
         body = Body(receive, self.service.args.max_body)
@@ -311,12 +310,9 @@ class Door:
 
         try:
             self.check(scope, headers, state)
-            method = scope["method"]
-            if method == "POST" and scope["path"] in self.posts:
-                await self.posts[scope["path"]](scope, body, tagged)
-            else:
-                method = "GET" if method == "HEAD" else method  # but for the body
-                await self.app({**scope, "method": method}, body, tagged)
+            app = self.posts.get((scope["method"], scope["path"]), self.app)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # but for the body
+            await app({**scope, "method": method}, body, tagged)
         except Exception as error:
             refusal = refusal_of(error, state["id"])
             if not status:  # else it is too late for another answer, and uvicorn hangs up
@@ -326,7 +322,7 @@ class Door:
             # Whether the answer ended, failed, or lost its client (see serve.BodyRoute).
             self.service.close(state["jobs"])
             self.service.measures.http[str(status)] += 1
-            self.log(scope, state, status, time.monotonic() - begin)
+            self.log(scope, state, status)
 
     def check(self, scope, headers, state):
         """Where from, who, and may they now? Raises Refusal 403, 401 or 429."""
@@ -372,10 +368,10 @@ class Door:
             raise Refusal(429, message, "rate_limit_exceeded", headers=later)
         window.append(now)
 
-    def log(self, scope, state, status, seconds):
+    def log(self, scope, state, status):
         """Write one line of JSON: how long the request waited and took, how much it made, why it
         ended. Of its text it says nothing."""
-        if scope["path"] in UNLOGGED_PATHS:
+        if scope["path"] in UNLOGGED_PATHS and status < 400:
             return
         row = {
             "event": "request",
@@ -383,7 +379,7 @@ class Door:
             "method": scope["method"],
             "path": scope["path"],
             "status": status,
-            "seconds": round(seconds, 4),
+            "seconds": round(time.monotonic() - state["begin"], 4),
         }
         jobs = state["jobs"]
         if jobs:
@@ -454,6 +450,13 @@ class Protocol(HttpToolsProtocol):
     def hang_up_later(self):
         return self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
 
+    def watch_reader(self, unread=math.inf):
+        """Hang up on a client that has read nothing of `unread` bytes; else look again later."""
+        left = self.transport.get_write_buffer_size()
+        if left >= unread:
+            return self.transport.abort()
+        self.stalled = self.loop.call_later(ARRIVAL_SECONDS, self.watch_reader, left)
+
     def data_received(self, data):
         self.framing += len(data)
         super().data_received(data)
@@ -490,7 +493,7 @@ class Protocol(HttpToolsProtocol):
 
     def pause_writing(self):
         super().pause_writing()
-        self.stalled = self.hang_up_later()
+        self.watch_reader()
 
     def resume_writing(self):
         super().resume_writing()
@@ -503,9 +506,9 @@ class Protocol(HttpToolsProtocol):
         self.pipeline.clear()
         self.cycle = self.running
         super().connection_lost(error)
-        writer = self.cycle and self.cycle.scope["state"].pop("writer", None)
-        if writer:
-            writer.cancel()
+        answering = self.cycle and self.cycle.scope["state"].pop("answering", None)
+        if answering:  # the task of serve.BodyRoute
+            answering.cancel()
 
 
 def listen(args):
@@ -530,7 +533,7 @@ def listen(args):
         if args.certificate:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*pair)
         return config, config.bind_socket()
-    except SystemExit:  # uvicorn's way to say that
+    except (SystemExit, OverflowError):  # uvicorn's way to say that; no port has this number
         place = f"port {args.port} on {args.host}"
         raise UserError(f"{place} is in use or not allowed: choose another --port") from None
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError

@@ -7,7 +7,7 @@
 Python runs one thread of a process at a time, so HTTP in the engine's process would take its time
 from every step. Worker is the half that computes; EngineClient is how serve.py, the half that
 speaks HTTP, reaches it. Each message between them calls one method of the other side, whose name
-comes first; submit, read, cancel, call go in; deltas, result, failed come out. A message is four
+comes first: `submit`, `read` and `cancel` go in, `deltas` and `failed` come out. A message is four
 bytes of length and then plain values in `marshal`, the interpreter's own format.
 """
 
@@ -69,8 +69,8 @@ def plain_logprobs(logprobs):
 
 # ---------------------------------------------------------------------------- the engine's process
 class FairQueue:
-    """What waits, a tuple that begins with its request's number. Keys take turns, so that no key's
-    thousand requests stand before another one's first."""
+    """What waits, each a tuple that begins with its request's number and key. Keys take turns, so
+    that no key's thousand requests stand before another one's first."""
 
     def __init__(self):
         self.lines = {}  # {key: deque of its requests}, the key whose turn it is first
@@ -78,8 +78,8 @@ class FairQueue:
     def __bool__(self):
         return bool(self.lines)
 
-    def push(self, key, request):
-        self.lines.setdefault(key, deque()).append(request)
+    def push(self, *request):
+        self.lines.setdefault(request[1], deque()).append(request)
 
     def pop(self):
         key = next(iter(self.lines))
@@ -105,18 +105,20 @@ class Worker:
         self.sock = sock
         self.concurrency = concurrency
         self.buffer = bytearray()  # of orders
+        # A request is (number, key, prompt, fields of Sampling, adapter, what binds its answer: a
+        # grammar, then the future of its Constraint, or None).
         self.grammars = FairQueue()  # of requests whose grammar is not built yet
-        self.building = None  # (number, key, request, future of its Constraint) of one of them
+        self.building = None  # one of them, with its future
         self.waiting = FairQueue()  # of requests for tokens
-        self.texts = FairQueue()  # that are only to be read
+        self.texts = FairQueue()  # that are only to be read: (number, key, index, ids, count)
         self.reading = None  # (number, index, the generator of Engine.read) of one of them
         self.unfinished = {}  # {number of a request in the engine: answers still being made}
         self.silent = set()  # numbers of those whose first token is not out
         self.admitted = []  # (number, when), not told yet
         self.outbox = {}  # {(number, answer): Delta}, not told yet
         self.urgent = set()  # names of those in it that go out with the next message
-        self.said = 0.0  # when the last message went out
-        self.told = 0.0  # when all of the outbox last did
+        self.last_message = 0.0  # when it went out
+        self.last_flush = 0.0  # when a message had all of the outbox
         self.waited = 0.0  # the longest wait between two steps that the log knows
         self.builder = ThreadPoolExecutor(1, "grammar")
         self.vocabulary = None  # of grammars, once there is one
@@ -168,16 +170,13 @@ class Worker:
         deliver(data, self.buffer, self)
         return bool(data)
 
-    def submit(self, number, key, prompt, fields, adapter, grammar):
-        request = number, prompt, fields, adapter
-        if grammar:
-            self.grammars.push(key, (number, key, request, grammar))
-        else:
-            self.waiting.push(key, (*request, None))
+    def submit(self, *request):
+        queue = self.grammars if request[-1] else self.waiting
+        queue.push(*request)
 
     def read(self, number, key, texts, count):
         for index, ids in enumerate(texts):
-            self.texts.push(key, (number, index, ids, count))
+            self.texts.push(number, key, index, ids, count)
 
     def cancel(self, number):
         """Take a request out of the queue, or out of the engine, whose blocks are free at once."""
@@ -208,8 +207,7 @@ class Worker:
         """A grammar may take seconds, so a thread builds it while all else goes on: one at a time,
         so that keys take turns here too."""
         if self.building and self.building[-1].done():
-            _, key, request, future = self.building
-            self.waiting.push(key, (*request, future))
+            self.waiting.push(*self.building)
             self.building = None
         if self.grammars and not self.building:
             *request, grammar = self.grammars.pop()
@@ -219,7 +217,7 @@ class Worker:
         """Move requests from the queue to the engine."""
         self.build_on()
         while self.waiting and len(self.unfinished) < self.concurrency:
-            number, prompt, fields, adapter, future = self.waiting.pop()
+            number, _, prompt, fields, adapter, future = self.waiting.pop()
             try:
                 sampling = Sampling(**fields)
                 if future and future.exception():
@@ -239,7 +237,7 @@ class Worker:
         if not self.reading:
             if not self.texts:
                 return
-            number, index, ids, count = self.texts.pop()
+            number, _, index, ids, count = self.texts.pop()
             self.reading = number, index, self.engine.read(ids, count)
             if index == 0:
                 self.admitted.append((number, time.monotonic()))
@@ -268,31 +266,26 @@ class Worker:
         for delta in deltas:
             number = delta.request_id
             name = number, delta.index
-            held = self.outbox.get(name)
-            if held and not delta.finish_reason:  # most are so
-                held.add(delta)
-                continue
             if number not in self.unfinished:
                 continue  # it was cancelled
-            if delta.finish_reason:  # what ends within a character ends before it
-                delta.text = delta.text.removesuffix("\ufffd")
-            if held:
-                held.add(delta)
-            else:
-                self.outbox[name] = delta
             if delta.finish_reason:
+                delta.text = delta.text.removesuffix("\ufffd")  # a character that did not end
                 self.unfinished[number] -= 1
                 if self.unfinished[number] == 0:
                     del self.unfinished[number]
+            if name in self.outbox:
+                self.outbox[name].add(delta)
+            else:
+                self.outbox[name] = delta
             if delta.finish_reason or number in self.silent:
                 self.silent.discard(number)
                 self.urgent.add(name)
         now = time.monotonic()
-        if now - self.told >= min(PAUSE * len(self.unfinished), 0.05):
-            self.told = self.said = now
+        if now - self.last_flush >= min(PAUSE * len(self.unfinished), 0.05):
+            self.last_flush = self.last_message = now
             self.tell(self.outbox)
-        elif self.urgent and now - self.said >= PAUSE:
-            self.said = now
+        elif self.urgent and now - self.last_message >= PAUSE:
+            self.last_message = now
             self.tell(self.urgent)
 
     def tell(self, names):
@@ -303,9 +296,8 @@ class Worker:
             self.urgent.discard(name)
             if delta.logprobs and isinstance(delta.logprobs[0], TokenLogprob):
                 delta.logprobs = plain_logprobs(delta.logprobs)
-            items.append(list(vars(delta).values()))
-        active = len(self.unfinished) + bool(self.reading)
-        stats = self.engine.stats() | {"active": active}
+            items.append(list(vars(delta).values()))  # in the order in which Delta takes them
+        stats = self.engine.stats() | {"active": len(self.unfinished) + bool(self.reading)}
         self.log_wait(stats, LONG_WAIT)
         self.send("deltas", stats, self.admitted, items)
         self.admitted = []
@@ -373,8 +365,8 @@ class Job:
     key: str  # whose it is: keys take turns
     prompt_tokens: int
     unfinished: int  # answers, which end each for itself
-    inbox: Inbox  # of (position, Delta), or of a Refusal
-    position: int = 0  # among the prompts of its request
+    inbox: Inbox  # of Delta, or of a Refusal
+    offset: int = 0  # answers of the request's earlier prompts
     number: int | None = None  # its name in the engine, once it is submitted
     created: float = field(default_factory=time.monotonic)
     admitted: float = 0.0  # when it left the queue
@@ -441,7 +433,8 @@ class EngineClient(asyncio.Protocol):
                 job.unfinished -= 1
                 if job.unfinished == 0 or delta.error:
                     job.reason = delta.finish_reason
-            job.inbox.put((job.position, delta))
+            delta.index += job.offset
+            job.inbox.put(delta)
 
     def failed(self, why):
         self.broken = self.broken or why

@@ -236,6 +236,13 @@ def test_a_token_across_the_far_border_is_not_in_the_loss_either():
     assert supervised(tok, ids, mask) == ["ab", "c"]
 
 
+@pytest.mark.parametrize("said", ["", "{{ m.content }}"])
+def test_only_a_special_token_ends_a_turn(said):
+    blocks = f"{{% generation %}}{said}{{% endgeneration %}}"
+    tok = Tok(f"{{% for m in messages %}}{blocks}{{{{ eos_token }}}}{{% endfor %}}")
+    assert chat.stop_id(tok) is None
+
+
 def test_an_unknown_template_gets_content_as_it_was_typed():
     tok = Tok("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
     typed = "a<|im_end|>b[INST]\ufdd2</think>"
@@ -319,6 +326,12 @@ CALL = {"id": "123456789", "function": {"name": "f", "arguments": '{"x": "é"}'}
             "one tool call",
         ),
         (say("a") + [{"role": "tool", "content": "1"}], {"format": "mistral-v3"}, "9 characters"),
+        (
+            say("a", "b")[1:],
+            {"format": "llama3.1", "tools": [{"function": {}}]},
+            "the first message, which is not the user's",
+        ),
+        (say(system="s"), {"format": "llama2"}, "take turns"),
     ],
 )
 def test_what_a_format_cannot_say_is_one_clear_line(messages, options, reason):
@@ -333,6 +346,9 @@ def test_a_tokenizer_without_the_markers_is_refused_by_name():
         chat.render(Tok(markers=["<EOS>"]), say("a"))
     with pytest.raises(UserError, match="alpaca needs the special token EOS"):
         chat.render(Tok(markers=[]), say("a"), format="alpaca")
+    for name in ("mistral-v3", "mistral-tekken"):
+        with pytest.raises(UserError, match="needs the special token EOS"):
+            chat.render(Tok(markers=["[INST]", "[/INST]"]), say("a"), format=name)
 
 
 KEYS = ["role", "content", "tool_calls", "function", "name", "arguments", "text", "id"]
@@ -491,6 +507,14 @@ def test_convert_splits_by_what_is_asked_and_keeps_what_marks_the_answer(
     assert 800 < len(made["train"]) < 900
     assert 25 < len(made["val"]) < 80
     assert 65 < len(made["test"]) < 140
+
+
+def test_convert_keeps_of_a_record_what_is_not_in_the_messages(tmp_path, monkeypatch):
+    tools = [{"function": {"name": "f"}}]
+    asked = {"question": "q", "answer": "a", "tools": tools, "id": 1, "source": None}
+    told = {"messages": say("q", "a"), "answer": "a"}
+    made = convert(tmp_path, [asked, told], monkeypatch, "1/0/0")["train"]
+    assert made == [{"messages": say("q", "a"), "id": 1, "tools": tools}, told]
 
 
 def test_convert_moves_no_record_when_there_are_more(tmp_path, monkeypatch):

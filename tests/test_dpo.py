@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,7 +183,7 @@ def preferred(prompt, *answers):
 def ids_of(prompt=PROMPT, answers=ANSWERS, context=100):
     """-> (tokenizer, the prompt's ids, [each answer's])"""
     tok = Tok()
-    head, *ends = dpo.pair_ids(tok, preferred(prompt, *answers), context)
+    head, *ends = dpo.pair_ids(tok, preferred(prompt, *answers), context, Counter())
     return tok, head, ends
 
 
@@ -207,17 +208,19 @@ def test_a_long_prompt_loses_its_beginning_and_an_answer_nothing():
         ids_of(context=longest)
 
 
-def test_what_cannot_be_used_is_skipped_and_counted(capsys):
+def test_what_is_cut_or_cannot_be_used_is_counted(capsys):
     answers = [ANSWERS, ["Me.", "Me."], ["x" * 200, "y"], ["\nMe.", "You."], ANSWERS]
     records = [preferred(PROMPT, *pair) for pair in answers]
-    assert len(dpo.usable_pairs(Tok(), records, 60)) == 2
+    records.append(preferred([{"role": "user", "content": "Who? " * 20}], *ANSWERS))
+    assert len(dpo.usable_pairs(Tok(), records, 60, "p.jsonl")) == 3
     told = capsys.readouterr().out
     for line in (
-        "1: chosen and rejected are the same",
-        "1: an answer alone fills",
-        "1: the tokenizer joins the prompt's end",
+        "1 skipped: chosen and rejected are the same",
+        "1 skipped: an answer alone fills",
+        "1 skipped: the answer's tokens do not follow the prompt's: the tokenizer",
+        "1 cut: of a prompt longer than --context only the end is left",
     ):
-        assert "skipped  " + line in told
+        assert "pairs    p.jsonl: " + line in told
 
 
 # ----------------------------------------------------------------------------------- shared prompts
@@ -354,35 +357,10 @@ def base(tmp_path_factory):
 
 
 def flags(base, out, *more):
-    return [
-        str(a)
-        for a in (
-            base,
-            "--data",
-            base / "prefs.jsonl",
-            "--out",
-            out,
-            "--steps",
-            12,
-            "--batch",
-            8,
-            "--lr",
-            3e-3,
-            "--warmup",
-            0,
-            "--eval-every",
-            6,
-            "--save-every",
-            3,
-            "--log-every",
-            1,
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-            *more,
-        )
-    ]
+    words = [base, "--data", base / "prefs.jsonl", "--out", out]
+    words += "--steps 12 --batch 8 --lr 3e-3 --warmup 0 --eval-every 6 --save-every 3".split()
+    words += "--log-every 1 --device cpu --dtype float32".split()
+    return [str(word) for word in (*words, *more)]
 
 
 def tune(*arguments):
@@ -397,17 +375,12 @@ def tune(*arguments):
     return told.getvalue()
 
 
-def start(ranks, *arguments):
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        if ranks > 1
-        else []
-    )
-    threads = (
-        1 if ranks > 1 else torch.get_num_threads()
-    )  # sums differ in their last bits with the number of threads
+def start(script, ranks, arguments):
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    # sums differ in their last bits with the number of threads
+    threads = 1 if ranks > 1 else torch.get_num_threads()
     return subprocess.Popen(
-        [str(x) for x in (sys.executable, *launch, ROOT / "dpo.py", *arguments)],
+        [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -416,8 +389,24 @@ def start(ranks, *arguments):
     )
 
 
-def losses(out):
-    return [r["loss"] for r in common.Metrics.read(out / "metrics.jsonl") if "loss" in r]
+def run_on_two_ranks(script, arguments):
+    process = start(script, 2, arguments)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+
+
+def run_until_killed_at_its_first_checkpoint(script, out, arguments):
+    process = start(script, 1, arguments)
+    while latest_checkpoint(out) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def logged(out, key="loss"):
+    rows = common.Metrics.read(out / "metrics.jsonl")
+    return [row[key] for row in rows if key in row]
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +417,7 @@ def tuned(base, tmp_path_factory):
 
 def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
     out, told = tuned
-    assert "= ln 2 to" in told and "the policy is the reference" in told
+    assert "start    loss 0.693147 (DPO's is ln 2 = 0.693147), KL " in told
     rows = common.Metrics.read(out / "metrics.jsonl")
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["val_rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -448,20 +437,49 @@ def test_training_starts_at_ln_2_says_so_and_raises_the_held_out_margin(tuned):
     assert Transformer.from_pretrained(out).config.vocab_size == 300
 
 
-def test_a_policy_that_is_not_the_reference_is_refused_at_step_0(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("off, loss", [(1e-2, "sigmoid"), (1e-2, "ipo"), (1e-5, "sigmoid")])
+def test_at_step_0_a_policy_off_the_reference_by_more_than_rounding_is_refused(
+    off, loss, base, tmp_path, monkeypatch
+):
     fill = dpo.fill_reference
 
     def fill_wrongly(pairs, *others):
         fill(pairs, *others)
-        pairs.ref -= 0.01 * (pairs.ref < -5)
+        pairs.ref -= off * (pairs.ref < -5)
 
     monkeypatch.setattr(dpo, "fill_reference", fill_wrongly)
-    with pytest.raises(UserError, match="the policy is not the reference"):
-        tune(*flags(base, tmp_path / "a", "--steps", 0))
+    arguments = flags(base, tmp_path / "a", "--steps", 0, "--beta", 5, "--loss", loss)
+    refused = pytest.raises(UserError, match="the policy is not the reference")
+    with refused if off == 1e-2 else contextlib.nullcontext():
+        tune(*arguments)
+
+
+def test_speed_counts_the_tokens_of_rows_as_long_as_they_are(base, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        dpo, "log_step", lambda run, step, total, count, tokens, **_: told.append(tokens)
+    )
+    tune(*flags(base, tmp_path / "a", "--steps", 2))
+    tok = Tokenizer.load(base)
+    pairs = dpo.usable_pairs(tok, dpo.read_preferences(base / "prefs.jsonl"), 192, "")
+    rows = [len(pair.prompt) - 1 + len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    assert len(told) == 2 and all(min(rows) < tokens < max(rows) < 192 for tokens in told)
+
+
+def test_what_is_tried_out_is_as_wide_as_the_longest_row_is_on_a_gpu():
+    shapes = []
+
+    def model(x, y, **_):
+        shapes.append(x.shape)
+        return x
+
+    for width in (7, 128, 129, 1471):
+        dpo.full_rows_loss(width)(model, SimpleNamespace(x=torch.zeros(3)), None)
+    assert shapes == [(3, 128), (3, 128), (3, 256), (3, 2048)]
 
 
 def assert_same(out, other):
-    assert losses(out) == losses(other)
+    assert logged(out) == logged(other)
     left, right = (
         {p.name: load_file(p) for p in folder.glob("*.safetensors")} for folder in (out, other)
     )
@@ -474,24 +492,18 @@ def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(how, base, tune
     whole = tuned[0]
     if how:
         tune(*flags(base, whole := tmp_path / "whole", *how))
-    process = start(1, *flags(base, tmp_path / "run", *how, "--steps", 12))
-    while latest_checkpoint(tmp_path / "run") is None:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(losses(tmp_path / "run")) < 12
-    tune(base, "--resume", "--out", tmp_path / "run")
-    assert_same(tmp_path / "run", whole)
+    out = tmp_path / "run"
+    run_until_killed_at_its_first_checkpoint("dpo.py", out, flags(base, out, *how))
+    assert len(logged(out)) < 12
+    tune(base, "--resume", "--out", out)
+    assert_same(out, whole)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(base, tuned, tmp_path):
     alone = tuned[0]
-    process = start(2, *flags(base, tmp_path / "run"))
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
+    run_on_two_ranks("dpo.py", flags(base, tmp_path / "run"))
+    assert logged(tmp_path / "run") == pytest.approx(logged(alone), abs=1e-5)
     theirs, ours = (common.Metrics.read(o / "metrics.jsonl")[-1] for o in (alone, tmp_path / "run"))
     assert (
         ours.pop("seconds")
@@ -512,9 +524,26 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
         (flags(base, out, "--loss", "dpo"), "unknown loss 'dpo': use sigmoid"),
         (flags(base, out, "--sample", 9), "unknown argument --sample"),
         (flags(base, out, "--beta", 0), "--beta 0.0 must be above 0"),
+        (flags(base, out, "--beta", 0, "--loss", "ipo"), "--beta 0.0 must be above 0"),
+        (flags(base, out, "--label-smoothing", 0.5), "--label-smoothing 0.5 below 0.5"),
+        (flags(base, out, "--label-smoothing", -0.2), "-0.2 must be a number from 0"),
+        (flags(base, out, "--gamma", 1), "--gamma 1.0 is for --loss simpo: leave it out"),
+        (flags(base, out, "--targets", "attn"), "--targets attn is for --lora: leave it out"),
+        (flags(base, out, "--pairs", 9), "--pairs 9 is for --data toybox: leave it out"),
+        (
+            flags(base, out, "--val", base / "prefs.jsonl", "--val-share", 0.2),
+            "--val-share 0.2 is for a file of --data without --val: leave it out",
+        ),
+        (
+            flags(base, out, "--val", tmp_path / "same.jsonl"),
+            "same.jsonl, held out: 0 usable pairs",
+        ),
         (flags(base, out, "--loss", "kto"), "unknown loss 'kto': use sigmoid, ipo, simpo, orpo"),
-        (flags(base, out, "--data", tmp_path / "same.jsonl"), "0 usable pairs for training"),
-        (flags(base, out, "--context", 4), "usable pairs for training"),
+        (
+            flags(base, out, "--data", tmp_path / "same.jsonl"),
+            "same.jsonl, to train on: 0 usable pairs",
+        ),
+        (flags(base, out, "--context", 4), "to train on: 0 usable pairs of at least 2"),
         (
             flags(base, out, "--loss", "ipo", "--label-smoothing", 0.1),
             "label smoothing is defined for sigmoid and simpo",

@@ -477,7 +477,7 @@ UNREADABLE = [
     ),
     (
         {"messages": question_and_answer("red", "blue"), "mood": 1},
-        "bad.jsonl:1: the record has the",
+        "bad.jsonl:1: beside messages the record has the",
     ),
 ]
 

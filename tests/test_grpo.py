@@ -4,11 +4,8 @@ resuming, ranks, bad input."""
 import gzip
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_dpo import logged, run_on_two_ranks, run_until_killed_at_its_first_checkpoint
 
-import common
 import grpo
 import lora
 from chat import CHATML_TEMPLATE
@@ -93,7 +90,7 @@ def test_a_token_counts_more_where_the_sampler_thought_it_less_likely_at_most_tw
         """-> (the loss where the sampler told these log-probs, the trainer's own)"""
         group = grpo.Group([5, 6, 7], [[1, 2, 3], [4]], [sampled[:3], sampled[3:]], [1.0, 0.0])
         loss, old = grpo.answer_loss(run, grpo.batch_of([group], args, cpu)[0], None, Counter())
-        return loss.item(), old.tolist()
+        return loss.item(), old[0].tolist()
 
     true = loss_of([0.0] * 4)[1]
     exact = loss_of(true)[0]
@@ -193,6 +190,7 @@ def hangs(question, answer):
         except Exception: pass
     return len(answer)
 def same(question, answer): return 2
+def fails(question, answer): return 1 / 0
 """
 
 
@@ -266,10 +264,12 @@ def base(tmp_path_factory):
 
 def command(base, out, *more, reward="letters"):
     words = [base, "--data", base / "q.jsonl", "--reward", f"{base}/mine.py:{reward}", "--out", out]
-    words += ["--batch", 8, "--group", 4, "--steps", 8, "--max-tokens", 10, "--context", 120]
-    words += ["--lr", 1e-2, "--eval-every", 4, "--save-every", 2, "--device", "cpu"]
-    words += ["--dtype", "float32", *more]
-    return [str(word) for word in words]
+    words += "--batch 8 --group 4 --steps 8 --max-tokens 10 --context 120 --lr 1e-2".split()
+    words += "--eval-every 4 --save-every 2 --device cpu --dtype float32".split()
+    return [str(word) for word in (*words, *more)]
+
+
+AS_TRAINED = "--epochs 2 --beta 0.01 --average 0.8".split()
 
 
 def rl(*arguments):
@@ -282,43 +282,24 @@ def rl(*arguments):
         sys.argv = before
 
 
-def rows_of(out, key="loss"):
-    return [row for row in common.Metrics.read(out / "metrics.jsonl") if key in row]
-
-
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    rl(*command(base, out, "--epochs", 2, "--beta", 0.01, "--average", 0.8))
+    rl(*command(base, out, *AS_TRAINED))
     return out
 
 
 def test_a_run_raises_its_reward_logs_what_it_did_and_its_sampler_agrees_with_its_trainer(trained):
-    rows = rows_of(trained)
-    assert len(rows) == 8
-    names = "reward spread alike failed cut entropy gap_mean gap_max clipped kl answer_tokens"
-    names += " generate_share"
-    assert all(set(names.split()) <= row.keys() for row in rows)
-    assert max(row["gap_max"] for row in rows) <= 1e-4
-    assert rows[0]["kl"] < rows[-1]["kl"]
-    assert 0 < rows[0]["cut"] <= 1 and rows[0]["failed"] == 0
-    validated = [row["val_reward"] for row in rows_of(trained, "val_reward")]
+    names = "reward spread alike entropy gap_mean clipped answer_tokens generate_share"
+    assert all(len(logged(trained, name)) == 8 for name in names.split())
+    assert max(logged(trained, "gap_max")) <= 1e-4
+    kl = logged(trained, "kl")
+    assert kl[0] < kl[-1]
+    assert 0 < logged(trained, "cut")[0] <= 1 and logged(trained, "failed") == [0] * 8
+    validated = logged(trained, "val_reward")
     assert validated[-1] > validated[0]
     assert len((trained / "samples.txt").read_text().splitlines()) == 2 * 3
     assert (trained / "reward.png").is_file()
-
-
-def start(ranks, *arguments):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    threads = 1 if ranks > 1 else torch.get_num_threads()
-    return subprocess.Popen(
-        [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / "grpo.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        start_new_session=True,
-    )
 
 
 def assert_same_weights(out, other):
@@ -328,38 +309,27 @@ def assert_same_weights(out, other):
 
 def test_killed_and_resumed_it_ends_bit_for_bit_as_uninterrupted(base, trained, tmp_path):
     out = tmp_path / "run"
-    process = start(1, *command(base, out, "--epochs", "2", "--beta", "0.01", "--average", "0.8"))
-    while latest_checkpoint(out) is None:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(rows_of(out)) < 8
+    run_until_killed_at_its_first_checkpoint("grpo.py", out, command(base, out, *AS_TRAINED))
+    assert len(logged(out)) < 8
     rl(base, "--resume", "--out", out)
-    assert [row["loss"] for row in rows_of(out)] == [row["loss"] for row in rows_of(trained)]
-    assert [r["val_reward"] for r in rows_of(out, "val_reward")] == [
-        r["val_reward"] for r in rows_of(trained, "val_reward")
-    ]
+    assert logged(out) == logged(trained)
+    assert logged(out, "val_reward") == logged(trained, "val_reward")
     assert_same_weights(out, trained)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(base, trained, tmp_path):
-    process = start(
-        2, *command(base, tmp_path / "run", "--epochs", "2", "--beta", "0.01", "--average", "0.8")
-    )
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    for mine, theirs in zip(rows_of(tmp_path / "run"), rows_of(trained), strict=True):
-        for name in ("loss", "reward", "spread", "alike", "entropy", "kl", "grad_norm"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), abs=1e-5), name
+    out = tmp_path / "run"
+    run_on_two_ranks("grpo.py", command(base, out, *AS_TRAINED))
+    for name in ("loss", "reward", "spread", "alike", "entropy", "kl", "grad_norm"):
+        assert logged(out, name) == pytest.approx(logged(trained, name), abs=1e-5), name
 
 
 def test_with_lora_the_reference_is_the_frozen_base(base, tmp_path):
     rl(*command(base, tmp_path / "run", "--lora", 4, "--beta", 0.1, "--steps", 3))
-    kl = [row["kl"] for row in rows_of(tmp_path / "run")]
+    kl = logged(tmp_path / "run", "kl")
     assert kl[0] == 0 < kl[1]
-    assert max(row["gap_max"] for row in rows_of(tmp_path / "run")) <= 1e-4
+    assert max(logged(tmp_path / "run", "gap_max")) <= 1e-4
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
@@ -374,8 +344,7 @@ def test_a_reward_that_fails_is_named_with_its_question_counted_and_skipped(
 ):
     more = ["--on-error", "skip", "--reward-seconds", 0.02, "--steps", 2]
     rl(*command(base, tmp_path / "run", *more, reward=kind))
-    rows = rows_of(tmp_path / "run")
-    assert 0 < rows[0]["failed"] < 1
+    assert 0 < logged(tmp_path / "run", "failed")[0] < 1
     told = capsys.readouterr().err
     assert f"{base}/mine.py:{kind} failed: {FAILURES[kind]}" in told
     asked = json.loads((base / "q.jsonl").read_text().splitlines()[0])
@@ -391,13 +360,38 @@ def test_a_run_that_stops_for_a_failed_reward_has_saved_and_goes_on(base, tmp_pa
     assert "saved step 1 in" in capsys.readouterr().out
     assert json.loads((latest_checkpoint(out) / "state.json").read_text())["step"] == 1
     rl(base, "--resume", "--out", out, "--on-error", "skip")
-    assert [row["step"] for row in rows_of(out)] == [*range(8)]
+    assert len(logged(out)) == 8
 
 
 # ---------------------------------------------------------------------------------------- bad input
-def test_rewards_alike_from_the_start_stop_the_run_with_what_to_change(base, tmp_path):
-    with pytest.raises(UserError, match="5 steps, and the rewards of every group of 4 answers are"):
-        rl(*command(base, tmp_path / "run", reward="same"))
+@pytest.mark.parametrize(
+    "kind, told", [("same", "100% alike, of mean 2; 0%"), ("fails", "0% alike, of mean 0; 100%")]
+)
+def test_five_steps_without_a_group_to_learn_from_stop_the_run_with_what_to_change(
+    kind, told, base, tmp_path
+):
+    told = rf"5 steps, and no group of 4 answers has rewards that differ \({told} of the answers"
+    with pytest.raises(UserError, match=told):
+        rl(*command(base, tmp_path / "run", "--on-error", "skip", reward=kind))
+
+
+def test_a_question_that_taught_nothing_is_answered_anew_in_the_next_step(
+    base, tmp_path, monkeypatch
+):
+    said = []  # to the eight questions of each step
+
+    def judge(rewards, question, answer, args):
+        said.append((question.messages[0]["content"], answer))
+        return 0.0
+
+    monkeypatch.setattr(grpo, "judge", judge)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((base / "q.jsonl").read_text().splitlines(True)[:9]))
+    more = ["--data", few, "--steps", 2, "--group", 2]
+    rl(*command(base, tmp_path / "run", *more))
+    first, second = said[:16], said[16:32]
+    assert {asked for asked, _ in first} == {asked for asked, _ in second}
+    assert set(first) != set(second)
 
 
 def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
@@ -415,7 +409,7 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
         (command(base, out, "--loss", "ppo"), "unknown loss 'ppo': use grpo, dr_grpo, dapo"),
         (command(base, out, "--on-error", "ask"), "--on-error ask: use stop or skip"),
         (command(base, out, "--shard"), "--shard: the engine needs the whole model"),
-        (command(base, out, "--batch", 200), "questions for training; --batch needs 200"),
+        (command(base, out, "--batch", 200), "questions for training of at least 200"),
         (command(base, out, "--families", "sums"), "--families sums: no question is"),
         (command(base, out, "--context", 12), "0 questions for training"),
         (command(tmp_path / "plain", out, "--data", base / "q.jsonl"), "has no chat template"),
@@ -424,6 +418,9 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
             "--reward toybox or checks has no rule for the question 'Who?'",
         ),
         (command(base, out, "--sample", 9), "unknown argument --sample"),
+        (command(base, out, "--clip", 0.1), "--clip 0.1 is for --epochs of 2 and more: leave"),
+        (command(base, out, "--alpha", 8), "--alpha 8.0 is for --lora: leave it out"),
+        (command(base, out, "--epochs", -1), "--epochs -1 must be a number from 0"),
         (
             command(tmp_path / "adapter", out, "--reward", "short", "--data", base / "q.jsonl"),
             "is an adapter, and the reference has to be a whole model",

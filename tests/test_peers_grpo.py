@@ -8,7 +8,7 @@ import torch
 from test_peers_dpo import V, models, some_words  # noqa: F401
 
 from formats.hub import to_folder_names
-from grpo import Args, Environment, Group, answer_loss, batch_of
+from grpo import Args, Environment, Group, answer_loss, batch_of, reference_log_probs
 from model import Transformer
 from runtime import Runtime
 
@@ -41,7 +41,8 @@ def ours(folder, reference, groups, args):
     batch, count = batch_of(groups, args, CPU)
     old = batch.sampled[batch.y != -100]
     totals = dict.fromkeys(("targets", "gap_mean", "gap_max", "pushed", "clipped", "kl"), 0)
-    loss, _ = answer_loss(run, batch, old, totals)
+    ref = reference_log_probs(run, batch) if args.beta else None
+    loss, _ = answer_loss(run, batch, (old, ref), totals)
     loss = loss / count
     loss.backward()
     gradients = to_folder_names({n: p.grad for n, p in model.named_parameters()}, model.config)

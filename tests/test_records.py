@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -147,6 +148,7 @@ PAST = say("q1", "a1", "q", "a")
         ({"messages": say("q", "a"), "history": say("q1", "a1")}, PAST),
         ({"input": "q", "output": "a"}, say("q", "a")),
         ({"instruction": "q", "context": "i", "response": "a"}, say("q\n\n### Input:\ni", "a")),
+        ({"instruction": "", "input": "q", "output": "a"}, say("q", "a")),
         (
             {"prompt": "q", "prompt_id": "7", "messages": say("q", "a"), "tools": None},
             say("q", "a"),
@@ -154,7 +156,7 @@ PAST = say("q1", "a1", "q", "a")
     ],
 )
 def test_one_conversation_has_many_spellings(record, talk):
-    assert chat.as_messages(record) == (talk, None)
+    assert chat.as_messages(record)[1:] == (talk, None)
     *asked, said = talk
     answer = next((key for key in ("output", "completion", "response") if key in record), None)
     if answer:  # the same in a preference
@@ -174,6 +176,7 @@ def test_one_conversation_has_many_spellings(record, talk):
         ({"messages": json.dumps(say("q", "a"))}, "non-empty list"),
         ({"messages": say("q", "a"), "chosen": "x"}, "unknown key 'chosen'"),
         ({"instruction": "q", "prompt": "p", "output": "a"}, "unknown key 'prompt'"),
+        ({"question": "q", "response": "r", "answer": "a"}, "beside another .* key 'answer'"),
         ({"messages": say("q", "a"), "tools": "[{"}, "a tool is a str"),
         ({"messages": say("q", "a"), "tools": [{"type": "code", "function": {}}]}, "tools must be"),
         ({"messages": [{**say("q")[0], "from": "gpt"}]}, "says twice what its role is"),
@@ -251,6 +254,7 @@ def test_training_refuses_a_format_that_loses_what_was_said(name):
     with pytest.raises(UserError, match="loses the reasoning_content"):
         chat.example(Tok(), thinking, format=name)
     chat.example(Tok(), thinking, format="qwen3")
+    chat.example(Tok(), [*thinking, *say("q2", "a2")], format="qwen3")  # as it drops earlier ones
     calling = [*say("q"), {"role": "assistant", "content": "I look", "tool_calls": [CALL]}]
     if name != "chatml":
         with pytest.raises(UserError, match="loses the answer"):
@@ -267,14 +271,14 @@ def test_a_preferred_call_is_learned_as_a_call(folder):
     tok = Tokenizer.load(folder)
     record = {"prompt": TALK, "chosen": [CALLING], "rejected": "b", "tools": TOOLS}
     preference = dpo.as_preference(json.loads(json.dumps(record)))
-    prompt, chosen, rejected = dpo.pair_ids(tok, preference, 4096)
+    prompt, chosen, rejected = dpo.pair_ids(tok, preference, 4096, Counter())
     assert '"name": "f", "parameters"' in tok.decode(prompt)
     assert tok.decode(prompt).count('{"name": "f", "arguments": {"x": "é"}}') == 1
     assert '{"name": "f", "arguments": {"x": "é"}}' in tok.decode(chosen)
     assert "hm" in tok.decode(chosen) and "b<|im_end|>" in tok.decode(rejected)
     tok.chat_template = chat.CHATML_TEMPLATE
     with pytest.raises(UserError, match="chatml has no tools"):
-        dpo.pair_ids(tok, preference, 4096)
+        dpo.pair_ids(tok, preference, 4096, Counter())
 
 
 def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
@@ -283,7 +287,7 @@ def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
     )
     preference = dpo.as_preference({"prompt": "q", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match="no answer in the loss"):
-        dpo.pair_ids(tok, preference, 99)
+        dpo.pair_ids(tok, preference, 99, Counter())
 
 
 @pytest.mark.parametrize(

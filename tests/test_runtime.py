@@ -69,12 +69,18 @@ def save(out, step, value, fail=False):
 
 
 def test_checkpoints_replace_each_other_and_the_last_k_stay(tmp_path):
+    """What somebody else put beside them stays, and is no checkpoint."""
+    (tmp_path / "state/step-backup").mkdir(parents=True)
+    (tmp_path / "notes.tmp").touch()
+    (tmp_path / "config.json.0123456789abcdef.tmp").touch()  # of a crash
     for step in (1, 2, 3):
         save(tmp_path, step, float(step))
     assert [p.name for p in sorted((tmp_path / "state").iterdir())] == [
         "step-00000002",
         "step-00000003",
+        "step-backup",
     ]
+    assert [p.name for p in tmp_path.glob("*.tmp")] == ["notes.tmp"]
     assert runtime.read_tensors(tmp_path / "model.safetensors")["w"][0] == 3
     assert common.read_json(tmp_path / "config.json") == {"value": 3.0}
     assert runtime.latest_checkpoint(tmp_path).name == "step-00000003"

@@ -55,7 +55,9 @@ def test_a_stream_is_role_text_one_finish_reason_usage_and_done(stub):
     assert whole["usage"] == usage["usage"]
 
 
-def test_the_docs_load_nothing_from_elsewhere(stub):
+def test_the_pages_load_nothing_from_elsewhere(stub):
+    page = HTTP.get(stub.url + "/")
+    assert not [word for word in ("<script src", "<link href=http", "@import") if word in page.text]
     page = HTTP.get(stub.url + "/docs")
     assert page.headers["content-type"].startswith("text/plain")  # no script runs in it
     assert "/v1/chat/completions" in page.text
@@ -98,6 +100,20 @@ def test_a_full_queue_is_429_and_draining_is_503():
         for t in threads:
             t.join()
         until(lambda: len(server.service.client.jobs) == 0)
+
+
+def test_a_request_has_room_and_time_as_a_whole():
+    """Also one that has its prompts read before it is answered; and one which is too large for all
+    places at once would wait in vain."""
+    body = dict(prompt="a", echo=True, logprobs=0)
+    with running(Stub("x", delay=0.3), concurrency=1, queue=0, timeout=0.5) as server:
+        assert error_of(ask(server, "/v1/completions", **body), 504)
+        server.service.args.timeout = 9
+        assert ask(server, "/v1/completions", **body).status_code == 200
+        assert (
+            "2 prompts"
+            in error_of(ask(server, "/v1/completions", prompt=["a"] * 2), 400)["message"]
+        )
 
 
 def test_a_place_is_free_by_the_time_the_client_has_its_answer():

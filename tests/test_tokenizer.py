@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import regex
@@ -333,6 +334,12 @@ def test_a_file_of_pieces_in_parts_has_the_ids_of_the_whole_text(corpus, llama, 
     assert ids_in_parts(llama, corpus, monkeypatch) == llama.encode_bytes(corpus.read_bytes())
 
 
+def test_a_file_of_pieces_is_not_cut_behind_an_added_token(tmp_path, llama, monkeypatch):
+    tok = replace(llama, added={"<think>": llama.vocab_size})
+    (tmp_path / "x").write_text("<think> foo " * 5000)
+    assert ids_in_parts(tok, tmp_path / "x", monkeypatch) == tok.encode("<think> foo " * 5000)
+
+
 def test_a_file_is_cut_only_where_the_pattern_would(tmp_path, monkeypatch):
     tok = Tokenizer.train(["ab ab ab\n" * 9], 270, pattern=r"[^\n]+|\n")
     assert tok.cuts == ()
@@ -361,6 +368,10 @@ def test_a_character_tokenizer_has_one_id_per_character(tmp_path):
     again = Tokenizer.load(tmp_path)
     assert again.sha256 == tok.sha256 and again.kind == "chars"
     assert again.encode("dew", eos=True) == tok.encode("dew") + [9]
+    assert again.with_special(["<PAD>"]).pad_id == 10
+    for known in (again, replace(again, special={}, added=again.special)):
+        with pytest.raises(UserError, match="'<EOS>' is a token already"):
+            known.with_special(["<PAD>", "<EOS>"])
     with pytest.raises(
         UserError, match=r"2 of the text's characters not in this tokenizer's 9: 'z', 'é'"
     ):
@@ -592,6 +603,7 @@ HOSTILE = {
         "takes too long on 2,001 characters",
     ),
     "a long pattern": (json_with(pre_tokenizer=split_by("a|" * 10**6 + "b")), "8,192"),
+    "a pattern of a billion": (json_with(pre_tokenizer=split_by("(?:a{1000}b){0999999}")), "8,192"),
     "doubling": (json_with(normalizer=chain(DOUBLE, 60, "normalizers")), "characters of one"),
     "one large replacement": (
         json_with(normalizer=DOUBLE | {"content": "a" * 10**7}),
@@ -674,12 +686,21 @@ def run(*arguments):
     [
         (
             {"texts": ["abc"], "vocab_size": 200},
-            "200 is too small: 256 bytes and 6 special tokens need 262",
+            "200 is too small or large: 256 bytes and 6 special tokens need 262",
         ),
         ({"texts": [], "vocab_size": 300}, "no text to learn from"),
         ({"texts": ["", ""], "vocab_size": 300}, "no text to learn from"),
         ({"texts": ["abc"], "vocab_size": 300, "pattern": "(["}, "not a regular expression"),
         ({"texts": ["abc"], "vocab_size": 300, "pattern": "a*"}, "must match no empty text"),
+        ({"texts": ["abc"], "vocab_size": 300, "pattern": "gtp-4"}, "unknown pattern 'gtp-4': use"),
+        ({"texts": ["abc"], "vocab_size": 300, "pattern": "(?x)a # b"}, r"no \(\?x\)"),
+        (
+            {"texts": ["abc"], "vocab_size": 300, "pattern": "(?:" * 999 + ")" * 999},
+            "not a regular",
+        ),
+        ({"texts": ["abc"], "vocab_size": 300, "pattern": "(?r)a+"}, "characters, or changes them"),
+        ({"texts": ["abc"], "vocab_size": 300, "pattern": r"a\Kb"}, "characters, or changes them"),
+        ({"texts": ["abc"], "vocab_size": 1 << 21}, "too small or large: .* there may be 1048576"),
         (
             {"texts": ["abc"], "vocab_size": 300, "special_tokens": ["<A>", "<A>"]},
             "'<A>' is listed twice",
@@ -732,6 +753,13 @@ def test_commands_train_on_invalid_utf8_and_show_and_compare(tmp_path):
         tmp_path / "text.txt",
     )
     assert done.returncode == 0 and done.stdout.count("| 280 |") == 2
+
+
+def test_a_tokenizer_of_a_few_characters_can_be_compared(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("12 21\n")
+    Tokenizer.char("12 \n").save(tmp_path)
+    tokenizer.compare_command([str(tmp_path), "--data", str(tmp_path / "text.txt")])
+    assert "| 4 | 6 | 1.000 |" in capsys.readouterr().out
 
 
 def test_importing_the_tokenizer_does_not_import_torch():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -262,7 +263,9 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
     held.close()
     done(text, out, "--steps", 3)
     assert "already holds a run (step-00000003)" in refused(text, out, "--steps", 3)
+    assert "memory" in done(text, out, "--fit")  # writes nothing
     done(text, out, "--steps", 4, "--overwrite")
+    assert "drop one" in refused(text, out, "--resume", "--overwrite")
     assert "no checkpoint" in refused(text, tmp_path / "nothing", "--resume")
 
 
@@ -277,7 +280,7 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
         (["--steps", -1], "--steps"),
         (["--layers", 999999999], "num_hidden_layers is 999999999, expected int from 1 to 1,024"),
         (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
-        (["--lr", "nan"], "--lr nan must not be negative"),
+        (["--lr", "nan"], "--lr nan must be a number from 0"),
         (["--grad-clip", -1], "--grad-clip -1.0"),
         (["--data", "/no/such/file"], "no such file"),
     ],
@@ -399,6 +402,13 @@ def test_fp16_gradients_equal_float32_ones_after_unscaling(text, tmp_path):
         assert off.norm() <= 0.02 * grad.norm(), name
 
 
+def test_a_gradient_after_many_that_were_0_is_taken():
+    guard = optim.Guard(factor=5.0)
+    for _ in range(60):
+        guard.count(0.0, True)
+    assert guard.most >= 1.0
+
+
 def test_non_finite_and_spiking_gradients_are_skipped_and_counted():
     guard = optim.Guard(factor=5.0)
 
@@ -458,13 +468,19 @@ def test_weights_that_are_not_finite_are_never_saved(text, tmp_path):
     assert saved_step(run.args.out) == 1
 
 
-def test_a_device_out_of_memory_in_the_optimizer_is_one_line(text, tmp_path, monkeypatch):
-    def full(self, factor):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+def full_gpu(self, factor):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr(optim.MuonAdamW, "step", full)
+
+def full_machine(self, factor):
+    torch.empty(1 << 57)
+
+
+@pytest.mark.parametrize("step", [full_gpu, full_machine])
+def test_a_device_out_of_memory_in_the_optimizer_is_one_line(text, tmp_path, monkeypatch, step):
+    monkeypatch.setattr(optim.MuonAdamW, "step", step)
     line = refused(text, tmp_path / "run", "--steps", 2)
-    assert "CUDA out of memory. Tried to allocate 2 GiB: use a smaller --micro-batch" in line
+    assert re.search("allocate (2 GiB|memory).*: use a smaller --micro-batch", line)
 
 
 def small_memory(run, most):
@@ -491,6 +507,14 @@ def test_out_of_memory_halves_the_pass_before_the_run_starts(text, tmp_path, cap
     assert run.rows == 1
     assert "2 rows a pass did not fit, going on with 1" in capsys.readouterr().out
     assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_an_evaluation_that_fails_when_it_is_tried_leaves_dropout_on(text, tmp_path):
+    run = make_run(text, tmp_path / "run")
+    run.loss = lambda model, *given: loop.next_token_loss(model, *given) * (1 / model.training)
+    with pytest.raises(ZeroDivisionError):
+        loop.try_pass(run, run.step_model)
+    assert run.model.training and all(p.grad is None for p in run.model.parameters())
 
 
 def test_one_row_that_does_not_fit_is_an_error(text, tmp_path):

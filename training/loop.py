@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import shutil
 import signal
 import sys
@@ -107,10 +108,12 @@ def read_args(cls, doc, presets=None, argv=None):
     args = common.from_preset(cls, presets, typed) if presets else cls(**typed)
     checkpoint = latest_checkpoint(args.out)
     if args.resume:
+        if args.overwrite:
+            raise UserError("--resume goes on with a run that --overwrite throws away: drop one")
         if checkpoint is None:
             raise UserError(f"--resume: no checkpoint in {args.out}/state")
         args = resumed_args(cls, typed, args.out, common.read_json(checkpoint / "state.json"))
-    elif checkpoint and not args.overwrite:
+    elif checkpoint and not (args.overwrite or args.fit):
         raise UserError(
             f"{args.out} already holds a run ({checkpoint.name}): --resume, --overwrite"
         )
@@ -149,8 +152,8 @@ def check_args(args):
     """UserError names the flag whose value cannot be."""
     for name, value in vars(args).items():
         typed = f"{common.flag(name)} {value}"
-        if isinstance(value, (int, float)) and not value >= 0:  # true of NaN as well
-            raise UserError(f"{typed} must not be negative")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # true of NaN as well
+            raise UserError(f"{typed} must be a number from 0")
         if name in AT_LEAST_ONE and value < 1:
             raise UserError(f"{typed} must be at least 1")
         if name in BELOW_ONE and value >= 1:
@@ -232,6 +235,7 @@ class Run:
     lock: object  # held while the run lives, so that no second process writes to --out
     found: Found | None = None  # of the step before, until it is counted
     start: int = 0  # the step it begins or goes on at
+    step: int = 0  # the one that is under way, or before which it evaluates
     metrics: common.Metrics | None = None  # rank 0 only
     loss: Callable = next_token_loss  # (model, batch, args) -> summed loss; start_run tries it too
     validate: Callable = validate  # (run) -> {name: value} to log
@@ -314,12 +318,14 @@ def try_pass(run, model):
         with run.runtime.autocast():
             return run.loss(model, batch, run.args)
 
-    loss().backward()
-    run.optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        loss()
-    model.train()
+    try:
+        loss().backward()
+        model.eval()
+        with torch.no_grad():
+            loss()
+    finally:
+        model.train()
+        run.optimizer.zero_grad()
 
 
 def halve_until_a_pass_fits(run):
@@ -337,8 +343,7 @@ def halve_until_a_pass_fits(run):
                 raise
             give_up_flex(run.model.config, first_words(error))
             continue
-        # An except block would be too early: its exception keeps the pass's activations alive.
-        run.optimizer.zero_grad()
+        # Out of memory. An except block would be too early: its exception keeps the activations.
         if run.runtime.world > 1 or run.rows == 1:
             raise UserError(
                 f"out of memory with {run.rows} rows of {run.args.context:,} tokens a pass: use a "
@@ -391,7 +396,7 @@ def remove_old_run(out):
 def steps(run):
     """Yield (step, batch) for each step that is left: what every stage's loop runs over.
 
-    Between steps it evaluates, saves and samples; Ctrl-C or SIGTERM on any rank saves and ends."""
+    Between steps it evaluates and saves; Ctrl-C or SIGTERM on any rank saves and ends."""
     args = run.args
     runtime = run.runtime
     hidden = runtime.rank > 0 or None  # None is a bar in a terminal, and none elsewhere
@@ -399,9 +404,10 @@ def steps(run):
     bar = tqdm(total=args.steps, initial=run.start, unit="step", disable=hidden)
     with common.Interrupt() as interrupt, bar as run.bar:
         for step in range(run.start, args.steps + 1):
+            run.step = step
             began = time.time()
             last = step == args.steps
-            fresh = step > run.start or args.steps == 0
+            fresh = step > run.start or args.steps == 0  # a run of no steps is evaluated, too
             if fresh and (last or step % args.eval_every == 0):
                 log_validation(run, step)
             # One rank's signal stops all ranks at the same step.
@@ -453,7 +459,7 @@ def update(run, step):
     A gradient that is not sane counts as 0, so that nothing it holds reaches a weight. That is
     decided on the device and not waited for: it is counted when the next step is here."""
     args = run.args
-    scale = run.scaler.scale
+    scale = run.scaler.scale  # this step's: in fp16 the step before is counted by now
     count_found(run)
     params = [p for p in run.model.parameters() if p.grad is not None]
     grads = [local(p.grad) for p in params]
@@ -466,14 +472,13 @@ def update(run, step):
         # as integers, since 0 * NaN is NaN
         torch._foreach_mul_([grad.view(torch.int32) for grad in grads], good.int())
     found = torch.stack((norm, good.float())).to("cpu", non_blocking=norm.is_cuda)
-    run.found = Found(step, found, torch.cuda.Event() if norm.is_cuda else None)
-    if run.found.arrived:
-        run.found.arrived.record()
+    arrived = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
+    run.found = Found(step, found, arrived)
     if run.scaler.on:  # the next step needs its scale
         count_found(run)
     factor = schedule(step, args.steps, args.warmup, args.schedule, args.cooldown)
     run.optimizer.step(factor)
-    return dict(lr=factor, grad_norm=norm)
+    return dict(lr_factor=factor, grad_norm=norm)
 
 
 def count_found(run):
@@ -489,7 +494,7 @@ def count_found(run):
     guard = run.guard
     run.scaler.update(math.isfinite(norm))
     guard.count(norm, bool(good))
-    if not good:
+    if not good and run.metrics:
         skipped = f"gradient norm {norm:.3g}, mean {guard.mean:.3g}; {guard.skipped} skipped so far"
         print(f"step {found.step:6,}  skipped: {skipped}", file=sys.stderr)
     if guard.in_a_row >= guard.limit:
@@ -561,7 +566,7 @@ def save_run(run, step):
     with run.optimizer.averaged():
         for name, v in run.model.state_dict().items():
             whole = gather(local(v.detach()), v)
-            weights[name] = whole.clone() if name in mean else whole
+            weights[name] = whole.clone() if name in mean else whole  # it is only lent
     moments = run.optimizer.tensors()
     broken = [name for name, t in (weights | moments).items() if not t.isfinite().all()]
     if broken:
@@ -594,7 +599,9 @@ def out_of_memory_explained():
     """Context: that a device has no memory left, in the optimizer or wherever, is one line."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):  # a GPU's, a CPU's
+            raise
         raise UserError(
             f"{first_words(error)}: use a smaller --micro-batch, --recompute, "
             "--optimizer adamw8bit, or --shard over more ranks"

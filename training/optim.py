@@ -118,7 +118,7 @@ def pack_moments(moments, codes, tops):
     Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization". No square may become 0:
     the step divides by their roots."""
     torch.linalg.vector_norm(moments, torch.inf, -1, keepdim=True, out=tops)
-    moments /= tops.clamp(min=1e-38)
+    moments /= tops.clamp(min=1e-38)  # a block may be all zeros
     _, midpoints = moment_values(moments.device)
     for i in range(2):
         codes[i] = torch.bucketize(moments[i], midpoints[i], out_int32=True)
@@ -173,7 +173,7 @@ def packed_together(params):
     """Parameters -> [PackedMoments] of as many as may be unpacked at once."""
     most = UNPACKED_AT_ONCE.get(params[0].device.type, 1 << 18)
     parts = []
-    size = most
+    size = most  # so that the first one begins a part
     for p in params:
         if is_sharded(p):
             raise UserError(
@@ -293,7 +293,7 @@ class MuonAdamW:
         for p, state in self.state.items():
             for name, tensor in state.items():
                 tensors[f"{self.names[p]}.{name}"] = gather(tensor, p)
-        for p in self.means:  # which the model folder has
+        for p in self.means:  # the model folder holds these, so the last weights are kept here
             tensors[f"{self.names[p]}.weight"] = gather(local(p.detach()), p)
         return tensors
 
@@ -338,7 +338,9 @@ class LossScale:
 
 @dataclass
 class Guard:
-    """Which gradients to skip: those that are not finite, or far above their running mean."""
+    """Which gradients to skip: those that are not finite, or far above their running mean.
+
+    A skipped gradient counts as 0: momentum still moves the weights."""
 
     factor: float  # how far; 0 never
     mean: float = 0.0  # of the gradients' norms
@@ -350,8 +352,8 @@ class Guard:
     @property
     def most(self):
         """The largest norm of a gradient that is taken."""
-        spikes = self.factor and self.seen > 50
-        return self.factor * self.mean if spikes else torch.finfo(torch.float32).max
+        most = self.factor * self.mean  # 0: spikes are not asked for, or nothing was learned so far
+        return most if most and self.seen > 50 else torch.finfo(torch.float32).max
 
     def count(self, norm, good):
         """Take note of a gradient's norm, and whether the step took it."""
@@ -369,9 +371,10 @@ def schedule(step, total, warmup=0, kind="wsd", cooldown=0.6):
 
     cosine: half a cosine down to 0 (Loshchilov & Hutter 2017); wsd: stable at 1, then linear down
     to 0 over the last `cooldown` share of the steps (Hägele et al. 2024)."""
+    rise = (step + 1) / max(1, warmup)
+    if kind == "wsd":
+        return min(1.0, rise, (total - step) / max(1, cooldown * total))
     if step < warmup:
-        return (step + 1) / warmup
-    if kind == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return min(1.0, (total - step) / max(1, cooldown * total))
+        return rise
+    done = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))

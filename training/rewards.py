@@ -115,14 +115,13 @@ def judge(rewards, question, answer, args):
 
 def check_rules(questions, rewards):
     """UserError names the first question that no rule among the rewards can judge."""
-    rules = [reward for reward in rewards if reward.name not in TERMS]
-    if any(reward.name not in RULES for reward in rules):
-        return  # a function judges anything
-    for question in questions if rules else ():
-        if all(rule.function(question, "") is None for rule in rules):
+    names = [reward.name for reward in rewards if reward.name not in TERMS]
+    if not names or not set(names) <= RULES.keys():
+        return  # nothing has to be judged, or a function judges anything
+    for question in questions:
+        if all(RULES[name](question, "") is None for name in names):
             asked = question.messages[-1]["content"][:80]
-            names = " or ".join(rule.name for rule in rules)
-            raise UserError(f"--reward {names} has no rule for the question {asked!r}")
+            raise UserError(f"--reward {' or '.join(names)} has no rule for the question {asked!r}")
 
 
 # --------------------------------------------------------------------------------------- questions
@@ -159,8 +158,8 @@ def read_split(args, tok, rewards, split):
         unknown = set(args.families) - {question.family for question in questions}
         if unknown:
             raise UserError(f"--families {' '.join(unknown)}: no question is of this family")
-        kept = enumerate(questions)
-        questions = [q for i, q in kept if q.family in args.families or held_out(0.1, i)]
+        asked = args.families
+        questions = [q for i, q in enumerate(questions) if q.family in asked or held_out(0.1, i)]
     check_rules(questions, rewards)
     prompts = [render(tok, q.messages, True, q.tools)[0] for q in questions]
     fitting = [i for i, ids in enumerate(prompts) if len(ids) + args.max_tokens <= args.context]
@@ -184,5 +183,8 @@ def load_questions(args, tok, rewards):
         train, val = train.part(numbers), train.part(held)
     for name, found, least in (("training", train, args.batch), ("validation", val, 1)):
         if len(found.prompts) < least:
-            raise UserError(f"{len(found.prompts)} questions for {name}; --batch needs {least}")
+            raise UserError(
+                f"{len(found.prompts)} questions for {name} of at least {least}: give more of "
+                "them, or use a smaller --batch"
+            )
     return train, val

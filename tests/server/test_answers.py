@@ -50,6 +50,7 @@ def test_completions_echo_prompts_of_all_four_shapes(stub):
 
 
 CALL = '{"name": "add", "arguments": {"x": 1}}'
+OTHER = f'[{CALL}, {{"name": "other", "arguments": {{}}}}]'
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,13 @@ CALL = '{"name": "add", "arguments": {"x": 1}}'
         (f"<tool_call>{CALL}</tool_call>\n" * 2, None, 2),
         (CALL, None, 1),
         (f"[{CALL}, {CALL}]", None, 2),
-        ('{"name": "other", "arguments": {}}', '{"name": "other", "arguments": {}}', 0),
         ("See [1] and {2}.", "See [1] and {2}.", 0),
         ("a < b <tool", "a < b <tool", 0),
         ("<tool_call>no", "<tool_call>no", 0),
+        (f"<tool_call>{CALL}</tool_call> so.\n<tool_call>{CALL}", " so.\n", 2),
+        (f"<tool_call>{{</tool_call><tool_call>{CALL}", "<tool_call>{</tool_call>", 1),
+        (f"[1]: <tool_call>{CALL}</tool_call>", "[1]: ", 1),
+        (OTHER, OTHER, 0),
     ],
 )
 def test_tool_calls_are_told_from_text_in_both_modes(said, content, calls):
@@ -73,6 +77,8 @@ def test_tool_calls_are_told_from_text_in_both_modes(said, content, calls):
         chunks = [c["choices"][0] for c in events(ask(server, tools=TOOLS, stream=True).text)]
         single = ask(server, tools=TOOLS, parallel_tool_calls=False).json()["choices"][0]
         off = ask(server, tools=TOOLS, tool_choice="none").json()["choices"][0]
+        said_in = len(tok.encode(said))
+        cut = ask(server, tools=TOOLS, max_tokens=said_in - 1).json()["choices"][0]
     assert whole["message"]["content"] == content
     assert whole["finish_reason"] == ("tool_calls" if calls else "stop")
     found = whole["message"].get("tool_calls", [])
@@ -82,6 +88,7 @@ def test_tool_calls_are_told_from_text_in_both_modes(said, content, calls):
     assert sum(len(c["delta"].get("tool_calls", ())) for c in chunks) == calls
     assert chunks[-1]["finish_reason"] == whole["finish_reason"]
     assert len(single["message"].get("tool_calls", ())) == min(calls, 1)
+    assert cut["finish_reason"] == "length"  # whatever calls were whole by then
     assert off["message"]["content"] == said
     assert "tool_calls" not in off["message"]
 
@@ -116,6 +123,14 @@ def test_echoed_logprobs_are_those_the_model_wrote_with(real):
         made["logprobs"]["token_logprobs"], abs=1e-3
     )
     assert again["logprobs"]["tokens"][len(ids) :] == made["logprobs"]["tokens"]
+
+
+def test_an_echo_of_nothing_but_the_prompt_ends_in_both_modes(stub):
+    body = dict(prompt=["ab", "c"], echo=True, max_tokens=0)
+    whole = ask(stub, "/v1/completions", **body).json()["choices"]
+    chunks = events(ask(stub, "/v1/completions", stream=True, **body).text)
+    assert whole == [c["choices"][0] for c in chunks]
+    assert [(c["text"], c["finish_reason"]) for c in whole] == [("ab", "length"), ("c", "length")]
 
 
 def test_a_prompt_cut_within_a_character_goes_on_with_the_whole_one():

@@ -297,6 +297,7 @@ BAD = [
     ),
     dict(regex="\ud800"),
     dict(regex="(?=a)b"),
+    dict(regex="(?=a)b", stream=True),
     dict(tools=TOOLS, tool_choice="sub"),
     dict(tools=TOOLS, tool_choice={"function": "x"}),
     dict(tools=[{"type": "custom", "custom": {"name": "x"}}]),
@@ -420,10 +421,18 @@ def test_a_long_prompt_is_refused_with_the_numbers_and_a_long_answer_is_clamped(
 def test_tokenize_and_detokenize_are_inverse(stub):
     ids = ask(stub, "/tokenize", prompt=SAID).json()["tokens"]
     assert ask(stub, "/detokenize", tokens=ids).json()["prompt"] == SAID
+    assert ask(stub, "/detokenize", tokens=[]).json()["prompt"] == ""
     error_of(ask(stub, "/detokenize", tokens=[999_999]), 400)
     error_of(ask(stub, "/detokenize", tokens=ids, model="another"), 404)
     chat = ask(stub, "/tokenize", messages=[{"role": "user", "content": "hi"}]).json()["tokens"]
     assert stub.engine.tok.decode(chat) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_lists_and_objects_are_counted_but_not_those_within_strings(stub):
+    code = '\\"{' * 150_000
+    assert ask(stub, "/tokenize", prompt=code).status_code == 200
+    body = '{"user": "\\\\\\"", "stop": [' + "[]," * 100_000 + "[]]}"
+    assert "lists" in error_of(post(stub, "/v1/completions", body), 400)["message"]
 
 
 def test_a_model_without_a_chat_template_says_so_and_completes(tmp_path):

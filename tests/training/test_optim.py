@@ -154,6 +154,8 @@ def test_saved_state_continues_the_same_path():
 def test_schedules_rise_hold_and_fall():
     wsd = [schedule(s, 100, warmup=10, kind="wsd", cooldown=0.5) for s in range(101)]
     assert [wsd[s] for s in (0, 9, 50, 75, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+    long = [schedule(s, 100, warmup=80, kind="wsd", cooldown=0.5) for s in range(101)]
+    assert max(abs(after - before) for before, after in zip(long, long[1:])) < 0.021  # no jump
     cosine = [schedule(s, 100, warmup=10, kind="cosine") for s in range(101)]
     assert [cosine[s] for s in (10, 55, 100)] == pytest.approx([1.0, 0.5, 0.0])
 
