@@ -264,7 +264,7 @@ def test_text_files_are_cut_where_they_are_told(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("{", "not valid JSON"),
+        ('{"text"', "not valid JSON"),
         ("[1]", "a list, not an object"),
         ('{"text": 3}', "is int, not text"),
         ('{"body": "x"}', "no field 'text', only 'body' "),
