@@ -83,7 +83,7 @@ def score(model, original, rows):
         ids, targets = batch[:, :-1], batch[:, 1:]
         ours = model(ids).log_softmax(-1)  # (B, T-1, V)
         theirs = original(ids).log_softmax(-1)
-        loss -= ours.gather(2, targets[:, :, None]).double().sum().item()
+        loss -= ours.gather(2, targets[:, :, None]).cpu().double().sum().item()
         divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
     count = rows[:, 1:].numel()
     return math.exp(loss / count), divergence / count
