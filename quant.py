@@ -303,8 +303,8 @@ class GroupLinear(QuantLinear):
 
     @classmethod
     def from_linear(cls, linear, bits=4, group=128, sym=True):
-        rounded = round_to_nearest(linear.weight, bits, group, sym)
-        return cls(*rounded, bits, group, None, linear.bias)
+        codes, scales, zeros = round_to_nearest(linear.weight, bits, group, sym)
+        return cls(codes, scales, zeros, bits, group, None, linear.bias)
 
     def codes(self):
         """-> uint8 (N, K), columns still in `order`."""
