@@ -294,6 +294,14 @@ def end_turns(tok, config):
         config.eos_token_id = [stop, *config.end_ids]
 
 
+def limit_context(args, config):
+    """Rows of more tokens than the model can look back at are shortened, which is said."""
+    most = config.max_position_embeddings
+    if args.context > most:
+        print(f"context  {most:,} tokens a row, not {args.context:,}: the model has no more")
+        args.context = most
+
+
 def packed_loss(model, batch, args):
     """Summed cross-entropy, in nats, of what the assistant says (targets that are not -100).
 
@@ -311,10 +319,7 @@ def prepare_finetuning(args, checkpoint):
         )
     runtime = resolve(args.device, args.dtype, args.compile)
     tok, model = open_model(checkpoint or args.model, runtime.device, torch.float32)
-    most = model.config.max_position_embeddings
-    if args.context > most:
-        print(f"context  {most:,} tokens a row, not {args.context:,}: the model has no more")
-        args.context = most
+    limit_context(args, model.config)
     data, val = load_data(args, tok)
     describe(args, model, tok, data, val)
     return start_run(args, checkpoint, runtime, tok, model, data, val, loss=packed_loss)
