@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+# first, since it sets how torch's threads wait
 import common  # isort: skip
 
 import torch

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+# first, since it sets how torch's threads wait
 from common import UserError, cli, flag, parse_flags  # isort: skip
 
 import torch
