@@ -34,6 +34,7 @@ from training.exam import has_val, mark_answers, read_questions, source_records,
 from training.loop import (
     LoopArgs,
     backward,
+    check_args,
     describe,
     launch,
     log_step,
@@ -181,7 +182,7 @@ def parse_source(spec):
     name, colon, weight = spec.rpartition(":")
     if not colon or Path(spec).exists():
         return spec, 1.0
-    if not re.fullmatch(r"\d*\.?\d+", weight) or not float(weight):
+    if not re.fullmatch(r"\d*\.?\d+", weight):
         raise UserError(
             f"--data {spec}: after the colon stands how often an epoch takes it, a number above 0"
         )
@@ -407,10 +408,9 @@ class ExamArgs:
 def exam_command(argv):
     """Let a model answer held-out questions and mark it."""
     args = ExamArgs(**parse_flags(ExamArgs, exam_command.__doc__, argv, positional=("model",)))
-    if min(args.examples, args.max_tokens) < 1:
-        raise UserError("an exam needs --examples and --max-tokens of at least 1")
+    check_args(args)
     questions, runtime = read_questions(args), resolve(args.device, args.dtype, "off")
-    folders = [args.model, args.before] if args.before else [args.model]
+    folders = [folder for folder in (args.model, args.before) if folder]
     marks = []
     for folder in folders:
         tok, model = open_model(folder, runtime.device, runtime.dtype)

@@ -25,7 +25,6 @@ from common import UserError
 from formats.hub import config_from_dict, read_generation
 from formats.peft import (
     SETTINGS,
-    AdapterTensors,
     alpha_divisor,
     base_sha256,
     folder_module,
@@ -119,8 +118,7 @@ def dense_weight(layer):
 
 def adapted_layers(model):
     """{name: LoRALinear}"""
-    layers = linear_layers(model).items()
-    return {name: layer for name, layer in layers if isinstance(layer, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 # ------------------------------------------------------------------------- on a model, off a model
@@ -211,12 +209,8 @@ def save_adapter(model, folder, base_hash=None):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does, and the base's hash
     (base_hash: base_sha256(model), where it is known already)."""
     layers = adapted_layers(model)
-    tensors = {
-        name: AdapterTensors(layer.A, layer.B, layer.scale, layer.m)
-        for name, layer in layers.items()
-    }
     settings = next(iter(layers.values())).settings
-    write_layers(folder, model, settings, tensors, base_hash)
+    write_layers(folder, model, settings, layers, base_hash)
 
 
 def adapter_writer(base_hash):
@@ -291,8 +285,15 @@ def print_adapter(model, args):
     )
 
 
-def estimate_adapter_memory(model, args, runtime, rows):
-    """An adapted model on "meta", trained with `rows` rows a pass -> {part: bytes}."""
+def adapt(model, args):
+    """`apply` as the flags say."""
+    return apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
+
+
+def print_fit(model, args, runtime):
+    """What --fit says of an adapted model on "meta": its size, and the memory that training takes
+    -> {part: bytes}."""
+    rows = args.micro_batch or args.batch // runtime.world
     parts = estimate_memory(model, args, runtime, rows)
     if args.quant:
         layers = linear_layers(model).items()
@@ -302,6 +303,8 @@ def estimate_adapter_memory(model, args, runtime, rows):
         parts["weights"] -= saved * sum(sizes)
         # in float32 as looked up, as multiplied by its scales, and in the product's dtype
         parts["one matrix unpacked"] = 12 * max(sizes)
+    print_adapter(model, args)
+    print_estimate(parts, rows, args, runtime)
     return parts
 
 
@@ -312,14 +315,10 @@ def prepare_adapter(args, checkpoint):
     path = Path(args.model) / "config.json"
     config = config_from_dict(common.read_json(path), str(path))
     finetune.limit_context(args, config)
-    adapter = args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora
     with torch.device("meta"):  # what cannot be is refused before anything is loaded
-        sketch = apply(Transformer(config).to(runtime.dtype), *adapter)
+        sketch = adapt(Transformer(config).to(runtime.dtype), args)
     if args.fit:
-        rows = args.micro_batch or args.batch // runtime.world
-        parts = estimate_adapter_memory(sketch, args, runtime, rows)
-        print_adapter(sketch, args)
-        print_estimate(parts, rows, args, runtime)
+        print_fit(sketch, args, runtime)
         return None
     tok = finetune.tuned_tokenizer(args.model)  # an adapter trains no new tokens
     data, val = finetune.load_data(args, tok)
@@ -335,13 +334,21 @@ def prepare_adapter(args, checkpoint):
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)
     else:
-        apply(model, *adapter)
+        adapt(model, args)
     base_hash = base_sha256(model)  # of the folder's tensors, whatever became of them here
     describe(args, model, tok, data, val)
     print_adapter(model, args)
-    parts = runtime, tok, model, data, val
-    write = adapter_writer(base_hash)
-    return start_run(args, checkpoint, *parts, loss=finetune.packed_loss, write=write)
+    return start_run(
+        args,
+        checkpoint,
+        runtime,
+        tok,
+        model,
+        data,
+        val,
+        loss=finetune.packed_loss,
+        write=adapter_writer(base_hash),
+    )
 
 
 def check_adapter_args(args):
@@ -376,18 +383,17 @@ def merge_command(argv):
     What merging and rounding change is measured, and bounded."""
     args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, argv, ("base", "adapter")))
     base, out = Path(args.base), Path(args.out)
-    stored = common.read_json(base / "config.json")
-    if args.dtype == "auto":
-        args.dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype {args.dtype}: use {', '.join(DTYPES)}")
+    if args.dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {args.dtype}: use auto, {', '.join(DTYPES)}")
     if (out / "config.json").exists():
         if out.samefile(base):
             raise UserError(f"{out} is the base itself: choose another --out")
         if not args.overwrite:
             raise UserError(f"{out} already holds a model: choose another --out, or --overwrite")
-    model = Transformer.from_pretrained(base, dtype=torch.float32)
-    model = merge_checked(load_adapter(model, args.adapter), args.dtype)
+    model = Transformer.from_pretrained(base)
+    if args.dtype == "auto":
+        args.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    model = merge_checked(load_adapter(model.float(), args.adapter), args.dtype)
     tok = choose_words(model, base, Path(args.adapter))
     if tok:
         tok.save(out)
@@ -401,20 +407,22 @@ def choose_words(model, base, adapter):
     """The adapter's tokenizer, chat template and generation_config.json where it has its own, else
     the base's -> Tokenizer or None; the model's config gets end ids and defaults of sampling."""
     own = {
-        "tokenizer": find_tokenizer(adapter) is not None,
-        "chat template": bool(read_beside(adapter).config.get("chat_template")),
+        "tokenizer": find_tokenizer(adapter),
+        "chat template": read_beside(adapter).config.get("chat_template"),
         "generation_config.json": (adapter / "generation_config.json").is_file(),
     }
     whose = {what: adapter if has else base for what, has in own.items()}
     print("keep     " + ", ".join(f"{what} of {folder}" for what, folder in whose.items()))
     read_generation(whose["generation_config.json"] / "generation_config.json", model.config)
-    if find_tokenizer(whose["tokenizer"]) is None:
+    if not find_tokenizer(whose["tokenizer"]):
         return None
     tok = Tokenizer.load(whose["tokenizer"])
     tok.chat_template = read_beside(whose["chat template"]).config.get("chat_template")
-    rows = model.config.vocab_size
-    if tok.vocab_size > rows:
-        raise UserError(f"{whose['tokenizer']}: {tok.vocab_size:,} ids, the base has {rows:,}")
+    if tok.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{whose['tokenizer']}: {tok.vocab_size:,} ids, "
+            f"the base has {model.config.vocab_size:,}"
+        )
     if tok.chat_template:
         finetune.end_turns(tok, model.config)
     return tok

@@ -33,7 +33,7 @@ FORMATS = "int8", "int4", "nf4"
 # the step from one code's weight to the next, and zero is the code that stands for 0.
 def check_finite(weight, name="a weight"):
     """UserError where there is NaN or infinity: the whole group would become that too."""
-    bad = int((~weight.isfinite()).sum())
+    bad = (~weight.isfinite()).sum()
     if bad:
         raise UserError(
             f"{name}: {bad:,} of {weight.numel():,} values are NaN or infinite; "
@@ -139,7 +139,7 @@ def nf4_pairs(device):
     """
     value = torch.tensor(kernels.NF4, device=device)
     pairs = torch.stack((value.repeat_interleave(16), value.repeat(16)), 1)  # (256, 2)
-    return pairs.view(torch.int64)[:, 0].contiguous()
+    return pairs.view(torch.int64).flatten()
 
 
 @functools.lru_cache
@@ -167,8 +167,7 @@ def scaled_blocks(flat, block):
     absmax = blocks.abs().amax(1)
     # times the reciprocal, as bitsandbytes does: a division would round otherwise
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
-    flat_again = scaled.clamp(-1, 1).flatten()[: flat.numel()]
-    return flat_again, absmax
+    return scaled.clamp(-1, 1).flatten()[: flat.numel()], absmax
 
 
 def nearest_index(x, values):
@@ -251,13 +250,6 @@ class QuantLinear(nn.Module):
         """-> (N, K) of dtype, the weights that this layer stands for."""
         raise NotImplementedError
 
-    def groups(self):
-        """Of integer layers, what GroupLinear holds: codes, scales, zeros, group, order, bits.
-
-        The codes are unpacked, uint8 (N, K).
-        """
-        raise NotImplementedError
-
     def product(self, x):
         """What a product is: unpack, then multiply. x (..., K) -> (..., N), in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -275,8 +267,8 @@ class QuantLinear(nn.Module):
 
     def stacked(self, layers):
         """{buffer: tensor} of one layer whose rows are those of `layers`, in their order."""
-        names = [name for name, _ in self.named_buffers() if name != "order"]  # all have the same
-        return {name: joined(layers, name) for name in names}
+        buffers = self.named_buffers()  # of which the order is the same in all
+        return {name: joined(layers, name) for name, _ in buffers if name != "order"}
 
 
 class GroupLinear(QuantLinear):
@@ -315,6 +307,7 @@ class GroupLinear(QuantLinear):
         return halves.flatten(1)[:, : self.in_features]  # (N, K)
 
     def groups(self):
+        """What the layer holds, the codes unpacked, as other formats of integers give it, too."""
         return self.codes(), self.scales, self.zeros, self.group, self.order, self.bits
 
     def dequantize(self, dtype=torch.float32):
@@ -327,7 +320,7 @@ class GroupLinear(QuantLinear):
 
     def tiles(self):
         # where all zero points are the middle code, the GPU need not read them
-        symmetric = bool((self.zeros == 2 ** (self.bits - 1)).all())
+        symmetric = (self.zeros == 2 ** (self.bits - 1)).all()
         if self.bits == 8 and symmetric:
             return kernels.tile("int8", self.codes(), self.scales, self.group)
         if self.bits > 4:
@@ -477,14 +470,11 @@ class Recipe:
     damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8:
-            raise UserError(f"GPTQ to {self.bits} bits: use 2 to 8")
-        if self.group_size < 1 and self.group_size != -1:
+        if not (2 <= self.bits <= 8 and -1 <= self.group_size != 0 and 0 <= self.damp <= 1):
             raise UserError(
-                f"group size {self.group_size}: use a positive number, or -1 for whole rows"
+                f"bits {self.bits} must be from 2 to 8, group size {self.group_size} positive or "
+                f"-1 for whole rows, damp {self.damp} from 0 to 1"
             )
-        if not 0 <= self.damp <= 1:
-            raise UserError(f"damp {self.damp}: use a share from 0 to 1")
 
 
 def float_layers(model):
@@ -732,10 +722,10 @@ def read_quant_args(argv=None):
     typed = parse_flags(Args, __doc__, argv, positional=("model",))
     args = Args(**typed)
     recipe = Recipe.__dataclass_fields__
-    applied = {"int8": (), "int4": ("group_size", "sym"), "nf4": (), "gptq": recipe}
-    if args.format not in applied:
-        raise UserError(f"format {args.format}: choose from {', '.join(applied)}")
-    ignored = [flag(name) for name in typed if name in recipe and name not in applied[args.format]]
+    unread = {"int8": recipe, "int4": ("bits", "act_order", "damp"), "nf4": recipe, "gptq": ()}
+    if args.format not in unread:
+        raise UserError(f"format {args.format}: choose from {', '.join(unread)}")
+    ignored = [flag(name) for name in typed if name in unread[args.format]]
     if ignored:
         raise UserError(
             f"--format {args.format} does nothing with {', '.join(ignored)}: leave it out"
@@ -768,15 +758,11 @@ def main():
         working = torch.float32
         original.float()
     tok = Tokenizer.load(args.model)
-
-    def engine():
-        return Engine.of(original, tok, kv_tokens=max(8192, args.length))
-
-    calibration, held_out = quality.calibration_and_held_out(args, original, tok, engine, Sampling)
+    calibration, held_out = quality.calibration_and_held_out(args, original, tok, Engine, Sampling)
     model = copy.deepcopy(original)
     if args.format == "gptq":
-        shape = args.bits, args.group_size, args.act_order
-        gptq(model, calibration.split(8), *shape, sym=args.sym, damp=args.damp)
+        recipe = {name: getattr(args, name) for name in Recipe.__dataclass_fields__}
+        gptq(model, calibration.split(8), **recipe)
     else:
         quantize(model, args.format, args.group_size, args.sym)
     for parameter in model.parameters():  # packed weights and their scales are none

@@ -508,7 +508,7 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
     [
         ("--data nowhere.jsonl", "nowhere.jsonl"),
         ("--data a.jsonl:x", "after the colon"),
-        ("--data a.jsonl:0", "above 0"),
+        ("--data a.jsonl:0", "none of the 38 conversations"),
         ("--data a.jsonl:nan", "above 0"),
         ("--data a.jsonl:0.01", "none of the 38 conversations"),
         ("--data a.jsonl --val-share 0.99", "none of the 0 conversations"),
@@ -628,4 +628,4 @@ def test_unknown_checks_are_refused(checks, message, base, tmp_path):
 @pytest.mark.parametrize("flags", [("--max-tokens", 0), ("--examples", 0)])
 def test_an_exam_of_nothing_is_refused(flags, base, tmp_path):
     told = refused(base, tmp_path, argv=exam(base, "toybox", *flags))
-    assert "--examples and --max-tokens of at least 1" in told
+    assert "{} {} must be at least 1".format(*flags) in told

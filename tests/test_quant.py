@@ -319,7 +319,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         (lambda: quant.quantize(small_model(), "int5"), "choose one of int8"),
         (lambda: quant.quantize(small_model(), "int4", 0), "group size 0"),
         (lambda: quant.gptq(small_model(), [ids()], bits=1), "2 to 8"),
-        (lambda: quant.gptq(small_model(), [ids()], damp=float("nan")), "damp nan: use a share"),
+        (lambda: quant.gptq(small_model(), [ids()], damp=float("nan")), "damp nan from 0 to 1"),
         (lambda: quant.round_to_nearest(large, 4, 8, True), "float16's 65,504"),
         (lambda: quant.nf4_quantize(torch.ones(3, 3)), "odd number"),
     ):
@@ -334,7 +334,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         ("m --out m", "the model itself"),
         ("m --format int5 --out q", "int5: choose from int8"),
         ("m --out q --samples 0", "samples 0"),
-        ("m --out q --bits 9", "9 bits"),
+        ("m --out q --bits 9", "bits 9 must be from 2 to 8"),
         ("m --out q --group-size 0", "group size 0"),
         ("m --out q --format int4 --bits 4 --act-order", "nothing with --bits, --act-order"),
         ("m --out q --format nf4 --no-sym --damp 0.1", "nf4 does nothing with --sym, --damp"),
