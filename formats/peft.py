@@ -185,23 +185,24 @@ def read_layers(folder, model):
 def write_layers(folder, model, settings, layers, base_hash=None):
     """Write both files as PEFT does, and one key more: the base's hash.
 
-    settings: SETTINGS as adapter_config.json has them; layers: {our name: AdapterTensors}. Layers
+    settings: SETTINGS as adapter_config.json has them; layers: {our name: lora.LoRALinear}. Layers
     of other rank or scale go into the patterns."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     ranks = {}
     alphas = {}
-    for name, (A, B, scale, magnitude) in layers.items():
+    for name, layer in layers.items():
         module = folder_module(name)
         key = f"base_model.model.{module}.lora_"
-        tensors[key + "A.weight"] = A
-        tensors[key + "B.weight"] = B
+        tensors[key + "A.weight"] = layer.A
+        tensors[key + "B.weight"] = layer.B
         if settings["use_dora"]:
-            tensors[key + "magnitude_vector"] = magnitude
-        alpha = scale * alpha_divisor(len(A), settings["use_rslora"])
-        if len(A) != settings["r"] or not math.isclose(alpha, settings["lora_alpha"]):
-            ranks[module] = len(A)
+            tensors[key + "magnitude_vector"] = layer.m
+        r = len(layer.A)
+        alpha = layer.scale * alpha_divisor(r, settings["use_rslora"])
+        if r != settings["r"] or not math.isclose(alpha, settings["lora_alpha"]):
+            ranks[module] = r
             alphas[module] = alpha
     write_tensors(folder / "adapter_model.safetensors", tensors)
     common.write_json(
