@@ -251,23 +251,24 @@ def read_json(path):
 MOST = {int: 1 << 31, float: 1e12}  # published rope_theta go up to 5e10
 
 
-def read_value(d, key, where, kind, default=None):
+def read_value(d, key, where, kind_or_most, default=None):
     """d[key], or the default where that is missing or null. UserError where it is of another kind.
 
-    kind: a type; or of a number that must be there the most that it may be, from 1 of an int."""
+    kind_or_most: a type (numbers from 0), and then the key may be missing; or the most that a
+    number may be which must be there (an int from 1): 4096 is an int from 1 to 4096."""
     value = d.get(key)
     if value is None:
         value = default
-    if value is None and not isinstance(kind, int | float):
+    if value is None and not isinstance(kind_or_most, int | float):
         return None
-    most = MOST.get(kind, kind)
+    most = MOST.get(kind_or_most, kind_or_most)
     if isinstance(most, int | float):
-        least = int(type(kind) is int)
+        least = int(type(kind_or_most) is int)
         fits = type(value) in (int, type(most)) and least <= value <= most
         expected = f"{type(most).__name__} from {least} to {most:,.0f}"
     else:
-        fits = isinstance(value, kind)
-        expected = getattr(kind, "__name__", "an id or a list of ids")
+        fits = isinstance(value, kind_or_most)
+        expected = getattr(kind_or_most, "__name__", "an id or a list of ids")
     if fits:
         return value
     raise UserError(f"{where}: {key} is {value!r}, expected {expected}")

@@ -30,7 +30,7 @@ HF_CLASSES = two_columns("""
     qwen3    Qwen3ForCausalLM
 """)
 ROPE_TYPES = "default linear llama3 yarn".split()
-ROPE_KEYS = """rope_type type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
+ROPE_KEYS = """rope_type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
     original_max_position_embeddings truncate mscale mscale_all_dim attention_factor
     partial_rotary_factor""".split()
 
@@ -86,8 +86,8 @@ PLAIN_VALUES |= dict.fromkeys(
 )
 # What says nothing about what is computed, or only to a program that trains; so does a key that
 # begins with an underscore. Any other key is named in a warning.
-SILENT_KEYS = """architectures attention_dropout attn_pdrop auto_map dtype embd_pdrop
-    gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id n_ctx
+SILENT_KEYS = """architectures attention_dropout attn_pdrop dtype embd_pdrop gradient_checkpointing
+    id2label initializer_range is_decoder is_llama_config label2id n_ctx
     n_inner output_attentions output_hidden_states pad_token_id pretraining_tp quantization_config
     reorder_and_upcast_attn resid_pdrop return_dict summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
@@ -146,7 +146,9 @@ def read_ends(ids, config, where):
             known.append(i)
         else:
             warn(f"{where}: ignored: eos_token_id {i:,}, of {config.vocab_size:,} ids")
-    return known if isinstance(ids, list) else next(iter(known), None)
+    if isinstance(ids, list) and (known or not ids):
+        return known
+    return next(iter(known), None)
 
 
 def gpt2_config(fields, where):
@@ -186,12 +188,25 @@ def llama_config(fields, d, where):
 
 
 def rope_from_dict(d, where):
-    """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> one dict."""
-    name = "rope_parameters" if d.get("rope_parameters") else "rope_scaling"
-    given = dict(read_value(d, name, where, dict, {}))
-    warn_of_unknown(given.keys() - ROPE_KEYS, f"{where}, {name}")
-    kind = given.pop("type", "default")  # its name long ago
-    rope = {"rope_type": kind, "rope_theta": d.get("rope_theta") or 10000.0} | given
+    """rope_parameters (transformers 5), rope_theta and rope_scaling (before) -> one dict.
+
+    Folders may have all three, each for other readers; they must agree."""
+    scaling = read_value(d, "rope_scaling", where, dict, {})
+    parameters = read_value(d, "rope_parameters", where, dict, {})
+    rope: dict = {}
+    for key, value in (("rope_theta", d.get("rope_theta")), *scaling.items(), *parameters.items()):
+        if key == "type":  # its name long ago
+            key = "rope_type"
+        if value is None:
+            continue
+        if key in rope and rope[key] != value:
+            raise UserError(
+                f"{where}: {key} is both {rope[key]!r} and {value!r}: write the same into "
+                "rope_theta or rope_scaling and into rope_parameters, or keep one of them"
+            )
+        rope[key] = value
+    warn_of_unknown(rope.keys() - ROPE_KEYS, f"{where}, rope_scaling or rope_parameters")
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | rope
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         known = ", ".join(ROPE_TYPES)
@@ -227,7 +242,10 @@ def sliding_from_dict(d, where):
         kinds = read_value(d, "layer_types", where, list)
         other = {*map(str, kinds)} - {"sliding_attention", "full_attention"}
         if other or len(kinds) != len(layers):
-            raise UserError(f"{where}: layer_types are {len(kinds)}, or have {other or 'others'}")
+            raise UserError(
+                f"{where}: {len(kinds)} layer_types for {len(layers)} layers, of which "
+                f"{other or 'none'} are not supported"
+            )
         sliding = tuple(i for i in layers if kinds[i] == "sliding_attention")
     else:
         sliding = layers[read_value(d, "max_window_layers", where, int, 28) :]
@@ -288,7 +306,7 @@ def is_conv1d(number, leaf, tensor):
 
 
 def folder_module(name):
-    """Our name of a layer or a tensor -> the folder's, but GPT-2's."""
+    """Our name of a layer or a tensor -> its name in a folder of any family but GPT-2."""
     return name if name.startswith("lm_head") else "model." + name
 
 
@@ -299,7 +317,7 @@ def to_folder_names(state, config):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         theirs = folder_module(name)
-        if config.is_gpt2 and theirs != name:
+        if config.is_gpt2 and not name.startswith("lm_head."):
             number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
             layer = f"h.{number}." if number else ""
             theirs = f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
@@ -354,21 +372,22 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
     with naming(path), torch.device("meta"):
         model = Transformer(config)
-    expected = model.state_dict()
+    ours = model.state_dict()  # {our name: meta tensor}
     packed = {}
     if content.get("quantization_config"):
         from formats.packed import check_config, expect_packed, install_packed
 
         quantization = check_config(content["quantization_config"], path)
-        expected, packed = expect_packed(model, quantization, files)
-    expected = to_folder_names(expected, config)
+        ours, packed = expect_packed(model, quantization, files)
+    expected = to_folder_names(ours, config)
     with naming(folder):
         check_tensors(expected, files)
     state = {}
     for name in expected:
         tensor = read_weight(files, name)
         layer, _, leaf = name.removeprefix("model.").rpartition(".")
-        # packed layers' scales keep their type, and so do their bytes, whatever they are stored as
+        # dtype is not for what a packed layer consists of: its scales, and its bytes, which some
+        # folders store as floats
         plain = leaf == "bias" or (leaf == "weight" and layer not in packed)
         if dtype is not None and plain and tensor.is_floating_point():
             tensor = tensor.to(dtype)
@@ -410,7 +429,7 @@ def open_weights(folder, device="cpu"):
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
         with naming(index):
-            names = set(read_json(index)["weight_map"].values())
+            names = sorted(set(read_json(index)["weight_map"].values()))
     files = {}
     for name in names:
         if Path(str(name)).name != name:  # an index from outside must not lead out of its folder
@@ -424,7 +443,10 @@ def open_weights(folder, device="cpu"):
             raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
         for key in file.keys():
             bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
-            files["transformer." + key if bare else key] = (file, key)
+            full = "transformer." + key if bare else key
+            if full in files:
+                raise UserError(f"{path}: {key} is in another shard too; fetch the folder again")
+            files[full] = (file, key)
     return files
 
 
@@ -459,7 +481,7 @@ def check_tensors(expected, files):
     head = "lm_head.weight"
     spare = head not in expected and found.pop(head, None)
     compare_shapes(shapes, found)
-    embedding = next(iter(expected))  # which comes first
+    embedding = next(iter(expected))  # every model's first tensor
     if spare and not torch.equal(read_weight(files, head), read_weight(files, embedding)):
         raise UserError(f"{head} differs from the embedding it is tied to in config.json")
 
@@ -468,7 +490,8 @@ def check_tensors(expected, files):
 def save_model(model, folder, state=None):
     """Write model.safetensors, generation_config.json and, last, config.json: each all or nothing.
 
-    state: the state dict, where it is not simply this module's (gathered from shards, say).
+    state: the state dict, where it is not simply this module's (gathered from shards, say); a
+    quantized model is never trained, nor sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -476,13 +499,13 @@ def save_model(model, folder, state=None):
     content = config_to_dict(config)
     content["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     content["torch_dtype"] = content["dtype"]  # its name before transformers 5
-    if state is None:
-        state = model.state_dict()
     if model.quantization:
         from formats.packed import packed_state
 
         state = packed_state(model)
         content["quantization_config"] = model.quantization
+    elif state is None:
+        state = model.state_dict()
     write_tensors(folder / "model.safetensors", to_folder_names(state, config))
     ends = {n: content[n] for n in ("bos_token_id", "eos_token_id") if content[n] is not None}
     write_json(folder / "generation_config.json", ends | config.generation)
