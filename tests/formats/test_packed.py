@@ -24,18 +24,20 @@ def test_words_hold_any_codes_of_any_length(bits):
 
 
 @pytest.mark.parametrize(
-    "zero,version,stored",
+    "zeros,version,stored",
     [
-        (8, "gptq", 0x77777777),
-        (8, "gptq_v2", 0x88888888 - (1 << 32)),
-        (0, "gptq_v2", 0),
-        (15, "gptq", 0xEEEEEEEE - (1 << 32)),
-        (1, "gptq", 0),
+        ([8], "gptq", 0x77777777),
+        ([8], "gptq_v2", 0x88888888 - (1 << 32)),
+        ([0], "gptq_v2", 0),
+        ([15], "gptq", 0xEEEEEEEE - (1 << 32)),
+        ([1], "gptq", 0),
+        ([0, 8], "gptq", 0x7F7F7F7F),
     ],
 )
-def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zero, version, stored):
+def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zeros, version, stored):
     codes, scales = torch.randint(16, (32, 32), dtype=torch.uint8), torch.ones(32, 1)
-    layer = quant.GroupLinear(codes, scales, torch.full((32, 1), zero), 4, 32)
+    zeros = torch.tensor(zeros * (32 // len(zeros)))[:, None]
+    layer = quant.GroupLinear(codes, scales, zeros, 4, 32)
     tensors = packed.write_gptq(layer, "q", version)
     assert (tensors["q.qzeros"] == stored).all()
     config = {"bits": 4, "group_size": 32, "checkpoint_format": version}
@@ -86,6 +88,26 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
     assert isinstance(again.layers[0].mlp.up_proj, quant.QuantLinear)
     half = Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.allclose(half(ids()), expected, rtol=0.3, atol=0.3)
+
+
+def test_a_packed_head_comes_back_as_it_was(tmp_path):
+    """As a folder of other programs may have it (lm_head: true)."""
+    model = quant.quantize(small_model(), "int4", 32)
+    model.lm_head = quant.GroupLinear.from_linear(model.lm_head, 4, 32)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert isinstance(again.lm_head, quant.GroupLinear)
+    assert torch.equal(again(ids()), model(ids()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("format", quant.FORMATS)
+def test_a_quantized_folder_is_read_onto_the_gpu(format, tmp_path):
+    model = quant.quantize(small_model(), format, 32)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path, device="cuda")
+    weight = again.layers[0].mlp.up_proj.dequantize().cpu()
+    assert torch.equal(weight, model.layers[0].mlp.up_proj.dequantize())
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
@@ -143,13 +165,17 @@ def test_damaged_folders_are_refused(tmp_path, change, words):
         Transformer.from_pretrained(tmp_path)
 
 
-def test_groups_that_are_not_of_the_stated_size_are_refused():
+def test_groups_of_another_size_and_tensors_of_another_type_are_refused():
     layer = quant.GroupLinear.from_linear(nn.Linear(64, 32), 4, 32)
-    tensors = packed.write_gptq(layer, "q", "gptq")
-    tensors["q.g_idx"] = torch.zeros(64, dtype=torch.int32)
+    good = packed.write_gptq(layer, "q", "gptq")
     config = {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
-    with pytest.raises(UserError, match="2 groups of 32"):
-        packed.read_gptq(tensors, "q", (32, 64), config)
+    for change, words in (
+        ({"q.g_idx": torch.zeros(64, dtype=torch.int32)}, "2 groups of 32"),
+        ({"q.qzeros": good["q.qzeros"].float()}, "q.qzeros holds torch.float32"),
+        ({"q.scales": good["q.scales"].int()}, "q.scales holds torch.int32"),
+    ):
+        with pytest.raises(UserError, match=words):
+            packed.read_gptq(good | change, "q", (32, 64), config)
 
 
 def test_damaged_bitsandbytes_statistics_are_refused():
