@@ -92,6 +92,11 @@ def warn_of_unknown(keys, where):
         warn(f"{where}: ignored: {', '.join(unknown)[:400]}")
 
 
+def keys_said(d):
+    """The keys of an object, without those that are null, which says as much as nothing."""
+    return {key for key, value in d.items() if value is not None}
+
+
 def model_name(path):
     """A model folder's whole name, dots included, also of "."; of a file that without .gguf."""
     return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")

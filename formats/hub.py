@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, naming, read_json, read_value, warn, warn_of_unknown, write_json
+from common import (
+    UserError,
+    keys_said,
+    naming,
+    read_json,
+    read_value,
+    warn,
+    warn_of_unknown,
+    write_json,
+)
 from model import Config, Transformer
 from runtime import DTYPES, write_tensors
 
@@ -119,7 +128,7 @@ def config_from_dict(d, where="config.json"):
     keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS
     known = {*PLAIN_VALUES, *SILENT_KEYS, *APPLIED_KEYS[kind.rstrip("23")]}
     known.update(keys.get(field, field) for field in CONFIG_FIELDS)
-    warn_of_unknown((key for key in d.keys() - known if d[key] is not None), where)
+    warn_of_unknown(keys_said(d) - known, where)
     defaults: dict = {"norm_eps": 1e-6, "tie_word_embeddings": False}
     if kind == "gpt2":
         width = read_value(d, "n_embd", where, 1 << 24)
@@ -411,8 +420,7 @@ def read_generation(path, config):
     content = read_json(path)
     for key, kind in SAMPLING_KEYS.items():
         read_value(content, key, path, kind)
-    unknown = content.keys() - {*SAMPLING_KEYS, *SILENT_GENERATION}
-    warn_of_unknown((key for key in unknown if content[key] is not None), path)
+    warn_of_unknown(keys_said(content) - {*SAMPLING_KEYS, *SILENT_GENERATION}, path)
     ends = read_ends(content.pop("eos_token_id", None), config, path)
     if ends is not None:
         config.eos_token_id = ends
