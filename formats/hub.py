@@ -236,12 +236,9 @@ def rope_from_dict(d, where):
 def sliding_from_dict(d, where):
     """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
     kind = d["model_type"]
-    if kind == "llama":
+    if kind == "llama" or d.get("sliding_window", 4096) is None:  # null is not the default
         return None, ()
-    d = {"sliding_window": 4096} | d  # null is no window, and not the default
-    if d["sliding_window"] is None:
-        return None, ()
-    window = read_value(d, "sliding_window", where, 1 << 24)
+    window = read_value(d, "sliding_window", where, 1 << 24, 4096)
     layers = tuple(range(d["num_hidden_layers"]))
     if kind == "mistral":
         sliding = layers

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, read_value, warn_of_unknown
+from common import STUMBLES, UserError, read_value, warn_of_unknown
 from formats.hub import folder_module
 from kernels import NF4
 from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
@@ -163,7 +163,7 @@ def read_bnb(tensors, name, shape, config=None, bias=None):
                 nested.numel() == -(-absmax.numel() // NESTED_BLOCK),
                 tensors[f"{weight}.nested_quant_map"].tolist() == dynamic_map().tolist(),
             ]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except STUMBLES as error:
         raise UserError(f"{weight}: damaged bitsandbytes statistics ({error!r})") from None
     if not all(facts):
         raise UserError(
@@ -272,8 +272,7 @@ def install_packed(model, config, state, packed):
     The rest is left in `state`.
     """
     for name, shape in packed.items():
-        names = [key for key in state if key.startswith(f"{name}.")]
-        own = {key: state.pop(key) for key in names}
+        own = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
         bias = own.pop(f"{name}.bias", None)
         read = read_bnb if config["quant_method"] == "bitsandbytes" else read_gptq
         model.set_submodule(name, read(own, name, shape, config, bias))

@@ -18,24 +18,24 @@ from common import (
     warn_of_unknown,
     write_json,
 )
-from formats.hub import folder_module, open_weights, to_folder_names
+from formats.hub import folder_module, open_weights, read_weight, to_folder_names
 from runtime import read_tensors, write_tensors
 
 # What an adapter is besides its tensors.
 SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 # What else LoraConfig can ask for, and the values with which it is LoRA or DoRA of linear layers:
 # initial weights other than these change the base (PiSSA and the like).
-EXTRAS = (
-    "modules_to_save layer_replication alora_invocation_tokens arrow_config kasa_config "
-    "use_bdlora use_qalora"
-)
 PLAIN: dict = {
     "peft_type": ["LORA"],
     "bias": ["none", None],
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
     "use_rslora": [True, False, None],
     "use_dora": [True, False, None],
-    **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
+    **dict.fromkeys(
+        """modules_to_save layer_replication alora_invocation_tokens arrow_config kasa_config
+        use_bdlora use_qalora""".split(),
+        [None, False, [], {}],
+    ),
 }
 # What is applied below, what the tensors show, and what says nothing to a program that has them.
 # Any other key is named in a warning.
@@ -90,8 +90,8 @@ def base_sha256(model):
 
     It reads all of them, so whoever needs it more than once keeps it."""
     if model.source is not None:
-        files = sorted(open_weights(model.source).items())
-        tensors = ((name, file.get_tensor(key)) for name, (file, key) in files)
+        files = open_weights(model.source)
+        tensors = ((name, read_weight(files, name)) for name in sorted(files))
     else:
         base = {
             name.replace(".base.", "."): tensor
@@ -121,8 +121,9 @@ def read_adapter_config(folder):
     if not path.is_file():
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
     config = read_json(path)
-    wrong = [key for key, plain in PLAIN.items() if config.get(key) not in plain]
-    refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
+    said = {key: config.get(key) for key in PLAIN}
+    wrong = [f"{key} {said[key]!r}" for key in PLAIN if said[key] not in PLAIN[key]]
+    refuse_adapter(folder, wrong)
     for key, most in MOST_OF.items():
         read_value(config, key, path, most)
     warn_of_unknown(keys_said(config) - {*PLAIN, *MOST_OF, *ADAPTER_KEYS}, path)

@@ -17,7 +17,6 @@ from common import UserError, naming, read_json, read_limited, read_value, warn,
 from tokenizer import (
     BYTES,
     LARGEST_ID,
-    MOST_NAMED,
     PATTERNS,
     PRINTABLE,
     Tokenizer,
@@ -84,9 +83,8 @@ class Beside:
 
 
 def find_tokenizer(folder):
-    """The vocabulary file of a folder, or None."""
-    names = "tokenizer.json tekken.json tokenizer.model* vocab.bpe merges.txt *.tiktoken"
-    for name in names.split():
+    """The vocabulary file of a folder, or None (a .tiktoken file is read by its own path alone)."""
+    for name in ("tokenizer.json", "tekken.json", "tokenizer.model*", "vocab.bpe", "merges.txt"):
         for path in sorted(folder.glob(name)):
             if path.is_file():
                 return path
@@ -414,8 +412,6 @@ def read_added(listed, beside, vocab, merges=(), normalizer=()):
     tokens = join_added(listed, beside, vocab, merges)
     special = {}
     added = {}
-    if len(tokens) > MOST_NAMED:
-        raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
         text = token["content"]
         if not isinstance(text, str) or not text or text in special or text in added:
@@ -542,12 +538,12 @@ def text_steps(tokenizer):
             changes.append({"type": "Prepend", "prepend": arguments[0]})
         else:
             changes.append({"type": arguments[0]})  # NFC and its like
-    steps: dict[str, dict | None] = {"normalizer": None, "pre_tokenizer": None}
-    steps["decoder"] = {"type": "Fuse"}
+    normalizer = pre_tokenizer = None
+    decoder: dict = {"type": "Fuse"}
     if changes:
-        steps["normalizer"] = {"type": "Sequence", "normalizers": changes}
+        normalizer = {"type": "Sequence", "normalizers": changes}
     if tokenizer.kind == "bytes":
-        byte_level = {
+        decoder = {
             "type": "ByteLevel",
             "add_prefix_space": prefix,
             "trim_offsets": True,
@@ -557,13 +553,11 @@ def text_steps(tokenizer):
         for pattern in () if prefix else tokenizer.patterns:  # use_regex splits by GPT-2's itself
             how = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
             splits.append({"type": "Split", **how})
-        splits.append(byte_level)
-        steps["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
-        steps["decoder"] = byte_level
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, decoder]}
     if tokenizer.kind == "pieces":
         back = DECODERS if tokenizer.strip_space else DECODERS[:-1]
-        steps["decoder"] = {"type": "Sequence", "decoders": back}
-    return steps
+        decoder = {"type": "Sequence", "decoders": back}
+    return {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder}
 
 
 # ---- GPT-2's two files.
