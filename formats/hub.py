@@ -303,17 +303,28 @@ GPT2_NAMES = two_columns("""
     mlp.down_proj             mlp.c_proj
 """)
 # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
-TENSOR_NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")
-
-
-def is_conv1d(number, leaf, tensor):
-    """Whether GPT-2's folder has it transposed: matrices of its layers, not GPTQ's packed ones."""
-    return number and leaf == "weight" and tensor.ndim == 2
+TENSOR_NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)")
 
 
 def folder_module(name):
     """Our name of a layer or a tensor -> its name in a folder of any family but GPT-2."""
     return name if name.startswith("lm_head") else "model." + name
+
+
+def folder_name(name, config):
+    """Our name of a tensor -> that of the tensor in the folder that it is, or is a part of."""
+    if not config.is_gpt2 or name.startswith("lm_head."):
+        return folder_module(name)
+    number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
+    layer = f"h.{number}." if number else ""
+    return f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
+
+
+def turned(name, tensor, config):
+    """A matrix of GPT-2's layers, ours (out, in), the folder's (in, out), the other way round; any
+    other tensor, GPTQ's packed ones too, as it is."""
+    matrix = tensor.ndim == 2 and name.startswith("layers.") and name.endswith(".weight")
+    return tensor.t() if config.is_gpt2 and matrix else tensor
 
 
 def to_folder_names(state, config):
@@ -322,35 +333,22 @@ def to_folder_names(state, config):
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        theirs = folder_module(name)
-        if config.is_gpt2 and not name.startswith("lm_head."):
-            number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
-            layer = f"h.{number}." if number else ""
-            theirs = f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
-            if is_conv1d(number, leaf, tensor):
-                tensor = tensor.t()  # (out, in) -> (in, out)
-            if theirs in out and leaf != "g_idx":  # k and v go behind q; they share GPTQ's g_idx
-                tensor = torch.cat((out[theirs], tensor), -1)
+        theirs = folder_name(name, config)
+        tensor = turned(name, tensor, config)
+        if theirs in out and not name.endswith(
+            ".g_idx"
+        ):  # k and v go behind q, whose g_idx is all's
+            tensor = torch.cat((out[theirs], tensor), -1)
         out[theirs] = tensor
     return out
 
 
-def from_folder_names(name, tensor, config):
-    """One tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
-    if not config.is_gpt2 or name.startswith("lm_head."):
-        return {name.removeprefix("model."): tensor}
-    number, inner, leaf = TENSOR_NAME.fullmatch(name.removeprefix("transformer.")).groups()
-    ours = [name for name, theirs in GPT2_NAMES.items() if theirs == inner]
-    parts = [tensor] * len(ours)  # GPTQ's g_idx is about the input that they share
-    if leaf != "g_idx":
-        parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
-    layer = f"layers.{number}." if number else ""
-    out = {}
-    for module, part in zip(ours, parts):
-        if is_conv1d(number, leaf, tensor):
-            part = part.t()  # (in, out) -> (out, in)
-        out[f"{layer}{module}.{leaf}"] = part.contiguous()
-    return out
+def from_folder_name(tensor, names, config):
+    """A tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
+    parts = [tensor] * len(names)
+    if len(names) > 1 and not names[0].endswith(".g_idx"):
+        parts = tensor.chunk(len(names), -1)  # (in, 3 * out) -> three of (in, out)
+    return {n: turned(n, part, config).contiguous() for n, part in zip(names, parts)}
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -388,16 +386,19 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
     expected = to_folder_names(ours, config)
     with naming(folder):
         check_tensors(expected, files)
+    parts: dict = {}  # {the folder's name: ours of the tensors that are joined there}
+    for name in ours:
+        parts.setdefault(folder_name(name, config), []).append(name)
     state = {}
     for name in expected:
         tensor = read_weight(files, name)
-        layer, _, leaf = name.removeprefix("model.").rpartition(".")
+        layer, _, leaf = parts[name][0].rpartition(".")
         # dtype is not for what a packed layer consists of: its scales, and its bytes, which some
         # folders store as floats
         plain = leaf == "bias" or (leaf == "weight" and layer not in packed)
         if dtype is not None and plain and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        state |= from_folder_names(name, tensor, config)
+        state |= from_folder_name(tensor, parts[name], config)
     if packed:
         install_packed(model, quantization, state, packed)
     for name, tensor in state.items():
