@@ -256,7 +256,7 @@ def read_json(path):
 MOST = {int: 1 << 31, float: 1e12}  # published rope_theta go up to 5e10
 
 
-def read_value(d, key, where, kind_or_most, default=None):
+def read_value(d, where, key, kind_or_most, default=None):
     """d[key], or the default where that is missing or null. UserError where it is of another kind.
 
     kind_or_most: a type (numbers from 0), and then the key may be missing; or the most that a

@@ -7,6 +7,7 @@ A GPTQ or bitsandbytes folder is read and written with the help of formats.packe
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,7 +118,8 @@ SILENT_GENERATION = """bos_token_id cache_implementation do_sample eos_token_id 
 
 def config_from_dict(d, where="config.json"):
     """A parsed config.json -> Config. UserError for what this program would compute wrongly."""
-    kind = read_value(d, "model_type", where, str)
+    get = partial(read_value, d, where)
+    kind = get("model_type", str)
     if kind not in HF_CLASSES:
         known = ", ".join(HF_CLASSES)
         raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
@@ -131,13 +133,14 @@ def config_from_dict(d, where="config.json"):
     warn_of_unknown(keys_said(d) - known, where)
     defaults: dict = {"norm_eps": 1e-6, "tie_word_embeddings": False}
     if kind == "gpt2":
-        width = read_value(d, "n_embd", where, 1 << 24)
+        width = get("n_embd", 1 << 24)
         defaults = {"norm_eps": 1e-5, "tie_word_embeddings": True, "intermediate_size": 4 * width}
     fields = {}
     for field, bound in CONFIG_FIELDS.items():
-        fields[field] = read_value(d, keys.get(field, field), where, bound, defaults.get(field))
+        fields[field] = get(keys.get(field, field), bound, defaults.get(field))
     with naming(where):
-        config = gpt2_config(fields, where) if kind == "gpt2" else llama_config(fields, d, where)
+        config = gpt2_config(fields) if kind == "gpt2" else llama_config(fields, d, get)
+    warn_of_unknown(config.rope.keys() - ROPE_KEYS, f"{where}, rope_scaling or rope_parameters")
     config.eos_token_id = read_ends(config.eos_token_id, config, where)
     return config
 
@@ -160,48 +163,50 @@ def read_ends(ids, config, where):
     return next(iter(known), None)
 
 
-def gpt2_config(fields, where):
+def gpt2_config(fields):
     """GPT-2 has a bias everywhere, and neither RoPE nor grouped heads."""
     C = fields["hidden_size"]
     H = fields["num_attention_heads"]
     if C % H:
-        raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
+        raise UserError(f"n_embd {C} is not a multiple of n_head {H}")
     fields |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
     return Config(**fields, num_key_value_heads=H, head_dim=C // H, rope={})
 
 
-def llama_config(fields, d, where):
-    """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3."""
+def llama_config(fields, d, get):
+    """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3.
+
+    get(key, kind_or_most, default) is common.read_value of d."""
     kind = fields["model_type"]
     H = fields["num_attention_heads"]
-    K = read_value(d, "num_key_value_heads", where, 4096, H)
+    K = get("num_key_value_heads", 4096, H)
     D = 128 if kind == "qwen3" else fields["hidden_size"] // H
-    D = read_value(d, "head_dim", where, 4096, D)
+    D = get("head_dim", 4096, D)
     if H % K:
-        raise UserError(f"{where}: {H} attention heads cannot share {K} key/value heads")
+        raise UserError(f"{H} attention heads cannot share {K} key/value heads")
     if D % 2:
-        raise UserError(f"{where}: head_dim {D} is odd; rotary embeddings need an even one")
-    window, sliding_layers = sliding_from_dict(d, where)
-    bias = read_value(d, "attention_bias", where, bool, False)
+        raise UserError(f"head_dim {D} is odd; rotary embeddings need an even one")
+    window, sliding_layers = sliding_from_dict(d, get)
+    bias = get("attention_bias", bool, False)
     return Config(
         **fields,
         num_key_value_heads=K,
         head_dim=D,
-        rope=rope_from_dict(d, where),
+        rope=rope_from_dict(d, get),
         sliding_window=window,
         sliding_layers=sliding_layers,
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias and kind != "qwen2",
-        mlp_bias=read_value(d, "mlp_bias", where, bool, False),
+        mlp_bias=get("mlp_bias", bool, False),
     )
 
 
-def rope_from_dict(d, where):
+def rope_from_dict(d, get):
     """rope_parameters (transformers 5), rope_theta and rope_scaling (before) -> one dict.
 
     Folders may have all three, each for other readers; they must agree."""
-    scaling = read_value(d, "rope_scaling", where, dict, {})
-    parameters = read_value(d, "rope_parameters", where, dict, {})
+    scaling = get("rope_scaling", dict, {})
+    parameters = get("rope_parameters", dict, {})
     rope: dict = {}
     for key, value in (("rope_theta", d.get("rope_theta")), *scaling.items(), *parameters.items()):
         if key == "type":  # its name long ago
@@ -210,51 +215,49 @@ def rope_from_dict(d, where):
             continue
         if key in rope and rope[key] != value:
             raise UserError(
-                f"{where}: {key} is both {rope[key]!r} and {value!r}: write the same into "
+                f"{key} is both {rope[key]!r} and {value!r}: write the same into "
                 "rope_theta or rope_scaling and into rope_parameters, or keep one of them"
             )
         rope[key] = value
-    warn_of_unknown(rope.keys() - ROPE_KEYS, f"{where}, rope_scaling or rope_parameters")
     rope = {"rope_type": "default", "rope_theta": 10000.0} | rope
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         known = ", ".join(ROPE_TYPES)
-        raise UserError(f"{where}: rope scaling {rope} is not supported, only {known}")
-    if kind != "default":
-        read_value(rope, "factor", where, 1e12)
+        raise UserError(f"rope scaling {rope} is not supported, only {known}")
     if kind in ("llama3", "yarn"):  # they need the length before it was stretched
-        key = "original_max_position_embeddings"
-        rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
-    for key in rope.keys() - {"rope_type"}:
-        read_value(rope, key, where, bool if key == "truncate" else float)
-    for key in ("rope_theta", "factor"):
-        if rope.get(key) == 0:
-            raise UserError(f"{where}: {key} is 0, expected a number above 0")
+        length = d.get("original_max_position_embeddings") or d.get("max_position_embeddings")
+        rope.setdefault("original_max_position_embeddings", length)
+    if kind != "default":
+        read_value(rope, "rope_scaling", "factor", 1e12)
+    for key in rope.keys() & ROPE_KEYS[1:]:  # without rope_type
+        value = read_value(rope, "rope_scaling", key, bool if key == "truncate" else float)
+        if value == 0 and key in ("rope_theta", "factor"):
+            raise UserError(f"{key} is {value}, expected a number above 0")
     return rope
 
 
-def sliding_from_dict(d, where):
+def sliding_from_dict(d, get):
     """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
     kind = d["model_type"]
     if kind == "llama" or d.get("sliding_window", 4096) is None:  # null is not the default
         return None, ()
-    window = read_value(d, "sliding_window", where, 1 << 24, 4096)
+    window = get("sliding_window", 1 << 24, 4096)
     layers = tuple(range(d["num_hidden_layers"]))
     if kind == "mistral":
         sliding = layers
-    elif not read_value(d, "use_sliding_window", where, bool):
+    elif not get("use_sliding_window", bool):
         sliding = ()
     elif d.get("layer_types"):
-        kinds = read_value(d, "layer_types", where, list)
+        kinds = get("layer_types", list)
         other = {*map(str, kinds)} - {"sliding_attention", "full_attention"}
         if other or len(kinds) != len(layers):
             raise UserError(
-                f"{where}: {len(kinds)} layer_types for {len(layers)} layers, of which "
+                f"{len(kinds)} layer_types for {len(layers)} layers, of which "
                 f"{other or 'none'} are not supported"
             )
         sliding = tuple(i for i in layers if kinds[i] == "sliding_attention")
     else:
-        sliding = layers[read_value(d, "max_window_layers", where, int, 28) :]
+        sliding = layers[get("max_window_layers", int, 28) :]
     return (window, sliding) if sliding else (None, ())
 
 
@@ -417,7 +420,7 @@ def read_generation(path, config):
         return
     content = read_json(path)
     for key, kind in SAMPLING_KEYS.items():
-        read_value(content, key, path, kind)
+        read_value(content, path, key, kind)
     warn_of_unknown(keys_said(content) - {*SAMPLING_KEYS, *SILENT_GENERATION}, path)
     ends = read_ends(content.pop("eos_token_id", None), config, path)
     if ends is not None:

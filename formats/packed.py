@@ -216,9 +216,9 @@ def check_config(config, where):
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
     config = {"group_size": 128} | own | {"checkpoint_format": version}
-    read_value(config, "bits", where, 8)
+    read_value(config, where, "bits", 8)
     if config["group_size"] != -1:  # which is a whole row
-        read_value(config, "group_size", where, 1 << 24)
+        read_value(config, where, "group_size", 1 << 24)
     return config
 
 

@@ -125,7 +125,7 @@ def read_adapter_config(folder):
     wrong = [f"{key} {said[key]!r}" for key in PLAIN if said[key] not in PLAIN[key]]
     refuse_adapter(folder, wrong)
     for key, most in MOST_OF.items():
-        read_value(config, key, path, most)
+        read_value(config, path, key, most)
     warn_of_unknown(keys_said(config) - {*PLAIN, *MOST_OF, *ADAPTER_KEYS}, path)
     return config
 

@@ -79,7 +79,7 @@ class Beside:
 
     def flag(self, key):
         """A key's true or false; None where nothing is said."""
-        return read_value(self.config, key, "tokenizer_config.json", bool)
+        return read_value(self.config, "tokenizer_config.json", key, bool)
 
 
 def find_tokenizer(folder):
