@@ -71,24 +71,26 @@ GPT2_KEYS = two_columns("""
     norm_eps                 layer_norm_epsilon
 """)
 # What else is read below, for one family or both.
+LLAMA_APPLIED = """num_key_value_heads head_dim attention_bias mlp_bias rope_parameters
+    rope_theta rope_scaling original_max_position_embeddings""".split()
 APPLIED_KEYS = {
     "gpt": [],
-    "llama": """num_key_value_heads head_dim attention_bias mlp_bias rope_parameters
-        rope_theta rope_scaling original_max_position_embeddings""".split(),
-    "qwen": "sliding_window use_sliding_window layer_types max_window_layers".split(),
-    "mistral": ["sliding_window"],
+    "llama": LLAMA_APPLIED,
+    "qwen": [
+        *LLAMA_APPLIED,
+        *"sliding_window use_sliding_window layer_types max_window_layers".split(),
+    ],
+    "mistral": [*LLAMA_APPLIED, "sliding_window"],
 }
-APPLIED_KEYS["qwen"] += APPLIED_KEYS["llama"]
-APPLIED_KEYS["mistral"] += APPLIED_KEYS["llama"]
 # What would change the computation: refused unless it has this value, or none.
-PLAIN_VALUES: dict = dict.fromkeys(
+PLAIN_VALUES: dict = {"activation_function": "gelu_new", "hidden_act": "silu"}
+PLAIN_VALUES |= dict.fromkeys(
     """add_cross_attention alibi attention_multiplier attention_sinks attn_logit_softcapping
     clip_qkv compression_config final_logit_softcapping is_encoder_decoder no_rope_layers
     num_experts num_local_experts parallel_attn qk_layernorm quantization query_pre_attn_scalar
     rope_interleaved scale_attn_by_inverse_layer_idx use_mrope use_qk_norm""".split(),
     False,
 )
-PLAIN_VALUES |= {"activation_function": "gelu_new", "hidden_act": "silu"}
 PLAIN_VALUES |= dict.fromkeys(
     """embedding_multiplier logit_scale logits_scaling partial_rotary_factor residual_multiplier
     scale_attn_weights""".split(),
@@ -381,10 +383,11 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         model = Transformer(config)
     ours = model.state_dict()  # {our name: meta tensor}
     packed = {}
-    if content.get("quantization_config"):
+    quantization = read_value(content, path, "quantization_config", dict)
+    if quantization:
         from formats.packed import check_config, expect_packed, install_packed
 
-        quantization = check_config(content["quantization_config"], path)
+        quantization = check_config(quantization, path)
         ours, packed = expect_packed(model, quantization, files)
     expected = to_folder_names(ours, config)
     with naming(folder):

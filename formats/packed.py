@@ -201,21 +201,20 @@ def check_config(config, where):
 
     UserError names what is not supported.
     """
-    own = config if isinstance(config, dict) else {}
-    known = [key for key in own if key.startswith(("bnb_4bit_", "llm_int8_"))]
-    warn_of_unknown(own.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
-    method = own.get("quant_method")
+    known = [key for key in config if key.startswith(("bnb_4bit_", "llm_int8_"))]
+    warn_of_unknown(config.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
+    method = config.get("quant_method")
     # older writers say load_in_4bit, all of them the type of the 4 bits
-    nf4 = own.get("load_in_4bit", True) and own.get("bnb_4bit_quant_type") == "nf4"
+    nf4 = config.get("load_in_4bit", True) and config.get("bnb_4bit_quant_type") == "nf4"
     if method == "bitsandbytes" and nf4:
-        return own
-    version = own.get("checkpoint_format") or own.get("format") or "gptq"
+        return config
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
-            f"{where}: weights quantized as {method!r} ({str(own)[:200]}) are not supported; "
+            f"{where}: weights quantized as {method!r} ({str(config)[:200]}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
-    config = {"group_size": 128} | own | {"checkpoint_format": version}
+    config = {"group_size": 128} | config | {"checkpoint_format": version}
     read_value(config, where, "bits", 8)
     if config["group_size"] != -1:  # which is a whole row
         read_value(config, where, "group_size", 1 << 24)

@@ -154,12 +154,15 @@ def test_the_version_may_be_named_format_alone(tmp_path):
         ({"quant_method": "awq", "version": "gemm"}, "'awq' .*'gemm'"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
         ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ("int4", "quantization_config is 'int4', expected dict"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, change, words):
     quant.quantize(small_model(), "int4", 32).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] |= change
+    config["quantization_config"] = (
+        config["quantization_config"] | change if isinstance(change, dict) else change
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         Transformer.from_pretrained(tmp_path)
