@@ -598,7 +598,7 @@ def from_ranks(path, data, pattern, tokens):
     ranked = []
     for line in data.splitlines():
         token, rank = line.split()
-        ranked.append((base64.b64decode(token, validate=True), int(rank)))
+        ranked.append((token, int(rank)))
     added = read_added([], tokens, dict(ranked))
     return rank_tokenizer(ranked, PATTERNS.get(pattern, pattern), *added)
 
@@ -617,9 +617,7 @@ def from_tekken(content):
     ranked = sorted(content["vocab"], key=lambda token: token["rank"])
     tokens = []
     for token in ranked[: config["default_vocab_size"] - n_special]:
-        tokens.append(
-            (base64.b64decode(token["token_bytes"], validate=True), token["rank"] + n_special)
-        )
+        tokens.append((token["token_bytes"], token["rank"] + n_special))
     tokenizer = rank_tokenizer(tokens, config["pattern"], special, {})
     if "<s>" in special:
         tokenizer.before = (special["<s>"],)
@@ -627,8 +625,8 @@ def from_tekken(content):
 
 
 def rank_tokenizer(tokens, pattern, special, added):
-    """tokens [(bytes, id)]; nothing goes round a prompt."""
-    vocab = dict(tokens)
+    """tokens [(base64, id)]; nothing goes round a prompt."""
+    vocab = {base64.b64decode(token, validate=True): i for token, i in tokens}
     missing = {bytes([b]) for b in range(256)} - vocab.keys()
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
