@@ -70,7 +70,7 @@ GPT2_KEYS = two_columns("""
     max_position_embeddings  n_positions
     norm_eps                 layer_norm_epsilon
 """)
-# What else is read below, for one family or both.
+# What else is read below, by family: model_type without its number.
 LLAMA_APPLIED = """num_key_value_heads head_dim attention_bias mlp_bias rope_parameters
     rope_theta rope_scaling original_max_position_embeddings""".split()
 APPLIED_KEYS = {
