@@ -78,7 +78,6 @@ from runtime import compile_or_say_why, peak_flops, resolve
 from tokenizer import Tokenizer
 from training.corpora import documents
 from training.exam import read_questions
-from training.memory import print_estimate
 from training.optim import MuonAdamW
 
 ROOT = Path(__file__).parent
@@ -391,9 +390,9 @@ def bench_qlora(shape="7b"):
 def qlora_figures(config, quant, compiled, runtime):
     """One row of `bench_qlora`; its model is gone when the next one is made."""
     args = lora.Args(r=32, quant=quant, optimizer="adamw8bit", recompute=True, context=512, batch=1)
-    planned, parts = lora.estimate_adapter_memory(config, args, runtime, 1)
-    lora.print_adapter(planned, args)
-    print_estimate(parts, 1, args, runtime)
+    with torch.device("meta"):
+        planned = lora.adapt(Transformer(config).to(runtime.dtype), args)
+    parts = lora.print_fit(planned, args, runtime)
     model = random_base(config, bool(quant), runtime)
     loaded, _ = memory_held(reset=True)
     lora.apply(model, args.r).train().recompute = True

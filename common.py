@@ -93,6 +93,11 @@ def warn_of_unknown(keys, where):
         warn(f"{where}: ignored: {', '.join(unknown)[:400]}")
 
 
+def keys_said(d):
+    """The keys of an object, without those that are null, which says as much as nothing."""
+    return {key for key, value in d.items() if value is not None}
+
+
 def model_name(path):
     """A model folder's whole name, dots included, also of "."; of a file that without .gguf."""
     return re.sub(r"(?i)\.gguf$", "", os.path.basename(os.path.abspath(path)))
@@ -252,23 +257,24 @@ def read_json(path):
 MOST = {int: 1 << 31, float: 1e12}  # published rope_theta go up to 5e10
 
 
-def read_value(d, key, where, kind, default=None):
+def read_value(d, where, key, kind_or_most, default=None):
     """d[key], or the default where that is missing or null. UserError where it is of another kind.
 
-    kind: a type; or of a number that must be there the most that it may be, from 1 of an int."""
+    kind_or_most: a type (numbers from 0), and then the key may be missing; or the most that a
+    number may be which must be there (an int from 1): 4096 is an int from 1 to 4096."""
     value = d.get(key)
     if value is None:
         value = default
-    if value is None and not isinstance(kind, int | float):
+    if value is None and not isinstance(kind_or_most, int | float):
         return None
-    most = MOST.get(kind, kind)
+    most = MOST.get(kind_or_most, kind_or_most)
     if isinstance(most, int | float):
-        least = int(type(kind) is int)
+        least = int(type(kind_or_most) is int)
         fits = type(value) in (int, type(most)) and least <= value <= most
         expected = f"{type(most).__name__} from {least} to {most:,.0f}"
     else:
-        fits = isinstance(value, kind)
-        expected = getattr(kind, "__name__", "an id or a list of ids")
+        fits = isinstance(value, kind_or_most)
+        expected = getattr(kind_or_most, "__name__", "an id or a list of ids")
     if fits:
         return value
     raise UserError(f"{where}: {key} is {value!r}, expected {expected}")

@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+# first, since it sets how torch's threads wait
 from common import UserError, cli, parse_flags, sha256  # isort: skip
 
 import numpy as np
@@ -33,6 +34,7 @@ from training.exam import has_val, mark_answers, read_questions, source_records,
 from training.loop import (
     LoopArgs,
     backward,
+    check_args,
     describe,
     launch,
     log_step,
@@ -76,11 +78,14 @@ def encode_conversations(tok, name, records, context, counts):
 def best_fit(sizes, context):
     """Pieces of these sizes into rows of `context` tokens -> the indices of each row's pieces.
 
-    Each goes into the fullest row with room for it (best fit), in their order, which is random, so
-    that rows mix short and long: the longest first would fill 0.5 to 1.5 % fewer rows, of one
-    length each. tests/test_finetune.py has the same as a plain double loop."""
+    Piece after piece goes into the fullest row that has room for it (best fit). They come in random
+    order, so a row mixes short and long ones. Sorted, the longest first, they would need 0.5 to
+    1.5 % fewer rows, each of pieces alike in length. tests/test_finetune.py has the same as a plain
+    double loop."""
     rows = []
-    unfilled = []  # sorted (room left, minus the index of its last piece, row)
+    # Sorted (room left, minus the index of its last piece, row): of rows with as much room the one
+    # that was filled last is the first, and rows themselves are never compared.
+    unfilled = []
     smallest = min(sizes, default=0)
     for i, size in enumerate(sizes):
         at = bisect_left(unfilled, (size,))  # the first row with room enough
@@ -98,8 +103,9 @@ def best_fit(sizes, context):
 class Conversations:
     """Conversations packed into rows, whole; a split as data.Batches wants it.
 
-    None sees another's tokens (docs), each counts its positions from 0, and only what the assistant
-    says is a target. Text, if any, is in rows of its own, and all of it is a target."""
+    None sees another's tokens: `fill` numbers the conversations of a row in Batch.docs, by which
+    the model's attention masks. Each counts its positions from 0, and only what the assistant says
+    is a target. Text, if any, is in rows of its own, and all of it is a target."""
 
     def __init__(self, sources, text=None, text_share=0.0):
         """sources: [(weight, [(ids, mask)])]; text: a Split that makes `text_share` of all rows."""
@@ -111,9 +117,9 @@ class Conversations:
             self.sources.append((weight, range(first, len(self.pairs))))
         ids, said = (np.concatenate(arrays) for arrays in zip(*self.pairs))
         lengths = np.array([len(ids) for ids, _ in self.pairs])
-        self.sizes = lengths - 1  # a conversation of n tokens has n - 1 (token, next token) pairs
         self.begin = np.cumsum(lengths) - lengths
-        self.length = len(ids)
+        self.sizes = lengths - 1  # a conversation of n tokens takes n - 1 places: x predicts y
+        self.tokens = len(ids)
         self.supervised = int(said.sum())
         self.text, self.text_share = text, text_share
         # One array of ids, the text after the conversations. An id that the assistant does not say
@@ -126,7 +132,7 @@ class Conversations:
 
     def __len__(self):
         """Tokens of the conversations."""
-        return self.length
+        return self.tokens
 
     def conversations_of_epoch(self, rng):
         """Each source as often as its weight says: 2.5 takes it twice whole and a random half."""
@@ -145,9 +151,10 @@ class Conversations:
         for members in best_fit(self.sizes[chosen].tolist(), context):
             conversations = chosen[members]
             rows.append((self.begin[conversations], self.sizes[conversations]))
-        if self.text:
+        if self.text and self.text_share:
             text = self.text.plan(context, seed, epoch)
-            for r in range(round(len(rows) * self.text_share / (1 - self.text_share))):
+            count = round(len(rows) * self.text_share / (1 - self.text_share))
+            for r in range(max(1, count)):
                 starts, sizes = text.row(r % len(text.order))  # from its start again if it is short
                 rows.append((starts + len(self), sizes))  # it lies after the conversations
         return PackedRows(rows, rng.permutation(len(rows)))
@@ -159,7 +166,9 @@ class Conversations:
         return batch._replace(x=x, y=batch.y.masked_fill(batch.y < 0, -100))
 
     def validation(self, rows, context, stride=None, rank=0, world=1):
-        """Yield Batches that score every answer once: every world-th to a rank, to all as many."""
+        """Yield Batches that score every answer once: every world-th to a rank, to all as many.
+
+        Nothing is cut, so the stride that data.Split has for its windows has no use here."""
         planned = self.plan(context, 0, 0).rows
         step = rows * world
         planned += [((), ())] * (-len(planned) % step)  # rows without a piece
@@ -173,7 +182,7 @@ def parse_source(spec):
     name, colon, weight = spec.rpartition(":")
     if not colon or Path(spec).exists():
         return spec, 1.0
-    if not re.fullmatch(r"\d*\.?\d+", weight) or not float(weight):
+    if not re.fullmatch(r"\d*\.?\d+", weight):
         raise UserError(
             f"--data {spec}: after the colon stands how often an epoch takes it, a number above 0"
         )
@@ -204,7 +213,7 @@ def load_data(args, tok):
         records = source_records(name, split, count, args.ignore_keys)
         return encode_conversations(tok, name, records, args.context, counts)
 
-    sources, val, share = [], [], args.val_share
+    sources, val = [], []
     val_names = list(args.val)
     for spec in args.data:
         name, weight = parse_source(spec)
@@ -212,16 +221,18 @@ def load_data(args, tok):
         if not args.val and has_val(name):
             val_names.append(name)
         elif not args.val:
-            if not share or len(pairs) < 2:
-                raise UserError(
-                    f"{name}: a --val-share of {share} of {len(pairs):,} conversations cannot be "
-                    "held out: give --val FILE"
-                )
-            pairs, held = hold_out(share, pairs)
+            if not args.val_share:
+                raise UserError(f"{name}: nothing to validate on: give --val FILE or a --val-share")
+            pairs, held = hold_out(args.val_share, pairs)
             val += held
+        if not round(weight * len(pairs)):
+            raise UserError(
+                f"--data {spec}: an epoch would take none of the {len(pairs):,} conversations that "
+                "there are to train on: give more, or --val FILE, or a larger weight behind a colon"
+            )
         sources.append((weight, pairs))
     for name in val_names:
-        val += read(name, "val", 500)
+        val += read(name, "val", 500)  # so many of toybox, of a file all
     text = load_text(args, tok) if args.text else None
     train, val = Conversations(sources, text, args.text_share), Conversations([(1.0, val)])
     rows = len(train.plan(args.context, args.seed, 0).rows)
@@ -273,7 +284,8 @@ def open_model(folder, device, dtype=None):
                 f"{model.config.vocab_size:,} rows now, the new ones are the mean of the others"
             )
         tok.chat_template = chat.CHATML_TEMPLATE
-        tok.config["add_bos_token"] = False  # llama.cpp would put one before a conversation, too
+        # no token of its own in front of a conversation, in llama.cpp and here
+        tok.config["add_bos_token"] = False
         tok.before = ()
     end_turns(tok, model.config)
     return tok, model
@@ -294,6 +306,14 @@ def end_turns(tok, config):
         config.eos_token_id = [stop, *config.end_ids]
 
 
+def limit_context(args, config):
+    """Rows of more tokens than the model can look back at are shortened, which is said."""
+    most = config.max_position_embeddings
+    if args.context > most:
+        print(f"context  {most:,} tokens a row, not {args.context:,}: the model has no more")
+        args.context = most
+
+
 def packed_loss(model, batch, args):
     """Summed cross-entropy, in nats, of what the assistant says (targets that are not -100).
 
@@ -311,12 +331,10 @@ def prepare_finetuning(args, checkpoint):
         )
     runtime = resolve(args.device, args.dtype, args.compile)
     tok, model = open_model(checkpoint or args.model, runtime.device, torch.float32)
-    most = model.config.max_position_embeddings
-    if args.context > most:
-        print(f"context  {most:,} tokens a row, not {args.context:,}: the model has no more")
-        args.context = most
+    limit_context(args, model.config)
     data, val = load_data(args, tok)
     describe(args, model, tok, data, val)
+    # this loss is for evaluations; the loop calls it by name
     return start_run(args, checkpoint, runtime, tok, model, data, val, loss=packed_loss)
 
 
@@ -325,13 +343,14 @@ def finetune(run):
     for step, batch in steps(run):  # which also evaluates, saves and stops
         run.optimizer.zero_grad()
         count = run.runtime.sum((batch.y != -100).sum().item())  # what is said, over all ranks
-        total = 0
+        total = 0  # this rank's
         for part in passes(run, batch):  # as many rows at a time as fit into memory
             with run.runtime.autocast():
                 loss = packed_loss(run.step_model, part, run.args)  # summed over what is said
             backward(run, loss, count)  # adds the gradients of loss / count
             total += loss.detach()
-        log_step(run, step, total, count, **update(run, step))
+        values = update(run, step)  # the optimizer's step
+        log_step(run, step, total, count, **values)
     try_out(run)
 
 
@@ -343,8 +362,13 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
     was_training = model.training
     model.eval()  # an adapter in training drops out some of its input
     engine = Engine.of(model, tok, dtype=dtype)
-    answers = [("", False)] * len(prompts)  # of a prompt that leaves no room for one
+    answers = [("", False)] * len(prompts)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.max_model_len]
+    if len(fitting) < len(prompts):
+        print(
+            f"answers  {len(fitting):,} of {len(prompts):,}: the other prompts leave no room for "
+            f"one in the model's {engine.max_model_len:,} tokens"
+        )
     sampling = Sampling(temperature=0, max_tokens=max_tokens)
     outputs = engine.generate([prompts[i] for i in fitting], sampling)
     for i, output in zip(fitting, outputs):
@@ -356,7 +380,7 @@ def greedy_answers(model, tok, prompts, max_tokens, dtype="auto"):
 def try_out(run):
     """Does it stop? Answers to held-out prompts, three of them shown beside what was expected."""
     if not run.metrics or run.args.shard or not run.args.sample:
-        return  # it is for one rank, which must have the whole model
+        return  # only rank 0 has metrics, and of a sharded model it has no whole one
     pairs = run.val.pairs[:20]
     # A prompt ends where the assistant begins to speak.
     prompts = [ids[: mask.argmax()].tolist() for ids, mask in pairs]
@@ -384,10 +408,9 @@ class ExamArgs:
 def exam_command(argv):
     """Let a model answer held-out questions and mark it."""
     args = ExamArgs(**parse_flags(ExamArgs, exam_command.__doc__, argv, positional=("model",)))
-    if min(args.examples, args.max_tokens) < 1:
-        raise UserError("--examples and --max-tokens of at least 1 make an exam")
+    check_args(args)
     questions, runtime = read_questions(args), resolve(args.device, args.dtype, "off")
-    folders = [args.model, args.before] if args.before else [args.model]
+    folders = [folder for folder in (args.model, args.before) if folder]
     marks = []
     for folder in folders:
         tok, model = open_model(folder, runtime.device, runtime.dtype)

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+# first, since it sets how torch's threads wait
 import common  # isort: skip
 
 import torch
@@ -24,7 +25,6 @@ from common import UserError
 from formats.hub import config_from_dict, read_generation
 from formats.peft import (
     SETTINGS,
-    AdapterTensors,
     alpha_divisor,
     base_sha256,
     folder_module,
@@ -53,8 +53,8 @@ class LoRALinear(nn.Module):
     whatever the base is."""
 
     def __init__(self, base, settings, r, scale):
-        """settings: {formats.peft.SETTINGS} of the adapter; r and scale: this layer's own, which
-        PEFT's may have."""
+        """settings: formats.peft.SETTINGS of the whole adapter; r and scale: of this layer, since
+        they may differ between the layers of an adapter that PEFT wrote."""
         super().__init__()
         N, K = base.out_features, base.in_features
         device = next(iter(base.state_dict().values())).device
@@ -77,13 +77,12 @@ class LoRALinear(nn.Module):
         y = self.base(rows)
         rows = F.dropout(rows, self.settings["lora_dropout"], self.training)
         low = F.linear(rows, self.A.to(x.dtype)).to(y.dtype)  # (M, K) -> (M, r)
-        # the product adds itself to what is there: W x + s B A x
+        # the product adds itself to what is there: W x + s B A x (`alpha` is addmm's word for s)
         y = y.addmm_(low, self.B.to(y.dtype).t(), alpha=self.scale)  # (M, r) -> (M, N)
         if self.m is not None:
             bias = 0 if self.base.bias is None else self.base.bias.to(y.dtype)
-            with torch.no_grad():
-                changed = self.changed_weight()
-            y = bias + self.gain(changed).to(y.dtype) * (y - bias)
+            gain = self.gain(self.changed_weight())
+            y = bias + gain.to(y.dtype) * (y - bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def changed_weight(self):
@@ -91,8 +90,10 @@ class LoRALinear(nn.Module):
         return dense_weight(self.base) + self.scale * self.B @ self.A
 
     def gain(self, changed):
-        """DoRA's m / |W + s B A| (N,): the norm is a constant to the gradient (section 4.3)."""
-        return self.m / changed.detach().norm(dim=1)
+        """DoRA's m / |W + s B A| (N,): the norm is a constant to the gradient (section 4.3).
+
+        A row of zeros stays one."""
+        return self.m / changed.detach().norm(dim=1).clamp(min=1e-12)
 
     def merged_weight(self):
         """-> W' (N, K) float32, differentiable."""
@@ -101,12 +102,15 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """W' in the base's dtype: what the model's fused loss reads of its head."""
+        """W' in the base's dtype. The model's loss multiplies by its head's `weight` itself, in
+        chunks, and so calls no `forward` of an adapted head, whose dropout this leaves out."""
         return self.merged_weight().to(self.base.weight.dtype)
 
 
 def dense_weight(layer):
-    """A linear layer's weights (N, K) in float32, also where it holds them in fewer bits."""
+    """A linear layer's weights (N, K) in float32, also where they are packed or adapted."""
+    if isinstance(layer, LoRALinear):
+        return layer.merged_weight()
     if isinstance(layer, QuantLinear):
         return layer.dequantize()
     return layer.weight.detach().float()
@@ -114,8 +118,7 @@ def dense_weight(layer):
 
 def adapted_layers(model):
     """{name: LoRALinear}"""
-    layers = linear_layers(model).items()
-    return {name: layer for name, layer in layers if isinstance(layer, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 # ------------------------------------------------------------------------- on a model, off a model
@@ -130,7 +133,7 @@ def choose_layers(model, targets):
     """--targets -> [names of layers], in the model's order; UserError lists the names there are.
 
     targets: all (layers of the blocks), attn, mlp, or names apart by commas, each of which matches
-    the end of a layer's name."""
+    the end of the name that a layer has in a model folder."""
     names = linear_layers(model)
     chosen = set()
     for target in targets.split(","):
@@ -153,7 +156,8 @@ def apply(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False, dora=F
     above what a matrix can have, or the model has an adapter already."""
     if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise UserError(
-            f"--r {r} must be at least 1, --alpha {alpha} above 0, --dropout {dropout} in [0, 1)"
+            f"--r {r} must be at least 1, --alpha {alpha} above 0, "
+            f"--lora-dropout {dropout} in [0, 1)"
         )
     chosen = choose_layers(model, targets)
     freeze_base(model)
@@ -176,7 +180,8 @@ def freeze_base(model):
 
 def adapt_layer(model, name, settings, r, scale):
     """Put a fresh LoRALinear in the place of a layer -> it."""
-    layer = LoRALinear(model.get_submodule(name), settings, r, scale)
+    base = model.get_submodule(name)
+    layer = LoRALinear(base, settings, r, scale).train(base.training)
     model.set_submodule(name, layer)
     return layer
 
@@ -204,12 +209,8 @@ def save_adapter(model, folder, base_hash=None):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does, and the base's hash
     (base_hash: base_sha256(model), where it is known already)."""
     layers = adapted_layers(model)
-    tensors = {
-        name: AdapterTensors(layer.A, layer.B, layer.scale, layer.m)
-        for name, layer in layers.items()
-    }
     settings = next(iter(layers.values())).settings
-    write_layers(folder, model, settings, tensors, base_hash)
+    write_layers(folder, model, settings, layers, base_hash)
 
 
 def adapter_writer(base_hash):
@@ -219,14 +220,15 @@ def adapter_writer(base_hash):
 
 @contextlib.contextmanager
 def adapter_off(model):
-    """Context: the model computes what its frozen base does."""
-    layers = adapted_layers(model).values()
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
-    yield
-    for layer, scale in zip(layers, scales):
-        layer.scale = scale
+    """Context: the model is its frozen base, whose layers are back in their places."""
+    layers = adapted_layers(model).items()
+    for name, layer in layers:
+        model.set_submodule(name, layer.base)
+    try:
+        yield
+    finally:
+        for name, layer in layers:
+            model.set_submodule(name, layer)
 
 
 @torch.no_grad()
@@ -238,12 +240,10 @@ def merge(model):
     for name, layer in linear_layers(model).items():
         if isinstance(layer, nn.Linear):
             continue
-        adapted = isinstance(layer, LoRALinear)
-        base = layer.base if adapted else layer
-        weight = layer.merged_weight() if adapted else dense_weight(layer)
+        base = getattr(layer, "base", layer)
         dtype = torch.float32 if isinstance(base, QuantLinear) else base.weight.dtype
         merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(weight.to(dtype))
+        merged.weight = nn.Parameter(dense_weight(layer).to(dtype))
         merged.bias = base.bias
         model.set_submodule(name, merged)
         if name == "lm_head" and model.config.tie_word_embeddings:
@@ -261,7 +261,7 @@ class Args(finetune.Args):
     r: int = 8  # rank: the adapter's size grows with it
     alpha: float = 16  # strength: the change is scaled by alpha / r
     targets: str = "all"  # layers: all (of the blocks), attn, mlp, or names such as q_proj,lm_head
-    lora_dropout: float = 0.0  # of what the adapter reads
+    lora_dropout: float = 0.0  # share dropped of what the adapter reads, except the head's
     rslora: bool = False  # scale by alpha / sqrt(r): high ranks learn as fast as low ones
     dora: bool = False  # learn each output's magnitude apart from its direction
     quant: str = ""  # nf4: hold the base in 4 bits (QLoRA)
@@ -285,12 +285,15 @@ def print_adapter(model, args):
     )
 
 
-def estimate_adapter_memory(config, args, runtime, rows):
-    """Bytes by part of training with `rows` rows a pass -> (the model without its weights,
-    {part: bytes})."""
-    with torch.device("meta"):
-        model = Transformer(config).to(runtime.dtype)
-        apply(model, args.r, args.alpha, args.targets, dora=args.dora)
+def adapt(model, args):
+    """`apply` as the flags say."""
+    return apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
+
+
+def print_fit(model, args, runtime):
+    """What --fit says of an adapted model on "meta": its size, and the memory that training takes
+    -> {part: bytes}."""
+    rows = args.micro_batch or args.batch // runtime.world
     parts = estimate_memory(model, args, runtime, rows)
     if args.quant:
         layers = linear_layers(model).items()
@@ -298,8 +301,11 @@ def estimate_adapter_memory(config, args, runtime, rows):
         # NF4 has half a byte a weight, a byte of scale for 64, and four bytes for 256 of those
         saved = runtime.dtype.itemsize - (1 / 2 + 1 / 64 + 1 / 64 / 64)
         parts["weights"] -= saved * sum(sizes)
+        # in float32 as looked up, as multiplied by its scales, and in the product's dtype
         parts["one matrix unpacked"] = 12 * max(sizes)
-    return model, parts
+    print_adapter(model, args)
+    print_estimate(parts, rows, args, runtime)
+    return parts
 
 
 def prepare_adapter(args, checkpoint):
@@ -308,32 +314,41 @@ def prepare_adapter(args, checkpoint):
     runtime = resolve(args.device, args.dtype, args.compile)
     path = Path(args.model) / "config.json"
     config = config_from_dict(common.read_json(path), str(path))
-    args.context = min(args.context, config.max_position_embeddings)
+    finetune.limit_context(args, config)
+    with torch.device("meta"):  # what cannot be is refused before anything is loaded
+        sketch = adapt(Transformer(config).to(runtime.dtype), args)
     if args.fit:
-        rows = args.micro_batch or args.batch // runtime.world
-        model, parts = estimate_adapter_memory(config, args, runtime, rows)
-        print_adapter(model, args)
-        print_estimate(parts, rows, args, runtime)
+        print_fit(sketch, args, runtime)
         return None
     tok = finetune.tuned_tokenizer(args.model)  # an adapter trains no new tokens
     data, val = finetune.load_data(args, tok)
     # QLoRA packs on the CPU (Dettmers et al. 2023): the device never holds the model in 16 bits
     place = "cpu" if args.quant else runtime.device
     model = Transformer.from_pretrained(args.model, place, runtime.dtype)
+    finetune.end_turns(tok, model.config)  # so that `try_out` stops there, as `merge` has it later
     if args.quant:
         quantize(model, args.quant).to(runtime.device)
         for name, layer in linear_layers(model).items():
-            model.set_submodule(name, tiled(layer))
+            model.set_submodule(name, tiled(layer))  # on a GPU, where it is packed; others stay
     torch.manual_seed(args.seed)
     if checkpoint:
         load_adapter(model, checkpoint, trainable=True)
     else:
-        apply(model, args.r, args.alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
-    base_hash = base_sha256(model)
+        adapt(model, args)
+    base_hash = base_sha256(model)  # of the folder's tensors, whatever became of them here
     describe(args, model, tok, data, val)
     print_adapter(model, args)
-    own = dict(loss=finetune.packed_loss, write=adapter_writer(base_hash))
-    return start_run(args, checkpoint, runtime, tok, model, data, val, **own)
+    return start_run(
+        args,
+        checkpoint,
+        runtime,
+        tok,
+        model,
+        data,
+        val,
+        loss=finetune.packed_loss,
+        write=adapter_writer(base_hash),
+    )
 
 
 def check_adapter_args(args):
@@ -364,21 +379,21 @@ class MergeArgs:
 def merge_command(argv):
     """A base and an adapter -> a model folder like any other.
 
+    The adapter goes into the folder's own weights, also where it was trained beside 4 bits of them.
     What merging and rounding change is measured, and bounded."""
     args = MergeArgs(**common.parse_flags(MergeArgs, __doc__, argv, ("base", "adapter")))
     base, out = Path(args.base), Path(args.out)
-    stored = common.read_json(base / "config.json")
-    if args.dtype == "auto":
-        args.dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-    if args.dtype not in DTYPES:
+    if args.dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {args.dtype}: use auto, {', '.join(DTYPES)}")
     if (out / "config.json").exists():
         if out.samefile(base):
             raise UserError(f"{out} is the base itself: choose another --out")
         if not args.overwrite:
             raise UserError(f"{out} already holds a model: choose another --out, or --overwrite")
-    model = Transformer.from_pretrained(base, dtype=torch.float32)
-    model = merge_checked(load_adapter(model, args.adapter), args.dtype)
+    model = Transformer.from_pretrained(base)
+    if args.dtype == "auto":
+        args.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    model = merge_checked(load_adapter(model.float(), args.adapter), args.dtype)
     tok = choose_words(model, base, Path(args.adapter))
     if tok:
         tok.save(out)
@@ -392,20 +407,22 @@ def choose_words(model, base, adapter):
     """The adapter's tokenizer, chat template and generation_config.json where it has its own, else
     the base's -> Tokenizer or None; the model's config gets end ids and defaults of sampling."""
     own = {
-        "tokenizer": find_tokenizer(adapter) is not None,
-        "chat template": bool(read_beside(adapter).config.get("chat_template")),
+        "tokenizer": find_tokenizer(adapter),
+        "chat template": read_beside(adapter).config.get("chat_template"),
         "generation_config.json": (adapter / "generation_config.json").is_file(),
     }
     whose = {what: adapter if has else base for what, has in own.items()}
     print("keep     " + ", ".join(f"{what} of {folder}" for what, folder in whose.items()))
     read_generation(whose["generation_config.json"] / "generation_config.json", model.config)
-    if find_tokenizer(whose["tokenizer"]) is None:
+    if not find_tokenizer(whose["tokenizer"]):
         return None
     tok = Tokenizer.load(whose["tokenizer"])
     tok.chat_template = read_beside(whose["chat template"]).config.get("chat_template")
-    rows = model.config.vocab_size
-    if tok.vocab_size > rows:
-        raise UserError(f"{whose['tokenizer']}: {tok.vocab_size:,} ids, the base has {rows:,}")
+    if tok.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{whose['tokenizer']}: {tok.vocab_size:,} ids, "
+            f"the base has {model.config.vocab_size:,}"
+        )
     if tok.chat_template:
         finetune.end_turns(tok, model.config)
     return tok
@@ -419,6 +436,7 @@ def merge_checked(model, dtype):
     ids = torch.randint(model.config.vocab_size, (4, length), generator=generator)
     before = model(ids)  # (4, T, V)
     merged = merge(model).to(DTYPES[dtype])
+    # rounded to dtype, and computed in float32, which `float` makes of it in place
     difference = (merged.float()(ids) - before).abs().max().item()
     largest = before.abs().max().item()
     # in float32 only the order of the sums differs, in 16 bits also the rounded weights

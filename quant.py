@@ -8,10 +8,11 @@ round a whole model: each weight to its nearest code (`quantize`), or by GPTQ (`
 
 import copy
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, cli, parse_flags  # isort: skip
+# first, since it sets how torch's threads wait
+from common import UserError, cli, flag, parse_flags  # isort: skip
 
 import torch
 import torch.nn as nn
@@ -30,12 +31,9 @@ FORMATS = "int8", "int4", "nf4"
 # ---------------------------------------------------------------- a grid: scale, zero point, codes
 # A group of weights is stored as small integers, its codes: w = scale * (code - zero). The scale is
 # the step from one code's weight to the next, and zero is the code that stands for 0.
-CLIPPED_RANGES = [1 - i / 20 for i in range(11)]  # shares of a group's range that GPTQ tries
-
-
 def check_finite(weight, name="a weight"):
     """UserError where there is NaN or infinity: the whole group would become that too."""
-    bad = int((~weight.isfinite()).sum())
+    bad = (~weight.isfinite()).sum()
     if bad:
         raise UserError(
             f"{name}: {bad:,} of {weight.numel():,} values are NaN or infinite; "
@@ -70,7 +68,7 @@ def grid(groups, bits, sym):
             f"weights up to {groups.abs().max():.3g} need a scale beyond float16's 65,504: "
             "rescale the model first"
         )
-    scale = torch.where(scale == 0, 1, scale)  # a group of zeros
+    scale = torch.where(scale == 0, 1, scale)  # of zeros, or less than float16 can tell from them
     zero = torch.full_like(scale, 2 ** (bits - 1))  # the middle
     if not sym:
         zero = torch.where(low < high, (-low / scale).round().clamp(0, top), zero)
@@ -80,6 +78,9 @@ def grid(groups, bits, sym):
 def to_codes(weight, scale, zero, bits):
     """The nearest codes, as floats."""
     return (weight / scale + zero).round_().clamp_(0, 2**bits - 1)
+
+
+CLIPPED_RANGES = [1 - i / 20 for i in range(11)]  # shares of a group's range that GPTQ tries
 
 
 def clipped_grid(groups, bits, sym, cost):
@@ -92,10 +93,10 @@ def clipped_grid(groups, bits, sym, cost):
     best = least = torch.inf
     for share in CLIPPED_RANGES:
         tried = torch.stack(grid(groups * share, bits, sym))  # (2, ...)
-        scale, zero = tried[..., None]
+        scale, zero = tried[..., None]  # (..., 1) each
         rounded = (to_codes(groups, scale, zero, bits) - zero) * scale
         error = (rounded - groups) ** 2 @ cost  # (..., g) @ (g,) -> (...)
-        best = torch.where(error < least, tried, best)
+        best = torch.where(error < least, tried, best)  # one choice for scale and zero: (2, ...)
         least = error.clamp(max=least)
     return best
 
@@ -119,8 +120,7 @@ def round_to_nearest(weight, bits, group, sym):
         codes = to_codes(groups, scale[..., None], zero[..., None], bits)
         codes = codes.to(torch.uint8).flatten(1)[:, :K]  # (n, G, group) -> (n, K)
         parts.append((codes, scale, zero))
-    codes, scale, zero = map(torch.cat, zip(*parts))
-    return codes, scale, zero
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 # -------------------------------------------------------- NF4: codes that are not evenly spaced
@@ -133,13 +133,13 @@ NESTED_BLOCK = 256
 @functools.lru_cache
 @torch.inference_mode(False)  # made once, and then of use in training too
 def nf4_pairs(device):
-    """(256,) float64, each really the two float32 values of a byte, that of the high half first.
+    """(256,) int64, each the bits of the two float32 values of a byte, the high half's first.
 
     One look-up in this table so unpacks two weights.
     """
     value = torch.tensor(kernels.NF4, device=device)
     pairs = torch.stack((value.repeat_interleave(16), value.repeat(16)), 1)  # (256, 2)
-    return pairs.view(torch.float64)[:, 0].contiguous()
+    return pairs.view(torch.int64).flatten()
 
 
 @functools.lru_cache
@@ -167,8 +167,7 @@ def scaled_blocks(flat, block):
     absmax = blocks.abs().amax(1)
     # times the reciprocal, as bitsandbytes does: a division would round otherwise
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
-    flat_again = scaled.clamp(-1, 1).flatten()[: flat.numel()]
-    return flat_again, absmax
+    return scaled.clamp(-1, 1).flatten()[: flat.numel()], absmax
 
 
 def nearest_index(x, values):
@@ -184,8 +183,8 @@ def dynamic_quantize(flat):
     block of zeros the code 0; so do we, to have its bits.
     """
     scaled, absmax = scaled_blocks(flat, NESTED_BLOCK)
-    # in float64 and rounded once, as a fused multiply-add does
-    step = ((scaled + 1).double() * 0.5 * 65535 + 0.5).float().int()
+    # in float64, which Apple's GPUs do not have, and rounded once, as a fused multiply-add does
+    step = ((scaled + 1).cpu().double() * 0.5 * 65535 + 0.5).float().int().to(flat.device)
     codes = nearest_index(-1 + 2.0 * step / 65535, dynamic_map(flat.device))
     in_use = (absmax > 0).repeat_interleave(NESTED_BLOCK)[: flat.numel()]
     return codes * in_use, absmax
@@ -251,13 +250,6 @@ class QuantLinear(nn.Module):
         """-> (N, K) of dtype, the weights that this layer stands for."""
         raise NotImplementedError
 
-    def groups(self):
-        """Integer layers unpacked -> codes uint8 (N, K), scales and zeros (N, G), and:
-
-        how many inputs share a scale; order, None or int64 (K,): column j is input order[j]; bits.
-        """
-        raise NotImplementedError
-
     def product(self, x):
         """What a product is: unpack, then multiply. x (..., K) -> (..., N), in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -269,14 +261,14 @@ class QuantLinear(nn.Module):
     def forward(self, x):
         return FrozenProduct.apply(x, self) if x.requires_grad else self.product(x)
 
-    def kind(self):
+    def fuse_key(self):
         """What layers must have in common to be fused."""
         return type(self), self.format, self.bias is None
 
     def stacked(self, layers):
         """{buffer: tensor} of one layer whose rows are those of `layers`, in their order."""
-        names = [name for name, _ in self.named_buffers() if name != "order"]  # that is kind's
-        return {name: joined(layers, name) for name in names}
+        buffers = self.named_buffers()  # of which the order is the same in all
+        return {name: joined(layers, name) for name, _ in buffers if name != "order"}
 
 
 class GroupLinear(QuantLinear):
@@ -315,6 +307,7 @@ class GroupLinear(QuantLinear):
         return halves.flatten(1)[:, : self.in_features]  # (N, K)
 
     def groups(self):
+        """What the layer holds, the codes unpacked, as other formats of integers give it, too."""
         return self.codes(), self.scales, self.zeros, self.group, self.order, self.bits
 
     def dequantize(self, dtype=torch.float32):
@@ -327,7 +320,7 @@ class GroupLinear(QuantLinear):
 
     def tiles(self):
         # where all zero points are the middle code, the GPU need not read them
-        symmetric = bool((self.zeros == 2 ** (self.bits - 1)).all())
+        symmetric = (self.zeros == 2 ** (self.bits - 1)).all()
         if self.bits == 8 and symmetric:
             return kernels.tile("int8", self.codes(), self.scales, self.group)
         if self.bits > 4:
@@ -335,9 +328,9 @@ class GroupLinear(QuantLinear):
         zeros = None if self.bits == 4 and symmetric else self.zeros
         return kernels.tile("int4", self.codes(), self.scales, self.group, zeros)
 
-    def kind(self):
-        order = None if self.order is None else self.order.tolist()
-        return *super().kind(), self.group, order
+    def fuse_key(self):
+        order = None if self.order is None else tuple(self.order.tolist())
+        return *super().fuse_key(), self.group, order
 
 
 class NF4Linear(QuantLinear):
@@ -351,7 +344,7 @@ class NF4Linear(QuantLinear):
         self.block = block
         for name in ("packed", "absmax", "nested_absmax", "offset"):
             self.register_buffer(name, state.get(name))
-        # a tensor to a compiler, which would break off at the cached function
+        # a buffer, since a compiler cannot follow dynamic_map, as it can nf4_pairs
         self.register_buffer("scale_table", dynamic_map(self.packed.device), persistent=False)
 
     def block_scales(self):
@@ -376,6 +369,10 @@ class NF4Linear(QuantLinear):
         blocks = in_groups(flat, self.block).mul_(self.block_scales()[:, None])  # (blocks, block)
         weights = blocks.view(-1)[: flat.numel()]
         return weights.view(self.out_features, -1).to(dtype)
+
+    def fuse_key(self):
+        cut = self.out_features * self.in_features % self.block  # no layer can follow in that block
+        return *super().fuse_key(), self.block, self if cut else None
 
     def stacked(self, layers):
         """Scales in float32, since 256 that share one need not end where a layer does."""
@@ -444,12 +441,14 @@ def in_kind(linear, kind):
 def fuse(layers):
     """Packed layers over the same input (q, k, v; gate and up) -> one with the rows of all.
 
-    The engine fuses layers that are still in floats itself. UserError: layers of different formats
-    or column orders, or of which only some have a bias.
+    The engine fuses layers that are still in floats itself. UserError: their fuse_keys differ.
     """
     first = layers[0]
-    if any(layer.kind() != first.kind() for layer in layers):
-        raise UserError("layers of different formats or column orders cannot be one")
+    if any(layer.fuse_key() != first.fuse_key() for layer in layers):
+        raise UserError(
+            "layers of different formats, group sizes or column orders cannot be one, nor those of "
+            "which some have a bias"
+        )
     fused = copy.copy(first)
     fused.out_features = sum(layer.out_features for layer in layers)
     fused._buffers = first._buffers | first.stacked(layers)
@@ -459,16 +458,33 @@ def fuse(layers):
 
 
 # ----------------------------------------------------------------------------- a model, in place
-def float_layers(model, group_size):
+@dataclass
+class Recipe:
+    """How integers are rounded, by GPTQ (Frantar et al. 2023; act-order is its authors' code's)
+    or to nearest."""
+
+    bits: int = 4  # GPTQ: 2 to 8
+    group_size: int = 128  # GPTQ, int4: neighbouring inputs that share a scale; -1: a whole row
+    sym: bool = True  # GPTQ, int4: zero is the middle code, as vLLM's fastest kernels ask
+    act_order: bool = False  # GPTQ: columns with the largest activations first
+    damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
+
+    def __post_init__(self):
+        if not (2 <= self.bits <= 8 and -1 <= self.group_size != 0 and 0 <= self.damp <= 1):
+            raise UserError(
+                f"bits {self.bits} must be from 2 to 8, group size {self.group_size} positive or "
+                f"-1 for whole rows, damp {self.damp} from 0 to 1"
+            )
+
+
+def float_layers(model):
     """{name: nn.Linear} of all blocks, in their order.
 
-    UserError: they are packed already, NaN in a weight, a group size that cannot be.
+    UserError: they are packed already, NaN in a weight.
     """
     if model.quantization:
         method = model.quantization["quant_method"]
         raise UserError(f"the model is quantized already ({method}); start from the original model")
-    if group_size != -1 and group_size < 1:
-        raise UserError(f"group size {group_size}: use a positive number, or -1 for whole rows")
     modules = model.layers.named_modules(prefix="layers")
     found = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
     for name, layer in found.items():
@@ -485,7 +501,8 @@ def quantize(model, format, group_size=128, sym=True):
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
-    for name, linear in float_layers(model, group_size).items():
+    recipe = Recipe(8, -1) if format == "int8" else Recipe(4, group_size, sym)
+    for name, linear in float_layers(model).items():
         model.set_submodule(name, pack_linear(linear, format, group_size, sym))
     if format == "nf4":
         model.quantization = {
@@ -495,14 +512,12 @@ def quantize(model, format, group_size=128, sym=True):
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": "float32",
         }
-    elif format == "int8":
-        model.quantization = gptq_config(model, 8, -1, True)
     else:
-        model.quantization = gptq_config(model, 4, group_size, sym)
+        model.quantization = gptq_config(model, recipe)
     return model
 
 
-def gptq_config(model, bits, group_size, sym, act_order=False):
+def gptq_config(model, recipe):
     """The folder's quantization_config; integers have GPTQ's layout whoever rounded them."""
     zeros = [layer.zeros for layer in model.modules() if isinstance(layer, GroupLinear)]
     # version 1 stores zero points less one, so it has no place for a zero point of 0
@@ -511,25 +526,14 @@ def gptq_config(model, bits, group_size, sym, act_order=False):
         "quant_method": "gptq",
         "checkpoint_format": version,
         "lm_head": False,
-        "bits": bits,
-        "group_size": group_size,
-        "sym": sym,
-        "desc_act": act_order,
+        "bits": recipe.bits,
+        "group_size": recipe.group_size,
+        "sym": recipe.sym,
+        "desc_act": recipe.act_order,
     }
 
 
 # -------------------------------------------------------------------------------------------- GPTQ
-@dataclass
-class Recipe:
-    """How GPTQ rounds (Frantar et al. 2023; act-order comes from its authors' code)."""
-
-    bits: int = 4  # GPTQ: 2 to 8
-    group_size: int = 128  # neighbouring inputs that share a scale; -1: a whole row
-    sym: bool = True  # the zero point is the middle code, as vLLM's fastest kernels ask
-    act_order: bool = False  # GPTQ: columns with the largest activations first
-    damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
-
-
 def inverse_factor(H, damp):
     """Upper Cholesky factor U of (H + damp * mean(diag) * I)^-1 = U.T @ U.
 
@@ -557,10 +561,11 @@ def gptq_round(weight, H, recipe, block=128):
     """Round a matrix so that weight @ X changes least -> codes, scales, zeros, order.
 
     weight (N, K) float32; H (K, K) = X @ X.T over calibration inputs. Column by column, each
-    column's rounding error is made good by those not yet rounded (algorithm 1):
-    W[:, j:] -= err * U[i, j:] with err = (w_i - q_i) / U[i, i]. Updates reach later blocks once per
-    block. A group's scale is taken when its first column comes up, from weights that already carry
-    the errors of those before it. Inputs that never fired have no say and are rounded as they are.
+    column's rounding error is made good by those not yet rounded (algorithm 1): after column i,
+    W[:, j] -= err * U[i, j] of every j > i, with err = (w_i - q_i) / U[i, i]. Updates reach later
+    blocks once per block. A group's scale is taken when its first column comes up, from weights
+    that already carry the errors of those before it. Inputs that never fired have no say and are
+    rounded as they are.
     """
     K = weight.size(1)
     bits = recipe.bits
@@ -582,9 +587,9 @@ def gptq_round(weight, H, recipe, block=128):
     grids = []  # (2, N) of each group
     for start in range(0, K, block):
         end = min(start + block, K)
-        now = W[start:end]
+        columns = W[start:end]  # (block, N)
         factor = U[start:end, start:end].contiguous()
-        errors = torch.empty_like(now)
+        errors = torch.empty_like(columns)
         for i in range(end - start):
             column = start + i
             if column % group == 0:
@@ -592,11 +597,11 @@ def gptq_round(weight, H, recipe, block=128):
                 weights = W[column:until].t()  # (N, group)
                 grids.append(clipped_grid(weights, bits, recipe.sym, cost[column:until]))
                 scale, zero = grids[-1]  # (N,) each
-            code = to_codes(now[i], scale, zero, bits)
+            code = to_codes(columns[i], scale, zero, bits)
             codes[column] = code
-            errors[i] = (now[i] - (code - zero) * scale) / pivots[column]
+            errors[i] = (columns[i] - (code - zero) * scale) / pivots[column]
             # pass the error on: to the block's later columns now, to later blocks at its end
-            now[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+            columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
     scales, zeros = torch.stack(grids, 2)  # (2, N, G)
     return codes.t().contiguous(), scales, zeros, order  # (K, N) -> (N, K)
@@ -621,15 +626,16 @@ def round_together(linears, H, cross, recipe):
 
 
 def second_moments(inputs, others):
-    """Sum of y.T @ x over all rows of all batches, x of `inputs`, y of `others` -> (K, K) float32.
+    """Sum of y.T @ x over all batches, x of `inputs`, y of `others` -> (K, K) float32.
 
-    Of one list and itself it is GPTQ's Hessian, up to a factor.
+    Their rows are the columns of `round_together`'s X and X0, so this is X0 @ X.T: of one list and
+    itself GPTQ's Hessian, up to a factor.
     """
     K = inputs[0].size(-1)
     H = torch.zeros(K, K, device=inputs[0].device)
     for x, y in zip(inputs, others):
-        x, y = x.flatten(0, 1), y.flatten(0, 1)  # (B, T, K) -> (B*T, K)
-        H.addmm_(y.float().t(), x.float())
+        # each (B, T, K) -> (B*T, K)
+        H.addmm_(y.flatten(0, 1).float().t(), x.flatten(0, 1).float())
     return H
 
 
@@ -649,7 +655,7 @@ def stages(block, states, rope, mask):
     for norm, part, more, first, last in halves:
         inputs = [norm(x) for x in states]
         yield [names[layer] for layer in first], inputs
-        # what the last projection reads comes out of the part where an identity stands in for it
+        # with an identity for its last projection, the part returns what that would read
         block.set_submodule(names[last], nn.Identity())
         inputs = [part(x, *more) for x in inputs]
         block.set_submodule(names[last], last)
@@ -658,16 +664,16 @@ def stages(block, states, rope, mask):
         states[:] = [x + projection(y) for x, y in zip(states, inputs)]
 
 
-def round_block(block, now, then, where, recipe):
+def round_block(block, states, original_states, rope, mask, recipe):
     """Replace a block's linear layers by rounded ones.
 
-    now, then: the states behind the blocks rounded so far, and behind the original ones, as in
-    `stages`; where: (rope, mask).
+    states, as in `stages`, are behind the blocks rounded so far, original_states behind the same
+    blocks as they were.
     """
-    original = copy.deepcopy(block)
-    # strict: the shorter of two generators would stop the other before its last step
-    walks = zip(stages(block, now, *where), stages(original, then, *where), strict=True)
-    for (names, inputs), (_, originals) in walks:
+    walk = stages(block, states, rope, mask)
+    original_walk = stages(copy.deepcopy(block), original_states, rope, mask)
+    # strict, or the end of the first generator would keep the second from its last step
+    for (names, inputs), (_, originals) in zip(walk, original_walk, strict=True):
         linears = [block.get_submodule(name) for name in names]
         H = second_moments(inputs, inputs)
         cross = second_moments(inputs, originals)
@@ -685,18 +691,16 @@ def gptq(model, batches, bits=4, group_size=128, act_order=False, **recipe):
     already.
     """
     recipe = Recipe(bits, group_size, act_order=act_order, **recipe)
-    if not 2 <= bits <= 8:
-        raise UserError(f"GPTQ to {bits} bits: use 2 to 8")
-    float_layers(model, group_size)  # for its checks
-    now = []
+    float_layers(model)  # for its checks
+    states = []
     for ids in batches:
         x, rope, (full, sliding) = model.start(ids.to(model.embed_tokens.weight.device))
-        now.append(x)
-    then = now.copy()
+        states.append(x)
+    original_states = states.copy()
     for i, block in enumerate(tqdm(model.layers, "gptq", disable=None)):
         mask = sliding if i in model.config.sliding_layers else full
-        round_block(block, now, then, (rope, mask), recipe)
-    model.quantization = gptq_config(model, bits, group_size, recipe.sym, act_order)
+        round_block(block, states, original_states, rope, mask, recipe)
+    model.quantization = gptq_config(model, recipe)
     return model
 
 
@@ -715,10 +719,17 @@ class Args(Recipe):
 
 
 def read_quant_args(argv=None):
-    args = Args(**parse_flags(Args, __doc__, argv, positional=("model",)))
-    known = *FORMATS, "gptq"
-    if args.format not in known:
-        raise UserError(f"format {args.format}: choose from {', '.join(known)}")
+    typed = parse_flags(Args, __doc__, argv, positional=("model",))
+    args = Args(**typed)
+    recipe = Recipe.__dataclass_fields__
+    unread = {"int8": recipe, "int4": ("bits", "act_order", "damp"), "nf4": recipe, "gptq": ()}
+    if args.format not in unread:
+        raise UserError(f"format {args.format}: choose from {', '.join(unread)}")
+    ignored = [flag(name) for name in typed if name in unread[args.format]]
+    if ignored:
+        raise UserError(
+            f"--format {args.format} does nothing with {', '.join(ignored)}: leave it out"
+        )
     if not args.out:
         raise UserError("--out: say where to write the quantized model")
     if Path(args.out).resolve() == Path(args.model).resolve():
@@ -741,20 +752,16 @@ def main():
 
     args = read_quant_args()
     original = Transformer.from_pretrained(args.model, args.device)
-    float_layers(original, args.group_size)  # for its checks
+    float_layers(original)  # for its checks
     stored = working = original.embed_tokens.weight.dtype
     if args.device.type == "cpu":  # 16-bit products are slow there
         working = torch.float32
         original.float()
     tok = Tokenizer.load(args.model)
-
-    def engine():
-        return Engine.of(original, tok, kv_tokens=max(8192, args.length))
-
-    calibration, held_out = quality.calibration_and_held_out(args, original, tok, engine, Sampling)
+    calibration, held_out = quality.calibration_and_held_out(args, original, tok, Engine, Sampling)
     model = copy.deepcopy(original)
     if args.format == "gptq":
-        recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+        recipe = {name: getattr(args, name) for name in Recipe.__dataclass_fields__}
         gptq(model, calibration.split(8), **recipe)
     else:
         quantize(model, args.format, args.group_size, args.sym)
@@ -764,10 +771,11 @@ def main():
     tok.save(args.out)
     model = Transformer.from_pretrained(args.out, args.device, working)
     quality.compare_with_original(args, model, original, held_out)
-    # GPTQ moves weights, too, to make good for the rounding of others
+    # Held to what a bit less would keep: GPTQ moves weights, too, to make good for the rounding of
+    # others. The other formats' names say their bits.
     bits = args.bits - 1 if args.format == "gptq" else None
     written = model, Tokenizer.load(args.out)
-    verify.verify(args.out, args.format, (original, tok), written, bits)
+    verify.verify(args.out, args.format, (original, tok), written, bits=bits)
 
 
 if __name__ == "__main__":

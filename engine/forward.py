@@ -56,8 +56,8 @@ def fused_layers(layers, kind):
     if isinstance(first, ShardedLinear):
         (own,) = fused_layers([first.linear], kind)
         return [ShardedLinear(own, first.ranks, first.outputs)]
-    formats = {(type(m), getattr(m, "format", None), getattr(m, "group", None)) for m in layers}
-    if len(formats) > 1:
+    kinds = {m.fuse_key() if isinstance(m, QuantLinear) else type(m) for m in layers}
+    if len(kinds) > 1:
         return [fused_layers([layer], kind)[0] for layer in layers]
     packed = isinstance(first, QuantLinear)
     if isinstance(first, TiledLinear) or not (packed or isinstance(first, nn.Linear)):

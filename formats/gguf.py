@@ -543,7 +543,7 @@ def metadata_reader(meta, prefix=""):
     """get(key, kind, default) of untrusted metadata, as common.read_value."""
 
     def get(key, kind, default=None):
-        return read_value(meta, prefix + key, "metadata", kind, default)
+        return read_value(meta, "metadata", prefix + key, kind, default)
 
     return get
 

@@ -7,12 +7,22 @@ A GPTQ or bitsandbytes folder is read and written with the help of formats.packe
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, naming, read_json, read_value, warn, warn_of_unknown, write_json
+from common import (
+    UserError,
+    keys_said,
+    naming,
+    read_json,
+    read_value,
+    warn,
+    warn_of_unknown,
+    write_json,
+)
 from model import Config, Transformer
 from runtime import DTYPES, write_tensors
 
@@ -30,7 +40,7 @@ HF_CLASSES = two_columns("""
     qwen3    Qwen3ForCausalLM
 """)
 ROPE_TYPES = "default linear llama3 yarn".split()
-ROPE_KEYS = """rope_type type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
+ROPE_KEYS = """rope_type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
     original_max_position_embeddings truncate mscale mscale_all_dim attention_factor
     partial_rotary_factor""".split()
 
@@ -60,25 +70,27 @@ GPT2_KEYS = two_columns("""
     max_position_embeddings  n_positions
     norm_eps                 layer_norm_epsilon
 """)
-# What else is read below, for one family or both.
+# What else is read below, by family: model_type without its number.
+LLAMA_APPLIED = """num_key_value_heads head_dim attention_bias mlp_bias rope_parameters
+    rope_theta rope_scaling original_max_position_embeddings""".split()
 APPLIED_KEYS = {
     "gpt": [],
-    "llama": """num_key_value_heads head_dim attention_bias mlp_bias rope_parameters
-        rope_theta rope_scaling original_max_position_embeddings""".split(),
-    "qwen": "sliding_window use_sliding_window layer_types max_window_layers".split(),
-    "mistral": ["sliding_window"],
+    "llama": LLAMA_APPLIED,
+    "qwen": [
+        *LLAMA_APPLIED,
+        *"sliding_window use_sliding_window layer_types max_window_layers".split(),
+    ],
+    "mistral": [*LLAMA_APPLIED, "sliding_window"],
 }
-APPLIED_KEYS["qwen"] += APPLIED_KEYS["llama"]
-APPLIED_KEYS["mistral"] += APPLIED_KEYS["llama"]
 # What would change the computation: refused unless it has this value, or none.
-PLAIN_VALUES: dict = dict.fromkeys(
+PLAIN_VALUES: dict = {"activation_function": "gelu_new", "hidden_act": "silu"}
+PLAIN_VALUES |= dict.fromkeys(
     """add_cross_attention alibi attention_multiplier attention_sinks attn_logit_softcapping
     clip_qkv compression_config final_logit_softcapping is_encoder_decoder no_rope_layers
     num_experts num_local_experts parallel_attn qk_layernorm quantization query_pre_attn_scalar
     rope_interleaved scale_attn_by_inverse_layer_idx use_mrope use_qk_norm""".split(),
     False,
 )
-PLAIN_VALUES |= {"activation_function": "gelu_new", "hidden_act": "silu"}
 PLAIN_VALUES |= dict.fromkeys(
     """embedding_multiplier logit_scale logits_scaling partial_rotary_factor residual_multiplier
     scale_attn_weights""".split(),
@@ -86,8 +98,8 @@ PLAIN_VALUES |= dict.fromkeys(
 )
 # What says nothing about what is computed, or only to a program that trains; so does a key that
 # begins with an underscore. Any other key is named in a warning.
-SILENT_KEYS = """architectures attention_dropout attn_pdrop auto_map dtype embd_pdrop
-    gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id n_ctx
+SILENT_KEYS = """architectures attention_dropout attn_pdrop dtype embd_pdrop gradient_checkpointing
+    id2label initializer_range is_decoder is_llama_config label2id n_ctx
     n_inner output_attentions output_hidden_states pad_token_id pretraining_tp quantization_config
     reorder_and_upcast_attn resid_pdrop return_dict summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
@@ -108,7 +120,8 @@ SILENT_GENERATION = """bos_token_id cache_implementation do_sample eos_token_id 
 
 def config_from_dict(d, where="config.json"):
     """A parsed config.json -> Config. UserError for what this program would compute wrongly."""
-    kind = read_value(d, "model_type", where, str)
+    get = partial(read_value, d, where)
+    kind = get("model_type", str)
     if kind not in HF_CLASSES:
         known = ", ".join(HF_CLASSES)
         raise UserError(f"{where}: model_type {kind!r} is not supported, only {known}")
@@ -119,16 +132,17 @@ def config_from_dict(d, where="config.json"):
     keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS
     known = {*PLAIN_VALUES, *SILENT_KEYS, *APPLIED_KEYS[kind.rstrip("23")]}
     known.update(keys.get(field, field) for field in CONFIG_FIELDS)
-    warn_of_unknown((key for key in d.keys() - known if d[key] is not None), where)
+    warn_of_unknown(keys_said(d) - known, where)
     defaults: dict = {"norm_eps": 1e-6, "tie_word_embeddings": False}
     if kind == "gpt2":
-        width = read_value(d, "n_embd", where, 1 << 24)
+        width = get("n_embd", 1 << 24)
         defaults = {"norm_eps": 1e-5, "tie_word_embeddings": True, "intermediate_size": 4 * width}
     fields = {}
     for field, bound in CONFIG_FIELDS.items():
-        fields[field] = read_value(d, keys.get(field, field), where, bound, defaults.get(field))
+        fields[field] = get(keys.get(field, field), bound, defaults.get(field))
     with naming(where):
-        config = gpt2_config(fields, where) if kind == "gpt2" else llama_config(fields, d, where)
+        config = gpt2_config(fields) if kind == "gpt2" else llama_config(fields, d, get)
+    warn_of_unknown(config.rope.keys() - ROPE_KEYS, f"{where}, rope_scaling or rope_parameters")
     config.eos_token_id = read_ends(config.eos_token_id, config, where)
     return config
 
@@ -146,91 +160,106 @@ def read_ends(ids, config, where):
             known.append(i)
         else:
             warn(f"{where}: ignored: eos_token_id {i:,}, of {config.vocab_size:,} ids")
-    return known if isinstance(ids, list) else next(iter(known), None)
+    if isinstance(ids, list) and (known or not ids):
+        return known
+    return next(iter(known), None)
 
 
-def gpt2_config(fields, where):
+def gpt2_config(fields):
     """GPT-2 has a bias everywhere, and neither RoPE nor grouped heads."""
     C = fields["hidden_size"]
     H = fields["num_attention_heads"]
     if C % H:
-        raise UserError(f"{where}: n_embd {C} is not a multiple of n_head {H}")
+        raise UserError(f"n_embd {C} is not a multiple of n_head {H}")
     fields |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
     return Config(**fields, num_key_value_heads=H, head_dim=C // H, rope={})
 
 
-def llama_config(fields, d, where):
-    """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3."""
+def llama_config(fields, d, get):
+    """The Config of Llama's family: Llama, Mistral, Qwen2 and Qwen3.
+
+    get(key, kind_or_most, default) is common.read_value of d."""
     kind = fields["model_type"]
     H = fields["num_attention_heads"]
-    K = read_value(d, "num_key_value_heads", where, 4096, H)
+    K = get("num_key_value_heads", 4096, H)
     D = 128 if kind == "qwen3" else fields["hidden_size"] // H
-    D = read_value(d, "head_dim", where, 4096, D)
+    D = get("head_dim", 4096, D)
     if H % K:
-        raise UserError(f"{where}: {H} attention heads cannot share {K} key/value heads")
+        raise UserError(f"{H} attention heads cannot share {K} key/value heads")
     if D % 2:
-        raise UserError(f"{where}: head_dim {D} is odd; rotary embeddings need an even one")
-    window, sliding_layers = sliding_from_dict(d, where)
-    bias = read_value(d, "attention_bias", where, bool, False)
+        raise UserError(f"head_dim {D} is odd; rotary embeddings need an even one")
+    window, sliding_layers = sliding_from_dict(d, get)
+    bias = get("attention_bias", bool, False)
     return Config(
         **fields,
         num_key_value_heads=K,
         head_dim=D,
-        rope=rope_from_dict(d, where),
+        rope=rope_from_dict(d, get),
         sliding_window=window,
         sliding_layers=sliding_layers,
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias and kind != "qwen2",
-        mlp_bias=read_value(d, "mlp_bias", where, bool, False),
+        mlp_bias=get("mlp_bias", bool, False),
     )
 
 
-def rope_from_dict(d, where):
-    """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> one dict."""
-    name = "rope_parameters" if d.get("rope_parameters") else "rope_scaling"
-    given = dict(read_value(d, name, where, dict, {}))
-    warn_of_unknown(given.keys() - ROPE_KEYS, f"{where}, {name}")
-    kind = given.pop("type", "default")  # its name long ago
-    rope = {"rope_type": kind, "rope_theta": d.get("rope_theta") or 10000.0} | given
+def rope_from_dict(d, get):
+    """rope_parameters (transformers 5), rope_theta and rope_scaling (before) -> one dict.
+
+    Folders may have all three, each for other readers; they must agree."""
+    scaling = get("rope_scaling", dict, {})
+    parameters = get("rope_parameters", dict, {})
+    rope: dict = {}
+    for key, value in (("rope_theta", d.get("rope_theta")), *scaling.items(), *parameters.items()):
+        if key == "type":  # its name long ago
+            key = "rope_type"
+        if value is None:
+            continue
+        if key in rope and rope[key] != value:
+            raise UserError(
+                f"{key} is both {rope[key]!r} and {value!r}: write the same into "
+                "rope_theta or rope_scaling and into rope_parameters, or keep one of them"
+            )
+        rope[key] = value
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | rope
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         known = ", ".join(ROPE_TYPES)
-        raise UserError(f"{where}: rope scaling {rope} is not supported, only {known}")
-    if kind != "default":
-        read_value(rope, "factor", where, 1e12)
+        raise UserError(f"rope scaling {rope} is not supported, only {known}")
     if kind in ("llama3", "yarn"):  # they need the length before it was stretched
-        key = "original_max_position_embeddings"
-        rope.setdefault(key, d.get(key) or d.get("max_position_embeddings"))
-    for key in rope.keys() - {"rope_type"}:
-        read_value(rope, key, where, bool if key == "truncate" else float)
-    for key in ("rope_theta", "factor"):
-        if rope.get(key) == 0:
-            raise UserError(f"{where}: {key} is 0, expected a number above 0")
+        length = d.get("original_max_position_embeddings") or d.get("max_position_embeddings")
+        rope.setdefault("original_max_position_embeddings", length)
+    if kind != "default":
+        read_value(rope, "rope_scaling", "factor", 1e12)
+    for key in rope.keys() & ROPE_KEYS[1:]:  # without rope_type
+        value = read_value(rope, "rope_scaling", key, bool if key == "truncate" else float)
+        if value == 0 and key in ("rope_theta", "factor"):
+            raise UserError(f"{key} is {value}, expected a number above 0")
     return rope
 
 
-def sliding_from_dict(d, where):
+def sliding_from_dict(d, get):
     """(window, the layers that have it): all of Mistral's, some of Qwen's, none of Llama's."""
     kind = d["model_type"]
-    if kind == "llama":
+    if kind == "llama" or d.get("sliding_window", 4096) is None:  # null is not the default
         return None, ()
-    d = {"sliding_window": 4096} | d  # null is no window, and not the default
-    if d["sliding_window"] is None:
-        return None, ()
-    window = read_value(d, "sliding_window", where, 1 << 24)
+    window = get("sliding_window", 1 << 24, 4096)
     layers = tuple(range(d["num_hidden_layers"]))
     if kind == "mistral":
         sliding = layers
-    elif not read_value(d, "use_sliding_window", where, bool):
+    elif not get("use_sliding_window", bool):
         sliding = ()
     elif d.get("layer_types"):
-        kinds = read_value(d, "layer_types", where, list)
+        kinds = get("layer_types", list)
         other = {*map(str, kinds)} - {"sliding_attention", "full_attention"}
         if other or len(kinds) != len(layers):
-            raise UserError(f"{where}: layer_types are {len(kinds)}, or have {other or 'others'}")
+            raise UserError(
+                f"{len(kinds)} layer_types for {len(layers)} layers, of which "
+                f"{other or 'none'} are not supported"
+            )
         sliding = tuple(i for i in layers if kinds[i] == "sliding_attention")
     else:
-        sliding = layers[read_value(d, "max_window_layers", where, int, 28) :]
+        sliding = layers[get("max_window_layers", int, 28) :]
     return (window, sliding) if sliding else (None, ())
 
 
@@ -279,17 +308,28 @@ GPT2_NAMES = two_columns("""
     mlp.down_proj             mlp.c_proj
 """)
 # "layers.3.mlp.up_proj.weight" -> "3", "mlp.up_proj", "weight"
-TENSOR_NAME = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)")
-
-
-def is_conv1d(number, leaf, tensor):
-    """Whether GPT-2's folder has it transposed: matrices of its layers, not GPTQ's packed ones."""
-    return number and leaf == "weight" and tensor.ndim == 2
+TENSOR_NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)")
 
 
 def folder_module(name):
-    """Our name of a layer or a tensor -> the folder's, but GPT-2's."""
+    """Our name of a layer or a tensor -> its name in a folder of any family but GPT-2."""
     return name if name.startswith("lm_head") else "model." + name
+
+
+def folder_name(name, config):
+    """Our name of a tensor -> that of the tensor in the folder that it is, or is a part of."""
+    if not config.is_gpt2 or name.startswith("lm_head."):
+        return folder_module(name)
+    number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
+    layer = f"h.{number}." if number else ""
+    return f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
+
+
+def turned(name, tensor, config):
+    """A matrix of GPT-2's layers, ours (out, in), the folder's (in, out), the other way round; any
+    other tensor, GPTQ's packed ones too, as it is."""
+    matrix = tensor.ndim == 2 and name.startswith("layers.") and name.endswith(".weight")
+    return tensor.t() if config.is_gpt2 and matrix else tensor
 
 
 def to_folder_names(state, config):
@@ -298,35 +338,22 @@ def to_folder_names(state, config):
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        theirs = folder_module(name)
-        if config.is_gpt2 and theirs != name:
-            number, inner, leaf = TENSOR_NAME.fullmatch(name).groups()
-            layer = f"h.{number}." if number else ""
-            theirs = f"transformer.{layer}{GPT2_NAMES[inner]}.{leaf}"
-            if is_conv1d(number, leaf, tensor):
-                tensor = tensor.t()  # (out, in) -> (in, out)
-            if theirs in out and leaf != "g_idx":  # k and v go behind q; they share GPTQ's g_idx
-                tensor = torch.cat((out[theirs], tensor), -1)
+        theirs = folder_name(name, config)
+        tensor = turned(name, tensor, config)
+        if theirs in out and not name.endswith(
+            ".g_idx"
+        ):  # k and v go behind q, whose g_idx is all's
+            tensor = torch.cat((out[theirs], tensor), -1)
         out[theirs] = tensor
     return out
 
 
-def from_folder_names(name, tensor, config):
-    """One tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
-    if not config.is_gpt2 or name.startswith("lm_head."):
-        return {name.removeprefix("model."): tensor}
-    number, inner, leaf = TENSOR_NAME.fullmatch(name.removeprefix("transformer.")).groups()
-    ours = [name for name, theirs in GPT2_NAMES.items() if theirs == inner]
-    parts = [tensor] * len(ours)  # GPTQ's g_idx is about the input that they share
-    if leaf != "g_idx":
-        parts = tensor.chunk(len(ours), -1)  # (in, 3 * out) -> three of (in, out)
-    layer = f"layers.{number}." if number else ""
-    out = {}
-    for module, part in zip(ours, parts):
-        if is_conv1d(number, leaf, tensor):
-            part = part.t()  # (in, out) -> (out, in)
-        out[f"{layer}{module}.{leaf}"] = part.contiguous()
-    return out
+def from_folder_name(tensor, names, config):
+    """A tensor of a folder -> {our name: tensor}, the inverse of `to_folder_names`."""
+    parts = [tensor] * len(names)
+    if len(names) > 1 and not names[0].endswith(".g_idx"):
+        parts = tensor.chunk(len(names), -1)  # (in, 3 * out) -> three of (in, out)
+    return {n: turned(n, part, config).contiguous() for n, part in zip(names, parts)}
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -354,25 +381,30 @@ def load_model(folder, device="cpu", dtype=None, dropout=0.0):
         raise UserError(f"{folder}: config.json says {layers} layers, the weights have {found}")
     with naming(path), torch.device("meta"):
         model = Transformer(config)
-    expected = model.state_dict()
+    ours = model.state_dict()  # {our name: meta tensor}
     packed = {}
-    if content.get("quantization_config"):
+    quantization = read_value(content, path, "quantization_config", dict)
+    if quantization:
         from formats.packed import check_config, expect_packed, install_packed
 
-        quantization = check_config(content["quantization_config"], path)
-        expected, packed = expect_packed(model, quantization, files)
-    expected = to_folder_names(expected, config)
+        quantization = check_config(quantization, path)
+        ours, packed = expect_packed(model, quantization, files)
+    expected = to_folder_names(ours, config)
     with naming(folder):
         check_tensors(expected, files)
+    parts: dict = {}  # {the folder's name: ours of the tensors that are joined there}
+    for name in ours:
+        parts.setdefault(folder_name(name, config), []).append(name)
     state = {}
     for name in expected:
         tensor = read_weight(files, name)
-        layer, _, leaf = name.removeprefix("model.").rpartition(".")
-        # packed layers' scales keep their type, and so do their bytes, whatever they are stored as
+        layer, _, leaf = parts[name][0].rpartition(".")
+        # dtype is not for what a packed layer consists of: its scales, and its bytes, which some
+        # folders store as floats
         plain = leaf == "bias" or (leaf == "weight" and layer not in packed)
         if dtype is not None and plain and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        state |= from_folder_names(name, tensor, config)
+        state |= from_folder_name(tensor, parts[name], config)
     if packed:
         install_packed(model, quantization, state, packed)
     for name, tensor in state.items():
@@ -391,9 +423,8 @@ def read_generation(path, config):
         return
     content = read_json(path)
     for key, kind in SAMPLING_KEYS.items():
-        read_value(content, key, path, kind)
-    unknown = content.keys() - {*SAMPLING_KEYS, *SILENT_GENERATION}
-    warn_of_unknown((key for key in unknown if content[key] is not None), path)
+        read_value(content, path, key, kind)
+    warn_of_unknown(keys_said(content) - {*SAMPLING_KEYS, *SILENT_GENERATION}, path)
     ends = read_ends(content.pop("eos_token_id", None), config, path)
     if ends is not None:
         config.eos_token_id = ends
@@ -410,7 +441,7 @@ def open_weights(folder, device="cpu"):
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
         with naming(index):
-            names = set(read_json(index)["weight_map"].values())
+            names = sorted(set(read_json(index)["weight_map"].values()))
     files = {}
     for name in names:
         if Path(str(name)).name != name:  # an index from outside must not lead out of its folder
@@ -424,7 +455,10 @@ def open_weights(folder, device="cpu"):
             raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
         for key in file.keys():
             bare = key.startswith(("h.", "wte.", "wpe.", "ln_f."))
-            files["transformer." + key if bare else key] = (file, key)
+            full = "transformer." + key if bare else key
+            if full in files:
+                raise UserError(f"{path}: {key} is in another shard too; fetch the folder again")
+            files[full] = (file, key)
     return files
 
 
@@ -459,7 +493,7 @@ def check_tensors(expected, files):
     head = "lm_head.weight"
     spare = head not in expected and found.pop(head, None)
     compare_shapes(shapes, found)
-    embedding = next(iter(expected))  # which comes first
+    embedding = next(iter(expected))  # every model's first tensor
     if spare and not torch.equal(read_weight(files, head), read_weight(files, embedding)):
         raise UserError(f"{head} differs from the embedding it is tied to in config.json")
 
@@ -468,7 +502,8 @@ def check_tensors(expected, files):
 def save_model(model, folder, state=None):
     """Write model.safetensors, generation_config.json and, last, config.json: each all or nothing.
 
-    state: the state dict, where it is not simply this module's (gathered from shards, say).
+    state: the state dict, where it is not simply this module's (gathered from shards, say); a
+    quantized model is never trained, nor sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -476,13 +511,13 @@ def save_model(model, folder, state=None):
     content = config_to_dict(config)
     content["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     content["torch_dtype"] = content["dtype"]  # its name before transformers 5
-    if state is None:
-        state = model.state_dict()
     if model.quantization:
         from formats.packed import packed_state
 
         state = packed_state(model)
         content["quantization_config"] = model.quantization
+    elif state is None:
+        state = model.state_dict()
     write_tensors(folder / "model.safetensors", to_folder_names(state, config))
     ends = {n: content[n] for n in ("bos_token_id", "eos_token_id") if content[n] is not None}
     write_json(folder / "generation_config.json", ends | config.generation)

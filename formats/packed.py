@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, read_value, warn_of_unknown
+from common import STUMBLES, UserError, read_value, warn_of_unknown
 from formats.hub import folder_module
 from kernels import NF4
 from quant import NESTED_BLOCK, GroupLinear, NF4Linear, QuantLinear, dynamic_map
@@ -71,7 +71,7 @@ def write_gptq(layer, name, version):
         codes = codes[:, back]
         groups = groups[back]
     if version == "gptq":
-        zeros = zeros - 1
+        zeros = zeros - 1 & 2**bits - 1  # 0, which other programs write, becomes all bits
     return {
         f"{name}.qweight": to_words(codes.t(), bits),
         f"{name}.qzeros": to_words(zeros, bits).t(),
@@ -83,8 +83,11 @@ def write_gptq(layer, name, version):
 def read_gptq(tensors, name, shape, config, bias=None):
     """The inverse -> GroupLinear.
 
-    UserError where g_idx is not groups of the size that the config states.
+    UserError where a tensor is of another type, or g_idx not groups of the size in the config.
     """
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() != key.endswith(".scales"):
+            raise UserError(f"{key} holds {tensor.dtype}, which is not GPTQ's: scales are floats")
     N, K = shape
     bits = config["bits"]
     group = K if config["group_size"] == -1 else config["group_size"]
@@ -99,8 +102,7 @@ def read_gptq(tensors, name, shape, config, bias=None):
     codes = from_words(tensors[f"{name}.qweight"], bits, K)[order].t().contiguous()  # (N, K)
     zeros = from_words(tensors[f"{name}.qzeros"].t().contiguous(), bits, N)  # (N, G)
     if config["checkpoint_format"] == "gptq":
-        # a writer that had 0 to store less one left all bits set
-        zeros = (zeros + 1) & 2**bits - 1
+        zeros = zeros + 1 & 2**bits - 1
     scales = tensors[f"{name}.scales"].t().contiguous()
     if torch.equal(order, straight):
         order = None
@@ -151,7 +153,7 @@ def read_bnb(tensors, name, shape, config=None, bias=None):
             info["shape"] == list(shape),
             2 * packed.numel() == math.prod(shape),
             absmax.numel() == -(-2 * packed.numel() // block),
-            torch.equal(tensors[f"{weight}.quant_map"].float(), torch.tensor(NF4)),
+            tensors[f"{weight}.quant_map"].tolist() == torch.tensor(NF4).tolist(),
         ]
         if f"{weight}.nested_absmax" in tensors:
             nested = tensors[f"{weight}.nested_absmax"]
@@ -159,9 +161,9 @@ def read_bnb(tensors, name, shape, config=None, bias=None):
             facts += [
                 info.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK,
                 nested.numel() == -(-absmax.numel() // NESTED_BLOCK),
-                torch.equal(tensors[f"{weight}.nested_quant_map"], dynamic_map()),
+                tensors[f"{weight}.nested_quant_map"].tolist() == dynamic_map().tolist(),
             ]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except STUMBLES as error:
         raise UserError(f"{weight}: damaged bitsandbytes statistics ({error!r})") from None
     if not all(facts):
         raise UserError(
@@ -185,10 +187,10 @@ def packed_state(model):
             f"({config.hidden_size}) in multiples of 32"
         )
     state = model.state_dict()
-    for name, layer in model.layers.named_modules(prefix="layers"):
+    for name, layer in model.named_modules():  # a head may be packed, too
         if isinstance(layer, QuantLinear):
             for key, _ in layer.named_buffers():
-                state.pop(f"{name}.{key}", None)  # a table is in no file
+                state.pop(f"{name}.{key}", None)  # not there: a table that is never saved
             version = model.quantization.get("checkpoint_format")
             state |= write_bnb(layer, name) if nf4 else write_gptq(layer, name, version)
     return state
@@ -199,23 +201,23 @@ def check_config(config, where):
 
     UserError names what is not supported.
     """
-    own = config if isinstance(config, dict) else {}
-    known = [key for key in own if key.startswith(("bnb_4bit_", "llm_int8_"))]
-    warn_of_unknown(own.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
-    method = own.get("quant_method")
-    nf4 = own.get("load_in_4bit", True) and own.get("bnb_4bit_quant_type") == "nf4"
+    known = [key for key in config if key.startswith(("bnb_4bit_", "llm_int8_"))]
+    warn_of_unknown(config.keys() - {*known, *QUANTIZATION_KEYS}, f"{where}, quantization_config")
+    method = config.get("quant_method")
+    # older writers say load_in_4bit, all of them the type of the 4 bits
+    nf4 = config.get("load_in_4bit", True) and config.get("bnb_4bit_quant_type") == "nf4"
     if method == "bitsandbytes" and nf4:
-        return own
-    version = own.get("checkpoint_format") or own.get("format") or "gptq"
+        return config
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
         raise UserError(
-            f"{where}: weights quantized as {method!r} ({str(own)[:200]}) are not supported; "
+            f"{where}: weights quantized as {method!r} ({str(config)[:200]}) are not supported; "
             "this program reads gptq, gptq_v2 and bitsandbytes NF4"
         )
-    config = {"group_size": 128} | own | {"checkpoint_format": version}
-    read_value(config, "bits", where, 8)
+    config = {"group_size": 128} | config | {"checkpoint_format": version}
+    read_value(config, where, "bits", 8)
     if config["group_size"] != -1:  # which is a whole row
-        read_value(config, "group_size", where, 1 << 24)
+        read_value(config, where, "group_size", 1 << 24)
     return config
 
 
@@ -250,7 +252,7 @@ def expect_packed(model, config, files):
                 "scales": (G, N),
                 "g_idx": (K,),
             }
-        else:  # whatever there is: read_bnb checks it
+        else:  # as the file has them; read_bnb checks whether they fit (N, K)
             shapes = {}
             for key, (file, stored) in files.items():
                 if key.startswith(f"{there}.weight"):
@@ -269,8 +271,7 @@ def install_packed(model, config, state, packed):
     The rest is left in `state`.
     """
     for name, shape in packed.items():
-        names = [key for key in state if key.startswith(f"{name}.")]
-        own = {key: state.pop(key) for key in names}
+        own = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
         bias = own.pop(f"{name}.bias", None)
         read = read_bnb if config["quant_method"] == "bitsandbytes" else read_gptq
         model.set_submodule(name, read(own, name, shape, config, bias))

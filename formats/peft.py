@@ -9,28 +9,43 @@ from typing import NamedTuple
 import regex
 import torch
 
-import common
-from common import UserError
-from formats.hub import folder_module, open_weights, to_folder_names
+from common import (
+    STUMBLES,
+    UserError,
+    keys_said,
+    read_json,
+    read_value,
+    warn_of_unknown,
+    write_json,
+)
+from formats.hub import folder_module, open_weights, read_weight, to_folder_names
 from runtime import read_tensors, write_tensors
 
 # What an adapter is besides its tensors.
 SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 # What else LoraConfig can ask for, and the values with which it is LoRA or DoRA of linear layers:
 # initial weights other than these change the base (PiSSA and the like).
-EXTRAS = (
-    "modules_to_save layer_replication alora_invocation_tokens arrow_config kasa_config "
-    "use_bdlora use_qalora"
-)
 PLAIN: dict = {
     "peft_type": ["LORA"],
     "bias": ["none", None],
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
     "use_rslora": [True, False, None],
     "use_dora": [True, False, None],
-    **dict.fromkeys(EXTRAS.split(), [None, False, [], {}]),
+    **dict.fromkeys(
+        """modules_to_save layer_replication alora_invocation_tokens arrow_config kasa_config
+        use_bdlora use_qalora""".split(),
+        [None, False, [], {}],
+    ),
 }
+# What is applied below, what the tensors show, and what says nothing to a program that has them.
+# Any other key is named in a warning.
+ADAPTER_KEYS = """alpha_pattern auto_mapping base_model_name_or_path base_sha256 corda_config
+    ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode layers_pattern
+    layers_to_transform loftq_config lora_bias lora_ga_config megatron_config megatron_core
+    peft_version qalora_group_size rank_pattern revision runtime_config target_modules
+    target_parameters task_type trainable_token_indices""".split()
 MOST_OF = {"r": 1 << 16, "lora_alpha": 1e6, "lora_dropout": 1.0}
+# -> the folder's module; A or B; or m, as lora.py calls DoRA's magnitudes
 ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(m)agnitude_vector(?:\.weight)?)"
 )
@@ -75,8 +90,8 @@ def base_sha256(model):
 
     It reads all of them, so whoever needs it more than once keeps it."""
     if model.source is not None:
-        files = sorted(open_weights(model.source).items())
-        tensors = ((name, file.get_tensor(key)) for name, (file, key) in files)
+        files = open_weights(model.source)
+        tensors = ((name, read_weight(files, name)) for name in sorted(files))
     else:
         base = {
             name.replace(".base.", "."): tensor
@@ -105,11 +120,13 @@ def read_adapter_config(folder):
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no adapter_config.json, so not an adapter's folder")
-    config = common.read_json(path)
-    wrong = [key for key, plain in PLAIN.items() if config.get(key) not in plain]
-    refuse_adapter(folder, [f"{key} {config.get(key)!r}" for key in wrong])
+    config = read_json(path)
+    said = {key: config.get(key) for key in PLAIN}
+    wrong = [f"{key} {said[key]!r}" for key in PLAIN if said[key] not in PLAIN[key]]
+    refuse_adapter(folder, wrong)
     for key, most in MOST_OF.items():
-        common.read_value(config, key, path, most)
+        read_value(config, path, key, most)
+    warn_of_unknown(keys_said(config) - {*PLAIN, *MOST_OF, *ADAPTER_KEYS}, path)
     return config
 
 
@@ -129,16 +146,22 @@ def read_module_tensors(folder):
     return modules
 
 
-def read_alpha_pattern(config):
-    """-> [(pattern, alpha)]. PEFT matches alpha_pattern's keys as regular expressions at the end of
-    a module's name."""
-    alphas = []
+def read_alphas(config, modules):
+    """-> {module: alpha} of those of the folder's modules that have one of their own.
+
+    As in PEFT: a key of alpha_pattern is a regular expression for the end of a module's name, and
+    the first that matches counts."""
+    patterns = config.get("alpha_pattern") or {}
+    alphas: dict[str, float] = {}
     try:
-        for key, alpha in (config.get("alpha_pattern") or {}).items():
-            alphas.append((regex.compile(rf"(.*\.)?({key})$"), float(alpha)))
-            if len(alphas) > MOST_PATTERNS or not 0 <= alpha <= 1e6:
-                raise ValueError(f"{len(alphas):,} keys, this one with {alpha!r}")
-    except (regex.error, *common.STUMBLES) as error:
+        for key, alpha in patterns.items():
+            if len(patterns) > MOST_PATTERNS or not 0 <= alpha <= 1e6:
+                raise ValueError(f"{len(patterns):,} keys, {key[:40]!r} with {alpha!r}")
+            pattern = regex.compile(rf"(.*\.)?({key})$")
+            for module in modules:
+                if pattern.match(module, timeout=1):
+                    alphas.setdefault(module, float(alpha))
+    except (regex.error, TimeoutError, *STUMBLES) as error:
         raise UserError(f"adapter_config.json: alpha_pattern cannot be read ({error})") from None
     return alphas
 
@@ -160,7 +183,7 @@ def read_layers(folder, model):
             f"{ours}: use {config.get('base_model_name_or_path') or 'the base it was made for'}"
         )
     modules = {folder_module(name): (name, layer) for name, layer in linear_layers(model).items()}
-    alphas = read_alpha_pattern(config)
+    alphas = read_alphas(config, modules)
     found = {}
     for module, tensors in read_module_tensors(folder).items():
         if module not in modules:
@@ -174,8 +197,7 @@ def read_layers(folder, model):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if r == 0 or shapes != want:
             raise UserError(f"{folder}: {module} has tensors of shapes {shapes}, not {want}")
-        matching = (alpha for key, alpha in alphas if key.match(module, timeout=1))
-        alpha = next(matching, config["lora_alpha"])
+        alpha = alphas.get(module, config["lora_alpha"])
         scale = alpha / alpha_divisor(r, settings["use_rslora"])
         found[name] = AdapterTensors(tensors["A"], tensors["B"], scale, tensors.get("m"))
     return settings, found
@@ -185,26 +207,27 @@ def read_layers(folder, model):
 def write_layers(folder, model, settings, layers, base_hash=None):
     """Write both files as PEFT does, and one key more: the base's hash.
 
-    settings: SETTINGS as adapter_config.json has them; layers: {our name: AdapterTensors}. Layers
+    settings: SETTINGS as adapter_config.json has them; layers: {our name: lora.LoRALinear}. Layers
     of other rank or scale go into the patterns."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     ranks = {}
     alphas = {}
-    for name, (A, B, scale, magnitude) in layers.items():
+    for name, layer in layers.items():
         module = folder_module(name)
         key = f"base_model.model.{module}.lora_"
-        tensors[key + "A.weight"] = A
-        tensors[key + "B.weight"] = B
+        tensors[key + "A.weight"] = layer.A
+        tensors[key + "B.weight"] = layer.B
         if settings["use_dora"]:
-            tensors[key + "magnitude_vector"] = magnitude
-        alpha = scale * alpha_divisor(len(A), settings["use_rslora"])
-        if len(A) != settings["r"] or not math.isclose(alpha, settings["lora_alpha"]):
-            ranks[module] = len(A)
+            tensors[key + "magnitude_vector"] = layer.m
+        r = len(layer.A)
+        alpha = layer.scale * alpha_divisor(r, settings["use_rslora"])
+        if r != settings["r"] or not math.isclose(alpha, settings["lora_alpha"]):
+            ranks[module] = r
             alphas[module] = alpha
     write_tensors(folder / "adapter_model.safetensors", tensors)
-    common.write_json(
+    write_json(
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",

@@ -18,7 +18,7 @@ from chat import CHAT_FORMATS, Piece, named_pieces
 from common import UserError, any_of
 
 # Unicode noncharacters, which no text contains: the first two stand around what {% generation %}
-# encloses, the third inside the name of a marker that somebody typed.
+# encloses, the third behind each character of a marker's name that somebody typed.
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 BARE = {ord(c): None for c in (OPEN, CLOSE, GUARD)}
 SANDBOX = str(Path(__file__).with_name("sandbox.py"))
@@ -51,21 +51,27 @@ def pieces_of_template(tok, chat, template):
         options=defused(chat.options, markers),
     )
     rendered = run_template(template, safe)
+    own_markers = re.compile(f"{markers.pattern}(?!{GUARD})")
     pieces = []
-    said = False if OPEN in rendered else None
-    for part in re.split(f"([{OPEN}{CLOSE}])", rendered):
+    said = False if OPEN in mark_generation(template) else None
+    for part in re.split(f"([{OPEN}{CLOSE}])", rendered):  # the brackets keep what it splits at
         if part in (OPEN, CLOSE):
             said = part == OPEN
             continue
-        for text in markers.split(part):
-            pieces.append(Piece(text.replace(GUARD, ""), said, text in tok.special))
+        for words in own_markers.split(part):
+            pieces.append(Piece(words.replace(GUARD, ""), said, words in tok.special))
+    if "".join(piece.text for piece in pieces) != text:
+        raise UserError(
+            "the folder's chat_template does something else with a special token's name in a "
+            "message than with other text: take it out of the message"
+        )
     return pieces
 
 
 def defused(value, markers):
     """The same JSON value, each marker in its strings broken by GUARD, so that it stays text."""
     if isinstance(value, str):
-        return markers.sub(lambda m: m[0][0] + GUARD + m[0][1:], value.translate(BARE))
+        return markers.sub(lambda m: GUARD.join(m[0]) + GUARD, value.translate(BARE))
     if isinstance(value, dict):
         return {defused(k, markers): defused(v, markers) for k, v in value.items()}
     if isinstance(value, list):
@@ -94,7 +100,8 @@ def run_template(template, chat):
 def mark_generation(template):
     """{% generation %}...{% endgeneration %} is what the assistant says: OPEN and CLOSE in it.
 
-    Two blocks in place of a tag keep what its - and + say about white space on either side."""
+    Two blocks in place of a tag keep what its - and + say about white space on either side:
+    {%- generation %} becomes {%- if 1 %}, OPEN, {% if 1 %}; and endgeneration two endif."""
     for name, tag, mark in (("generation", "if 1", OPEN), ("endgeneration", "endif", CLOSE)):
         pattern = rf"{{%([-+]?)\s*{name}\s*([-+]?)%}}"
         template = re.sub(pattern, rf"{{%\1 {tag} %}}{mark}{{% {tag} \2%}}", template)

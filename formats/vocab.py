@@ -17,7 +17,6 @@ from common import UserError, naming, read_json, read_limited, read_value, warn,
 from tokenizer import (
     BYTES,
     LARGEST_ID,
-    MOST_NAMED,
     PATTERNS,
     PRINTABLE,
     Tokenizer,
@@ -42,17 +41,22 @@ RANK_FILES |= dict.fromkeys(("r50k_base", "p50k_base", "gpt2"), "gpt2")
 LONGEST_TEMPLATE = 1 << 18  # characters; the longest in use have 20,000
 MOST_STEPS = 64  # of a component; those in use have at most ten
 MOST_GROWTH = 16  # times the characters, by all replacements together; in use it is 1
-DECODERS = set("ByteLevel Replace ByteFallback Fuse Strip Metaspace".split())
+# How tokens that are pieces become text again; the last one where a space was put before the text.
+DECODERS: list = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+]
 ANY_CLASS = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 # What tokenizer_config.json may hold: special tokens, what else is applied, and what says nothing
-# about ids (so says transformers; clean_up_tokenization_spaces changes what it decodes). Any other
+# about ids (in transformers, too; clean_up_tokenization_spaces changes what it decodes). Any other
 # key is named in a warning.
 ROLE_KEYS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-KNOWN_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
-    tokenizer_class
-
-    auto_map backend clean_up_tokenization_spaces device_map errors from_slow is_local
+APPLIED_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decoder chat_template
+    tokenizer_class""".split()
+SILENT_WORDS = """backend clean_up_tokenization_spaces device_map errors from_slow is_local
     legacy local_files_only max_length model_input_names model_max_length
     model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id
     padding padding_side processor_class return_token_type_ids sp_model_kwargs
@@ -60,7 +64,7 @@ KNOWN_WORDS = """add_bos_token add_eos_token add_prefix_space added_tokens_decod
     tokenizer_file truncation truncation_side truncation_strategy trust_remote_code
     use_default_system_prompt""".split()
 TOKEN_KEYS = set("__type content id lstrip normalized rstrip single_word special".split())
-KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *KNOWN_WORDS}
+KNOWN_KEYS = {*ROLE_KEYS, *MORE_TOKENS, *APPLIED_WORDS, *SILENT_WORDS}
 
 
 # ---- What every reader needs.
@@ -76,11 +80,11 @@ class Beside:
 
     def flag(self, key):
         """A key's true or false; None where nothing is said."""
-        return read_value(self.config, key, "tokenizer_config.json", bool)
+        return read_value(self.config, "tokenizer_config.json", key, bool)
 
 
 def find_tokenizer(folder):
-    """The vocabulary file of a folder, or None."""
+    """The vocabulary file of a folder, or None (a .tiktoken file is read by its own path alone)."""
     for name in ("tokenizer.json", "tekken.json", "tokenizer.model*", "vocab.bpe", "merges.txt"):
         for path in sorted(folder.glob(name)):
             if path.is_file():
@@ -170,10 +174,11 @@ def read_vocabulary_file(path, pattern, beside):
     data = read_limited(path)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         content = read_json(path)
-        if "config" in content and "model" not in content:
+        # of a vocab.json these are words, and their values ids
+        if isinstance(content.get("config"), dict):
             return from_tekken(content)
         merges = path.with_name("merges.txt")
-        if "model" in content or not merges.is_file():
+        if isinstance(content.get("model"), dict) or not merges.is_file():
             tokenizer = from_json(content, beside.tokens)
             tokenizer.source = data
             return tokenizer
@@ -266,25 +271,29 @@ def from_json(content, beside=()):
     normalizer = list(map(read_normalizer, flat_steps(content.get("normalizer"), "normalizers")))
     patterns, spaces, byte_level = read_pre_tokenizer(content.get("pre_tokenizer"))
     check_growth(normalizer + spaces)
-    decoders = {step["type"]: step for step in flat_steps(content.get("decoder"), "decoders")}
-    for name in decoders.keys() - DECODERS:
-        raise unsupported(f"decoder {name!r}")
+    decoders = set()
+    for step in flat_steps(content.get("decoder"), "decoders"):
+        name = step["type"]
+        if name == "Metaspace" and prepend_scheme(step) != "never":
+            name = "Strip"  # what it takes back is the first space
+        elif step not in DECODERS and name not in ("ByteLevel", "Metaspace"):
+            raise unsupported(f"decoder {str(step)[:200]}")
+        decoders.add(name)
     if byte_level:
         kind = "bytes"
-    elif model["merges"] or decoders.keys() - {"Fuse"}:
+    elif model["merges"] or decoders - {"Fuse"}:
         kind = "pieces"
     else:
         kind = "chars"
-    own = model["vocab"], model["merges"]
+    vocab, merges = model["vocab"], model["merges"]
     listed = content.get("added_tokens") or []
-    special, added = read_added(listed, beside, *own, normalizer + spaces)
-    vocab, merges = read_bpe(*own, special | added, byte_level)
+    special, added = read_added(listed, beside, vocab, merges, normalizer + spaces)
+    vocab, merges = read_bpe(vocab, merges, special | added, byte_level)
     unknown = model.get("unk_token")
     if kind == "pieces":  # bytes are used where there are any, one unknown token for a run else
         option = "byte_fallback" if "<0x00>" in vocab else "fuse_unk"
-        if unknown and not model.get(option):
+        if (unknown or option == "byte_fallback") and not model.get(option):
             raise unsupported(f"model option {option} = {model.get(option)!r}")
-    scheme = decoders.get("Metaspace", {}).get("prepend_scheme", "never")
     before, after = read_post_processor(content.get("post_processor"), special | added)
     return Tokenizer(
         kind,
@@ -295,7 +304,7 @@ def from_json(content, beside=()):
         added,
         bool(model.get("ignore_merges")),
         normalizer + spaces,
-        "Strip" in decoders or scheme != "never",
+        "Strip" in decoders,
         special.get(unknown, model["vocab"].get(unknown)),
         before=before,
         after=after,
@@ -361,18 +370,21 @@ def read_pre_tokenizer(part):
             patterns.append(text if how == "Regex" else re.escape(text))
         elif kind == "Digits":
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-        elif kind == "Metaspace":
-            space = step["replacement"]
-            if len(space) != 1 or space in "^]\\":  # it goes into a pattern
-                raise unsupported(f"a space spelled {space[:40]!r}")
-            default = "always" if step.get("add_prefix_space", True) else "never"
-            scheme = step.get("prepend_scheme", default)
-            spaces = [("replace", " ", space), ("prepend", space, scheme)]
+        elif kind == "Metaspace" and not patterns:  # after a split it would change each part
+            spaces = [("replace", " ", "▁"), ("prepend", "▁", prepend_scheme(step))]
             if step.get("split", True):
-                patterns.append(f"{space}[^{space}]*")
+                patterns.append("▁[^▁]*")
         else:
             raise unsupported(f"pre-tokenizer {kind!r} with {step}")
     return patterns, spaces, byte_level
+
+
+def prepend_scheme(metaspace):
+    """When a Metaspace step puts a ▁ before a text: "first", "always" or "never"."""
+    if metaspace["replacement"] != "▁":
+        raise unsupported(f"a space spelled {metaspace['replacement'][:40]!r}")
+    default = "always" if metaspace.get("add_prefix_space", True) else "never"
+    return metaspace.get("prepend_scheme", default)
 
 
 def read_post_processor(part, ids):
@@ -401,8 +413,6 @@ def read_added(listed, beside, vocab, merges=(), normalizer=()):
     tokens = join_added(listed, beside, vocab, merges)
     special = {}
     added = {}
-    if len(tokens) > MOST_NAMED:
-        raise UserError(f"{len(tokens):,} added tokens, more than {MOST_NAMED:,}")
     for token in tokens:
         text = token["content"]
         if not isinstance(text, str) or not text or text in special or text in added:
@@ -420,8 +430,9 @@ def read_added(listed, beside, vocab, merges=(), normalizer=()):
 def join_added(listed, beside, vocab, merges):
     """The added tokens of a tokenizer.json, then those that only the files beside it have.
 
-    Whether one is special, these say. One without an id has the vocabulary's or, as in
-    transformers, the next free one; if text becomes it anyway, it stays an ordinary token."""
+    Whether one is special, these say, where they say it. One without an id has the vocabulary's or,
+    as in transformers, the next free one; if it is a character or merges make it, then text becomes
+    it anyway, and it stays an ordinary token."""
     check_ids(vocab.values())
     joined = {token["content"]: token for token in listed}
     known = [token["id"] for token in (*listed, *beside) if isinstance(token["id"], int)]
@@ -432,7 +443,7 @@ def join_added(listed, beside, vocab, merges):
         text = token["content"]
         ordinary = len(text) == 1 or text in made
         if text in joined and token["id"] in (None, joined[text]["id"]):
-            joined[text]["special"] = token.get("special")
+            joined[text]["special"] = token.get("special", joined[text].get("special"))
         elif token["id"] is not None:
             more.append(token)
         elif not ordinary:
@@ -517,37 +528,37 @@ def post_processor(tokenizer, names):
 def text_steps(tokenizer):
     """What a tokenizer.json does to a text before its model, and to the tokens after it."""
     changes = []
+    prefix = False
     for kind, *arguments in tokenizer.normalizer:
         if kind == "replace":
-            changes.append(replace_json(*arguments))
+            old, new = arguments
+            changes.append({"type": "Replace", "pattern": {"String": old}, "content": new})
+        elif arguments[-1] == "always":  # GPT-2's space
+            prefix = True
         elif kind == "prepend":
             changes.append({"type": "Prepend", "prepend": arguments[0]})
         else:
             changes.append({"type": arguments[0]})  # NFC and its like
-    steps: dict[str, dict | None] = {"normalizer": None, "pre_tokenizer": None}
-    steps["decoder"] = {"type": "Fuse"}
+    normalizer = pre_tokenizer = None
+    decoder: dict = {"type": "Fuse"}
     if changes:
-        steps["normalizer"] = {"type": "Sequence", "normalizers": changes}
+        normalizer = {"type": "Sequence", "normalizers": changes}
     if tokenizer.kind == "bytes":
-        plain = {"type": "ByteLevel", "add_prefix_space": False}
-        byte_level = plain | {"trim_offsets": True, "use_regex": False}
+        decoder = {
+            "type": "ByteLevel",
+            "add_prefix_space": prefix,
+            "trim_offsets": True,
+            "use_regex": prefix,
+        }
         splits = []
-        for pattern in tokenizer.patterns:
+        for pattern in () if prefix else tokenizer.patterns:  # use_regex splits by GPT-2's itself
             how = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
             splits.append({"type": "Split", **how})
-        splits.append(byte_level)
-        steps["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
-        steps["decoder"] = byte_level
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, decoder]}
     if tokenizer.kind == "pieces":
-        back = [replace_json("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-        if tokenizer.strip_space:
-            back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        steps["decoder"] = {"type": "Sequence", "decoders": back}
-    return steps
-
-
-def replace_json(old, new):
-    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+        back = DECODERS if tokenizer.strip_space else DECODERS[:-1]
+        decoder = {"type": "Sequence", "decoders": back}
+    return {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder}
 
 
 # ---- GPT-2's two files.
@@ -588,7 +599,7 @@ def from_ranks(path, data, pattern, tokens):
     ranked = []
     for line in data.splitlines():
         token, rank = line.split()
-        ranked.append((base64.b64decode(token, validate=True), int(rank)))
+        ranked.append((token, int(rank)))
     added = read_added([], tokens, dict(ranked))
     return rank_tokenizer(ranked, pattern_named(pattern), *added)
 
@@ -607,7 +618,7 @@ def from_tekken(content):
     ranked = sorted(content["vocab"], key=lambda token: token["rank"])
     tokens = []
     for token in ranked[: config["default_vocab_size"] - n_special]:
-        tokens.append((base64.b64decode(token["token_bytes"]), token["rank"] + n_special))
+        tokens.append((token["token_bytes"], token["rank"] + n_special))
     tokenizer = rank_tokenizer(tokens, config["pattern"], special, {})
     if "<s>" in special:
         tokenizer.before = (special["<s>"],)
@@ -615,8 +626,8 @@ def from_tekken(content):
 
 
 def rank_tokenizer(tokens, pattern, special, added):
-    """tokens [(bytes, id)]; nothing goes round a prompt."""
-    vocab = dict(tokens)
+    """tokens [(base64, id)]; nothing goes round a prompt."""
+    vocab = {base64.b64decode(token, validate=True): i for token, i in tokens}
     missing = {bytes([b]) for b in range(256)} - vocab.keys()
     if missing or b"" in vocab or len(vocab) < len(tokens):
         raise UserError(f"no tokens for {len(missing)} of the 256 bytes, or one is empty or twice")
@@ -666,6 +677,9 @@ def from_sentencepiece(path, beside):
                 f"it encodes {probe!r} otherwise than plain BPE: unigram models and normalizers "
                 "that change the text are not supported"
             )
+    symbols = [piece for piece, i in vocab.items() if sp.get_score(i) == 0][:1024]
+    lost = [piece for piece in symbols if tokenizer.encode(piece) != sp.encode(piece)]
+    warn_of_unknown(lost, f"{path}, user-defined symbols")  # these are ordinary text here
     if beside.flag("add_prefix_space") is False:
         tokenizer = replace(tokenizer, normalizer=space_steps(False), strip_space=False)
-    return replace(tokenizer, added=added)
+    return replace(tokenizer, added=added)  # of which sp, in the probes, knows nothing

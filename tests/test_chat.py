@@ -250,6 +250,25 @@ def test_an_unknown_template_gets_content_as_it_was_typed():
     assert ids == [tok.special["<|im_start|>"], *tok.encode(typed.replace("\ufdd2", ""))]
 
 
+def test_a_special_token_of_one_character_that_is_typed_stays_text():
+    tok = Tok("<{{ messages[0].content }}|", markers=["<", "|", "<|", "|>"])
+    ids, _ = chat.render(tok, say("a<b<|>"), True)
+    assert ids == [tok.special["<"], *tok.encode("a<b<|>"), tok.special["|"]]
+
+
+def test_a_template_that_reads_a_typed_marker_is_refused():
+    tok = Tok("{{ messages[0].content.split('<|im_end|>')[0] }}")
+    assert chat.render(tok, say("a b"), True)[0] == tok.encode("a b")
+    with pytest.raises(UserError, match="a special token's name in a message"):
+        chat.render(tok, say("a<|im_end|>b"), True)
+
+
+def test_generation_tags_that_enclose_nothing_say_that_nobody_spoke():
+    tok = Tok("{{ messages[0].content }}{% if 0 %}{% generation %}{% endgeneration %}{% endif %}")
+    ids, mask = chat.render(tok, say("ab"))
+    assert mask == [False] * len(ids)
+
+
 def test_tools_and_calls_are_content_to_an_unknown_template():
     tok = Tok("<|im_start|>{{ tools | tojson }}{{ messages[-1].tool_calls[0] | tojson }}<|im_end|>")
     tools = [{"function": {"name": "f", "description": "x<|im_end|>"}}]

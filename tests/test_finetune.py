@@ -322,6 +322,8 @@ def test_text_has_its_share_of_the_rows_and_is_learned_whole(tok, base, tmp_path
     args = finetune.Args(model=str(base), text=str(path), text_share=0.25, context=64)
     pairs = encoded(tok, talks(100))
     split = Conversations([(1.0, pairs)], finetune.load_text(args, tok), 0.25)
+    few = Conversations([(1.0, pairs[:2])], split.text, 0.1)
+    assert len(few.plan(64, 1, 0).rows) == 2  # a row of text however few there are beside it
     plan = split.plan(64, 1, 0)
     of_text = [plan.row(r)[0].min() >= len(split) for r in range(len(plan.order))]
     assert sum(of_text) / len(of_text) == pytest.approx(0.25, abs=0.02)
@@ -506,8 +508,11 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
     [
         ("--data nowhere.jsonl", "nowhere.jsonl"),
         ("--data a.jsonl:x", "after the colon"),
-        ("--data a.jsonl:0", "above 0"),
+        ("--data a.jsonl:0", "none of the 38 conversations"),
         ("--data a.jsonl:nan", "above 0"),
+        ("--data a.jsonl:0.01", "none of the 38 conversations"),
+        ("--data a.jsonl --val-share 0.99", "none of the 0 conversations"),
+        ("--data a.jsonl --val-share 0", "nothing to validate on"),
         ("--data a.jsonl --val-share 1", "--val-share"),
         ("--data empty.jsonl", "empty.jsonl: nothing to train on in 0 conversations"),
         ("--data a.jsonl --batch 999", "a step takes 999"),
@@ -539,7 +544,7 @@ def test_the_help_shows_every_flag_with_its_comment():
 
 
 # ---------------------------------------------------------------------------------------- the exam
-def test_greedy_answers_are_those_of_the_plain_loop(base):
+def test_greedy_answers_are_those_of_the_plain_loop(base, capsys):
     tok, model = open_model(base, "cpu")
     prompts = [chat.render(tok, messages[:1], True)[0] for messages in talks(30, words=3)]
 
@@ -552,7 +557,8 @@ def test_greedy_answers_are_those_of_the_plain_loop(base):
         given = greedy_answers(model, tok, prompts, 12, dtype="float32")
         assert given == [plainly(prompt) for prompt in prompts]
     assert 0 < sum(ended for _, ended in given) < 30
-    assert greedy_answers(model, tok, [[7] * 200], 5) == [("", False)]  # no room for it
+    assert greedy_answers(model, tok, [[7] * 200], 5) == [("", False)]
+    assert "0 of 1: the other prompts leave no room" in capsys.readouterr().out
 
 
 def test_answering_and_evaluating_leave_training_mode_and_random_numbers_alone(base, tok):
@@ -622,4 +628,4 @@ def test_unknown_checks_are_refused(checks, message, base, tmp_path):
 @pytest.mark.parametrize("flags", [("--max-tokens", 0), ("--examples", 0)])
 def test_an_exam_of_nothing_is_refused(flags, base, tmp_path):
     told = refused(base, tmp_path, argv=exam(base, "toybox", *flags))
-    assert "--examples and --max-tokens of at least 1" in told
+    assert "{} {} must be at least 1".format(*flags) in told

@@ -68,6 +68,7 @@ def ids(B=2, T=12):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(kind):
     model = tiny()
+    model.layers[1].mlp.up_proj.weight.data[5] = 0
     before = model(ids())
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lora.apply(model, 4, 8, **KINDS[kind])
@@ -85,9 +86,12 @@ def test_a_fresh_adapter_changes_nothing_and_the_base_stays_as_it_was(kind):
 def test_merged_equals_unmerged_and_saved_equals_loaded(tmp_path, targets, kind):
     tiny().save_pretrained(tmp_path / "base")
     model = Transformer.from_pretrained(tmp_path / "base")
-    shake(lora.apply(model, 3, 8, targets, **KINDS[kind]))
+    shake(lora.apply(model, 3, 8, targets, dropout=0.5, **KINDS[kind]))
     want, off = model(ids()), tiny()(ids())
     assert (want - off).abs().max() > 0.05
+    with pytest.raises(KeyError), lora.adapter_off(model):
+        assert torch.equal(model(ids()), off)
+        raise KeyError
     lora.save_adapter(model, tmp_path / "adapter")
     again = Transformer.from_pretrained(tmp_path / "base")
     lora.load_adapter(again, tmp_path / "adapter")
@@ -357,6 +361,19 @@ def test_the_base_must_be_the_one_the_run_began_with(monkeypatch, tmp_path, base
         trained(monkeypatch, tmp_path / "base", tmp_path / "a", "--resume")
 
 
+def test_a_run_knows_the_models_context_and_where_an_answer_ends(tmp_path, base, capsys):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").unlink()
+    config = json.loads((base / "config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    data = (str(base / "chat.jsonl"),)
+    args = lora.Args(model=str(tmp_path / "base"), data=data, out=str(tmp_path / "a"))
+    args.context = 999
+    run = lora.prepare_adapter(args, None)
+    assert run.model.config.end_ids == [chat.stop_id(run.tok)]
+    assert "context  128 tokens a row, not 999" in capsys.readouterr().out
+
+
 def test_fit_prints_parts_without_weights(monkeypatch, tmp_path, capsys):
     config = Config("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, tie_word_embeddings=False)
     (tmp_path / "config.json").write_text(json.dumps(config_to_dict(config)))
@@ -387,6 +404,14 @@ def test_fit_prints_parts_without_weights(monkeypatch, tmp_path, capsys):
 def test_mistakes_on_the_command_line_are_named(monkeypatch, tmp_path, base):
     with pytest.raises(UserError, match="--quant int3: use nf4"):
         trained(monkeypatch, base, tmp_path / "a", "--quant", "int3")
+    for flags, words in (
+        (("--r", 0), "--r 0 must be at least 1"),
+        (("--alpha", 0), "--alpha 0.0 above 0"),
+        (("--lora-dropout", 1), "--lora-dropout 1.0 in"),
+        (("--targets", "query"), "--targets query: no linear layer"),
+    ):
+        with pytest.raises(UserError, match=words):  # before the data is read
+            trained(monkeypatch, base, tmp_path / "a", "--data", "nowhere.jsonl", *flags)
     shutil.copytree(base, tmp_path / "bare")
     tok = Tokenizer.load(base)
     tok.chat_template = None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -467,6 +468,16 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
         "model.surprise.weight is not part of this model",
         "model.layers.0.mlp.up_proj.weight is (5, 5), expected (64, 32)",
     )
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    shards = ["a.safetensors", "b.safetensors"]
+    for name in shards:
+        shutil.copy(folder / "model.safetensors", folder / name)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict(enumerate(shards))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "b.safetensors: ", "is in another shard too")
 
 
 def test_an_index_without_a_map_of_names_is_one_line(folder):

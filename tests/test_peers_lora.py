@@ -80,7 +80,7 @@ def test_peft_opens_our_adapter_with_equal_logits(tmp_path, kind, shape, targets
 @pytest.mark.parametrize(
     "shape,targets", [("llama", ["q_proj", "down_proj"]), ("tied", ["o_proj", "lm_head"])]
 )
-def test_our_model_opens_pefts_adapter_with_equal_logits(tmp_path, kind, shape, targets):
+def test_our_model_opens_pefts_adapter_with_equal_logits(tmp_path, kind, shape, targets, capsys):
     from peft import LoraConfig, get_peft_model
 
     tiny("llama" if shape == "tied" else shape, shape == "tied").save_pretrained(tmp_path / "base")
@@ -98,6 +98,7 @@ def test_our_model_opens_pefts_adapter_with_equal_logits(tmp_path, kind, shape, 
     peft = shake(get_peft_model(open_transformers(tmp_path / "base"), config)).eval()
     peft.save_pretrained(tmp_path / "adapter")
     model = lora.load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert "ignored" not in capsys.readouterr().err
     ids = torch.randint(61, (2, 20))
     torch.testing.assert_close(logits(model, ids), logits(peft, ids), atol=1e-5, rtol=1e-5)
     lora.save_adapter(

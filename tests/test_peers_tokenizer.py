@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,12 @@ def test_transformers_opens_a_character_tokenizer(tmp_path):
     assert AutoTokenizer.from_pretrained(str(tmp_path)).decode(ours.encode(text)) == text
 
 
-def test_transformers_opens_gpt2_that_we_save(data_dir, tmp_path):
-    ours = Tokenizer.load(data_dir / "gpt2-tokenizer" / "vocab.bpe")
+@pytest.mark.parametrize("prefix", [False, True])
+def test_transformers_opens_gpt2_that_we_save(prefix, data_dir, tmp_path):
+    shutil.copytree(data_dir / "gpt2-tokenizer", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": prefix}))
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.encode("a") == ours.encode(" a")) == prefix
     ours.save(tmp_path)
     assert_same_ids(ours, transformers_ids(tmp_path))
 

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import quant
 from common import UserError
+from engine.forward import fused_layers
 from model import Config, Transformer
 from tokenizer import Tokenizer
 
@@ -138,6 +139,13 @@ def test_what_cannot_be_one_layer_is_refused():
     ):
         with pytest.raises(UserError, match="cannot be one"):
             quant.fuse([quant.GroupLinear.from_linear(linear), other])
+
+
+def test_nf4_layers_that_end_within_a_block_are_not_fused():
+    layers = [quant.pack_linear(nn.Linear(36, n), "nf4", 64) for n in (36, 12, 12)]
+    with pytest.raises(UserError, match="cannot be one"):
+        quant.fuse(layers)
+    assert fused_layers(layers, None) == layers
 
 
 def test_gradient_through_nf4_is_that_of_its_dequantized_twin():
@@ -311,6 +319,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         (lambda: quant.quantize(small_model(), "int5"), "choose one of int8"),
         (lambda: quant.quantize(small_model(), "int4", 0), "group size 0"),
         (lambda: quant.gptq(small_model(), [ids()], bits=1), "2 to 8"),
+        (lambda: quant.gptq(small_model(), [ids()], damp=float("nan")), "damp nan from 0 to 1"),
         (lambda: quant.round_to_nearest(large, 4, 8, True), "float16's 65,504"),
         (lambda: quant.nf4_quantize(torch.ones(3, 3)), "odd number"),
     ):
@@ -325,6 +334,11 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         ("m --out m", "the model itself"),
         ("m --format int5 --out q", "int5: choose from int8"),
         ("m --out q --samples 0", "samples 0"),
+        ("m --out q --bits 9", "bits 9 must be from 2 to 8"),
+        ("m --out q --group-size 0", "group size 0"),
+        ("m --out q --format int4 --bits 4 --act-order", "nothing with --bits, --act-order"),
+        ("m --out q --format nf4 --no-sym --damp 0.1", "nf4 does nothing with --sym, --damp"),
+        ("m --out q --format int8 --group-size 64", "int8 does nothing with --group-size"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(flags, words):

@@ -1,7 +1,6 @@
 """What a format costs and buys, for quant.py: text to measure on, perplexity, divergence.
 
-`engine` and `sampling` are generate.Engine over a model and the class Sampling: this file lies
-below generate.py and gets them as arguments.
+This file lies below generate.py, and gets its classes Engine and Sampling as arguments.
 """
 
 import math
@@ -55,7 +54,7 @@ def read_rows(path, tok, count, length):
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def calibration_and_held_out(args, model, tok, make_engine, sampling):
+def calibration_and_held_out(args, model, tok, engine, sampling):
     """-> two tensors of rows (R, length), from --text, or else of the model's own making.
 
     One file serves both: its even rows calibrate, its odd rows are held out.
@@ -67,7 +66,8 @@ def calibration_and_held_out(args, model, tok, make_engine, sampling):
             f"text     the model's own (--text FILE for other): {args.samples} rows of {length} "
             f"tokens to calibrate, {args.held_out_rows} held out"
         )
-        rows = sample_rows(make_engine(), sampling, total, length, args.seed)
+        whole = engine.of(model, tok, kv_tokens=max(8192, args.length))
+        rows = sample_rows(whole, sampling, total, length, args.seed)
         return rows[: args.samples], rows[args.samples :]
     rows = read_rows(args.text, tok, total, length)
     return rows[::2][: args.samples], rows[1::2][: args.held_out_rows]
@@ -83,7 +83,7 @@ def score(model, original, rows):
         ids, targets = batch[:, :-1], batch[:, 1:]
         ours = model(ids).log_softmax(-1)  # (B, T-1, V)
         theirs = original(ids).log_softmax(-1)
-        loss -= ours.gather(2, targets[:, :, None]).double().sum().item()
+        loss -= ours.gather(2, targets[:, :, None]).cpu().double().sum().item()
         divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
     count = rows[:, 1:].numel()
     return math.exp(loss / count), divergence / count

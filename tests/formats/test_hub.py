@@ -50,6 +50,10 @@ def read(content):
         (LLAMA | {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected dict"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'"),
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        (
+            LLAMA | {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+            "500000.0 and 10000.0",
+        ),
         (LLAMA | {"model_type": ["llama"]}, "model_type is"),
         (LLAMA | {"eos_token_id": "2"}, "eos_token_id is '2', expected an id or a list"),
         (LLAMA | {"eos_token_id": 2.0}, "eos_token_id is 2.0"),
@@ -103,6 +107,20 @@ def test_null_is_the_default_and_what_published_folders_say_is_no_news():
         assert read(config_to_dict(config))[1] == ""
 
 
+def test_what_is_added_to_rope_scaling_by_hand_is_applied_or_refused():
+    """A folder of ours says rope_parameters too; readers of it must see the same."""
+    content = config_to_dict(Config())
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(UserError, match="rope_type is both 'yarn' and 'default'"):
+        read(content | {"rope_scaling": yarn})
+    content["rope_parameters"] = yarn | {"rope_theta": 1e4, "beta_fast": None}
+    assert read(content | {"rope_scaling": yarn | {"beta_fast": 16}})[0].rope["beta_fast"] == 16
+
+
+def test_code_of_its_own_that_a_folder_brings_is_named():
+    assert "ignored: 'auto_map'" in read(LLAMA | {"auto_map": {"AutoConfig": "x.Config"}})[1]
+
+
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=4) | st.just([1])
 KEYS = st.text("abcdefgh_ \n", min_size=1, max_size=12)
 
@@ -137,7 +155,7 @@ def generation(folder, **content):
 
 
 @pytest.mark.parametrize(
-    "said, ends", [([3, 5], [3, 5]), (7, 7), (None, 3), ([], []), ([2, 3, 4], [2, 3, 4])]
+    "said, ends", [([3, 5], [3, 5]), (7, 7), (None, 3), ([], []), ([2, 3, 4], [2, 3, 4]), ([99], 3)]
 )
 def test_the_ends_of_generation_are_those_of_generation_config(folder, said, ends):
     model = generation(folder, eos_token_id=said)

@@ -24,18 +24,20 @@ def test_words_hold_any_codes_of_any_length(bits):
 
 
 @pytest.mark.parametrize(
-    "zero,version,stored",
+    "zeros,version,stored",
     [
-        (8, "gptq", 0x77777777),
-        (8, "gptq_v2", 0x88888888 - (1 << 32)),
-        (0, "gptq_v2", 0),
-        (15, "gptq", 0xEEEEEEEE - (1 << 32)),
-        (1, "gptq", 0),
+        ([8], "gptq", 0x77777777),
+        ([8], "gptq_v2", 0x88888888 - (1 << 32)),
+        ([0], "gptq_v2", 0),
+        ([15], "gptq", 0xEEEEEEEE - (1 << 32)),
+        ([1], "gptq", 0),
+        ([0, 8], "gptq", 0x7F7F7F7F),
     ],
 )
-def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zero, version, stored):
+def test_version_1_stores_zero_points_less_one_and_version_2_as_they_are(zeros, version, stored):
     codes, scales = torch.randint(16, (32, 32), dtype=torch.uint8), torch.ones(32, 1)
-    layer = quant.GroupLinear(codes, scales, torch.full((32, 1), zero), 4, 32)
+    zeros = torch.tensor(zeros * (32 // len(zeros)))[:, None]
+    layer = quant.GroupLinear(codes, scales, zeros, 4, 32)
     tensors = packed.write_gptq(layer, "q", version)
     assert (tensors["q.qzeros"] == stored).all()
     config = {"bits": 4, "group_size": 32, "checkpoint_format": version}
@@ -88,6 +90,26 @@ def test_a_quantized_folder_comes_back_as_it_was(kind, format, recipe, tmp_path)
     assert torch.allclose(half(ids()), expected, rtol=0.3, atol=0.3)
 
 
+def test_a_packed_head_comes_back_as_it_was(tmp_path):
+    """As a folder of other programs may have it (lm_head: true)."""
+    model = quant.quantize(small_model(), "int4", 32)
+    model.lm_head = quant.GroupLinear.from_linear(model.lm_head, 4, 32)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert isinstance(again.lm_head, quant.GroupLinear)
+    assert torch.equal(again(ids()), model(ids()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("format", quant.FORMATS)
+def test_a_quantized_folder_is_read_onto_the_gpu(format, tmp_path):
+    model = quant.quantize(small_model(), format, 32)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path, device="cuda")
+    weight = again.layers[0].mlp.up_proj.dequantize().cpu()
+    assert torch.equal(weight, model.layers[0].mlp.up_proj.dequantize())
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_nf4_may_be_stored_under_another_type(storage, dtype, tmp_path):
@@ -132,24 +154,31 @@ def test_the_version_may_be_named_format_alone(tmp_path):
         ({"quant_method": "awq", "version": "gemm"}, "'awq' .*'gemm'"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
         ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ("int4", "quantization_config is 'int4', expected dict"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, change, words):
     quant.quantize(small_model(), "int4", 32).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] |= change
+    config["quantization_config"] = (
+        config["quantization_config"] | change if isinstance(change, dict) else change
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         Transformer.from_pretrained(tmp_path)
 
 
-def test_groups_that_are_not_of_the_stated_size_are_refused():
+def test_groups_of_another_size_and_tensors_of_another_type_are_refused():
     layer = quant.GroupLinear.from_linear(nn.Linear(64, 32), 4, 32)
-    tensors = packed.write_gptq(layer, "q", "gptq")
-    tensors["q.g_idx"] = torch.zeros(64, dtype=torch.int32)
+    good = packed.write_gptq(layer, "q", "gptq")
     config = {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
-    with pytest.raises(UserError, match="2 groups of 32"):
-        packed.read_gptq(tensors, "q", (32, 64), config)
+    for change, words in (
+        ({"q.g_idx": torch.zeros(64, dtype=torch.int32)}, "2 groups of 32"),
+        ({"q.qzeros": good["q.qzeros"].float()}, "q.qzeros holds torch.float32"),
+        ({"q.scales": good["q.scales"].int()}, "q.scales holds torch.int32"),
+    ):
+        with pytest.raises(UserError, match=words):
+            packed.read_gptq(good | change, "q", (32, 64), config)
 
 
 def test_damaged_bitsandbytes_statistics_are_refused():

@@ -37,8 +37,9 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path):
         ("use_rslora", "false", "use_rslora 'false'"),
         ("alpha_pattern", {"(": 3}, "alpha_pattern"),
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern"),
-        ("alpha_pattern", {f"q{i}": 3 for i in range(10**4)}, "4,097 keys"),
+        ("alpha_pattern", {f"q{i}": 3 for i in range(10**4)}, "10,000 keys"),
         ("alpha_pattern", 5, "alpha_pattern"),
+        ("alpha_pattern", {"(?:(?:.|..|...)*(?:.|..)*)*[A-Z]": 3}, "alpha_pattern .*timed out"),
         ("lora_dropout", 1e30, "lora_dropout is 1e"),
         ("lora_alpha", float("nan"), "lora_alpha is nan"),
         ("r", 10**12, "r is 1000000000000"),
@@ -51,6 +52,15 @@ def test_what_is_not_plain_lora_is_refused(tmp_path, key, value, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
     with within(), pytest.raises(UserError, match=message):
         lora.load_adapter(tiny(), tmp_path)
+
+
+def test_what_an_adapter_asks_for_in_vain_is_named(tmp_path, capsys):
+    lora.save_adapter(lora.apply(tiny(), 4, 8), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config |= {"scale_more": 2, "velora_config": None, "layers_pattern": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lora.load_adapter(tiny(), tmp_path)
+    assert capsys.readouterr().err.endswith("adapter_config.json: ignored: 'scale_more'\n")
 
 
 def test_a_pattern_that_takes_re_for_ever_is_matched_at_once(tmp_path):

@@ -26,9 +26,9 @@ def write(folder, **files):
     return folder
 
 
-def merges_folder(folder, change=lambda merges: merges, **files):
+def merges_folder(folder, change=lambda merges: merges, texts=TEXTS, **files):
     """vocab.json and merges.txt of a byte-level BPE without special tokens, and files beside."""
-    tok = Tokenizer.train(TEXTS, 280, "gpt2", special_tokens=[])
+    tok = Tokenizer.train(texts, 280, "gpt2", special_tokens=[])
     model = to_json(tok)["model"]
     write(folder, vocab=model["vocab"], **files)
     text = change("".join(merge + "\n" for merge in model["merges"]))
@@ -56,6 +56,21 @@ def test_merges_are_read_however_they_are_written(tmp_path, change):
     tok = Tokenizer.load(tmp_path)
     assert ids_of(tok) == ids_of(plain)
     assert Tokenizer.load(tmp_path / "vocab.json").sha256 == tok.sha256
+
+
+def test_a_vocab_json_may_have_the_words_model_and_config(tmp_path):
+    """As GPT-2's has: they do not make a tokenizer.json or a tekken.json of it."""
+    plain = merges_folder(tmp_path, texts=["model\nconfig\n" * 9])
+    assert {b"model", b"config"} <= plain.vocab.keys()
+    assert ids_of(Tokenizer.load(tmp_path / "vocab.json")) == ids_of(plain)
+
+
+def test_a_space_before_every_text_is_saved(tmp_path):
+    merges_folder(tmp_path, tokenizer_config={"add_prefix_space": True})
+    tok = Tokenizer.load(tmp_path)
+    assert tok.encode("(foo)") == tok.encode(" (foo)") != tok.encode("  (foo)")
+    tok.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").sha256 == tok.sha256
 
 
 def test_of_a_merge_that_is_listed_twice_the_last_place_counts(tmp_path):
@@ -180,19 +195,65 @@ def test_what_goes_round_a_prompt_is_what_the_files_say(tmp_path):
         assert Tokenizer.load(tmp_path / "again").encode_prompt("(foo)") == before + plain + behind
 
 
+def test_what_tokenizer_json_says_is_special_stays_so_if_another_file_lists_it_without_a_word(
+    tmp_path,
+):
+    tok = Tokenizer.load(write(tmp_path, **with_bos(), added_tokens={"<EOS>": 3}))
+    assert tok.special["<EOS>"] == 3 and 3 not in tok.encode("<EOS>")
+
+
+def pieces_json(**more):
+    """A tokenizer.json of pieces; more: {token: id} besides."""
+    vocab = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3} | more
+    tok = Tokenizer("pieces", vocab, {(1, 2): (0, 3)}, normalizer=[("replace", " ", "▁")])
+    return to_json(tok)
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
 @pytest.mark.parametrize("option", ["byte_fallback", "fuse_unk"])
-def test_unknown_characters_that_would_get_other_ids_are_refused(tmp_path, option):
+def test_unknown_characters_that_would_get_other_ids_are_refused(tmp_path, option, unknown):
     """An unknown token each, or in place of bytes that are there."""
-    vocab = {"<unk>": 0, "\u2581": 1, "a": 2, "\u2581a": 3}
-    if option == "byte_fallback":
-        vocab |= {f"<0x{b:02X}>": 4 + b for b in range(256)}
-    tok = Tokenizer("pieces", vocab, {(1, 2): (0, 3)}, normalizer=[("replace", " ", "\u2581")])
-    content = to_json(tok)
-    content["model"] |= {"unk_token": "<unk>", option: False}
-    with pytest.raises(UserError, match=f"{option} = False is not supported"):
-        Tokenizer.load(write(tmp_path, tokenizer=content))
+    byte_tokens = {f"<0x{b:02X}>": 4 + b for b in range(256)}
+    content = pieces_json(**byte_tokens if option == "byte_fallback" else {})
+    content["model"] |= {"unk_token": unknown, option: False}
+    if unknown or option == "byte_fallback":
+        with pytest.raises(UserError, match=f"{option} = False is not supported"):
+            Tokenizer.load(write(tmp_path, tokenizer=content))
     content["model"][option] = True
     assert Tokenizer.load(write(tmp_path, tokenizer=content)).encode("a a") == [2, 3]
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁"}
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({}, "a a"),
+        ({"add_prefix_space": True}, "a a"),
+        ({"add_prefix_space": False}, " a a"),
+        ({"prepend_scheme": "first", "split": False}, "a a"),
+        ({"prepend_scheme": "never"}, " a a"),
+    ],
+)
+def test_a_metaspace_takes_the_first_space_back_if_it_puts_one(more, text, tmp_path):
+    content = pieces_json() | {"decoder": METASPACE | more}
+    assert Tokenizer.load(write(tmp_path, tokenizer=content)).decode([3, 3]) == text
+
+
+@pytest.mark.parametrize(
+    "part, step",
+    [
+        ("decoder", METASPACE | {"replacement": "_"}),
+        ("pre_tokenizer", METASPACE | {"replacement": "."}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, METASPACE]}),
+        ("decoder", {"type": "Replace", "pattern": {"String": "▁"}, "content": "-"}),
+        ("decoder", {"type": "Strip", "content": " ", "start": 0, "stop": 1}),
+    ],
+)
+def test_what_happens_to_spaces_otherwise_than_here_is_refused(part, step, tmp_path):
+    with pytest.raises(UserError, match="is not supported"):
+        Tokenizer.load(write(tmp_path, tokenizer=pieces_json() | {part: step}))
 
 
 def test_special_tokens_of_tekken_have_the_ids_of_their_ranks(tmp_path):
@@ -207,6 +268,9 @@ def test_special_tokens_of_tekken_have_the_ids_of_their_ranks(tmp_path):
     tok = Tokenizer.load(write(tmp_path, tekken=content))
     assert named.items() <= tok.special.items() and tok.special["<SPECIAL_3>"] == 3
     assert tok.encode_prompt("a") == [1, 6 + ord("a")]
+    vocab[97]["token_bytes"] = "Y!Q=="  # "a", if what is not base64 does not count
+    with pytest.raises(UserError, match="base64"):
+        Tokenizer.load(write(tmp_path, tekken=content))
 
 
 def test_a_token_round_a_prompt_that_has_another_id_there_is_refused(tmp_path):
@@ -233,6 +297,28 @@ def test_a_sentencepiece_model_is_known_by_its_content(tmp_path, data_dir):
     assert expected.encode_prompt("a")[0] == expected.bos_id  # as llama.cpp does it
     write(tmp_path, tokenizer_config={"add_bos_token": False, "add_prefix_space": False})
     assert Tokenizer.load(tmp_path).encode_prompt("a") == [expected.vocab["a"]]
+
+
+def test_user_defined_symbols_of_sentencepiece_that_stay_ordinary_text_are_named(tmp_path, capsys):
+    from sentencepiece import SentencePieceTrainer
+
+    (tmp_path / "text").write_text("to be or not to be that is the question\n" * 99)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<sep>", "\n", "<bos>"],
+        minloglevel=3,
+    )
+    write(tmp_path, tokenizer_config={"bos_token": "<bos>"})
+    tok = Tokenizer.load(tmp_path)
+    assert "user-defined symbols: ignored: '<sep>'\n" in capsys.readouterr().err
+    assert tok.decode(tok.encode("a<sep>b\n")) == "a<sep>b\n" and "<bos>" in tok.special
 
 
 def test_the_template_in_a_file_of_its_own_goes_first_and_is_saved_in_the_config(tmp_path):
