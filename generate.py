@@ -664,12 +664,9 @@ def print_answer(engine, prompt, sampling, adapter):
             print(delta.text, end="", flush=True)
             answer.add(delta)
     print()
-    if answer.error:
-        print(f"[{answer.error}]", file=sys.stderr)
-    first = first or begin
     count = len(answer.token_ids)
     speed = (count - 1) / (time.monotonic() - first) if count > 1 else 0
-    ended = f"{count} tokens ({answer.finish_reason})"
+    ended = f"{count} tokens ({answer.error or answer.finish_reason})"
     print(f"[{ended}, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
     return answer.text
 

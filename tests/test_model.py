@@ -113,6 +113,22 @@ def test_sliding_window_hides_what_is_far():
     assert mask[9].nonzero()[:, 0].tolist() == [7, 8, 9]
 
 
+def test_a_text_may_begin_at_any_position():
+    """RoPE turns all of it by the same angle, and the window counts from wherever the query is."""
+    model = random_model(SHAPES["first slides"])
+    ids = tokens(1, 20)
+    with torch.no_grad():
+        later = model(ids, positions=torch.arange(30, 50))
+        assert torch.allclose(later, model(ids), atol=1e-4)
+
+
+def test_only_layers_that_slide_need_a_mask_of_a_plain_text():
+    model = random_model(SHAPES["first slides"])
+    full, sliding = model.masks(20, 0, None, torch.arange(20))
+    assert full is None and sliding.shape == (20, 20)
+    assert model.masks(8, 0, None, torch.arange(8)) == (None, None)
+
+
 def test_packed_documents_do_not_see_each_other(model):
     a, b = tokens(1, 12, 1), tokens(1, 20, 2)
     docs = torch.tensor([[0] * 12 + [1] * 20])
@@ -190,6 +206,13 @@ def test_a_rotation_is_a_product_of_complex_numbers():
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(()), angle)[:, None]
     expected = torch.cat((turned.real, turned.imag), -1)
     assert torch.allclose(rotate(x, cos, sin), expected, atol=1e-6)
+
+
+def test_a_model_in_16_bits_turns_by_the_same_angles():
+    model = Transformer(Config(head_dim=64))
+    position = torch.tensor([5000])
+    exact = model.cos_and_sin(position)
+    assert all(map(torch.equal, model.bfloat16().cos_and_sin(position), exact))
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
@@ -298,11 +321,11 @@ def shares(logits, temperature=1.0, top_k=0):
     return torch.bincount(torch.tensor(draws), minlength=len(logits)) / 4000
 
 
-@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-46, 1e-40])
-def test_a_temperature_that_float32_does_not_have_is_greedy(temperature):
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-46, 1e-40, 1e-38])
+def test_a_temperature_next_to_nothing_is_greedy(temperature):
     from engine.sampler import Sampling, SamplingRow, draw_tokens
 
-    logits = torch.tensor([0.1, 2.0, 1.9, -torch.inf])
+    logits = torch.tensor([0.1, 9.0, 8.9, -torch.inf])
     assert draw(logits, temperature, 0, torch.Generator()) == 1
     row = SamplingRow(Sampling(temperature=temperature, top_p=0.9))
     tokens, failed = draw_tokens(logits[None].clone(), [row], torch.tensor([0.99]))
@@ -335,6 +358,11 @@ def test_text_goes_on_past_the_context(short):
     assert len(new) == 60
     with torch.no_grad():
         assert new[5] == short(torch.tensor([ids + new[:5]]))[0, -1].argmax().item()
+
+
+def test_a_context_of_one_token_goes_on_too():
+    bigram = random_model(Config("qwen3", 50, 16, 32, 1, 2, 2, 8, 1))
+    assert len(list(bigram.generate([1, 2, 3], 5))) == 5
 
 
 def test_generation_stops_at_the_end_of_text(short):
@@ -570,6 +598,13 @@ def test_chunked_cross_entropy_equals_plain_in_value_and_gradients(rows, monkeyp
         assert abs(cross_entropy_sum(hidden, weight, targets) - results[0][0]) < 1e-3
 
 
+def test_a_target_that_is_no_id_is_refused_in_chunks_too(monkeypatch):
+    for at_once in (100, 15):
+        monkeypatch.setattr("model.LOGITS_AT_ONCE", at_once)
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            cross_entropy_sum(torch.randn(8, 4), torch.randn(5, 4), torch.full((8,), -1))
+
+
 def test_a_batch_without_targets_costs_nothing(monkeypatch):
     hidden = torch.randn(8, 4, requires_grad=True)
     weight = torch.randn(5, 4, requires_grad=True)
@@ -580,12 +615,15 @@ def test_a_batch_without_targets_costs_nothing(monkeypatch):
         assert loss == 0 and hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
 
 
-def test_recomputed_activations_change_no_gradient(model):
+def test_recomputed_activations_change_no_gradient_and_no_text(model):
     ids = tokens(2, 30)
     grads = []
+    texts = []
     for recompute in (False, True):
         model.train().recompute = recompute
         model.zero_grad()
         model(ids, ids).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
+        texts.append(list(model.generate([1, 2, 3], 9, temperature=0)))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert texts[0] == texts[1]
