@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import UserError, cli, file_rows, parse_flags, read_json  # isort: skip
+from common import STUMBLES, UserError, cli, file_rows, parse_flags, read_json  # isort: skip
 
 import torch
 
@@ -54,7 +54,7 @@ READ_TOKENS = 256  # of a text that is only read, between two steps at most
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load_engine_model(folder, device="auto", dtype="auto"):
+def load_engine_model(folder, device, dtype):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
     On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of
@@ -74,11 +74,6 @@ def load_engine_model(folder, device="auto", dtype="auto"):
     else:
         model = Transformer.from_pretrained(folder, where, None if where.type == "cpu" else weights)
         tok = Tokenizer.load(folder) if find_tokenizer(folder) else None
-    if tok and tok.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tok.vocab_size:,} ids, "
-            f"the model only {model.config.vocab_size:,}"
-        )
     if not alone:
         shard_model(model, runtime, weights)
     return model, tok, runtime
@@ -139,14 +134,21 @@ class Engine:
         loaded=None,  # what load_engine_model returns, in place of the folder
     ):
         model, self.tok, runtime = loaded or load_engine_model(folder, device, dtype)
+        self.config = model.config
+        # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
+        self.vocab_size = (self.tok or self.config).vocab_size
+        if self.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size:,} ids, the model only "
+                f"{self.config.vocab_size:,}"
+            )
         tensors = read_adapter_tensors(adapters, model, runtime)
         self.runner = Runner(model, runtime, quant, kv_dtype, block_size, tensors)
-        self.config = model.config
         del model  # its weights are packed, and the cache may take their room
         context = self.config.max_position_embeddings
-        usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
-        max_seqs = max_seqs or usual[0]
-        step_tokens = step_tokens or usual[1]
+        usual_seqs, usual_tokens = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
+        max_seqs = max_seqs or usual_seqs
+        step_tokens = step_tokens or usual_tokens
         blocks = pool_size(self.runner, kv_tokens, max_seqs, context)
         self.runner.allocate(blocks, max_seqs)
         if runtime.rank:
@@ -155,10 +157,6 @@ class Engine:
         self.scheduler = Scheduler(
             blocks, block_size, max_seqs, step_tokens, draft_tokens, prefix_cache
         )
-        # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
-        self.vocab_size = self.config.vocab_size
-        if self.tok:
-            self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
         self.eos = frozenset(self.config.end_ids)
         given = self.config.generation
         self.sampling_defaults = {k: given[k] for k in SAMPLING_KEYS if given.get(k) is not None}
@@ -204,8 +202,7 @@ class Engine:
             return self.tok.encode_prompt(prompt)
         for i in prompt:
             if type(i) is not int or not 0 <= i < self.vocab_size:
-                last = self.vocab_size - 1
-                raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
+                raise UserError(f"token id {i!r} is not one of this model's {self.vocab_size:,}")
         return prompt
 
     def submit(self, prompt, sampling, request_id=None, adapter=None):
@@ -274,7 +271,6 @@ class Engine:
         self.outbox = []
         with quiet_torch(self.runner.native):
             launched = self.launched or self.launch()
-            self.launched = None
             if launched:
                 self.count_computed(launched.plan)
                 self.launched = self.launch_next(launched)
@@ -289,10 +285,12 @@ class Engine:
     def launch(self):
         """Schedule a step and start to compute it -> Launched, or None where nothing is to do."""
         plan = self.scheduler.schedule()
-        if not plan:
-            return None
-        self.propose(plan)
-        return self.compute(plan)
+        for seq, n in plan.items():
+            # A decode's n is 1 and the room for a draft: no more is guessed, nor beyond the end.
+            room = min(n - 1, seq.full - len(seq.ids) - 1)
+            if room > 0 and seq.remaining == 1 and seq.constraint is None:
+                seq.draft = lookup_draft(seq.ids, room)
+        return self.compute(plan) if plan else None
 
     def launch_next(self, launched):
         """The step after one whose tokens only the device knows -> Launched, or None.
@@ -317,14 +315,6 @@ class Engine:
         if not plan:
             return None
         return self.compute(plan, launched.tokens[sent(torch.tensor(rows), self.runner.device)])
-
-    def propose(self, plan):
-        """Guess what comes next in each sequence, no more than the plan has room for: a decode's n
-        is 1 and that room."""
-        for seq, n in plan.items():
-            room = min(n - 1, seq.full - len(seq.ids) - 1)
-            if room > 0 and seq.remaining == 1 and seq.constraint is None:
-                seq.draft = lookup_draft(seq.ids, room)
 
     def compute(self, plan, ids=None):
         """Run the plan's tokens and draw those that come next -> Launched.
@@ -738,7 +728,7 @@ def answered_lines(path):
                 number = row["line"]
                 if "error" not in row:
                     done.add(number)
-            except (ValueError, KeyError, TypeError):
+            except STUMBLES:
                 raise UserError(
                     f"{path}: not answers of a batch; give --out another name"
                 ) from None
@@ -749,8 +739,11 @@ def answered_lines(path):
 
 def answer_row(answer):
     """An Output as a line of the batch's answers has it."""
-    row = {"text": answer.text, "tokens": len(answer.token_ids)}
-    row["finish_reason"] = answer.finish_reason
+    row = {
+        "text": answer.text,
+        "tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+    }
     if answer.logprobs:
         row["logprobs"] = [vars(token) for token in answer.logprobs]
     if answer.error:
@@ -819,10 +812,9 @@ def run_batch(engine, args, sampling):
 def main():
     typed = parse_flags(Args, __doc__, positional=("model", "prompt"))
     args = Args(**typed)
-    if args.batch and ("prompt" in typed or args.chat):
-        raise UserError("--batch takes the prompts from its file: leave out --chat and the prompt")
-    if not args.batch and (args.out or args.ignore_keys):
-        raise UserError("--out and --ignore-keys go with --batch FILE: give it, or leave them out")
+    unread = {"prompt", "chat"} if args.batch else {"out", "ignore_keys"}
+    if unread & typed.keys():
+        raise UserError("--out and --ignore-keys go with --batch, a prompt and --chat without it")
     adapters = {args.adapter: args.adapter} if args.adapter else {}
     engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
     defaults = {k: v for k, v in engine.sampling_defaults.items() if k not in typed}

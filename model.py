@@ -449,8 +449,7 @@ class Transformer(nn.Module):
         if config.is_gpt2:
             self.embed_positions = embedding(config.max_position_embeddings, C)
         else:
-            frequency, self.rope_scale = rope_frequencies(config)
-            self.register_buffer("rope_frequency", frequency, persistent=False)  # (D/2,)
+            self.rope_frequency, self.rope_scale = rope_frequencies(config)  # (D/2,), a number
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
@@ -488,8 +487,8 @@ class Transformer(nn.Module):
 
     # -------------------------------------------------------------------------------------- forward
     def _apply(self, fn, recurse=True):
-        """As torch's, but model.bfloat16() leaves the rotary frequencies as they are: rounded to 16
-        bits they would turn position 5,000 by quite another angle."""
+        """What moves a module or changes its dtype; the rotary frequencies move, and stay float32.
+        As a buffer model.bfloat16() would round them, and turn position 5,000 by another angle."""
         super()._apply(fn, recurse)
         if not self.config.is_gpt2:
             frequency, _ = rope_frequencies(self.config)
@@ -530,22 +529,20 @@ class Transformer(nn.Module):
         c = self.config
         slides = c.sliding_layers and past + T > c.sliding_window
         plain = docs is None and (past == 0 or T == 1)
-        if plain and not slides:
-            return None, None
         blocks = docs is not None and docs.is_cuda and c.flex
         if blocks and (c.dropout or c.head_dim < FLEX_HEAD_DIM):
             why = f"it needs dropout 0 (here {c.dropout:g}) and heads of at least {FLEX_HEAD_DIM}"
             give_up_flex(c, f"{why} channels (here {c.head_dim})")
             blocks = False
-        keys_at = positions
-        if docs is None:  # wherever the text begins, its keys are as far apart as their rows
-            keys_at = torch.arange(past + T, device=positions.device)
-            positions = keys_at[past:]
 
         def mask(window):
             if blocks:
                 return block_mask(positions, window, docs)
-            return attention_mask(positions, keys_at, window, docs)
+            if docs is not None:
+                return attention_mask(positions, positions, window, docs)
+            # Wherever a text begins, its keys are as far apart as their rows.
+            keys_at = torch.arange(past + T, device=positions.device)
+            return attention_mask(keys_at[past:], keys_at, window)
 
         full = None if plain else mask(None)
         sliding = mask(c.sliding_window) if slides else full
@@ -580,18 +577,16 @@ class Transformer(nn.Module):
             return self.lm_head(hidden).float()
         if per_token:
             return token_losses(hidden, self.lm_head, targets)
-        hidden = hidden.flatten(0, 1)  # (B, T, C) -> (B*T, C)
-        # An adapted head has the `weight` that it stands for, too (lora.LoRALinear).
-        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
+        # (B, T, C) -> (B*T, C). An adapted head has the `weight` that it stands for, too.
+        return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.inference_mode()
-    def generate(self, ids, max_tokens, temperature=0.8, top_k=0, seed=0, vocab_size=None):
+    def generate(self, ids, max_tokens, temperature=0.8, top_k=0, seed=0):
         """Continue one list of token ids -> iterator of new ids, to the end of text or max_tokens.
 
         This plain loop defines what the batched engine computes. temperature 0 takes the likeliest
-        token; top_k > 0 draws among the k likeliest only; vocab_size is the tokenizer's, where the
-        model has rows for more ids than mean something. When the context is full, its older half is
-        forgotten and the rest read again. In train mode dropout is at work.
+        token; top_k > 0 draws among the k likeliest only. When the context is full, its older half
+        is forgotten and the rest read again. In train mode dropout is at work.
         """
         if not ids:
             raise UserError("the prompt has no tokens; give at least one character")
@@ -609,7 +604,7 @@ class Transformer(nn.Module):
                 caches = self.empty_caches(most)
             hidden = self.hidden(torch.tensor([unread], device=device), caches=caches)  # (1, T, C)
             logits = self.lm_head(hidden[0, -1]).float()  # (V,): of the last position only
-            token = draw(logits[:vocab_size], temperature, top_k, generator)
+            token = draw(logits, temperature, top_k, generator)
             if token in c.end_ids:
                 return
             yield token
