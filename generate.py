@@ -222,7 +222,8 @@ class Engine:
             )
         if sampling.stop and self.tok is None:
             raise UserError("stop strings need a tokenizer; this model folder has none")
-        request_id = next(self.arrivals) if request_id is None else request_id
+        if request_id is None:
+            request_id = next(self.arrivals)
         if request_id in self.requests:
             raise UserError(f"request id {request_id!r} is in use")
         ends = frozenset(sampling.stop_ids)
@@ -656,8 +657,11 @@ def print_answer(engine, prompt, sampling, adapter):
     print()
     count = len(answer.token_ids)
     speed = (count - 1) / (time.monotonic() - first) if count > 1 else 0
-    ended = f"{count} tokens ({answer.error or answer.finish_reason})"
-    print(f"[{ended}, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
+    print(
+        f"[{count} tokens ({answer.error or answer.finish_reason}), "
+        f"{speed:.0f} tok/s after {first - begin:.2f} s]",
+        file=sys.stderr,
+    )
     return answer.text
 
 
@@ -720,14 +724,13 @@ def answered_lines(path):
     with open(path, "ab+") as file:
         file.seek(0)
         for line in file:
-            ours = b'{"line": '.startswith(line[:9])  # as `write` below begins a row
-            if ours and not line.endswith(b"\n"):
+            # Half a line begins as `write` below begins a row, or the file is somebody else's.
+            if b'{"line": '.startswith(line[:9]) and not line.endswith(b"\n"):
                 break
             try:
                 row = json.loads(line)
-                number = row["line"]
                 if "error" not in row:
-                    done.add(number)
+                    done.add(row["line"])
             except STUMBLES:
                 raise UserError(
                     f"{path}: not answers of a batch; give --out another name"
@@ -767,12 +770,11 @@ def run_batch(engine, args, sampling):
     asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,
-        tqdm(total=total + len(done), initial=len(done), unit="answer", disable=None) as bar,
+        tqdm(total=total, unit="answer", disable=None) as bar,
     ):
 
         def write(number, **row):
-            row = {"line": number, **row, "seconds": round(time.monotonic() - begin, 3)}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps({"line": number, **row}, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
 
@@ -803,7 +805,7 @@ def run_batch(engine, args, sampling):
     tokens = engine.stats()["generated_tokens"]
     seconds = time.monotonic() - begin
     print(
-        f"wrote    {args.out}: {total - errors:,} answers, {errors:,} errors, "
+        f"wrote    {args.out}: {total:,} lines, {errors:,} with errors, "
         f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tok/s"
     )
 

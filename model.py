@@ -20,7 +20,6 @@ from common import UserError, first_words
 from runtime import onednn_is_faster
 
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
-FLEX_HEAD_DIM = 16  # the smallest that FlexAttention does
 
 
 @dataclass
@@ -56,7 +55,9 @@ class Config:
     def end_ids(self):
         """The ids that end a text, as a list whatever eos_token_id is."""
         ends = self.eos_token_id
-        return [i for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
+        if ends is None:
+            return []
+        return ends if isinstance(ends, list) else [ends]
 
     @property
     def is_gpt2(self):
@@ -159,12 +160,13 @@ def visible(gap, window=None, query_doc=None, key_doc=None):
     return seen
 
 
-def attention_mask(query_at, key_at, window=None, docs=None):
-    """Which keys each query may see, True where it may: (Tq, Tk), or (B, 1, T, T) with docs (B, T).
+def attention_mask(positions, window=None, docs=None, past=0):
+    """Which keys each query may see, True where it may: (T, past + T), or (B, 1, T, T) with docs.
 
-    query_at (Tq,), key_at (Tk,) are positions; with docs they may be (B, T), the same for both.
+    positions (past + T,) are those of the keys, of which the last T are queries, too; with docs
+    (B, T) they may be (B, T).
     """
-    gap = query_at[..., None] - key_at[..., None, :]  # (Tq, Tk) or (B, T, T)
+    gap = positions[..., past:, None] - positions[..., None, :]  # (T, past + T) or (B, T, T)
     if docs is None:
         return visible(gap, window)
     gap = gap.unsqueeze(-3)  # (1, T, T) or (B, 1, T, T): one mask for all heads
@@ -499,10 +501,12 @@ class Transformer(nn.Module):
         """What the first block reads: x (B, T, C), (cos, sin) or None, and the masks of `masks`."""
         c = self.config
         T = ids.size(1)
-        context = c.max_position_embeddings
         if positions is None:
-            if past + T > context:
-                raise UserError(f"{past + T:,} tokens, but this model's context is {context:,}")
+            if past + T > c.max_position_embeddings:
+                raise UserError(
+                    f"{past + T:,} tokens, but this model's context is "
+                    f"{c.max_position_embeddings:,}"
+                )
             positions = torch.arange(past, past + T, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
         rope = None
@@ -530,19 +534,17 @@ class Transformer(nn.Module):
         slides = c.sliding_layers and past + T > c.sliding_window
         plain = docs is None and (past == 0 or T == 1)
         blocks = docs is not None and docs.is_cuda and c.flex
-        if blocks and (c.dropout or c.head_dim < FLEX_HEAD_DIM):
-            why = f"it needs dropout 0 (here {c.dropout:g}) and heads of at least {FLEX_HEAD_DIM}"
-            give_up_flex(c, f"{why} channels (here {c.head_dim})")
+        if blocks and (c.dropout or c.head_dim < 16):
+            give_up_flex(c, f"it has no dropout ({c.dropout:g}), no heads below 16 ({c.head_dim})")
             blocks = False
 
         def mask(window):
             if blocks:
                 return block_mask(positions, window, docs)
-            if docs is not None:
-                return attention_mask(positions, positions, window, docs)
-            # Wherever a text begins, its keys are as far apart as their rows.
-            keys_at = torch.arange(past + T, device=positions.device)
-            return attention_mask(keys_at[past:], keys_at, window)
+            at = positions
+            if docs is None:  # wherever a text begins, its keys are as far apart as their rows
+                at = torch.arange(past + T, device=positions.device)
+            return attention_mask(at, window, docs, past)
 
         full = None if plain else mask(None)
         sliding = mask(c.sliding_window) if slides else full
@@ -611,10 +613,10 @@ class Transformer(nn.Module):
             ids.append(token)
             unread = [token]
 
-    def empty_caches(self, most, B=1):
-        """A KVCache for each layer, for B texts of up to `most` tokens."""
+    def empty_caches(self, most):
+        """A KVCache for each layer, for a text of up to `most` tokens."""
         c = self.config
-        shape = 2, B, c.num_key_value_heads, most, c.head_dim
+        shape = 2, 1, c.num_key_value_heads, most, c.head_dim
         return [KVCache(self.embed_tokens.weight.new_empty(shape)) for _ in self.layers]
 
     # ----------------------------------------------------------------------------------- accounting
