@@ -708,7 +708,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         total = 0.0
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # where it is needed (V, C) float32: half a GB of a 7B model
+        grad_weight = None  # (V, C) float32, half a GB of a 7B model; a frozen head has none
         for i in range(0, len(hidden), rows):
             h = hidden[i : i + rows].to(dtype)  # (rows, C)
             t = targets[i : i + rows, None]  # (rows, 1)
