@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import UserError, cli, file_rows, parse_flags, read_json  # isort: skip
+from common import STUMBLES, UserError, cli, file_rows, parse_flags, read_json  # isort: skip
 
 import torch
 
@@ -54,31 +54,26 @@ READ_TOKENS = 256  # of a text that is only read, between two steps at most
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load_engine_model(folder, device="auto", dtype="auto"):
+def load_engine_model(folder, device, dtype):
     """A model folder or .gguf file -> (Transformer, Tokenizer or None, Runtime).
 
     On the CPU a folder's weights stay in the file, in its type, until a Runner packs them. Of
     several ranks (torchrun) each gets its shard.
     """
     folder = Path(folder)
-    runtime = resolve(device, dtype, "off")
+    runtime = resolve(device, dtype, compile="off")
     on_cpu = runtime.device.type == "cpu"
     alone = runtime.world == 1
     # Several ranks map a folder's files, and bring into memory only what they keep.
-    place = runtime.device if alone else torch.device("cpu")
+    where = runtime.device if alone else torch.device("cpu")
     weights = torch.float32 if on_cpu else runtime.dtype
     if folder.suffix == ".gguf" or folder.is_file():
         from formats import gguf
 
-        model, tok = gguf.load(folder, place, weights, keep_packed=on_cpu and alone)
+        model, tok = gguf.load(folder, where, weights, keep_packed=on_cpu and alone)
     else:
-        model = Transformer.from_pretrained(folder, place, None if place.type == "cpu" else weights)
+        model = Transformer.from_pretrained(folder, where, None if where.type == "cpu" else weights)
         tok = Tokenizer.load(folder) if find_tokenizer(folder) else None
-    if tok and tok.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tok.vocab_size:,} ids, "
-            f"the model only {model.config.vocab_size:,}"
-        )
     if not alone:
         shard_model(model, runtime, weights)
     return model, tok, runtime
@@ -107,8 +102,10 @@ def read_adapter_tensors(folders, model, runtime):
 class Launched:
     """A step that the device has been told to compute."""
 
-    plan: dict  # {sequence: its tokens in this step}
-    owners: list  # the sequences that get a token
+    plan: dict  # {sequence: its tokens in this step, drafts included}
+    # The sequences that get a token. One that has no blocks any more when the token is looked at
+    # has ended, or was cancelled, after the launch.
+    owners: list
     drawn: Any  # an iterator over what `extend` takes, which waits for the device
     tokens: Any  # the same ids where the device has them, for the next step
 
@@ -137,36 +134,39 @@ class Engine:
         loaded=None,  # what load_engine_model returns, in place of the folder
     ):
         model, self.tok, runtime = loaded or load_engine_model(folder, device, dtype)
+        self.config = model.config
+        # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
+        self.vocab_size = (self.tok or self.config).vocab_size
+        if self.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size:,} ids, the model only "
+                f"{self.config.vocab_size:,}"
+            )
         tensors = read_adapter_tensors(adapters, model, runtime)
         self.runner = Runner(model, runtime, quant, kv_dtype, block_size, tensors)
-        self.config = model.config
         del model  # its weights are packed, and the cache may take their room
         context = self.config.max_position_embeddings
-        usual = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
-        max_seqs = max_seqs or usual[0]
-        step_tokens = step_tokens or usual[1]
+        usual_seqs, usual_tokens = (256, 8192) if runtime.device.type == "cuda" else (64, 512)
+        max_seqs = max_seqs or usual_seqs
+        step_tokens = step_tokens or usual_tokens
         blocks = pool_size(self.runner, kv_tokens, max_seqs, context)
         self.runner.allocate(blocks, max_seqs)
         if runtime.rank:
-            self.runner.follow()
-        self.max_model_len = min(context, blocks * block_size)
+            self.runner.follow()  # until rank 0 ends: it exits, and does not return
+        self.max_model_len = min(context, blocks * block_size)  # so one request always fits alone
         self.scheduler = Scheduler(
             blocks, block_size, max_seqs, step_tokens, draft_tokens, prefix_cache
         )
-        # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
-        self.vocab_size = self.config.vocab_size
-        if self.tok:
-            self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
         self.eos = frozenset(self.config.end_ids)
-        said = self.config.generation
-        self.sampling_defaults = {k: said[k] for k in SAMPLING_KEYS if said.get(k) is not None}
+        given = self.config.generation
+        self.sampling_defaults = {k: given[k] for k in SAMPLING_KEYS if given.get(k) is not None}
         Sampling(**self.sampling_defaults).check(self.vocab_size)
         self.requests = {}  # {id: the Sequences of its answers that are not finished}
         self.outbox = []  # deltas that the next step returns
         self.arrivals = itertools.count()
         self.launched = None  # the step that the device computes while the last one is looked at
-        self.heard = 0.0  # when there was last a step, or work began
-        self.longest_wait = 0.0  # seconds between two steps, or from then to the first
+        self.heard = 0.0  # when the last step ended, or work came where there was none
+        self.longest_wait = 0.0  # seconds from there to the end of the next step
 
     @torch.inference_mode()
     def warm_up(self, tune=True):
@@ -174,7 +174,7 @@ class Engine:
         steps, so that none is held up by it. Without `tune` no kernel is tuned later, either: those
         that no earlier start has tuned take their first configuration that runs."""
         if tune:
-            warm_up(self)
+            warm_up(self)  # the function of engine/warm_up.py
         self.runner.everywhere("close_tuning")
 
     @classmethod
@@ -183,7 +183,7 @@ class Engine:
 
         options: as of Engine. If the weights change, call `refresh`.
         """
-        runtime = resolve(str(model.embed_tokens.weight.device), dtype, "off")
+        runtime = resolve(str(model.embed_tokens.weight.device), dtype, compile="off")
         runtime = replace(runtime, rank=0, world=1)  # of several ranks each may have its own
         return cls(None, loaded=(model, tok, runtime), **options)
 
@@ -202,8 +202,7 @@ class Engine:
             return self.tok.encode_prompt(prompt)
         for i in prompt:
             if type(i) is not int or not 0 <= i < self.vocab_size:
-                last = self.vocab_size - 1
-                raise UserError(f"token id {i!r} is not one of this model's 0 to {last}")
+                raise UserError(f"token id {i!r} is not one of this model's {self.vocab_size:,}")
         return prompt
 
     def submit(self, prompt, sampling, request_id=None, adapter=None):
@@ -223,7 +222,8 @@ class Engine:
             )
         if sampling.stop and self.tok is None:
             raise UserError("stop strings need a tokenizer; this model folder has none")
-        request_id = next(self.arrivals) if request_id is None else request_id
+        if request_id is None:
+            request_id = next(self.arrivals)
         if request_id in self.requests:
             raise UserError(f"request id {request_id!r} is in use")
         ends = frozenset(sampling.stop_ids)
@@ -272,7 +272,6 @@ class Engine:
         self.outbox = []
         with quiet_torch(self.runner.native):
             launched = self.launched or self.launch()
-            self.launched = None
             if launched:
                 self.count_computed(launched.plan)
                 self.launched = self.launch_next(launched)
@@ -287,10 +286,12 @@ class Engine:
     def launch(self):
         """Schedule a step and start to compute it -> Launched, or None where nothing is to do."""
         plan = self.scheduler.schedule()
-        if not plan:
-            return None
-        self.propose(plan)
-        return self.compute(plan)
+        for seq, n in plan.items():
+            # A decode's n is 1 and the room for a draft: no more is guessed, nor beyond the end.
+            room = min(n - 1, seq.full - len(seq.ids) - 1)
+            if room > 0 and seq.remaining == 1 and seq.constraint is None:
+                seq.draft = lookup_draft(seq.ids, room)
+        return self.compute(plan) if plan else None
 
     def launch_next(self, launched):
         """The step after one whose tokens only the device knows -> Launched, or None.
@@ -304,24 +305,17 @@ class Engine:
         alive = [seq for seq in launched.owners if seq.blocks]
         if len(alive) < len(scheduler.running):
             return None
-        plan, places = {}, []
-        for place, seq in enumerate(launched.owners):
+        plan, rows = {}, []
+        for row, seq in enumerate(launched.owners):
             if not seq.blocks or len(seq.ids) + 1 == seq.full:
                 continue
             if not scheduler.reserve(seq, len(seq.ids) + 1):
                 return None
             plan[seq] = 1
-            places.append(place)
+            rows.append(row)
         if not plan:
             return None
-        return self.compute(plan, launched.tokens[sent(torch.tensor(places), self.runner.device)])
-
-    def propose(self, plan):
-        """Guess what comes next in each sequence, no more than the plan has room for."""
-        for seq, n in plan.items():
-            room = min(n - 1, self.max_model_len - len(seq.ids) - 1)
-            if room > 0 and seq.remaining == 1 and seq.constraint is None:
-                seq.draft = lookup_draft(seq.ids, room)
+        return self.compute(plan, launched.tokens[sent(torch.tensor(rows), self.runner.device)])
 
     def compute(self, plan, ids=None):
         """Run the plan's tokens and draw those that come next -> Launched.
@@ -332,6 +326,7 @@ class Engine:
         batch = StepBatch()
         owners = []
         for seq, n in plan.items():
+            # [0] stands for the id that only the device knows.
             new = seq.ids[seq.computed : seq.computed + n] or [0]
             rows = ()
             if seq.computed + len(new) >= len(seq.ids):
@@ -342,10 +337,14 @@ class Engine:
         return Launched(plan, owners, *self.draw(logits, owners, ids is not None))
 
     def sampling_row(self, seq, further):
-        """The sampler's view of one answer, so many ids of its draft further on."""
+        """The sampler's view of one answer, so many ids of its draft further on.
+
+        What edits logits needs all ids so far: no step is launched ahead of one with such an answer
+        (Runner.draw leaves its tokens None).
+        """
         request = seq.request
         if not request.sampling.edits_logits:
-            return request  # of which only the sampling is read
+            return request  # which has `sampling`, too: nothing else of a row is read
         output = seq.ids[len(request.prompt) :] + seq.draft[:further]
         return SamplingRow(request.sampling, output, request.prompt, request.ends, seq.constraint)
 
@@ -355,6 +354,7 @@ class Engine:
         for seq, n in plan.items():
             if not seq.blocks:
                 continue  # it ended, or was cancelled, after this step had been launched
+            # The ids of a draft are not in seq.ids yet: `extend` counts those that are accepted.
             seq.computed = min(seq.computed + n, len(seq.ids))
             if seq.computed >= (seq.published + 1) * self.scheduler.block_size:
                 self.scheduler.publish(seq)
@@ -369,17 +369,17 @@ class Engine:
         """
         deltas = []
         for seq in launched.owners:
-            own = list(itertools.islice(launched.drawn, len(seq.draft) + 1))
+            drawn = list(itertools.islice(launched.drawn, len(seq.draft) + 1))
             if not seq.blocks:
                 continue
-            delta = self.extend(seq, own)
+            delta = self.extend(seq, drawn)
             seq.draft = []
             self.scheduler.counts["generated_tokens"] += len(delta.token_ids)
             deltas.append(delta)
         return deltas
 
     def draw(self, logits, owners, ahead):
-        """Draw the next tokens of sequences, each with the random number of its place.
+        """Draw the next tokens of sequences, each with the random number of its position.
 
         ahead: whether a token of each sequence is not known here yet
         -> an iterator over (token, whether nothing was allowed, TokenLogprob or None) for each row
@@ -407,7 +407,8 @@ class Engine:
         """
         request = seq.request
         known = len(seq.ids)
-        text, logprobs, end = "", [], None
+        text, logprobs = "", []
+        end = None  # Delta.end
         for guess, (token, nothing_allowed, logprob) in zip([*seq.draft, None], drawn):
             if nothing_allowed:
                 seq.finish_reason = "error"
@@ -426,7 +427,8 @@ class Engine:
                 break
         ids = seq.ids[known:]
         if ids:
-            seq.computed += len(ids) - 1  # keys of the accepted part of a draft are there
+            # The keys of the accepted part of a draft are there; the last id was not computed.
+            seq.computed += len(ids) - 1
         if seq.finish_reason:
             if seq.stream:
                 text += shown_text(seq, seq.stream.flush())
@@ -452,7 +454,9 @@ class Engine:
     def generate(self, prompts, sampling=None):
         """-> list of Output in the prompts' order, the n answers of a prompt next to each other.
 
-        prompts: one or a list of str or id lists; sampling: one for all or a list
+        prompts: one or a list of str or id lists; sampling: one for all or a list. Without one it
+        is Sampling(): what generation_config.json says is for the command and the server, which
+        take it from `sampling_defaults`.
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
@@ -460,9 +464,9 @@ class Engine:
             sampling = [sampling or Sampling()] * len(prompts)
         outputs = {}
         try:
-            for prompt, own in zip(prompts, sampling, strict=True):
-                i = self.submit(prompt, own)
-                for index in range(own.n):
+            for prompt, each in zip(prompts, sampling, strict=True):
+                i = self.submit(prompt, each)
+                for index in range(each.n):
                     outputs[i, index] = Output(i, index)
             requests = {i for i, _ in outputs}
             while not requests.isdisjoint(self.requests):
@@ -481,7 +485,8 @@ class Engine:
 
         Together they are a TokenLogprob for each token, with `count` of the likeliest: what the
         model thought of the text; or without a count the mean over the text of the hidden states
-        after the last norm, at length 1: C floats.
+        after the last norm, at length 1: C floats. Its keys lie in a cache of its own, of which the
+        runner has one: a text is read to its end, or given up, before the next one begins.
         """
         self.scheduler.counts["prompt_tokens"] += len(ids)
         size = min(READ_TOKENS, max(self.scheduler.step_tokens // 4, 1))
@@ -495,11 +500,12 @@ class Engine:
             end = min(past + size, total)
             found = self.runner.everywhere("read", ids[past:end], past, total, embed)
             if embed:
-                states = states.to(found.device) + found.sum(0)  # (T, C) -> (C,)
+                states = states + found.sum(0)  # (T, C) -> (C,) float32
                 yield []
             else:
-                said = torch.tensor(ids[past + 1 : end + 1], device=found.device)
-                yield top_logprobs(found[:, : self.vocab_size], said, min(count, self.vocab_size))
+                next_ids = torch.tensor(ids[past + 1 : end + 1], device=found.device)
+                logits = found[:, : self.vocab_size]
+                yield top_logprobs(logits, next_ids, min(count, self.vocab_size))
         if embed:
             yield (states / states.norm()).tolist()
 
@@ -525,11 +531,11 @@ def child_seed(seed, index):
 def draw_with_logprobs(logits, rows, u):
     """-> for each row (token, whether nothing was allowed, TokenLogprob or None)."""
     asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None]
-    own = logits[asked]  # a copy: the draw overwrites logits
+    unedited = logits[asked]  # a copy: the draw overwrites logits
     tokens, failed = draw_tokens(logits, rows, u)
     found: list = [None] * len(rows)
     most = max(rows[r].sampling.logprobs for r in asked)
-    for r, logprob in zip(asked, top_logprobs(own, tokens[asked], most)):
+    for r, logprob in zip(asked, top_logprobs(unedited, tokens[asked], most)):
         del logprob.top[rows[r].sampling.logprobs :]
         found[r] = logprob
     return zip(tokens.tolist(), failed.tolist(), found)
@@ -544,7 +550,7 @@ def top_logprobs(logits, tokens, count):
     values, ids = logprobs.topk(count)  # (R, count)
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]  # (R, V) -> (R, 1) -> (R,)
     rows = zip(*(tensor.tolist() for tensor in (tokens, chosen, ids, values)))
-    return [TokenLogprob(i, own, list(zip(top, by))) for i, own, top, by in rows]
+    return [TokenLogprob(i, logprob, list(zip(top, by))) for i, logprob, top, by in rows]
 
 
 def lookup_draft(ids, most):
@@ -600,7 +606,7 @@ class Args:
     min_p: float = 0.0  # sample among those at least this fraction as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
     stop: str = ""  # end before this text
-    seed: int = 0  # same seed, same text
+    seed: int = 0  # same seed, same text: equal lines of a batch get equal answers
     regex: str = ""  # the answer must match this regular expression
     json_schema: str = ""  # the answer must be JSON of this file's schema; "any" is any JSON
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -649,12 +655,13 @@ def print_answer(engine, prompt, sampling, adapter):
             print(delta.text, end="", flush=True)
             answer.add(delta)
     print()
-    if answer.error:
-        print(f"[{answer.error}]", file=sys.stderr)
-    first = first or begin
     count = len(answer.token_ids)
     speed = (count - 1) / (time.monotonic() - first) if count > 1 else 0
-    print(f"[{count} tokens, {speed:.0f} tok/s after {first - begin:.2f} s]", file=sys.stderr)
+    print(
+        f"[{count} tokens ({answer.error or answer.finish_reason}), "
+        f"{speed:.0f} tok/s after {first - begin:.2f} s]",
+        file=sys.stderr,
+    )
     return answer.text
 
 
@@ -692,7 +699,9 @@ def read_request(record, sampling, tok):
     if prompt is None:
         messages, tools = chat.take_messages(fields)
         prompt, _ = chat.render(tok, messages, True, tools)
-        fields.setdefault("stop_ids", turn_ends(tok))
+        stop_ids = fields.get("stop_ids", [])
+        if isinstance(stop_ids, list) and not fields.get("ignore_eos"):
+            fields["stop_ids"] = [*stop_ids, *turn_ends(tok)]
     if not isinstance(prompt, (str, list)):
         raise UserError(f"prompt is {prompt!r}, not a text or a list of ids")
     known = [name for name in Sampling.__annotations__ if name != "constraint"]
@@ -706,17 +715,23 @@ def read_request(record, sampling, tok):
 
 
 def answered_lines(path):
-    """The numbers of lines that an earlier run answered; half a last line is cut off."""
+    """The numbers of lines that an earlier run answered; half a last line is cut off.
+
+    A line that had an error is asked again: its later row counts.
+    """
     done = set()
     whole = 0  # bytes of whole lines
     with open(path, "ab+") as file:
         file.seek(0)
         for line in file:
-            if not line.endswith(b"\n"):
+            # Half a line begins as `write` below begins a row, or the file is somebody else's.
+            if b'{"line": '.startswith(line[:9]) and not line.endswith(b"\n"):
                 break
             try:
-                done.add(json.loads(line)["line"])
-            except (ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if "error" not in row:
+                    done.add(row["line"])
+            except STUMBLES:
                 raise UserError(
                     f"{path}: not answers of a batch; give --out another name"
                 ) from None
@@ -727,8 +742,11 @@ def answered_lines(path):
 
 def answer_row(answer):
     """An Output as a line of the batch's answers has it."""
-    row = {"text": answer.text, "tokens": len(answer.token_ids)}
-    row["finish_reason"] = answer.finish_reason
+    row = {
+        "text": answer.text,
+        "tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+    }
     if answer.logprobs:
         row["logprobs"] = [vars(token) for token in answer.logprobs]
     if answer.error:
@@ -747,16 +765,16 @@ def run_batch(engine, args, sampling):
     waiting = [row for row in file_rows(args.batch) if row.number not in done]
     waiting.reverse()
     total = len(waiting)
+    errors = 0
     ignored = set(filter(None, args.ignore_keys.split(",")))
     asked = {}  # {number of a line that the engine has: (its id, its Outputs)}
     with (
         open(args.out, "a", encoding="utf-8") as out,
-        tqdm(total=total + len(done), initial=len(done), unit="answer", disable=None) as bar,
+        tqdm(total=total, unit="answer", disable=None) as bar,
     ):
 
         def write(number, **row):
-            row = {"line": number, **row, "seconds": round(time.monotonic() - begin, 3)}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps({"line": number, **row}, ensure_ascii=False) + "\n")
             out.flush()
             bar.update()
 
@@ -770,12 +788,13 @@ def run_batch(engine, args, sampling):
                 try:
                     if fault:
                         raise UserError(fault)
-                    prompt, own = read_request(record, sampling, engine.tok)
-                    engine.submit(prompt, own, number, args.adapter)
+                    prompt, its_sampling = read_request(record, sampling, engine.tok)
+                    engine.submit(prompt, its_sampling, number, args.adapter)
                 except UserError as error:
                     write(number, id=name, error=str(error))
+                    errors += 1
                     continue
-                asked[number] = name, [Output(number, i) for i in range(own.n)]
+                asked[number] = name, [Output(number, i) for i in range(its_sampling.n)]
             for delta in engine.step():
                 number = delta.request_id
                 name, answers = asked[number]
@@ -786,8 +805,8 @@ def run_batch(engine, args, sampling):
     tokens = engine.stats()["generated_tokens"]
     seconds = time.monotonic() - begin
     print(
-        f"wrote    {args.out}: {total:,} answers, {tokens:,} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:,.0f} tok/s"
+        f"wrote    {args.out}: {total:,} lines, {errors:,} with errors, "
+        f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tok/s"
     )
 
 
@@ -795,6 +814,9 @@ def run_batch(engine, args, sampling):
 def main():
     typed = parse_flags(Args, __doc__, positional=("model", "prompt"))
     args = Args(**typed)
+    unread = {"prompt", "chat"} if args.batch else {"out", "ignore_keys"}
+    if unread & typed.keys():
+        raise UserError("--out and --ignore-keys go with --batch, a prompt and --chat without it")
     adapters = {args.adapter: args.adapter} if args.adapter else {}
     engine = Engine(args.model, adapters=adapters, **named(args, ENGINE_FLAGS))
     defaults = {k: v for k, v in engine.sampling_defaults.items() if k not in typed}

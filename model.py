@@ -20,7 +20,6 @@ from common import UserError, first_words
 from runtime import onednn_is_faster
 
 LOGITS_AT_ONCE = 1 << 26  # the most logits that the loss holds at a time: 256 MiB of float32
-FLEX_HEAD_DIM = 16  # the smallest that FlexAttention does
 
 
 @dataclass
@@ -48,15 +47,17 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
     generation: dict = field(default_factory=dict)  # generation_config.json, without these two
-    dropout: float = 0.0  # a matter of training: not part of the folder
-    # FlexAttention for packed documents on a GPU, until it fails; nor is this
-    flex: bool = field(default=True, compare=False)
+    # The folder does not have the last two.
+    dropout: float = 0.0  # in training only
+    flex: bool = field(default=True, compare=False)  # documents on a GPU take it, until it fails
 
     @property
     def end_ids(self):
         """The ids that end a text, as a list whatever eos_token_id is."""
         ends = self.eos_token_id
-        return [i for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
+        if ends is None:
+            return []
+        return ends if isinstance(ends, list) else [ends]
 
     @property
     def is_gpt2(self):
@@ -66,7 +67,8 @@ class Config:
 
 # -------------------------------------------------------------------------------- rotary positions
 def rope_frequencies(config):
-    """Radians that each pair of channels turns by a position, (D/2,), and a factor on cos and sin.
+    """Radians by which each pair of channels turns from a position to the next, (D/2,), and a
+    factor on cos and sin.
 
     The plain rule is RoPE's (Su et al. 2021): pair i turns by theta^(-2i/D). The others divide the
     frequencies, or a share of each, by a factor to reach a longer context: "linear" is position
@@ -80,8 +82,7 @@ def rope_frequencies(config):
     frequency = 1.0 / rope["rope_theta"] ** (channel / config.head_dim)
     if kind == "default":
         return frequency, 1.0
-    share = 1.0
-    scale = 1.0
+    share = scale = 1.0  # which is all of "linear"; formats.hub refuses any other rule
     if kind == "llama3":
         share = llama3_share(rope, frequency)
     if kind == "yarn":
@@ -120,9 +121,12 @@ def yarn_share(rope, pairs):
 def yarn_scale(rope):
     """YaRN's factor on queries and keys: a longer context needs a sharper softmax (eq. 22).
 
-    mscale and mscale_all_dim are DeepSeek's variant of it."""
+    mscale and mscale_all_dim are DeepSeek's variant of it; as in transformers, one of them without
+    the other says nothing."""
     growth = 0.1 * math.log(max(rope["factor"], 1))
-    scale = (1 + rope.get("mscale", 1) * growth) / (1 + rope.get("mscale_all_dim", 0) * growth)
+    scale = 1 + growth
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        scale = (1 + rope["mscale"] * growth) / (1 + rope["mscale_all_dim"] * growth)
     return rope.get("attention_factor") or scale
 
 
@@ -134,6 +138,8 @@ def rotate(x, cos, sin):
 
         x[i]       -> x[i] cos - x[i + D/2] sin
         x[i + D/2] -> x[i + D/2] cos + x[i] sin
+
+    The minus is in `sin` already: its first half is negative, so the code below only adds.
     """
     swapped = x.roll(x.size(-1) // 2, -1)  # the other one of each pair
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
@@ -154,12 +160,13 @@ def visible(gap, window=None, query_doc=None, key_doc=None):
     return seen
 
 
-def attention_mask(query_at, key_at, window=None, docs=None):
-    """Which keys each query may see, True where it may: (Tq, Tk), or (B, 1, T, T) with docs (B, T).
+def attention_mask(positions, window=None, docs=None, past=0):
+    """Which keys each query may see, True where it may: (T, past + T), or (B, 1, T, T) with docs.
 
-    query_at (Tq,), key_at (Tk,) are positions; with docs they may be (B, T), and queries are keys.
+    positions (past + T,) are those of the keys, of which the last T are queries, too; with docs
+    (B, T) they may be (B, T).
     """
-    gap = query_at[..., None] - key_at[..., None, :]  # (Tq, Tk) or (B, T, T)
+    gap = positions[..., past:, None] - positions[..., None, :]  # (T, past + T) or (B, T, T)
     if docs is None:
         return visible(gap, window)
     gap = gap.unsqueeze(-3)  # (1, T, T) or (B, 1, T, T): one mask for all heads
@@ -177,7 +184,7 @@ def block_mask(positions, window, docs):
     positions = positions.expand(B, T)
 
     def rule(b, head, q, k):
-        gap = q - k  # rows of one document are as far apart as positions, and cost no memory
+        gap = q - k  # without a window its sign is enough: rows have the order of positions
         if window is not None:
             gap = positions[b, q] - positions[b, k]
         return visible(gap, window, docs[b, q], docs[b, k])
@@ -235,19 +242,16 @@ class Attention(nn.Module):
         rope: (cos, sin) or None. mask: dense, a block mask, or None for plain causal attention.
         cache: this layer's KVCache, if x only continues what is in there.
         """
-        q, k, v = outputs(x, (self.q_proj, self.k_proj, self.v_proj))
-        q = q.unflatten(2, self.heads)  # (B, T, H*D) -> (B, T, H, D)
-        k = k.unflatten(2, self.heads)  # (B, T, K*D) -> (B, T, K, D)
-        v = v.unflatten(2, self.heads)
+        rows = outputs(x, (self.q_proj, self.k_proj, self.v_proj))
+        # (B, T, H*D) -> (B, T, H, D); of k and v (B, T, K*D) -> (B, T, K, D)
+        q, k, v = [row.unflatten(2, self.heads) for row in rows]
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        q = q.transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
-        k = k.transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = [heads.transpose(1, 2) for heads in (q, k, v)]  # (B, T, H, D) -> (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, T, D) -> (B, K, T so far, D)
         y = self.attend(q, k, v, mask)
@@ -312,10 +316,11 @@ class MLP(nn.Module):
 
 
 def outputs(x, layers):
-    """What linear layers make of the same x (..., K): [(..., N) of each].
+    """What linear layers make of the same x (..., in): [(..., out) of each].
 
-    Where a GPU trains them they are one product. Their weights are cast for every pass in any case,
-    and the gradients of x need not be added up."""
+    Where a GPU trains them they are one product of joined weights. To join them costs nothing more,
+    as autocast copies them for every pass in any case, and the gradients of x need not be added up.
+    """
     trained = all(isinstance(m, nn.Linear) and m.weight.requires_grad for m in layers)
     if x.is_cuda and trained and torch.is_grad_enabled():
         return one_product(x, layers)
@@ -323,7 +328,7 @@ def outputs(x, layers):
 
 
 def one_product(x, layers):
-    weight = torch.cat([layer.weight for layer in layers])  # (sum of N, K)
+    weight = torch.cat([layer.weight for layer in layers])  # (sum of out, in)
     bias = None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
@@ -338,7 +343,7 @@ class FloatLinear(nn.Linear):
 
 
 def float_product(x, weight, bias=None):
-    """x (..., K), weight (N, K), bias (N,) -> x W^T + b (..., N)."""
+    """x (..., in), weight (out, in), bias (out,) -> x W^T + b (..., out)."""
     if takes_onednn(x, weight):
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -347,13 +352,14 @@ def float_product(x, weight, bias=None):
 def takes_onednn(x, weight):
     """Whether x W^T is a float32 product in training, on a CPU where oneDNN's is the faster one.
 
-    The engine (inference mode) keeps its own, and few rows cost less than the call does."""
+    Inference keeps torch's, as the engine has products of its own; and below 256 rows the call of
+    oneDNN takes longer than it saves."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    exact = x.dtype == weight.dtype == torch.float32
-    return exact and x.shape[:-1].numel() >= 256 and onednn_is_faster()
+    single = x.dtype == weight.dtype == torch.float32
+    return single and x.shape[:-1].numel() >= 256 and onednn_is_faster()
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -368,12 +374,13 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = g.flatten(0, -2)  # (..., N) -> (M, N)
-        columns = x.flatten(0, -2).t()  # (..., K) -> (K, M)
+        rows = g.flatten(0, -2)  # (..., out) -> (rows, out)
+        columns = x.flatten(0, -2).t()  # (..., in) -> (in, rows)
         dx = dweight = None
         if needs_x:
             dx = onednn_product(g, weight.t())
-        if needs_weight and len(weight) < len(columns):  # the first one is copied: the smaller
+        # oneDNN copies a transposed first factor: of g and x the smaller one is to be it.
+        if needs_weight and len(weight) < len(columns):
             dweight = onednn_product(rows.t(), columns)
         elif needs_weight:
             dweight = onednn_product(columns, rows.t()).t()
@@ -444,8 +451,7 @@ class Transformer(nn.Module):
         if config.is_gpt2:
             self.embed_positions = embedding(config.max_position_embeddings, C)
         else:
-            frequency, self.rope_scale = rope_frequencies(config)
-            self.register_buffer("rope_frequency", frequency, persistent=False)  # (D/2,)
+            self.rope_frequency, self.rope_scale = rope_frequencies(config)  # (D/2,), a number
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
@@ -482,14 +488,25 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std)
 
     # -------------------------------------------------------------------------------------- forward
+    def _apply(self, fn, recurse=True):
+        """What moves a module or changes its dtype; the rotary frequencies move, and stay float32.
+        As a buffer model.bfloat16() would round them, and turn position 5,000 by another angle."""
+        super()._apply(fn, recurse)
+        if not self.config.is_gpt2:
+            frequency, _ = rope_frequencies(self.config)
+            self.rope_frequency = frequency.to(self.embed_tokens.weight.device)
+        return self
+
     def start(self, ids, positions=None, docs=None, past=0):
         """What the first block reads: x (B, T, C), (cos, sin) or None, and the masks of `masks`."""
         c = self.config
         T = ids.size(1)
-        context = c.max_position_embeddings
         if positions is None:
-            if past + T > context:
-                raise UserError(f"{past + T:,} tokens, but this model's context is {context:,}")
+            if past + T > c.max_position_embeddings:
+                raise UserError(
+                    f"{past + T:,} tokens, but this model's context is "
+                    f"{c.max_position_embeddings:,}"
+                )
             positions = torch.arange(past, past + T, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
         rope = None
@@ -515,36 +532,36 @@ class Transformer(nn.Module):
         """
         c = self.config
         slides = c.sliding_layers and past + T > c.sliding_window
-        if docs is None and not slides and (past == 0 or T == 1):
-            return None, None
+        plain = docs is None and (past == 0 or T == 1)
         blocks = docs is not None and docs.is_cuda and c.flex
-        if blocks and (c.dropout or c.head_dim < FLEX_HEAD_DIM):
-            why = f"it has neither dropout ({c.dropout:g}) nor heads below {FLEX_HEAD_DIM} channels"
-            give_up_flex(c, f"{why} ({c.head_dim})")
+        if blocks and (c.dropout or c.head_dim < 16):
+            give_up_flex(c, f"it has no dropout ({c.dropout:g}), no heads below 16 ({c.head_dim})")
             blocks = False
-        keys_at = positions
-        if docs is None:
-            keys_at = torch.arange(past + T, device=positions.device)
 
         def mask(window):
             if blocks:
                 return block_mask(positions, window, docs)
-            return attention_mask(positions, keys_at, window, docs)
+            at = positions
+            if docs is None:  # wherever a text begins, its keys are as far apart as their rows
+                at = torch.arange(past + T, device=positions.device)
+            return attention_mask(at, window, docs, past)
 
-        full = mask(None)
-        return full, mask(c.sliding_window) if slides else full
+        full = None if plain else mask(None)
+        sliding = mask(c.sliding_window) if slides else full
+        return full, sliding
 
     def hidden(self, ids, positions=None, docs=None, caches=None):
         """(B, T) token ids -> (B, T, C), what the head reads.
 
-        positions (T,) or (B, T) default to 0..T-1; docs (B, T) keeps packed documents apart; caches
-        has a KVCache for each layer, and the ids then follow what is in there.
+        caches has a KVCache for each layer, and the ids then follow what is in there. positions
+        (T,) or (B, T) default to 0..T-1, and behind a cache to the next T. docs (B, T) keeps packed
+        documents apart; one numbered below 0 is seen from all after it in its row (`visible`).
         """
         past = caches[0].length if caches else 0
         x, rope, (full, sliding) = self.start(ids, positions, docs, past)
         for i, layer in enumerate(self.layers):
             mask = sliding if i in self.config.sliding_layers else full
-            if self.recompute and self.training:
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, mask, caches[i] if caches else None)
@@ -562,17 +579,16 @@ class Transformer(nn.Module):
             return self.lm_head(hidden).float()
         if per_token:
             return token_losses(hidden, self.lm_head, targets)
-        hidden = hidden.flatten(0, 1)  # (B, T, C) -> (B*T, C)
-        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
+        # (B, T, C) -> (B*T, C). An adapted head has the `weight` that it stands for, too.
+        return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.inference_mode()
-    def generate(self, ids, max_tokens, temperature=0.8, top_k=0, seed=0, vocab_size=None):
+    def generate(self, ids, max_tokens, temperature=0.8, top_k=0, seed=0):
         """Continue one list of token ids -> iterator of new ids, to the end of text or max_tokens.
 
         This plain loop defines what the batched engine computes. temperature 0 takes the likeliest
-        token; top_k > 0 draws among the k likeliest only; vocab_size is the tokenizer's, where the
-        model has rows for more ids than mean something. When the context is full, its older half is
-        forgotten and the rest read again.
+        token; top_k > 0 draws among the k likeliest only. When the context is full, its older half
+        is forgotten and the rest read again. In train mode dropout is at work.
         """
         if not ids:
             raise UserError("the prompt has no tokens; give at least one character")
@@ -586,21 +602,21 @@ class Transformer(nn.Module):
         caches = self.empty_caches(most)
         for _ in range(max_tokens):
             if caches[0].length + len(unread) > context:
-                unread = ids[-(context // 2) :]
+                unread = ids[-max(context // 2, 1) :]
                 caches = self.empty_caches(most)
             hidden = self.hidden(torch.tensor([unread], device=device), caches=caches)  # (1, T, C)
             logits = self.lm_head(hidden[0, -1]).float()  # (V,): of the last position only
-            token = draw(logits[:vocab_size], temperature, top_k, generator)
+            token = draw(logits, temperature, top_k, generator)
             if token in c.end_ids:
                 return
             yield token
             ids.append(token)
             unread = [token]
 
-    def empty_caches(self, most, B=1):
-        """A KVCache for each layer, for B texts of up to `most` tokens."""
+    def empty_caches(self, most):
+        """A KVCache for each layer, for a text of up to `most` tokens."""
         c = self.config
-        shape = 2, B, c.num_key_value_heads, most, c.head_dim
+        shape = 2, 1, c.num_key_value_heads, most, c.head_dim
         return [KVCache(self.embed_tokens.weight.new_empty(shape)) for _ in self.layers]
 
     # ----------------------------------------------------------------------------------- accounting
@@ -636,7 +652,7 @@ class Transformer(nn.Module):
 
 def draw(logits, temperature, top_k, generator):
     """One token id from logits (V,) float32; the plain twin of the engine's sampler."""
-    if temperature < 1e-38:  # float32 has no smaller one
+    if temperature < 1e-30:  # the division below would overflow
         return logits.argmax().item()
     logits = logits / temperature
     if 0 < top_k < len(logits):
@@ -665,8 +681,10 @@ def cross_entropy_sum(hidden, weight, targets):
 
 
 def logits_at_once(device):
-    """The most logits that the loss holds at a time; on a GPU they take a twentieth of its memory,
-    since many small chunks keep it waiting."""
+    """The most logits that the loss holds at a time.
+
+    Many small chunks would keep a GPU waiting: there they take, with their copies and gradients,
+    about a twentieth of its memory."""
     if device.type != "cuda":
         return LOGITS_AT_ONCE
     return torch.cuda.get_device_properties(device).total_memory // 256
@@ -677,6 +695,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     d loss / d logits = softmax - one_hot is at hand while a chunk's logits are, so nothing is
     computed twice and only one chunk's logits ever exist (as in Apple's and Liger's fused losses).
+    learning: whether gradients are wanted; in here torch.is_grad_enabled() is False in any case.
     """
 
     @staticmethod
@@ -685,16 +704,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         # The loss is scaled only after this: in float16 its gradients would underflow here.
-        exact = torch.float32 if dtype == torch.float16 else dtype
+        grad_dtype = torch.float32 if dtype == torch.float16 else dtype
         w = weight.to(dtype)
         total = 0.0
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # also a frozen head's: it would be half a GB of a 7B model
+        grad_weight = None  # (V, C) float32, half a GB of a 7B model; a frozen head has none
         for i in range(0, len(hidden), rows):
             h = hidden[i : i + rows].to(dtype)  # (rows, C)
             t = targets[i : i + rows, None]  # (rows, 1)
             counts = t != -100
-            t = t.clamp(min=0)
+            t = t.masked_fill(~counts, 0)
             logits = (h @ w.t()).float()  # (rows, V)
             lse = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
             total += ((lse - logits.gather(1, t)) * counts).sum()
@@ -708,10 +727,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d = logits.sub_(lse).exp_()  # softmax
                 d = d.scatter_add_(1, t, torch.full_like(lse, -1.0))  # - one_hot
                 d = d.mul_(counts)
-            d = d.to(exact)
-            grad_hidden[i : i + rows] = d @ w.to(exact)
+            d = d.to(grad_dtype)
+            grad_hidden[i : i + rows] = d @ w.to(grad_dtype)
             if ctx.needs_input_grad[1]:
-                grad = d.t() @ h.to(exact)  # (V, C)
+                grad = d.t() @ h.to(grad_dtype)  # (V, C)
                 grad_weight = grad.float() if grad_weight is None else grad_weight.add_(grad)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total

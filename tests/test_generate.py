@@ -1,5 +1,6 @@
 """generate.py: the command as a user runs it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -28,11 +29,6 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder)
     Tokenizer.char(text).save(folder)
     return folder
-
-
-def test_empty_prompt_is_refused(folder):
-    with pytest.raises(UserError, match="no tokens"):
-        next(Transformer.from_pretrained(folder).generate([], 5))
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
@@ -79,8 +75,6 @@ def test_unknown_character_is_one_line_that_names_it(folder):
 
 
 def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, tmp_path):
-    import json
-
     lines = [
         {"prompt": "abc", "id": "first"},
         {"prompt": [1, 2], "n": 2, "temperature": 0},
@@ -101,7 +95,8 @@ def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, t
         "--device",
         "cpu",
     ]
-    assert command(*arguments).returncode == 0
+    done = command(*arguments)
+    assert done.returncode == 0 and "6 lines, 3 with errors" in done.stdout
     whole = out.read_text()
     rows = {row["line"]: row for row in map(json.loads, whole.splitlines())}
     assert len(rows) == 6 and rows[1]["id"] == "first" and rows[5]["answers"][0]["tokens"] == 3
@@ -112,8 +107,52 @@ def test_a_batch_is_answered_in_its_own_file_and_goes_on_after_a_crash(folder, t
     )  # the crash cut a line
     assert command(*arguments).returncode == 0
     again = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert all(row.pop("seconds") >= 0 for row in (*rows.values(), *again.values()))
     assert again == rows
+    mended = [*lines[:2], {"prompt": "abc"}, *lines[3:]]  # a line that had an error is asked again
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, mended)))
+    assert "2 lines, 1 with errors" in command(*arguments).stdout
+    *_, mended = map(json.loads, out.read_text().splitlines())
+    assert mended["line"] == 3 and mended["answers"][0]["tokens"] == 5
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "abc"}', '{"prompt": "abc"}\n{"pro', "5", "text"])
+def test_a_file_that_is_not_the_answers_of_a_batch_stays_as_it_is(content, tmp_path):
+    """Also one without a newline at its end, which is not half a line of an answer."""
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(UserError, match="not answers of a batch"):
+        generate.answered_lines(tmp_path / "in.jsonl")
+    assert (tmp_path / "in.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["abc", "--batch", "in", "--out", "out"],
+        ["--chat", "--batch", "in", "--out", "out"],
+        ["abc", "--out", "out"],
+        ["--chat", "--ignore-keys", "a"],
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "runs/x", *flags])
+    with pytest.raises(UserError, match="go with --batch, a prompt and --chat without it"):
+        generate.main()
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(folder):
+    model = Transformer.from_pretrained(folder)
+    with pytest.raises(UserError, match="the tokenizer has 30 ids, the model only 28"):
+        Engine.of(model, Tokenizer.char("abcdefghijklmnopqrstuvwxyz \n.,"), kv_tokens=64)
+
+
+def test_nothing_is_guessed_beyond_the_end_of_an_answer(folder, monkeypatch):
+    rooms = []
+    monkeypatch.setattr(
+        generate, "lookup_draft", lambda ids, most: rooms.append(most) or [1] * most
+    )
+    engine = Engine(folder, "cpu", draft_tokens=8)
+    engine.generate([1, 2, 3], Sampling(max_tokens=4, temperature=0, ignore_eos=True))
+    assert rooms[0] == 2  # of four tokens one is there, and the step draws one behind its guesses
 
 
 def test_generation_config_gives_what_no_flag_says(folder, tmp_path, monkeypatch, capsys):

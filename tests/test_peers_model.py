@@ -60,7 +60,10 @@ FAMILIES = {
         SIZE | dict(use_sliding_window=True, sliding_window=64, max_window_layers=1),
     ),
     "qwen3": ("Qwen3Config", SIZE | dict(head_dim=32)),
-    "qwen3-yarn": ("Qwen3Config", SIZE | dict(head_dim=32, rope_parameters=YARN)),
+    "qwen3-yarn": (
+        "Qwen3Config",
+        SIZE | dict(head_dim=32, rope_parameters=YARN | dict(mscale=0.7)),
+    ),
 }
 
 

@@ -469,6 +469,14 @@ def test_a_field_of_a_batch_is_applied_or_refused(record, words, engine, tmp_pat
         raise UserError(row["error"])
 
 
+def test_the_end_of_a_turn_ends_an_answer_whatever_else_does(engine):
+    end = chat.stop_id(engine.tok)
+    for own, ends in ({}, [end]), ({"stop_ids": [9]}, [9, end]), ({"ignore_eos": True}, []):
+        record = {"messages": say("q"), **own}
+        _, sampling = generate.read_request(record, Sampling(), engine.tok)
+        assert list(sampling.stop_ids) == ends
+
+
 def test_an_answer_has_one_form():
     args = generate.Args(regex="a", json_schema="any")
     with pytest.raises(UserError, match="--regex and --json-schema"):
