@@ -162,6 +162,11 @@ def parse_flags(cls, description, argv=None, positional=()):
     return vars(parser.parse_args(argv))
 
 
+def flags_among(typed, names):
+    """Those of the names that were typed, as flags in an error: "" without any."""
+    return ", ".join(flag(name) for name in typed if name in names)
+
+
 def run_command(description, commands):
     """`python x.py COMMAND ...`: commands is {COMMAND: a function of the arguments behind it}."""
     name = "".join(sys.argv[1:2])

@@ -31,7 +31,7 @@ from common import (
     BLOCK,
     UserError,
     cli,
-    flag,
+    flags_among,
     full_disk_explained,
     in_processes,
     naming,
@@ -665,9 +665,9 @@ def check_data_args(args, typed):
             unread.add("out")
     elif name != "shakespeare":  # WikiText brings a validation split
         unread.add("val_share")
-    given = [flag(field) for field in typed if field in unread]
+    given = flags_among(typed, unread)
     if given:
-        raise UserError(f"{name} does nothing with {', '.join(given)} here: leave it out")
+        raise UserError(f"{name} does nothing with {given} here: leave it out")
     if not 0 < args.val_share < 1 or args.processes < 0:
         raise UserError(
             f"--val-share {args.val_share} must be between 0 and 1, "

@@ -36,6 +36,7 @@ from training.loop import (
     launch,
     log_step,
     passes,
+    refuse_idle,
     start_run,
     steps,
     update,
@@ -496,14 +497,6 @@ def prepare_preferences(args, checkpoint):
     )
 
 
-def refuse_idle(args, used, where, *names):
-    """UserError for a flag that is not its default although nothing uses it here."""
-    for name in names:
-        value = getattr(args, name)
-        if not used and value != getattr(type(args), name):
-            raise UserError(f"{common.flag(name)} {value} is for {where}: leave it out")
-
-
 def full_rows_loss(width):
     """-> a loss (model, batch, args) for start_run to try whether a GPU has room for rows of this
     width."""
@@ -528,7 +521,7 @@ def open_start_model(args):
     # what --lora freezes need not be finer than the products are; what is trained is float32
     dtype = runtime.dtype if args.lora else torch.float32
     tok, model = finetune.open_model(args.model, runtime.device, dtype)
-    args.context = min(args.context, model.config.max_position_embeddings)
+    finetune.limit_context(args, model.config)
     if not args.micro_batch and runtime.device.type == "cpu":
         # short passes of rows alike in length waste little on padding; a step is whole passes
         args.micro_batch = math.gcd(8, args.batch // runtime.world)

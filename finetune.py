@@ -39,6 +39,7 @@ from training.loop import (
     launch,
     log_step,
     passes,
+    refuse_idle,
     start_run,
     steps,
     update,
@@ -213,6 +214,11 @@ def load_data(args, tok):
         records = source_records(name, split, count, args.ignore_keys)
         return encode_conversations(tok, name, records, args.context, counts)
 
+    names = [parse_source(spec)[0] for spec in args.data]
+    refuse_idle(args, "toybox" in names, "--data toybox", "examples")
+    refuse_idle(args, not args.val, "data without --val", "val_share")
+    refuse_idle(args, args.text, "--text", "text_share")
+    refuse_idle(args, "steps" not in args.typed, "a run without --steps", "epochs")
     sources, val = [], []
     val_names = list(args.val)
     for spec in args.data:

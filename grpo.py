@@ -32,14 +32,13 @@ from dpo import (
     open_start_model,
     padded_columns,
     prompt_row,
-    refuse_idle,
     target_nats,
     trimmed,
 )
 from formats.peft import base_sha256
 from generate import Engine, Sampling
 from model import Transformer
-from training.loop import backward, launch, log_step, passes, start_run, steps, update
+from training.loop import backward, launch, log_step, passes, refuse_idle, start_run, steps, update
 from training.rewards import judge, load_questions, read_reward
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # first, since it sets how torch's threads wait
-from common import UserError, cli, flag, parse_flags  # isort: skip
+from common import UserError, cli, flags_among, parse_flags  # isort: skip
 
 import torch
 import torch.nn as nn
@@ -725,11 +725,9 @@ def read_quant_args(argv=None):
     unread = {"int8": recipe, "int4": ("bits", "act_order", "damp"), "nf4": recipe, "gptq": ()}
     if args.format not in unread:
         raise UserError(f"format {args.format}: choose from {', '.join(unread)}")
-    ignored = [flag(name) for name in typed if name in unread[args.format]]
-    if ignored:
-        raise UserError(
-            f"--format {args.format} does nothing with {', '.join(ignored)}: leave it out"
-        )
+    given = flags_among(typed, unread[args.format])
+    if given:
+        raise UserError(f"--format {args.format} does nothing with {given}: leave it out")
     if not args.out:
         raise UserError("--out: say where to write the quantized model")
     if Path(args.out).resolve() == Path(args.model).resolve():

@@ -39,6 +39,7 @@ from training.loop import (
     passes,
     perplexity,
     print_sample,
+    refuse_idle,
     start_run,
     steps,
     update,
@@ -230,8 +231,7 @@ def check_shape(args, config):
 # ------------------------------------------------------------------------------------- the training
 def prepare_training(args, checkpoint):
     """The flags and the checkpoint's folder -> Run, or None after `--fit`, a flag of LoopArgs."""
-    if args.init_from and "tokenizer" in args.typed:
-        raise UserError("the model of --init-from has its own tokenizer: leave --tokenizer out")
+    refuse_idle(args, not args.init_from, "a model without --init-from", "tokenizer")
     runtime = resolve(args.device, args.dtype, args.compile)
     tok, data, val = open_corpus(args, checkpoint or args.init_from or args.tokenizer)
     model = build_model(args, checkpoint, tok, runtime.device)

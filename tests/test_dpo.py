@@ -527,12 +527,12 @@ def test_a_users_mistakes_are_one_line(base, tuned, tmp_path):
         (flags(base, out, "--beta", 0, "--loss", "ipo"), "--beta 0.0 must be above 0"),
         (flags(base, out, "--label-smoothing", 0.5), "--label-smoothing 0.5 below 0.5"),
         (flags(base, out, "--label-smoothing", -0.2), "-0.2 must be a number from 0"),
-        (flags(base, out, "--gamma", 1), "--gamma 1.0 is for --loss simpo: leave it out"),
-        (flags(base, out, "--targets", "attn"), "--targets attn is for --lora: leave it out"),
-        (flags(base, out, "--pairs", 9), "--pairs 9 is for --data toybox: leave it out"),
+        (flags(base, out, "--gamma", 1), "--gamma is for --loss simpo: leave it out"),
+        (flags(base, out, "--targets", "attn"), "--targets is for --lora: leave it out"),
+        (flags(base, out, "--pairs", 9), "--pairs is for --data toybox: leave it out"),
         (
             flags(base, out, "--val", base / "prefs.jsonl", "--val-share", 0.2),
-            "--val-share 0.2 is for a file of --data without --val: leave it out",
+            "--val-share is for a file of --data without --val: leave it out",
         ),
         (
             flags(base, out, "--val", tmp_path / "same.jsonl"),

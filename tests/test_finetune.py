@@ -517,6 +517,10 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
         ("--data empty.jsonl", "empty.jsonl: nothing to train on in 0 conversations"),
         ("--data a.jsonl --batch 999", "a step takes 999"),
         ("--data a.jsonl --text a.jsonl --text-share 1", "--text-share 1.0"),
+        ("--data a.jsonl --text-share 0.2", "--text-share is for --text"),
+        ("--data a.jsonl --examples 9", "--examples is for --data toybox"),
+        ("--data a.jsonl --val a.jsonl --val-share 0.2", "--val-share is for data without --val"),
+        ("--data a.jsonl --steps 3 --epochs 2", "--epochs is for a run without --steps"),
         ("", "give a model folder and conversations"),
     ],
 )

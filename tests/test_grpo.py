@@ -418,8 +418,8 @@ def test_a_users_mistakes_are_one_line(base, trained, tmp_path):
             "--reward toybox or checks has no rule for the question 'Who?'",
         ),
         (command(base, out, "--sample", 9), "unknown argument --sample"),
-        (command(base, out, "--clip", 0.1), "--clip 0.1 is for --epochs of 2 and more: leave"),
-        (command(base, out, "--alpha", 8), "--alpha 8.0 is for --lora: leave it out"),
+        (command(base, out, "--clip", 0.1), "--clip is for --epochs of 2 and more: leave"),
+        (command(base, out, "--alpha", 8), "--alpha is for --lora: leave it out"),
         (command(base, out, "--epochs", -1), "--epochs -1 must be a number from 0"),
         (
             command(tmp_path / "adapter", out, "--reward", "short", "--data", base / "q.jsonl"),

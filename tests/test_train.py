@@ -206,7 +206,7 @@ def test_init_from_needs_no_flags_of_shape_and_refuses_others(text, tmp_path):
     for typed, told in (
         (["--layers", 3], "--layers 3: the model of --init-from has 2"),  # the preset's
         (["--kv-heads", 1], "--kv-heads 1: the model of --init-from has 2"),
-        (["--tokenizer", "char"], "has its own tokenizer: leave --tokenizer out"),
+        (["--tokenizer", "char"], "--tokenizer is for a model without --init-from: leave it out"),
         (["--context", 24], "--context 24: use the 16 of --init-from, or less"),
     ):
         assert told in refused(text, tmp_path / "b", "--init-from", a, *typed)
@@ -282,6 +282,8 @@ def test_a_finished_or_running_folder_is_not_overwritten_by_accident(text, tmp_p
         (["--schedule", "cosin"], "--schedule cosin: use wsd or cosine"),
         (["--lr", "nan"], "--lr nan must be a number from 0"),
         (["--grad-clip", -1], "--grad-clip -1.0"),
+        (["--optimizer", "adamw", "--muon-lr", 1], "--muon-lr is for --optimizer muon"),
+        (["--schedule", "cosine", "--cooldown", 1], "--cooldown is for --schedule wsd"),
         (["--data", "/no/such/file"], "no such file"),
     ],
 )
@@ -463,7 +465,7 @@ def test_weights_that_are_not_finite_are_never_saved(text, tmp_path):
     run = make_run(text, tmp_path / "run")
     loop.save_run(run, 1)
     run.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(common.UserError, match="not saved, 1 tensors.*norm.weight.*step-00000001"):
+    with pytest.raises(common.UserError, match="not saved, 1 tensors.*norm.weight.*lower the rates: --resume"):
         loop.save_run(run, 2)
     assert saved_step(run.args.out) == 1
 

@@ -119,6 +119,8 @@ def read_args(cls, doc, presets=None, argv=None):
         )
     args.typed = typed
     check_args(args)
+    refuse_idle(args, args.optimizer == "muon", "--optimizer muon", "muon_lr", "momentum")
+    refuse_idle(args, args.schedule == "wsd", "--schedule wsd", "cooldown")
     return args, checkpoint if args.resume else None
 
 
@@ -160,6 +162,13 @@ def check_args(args):
             raise UserError(f"{typed} must be below 1")
         if name in FLAG_CHOICES and value not in FLAG_CHOICES[name]:
             raise UserError(f"{typed}: use {' or '.join(FLAG_CHOICES[name])}")
+
+
+def refuse_idle(args, used, where, *names):
+    """UserError for flags that were typed although nothing uses them here."""
+    given = common.flags_among(args.typed, names)
+    if given and not used:
+        raise UserError(f"{given} is for {where}: leave it out")
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -498,11 +507,19 @@ def count_found(run):
         skipped = f"gradient norm {norm:.3g}, mean {guard.mean:.3g}; {guard.skipped} skipped so far"
         print(f"step {found.step:6,}  skipped: {skipped}", file=sys.stderr)
     if guard.in_a_row >= guard.limit:
-        go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
         raise UserError(
             f"stopped at step {found.step:,}: {guard.limit} steps in a row had unusable gradients; "
-            f"lower the rates: {go_on} --lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
+            + lower_rates(args)
         )
+
+
+def lower_rates(args):
+    """What to do after steps that were too large."""
+    go_on = f"--resume --out {args.out}" if latest_checkpoint(args.out) else "start again with"
+    names = ["lr", "embed_lr"] + ["muon_lr"] * (args.optimizer == "muon")
+    rates = {common.flag(name): getattr(args, name) / 2 for name in names}
+    flags = " ".join(f"{flag} {rate:g}" for flag, rate in rates.items() if rate)
+    return f"lower the rates: {go_on} {flags}"
 
 
 def log_step(run, step, total, count, tokens=0, **values):
@@ -570,12 +587,9 @@ def save_run(run, step):
     moments = run.optimizer.tensors()
     broken = [name for name, t in (weights | moments).items() if not t.isfinite().all()]
     if broken:
-        args = run.args
-        before = latest_checkpoint(args.out)
         raise UserError(
-            f"step {step:,} is not saved, {len(broken)} tensors are not finite ({broken[0]}, ...): "
-            f"the rates are too high; go on from {before.name if before else 'the start'} with "
-            f"--lr {args.lr / 2:g} --muon-lr {args.muon_lr / 2:g}"
+            f"step {step:,} is not saved, {len(broken)} tensors are not finite ({broken[0]}, ...); "
+            + lower_rates(run.args)
         )
     rng = rng_states(run.runtime.rank)
     if run.runtime.rank:
