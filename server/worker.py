@@ -125,8 +125,8 @@ class Worker:
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on:
-        everybody hears that nothing more will come, and the log why. Callers do not: /health needs
-        no key, and what an error says may name files or another's request."""
+        everybody hears that nothing more will come, and the log why. The engine has seen ids and no
+        texts; but its error may name files, and /health needs no key."""
         try:
             self.tell(self.outbox)
             while self.take_orders():
