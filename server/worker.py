@@ -125,7 +125,8 @@ class Worker:
 
     def run(self):
         """Work until the other half is gone. An engine that fails is unusable from then on:
-        everybody hears why, and that nothing more will come."""
+        everybody hears that nothing more will come, and the log why. The engine has seen ids and no
+        texts; but its error may name files, and /health needs no key."""
         try:
             self.tell(self.outbox)
             while self.take_orders():
@@ -138,9 +139,8 @@ class Worker:
         except ConnectionError:
             pass
         except Exception as error:
-            why = f"the engine failed: {type(error).__name__}: {error}"
-            log_line({"event": "engine_failed", "error": why})
-            self.send("failed", why)
+            log_line({"event": "engine_failed", "error": f"{type(error).__name__}: {error}"})
+            self.send("failed", "the engine failed: the server's log says why")
         self.log_wait(self.engine.stats(), 0)
         self.builder.shutdown(wait=False, cancel_futures=True)
         self.sock.close()

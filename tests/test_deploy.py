@@ -468,9 +468,10 @@ def test_prometheus_answers_every_query_of_the_dashboard(served, tmp_path):
 
 # ------------------------------------------------------------------------------------- the balancer
 @contextlib.contextmanager
-def balanced(folder, *servers):
+def balanced(folder, *servers, burst=200):
     """deploy/nginx.conf before these servers in place of Docker's names -> its URL."""
     port, text = free_port(), (ROOT / "deploy/nginx.conf").read_text()
+    text = text.replace("burst=200", f"burst={burst}")
     replica = re.search(r"server replica:8000 resolve (.*);", text)
     text = text.replace(
         replica[0], "".join(f"server 127.0.0.1:{server.port} {replica[1]};" for server in servers)
@@ -538,10 +539,13 @@ def test_requests_go_to_the_replica_that_works(folder):
             assert [ask().status_code for _ in range(6)] == [200] * 6 and not one.engine.made
             until(lambda: two.service.client.jobs == {})  # its place is free
             one.service.draining = False
-            one.service.args.concurrency = two.service.args.concurrency = 0  # both are full
+            for server in (one, two):  # both are full
+                server.service.client.jobs["held"] = None
             assert ask().status_code == 429 and int(ask().headers["retry-after"])
-            one.service.args.concurrency = two.service.args.concurrency = 1
-            until(lambda: ask().status_code == 200)
+            assert "requests are running" in ask().text  # a replica's answer, as it is
+            for server in (one, two):
+                del server.service.client.jobs["held"]
+            assert ask().status_code == 200
             stopped = SimpleNamespace(port=one.port)
     with balanced(folder, stopped, SimpleNamespace(port=two.port)) as url:
         answer = httpx.post(url + "/v1/chat/completions", json=CHAT)
@@ -554,6 +558,16 @@ def test_requests_go_to_the_replica_that_works(folder):
         assert [
             httpx.post(url + "/v1/chat/completions", json=CHAT).status_code for _ in range(6)
         ] == [200] * 6
+
+
+@nginx
+def test_a_flood_from_one_address_ends_at_the_balancer(folder):
+    with running(Stub()) as one, balanced(folder, one, burst=2) as url, httpx.Client() as client:
+        answers = [client.get(url + "/v1/models") for _ in range(40)]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert 3 <= len(answers) - len(refused) and refused
+        assert refused[0].json()["error"]["type"] == "rate_limit_error"
+        assert refused[0].headers["retry-after"] == "1"
 
 
 @nginx

@@ -254,16 +254,12 @@ def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     import torch
 
     import chat
-    from engine.sampler import Sampling
-    from generate import Engine
     from model import Transformer
     from tokenizer import Tokenizer
 
     monkeypatch.chdir(workspace)
     folder = shutil.copytree("runs/demo", "again", dirs_exist_ok=True)
     names = dict(
-        Engine=Engine,
-        Sampling=Sampling,
         Transformer=Transformer,
         Tokenizer=Tokenizer,
         chat=chat,
