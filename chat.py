@@ -81,7 +81,8 @@ def read_chat(tok, messages, tools=None, prompt=False, options=None):
 
 
 # The keys of a message. With a `weight` (or `train`, `loss`) of 0 a turn is not in the loss. `name`
-# and `tool_call_id` are for a folder's own template; `id` and `annotations` say nothing to a model.
+# is for a folder's own template, `tool_call_id` for that and Mistral's formats; `id` and
+# `annotations` say nothing to a model.
 MESSAGE_KEYS = (
     "role from content value tool_calls reasoning_content reasoning weight train loss "
     "name tool_call_id id annotations"

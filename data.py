@@ -1,4 +1,4 @@
-"""Text to tokens to batches: shards of token ids on disk, and rows packed from whole documents.
+"""Text to tokens to batches: shards of token ids on disk, and full rows packed from documents.
 
 python data.py shakespeare                     # tiny Shakespeare -> data/shakespeare.txt
 python data.py wikitext-103                    # -> data/wikitext-103/{train,valid,test}.txt

@@ -55,7 +55,7 @@ SHORT = {  # the beginning of a command: flags added to it; the longest beginnin
     "python bench.py prefix": "--requests 2 --length 40",
 }
 PARSED = ("python bench.py", "torchrun")
-BLANKS = {"L": "1.9", "N": "300", "MODEL": "runs/demo-dpo"}  # what a reader is to put in
+BLANKS = {"N": "300", "MODEL": "runs/demo-dpo"}  # what a reader is to put in
 
 
 # ------------------------------------------------------------------------------ what the pages say
@@ -140,7 +140,8 @@ def workspace(tmp_path_factory):
         run("lora.py", f"train runs/demo-sft {quick} --out runs/demo-lora")
         for name in ("runs/tokenizer", "runs/tokenizer-32k", "T"):
             shutil.copytree("runs/demo-tokenizer", name)
-        copies = "demo-merged demo-dpo demo-int4 shakespeare-char 125m half half-grpo"
+        shutil.copytree("runs/demo-lora", "runs/lora")
+        copies = "demo-merged demo-dpo demo-int4 shakespeare-char 125m half half-grpo sft merged"
         for name in copies.split():  # any order of the commands is right
             shutil.copytree("runs/demo-sft", f"runs/{name}", ignore=shutil.ignore_patterns("state"))
         write_gpt2_tokenizer(Path("gpt2"))
@@ -249,6 +250,14 @@ def test_no_beginning_is_kept_that_the_readme_does_not_use():
     assert not {*SHORT, *PARSED} - used
 
 
+def test_no_training_of_the_pages_meets_a_run_that_is_there():
+    """`make demo` has made runs/demo...; a run that is there is not overwritten."""
+    tuned = re.compile(r"python (finetune|lora|dpo|grpo)\.py (?!eval)\S+ .*--data")
+    outs = [re.search(r"--out (\S+)|$", c)[1] for c in commands() if tuned.match(c)]
+    assert len(outs) > 7 and len({*outs}) == len(outs) and None not in outs
+    assert not [out for out in outs if out.startswith("runs/demo")]
+
+
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", EVERYTHING, re.M | re.S))
 def test_python_of_the_readme_runs(code, workspace, monkeypatch):
     import torch
@@ -276,9 +285,10 @@ def test_defaults_of_the_readme_are_the_codes():
     table = re.search(r"^\| program \| its defaults.*?\n\n", README, re.M | re.S)[0]
     checked = 0
     for program, flags in re.findall(r"^\| `(\w+)\.py[^`]*` \| (.*?) \|$", table, re.M):
-        fields = {
-            f.name: f.default for f in dataclasses.fields(importlib.import_module(program).Args)
-        }
+        module = importlib.import_module(program)
+        fields = {f.name: f.default for f in dataclasses.fields(module.Args)}
+        if "preset" in fields:
+            fields |= module.PRESETS[fields["preset"]]
         for flag, value in re.findall(r"`--([\w-]+) ([^`]+)`", flags):
             default = fields[flag.replace("-", "_")]
             assert type(default)(value) == default, (
