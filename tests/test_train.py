@@ -465,7 +465,9 @@ def test_weights_that_are_not_finite_are_never_saved(text, tmp_path):
     run = make_run(text, tmp_path / "run")
     loop.save_run(run, 1)
     run.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(common.UserError, match="not saved, 1 tensors.*norm.weight.*lower the rates: --resume"):
+    with pytest.raises(
+        common.UserError, match="not saved, 1 tensors.*norm.weight.*lower the rates: --resume"
+    ):
         loop.save_run(run, 2)
     assert saved_step(run.args.out) == 1
 
@@ -552,7 +554,9 @@ def test_kill_9_at_any_moment_loses_nothing(text, tmp_path):
 
 def test_fit_prints_the_estimate_by_part_and_writes_nothing(text, tmp_path):
     shape = ["--layers", 12, "--dim", 768, "--heads", 12]
-    stdout = done(text, tmp_path / "run", "--fit", *shape)
+    code, stdout, stderr = run(text, tmp_path / "run", "--fit", "--shard", *shape)
+    assert code == 0
+    assert stderr.startswith("warning: --shard spreads a model over ranks")
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
         assert part in stdout
     assert not (tmp_path / "run").exists()
