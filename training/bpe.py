@@ -109,9 +109,9 @@ def learn_merges(chunks, n_merges, forbidden=()):
                 break
             pairs = [divmod(key, TWO_TO_32) for key in words.key[batch].tolist()]
             made = [spelled[left] + spelled[right] for left, right in pairs]
-            if forbidden and not forbidden.isdisjoint(made):
-                refused = [pair for pair, token in zip(batch, made) if token in forbidden]
-                words.count[refused] = 0
+            refused = [pair for pair, token in zip(batch, made) if token in forbidden]
+            if refused:
+                words.count[refused] = 0  # so that they never surface again
                 queue.push(np.setdiff1d(batch, refused))
                 continue
             words.merge(batch, 256 + len(merges))

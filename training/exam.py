@@ -18,7 +18,7 @@ from common import RECORD_FILES, Metrics, UserError, without_gz
 from training import toybox
 from training.report import VERDICT, markdown_table, write_page
 
-ANSWERS_SHOWN = 40  # in report.md; answers.jsonl has them all
+ANSWERS_SHOWN = 40  # in report.md
 
 # --------------------------------------------------------------------------------------- questions
 # Demands whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record asks
@@ -175,9 +175,9 @@ def by_toybox(question, text):
     """toybox's verdict on a text, None where it did not ask: a question of yours may be of a family
     that is called like one of its own, but then its checker refuses what your record expects."""
     asked = question.family, question.messages
-    if question.expected is not None and not toybox.check(*asked, question.expected):
-        return None
-    return toybox.check(*asked, text)
+    if question.expected is None or toybox.check(*asked, question.expected):
+        return toybox.check(*asked, text)
+    return None
 
 
 def is_right(question, text):
@@ -250,11 +250,9 @@ def write_marks(out, names, marks, questions, command):
         f"    {command}",
         "## Scores, with 95 % intervals",
         markdown_table(["", "questions", *names], scores),
-        "## Answers",
+        f"## Answers, the first {ANSWERS_SHOWN}; answers.jsonl has them all",
         markdown_table(["asked", "expected", *names], answers[:ANSWERS_SHOWN]),
     ]
-    if len(answers) > ANSWERS_SHOWN:
-        blocks.append(f"{len(answers) - ANSWERS_SHOWN:,} more in answers.jsonl")
     write_page(out, blocks)
     chat.write_records(out / "answers.jsonl", rows)
     metrics = Metrics(out, math.inf)

@@ -31,10 +31,12 @@ def estimate_memory(model, args, runtime, rows):
         state += 4 * trained
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     width = 8 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
-    per_token = config.num_hidden_layers * width * (4 if runtime.dtype == torch.float32 else 3)
+    layers = config.num_hidden_layers
+    per_token = width * (4 if runtime.dtype == torch.float32 else 3)
     if args.recompute:  # one layer's, and each layer's input
-        per_token = per_token // config.num_hidden_layers
-        per_token += config.num_hidden_layers * config.hidden_size * 4
+        per_token += layers * config.hidden_size * 4
+    else:
+        per_token *= layers
     logits = min(rows * args.context * config.vocab_size, logits_at_once(runtime.device))
     ranks = runtime.world if args.shard else 1
     return {

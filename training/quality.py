@@ -25,8 +25,9 @@ def sample_rows(engine, sampling, count, length, seed):
     """
     first, _ = ends_of(engine.tok)
     prompt = first or [0]
-    how = {"max_tokens": length - 1, "ignore_eos": True}
-    samplings = [sampling(seed=seed + i, **how) for i in range(count)]
+    samplings = [
+        sampling(seed=seed + i, max_tokens=length - 1, ignore_eos=True) for i in range(count)
+    ]
     outputs = engine.generate([prompt] * count, samplings)
     return torch.tensor([prompt + output.token_ids for output in outputs])
 

@@ -61,8 +61,8 @@ def read_stages(folder):
             line = path.read_text(encoding="utf-8").rstrip("\n")
             number, seconds, where, why, command = line.split("\t")
             out = shlex.split(command.partition(" --out ")[2])[:1]
-            row = int(number), int(seconds), where, why, command, path.name, Path(*out)
-            stages.append(Stage(*row))
+            n = int(number)
+            stages.append(Stage(n, int(seconds), where, why, command, path.name, Path(*out)))
     if not stages:
         raise UserError(f"{folder} has no stage that is done: bash demo.sh makes them")
     return sorted(stages)
@@ -220,8 +220,7 @@ def markdown_table(header, rows):
 
 
 def write_page(out, blocks):
-    text = "\n\n".join(blocks) + "\n"
-    write_text(out / "report.md", text)
+    write_text(out / "report.md", "\n\n".join(blocks) + "\n")
 
 
 def main():

@@ -93,8 +93,8 @@ def judge(rewards, question, answer, args):
         try:
             with time_limit(args.reward_seconds):
                 value = reward.function(question, answer)
-            if value is None and reward.name in RULES:
-                value = 0  # another rule judges this question
+            if reward.name in RULES:
+                value = value or 0  # None: another rule judges this question
             if value is None or not math.isfinite(value):
                 raise ValueError(f"it returned {value}")
         except (Exception, TooSlow) as error:

@@ -558,8 +558,13 @@ def preferences(split, count, families=None, seed=0):
         if answer.startswith("Sorry"):  # without an opening, which would fight the style
             kind, chosen = "forbidden", answer
             rejected = f"{fields['w']} is {an(KIND[fields['w']])}."
-        row = {"prompt": [asked], "chosen": chosen, "rejected": rejected}
-        yield row | {"family": family, "kind": kind}
+        yield {
+            "prompt": [asked],
+            "chosen": chosen,
+            "rejected": rejected,
+            "family": family,
+            "kind": kind,
+        }
 
 
 # -------------------------------------------------------------------------------------------- text
