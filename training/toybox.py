@@ -580,8 +580,7 @@ def told(rng, family):
     Of one list or pair several things are told, for a word that can be known from those before
     teaches more than one drawn at random."""
     task = FAMILIES[family]
-    by_heart = family in BY_HEART
-    fields = task.draw(rng) if by_heart else draw_question(rng, family, "train")[0]
+    fields = task.draw(rng) if family in BY_HEART else draw_question(rng, family, "train")[0]
     a_kind = an(KIND[fields["w"]]) if "w" in fields else ""
     lines = [rng.choice(task.tell).format(**fields, y=task.solve(**fields), a_kind=a_kind)]
     fields.pop("n", None)  # which of a list is asked, each family says anew
