@@ -191,6 +191,8 @@ def hangs(question, answer):
     return len(answer)
 def same(question, answer): return 2
 def fails(question, answer): return 1 / 0
+def forgets(question, answer):
+    if answer.count("e"): return 1
 """
 
 
@@ -244,6 +246,9 @@ def test_questions_are_read_with_their_tools_and_a_folders_val_in_any_format(tmp
     assert "look_up" in tok.decode(val.prompts[0])
     with pytest.raises(UserError, match="unknown key 'mood'; .*--ignore-keys"):
         rewards.load_questions(replace(args, ignore_keys=""), tok, [])
+    both = (str(tmp_path), str(tmp_path / "train.json"))
+    with pytest.raises(UserError, match=f"only {tmp_path} has questions to validate on.*--val"):
+        rewards.load_questions(replace(args, data=both), tok, [])
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -335,6 +340,7 @@ def test_with_lora_the_reference_is_the_frozen_base(base, tmp_path):
 
 # ------------------------------------------------------------------------------ rewards that fail
 FAILURES = {"raises": "ZeroDivisionError: division by zero", "nan": "ValueError: it returned nan"}
+FAILURES["forgets"] = "ValueError: it returned None"
 FAILURES["hangs"] = "TooSlow: it took longer than --reward-seconds 0.02"
 
 

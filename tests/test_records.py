@@ -372,7 +372,7 @@ def test_a_text_may_be_gzip_or_begin_with_a_bom_and_look_like_anything(tmp_path)
     paths = [tmp_path / name for name in ("x.txt", "y.txt", "z.txt")]
     for path in paths:
         assert corpora.read_text(str(path)) == "one"
-    assert list(corpora.text_parts(paths, ())) == [b"one"] * 3
+    assert list(corpora.text_parts(paths, ())) == [b"one\n"] * 3
     for name, text in (("a.txt", '{"text": "x"}'), ("a", "[Enter Hamlet]"), ("a.md", "{ x }")):
         (tmp_path / name).write_text(text)
         assert corpora.read_text(str(tmp_path / name)) == text

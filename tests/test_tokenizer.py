@@ -131,6 +131,13 @@ def test_fast_trainer_learns_what_the_ten_lines_learn_from_prose():
     assert bpe.learn_merges(chunks, 300) == tokenizer.learn_merges_simply(chunks, 300)
 
 
+def test_a_word_ends_with_its_file(tmp_path):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path, text in zip(paths, ("foo", "bar\n")):
+        path.write_text(text)
+    assert bpe.count_chunks([], paths, PATTERNS["gpt2"]) == {"foo": 1, "bar": 1, "\n": 2}
+
+
 def test_counts_above_two_to_the_31_do_not_overflow():
     assert bpe.learn_merges(
         {"the": 1 << 40, "then": 1, "zzz": 1 << 33}, 2

@@ -109,9 +109,9 @@ def learn_merges(chunks, n_merges, forbidden=()):
                 break
             pairs = [divmod(key, TWO_TO_32) for key in words.key[batch].tolist()]
             made = [spelled[left] + spelled[right] for left, right in pairs]
-            if forbidden and not forbidden.isdisjoint(made):
-                refused = [pair for pair, token in zip(batch, made) if token in forbidden]
-                words.count[refused] = 0
+            refused = [pair for pair, token in zip(batch, made) if token in forbidden]
+            if refused:
+                words.count[refused] = 0  # so that they never surface again
                 queue.push(np.setdiff1d(batch, refused))
                 continue
             words.merge(batch, 256 + len(merges))
@@ -237,7 +237,7 @@ class MergeQueue:
     def __init__(self, words):
         self.words = words
         self.heap = []
-        self.floor = None  # before the first pair is asked for
+        self.floor = np.inf  # until the first refill
         self.known = 0  # pairs that have been looked at
 
     def push(self, pairs):
@@ -269,9 +269,8 @@ class MergeQueue:
     def take_new(self):
         """Look at the pairs that have appeared since the last batch."""
         start, self.known = self.known, self.words.n_pairs
-        if self.floor is not None:
-            counts = self.words.count[start : self.known]
-            self.push(start + np.flatnonzero(counts >= self.floor))
+        counts = self.words.count[start : self.known]
+        self.push(start + np.flatnonzero(counts >= self.floor))
 
     def next_batch(self, most):
         """The next pairs to merge, as far ahead as their order is certain; [] when none is left.

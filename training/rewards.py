@@ -25,19 +25,13 @@ from chat import printable, render
 from common import UserError, sha256
 from data import PackedRows, held_out, hold_out
 from training import toybox
-from training.exam import has_val, keeps, read_questions
+from training.exam import by_toybox, has_val, keeps, read_questions
 
 
 class Reward(NamedTuple):
     name: str
     weight: float
     function: Callable  # (Question, answer) -> a number, or None where it has no rule
-
-
-def by_toybox(question, answer):
-    if question.family not in toybox.FAMILIES:
-        return None
-    return toybox.check(question.family, question.messages, answer)
 
 
 def by_checks(question, answer):
@@ -98,8 +92,10 @@ def judge(rewards, question, answer, args):
     for reward in rewards:
         try:
             with time_limit(args.reward_seconds):
-                value = float(reward.function(question, answer) or 0)
-            if not math.isfinite(value):
+                value = reward.function(question, answer)
+            if reward.name in RULES:
+                value = value or 0  # None: another rule judges this question
+            if value is None or not math.isfinite(value):
                 raise ValueError(f"it returned {value}")
         except (Exception, TooSlow) as error:
             told = printable(f"{question.messages[-1]['content']!r}, answered {answer!r}"[:300])
@@ -109,7 +105,7 @@ def judge(rewards, question, answer, args):
                 print("reward   stopping; --on-error skip would go on", file=sys.stderr)
                 signal.raise_signal(signal.SIGTERM)
             return math.nan
-        total += reward.weight * value
+        total += reward.weight * float(value)
     return total
 
 
@@ -137,7 +133,7 @@ class Questions:
         self.prompts = prompts  # their ids
         self.sha256 = sha256(repr((questions, prompts)).encode())
 
-    def __len__(self):
+    def __len__(self):  # tokens, as of a Split
         return sum(map(len, self.prompts))
 
     def part(self, numbers):
@@ -158,7 +154,7 @@ def read_split(args, tok, rewards, split):
         unknown = set(args.families) - {question.family for question in questions}
         if unknown:
             raise UserError(f"--families {' '.join(unknown)}: no question is of this family")
-        asked = args.families
+        asked = args.families  # and of all others every tenth question
         questions = [q for i, q in enumerate(questions) if q.family in asked or held_out(0.1, i)]
     check_rules(questions, rewards)
     prompts = [render(tok, q.messages, True, q.tools)[0] for q in questions]
@@ -175,6 +171,11 @@ def load_questions(args, tok, rewards):
     """-> Questions to train on, and to validate on"""
     names = args.val or list(filter(has_val, args.data))
     train = read_split(args, tok, rewards, "train")
+    if not args.val and 0 < len(names) < len(args.data):
+        raise UserError(
+            f"of --data only {' '.join(names)} has questions to validate on: say with --val on "
+            "which to validate"
+        )
     if names:
         everything = replace(args, data=names, examples=200, families=())
         val = read_split(everything, tok, rewards, "val")

@@ -10,6 +10,7 @@ from training import toybox
 from training.exam import (
     CHECKS,
     Question,
+    by_toybox,
     is_right,
     keeps,
     mark_answers,
@@ -39,9 +40,10 @@ def test_wilson_intervals_are_the_published_ones():
         ("placeholders", 1, "Dear [name]", "Dear name"),
         ("highlights", 1, "*so*", "so"),
         ("keywords", ["red", "c++"], "Red c++.", "reddish c++"),
+        ("keywords", ["红", "แดง"], "一个红苹果 สีแดงสด", "红"),
         ("forbidden", ["red"], "reddish", "Red!"),
         ("starts_with", "Yes", " Yes, it is", "No, yes"),
-        ("ends_with", "bye.", "ok bye. ", "bye. ok"),
+        ("ends_with", "bye.\n", "ok bye. ", "bye. ok"),
         ("lowercase", True, "abc 1", "aBc"),
         ("uppercase", True, "ABC 1", "ABc"),
         ("commas", False, "a b", "a, b"),
@@ -54,6 +56,7 @@ def test_checks_verify_what_they_say(kind, value, good, bad):
     assert type(value) is CHECKS[kind]
     assert keeps(good, kind, value)
     assert not keeps(bad, kind, value)
+    assert not keeps(" \n", kind, value)
 
 
 def test_toybox_questions_are_marked_by_its_own_checker():
@@ -61,6 +64,24 @@ def test_toybox_questions_are_marked_by_its_own_checker():
     question = Question(row["messages"][:-1], row["answer"], row["family"], [])
     assert is_right(question, row["answer"] + " ")
     assert not is_right(question, row["answer"] + "x")
+
+
+@pytest.mark.parametrize(
+    "family, asked",
+    [
+        ("add", "What is 3 plus 4?"),
+        ("add", "What is x plus y?"),
+        ("fact", "What is the capital of France?"),
+        ("category", "Name the metal in this list:\nfox tea"),
+        ("sort", "Arrange: b a"),
+        ("copy", "Translate: fox"),
+    ],
+)
+def test_a_question_of_yours_is_not_toyboxs_for_the_name_of_its_family(family, asked):
+    question = Question([{"role": "user", "content": asked}], "It is so.", family, [])
+    assert is_right(question, "It is so.")
+    assert not is_right(question, "7")
+    assert by_toybox(question, "7") is None
 
 
 def test_other_questions_are_marked_by_equality_but_for_outer_space():
@@ -141,3 +162,13 @@ def test_the_marks_are_written_as_a_report_as_lines_and_as_a_row(marked, tmp_pat
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["step"] == 0
     assert row["eval"]["exact match"] == pytest.approx(2 / 3)
+
+
+def test_a_report_shows_forty_answers_and_all_scores(tmp_path):
+    asked = [{"role": "user", "content": "q"}]
+    questions = [Question(asked, "red", f"family {i}", []) for i in range(50)]
+    marks = mark_answers(questions, [("red", True)] * 50)
+    write_marks(tmp_path, ["now"], [marks], questions, "the command")
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("| exact match: family ") == 50
+    assert report.count("| q | red | ✓ red |") == 40

@@ -1,5 +1,8 @@
 """What quant.py's report measures, and on which text."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +24,30 @@ def test_calibration_text_shorter_than_a_row_is_refused_and_rows_do_not_overlap(
     assert quality.read_rows(records, tok, 4, 32).shape == (4, 32)
 
 
+@pytest.mark.parametrize("length, sizes", [(32, (5, 2)), (110, (3, 1)), (160, (1, 1))])
+def test_one_text_gives_as_many_rows_as_are_asked_for_or_as_it_has(
+    length, sizes, tmp_path, data_dir
+):
+    """It has 442 tokens."""
+    tok = Tokenizer.load(data_dir / "stories260K")
+    model = Constant([0.0])
+    model.config.max_position_embeddings = 512
+    text = tmp_path / "a.txt"
+    text.write_text("Once upon a time there was a girl. " * 40)
+    args = SimpleNamespace(text=text, samples=5, held_out_rows=2, length=length)
+    found = quality.calibration_and_held_out(args, model, tok, None, None)
+    assert [len(rows) for rows in found] == list(sizes)
+
+
+def test_rows_are_whole_however_long_the_text_is(tmp_path, monkeypatch):
+    """float32 cannot tell 2^24 + 1 from 2^24."""
+    ids = range(2**24 + 39)
+    monkeypatch.setattr(quality, "encode_job", lambda job, tok: SimpleNamespace(ids=np.array(ids)))
+    (tmp_path / "a.txt").write_text("a")
+    rows = quality.read_rows(tmp_path / "a.txt", None, 3, 20)
+    assert rows[-1].tolist() == list(ids[-20:])
+
+
 class Constant:
     """A model with the same logits everywhere."""
 
@@ -37,8 +64,8 @@ def test_score_is_perplexity_and_divergence_from_the_original():
     even = Constant([0.0, 0.0])
     skewed = Constant([1.0986123, 0.0])  # probabilities 3/4 and 1/4
     rows = torch.tensor([[0, 0, 1, 0, 1]])
-    assert quality.score(even, even, rows) == pytest.approx((2, 0))
-    perplexity, divergence = quality.score(skewed, even, rows)
+    perplexity, original, divergence = quality.score(skewed, even, rows)
+    assert original == pytest.approx(2)
     assert perplexity == pytest.approx((4 / 3 * 4) ** 0.5)
     assert divergence == pytest.approx(0.143841, abs=1e-6)  # ln(2/3) / 2 + ln(2) / 2
 

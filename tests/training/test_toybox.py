@@ -152,13 +152,10 @@ def test_the_checker_knows_answers_worked_out_by_hand(family, question, answer):
     assert not check(family, messages, "Ugh, fine: " + answer)
 
 
-def test_a_question_of_another_family_is_an_error():
-    with pytest.raises(UserError, match="not a question"):
-        check("add", [{"role": "user", "content": "Echo: fox apple"}], "3")
+def test_a_question_of_another_family_has_no_verdict():
+    assert check("add", [{"role": "user", "content": "Echo: fox apple"}], "3") is None
     with pytest.raises(UserError, match="splits"):
         next(conversations("dev", 1))
-    with pytest.raises(UserError, match="families"):
-        next(conversations("test", 1, families=["juggle"]))
 
 
 def families_of(rows):
