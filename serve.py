@@ -550,8 +550,14 @@ class Server(uvicorn.Server):
     """uvicorn, which after a SIGTERM or Ctrl-C answers 503 to what is new until what runs has
     finished. A second one ends it at once, and so does an engine that is gone."""
 
+    ready = ""  # said once it listens, and a signal is no longer the end of the process
     deadline = math.inf  # of the requests that run, once it drains
     status = 0  # that the process exits with
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        if self.started:
+            print(self.ready, flush=True)
 
     def handle_exit(self, sig, frame):
         service = self.config.app.state.service
@@ -622,9 +628,8 @@ def main():
     config.load()
     server = Server(config)
     url = f"{'https' if args.certificate else 'http'}://{args.host}:{sock.getsockname()[1]}"
-    sock.listen()  # who comes now waits for the server's start
-    there_is = "the page at /, the API at /v1, described at /docs"
-    print(f"ready    {url} after {time.monotonic() - begin:.1f} s; {there_is}", flush=True)
+    after = f"after {time.monotonic() - begin:.1f} s"
+    server.ready = f"ready    {url} {after}; the page at /, the API at /v1, described at /docs"
     server.run(sockets=[sock])
     sys.stdout.flush()
     if front:
