@@ -96,8 +96,6 @@ LEVELS = {"avx512-vnni": AVX512, "avx2": AVX2, "plain": ""}
 
 def level():
     """The best of LEVELS that this machine can run."""
-    if platform.machine() != "x86_64":
-        return "plain"
     if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported():
         return "avx512-vnni"
     return "avx2" if torch.cpu._is_avx2_supported() else "plain"
@@ -382,9 +380,9 @@ class Native:
         rows = array("q", batch.rows)
         adapters = np.zeros(len(ids), np.int32)  # without adapters nothing reads them
         if self.adapter_count:
-            nobody = self.adapter_count  # the last row of a stack's `rank_scale`
-            own = [nobody if a < 0 else a for a in batch.adapters]
-            adapters = np.repeat(np.array(own, np.int32), counts)
+            # -1, no adapter, becomes the last row of a stack's `rank_scale`
+            own = np.array(batch.adapters, np.int32) % (self.adapter_count + 1)
+            adapters = np.repeat(own, counts)
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
 
         tokens = len(ids), ids.buffer_info()[0], adapters.ctypes.data

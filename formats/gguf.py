@@ -23,7 +23,6 @@ import torch
 from common import (
     UserError,
     cli,
-    flags_among,
     model_name,
     naming,
     parse_flags,
@@ -546,7 +545,7 @@ def slowed_down(head_dim, rope):
     return plain / stretched
 
 
-def metadata_reader(meta, prefix=""):
+def metadata_reader(meta, prefix):
     """get(key, kind, default) of untrusted metadata, as common.read_value."""
 
     def get(key, kind, default=None):
@@ -1061,11 +1060,11 @@ def read_gguf(path):
         tok = read_vocabulary(get)
         state = by_our_names(tensors, config)
         ends = [get(f"ggml.{key}", int, config.vocab_size) for key in END_KEYS]
-        sampling = metadata_reader(meta)
-        said = {name: sampling(key, SAMPLING_KEYS[name]) for key, name in SAMPLING_NAMES.items()}
+        for key, name in SAMPLING_NAMES.items():
+            if key in meta:
+                config.generation[name] = read_value(meta, "metadata", key, SAMPLING_KEYS[name])
     asked = {key for key in meta if key.startswith("general.sampling.")}
     warn_of_unknown(asked - SAMPLING_NAMES.keys(), path)
-    config.generation = {name: value for name, value in said.items() if value is not None}
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
@@ -1168,7 +1167,7 @@ def main():
     typed = parse_flags(Args, __doc__, positional=("model", "file"))
     args = Args(**typed)
     shows = args.model == "show"
-    if shows != ("file" in typed) or (shows and flags_among(typed, ("type", "out"))):
+    if shows != ("file" in typed) or (shows and len(typed) > 2):
         raise UserError("name a model folder, with --type and --out, or show and a .gguf alone")
     if shows:
         return show_gguf(args.file)
