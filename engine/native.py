@@ -95,7 +95,7 @@ LEVELS = {"avx512-vnni": AVX512, "avx2": AVX2, "plain": ""}
 
 
 def level():
-    """The best of LEVELS that this machine can run."""
+    """The best of LEVELS that this machine can run; not on x86-64 torch says no to all."""
     if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported():
         return "avx512-vnni"
     return "avx2" if torch.cpu._is_avx2_supported() else "plain"

@@ -649,7 +649,8 @@ SPLITS = {
 
 
 def tokenizer_metadata(tok, config):
-    """Tokenizer -> tokenizer.* metadata; ids up to the model's that it lacks are unused.
+    """Tokenizer -> tokenizer.* metadata, None for what it lacks; ids up to the model's that it
+    lacks are unused.
 
     UserError, or a warning on stderr, where llama.cpp would give other ids."""
     rows = config.vocab_size
@@ -675,8 +676,7 @@ def tokenizer_metadata(tok, config):
     if any(kind == "unicode" for kind, *_ in tok.normalizer):
         warn("llama.cpp does not normalize Unicode: text that is not normal gets other ids there")
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
-    if tok.chat_template:
-        meta["tokenizer.chat_template"] = tok.chat_template
+    meta["tokenizer.chat_template"] = tok.chat_template
     return meta
 
 
@@ -728,7 +728,6 @@ def special_metadata(tok, config):
     # A tokenizer without a beginning has its end do that work, as GPT-2 does.
     bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
-    meta = {key: value for key, value in meta.items() if value is not None}
     before, after = tok.prompt_ends()
     return meta | {"add_bos_token": bool(before), "add_eos_token": bool(after)}
 
@@ -863,8 +862,7 @@ class HeaderReader:
             value = self.items(kind, 1)[0]
             # float32's 1e-05 reads as 9.99999974e-06
             return float(f"{value:.7g}") if isinstance(value, float) else value
-        kind, n = self.take("IQ")
-        return self.items(kind, n)
+        return self.items(*self.take("IQ"))
 
     def items(self, kind, n):
         self.listed += n
@@ -1014,8 +1012,7 @@ def write(folder, path, mix):
         meta = shape_metadata(config) | tokenizer_metadata(tok, config)
     meta["general.name"] = model_name(folder)
     for key, name in SAMPLING_NAMES.items():
-        if config.generation.get(name) is not None:
-            meta[key] = config.generation[name]
+        meta[key] = config.generation.get(name)
     meta["general.file_type"] = MIXES[mix]
     meta["general.quantization_version"] = 2
     plan = []
@@ -1024,7 +1021,8 @@ def write(folder, path, mix):
     if config.rope.get("rope_type") == "llama3":
         freqs = slowed_down(config.head_dim, config.rope)
         plan.append(PlannedTensor("rope_freqs.weight", "F32", freqs.shape, freqs.numpy))
-    write_container(path, meta, plan)
+    said = {key: value for key, value in meta.items() if value is not None}
+    write_container(path, said, plan)
 
 
 def plan_tensor(name, parts, mix, config):
@@ -1112,15 +1110,12 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
 
 
 def install_packed_linears(model, state):
-    """Linear layers of a block type become PackedLinear, and leave `state`."""
+    """Linear layers of a block type become PackedLinear, and their weights leave `state`."""
     for name, layer in list(model.named_modules()):
         key = f"{name}.weight"
         if not isinstance(layer, torch.nn.Linear) or BLOCK_TYPES[state[key].type].dtype:
             continue
-        bias = state.pop(f"{name}.bias", None)
-        if bias is not None:
-            bias = bias.dequantize()
-        model.set_submodule(name, PackedLinear(state.pop(key), bias))
+        model.set_submodule(name, PackedLinear(state.pop(key), layer.bias))
         model.quantization = {"quant_method": "gguf"}
 
 

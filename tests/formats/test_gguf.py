@@ -389,6 +389,15 @@ def test_a_tokenizer_comes_back_with_its_ids(name, tmp_path, data_dir):
         assert back.token_bytes(i) == tok.token_bytes(i)
 
 
+def test_a_bias_stays_beside_a_packed_weight(tmp_path):
+    model, _ = make_folder(tmp_path / "m", "gpt2")
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
+    again, _ = gguf.load(tmp_path / "m.gguf", keep_packed=True)
+    for ours, packed in zip(model.layers[1].modules(), again.layers[1].modules(), strict=True):
+        if isinstance(packed, gguf.PackedLinear):
+            assert torch.equal(packed.bias, ours.bias)
+
+
 def test_packed_tensors_are_the_files_bytes(tmp_path):
     make_folder(tmp_path / "m", "llama")
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q4_k_m")
