@@ -27,6 +27,7 @@ from common import (
     json_records,
     parse_flags,
     parse_json,
+    printable,
     run_command,
     sha256,
     well_formed,
@@ -860,11 +861,6 @@ def paint(tok, ids, mask):
         part = printable(tok.decode([i for i, _ in run]))
         text += f"«{part}»" if said else part
     return text
-
-
-def printable(text):
-    """Control characters but the newline spelled out: no text may steer the terminal."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
 @dataclass

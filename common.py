@@ -42,13 +42,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "600")
 
 
 # --------------------------------------------------------------------------------- errors and flags
+def printable(text):
+    """Control characters but the newline spelled out: no text may steer the terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
+
+
 class UserError(ValueError):
     """Something the user can mend. Its one line says what, with the numbers, and what to do."""
 
     status = 2  # the program's exit status
 
     def __init__(self, message):
-        told = " ".join(str(message).splitlines())
+        told = printable(" ".join(str(message).splitlines()))
         if len(told) > 1500:  # it quotes what a hostile file says
             told = f"{told[:1000]} ... {told[-400:]}"
         super().__init__(told)

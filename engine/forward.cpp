@@ -75,9 +75,6 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t *q) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes,
                                      _mm512_set1_epi32(load<int32_t>(q)));
-#elif defined(__AVXVNNI__)
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes,
-                                         _mm256_set1_epi32(load<int32_t>(q)));
 #elif defined(__AVX2__)
     // maddubs adds pairs in 16 bits. 15 * 127 * 2 fits there and 255 * 127 * 2 does not, so codes
     // are multiplied half a byte at a time.
@@ -159,8 +156,8 @@ struct Team {
         return *team;
     }
 
-    // Within a step no thread yields: where something else wants the core, a thread that yields may
-    // be gone for a time slice.
+    // The i-th short wait in a row. Within a step no thread yields that has a core of its own:
+    // where something else wants it, a thread that yields may be gone for a time slice.
     void pause(int i, bool within) {
 #if defined(__x86_64__)
         const bool bound = cores.size() > helpers.size();
@@ -294,7 +291,8 @@ struct Linear {
     int32_t rank;           // of all LoRA adapters together, 0: there are none
     const float *a;         // (rank, inputs)
     const float *b;         // panels (N/W, rank, W)
-    const float *keep;      // (adapters + 1, rank): row i is adapter i's, the last is no adapter's
+    // (adapters + 1, rank): an adapter's scale at its own ranks, else 0; no adapter's row is last
+    const float *rank_scale;
 };
 
 // LayerNorm with a bias, RMSNorm without.
@@ -311,7 +309,7 @@ struct Layer {
 };
 
 struct Model {
-    int32_t L, C, H, KV, D, M;
+    int32_t L, C, H, KV, D, M;  // layers, width, query heads, key heads, head's width, MLP's width
     float eps;
     int32_t cached;       // FLOAT32 or FLOAT16: the type of keys and values
     int64_t layer_bytes;  // of a layer's keys, and of its values
@@ -340,7 +338,7 @@ struct Prepared {
     std::vector<float> scale;  // (T, K/group)
     std::vector<float> sum;    // (T, K/group): the sum of the group's q
     std::vector<float> low;    // (T, rank): A x for the ranks of the token's own adapter, else 0
-    const int32_t *adapters;   // (T,) row of `keep`
+    const int32_t *adapters;   // (T,) row of `rank_scale`
 };
 
 // ---------------------------------------------------------------------------------------- products
@@ -390,21 +388,21 @@ static void round_row(const Linear &w, const float *x, int t, Prepared &to) {
 
 // What LoRA's first matrix makes of a token, times the adapter's scale.
 static void adapt_row(const Linear &w, const float *x, int t, Prepared &to) {
-    const float *keep = w.keep + size_t(to.adapters[t]) * w.rank;
+    const float *rank_scale = w.rank_scale + size_t(to.adapters[t]) * w.rank;
     for (int r = 0; r < w.rank; r++) {
         Floats sum = {};
-        if (keep[r] != 0)
+        if (rank_scale[r] != 0)
             for (int k = 0; k < w.inputs; k += W)
                 sum += load<Floats>(x + k) * load<Floats>(w.a + size_t(r) * w.inputs + k);
-        to.low[size_t(t) * w.rank + r] = add(sum) * keep[r];
+        to.low[size_t(t) * w.rank + r] = add(sum) * rank_scale[r];
     }
 }
 
 // W outputs of a token with what LoRA adds to them: y + B (scale A x).
 static inline Floats adapted(const Linear &w, int panel, int t, const Prepared &x, Floats y) {
-    const float *keep = w.keep + size_t(x.adapters[t]) * w.rank;
+    const float *rank_scale = w.rank_scale + size_t(x.adapters[t]) * w.rank;
     for (int r = 0; r < w.rank; r++)
-        if (keep[r] != 0)
+        if (rank_scale[r] != 0)
             y += x.low[size_t(t) * w.rank + r] *
                  load<Floats>(w.b + (size_t(panel) * w.rank + r) * W);
     return y;
@@ -519,8 +517,9 @@ static inline int multiply_panels(const Linear &w, int panel, int end, const flo
 
 static inline int panels_of(const Linear &w) { return (w.N + W - 1) / W; }
 
-// Panels first..last-1 of y (T, N) = x (T, K) times W; with `onto` they are added to y. Several
-// layers with the same inputs, whose outputs lie one after the other in y, are counted through.
+// Panels first..last-1 of y (T, N) = x (T, K) times the weights; with `onto` they are added to y.
+// Several layers with the same inputs, whose outputs lie one after the other in y, are counted
+// through. All tokens go through a few panels, which stay in the cache, before the next few.
 static void products(const Linear *layers, int count, const float *x, const Prepared *prepared,
                      int T, float *y, size_t stride, bool onto, int first, int last) {
     for (int j = 0; j < count && first < last; j++) {
@@ -775,23 +774,25 @@ static void store_token(const Model &m, const Layer &layer, float *row, int at, 
 }
 
 // ---------------------------------------------------------------------------------------- the pass
+template <class V>
+static void grow(V &v, size_t size) {
+    if (v.size() < size)
+        v.resize(size);
+}
+
 // Room for T tokens as these layers read them.
 static void make_room(const Linear *layers, int count, int T, const int32_t *adapters,
                       Prepared *to) {
     for (int j = 0; j < count; j++) {
         const Linear &w = layers[j];
         to[j].adapters = adapters;
-        if (to[j].low.size() < size_t(T) * w.rank)
-            to[j].low.resize(size_t(T) * w.rank);
+        grow(to[j].low, size_t(T) * w.rank);
         if (!w.N || w.kind < INT8)
             continue;
         const size_t groups = size_t(T) * (w.K / w.group);
-        if (to[j].q.size() < size_t(T) * w.K)
-            to[j].q.resize(size_t(T) * w.K);
-        if (to[j].scale.size() < groups) {
-            to[j].scale.resize(groups);
-            to[j].sum.resize(groups);
-        }
+        grow(to[j].q, size_t(T) * w.K);
+        grow(to[j].scale, groups);
+        grow(to[j].sum, groups);
     }
 }
 
@@ -824,34 +825,33 @@ extern "C" int lanes() { return W; }
 struct Unit {
     int span, first, last, head;
 };
+constexpr int UNIT = 16;  // the most tokens of one
 
 // A step: the tokens of all sequences, what lies between the layers, and the loops over both.
 struct Step {
     const Model &m;
-    const int T, threads, C, width, inner;
+    const int T, C, qkv_width, attended_width;
     const int32_t *adapters;
     std::vector<float> x;                 // (T, C), the residual stream
     std::vector<float> normed;            // (T, C); at the end (R, C), what the head reads
-    std::vector<float> qkv;               // (T, width)
-    std::vector<float> attended;          // (T, inner)
+    std::vector<float> qkv;               // (T, qkv_width)
+    std::vector<float> attended;          // (T, attended_width)
     std::vector<float> up;                // (T, 2M), or (T, M) for a product of floats
     std::vector<int> span_of, positions;  // of each token
-    std::vector<Unit> units;              // those with most keys first
+    std::vector<Unit> units;              // of each sequence those with most keys first
     Prepared prepared[3];
 
-    Step(const Model &model, int T, const int32_t *adapters, int S, const Span *spans, int R,
-         int threads)
+    Step(const Model &model, int T, const int32_t *adapters, int S, const Span *spans, int R)
         : m(model),
           T(T),
-          threads(threads),
           C(m.C),
-          width((m.H + 2 * m.KV) * m.D),
-          inner(m.H * m.D),
+          qkv_width((m.H + 2 * m.KV) * m.D),
+          attended_width(m.H * m.D),
           adapters(adapters),
           x(size_t(T) * C),
           normed(size_t(std::max(T, R)) * C),
-          qkv(size_t(T) * width),
-          attended(size_t(T) * inner),
+          qkv(size_t(T) * qkv_width),
+          attended(size_t(T) * attended_width),
           up(size_t(T) * 2 * m.M),
           span_of(T),
           positions(T) {
@@ -860,9 +860,9 @@ struct Step {
                 span_of[spans[s].start + i] = s;
                 positions[spans[s].start + i] = spans[s].past + i;
             }
-            for (int last = spans[s].n; last > 0; last -= 16)
+            for (int last = spans[s].n; last > 0; last -= UNIT)
                 for (int h = 0; h < m.KV; h++)
-                    units.push_back({s, std::max(0, last - 16), last, h});
+                    units.push_back({s, std::max(0, last - UNIT), last, h});
         }
         for (int i = 0; i < m.L; i++) {
             make_room(m.layers[i].qkv, 3, T, adapters, prepared);
@@ -879,7 +879,7 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
                         int S, const Span *spans, const int32_t *blocks, int R, const int64_t *rows,
                         float *out, int hidden, int threads) {
     const Model &m = *model;
-    Step step(m, T, adapters, S, spans, R, threads);
+    Step step(m, T, adapters, S, spans, R);
     const int C = m.C;
     std::vector<float> &x = step.x, &normed = step.normed, &qkv = step.qkv;
     std::vector<float> &attended = step.attended, &up = step.up;
@@ -892,7 +892,7 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
 
     Team &team = Team::only();
     team.run(threads, 3 + 11 * m.L, [&](int me) {
-        int phase = 0;
+        int phase = 0;  // each thread counts for itself: all go through the same phases
         // f(t) for each of some tokens.
         auto each = [&](int count, auto f) {
             const int grain = std::max(8, count / (4 * threads));
@@ -927,11 +927,11 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
                 normalize(&x[size_t(t) * C], layer.norm1, C, m.eps, &normed[size_t(t) * C]);
                 prepare_row(layer.qkv, 3, &normed[size_t(t) * C], t, prepared);
             });
-            multiply(layer.qkv, 3, normed.data(), prepared, T, qkv.data(), step.width, false);
+            multiply(layer.qkv, 3, normed.data(), prepared, T, qkv.data(), step.qkv_width, false);
             each(T, [&](int t) {
                 const int at = step.positions[t];
                 const int block = blocks[spans[step.span_of[t]].blocks + at / PAGE];
-                float *row = &qkv[size_t(t) * step.width];
+                float *row = &qkv[size_t(t) * step.qkv_width];
                 if (m.cached == FLOAT16)
                     store_token<uint16_t>(m, layer, row, at, block);
                 else
@@ -944,7 +944,7 @@ extern "C" void forward(const Model *model, int T, const int64_t *ids, const int
                             qkv.data(), attended.data());
             });
             each(T, [&](int t) {
-                prepare_row(&layer.out, 1, &attended[size_t(t) * step.inner], t, prepared);
+                prepare_row(&layer.out, 1, &attended[size_t(t) * step.attended_width], t, prepared);
             });
             multiply(&layer.out, 1, attended.data(), prepared, T, x.data(), C, true);
             // The MLP: x += down(activate(up(norm2(x)))).

@@ -55,7 +55,7 @@ class Linear(Structure):
         *fields(c_int32, "kind N K group"),
         *fields(c_void_p, "weight scale zero order bias"),
         *fields(c_int32, "inputs rank"),
-        *fields(c_void_p, "a b keep"),
+        *fields(c_void_p, "a b rank_scale"),
     ]
 
 
@@ -95,9 +95,7 @@ LEVELS = {"avx512-vnni": AVX512, "avx2": AVX2, "plain": ""}
 
 
 def level():
-    """The best of LEVELS that this machine can run."""
-    if platform.machine() != "x86_64":
-        return "plain"
+    """The best of LEVELS that this machine can run; not on x86-64 torch says no to all."""
     if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported():
         return "avx512-vnni"
     return "avx2" if torch.cpu._is_avx2_supported() else "plain"
@@ -115,7 +113,7 @@ def compile_to(path, name):
     def make(temporary):
         done = subprocess.run([*command, str(temporary)], capture_output=True, text=True)
         if done.returncode:
-            said = done.stderr.strip().splitlines()[:1]
+            said = [line for line in done.stderr.splitlines() if "error" in line][:1]
             raise Unavailable(f"{compiler} could not compile forward.cpp: {said}")
 
     write_atomic(path, make)
@@ -135,8 +133,10 @@ def check_owner(path):
 
 
 def library_path(name, folder=None):
-    """Where a level's library lies. A hash of source and flags keeps old ones from being found."""
-    key = hashlib.sha256(SOURCE.read_bytes() + LEVELS[name].encode()).hexdigest()[:16]
+    """Where a level's library lies. A hash of what it is made with keeps old ones from being
+    found; a folder's, made for an image, serves whatever CXX is there."""
+    made_with = LEVELS[name] + ("" if folder else os.environ.get("CXX", ""))
+    key = hashlib.sha256(SOURCE.read_bytes() + made_with.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-forward"
     return Path(folder or cache) / f"forward-{name}-{key}.so"
 
@@ -181,8 +181,8 @@ def return_memory(module, kind):
     Else a model would be there twice while it is loaded, and glibc would keep half of it. Without
     a `kind` the weights may be those of a model that is being trained, which stay in memory.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(libc, "malloc_trim"):  # musl
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "malloc_trim"):  # musl
         return
     libc.malloc_trim(0)
     page = os.sysconf("SC_PAGE_SIZE")
@@ -212,7 +212,7 @@ class Native:
         self.lib = library()
         self.lanes = self.lib.lanes()
         self.kept = []  # tensors whose memory C++ reads
-        self.before = iter(())  # what `kept` was, while weights are packed anew
+        self.old = iter(())  # what `kept` was, in the same order, while weights are packed anew
         self.adapter_count = len(adapters or {})
         self.threads = torch.get_num_threads()
         self.kind = kind
@@ -220,7 +220,7 @@ class Native:
 
     def refresh(self, model):
         """Pack the weights of a model that was trained on, in place; it has no adapter stacks."""
-        self.before = iter(self.kept)
+        self.old = iter(self.kept)
         self.kept = []
         self.pack(model, {})
 
@@ -233,7 +233,7 @@ class Native:
         layers = [self.layer(i, block, stacks) for i, block in enumerate(model.layers)]
         layers = (Layer * len(layers))(*layers)
         embed = self.floats(model.embed_tokens.weight)
-        self.embedding = self.kept[-1]
+        self.embedding = self.kept[-1]  # the Runner asks for its device, as of TorchForward's
         return_memory(model.embed_tokens, self.kind)
         cos, sin = map(self.floats, rope_tables(model))
         return layers, Model(
@@ -278,8 +278,9 @@ class Native:
         )
 
     def keep(self, tensor):
-        """-> where C++ finds these values: the memory of before, if there was any."""
-        place = next(self.before, tensor)
+        """-> where C++ finds these values: in `refresh` the memory that it reads already, so that
+        the pointers in its structs stay right."""
+        place = next(self.old, tensor)
         if place is not tensor:
             place.copy_(tensor)
         self.kept.append(place)
@@ -311,7 +312,7 @@ class Native:
             made.rank = len(stack.A)
             made.a = self.floats(stack.A)
             made.b = self.panels(stack.B)
-            made.keep = self.floats(stack.keep)
+            made.rank_scale = self.floats(stack.rank_scale)
         return made
 
     def float_linear(self, layer):
@@ -379,9 +380,9 @@ class Native:
         rows = array("q", batch.rows)
         adapters = np.zeros(len(ids), np.int32)  # without adapters nothing reads them
         if self.adapter_count:
-            nobody = self.adapter_count  # the last row of a stack's `keep`
-            own = [nobody if a < 0 else a for a in batch.adapters]
-            adapters = np.repeat(np.array(own, np.int32), counts)
+            # -1, no adapter, becomes the last row of a stack's `rank_scale`
+            own = np.array(batch.adapters, np.int32) % (self.adapter_count + 1)
+            adapters = np.repeat(own, counts)
         out = torch.empty(len(rows), self.model.C if hidden else self.model.head.N)
 
         tokens = len(ids), ids.buffer_info()[0], adapters.ctypes.data

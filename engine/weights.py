@@ -21,17 +21,18 @@ def rope_tables(model, dtype=torch.float32):
 class AdapterStack:
     """All LoRA adapters of one layer, stacked along the rank, so that rows of a batch may differ.
 
-    A token of adapter a gets B (keep[a] * (A x)) added to the layer's output: row a of `keep` has
-    the adapter's scale at its own ranks and zeros elsewhere; the last row is that of no adapter.
+    A token of adapter a gets B (rank_scale[a] * (A x)) added to the layer's output: row a of
+    `rank_scale` has the adapter's scale at its own ranks and zeros elsewhere; the last row is that
+    of no adapter.
     """
 
     A: torch.Tensor  # (R, K), R the sum of all ranks
     B: torch.Tensor  # (N, R)
-    keep: torch.Tensor  # (adapters + 1, R)
+    rank_scale: torch.Tensor  # (adapters + 1, R)
 
     def change(self, x, adapters):
         """x (T, K), adapters (T,) int64, -1 is none -> (T, N), what is added to the output."""
-        low = F.linear(x, self.A) * self.keep[adapters]  # (T, R)
+        low = F.linear(x, self.A) * self.rank_scale[adapters]  # (T, R)
         return F.linear(low, self.B)
 
 

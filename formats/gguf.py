@@ -5,7 +5,8 @@ read back into our model.
     python -m formats.gguf show chat.gguf
 
 Version 3 (ggml/docs/gguf.md): magic, counts, metadata, tensor infos, padding, tensors; all of it
-little-endian. Every tensor type in use is read; those that people make today are written.
+little-endian. The types in BLOCKS are read, and those with an encoder written; of the others, as
+llama.cpp's IQ types, only the names are known.
 """
 
 import math
@@ -25,6 +26,7 @@ from common import (
     model_name,
     naming,
     parse_flags,
+    printable,
     read_value,
     warn,
     warn_of_unknown,
@@ -219,9 +221,10 @@ def encode_k45(x, top, start, steps):
 def fit_range(x, top, start, steps):
     """x (n, 32) ~ scale * q - low, q in 0..top -> (scale (n,), low (n,)), both >= 0.
 
-    Tries `steps` roundings near the plain one, each from the best minimum so far; for each,
-    weighted least squares gives the best scale and minimum. The weights |x| + rms(x) make large
-    values count more, as in ggml (make_qkx2_quants)."""
+    Tries `steps` roundings near the plain one, each from the best minimum so far and as if the
+    highest code were not `top` but start, start + 0.1, ... more; for each, weighted least squares
+    gives the best scale and minimum. The weights |x| + rms(x) make large values count more, as in
+    ggml (make_qkx2_quants)."""
     x = x.t().contiguous()  # (32, n): sums down the columns run over consecutive numbers
     w = x.square().mean(0).sqrt() + x.abs()
     weights = torch.stack((w, w * x))
@@ -281,7 +284,8 @@ def fit_scale(x, top):
     return torch.where(peak.abs() < 1e-15, 0.0, scale)
 
 
-# Its number, weights a block, zero, run and high_run, and the bytes of each field.
+# The columns of BlockType, in its words, and the bytes of each field (q16: 16 bytes of q):
+#   name  number block zero run high_run  layout
 BLOCKS = """
     F32    0    1    0  16   1  q4
     F16    1    1    0  16   1  q2
@@ -428,7 +432,9 @@ def gguf_name(name, config):
 
 
 def by_gguf_name(state, config):
-    """Our state dict -> {name in a GGUF: {our name: tensor}}; several lie there end to end."""
+    """Our state dict -> {name in a GGUF: {our name: tensor}}; several lie there end to end.
+
+    These are GPT-2's q, k and v, in this order, in which model.py makes the layers."""
     names = {}
     for name, tensor in state.items():
         tied = config.tie_word_embeddings and name == "lm_head.weight"
@@ -539,7 +545,7 @@ def slowed_down(head_dim, rope):
     return plain / stretched
 
 
-def metadata_reader(meta, prefix=""):
+def metadata_reader(meta, prefix):
     """get(key, kind, default) of untrusted metadata, as common.read_value."""
 
     def get(key, kind, default=None):
@@ -643,7 +649,8 @@ SPLITS = {
 
 
 def tokenizer_metadata(tok, config):
-    """Tokenizer -> tokenizer.* metadata; ids up to the model's that it lacks are unused.
+    """Tokenizer -> tokenizer.* metadata, None for what it lacks; ids up to the model's that it
+    lacks are unused.
 
     UserError, or a warning on stderr, where llama.cpp would give other ids."""
     rows = config.vocab_size
@@ -669,8 +676,7 @@ def tokenizer_metadata(tok, config):
     if any(kind == "unicode" for kind, *_ in tok.normalizer):
         warn("llama.cpp does not normalize Unicode: text that is not normal gets other ids there")
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
-    if tok.chat_template:
-        meta["tokenizer.chat_template"] = tok.chat_template
+    meta["tokenizer.chat_template"] = tok.chat_template
     return meta
 
 
@@ -722,7 +728,6 @@ def special_metadata(tok, config):
     # A tokenizer without a beginning has its end do that work, as GPT-2 does.
     bos = next(iter(ends), None) if tok.bos_id is None else tok.bos_id
     meta |= {"bos_token_id": bos, "unknown_token_id": tok.unknown, "padding_token_id": tok.pad_id}
-    meta = {key: value for key, value in meta.items() if value is not None}
     before, after = tok.prompt_ends()
     return meta | {"add_bos_token": bool(before), "add_eos_token": bool(after)}
 
@@ -767,6 +772,8 @@ def read_token_types(get, tokens):
         raise UserError(f"{len(tokens):,} tokens with {len(types):,} types")
     groups = {kind: {} for kind in range(NORMAL, BYTE + 1)}
     for i, (token, kind) in enumerate(zip(tokens, types)):
+        if kind not in groups:
+            raise UserError(f"token {i:,} is of type {kind!r}, expected 1 to {BYTE}")
         groups[kind][token] = i
     return groups
 
@@ -805,7 +812,6 @@ ITEM_TYPES = VALUE_TYPES | {int: 5}
 MOST_METADATA = 1 << 26  # bytes
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
-MOST_PARTS = 1 << 10
 MOST_ITEMS = 1 << 21  # of all lists together; 262K tokens, scores, types and 580K merges are 1.4M
 
 
@@ -856,8 +862,7 @@ class HeaderReader:
             value = self.items(kind, 1)[0]
             # float32's 1e-05 reads as 9.99999974e-06
             return float(f"{value:.7g}") if isinstance(value, float) else value
-        kind, n = self.take("IQ")
-        return self.items(kind, n)
+        return self.items(*self.take("IQ"))
 
     def items(self, kind, n):
         self.listed += n
@@ -905,9 +910,9 @@ def open_gguf(path):
         refuse(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
     meta = header.metadata(n_keys)
     infos = [header.tensor_info() for _ in range(n_tensors)]
-    alignment = meta.get("general.alignment", ALIGNMENT)
+    alignment = read_value(meta, "metadata", "general.alignment", int, ALIGNMENT)
     if alignment not in [1 << exponent for exponent in range(3, 17)]:
-        refuse(f"alignment {str(alignment)[:40]} is not a power of two from 8 to 65,536")
+        refuse(f"alignment {alignment:,} is not a power of two from 8 to 65,536")
     start = -(-header.at // alignment) * alignment
     end = start
     tensors = {}
@@ -935,22 +940,21 @@ def open_gguf(path):
 def open_parts(path):
     """open_gguf of a file, or of all the parts of a split one, of which path is any."""
     meta, tensors = open_gguf(path)
-    count = meta.get("split.count", 1)
-    if count == 1:
+    count = read_value(meta, "metadata", "split.count", int, 0)
+    if count < 2:  # 0, where llama-gguf-split made one file of the parts
         return meta, tensors
     path = Path(path)
     name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
-    numbers = range(1, min(count, MOST_PARTS) + 1)
-    parts = [path.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in numbers]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing or count > MOST_PARTS:
-        raise UserError(f"one of {count:,} parts, which lacks beside it {', '.join(missing[:4])}")
-    meta, tensors = open_gguf(parts[0])
-    for part in parts[1:]:
-        own = open_gguf(part)[1]
+    meta, tensors = {}, {}
+    for i in range(1, count + 1):
+        part = path.with_name(f"{name}-{i:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise UserError(f"one of {count:,} parts, which lacks {part.name} beside it")
+        own_meta, own = open_gguf(part)
         twice = sorted(own.keys() & tensors.keys())
         if twice:
             raise UserError(f"{part.name} has {twice[0]}, which a part before it has too")
+        meta = meta or own_meta  # the first part's, of which the others have few keys
         tensors |= own
     return meta, tensors
 
@@ -963,10 +967,6 @@ class PlannedTensor(NamedTuple):
     shape: tuple
     make: Callable  # () -> its bytes, when its turn has come
 
-    @property
-    def size(self):
-        return BLOCK_TYPES[self.type].size(self.shape)
-
 
 def write_container(path, meta, plan):
     """Metadata {key: value} and PlannedTensors -> a file, all or nothing."""
@@ -974,11 +974,11 @@ def write_container(path, meta, plan):
     header += [text_bytes(key) + value_bytes(value) for key, value in meta.items()]
     offset = 0
     for tensor in plan:
+        kind = BLOCK_TYPES[tensor.type]
         dims = tensor.shape[::-1]
-        number = BLOCK_TYPES[tensor.type].number
-        info = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)
+        info = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind.number, offset)
         header.append(text_bytes(tensor.name) + info)
-        offset += -(-tensor.size // ALIGNMENT) * ALIGNMENT
+        offset += -(-kind.size(tensor.shape) // ALIGNMENT) * ALIGNMENT
 
     def save(temporary):
         with open(temporary, "wb") as f:
@@ -1012,8 +1012,7 @@ def write(folder, path, mix):
         meta = shape_metadata(config) | tokenizer_metadata(tok, config)
     meta["general.name"] = model_name(folder)
     for key, name in SAMPLING_NAMES.items():
-        if config.generation.get(name) is not None:
-            meta[key] = config.generation[name]
+        meta[key] = config.generation.get(name)
     meta["general.file_type"] = MIXES[mix]
     meta["general.quantization_version"] = 2
     plan = []
@@ -1022,7 +1021,8 @@ def write(folder, path, mix):
     if config.rope.get("rope_type") == "llama3":
         freqs = slowed_down(config.head_dim, config.rope)
         plan.append(PlannedTensor("rope_freqs.weight", "F32", freqs.shape, freqs.numpy))
-    write_container(path, meta, plan)
+    said = {key: value for key, value in meta.items() if value is not None}
+    write_container(path, said, plan)
 
 
 def plan_tensor(name, parts, mix, config):
@@ -1052,20 +1052,26 @@ def read_gguf(path):
     UserError, in bounded time and memory, for whatever is wrong with the file."""
     with naming(Path(path)):
         meta, tensors = open_parts(path)
+        meta = {key: value for key, value in meta.items() if not names_no_token(key, value)}
         config = read_config(meta, tensors)
         get = metadata_reader(meta, "tokenizer.")
         tok = read_vocabulary(get)
         state = by_our_names(tensors, config)
         ends = [get(f"ggml.{key}", int, config.vocab_size) for key in END_KEYS]
-        sampling = metadata_reader(meta)
-        said = {name: sampling(key, SAMPLING_KEYS[name]) for key, name in SAMPLING_NAMES.items()}
+        for key, name in SAMPLING_NAMES.items():
+            if key in meta:
+                config.generation[name] = read_value(meta, "metadata", key, SAMPLING_KEYS[name])
     asked = {key for key in meta if key.startswith("general.sampling.")}
     warn_of_unknown(asked - SAMPLING_NAMES.keys(), path)
-    config.generation = {name: value for name, value in said.items() if value is not None}
     ends = [i for i in ends if i < config.vocab_size]
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.bos_token_id = tok.bos_id if tok else None
     return config, state, tok
+
+
+def names_no_token(key, value):
+    """Whether a key of a token's id says that there is none: -1, also where it has no sign."""
+    return key.endswith("_token_id") and value in (-1, (1 << 32) - 1)
 
 
 def by_our_names(tensors, config):
@@ -1084,9 +1090,10 @@ def by_our_names(tensors, config):
 
 
 def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
-    """GGUF file -> (Transformer, Tokenizer or None).
+    """GGUF file -> (Transformer, Tokenizer or None), its floats of dtype.
 
-    keep_packed: linear layers stay as they are in the file (PackedLinear), and 16-bit weights."""
+    keep_packed: linear layers of a block type become PackedLinear, and tensors of 16 bits keep
+    their type; any other tensor becomes dtype."""
     config, state, tok = read_gguf(path)
     with torch.device("meta"):
         model = Transformer(config)
@@ -1103,15 +1110,12 @@ def load(path, device="cpu", dtype=torch.float32, keep_packed=False):
 
 
 def install_packed_linears(model, state):
-    """Linear layers of a block type become PackedLinear, and leave `state`."""
+    """Linear layers of a block type become PackedLinear, and their weights leave `state`."""
     for name, layer in list(model.named_modules()):
         key = f"{name}.weight"
         if not isinstance(layer, torch.nn.Linear) or BLOCK_TYPES[state[key].type].dtype:
             continue
-        bias = state.pop(f"{name}.bias", None)
-        if bias is not None:
-            bias = bias.dequantize()
-        model.set_submodule(name, PackedLinear(state.pop(key), bias))
+        model.set_submodule(name, PackedLinear(state.pop(key), layer.bias))
         model.quantization = {"quant_method": "gguf"}
 
 
@@ -1121,7 +1125,7 @@ def install_packed_linears(model, state):
 @dataclass
 class Args:
     model: str = ""  # the model folder, or "show"
-    file: str = "-"  # the .gguf to show
+    file: str = "-"  # the .gguf, behind "show" alone
     type: str = "q8_0"  # f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k
     out: str = ""  # the file to write, .gguf or not [MODEL-TYPE.gguf]
 
@@ -1148,15 +1152,19 @@ def show_gguf(path):
     with naming(Path(path)):
         meta, tensors = open_gguf(path)
     for key, value in meta.items():
-        print(key, repr(value[:4] if isinstance(value, list) else value)[:80])
+        print(printable(key), repr(value)[:80])
     for name, tensor in tensors.items():
         bits = 8 * tensor.data.numel() / math.prod(tensor.shape)
-        print(f"{name} {tensor.type} {tensor.shape} {bits:.2f} bits a weight")
+        print(f"{printable(name)} {tensor.type} {tensor.shape} {bits:.2f} bits a weight")
 
 
 def main():
-    args = Args(**parse_flags(Args, __doc__, positional=("model", "file")))
-    if args.model == "show":
+    typed = parse_flags(Args, __doc__, positional=("model", "file"))
+    args = Args(**typed)
+    shows = args.model == "show"
+    if shows != ("file" in typed) or (shows and len(typed) > 2):
+        raise UserError("name a model folder, with --type and --out, or show and a .gguf alone")
+    if shows:
         return show_gguf(args.file)
     beside = Path(args.model).parent / f"{model_name(args.model)}-{args.type}"
     export(args.model, args.out or beside, args.type)

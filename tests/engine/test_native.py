@@ -303,6 +303,23 @@ def test_a_library_is_the_users_alone_whatever_the_umask(tmp_path, monkeypatch):
     native.check_owner(tmp_path / "cache" / "forward.so")
 
 
+def test_what_a_compiler_calls_an_error_is_said(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho In file included >&2\necho a.h: error: no >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(native.Unavailable, match="could not compile .*'a.h: error: no'"):
+        native.compile_to(tmp_path / "forward.so", "plain")
+
+
+def test_another_compiler_makes_another_library_but_an_image_has_one(tmp_path, monkeypatch):
+    for folder, same in ((None, False), (tmp_path, True)):
+        monkeypatch.delenv("CXX", raising=False)
+        path = native.library_path("plain", folder)
+        monkeypatch.setenv("CXX", "clang++")
+        assert (native.library_path("plain", folder) == path) == same
+
+
 def test_sums_that_could_overflow_are_left_to_torch():
     one = torch.ones(1, 1)
     wide = GroupLinear(torch.full((1, 66_312), 128, dtype=torch.uint8), one, 128 * one, 8, -1)

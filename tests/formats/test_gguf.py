@@ -389,6 +389,15 @@ def test_a_tokenizer_comes_back_with_its_ids(name, tmp_path, data_dir):
         assert back.token_bytes(i) == tok.token_bytes(i)
 
 
+def test_a_bias_stays_beside_a_packed_weight(tmp_path):
+    model, _ = make_folder(tmp_path / "m", "gpt2")
+    gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
+    again, _ = gguf.load(tmp_path / "m.gguf", keep_packed=True)
+    for ours, packed in zip(model.layers[1].modules(), again.layers[1].modules(), strict=True):
+        if isinstance(packed, gguf.PackedLinear):
+            assert torch.equal(packed.bias, ours.bias)
+
+
 def test_packed_tensors_are_the_files_bytes(tmp_path):
     make_folder(tmp_path / "m", "llama")
     gguf.write(tmp_path / "m", tmp_path / "m.gguf", "q4_k_m")
@@ -414,6 +423,9 @@ def test_the_command_writes_warns_and_shows(tmp_path):
     assert "bits a weight" in shown.stdout
     for args, message in (
         ([tmp_path / "m", "--type", "q4"], "unknown type 'q4'"),
+        ([tmp_path / "m", tmp_path / "y.gguf"], "name a model folder, with --type and --out, or"),
+        (["show"], "show and a .gguf alone"),
+        (["show", tmp_path / "x.gguf", "--type", "f16"], "show and a .gguf alone"),
         (["show", tmp_path / "no.gguf"], "No such file"),
     ):
         failed = gguf_command(*args)
@@ -505,9 +517,9 @@ def test_a_split_gguf_is_read_with_its_neighbours(first_empty, good, tmp_path):
         assert all(torch.equal(model.state_dict()[name], t) for name, t in expected.items())
     renamed = parts[-1].rename(tmp_path / "x.gguf")
     count = len(parts)
-    lacking = f"one of {count} parts, which lacks beside it"
-    refused(renamed, renamed.read_bytes(), f"{lacking} x-00001-of-{count:05}.gguf, x-00002")
-    refused(parts[0], parts[0].read_bytes(), f"{lacking} {parts[-1].name}")
+    lacking = f"one of {count} parts, which lacks"
+    refused(renamed, renamed.read_bytes(), f"{lacking} x-00001-of-{count:05}.gguf beside it")
+    refused(parts[0], parts[0].read_bytes(), f"{lacking} {parts[-1].name} beside it")
 
 
 def test_a_tensor_in_two_parts_of_a_split_gguf_is_refused(good, tmp_path):
@@ -516,6 +528,29 @@ def test_a_tensor_in_two_parts_of_a_split_gguf_is_refused(good, tmp_path):
     names = list(gguf.open_gguf(path)[1])
     with pytest.raises(UserError, match=f"00002.gguf has {names[0]}, which a part before"):
         gguf.load(split(path, [names, names[:1]])[0])
+
+
+def test_what_other_programs_write_for_none_is_read(good, tmp_path):
+    """One file that was split before has 0 parts; an id that there is not is -1 in 32 bits."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(good)
+    meta, tensors = gguf.open_gguf(path)
+    none = {f"tokenizer.ggml.{key}_token_id": (1 << 32) - 1 for key in ("padding", "eos")}
+    gguf.write_container(path, meta | none | {"split.count": 0}, planned(tensors))
+    assert gguf.read_gguf(path)[0].eos_token_id is None
+
+
+def test_no_name_in_a_file_steers_the_terminal(good, tmp_path, capsys):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(good)
+    meta, tensors = gguf.open_gguf(path)
+    plan = planned(tensors)
+    plan.append(gguf.PlannedTensor("a\x1b[2J", "F32", (1,), partial(bytes, 4)))
+    gguf.write_container(path, meta | {"\x1b]0;": 1}, plan)
+    gguf.show_gguf(path)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and r"\x1b]0; 1" in shown and r"a\x1b[2J F32" in shown
+    refused(path, path.read_bytes(), r"a\\x1b\[2J is not part of this model")
 
 
 def test_a_default_of_sampling_that_is_not_known_is_named(good, tmp_path, capsys):
@@ -723,6 +758,9 @@ def test_hostile_lengths_are_refused_before_memory_is_taken(tmp_path):
         ("tokenizer.ggml.merges", ["a b c"], "not two tokens"),
         ("tokenizer.ggml.merges", ["a zz"], "merge 0"),
         ("tokenizer.ggml.token_type", [1, 1, 1], "3 types"),
+        ("tokenizer.ggml.token_type", [7] * 397, "token 0 is of type 7"),
+        ("general.alignment", 32.0, "alignment is 32.0"),
+        ("split.count", "2", "split.count is '2'"),
     ],
 )
 def test_metadata_that_makes_no_sense_is_refused(key, value, match, good, tmp_path):

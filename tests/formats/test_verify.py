@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch.nn as nn
 from test_gguf import make_folder
 
 import chat
@@ -11,7 +12,7 @@ import lora
 import quant
 from common import UserError, cli
 from formats import gguf, hub
-from formats.verify import WrongExport
+from formats.verify import WrongExport, compare_weights
 from formats.vocab import read_tokenizer
 from model import Transformer
 from tokenizer import Tokenizer
@@ -54,6 +55,11 @@ def lost_metadata(key):
     return change
 
 
+def lost_merges(monkeypatch):
+    right = gguf.bytes_metadata
+    monkeypatch.setattr(gguf, "bytes_metadata", lambda *args: right(*args) | {"merges": []})
+
+
 def scaled(name):
     def change(monkeypatch):
         kind = gguf.BLOCK_TYPES[name]
@@ -70,6 +76,8 @@ def scaled(name):
         ("q4_0", swapped_rows, "self_attn.k_proj.weight is"),
         ("q8_0", lost_metadata("eot_token_id"), "end ids [5] are lost"),
         ("q4_0", lost_metadata("chat_template"), "the chat template is another, or lost"),
+        ("q8_0", lost_metadata("ggml.model"), "held-out text gets other ids"),
+        ("q8_0", lost_merges, "held-out text gets other ids"),
         ("q8_0", scaled("Q8_0"), "is 1.062 of the source's"),
         ("q4_0", scaled("Q4_0"), "of the source's"),
         ("q4_k_m", scaled("Q6_K"), "is 1.062 of the source's"),
@@ -85,6 +93,14 @@ def test_a_gguf_that_is_not_its_source_ends_with_status_1_and_the_cause(
         cli(gguf.main)
     said = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 1 and cause in said and said.startswith("error: ")
+
+
+def test_a_weight_that_is_lost_or_of_another_shape_is_named():
+    source, written = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 3, bias=False))
+    assert compare_weights(source, written, 8) == [
+        "0.weight is (3, 4), not (2, 4)",
+        "0.bias is (0,), not (2,)",
+    ]
 
 
 def quantized(source):
