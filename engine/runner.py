@@ -221,6 +221,8 @@ class Runner:
     def everywhere(self, order, *inputs):
         """Call one of the methods above on every rank -> its result here."""
         if self.orders:
+            if not self.idle:  # the others may still be in the middle of the order that failed
+                raise RuntimeError("an error has put the ranks out of step: start them again")
             self.idle = False
             dist.broadcast_object_list([(order, inputs)], 0, self.orders)
         result = getattr(self, order)(*inputs)
@@ -265,9 +267,10 @@ def pool_size(runner, kv_tokens, max_seqs, max_len):
     blocks = -(-kv_tokens // size) if kv_tokens else min(fits, max_seqs * -(-max_len // size))
     blocks = runtime.smallest(blocks)  # all ranks' tables are the first one's
     if blocks < 1 or (free and blocks * block_bytes > free):
+        advice = f"lower --kv-tokens to {fits * size:,}" if fits else "free some memory"
         raise UserError(
             f"a cache of {blocks:,} blocks does not fit into {free / 2**30:.2f} GiB: at most "
-            f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
+            f"{fits:,} blocks fit; {advice}"
         )
     print(
         f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "

@@ -188,7 +188,7 @@ class Scheduler:
         before = self.counts["preemptions"]
         decodes = [s for s in self.running if s.remaining == 1]
         prefills = [s for s in self.running if s.remaining > 1]
-        spare = self.budget - len(decodes)  # what drafts may take
+        spare = (self.budget - len(decodes)) // 2  # what drafts may take; prompts need the rest
         for seq in decodes + prefills:
             if not seq.blocks:
                 continue  # preempted for an older one
@@ -198,8 +198,8 @@ class Scheduler:
             fits = seq.computed + n <= len(seq.blocks) * self.block_size
             if not fits and not self.make_room(seq, seq.computed + n, plan):
                 continue
-            if self.max_draft and seq.remaining == 1:
-                draft = min(self.max_draft, spare)
+            if self.max_draft and seq.remaining == 1 and seq.constraint is None:
+                draft = min(self.max_draft, spare, seq.full - len(seq.ids) - 1)
                 if self.reserve(seq, seq.computed + n + draft):
                     n += draft
                     spare -= draft
