@@ -163,29 +163,28 @@ def added_to_logits(row):
 
 def edit_logits(logits, rows):
     """Penalties, biases, minimum length and constraints, in place on logits (R, V)."""
-    V = logits.size(1)
-    seen_rows, seen_ids, scale_by = [], [], []
-    add_rows, add_ids, add_by = [], [], []
+    R, V = logits.shape
+    width = logits.stride(0)  # of a row in memory: the model may have ids beyond the tokenizer's V
+    scale_at, scale_by, add_at, add_by = [], [], [], []  # flat positions, and what happens there
     for r, row in enumerate(rows):
         if not row.sampling.edits_logits:
             continue
         if row.sampling.repetition_penalty != 1:
             seen = {*row.prompt, *row.output}
-            seen_rows += [r] * len(seen)
-            seen_ids += seen
+            scale_at += [r * width + i for i in seen]
             scale_by += [row.sampling.repetition_penalty] * len(seen)
         add = added_to_logits(row)
-        add_rows += [r] * len(add)
-        add_ids += add
+        add_at += [r * width + i for i in add]
         add_by += add.values()
-    if seen_ids:  # a penalty makes a likely token less likely, whatever the sign of its logit
-        at = tuple(torch.tensor([seen_rows, seen_ids], device=logits.device))
+    flat = logits.as_strided(((R - 1) * width + V,), (1,))
+    if scale_at:  # a penalty makes a likely token less likely, whatever the sign of its logit
+        at = torch.tensor(scale_at, device=logits.device)
         by = logits.new_tensor(scale_by)
-        now = logits[at]
-        logits[at] = torch.where(now > 0, now / by, now * by)
-    if add_ids:
-        at = tuple(torch.tensor([add_rows, add_ids], device=logits.device))
-        logits[at] += logits.new_tensor(add_by)
+        now = flat[at]
+        flat[at] = torch.where(now > 0, now / by, now * by)
+    if add_at:
+        at = torch.tensor(add_at, device=logits.device)
+        flat[at] += logits.new_tensor(add_by)
     bound = [r for r, row in enumerate(rows) if row.sampling.constraint is not None]
     if bound:
         allowed = torch.stack([allowed_by_constraint(rows[r], V) for r in bound])
