@@ -287,10 +287,8 @@ class Engine:
         """Schedule a step and start to compute it -> Launched, or None where nothing is to do."""
         plan = self.scheduler.schedule()
         for seq, n in plan.items():
-            # A decode's n is 1 and the room for a draft: no more is guessed, nor beyond the end.
-            room = min(n - 1, seq.full - len(seq.ids) - 1)
-            if room > 0 and seq.remaining == 1 and seq.constraint is None:
-                seq.draft = lookup_draft(seq.ids, room)
+            if n > seq.remaining:  # a decode, with room for a draft
+                seq.draft = lookup_draft(seq.ids, n - 1)
         return self.compute(plan) if plan else None
 
     def launch_next(self, launched):
@@ -412,7 +410,10 @@ class Engine:
         for guess, (token, nothing_allowed, logprob) in zip([*seq.draft, None], drawn):
             if nothing_allowed:
                 seq.finish_reason = "error"
-                seq.error = "no token is allowed: constraint and min_tokens contradict each other"
+                seq.error = (
+                    "no token is allowed: constraint and min_tokens contradict each other, or the "
+                    "model computes inf or NaN"
+                )
                 if seq.constraint and seq.constraint.error:
                     seq.error = seq.constraint.error
             elif token in request.ends:

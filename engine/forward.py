@@ -174,7 +174,7 @@ class TorchForward(nn.Module):
         return self.step(longs, ints, hidden)
 
     def inputs(self, batch):
-        """A step's numbers as two flat tensors on the CPU, which the first rank can send to others.
+        """A step's numbers as two flat arrays, which the first rank can send to others.
 
         int64: S, T, R; each token's id, position, slot and adapter; the rows wanted.
         int32: of each sequence its length, where its tokens start, and its block table.
@@ -199,17 +199,19 @@ class TorchForward(nn.Module):
         ints = [pasts + counts, [0] * pad, starts, np.arange(T, T + pad + 1)]
         longs = np.concatenate(longs, dtype=np.int64, casting="unsafe")
         ints = np.concatenate(ints, dtype=np.int32, casting="unsafe")
-        return torch.from_numpy(longs), torch.from_numpy(np.append(ints, tables))
+        return longs, np.append(ints, tables)
 
     def step(self, longs, ints, hidden=False, ids=None):
-        """What `inputs` made -> logits (R, V), or None. ids: those of its tokens, on the device.
+        """What `inputs` made -> logits (R, V), or None.
 
+        ids: those of its sequences in their order (the padding has none), on the device.
         On a GPU a step of decodes alone replays a CUDA graph, with NCCL's part in it. Nothing waits
-        for the device: the inputs go over in one pinned copy, and the logits stay there.
+        for the device: the inputs go over in one pinned copy, and the logits stay there until the
+        next step of decodes writes its own in their place.
         """
         S, T, R = longs[:3].tolist()
-        longs = sent(longs[3:], self.device)
-        ints = sent(ints, self.device)
+        longs = sent(torch.from_numpy(longs[3:]), self.device)
+        ints = sent(torch.from_numpy(ints), self.device)
         if ids is not None:
             longs[: len(ids)] = ids
         recorded = None
@@ -253,7 +255,7 @@ class TorchForward(nn.Module):
         else:
             added = torch.zeros_like(x)
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (T, 1, D)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers):  # add_norm adds to x in place
             qkv = layer.qkv(kernels.add_norm(x, added, layer.attention_norm), adapters)
             y = self.attend(i, layer, qkv, rope, slots, where)
             added = layer.out(y, adapters)

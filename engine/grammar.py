@@ -23,6 +23,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
@@ -105,7 +106,9 @@ def check_schema(root):
             elif key in SUBSCHEMA_LISTS and isinstance(value, list):
                 todo += [(f"{inner}/{i}", item) for i, item in enumerate(value)]
             elif key in SUBSCHEMA_DICTS and isinstance(value, dict):
-                todo += [(f"{inner}/{name}", item) for name, item in value.items()]
+                for name, item in value.items():
+                    name = name.replace("~", "~0").replace("/", "~1")  # RFC 6901, JSON Pointer
+                    todo.append((f"{inner}/{name}", item))
             elif key in SUBSCHEMA_LISTS | SUBSCHEMA_DICTS:
                 refuse_schema(inner, f"{value!r} has no schemas in it")
             elif key == "$ref":
@@ -117,7 +120,7 @@ def check_schema(root):
             elif key not in KEYWORDS | ANNOTATIONS and inner not in ("#/$schema", "#/$id"):
                 refuse_schema(where, f"{key} is not supported")
     for where, reference in references:
-        if str(reference) not in places:
+        if unquote(str(reference)) not in places:
             refuse_schema(where, f"$ref {reference!r} leads nowhere in this schema (#/$defs/...)")
 
 
@@ -244,7 +247,10 @@ def fault_found(grammar):
             timeout=5 * TRIAL_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"this schema or pattern was not built in {5 * TRIAL_SECONDS} s") from None
+        raise UserError(
+            f"this schema or pattern was not built in {5 * TRIAL_SECONDS} s: simplify it, or try "
+            "again when this machine is less busy"
+        ) from None
     if trial.stdout.startswith(BUILT):
         return trial.stdout.removeprefix(BUILT).decode()
     most = f"{TRIAL_SECONDS} s, {TRIAL_BYTES >> 20:,} MB"

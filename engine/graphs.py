@@ -40,6 +40,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(before)
         with torch.cuda.stream(stream):  # which also comes back to `before` if recording fails
+            # What is made at a first use, as cuBLAS's workspace, is no part of the graph.
             for _ in range(2):
                 function()
             before.wait_stream(stream)
@@ -70,18 +71,12 @@ def pinned(tensor, device):
 def on_their_way(drawn, count):
     """What `record_draw` draws goes to the CPU while Python goes on -> an iterator over (token,
     whether nothing was allowed, None), which waits for it."""
-    event = None
-    if drawn.is_cuda:
-        here = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-        here.copy_(drawn, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-    else:
-        here = drawn.clone()
+    here = drawn.to("cpu", non_blocking=True, copy=True)  # from a GPU into pinned memory
+    arrived = torch.cuda.current_stream().record_event() if drawn.is_cuda else None
 
     def rows():
-        if event:
-            event.synchronize()
+        if arrived:
+            arrived.synchronize()
         tokens, failed = here[:, :count].tolist()
         yield from zip(tokens, failed, itertools.repeat(None))
 

@@ -49,7 +49,7 @@ def check_shardable(linear, name, ranks, by_input):
     if linear.order is not None:
         raise UserError(
             f"{name}: GPTQ's act-order mixes its inputs, {ranks} ranks cannot share them; "
-            "add --static-groups"
+            "leave --act-order out when you quantize it"
         )
     columns = linear.in_features // ranks
     unit = linear.group if linear.scales.size(1) > 1 else 2  # two codes a byte

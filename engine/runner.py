@@ -103,6 +103,7 @@ class Runner:
         if on_cpu and not self.orders:
             small = kind or ("16" if runtime.dtype != torch.float32 else None)
             self.forward = self.native_forward(model, small, adapters)
+            # Where weights are rounded, keys and values may be, too.
             if self.forward and kv_dtype == "auto" and (small or model.quantization):
                 self.kv_dtype = torch.float16
         self.native = self.forward is not None
@@ -144,10 +145,9 @@ class Runner:
         self.idle = True  # from here on the other ranks wait for orders
 
     # -- what every rank does, in the first one's order
-    def step(self, longs, ints):
-        return self.forward.step(torch.from_numpy(longs), torch.from_numpy(ints), ids=None)
+    def step(self, longs, ints, ids):
+        return self.forward.step(longs, ints, ids=ids)
 
-    @torch.inference_mode()
     def read(self, ids, past, total, hidden):
         """The next chunk of a text by itself, in a cache of its own.
 
@@ -176,22 +176,20 @@ class Runner:
     def __call__(self, batch, ids=None):
         """-> logits (R, V) float32, on the device, or None where no row is wanted.
 
-        ids: those of the batch, where only the device knows them
+        ids: those of the batch, where only the device knows them; never with several ranks
         """
         if self.native:
             return self.forward(batch)
         longs, ints = self.forward.inputs(batch)
-        if ids is None:
-            logits = self.everywhere("step", longs.numpy(), ints.numpy())
-        else:
-            logits = self.forward.step(longs, ints, ids=ids)
+        logits = self.everywhere("step", longs, ints, ids)
         return None if logits is None else logits[: len(batch.rows)]
 
     def draw(self, logits, rows, u):
         """`draw_tokens`, by a CUDA graph where the logits are those of one and nothing edits them.
 
-        -> an iterator over (token, whether nothing was allowed, None); the tokens on the device
-        where a graph drew them: they are there until the next draw
+        -> an iterator over what `Engine.extend` takes of each row, (token, whether nothing was
+        allowed, None: no logprob); the tokens on the device if a graph drew them, else None: they
+        are there until the next draw
         """
         static = None if self.native else self.forward.logits
         in_place = static is not None and logits.data_ptr() == static.data_ptr()
@@ -221,6 +219,8 @@ class Runner:
     def everywhere(self, order, *inputs):
         """Call one of the methods above on every rank -> its result here."""
         if self.orders:
+            if not self.idle:  # the others may still be in the middle of the order that failed
+                raise UserError("an error has put the ranks out of step: start them again")
             self.idle = False
             dist.broadcast_object_list([(order, inputs)], 0, self.orders)
         result = getattr(self, order)(*inputs)
@@ -265,9 +265,10 @@ def pool_size(runner, kv_tokens, max_seqs, max_len):
     blocks = -(-kv_tokens // size) if kv_tokens else min(fits, max_seqs * -(-max_len // size))
     blocks = runtime.smallest(blocks)  # all ranks' tables are the first one's
     if blocks < 1 or (free and blocks * block_bytes > free):
+        advice = f"lower --kv-tokens to {fits * size:,}" if fits else "free some memory"
         raise UserError(
             f"a cache of {blocks:,} blocks does not fit into {free / 2**30:.2f} GiB: at most "
-            f"{fits:,} blocks fit; lower --kv-tokens to {fits * size:,}"
+            f"{fits:,} blocks fit; {advice}"
         )
     print(
         f"cache    weights {runner.forward.weight_bytes / MIB:,.0f} MiB + keys and values "

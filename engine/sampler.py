@@ -21,6 +21,7 @@ from common import UserError
 
 CANDIDATES = 1024  # on a CPU, top-p looks at so many tokens before it sorts the whole vocabulary
 UNLIMITED = 1 << 30
+MOST_BIAS = 1e9  # more than any logit, and far below what float32 holds
 
 
 @dataclass
@@ -86,8 +87,8 @@ class Sampling:
                 if type(i) is not int or not 0 <= i < vocab_size:
                     raise UserError(f"{name} has {i!r}, but ids go from 0 to {vocab_size - 1}")
         for bias in (self.logit_bias or {}).values():
-            if type(bias) not in (int, float) or not math.isfinite(bias):
-                raise UserError(f"logit_bias adds {bias!r}, which is no finite number")
+            if type(bias) not in (int, float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+                raise UserError(f"logit_bias adds {bias!r}, no number of at most {MOST_BIAS:g}")
 
     @functools.cached_property
     def edits_logits(self):
@@ -162,19 +163,20 @@ def added_to_logits(row):
 
 def edit_logits(logits, rows):
     """Penalties, biases, minimum length and constraints, in place on logits (R, V)."""
-    V = logits.size(1)
+    R, V = logits.shape
+    width = logits.stride(0)  # of a row in memory: the model may have ids beyond the tokenizer's V
     scale_at, scale_by, add_at, add_by = [], [], [], []  # flat positions, and what happens there
     for r, row in enumerate(rows):
         if not row.sampling.edits_logits:
             continue
         if row.sampling.repetition_penalty != 1:
             seen = {*row.prompt, *row.output}
-            scale_at += [r * V + i for i in seen]
+            scale_at += [r * width + i for i in seen]
             scale_by += [row.sampling.repetition_penalty] * len(seen)
         add = added_to_logits(row)
-        add_at += [r * V + i for i in add]
+        add_at += [r * width + i for i in add]
         add_by += add.values()
-    flat = logits.view(-1)  # (R, V) -> (R * V,)
+    flat = logits.as_strided(((R - 1) * width + V,), (1,))
     if scale_at:  # a penalty makes a likely token less likely, whatever the sign of its logit
         at = torch.tensor(scale_at, device=logits.device)
         by = logits.new_tensor(scale_by)
@@ -237,7 +239,7 @@ def kept_of_largest(count, logits, settings):
 def draw_tokens(logits, rows, u):
     """One token for each row of logits (R, V) float32, which is overwritten, at u (R,) in [0, 1).
 
-    -> ((R,) int64, (R,) bool: nothing was allowed)
+    -> ((R,) int64, (R,) bool: nothing was allowed, or the model computed no number)
     """
     if any(row.sampling.edits_logits for row in rows):
         edit_logits(logits, rows)
@@ -279,8 +281,11 @@ def drawn_rows(kind, logits, settings=None, filtered=slice(None)):
         if kind == "filtered":
             # What is kept stays in the vocabulary's order, so a row's draw depends on no other row.
             p[filtered] *= kept_tokens(tempered[filtered], settings[filtered])
-        token = torch.where(above_zero, token_at(p, settings[:, 4]), greedy)
-    return token, best == -torch.inf
+        drawn = token_at(p, settings[:, 4:])
+        # CUDA's cumsum adds in trees: its curve may rise by an ulp at a token that is not allowed.
+        allowed = p.gather(1, drawn) > 0
+        token = torch.where(above_zero & allowed[:, 0], drawn[:, 0], greedy)
+    return token, best - best != 0  # -inf, inf and NaN alike
 
 
 def draw_by_settings(kind, logits, settings):
@@ -291,8 +296,7 @@ def draw_by_settings(kind, logits, settings):
 
 def token_at(p, u):
     """The inverse of the distribution function at u: the first token at which the sum of the
-    weights p (R, V) exceeds u (R,) of their total."""
+    weights p (R, V) exceeds u (R, 1) of their total -> (R, 1). The last of p, if they are NaN."""
     cdf = p.cumsum(-1)
-    total = cdf[:, -1:]
-    below = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
-    return torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.size(1) - 1)
+    below = u * cdf[:, -1:]  # less than the total: u has 24 bits, as float32 has
+    return torch.searchsorted(cdf, below, right=True).clamp(max=p.size(1) - 1)

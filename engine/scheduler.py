@@ -112,9 +112,9 @@ class BlockPool:
         scattered = (int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits))
         self.free = OrderedDict.fromkeys(b for b in scattered if b < count)
 
-    def take(self, after=None):
+    def take(self, after):
         """A block of one's own: the one behind `after` if that is free (runs are read faster)."""
-        block = None if after is None else after + 1
+        block = after + 1
         if block in self.free and self.hash_of[block] is None:
             del self.free[block]
         else:
@@ -188,7 +188,7 @@ class Scheduler:
         before = self.counts["preemptions"]
         decodes = [s for s in self.running if s.remaining == 1]
         prefills = [s for s in self.running if s.remaining > 1]
-        spare = self.budget - len(decodes)  # what drafts may take
+        spare = (self.budget - len(decodes)) // 2  # what drafts may take; prompts need the rest
         for seq in decodes + prefills:
             if not seq.blocks:
                 continue  # preempted for an older one
@@ -198,8 +198,8 @@ class Scheduler:
             fits = seq.computed + n <= len(seq.blocks) * self.block_size
             if not fits and not self.make_room(seq, seq.computed + n, plan):
                 continue
-            if self.max_draft and seq.remaining == 1:
-                draft = min(self.max_draft, spare)
+            if self.max_draft and seq.remaining == 1 and seq.constraint is None:
+                draft = min(self.max_draft, spare, seq.full - len(seq.ids) - 1)
                 if self.reserve(seq, seq.computed + n + draft):
                     n += draft
                     spare -= draft
@@ -223,15 +223,15 @@ class Scheduler:
 
     def admit(self, plan):
         """Start waiting requests, oldest first, while their whole prompt finds room."""
-        promised = set()  # prefixes that running requests are computing
+        being_computed = set()  # hashes of the blocks that running requests will publish
         for seq in self.running:
-            promised.update(seq.hashes[seq.published :])
+            being_computed.update(seq.hashes[seq.published :])
         for seq in list(self.waiting):
             if self.budget <= 0 or len(self.running) == self.max_seqs:
                 break
             self.hash_blocks(seq, len(seq.ids) - 1)  # not the last token: its logits are wanted
             cached = self.pool.find(seq.hashes)
-            if len(cached) < len(seq.hashes) and seq.hashes[len(cached)] in promised:
+            if len(cached) < len(seq.hashes) and seq.hashes[len(cached)] in being_computed:
                 continue  # wait until that block has been computed, and share it
             unused = sum(self.pool.refs[b] == 0 for b in cached)  # these are in the free list, too
             if self.blocks_for(len(seq.ids)) - len(cached) > len(self.pool.free) - unused:
@@ -239,7 +239,7 @@ class Scheduler:
             self.start(seq, cached)
             plan[seq] = min(seq.remaining, self.budget)
             self.budget -= plan[seq]
-            promised.update(seq.hashes[seq.published :])
+            being_computed.update(seq.hashes[seq.published :])
 
     def start(self, seq, cached):
         """Let a waiting sequence run; the blocks `cached` hold its beginning."""
@@ -280,7 +280,7 @@ class Scheduler:
         if new > len(self.pool.free):
             return False
         for _ in range(new):
-            seq.blocks.append(self.pool.take(seq.blocks[-1] if seq.blocks else None))
+            seq.blocks.append(self.pool.take(seq.blocks[-1] if seq.blocks else -1))
         return True
 
     def publish(self, seq):

@@ -44,6 +44,9 @@ def made_up_steps(max_seqs, step_tokens, max_len, room):
     are tuned for powers of two: of sequences the fewest that share one are taken, which leaves the
     most new tokens to each. A step of few new tokens divides the context among programs, in more
     parts the longer it is. room: tokens that the cache holds.
+
+    With 4 sequences and 64 tokens in a step: 4, 2 and 1 decodes, then 1, 3, 7, 15, 31, 63 and 64
+    tokens of one sequence, 3, 7, 15, ... of two and 5, 11, 23, 47 and 64 of three.
     """
     usual = min(1024, max_len)
     for size in sorted({graph_size(n + 1) for n in range(max_seqs)}, reverse=True):

@@ -294,6 +294,13 @@ def test_a_turn_ends_where_the_text_is_complete_and_long_enough(ends, no_trial):
         ({"$ref": {}}, "$ref {} leads nowhere"),
         ({"$ref": "#/$defs/none"}, "leads nowhere"),
         ({"$ref": "#/default", "default": {"not": {}}}, "leads nowhere"),
+        (  # where llguidance finds what nobody has checked
+            {
+                "$ref": "#/$defs/a/default",
+                "$defs": {"a": {"default": {"not": {}}}, "a/default": {}},
+            },
+            "leads nowhere",
+        ),
         ({"$ref": "#"}, "no text of this model's tokens matches"),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "minimum (5) is greater"),
         ({"type": "string", "format": "thing"}, "Unknown format: thing"),
@@ -333,6 +340,13 @@ def test_a_pattern_that_cannot_be_honoured_is_refused_in_one_line(
         Constraint(regex_grammar(pattern), vocabulary)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name, pointer", [("a/b", "a~1b"), ("a~b", "a~0b"), ("a b", "a%20b")])
+def test_a_reference_is_a_json_pointer(name, pointer, no_trial):
+    schema = {"$ref": f"#/$defs/{pointer}", "$defs": {name: {"type": "boolean"}}}
+    accepts = matcher(json_grammar(schema))
+    assert accepts("true") and not accepts("1")
 
 
 def nested(schema, depth):

@@ -218,6 +218,21 @@ def test_what_ranks_cannot_share_is_refused_in_a_line(name, on_two):
     assert REFUSED[name] in on_two[name] and "\n" not in on_two[name]
 
 
+def test_after_an_error_in_one_rank_nothing_more_is_computed(cases, monkeypatch):
+    """The others may be in the middle of the order that failed."""
+    engine = report(**cases["float"])[0]
+    told = []
+    monkeypatch.setattr(engine.runner, "orders", True)
+    monkeypatch.setattr(
+        "torch.distributed.broadcast_object_list", lambda *order: told.append(order)
+    )
+    engine.runner.everywhere("close_tuning")
+    for _ in range(2):
+        with pytest.raises((AttributeError, UserError)) as caught:
+            engine.runner.everywhere("no_such_order")
+    assert len(told) == 2 and "out of step" in str(caught.value)
+
+
 def batch(tmp_path):
     """A model, the flags of a batch that takes long, and its answers so far."""
     make_model(tmp_path / "model")

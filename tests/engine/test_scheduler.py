@@ -220,6 +220,16 @@ def test_drafts_right_and_wrong_change_no_answer(folder, monkeypatch):
     fuzz(folder, 12, first=5000, draft_tokens=3)
 
 
+def test_prompts_are_computed_beside_drafts(folder):
+    engine = engine_of(folder, draft_tokens=8, step_tokens=8, max_seqs=4)
+    engine.submit([5, 6, 7] * 3, Sampling(max_tokens=40, temperature=0, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    engine.submit([8, 9] * 5, Sampling(max_tokens=1))
+    engine.step()
+    assert len(engine.scheduler.running) == 2
+
+
 def test_a_draft_that_is_right_saves_steps(folder):
     def steps(**options):
         engine, count = engine_of(folder, **options), 0
@@ -342,6 +352,26 @@ def test_contradictory_constraints_end_with_a_reason(folder):
     assert output.finish_reason == "error" and "contradict" in output.error and not engine.has_work
 
 
+def test_a_model_that_computes_no_numbers_ends_with_a_reason(folder):
+    for value in (torch.nan, torch.inf):
+        model = Transformer.from_pretrained(folder)
+        with torch.no_grad():
+            model.lm_head.weight.fill_(value)
+        for temperature in (0, 1):
+            sampling = Sampling(temperature=temperature)
+            output = Engine.of(model, None, kv_tokens=64).generate([[5, 6]], sampling)[0]
+            assert output.finish_reason == "error" and "inf or NaN" in output.error
+
+
+def test_logits_are_edited_where_the_model_has_more_rows_than_the_tokenizer_ids(folder):
+    model = Transformer.from_pretrained(folder)
+    engine = Engine.of(model, Tokenizer.char(TEXT[:26]), kv_tokens=512)
+    asked = [Sampling(max_tokens=2, logit_bias={i: 100.0}) for i in (9, 12)]
+    asked.append(Sampling(max_tokens=2, repetition_penalty=1.3, temperature=0))
+    outputs = engine.generate([[5], [6], [7]], asked)
+    assert [output.token_ids for output in outputs[:2]] == [[9, 9], [12, 12]]
+
+
 def test_constrained_answers_match_their_pattern(folder):
     from engine.grammar import Constraint, Vocabulary, regex_grammar
 
@@ -405,7 +435,7 @@ def test_packed_weights_give_nearly_the_same_logprobs_and_no_row_depends_on_othe
     assert [o.token_ids for o in engine.generate(prompts, sampling)] == alone
 
 
-def test_what_cannot_be_done_is_refused_at_once(folder):
+def test_what_cannot_be_done_is_refused_at_once(folder, monkeypatch):
     engine = engine_of(folder, max_seqs=4, kv_tokens=40)
     for prompt, sampling, words in (
         ([], Sampling(), "no tokens"),
@@ -417,6 +447,8 @@ def test_what_cannot_be_done_is_refused_at_once(folder):
         ([4], Sampling(top_p=0), "top_p"),
         ([4], Sampling(min_tokens=9, max_tokens=3), "min_tokens"),
         ([4], Sampling(logit_bias={99: 1.0}), "logit_bias"),
+        ([4], Sampling(logit_bias={4: 1e39}), "logit_bias adds 1e.39, no number of at most 1e.09"),
+        ([4], Sampling(logit_bias={4: -(10**400)}), "logit_bias adds -1000"),
         ([4], Sampling(stop=("",)), "stop"),
         ("é", Sampling(), "é"),
     ):
@@ -430,8 +462,11 @@ def test_what_cannot_be_done_is_refused_at_once(folder):
         ].finish_reason
         == "length"
     )
-    with pytest.raises(UserError, match="blocks fit"):
+    with pytest.raises(UserError, match="blocks fit; lower --kv-tokens to [1-9]"):
         engine_of(folder, kv_tokens=10**12)
+    monkeypatch.setattr("engine.runner.free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="at most 0 blocks fit; free some memory"):
+        engine_of(folder)
 
 
 def test_cancelling_frees_everything_and_ends_with_abort(folder):
@@ -503,6 +538,15 @@ def test_draws_follow_the_distribution():
         )
         and not failed.any()
     )
+
+
+def test_a_curve_that_rises_where_nothing_is_allowed_draws_nothing_from_there(monkeypatch):
+    """As CUDA's does, which adds in trees."""
+    rising = torch.tensor([[0.5, 0.5 + 2**-24, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, axis: rising)
+    logits = torch.tensor([[1.0, -torch.inf, 1.0]])
+    tokens, _ = draw_tokens(logits, [row(Sampling())], torch.tensor([0.5]))
+    assert tokens.tolist() == [0]
 
 
 def test_penalties_lower_what_was_said():

@@ -176,6 +176,13 @@ def test_steps_launched_ahead_of_their_tokens_give_each_request_what_it_gets_alo
     assert sum(graphs.replays for graphs in played) > 700 and sum(ahead) > 60
 
 
+def test_drafts_reserve_nothing_behind_the_context(folder, played):
+    """A graph's block tables have no room for it."""
+    engine = engine_of(folder, draft_tokens=5)
+    output = engine.generate([[5, 6, 7] * 20], Sampling(max_tokens=9, ignore_eos=True))[0]
+    assert len(output.token_ids) == 4 and played[0].replays  # the context is 64
+
+
 def test_who_comes_while_steps_are_launched_ahead_waits_for_one_of_them(folder, played):
     engine = engine_of(folder)
     long = Sampling(max_tokens=50, ignore_eos=True)
