@@ -97,7 +97,7 @@ def test_a_stage_can_be_the_last_and_the_server_left_out():
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, told):
-    done = demo(*flags)
+    done = demo("--dry-run", *flags)
     assert done.returncode != 0
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
