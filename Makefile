@@ -1,6 +1,6 @@
 # make demo | test | test-peers | test-browser | test-gpu | docker-test | bench | bench-gpu | clean
-# Each sets itself up in .venv and touches nothing else on the machine. make demo SERVE=0 stops before
-# it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
+# Each sets itself up in .venv and touches nothing else on the machine. make demo SERVE=0 stops
+# before it serves the page; ARGS goes to demo.sh: make demo ARGS=--fast.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,7 +15,7 @@ test: .venv/dev
 test-peers: .venv/peers .venv-clients/stamp
 	$(BIN)/python -m pytest -q -m "peers or slow" tests
 
-# needs Chromium (apt-get install chromium, or $$CHROMIUM) and axe-core: tests/test_browser.py says how
+# needs Chromium and axe-core: tests/test_browser.py says how to get them
 test-browser: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check playwright
 	AXE=$${AXE:-package/axe.min.js} $(BIN)/python -m pytest -q -m browser tests/test_browser.py
@@ -24,10 +24,11 @@ test-browser: .venv/dev
 docker-test:
 	$(PYTHON) deploy/docker_test.py $(if $(MODEL),--model $(MODEL))
 
-# bench: every table that needs no other program, on the models that `make demo` made; figures also in
-# runs/bench/*.json. A line that fails says why, and the next one is run.
+# bench: every table that needs no other program, on the models that `make demo` made; figures also
+# in runs/bench/*.json. A line that fails says why, and the next one is run.
 PY = $(BIN)/python
-measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; $(PY) bench.py $(2) --json runs/bench/$(1).json
+measure = -@mkdir -p runs/bench; echo; echo "$$ python bench.py $(2)"; \
+	$(PY) bench.py $(2) --json runs/bench/$(1).json
 
 bench: .venv/runtime
 	$(call measure,train,train)
@@ -38,8 +39,8 @@ bench: .venv/runtime
 	$(call measure,serve,serve runs/demo-dpo --requests 768 --concurrency 256 --seqs 64 --rounds 12)
 	$(call measure,optimizers,optimizers)
 
-# At most ten minutes: everything compiles side by side, then each program is timed alone. Sources of
-# the peers by path: NANOGPT=../nanoGPT GPTFAST=../gpt-fast make bench-gpu; DRY=--dry shows the plan.
+# At most ten minutes: everything compiles side by side, then each program is timed alone. Sources
+# of the peers by path: NANOGPT=../nanoGPT GPTFAST=../gpt-fast make bench-gpu; DRY=--dry: the plan.
 bench-gpu: $(if $(findstring .venv,$(PY)),.venv/peers)
 	$(call measure,gpu,gpu --nanogpt "$(NANOGPT)" --gptfast "$(GPTFAST)" $(DRY))
 
@@ -50,7 +51,7 @@ test-gpu: $(if $(findstring .venv,$(PY)),.venv/dev)
 		$(addprefix --ignore tests/test_,deploy.py demo.py readme.py serve.py)
 
 clean:
-	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .mypy_cache  # not runs/: those are your models
+	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .mypy_cache  # not runs/: your models
 
 # One stamp per requirement file: pip runs only when the file has changed since.
 .venv/runtime: requirements.txt

@@ -11,13 +11,12 @@ import math
 import os
 import re
 import shutil
-import socket
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from serving import running
 
 from chat import CHATML_TEMPLATE
 from engine.scheduler import Delta, TokenLogprob
@@ -75,6 +74,7 @@ Keep snake_case_names and __init__ alone, but *lean* and **bold** and `a_b`.
   - nested
 - two
 
+A table:
 | left | right |
 |------|-------|
 | 1 | 2 |
@@ -84,7 +84,7 @@ Keep snake_case_names and __init__ alone, but *lean* and **bold** and `a_b`.
 See [the paper](https://arxiv.org/abs/1706.03762) or https://example.com/a_b.
 
 ```js
-let open = "fence";"""
+let open = ["fence", 2];"""
 ANSWERS = {
     "attention": ATTENTION,
     "story": STORY,
@@ -205,6 +205,7 @@ class StubEngine:
             preemptions=0,
             cache_hit_tokens=0,
             cache_query_tokens=0,
+            longest_wait=0.0,
         )
 
     def read(self, ids, count=None):
@@ -212,31 +213,7 @@ class StubEngine:
 
 
 def serve(engine, keys=None, runs="runs", name="demo-135m", adapters="poet=adapters/poet"):
-    """The app on a free port, in a thread -> (address, a function that ends it)."""
-    import uvicorn
-
-    from serve import Args, create_app
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    app = create_app(engine, Args(model=name, adapters=adapters, runs=str(runs)), keys or {})
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(address + "/health", timeout=1)
-            break
-        except OSError:
-            time.sleep(0.05)
-
-    def end():
-        server.should_exit = True
-        thread.join(10)
-
-    return address, end
+    return running(engine, keys, model=name, adapters=adapters, runs=str(runs))
 
 
 def write_run(folder, steps, level):
@@ -284,9 +261,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(engine, runs):
-    address, end = serve(engine, runs=runs)
-    yield address
-    end()
+    with serve(engine, runs=runs) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -315,20 +291,20 @@ def context(browser):
 @pytest.fixture
 def page(context, address):
     """A fresh page; what its script throws fails the test."""
-    page, wrong = context.new_page(), []
+    page = context.new_page()
+    wrong = []
+    asked = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "request",
-        lambda r: (
-            wrong.append("fetches " + r.url)
-            if not r.url.startswith((address, "data:", "blob:"))
-            else None
-        ),
-    )
-    page.goto(address)
-    page.wait_for_selector("#model option", state="attached")
+    page.on("request", lambda request: asked.append(request.url))
+    visit(page, address)
     yield page
     assert not wrong
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)
+
+
+def visit(page, address):
+    page.goto(address)
+    page.wait_for_selector("#model option", state="attached")
 
 
 def ask(page, text, wait=True):
@@ -415,9 +391,12 @@ def test_an_answer_that_was_cut_can_be_continued(page, engine):
     assert STORY.startswith(begun)
     assert begun != STORY
     page.fill("#s-max_tokens", "")
+    page.click("#tokens")  # from here on each token has its probability, but not from the first
     answer(page).get_by_label("Continue this answer").click()
     idle(page)
     assert answer(page).locator(".text").inner_text() == STORY
+    whole = len(engine.seen[-1][0]) + len(engine.tok.encode(STORY.removeprefix(begun))) + 1
+    assert page.inner_text("#room").startswith(f"{whole} of 4,096")
 
 
 def test_regenerating_keeps_the_versions(page):
@@ -481,6 +460,66 @@ def test_example_prompts_are_sent_with_a_click(page):
     assert page.locator("article").count() == 2
 
 
+def begin(page):
+    """An answer that goes on until it is stopped."""
+    ask(page, "forever", wait=False)
+    until(page, "document.querySelector('#speed').textContent.match(/\\d\\d tokens/)")
+
+
+def test_while_an_answer_is_made_another_is_refused_in_words_and_nothing_is_lost(page):
+    page.route("**/v1/chat/completions", lambda route: route.abort(), times=1)
+    ask(page, "story")
+    ask(page, "attention")
+    begin(page)
+    page.get_by_role("button", name="Try again").click()
+    answer(page, 1).get_by_label("Regenerate").click()
+    page.wait_for_selector("#toast:has-text('An answer is being made')")
+    page.locator("article.user").first.hover()
+    page.locator("article.user").first.get_by_label("Edit").click()
+    page.fill("article textarea", "changed")
+    page.click("text=Send as a new version")
+    assert page.input_value("article textarea") == "changed"
+    page.click("#stop")
+    idle(page)
+    assert page.locator(".pages").count() == 0
+    page.click("text=Send as a new version")
+    idle(page)
+    assert "You said: changed" in answer(page).inner_text()
+
+
+def test_a_question_is_kept_before_its_answer_begins(page):
+    page.route("**/v1/chat/completions", lambda route: None)  # reads the prompt, for ever
+    ask(page, "my long question", wait=False)
+    page.wait_for_selector("article.waiting")
+    page.reload()
+    assert page.locator("article.user .body").inner_text() == "my long question"
+
+
+def test_another_tab_disturbs_neither_an_edit_nor_the_view(page, context, address):
+    ask(page, "about apples")
+    other = context.new_page()
+    visit(other, address)
+    other.locator("#chats .open").click()
+    page.locator("article.user").hover()
+    page.locator("article.user").get_by_label("Edit").click()
+    page.fill("article textarea", "about pears")
+    ask(other, "and plums")
+    other.click("#new")
+    ask(other, "about figs")
+    until(page, "document.querySelectorAll('#chats li').length === 2")
+    assert page.input_value("article textarea") == "about pears"
+    page.click("text=Send as a new version")
+    idle(page)
+    assert "You said: about pears" in answer(page).inner_text()
+    page.locator("article.user").get_by_label("Previous version").click()
+    assert page.locator("article.user .body").all_inner_texts() == ["about apples", "and plums"]
+    page.click("[data-view=training]")
+    page.wait_for_selector("figure.first")
+    ask(other, "more figs")
+    page.wait_for_timeout(200)
+    assert page.is_visible("#view-training")
+
+
 # ------------------------------------------------------------------------------------ conversations
 def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(page):
     ask(page, "about apples")
@@ -500,11 +539,24 @@ def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(page):
     assert page.locator("#chats .open").all_inner_texts() == ["Fruit"]
 
 
+def test_a_name_is_typed_on_while_an_answer_ends(page):
+    begin(page)
+    page.locator("#chats .open").hover()
+    page.get_by_label("Rename forever").click()
+    page.fill("#chats input", "Clo")
+    page.evaluate("stop()")
+    idle(page)
+    page.keyboard.type("cks")
+    page.keyboard.press("Enter")
+    assert page.locator("#chats .open").inner_text() == "Clocks"
+
+
 def test_a_deleted_conversation_can_be_brought_back(page):
     ask(page, "about plums")
     page.locator("#chats .open").hover()
     page.get_by_label("Delete about plums").click()
     assert page.locator("#chats li").count() == 0
+    page.wait_for_timeout(7500)  # no sentence stays that long, an offer does
     page.click("text=Undo")
     assert page.locator("#chats li").count() == 1
     assert page.locator("article").count() == 2
@@ -573,6 +625,23 @@ def test_a_full_storage_is_said_and_does_not_stop_the_chat(page):
     ask(page, "story")
     assert answer(page).locator(".text").inner_text() == STORY
     assert "storage is full" in page.inner_text("#toast")
+    page.evaluate("toast('nothing')")
+    page.evaluate("""() => {
+        const chat = {nodes: {root: {children: ["a"]}, a: {role: "user", content: "x"}}};
+        const text = JSON.stringify({format: "conversations", chats: [chat]});
+        return importChats(new File([text], "c.json"));
+    }""")
+    assert "storage is full" in page.inner_text("#toast")
+
+
+def test_without_storage_the_page_still_talks(context, address):
+    page = context.new_page()
+    page.add_init_script("""for (const kind of ["localStorage", "sessionStorage"])
+        Object.defineProperty(window, kind, {get() { throw new DOMException("switched off"); }});
+    """)
+    visit(page, address)
+    ask(page, "story")
+    assert answer(page).locator(".text").inner_text() == STORY
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -588,7 +657,9 @@ def test_system_prompt_and_sampling_reach_the_engine(page, engine):
     }.items():
         page.fill(f"#s-{name}", value)
     page.fill("#s-stop", "END")
+    page.fill("#s-min_p", "3")
     ask(page, "hello")
+    assert page.inner_text("#toast").startswith("Min-p: Value must be less than or equal to 1.")
     prompt, sampling, _ = engine.seen[-1]
     assert "<|im_start|>system\nBe brief.<|im_end|>" in engine.tok.decode(prompt)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (
@@ -621,11 +692,14 @@ def test_themes_change_colours_and_last(page):
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(context):
-    address, end = serve(StubEngine(), keys={"s3cret": "me"})
-    try:
+    with serve(StubEngine(), keys={"s3cret": "me"}) as server:
         page = context.new_page()
-        page.goto(address)
+        page.goto(server.url)
         page.wait_for_selector("#toast:has-text('needs an API key')")
+        page.fill("#key", "schlüssel–")  # no header can carry it
+        page.press("#key", "Tab")
+        page.wait_for_selector("#toast:has-text('A key has only')")
+        assert page.evaluate("sessionStorage['api-key']") is None
         page.fill("#key", "s3cret")
         page.press("#key", "Tab")
         page.wait_for_selector("#model option", state="attached")
@@ -633,8 +707,6 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(context):
         assert "You said: hello" in answer(page).inner_text()
         assert "s3cret" not in page.evaluate("JSON.stringify(localStorage)")
         assert page.evaluate("sessionStorage['api-key']") == "s3cret"
-    finally:
-        end()
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -674,13 +746,34 @@ def test_a_stream_that_breaks_off_keeps_what_came(page):
     ask(page, "story")
     assert "half an ans" in answer(page).inner_text()
     assert "closed before" in page.locator("[role=alert]").inner_text()
+    page.unroute("**/v1/chat/completions")
+    answer(page).get_by_role("button", name="Continue this answer").click()
+    idle(page)
+    assert re.match("half an ans.+", answer(page).locator(".text").inner_text())
+    assert page.locator("[role=alert]").count() == 0
+    assert page.locator(".pages").count() == 0
+
+
+def test_trying_again_keeps_what_came_as_a_version(page):
+    event = {"choices": [{"delta": {"content": "half an ans"}, "token_ids": [9]}]}
+    broken = f"data: {json.dumps(event)}\n\n"
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=broken),
+        times=1,
+    )
+    ask(page, "story")
+    page.get_by_role("button", name="Try again").click()
+    idle(page)
+    assert answer(page).locator(".text").inner_text() == STORY
+    answer(page).get_by_label("Previous version").click()
+    assert answer(page).locator(".text").inner_text() == "half an ans"
 
 
 def test_a_prompt_that_is_too_long_is_told_with_the_numbers(page):
     ask(page, "word " * 5000)
     assert re.search(
-        r"prompt has [\d,]+ tokens, this model's context is 4,096",
-        page.locator("[role=alert]").inner_text(),
+        r"prompt has [\d,]+ tokens, the context is 4,096", page.locator("[role=alert]").inner_text()
     )
 
 
@@ -737,6 +830,20 @@ def test_an_answer_in_one_piece_has_no_speed(page):
     assert "61 tokens" in facts and "tok/s" not in facts
 
 
+def test_before_the_first_token_there_is_no_speed(page):
+    rate = page.evaluate("""async () => {
+        const head = {choices: [{delta: {role: "assistant"}}]};
+        const answer = {content: "", ids: []};
+        const rates = [];
+        window.fetch = async () => new Response(`data: ${JSON.stringify(head)}\n\n`);
+        await stream(answer, {where: "/", body: {}}, new AbortController(), () => {
+            rates.push(answer.rate);
+        });
+        return rates;
+    }""")
+    assert rate == [0, 0]
+
+
 def test_markdown_is_drawn_and_names_stay_whole(page):
     ask(page, "markdown")
     text = answer(page).locator(".text")
@@ -750,7 +857,7 @@ def test_markdown_is_drawn_and_names_stay_whole(page):
         "all => all.map(a => [a.href, a.rel.includes('noopener')])"
     )
     assert links == [["https://arxiv.org/abs/1706.03762", True], ["https://example.com/a_b", True]]
-    assert text.locator("pre code").inner_text() == 'let open = "fence";'
+    assert text.locator("pre code").inner_text() == 'let open = ["fence", 2];'
     assert text.locator("blockquote").inner_text() == "quoted"
 
 
@@ -840,6 +947,28 @@ def test_an_alternative_within_a_character_is_gone_on_from(page, engine):
     assert "\ufffd" not in page.locator("#log").inner_text()
 
 
+def test_the_alternatives_go_where_their_token_goes(page):
+    page.click("#tokens")
+    ask(page, "attention")
+    page.set_viewport_size({"width": 700, "height": 600})
+    token = answer(page).locator(".tok").first
+    token.focus()
+    page.keyboard.press("End")  # which scrolls
+    page.wait_for_timeout(400)
+    assert page.is_visible("#alternatives")
+    page.evaluate("document.querySelector('#scroll').scrollTop -= 40")
+    page.wait_for_timeout(100)
+    apart = page.evaluate("""() => {
+        const box = document.querySelector("#alternatives").getBoundingClientRect();
+        const token = document.querySelector(".tok.on").getClientRects()[0];
+        return Math.max(box.top - token.bottom, token.top - box.bottom);
+    }""")
+    assert 5 < apart < 7
+    page.evaluate("document.querySelector('#alternatives').token.remove()")
+    page.evaluate("document.querySelector('#scroll').scrollTop = 0")
+    page.wait_for_selector("#alternatives", state="hidden")
+
+
 def test_the_tokens_can_be_walked_with_the_keyboard(page):
     page.click("#tokens")
     ask(page, "story")
@@ -873,6 +1002,16 @@ def test_compare_asks_two_models_the_same(page, engine):
     assert "Be kind." in last[None][0]
     assert "Be kind." not in last["poet"][0]
     assert (last[None][1], last["poet"][1]) == (0.8, 0)
+    page.evaluate("connect()")  # as after another key
+    page.wait_for_timeout(200)
+    assert page.get_by_label("System prompt of A").input_value() == "Be kind."
+    page.fill("#question", "forever")
+    page.click("#ask-both")
+    until(page, "document.querySelector('.side .facts').textContent.includes('tokens')")
+    page.click("#stop-both")
+    until(page, "document.querySelector('.side .facts').textContent.includes('stopped by you')")
+    assert page.is_hidden("#stop-both")
+    assert page.evaluate("document.activeElement.id") == "question"
 
 
 def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
@@ -902,6 +1041,24 @@ def test_training_curves_are_drawn_and_grow_while_a_run_writes(page, runs):
     until(page, "document.querySelector('.tiles').textContent.includes('2.345')")
 
 
+def test_a_run_that_is_begun_anew_or_deleted_is_drawn_as_it_is(context, tmp_path):
+    for i in range(14):
+        write_run(tmp_path / f"run-{i}", 900, 3)
+    with serve(StubEngine(), runs=tmp_path) as server:
+        page = context.new_page()
+        visit(page, server.url + "/#training")
+        page.wait_for_selector("figure.first polyline")
+        name = page.locator(".runs input:checked").get_attribute("data-keep")
+        assert page.locator(".runs input").count() == 14
+        page.locator("figure svg").nth(1).focus()
+        write_run(tmp_path / name, 300, 3)
+        until(page, "document.querySelector('.tiles').textContent.includes('Step290')")
+        assert page.evaluate("document.activeElement.dataset.keep").startswith("chart of ")
+        shutil.rmtree(tmp_path / name)
+        until(page, "!document.querySelector('.runs input:checked')")
+        assert page.locator("[role=alert]").count() == 0
+
+
 # ------------------------------------------------------------------ keyboard, phone, screen readers
 def test_enter_sends_and_shift_enter_makes_a_line(page, engine):
     page.focus("#prompt")
@@ -916,6 +1073,12 @@ def test_enter_sends_and_shift_enter_makes_a_line(page, engine):
 
 def test_the_focus_is_visible_and_everything_is_reached_with_tab(page):
     ask(page, "story")
+    here = page.url
+    page.locator("#skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert page.url == here
+    page.locator("#new").focus()
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
@@ -989,18 +1152,15 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page):
 
 def test_a_model_without_chat_format_continues_text(context, runs):
     engine = StubEngine(chat=False)
-    address, end = serve(engine)
-    try:
+    with serve(engine) as server:
         page = context.new_page()
-        page.goto(address)
+        page.goto(server.url)
         page.wait_for_selector("text=What shall it continue?")
         ask(page, "Once upon a time")
         assert engine.tok.decode(engine.seen[-1][0]).endswith("Once upon a time")
         assert "and so it went on" in answer(page).inner_text()
         ask(page, "")
         assert engine.tok.decode(engine.seen[-1][0]).endswith("Once upon a time and so it went on")
-    finally:
-        end()
 
 
 @pytest.mark.parametrize("theme", ["light", "sepia", "dark", "midnight"])
@@ -1043,8 +1203,7 @@ def test_axe_finds_no_serious_fault(page, theme):
 def greedy_page(context, address):
     """The page of a real model, whose answers are short and always the same."""
     page = context.new_page()
-    page.goto(address)
-    page.wait_for_selector("#model option", state="attached")
+    visit(page, address)
     page.click("#gear")
     page.fill("#s-temperature", "0")
     page.fill("#s-max_tokens", "60")
@@ -1060,9 +1219,8 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
     from generate import Engine
 
     adapters = {"poet": os.environ["ADAPTER"]} if "ADAPTER" in os.environ else None
-    address, end = serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters))
-    try:
-        page = greedy_page(context, address)
+    with serve(Engine(os.environ["MODEL"], "cpu", adapters=adapters)) as server:
+        page = greedy_page(context, server.url)
         ask(page, "Reverse this list: fox, plum, iron")
         said = answer(page).locator(".text").inner_text()
         assert said
@@ -1093,8 +1251,6 @@ def test_a_real_model_talks_and_its_tokens_can_be_chosen(context):
             ask(page, "Count the letters in plum")
             assert answer(page).locator(".who").inner_text() == "poet"
             assert page.locator("[role=alert]").count() == 0
-    finally:
-        end()
 
 
 # -------------------------------------------------------------------------------------- screenshots
@@ -1106,14 +1262,14 @@ def test_screenshots(context):
     from generate import Engine
 
     model = Path(os.environ["MODEL"])
-    address, end = serve(
+    server = serve(
         Engine(str(model), "cpu", adapters={"lora": os.environ["ADAPTER"]}),
         runs=model.parent,
         name=model.name,
         adapters="lora=" + os.environ["ADAPTER"],
     )
-    try:
-        page = greedy_page(context, address)
+    with server as served:
+        page = greedy_page(context, served.url)
         for question in (
             "Which is larger, 10 or 49?",
             "Use capital letters:\nriver peach scarf purple",
@@ -1149,5 +1305,3 @@ def test_screenshots(context):
         page.get_by_role("checkbox", name=model.name.removesuffix("-sft"), exact=True).check()
         page.wait_for_timeout(500)
         shot(page, "training")
-    finally:
-        end()

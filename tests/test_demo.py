@@ -89,13 +89,15 @@ def test_a_stage_can_be_the_last_and_the_server_left_out():
     "flags, told",
     [
         (("--to", "sfd"), "no stage sfd; there are: world"),
+        (("--from", "corpus"), "no stage corpus; there are: world tokenizer"),
+        (("--to", "chats"), "no stage chats"),
         (("--preset", "1b"), "no size 1b"),
         (("--quick",), "unknown argument --quick"),
         (("--from",), "--from needs"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, told):
-    done = demo(*flags)
+    done = demo("--dry-run", *flags)
     assert done.returncode != 0
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
@@ -185,6 +187,27 @@ def test_what_is_older_than_what_it_was_made_from_is_made_anew_and_nothing_else(
     assert log[0].endswith("--overwrite")
     assert any(line.startswith("dpo.py") and line.endswith("--overwrite") for line in log)
     assert not any(line.startswith(("train.py", "finetune.py runs")) for line in log)
+
+
+def test_folders_and_files_may_have_a_space_in_their_name(stubbed, tmp_path):
+    given = dict(RUNS="my runs/m", TOYBOX="a toy", PREFS="my pairs.jsonl", INSTRUCT="my chats.json")
+    code, log = stubbed(**given)
+    assert code == 0
+    assert (tmp_path / "my runs" / "m-answers.jsonl").is_file()
+    assert not (tmp_path / "my").exists()
+    (tmp_path / "my runs" / "m-report" / "report.md").touch()
+    assert stubbed(**given) == (0, [])
+    shutil.rmtree(tmp_path / "my runs" / "m-grpo")
+    assert programs(stubbed(**given)[1]) == ["grpo.py", "finetune.py", "-m"]
+
+
+def test_what_was_made_from_a_file_of_yours_is_made_anew_when_it_has_changed(stubbed, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.touch()
+    stubbed(PREFS=str(pairs))
+    later = time.time() + 60
+    os.utime(pairs, (later, later))
+    assert programs(stubbed(PREFS=str(pairs))[1])[:2] == ["dpo.py", "finetune.py"]
 
 
 def test_from_makes_a_stage_and_all_that_follow_anew(stubbed):

@@ -182,8 +182,14 @@ def test_what_is_mounted_exists_and_models_are_read_only():
                 assert (ROOT / source).is_file() and mount["read_only"], name
             if mount["target"] == "/model":
                 assert mount["read_only"] and mount["bind"] == {"create_host_path": False}
+            if source.startswith(("./data", "./runs")):  # Docker would make it root's
+                assert mount["bind"] == {"create_host_path": False}, name
     written = [m["target"] for m in compose()["train"]["volumes"] if not m.get("read_only")]
     assert written == ["/app/data", "/app/runs"]
+
+
+def test_a_training_is_not_asked_for_its_health():
+    assert compose()["train"]["healthcheck"] == {"disable": True}
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +237,9 @@ def test_replica_and_gpu_run_the_command_of_serve():
 
 def health(port):
     command = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
-    return subprocess.run(
-        [word.replace("8000", port) for word in command], env=environment(), capture_output=True
-    ).returncode
+    words = [word.replace("8000", port) for word in command]
+    behind_a_proxy = {**environment(), "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(words, env=behind_a_proxy, capture_output=True).returncode
 
 
 def test_the_health_check_tells_a_server_from_none(served):
@@ -322,6 +328,12 @@ def test_grafana_finds_its_source_and_its_dashboard():
     mounted = {m["target"] for m in compose()["grafana"]["volumes"]}
     home = compose()["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert home in mounted and home.startswith(provider["options"]["path"])
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "demo.sh", "Makefile"])
+def test_lines_have_a_hundred_columns(file):
+    lines = (ROOT / file).read_text().splitlines()
+    assert not [n for n, line in enumerate(lines, 1) if len(line) > 100]
 
 
 def test_panels_have_their_own_number_and_place():
