@@ -58,7 +58,6 @@ from common import (  # isort: skip
     in_processes,
     read_json,
     usable_cpus,
-    write_json,
 )
 
 import torch
@@ -1260,7 +1259,7 @@ def main():
     except ImportError as error:
         raise UserError(f"{error}: install requirements-peers.txt") from None
     if file:
-        write_json(file, {"machine": machine, "rows": rows})
+        Path(file).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -201,6 +201,7 @@ def as_talk(fields, answer):
             talk = chat.as_turns("user", fields[key]) + answer
             return chat.as_messages({**fields, key: talk})
     if len(answer) < 2 and fields.keys() & set(chat.QUESTIONS):
+        fields = {key: fields[key] for key in fields if key != "answer"}  # an exam's
         return chat.as_messages({**fields, "completion": answer})  # {prompt: ...} and a message
     return chat.as_messages({**fields, "messages": answer})  # the answer is a whole conversation
 

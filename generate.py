@@ -74,6 +74,11 @@ def load_engine_model(folder, device, dtype):
     else:
         model = Transformer.from_pretrained(folder, where, None if where.type == "cpu" else weights)
         tok = Tokenizer.load(folder) if find_tokenizer(folder) else None
+    if tok and tok.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tok.vocab_size:,} ids, "
+            f"the model only {model.config.vocab_size:,}"
+        )
     if not alone:
         shard_model(model, runtime, weights)
     return model, tok, runtime
@@ -136,12 +141,9 @@ class Engine:
         model, self.tok, runtime = loaded or load_engine_model(folder, device, dtype)
         self.config = model.config
         # Ids that the model has rows for but the tokenizer does not know (padding) never come out.
-        self.vocab_size = (self.tok or self.config).vocab_size
-        if self.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.vocab_size:,} ids, the model only "
-                f"{self.config.vocab_size:,}"
-            )
+        self.vocab_size = self.config.vocab_size
+        if self.tok:  # it may also know more, in a training: ids that never come out, either
+            self.vocab_size = min(self.vocab_size, self.tok.vocab_size)
         tensors = read_adapter_tensors(adapters, model, runtime)
         self.runner = Runner(model, runtime, quant, kv_dtype, block_size, tensors)
         del model  # its weights are packed, and the cache may take their room

@@ -710,7 +710,7 @@ class Args(Recipe):
     model: str = ""  # the model folder
     format: str = "gptq"  # or int8, int4, nf4; formats/gguf.py writes files for llama.cpp
     out: str = ""  # where to write
-    text: str = ""  # a text or .jsonl of texts, to calibrate and to score on [the model's own text]
+    text: str = ""  # text or .jsonl (texts, chats) to calibrate and score on [the model's own text]
     samples: int = 64  # rows to calibrate on
     held_out_rows: int = 32  # rows to score on
     length: int = 512  # tokens in a row, at most the model's context

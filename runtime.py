@@ -269,8 +269,11 @@ def set_rng_states(states, rank, seed):
     torch.manual_seed(seed + rank)
     if f"{rank}.torch" in states:
         torch.set_rng_state(states[f"{rank}.torch"])
-    if torch.cuda.is_available() and f"{rank}.cuda" in states:
-        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+    if torch.cuda.is_available():
+        once = f"{rank}.cuda{torch.cuda.current_device()}"  # what it was called
+        state = states.get(f"{rank}.cuda", states.get(once))
+        if state is not None:
+            torch.cuda.set_rng_state(state)
 
 
 # -------------------------------------------------------------------------------------- checkpoints

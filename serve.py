@@ -202,12 +202,11 @@ class Service:
             message = f"{tokens:,} tokens with {count} logprobs each: {LOGPROBS:,} are the most"
             raise Refusal(400, message, param="logprobs")
         self.check_room(1)
-        job = self.enter(state, tokens, len(prompts), 0, "read", prompts, count)
+        self.enter(state, tokens, len(prompts), 0, "read", prompts, count)
         found = [[] for _ in prompts]
         async for batch in self.batches(state):
             for delta in batch:
                 found[delta.index] += delta.logprobs
-        self.client.close(job)  # so that its place is free for what else the request wants
         return found
 
     def close(self, jobs):
@@ -355,6 +354,8 @@ async def completions(body: api.CompletionRequest, request: Request, service: Sh
     scored = []
     if body.echo and body.logprobs is not None:
         scored = await service.read(request.state, model, prompts, body.logprobs)
+        if samplings:  # for which its place has to be free
+            service.client.close(request.state.jobs[-1])
     service.admit(request.state, model, prompts, samplings, grammar)
     answer = TextAnswer(service.tok, body, request.state.id, model, prompts, scored)
     return await reply(service.batches(request.state), answer)

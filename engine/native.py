@@ -113,7 +113,8 @@ def compile_to(path, name):
     def make(temporary):
         done = subprocess.run([*command, str(temporary)], capture_output=True, text=True)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line][:1]
+            lines = done.stderr.strip().splitlines()
+            said = [line for line in lines if "error" in line][:1] or lines[:1]
             raise Unavailable(f"{compiler} could not compile forward.cpp: {said}")
 
     write_atomic(path, make)

@@ -188,7 +188,9 @@ class Scheduler:
         before = self.counts["preemptions"]
         decodes = [s for s in self.running if s.remaining == 1]
         prefills = [s for s in self.running if s.remaining > 1]
-        spare = (self.budget - len(decodes)) // 2  # what drafts may take; prompts need the rest
+        spare = self.budget - len(decodes)  # what drafts may take
+        if prefills or self.waiting:
+            spare //= 2  # prompts need the rest
         for seq in decodes + prefills:
             if not seq.blocks:
                 continue  # preempted for an older one

@@ -57,7 +57,7 @@ def read_keys(args):
     sources = {}
     listed_keys = os.environ.get("LLM_API_KEYS")
     if listed_keys:  # compose.yaml sets it to "" where there are none
-        sources["$LLM_API_KEYS"] = listed_keys.split(",")
+        sources["$LLM_API_KEYS"] = re.split(r"[,\n]", listed_keys)
     if args.api_key_file:
         path = Path(args.api_key_file)
         if os.name == "posix" and path.stat().st_mode & 0o077:

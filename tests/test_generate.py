@@ -139,10 +139,15 @@ def test_flags_that_would_do_nothing_are_refused(flags, monkeypatch):
         generate.main()
 
 
-def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(folder):
+def test_a_folders_tokenizer_of_more_ids_than_its_model_has_is_refused(folder, tmp_path):
+    """In a training, whose model may be about to grow, they only never come out."""
+    more = Tokenizer.char("abcdefghijklmnopqrstuvwxyz \n.,")
     model = Transformer.from_pretrained(folder)
-    with pytest.raises(UserError, match="the tokenizer has 30 ids, the model only 28"):
-        Engine.of(model, Tokenizer.char("abcdefghijklmnopqrstuvwxyz \n.,"), kv_tokens=64)
+    model.save_pretrained(tmp_path)
+    more.save(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer has 30 ids, the model only 28"):
+        Engine(tmp_path)
+    assert Engine.of(model, more, kv_tokens=64).vocab_size == 28
 
 
 def test_nothing_is_guessed_beyond_the_end_of_an_answer(folder, monkeypatch):

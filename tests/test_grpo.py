@@ -230,7 +230,7 @@ def test_a_reward_that_is_none_is_named(spec, told, tmp_path, monkeypatch):
         rewards.read_reward(spec)
 
 
-def test_questions_are_read_with_their_tools_and_a_folders_val_in_any_format(tmp_path):
+def test_questions_are_read_with_their_tools_and_a_folders_val_in_any_format(tmp_path, capsys):
     tools = [{"type": "function", "function": {"name": "look_up"}}]
     row = {"prompt": "Who?", "completion": "Me.", "tools": tools, "mood": 1}
     data = json.dumps(row).encode()
@@ -247,8 +247,8 @@ def test_questions_are_read_with_their_tools_and_a_folders_val_in_any_format(tmp
     with pytest.raises(UserError, match="unknown key 'mood'; .*--ignore-keys"):
         rewards.load_questions(replace(args, ignore_keys=""), tok, [])
     both = (str(tmp_path), str(tmp_path / "train.json"))
-    with pytest.raises(UserError, match=f"only {tmp_path} has questions to validate on.*--val"):
-        rewards.load_questions(replace(args, data=both), tok, [])
+    rewards.load_questions(replace(args, data=both), tok, [])
+    assert f"of --data only {tmp_path} is validated on" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- training

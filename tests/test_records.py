@@ -285,7 +285,7 @@ def test_a_template_that_has_no_answer_in_the_loss_makes_no_pair():
     tok = Tok(
         "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
     )
-    preference = dpo.as_preference({"prompt": "q", "chosen": "a", "rejected": "b"})
+    preference = dpo.as_preference({"prompt": "q", "chosen": "a", "rejected": "b", "answer": "3"})
     with pytest.raises(UserError, match="no answer in the loss"):
         dpo.pair_ids(tok, preference, 99, Counter())
 

@@ -3,13 +3,15 @@
 This file lies below generate.py, and gets its classes Engine and Sampling as arguments.
 """
 
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import UserError, write_json
+from chat import examples, read_records
+from common import UserError, file_rows, holds_records, write_json
 from data import encode_job, ends_of, hold_out
 from runtime import read_tensors
 from training.corpora import documents
@@ -35,8 +37,14 @@ def read_rows(path, tok, count, length):
 
     The rows are evenly spaced in its tokens and do not overlap.
     """
-    parts = list(documents([Path(path)], ()))
-    ids = encode_job((0, parts), tok).ids.tolist()
+    ids = []
+    first = next(file_rows(path), None) if holds_records(path) else None
+    if first and not (isinstance(first.record, dict) and "text" in first.record):
+        for conversation, _ in examples(tok, path, read_records(path), Counter()):
+            ids += conversation
+    else:
+        parts = list(documents([Path(path)], ()))
+        ids = encode_job((0, parts), tok).ids.tolist()
     if len(ids) < 2 * length:  # one to calibrate, one held out
         raise UserError(
             f"{path}: {len(ids):,} tokens are less than two rows of {length:,}; "

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from chat import printable, render
-from common import UserError, sha256
+from common import UserError, sha256, warn
 from data import PackedRows, held_out, hold_out
 from training import toybox
 from training.exam import by_toybox, has_val, keeps, read_questions
@@ -172,10 +172,7 @@ def load_questions(args, tok, rewards):
     names = args.val or list(filter(has_val, args.data))
     train = read_split(args, tok, rewards, "train")
     if not args.val and 0 < len(names) < len(args.data):
-        raise UserError(
-            f"of --data only {' '.join(names)} has questions to validate on: say with --val on "
-            "which to validate"
-        )
+        warn(f"of --data only {' '.join(names)} is validated on; --val says otherwise")
     if names:
         everything = replace(args, data=names, examples=200, families=())
         val = read_split(everything, tok, rewards, "val")

@@ -406,7 +406,7 @@ def test_an_address_counts_by_what_one_client_has():
 
 
 def test_a_key_may_hold_a_colon_and_is_never_empty(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_API_KEYS", "alice:ab:cd, ,bare")
+    monkeypatch.setenv("LLM_API_KEYS", "alice:ab:cd, \nbare")
     keys = door.read_keys(serve.Args())
     assert keys["ab:cd"] == "alice"
     assert keys["bare"].startswith("key-")
