@@ -26,6 +26,7 @@ names. Its parameters are its flags. To add one, write it and name it in MEASURE
 to add a figure, put it into the dict. The programs that some run beside ours are in peers/.
 """
 
+import argparse
 import asyncio
 import contextlib
 import gc
@@ -1209,10 +1210,9 @@ MEASUREMENTS: dict = {
 
 
 def number_from_1(word):
-    number = int(word)
-    if number < 1:
-        raise ValueError
-    return number
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} must be a whole number from 1")
+    return int(word)
 
 
 def reader_of(default):

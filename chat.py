@@ -718,7 +718,9 @@ def examples(tok, name, records, counts, most=None):
         yield ids[:most], mask[:most]
     if not good:
         reasons = "; ".join(f"{times:,} x {why}" for why, times in counts.most_common(3))
-        raise UserError(f"{name}: nothing to train on in {read:,} conversations: {reasons}")
+        raise UserError(
+            f"{name}: nothing to train on in {read:,} conversations ({reasons or 'it is empty'})"
+        )
 
 
 def stop_id(tok, format=None):

@@ -396,7 +396,7 @@ class Buildah:
 
 
 # ----------------------------------------------------------------------------------------- the test
-def check(what, holds, shown=""):
+def expect(what, holds, shown=""):
     print(f"{'ok  ' if holds else 'FAIL'} {what}{f': {shown}' if shown != '' else ''}", flush=True)
     return bool(holds)
 
@@ -481,7 +481,7 @@ def examine(engine, model):
         ("only the program in /app", "serve.py" in app and not about & app, f"{len(app)} entries"),
         (f"it takes less than {LIMIT / 1e9} GB", size < LIMIT, f"{size / 1e9:.3f} GB"),
     ]
-    return [check(*one) for one in checks]
+    return [expect(*one) for one in checks]
 
 
 def until(what, seconds=30):

@@ -68,8 +68,8 @@ def test_a_parameter_of_a_measurement_is_a_flag():
 @pytest.mark.parametrize(
     "command,why",
     [
-        ("sass --rows x", "--rows: invalid number_from_1 value: 'x'"),
-        ("decode M --rounds 0", "--rounds: invalid number_from_1 value: '0'"),
+        ("sass --rows x", "--rows: x must be a whole number from 1"),
+        ("decode M --rounds 0", "--rounds: 0 must be a whole number from 1"),
         ("pretrain --ways compile", "--ways compile: use eager, compiled or"),
         ("grpo M --steps 1", "use 2 or more"),
         ("throughput M --low 9 --high 3", "--low 9 is more than --high 3"),

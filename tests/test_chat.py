@@ -439,7 +439,7 @@ def test_training_counts_what_it_cannot_use():
 
 
 def test_a_file_of_which_nothing_can_be_trained_on_is_refused_by_reason():
-    refusal = "f: nothing to train on in 2 conversations: 2 x left out: no assistant turn"
+    refusal = "f: nothing to train on in 2 conversations .2 x left out: no assistant turn"
     with pytest.raises(UserError, match=refusal):
         list(chat.examples(Tok(), "f", [({}, say("q"), None)] * 2, Counter()))
 

@@ -514,7 +514,7 @@ def test_unusable_conversations_among_good_ones_are_counted_by_reason(base, tmp_
         ("--data a.jsonl --val-share 0.99", "none of the 0 conversations"),
         ("--data a.jsonl --val-share 0", "nothing to validate on"),
         ("--data a.jsonl --val-share 1", "--val-share"),
-        ("--data empty.jsonl", "empty.jsonl: nothing to train on in 0 conversations"),
+        ("--data empty.jsonl", "empty.jsonl: nothing to train on in 0 conversations (it is empty)"),
         ("--data a.jsonl --batch 999", "a step takes 999"),
         ("--data a.jsonl --text a.jsonl --text-share 1", "--text-share 1.0"),
         ("--data a.jsonl --text-share 0.2", "--text-share is for --text"),
