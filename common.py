@@ -512,7 +512,8 @@ class Interrupt:
     leave.
 
     One that comes three seconds later ends the program. One that comes sooner is ignored: after a
-    Ctrl-C torchrun sends a SIGTERM to the processes that have already had the Ctrl-C."""
+    Ctrl-C torchrun sends a SIGTERM to the processes that have already had the Ctrl-C. It sends one
+    to the ranks that lost another, too: they say so first (`lost_rank_explained`)."""
 
     signal: int | None = None
 
@@ -528,7 +529,9 @@ class Interrupt:
             signal.signal(number, self.old[number])
             signal.raise_signal(number)
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
+        if failed and "WORLD_SIZE" in os.environ:
+            return  # the line that is still to be printed must not meet a SIGTERM
         for number, handler in self.old.items():
             signal.signal(number, handler)
 

@@ -144,6 +144,21 @@ def test_the_first_signal_is_noted_an_echo_ignored_a_later_one_obeyed():
     assert signal.signal(signal.SIGTERM, before) not in (before, interrupt.catch)
 
 
+def test_a_rank_that_lost_another_says_so_before_torchrun_ends_it(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("at once"))
+    interrupted = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(RuntimeError), common.Interrupt():
+            raise RuntimeError("Connection closed by peer")
+        signal.raise_signal(signal.SIGTERM)  # torchrun's, while the error's line is made
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupted)
+    assert not ended
+
+
 def test_a_saved_model_can_be_read_by_whom_the_umask_lets(tmp_path):
     from model import Config, Transformer
 
