@@ -300,8 +300,9 @@ def time_by_operation(step):
         wait_for_gpu()
     own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     spent = {event: getattr(event, own) for event in profile.key_averages()}
+    total = sum(spent.values()) or 1  # a container may keep a GPU's times from the profiler
     for event in sorted(spent, key=spent.get, reverse=True)[:12]:
-        share = spent[event] / sum(spent.values())
+        share = spent[event] / total
         yield dict(operation=event.key[:60], ms=spent[event] / 1000, share=share, calls=event.count)
 
 

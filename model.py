@@ -716,7 +716,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             t = t.masked_fill(~counts, 0)
             logits = (h @ w.t()).float()  # (rows, V)
             lse = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
-            total += ((lse - logits.gather(1, t)) * counts).sum()
+            # torch 2.11's compiler gives gradients of 0 to an output that += has changed.
+            total = total + ((lse - logits.gather(1, t)) * counts).sum()
             if not learning:
                 continue
             if torch.compiler.is_compiling():  # all of it becomes one pass over the logits

@@ -78,7 +78,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     kv_tokens: int = 0  # tokens of key/value cache; 0 is what memory allows
-    no_warm_up: bool = False  # on a GPU: be ready at once, with slower kernels and first answers
+    warm_up: bool = True  # on a GPU; without: ready at once, with slower kernels and first answers
     concurrency: int = 64  # requests in the engine at once
     queue: int = 256  # requests that may wait for that; one more gets 429
     timeout: float = 600.0  # seconds a request may take in all
@@ -619,7 +619,7 @@ def main():
         raise UserError(f"{args.model} has no tokenizer, and a server needs one (tokenizer.json)")
     if engine.tok.chat_template is None:
         print("note     no chat template: only /v1/completions works, chats get 400")
-    engine.warm_up(tune=not args.no_warm_up)
+    engine.warm_up(tune=args.warm_up)
     spare_the_collector()
     # The engine no longer waits for Python while another thread of its process computes.
     sys.setswitchinterval(0.001)
