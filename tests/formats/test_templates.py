@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 
 import pytest
 from conftest import within
@@ -58,10 +57,9 @@ def test_a_template_that_takes_long_is_not_run_in_the_servers_event_loop():
     with running(Stub(tok=tok)) as server:
         asking = threading.Thread(target=lambda: error_of(ask(server), 400))
         asking.start()
-        longest = 0
+        answered = 0
         while asking.is_alive():
-            begin = time.monotonic()
             ask(server, "/tokenize", prompt="a")
-            longest = max(longest, time.monotonic() - begin)
+            answered += 1
         asking.join()
-    assert longest < 0.5
+    assert answered > 2  # in the event loop it lets one through, or two
