@@ -20,6 +20,7 @@ from engine.sampler import Sampling
 from model import Transformer
 
 here = torch.cuda.is_available()
+pretended = "pretended" in sys.modules  # and all times are a CPU's
 gpu = pytest.mark.skipif(not here, reason="runs inside the test of all on a pretended GPU")
 
 
@@ -83,7 +84,7 @@ def test_64_requests_right_after_the_start_wait_for_no_tuning_and_no_graph(folde
     asked = [Sampling(max_tokens=40, seed=i, top_p=0.9 if i % 3 else 1.0) for i in range(64)]
     engine.generate([[4 + i % 20] * (1 + 3 * i) for i in range(64)], asked)
     assert table.closed and table.choices == tuned and graphs == recorded
-    assert engine.stats()["longest_wait"] < 1.0
+    assert engine.stats()["longest_wait"] < (20 if pretended else 1.0)
 
 
 @gpu
