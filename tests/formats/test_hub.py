@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+from conftest import within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,3 +198,9 @@ def test_a_generation_config_that_cannot_be_meant_is_one_line(folder, content, w
     with pytest.raises(UserError) as error:
         Engine.of(generation(folder, **content), None, kv_tokens=256)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_billion_layers_are_refused_before_they_take_memory():
+    config = Config("qwen3", 16, 16, 16, 10**9, 1, 1, 16, 16)
+    with within(memory=100 << 20), pytest.raises(UserError, match="from 1 to 1,024"):
+        config_from_dict(config_to_dict(config))
