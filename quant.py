@@ -42,7 +42,9 @@ def check_finite(weight, name="a weight"):
 
 
 def in_groups(values, size):
-    """(..., K) -> (..., G, size), G = ceil(K / size), the last group filled up with zeros."""
+    """(..., K) -> (..., G, size), G = ceil(K / size), the last group filled up with zeros; a group
+    of more than K is one of K."""
+    size = min(size, values.size(-1))
     padded = F.pad(values, (0, -values.size(-1) % size))
     return padded.unflatten(-1, (-1, size))
 
@@ -470,10 +472,11 @@ class Recipe:
     damp: float = 0.01  # GPTQ: share of the Hessian's mean diagonal added to it; may rise by itself
 
     def __post_init__(self):
-        if not (2 <= self.bits <= 8 and -1 <= self.group_size != 0 and 0 <= self.damp <= 1):
+        grouped = self.group_size == -1 or 1 <= self.group_size <= 1 << 24
+        if not (2 <= self.bits <= 8 and grouped and 0 <= self.damp <= 1):
             raise UserError(
-                f"bits {self.bits} must be from 2 to 8, group size {self.group_size} positive or "
-                f"-1 for whole rows, damp {self.damp} from 0 to 1"
+                f"bits {self.bits} must be from 2 to 8, group size {self.group_size} from 1 to "
+                f"16,777,216 or -1 for whole rows, damp {self.damp} from 0 to 1"
             )
 
 

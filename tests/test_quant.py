@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, within
 
 import quant
 from common import UserError
@@ -335,6 +335,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
         ("m --out q --samples 0", "samples 0"),
         ("m --out q --bits 9", "bits 9 must be from 2 to 8"),
         ("m --out q --group-size 0", "group size 0"),
+        ("m --out q --group-size 999999999", "group size 999999999 from 1 to 16,777,216"),
         ("m --out q --format int4 --bits 4 --act-order", "nothing with --bits, --act-order"),
         ("m --out q --format nf4 --no-sym --damp 0.1", "nf4 does nothing with --sym, --damp"),
         ("m --out q --format int8 --group-size 64", "int8 does nothing with --group-size"),
@@ -383,3 +384,11 @@ def test_a_tiled_layer_compiles_without_a_graph_break(format):
     x.requires_grad_()
     compiled(x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_a_group_larger_than_a_row_is_the_row_and_takes_no_more_memory():
+    linear = torch.nn.Linear(48, 64)
+    with within(memory=100 << 20):
+        large = quant.GroupLinear.from_linear(linear, 4, 1 << 24)
+        weight = large.dequantize()
+    assert torch.equal(weight, quant.GroupLinear.from_linear(linear, 4, -1).dequantize())

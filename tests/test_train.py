@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, within
 from safetensors.torch import load_file
 
 import common
@@ -198,6 +198,12 @@ def test_init_from_starts_a_new_run_from_weights_only(text, tmp_path):
     right = load_file(b / "model.safetensors")
     assert all(torch.equal(left[k], right[k]) for k in left)
     assert saved_step(b) == 0
+
+
+def test_a_billion_rows_are_refused_at_once(text, tmp_path):
+    with within(seconds=5):
+        told = refused(text, tmp_path, "--batch", 999_999_999)
+    assert "use a smaller --batch" in told
 
 
 def test_init_from_needs_no_flags_of_shape_and_refuses_others(text, tmp_path):

@@ -59,7 +59,8 @@ def choose_micro_batch(model, args, runtime, before=0):
         warn("--shard spreads a model over ranks, and this one, the only one, holds all of it")
     share = args.batch // runtime.world
     free = free_memory(runtime.device)
-    divisors = [rows for rows in range(share, 0, -1) if share % rows == 0]
+    small = [rows for rows in range(1, math.isqrt(share) + 1) if share % rows == 0]
+    divisors = sorted({*small, *(share // rows for rows in small)}, reverse=True)
     fixed = args.micro_batch or before
     if fixed in divisors:
         divisors = [fixed]
