@@ -284,7 +284,7 @@ def config_to_dict(config):
     if config.model_type != "llama":
         d["sliding_window"] = config.sliding_window
     if config.model_type.startswith("qwen"):
-        most = CONFIG_FIELDS["num_hidden_layers"]  # with more it is refused, but here made first
+        most = CONFIG_FIELDS["num_hidden_layers"]  # whoever reads more refuses it
         kinds = ["full_attention"] * min(config.num_hidden_layers, most)
         for i in config.sliding_layers:
             kinds[i] = "sliding_attention"
